@@ -1,0 +1,228 @@
+"""Strict, typed configuration: OmegaConf reads and merges, pydantic checks.
+
+The config is the registry. A choice between implementations is a family of `Choice` classes told apart by a tag
+(`name`, or `ffn_type` inside `ffn_config`); a concrete config stands in the file of the module that it builds and
+has `build()`. Subclassing registers it, so a plug-in is a Python file named in the YAML's `code_paths`.
+
+Every mistake of a user's becomes one `ConfigError` line: the dotted path, what was found, what to write instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidatorFunctionWrapHandler, model_validator
+from pydantic.functional_validators import WrapValidator
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+C = TypeVar("C", bound="Config")
+
+
+class ConfigError(ValueError):
+    """A mistake of the user's: shown as it is, without a traceback, with exit code 2."""
+
+
+class Config(BaseModel):
+    """A frozen block of settings. Unknown keys and wrong types are errors, never repaired."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_unknown_keys(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            unknown = {str(key): _nearest(str(key), cls.model_fields) for key in data if key not in cls.model_fields}
+            if unknown:
+                raise PydanticCustomError("unknown_keys", "unknown keys", {"unknown": unknown})
+        return data
+
+
+class Choice(Config):
+    """A family of configs, told apart by a tag.
+
+    The root names the tag and declares it as a field, whose default (if any) is the choice made when the tag is left
+    out; each concrete config lists the spellings that it answers to, the first being its own::
+
+        class FFNConfig(Choice, tag="ffn_type"):
+            ffn_type: str = "mptmlp"
+
+        class MoEConfig(FFNConfig, names=("mb_dmoe", "torch_dmoe")):
+            moe_num_experts: int
+            def build(self, ...) -> MoE: ...
+
+    A field typed with the root accepts a mapping (the tag picks the class) or an instance of any member.
+    """
+
+    _tag: ClassVar[str]
+    _names: ClassVar[tuple[str, ...]] = ()
+    _members: ClassVar[dict[str, type[Choice]]]
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        super().__init_subclass__()  # pydantic hands `tag` and `names` to the hook below, once the class is whole
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, tag: str | None = None, names: tuple[str, ...] = (), **_: Any) -> None:
+        if tag is not None:
+            cls._tag, cls._members = tag, {}
+        cls._names = names
+        for name in names:
+            taken = cls._members.get(name)
+            if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise TypeError(f"{cls._tag}: {name!r} is taken by {taken.__module__}.{taken.__qualname__}")
+            cls._members[name] = cls
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_tag(cls, data: Any) -> Any:
+        if isinstance(data, dict) and cls._names:
+            return {cls._tag: cls._names[0]} | data
+        return data
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> CoreSchema:
+        is_root = "Choice" in globals() and Choice in cls.__bases__
+        return _root_schema(cls) if is_root else handler(source)
+
+
+def _root_schema(root: type[Choice]) -> CoreSchema:
+    """The schema of a family's root: pick the member by its tag, then check as that member."""
+
+    def pick(value: Any) -> Choice:
+        if isinstance(value, root) and type(value) is not root:
+            return value
+        if not isinstance(value, dict):
+            raise ValueError(f"must be a mapping with {root._tag!r}, found {value!r}")
+        default = root.model_fields[root._tag].default
+        tag = value.get(root._tag, default if isinstance(default, str) else None)
+        member = root._members.get(tag) if isinstance(tag, str) else None
+        if member is None:
+            found = f"unknown {root._tag} {tag!r}" if tag is not None else f"{root._tag!r} is missing"
+            hint = _nearest(str(tag), root._members) or f"; known: {', '.join(sorted(root._members))}"
+            raise ValueError(f"{found}{hint}")
+        try:
+            return member.model_validate({root._tag: tag} | value)
+        except ValidationError as error:
+            raise PydanticCustomError("inside_choice", "invalid", {"lines": list(_lines(error))}) from None
+
+    dump = core_schema.plain_serializer_function_ser_schema(lambda value: value.model_dump(mode="json"))
+    return core_schema.no_info_plain_validator_function(pick, serialization=dump)
+
+
+def keyed(root: type[Choice]) -> Any:
+    """The type of a mapping `{tag: {other keys}}`, as LLM Foundry writes callbacks and loggers.
+
+    Each key becomes the tag of its own body; a body may be left empty (`lr_monitor:`).
+    """
+
+    def spread(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        if not isinstance(value, dict):
+            raise ValueError(f"must be a mapping of {root._tag} to settings, found {value!r}")
+        return check({key: {root._tag: key} | (body or {}) if not isinstance(body, Choice) else body
+                      for key, body in value.items()})  # fmt: skip
+
+    return Annotated[dict[str, root], WrapValidator(spread)]
+
+
+def _nearest(word: str, known: Any) -> str:
+    """` (did you mean 'x'?)` for the nearest known word, or nothing."""
+    close = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _lines(error: ValidationError) -> Iterator[tuple[str, str]]:
+    """(dotted path, message) of every mistake that pydantic found, nested choices included."""
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"])
+        context = item.get("ctx", {})
+        if item["type"] == "unknown_keys":
+            for key, hint in context["unknown"].items():
+                yield _join(path, key), f"unknown key{hint}"
+        elif item["type"] == "inside_choice":
+            for below, message in context["lines"]:
+                yield _join(path, below), message
+        elif item["type"] == "missing":
+            yield path, "is missing"
+        elif item["type"] == "value_error":
+            yield path, str(context["error"])
+        else:
+            yield path, f"{item['msg'][0].lower()}{item['msg'][1:]}, found {item['input']!r}"
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path and key else path or key
+
+
+def check(cls: type[C], data: dict[str, Any], where: str = "") -> C:
+    """Build a config from plain data.
+
+    Args:
+        cls: a `Config`, or the root of a family.
+        data: what `load_yaml` returned, or a part of it.
+        where: dotted path of `data` in the file, put before every message.
+
+    Raises:
+        ConfigError: one line for every mistake.
+    """
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{_join(where, path)}: {message}".removeprefix(": ")
+                                    for path, message in _lines(error))) from None  # fmt: skip
+
+
+def dump(config: Config) -> dict[str, Any]:
+    """The config as plain data: `check(type(config), dump(config)) == config`."""
+    return config.model_dump(mode="json")
+
+
+def load_yaml(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Read a YAML file, merge `key=value` overrides over it, and resolve its interpolations.
+
+    Args:
+        path: the file. Its `variables` block serves interpolation (`${variables.d_model}`) and is then dropped.
+        overrides: dot-list entries, e.g. `model.n_layers=2`; the value is YAML.
+
+    Raises:
+        ConfigError: the file is missing or no YAML, an override has no `=`, an interpolation leads nowhere.
+    """
+    for item in overrides or []:
+        if "=" not in item:
+            raise ConfigError(f"{item}: is no override; write key=value")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides or [])))
+        data = OmegaConf.to_container(merged, resolve=True)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: must hold a mapping, found {type(data).__name__}")
+    data.pop("variables", None)
+    return {str(key): value for key, value in data.items()}
+
+
+def import_code(paths: list[str]) -> None:
+    """Import plug-in files, whose `Choice` subclasses register themselves.
+
+    Args:
+        paths: Python files, as listed in the YAML's `code_paths`. They run with the user's rights.
+    """
+    for path in paths:
+        file = Path(path)
+        if not file.is_file():
+            raise ConfigError(f"code_paths: {path}: no such file")
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[file.stem] = module
+        spec.loader.exec_module(module)
