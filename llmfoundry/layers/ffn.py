@@ -1,0 +1,139 @@
+"""Feed-forward blocks: the dense ones, and the face that every other kind has.
+
+Shapes: B rows, S sequence, T = B*S tokens, D d_model, F ffn hidden size, E experts.
+An `ffn_type` is one config class and one module. A mixture of experts is just another one: it registers itself by
+subclassing `FFNConfig` (in moe/layer.py) and returns its router's statistics beside its output.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, NamedTuple, Self
+
+from torch import Tensor, nn
+
+from llmfoundry.config import Choice, Config
+from llmfoundry.kernels.activations import ACTIVATIONS, glu
+
+
+class RouterStats(NamedTuple):
+    """What the balance losses and the monitors need of one call of a router.
+
+    All float32 and all SUMS over the tokens of the call, so they add up over microbatches and ranks. The model stacks
+    them over its MoE layers: (Lm, E), (Lm, E), (Lm,), (Lm,).
+    """
+
+    load: Tensor  # (E,) slots routed to each expert; no gradient
+    score_sum: Tensor  # (E,) sum over tokens of the scores, normalised to sum 1 a token; with gradient
+    z_sum: Tensor  # () sum over tokens of logsumexp(logits)^2; with gradient
+    entropy_sum: Tensor  # () sum over tokens of the scores' entropy in nats; no gradient
+
+
+class FFNOutput(NamedTuple):
+    """What every feed-forward block returns."""
+
+    y: Tensor  # (B, S, D)
+    router: RouterStats | None  # None for a dense block
+
+
+class Activation(Config):
+    """`ffn_act_fn`, in LLM Foundry's words: `{name: gelu, approximate: tanh}`."""
+
+    name: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "gelu"
+    approximate: Literal["none", "tanh"] = "none"  # gelu only
+
+    @property
+    def key(self) -> str:
+        """The activation's name in `ACTIVATIONS`."""
+        return "gelu_tanh" if self.name == "gelu" and self.approximate == "tanh" else self.name
+
+
+class FFNConfig(Choice, tag="ffn_type"):
+    """Root of the feed-forward family: `ffn_config` in the YAML.
+
+    `ffn_hidden_size` and `bias` may be left out: the model fills them in (`filled`) before it counts or builds.
+    """
+
+    ffn_type: str = "mptmlp"
+    ffn_hidden_size: int | None = None  # F; None: the model's expansion_ratio * d_model
+    ffn_act_fn: Activation = Activation()
+    bias: bool | None = None  # None: as the model's no_bias says
+
+    def filled(self, ffn_hidden_size: int, bias: bool) -> Self:
+        """A copy in which what the YAML left out has the model's value."""
+        update: dict[str, int | bool] = {}
+        if self.ffn_hidden_size is None:
+            update["ffn_hidden_size"] = ffn_hidden_size
+        if self.bias is None:
+            update["bias"] = bias
+        return self.model_copy(update=update)
+
+    def for_layer(self, index: int) -> FFNConfig:
+        """The block of layer `index` (from 0): itself, unless kinds interleave."""
+        return self
+
+    def n_params(self, d_model: int) -> int:
+        """Parameters of one block."""
+        raise NotImplementedError
+
+    def n_active_params(self, d_model: int) -> int:
+        """Parameters of one block that one token meets."""
+        return self.n_params(d_model)
+
+    def build(self, d_model: int, n_layers: int, layer_index: int) -> nn.Module:
+        """The module, whose forward is `(x (B, S, D), keys (B,) int64 | None) -> FFNOutput`."""
+        raise NotImplementedError
+
+
+class MLPConfig(FFNConfig, names=("mptmlp", "mlp")):
+    """`w2(act(w1(x)))`."""
+
+    gated: ClassVar[bool] = False
+
+    @property
+    def hidden_size(self) -> int:
+        """F, once filled in."""
+        if self.ffn_hidden_size is None:
+            raise ValueError("ffn_hidden_size is not set: take the config from `ModelConfig.ffn(layer)` or `filled`")
+        return self.ffn_hidden_size
+
+    @property
+    def rows(self) -> int:
+        """Rows of w1: F, or 2F when gated."""
+        return self.hidden_size * (2 if self.gated else 1)
+
+    def n_params(self, d_model: int) -> int:
+        """Parameters of one block."""
+        biases = self.rows + d_model if self.bias else 0
+        return (self.rows + self.hidden_size) * d_model + biases
+
+    def build(self, d_model: int, n_layers: int, layer_index: int) -> MLP:
+        """The dense block; it is the same in every layer."""
+        return MLP(self, d_model)
+
+
+class GLUConfig(MLPConfig, names=("mptglu", "glu")):
+    """`w2(act(gate) * up)` with `[gate; up] = w1(x)` (Shazeer 2020, arXiv:2002.05202)."""
+
+    gated: ClassVar[bool] = True
+
+
+class MLP(nn.Module):
+    """A dense feed-forward block, gated or not."""
+
+    def __init__(self, config: MLPConfig, d_model: int) -> None:
+        super().__init__()
+        self.gated = config.gated
+        self.activation = config.ffn_act_fn.key
+        self.w1 = nn.Linear(d_model, config.rows, bias=bool(config.bias))  # gate rows, then up rows
+        self.w2 = nn.Linear(config.hidden_size, d_model, bias=bool(config.bias))
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> FFNOutput:
+        """Apply the block to each token.
+
+        Args:
+            x: (B, S, D).
+            keys: (B,) int64 noise keys; a dense block draws none.
+        """
+        h = self.w1(x)  # (B, S, 2F) or (B, S, F)
+        h = glu(h, self.activation) if self.gated else ACTIVATIONS[self.activation](h)  # (B, S, F)
+        return FFNOutput(self.w2(h), None)
