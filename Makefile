@@ -1,0 +1,51 @@
+# Everything by one word: make setup | train | test | check | test-gpu | bench | format.
+# Every word installs what it needs first; a second call installs nothing.
+
+PYTHON ?= python3
+# An exact version, so that pip takes the build that this machine's index offers for it (CPU or CUDA).
+TORCH ?= torch==2.13.0
+# `make train YAML=yamls/dense.yaml ARGS="seed=1 max_duration=100ba"`
+YAML ?= yamls/moe.yaml
+ARGS ?=
+
+PY := .venv/bin/python
+# Named after TORCH: another TORCH is another installation.
+STAMP := .venv/.installed-$(subst /,-,$(subst =,-,$(firstword $(TORCH))))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test check test-gpu bench format
+
+help:
+	@sed -n '1,2p' Makefile
+
+setup: $(STAMP)
+
+$(STAMP): setup.py Makefile
+	rm -f .venv/.installed-*
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --disable-pip-version-check $(TORCH)
+	if $(PY) -c 'import triton' 2>/dev/null; then extras=dev; else extras=dev,triton; fi; \
+	$(PY) -m pip install --disable-pip-version-check -e ".[$$extras]"
+	touch $@
+
+train: setup
+	$(PY) scripts/train.py $(YAML) $(ARGS)
+
+test: setup
+	$(PY) -m pytest -n 2 -m 'not gpu'
+
+check: setup
+	$(PY) -m ruff check .
+	$(PY) scripts/bench/render_readme.py --check
+
+test-gpu: setup
+	$(PY) -m pytest -m gpu
+
+bench: setup
+	$(PY) scripts/bench/cpu_step.py
+	$(PY) scripts/bench/render_readme.py
+
+format: setup
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(PY) scripts/bench/render_readme.py

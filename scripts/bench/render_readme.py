@@ -1,0 +1,111 @@
+"""Render the README's measured parts from files: what stands between `<!-- NAME -->` and `<!-- /NAME -->`.
+
+A part whose results do not exist yet renders to nothing. Rendering twice changes nothing; `--check` writes
+nothing and exits 1 when the README is stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import itertools
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "scripts" / "bench" / "results"
+
+
+def yaml_diff() -> str:
+    """The edit that turns the dense model into a mixture of experts; comment lines left out."""
+    dense, moe = (
+        [line for line in (ROOT / "yamls" / name).read_text(encoding="utf-8").splitlines() if line[:1] != "#"]
+        for name in ("dense.yaml", "moe.yaml")
+    )
+    lines = difflib.unified_diff(dense, moe, "yamls/dense.yaml", "yamls/moe.yaml", n=1, lineterm="")
+    return "\n".join(["```diff", *(line for line in lines if not line.startswith("@@")), "```"])
+
+
+def yamls() -> str:
+    """One row for each YAML: its file and its header."""
+    rows = []
+    for path in sorted((ROOT / "yamls").glob("*.yaml")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        comment = " ".join(
+            line.removeprefix("# ") for line in itertools.takewhile(lambda x: x[:1] == "#", lines)
+        )
+        rows.append(f"| `yamls/{path.name}` | {comment} |")
+    return "\n".join(["| | |", "|---|---|", *rows])
+
+
+def cpu_step() -> str:
+    """Our training step beside that of `transformers`, on a CPU."""
+    result = _result("cpu_step")
+    if result is None:
+        return ""
+    shape, versions, parity = result["config"], result["versions"], result["parity"]
+    return f"""\
+One training step on a CPU ({result["cpu"]}, {result["threads"]} threads): {result["parameters"] / 1e6:.1f} M
+parameters, {shape["experts"]} experts, top {shape["top_k"]}, {shape["rows"]} rows of {shape["sequence"]}
+tokens, fp32, AdamW; both in one process, turn about, medians of {result["iterations"]} steps.
+
+| | tokens/s | ratio |
+|---|---|---|
+| `transformers` {versions["transformers"]}, OlmoeForCausalLM | {_speed(result["transformers"])} | 1.00 |
+| this framework | {_speed(result["ours"])} | {result["ratio"]["median"]:.2f} |
+
+From the same weights on the same batches, the two losses differ by at most
+{parity["max_difference"]:.0e} nats a token over {parity["steps"]} steps.
+Measured by `scripts/bench/cpu_step.py` on torch {versions["torch"]}."""
+
+
+def _speed(side: dict) -> str:
+    return f"{side['tokens_per_second']['median']:,.0f}"
+
+
+def _result(name: str) -> dict | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+PARTS: dict[str, Callable[[], str]] = {"yaml-diff": yaml_diff, "yamls": yamls, "cpu-step": cpu_step}
+
+
+def render(text: str) -> str:
+    """The README with every marked part written anew.
+
+    Raises:
+        ValueError: if a marker names no part, or has no closing marker.
+    """
+    opened, closed = re.findall(r"<!-- ([\w-]+) -->", text), re.findall(r"<!-- /([\w-]+) -->", text)
+    if opened != closed or not set(opened) <= set(PARTS):
+        raise ValueError(f"README.md: markers {opened} closed by {closed}; known parts: {sorted(PARTS)}")
+    for name in opened:
+        body = PARTS[name]()
+        block = f"<!-- {name} -->\n{body}\n<!-- /{name} -->" if body else f"<!-- {name} -->\n<!-- /{name} -->"
+        start, end = text.index(f"<!-- {name} -->"), text.index(f"<!-- /{name} -->")
+        text = text[:start] + block + text[end + len(f"<!-- /{name} -->") :]
+    return text
+
+
+def main() -> int:
+    """Render, or with `--check` only compare."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="exit 1 when README.md is not up to date")
+    arguments = parser.parse_args()
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    rendered = render(text)
+    if arguments.check and rendered != text:
+        print("README.md is stale: run scripts/bench/render_readme.py", file=sys.stderr)
+        return 1
+    if rendered != text:
+        path.write_text(rendered, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""Package metadata and dependencies; the settings of the tools are in pyproject.toml.
+
+torch is named with a floor only. Install the build that fits the machine first (`make setup` does:
+`pip install torch==X.Y.Z`, then `pip install -e .[dev]`), so that this floor never pulls another one.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="llmfoundry",
+    version="0.1.0",
+    description="Training of decoder-only language models with dropless mixture-of-experts layers",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    packages=find_packages(include=["llmfoundry", "llmfoundry.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.11",
+        "numpy>=1.26",
+        "omegaconf>=2.3",
+        "pydantic>=2.7",
+        "transformers>=5.0",
+        "tokenizers>=0.22",
+        "datasets>=4.0",
+        "zstandard>=0.22",
+        "safetensors>=0.5",
+        "rich>=13",
+        "wandb>=0.19",
+        "tensorboard>=2.18",
+    ],
+    extras_require={
+        "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.12", "mypy>=1.15"],
+        # For a torch that came without Triton (CPU builds): the kernels' tests then run in Triton's
+        # interpreter, which fails on numpy >= 2.4. A CUDA build of torch brings its own Triton.
+        "triton": ['triton==3.6.0; sys_platform == "linux"', "numpy<2.4"],
+    },
+)

@@ -1,0 +1,100 @@
+"""The shape of the house, as tests: floors, import circles, names, documentation. Standard library only."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "llmfoundry"
+
+# Ground first. A module may import from its own room and from the floors below it.
+FLOORS = [
+    {"config", "runtime"},
+    {"kernels", "data"},
+    {"layers"},
+    {"moe"},
+    {"model"},
+    {"parallel", "hf"},
+    {"eval"},
+    {"train"},
+    {"callbacks", "integrations"},
+    {"cli"},
+]
+FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
+SAYS_NOTHING = {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+each_file = pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES])
+
+
+def _room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _module(path: Path) -> str:
+    return ".".join(("llmfoundry", *path.relative_to(PACKAGE).with_suffix("").parts))
+
+
+def _imports(path: Path) -> set[str]:
+    """Dotted names below `llmfoundry` of everything that the file imports, also inside functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.startswith("llmfoundry.")}
+
+
+def _rooms_imported(path: Path) -> set[str]:
+    # A name that is no room is something that the package's own __init__ exports.
+    return {name.split(".")[1] for name in _imports(path)} & set(FLOOR)
+
+
+def test_every_room_has_a_floor() -> None:
+    homeless = sorted({_room(path) for path in FILES} - set(FLOOR))
+    assert not homeless, f"give {homeless} a floor in FLOORS"
+
+
+@each_file
+def test_imports_only_go_down(path: Path) -> None:
+    here = FLOOR[_room(path)]
+    up = sorted(name for name in _rooms_imported(path) if FLOOR[name] > here)
+    assert not up, f"{path.name} is on floor {here} and imports {up} from above"
+
+
+@each_file
+def test_rooms_of_one_floor_do_not_import_each_other(path: Path) -> None:
+    room = _room(path)
+    siblings = sorted(name for name in _rooms_imported(path) if FLOOR[name] == FLOOR[room] and name != room)
+    assert not siblings, f"{path.name} imports {siblings} from its own floor"
+
+
+def test_no_import_circle() -> None:
+    modules = {_module(path) for path in FILES}
+    graph = {_module(path): _imports(path) & modules for path in FILES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as circle:
+        pytest.fail(" -> ".join(circle.args[1]))
+
+
+def test_nobody_imports_callbacks() -> None:
+    allowed = {"callbacks", "cli"}
+    guilty = sorted(p.name for p in FILES if "callbacks" in _rooms_imported(p) and _room(p) not in allowed)
+    assert not guilty, f"{guilty} import callbacks; a callback is found by its name in the YAML"
+
+
+@each_file
+def test_name_says_something(path: Path) -> None:
+    assert not {part.removesuffix(".py") for part in path.relative_to(PACKAGE).parts} & SAYS_NOTHING
+
+
+@each_file
+def test_modules_and_public_classes_say_what_they_are(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree), "module docstring"
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"class {node.name} has no docstring"
