@@ -1,0 +1,354 @@
+"""Causal self-attention: grouped queries, rotary positions, windows, documents, and the key-value cache.
+
+Shapes: B rows, S sequence (queries of this call), P keys seen (P = S without a cache), D d_model, H query heads,
+G kv heads, C head_dim.
+The mask is built once per forward by the model (`attention_mask`) and shared by all layers with the same window. It
+is None where plain causal attention (or one query that sees everything) needs none: torch's fused kernels are
+fastest then. Otherwise it is a FlexAttention `BlockMask` on CUDA and a boolean tensor elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+
+from llmfoundry.config import Choice
+from llmfoundry.layers.norm import NormConfig
+from llmfoundry.layers.rope import NoScaling, Rope, RopeScaling, rotate
+
+Mask = Tensor | BlockMask | None
+FULL = -1  # the window that sees every earlier token
+
+_flex_attention = torch.compile(flex_attention)
+_create_block_mask = torch.compile(create_block_mask)  # uncompiled it would hold all (B, S, S) entries
+
+
+class KVCache:
+    """Keys and values of one layer's past, in buffers that grow by doubling."""
+
+    def __init__(self, capacity: int = 0) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the newest keys and values.
+
+        Args:
+            k: (B, G, S, C).
+            v: (B, G, S, C).
+
+        Returns:
+            All of them, (B, G, P, C) each; views that the next call may write behind.
+        """
+        end = self.length + k.shape[2]
+        if self._buffers is None or end > self.capacity:
+            self.capacity = max(end, self.capacity if self._buffers is None else 2 * self.capacity)
+            self._buffers = (self._grown(k, 0), self._grown(v, 1))
+        for buffer, new in zip(self._buffers, (k, v), strict=True):
+            buffer[:, :, self.length : end] = new
+        self.length = end
+        return self._buffers[0][:, :, :end], self._buffers[1][:, :, :end]
+
+    def _grown(self, new: Tensor, which: int) -> Tensor:
+        buffer = new.new_empty(new.shape[0], new.shape[1], self.capacity, new.shape[3])
+        if self._buffers is not None:
+            buffer[:, :, : self.length] = self._buffers[which][:, :, : self.length]
+        return buffer
+
+
+class AttentionConfig(Choice, tag="attn_type"):
+    """Root of the attention family: `attn_config` in the YAML. The keys here are those that the model itself reads."""
+
+    attn_type: str = "multihead_attention"
+    attn_impl: Literal["auto", "sdpa", "flex"] = "auto"
+    rope: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = NoScaling()
+    # Earlier tokens that a token sees beside itself, as in LLM Foundry; -1: all. `transformers` counts the token
+    # too: its sliding_window is this plus 1.
+    sliding_window_size: int = Field(FULL, ge=FULL)
+    attn_uses_sequence_id: bool = False  # a token sees its own document only
+    bias: bool | None = None  # of the projection in; None: as the model's no_bias says
+    out_bias: bool | None = None  # of the projection out
+
+    def filled(self, bias: bool) -> Self:
+        """A copy in which what the YAML left out has the model's value."""
+        update = {key: bias for key in ("bias", "out_bias") if getattr(self, key) is None}
+        return self.model_copy(update=update)
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the scores themselves are changed, which torch's fused kernels cannot do."""
+        return False
+
+    def check(self, d_model: int, n_heads: int) -> None:
+        """Raise ValueError where the sizes do not fit the model's."""
+        raise NotImplementedError
+
+    def rotary_dim(self, d_model: int, n_heads: int) -> int:
+        """Dims of a head that rotate."""
+        raise NotImplementedError
+
+    def n_params(self, d_model: int, n_heads: int, norm: NormConfig) -> int:
+        """Parameters of one layer."""
+        raise NotImplementedError
+
+    def score_dims(self, d_model: int, n_heads: int) -> int:
+        """Multiply-adds of one query with one key, all heads: half for the score, half for the value, times 2."""
+        raise NotImplementedError
+
+    def build(self, d_model: int, n_heads: int, norm: NormConfig) -> nn.Module:
+        """The module, whose forward is `(x, rope, mask, cache) -> (B, S, D)`."""
+        raise NotImplementedError
+
+
+class GroupedQueryConfig(
+    AttentionConfig, names=("multihead_attention", "grouped_query_attention", "multiquery_attention")
+):
+    """Softmax attention with H query heads over G key-value heads (Ainslie et al. 2023, arXiv:2305.13245)."""
+
+    kv_n_heads: int | None = Field(None, ge=1)  # grouped_query_attention only
+    head_dim: int | None = Field(None, ge=1)  # None: d_model / n_heads
+    softmax_scale: float | None = None  # None: 1 / sqrt(head_dim)
+    qk_norm: bool = False  # normalise each head of queries and keys, as Qwen3
+    qk_ln: bool = False  # normalise all heads of queries (of keys) together, as OLMoE
+    clip_qkv: float | None = Field(None, gt=0)
+    clip_qkv_after_norm: bool = False  # as OLMoE in `transformers`; LLM Foundry and OLMo clip first
+    attn_logit_softcapping: float | None = Field(None, gt=0)
+    sinks: bool = False  # a learned score a head that takes part in the softmax and has no value, as gpt-oss
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the scores themselves are changed, which torch's fused kernels cannot do."""
+        return self.attn_logit_softcapping is not None or self.sinks
+
+    def check(self, d_model: int, n_heads: int) -> None:
+        """Raise ValueError where the sizes do not fit the model's."""
+        if self.qk_norm and self.qk_ln:
+            raise ValueError("qk_norm (each head) and qk_ln (all heads) exclude each other; keep one")
+        if self.head_dim is None and d_model % n_heads:
+            raise ValueError(f"d_model={d_model} is not divisible by n_heads={n_heads}; change one or set head_dim")
+        if self.attn_type == "grouped_query_attention":
+            if self.kv_n_heads is None:
+                raise ValueError("attn_type=grouped_query_attention needs kv_n_heads")
+        elif self.kv_n_heads not in (None, self.kv_heads(n_heads)):
+            raise ValueError(
+                f"kv_n_heads={self.kv_n_heads} contradicts attn_type={self.attn_type}; "
+                "set attn_type: grouped_query_attention"
+            )
+        if n_heads % self.kv_heads(n_heads):
+            raise ValueError(f"n_heads={n_heads} is not divisible by kv_n_heads={self.kv_n_heads}")
+        if self.rope and self.rotary_dim(d_model, n_heads) % 2:
+            raise ValueError(f"head_dim={self.rotary_dim(d_model, n_heads)} is odd; rope turns dims in pairs")
+        if self.attn_impl == "sdpa" and self.needs_scores:
+            raise ValueError("attn_impl=sdpa can neither softcap scores nor add sinks; use auto")
+
+    def kv_heads(self, n_heads: int) -> int:
+        """G."""
+        if self.attn_type == "multiquery_attention":
+            return 1
+        return self.kv_n_heads or n_heads
+
+    def rotary_dim(self, d_model: int, n_heads: int) -> int:
+        """C: all dims of a head rotate."""
+        return self.head_dim or d_model // n_heads
+
+    def score_dims(self, d_model: int, n_heads: int) -> int:
+        """H * C."""
+        return n_heads * self.rotary_dim(d_model, n_heads)
+
+    def n_params(self, d_model: int, n_heads: int, norm: NormConfig) -> int:
+        """Parameters of one layer."""
+        head, kv = self.rotary_dim(d_model, n_heads), self.kv_heads(n_heads)
+        rows, columns = (n_heads + 2 * kv) * head, n_heads * head
+        biases = (rows if self.bias else 0) + (d_model if self.out_bias else 0)
+        norms = 2 * norm.n_params(head) if self.qk_norm else 0
+        if self.qk_ln:
+            norms = norm.n_params(n_heads * head) + norm.n_params(kv * head)
+        return (rows + columns) * d_model + biases + norms + (n_heads if self.sinks else 0)
+
+    def build(self, d_model: int, n_heads: int, norm: NormConfig) -> Attention:
+        """The module."""
+        return Attention(self, d_model, n_heads, norm)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention. `wqkv` holds the rows of queries, then keys, then values."""
+
+    def __init__(self, config: GroupedQueryConfig, d_model: int, n_heads: int, norm: NormConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.n_heads, self.kv_heads = n_heads, config.kv_heads(n_heads)
+        self.head_dim = config.rotary_dim(d_model, n_heads)
+        self.scale = self.head_dim**-0.5 if config.softmax_scale is None else config.softmax_scale
+        rows = (n_heads + 2 * self.kv_heads) * self.head_dim
+        self.wqkv = nn.Linear(d_model, rows, bias=bool(config.bias))
+        self.out_proj = nn.Linear(n_heads * self.head_dim, d_model, bias=bool(config.out_bias))
+        if config.qk_norm or config.qk_ln:
+            each = not config.qk_ln
+            self.q_norm = norm.build(self.head_dim if each else n_heads * self.head_dim)
+            self.k_norm = norm.build(self.head_dim if each else self.kv_heads * self.head_dim)
+        self.sinks = nn.Parameter(torch.zeros(n_heads)) if config.sinks else None
+
+    def forward(self, x: Tensor, rope: Rope | None, mask: Mask, cache: KVCache | None = None) -> Tensor:
+        """Attend from each token of `x` to those before it.
+
+        Args:
+            x: (B, S, D).
+            rope: the table of these S positions, or None.
+            mask: what `attention_mask` made for this layer's window.
+            cache: keys and values of the tokens before `x`; those of `x` are added.
+
+        Returns:
+            (B, S, D).
+        """
+        q, k, v = self._project(x, rope)  # (B, S, H, C), (B, S, G, C) twice
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, S, C)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        if isinstance(mask, BlockMask):
+            y = self._flex(q, k, v, mask)
+        elif self.config.needs_scores:
+            y = plain_attention(q, k, v, mask, self.scale, self.config.attn_logit_softcapping, self.sinks)
+        else:
+            causal = mask is None and q.shape[2] > 1  # one query sees all keys
+            y = F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=self.kv_heads != self.n_heads
+            )
+        return self.out_proj(y.transpose(1, 2).flatten(2))
+
+    def _project(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, normalised, clipped and rotated as the config says."""
+        config, clip = self.config, self.config.clip_qkv
+        qkv = self.wqkv(x)  # (B, S, (H + 2G) C)
+        if clip is not None and not config.clip_qkv_after_norm:
+            qkv = qkv.clamp(-clip, clip)
+        heads = qkv.unflatten(-1, (-1, self.head_dim))  # (B, S, H + 2G, C)
+        qk, v = heads.split((self.n_heads + self.kv_heads, self.kv_heads), dim=2)
+        if config.qk_norm or config.qk_ln:
+            q, k = qk.split((self.n_heads, self.kv_heads), dim=2)
+            if config.qk_norm:
+                q, k = self.q_norm(q), self.k_norm(k)
+            else:
+                q, k = self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
+            qk = torch.cat((q, k), dim=2)
+        if clip is not None and config.clip_qkv_after_norm:
+            qk, v = qk.clamp(-clip, clip), v.clamp(-clip, clip)
+        if rope is not None:
+            qk = rotate(qk, rope)
+        q, k = qk.split((self.n_heads, self.kv_heads), dim=2)
+        return q, k, v
+
+    def _flex(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+        cap = self.config.attn_logit_softcapping
+
+        def softcap(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return cap * torch.tanh(score / cap)
+
+        y, aux = _flex_attention(
+            q, k, v,
+            score_mod=None if cap is None else softcap,
+            block_mask=mask,
+            scale=self.scale,
+            enable_gqa=self.kv_heads != self.n_heads,
+            return_aux=AuxRequest(lse=self.sinks is not None),
+        )  # fmt: skip
+        if self.sinks is not None:  # softmax with one more score: all other weights shrink by this
+            y = (y * torch.sigmoid(aux.lse - self.sinks.float()[:, None])[..., None]).to(q.dtype)
+        return y
+
+
+def plain_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention written out, with float32 scores: the reference, and the path of score changes off CUDA.
+
+    Args:
+        q: (B, H, S, C).
+        k: (B, G, P, C).
+        v: (B, G, P, C).
+        mask: boolean, broadcast to (B, H, S, P), True where seen; None: all seen.
+        softcap: scores become `softcap * tanh(score / softcap)`.
+        sinks: (H,) a score a head that joins the softmax and carries no value.
+
+    Returns:
+        (B, H, S, C) in the dtype of `q`.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    scores = (q.to(dtype) @ k.to(dtype).transpose(-1, -2)) * scale  # (B, H, S, P)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        column = sinks.to(dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat((scores, column), dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    return (weights @ v.to(dtype)).to(q.dtype)
+
+
+def attention_mask(
+    config: AttentionConfig,
+    window: int,
+    n_queries: int,
+    offset: int,
+    sequence_ids: Tensor | None,
+    device: torch.device,
+) -> Mask:
+    """The mask of one forward for the layers with this window.
+
+    Args:
+        window: earlier tokens seen beside the token itself; -1: all.
+        n_queries: S.
+        offset: tokens in the cache; query i stands at position offset + i.
+        sequence_ids: (B, S) int32 document numbers, or None where documents are not told apart.
+
+    Raises:
+        ValueError: for attn_impl=flex off CUDA.
+    """
+    if config.attn_impl == "flex" and device.type != "cuda":
+        raise ValueError(f"attn_config.attn_impl=flex needs a CUDA device, found {device.type}; use auto")
+    windowed = window != FULL and window < offset + n_queries - 1
+    if n_queries == 1 and not windowed:
+        return None
+    if not windowed and sequence_ids is None and offset == 0 and not config.needs_scores and config.attn_impl != "flex":
+        return None
+    if device.type == "cuda" and config.attn_impl != "sdpa" and offset == 0:
+        return _block_mask(window if windowed else n_queries, n_queries, sequence_ids, device)
+    i = torch.arange(offset, offset + n_queries, device=device)[:, None]
+    j = torch.arange(offset + n_queries, device=device)
+    seen = j <= i
+    if windowed:
+        seen = seen & (i - j <= window)
+    if sequence_ids is not None:
+        seen = seen & (sequence_ids[:, :, None] == sequence_ids[:, None, :])  # (B, S, S)
+        return seen[:, None]
+    return seen[None, None]  # (1, 1, S, P)
+
+
+def _block_mask(window: int, length: int, sequence_ids: Tensor | None, device: torch.device) -> BlockMask:
+    def near(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j <= i) & (i - j <= window)
+
+    def near_in_document(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        assert sequence_ids is not None
+        return (j <= i) & (i - j <= window) & (sequence_ids[b, i] == sequence_ids[b, j])
+
+    if sequence_ids is None:
+        return _create_block_mask(near, None, None, length, length, device=device)
+    return _create_block_mask(near_in_document, len(sequence_ids), None, length, length, device=device)

@@ -1,0 +1,160 @@
+"""Rotary position embedding, rotate-half convention, with the scalings that long-context models use.
+
+Shapes: B rows, S sequence, N heads of any kind, C head_dim.
+The tables are computed from the positions once per forward, in float32, by the same sequence of operations as in
+`transformers`, so that a converted checkpoint sees the same bits. Nothing is stored: no buffers, no longest length.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from pydantic import model_validator
+from torch import Tensor
+
+from llmfoundry.config import Choice
+
+
+class Rope(NamedTuple):
+    """Cosines and sines of one forward's positions, each (S, 1, C/2) float32, broadcast over heads."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class RopeScaling(Choice, tag="type"):
+    """Root of the scalings: `rope_scaling` in the YAML."""
+
+    type: str = "none"
+
+    def inv_freq(self, theta: float, dim: int, device: torch.device) -> Tensor:
+        """(C/2,) float32, radians a position."""
+        raise NotImplementedError
+
+    @property
+    def magnitude(self) -> float:
+        """What cosines and sines are multiplied by."""
+        return 1.0
+
+
+def _plain_inv_freq(theta: float, dim: int, device: torch.device) -> Tensor:
+    exponent = torch.arange(0, dim, 2, dtype=torch.int64, device=device).to(torch.float32) / dim
+    return 1.0 / (theta**exponent)
+
+
+class NoScaling(RopeScaling, names=("none", "default", "no_scaling")):
+    """Su et al. 2021, arXiv:2104.09864."""
+
+    def inv_freq(self, theta: float, dim: int, device: torch.device) -> Tensor:
+        """(C/2,) float32, radians a position."""
+        return _plain_inv_freq(theta, dim, device)
+
+
+class LinearScaling(RopeScaling, names=("linear",)):
+    """Positions divided by `factor` (Chen et al. 2023, arXiv:2306.15595)."""
+
+    factor: float
+
+    def inv_freq(self, theta: float, dim: int, device: torch.device) -> Tensor:
+        """(C/2,) float32, radians a position."""
+        return _plain_inv_freq(theta, dim, device) / self.factor
+
+
+class Llama3Scaling(RopeScaling, names=("llama3",)):
+    """Long wavelengths divided by `factor`, short ones kept, those between blended (Llama 3.1)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    @model_validator(mode="after")
+    def _check_range(self) -> Llama3Scaling:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor={self.high_freq_factor} must exceed low_freq_factor={self.low_freq_factor}"
+            )
+        return self
+
+    def inv_freq(self, theta: float, dim: int, device: torch.device) -> Tensor:
+        """(C/2,) float32, radians a position."""
+        inv_freq = _plain_inv_freq(theta, dim, device)
+        low, high, length = self.low_freq_factor, self.high_freq_factor, self.original_max_position_embeddings
+        wavelength = 2 * math.pi / inv_freq
+        is_long, is_short = wavelength > length / low, wavelength < length / high
+        scaled = torch.where(is_long, inv_freq / self.factor, inv_freq)
+        smooth = (length / wavelength - low) / (high - low)
+        blended = (1 - smooth) * scaled / self.factor + smooth * scaled
+        return torch.where(~is_long & ~is_short, blended, scaled)
+
+
+class YarnScaling(RopeScaling, names=("yarn",)):
+    """Dims that turn rarely are interpolated, those that turn often kept (Peng et al. 2023, arXiv:2309.00071)."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0  # turns over the original length above which a dim is kept
+    beta_slow: float = 1.0  # turns below which a dim is wholly interpolated
+    attention_factor: float | None = None  # None: from `factor`, or from the two mscales
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True  # round the blended range outwards to whole dims; gpt-oss does not
+
+    @property
+    def magnitude(self) -> float:
+        """What cosines and sines are multiplied by."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return _yarn_magnitude(self.factor, self.mscale) / _yarn_magnitude(self.factor, self.mscale_all_dim)
+        return _yarn_magnitude(self.factor, 1.0)
+
+    def inv_freq(self, theta: float, dim: int, device: torch.device) -> Tensor:
+        """(C/2,) float32, radians a position."""
+        exponent = torch.arange(0, dim, 2, device=device).to(torch.float32) / dim
+        wavelength = theta**exponent
+        low, high = self._dim_of(self.beta_fast, theta, dim), self._dim_of(self.beta_slow, theta, dim)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        high = high + 0.001 if low == high else high  # the ramp would divide by zero
+        ramp = ((torch.arange(dim // 2, dtype=torch.float32, device=device) - low) / (high - low)).clamp(0, 1)
+        kept = 1 - ramp
+        return 1.0 / (self.factor * wavelength) * (1 - kept) + 1.0 / wavelength * kept
+
+    def _dim_of(self, turns: float, theta: float, dim: int) -> float:
+        """The (fractional) dim that makes `turns` turns over the original length."""
+        length = self.original_max_position_embeddings
+        return (dim * math.log(length / (turns * 2 * math.pi))) / (2 * math.log(theta))
+
+
+def _yarn_magnitude(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def rope_table(scaling: RopeScaling, theta: float, dim: int, positions: Tensor) -> Rope:
+    """The table of one forward.
+
+    Args:
+        dim: C, even.
+        positions: (S,) int64.
+    """
+    angles = positions.to(torch.float32)[:, None] * scaling.inv_freq(theta, dim, positions.device)  # (S, C/2)
+    cos, sin = angles.cos(), angles.sin()
+    if scaling.magnitude != 1.0:
+        cos, sin = cos * scaling.magnitude, sin * scaling.magnitude
+    return Rope(cos[:, None], sin[:, None])
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotate each head of queries or keys by its position.
+
+    Args:
+        x: (B, S, N, C); computed in float32 (float64 stays), rounded once.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = rope.cos.to(dtype), rope.sin.to(dtype)
+    a, b = x.to(dtype).chunk(2, dim=-1)  # (B, S, N, C/2) each
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
