@@ -1,0 +1,1 @@
+"""The trainer: durations, schedules, optimizers, checkpoints, the step and the loop."""

@@ -1,0 +1,158 @@
+"""Optimizers, their learning rate, and gradient clipping by the true global norm.
+
+Weight decay is for matrices: parameters of one dimension (norms, biases) and the stacked biases of experts
+have none. Parameters may be plain tensors or DTensors, also of different meshes in one optimizer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Annotated, NamedTuple
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+
+from llmfoundry.config import Choice
+
+_BIAS_OR_NORM = re.compile(r"(^|\.)(b1|b2|[^.]*bias|[^.]*norm[^.]*\.[^.]*)$")
+_EMBEDDING = re.compile(r"(^|\.)(wte|wpe)\.weight$")
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimizerConfig(Choice, tag="name"):
+    """Family root: `optimizer: {name: decoupled_adamw, lr: 3.0e-4, weight_decay: 1.0e-5}`."""
+
+    name: str
+    lr: float = Field(gt=0)
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of `model`'s trainable parameters; each of its groups carries its `initial_lr`."""
+        raise NotImplementedError
+
+
+class AdamWConfig(OptimizerConfig, names=("adamw",)):
+    """AdamW as torch means it: each step first takes `lr * weight_decay` of the weight away.
+
+    Source: Loshchilov & Hutter 2017, Decoupled Weight Decay Regularization, arXiv:1711.05101.
+    """
+
+    betas: Annotated[list[Beta], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    eps: float = Field(1.0e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    decay_embeddings: bool = True  # whether weight decay is for embeddings too
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        return self._build(model, self.weight_decay)
+
+    def _build(self, model: nn.Module, weight_decay: float) -> torch.optim.Optimizer:
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                # The fused kernel takes DTensors of any meshes together, but not beside plain tensors.
+                key = (
+                    decays(name, parameter, embeddings=self.decay_embeddings),
+                    isinstance(parameter, DTensor),
+                )
+                groups.setdefault(key, []).append(parameter)
+        settings = [
+            {"params": members, "weight_decay": weight_decay if decayed else 0.0, "initial_lr": self.lr}
+            for (decayed, _), members in groups.items()
+        ]
+        # Fused is the fastest on CPUs too: 18 ms for 9 M parameters, against 46 (foreach) and 28 (a loop).
+        return torch.optim.AdamW(
+            settings, lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=True
+        )
+
+
+class DecoupledAdamWConfig(AdamWConfig, names=("decoupled_adamw",)):
+    """AdamW as Composer means it: each step takes `(lr / initial_lr) * weight_decay` of the weight away.
+
+    So the decay follows the schedule but not the height of the learning rate, and values are small: 1e-5 is
+    usual.
+    """
+
+    weight_decay: float = Field(1.0e-5, ge=0)
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        return self._build(model, self.weight_decay / self.lr)  # torch multiplies by lr
+
+
+def decays(name: str, parameter: Tensor, *, embeddings: bool = True) -> bool:
+    """Whether weight decay is for this parameter: a matrix that is no norm's weight and no (stacked) bias."""
+    if parameter.ndim < 2 or _BIAS_OR_NORM.search(name):
+        return False
+    return embeddings or not _EMBEDDING.search(name)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, multiplier: float) -> float:
+    """Set every group's learning rate to `multiplier` times its initial one; returns the first group's."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * multiplier
+    return optimizer.param_groups[0]["lr"]
+
+
+class _Shards(NamedTuple):
+    """Gradients that lie over the ranks in the same way."""
+
+    axes: list[ProcessGroup]  # of the mesh axes that they are split over
+    device_type: str  # where those groups reduce
+    grads: list[Tensor]  # this rank's part of each
+
+
+@torch.no_grad()
+def clip_by_global_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
+    """Scale all gradients down so that their global L2 norm is at most `max_norm`.
+
+    The norm is that of the full gradients over all ranks, and the same on each of them. Gradients are
+    grouped by the mesh axes that they are split over (dense and expert parameters live on two views of the
+    same ranks, which torch refuses to stack); each group costs one all-reduce of one number an axis.
+    Nothing waits for the device.
+
+    Args:
+        parameters: those without a gradient are passed over.
+        max_norm: None measures and changes nothing.
+
+    Returns:
+        () norm before clipping, float32 (float64 for float64 gradients); not finite if any gradient is not.
+    """
+    groups: dict[tuple[object, ...], _Shards] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            shards = _shards(parameter.grad)
+            key = (parameter.grad.dtype, parameter.grad.device, *(axis.group_name for axis in shards.axes))
+            groups.setdefault(key, shards._replace(grads=[])).grads.extend(shards.grads)
+    if not groups:
+        return torch.zeros(())
+    squares = [_squared_norm(group) for group in groups.values()]
+    norm = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+    if max_norm is not None:
+        # Clamped instead of compared, as torch's own clipping does: a comparison would stall the device.
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for group in groups.values():
+            torch._foreach_mul_(group.grads, scale.to(group.grads[0].device))
+    return norm
+
+
+def _shards(grad: Tensor) -> _Shards:
+    if not isinstance(grad, DTensor):
+        return _Shards([], grad.device.type, [grad])
+    mesh = grad.device_mesh
+    assert not any(place.is_partial() for place in grad.placements), "a gradient not reduced yet has no norm"
+    split = [i for i, place in enumerate(grad.placements) if not place.is_replicate() and mesh.size(i) > 1]
+    return _Shards([mesh.get_group(i) for i in split], mesh.device_type, [grad.to_local()])
+
+
+def _squared_norm(group: _Shards) -> Tensor:
+    """() squared L2 norm of the group's full gradients, at least float32."""
+    norms = torch.stack(torch._foreach_norm(group.grads, 2.0))
+    total = norms.to(torch.promote_types(norms.dtype, torch.float32)).square().sum()
+    for axis in group.axes:
+        total = total.to(group.device_type)  # gradients offloaded to the CPU: NCCL wants theirs on the GPU
+        dist.all_reduce(total, group=axis)
+    return total

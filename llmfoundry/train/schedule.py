@@ -1,0 +1,166 @@
+"""Learning-rate schedules: the factor on the learning rate as a pure function of the completed steps.
+
+Nothing is stored, so a resumed run needs the step and no more. Names and keys are Composer's and LLM
+Foundry's, and so are the curves: with a warm-up, the very first step has factor 0. `wsd`
+(warmup-stable-decay) is new.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+
+from llmfoundry.config import Choice
+from llmfoundry.train.duration import Duration, Timeline
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A linear warm-up from 0 over `warmup` steps, then `shape`."""
+
+    warmup: int
+    shape: Callable[[int], float]
+
+    def multiplier(self, step: int) -> float:
+        """The factor on the learning rate of the step that follows `step` completed steps."""
+        if step < self.warmup:
+            return step / self.warmup * self.shape(self.warmup)
+        return self.shape(step)
+
+
+class SchedulerConfig(Choice, tag="name"):
+    """Family root: `scheduler: {name: cosine_with_warmup, t_warmup: 100ba, alpha_f: 0.1}`."""
+
+    name: str
+    t_warmup: Duration = Duration.parse("0ba")
+    t_max: Duration = Duration.parse("1dur")
+
+    def build(self, timeline: Timeline) -> Schedule:
+        """The schedule of a run.
+
+        Raises:
+            ValueError: the parts (`t_warmup`, a decay or cool-down) are longer than `t_max`.
+        """
+        raise NotImplementedError
+
+    def _warmup_and_end(self, timeline: Timeline) -> tuple[int, int]:
+        warmup, end = timeline.steps(self.t_warmup), timeline.steps(self.t_max)
+        if warmup > end:
+            raise ValueError(
+                f"scheduler.t_warmup={self.t_warmup} is {warmup} steps, more than the {end} of "
+                f"t_max={self.t_max}; shorten the warm-up or train for longer"
+            )
+        return warmup, end
+
+
+class ConstantConfig(SchedulerConfig, names=("constant_with_warmup",)):
+    """Warm-up to `alpha`, then constant."""
+
+    alpha: float = Field(1.0, ge=0)
+
+    def build(self, timeline: Timeline) -> Schedule:
+        warmup, _ = self._warmup_and_end(timeline)
+        return Schedule(warmup, lambda step: self.alpha)
+
+
+class LinearConfig(SchedulerConfig, names=("linear_decay_with_warmup",)):
+    """Warm-up to `alpha_i`, then a straight line to `alpha_f` at `t_max`."""
+
+    alpha_i: float = Field(1.0, ge=0)
+    alpha_f: float = Field(0.0, ge=0)
+
+    def build(self, timeline: Timeline) -> Schedule:
+        warmup, end = self._warmup_and_end(timeline)
+        return Schedule(
+            warmup, lambda step: self.alpha_i + (self.alpha_f - self.alpha_i) * _part(step, warmup, end)
+        )
+
+
+class CosineConfig(SchedulerConfig, names=("cosine_with_warmup",)):
+    """Warm-up to 1, then half a cosine down to `alpha_f` at `t_max`.
+
+    Source: Loshchilov & Hutter 2016, SGDR, arXiv:1608.03983.
+    """
+
+    alpha_f: float = Field(0.0, ge=0)
+
+    def build(self, timeline: Timeline) -> Schedule:
+        warmup, end = self._warmup_and_end(timeline)
+
+        def shape(step: int) -> float:
+            return self.alpha_f + (1 - self.alpha_f) * (1 + math.cos(math.pi * _part(step, warmup, end))) / 2
+
+        return Schedule(warmup, shape)
+
+
+class InverseSquareRootConfig(SchedulerConfig, names=("inv_sqrt_with_warmup",)):
+    """Warm-up to 1, then `alpha_f_decay + (1 - alpha_f_decay) / sqrt((t - t_warmup + t_scale) / t_scale)`.
+
+    The last `t_cooldown` before `t_max` is a straight line from there to `alpha_f_cooldown`.
+    """
+
+    t_scale: Duration
+    t_cooldown: Duration = Duration.parse("0ba")
+    alpha_f_decay: float = Field(0.0, ge=0)
+    alpha_f_cooldown: float = Field(0.0, ge=0)
+
+    def build(self, timeline: Timeline) -> Schedule:
+        warmup, end = self._warmup_and_end(timeline)
+        scale = timeline.steps(self.t_scale)
+        if scale < 1:
+            raise ValueError(f"scheduler.t_scale={self.t_scale} is no step; write at least 1ba")
+        start = _tail_start("t_cooldown", self.t_cooldown, timeline, warmup, end)
+
+        def decay(step: int) -> float:
+            return self.alpha_f_decay + (1 - self.alpha_f_decay) / math.sqrt((step - warmup + scale) / scale)
+
+        def shape(step: int) -> float:
+            if step < start or start == end:
+                return decay(step)
+            top = decay(start)
+            return top + (self.alpha_f_cooldown - top) * _part(step, start, end)
+
+        return Schedule(warmup, shape)
+
+
+class WarmupStableDecayConfig(SchedulerConfig, names=("wsd",)):
+    """Warm-up to 1, constant, then down to `alpha_f` over the last `t_decay` before `t_max`.
+
+    `decay` is the shape of the way down: a straight line, or one minus the square root of the part gone
+    (Haegele et al. 2024, arXiv:2405.18392: the better of the two there).
+    """
+
+    t_decay: Duration
+    alpha_f: float = Field(0.0, ge=0)
+    decay: Literal["linear", "1-sqrt"] = "linear"
+
+    def build(self, timeline: Timeline) -> Schedule:
+        warmup, end = self._warmup_and_end(timeline)
+        start = _tail_start("t_decay", self.t_decay, timeline, warmup, end)
+
+        def shape(step: int) -> float:
+            if step <= start:
+                return 1.0
+            gone = _part(step, start, end)
+            down = gone if self.decay == "linear" else math.sqrt(gone)
+            return 1.0 + (self.alpha_f - 1.0) * down
+
+        return Schedule(warmup, shape)
+
+
+def _part(step: int, start: int, end: int) -> float:
+    """How far `step` is from `start` (0) to `end` (1), staying at 1 after it."""
+    return min(1.0, max(0, step - start) / (end - start)) if end > start else 1.0
+
+
+def _tail_start(key: str, tail: Duration, timeline: Timeline, warmup: int, end: int) -> int:
+    steps = timeline.steps(tail)
+    if warmup + steps > end:
+        raise ValueError(
+            f"scheduler.{key}={tail} is {steps} steps; with {warmup} of warm-up more than the {end} of t_max"
+        )
+    return end - steps

@@ -1,0 +1,184 @@
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from llmfoundry.config import Config, ConfigError, check
+from llmfoundry.train.optim import OptimizerConfig, clip_by_global_norm, decays, set_learning_rate
+
+
+class Block(Config):
+    optimizer: OptimizerConfig
+
+
+class Tiny(nn.Module):
+    """One of each kind of parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(7, 4)
+        self.norm_1 = nn.LayerNorm(4)
+        self.linear = nn.Linear(4, 4)
+        self.w1 = nn.Parameter(torch.randn(3, 8, 4))
+        self.b1 = nn.Parameter(torch.randn(3, 8))
+
+    def with_gradients(self, seed: int = 3) -> "Tiny":
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        return self
+
+
+def build(model: nn.Module, **settings: object) -> torch.optim.Optimizer:
+    return check(Block, {"optimizer": settings}).optimizer.build(model)
+
+
+def test_weight_decay_is_for_matrices_only() -> None:
+    decayed = {name for name, p in Tiny().named_parameters() if decays(name, p)}
+    assert decayed == {"wte.weight", "linear.weight", "w1"}
+    assert not decays("wte.weight", torch.zeros(7, 4), embeddings=False)
+    assert not decays("blocks.0.attn.q_norm.weight", torch.zeros(2, 4))
+    assert not decays("blocks.0.ffn.experts.b2", torch.zeros(3, 4))
+
+
+def test_decoupled_adamw_decays_by_the_share_of_the_initial_learning_rate() -> None:
+    model, lr, decay = Tiny(), 1.0e-3, 0.25
+    with torch.no_grad():
+        before = {name: p.clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # no gradient: only the decay moves weights
+    optimizer = build(model, name="decoupled_adamw", lr=lr, weight_decay=decay)
+    set_learning_rate(optimizer, 0.5)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        factor = 1 - 0.5 * decay if decays(name, parameter) else 1.0
+        torch.testing.assert_close(parameter, before[name] * factor)
+
+
+def test_adamw_decays_by_the_learning_rate() -> None:
+    model = Tiny()
+    before = model.linear.weight.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    build(model, name="adamw", lr=0.1, weight_decay=0.5).step()
+    torch.testing.assert_close(model.linear.weight.detach(), before * (1 - 0.1 * 0.5))
+
+
+def test_adamw_equals_the_textbook_formula() -> None:
+    model = Tiny().double()
+    lr, (b1, b2), eps, decay = 1.0e-2, (0.9, 0.95), 1.0e-8, 0.1
+    weight = model.linear.weight.detach().clone()
+    m, v = torch.zeros_like(weight), torch.zeros_like(weight)
+    optimizer = build(model, name="adamw", lr=lr, weight_decay=decay)
+    for t in range(1, 6):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, dtype=torch.float64)
+        g = model.linear.weight.grad
+        assert g is not None
+        optimizer.step()
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+        weight = weight * (1 - lr * decay) - lr * (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + eps)
+    torch.testing.assert_close(model.linear.weight.detach(), weight, rtol=1e-12, atol=1e-14)
+
+
+def test_the_learning_rate_is_always_a_share_of_the_initial_one() -> None:
+    optimizer = build(Tiny(), name="adamw", lr=0.1)
+    set_learning_rate(optimizer, 0.0)
+    assert set_learning_rate(optimizer, 0.5) == pytest.approx(0.05)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.05}
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [({"name": "adamw", "lr": 0.0}, "optimizer.lr"),
+     ({"name": "adamw", "lr": 1.0, "betas": [0.9]}, "optimizer.betas"),
+     ({"name": "adamw", "lr": 1.0, "betas": [0.9, 1.0]}, "optimizer.betas.1"),
+     ({"name": "adamw", "lr": 1.0, "momentum": 0.9}, "optimizer.momentum: unknown key"),
+     ({"name": "adam_w", "lr": 1.0}, "did you mean 'adamw'")],
+)  # fmt: skip
+def test_a_bad_setting_is_named(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(Tiny(), **settings)
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1000.0])
+def test_clipping_equals_torchs(max_norm: float) -> None:
+    ours = Tiny().with_gradients()
+    theirs = copy.deepcopy(ours).with_gradients()
+    expected = nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)
+    torch.testing.assert_close(clip_by_global_norm(ours.parameters(), max_norm), expected)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_without_a_limit_the_norm_is_measured_and_nothing_changes() -> None:
+    model = Tiny().with_gradients()
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    norm = clip_by_global_norm(model.parameters(), None)
+    torch.testing.assert_close(norm, torch.cat([g.flatten() for g in before]).norm())
+    assert all(
+        torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True) if p.grad is not None
+    )
+
+
+def test_the_norm_of_a_gradient_that_is_not_finite_is_not_finite() -> None:
+    model = Tiny().with_gradients()
+    assert model.b1.grad is not None
+    model.b1.grad[0, 0] = float("nan")
+    assert not clip_by_global_norm(model.parameters(), 1.0).isfinite()
+
+
+def test_half_precision_gradients_are_summed_in_float32() -> None:
+    parameter = nn.Parameter(torch.zeros(4096, dtype=torch.bfloat16))
+    parameter.grad = torch.ones_like(parameter)
+    other = nn.Parameter(torch.zeros(1))
+    other.grad = torch.ones(1)
+    norm = clip_by_global_norm([parameter, other, nn.Parameter(torch.zeros(1))], None)
+    assert norm.dtype == torch.float32
+    torch.testing.assert_close(norm, torch.tensor(4097.0).sqrt())
+
+
+def _same_update_on_two_ranks(rank: int, store: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    torch.manual_seed(5)
+    plain = Tiny().with_gradients()
+    dense = init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
+    hybrid = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    sparse = init_device_mesh("cpu", (1, 2), mesh_dim_names=("expert_shard", "expert"))
+    layout = {
+        "wte.weight": (dense, [Shard(0)]),  # 7 rows on 2 ranks: uneven
+        "norm_1.weight": (hybrid, [Replicate(), Shard(0)]),
+        "linear.weight": (dense, [Replicate()]),
+        "w1": (sparse, [Shard(0), Shard(0)]),
+        "b1": (sparse, [Shard(1), Shard(0)]),
+    }
+    spread = copy.deepcopy(plain)
+    for name, parameter in plain.named_parameters():
+        if name in layout:
+            module, _, attribute = name.rpartition(".")
+            split = nn.Parameter(distribute_tensor(parameter.detach().clone(), *layout[name]))
+            assert parameter.grad is not None
+            split.grad = distribute_tensor(parameter.grad.clone(), *layout[name])
+            setattr(spread.get_submodule(module), attribute, split)
+        else:
+            spread.get_parameter(name).grad = None if parameter.grad is None else parameter.grad.clone()
+    expected = clip_by_global_norm(plain.parameters(), 0.1)
+    torch.testing.assert_close(clip_by_global_norm(spread.parameters(), 0.1), expected)
+    for model in (plain, spread):
+        build(model, name="adamw", lr=0.1).step()
+    for name, parameter in spread.named_parameters():
+        full = parameter.full_tensor() if name in layout else parameter
+        torch.testing.assert_close(full, plain.get_parameter(name))
+    dist.destroy_process_group()
+
+
+@pytest.mark.dist
+def test_clipping_and_update_over_mixed_meshes_equal_one_process(tmp_path: Path) -> None:
+    mp.spawn(_same_update_on_two_ranks, (str(tmp_path / "store"),), nprocs=2)
