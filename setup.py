@@ -27,7 +27,9 @@ setup(
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",
+        "filelock>=3.12",
         "omegaconf>=2.3",
+        "pyyaml>=6.0",
         "pydantic>=2.7",
         "transformers>=5.0",
         "tokenizers>=0.22",
