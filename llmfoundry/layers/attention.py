@@ -1,15 +1,17 @@
 """Causal self-attention: grouped queries, rotary positions, windows, documents, and the key-value cache.
 
-Shapes: B rows, S sequence (queries of this call), P keys seen (P = S without a cache), D d_model, H query heads,
-G kv heads, C head_dim.
-The mask is built once per forward by the model (`attention_mask`) and shared by all layers with the same window. It
-is None where plain causal attention (or one query that sees everything) needs none: torch's fused kernels are
-fastest then. Otherwise it is a FlexAttention `BlockMask` on CUDA and a boolean tensor elsewhere.
+Shapes: B rows, S sequence (queries of this call), P keys seen (P = S without a cache), D d_model, H query
+heads, G kv heads, C head_dim. The mask is built once per forward by the model (`attention_mask`) and shared
+by all layers with the same window. It is None where plain causal attention (or one query that sees
+everything) needs none: torch's fused kernels are fastest then. Otherwise it is a FlexAttention `BlockMask` on
+CUDA and a boolean tensor elsewhere.
 """
 
 from __future__ import annotations
 
-from typing import Literal, Self
+import functools
+from collections.abc import Callable
+from typing import Literal, ParamSpec, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +23,16 @@ from llmfoundry.config import Choice
 from llmfoundry.layers.norm import NormConfig
 from llmfoundry.layers.rope import NoScaling, Rope, RopeScaling, rotate
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Mask = Tensor | BlockMask | None
 FULL = -1  # the window that sees every earlier token
 
-_flex_attention = torch.compile(flex_attention)
-_create_block_mask = torch.compile(create_block_mask)  # uncompiled it would hold all (B, S, S) entries
+
+@functools.cache
+def _compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Compile at first use: doing so at import would cost every command seconds."""
+    return torch.compile(function)
 
 
 class KVCache:
@@ -63,15 +70,15 @@ class KVCache:
 
 
 class AttentionConfig(Choice, tag="attn_type"):
-    """Root of the attention family: `attn_config` in the YAML. The keys here are those that the model itself reads."""
+    """Root of the attention family: `attn_config` in the YAML. Its own keys are the model's concern."""
 
     attn_type: str = "multihead_attention"
     attn_impl: Literal["auto", "sdpa", "flex"] = "auto"
     rope: bool = False
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling = NoScaling()
-    # Earlier tokens that a token sees beside itself, as in LLM Foundry; -1: all. `transformers` counts the token
-    # too: its sliding_window is this plus 1.
+    # Earlier tokens that a token sees beside itself, as in LLM Foundry; -1: all. `transformers` counts the
+    # token too: its sliding_window is this plus 1.
     sliding_window_size: int = Field(FULL, ge=FULL)
     attn_uses_sequence_id: bool = False  # a token sees its own document only
     bias: bool | None = None  # of the projection in; None: as the model's no_bias says
@@ -100,7 +107,7 @@ class AttentionConfig(Choice, tag="attn_type"):
         raise NotImplementedError
 
     def score_dims(self, d_model: int, n_heads: int) -> int:
-        """Multiply-adds of one query with one key, all heads: half for the score, half for the value, times 2."""
+        """Dims of score and of value, averaged, over all heads: the cost of one query meeting one key."""
         raise NotImplementedError
 
     def build(self, d_model: int, n_heads: int, norm: NormConfig) -> nn.Module:
@@ -133,7 +140,9 @@ class GroupedQueryConfig(
         if self.qk_norm and self.qk_ln:
             raise ValueError("qk_norm (each head) and qk_ln (all heads) exclude each other; keep one")
         if self.head_dim is None and d_model % n_heads:
-            raise ValueError(f"d_model={d_model} is not divisible by n_heads={n_heads}; change one or set head_dim")
+            raise ValueError(
+                f"d_model={d_model} is not divisible by n_heads={n_heads}; change one or set head_dim"
+            )
         if self.attn_type == "grouped_query_attention":
             if self.kv_n_heads is None:
                 raise ValueError("attn_type=grouped_query_attention needs kv_n_heads")
@@ -251,7 +260,8 @@ class Attention(nn.Module):
         def softcap(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return cap * torch.tanh(score / cap)
 
-        y, aux = _flex_attention(
+        attend = flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)
+        y, aux = attend(
             q, k, v,
             score_mod=None if cap is None else softcap,
             block_mask=mask,
@@ -324,9 +334,9 @@ def attention_mask(
     if config.attn_impl == "flex" and device.type != "cuda":
         raise ValueError(f"attn_config.attn_impl=flex needs a CUDA device, found {device.type}; use auto")
     windowed = window != FULL and window < offset + n_queries - 1
-    if n_queries == 1 and not windowed:
-        return None
-    if not windowed and sequence_ids is None and offset == 0 and not config.needs_scores and config.attn_impl != "flex":
+    plain = not windowed and sequence_ids is None
+    fused = config.attn_impl != "flex" and not config.needs_scores
+    if plain and (n_queries == 1 or (offset == 0 and fused)):
         return None
     if device.type == "cuda" and config.attn_impl != "sdpa" and offset == 0:
         return _block_mask(window if windowed else n_queries, n_queries, sequence_ids, device)
@@ -349,6 +359,7 @@ def _block_mask(window: int, length: int, sequence_ids: Tensor | None, device: t
         assert sequence_ids is not None
         return (j <= i) & (i - j <= window) & (sequence_ids[b, i] == sequence_ids[b, j])
 
+    create = _compiled(create_block_mask)  # uncompiled it would hold all (B, S, S) entries
     if sequence_ids is None:
-        return _create_block_mask(near, None, None, length, length, device=device)
-    return _create_block_mask(near_in_document, len(sequence_ids), None, length, length, device=device)
+        return create(near, None, None, length, length, device=device)
+    return create(near_in_document, len(sequence_ids), None, length, length, device=device)

@@ -1,14 +1,15 @@
 """Feed-forward blocks: the dense ones, and the face that every other kind has.
 
 Shapes: B rows, S sequence, T = B*S tokens, D d_model, F ffn hidden size, E experts.
-An `ffn_type` is one config class and one module. A mixture of experts is just another one: it registers itself by
-subclassing `FFNConfig` (in moe/layer.py) and returns its router's statistics beside its output.
+An `ffn_type` is one config class and one module. A mixture of experts is just another one: it registers
+itself by subclassing `FFNConfig` (in moe/layer.py) and returns its router's statistics beside its output.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar, Literal, NamedTuple, Self
 
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from llmfoundry.config import Choice, Config
@@ -18,8 +19,8 @@ from llmfoundry.kernels.activations import ACTIVATIONS, glu
 class RouterStats(NamedTuple):
     """What the balance losses and the monitors need of one call of a router.
 
-    All float32 and all SUMS over the tokens of the call, so they add up over microbatches and ranks. The model stacks
-    them over its MoE layers: (Lm, E), (Lm, E), (Lm,), (Lm,).
+    All float32 and all SUMS over the tokens of the call, so they add up over microbatches and ranks. The
+    model stacks them over its MoE layers: (Lm, E), (Lm, E), (Lm,), (Lm,).
     """
 
     load: Tensor  # (E,) slots routed to each expert; no gradient
@@ -38,7 +39,7 @@ class FFNOutput(NamedTuple):
 class Activation(Config):
     """`ffn_act_fn`, in LLM Foundry's words: `{name: gelu, approximate: tanh}`."""
 
-    name: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "gelu"
+    name: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oss"] = "gelu"
     approximate: Literal["none", "tanh"] = "none"  # gelu only
 
     @property
@@ -50,7 +51,8 @@ class Activation(Config):
 class FFNConfig(Choice, tag="ffn_type"):
     """Root of the feed-forward family: `ffn_config` in the YAML.
 
-    `ffn_hidden_size` and `bias` may be left out: the model fills them in (`filled`) before it counts or builds.
+    `ffn_hidden_size` and `bias` may be left out: the model fills them in (`filled`) before it counts or
+    builds.
     """
 
     ffn_type: str = "mptmlp"
@@ -89,11 +91,17 @@ class MLPConfig(FFNConfig, names=("mptmlp", "mlp")):
 
     gated: ClassVar[bool] = False
 
+    @model_validator(mode="after")
+    def _check_activation(self) -> Self:
+        if not self.gated and self.ffn_act_fn.key not in ACTIVATIONS:
+            raise ValueError(f"ffn_act_fn.name={self.ffn_act_fn.name} needs a gated block: mptglu")
+        return self
+
     @property
     def hidden_size(self) -> int:
         """F, once filled in."""
         if self.ffn_hidden_size is None:
-            raise ValueError("ffn_hidden_size is not set: take the config from `ModelConfig.ffn(layer)` or `filled`")
+            raise ValueError("ffn_hidden_size is not set; take the config from the model's `ffn(layer)`")
         return self.ffn_hidden_size
 
     @property

@@ -13,15 +13,17 @@ from torch import Tensor, nn
 
 from llmfoundry.config import Config
 
+NormType = Literal["rmsnorm", "layernorm", "low_precision_rmsnorm", "low_precision_layernorm"]
+
 
 class NormConfig(Config):
     """Which normalisation; `ModelConfig.norm` makes it from the model's keys.
 
-    LLM Foundry's low_precision_* spellings are accepted and mean the same: statistics are float32 and the output has
-    the input's dtype in any case.
+    LLM Foundry's low_precision_* spellings are accepted and mean the same: statistics are float32 and the
+    output has the input's dtype in any case.
     """
 
-    norm_type: Literal["rmsnorm", "layernorm", "low_precision_rmsnorm", "low_precision_layernorm"] = "layernorm"
+    norm_type: NormType = "layernorm"
     eps: float = 1e-5
     bias: bool = True  # LayerNorm only
 

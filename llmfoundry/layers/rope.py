@@ -1,8 +1,9 @@
 """Rotary position embedding, rotate-half convention, with the scalings that long-context models use.
 
 Shapes: B rows, S sequence, N heads of any kind, C head_dim.
-The tables are computed from the positions once per forward, in float32, by the same sequence of operations as in
-`transformers`, so that a converted checkpoint sees the same bits. Nothing is stored: no buffers, no longest length.
+The tables are computed from the positions once per forward, in float32, by the same sequence of operations as
+in `transformers`, so that a converted checkpoint sees the same bits. Nothing is stored: no buffers, no
+longest length.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class Llama3Scaling(RopeScaling, names=("llama3",)):
 
 
 class YarnScaling(RopeScaling, names=("yarn",)):
-    """Dims that turn rarely are interpolated, those that turn often kept (Peng et al. 2023, arXiv:2309.00071)."""
+    """Dims that turn rarely are interpolated, others kept (Peng et al. 2023, arXiv:2309.00071)."""
 
     factor: float
     original_max_position_embeddings: int
@@ -108,7 +109,8 @@ class YarnScaling(RopeScaling, names=("yarn",)):
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale and self.mscale_all_dim:
-            return _yarn_magnitude(self.factor, self.mscale) / _yarn_magnitude(self.factor, self.mscale_all_dim)
+            all_dims = _yarn_magnitude(self.factor, self.mscale_all_dim)
+            return _yarn_magnitude(self.factor, self.mscale) / all_dims
         return _yarn_magnitude(self.factor, 1.0)
 
     def inv_freq(self, theta: float, dim: int, device: torch.device) -> Tensor:

@@ -1,0 +1,183 @@
+"""Cross-entropy of a linear head, a chunk of tokens at a time: the (T, V) logits are never all alive.
+
+Shapes: T tokens, D d_model, V vocab, N tokens of one chunk.
+Each chunk's logits are made, turned into the loss and, in place of a saved graph, into the gradients of
+hidden states and weight at once; backward only scales those. Three matrix products in all, as without chunks,
+and nothing is recomputed. `cross_entropy_reference` is the plain operation.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # CPU builds of torch come without it
+    triton = None
+
+IGNORE = -100
+# Logits of one chunk. GPU: 2^27 float32 = 512 MiB, at V = 50k 2684 tokens, enough to fill the machine in each
+# product. CPU: 2^20 float32 = 4 MiB stay in the last-level cache from the product to the softmax and back.
+_CHUNK_LOGITS = {"cuda": 2**27, "cpu": 2**20}
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
+    """Sum over tokens of the negative log-likelihood of `labels` under `softmax(x @ weight.T)`.
+
+    Args:
+        x: (T, D).
+        weight: (V, D), in the dtype of `x`.
+        labels: (T,) int64; tokens with -100 do not count.
+        softcap: logits become `softcap * tanh(logit / softcap)`.
+
+    Returns:
+        () nats, float32 (float64 for float64 inputs).
+    """
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(x, weight, labels, softcap, needs_grad)
+
+
+def cross_entropy_reference(
+    x: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None
+) -> Tensor:
+    """The same value and gradients from one (T, V) matrix of logits."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    logits = x.to(dtype) @ weight.to(dtype).T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        softcap: float | None,
+        needs_grad: bool,
+    ) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        total = x.new_zeros((), dtype=dtype)
+        dx = torch.empty_like(x, dtype=dtype) if needs_grad else None
+        dw = torch.zeros_like(weight, dtype=dtype) if needs_grad else None
+        n_chunks = max(1, -(-x.shape[0] * weight.shape[0] // _CHUNK_LOGITS.get(x.device.type, 2**20)))
+        rows = max(1, -(-x.shape[0] // n_chunks))
+        for start in range(0, x.shape[0], rows):
+            chunk = slice(start, min(start + rows, x.shape[0]))
+            logits = _product(x[chunk], weight.T, dtype)  # (N, V)
+            capped = None
+            if softcap is not None:
+                logits = capped = softcap * torch.tanh(logits / softcap)
+            loss, dlogits = _softmax_loss(logits, labels[chunk], x.dtype, needs_grad)
+            total += loss.sum()
+            if dx is None or dw is None or dlogits is None:
+                continue
+            if capped is not None:
+                dlogits = (dlogits * (1 - (capped / softcap) ** 2)).to(x.dtype)
+            dx[chunk] = _product(dlogits, weight, dtype)
+            _add_product(dw, dlogits.T, x[chunk])
+        ctx.save_for_backward(dx, dw)
+        ctx.dtypes = (x.dtype, weight.dtype)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dw = ctx.saved_tensors
+        grad_x = (dx * grad).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
+        grad_w = (dw * grad).to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_w, None, None, None
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """`a @ b` with the result in `dtype`, not rounded to the operands' on the way."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """`total += a @ b` in the dtype of `total`."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += _product(a, b, total.dtype)
+
+
+def _softmax_loss(
+    logits: Tensor, labels: Tensor, dtype: torch.dtype, needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Loss of each token, (N,), and its gradient by the logits, (N, V) in `dtype`."""
+    if logits.is_cuda and triton is not None and logits.dtype == torch.float32:
+        return _softmax_loss_triton(logits, labels, dtype, needs_grad)
+    counts = labels != IGNORE
+    index = labels.where(counts, 0).unsqueeze(1)
+    log_p = torch.log_softmax(logits, dim=-1)
+    loss = -log_p.gather(1, index).squeeze(1) * counts
+    if not needs_grad:
+        return loss, None
+    gradient = log_p.exp_()
+    gradient.scatter_add_(1, index, -torch.ones_like(loss).unsqueeze(1))
+    return loss, (gradient.mul_(counts.unsqueeze(1))).to(dtype)
+
+
+def _softmax_loss_triton(
+    logits: Tensor, labels: Tensor, dtype: torch.dtype, needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    n, vocab = logits.shape
+    loss = torch.empty(n, dtype=torch.float32, device=logits.device)
+    gradient = torch.empty_like(logits, dtype=dtype) if needs_grad else logits
+    if n:
+        block = min(8192, triton.next_power_of_2(vocab))
+        _softmax_loss_kernel[(n,)](
+            logits, labels, loss, gradient, vocab, IGNORE, needs_grad, block, num_warps=16
+        )
+    return loss, gradient if needs_grad else None
+
+
+if triton is not None:
+
+    @triton.jit
+    def _softmax_loss_kernel(
+        logits,
+        labels,
+        loss,
+        gradient,
+        vocab,
+        IGNORE: tl.constexpr,
+        NEEDS_GRAD: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        """One program a token: a pass over its logits for max and sum, and one (from L2) for the gradient."""
+        row = tl.program_id(0)
+        base = row.to(tl.int64) * vocab
+        label = tl.load(labels + row)
+        columns = tl.arange(0, BLOCK)
+        top = tl.full((BLOCK,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, vocab, BLOCK):
+            z = tl.load(logits + base + start + columns, start + columns < vocab, float("-inf"))
+            higher = tl.maximum(top, z)
+            # A lane that has seen nothing but padding holds -inf: keep exp(-inf - -inf) out of the sum.
+            total = tl.where(higher == float("-inf"), 0.0, total * tl.exp(top - higher) + tl.exp(z - higher))
+            top = higher
+        peak = tl.max(top)
+        total = tl.sum(tl.where(top == float("-inf"), 0.0, total * tl.exp(top - peak)))
+        logsumexp = peak + tl.log(total)
+        counts = label != IGNORE
+        # A label outside the vocabulary shows as NaN instead of reading another row.
+        z = tl.load(logits + base + label, (label >= 0) & (label < vocab), float("nan"))
+        tl.store(loss + row, tl.where(counts, logsumexp - z, 0.0))
+        if NEEDS_GRAD:
+            for start in range(0, vocab, BLOCK):
+                at = start + columns
+                z = tl.load(logits + base + at, at < vocab, float("-inf"))
+                g = tl.where(counts, tl.exp(z - logsumexp) - tl.where(at == label, 1.0, 0.0), 0.0)
+                tl.store(gradient + base + at, g, at < vocab)
