@@ -1,0 +1,90 @@
+"""Every YAML that is shipped: it parses, has the published size, builds, and trains when shrunk."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from llmfoundry.config import check, load_yaml
+from llmfoundry.train.config import RunConfig
+
+YAMLS = sorted((Path(__file__).resolve().parents[1] / "yamls").glob("*.yaml"))
+each_yaml = pytest.mark.parametrize("path", YAMLS, ids=[path.stem for path in YAMLS])
+
+# All and active parameters as their authors give them, in billions and to the digits given.
+PUBLISHED = {
+    "olmoe-1b-7b": ("6.9", "1.3"),
+    "mixtral-8x7b": ("46.7", "12.9"),
+    "qwen3-30b-a3b": ("30.5", "3.3"),
+    "dbrx-132b": ("132", "36"),
+}
+# The same architectures in the words of `transformers`.
+THEIRS = {
+    "olmoe-1b-7b": {
+        "model_type": "olmoe", "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
+        "vocab_size": 50304,
+    },
+    "mixtral-8x7b": {
+        "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
+        "vocab_size": 32000,
+    },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe", "hidden_size": 2048, "moe_intermediate_size": 768, "num_hidden_layers": 48,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+        "num_experts_per_tok": 8, "vocab_size": 151936,
+    },
+    "dbrx-132b": {
+        "model_type": "dbrx", "d_model": 6144, "n_layers": 40, "n_heads": 48, "max_seq_len": 32768,
+        "vocab_size": 100352, "attn_config": {"kv_n_heads": 8, "clip_qkv": 8.0, "rope_theta": 500000.0},
+        "ffn_config": {"hidden_size": 6144, "ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
+    },
+}  # fmt: skip
+
+
+@each_yaml
+def test_parses(path: Path) -> None:
+    check(RunConfig, load_yaml(path))
+
+
+@each_yaml
+def test_first_line_says_what_it_is(path: Path) -> None:
+    assert path.read_text(encoding="utf-8").startswith("# ")
+
+
+@each_yaml
+def test_builds_on_meta_and_counts_as_built(path: Path) -> None:
+    config = check(RunConfig, load_yaml(path)).model
+    with torch.device("meta"):
+        model = config.build()
+    assert sum(p.numel() for p in model.parameters()) == config.n_params()
+    assert config.n_active_params() <= config.n_params()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_size_is_the_published_one(name: str) -> None:
+    config = check(RunConfig, load_yaml(_path(name))).model
+    for count, published in zip((config.n_params(), config.n_active_params()), PUBLISHED[name], strict=True):
+        digits = len(published.partition(".")[2])
+        assert f"{count / 1e9:.{digits}f}" == published
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_size_is_that_of_transformers(name: str) -> None:
+    config = check(RunConfig, load_yaml(_path(name))).model
+    words = dict(THEIRS[name])
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(words.pop("model_type"), **words))
+    assert config.n_params() == sum(p.numel() for p in theirs.parameters())
+
+
+def test_dense_and_moe_differ_in_one_block_of_the_model() -> None:
+    dense, moe = load_yaml(_path("dense")), load_yaml(_path("moe"))
+    assert {key for key in dense if dense[key] != moe[key]} == {"model", "save_folder"}
+    assert {key for key in dense["model"] if dense["model"][key] != moe["model"][key]} == {"ffn_config"}
+
+
+def _path(name: str) -> Path:
+    return next(path for path in YAMLS if path.stem == name)
