@@ -1,46 +1,127 @@
-"""Activations of the feed-forward blocks, plain and gated.
+"""Activations of feed-forward blocks, plain and gated, and the derivatives that hand-written backwards need.
 
-Shapes: F ffn hidden size; `...` any leading shape.
+Shapes: M rows, F ffn hidden size; `...` any leading dims. A gated block's pre-activation is `[gate; up]`.
+Everything computes in float32 (float64 for float64 input) and rounds once, to the dtype of its input.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-def _relu2(x: Tensor) -> Tensor:
-    return F.relu(x).square()
+SWIGLU_OSS_ALPHA = 1.702  # gpt-oss: gate * sigmoid(1.702 gate) * (up + 1)
+SWIGLU_OSS_LIMIT = 7.0  # its clamp when none is given
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": _gelu_tanh,
-    "relu": F.relu,
-    "relu2": _relu2,
+class Scalar(NamedTuple):
+    """An elementwise function and its derivative times an incoming gradient."""
+
+    value: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]  # (gradient of value(x), x) -> gradient of x
+
+
+def _swish_oss(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(SWIGLU_OSS_ALPHA * x)
+
+
+def _swish_oss_backward(grad: Tensor, x: Tensor) -> Tensor:
+    s = torch.sigmoid(SWIGLU_OSS_ALPHA * x)
+    return grad * s * (1 + SWIGLU_OSS_ALPHA * x * (1 - s))
+
+
+# Torch's own compute in float32 inside. `swiglu_oss` here is what gates in gpt-oss' unit.
+_SCALARS: dict[str, Scalar] = {
+    "silu": Scalar(F.silu, torch.ops.aten.silu_backward),
+    "gelu": Scalar(F.gelu, torch.ops.aten.gelu_backward),
+    "gelu_tanh": Scalar(
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
+    ),
+    "relu": Scalar(F.relu, lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0)),
+    "relu2": Scalar(lambda x: F.relu(x).square(), lambda grad, x: 2 * grad * F.relu(x)),
+    "swiglu_oss": Scalar(_swish_oss, _swish_oss_backward),
 }
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for float64: no path may lower the precision of a float64 parity test."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+# What a YAML may name for a block without a gate.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    name: _SCALARS[name].value for name in ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+}
+# What it may name for a gated one: `swiglu_oss`, gpt-oss' clamped unit, has no plain form.
+GLU_ACTIVATIONS: tuple[str, ...] = tuple(_SCALARS)
+
+
+def clamp_limit(activation: str, limit: float | None) -> float | None:
+    """The clamp that holds: the one given, or gpt-oss' own for its unit, or none."""
+    return SWIGLU_OSS_LIMIT if limit is None and activation == "swiglu_oss" else limit
+
+
+def _gate_and_up(h: Tensor, activation: str, limit: float | None) -> tuple[Tensor, Tensor]:
+    """What enters the product: (gate, up), each (..., F) in float32, clamped, up shifted by gpt-oss' 1."""
+    gate, up = h.to(accumulation_dtype(h.dtype)).chunk(2, dim=-1)
+    limit = clamp_limit(activation, limit)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate, up + 1 if activation == "swiglu_oss" else up
+
+
 def glu(h: Tensor, activation: str, limit: float | None = None) -> Tensor:
-    """`act(gate) * up`, computed in float32 (float64 stays) and rounded once.
+    """The gated unit `act(gate) * up`.
 
     Args:
-        h: (..., 2F), the gate's half first.
-        activation: a name in `ACTIVATIONS`.
-        limit: clamp gate to at most `limit` and up to [-limit, limit], or None.
+        h: (..., 2F), gate then up.
+        activation: one of `GLU_ACTIVATIONS`. `swiglu_oss` is `gate * sigmoid(1.702 gate) * (up + 1)`.
+        limit: clamp gate from above and up on both sides by it first, or None.
 
     Returns:
         (..., F) in the dtype of `h`.
+
+    Source: Shazeer 2020, arXiv:2002.05202; the clamped unit: OpenAI 2025, arXiv:2508.10925.
     """
-    gate, up = h.to(torch.promote_types(h.dtype, torch.float32)).chunk(2, dim=-1)
+    gate, up = _gate_and_up(h, activation, limit)
+    return (_SCALARS[activation].value(gate) * up).to(h.dtype)
+
+
+def activate(h: Tensor, activation: str, gated: bool, limit: float | None = None) -> Tensor:
+    """(M, 2F) or (M, F) pre-activations -> (M, F) float32, for a caller that scales before it rounds.
+
+    Works in place on its own intermediates: not for autograd to see.
+    """
+    if not gated:
+        return _SCALARS[activation].value(h.to(accumulation_dtype(h.dtype)))
+    gate, up = _gate_and_up(h, activation, limit)
+    return _SCALARS[activation].value(gate).mul_(up)
+
+
+def activate_backward(
+    grad: Tensor, h: Tensor, activation: str, gated: bool, limit: float | None = None
+) -> Tensor:
+    """Gradient of `h` from that of `activate(h, ...)`.
+
+    Args:
+        grad: (M, F) float32.
+        h: (M, 2F) or (M, F) pre-activations, any float dtype.
+
+    Returns:
+        The gradient, in the shape and dtype of `h`. A clamp lets none through beyond its limit.
+    """
+    value, backward = _SCALARS[activation]
+    if not gated:
+        return backward(grad, h.to(accumulation_dtype(h.dtype))).to(h.dtype)
+    gate, up = _gate_and_up(h, activation, limit)  # (M, F) each
+    grad_gate, grad_up = backward(grad * up, gate), value(gate).mul_(grad)
+    limit = clamp_limit(activation, limit)
     if limit is not None:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return (ACTIVATIONS[activation](gate) * up).to(h.dtype)
+        raw_gate, raw_up = h.chunk(2, dim=-1)
+        grad_gate = grad_gate.masked_fill(raw_gate > limit, 0)
+        grad_up = grad_up.masked_fill(raw_up.abs() > limit, 0)
+    return torch.cat([grad_gate, grad_up], dim=-1).to(h.dtype)  # (M, 2F)

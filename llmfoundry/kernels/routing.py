@@ -1,0 +1,43 @@
+"""The permutation to expert order: a stable sort of routed slots by expert, all on the device.
+
+Shapes: T tokens, K top_k, M = T*K slots (slot t*K+j is token t's j-th choice), E experts.
+Expert order holds expert 0's rows first, then expert 1's, and so on, each expert's in token order. Nothing
+here reads a value back to the host, so a CUDA graph captures it; no atomics, so it is bitwise the same twice.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Order(NamedTuple):
+    """The permutation between slots (token order) and rows (expert order). All int32, on the device."""
+
+    expert_start: Tensor  # (E+1,) first row of each expert; the last entry ends the rows that have an expert
+    row_token: Tensor  # (M,) row -> token
+    row_slot: Tensor  # (M,) row -> slot
+    slot_row: Tensor  # (M,) slot -> row
+
+
+def sort_by_expert(experts: Tensor, n_experts: int) -> Order:
+    """Sort the slots by expert, keeping token order within an expert.
+
+    Args:
+        experts: (T, K) int32 or int64 ids. The id `n_experts` says "no expert": such slots sort last, behind
+            `expert_start[E]`.
+        n_experts: E.
+    """
+    n_slots, top_k = experts.numel(), experts.shape[1]
+    by_expert, row_slot = experts.reshape(-1).sort(stable=True)  # (M,)
+    first = torch.arange(n_experts + 1, dtype=by_expert.dtype, device=experts.device)
+    slot_row = torch.empty(n_slots, dtype=torch.int32, device=experts.device)
+    slot_row[row_slot] = torch.arange(n_slots, dtype=torch.int32, device=experts.device)
+    return Order(
+        expert_start=torch.searchsorted(by_expert, first, out_int32=True),  # (E+1,)
+        row_token=(row_slot // top_k).int(),
+        row_slot=row_slot.int(),
+        slot_row=slot_row,
+    )
