@@ -1,0 +1,29 @@
+"""Data, in the order it flows: sources > tokenizer > packing > loader."""
+
+from llmfoundry.data.loader import IGNORE, Batch, Loader, LoaderConfig, TextLoaderConfig
+from llmfoundry.data.packing import TokenStream, pack, prepare
+from llmfoundry.data.sources import (
+    DatasetConfig,
+    PythonStdlibConfig,
+    Source,
+    SyntheticConfig,
+    TextFilesConfig,
+)
+from llmfoundry.data.tokenizer import TokenizerConfig
+
+__all__ = [
+    "IGNORE",
+    "Batch",
+    "DatasetConfig",
+    "Loader",
+    "LoaderConfig",
+    "PythonStdlibConfig",
+    "Source",
+    "SyntheticConfig",
+    "TextFilesConfig",
+    "TextLoaderConfig",
+    "TokenStream",
+    "TokenizerConfig",
+    "pack",
+    "prepare",
+]

@@ -1,0 +1,81 @@
+"""A folder on disk that is made once, by whichever process comes first, and is whole whenever it is there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+from llmfoundry.config import ConfigError
+
+
+def cache_root(cache_dir: str | None) -> Path:
+    """Where tokenizers and shards live: `cache_dir`, else $LLMFOUNDRY_CACHE, else the user's cache."""
+    root = cache_dir or os.environ.get("LLMFOUNDRY_CACHE") or "~/.cache/llmfoundry"
+    return Path(root).expanduser().absolute()
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """Return `folder`, having it made if it is not there.
+
+    Ranks and runs that ask at once wait for the first. What `make` leaves is synced to disk before it gets
+    its name, so a crash leaves nothing that looks finished; where a file system cannot lock, the first rename
+    wins.
+
+    Args:
+        folder: its name says its contents (a fingerprint), so it is never made anew.
+        make: fills the temporary folder that it is given.
+
+    Raises:
+        ConfigError: the cache cannot be written.
+    """
+    if folder.exists():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
+            if not folder.exists():
+                _make(folder, make)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: cannot be made: {error}; "
+            "set cache_dir or LLMFOUNDRY_CACHE to a folder that can be written"
+        ) from error
+    return folder
+
+
+def _make(folder: Path, make: Callable[[Path], None]) -> None:
+    for stale in folder.parent.glob(f"{folder.name}.tmp-*"):  # we hold the lock: its maker was killed
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
+    try:
+        make(temporary)
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would shut other users out of a shared cache
+        for path in [*temporary.iterdir(), temporary]:
+            _sync(path)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,187 @@
+"""Text to token ids: a byte-level BPE trained on the data at first use, or any Hugging Face tokenizer.
+
+Either way the result is a `transformers` tokenizer with an end-of-text token, so checkpoints carry it by
+`save_pretrained` and every other tool can read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Self
+
+import tokenizers
+from pydantic import Field, model_validator
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from llmfoundry.config import Config, ConfigError
+from llmfoundry.data.cache import cache_root, made_once
+from llmfoundry.data.sources import DatasetConfig
+
+log = logging.getLogger(__name__)
+
+END_OF_TEXT = "<|endoftext|>"
+# BPE learns from the first so many characters of the training split: merges change little beyond, time and
+# memory do.
+TRAIN_CHARACTERS = 2**28
+# Longer documents are tokenised in pieces cut at line ends, to bound memory.
+PIECE_CHARACTERS = 2**22
+
+
+class TokenizerConfig(Config):
+    """`name: bpe` trains one of `vocab_size` entries; any other name is a local folder or a hub id."""
+
+    name: str = "bpe"
+    vocab_size: int | None = Field(default=None, ge=257)  # bpe: 256 bytes, end of text, merges; None: 4096
+    kwargs: dict[str, str | int | float | bool | None] = {}  # to the tokenizer, e.g. {model_max_length: 2048}
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> Self:
+        if self.name != "bpe" and self.vocab_size is not None:
+            raise ValueError(f"vocab_size is for 'bpe'; {self.name!r} brings its own, leave it out")
+        if "trust_remote_code" in self.kwargs:
+            raise ValueError("kwargs.trust_remote_code: code from a checkpoint is never run; leave it out")
+        return self
+
+    def build(self, dataset: DatasetConfig) -> PreTrainedTokenizerBase:
+        """Load the tokenizer, training it first if need be.
+
+        Args:
+            dataset: what `bpe` learns from: the training split of this dataset, whichever split it names. Its
+                `cache_dir` is where the result is kept.
+
+        Returns:
+            A tokenizer with `eos_token_id` set; a `PreTrainedTokenizerFast` where one exists.
+
+        Raises:
+            ConfigError: no such tokenizer, or it has no end-of-text token.
+        """
+        tokenizer = self._trained(dataset) if self.name == "bpe" else self._loaded()
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(
+                f"tokenizer.name: {self.name}: has no end-of-text token, which parts documents; "
+                "name one of its tokens in tokenizer.kwargs.eos_token"
+            )
+        return tokenizer
+
+    def _trained(self, dataset: DatasetConfig) -> PreTrainedTokenizerFast:
+        size = self.vocab_size or 4096
+        source = dataset.of_split("train").build()
+        key = f"bpe/1 {tokenizers.__version__} {size} {TRAIN_CHARACTERS} {source.fingerprint}"
+        folder = cache_root(dataset.cache_dir) / "tokenizers" / f"bpe-{size}-{_sha256(key)[:24]}"
+        documents = source.documents()
+        if not folder.exists():
+            # No data is refused before the cache is touched.
+            documents = itertools.chain([next(documents)], documents)
+
+        def make(temporary: Path) -> None:
+            log.info("training a byte-level BPE of %d entries on %s", size, source.title)
+            text = train_bpe(documents, size).to_str()
+            (temporary / "tokenizer.json").write_text(text, encoding="utf-8")
+            (temporary / "tokenizer.sha256").write_text(_sha256(text), encoding="utf-8")
+
+        made_once(folder, make)
+        try:
+            text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+            intact = (folder / "tokenizer.sha256").read_text(encoding="utf-8") == _sha256(text)
+        except (OSError, UnicodeDecodeError):
+            intact = False
+        if not intact:
+            raise ConfigError(
+                f"{folder / 'tokenizer.json'}: is damaged; delete the folder {folder}, it is made again"
+            )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(text),
+            **{"eos_token": END_OF_TEXT, "clean_up_tokenization_spaces": False} | self.kwargs,
+        )
+
+    def _loaded(self) -> PreTrainedTokenizerBase:
+        folder = Path(self.name).expanduser()
+        looks_local = folder.is_dir() or self.name.startswith(("/", ".", "~")) or self.name.count("/") > 1
+        if looks_local and not folder.is_dir():
+            raise ConfigError(f"tokenizer.name: {self.name}: no such folder")
+        try:
+            return AutoTokenizer.from_pretrained(
+                str(folder) if looks_local else self.name,
+                trust_remote_code=False,
+                local_files_only=looks_local,
+                **self.kwargs,
+            )
+        except (OSError, ValueError, TypeError, ImportError) as error:
+            where = "cannot be loaded" if looks_local else "neither a folder nor on the Hugging Face hub"
+            why = " ".join(str(error).split())[:300]
+            raise ConfigError(f"tokenizer.name: {self.name}: {where}: {why}") from error
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learn a byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; on bytes as in GPT-2).
+
+    The same documents give the same tokenizer, whatever the threads and hash seeds. Every text can be
+    encoded, and decoding gives it back exactly. Token 0 is the end of text. A small corpus may offer fewer
+    merges than asked for.
+    """
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_first(documents, TRAIN_CHARACTERS), trainer)
+    return bpe
+
+
+class Encoder:
+    """Plain encoding of documents: no special tokens added, and none read out of the text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._slow = None if tokenizer.is_fast else tokenizer
+        if tokenizer.is_fast:
+            # A copy, since these settings are the tokenizer's own: a text that spells
+            # <|endoftext|> stays a text.
+            self._fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+            self._fast.encode_special_tokens = True
+            self._fast.no_truncation()
+            self._fast.no_padding()
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides the ids."""
+        if self._slow is None:
+            return _sha256(self._fast.to_str())
+        return _sha256(json.dumps([type(self._slow).__name__, sorted(self._slow.get_vocab().items())]))
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text; on all cores where the tokenizer is a fast one."""
+        if self._slow is None:
+            return [found.ids for found in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+        return [self._slow.encode(text, add_special_tokens=False) for text in texts]
+
+
+def pieces(document: str) -> Iterator[str]:
+    """The document in pieces of bounded length, cut after a line end where there is one."""
+    start = 0
+    while len(document) - start > PIECE_CHARACTERS:
+        cut = document.rfind("\n", start, start + PIECE_CHARACTERS) + 1 or start + PIECE_CHARACTERS
+        yield document[start:cut]
+        start = cut
+    yield document[start:]
+
+
+def _first(documents: Iterable[str], characters: int) -> Iterator[str]:
+    for document in documents:
+        for piece in pieces(document):
+            if characters <= 0:
+                return
+            yield piece
+            characters -= len(piece)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
