@@ -1,0 +1,196 @@
+"""Which rank does what. The only file that names mesh axes.
+
+world = replicate x shard. A dense parameter is split over `fsdp` (shard ranks) and repeated `dp_replicate`
+times. The same ranks seen another way hold the experts: `expert` divides shard; an expert's weights belong to
+one of `ep` neighbouring ranks (neighbours, so that tokens travel over NVLink), and are there split over the
+`efsdp` = shard / expert ranks that are left. Every rank has rows of its own, whatever the degrees.
+
+    dense   (dp_replicate, fsdp)          8 ranks, replicate 1, shard 8, expert 2:   0 1 2 3 4 5 6 7
+    sparse  (dp_replicate, efsdp, ep)     ep groups 01 23 45 67, efsdp groups 0246 1357
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from pydantic import Field, field_validator
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from llmfoundry import runtime
+from llmfoundry.config import Config, ConfigError
+
+REPLICATE, SHARD, EXPERT_SHARD, EXPERT = "dp_replicate", "fsdp", "efsdp", "ep"
+
+
+class ParallelConfig(Config):
+    """`parallel` in the YAML. The defaults split everything over all processes."""
+
+    replicate: int = Field(1, ge=1)  # copies of the model (HSDP), usually one a node or a few
+    shard: int = -1  # ranks that one copy is split over; -1: all that are left
+    expert: int = Field(1, ge=1)  # ranks that the experts are divided among; divides shard and the experts
+    recompute: Literal["none", "full", "selective"] = "none"  # of activations, in backward
+    recompute_save: list[str] | None = None  # selective: operators to keep; None: the dear ones
+    compile: bool | Literal["auto"] = "auto"  # torch.compile a block; auto: on GPUs
+    reshard_after_forward: bool = True  # gather a block's weights again in backward: hold less
+    reduce_once_a_step: bool = True  # False: after each microbatch; more traffic, less memory
+    prefetch: int = Field(1, ge=0)  # blocks whose weights are gathered ahead of their turn
+    cpu_offload: bool = False  # weights, gradients and optimizer state live in host memory
+
+    @field_validator("shard")
+    @classmethod
+    def _shard_is_a_degree(cls, shard: int) -> int:
+        if shard != -1 and shard < 1:
+            raise ValueError(f"shard={shard} is no number of ranks; write 1 or more, or -1 (all left)")
+        return shard
+
+
+class Degrees(NamedTuple):
+    """How many ranks each axis has."""
+
+    replicate: int
+    shard: int
+    expert: int
+
+    @property
+    def expert_shard(self) -> int:
+        """Ranks that one expert's weights are split over."""
+        return self.shard // self.expert
+
+
+class Coordinates(NamedTuple):
+    """Where one rank stands on every axis."""
+
+    replicate: int
+    shard: int
+    expert_shard: int
+    expert: int
+
+
+def plan_mesh(config: ParallelConfig, world: int, n_experts: int) -> Degrees:
+    """The degrees of a run, from numbers alone.
+
+    Args:
+        world: processes.
+        n_experts: of each mixture layer; 0 for a dense model.
+
+    Raises:
+        ConfigError: they do not fit one another.
+    """
+    replicate, expert = config.replicate, config.expert
+    shard = config.shard
+    if shard == -1:
+        if world % replicate:
+            raise ConfigError(
+                f"parallel.replicate={replicate} does not divide the {world} processes; change one"
+            )
+        shard = world // replicate
+    if replicate * shard != world:
+        raise ConfigError(
+            f"parallel.replicate={replicate} x parallel.shard={shard} is {replicate * shard}, but there are "
+            f"{world} processes; set shard: -1, or start {replicate * shard} processes"
+        )
+    if shard % expert:
+        raise ConfigError(
+            f"parallel.expert={expert} does not divide parallel.shard={shard}; lower it to a divisor"
+        )
+    if expert > 1 and n_experts == 0:
+        raise ConfigError(
+            f"parallel.expert={expert} needs a mixture of experts and the model is dense; set expert: 1"
+        )
+    if expert > 1 and n_experts % expert:
+        raise ConfigError(
+            f"parallel.expert={expert} does not divide model.ffn_config.moe_num_experts={n_experts}; "
+            "lower it to a divisor"
+        )
+    return Degrees(replicate, shard, expert)
+
+
+def coordinates(degrees: Degrees, rank: int) -> Coordinates:
+    """Where `rank` stands: ranks are numbered with ep innermost, then efsdp, then dp_replicate."""
+    replica, shard = divmod(rank, degrees.shard)
+    return Coordinates(replica, shard, *divmod(shard, degrees.expert))
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The ranks of a run as the wrappers want them. Without a process group there are no axes.
+
+    Attributes:
+        degrees: ranks on each axis.
+        dense: (fsdp,) or (dp_replicate, fsdp) for all but experts; None in one process without a group.
+        sparse: (efsdp, ep) or (dp_replicate, efsdp, ep) for experts; None with `expert: 1`, where they are
+            split like all other parameters.
+        data_rank: which slice of the global batch is this rank's.
+        data_ranks: slices of the global batch.
+    """
+
+    degrees: Degrees
+    dense: DeviceMesh | None
+    sparse: DeviceMesh | None
+    data_rank: int
+    data_ranks: int
+
+    @property
+    def experts(self) -> DeviceMesh | None:
+        """The axis that experts are divided among, (ep,)."""
+        return None if self.sparse is None else self.sparse[EXPERT]
+
+    @property
+    def expert_shards(self) -> DeviceMesh | None:
+        """What FSDP splits an expert's weights over: (efsdp,) or (dp_replicate, efsdp)."""
+        if self.sparse is None:
+            return None
+        if self.degrees.replicate > 1:
+            return self.sparse[REPLICATE, EXPERT_SHARD]
+        return self.sparse[EXPERT_SHARD]
+
+    @property
+    def expert_group(self) -> ProcessGroup | None:
+        """The ranks that exchange tokens."""
+        return None if self.experts is None else self.experts.get_group()
+
+
+def build_mesh(config: ParallelConfig, device_type: str, n_experts: int) -> Mesh:
+    """Arrange the processes that run; call it after `runtime.start`, before the model is built.
+
+    Args:
+        device_type: "cuda" or "cpu".
+        n_experts: of each mixture layer; 0 for a dense model.
+
+    Raises:
+        ConfigError: the degrees do not fit the processes or the model.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    degrees = plan_mesh(config, world, n_experts)
+    if not dist.is_initialized():
+        return Mesh(degrees, None, None, 0, 1)
+    replicate, shard, expert = degrees
+    replicas, axis = ((replicate,), (REPLICATE,)) if replicate > 1 else ((), ())
+    # An axis of one rank stays a real one: FSDP over it gives the mixed precision.
+    dense = init_device_mesh(device_type, (*replicas, shard), mesh_dim_names=(*axis, SHARD))
+    sparse = None
+    if expert > 1:
+        sizes = (*replicas, degrees.expert_shard, expert)
+        sparse = init_device_mesh(device_type, sizes, mesh_dim_names=(*axis, EXPERT_SHARD, EXPERT))
+    for mesh in (dense, sparse):
+        if mesh is not None and dist.get_backend() != "fake":
+            _warm_up(mesh)
+    return Mesh(degrees, dense, sparse, dist.get_rank(), world)
+
+
+def _warm_up(mesh: DeviceMesh) -> None:
+    """One small sum on every axis, in the same order everywhere.
+
+    NCCL connects a group at its first use. In the middle of a step, where ranks reach groups in different order,
+    a bad link would look like a hang; here it is an error that names the axis.
+    """
+    for axis in mesh.mesh_dim_names or ():
+        group = mesh.get_group(axis)
+        total = torch.ones((), device=runtime.device() if mesh.device_type == "cuda" else "cpu")
+        runtime.all_reduce_sum(total, group)
+        if int(total) != group.size():
+            raise RuntimeError(f"mesh axis {axis}: {group.size()} ranks summed to {int(total)}")
