@@ -1,0 +1,132 @@
+"""The tensors of a run by name, as a checkpoint holds them: `GROUP/NAME`.
+
+    model/blocks.0.ffn.experts.w1               parameters and persistent buffers
+    optimizer/blocks.0.ffn.experts.w1/exp_avg   the optimizer's memory of a parameter
+    rng/0/cpu                                   the random state of rank 0
+
+Names do not depend on the mesh, nor on what `torch.compile` and recompute wrap around a module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from llmfoundry import runtime
+from llmfoundry.train.manifest import CheckpointError
+from llmfoundry.train.storage import Entry
+
+
+class Memory(NamedTuple):
+    """Room for one tensor of an optimizer's state, not yet part of it."""
+
+    parameter: nn.Parameter
+    key: str
+    room: Tensor
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers; the very memory of the model, not copies."""
+    return {f"model/{_plain(name)}": tensor for name, tensor in model.state_dict().items()}
+
+
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
+    """What the optimizer remembers of each parameter; nothing before its first step."""
+    if optimizer is None:
+        return {}
+    names: dict[Tensor, str] = {parameter: _plain(name) for name, parameter in model.named_parameters()}
+    return {
+        f"optimizer/{names[parameter]}/{key}": value
+        for parameter, memory in optimizer.state.items()
+        for key, value in memory.items()
+    }
+
+
+def optimizer_memory(
+    entries: Mapping[str, Entry], model: nn.Module, optimizer: Optimizer | None
+) -> dict[str, Memory]:
+    """Room for the optimizer state that a checkpoint holds, split over ranks as the parameters are.
+
+    Raises:
+        CheckpointError: it holds state of a parameter that `optimizer` does not train.
+    """
+    if optimizer is None:
+        return {}
+    names = {_plain(name): parameter for name, parameter in model.named_parameters()}
+    steps_on_device = {
+        parameter: bool(group.get("fused") or group.get("capturable"))
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    found = {}
+    for name, entry in entries.items():
+        if not name.startswith("optimizer/"):
+            continue
+        owner, _, key = name.removeprefix("optimizer/").rpartition("/")
+        parameter = names.get(owner)
+        if parameter is None or parameter not in steps_on_device:
+            raise CheckpointError(f"it holds optimizer state of {owner}, which this run does not train")
+        if key != "step" and entry.shape == tuple(parameter.shape):
+            room = torch.zeros_like(parameter, dtype=entry.dtype, requires_grad=False)
+        else:  # torch keeps a step count on the CPU unless a fused or captured kernel reads it
+            device = parameter.device if steps_on_device[parameter] else torch.device("cpu")
+            room = torch.zeros(entry.shape, dtype=entry.dtype, device=device)
+        found[name] = Memory(parameter, key, room)
+    return found
+
+
+def rng_tensors() -> dict[str, Tensor]:
+    """This rank's random state. Our own code draws from `runtime.generator` and needs none; a plug-in may."""
+    states = {f"rng/{runtime.rank()}/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states[f"rng/{runtime.rank()}/cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def rng_room(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
+    """Room for this rank's random state; none if the checkpoint is of another number of ranks."""
+    ranks = sum(name.startswith("rng/") and name.endswith("/cpu") for name in entries)
+    here = rng_tensors() if ranks == runtime.world_size() else {}
+    return {name: state for name, state in here.items() if name in entries}
+
+
+def set_rng(states: Mapping[str, Tensor]) -> None:
+    """Set the random state that `rng_tensors` had returned."""
+    for name, state in states.items():
+        (torch.set_rng_state if name.endswith("/cpu") else torch.cuda.set_rng_state)(state)
+
+
+def check_same_model(entries: Mapping[str, Entry], tensors: Mapping[str, Tensor], exact_dtype: bool) -> None:
+    """Check that a checkpoint holds exactly the model's tensors.
+
+    Args:
+        tensors: `model_tensors` of the model.
+        exact_dtype: whether dtypes must be the same too.
+
+    Raises:
+        CheckpointError: naming the first tensor in which they differ.
+    """
+    for name, tensor in tensors.items():
+        short, here = name.removeprefix("model/"), _describe(tuple(tensor.shape), tensor.dtype)
+        entry = entries.get(name)
+        if entry is None:
+            raise CheckpointError(f"it is of another model: it has no {short}, which is {here} in this one")
+        if entry.shape != tuple(tensor.shape) or (exact_dtype and entry.dtype != tensor.dtype):
+            there = _describe(entry.shape, entry.dtype)
+            raise CheckpointError(f"it is of another model: {short} is {there} there and {here} in this one")
+    for name, entry in entries.items():
+        if name.startswith("model/") and name not in tensors:
+            there = f"{name.removeprefix('model/')}, {_describe(entry.shape, entry.dtype)}"
+            raise CheckpointError(f"it is of another model: it has {there}, which this one has not")
+
+
+def _describe(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    return f"{'x'.join(map(str, shape)) or 'scalar'} {str(dtype).removeprefix('torch.')}"
+
+
+def _plain(name: str) -> str:
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
