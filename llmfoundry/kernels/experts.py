@@ -30,7 +30,7 @@ from llmfoundry.kernels.activations import (
     activate_backward,
     glu,
 )
-from llmfoundry.kernels.routing import Order, sort_by_expert
+from llmfoundry.kernels.routing import Order, sort_by_expert, sum_rows
 
 Backend = Literal["reference", "grouped_mm", "triton"]
 log = logging.getLogger(__name__)
@@ -251,16 +251,6 @@ def _spans(start: Tensor) -> list[tuple[int, int]]:
     return list(zip(edges[:-1], edges[1:], strict=True))
 
 
-def _sum_rows(rows: Tensor, of_slot: Tensor) -> Tensor:
-    """(R, D) rows -> (T, D): the sum of each token's rows, in the order of its slots.
-
-    `embedding_bag` is this very sum; unlike gather and sum, it makes no (T, K, D).
-    """
-    if of_slot.numel() == 0:
-        return rows.new_zeros(of_slot.shape[0], rows.shape[1])
-    return F.embedding_bag(of_slot, rows, mode="sum")
-
-
 class _Context(FunctionCtx):
     """What autograd and forward leave for the backward."""
 
@@ -301,7 +291,7 @@ class _GroupedExperts(torch.autograd.Function):
             out[-1] = 0
         ctx.save_for_backward(x, weights, w1, w2, b1, b2, h if save_h else None, *rows)
         ctx.unit = unit
-        return _sum_rows(out, rows.of_slot)
+        return sum_rows(out, rows.of_slot)
 
     @staticmethod
     @once_differentiable
@@ -329,7 +319,7 @@ class _GroupedExperts(torch.autograd.Function):
             dx_rows = _times_weights(dh, w1, start)  # (R, D)
             if rows.valid is not None:
                 dx_rows[-1] = 0
-            dx = _sum_rows(dx_rows, rows.of_slot)
+            dx = sum_rows(dx_rows, rows.of_slot)
         dw2 = _weight_gradient(dout, a.mul_(scale).to(dy.dtype), start) if need_w2 else None
         dw1 = _weight_gradient(dh, x.index_select(0, rows.token), start) if need_w1 else None
         db1 = _sum_by_expert(dh, start).to(b1.dtype) if need_b1 else None

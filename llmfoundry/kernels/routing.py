@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -41,3 +42,20 @@ def sort_by_expert(experts: Tensor, n_experts: int) -> Order:
         row_slot=row_slot.int(),
         slot_row=slot_row,
     )
+
+
+def sum_rows(rows: Tensor, of_token: Tensor) -> Tensor:
+    """Sum rows into tokens, in a fixed order, accumulating in float32.
+
+    `embedding_bag` is this very sum; unlike gather and sum, it makes no (T, K, D).
+
+    Args:
+        rows: (R, D).
+        of_token: (T, K) int32, the rows of each token.
+
+    Returns:
+        (T, D) in the dtype of `rows`.
+    """
+    if of_token.numel() == 0:
+        return rows.new_zeros(of_token.shape[0], rows.shape[1])
+    return F.embedding_bag(of_token, rows, mode="sum")

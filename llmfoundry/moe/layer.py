@@ -1,0 +1,185 @@
+"""The mixture of experts as a feed-forward block: router, exchange, experts, shared expert.
+
+Shapes: B rows, S sequence, T = B*S tokens, D d_model, F ffn hidden size, E experts, K top_k.
+Dropless (MegaBlocks, arXiv:2211.15841): every token reaches all of its experts, however uneven the load.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from llmfoundry.kernels.activations import ACTIVATIONS
+from llmfoundry.kernels.experts import experts_ffn, resolve_backend
+from llmfoundry.layers.ffn import FFNConfig, FFNOutput, GLUConfig, MLPConfig
+from llmfoundry.moe.dispatch import give_back, plan_exchange, send
+from llmfoundry.moe.router import Router, RouterConfig, statistics
+
+
+class MoEConfig(FFNConfig, RouterConfig, names=("mb_dmoe", "torch_dmoe", "mb_moe")):
+    """A mixture of experts in place of a dense block; the keys are LLM Foundry's where it has them.
+
+    `ffn_hidden_size`, `ffn_act_fn` and `bias` are each expert's.
+    """
+
+    mlp_type: Literal["mlp", "glu"] = "glu"
+    ffn_act_limit: float | None = Field(None, gt=0)  # clamp of gate and up; swiglu_oss has 7 of its own
+    moe_impl: Literal["auto", "triton", "grouped_mm", "reference"] = "auto"
+    mlp_impl: Literal["grouped", "sparse"] = "grouped"  # LLM Foundry's; accepted, without effect
+    moe_loss_weight: float = Field(0.01, ge=0)  # of the load-balancing loss
+    moe_zloss_weight: float = Field(0.0, ge=0)  # of the router's z-loss
+    moe_lbl_scope: Literal["microbatch", "global_batch"] = "microbatch"  # over what load is balanced
+    shared_expert: bool = False  # a dense block beside the routed ones, met by every token
+    shared_expert_hidden_size: int | None = Field(None, ge=1)  # None: ffn_hidden_size
+    shared_expert_gate: bool = False  # scale it by sigmoid(x @ gate), as Qwen2-MoE
+    first_k_dense: int = Field(0, ge=0)  # this many dense blocks come first,
+    moe_layer_freq: int = Field(1, ge=1)  # then every n-th block is a mixture, starting with one
+    dense_ffn_hidden_size: int | None = Field(
+        None, ge=1
+    )  # of those; None: the model's expansion_ratio * d_model
+
+    @model_validator(mode="after")
+    def _check_experts(self) -> Self:
+        if not self.gated and self.ffn_act_fn.key not in ACTIVATIONS:
+            raise ValueError(f"ffn_act_fn.name={self.ffn_act_fn.name} needs mlp_type: glu")
+        if not self.gated and self.ffn_act_limit is not None:
+            raise ValueError("ffn_act_limit needs mlp_type: glu")
+        if not self.shared_expert and (self.shared_expert_gate or self.shared_expert_hidden_size):
+            raise ValueError("shared_expert_gate and shared_expert_hidden_size need shared_expert: true")
+        return self
+
+    def filled(self, ffn_hidden_size: int, bias: bool) -> Self:
+        """A copy in which what the YAML left out has the model's value."""
+        copy = super().filled(ffn_hidden_size, bias)
+        if copy.dense_ffn_hidden_size is None:
+            copy = copy.model_copy(update={"dense_ffn_hidden_size": ffn_hidden_size})
+        return copy
+
+    def for_layer(self, index: int) -> FFNConfig:
+        """The mixture, or a dense block where `first_k_dense` and `moe_layer_freq` say so."""
+        after_dense = index - self.first_k_dense
+        if after_dense >= 0 and after_dense % self.moe_layer_freq == 0:
+            return self
+        return self._dense(self.dense_ffn_hidden_size)
+
+    def n_params(self, d_model: int) -> int:
+        """Parameters of one block."""
+        return self._params_met(d_model, self.moe_num_experts)
+
+    def n_active_params(self, d_model: int) -> int:
+        """Parameters of one block that one token meets: K experts', and all that is not an expert's."""
+        return self._params_met(d_model, self.moe_top_k)
+
+    def build(self, d_model: int, n_layers: int, layer_index: int) -> MoE:
+        """The block of layer `layer_index`, which the router's noise depends on."""
+        return MoE(self, d_model, layer_index)
+
+    @property
+    def gated(self) -> bool:
+        """Whether experts have a gate."""
+        return self.mlp_type == "glu"
+
+    @property
+    def expert(self) -> MLPConfig:
+        """The dense block that each expert is."""
+        return self._dense(self.ffn_hidden_size)
+
+    @property
+    def shared(self) -> MLPConfig | None:
+        """The dense block beside them."""
+        hidden = self.shared_expert_hidden_size or self.ffn_hidden_size
+        return self._dense(hidden) if self.shared_expert else None
+
+    def _dense(self, hidden: int | None) -> MLPConfig:
+        block = GLUConfig if self.gated else MLPConfig
+        return block(ffn_hidden_size=hidden, ffn_act_fn=self.ffn_act_fn, bias=self.bias)
+
+    def _params_met(self, d_model: int, n_experts: int) -> int:
+        router = self.moe_num_experts * (d_model + (1 if self.moe_router_bias else 0))
+        shared = self.shared.n_params(d_model) if self.shared is not None else 0
+        gate = d_model if self.shared_expert_gate else 0
+        return router + n_experts * self.expert.n_params(d_model) + shared + gate
+
+
+class Experts(nn.Module):
+    """All experts' weights, stacked, and what they compute. Under expert parallelism, this rank's only."""
+
+    def __init__(self, config: MoEConfig, d_model: int) -> None:
+        super().__init__()
+        n_experts, expert = config.moe_num_experts, config.expert
+        self.activation, self.gated = config.ffn_act_fn.key, config.gated
+        self.limit, self.impl = config.ffn_act_limit, config.moe_impl
+        self.w1 = nn.Parameter(torch.empty(n_experts, expert.rows, d_model))  # (E, 2F, D): gate, then up rows
+        self.w2 = nn.Parameter(torch.empty(n_experts, d_model, expert.hidden_size))  # (E, D, F)
+        self.b1 = nn.Parameter(torch.empty(n_experts, expert.rows)) if config.bias else None  # (E, 2F)
+        self.b2 = nn.Parameter(torch.empty(n_experts, d_model)) if config.bias else None  # (E, D)
+
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor, n_rows: int | None = None) -> Tensor:
+        """`experts_ffn` with these weights; ids count from this rank's first expert.
+
+        Args:
+            x: (T, D); weights: (T, K); experts: (T, K). n_rows: as `experts_ffn` takes it.
+        """
+        return experts_ffn(
+            x, weights, experts, _local(self.w1), _local(self.w2),
+            b1=None if self.b1 is None else _local(self.b1),
+            b2=None if self.b2 is None else _local(self.b2),
+            activation=self.activation, gated=self.gated, limit=self.limit,
+            backend=resolve_backend(self.impl, x), n_rows=n_rows,
+        )  # fmt: skip
+
+
+class MoE(nn.Module):
+    """A dropless mixture of experts.
+
+    `expert_group` is set from outside, before training: the P ranks that hold the experts together, rank r
+    those from r * E / P on. None: this process holds all.
+    """
+
+    def __init__(self, config: MoEConfig, d_model: int, layer_index: int) -> None:
+        super().__init__()
+        self.n_experts = config.moe_num_experts
+        self.router = Router(config, d_model, layer_index)
+        self.experts = Experts(config, d_model)
+        self.shared_expert = None if config.shared is None else config.shared.build(d_model, 0, layer_index)
+        self.shared_expert_gate = nn.Linear(d_model, 1, bias=False) if config.shared_expert_gate else None
+        self.expert_group: dist.ProcessGroup | None = None
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> FFNOutput:
+        """Apply to each token its experts.
+
+        Args:
+            x: (B, S, D).
+            keys: (B,) int64 noise keys of the rows; needed in training with `moe_jitter_eps`.
+        """
+        routing = self.router(x, keys)
+        tokens = x.flatten(0, 1)  # (T, D)
+        if self.expert_group is None or dist.get_world_size(self.expert_group) == 1:
+            y = self.experts(tokens, routing.weights, routing.experts)
+            shared = self._shared(x)
+        else:
+            n_local = self.n_experts // dist.get_world_size(self.expert_group)
+            plan = plan_exchange(routing.experts, n_local, self.expert_group)
+            there = send(tokens, routing.weights, routing.experts, n_local, plan)
+            shared = self._shared(x)  # while the tokens travel
+            there.wait()
+            y = give_back(self.experts(there.x, there.weights, there.experts, plan.n_slots), plan)
+        y = y.view_as(x)
+        return FFNOutput(y if shared is None else y + shared, statistics(routing))
+
+    def _shared(self, x: Tensor) -> Tensor | None:
+        if self.shared_expert is None:
+            return None
+        y = self.shared_expert(x).y
+        return y if self.shared_expert_gate is None else F.sigmoid(self.shared_expert_gate(x)) * y
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """This rank's experts of a parameter that may be split over ranks."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -1,0 +1,228 @@
+"""The router: which experts each token goes to, and with what weight.
+
+Shapes: B rows, S sequence, T = B*S tokens, D d_model, E experts, K top_k.
+A pure function of its input: it keeps no counts and no losses. What the balance losses and the monitors need
+is in what it returns. All in float32 (float64 for float64 input): bf16 scores tie often, and near ties flip.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, Self, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from llmfoundry.config import Config
+from llmfoundry.kernels.activations import accumulation_dtype
+from llmfoundry.layers.ffn import RouterStats
+
+
+class RouterOutput(NamedTuple):
+    """The routing of T tokens to K of E experts."""
+
+    weights: Tensor  # (T, K) float32, what each expert's output is multiplied by
+    experts: Tensor  # (T, K) int64, expert ids, distinct within a token, best first
+    scores: Tensor  # (T, E) float32, each in (0, 1)
+    logits: Tensor  # (T, E) float32
+
+
+class RouterConfig(Config):
+    """The router's keys in `ffn_config`; LLM Foundry's words where it has them."""
+
+    moe_num_experts: int = Field(ge=1)
+    moe_top_k: int = Field(1, ge=1)
+    moe_score_fn: Literal["softmax", "sigmoid"] = "softmax"
+    # Divide a token's weights by their p-norm: 1 makes them sum to 1 (Mixtral), null leaves them (OLMoE).
+    moe_normalize_expert_weights: float | None = Field(None, gt=0)
+    moe_routed_scaling: float = Field(1.0, gt=0)  # multiplies the weights last
+    moe_jitter_eps: float | None = Field(None, gt=0, lt=1)  # training: router input times U(1 - eps, 1 + eps)
+    # Loss-free balance: experts are chosen by score + bias, and the bias moves by this much a step towards
+    # even load. null: no bias; 0: a bias that stays (a finished model's).
+    moe_bias_update_rate: float | None = Field(None, ge=0)
+    moe_n_groups: int = Field(1, ge=1)  # experts stand in this many groups, and a token may use
+    moe_topk_groups: int | None = Field(None, ge=1)  # only the best of these; null: all
+    moe_router_bias: bool = False  # a learned bias on the logits (gpt-oss)
+    uniform_expert_assignment: bool = False  # benchmarks only: experts in turn, whatever the scores
+
+    @model_validator(mode="after")
+    def _check_router(self) -> Self:
+        n_experts, top_k, n_groups = self.moe_num_experts, self.moe_top_k, self.moe_n_groups
+        if top_k > n_experts:
+            raise ValueError(
+                f"moe_top_k={top_k} exceeds moe_num_experts={n_experts}; lower moe_top_k or add experts"
+            )
+        if n_experts % n_groups:
+            raise ValueError(f"moe_num_experts={n_experts} does not divide into moe_n_groups={n_groups}")
+        topk_groups = n_groups if self.moe_topk_groups is None else self.moe_topk_groups
+        if topk_groups > n_groups:
+            raise ValueError(f"moe_topk_groups={topk_groups} exceeds moe_n_groups={n_groups}")
+        if topk_groups * (n_experts // n_groups) < top_k:
+            raise ValueError(
+                f"moe_topk_groups={topk_groups} groups of {n_experts // n_groups} hold fewer than "
+                f"moe_top_k={top_k} experts; raise moe_topk_groups"
+            )
+        return self
+
+
+class Router(nn.Module):
+    """Token-choice top-k routing (Shazeer et al. 2017, arXiv:1701.06538)."""
+
+    def __init__(self, config: RouterConfig, d_model: int, layer_index: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_index = layer_index  # jitter differs by layer
+        n_experts = config.moe_num_experts
+        self.weight = nn.Parameter(torch.empty(n_experts, d_model))  # (E, D)
+        self.bias = nn.Parameter(torch.empty(n_experts)) if config.moe_router_bias else None  # (E,)
+        self.expert_bias: Tensor | None  # (E,) no parameter: `update_expert_bias` moves it
+        has_expert_bias = config.moe_bias_update_rate is not None
+        self.register_buffer("expert_bias", torch.zeros(n_experts) if has_expert_bias else None)
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> RouterOutput:
+        """Route tokens.
+
+        Args:
+            x: (B, S, D) any float dtype.
+            keys: (B,) int64 noise keys of the rows, used by jitter alone.
+
+        Raises:
+            ValueError: jitter in training without keys.
+        """
+        config = self.config
+        if self.training and config.moe_jitter_eps is not None:
+            if keys is None:
+                raise ValueError(
+                    "moe_jitter_eps draws its noise from `keys`: hand them to the model's forward"
+                )
+            x = x * _jitter(x, keys, self.layer_index, config.moe_jitter_eps)
+        logits = router_logits(x.flatten(0, 1), self.weight, self.bias)  # (T, E)
+        scores = logits.softmax(-1) if config.moe_score_fn == "softmax" else logits.sigmoid()
+        experts = self._choose(scores.detach())  # (T, K)
+        weights = scores.gather(1, experts)  # (T, K)
+        if config.moe_normalize_expert_weights is not None:
+            norm = torch.linalg.vector_norm(weights, config.moe_normalize_expert_weights, -1, keepdim=True)
+            weights = weights / (norm + 1e-20)
+        if config.moe_routed_scaling != 1.0:
+            weights = weights * config.moe_routed_scaling
+        return RouterOutput(weights, experts, scores, logits)
+
+    def _choose(self, scores: Tensor) -> Tensor:
+        """(T, E) scores -> (T, K) expert ids."""
+        config = self.config
+        n_experts, top_k = config.moe_num_experts, config.moe_top_k
+        if config.uniform_expert_assignment:
+            slots = torch.arange(scores.shape[0] * top_k, device=scores.device)
+            return (slots % n_experts).view(-1, top_k)
+        if self.expert_bias is not None:
+            # Choosing only: the weights stay the scores, so the bias needs no gradient (arXiv:2408.15664).
+            scores = scores + self.expert_bias.to(scores.dtype)
+        n_groups, topk_groups = config.moe_n_groups, config.moe_topk_groups
+        if topk_groups is not None and topk_groups < n_groups:
+            scores = _mask_groups(scores, n_groups, topk_groups, config.moe_score_fn)
+        return top_k_ids(scores, top_k)
+
+
+def top_k_ids(scores: Tensor, k: int) -> Tensor:
+    """The `k` best of each row, best first, ties to the lowest id: (T, E) -> (T, K) int64.
+
+    `torch.topk` leaves ties open, and then two devices, or a run and its recompute, may route differently.
+    Keys without ties leave it no choice: the score's bits, ordered as an integer, over the id counted down.
+    """
+    if scores.dtype != torch.float32:
+        return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    n = scores.shape[1]
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0: -0 and 0 are equal
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    down = torch.arange(n - 1, -1, -1, device=scores.device)
+    key = ordered.long() * n + down
+    return n - 1 - key.topk(k, dim=-1).values.remainder(n)
+
+
+def _mask_groups(scores: Tensor, n_groups: int, topk_groups: int, score_fn: str) -> Tensor:
+    """Scores with -inf outside each token's best groups; expert i is in group i // (E / groups).
+
+    A group counts by its two best experts under sigmoid (DeepSeek-V3, arXiv:2412.19437), by its best under
+    softmax (DeepSeek-V2, arXiv:2405.04434).
+    """
+    grouped = scores.view(scores.shape[0], n_groups, -1)  # (T, groups, E / groups)
+    counted = min(2 if score_fn == "sigmoid" else 1, grouped.shape[2])
+    by_group = grouped.topk(counted, dim=-1).values.sum(-1)  # (T, groups)
+    kept = torch.zeros_like(by_group, dtype=torch.bool)
+    kept = kept.scatter(1, top_k_ids(by_group, topk_groups), True)
+    return grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(1)
+
+
+def statistics(routing: RouterOutput) -> RouterStats:
+    """The sums over tokens that balance losses and monitors are made of."""
+    scores, n_experts = routing.scores, routing.scores.shape[1]
+    log_sum = routing.logits.logsumexp(-1)  # (T,)
+    share = scores / scores.sum(-1, keepdim=True)  # sigmoid scores do not sum to 1
+    chosen = routing.experts.reshape(-1)
+    # Integer atomics: the order of their sum does not matter, so this is deterministic.
+    load = torch.zeros(n_experts, dtype=torch.int32, device=chosen.device)
+    load.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=torch.int32))
+    return RouterStats(
+        load=load.to(scores.dtype),
+        score_sum=share.sum(0),
+        z_sum=log_sum.square().sum(),
+        entropy_sum=torch.special.entr(share.detach()).sum(),
+    )
+
+
+def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias` in float32 (float64 for float64 `x`): (T, D), (E, D), (E,) -> (T, E)."""
+    dtype = accumulation_dtype(x.dtype)
+    if x.dtype == dtype:
+        return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+    logits = cast(Tensor, _UpcastLinear.apply(x, weight))
+    return logits if bias is None else logits + bias.to(dtype)
+
+
+class _Context(FunctionCtx):
+    saved_tensors: tuple[Tensor, ...]
+
+
+class _UpcastLinear(torch.autograd.Function):
+    """A float32 product of bf16 input. Saves x as it came, not a float32 copy of twice its size."""
+
+    @staticmethod
+    def forward(ctx: _Context, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        if x.is_cuda and weight.dtype == x.dtype:
+            # bf16 products are exact in float32, so this is the float32 product, without the copies.
+            return torch.mm(x, weight.t(), out_dtype=torch.float32)
+        return x.float() @ weight.float().t()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return (grad @ weight.float()).to(x.dtype), (grad.t() @ x.float()).to(weight.dtype)
+
+
+def _jitter(x: Tensor, keys: Tensor, layer: int, eps: float) -> Tensor:
+    """(B, S, D) factors in [1 - eps, 1 + eps) in the dtype of `x`: a hash of (key, layer, position, channel).
+
+    No generator: the same on every mesh, for every microbatch, and when a layer is computed again.
+    """
+    position = torch.arange(x.shape[1], device=x.device)
+    channel = torch.arange(x.shape[2], device=x.device)
+    row = _mix64(keys.to(x.device) + 0x632BE59BD9B4E019 * (layer + 1) % 2**63)  # (B,)
+    token = _mix64(row.unsqueeze(1) + position).int()  # (B, S), the low 32 bits
+    bits = token.unsqueeze(2) ^ _mix64(~channel).int()  # (B, S, D)
+    # murmur3's finalizer, whose constants are written as the int32 that they wrap to.
+    bits = (bits ^ ((bits >> 16) & 0xFFFF)) * -2048144789
+    bits = (bits ^ ((bits >> 13) & 0x7FFFF)) * -1028477387
+    bits = bits ^ ((bits >> 16) & 0xFFFF)
+    uniform = (bits & 0xFFFFFF).to(accumulation_dtype(x.dtype)) / 2**24  # [0, 1)
+    return (1 - eps + 2 * eps * uniform).to(x.dtype)
+
+
+def _mix64(value: Tensor) -> Tensor:
+    """splitmix64's finalizer on int64, wrapping; its constants are written as the int64 that they wrap to."""
+    value = (value ^ ((value >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    value = (value ^ ((value >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return value ^ ((value >> 31) & 0x1FFFFFFFF)
