@@ -51,10 +51,16 @@ def cross_entropy_reference(
     return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
 
 
+class _Context(torch.autograd.function.FunctionCtx):
+    saved_tensors: tuple[Tensor, Tensor]
+    needs_input_grad: tuple[bool, ...]
+    dtypes: tuple[torch.dtype, torch.dtype]  # of x and weight
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: _Context,
         x: Tensor,
         weight: Tensor,
         labels: Tensor,
@@ -63,22 +69,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         total = x.new_zeros((), dtype=dtype)
-        dx = torch.empty_like(x, dtype=dtype) if needs_grad else None
-        dw = torch.zeros_like(weight, dtype=dtype) if needs_grad else None
+        dx = x.new_empty(x.shape if needs_grad else (0,), dtype=dtype)
+        dw = weight.new_zeros(weight.shape if needs_grad else (0,), dtype=dtype)
         n_chunks = max(1, -(-x.shape[0] * weight.shape[0] // _CHUNK_LOGITS.get(x.device.type, 2**20)))
         rows = max(1, -(-x.shape[0] // n_chunks))
         for start in range(0, x.shape[0], rows):
             chunk = slice(start, min(start + rows, x.shape[0]))
             logits = _product(x[chunk], weight.T, dtype)  # (N, V)
-            capped = None
             if softcap is not None:
-                logits = capped = softcap * torch.tanh(logits / softcap)
+                logits = softcap * torch.tanh(logits / softcap)
             loss, dlogits = _softmax_loss(logits, labels[chunk], x.dtype, needs_grad)
             total += loss.sum()
-            if dx is None or dw is None or dlogits is None:
+            if dlogits is None:
                 continue
-            if capped is not None:
-                dlogits = (dlogits * (1 - (capped / softcap) ** 2)).to(x.dtype)
+            if softcap is not None:
+                dlogits = (dlogits * (1 - (logits / softcap) ** 2)).to(x.dtype)
             dx[chunk] = _product(dlogits, weight, dtype)
             _add_product(dw, dlogits.T, x[chunk])
         ctx.save_for_backward(dx, dw)
@@ -87,7 +92,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw = ctx.saved_tensors
         grad_x = (dx * grad).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
         grad_w = (dw * grad).to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None

@@ -17,7 +17,13 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import (
+    AuxOutput,
+    AuxRequest,
+    BlockMask,
+    create_block_mask,
+    flex_attention,
+)
 
 from llmfoundry.config import Choice
 from llmfoundry.layers.norm import NormConfig
@@ -79,7 +85,7 @@ class AttentionConfig(Choice, tag="attn_type"):
     rope_scaling: RopeScaling = NoScaling()
     # Earlier tokens that a token sees beside itself, as in LLM Foundry; -1: all. `transformers` counts the
     # token too: its sliding_window is this plus 1.
-    sliding_window_size: int = Field(FULL, ge=FULL)
+    sliding_window_size: int = Field(default=FULL, ge=FULL)
     attn_uses_sequence_id: bool = False  # a token sees its own document only
     bias: bool | None = None  # of the projection in; None: as the model's no_bias says
     out_bias: bool | None = None  # of the projection out
@@ -120,14 +126,14 @@ class GroupedQueryConfig(
 ):
     """Softmax attention with H query heads over G key-value heads (Ainslie et al. 2023, arXiv:2305.13245)."""
 
-    kv_n_heads: int | None = Field(None, ge=1)  # grouped_query_attention only
-    head_dim: int | None = Field(None, ge=1)  # None: d_model / n_heads
+    kv_n_heads: int | None = Field(default=None, ge=1)  # grouped_query_attention only
+    head_dim: int | None = Field(default=None, ge=1)  # None: d_model / n_heads
     softmax_scale: float | None = None  # None: 1 / sqrt(head_dim)
     qk_norm: bool = False  # normalise each head of queries and keys, as Qwen3
     qk_ln: bool = False  # normalise all heads of queries (of keys) together, as OLMoE
-    clip_qkv: float | None = Field(None, gt=0)
+    clip_qkv: float | None = Field(default=None, gt=0)
     clip_qkv_after_norm: bool = False  # as OLMoE in `transformers`; LLM Foundry and OLMo clip first
-    attn_logit_softcapping: float | None = Field(None, gt=0)
+    attn_logit_softcapping: float | None = Field(default=None, gt=0)
     sinks: bool = False  # a learned score a head that takes part in the softmax and has no value, as gpt-oss
 
     @property
@@ -160,9 +166,9 @@ class GroupedQueryConfig(
 
     def kv_heads(self, n_heads: int) -> int:
         """G."""
-        if self.attn_type == "multiquery_attention":
-            return 1
-        return self.kv_n_heads or n_heads
+        if self.attn_type == "grouped_query_attention":
+            return self.kv_n_heads or n_heads
+        return 1 if self.attn_type == "multiquery_attention" else n_heads
 
     def rotary_dim(self, d_model: int, n_heads: int) -> int:
         """C: all dims of a head rotate."""
@@ -226,9 +232,13 @@ class Attention(nn.Module):
         elif self.config.needs_scores:
             y = plain_attention(q, k, v, mask, self.scale, self.config.attn_logit_softcapping, self.sinks)
         else:
+            grouped = self.kv_heads != self.n_heads
+            if grouped and mask is not None:  # torch's fused kernels take groups or a mask, not both
+                k, v = (each.repeat_interleave(self.n_heads // self.kv_heads, dim=1) for each in (k, v))
+                grouped = False
             causal = mask is None and q.shape[2] > 1  # one query sees all keys
             y = F.scaled_dot_product_attention(
-                q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=self.kv_heads != self.n_heads
+                q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=grouped
             )
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
@@ -239,28 +249,26 @@ class Attention(nn.Module):
         if clip is not None and not config.clip_qkv_after_norm:
             qkv = qkv.clamp(-clip, clip)
         heads = qkv.unflatten(-1, (-1, self.head_dim))  # (B, S, H + 2G, C)
-        qk, v = heads.split((self.n_heads + self.kv_heads, self.kv_heads), dim=2)
-        if config.qk_norm or config.qk_ln:
-            q, k = qk.split((self.n_heads, self.kv_heads), dim=2)
-            if config.qk_norm:
-                q, k = self.q_norm(q), self.k_norm(k)
-            else:
-                q, k = self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
-            qk = torch.cat((q, k), dim=2)
+        q, k, v = heads.split((self.n_heads, self.kv_heads, self.kv_heads), dim=2)
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if config.qk_ln:
+            q, k = self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
         if clip is not None and config.clip_qkv_after_norm:
-            qk, v = qk.clamp(-clip, clip), v.clamp(-clip, clip)
+            q, k, v = q.clamp(-clip, clip), k.clamp(-clip, clip), v.clamp(-clip, clip)
         if rope is not None:
-            qk = rotate(qk, rope)
-        q, k = qk.split((self.n_heads, self.kv_heads), dim=2)
+            q, k = rotate(q, rope), rotate(k, rope)
         return q, k, v
 
     def _flex(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
         cap = self.config.attn_logit_softcapping
 
         def softcap(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return cap * torch.tanh(score / cap)
+            return score if cap is None else cap * torch.tanh(score / cap)
 
-        attend = flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)
+        attend: Callable[..., tuple[Tensor, AuxOutput]] = flex_attention
+        if not torch.compiler.is_compiling():
+            attend = _compiled(flex_attention)
         y, aux = attend(
             q, k, v,
             score_mod=None if cap is None else softcap,
@@ -269,7 +277,9 @@ class Attention(nn.Module):
             enable_gqa=self.kv_heads != self.n_heads,
             return_aux=AuxRequest(lse=self.sinks is not None),
         )  # fmt: skip
-        if self.sinks is not None:  # softmax with one more score: all other weights shrink by this
+        if (
+            self.sinks is not None and aux.lse is not None
+        ):  # one more score in the softmax shrinks all weights
             y = (y * torch.sigmoid(aux.lse - self.sinks.float()[:, None])[..., None]).to(q.dtype)
         return y
 

@@ -44,14 +44,16 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
     n_heads: int = Field(ge=1)
     n_layers: int = Field(ge=1)
     vocab_size: int = Field(ge=1)
-    max_seq_len: int = Field(2048, ge=1)
-    expansion_ratio: float = Field(4.0, gt=0)  # ffn hidden size / d_model, where ffn_config gives no size
+    max_seq_len: int = Field(default=2048, ge=1)
+    expansion_ratio: float = Field(
+        default=4.0, gt=0
+    )  # ffn hidden size / d_model, where ffn_config gives no size
     no_bias: bool = False  # of every linear layer and norm, unless its own block says otherwise
     norm_type: NormType = "layernorm"
-    norm_eps: float = Field(1e-5, gt=0)
+    norm_eps: float = Field(default=1e-5, gt=0)
     learned_pos_emb: bool | None = None  # None: exactly when attn_config.rope is off
     tie_word_embeddings: bool = True
-    final_logit_softcapping: float | None = Field(None, gt=0)
+    final_logit_softcapping: float | None = Field(default=None, gt=0)
     # Windows of the layers in turn, e.g. [127, -1]: layer i has entry i modulo the length. None: the same for
     # all, attn_config.sliding_window_size.
     attn_window_pattern: list[int] | None = None

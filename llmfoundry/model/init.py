@@ -40,11 +40,11 @@ class InitConfig(Config):
     name: Literal[
         "kaiming_normal_", "kaiming_uniform_", "baseline_", "normal_", "small_init_", "neox_init_"
     ] = "kaiming_normal_"  # fmt: skip
-    init_std: float | None = Field(None, gt=0)
+    init_std: float | None = Field(default=None, gt=0)
     fan_mode: Literal["fan_in", "fan_out"] = "fan_in"
     init_gain: float = 0.0  # of kaiming_*: the slope of the leaky ReLU that its gain is for
     init_div_is_residual: bool | float = True  # residual outputs divided by sqrt(2 L), or by this number
-    emb_init_std: float | None = Field(None, ge=0)  # embeddings; None: as all other weights
+    emb_init_std: float | None = Field(default=None, ge=0)  # embeddings; None: as all other weights
 
     @model_validator(mode="after")
     def _check_std(self) -> InitConfig:
@@ -127,7 +127,7 @@ def shard_of(tensor: Tensor) -> Shard:
     # proved by the parity tests.
     from torch.distributed.checkpoint.planner_helpers import _create_chunk_from_dtensor
 
-    return Shard(tensor.detach().to_local(), tensor.shape, tuple(_create_chunk_from_dtensor(tensor).offsets))
+    return Shard(tensor.to_local().detach(), tensor.shape, tuple(_create_chunk_from_dtensor(tensor).offsets))
 
 
 def draw_weight(
@@ -149,7 +149,7 @@ def draw_weight(
         values = matrix if direct else torch.empty(matrix.shape, dtype=torch.float32)  # (rows, n_columns)
 
         def draw(block: _Block, values: Tensor = values, at: int = at) -> None:
-            generator = torch.Generator().manual_seed(seed_of(seed, name, at, block.index))
+            generator = torch.Generator().manual_seed(seed_of(seed, name, at, block.number))
             target = values[block.start : block.start + block.n]
             whole = block.skip == 0 and block.n == block.rows and n_columns == columns
             drawn = target if whole else torch.empty(block.rows, columns)
@@ -170,7 +170,7 @@ def draw_weight(
 class _Block(NamedTuple):
     """A block of rows, and the part of it that a shard holds."""
 
-    index: int  # of the block in its matrix
+    number: int  # of the block in its matrix
     rows: int  # of the block
     skip: int  # rows of the block before the shard
     n: int  # rows of the block in the shard
@@ -180,10 +180,10 @@ class _Block(NamedTuple):
 def _blocks(n_rows: int, columns: int, first: int, n: int) -> Iterator[_Block]:
     """The blocks of an (n_rows, columns) matrix that meet its rows [first, first + n)."""
     size = max(1, _BLOCK_VALUES // columns)
-    for index in range(first // size, -(-(first + n) // size)):
-        low, high = index * size, min((index + 1) * size, n_rows)
+    for number in range(first // size, -(-(first + n) // size)):
+        low, high = number * size, min((number + 1) * size, n_rows)
         start, end = max(low, first), min(high, first + n)
-        yield _Block(index, high - low, start - low, end - start, start - first)
+        yield _Block(number, high - low, start - low, end - start, start - first)
 
 
 def _matrices(shard: Shard, lead: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:

@@ -1,0 +1,189 @@
+import pytest
+import torch
+from torch import Tensor
+
+from llmfoundry.config import ConfigError, check
+from llmfoundry.layers.attention import (
+    Attention,
+    AttentionConfig,
+    GroupedQueryConfig,
+    KVCache,
+    attention_mask,
+    plain_attention,
+)
+from llmfoundry.layers.norm import NormConfig
+from llmfoundry.layers.rope import NoScaling, rope_table
+
+CPU = torch.device("cpu")
+D, H = 48, 6
+
+
+def _config(**keys: object) -> GroupedQueryConfig:
+    keys.setdefault("attn_type", "grouped_query_attention" if "kv_n_heads" in keys else "multihead_attention")
+    config = check(AttentionConfig, keys).filled(bias=False)
+    assert isinstance(config, GroupedQueryConfig)
+    config.check(D, H)
+    return config
+
+
+def _attention(config: GroupedQueryConfig) -> Attention:
+    module = config.build(D, H, NormConfig(norm_type="rmsnorm")).double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+def _run(module: Attention, x: Tensor, window: int = -1, sequence_ids: Tensor | None = None) -> Tensor:
+    mask = attention_mask(module.config, window, x.shape[1], 0, sequence_ids, CPU)
+    return module(x, rope_table(NoScaling(), 100.0, module.head_dim, torch.arange(x.shape[1])), mask)
+
+
+CONFIGS = {
+    "multihead": _config(),
+    "grouped": _config(kv_n_heads=2, bias=True, out_bias=True),
+    "multiquery": _config(attn_type="multiquery_attention"),
+    "wide heads": _config(kv_n_heads=3, head_dim=16, qk_norm=True),
+    "norm of all heads": _config(kv_n_heads=2, qk_ln=True, clip_qkv=0.5),
+    "sinks": _config(kv_n_heads=2, sinks=True),
+    "softcap": _config(attn_logit_softcapping=2.0),
+}
+each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+
+
+@each_config
+def test_counts_as_built(config: GroupedQueryConfig) -> None:
+    built = sum(p.numel() for p in _attention(config).parameters())
+    assert config.n_params(D, H, NormConfig(norm_type="rmsnorm")) == built
+
+
+@each_config
+@pytest.mark.parametrize("window", [-1, 3])
+def test_is_causal_and_sees_its_window(config: GroupedQueryConfig, window: int) -> None:
+    module, x = _attention(config), torch.randn(1, 10, D, dtype=torch.float64)
+    moved = x.clone()
+    moved[0, 4] += 1
+    changed = (_run(module, x, window) - _run(module, moved, window)).abs().amax(-1)[0] > 1e-9
+    last = 9 if window == -1 else 4 + window
+    assert changed.tolist() == [4 <= at <= last for at in range(10)]
+
+
+@each_config
+@pytest.mark.parametrize("window", [-1, 3])
+@pytest.mark.parametrize("chunks", [(10,), (4, 6), (1,) * 10, (5, 1, 4)])
+def test_cache_gives_what_one_pass_gives(
+    config: GroupedQueryConfig, window: int, chunks: tuple[int, ...]
+) -> None:
+    module, x, cache = _attention(config), torch.randn(2, 10, D, dtype=torch.float64), KVCache()
+    parts = []
+    for part in x.split(chunks, dim=1):
+        start, n = cache.length, part.shape[1]
+        rope = rope_table(NoScaling(), 100.0, module.head_dim, torch.arange(start, start + n))
+        parts.append(module(part, rope, attention_mask(config, window, n, start, None, CPU), cache))
+    torch.testing.assert_close(torch.cat(parts, dim=1), _run(module, x, window), rtol=0, atol=1e-12)
+
+
+@each_config
+def test_documents_do_not_see_each_other(config: GroupedQueryConfig) -> None:
+    module, x = _attention(config), torch.randn(2, 9, D, dtype=torch.float64)
+    ids = torch.tensor([[0] * 4 + [1] * 5, [3] * 9], dtype=torch.int32)
+    y = _run(module, x, sequence_ids=ids)
+    # Rotary positions are relative, so a document alone, starting at 0, gives the same; angles are float32.
+    torch.testing.assert_close(y[:1, 4:], _run(module, x[:1, 4:]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(y[:1, :4], _run(module, x[:1, :4]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(y[1:], _run(module, x[1:]), rtol=0, atol=1e-12)
+
+
+def test_fused_path_equals_plain_attention() -> None:
+    q, k, v = (torch.randn(2, heads, 12, 8, dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2))
+    causal = torch.ones(12, 12, dtype=torch.bool).tril()
+    fused = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=0.3, enable_gqa=True
+    )
+    plain = plain_attention(q, k, v, causal, 0.3)
+    torch.testing.assert_close(plain, fused, rtol=0, atol=1e-12)
+    g = torch.randn_like(plain)
+    for a, b in zip(
+        torch.autograd.grad(plain, (q, k, v), g), torch.autograd.grad(fused, (q, k, v), g), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_sinks_equal_transformers() -> None:
+    from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+
+    module = torch.nn.Module()
+    module.sinks, module.num_key_value_groups, module.training = torch.nn.Parameter(torch.randn(6)), 3, False
+    q, k, v = (torch.randn(2, heads, 7, 8) for heads in (6, 2, 2))
+    causal = torch.ones(7, 7, dtype=torch.bool).tril()
+    bias = torch.zeros(7, 7).masked_fill(~causal, float("-inf"))[None, None]
+    theirs, _ = eager_attention_forward(module, q, k, v, bias, scaling=0.3)
+    ours = plain_attention(q, k, v, causal, 0.3, sinks=module.sinks)
+    torch.testing.assert_close(ours.transpose(1, 2), theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_clip_comes_before_the_norm_unless_said_otherwise() -> None:
+    x = torch.randn(1, 3, D, dtype=torch.float64)
+    for after in (False, True):
+        module = _attention(_config(qk_ln=True, clip_qkv=0.1, clip_qkv_after_norm=after))
+        q, k, v = module._project(x, None)
+        assert v.abs().max() == 0.1
+        assert (q.abs().max() <= 0.1) == (k.abs().max() <= 0.1) == after
+
+
+def test_plain_causal_attention_builds_no_mask() -> None:
+    assert attention_mask(_config(), -1, 100, 0, None, CPU) is None
+    assert attention_mask(_config(), 99, 100, 0, None, CPU) is None  # the window holds all
+    assert attention_mask(_config(), -1, 1, 50, None, CPU) is None  # one query sees the whole cache
+
+
+def test_cache_grows_and_keeps_what_it_holds() -> None:
+    cache, k = KVCache(capacity=3), torch.randn(1, 2, 20, 4)
+    for start, end in ((0, 2), (2, 3), (3, 9), (9, 20)):
+        all_k, all_v = cache.append(k[:, :, start:end], -k[:, :, start:end])
+        assert torch.equal(all_k, k[:, :, :end]) and torch.equal(all_v, -k[:, :, :end])
+    assert cache.length == 20
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"qk_norm": True, "qk_ln": True}, "exclude each other"),
+        ({"kv_n_heads": 4}, "n_heads=6 is not divisible by kv_n_heads=4"),
+        ({"attn_type": "grouped_query_attention"}, "needs kv_n_heads"),
+        ({"attn_type": "multihead_attention", "kv_n_heads": 2}, "contradicts attn_type=multihead_attention"),
+        ({"head_dim": 7, "rope": True}, "head_dim=7 is odd"),
+        ({"sinks": True, "attn_impl": "sdpa"}, "attn_impl=sdpa"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(keys: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _config(**keys)
+
+
+def test_unknown_key_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'kv_n_heads'"):
+        check(AttentionConfig, {"kv_heads": 2})
+
+
+def test_flex_off_cuda_is_refused() -> None:
+    with pytest.raises(ValueError, match="attn_impl=flex needs a CUDA device"):
+        attention_mask(_config(attn_impl="flex"), -1, 8, 0, None, CPU)
+
+
+@pytest.mark.gpu
+@each_config
+@pytest.mark.parametrize("window", [-1, 40])
+@pytest.mark.parametrize("documents", [False, True])
+def test_flex_equals_plain_on_cuda(config: GroupedQueryConfig, window: int, documents: bool) -> None:
+    wide = config.model_copy(update={"head_dim": 16})  # FlexAttention's least
+    module = _attention(wide)
+    x = torch.randn(2, 200, D, dtype=torch.float64)
+    ids = (torch.arange(200, dtype=torch.int32) // 70).expand(2, -1) if documents else None
+    expected = _run(module, x, window, ids)
+    module, x = module.float().cuda(), x.float().cuda().requires_grad_()
+    mask = attention_mask(wide, window, 200, 0, None if ids is None else ids.cuda(), x.device)
+    y = module(x, rope_table(NoScaling(), 100.0, 16, torch.arange(200, device="cuda")), mask)
+    y.sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()
+    # Float32 beside float64; torch's Triton template may use TF32, whose mantissa has 10 bits.
+    torch.testing.assert_close(y.double().cpu(), expected, rtol=0, atol=2e-2 * float(expected.abs().max()))
