@@ -305,29 +305,45 @@ def _read_python(path: Path) -> str:
 
 def _read_table(path: Path, text_key: str) -> Iterator[str]:
     """The texts of one .jsonl or .parquet file, streamed."""
-    import datasets  # here, because it takes seconds to import and most runs do not need it
-
-    builder = TABLES[_ending(path) or ""]
-    columns = {"columns": [text_key]} if builder == "parquet" else {}
-    with tempfile.TemporaryDirectory() as scratch:  # `datasets` leaves lock files there, even when streaming
+    where = f"dataset.text_key: {path}"
+    with tempfile.TemporaryDirectory() as scratch:
         try:
-            rows = datasets.load_dataset(
-                builder, data_files=[str(path)], split="train", streaming=True, cache_dir=scratch, **columns
-            )
-            for number, row in enumerate(rows):
+            for number, row in enumerate(_rows(path, text_key, scratch)):
                 text = row.get(text_key)
-                if not isinstance(text, str):
+                if text_key not in row:
                     known = ", ".join(map(repr, row))
-                    found = f"is {text!r}, not text" if text_key in row else f"is not among {known}"
-                    raise ConfigError(f"dataset.text_key: {path}: row {number}: {text_key!r} {found}")
+                    raise ConfigError(f"{where}: row {number}: {text_key!r} is not among {known}")
+                if not isinstance(text, str):
+                    raise ConfigError(f"{where}: row {number}: {text_key!r} is {text!r:.80}, not text")
                 yield text
         except ConfigError:
             raise
-        except StopIteration:  # how `datasets` meets an empty file
-            return
         except Exception as error:  # pyarrow's, zlib's, zstandard's and pandas' own kinds
             why = " ".join(str(error).split())[:300]
-            raise ConfigError(f"dataset.path: {path}: cannot be read as {builder}: {why}") from error
+            raise ConfigError(f"dataset.path: {path}: cannot be read: {why}") from error
+
+
+def _rows(path: Path, text_key: str, scratch: str) -> Iterator[dict[str, object]]:
+    """The rows of a table through `datasets`, which leaves lock files in `scratch` even when it streams."""
+    import datasets  # here, because they take seconds to import and most runs do not need them
+    import pyarrow.parquet
+
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs an error before it raises it
+    builder, columns = TABLES[_ending(path) or ""], {}
+    if builder == "parquet":
+        columns = {"columns": [text_key]}
+        names = pyarrow.parquet.read_schema(path).names
+        if text_key not in names:
+            known = ", ".join(map(repr, names))
+            raise ConfigError(f"dataset.text_key: {path}: {text_key!r} is not among {known}")
+    # A name with brackets would be taken for a pattern that finds nothing.
+    file = glob.escape(str(path))
+    try:
+        yield from datasets.load_dataset(
+            builder, data_files=[file], split="train", streaming=True, cache_dir=scratch, **columns
+        )
+    except StopIteration:  # how `datasets` meets an empty file
+        return
 
 
 def _word(index: int) -> str:

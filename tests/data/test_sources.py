@@ -170,13 +170,14 @@ def test_file_cut_inside_a_character_is_refused(folder: Path) -> None:
 
 
 BROKEN = {
-    "line.jsonl": (b'{"text": "a"}\n{"text": oops}\n', "cannot be read as json"),
-    "latin.jsonl": ('{"text": "é"}\n'.encode("latin-1"), "cannot be read as json"),
-    "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "cannot be read as json"),
+    "line.jsonl": (b'{"text": "a"}\n{"text": oops}\n', "cannot be read: "),
+    "latin.jsonl": ('{"text": "é"}\n'.encode("latin-1"), "cannot be read: "),
+    "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "cannot be read: "),
     "cut.jsonl.zst": (zstandard.compress(b'{"text": "a"}\n' * 99)[:-9], "is no whole zstd file"),
     "not.jsonl.zst": (b'{"text": "a"}\n', "is no whole zstd file"),
-    "cut.parquet": (b"PAR1 and no more", "cannot be read as parquet"),
+    "cut.parquet": (b"PAR1 and no more", "cannot be read: "),
     "key.jsonl": (b'{"body": "a"}\n', "row 0: 'text' is not among 'body'"),
+    "row.jsonl": (b'{"text": "a"}\n' * 3 + b'{"text": 4}\n', "row 3: 'text' is 4, not text"),
     "null.jsonl": (b'{"text": "a"}\n{"text": null}\n', "row 1: 'text' is None, not text"),
     "empty.jsonl": (b"", "holds no text"),
 }
@@ -190,6 +191,21 @@ def test_broken_table_is_named(tmp_path: Path, name: str) -> None:
         documents(name="text_files", path=str(tmp_path), validation_fraction=0)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert name in str(caught.value) or name == "empty.jsonl"
+
+
+def test_parquet_without_the_column_is_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"body": ["a"], "id": [1]}), tmp_path / "a.parquet")
+    keys = {"name": "text_files", "path": str(tmp_path), "validation_fraction": 0}
+    with pytest.raises(ConfigError, match=r"a\.parquet: 'text' is not among 'body', 'id'"):
+        documents(**keys)
+    assert documents(text_key="body", **keys) == ["a"]
+
+
+@pytest.mark.parametrize("name", ["part[1].jsonl", "b*c.jsonl", "d e.jsonl", "{x,y}?#%20.jsonl"])
+def test_file_name_is_never_taken_for_a_pattern(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"text": "this"}\n')
+    (tmp_path / "b1c.jsonl").write_text('{"text": "not this"}\n')
+    assert documents(name="text_files", path=str(tmp_path / name), validation_fraction=0) == ["this"]
 
 
 def test_missing_and_empty_data_are_named(tmp_path: Path) -> None:
