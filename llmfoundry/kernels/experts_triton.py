@@ -1,0 +1,279 @@
+"""The experts of a MoE layer in Triton: two operators, forward and backward, over the kernels of this room.
+
+Shapes: T tokens, D d_model, F ffn hidden size, E experts, K top_k, R rows in expert order.
+Forward: gather, up + activation, down, sum. Backward: gather, (da, dh, ds), dx, sum, dw2, dw1. Kept between the
+two are x, the pre-activation h and int32 indices; a' = s * a and the gathered rows are made again. Nothing is
+read on the host, so a CUDA graph captures both, with routing that changes between replays.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from llmfoundry.kernels.gather import gather, slot_sums, sum_rows
+from llmfoundry.kernels.grouped import grouped
+from llmfoundry.kernels.routing import Order
+from llmfoundry.kernels.routing_triton import sort_by_expert_triton
+from llmfoundry.kernels.tiles import tile_rows
+from llmfoundry.kernels.tune import (
+    DOWN,
+    DX,
+    UP,
+    UP_BACKWARD,
+    WEIGHT_GRAD,
+    Problem,
+    pick,
+)
+from llmfoundry.kernels.up import up
+from llmfoundry.kernels.up_backward import up_backward
+from llmfoundry.kernels.weight_grad import weight_grad
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+
+
+def experts_ffn_triton(
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    *,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    activation: str,
+    gated: bool,
+    limit: float | None = None,
+    save_h: bool = True,
+    n_rows: int | None = None,
+) -> Tensor:
+    """`experts.experts_ffn` by the Triton kernels; arguments as there.
+
+    Raises:
+        ValueError: biases, a clamp, an activation or sizes that these kernels do not do.
+    """
+    refusal = refusal_of(w1, w2, b1, b2, activation, limit)
+    if refusal is not None:
+        raise ValueError(f"moe_impl=triton: {refusal}; use moe_impl=grouped_mm")
+    if x.numel() == 0 or experts.numel() == 0:
+        return (x * weights.sum(1, keepdim=True).to(x.dtype)) + _nothing(w1, w2).to(x.dtype)
+    bound = experts.numel() if n_rows is None else min(n_rows, experts.numel())
+    y, _ = _forward(
+        x.contiguous(), weights.contiguous(), w1.contiguous(), w2.contiguous(),
+        *_order(experts.contiguous(), w2.shape[0]), activation, gated, save_h, max(bound, 1),
+    )  # fmt: skip
+    return cast(Tensor, y)
+
+
+def refusal_of(
+    w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, activation: str, limit: float | None
+) -> str | None:
+    """Why these kernels cannot run an FFN of this kind, or None."""
+    if b1 is not None or b2 is not None:
+        return "the Triton kernels have no biases"
+    if limit is not None or activation not in ACTIVATIONS:
+        return f"the Triton kernels know {', '.join(ACTIVATIONS)} and no clamp, not {activation} {limit=}"
+    step = 16 // w1.element_size()  # TMA: rows of 16 bytes
+    if w2.shape[1] % step or w2.shape[2] % step:
+        return f"d_model={w2.shape[1]} and ffn_hidden_size={w2.shape[2]} must be multiples of {step}"
+    return None
+
+
+def _nothing(w1: Tensor, w2: Tensor) -> Tensor:
+    """A zero that depends on the weights: without tokens their gradients are zeros, not absent."""
+    return w1[:0].sum() + w2[:0].sum()
+
+
+@torch.library.custom_op("llmfoundry::sort_by_expert", mutates_args=())
+def _order(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tuple(sort_by_expert_triton(experts, n_experts))  # type: ignore[return-value]
+
+
+@_order.register_fake
+def _(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ints = [experts.new_empty(experts.numel(), dtype=torch.int32) for _ in range(3)]
+    return experts.new_empty(n_experts + 1, dtype=torch.int32), ints[0], ints[1], ints[2]
+
+
+@torch.library.custom_op("llmfoundry::experts_forward", mutates_args=())
+def _forward(
+    x: Tensor,
+    weights: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    expert_start: Tensor,
+    row_token: Tensor,
+    row_slot: Tensor,
+    slot_row: Tensor,
+    activation: str,
+    gated: bool,
+    save_h: bool,
+    n_rows: int,
+) -> tuple[Tensor, Tensor]:
+    """y (T, D), and h (R, 2F) or (R, F): empty unless saved."""
+    order = Order(expert_start, row_token, row_slot, slot_row)
+    problem = _problem(w1, w2, n_rows)
+    tiles = tile_rows(expert_start, n_rows)
+    x_rows = gather(x, order, n_rows)  # (R, D)
+    h, a = pick(
+        UP, problem, lambda c: up(x_rows, weights, row_slot, tiles, w1, activation=activation, gated=gated,
+                                  store_h=save_h, config=c),
+    )  # fmt: skip
+    del x_rows
+    y_rows = pick(DOWN, problem, lambda c: grouped(a, w2, tiles, config=c))  # (R, D)
+    y = sum_rows(y_rows, order, weights.shape[1])
+    return y, h if save_h else h.new_empty(0)
+
+
+@_forward.register_fake
+def _(
+    x: Tensor,
+    weights: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    expert_start: Tensor,
+    row_token: Tensor,
+    row_slot: Tensor,
+    slot_row: Tensor,
+    activation: str,
+    gated: bool,
+    save_h: bool,
+    n_rows: int,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(n_rows, w1.shape[1]) if save_h else x.new_empty(0)
+
+
+@torch.library.custom_op("llmfoundry::experts_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    h: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    expert_start: Tensor,
+    row_token: Tensor,
+    row_slot: Tensor,
+    slot_row: Tensor,
+    activation: str,
+    gated: bool,
+    n_rows: int,
+    need_x: bool,
+    need_weights: bool,
+    need_w1: bool,
+    need_w2: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weights, w1, w2; one that is not needed is empty. Those of the weights come last: they
+    can overlap whatever waits for dx."""
+    order = Order(expert_start, row_token, row_slot, slot_row)
+    problem = _problem(w1, w2, n_rows)
+    tiles = tile_rows(expert_start, n_rows)
+    none = x.new_empty(0)
+    x_rows = gather(x, order, n_rows) if need_w1 or h.numel() == 0 else none
+    if h.numel() == 0:
+        h, _ = pick(
+            UP, problem, lambda c: up(x_rows, weights, row_slot, tiles, w1, activation=activation, gated=gated,
+                                      store_a=False, config=c),
+        )  # fmt: skip
+    dy_rows = gather(dy, order, n_rows)  # (R, D)
+    dh, a, ds = pick(
+        UP_BACKWARD, problem, lambda c: up_backward(dy_rows, h, weights, row_slot, tiles, w2,
+                                                    activation=activation, gated=gated, config=c),
+    )  # fmt: skip
+    dweights = slot_sums(ds, order).view(weights.shape) if need_weights else none
+    dx = none
+    if need_x:
+        dx = sum_rows(
+            pick(DX, problem, lambda c: grouped(dh, w1, tiles, transposed=True, config=c)),
+            order,
+            weights.shape[1],
+        )
+    dw2 = pick(WEIGHT_GRAD, problem, lambda c: weight_grad(dy_rows, a, tiles, config=c)) if need_w2 else none
+    del dy_rows, a
+    dw1 = pick(WEIGHT_GRAD, problem, lambda c: weight_grad(dh, x_rows, tiles, config=c)) if need_w1 else none
+    return dx, dweights, dw1, dw2
+
+
+@_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    h: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    expert_start: Tensor,
+    row_token: Tensor,
+    row_slot: Tensor,
+    slot_row: Tensor,
+    activation: str,
+    gated: bool,
+    n_rows: int,
+    need_x: bool,
+    need_weights: bool,
+    need_w1: bool,
+    need_w2: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs = ((x, need_x), (weights, need_weights), (w1, need_w1), (w2, need_w2))
+    dx, dweights, dw1, dw2 = (torch.empty_like(t) if need else t.new_empty(0) for t, need in needs)
+    return dx, dweights, dw1, dw2
+
+
+class _Context(Protocol):
+    """What autograd gives to an operator's set-up and backward."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    unit: tuple[str, bool, int]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, str, bool, bool, int]
+
+
+def _setup(ctx: _Context, inputs: Inputs, output: tuple[Tensor, Tensor]) -> None:
+    x, weights, w1, w2, *order, activation, gated, _, n_rows = inputs
+    ctx.save_for_backward(x, weights, w1, w2, *cast(list[Tensor], order), output[1])
+    ctx.unit = (activation, gated, n_rows)
+
+
+def _autograd(ctx: _Context, dy: Tensor, _dh: Tensor) -> tuple[Tensor | None, ...]:
+    x, weights, w1, w2, *order, h = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:4]
+    grads = _backward(dy.contiguous(), x, weights, h, w1, w2, *order, *ctx.unit, *needs)
+    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 8)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup)
+
+
+Shape = tuple[int, ...]
+
+
+@register_flop_formula(torch.ops.llmfoundry.experts_forward)
+def _forward_flops(
+    x: Shape, weights: Shape, w1: Shape, w2: Shape, *args: object, out_shape: object = None, **_: object
+) -> int:
+    """Two FLOPs a row and a weight of its expert: 6*T*K*D*F when gated."""
+    return 2 * weights[0] * weights[1] * (w1[1] * w1[2] + w2[1] * w2[2])
+
+
+@register_flop_formula(torch.ops.llmfoundry.experts_backward)
+def _backward_flops(
+    dy: Shape, x: Shape, weights: Shape, h: Shape, w1: Shape, w2: Shape, *args: object,
+    out_shape: object = None, **_: object,
+) -> int:  # fmt: skip
+    return 2 * _forward_flops(x, weights, w1, w2)
+
+
+def _problem(w1: Tensor, w2: Tensor, n_rows: int) -> Problem:
+    n_experts, d_model, hidden = w2.shape
+    return Problem(w1.device, str(w1.dtype), d_model, hidden, n_experts, w1.shape[1] // hidden, n_rows)
+
+

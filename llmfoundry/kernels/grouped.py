@@ -1,0 +1,94 @@
+"""Rows times their expert's matrix: the down projection, and the gradients of a' and x on the way back.
+
+Shapes: M rows in expert order, N output width, J inner width, E experts; w (E, N, J) or, transposed, (E, J, N).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llmfoundry.kernels.tiles import TILE_ROWS, Tiles, n_programs, place, plain, ragged, write_ragged
+
+
+class GroupedConfig(NamedTuple):
+    """Tile sizes: `columns` of the output, `depth` of the product's inner dim per step."""
+
+    columns: int = 256
+    depth: int = 64
+    group: int = 8
+    num_warps: int = 8
+    num_stages: int = 3
+    flatten: bool = False
+    pieces: int = 1  # column pieces that the accumulator is stored in: smaller staging, more stages
+
+
+@triton.jit
+def grouped_kernel(
+    rows_desc, w_desc, out_desc, start_ptr, expert_ptr, row_ptr, count_ptr,
+    J, N: tl.constexpr, TRANSPOSED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    COLUMN_TILES: tl.constexpr = (N + BN - 1) // BN
+    n_row_tiles = tl.load(count_ptr)
+    for tile in tl.range(tl.program_id(0), n_row_tiles * COLUMN_TILES, PROGRAMS, flatten=FLATTEN):
+        i, j = place(tile, n_row_tiles, COLUMN_TILES, GROUP)
+        e = tl.load(expert_ptr + i)
+        row = tl.load(row_ptr + i)
+        acc = tl.zeros([BM, BN], dtype=tl.float32)
+        for k in tl.range(0, J, BK):
+            a = rows_desc.load([row, k])
+            if TRANSPOSED:
+                w = w_desc.load([e, k, j * BN]).reshape([BK, BN])
+            else:
+                w = w_desc.load([e, j * BN, k]).reshape([BN, BK]).T
+            acc = tl.dot(a, w, acc)
+        start = tl.load(start_ptr + e)
+        size = tl.load(start_ptr + e + 1) - start
+        dtype: tl.constexpr = out_desc.dtype
+        if PIECES == 2:
+            left, right = acc.reshape([BM, 2, BN // 2]).permute(0, 2, 1).split()
+            write_ragged(out_desc, start, size, row - start, j * BN, left.to(dtype))
+            write_ragged(out_desc, start, size, row - start, j * BN + BN // 2, right.to(dtype))
+        else:
+            write_ragged(out_desc, start, size, row - start, j * BN, acc.to(dtype))
+
+
+def grouped(
+    rows: Tensor, w: Tensor, tiles: Tiles, *, transposed: bool = False, config: GroupedConfig = GroupedConfig()
+) -> Tensor:
+    """Each row times its expert's matrix.
+
+    Args:
+        rows: (M, J) in expert order.
+        w: (E, N, J), applied as `rows @ w[e].T`; or `transposed` (E, J, N), as `rows @ w[e]`.
+
+    Returns:
+        (M, N) in the dtype of `rows`; rows behind the last expert are unset.
+    """
+    n_rows, inner = rows.shape
+    width = w.shape[2] if transposed else w.shape[1]
+    c = config
+    out = rows.new_empty(n_rows, width)
+    block = [1, c.depth, c.columns] if transposed else [1, c.columns, c.depth]
+    programs = n_programs(rows.device)
+    grouped_kernel[(programs,)](
+        plain(rows, [TILE_ROWS, c.depth]),
+        plain(w, block),
+        ragged(out, [TILE_ROWS, c.columns // c.pieces]),
+        tiles.expert_start, tiles.expert, tiles.row, tiles.count,
+        inner, N=width, TRANSPOSED=transposed, BM=TILE_ROWS, BN=c.columns, BK=c.depth, GROUP=c.group,
+        PROGRAMS=programs, FLATTEN=c.flatten, PIECES=c.pieces, num_warps=c.num_warps, num_stages=c.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def grouped_reference(rows: Tensor, w: Tensor, tiles: Tiles, *, transposed: bool = False) -> Tensor:
+    """`grouped` in plain PyTorch, expert by expert."""
+    start = tiles.expert_start.tolist()
+    spans = zip(start[:-1], start[1:], strict=True)
+    return torch.cat([rows[a:b] @ (w[e] if transposed else w[e].T) for e, (a, b) in enumerate(spans)])

@@ -1,0 +1,91 @@
+"""`routing.sort_by_expert` in four small Triton kernels: a counting sort, stable, without atomics on results.
+
+Shapes: M slots, E experts, NB = ceil(M / 128) blocks of slots.
+Count each block's experts; run over the blocks of each expert; add the experts' starts; place each slot behind
+the earlier ones of its expert. A radix sort of M keys reads and writes them several times over; this reads twice.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llmfoundry.kernels.routing import Order
+
+BLOCK = 128
+
+
+@triton.jit
+def _count_kernel(experts_ptr, counts_ptr, n_slots, n_blocks, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    """counts[e, block]: slots of expert e in a block; the column E counts those without an expert."""
+    block = tl.program_id(0)
+    slot = block * BLOCK + tl.arange(0, BLOCK)
+    e = tl.load(experts_ptr + slot, mask=slot < n_slots, other=EXPERTS - 1).to(tl.int32)
+    counts = tl.histogram(e, EXPERTS)
+    tl.store(counts_ptr + tl.arange(0, EXPERTS).to(tl.int64) * n_blocks + block, counts)
+
+
+@triton.jit
+def _prefix_kernel(counts_ptr, totals_ptr, n_blocks, CHUNK: tl.constexpr):
+    """Each expert's counts become the number of its slots in earlier blocks."""
+    e = tl.program_id(0).to(tl.int64)
+    carry = tl.zeros([1], dtype=tl.int32)
+    for begin in tl.range(0, n_blocks, CHUNK):
+        block = begin + tl.arange(0, CHUNK)
+        counts = tl.load(counts_ptr + e * n_blocks + block, mask=block < n_blocks, other=0)
+        tl.store(counts_ptr + e * n_blocks + block, tl.cumsum(counts, 0) - counts + carry, mask=block < n_blocks)
+        carry += tl.sum(counts)
+    tl.store(totals_ptr + e + tl.arange(0, 1), carry)
+
+
+@triton.jit
+def _start_kernel(totals_ptr, start_ptr, n_experts, EXPERTS: tl.constexpr):
+    e = tl.arange(0, EXPERTS)
+    totals = tl.load(totals_ptr + e, mask=e <= n_experts, other=0)
+    tl.store(start_ptr + e, tl.cumsum(totals, 0) - totals, mask=e <= n_experts)
+
+
+@triton.jit
+def _place_kernel(
+    experts_ptr, earlier_ptr, start_ptr, row_token_ptr, row_slot_ptr, slot_row_ptr, n_slots, n_blocks,
+    K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A slot's row: its expert's start, the expert's slots in earlier blocks, and those ahead in this block."""
+    block = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    slot = block * BLOCK + lane
+    valid = slot < n_slots
+    e = tl.load(experts_ptr + slot, mask=valid, other=-1).to(tl.int32)
+    other = tl.load(experts_ptr + slot, mask=valid, other=-2).to(tl.int32)
+    ahead = (e[:, None] == other[None, :]) & (lane[None, :] < lane[:, None])
+    row = tl.sum(ahead.to(tl.int32), axis=1)
+    row += tl.load(start_ptr + e, mask=valid, other=0)
+    row += tl.load(earlier_ptr + e.to(tl.int64) * n_blocks + block, mask=valid, other=0)
+    tl.store(slot_row_ptr + slot, row, mask=valid)
+    tl.store(row_slot_ptr + row, slot, mask=valid)
+    tl.store(row_token_ptr + row, slot // K, mask=valid)
+
+
+def sort_by_expert_triton(experts: Tensor, n_experts: int) -> Order:
+    """`routing.sort_by_expert`, which is its reference; arguments as there. (T, K) must not be empty."""
+    n_slots, top_k = experts.numel(), experts.shape[1]
+    n_blocks = triton.cdiv(n_slots, BLOCK)
+    padded = triton.next_power_of_2(n_experts + 2)  # room for "no expert" and for the last block's padding
+    empty = {"dtype": torch.int32, "device": experts.device}
+    counts = torch.empty(padded, n_blocks, **empty)
+    totals = torch.empty(n_experts + 1, **empty)
+    order = Order(
+        torch.empty(n_experts + 1, **empty),
+        torch.empty(n_slots, **empty),
+        torch.empty(n_slots, **empty),
+        torch.empty(n_slots, **empty),
+    )
+    _count_kernel[(n_blocks,)](experts, counts, n_slots, n_blocks, EXPERTS=padded, BLOCK=BLOCK, num_warps=4)
+    _prefix_kernel[(n_experts + 1,)](counts, totals, n_blocks, CHUNK=1024, num_warps=4)
+    _start_kernel[(1,)](totals, order.expert_start, n_experts, EXPERTS=padded, num_warps=4)
+    _place_kernel[(n_blocks,)](
+        experts, counts, *order, n_slots, n_blocks, K=top_k, BLOCK=BLOCK, num_warps=4
+    )
+    return order

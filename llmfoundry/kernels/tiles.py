@@ -1,0 +1,168 @@
+"""What every grouped kernel shares: the tiles that cover the experts' rows, and descriptors of ragged rows.
+
+Shapes: M rows in expert order, E experts, N_TILES bound on row tiles = ceil(M / 128) + E.
+A row tile never crosses an expert. How many there are depends on the routing and stays on the device: the
+kernels are persistent, their grid is the number of SMs, and they read `Tiles.count`. Busiest experts come
+first, so that the last wave of tiles is short ones.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.ragged_tma import create_ragged_descriptor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+TILE_ROWS = 128  # the height of a row tile: two warp groups of 64, the widest that Hopper's registers hold
+
+
+class Tiles(NamedTuple):
+    """Which rows each row tile holds. All int32, on the device."""
+
+    expert_start: Tensor  # (E+1,) first row of each expert
+    by_load: Tensor  # (E,) experts, the busiest first
+    expert: Tensor  # (N_TILES,) expert of each row tile
+    row: Tensor  # (N_TILES,) its first row
+    count: Tensor  # (1,) how many of N_TILES exist
+
+
+@cache
+def n_programs(device: torch.device) -> int:
+    """Programs of a persistent kernel: one for each SM (a few in Triton's interpreter)."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def ragged(rows: Tensor, block: list[int]) -> TensorDescriptor:
+    """A TMA descriptor of (M, N) or (M, P, N) rows that clips reads and writes at an expert's last row."""
+    return create_ragged_descriptor(rows, block)
+
+
+def plain(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+    """A TMA descriptor of a contiguous tensor; out of bounds reads as zero."""
+    return TensorDescriptor.from_tensor(tensor, block)
+
+
+@triton.jit
+def _tiles_kernel(
+    start_ptr, by_load_ptr, expert_ptr, row_ptr, count_ptr, n_experts,
+    TILE: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One program an expert: its place in the order of load, and its row tiles."""
+    e = tl.program_id(0)
+    ids = tl.arange(0, EXPERTS)
+    start = tl.load(start_ptr + ids, mask=ids < n_experts, other=0)
+    load = tl.load(start_ptr + ids + 1, mask=ids < n_experts, other=0) - start
+    own_start = tl.load(start_ptr + e)
+    own_load = tl.load(start_ptr + e + 1) - own_start
+    ahead = (ids < n_experts) & ((load > own_load) | ((load == own_load) & (ids < e)))
+    tl.store(by_load_ptr + tl.sum(ahead.to(tl.int32)), e)
+    tiles = (load + TILE - 1) // TILE
+    first = tl.sum(tl.where(ahead, tiles, 0))
+    own_tiles = (own_load + TILE - 1) // TILE
+    for begin in tl.range(0, own_tiles, CHUNK):
+        i = begin + tl.arange(0, CHUNK)
+        tl.store(expert_ptr + first + i, e + i * 0, mask=i < own_tiles)
+        tl.store(row_ptr + first + i, own_start + i * TILE, mask=i < own_tiles)
+    if e == 0:
+        tl.store(count_ptr, tl.sum(tiles))
+
+
+def tile_rows(expert_start: Tensor, n_rows: int) -> Tiles:
+    """The row tiles of an order.
+
+    Args:
+        expert_start: (E+1,) int32.
+        n_rows: M, a bound on expert_start[E].
+    """
+    n_experts = expert_start.numel() - 1
+    empty = {"dtype": torch.int32, "device": expert_start.device}
+    bound = triton.cdiv(n_rows, TILE_ROWS) + n_experts
+    tiles = Tiles(
+        expert_start,
+        torch.empty(n_experts, **empty),
+        torch.empty(bound, **empty),
+        torch.empty(bound, **empty),
+        torch.empty(1, **empty),
+    )
+    _tiles_kernel[(n_experts,)](
+        *tiles, n_experts, TILE=TILE_ROWS, EXPERTS=triton.next_power_of_2(n_experts), CHUNK=64
+    )
+    return tiles
+
+
+def tile_rows_reference(expert_start: Tensor, n_rows: int) -> Tiles:
+    """`tile_rows` in plain PyTorch, on the host."""
+    start = expert_start.tolist()
+    load = [b - a for a, b in zip(start[:-1], start[1:], strict=True)]
+    by_load = sorted(range(len(load)), key=lambda e: (-load[e], e))
+    tiles = [(e, start[e] + i) for e in by_load for i in range(0, load[e], TILE_ROWS)]
+    expert, row = ([t[i] for t in tiles] for i in (0, 1))
+    as_int = lambda values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
+    return Tiles(expert_start, as_int(by_load), as_int(expert), as_int(row), as_int([len(tiles)]))
+
+
+@triton.jit
+def place(tile, n_row_tiles, COLUMN_TILES: tl.constexpr, GROUP: tl.constexpr):
+    """Tile number -> (row tile, column tile): GROUP row tiles go through all columns together, for L2."""
+    group = tile // (GROUP * COLUMN_TILES)
+    first = group * GROUP
+    height = min(n_row_tiles - first, GROUP)
+    inside = tile - group * (GROUP * COLUMN_TILES)
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def read_ragged(desc, start, size, row, column):
+    """Load a block of (M, N) rows from a ragged descriptor; rows past `start + size` are zero."""
+    block: tl.constexpr = desc.block_shape[2:]
+    return desc.load([1073741824, start + size, 1073741824 - size + row, column]).reshape(block)
+
+
+@triton.jit
+def write_ragged(desc, start, size, row, column, value):
+    """Store a block of (M, N) rows; rows past `start + size` are left alone."""
+    shape: tl.constexpr = desc.block_shape
+    desc.store([1073741824, start + size, 1073741824 - size + row, column], value.reshape(shape))
+
+
+@triton.jit
+def write_ragged_half(desc, start, size, row, half, column, value):
+    """`write_ragged` to one half of (M, 2, N) rows."""
+    shape: tl.constexpr = desc.block_shape
+    desc.store([1073741824, start + size, 1073741824 - size + row, half, column], value.reshape(shape))
+
+
+@triton.jit
+def sigmoid(x):
+    return 1 / (1 + tl.exp(-x))
+
+
+@triton.jit
+def value_and_slope(x, ACTIVATION: tl.constexpr):
+    """An activation of float32 `x` and its derivative there."""
+    if ACTIVATION == "silu":
+        s = sigmoid(x)
+        value = x * s
+        slope = s + value * (1 - s)
+    elif ACTIVATION == "gelu":
+        cdf = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+        value = x * cdf
+        slope = cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    elif ACTIVATION == "gelu_tanh":
+        s = sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        value = x * s
+        slope = s + value * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * x * x)
+    elif ACTIVATION == "relu":
+        value = tl.maximum(x, 0.0)
+        slope = tl.where(x > 0, 1.0, 0.0)
+    else:
+        tl.static_assert(ACTIVATION == "relu2", "unknown activation")
+        positive = tl.maximum(x, 0.0)
+        value = positive * positive
+        slope = 2 * positive
+    return value, slope

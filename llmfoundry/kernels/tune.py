@@ -1,0 +1,149 @@
+"""Which tile sizes a kernel takes: fixed choices, or the fastest of a few, timed once and kept on disk.
+
+A kernel's candidates are few, because each costs a compile: the first step with a cold cache stays under a
+minute. Timing is keyed by shape and by rows per expert to a power of two, never happens while a CUDA graph is
+captured, and is switched off by `LLMFOUNDRY_AUTOTUNE=0`. Every candidate gives bitwise the same sums in the
+K dim (same depth), but ranks that must agree bitwise should still run with it off.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+import triton
+
+from llmfoundry.kernels.grouped import GroupedConfig
+from llmfoundry.kernels.up import UpConfig
+from llmfoundry.kernels.up_backward import UpBackwardConfig
+from llmfoundry.kernels.weight_grad import WeightGradConfig
+
+log = logging.getLogger(__name__)
+Config = TypeVar("Config", UpConfig, GroupedConfig, UpBackwardConfig, WeightGradConfig)
+Result = TypeVar("Result")
+
+
+class Problem(NamedTuple):
+    """What the best tile sizes depend on."""
+
+    device: torch.device
+    dtype: str
+    d_model: int
+    hidden: int
+    n_experts: int
+    halves: int
+    n_rows: int
+
+    def key(self) -> str:
+        """Rows per expert count to the nearest lower power of two."""
+        bucket = (self.n_rows // self.n_experts).bit_length()
+        return f"{self.dtype} D{self.d_model} F{self.hidden}x{self.halves} E{self.n_experts} rows2^{bucket}"
+
+
+class Candidates(NamedTuple, Generic[Config]):
+    """A kernel's configurations; the first is the fixed choice."""
+
+    name: str
+    large: tuple[Config, ...]
+    small: Config  # for float32, for small matrices and for GPUs before Hopper
+
+
+UP = Candidates(
+    "up",
+    (UpConfig(), UpConfig(flatten=True)),
+    UpConfig(columns=32, depth=32, num_warps=4, num_stages=2),
+)
+DOWN = Candidates(
+    "down",
+    (GroupedConfig(), GroupedConfig(pieces=2, num_stages=4)),
+    GroupedConfig(columns=64, depth=32, num_warps=4, num_stages=2),
+)
+DX = Candidates(
+    "dx",
+    (GroupedConfig(), GroupedConfig(pieces=2, num_stages=4)),
+    GroupedConfig(columns=64, depth=32, num_warps=4, num_stages=2),
+)
+UP_BACKWARD = Candidates(
+    "up_backward",
+    (UpBackwardConfig(), UpBackwardConfig(num_stages=3)),
+    UpBackwardConfig(columns=64, depth=32, num_warps=4, num_stages=2),
+)
+WEIGHT_GRAD = Candidates(
+    "weight_grad",
+    (WeightGradConfig(), WeightGradConfig(flatten=True)),
+    WeightGradConfig(height=64, width=64, depth=32, num_warps=4, num_stages=2),
+)
+
+
+def pick(candidates: Candidates[Config], problem: Problem, run: Callable[[Config], Result]) -> Result:
+    """Run a kernel in the configuration that suits the problem.
+
+    Args:
+        run: launches the kernel in a given configuration. Timing calls it many times.
+    """
+    choice = _fixed(candidates, problem)
+    if choice is None:
+        choice = candidates.large[_timed_choice(candidates, problem, run)]
+    return run(choice)
+
+
+def _fixed(candidates: Candidates[Config], problem: Problem) -> Config | None:
+    """The configuration without timing, or None where timing may choose."""
+    if problem.device.type != "cuda" or problem.dtype == "torch.float32" or not _is_hopper(problem.device):
+        return candidates.small
+    if os.environ.get("LLMFOUNDRY_AUTOTUNE", "1") == "0":
+        return candidates.large[0]
+    return None
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+_chosen: dict[str, int] = {}
+
+
+def _timed_choice(
+    candidates: Candidates[Config], problem: Problem, run: Callable[[Config], Result]
+) -> int:
+    key = f"{candidates.name} {candidates.large} {problem.key()} triton {triton.__version__}"
+    if key not in _chosen:
+        _chosen.update(_read(problem.device))
+    if key not in _chosen:
+        if torch.cuda.is_current_stream_capturing():
+            return 0
+        times = [triton.testing.do_bench(lambda c=c: run(c), warmup=2, rep=10, return_mode="median")
+                 for c in candidates.large]  # fmt: skip
+        _chosen[key] = min(range(len(times)), key=times.__getitem__)
+        _write(problem.device, {key: _chosen[key]})
+    return _chosen[key]
+
+
+def _cache_file(device: torch.device) -> Path:
+    root = Path(os.environ.get("LLMFOUNDRY_CACHE", Path.home() / ".cache" / "llmfoundry"))
+    return root / f"tiles {torch.cuda.get_device_name(device)}.json"
+
+
+def _read(device: torch.device) -> dict[str, int]:
+    try:
+        return dict(json.loads(_cache_file(device).read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _write(device: torch.device, new: dict[str, int]) -> None:
+    path = _cache_file(device)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(_read(device) | new, indent=1))
+        part.replace(path)  # whole or not at all: other ranks read it
+    except OSError as error:
+        log.warning("tile choices are not kept: %s", error)

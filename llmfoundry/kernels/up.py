@@ -1,0 +1,144 @@
+"""The up projection of all experts with its activation, one kernel: x, w1 -> h and a' = s * act(h).
+
+Shapes: T tokens, D d_model, F ffn hidden size, E experts, M rows in expert order; w1 (E, 2F, D) gate rows then
+up rows, or (E, F, D). s is each row's routing weight.
+A tile's 256 rows of w1 are 128 gate rows and their 128 up rows, one TMA box each step, so one wgmma of N = 256
+leaves both halves of a column pair in the same thread: the gated unit costs no exchange.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llmfoundry.kernels.activations import activate
+from llmfoundry.kernels.tiles import (
+    TILE_ROWS,
+    Tiles,
+    n_programs,
+    place,
+    plain,
+    ragged,
+    value_and_slope,
+    write_ragged,
+    write_ragged_half,
+)
+
+
+class UpConfig(NamedTuple):
+    """Tile sizes: `columns` of a, `depth` of the product's inner dim per step."""
+
+    columns: int = 128
+    depth: int = 64
+    group: int = 8
+    num_warps: int = 8
+    num_stages: int = 3
+    flatten: bool = False
+
+
+@triton.jit
+def up_kernel(
+    x_desc, w1_desc, h_desc, a_desc, weights_ptr, row_slot_ptr,
+    start_ptr, expert_ptr, row_ptr, count_ptr,
+    D, F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, STORE_H: tl.constexpr,
+    STORE_A: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    HALVES: tl.constexpr = 2 if GATED else 1
+    COLUMN_TILES: tl.constexpr = (F + BN - 1) // BN
+    n_row_tiles = tl.load(count_ptr)
+    for tile in tl.range(tl.program_id(0), n_row_tiles * COLUMN_TILES, PROGRAMS, flatten=FLATTEN):
+        i, j = place(tile, n_row_tiles, COLUMN_TILES, GROUP)
+        e = tl.load(expert_ptr + i)
+        row = tl.load(row_ptr + i)
+        acc = tl.zeros([BM, HALVES * BN], dtype=tl.float32)
+        for k in tl.range(0, D, BK):
+            x = x_desc.load([row, k])
+            w = w1_desc.load([e * HALVES, j * BN, k]).reshape([HALVES * BN, BK])
+            acc = tl.dot(x, w.T, acc)
+        start = tl.load(start_ptr + e)
+        size = tl.load(start_ptr + e + 1) - start
+        rows = row + tl.arange(0, BM)
+        slot = tl.load(row_slot_ptr + rows, mask=rows < start + size, other=0)
+        s = tl.load(weights_ptr + slot)[:, None]
+        dtype: tl.constexpr = a_desc.dtype
+        if GATED:
+            gate, up = acc.reshape([BM, 2, BN]).permute(0, 2, 1).split()
+            if STORE_H:
+                write_ragged_half(h_desc, start, size, row - start, 0, j * BN, gate.to(dtype))
+                write_ragged_half(h_desc, start, size, row - start, 1, j * BN, up.to(dtype))
+            if STORE_A:
+                value, _ = value_and_slope(gate, ACTIVATION)
+                write_ragged(a_desc, start, size, row - start, j * BN, (value * up * s).to(dtype))
+        else:
+            if STORE_H:
+                write_ragged_half(h_desc, start, size, row - start, 0, j * BN, acc.to(dtype))
+            if STORE_A:
+                value, _ = value_and_slope(acc, ACTIVATION)
+                write_ragged(a_desc, start, size, row - start, j * BN, (value * s).to(dtype))
+
+
+def up(
+    x_rows: Tensor,
+    weights: Tensor,
+    row_slot: Tensor,
+    tiles: Tiles,
+    w1: Tensor,
+    *,
+    activation: str,
+    gated: bool,
+    store_h: bool = True,
+    store_a: bool = True,
+    config: UpConfig = UpConfig(),
+) -> tuple[Tensor, Tensor]:
+    """Pre-activations and weighted activations of every row.
+
+    Args:
+        x_rows: (M, D) in expert order.
+        weights: (T, K) float32, looked up by slot.
+        row_slot: (M,) int32.
+
+    Returns:
+        h (M, 2F) or (M, F), and a' (M, F); one that is not stored is empty. Rows behind the last expert are
+        unset.
+    """
+    n_rows, d_model = x_rows.shape
+    n_experts = w1.shape[0]
+    halves = 2 if gated else 1
+    hidden = w1.shape[1] // halves
+    c = config
+    h = x_rows.new_empty(n_rows if store_h else 1, halves * hidden)
+    a = x_rows.new_empty(n_rows if store_a else 1, hidden)
+    programs = n_programs(x_rows.device)
+    up_kernel[(programs,)](
+        plain(x_rows, [TILE_ROWS, c.depth]),
+        plain(w1.view(n_experts * halves, hidden, d_model), [halves, c.columns, c.depth]),
+        ragged(h.view(-1, halves, hidden), [TILE_ROWS, 1, c.columns]),
+        ragged(a, [TILE_ROWS, c.columns]),
+        weights, row_slot, tiles.expert_start, tiles.expert, tiles.row, tiles.count,
+        d_model, F=hidden, GATED=gated, ACTIVATION=activation, STORE_H=store_h, STORE_A=store_a,
+        BM=TILE_ROWS, BN=c.columns, BK=c.depth, GROUP=c.group, PROGRAMS=programs, FLATTEN=c.flatten,
+        num_warps=c.num_warps, num_stages=c.num_stages,
+    )  # fmt: skip
+    return h, a
+
+
+def up_reference(
+    x_rows: Tensor,
+    weights: Tensor,
+    row_slot: Tensor,
+    tiles: Tiles,
+    w1: Tensor,
+    *,
+    activation: str,
+    gated: bool,
+) -> tuple[Tensor, Tensor]:
+    """`up` in plain PyTorch, expert by expert."""
+    start = tiles.expert_start.tolist()
+    h = torch.cat([x_rows[a:b] @ w1[e].T for e, (a, b) in enumerate(zip(start[:-1], start[1:], strict=True))])
+    s = weights.reshape(-1)[row_slot[: h.shape[0]].long()].unsqueeze(1)
+    return h, (activate(h, activation, gated) * s).to(x_rows.dtype)

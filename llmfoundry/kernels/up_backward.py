@@ -1,0 +1,168 @@
+"""Back through the down projection and the activation, one kernel: dy, h, w2 -> dh, a' and ds.
+
+Shapes: D d_model, F ffn hidden size, E experts, M rows in expert order, s each row's routing weight.
+With da' = dy @ w2 (M, F): a = act(h) computed again, ds = rowsum(da' * a), dh through da = s * da', and
+a' = s * a for the gradient of w2. Neither a nor the experts' outputs were kept.
+The epilogue walks the accumulator in column slices: whole, it spills 1.2 KB a thread.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llmfoundry.kernels.activations import activate, activate_backward
+from llmfoundry.kernels.tiles import TILE_ROWS, Tiles, n_programs, place, plain, value_and_slope
+
+
+class UpBackwardConfig(NamedTuple):
+    """Tile sizes: `columns` of a, `depth` of the product's inner dim per step."""
+
+    columns: int = 128
+    depth: int = 64
+    group: int = 8
+    num_warps: int = 8
+    num_stages: int = 4
+    flatten: bool = False
+    slices: int = 4
+
+
+@triton.jit
+def _slice_backward(
+    da, h_ptr, dh_ptr, a_ptr, s, inside, row, column, ds,
+    F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, SLICE: tl.constexpr,
+):  # fmt: skip
+    """One column slice of a tile. int64 only in the scalar base: in-tile offsets fit int32 and registers."""
+    H: tl.constexpr = 2 * F if GATED else F
+    base = row.to(tl.int64)
+    columns = column + tl.arange(0, SLICE)[None, :]
+    mask = inside & (columns < F)
+    at_h = tl.arange(0, BM)[:, None] * H + columns
+    at_a = tl.arange(0, BM)[:, None] * F + columns
+    dtype = a_ptr.dtype.element_ty
+    gate = tl.load(h_ptr + base * H + at_h, mask=mask, other=0.0).to(tl.float32)
+    value, slope = value_and_slope(gate, ACTIVATION)
+    if GATED:
+        up = tl.load(h_ptr + base * H + F + at_h, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dh_ptr + base * H + F + at_h, (da * s * value).to(dtype), mask=mask)
+        tl.store(dh_ptr + base * H + at_h, (da * s * up * slope).to(dtype), mask=mask)
+        value = value * up
+    else:
+        tl.store(dh_ptr + base * H + at_h, (da * s * slope).to(dtype), mask=mask)
+    tl.store(a_ptr + base * F + at_a, (value * s).to(dtype), mask=mask)
+    return ds + tl.sum(tl.where(mask, da * value, 0.0), axis=1)
+
+
+@triton.jit
+def up_backward_kernel(
+    dy_desc, w2_desc, h_ptr, dh_ptr, a_ptr, ds_ptr, weights_ptr, row_slot_ptr,
+    start_ptr, expert_ptr, row_ptr, count_ptr,
+    D, M, F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    COLUMN_TILES: tl.constexpr = (F + BN - 1) // BN
+    SLICE: tl.constexpr = BN // SLICES
+    n_row_tiles = tl.load(count_ptr)
+    for tile in tl.range(tl.program_id(0), n_row_tiles * COLUMN_TILES, PROGRAMS, flatten=FLATTEN):
+        i, j = place(tile, n_row_tiles, COLUMN_TILES, GROUP)
+        e = tl.load(expert_ptr + i)
+        row = tl.load(row_ptr + i)
+        acc = tl.zeros([BM, BN], dtype=tl.float32)
+        for k in tl.range(0, D, BK):
+            dy = dy_desc.load([row, k])
+            w = w2_desc.load([e, k, j * BN]).reshape([BK, BN])
+            acc = tl.dot(dy, w, acc)
+        end = tl.load(start_ptr + e + 1)
+        rows = row + tl.arange(0, BM)
+        slot = tl.load(row_slot_ptr + rows, mask=rows < end, other=0)
+        s = tl.load(weights_ptr + slot)[:, None]
+        inside = (rows < end)[:, None]
+        ds = tl.zeros([BM], dtype=tl.float32)
+        left, right = acc.reshape([BM, 2, BN // 2]).permute(0, 2, 1).split()
+        if SLICES == 2:
+            ds = _slice_backward(left, h_ptr, dh_ptr, a_ptr, s, inside, row, j * BN, ds,
+                                 F, GATED, ACTIVATION, BM, SLICE)  # fmt: skip
+            ds = _slice_backward(right, h_ptr, dh_ptr, a_ptr, s, inside, row, j * BN + SLICE, ds,
+                                 F, GATED, ACTIVATION, BM, SLICE)  # fmt: skip
+        else:
+            tl.static_assert(SLICES == 4, "2 or 4 slices")
+            s0, s1 = left.reshape([BM, 2, SLICE]).permute(0, 2, 1).split()
+            s2, s3 = right.reshape([BM, 2, SLICE]).permute(0, 2, 1).split()
+            ds = _slice_backward(s0, h_ptr, dh_ptr, a_ptr, s, inside, row, j * BN, ds,
+                                 F, GATED, ACTIVATION, BM, SLICE)  # fmt: skip
+            ds = _slice_backward(s1, h_ptr, dh_ptr, a_ptr, s, inside, row, j * BN + SLICE, ds,
+                                 F, GATED, ACTIVATION, BM, SLICE)  # fmt: skip
+            ds = _slice_backward(s2, h_ptr, dh_ptr, a_ptr, s, inside, row, j * BN + 2 * SLICE, ds,
+                                 F, GATED, ACTIVATION, BM, SLICE)  # fmt: skip
+            ds = _slice_backward(s3, h_ptr, dh_ptr, a_ptr, s, inside, row, j * BN + 3 * SLICE, ds,
+                                 F, GATED, ACTIVATION, BM, SLICE)  # fmt: skip
+        tl.store(ds_ptr + tl.cast(M, tl.int64) * j + rows, ds, mask=rows < end)
+
+
+def up_backward(
+    dy_rows: Tensor,
+    h: Tensor,
+    weights: Tensor,
+    row_slot: Tensor,
+    tiles: Tiles,
+    w2: Tensor,
+    *,
+    activation: str,
+    gated: bool,
+    config: UpBackwardConfig = UpBackwardConfig(),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients at the pre-activation and at the routing weights.
+
+    Args:
+        dy_rows: (M, D) in expert order.
+        h: (M, 2F) or (M, F) pre-activations.
+        weights: (T, K) float32, looked up by slot.
+        w2: (E, D, F).
+
+    Returns:
+        dh like `h`; a' (M, F); ds (column tiles, M) float32 parts, to be summed in order. Rows behind the
+        last expert are unset.
+    """
+    n_rows, d_model = dy_rows.shape
+    hidden = w2.shape[2]
+    c = config
+    dh = torch.empty_like(h)
+    a = dy_rows.new_empty(n_rows, hidden)
+    ds = torch.empty(triton.cdiv(hidden, c.columns), n_rows, dtype=torch.float32, device=h.device)
+    programs = n_programs(h.device)
+    up_backward_kernel[(programs,)](
+        plain(dy_rows, [TILE_ROWS, c.depth]),
+        plain(w2, [1, c.depth, c.columns]),
+        h, dh, a, ds, weights, row_slot, tiles.expert_start, tiles.expert, tiles.row, tiles.count,
+        d_model, n_rows, F=hidden, GATED=gated, ACTIVATION=activation, BM=TILE_ROWS, BN=c.columns, BK=c.depth,
+        SLICES=c.slices, GROUP=c.group, PROGRAMS=programs, FLATTEN=c.flatten,
+        num_warps=c.num_warps, num_stages=c.num_stages,
+    )  # fmt: skip
+    return dh, a, ds
+
+
+def up_backward_reference(
+    dy_rows: Tensor,
+    h: Tensor,
+    weights: Tensor,
+    row_slot: Tensor,
+    tiles: Tiles,
+    w2: Tensor,
+    *,
+    activation: str,
+    gated: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`up_backward` in plain PyTorch, expert by expert."""
+    start = tiles.expert_start.tolist()
+    spans = zip(start[:-1], start[1:], strict=True)
+    da = torch.cat([dy_rows[a:b] @ w2[e] for e, (a, b) in enumerate(spans)]).float()
+    h = h[: da.shape[0]]
+    s = weights.reshape(-1)[row_slot[: da.shape[0]].long()].unsqueeze(1)
+    a = activate(h, activation, gated)
+    dh = activate_backward(da * s, h, activation, gated)
+    return dh, (a * s).to(h.dtype), (da * a).sum(1).unsqueeze(0)

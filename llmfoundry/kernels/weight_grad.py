@@ -1,0 +1,84 @@
+"""Gradients of the experts' matrices: each expert's rows of one side, transposed, times those of the other.
+
+Shapes: M rows in expert order, P rows and N columns of a matrix, E experts: left (M, P), right (M, N) -> (E, P, N).
+The sum runs over an expert's tokens. Ragged descriptors read zeros behind its last row, so tails need no mask,
+and an empty expert's tiles are written as the zeros that the accumulator starts from: no buffer is cleared.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llmfoundry.kernels.tiles import Tiles, n_programs, place, plain, ragged, read_ragged
+
+
+class WeightGradConfig(NamedTuple):
+    """Tile sizes: `height` x `width` of the matrix, `depth` tokens per step."""
+
+    height: int = 128
+    width: int = 256
+    depth: int = 64
+    group: int = 8
+    num_warps: int = 8
+    num_stages: int = 3
+    flatten: bool = False
+
+
+@triton.jit
+def weight_grad_kernel(
+    left_desc, right_desc, out_desc, start_ptr, by_load_ptr, E, P: tl.constexpr, N: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):  # fmt: skip
+    ROW_TILES: tl.constexpr = (P + BM - 1) // BM
+    COLUMN_TILES: tl.constexpr = (N + BN - 1) // BN
+    TILES: tl.constexpr = ROW_TILES * COLUMN_TILES
+    for tile in tl.range(tl.program_id(0), E * TILES, PROGRAMS, flatten=FLATTEN):
+        e = tl.load(by_load_ptr + tile // TILES)
+        i, j = place(tile % TILES, ROW_TILES, COLUMN_TILES, GROUP)
+        start = tl.load(start_ptr + e)
+        size = tl.load(start_ptr + e + 1) - start
+        acc = tl.zeros([BM, BN], dtype=tl.float32)
+        for k in tl.range(0, size, BK):
+            left = read_ragged(left_desc, start, size, k, i * BM)
+            right = read_ragged(right_desc, start, size, k, j * BN)
+            acc = tl.dot(left.T, right, acc)
+        out_desc.store([e, i * BM, j * BN], acc.to(out_desc.dtype).reshape([1, BM, BN]))
+
+
+def weight_grad(
+    left: Tensor, right: Tensor, tiles: Tiles, *, config: WeightGradConfig = WeightGradConfig()
+) -> Tensor:
+    """`left[rows of e].T @ right[rows of e]` for each expert e.
+
+    Args:
+        left: (M, P) in expert order.
+        right: (M, N) in expert order.
+
+    Returns:
+        (E, P, N) in the dtype of `left`; zero for an expert without rows.
+    """
+    n_experts = tiles.expert_start.numel() - 1
+    c = config
+    out = left.new_empty(n_experts, left.shape[1], right.shape[1])
+    programs = n_programs(left.device)
+    weight_grad_kernel[(programs,)](
+        ragged(left, [c.depth, c.height]),
+        ragged(right, [c.depth, c.width]),
+        plain(out, [1, c.height, c.width]),
+        tiles.expert_start, tiles.by_load, n_experts, P=left.shape[1], N=right.shape[1],
+        BM=c.height, BN=c.width, BK=c.depth, GROUP=c.group, PROGRAMS=programs, FLATTEN=c.flatten,
+        num_warps=c.num_warps, num_stages=c.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def weight_grad_reference(left: Tensor, right: Tensor, tiles: Tiles) -> Tensor:
+    """`weight_grad` in plain PyTorch, expert by expert."""
+    start = tiles.expert_start.tolist()
+    return torch.stack([left[a:b].T @ right[a:b] for a, b in zip(start[:-1], start[1:], strict=True)])

@@ -1,0 +1,168 @@
+"""The Triton experts against plain PyTorch: in Triton's interpreter on a CPU (float32), on the GPU in bf16.
+
+Shapes: T tokens, D d_model, F ffn hidden size, E experts, K top_k.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from llmfoundry.kernels.experts import experts_ffn  # noqa: E402
+from llmfoundry.kernels.experts_triton import experts_ffn_triton  # noqa: E402
+from llmfoundry.kernels.routing import sort_by_expert  # noqa: E402
+from llmfoundry.kernels.routing_triton import sort_by_expert_triton  # noqa: E402
+from llmfoundry.kernels.tiles import tile_rows, tile_rows_reference  # noqa: E402
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+
+
+def draw(t: int, d: int, f: int, e: int, k: int, gated: bool, routing: str, seed: int = 0) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(t, d, generator=g)
+    w1 = torch.randn(e, f * (2 if gated else 1), d, generator=g) / d**0.5
+    w2 = torch.randn(e, d, f, generator=g) / f**0.5
+    scores = torch.rand(t, e, generator=g)
+    if routing == "hot":
+        scores[:, 0] += 1
+    if routing == "empty":
+        scores[:, : e // 2] = -1
+    experts = scores.topk(k, dim=1).indices
+    if routing == "none":
+        experts[torch.rand(t, k, generator=g) < 0.3] = e
+    weights = torch.rand(t, k, generator=g)
+    return [x, weights, experts, w1, w2]
+
+
+def run(fn, tensors, **kwargs):
+    x, weights, experts, w1, w2 = tensors
+    leaves = [v.detach().clone().requires_grad_() for v in (x, weights, w1, w2)]
+    y = fn(leaves[0], leaves[1], experts, leaves[2], leaves[3], **kwargs)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y)
+    y.backward(dy)
+    return [y.detach()] + [v.grad for v in leaves]
+
+
+def relative(out: torch.Tensor, ref: torch.Tensor) -> float:
+    return float((out.double() - ref.double()).norm() / ref.double().norm().clamp_min(1e-30))
+
+
+CASES = [
+    (40, 32, 16, 4, 2, True, "silu", "natural"),
+    (150, 16, 40, 4, 2, True, "gelu", "hot"),
+    (37, 48, 24, 8, 3, False, "relu2", "empty"),
+    (20, 16, 16, 4, 2, True, "gelu_tanh", "none"),
+    (1, 16, 16, 4, 1, False, "relu", "natural"),
+]
+
+
+@pytest.mark.skipif(ON_GPU, reason="the interpreter's own test")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_interpreted_kernels_equal_reference(case) -> None:
+    t, d, f, e, k, gated, activation, routing = case
+    tensors = draw(t, d, f, e, k, gated, routing)
+    kwargs = {"activation": activation, "gated": gated}
+    out = run(experts_ffn_triton, tensors, **kwargs)
+    tensors64 = [v.double() if v.is_floating_point() else v for v in tensors]
+    ref = run(experts_ffn, tensors64, backend="reference", **kwargs)
+    for name, a, b in zip(("y", "x", "weights", "w1", "w2"), out, ref, strict=True):
+        # float32 sums of a few dozen products: 1e-5 leaves a factor of ten.
+        assert relative(a, b) < 1e-5, name
+
+
+@pytest.mark.parametrize("t,k,e", [(1, 1, 1), (70, 2, 5), (300, 3, 33)])
+def test_order_and_tiles_equal_reference(t: int, k: int, e: int) -> None:
+    experts = torch.randint(0, e + 1, (t, k), generator=torch.Generator().manual_seed(t)).to(DEVICE)
+    order, expected = sort_by_expert_triton(experts, e), sort_by_expert(experts, e)
+    for a, b in zip(order, expected, strict=True):
+        assert torch.equal(a, b)
+    tiles, reference = tile_rows(order.expert_start, t * k), tile_rows_reference(order.expert_start, t * k)
+    n = int(reference.count)
+    assert int(tiles.count) == n and torch.equal(tiles.by_load.cpu(), reference.by_load)
+    assert torch.equal(tiles.expert[:n].cpu(), reference.expert)
+    assert torch.equal(tiles.row[:n].cpu(), reference.row)
+
+
+def test_no_tokens_give_zero_gradients() -> None:
+    tensors = [v.to(DEVICE) for v in draw(0, 16, 16, 4, 2, True, "natural")]
+    y, dx, dweights, dw1, dw2 = run(experts_ffn_triton, tensors, activation="silu", gated=True)
+    assert y.shape == (0, 16) and dx.shape == (0, 16) and dweights.shape == (0, 2)
+    assert not dw1.any() and not dw2.any()
+
+
+def test_recomputed_h_gives_the_same_gradients() -> None:
+    tensors = [v.to(DEVICE) for v in draw(40, 32, 16, 4, 2, True, "natural")]
+    kept = run(experts_ffn_triton, tensors, activation="silu", gated=True)
+    again = run(experts_ffn_triton, tensors, activation="silu", gated=True, save_h=False)
+    for a, b in zip(kept, again, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_biases_are_refused_in_words() -> None:
+    x, weights, experts, w1, w2 = draw(4, 16, 16, 4, 2, True, "natural")
+    with pytest.raises(ValueError, match="no biases"):
+        experts_ffn_triton(x, weights, experts, w1, w2, b1=w1[..., 0], activation="silu", gated=True)
+
+
+def random_rows(n: int) -> list[tuple]:
+    g = torch.Generator().manual_seed(3)
+    pick = lambda *values: values[int(torch.randint(len(values), (1,), generator=g))]  # noqa: E731
+    rows = []
+    for i in range(n):
+        e = pick(1, 3, 8, 17, 64)
+        rows.append((pick(1, 5, 127, 128, 129, 500, 1300), pick(64, 136, 256, 520), pick(32, 72, 128, 264), e,
+                     min(e, pick(1, 2, 4)), pick(True, True, False), pick("silu", "gelu", "relu2"),
+                     pick("natural", "hot", "empty", "none"), i))  # fmt: skip
+    return rows
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("row", random_rows(200), ids=str)
+def test_error_is_that_of_grouped_mm(row) -> None:
+    """Against float64: at most 1.5 times the error of the grouped_mm pipeline on the same bf16 inputs."""
+    t, d, f, e, k, gated, activation, routing, seed = row
+    tensors = draw(t, d, f, e, k, gated, routing, seed)
+    half = [v.to("cuda", torch.bfloat16) if i in (0, 3, 4) else v.cuda() for i, v in enumerate(tensors)]
+    kwargs = {"activation": activation, "gated": gated}
+    out = run(experts_ffn_triton, half, **kwargs)
+    peer = run(experts_ffn, half, backend="grouped_mm", **kwargs)
+    ref = run(
+        experts_ffn, [v.double() if v.is_floating_point() else v for v in half], backend="reference", **kwargs
+    )
+    for name, a, p, b in zip(("y", "x", "weights", "w1", "w2"), out, peer, ref, strict=True):
+        assert a.isfinite().all(), name
+        assert relative(a, b) <= 1.5 * relative(p, b) + 1e-6, (name, relative(a, b), relative(p, b))
+
+
+@pytest.mark.gpu
+def test_graph_replays_with_new_routing_and_is_bitwise_the_same_twice() -> None:
+    t, d, f, e, k = 512, 256, 128, 8, 2
+    x, weights, experts, w1, w2 = (v.cuda() for v in draw(t, d, f, e, k, True, "natural"))
+    x, w1, w2 = (v.bfloat16().requires_grad_() for v in (x, w1, w2))
+    weights.requires_grad_()
+    leaves = [x, weights, w1, w2]
+    dy = torch.randn_like(x)
+
+    def step() -> list[torch.Tensor]:
+        y = experts_ffn_triton(x, weights, experts, w1, w2, activation="silu", gated=True)
+        return [y, *torch.autograd.grad(y, leaves, dy)]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (1, 2):
+        experts.copy_(draw(t, d, f, e, k, True, "hot" if seed == 2 else "empty", seed)[2])
+        graph.replay()
+        for a, b in zip(captured, step(), strict=True):
+            assert torch.equal(a, b)
