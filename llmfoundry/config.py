@@ -75,7 +75,10 @@ class Choice(Config):
         cls._names = names
         for name in names:
             taken = cls._members.get(name)
-            if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            if taken is not None and (taken.__module__, taken.__qualname__) != (
+                cls.__module__,
+                cls.__qualname__,
+            ):
                 raise TypeError(f"{cls._tag}: {name!r} is taken by {taken.__module__}.{taken.__qualname__}")
             cls._members[name] = cls
 

@@ -16,6 +16,8 @@ from typing import Literal, cast, get_args
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
+from llmfoundry.config import ConfigError
+
 Unit = Literal["ba", "ep", "tok", "sp", "dur"]
 
 _TIME_STRING = re.compile(rf"(\d+(?:\.\d+)?(?:e\+?\d{{1,2}})?)({'|'.join(get_args(Unit))})")
@@ -81,14 +83,14 @@ class Timeline:
         """The timeline of a run that lasts `max_duration`.
 
         Raises:
-            ValueError: `max_duration` is given in `dur` (a part of itself), or is no step at all.
+            ConfigError: `max_duration` is given in `dur` (a part of itself), or is no step at all.
         """
         if max_duration.unit == "dur":
-            raise ValueError(f'max_duration: "{max_duration}" is a part of itself; write e.g. 10ba, 1ep')
+            raise ConfigError(f'max_duration: "{max_duration}" is a part of itself; write e.g. 10ba, 1ep')
         open_ended = cls(rows_per_step, tokens_per_row, rows_per_epoch, total_steps=0)
         total = open_ended.steps(max_duration)
         if total < 1:
-            raise ValueError(f'max_duration: "{max_duration}" is no step; write at least 1ba')
+            raise ConfigError(f'max_duration: "{max_duration}" is no step; write at least 1ba')
         return cls(rows_per_step, tokens_per_row, rows_per_epoch, total)
 
     def steps(self, duration: Duration) -> int:

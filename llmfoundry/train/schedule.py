@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmfoundry.config import Choice
+from llmfoundry.config import Choice, ConfigError
 from llmfoundry.train.duration import Duration, Timeline
 
 
@@ -50,7 +50,7 @@ class SchedulerConfig(Choice, tag="name"):
     def _warmup_and_end(self, timeline: Timeline) -> tuple[int, int]:
         warmup, end = timeline.steps(self.t_warmup), timeline.steps(self.t_max)
         if warmup > end:
-            raise ValueError(
+            raise ConfigError(
                 f"scheduler.t_warmup={self.t_warmup} is {warmup} steps, more than the {end} of "
                 f"t_max={self.t_max}; shorten the warm-up or train for longer"
             )
@@ -112,7 +112,7 @@ class InverseSquareRootConfig(SchedulerConfig, names=("inv_sqrt_with_warmup",)):
         warmup, end = self._warmup_and_end(timeline)
         scale = timeline.steps(self.t_scale)
         if scale < 1:
-            raise ValueError(f"scheduler.t_scale={self.t_scale} is no step; write at least 1ba")
+            raise ConfigError(f"scheduler.t_scale={self.t_scale} is no step; write at least 1ba")
         start = _tail_start("t_cooldown", self.t_cooldown, timeline, warmup, end)
 
         def decay(step: int) -> float:
@@ -160,7 +160,7 @@ def _part(step: int, start: int, end: int) -> float:
 def _tail_start(key: str, tail: Duration, timeline: Timeline, warmup: int, end: int) -> int:
     steps = timeline.steps(tail)
     if warmup + steps > end:
-        raise ValueError(
+        raise ConfigError(
             f"scheduler.{key}={tail} is {steps} steps; with {warmup} of warm-up more than the {end} of t_max"
         )
     return end - steps

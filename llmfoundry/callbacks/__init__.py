@@ -1,0 +1,23 @@
+"""Monitors and loggers: one file each. Importing this package registers them; nobody imports them singly."""
+
+from llmfoundry.callbacks import (
+    console,
+    expert_load,
+    lr_monitor,
+    memory_monitor,
+    sample_text,
+    speed_monitor,
+    tensorboard,
+    wandb,
+)
+
+__all__ = [
+    "console",
+    "expert_load",
+    "lr_monitor",
+    "memory_monitor",
+    "sample_text",
+    "speed_monitor",
+    "tensorboard",
+    "wandb",
+]

@@ -1,0 +1,70 @@
+"""The console: a progress bar on a terminal, plain lines elsewhere. `log_to_console: false` turns it off."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from llmfoundry import runtime
+from llmfoundry.train.callback import Callback, Metrics
+
+if TYPE_CHECKING:
+    from llmfoundry.train.trainer import Trainer
+
+
+class Console(Callback):
+    """One line every `console_log_interval`, from rank 0; on a terminal a bar below the lines."""
+
+    def __init__(self) -> None:
+        self.out = RichConsole(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.progress: Progress | None = None
+        self.task = TaskID(0)
+
+    def fit_start(self, trainer: Trainer) -> None:
+        if not runtime.is_rank0():
+            return
+        model, total = trainer.config.model, trainer.timeline.total_steps
+        self.out.print(
+            f"{model.n_params():,} parameters, {model.n_active_params():,} active; "
+            f"{trainer.loader.rows_per_epoch:,} rows of {trainer.loader.max_seq_len} tokens an epoch; {total:,} steps; "
+            f"{runtime.world_size()} x {trainer.device.type}; saving to {trainer.config.save_folder}"
+        )
+        if self.out.is_terminal and trainer.config.progress_bar:
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
+            self.progress = Progress(*columns, console=self.out, transient=True)
+            self.task = self.progress.add_task("train", total=total, completed=trainer.state.step)
+            self.progress.start()
+
+    def step_end(self, trainer: Trainer, metrics: Metrics) -> None:
+        if not runtime.is_rank0():
+            return
+        step = trainer.state.step
+        if self.progress is not None:
+            self.progress.update(self.task, completed=step)
+        due = trainer.timeline.due(trainer.config.console_log_interval, step)
+        if due or step == trainer.timeline.total_steps or "metrics/eval/LanguageCrossEntropy" in metrics:
+            self.out.print(line(metrics, trainer.timeline.total_steps))
+
+    def fit_end(self, trainer: Trainer) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+
+def line(metrics: Metrics, total_steps: int) -> str:
+    """The few numbers of a step that one wants to see go by."""
+    parts = [f"step {metrics['step']:>{len(str(total_steps))}}/{total_steps}"]
+    shown = {
+        "loss/train/ce": "loss {:.4f}",
+        "moe/max_load": "max load {:.2f}",
+        "grad_norm": "grad norm {:.3f}",
+        "lr": "lr {:.2e}",
+        "throughput/tokens_per_sec": "{:,.0f} tok/s",
+        "throughput/device/mfu": "MFU {:.1%}",
+        "memory/peak_allocated_mem": "{:.1f} GB",
+        "metrics/eval/LanguageCrossEntropy": "validation {:.4f}",
+        "metrics/eval/bits_per_byte": "{:.4f} bits/byte",
+    }
+    return "  ".join(parts + [form.format(metrics[key]) for key, form in shown.items() if key in metrics])

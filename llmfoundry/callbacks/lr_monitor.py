@@ -1,0 +1,26 @@
+"""`lr_monitor`: the learning rate of every parameter group, under Composer's names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmfoundry.train.callback import Callback, CallbackConfig, Metrics
+
+if TYPE_CHECKING:
+    from llmfoundry.train.trainer import Trainer
+
+
+class LRMonitorConfig(CallbackConfig, names=("lr_monitor",)):
+    """No settings."""
+
+    def build(self) -> LRMonitor:
+        return LRMonitor()
+
+
+class LRMonitor(Callback):
+    """Adds `lr-AdamW/group0` and so on; `lr`, of the first group, is always there."""
+
+    def step_end(self, trainer: Trainer, metrics: Metrics) -> None:
+        name = type(trainer.optimizer).__name__
+        for i, group in enumerate(trainer.optimizer.param_groups):
+            metrics[f"lr-{name}/group{i}"] = group["lr"]

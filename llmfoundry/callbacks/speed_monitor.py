@@ -1,0 +1,51 @@
+"""`speed_monitor`: throughput over a window of steps, and the share of the device's peak that it is (MFU)."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from llmfoundry import runtime
+from llmfoundry.train.callback import Callback, CallbackConfig, Metrics
+
+if TYPE_CHECKING:
+    from llmfoundry.train.trainer import Trainer
+
+
+class SpeedMonitorConfig(CallbackConfig, names=("speed_monitor",)):
+    """Averages over the last `window_size` steps; evaluation and checkpoints are not counted."""
+
+    window_size: int = Field(10, ge=1)
+    gpu_flops_available: float | None = Field(None, gt=0)  # FLOP/s of one device; None: from the built-in table
+
+    def build(self) -> SpeedMonitor:
+        return SpeedMonitor(self)
+
+
+class SpeedMonitor(Callback):
+    """Adds `throughput/...`, in tokens, steps and model FLOPs a second, in all and a device."""
+
+    def __init__(self, config: SpeedMonitorConfig) -> None:
+        self.config = config
+        self.seconds: deque[float] = deque(maxlen=config.window_size)
+
+    def step_end(self, trainer: Trainer, metrics: Metrics) -> None:
+        seconds = metrics["time/step_seconds"]
+        assert isinstance(seconds, float)
+        self.seconds.append(seconds)
+        steps = len(self.seconds) / sum(self.seconds)
+        tokens = steps * trainer.config.global_train_batch_size * trainer.loader.max_seq_len
+        flops = tokens * trainer.config.model.flops_per_token(trainer.loader.max_seq_len)
+        devices = runtime.world_size()
+        metrics |= {
+            "throughput/batches_per_sec": steps,
+            "throughput/tokens_per_sec": tokens,
+            "throughput/device/tokens_per_sec": tokens / devices,
+            "throughput/flops_per_sec": flops,
+            "throughput/device/flops_per_sec": flops / devices,
+        }
+        peak = self.config.gpu_flops_available or runtime.peak_flops(trainer.device)
+        if peak is not None:
+            metrics["throughput/device/mfu"] = flops / devices / peak

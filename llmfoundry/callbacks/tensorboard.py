@@ -1,0 +1,47 @@
+"""`tensorboard`: metrics as event files, in `log_dir` or `save_folder/tensorboard`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch.utils.tensorboard import SummaryWriter
+
+from llmfoundry import runtime
+from llmfoundry.train.callback import Callback, LoggerConfig, Metrics
+
+if TYPE_CHECKING:
+    from llmfoundry.train.trainer import Trainer
+
+
+class TensorboardConfig(LoggerConfig, names=("tensorboard",)):
+    """Where the event files go."""
+
+    log_dir: str | None = None
+
+    def build(self) -> Tensorboard:
+        return Tensorboard(self)
+
+
+class Tensorboard(Callback):
+    """Writes every number of a step on rank 0; lists (loads of experts) are left to metrics.jsonl."""
+
+    def __init__(self, config: TensorboardConfig) -> None:
+        self.config = config
+        self.writer: SummaryWriter | None = None
+
+    def fit_start(self, trainer: Trainer) -> None:
+        if runtime.is_rank0():
+            folder = self.config.log_dir or str(Path(trainer.config.save_folder) / "tensorboard")
+            # Steps beyond the checkpoint that a killed run had written are hidden from view.
+            self.writer = SummaryWriter(folder, purge_step=trainer.state.step + 1)
+
+    def step_end(self, trainer: Trainer, metrics: Metrics) -> None:
+        if self.writer is not None:
+            for key, value in metrics.items():
+                if key != "step" and not isinstance(value, list):
+                    self.writer.add_scalar(key, value, trainer.state.step)
+
+    def fit_end(self, trainer: Trainer) -> None:
+        if self.writer is not None:
+            self.writer.close()

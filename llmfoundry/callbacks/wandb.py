@@ -1,0 +1,61 @@
+"""`wandb`: metrics to Weights & Biases. `mode: offline` needs no account and writes into the save folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from llmfoundry import runtime
+from llmfoundry.config import dump
+from llmfoundry.train.callback import Callback, LoggerConfig, Metrics
+
+if TYPE_CHECKING:
+    import wandb
+
+    from llmfoundry.train.trainer import Trainer
+
+
+class WandbConfig(LoggerConfig, names=("wandb",)):
+    """The words of Composer's WandBLogger."""
+
+    project: str | None = None
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = []
+    mode: Literal["online", "offline", "disabled"] | None = None  # None: as $WANDB_MODE says
+
+    def build(self) -> Wandb:
+        return Wandb(self)
+
+
+class Wandb(Callback):
+    """Logs from rank 0; a resumed run continues the same W&B run, named by its save folder."""
+
+    def __init__(self, config: WandbConfig) -> None:
+        self.config = config
+        self.run: wandb.Run | None = None
+
+    def fit_start(self, trainer: Trainer) -> None:
+        if not runtime.is_rank0():
+            return
+        import wandb  # slow to import, and not everyone's
+
+        self.run = wandb.init(
+            project=self.config.project,
+            entity=self.config.entity,
+            group=self.config.group,
+            tags=self.config.tags or None,
+            mode=self.config.mode,
+            name=trainer.config.run_name,
+            id=f"{trainer.config.run_name}-{runtime.seed_of(trainer.config.save_folder):x}",
+            resume="allow" if self.config.mode == "online" else None,
+            dir=trainer.config.save_folder,
+            config=dump(trainer.config),
+        )
+
+    def step_end(self, trainer: Trainer, metrics: Metrics) -> None:
+        if self.run is not None:
+            self.run.log(metrics, step=trainer.state.step)
+
+    def fit_end(self, trainer: Trainer) -> None:
+        if self.run is not None:
+            self.run.finish()

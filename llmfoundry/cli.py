@@ -1,0 +1,192 @@
+"""The commands. `scripts/*.py` are doors to the functions here.
+
+Exit codes: 0 done (also after a requested stop), 2 a mistake of the user's (one clear line), 1 anything else (with a
+traceback, and the rank that it happened on).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+
+import torch
+import yaml
+
+from llmfoundry import runtime
+from llmfoundry.callbacks.console import Console  # importing the package registers all monitors and loggers
+from llmfoundry.config import ConfigError, check, dump, import_code, load_yaml
+from llmfoundry.data.packing import prepare
+from llmfoundry.eval.generate import generate
+from llmfoundry.eval.perplexity import evaluate
+from llmfoundry.integrations.foundry_yaml import translate
+from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLM
+from llmfoundry.parallel.plan import describe
+from llmfoundry.train import checkpoint
+from llmfoundry.train.config import RunConfig
+from llmfoundry.train.trainer import build
+
+log = logging.getLogger("llmfoundry")
+Command = Callable[[Sequence[str] | None], int]
+
+
+def _command(run: Callable[[Sequence[str] | None], None]) -> Command:
+    """Give a command its exit code."""
+
+    @wraps(run)
+    def main(argv: Sequence[str] | None = None) -> int:
+        rank = f"[rank {runtime.rank()}] " if runtime.world_size() > 1 else ""
+        level = logging.INFO if runtime.is_rank0() else logging.WARNING
+        logging.basicConfig(level=level, format=f"{rank}%(message)s", stream=sys.stderr)
+        for noisy in ("httpx", "datasets", "filelock", "fsspec"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        try:
+            run(argv)
+        except ConfigError as error:
+            print(f"{rank}error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(f"{rank}interrupted", file=sys.stderr)
+            return 1
+        except Exception:
+            print(f"{rank}{traceback.format_exc()}", file=sys.stderr, flush=True)
+            return 1
+        runtime.stop()
+        return 0
+
+    return main
+
+
+def read_config(path: str, overrides: list[str]) -> RunConfig:
+    """A YAML file as a checked config; LLM Foundry's legacy words are translated, out loud."""
+    data = load_yaml(path, overrides)
+    paths = data.get("code_paths") or []
+    if not isinstance(paths, list) or not all(isinstance(item, str) for item in paths):
+        raise ConfigError(f"code_paths: must be a list of Python files, found {paths!r}")
+    import_code(paths)
+    data, notes = translate(data)
+    for note in notes:
+        log.info("%s", note)
+    return check(RunConfig, data)
+
+
+@_command
+def train_main(argv: Sequence[str] | None = None) -> None:
+    """`train.py YAML [--dry-run] [--gpus N] [key=value ...]`."""
+    parser = argparse.ArgumentParser(prog="train.py", description="Train a model.")
+    parser.add_argument("yaml", help="the run, e.g. yamls/moe.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="put over the YAML, e.g. model.n_layers=2")
+    parser.add_argument("--dry-run", action="store_true", help="say what the run would be, and train nothing")
+    parser.add_argument("--gpus", type=int, default=None, help="for --dry-run: plan for so many GPUs")
+    args = parser.parse_args(argv)
+    config = read_config(args.yaml, args.overrides)
+    if args.dry_run:
+        print(yaml.safe_dump(dump(config), sort_keys=False))
+        print(_sizes(config))
+        gpus = args.gpus if args.gpus is not None else runtime.world_size()
+        print(describe(config.model, config.parallel, world=gpus, global_rows=config.global_train_batch_size,
+                       micro_rows=config.device_train_microbatch_size, seq_len=config.max_seq_len))  # fmt: skip
+        return
+    trainer = build(config)
+    if config.log_to_console:
+        trainer.callbacks.append(Console())
+    trainer.fit()
+
+
+def _sizes(config: RunConfig) -> str:
+    model = config.model
+    flops = model.flops_per_token(config.max_seq_len)
+    return (
+        f"parameters: {model.n_params():,} ({model.n_params() / 1e9:.3f} B)\n"
+        f"active parameters: {model.n_active_params():,} ({model.n_active_params() / 1e9:.3f} B)\n"
+        f"training FLOPs a token: {flops:.4g} (sequences of {config.max_seq_len} tokens)"
+    )
+
+
+def _open_checkpoint(folder: str) -> tuple[RunConfig, CausalLM, checkpoint.Contents]:
+    """A checkpoint's model on this device, ready for inference."""
+    contents = checkpoint.read(folder)
+    config = check(RunConfig, contents.config, where=f"{contents.path}/config.yaml")
+    assert isinstance(config.model, CausalLMConfig)
+    place = runtime.device()
+    with torch.device("meta"):
+        model = config.model.build()
+    # Weights are saved in float32; a GPU computes in what the run did.
+    model = model.to(torch.bfloat16) if config.precision_on(place.type) == "amp_bf16" else model
+    model = model.to_empty(device=place)
+    checkpoint.load_model_only(contents.path, model)
+    return config, model.eval(), contents
+
+
+@_command
+def generate_main(argv: Sequence[str] | None = None) -> None:
+    """`generate.py --checkpoint DIR --prompt TEXT`."""
+    from transformers import AutoTokenizer
+
+    parser = argparse.ArgumentParser(prog="generate.py", description="Write text with a trained model.")
+    parser.add_argument("--checkpoint", required=True, help="a checkpoint, or the save_folder of a run (its newest)")
+    parser.add_argument("--prompt", default="", help="what to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
+        raise ConfigError("--temperature must be 0 or more, --top-p in (0, 1], --max-new-tokens 1 or more")
+    _, model, contents = _open_checkpoint(args.checkpoint)
+    if contents.tokenizer is None:
+        raise ConfigError(f"{contents.path}: holds no tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(contents.tokenizer, local_files_only=True)
+    text = generate(
+        model,
+        tokenizer,
+        args.prompt,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    print(text)
+
+
+@_command
+def eval_main(argv: Sequence[str] | None = None) -> None:
+    """`eval.py --checkpoint DIR [key=value ...]`: validation loss of a checkpoint, on its own or another dataset."""
+    from transformers import AutoTokenizer
+
+    parser = argparse.ArgumentParser(prog="eval.py", description="Validation loss of a checkpoint.")
+    parser.add_argument("--checkpoint", required=True, help="a checkpoint, or the save_folder of a run (its newest)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. eval_loader.dataset.path=texts/")
+    args = parser.parse_args(argv)
+    _, model, contents = _open_checkpoint(args.checkpoint)
+    config = read_config(str(contents.path / "config.yaml"), args.overrides)
+    if config.eval_loader is None:
+        raise ConfigError("eval_loader: is missing; give one, e.g. eval_loader.dataset.name=text_files")
+    if contents.tokenizer is None:
+        raise ConfigError(f"{contents.path}: holds no tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(contents.tokenizer, local_files_only=True)
+    loader = config.eval_loader.build(tokenizer, seed=config.seed, max_seq_len=config.max_seq_len)
+    found = evaluate(model, loader, rows=config.device_eval_batch_size, device=runtime.device(),
+                     max_batches=config.eval_subset_num_batches)  # fmt: skip
+    bits = f", {found.bits_per_byte:.4f} bits a byte" if found.bits_per_byte is not None else ""
+    print(f"{found.nats_per_token:.4f} nats a token{bits} over {found.tokens:,} tokens")
+
+
+@_command
+def prepare_data_main(argv: Sequence[str] | None = None) -> None:
+    """`prepare_data.py YAML [key=value ...]`: tokenise a run's datasets ahead of it, on a machine without GPUs."""
+    parser = argparse.ArgumentParser(prog="prepare_data.py", description="Tokenise a run's datasets ahead of it.")
+    parser.add_argument("yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args(argv)
+    config = read_config(args.yaml, args.overrides)
+    tokenizer = config.tokenizer.build(config.train_loader.dataset)
+    for name, part in (("train_loader", config.train_loader), ("eval_loader", config.eval_loader)):
+        if part is not None:
+            stream = prepare(part.dataset, tokenizer)
+            print(f"{name}: {stream.n_tokens:,} tokens of {stream.n_bytes:,} bytes in {Path(stream.folder)}")

@@ -1,0 +1,105 @@
+"""The whole YAML as one type: read this to know every key that a run has.
+
+The words are LLM Foundry v0.22's where the idea is unchanged. What belongs to one part (a model, an optimizer, a
+callback) is described where that part is built.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from llmfoundry.config import Config, ConfigError, keyed
+from llmfoundry.data.loader import LoaderConfig
+from llmfoundry.data.tokenizer import TokenizerConfig
+from llmfoundry.model.config import ModelConfig
+from llmfoundry.parallel.mesh import ParallelConfig
+from llmfoundry.train.callback import CallbackConfig, LoggerConfig
+from llmfoundry.train.duration import Duration
+from llmfoundry.train.optim import OptimizerConfig
+from llmfoundry.train.schedule import SchedulerConfig
+
+Precision = Literal["fp32", "amp_bf16"]
+
+
+class GradientClipping(Config):
+    """`algorithms.gradient_clipping`: scale all gradients so that their global L2 norm stays below a threshold."""
+
+    clipping_type: Literal["norm"] = "norm"
+    clipping_threshold: float = Field(1.0, gt=0)
+
+
+class Algorithms(Config):
+    """What is done to the gradients between backward and update."""
+
+    gradient_clipping: GradientClipping | None = None
+
+
+class RunConfig(Config):
+    """One training run."""
+
+    run_name: str = "llm"
+    code_paths: list[str] = []  # Python files that register plug-ins
+    seed: int = Field(17, ge=0)
+    max_seq_len: int = Field(gt=0)
+
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    train_loader: LoaderConfig
+    eval_loader: LoaderConfig | None = None
+
+    optimizer: OptimizerConfig
+    scheduler: SchedulerConfig
+    algorithms: Algorithms = Algorithms()
+    max_duration: Duration
+    global_train_batch_size: int = Field(gt=0)  # rows a step, over all ranks
+    device_train_microbatch_size: int | Literal["auto"] = "auto"  # rows; need not divide; auto: all of the rank's
+    max_skipped_steps: int = Field(10, ge=0)  # updates skipped in a row for a gradient that is not finite
+
+    eval_interval: Duration = Duration.parse("1ep")  # 0ba: never
+    eval_first: bool = False
+    eval_subset_num_batches: int = -1  # -1: all
+    device_eval_batch_size: int = Field(16, gt=0)  # rows
+
+    precision: Precision | Literal["auto"] = "auto"  # auto: amp_bf16 on a GPU, fp32 on a CPU
+    parallel: ParallelConfig = ParallelConfig()
+    dist_timeout: float = Field(600.0, gt=0)  # seconds
+
+    save_folder: str
+    save_interval: Duration = Duration.parse("1ep")  # 0ba: only at the end
+    save_num_checkpoints_to_keep: int = -1  # -1: all
+    autoresume: bool = False
+    load_path: str | None = None  # a checkpoint folder of ours
+    load_weights_only: bool = False  # start a new run from its weights instead of continuing it
+
+    callbacks: keyed(CallbackConfig) = {}  # type: ignore[valid-type]
+    loggers: keyed(LoggerConfig) = {}  # type: ignore[valid-type]
+    progress_bar: bool = True  # on a terminal
+    log_to_console: bool = True
+    console_log_interval: Duration = Duration.parse("1ba")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.model.max_seq_len < self.max_seq_len:
+            raise ValueError(f"max_seq_len={self.max_seq_len} exceeds model.max_seq_len={self.model.max_seq_len}")
+        micro = self.device_train_microbatch_size
+        if isinstance(micro, int) and micro < 1:
+            raise ValueError(f"device_train_microbatch_size={micro} is no number of rows; write 1 or more, or auto")
+        if self.save_num_checkpoints_to_keep == 0:
+            raise ValueError(
+                "save_num_checkpoints_to_keep=0 keeps nothing to resume from; write -1 for all, or 1 or more"
+            )
+        return self
+
+    def precision_on(self, device_type: str) -> Precision:
+        """The precision of the run on a kind of device.
+
+        Raises:
+            ConfigError: it was asked for and is not to be had there.
+        """
+        if self.precision == "auto":
+            return "amp_bf16" if device_type == "cuda" else "fp32"
+        if self.precision == "amp_bf16" and device_type != "cuda":
+            raise ConfigError("precision: amp_bf16 needs a GPU and there is none; write precision=fp32 or leave it out")
+        return self.precision

@@ -1,0 +1,135 @@
+"""What a run leaves in its `save_folder`, apart from checkpoints: config.yaml, metrics.jsonl, summary.json.
+
+A folder belongs to one run. Nothing is written before `claim` has found it free, or has been asked to resume it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+from pathlib import Path
+from typing import IO
+
+import yaml
+
+from llmfoundry.config import ConfigError
+from llmfoundry.train.callback import Metrics
+
+# Keys whose change makes another run of it: a checkpoint made under other values is not continued.
+_IDENTITY = ("seed", "max_seq_len", "model", "tokenizer", "train_loader.dataset", "global_train_batch_size")
+_NO_IDENTITY = ("attn_impl", "moe_impl", "mlp_impl")  # another way to the same values
+
+Plain = dict[str, object]
+
+
+class RunFolder:
+    """The `save_folder` of a run; of many ranks only rank 0 makes one."""
+
+    def __init__(self, path: Path, lock: IO[str]) -> None:
+        self.path = path
+        self._lock = lock  # held as long as the process lives; the kernel lets go of it at any death
+        self._metrics: IO[str] | None = None
+
+    @classmethod
+    def claim(cls, path: Path, config: Plain, autoresume: bool) -> RunFolder:
+        """Take a folder for a run, or take it up again.
+
+        Args:
+            path: made if it is not there.
+            config: the resolved YAML, written to config.yaml.
+            autoresume: whether a folder already in use is continued.
+
+        Raises:
+            ConfigError: it is used by another run or cannot be written; nothing in it has changed.
+        """
+        used = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        if used and not autoresume:
+            raise ConfigError(
+                f"save_folder: {path} is already used; choose another, or continue that run with autoresume=true"
+            )
+        if used:
+            _check_same_run(path / "config.yaml", config)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = (path / ".lock").open("w")
+        except OSError as error:
+            raise ConfigError(f"save_folder: {path} cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"save_folder: {path} is in use by a process that is still running") from None
+        folder = cls(path, lock)
+        _write(path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        return folder
+
+    def open_metrics(self, step: int) -> None:
+        """Continue metrics.jsonl after `step`: what a killed run wrote beyond its checkpoint is dropped."""
+        file = self.path / "metrics.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        if len(kept) < len(lines) or not file.exists():
+            _write(file, "".join(kept))
+        self._metrics = file.open("a")
+
+    def write_metrics(self, metrics: Metrics) -> None:
+        """Append one line; what is not finite becomes null, for JSON has no word for it."""
+        assert self._metrics is not None
+        self._metrics.write(json.dumps({key: _plain(value) for key, value in metrics.items()}) + "\n")
+        self._metrics.flush()
+
+    def write_summary(self, summary: Metrics) -> None:
+        """Write summary.json."""
+        _write(
+            self.path / "summary.json",
+            json.dumps({k: _plain(v) for k, v in summary.items()}, indent=2) + "\n",
+        )
+
+
+def _check_same_run(file: Path, config: Plain) -> None:
+    """Refuse to continue a run under another identity.
+
+    Raises:
+        ConfigError: the folder is no run's, or an identity key differs.
+    """
+    try:
+        before = yaml.safe_load(file.read_text())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"save_folder: {file.parent} holds no run to resume (no config.yaml); choose another"
+        ) from None
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
+    old, new = _flat(before), _flat(config)
+    for key in sorted(old.keys() | new.keys()):
+        same_run = not key.startswith(_IDENTITY) or key.rsplit(".", 1)[-1] in _NO_IDENTITY
+        if old.get(key) != new.get(key) and not same_run:
+            raise ConfigError(
+                f"{key}: {new.get(key)!r} differs from {old.get(key)!r} of the run in {file.parent}; "
+                "restore it, or choose another save_folder"
+            )
+
+
+def _flat(tree: object, path: str = "") -> dict[str, object]:
+    if isinstance(tree, dict) and tree:
+        return {
+            k: v for key, part in tree.items() for k, v in _flat(part, f"{path}.{key}" if path else str(key)).items()
+        }
+    return {path: tree}
+
+
+def _plain(value: float | int | str | list[float] | None) -> object:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a whole file or nothing."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
