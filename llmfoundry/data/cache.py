@@ -42,8 +42,7 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
                 _make(folder, make)
     except OSError as error:
         raise ConfigError(
-            f"{folder}: cannot be made: {error}; "
-            "set cache_dir or LLMFOUNDRY_CACHE to a folder that can be written"
+            f"{folder}: cannot be made: {error}; set cache_dir or LLMFOUNDRY_CACHE to a folder that can be written"
         ) from error
     return folder
 

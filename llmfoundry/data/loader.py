@@ -46,9 +46,7 @@ class Batch(NamedTuple):
 
     def split(self, rows: int) -> list[Batch]:
         """Microbatches of at most `rows` rows, in order."""
-        return [
-            self._each(itemgetter(slice(start, start + rows))) for start in range(0, len(self.rows), rows)
-        ]
+        return [self._each(itemgetter(slice(start, start + rows))) for start in range(0, len(self.rows), rows)]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -180,16 +178,13 @@ class Loader:
         if n_rows % world:
             raise ValueError(f"n_rows={n_rows} is no multiple of world={world}")
         share = n_rows // world
-        for start in range(rank * share, rank * share + self._all_rows_rounded(n_rows), n_rows):
-            rows = np.arange(start, start + share)
+        for start in range(0, self._all_rows, n_rows):
+            rows = np.arange(share) + start + rank * share
             yield self._gather(rows, rows)
 
     def text_bytes(self) -> bytes:
         """The documents as UTF-8, `n_bytes` long, for a compressor to be held against. Reads all of it."""
         return self._source.text_bytes()
-
-    def _all_rows_rounded(self, n_rows: int) -> int:
-        return -(-self._all_rows // n_rows) * n_rows
 
     def _batch(self, start_row: int, n_rows: int, rank: int, world: int) -> Batch:
         rows = np.arange(start_row + n_rows * rank // world, start_row + n_rows * (rank + 1) // world)

@@ -133,9 +133,7 @@ def prepare(dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> Token
     return stream
 
 
-def _write(
-    folder: Path, source: Source, encoder: Encoder, eos: int, dtype: np.dtype, fingerprint: str
-) -> None:
+def _write(folder: Path, source: Source, encoder: Encoder, eos: int, dtype: np.dtype, fingerprint: str) -> None:
     log.info("tokenising %s", source.title)
     writer = _ShardWriter(folder, dtype)
     writer.write(np.array([eos], dtype=dtype))

@@ -84,9 +84,7 @@ def test_rows_do_not_depend_on_ranks_or_batch_sizes(cache: Path, world: int) -> 
     steps = [loader.batch(start, 8) for start in (5, 13, 21)]
     uneven = [loader.batch(5, 7, rank, world) for rank in range(world)] + [loader.batch(12, 17)]
     assert equal(joined(ranks), whole) and equal(joined(steps), whole) and equal(joined(uneven), whole)
-    assert equal(joined(whole.split(5)), whole) and [len(part.rows) for part in whole.split(5)] == [5] * 4 + [
-        4
-    ]
+    assert equal(joined(whole.split(5)), whole) and [len(part.rows) for part in whole.split(5)] == [5] * 4 + [4]
 
 
 def test_every_epoch_has_all_rows_in_another_order(cache: Path) -> None:
@@ -139,9 +137,7 @@ def test_one_pass_covers_every_label_once_in_order(cache: Path, n_rows: int, dro
     labels = torch.cat([batch.labels.flatten() for batch in batches])
     tokens = torch.cat([batch.tokens.flatten() for batch in batches])
     counts = labels != IGNORE
-    assert (
-        labels[counts].tolist() == stream_of(loader)[1:] and tokens[counts].tolist() == stream_of(loader)[:-1]
-    )
+    assert labels[counts].tolist() == stream_of(loader)[1:] and tokens[counts].tolist() == stream_of(loader)[:-1]
     assert {batch.tokens.shape for batch in batches} == {(n_rows, 16)}
     assert (torch.cat([batch.rows for batch in batches]) == torch.arange(len(batches) * n_rows)).all()
 

@@ -51,9 +51,7 @@ def test_stdlib_is_split_by_file_and_leaves_tests_out() -> None:
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     assert ((stdlib / "ast.py").read_text() in train) != ((stdlib / "ast.py").read_text() in validation)
     assert (stdlib / "ctypes" / "util.py").read_text() in train + validation
-    assert not any(
-        "unittest.main()" in text and "from test import support" in text for text in train + validation
-    )
+    assert not any("unittest.main()" in text and "from test import support" in text for text in train + validation)
 
 
 def test_stdlib_is_the_same_twice() -> None:
@@ -90,9 +88,7 @@ def test_split_folders_go_before_the_hash(folder: Path) -> None:
 def write_tables(root: Path) -> list[str]:
     """One file of each kind, two rows in each; some columns change their type on the way."""
     texts = [f"document é {i}" for i in range(8)]
-    lines = [
-        json.dumps({"text": t, "meta": i if i % 2 else None, "more": {"x": [i]}}) for i, t in enumerate(texts)
-    ]
+    lines = [json.dumps({"text": t, "meta": i if i % 2 else None, "more": {"x": [i]}}) for i, t in enumerate(texts)]
     two = [("\n".join(lines[i : i + 2]) + "\n").encode() for i in (0, 2, 4)]
     root.mkdir()
     (root / "a.jsonl").write_bytes(two[0])
@@ -106,9 +102,7 @@ def write_tables(root: Path) -> list[str]:
 def test_tables_of_every_kind_are_read(tmp_path: Path) -> None:
     texts = write_tables(tmp_path / "tables")
     assert documents(name="text_files", path=str(tmp_path / "tables"), validation_fraction=0) == texts
-    train, validation = in_both_splits(
-        name="text_files", path=str(tmp_path / "tables"), validation_fraction=0.5
-    )
+    train, validation = in_both_splits(name="text_files", path=str(tmp_path / "tables"), validation_fraction=0.5)
     assert train and validation and sorted(train + validation) == texts
 
 
@@ -132,9 +126,7 @@ def test_fingerprint_follows_contents_not_places_or_times(folder: Path, tmp_path
 
 
 def test_big_data_is_hashed_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = dataset(
-        name="text_files", path=str(folder), validation_fraction=0.0, cache_dir=str(tmp_path / "cache")
-    )
+    config = dataset(name="text_files", path=str(folder), validation_fraction=0.0, cache_dir=str(tmp_path / "cache"))
     small = config.build().fingerprint
     monkeypatch.setattr(sources, "REMEMBER_BYTES", 1)
     assert config.build().fingerprint == small

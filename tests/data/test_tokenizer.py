@@ -56,17 +56,13 @@ def test_training_does_not_see_the_validation_split(cache: Path, bpe: PreTrained
     assert Encoder(other).fingerprint() == Encoder(bpe).fingerprint()
 
 
-def test_second_use_reads_the_cache(
-    cache: Path, bpe: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_second_use_reads_the_cache(cache: Path, bpe: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "train_bpe", None)
     again = TokenizerConfig(vocab_size=300).build(synthetic(cache))
     assert Encoder(again).fingerprint() == Encoder(bpe).fingerprint()
 
 
-def test_saved_tokenizer_loads_by_folder_name(
-    cache: Path, tmp_path: Path, bpe: PreTrainedTokenizerBase
-) -> None:
+def test_saved_tokenizer_loads_by_folder_name(cache: Path, tmp_path: Path, bpe: PreTrainedTokenizerBase) -> None:
     bpe.save_pretrained(tmp_path)
     loaded = TokenizerConfig(name=str(tmp_path), kwargs={"model_max_length": 77}).build(synthetic(cache))
     assert loaded.model_max_length == 77 and loaded.eos_token_id == bpe.eos_token_id
