@@ -84,9 +84,7 @@ def plan_mesh(config: ParallelConfig, world: int, n_experts: int) -> Degrees:
     shard = config.shard
     if shard == -1:
         if world % replicate:
-            raise ConfigError(
-                f"parallel.replicate={replicate} does not divide the {world} processes; change one"
-            )
+            raise ConfigError(f"parallel.replicate={replicate} does not divide the {world} processes; change one")
         shard = world // replicate
     if replicate * shard != world:
         raise ConfigError(
@@ -94,13 +92,9 @@ def plan_mesh(config: ParallelConfig, world: int, n_experts: int) -> Degrees:
             f"{world} processes; set shard: -1, or start {replicate * shard} processes"
         )
     if shard % expert:
-        raise ConfigError(
-            f"parallel.expert={expert} does not divide parallel.shard={shard}; lower it to a divisor"
-        )
+        raise ConfigError(f"parallel.expert={expert} does not divide parallel.shard={shard}; lower it to a divisor")
     if expert > 1 and n_experts == 0:
-        raise ConfigError(
-            f"parallel.expert={expert} needs a mixture of experts and the model is dense; set expert: 1"
-        )
+        raise ConfigError(f"parallel.expert={expert} needs a mixture of experts and the model is dense; set expert: 1")
     if expert > 1 and n_experts % expert:
         raise ConfigError(
             f"parallel.expert={expert} does not divide model.ffn_config.moe_num_experts={n_experts}; "
@@ -185,7 +179,7 @@ def build_mesh(config: ParallelConfig, device_type: str, n_experts: int) -> Mesh
 def _warm_up(mesh: DeviceMesh) -> None:
     """One small sum on every axis, in the same order everywhere.
 
-    NCCL connects a group at its first use. In the middle of a step, where ranks reach groups in different order,
+    NCCL connects a group at its first use. In the middle of a step, where ranks reach groups in any order,
     a bad link would look like a hang; here it is an error that names the axis.
     """
     for axis in mesh.mesh_dim_names or ():

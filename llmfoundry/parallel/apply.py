@@ -1,0 +1,74 @@
+"""The order in which a model is spread, stated once: experts > recompute > compile > shards > weights.
+
+Experts first, because FSDP splits what is left of them; recompute inside compile, which then plans what to keep
+in one graph; shards last, around all of it. With experts divided among ranks a block is no one graph, for the host
+reads the counts of the exchange: then its parts are compiled, inside recompute.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from llmfoundry import runtime
+from llmfoundry.model.init import init_weights
+from llmfoundry.model.transformer import Block, CausalLM
+from llmfoundry.moe.layer import MoE
+from llmfoundry.parallel.expert import divide_experts
+from llmfoundry.parallel.fsdp import shard
+from llmfoundry.parallel.mesh import Mesh, ParallelConfig
+from llmfoundry.parallel.recompute import recompute_blocks
+
+
+def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: str) -> CausalLM:
+    """Spread a model over the ranks of `mesh`; in one process without a group, only recompute and compile.
+
+    Args:
+        model: built on the meta device.
+        precision: "fp32" or "amp_bf16", which needs a process group (of one rank, if need be).
+
+    Returns:
+        The same model, still on the meta device; `materialize` gives it storage.
+    """
+    divide_experts(model, mesh)
+    compiled = config.compile is True or (config.compile == "auto" and runtime.device().type == "cuda")
+    one_graph = compiled and mesh.experts is None
+    if compiled and not one_graph:
+        compile_parts(model)
+    recompute_blocks(model.blocks, config.recompute, config.recompute_save, in_graph=one_graph)
+    if one_graph:
+        for block in model.blocks:  # blocks of one kind share the code
+            block.forward = torch.compile(block.forward)
+    if mesh.dense is not None:
+        shard(model, mesh, config, precision)
+    elif precision != "fp32":
+        raise ValueError(f"precision={precision} needs a process group; call runtime.start first")
+    return model
+
+
+def compile_parts(model: CausalLM) -> None:
+    """Compile what stands around the exchange of tokens: attention, norms, router, shared expert, dense blocks."""
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        mixture = block.ffn
+        if isinstance(mixture, MoE):
+            mixture.router.forward = torch.compile(mixture.router.forward)  # type: ignore[method-assign]
+            if mixture.shared_expert is not None:
+                shared = mixture.shared_expert
+                shared.forward = torch.compile(shared.forward)  # type: ignore[method-assign]
+            eager = torch.compiler.disable(mixture.forward, recursive=False)
+            mixture.forward = eager  # type: ignore[method-assign]
+        block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+
+
+def materialize(model: CausalLM, config: ParallelConfig, seed: int) -> CausalLM:
+    """Give a model on the meta device its storage, and its initial weights.
+
+    With `cpu_offload` parameters live in host memory; buffers go to the device in any case.
+    """
+    place = runtime.device()
+    model.to_empty(device="cpu" if config.cpu_offload else place)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(place))
+    init_weights(model, seed)
+    return model

@@ -1,0 +1,36 @@
+"""Experts divided among ranks.
+
+Each rank of the `ep` axis keeps E / ep whole experts: their stacked weights become DTensors split in dim 0,
+and the mixture is told which ranks to exchange tokens with. The exchange itself is moe/dispatch.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from llmfoundry.moe.layer import MoE
+from llmfoundry.parallel.mesh import Mesh
+
+
+def mixtures(model: nn.Module) -> Iterator[MoE]:
+    """The mixture layers of a model, in order."""
+    return (module for module in model.modules() if isinstance(module, MoE))
+
+
+def divide_experts(model: nn.Module, mesh: Mesh) -> None:
+    """Give each rank of the `ep` axis its experts; nothing to do without that axis.
+
+    Args:
+        model: on the meta device: each rank keeps the shape of its own part, and no weight is ever sent.
+    """
+    if mesh.experts is None:
+        return
+    for mixture in mixtures(model):
+        experts = mixture.experts
+        for name, whole in list(experts.named_parameters(recurse=False)):
+            part = distribute_tensor(whole.detach(), mesh.experts, [Shard(0)])
+            experts.register_parameter(name, nn.Parameter(part, requires_grad=whole.requires_grad))
+        mixture.expert_group = mesh.expert_group

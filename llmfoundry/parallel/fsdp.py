@@ -1,0 +1,152 @@
+"""Weights, gradients and optimizer state split over ranks, by torch's FSDP2.
+
+A unit is what is gathered together: each block; its experts, where they have an axis of their own; the
+embedding and the head, where they are not tied; and the rest with the root. A unit's weights are gathered
+just before it runs, in the compute dtype, and freed after; its gradients are summed over ranks in float32 as
+soon as they are whole.
+
+One rule for scale: gradients are SUMMED, never averaged. The loss is already divided by the labels of the
+global batch. FSDP2 by default divides by its own mesh's size, which for experts is ep times too small, so that
+their gradients come out ep times too big, and no loss curve shows it (Adam does not see a constant factor).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import Shard
+
+from llmfoundry.model.transformer import Block, CausalLM
+from llmfoundry.moe.layer import MoE
+from llmfoundry.parallel.expert import mixtures
+from llmfoundry.parallel.mesh import EXPERT_SHARD, SHARD, Mesh, ParallelConfig
+
+_PRECISION = {
+    "fp32": MixedPrecisionPolicy(cast_forward_inputs=False),
+    "amp_bf16": MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False),
+}
+_EVERY_MICROBATCH = "reduces_every_microbatch"
+
+
+def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: str) -> None:
+    """Split the model's parameters over ranks, in place.
+
+    Args:
+        model: on the meta device, its experts already divided.
+        precision: "fp32" or "amp_bf16": float32 weights and sums, bfloat16 compute.
+    """
+    assert mesh.dense is not None
+    policy = _PRECISION[precision]
+    on_gpu = mesh.dense.device_type == "cuda"
+    offload = CPUOffloadPolicy(pin_memory=on_gpu) if config.cpu_offload else OffloadPolicy()
+    stacked = _stacked_parameters(model)
+
+    def unit(module: nn.Module, over: DeviceMesh, axis: str, reshard: bool) -> FSDPModule:
+        ranks = over[axis].size()
+        sharded = fully_shard(
+            module,
+            mesh=over,
+            reshard_after_forward=reshard,
+            shard_placement_fn=_placement(stacked, ranks),
+            mp_policy=policy,
+            offload_policy=offload,
+        )
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+        return sharded
+
+    again = config.reshard_after_forward
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        if mesh.expert_shards is not None and isinstance(block.ffn, MoE):
+            unit(block.ffn.experts, mesh.expert_shards, EXPERT_SHARD, again)
+        unit(block, mesh.dense, SHARD, again)
+    if model.lm_head is not None:  # untied; a tied embedding is needed first and last, so the root keeps it
+        # The gradient of a look-up needs no weight.
+        unit(model.wte, mesh.dense, SHARD, again).set_unshard_in_backward(False)
+        unit(model.lm_head, mesh.dense, SHARD, False)  # its backward follows at once
+    unit(model, mesh.dense, SHARD, False)
+    _set_prefetch(model, config.prefetch)
+    setattr(model, _EVERY_MICROBATCH, not config.reduce_once_a_step)
+
+
+def _stacked_parameters(model: CausalLM) -> dict[int, int]:
+    """id of each parameter that is stacked by expert -> how many experts of it this rank has."""
+    found: dict[int, int] = {}
+    for mixture in mixtures(model):
+        ranks = 1 if mixture.expert_group is None else mixture.expert_group.size()
+        for parameter in mixture.experts.parameters():
+            found[id(parameter)] = parameter.shape[0] // ranks
+    return found
+
+
+def _placement(stacked: dict[int, int], ranks: int) -> Callable[[nn.Parameter], Shard | None]:
+    """Where to cut a parameter: dim 0, but through each expert where whole ones do not divide among ranks.
+
+    Cut in dim 0, 8 experts on 64 ranks would leave 56 of them with nothing to hold and to update.
+    """
+
+    def place(parameter: nn.Parameter) -> Shard | None:
+        n_experts = stacked.get(id(parameter))
+        if n_experts is None or n_experts % ranks == 0 or parameter.shape[1] % ranks:
+            return None
+        return Shard(1)
+
+    return place
+
+
+def _set_prefetch(model: CausalLM, ahead: int) -> None:
+    """Gather the weights of `ahead` blocks before their turn, in both directions.
+
+    Without this, FSDP counts on the host being ahead of the device; the expert exchange makes it wait every
+    layer.
+    """
+    if ahead == 0:
+        return
+    units = []
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        units.append(_sharded(block, block.ffn.experts if isinstance(block.ffn, MoE) else None))
+    head, root = _sharded(model.lm_head), _sharded(model)
+    first, last = (_sharded(model.wte) or root)[0], (head or root)[0]
+
+    first.set_modules_to_forward_prefetch(_flat(units[:ahead]))
+    for i, unit in enumerate(units):
+        after, before = units[i + 1 : i + 1 + ahead], units[max(0, i - ahead) : i]
+        unit[0].set_modules_to_forward_prefetch(_flat(after) + (head if i + ahead >= len(units) else []))
+        unit[0].set_modules_to_backward_prefetch(_flat(before[::-1]))
+    last.set_modules_to_backward_prefetch(_flat(units[: -ahead - 1 : -1]))
+
+
+def _sharded(*modules: nn.Module | None) -> list[FSDPModule]:
+    return [unit for unit in modules if isinstance(unit, FSDPModule)]
+
+
+def _flat(units: list[list[FSDPModule]]) -> list[FSDPModule]:
+    return [module for unit in units for module in unit]
+
+
+@contextmanager
+def accumulating(model: nn.Module, last: bool) -> Iterator[None]:
+    """Around the forward and backward of one microbatch: gradients are summed over ranks after the last.
+
+    With `parallel.reduce_once_a_step: false` each microbatch's are summed over `fsdp` at once, so that nobody
+    keeps whole gradients; over `dp_replicate` they are summed after the last one in any case. Nothing to do
+    for a model that is not split.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_is_last_backward(last)
+        model.set_requires_gradient_sync(last or getattr(model, _EVERY_MICROBATCH))
+        model.set_requires_all_reduce(last)
+    yield

@@ -1,0 +1,114 @@
+"""The test that matters most: every gradient of a float64 mixture is the same however it is spread.
+
+OLMo-core once had expert gradients that were `expert` times too big: no loss showed it. Here all four-process cases
+run in one start of the processes; the one-process truth is computed without any process group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from ranks import run_ranks
+from tiny import Case
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+pytestmark = pytest.mark.dist
+
+STEPS, CLIP = 3, 0.5
+ALONE = [Case("8 experts"), Case("6 experts", n_experts=6), Case("2 experts", n_experts=2), Case("tied", tied=True)]
+CASES = [
+    Case("shard 4"),
+    Case("shard 4, expert 2", {"expert": 2}),
+    Case("shard 4, expert 4", {"expert": 4}),
+    Case("replicate 2, shard 2, expert 2", {"replicate": 2, "expert": 2}),
+    Case("replicate 2, shard 2", {"replicate": 2}),
+    Case("replicate 4", {"replicate": 4}),
+    Case("6 experts on 4 ranks", n_experts=6),
+    Case("3 experts each on 2 ranks", {"expert": 2}, n_experts=6),
+    Case("1 expert each on 2 ranks", {"expert": 2}, n_experts=2),
+    Case("accumulation 2", {"expert": 2}, microbatch=1),
+    Case("accumulation 2, replicas", {"replicate": 2, "expert": 2}, microbatch=1),
+    Case("accumulation 2, reduced each time", {"replicate": 2, "expert": 2, "reduce_once_a_step": False}, microbatch=1),
+    Case("tied head", {"expert": 2}, tied=True),
+    Case("kept weights, no prefetch", {"expert": 2, "reshard_after_forward": False, "prefetch": 0}),
+    Case("full recompute", {"expert": 2, "recompute": "full"}),
+    Case("selective recompute", {"expert": 4, "recompute": "selective", "prefetch": 2}),
+]  # fmt: skip
+WRONG = [Case("default divide factor, expert 2", {"expert": 2}), Case("default divide factor, expert 4", {"expert": 4})]
+
+
+def trained(case: Case, steps: int = STEPS, clip: float | None = CLIP) -> dict[str, Tensor]:
+    """First weights, the first step's gradients, the last weights, and what the steps reported; all of it whole."""
+    model = tiny.build(case, torch.float64)
+    found = {f"init/{name}": value for name, value in tiny.weights(model).items()}
+
+    def keep(model: torch.nn.Module) -> None:
+        if not any(name.startswith("grad/") for name in found):
+            for name, parameter in model.named_parameters():
+                assert parameter.grad is not None, name
+                found[f"grad/{name}"] = tiny.full(parameter.grad)
+
+    results = tiny.train(model, case, steps, clip, keep)
+    found |= {f"weight/{name}": value for name, value in tiny.weights(model).items()}
+    found["norm"] = torch.stack([result.grad_norm for result in results])
+    found["load"] = torch.stack([result.router.load for result in results if result.router is not None])
+    return found
+
+
+def job(folder: Path) -> None:
+    """What each of the four processes does; the first one writes what they found."""
+    first = torch.distributed.get_rank() == 0
+    for case in CASES:
+        found = trained(case)
+        if first:
+            torch.save(found, folder / f"{case.name}.pt")
+    FSDPModule.set_gradient_divide_factor = lambda self, factor: None  # type: ignore[method-assign]
+    for case in WRONG:
+        found = trained(case, steps=1, clip=None)
+        if first:
+            torch.save(found, folder / f"{case.name}.pt")
+
+
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("gradients")
+    run_ranks(4, job, folder)
+    yield folder
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[tuple[int, bool], dict[str, Tensor]]:
+    return {(case.n_experts, case.tied): trained(case) for case in ALONE}
+
+
+def relative(found: Tensor, true: Tensor) -> float:
+    return ((found - true).abs().max() / true.abs().max().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_spread_equals_alone(case: Case, spread: Path, alone: dict[tuple[int, bool], dict[str, Tensor]]) -> None:
+    true, found = alone[case.n_experts, case.tied], torch.load(spread / f"{case.name}.pt", weights_only=True)
+    assert found.keys() == true.keys()
+    assert true["norm"].min() > CLIP, "clipping has to do something"
+    for name, value in true.items():
+        kind = name.split("/")[0]
+        if kind in ("init", "load"):
+            assert torch.equal(found[name], value), name
+        else:  # float64 sums in another order; Adam divides by small numbers
+            assert relative(found[name], value) < (1e-10 if kind == "weight" else 1e-12), name
+
+
+@pytest.mark.parametrize("case", WRONG, ids=[case.name for case in WRONG])
+def test_default_divide_factor_makes_expert_gradients_too_big(case: Case, spread: Path) -> None:
+    true, found = trained(ALONE[0], steps=1, clip=None), torch.load(spread / f"{case.name}.pt", weights_only=True)
+    names = [name for name in true if name.startswith("grad/")]
+    assert sum(".experts." in name for name in names) == 8
+    for name in names:
+        # Times 4, as a loss that is a mean over this rank's labels would have it.
+        times = int(case.parallel["expert"]) if ".experts." in name else 1
+        assert relative(4 * found[name], times * true[name]) < 1e-12, name

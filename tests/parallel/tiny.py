@@ -1,0 +1,107 @@
+"""A tiny run that has everything that could depend on the mesh: what the tests of this room train.
+
+Dense and mixture layers, a shared expert with a gate, biases, jitter, a loss-free bias, a balance loss over the
+global batch, a z-loss, clipping, labels that do not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from llmfoundry.config import check
+from llmfoundry.data.loader import Batch
+from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLM
+from llmfoundry.moe.balance import Balance
+from llmfoundry.parallel.apply import materialize, parallelize
+from llmfoundry.parallel.mesh import ParallelConfig, build_mesh
+from llmfoundry.train.optim import AdamWConfig
+from llmfoundry.train.step import StepResult, train_step
+
+ROWS, LENGTH, VOCAB = 8, 12, 61
+SEED = 3
+
+
+class Case(NamedTuple):
+    """One way to train the same thing."""
+
+    name: str
+    parallel: dict[str, int | bool | str] = {}  # noqa: RUF012
+    n_experts: int = 8
+    microbatch: int = ROWS
+    tied: bool = False
+
+
+def model_config(case: Case) -> CausalLMConfig:
+    return check(
+        CausalLMConfig,
+        {
+            "d_model": 16, "n_heads": 4, "n_layers": 3, "vocab_size": VOCAB, "max_seq_len": LENGTH,
+            "norm_type": "rmsnorm", "tie_word_embeddings": case.tied,
+            "attn_config": {
+                "attn_type": "grouped_query_attention", "kv_n_heads": 2, "rope": True, "qk_norm": True
+            },
+            "ffn_config": {
+                "ffn_type": "mb_dmoe", "ffn_hidden_size": 24, "ffn_act_fn": {"name": "silu"},
+                "moe_num_experts": case.n_experts, "moe_top_k": 2, "moe_normalize_expert_weights": 1.0,
+                "moe_jitter_eps": 0.1, "moe_bias_update_rate": 0.01, "first_k_dense": 1,
+                "shared_expert": True, "shared_expert_gate": True, "moe_loss_weight": 0.05,
+                "moe_zloss_weight": 0.01, "moe_lbl_scope": "global_batch",
+            },
+            "init_config": {"name": "normal_", "init_std": 0.2},
+        },
+    )  # fmt: skip
+
+
+def build(case: Case, dtype: torch.dtype) -> CausalLM:
+    """The model of a case, spread over the processes that run."""
+    config, parallel = model_config(case), check(ParallelConfig, case.parallel)
+    with torch.device("meta"):
+        model = config.build().to(dtype)
+    model = parallelize(model, build_mesh(parallel, "cpu", case.n_experts), parallel, "fp32")
+    return materialize(model, parallel, SEED)
+
+
+def batch(step: int) -> Batch:
+    """This rank's rows of the global batch of `step`; every fifth label does not count."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    random = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, VOCAB, (ROWS, LENGTH + 1), generator=random)
+    labels = ids[:, 1:].masked_fill(torch.rand(ROWS, LENGTH, generator=random) < 0.2, -100)
+    mine = slice(ROWS * rank // world, ROWS * (rank + 1) // world)
+    return Batch(ids[mine, :-1], labels[mine], torch.arange(ROWS * step, ROWS * (step + 1))[mine])
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be split; every rank has to ask."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def weights(model: CausalLM) -> dict[str, Tensor]:
+    """All parameters and buffers, whole."""
+    return {name: full(value) for name, value in model.state_dict().items()}
+
+
+def train(
+    model: CausalLM,
+    case: Case,
+    steps: int,
+    max_grad_norm: float | None,
+    watch: Callable[[CausalLM], None] | None = None,
+) -> list[StepResult]:
+    """Train for some steps; `watch` sees the model before each update."""
+    optimizer = AdamWConfig(name="adamw", lr=1e-2, weight_decay=0.1).build(model)
+    if watch is not None:
+        optimizer.register_step_pre_hook(lambda *_: watch(model))
+    balance = Balance.of(model.config)
+    return [
+        train_step(model, optimizer, batch(step), microbatch_rows=case.microbatch, max_grad_norm=max_grad_norm,
+                   balance=balance, noise_seed=SEED)
+        for step in range(steps)
+    ]  # fmt: skip
