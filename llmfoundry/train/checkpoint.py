@@ -38,7 +38,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
 from torch import Tensor, nn
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint import SavePlanner
 from torch.optim import Optimizer
 
 from llmfoundry import runtime
@@ -59,7 +59,7 @@ from llmfoundry.train.manifest import (
     write_file,
     write_manifest,
 )
-from llmfoundry.train.storage import Entry, TensorReader, TensorWriter, read_index
+from llmfoundry.train.storage import Entry, StagedPlanner, TensorReader, TensorWriter, local_part, read_index
 from llmfoundry.train.tensors import (
     check_same_model,
     model_tensors,
@@ -130,7 +130,7 @@ class Checkpointer:
         self._reaped = False
         self._pending: Future[Path] | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
-        self._stager: DefaultStager | None = None
+        self._stage: dict[str, Tensor] = {}
         # The writer's own group: its collectives must not meet those of a step that goes on meanwhile.
         self._group: dist.ProcessGroup | None = None
         if runtime.world_size() > 1:
@@ -153,9 +153,10 @@ class Checkpointer:
             CONFIG: yaml.safe_dump(dict(state.config), sort_keys=False),
         }
         if self._thread is None:
-            return self._write(tensors, state.step, texts, state.tokenizer)
-        staged = self._staged(tensors)
-        self._pending = self._thread.submit(self._write, staged, state.step, texts, state.tokenizer)
+            live = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+            return self._write(tensors, live, state.step, texts, state.tokenizer)
+        planner = StagedPlanner(self._staged(tensors))
+        self._pending = self._thread.submit(self._write, tensors, planner, state.step, texts, state.tokenizer)
         return self.folder / f"step-{state.step}"
 
     def poll(self) -> Path | None:
@@ -194,9 +195,7 @@ class Checkpointer:
                 self._unusable.add(path)
                 first_error = first_error or error
         if first_error is not None:
-            raise CheckpointError(
-                f"{self.folder}: none of {len(found)} checkpoints can be used; {first_error}"
-            )
+            raise CheckpointError(f"{self.folder}: none of {len(found)} checkpoints can be used; {first_error}")
         return None
 
     def load(self, path: Path, state: CheckpointState) -> dict[str, Json]:
@@ -236,23 +235,23 @@ class Checkpointer:
         load_model_only(path, model)
 
     def _staged(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A copy on the CPU that training does not change; from a GPU pinned, and kept for the next."""
-        if self._stager is None:
-            on_gpu = any(tensor.is_cuda for tensor in tensors.values())
-            self._stager = DefaultStager(
-                StagingOptions(
-                    use_pinned_memory=on_gpu,
-                    use_shared_memory=False,
-                    use_async_staging=False,
-                    use_non_blocking_copy=on_gpu,
-                )
-            )
-        staged = self._stager.stage(tensors)
-        assert isinstance(staged, dict)
-        return staged
+        """This rank's part of each tensor, copied to the CPU; the same memory each time, pinned if from a GPU."""
+        for name, tensor in tensors.items():
+            local = local_part(tensor)
+            if name not in self._stage:
+                self._stage[name] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
+            self._stage[name].copy_(local, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return {name: self._stage[name] for name in tensors}
 
     def _write(
-        self, tensors: dict[str, Tensor], step: int, texts: dict[str, str], tokenizer: Tokenizer | None
+        self,
+        tensors: dict[str, Tensor],
+        planner: SavePlanner,
+        step: int,
+        texts: dict[str, str],
+        tokenizer: Tokenizer | None,
     ) -> Path:
         temporary = self.folder / f"step-{step}.tmp-{uuid.uuid4().hex[:12]}"  # rank 0's name counts
         writer = TensorWriter(partial(self._open, temporary), partial(self._commit, step, texts, tokenizer))
@@ -261,7 +260,7 @@ class Checkpointer:
                 metadata = dcp.save(
                     tensors,
                     storage_writer=writer,
-                    planner=dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                    planner=planner,
                     process_group=self._group,
                     no_dist=runtime.world_size() == 1,
                 )

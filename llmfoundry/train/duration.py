@@ -77,9 +77,7 @@ class Timeline:
     total_steps: int
 
     @classmethod
-    def of(
-        cls, max_duration: Duration, *, rows_per_step: int, tokens_per_row: int, rows_per_epoch: int
-    ) -> Timeline:
+    def of(cls, max_duration: Duration, *, rows_per_step: int, tokens_per_row: int, rows_per_epoch: int) -> Timeline:
         """The timeline of a run that lasts `max_duration`.
 
         Raises:

@@ -141,13 +141,9 @@ def _check_file(path: Path, name: str, expected: Written) -> None:
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{file}: is not a plain file")
         if status.st_size != expected.bytes:
-            raise CheckpointError(
-                f"{file}: has {status.st_size} bytes of {expected.bytes}; the checkpoint is damaged"
-            )
+            raise CheckpointError(f"{file}: has {status.st_size} bytes of {expected.bytes}; the checkpoint is damaged")
         if measure(file).sha256 != expected.sha256:
-            raise CheckpointError(
-                f"{file}: has other bytes than were written (SHA-256); the checkpoint is damaged"
-            )
+            raise CheckpointError(f"{file}: has other bytes than were written (SHA-256); the checkpoint is damaged")
     except FileNotFoundError:
         raise CheckpointError(f"{file}: is missing; the checkpoint is damaged") from None
     except OSError as error:

@@ -65,9 +65,7 @@ class AdamWConfig(OptimizerConfig, names=("adamw",)):
             for (decayed, _), members in groups.items()
         ]
         # Fused is the fastest on CPUs too: 18 ms for 9 M parameters, against 46 (foreach) and 28 (a loop).
-        return torch.optim.AdamW(
-            settings, lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=True
-        )
+        return torch.optim.AdamW(settings, lr=self.lr, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=True)
 
 
 class DecoupledAdamWConfig(AdamWConfig, names=("decoupled_adamw",)):

@@ -75,9 +75,7 @@ class LinearConfig(SchedulerConfig, names=("linear_decay_with_warmup",)):
 
     def build(self, timeline: Timeline) -> Schedule:
         warmup, end = self._warmup_and_end(timeline)
-        return Schedule(
-            warmup, lambda step: self.alpha_i + (self.alpha_f - self.alpha_i) * _part(step, warmup, end)
-        )
+        return Schedule(warmup, lambda step: self.alpha_i + (self.alpha_f - self.alpha_i) * _part(step, warmup, end))
 
 
 class CosineConfig(SchedulerConfig, names=("cosine_with_warmup",)):

@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import (
     ChunkStorageMetadata,
+    DefaultSavePlanner,
     LoadPlan,
     LoadPlanner,
     Metadata,
@@ -39,6 +40,7 @@ from torch.distributed.checkpoint import (
 from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta, TensorProperties
 from torch.distributed.checkpoint.planner import ReadItem, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from llmfoundry.train.manifest import INDEX, Written, write_file
@@ -77,6 +79,21 @@ class Entry(NamedTuple):
     chunks: list[Chunk]
 
 
+class StagedPlanner(DefaultSavePlanner):
+    """Plans on the live tensors and writes copies of them: their shapes and places do not change, their values do.
+
+    Args:
+        staged: this rank's part of each tensor, on the CPU.
+    """
+
+    def __init__(self, staged: Mapping[str, Tensor]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._staged = staged
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        return self._staged[write_item.index.fqn]
+
+
 class TensorWriter(StorageWriter):
     """Writes this rank's part of a save into a folder that rank 0 makes.
 
@@ -87,9 +104,7 @@ class TensorWriter(StorageWriter):
             `storage_meta.checkpoint_id`.
     """
 
-    def __init__(
-        self, open_folder: Callable[[], Path], commit: Callable[[Path, dict[str, Written]], Path]
-    ) -> None:
+    def __init__(self, open_folder: Callable[[], Path], commit: Callable[[Path, dict[str, Written]], Path]) -> None:
         self._open_folder = open_folder
         self._commit = commit
 
@@ -105,9 +120,7 @@ class TensorWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         self._folder = self._open_folder()
-        return [
-            dataclasses.replace(plan, storage_data=(self._folder, rank)) for rank, plan in enumerate(plans)
-        ]
+        return [dataclasses.replace(plan, storage_data=(self._folder, rank)) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         folder, rank = plan.storage_data
@@ -199,6 +212,11 @@ def _write_file(path: Path, items: list[WriteItem], planner: SavePlanner) -> lis
         WriteResult(index=item.index, size_in_bytes=written.bytes, storage_data=(chunk, written))
         for (item, _), chunk in zip(boxes, chunks, strict=True)
     ]
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -305,9 +323,7 @@ class TensorReader(StorageReader):
         while view:
             count = os.preadv(handle, [view[: 1 << 30]], position)
             if count == 0:
-                raise EOFError(
-                    f"{self._folder / chunk.file}: ends before the bytes of {item.storage_index.fqn}"
-                )
+                raise EOFError(f"{self._folder / chunk.file}: ends before the bytes of {item.storage_index.fqn}")
             view, position = view[count:], position + count
         box = data.view(dtype).reshape((rows, *chunk.shape[1:]) if chunk.shape else ())
         for dim in range(1, len(chunk.shape)):

@@ -46,9 +46,7 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer | None) -> dict[str
     }
 
 
-def optimizer_memory(
-    entries: Mapping[str, Entry], model: nn.Module, optimizer: Optimizer | None
-) -> dict[str, Memory]:
+def optimizer_memory(entries: Mapping[str, Entry], model: nn.Module, optimizer: Optimizer | None) -> dict[str, Memory]:
     """Room for the optimizer state that a checkpoint holds, split over ranks as the parameters are.
 
     Raises:

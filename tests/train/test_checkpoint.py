@@ -63,9 +63,7 @@ def train(model: nn.Module, optimizer: Optimizer, steps: int = 3, seed: int = 7)
 
 
 def state(model: nn.Module, optimizer: Optimizer | None = None, step: int = 3) -> CheckpointState:
-    return CheckpointState(
-        step=step, model=model, optimizer=optimizer, trainer={"rows": 24}, config={"seed": 17}
-    )
+    return CheckpointState(step=step, model=model, optimizer=optimizer, trainer={"rows": 24}, config={"seed": 17})
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -128,9 +126,7 @@ def test_step_counts_are_where_the_optimizer_wants_them(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_says_all_that_generation_needs(tmp_path: Path) -> None:
-    transformers = pytest.importorskip(
-        "transformers"
-    )  # here: the processes of the last test need not wait for it
+    transformers = pytest.importorskip("transformers")  # here: the processes of the last test need not wait for it
     words = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel({"a": 0, "<eot>": 1}, "a")), eos_token="<eot>"
     )
@@ -228,9 +224,7 @@ def test_a_damaged_file_is_named_and_the_older_checkpoint_is_used(
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 1, "files": {"a": 3}}',
                                   '{"format": 2, "files": {}}', '{"format": 1, "files": {}}'])  # fmt: skip
-def test_a_manifest_that_is_none_is_an_error(
-    saved: tuple[Path, tuple[nn.Module, Optimizer]], text: str
-) -> None:
+def test_a_manifest_that_is_none_is_an_error(saved: tuple[Path, tuple[nn.Module, Optimizer]], text: str) -> None:
     folder, _ = saved
     (folder / "step-2" / MANIFEST).write_text(text)
     with pytest.raises(CheckpointError, match=f"step-2/{MANIFEST}: ") as caught:
@@ -322,9 +316,7 @@ def test_state_of_a_parameter_that_is_not_trained_now_is_an_error(
     folder, _ = saved
     model = Tiny()
     model.head.requires_grad_(False)
-    with pytest.raises(
-        CheckpointError, match="optimizer state of head.weight, which this run does not train"
-    ):
+    with pytest.raises(CheckpointError, match="optimizer state of head.weight, which this run does not train"):
         Checkpointer(folder).load(folder / "step-2", state(model, AdamWConfig(lr=0.1).build(model)))
 
 
@@ -364,9 +356,7 @@ def test_a_save_folder_that_cannot_be_made_fails_the_save(tmp_path: Path) -> Non
         Checkpointer(tmp_path / "checkpoints").save(state(Tiny()))
 
 
-def test_an_interrupt_during_a_save_stays_an_interrupt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_during_a_save_stays_an_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(handle: int) -> None:
         raise KeyboardInterrupt
 
@@ -531,9 +521,7 @@ def reseal(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret", "..", ""])
-def test_a_manifest_cannot_name_files_outside(
-    saved: tuple[Path, tuple[nn.Module, Optimizer]], name: str
-) -> None:
+def test_a_manifest_cannot_name_files_outside(saved: tuple[Path, tuple[nn.Module, Optimizer]], name: str) -> None:
     folder, _ = saved
     listed = json.loads((folder / "step-2" / MANIFEST).read_text())
     listed["files"][name] = {"bytes": 1, "sha256": "0"}
@@ -620,7 +608,5 @@ def test_a_checkpoint_loads_on_any_number_of_processes_and_mesh(tmp_path: Path) 
         Checkpointer(tmp_path).load(tmp_path / path, state(*other))
         assert_same(one, other)
     by_dcp = {name: torch.zeros_like(tensor) for name, tensor in other[0].state_dict().items()}
-    dcp.load(
-        by_dcp, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path / "spread" / "step-2")), no_dist=True
-    )
+    dcp.load(by_dcp, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path / "spread" / "step-2")), no_dist=True)
     assert all(torch.equal(by_dcp[name], tensor) for name, tensor in one[0].state_dict().items())

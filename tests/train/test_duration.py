@@ -21,9 +21,7 @@ def test_time_strings_are_read_exactly(text: str, value: Fraction, unit: str) ->
     assert Duration.parse(text) == Duration(Fraction(value), unit)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    "text", ["10", 10, 1.0, "ba", "10 steps", "-1ba", "1.5ba", "1e-3dur", "1e999ba", None, "10BA"]
-)
+@pytest.mark.parametrize("text", ["10", 10, 1.0, "ba", "10 steps", "-1ba", "1.5ba", "1e-3dur", "1e999ba", None, "10BA"])
 def test_what_is_no_time_string_is_refused_with_its_path(text: object) -> None:
     with pytest.raises(ConfigError, match="^save_interval: .* is not a time string") as caught:
         check(Block, {"save_interval": text})
@@ -49,17 +47,12 @@ def test_durations_resolve_to_steps(text: str, steps: int) -> None:
 
 def test_an_epoch_never_shows_a_row_twice() -> None:
     for rows_per_epoch in range(8, 60):
-        timeline = Timeline.of(
-            Duration.parse("1ep"), rows_per_step=8, tokens_per_row=1, rows_per_epoch=rows_per_epoch
-        )
+        timeline = Timeline.of(Duration.parse("1ep"), rows_per_step=8, tokens_per_row=1, rows_per_epoch=rows_per_epoch)
         assert timeline.total_steps * 8 <= rows_per_epoch
 
 
 def test_an_epoch_smaller_than_a_batch_is_one_step() -> None:
-    assert (
-        Timeline.of(Duration.parse("1ep"), rows_per_step=8, tokens_per_row=1, rows_per_epoch=3).total_steps
-        == 1
-    )
+    assert Timeline.of(Duration.parse("1ep"), rows_per_step=8, tokens_per_row=1, rows_per_epoch=3).total_steps == 1
 
 
 @pytest.mark.parametrize("text", ["1dur", "0ba"])

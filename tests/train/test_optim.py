@@ -122,9 +122,7 @@ def test_without_a_limit_the_norm_is_measured_and_nothing_changes() -> None:
     before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     norm = clip_by_global_norm(model.parameters(), None)
     torch.testing.assert_close(norm, torch.cat([g.flatten() for g in before]).norm())
-    assert all(
-        torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True) if p.grad is not None
-    )
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True) if p.grad is not None)
 
 
 def test_the_norm_of_a_gradient_that_is_not_finite_is_not_finite() -> None:

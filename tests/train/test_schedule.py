@@ -52,9 +52,7 @@ def test_constant_keeps_alpha() -> None:
 
 
 def test_inverse_square_root_decays_by_its_scale_and_cools_down() -> None:
-    values = curve(
-        name="inv_sqrt_with_warmup", t_warmup="10ba", t_scale="20ba", t_cooldown="40ba", alpha_f_decay=0.1
-    )
+    values = curve(name="inv_sqrt_with_warmup", t_warmup="10ba", t_scale="20ba", t_cooldown="40ba", alpha_f_decay=0.1)
     assert values[30] == pytest.approx(0.1 + 0.9 / math.sqrt(2))
     assert values[60] == pytest.approx(0.1 + 0.9 / math.sqrt(70 / 20))
     assert values[80] == pytest.approx(values[60] / 2)
