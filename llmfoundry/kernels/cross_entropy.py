@@ -112,6 +112,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """`total += a @ b` in the dtype of `total`."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += _product(a, b, total.dtype)
 
@@ -178,8 +180,8 @@ if triton is not None:
         logsumexp = peak + tl.log(total)
         counts = label != IGNORE
         # A label outside the vocabulary shows as NaN instead of reading another row.
-        z = tl.load(logits + base + label, (label >= 0) & (label < vocab), float("nan"))
-        tl.store(loss + row, tl.where(counts, logsumexp - z, 0.0))
+        chosen = tl.load(logits + base + label, (label >= 0) & (label < vocab), float("nan"))
+        tl.store(loss + row, tl.where(counts, logsumexp - chosen, 0.0))
         if NEEDS_GRAD:
             for start in range(0, vocab, BLOCK):
                 at = start + columns
