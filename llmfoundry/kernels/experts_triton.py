@@ -21,10 +21,11 @@ from llmfoundry.kernels.routing_triton import sort_by_expert_triton
 from llmfoundry.kernels.tiles import tile_rows
 from llmfoundry.kernels.tune import (
     DOWN,
+    DW1,
+    DW2,
     DX,
     UP,
     UP_BACKWARD,
-    WEIGHT_GRAD,
     Problem,
     pick,
 )
@@ -191,9 +192,9 @@ def _backward(
             order,
             weights.shape[1],
         )
-    dw2 = pick(WEIGHT_GRAD, problem, lambda c: weight_grad(dy_rows, a, tiles, config=c)) if need_w2 else none
+    dw2 = pick(DW2, problem, lambda c: weight_grad(dy_rows, a, tiles, config=c)) if need_w2 else none
     del dy_rows, a
-    dw1 = pick(WEIGHT_GRAD, problem, lambda c: weight_grad(dh, x_rows, tiles, config=c)) if need_w1 else none
+    dw1 = pick(DW1, problem, lambda c: weight_grad(dh, x_rows, tiles, config=c)) if need_w1 else none
     return dx, dweights, dw1, dw2
 
 

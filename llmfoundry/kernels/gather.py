@@ -18,25 +18,21 @@ from llmfoundry.kernels.routing import Order
 def gather_kernel(
     x_ptr, out_ptr, row_token_ptr, end_ptr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS
-    end = tl.load(end_ptr)
-    for i in tl.static_range(ROWS):
-        if row + i < end:
-            token = tl.load(row_token_ptr + row + i).to(tl.int64)
-            for c in tl.static_range(0, D, BLOCK):
-                d = c + tl.arange(0, BLOCK)
-                value = tl.load(x_ptr + token * D + d, mask=d < D, eviction_policy="evict_last")
-                tl.store(out_ptr + (row + i) * D + d, value, mask=d < D)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = (rows < tl.load(end_ptr))[:, None]
+    tokens = tl.load(row_token_ptr + rows, mask=rows < tl.load(end_ptr), other=0).to(tl.int64)[:, None]
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    value = tl.load(x_ptr + tokens * D + d, mask=inside & (d < D))
+    tl.store(out_ptr + rows.to(tl.int64)[:, None] * D + d, value, mask=inside & (d < D))
 
 
 def gather(x: Tensor, order: Order, n_rows: int) -> Tensor:
     """x (T, D) -> (M, D) rows in expert order; those behind the last expert are unset."""
     out = x.new_empty(n_rows, x.shape[1])
-    block = min(2048, triton.next_power_of_2(x.shape[1]))
-    gather_kernel[(triton.cdiv(n_rows, 4),)](
-        x, out, order.row_token, order.expert_start[-1:], D=x.shape[1], ROWS=4, BLOCK=block,
-        num_warps=max(1, min(8, block // 256)),
-    )  # fmt: skip
+    block = min(1024, triton.next_power_of_2(x.shape[1]))
+    gather_kernel[(triton.cdiv(n_rows, 8), triton.cdiv(x.shape[1], block))](
+        x, out, order.row_token, order.expert_start[-1:], D=x.shape[1], ROWS=8, BLOCK=block, num_warps=8
+    )
     return out
 
 

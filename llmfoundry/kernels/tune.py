@@ -56,29 +56,30 @@ class Candidates(NamedTuple, Generic[Config]):
 
 UP = Candidates(
     "up",
-    (UpConfig(), UpConfig(flatten=True)),
+    (UpConfig(flatten=True),),
     UpConfig(columns=32, depth=32, num_warps=4, num_stages=2),
 )
 DOWN = Candidates(
     "down",
-    (GroupedConfig(), GroupedConfig(pieces=2, num_stages=4)),
+    (GroupedConfig(flatten=True), GroupedConfig(pieces=2, num_stages=4, flatten=True)),
     GroupedConfig(columns=64, depth=32, num_warps=4, num_stages=2),
 )
 DX = Candidates(
     "dx",
-    (GroupedConfig(), GroupedConfig(pieces=2, num_stages=4)),
+    (GroupedConfig(pieces=2, num_stages=4, flatten=True), GroupedConfig(flatten=True)),
     GroupedConfig(columns=64, depth=32, num_warps=4, num_stages=2),
 )
 UP_BACKWARD = Candidates(
     "up_backward",
-    (UpBackwardConfig(), UpBackwardConfig(num_stages=3)),
+    (UpBackwardConfig(columns=256, num_stages=3),),
     UpBackwardConfig(columns=64, depth=32, num_warps=4, num_stages=2),
 )
-WEIGHT_GRAD = Candidates(
-    "weight_grad",
-    (WeightGradConfig(), WeightGradConfig(flatten=True)),
+DW1 = Candidates(
+    "dw1",
+    (WeightGradConfig(), WeightGradConfig(group=4)),
     WeightGradConfig(height=64, width=64, depth=32, num_warps=4, num_stages=2),
 )
+DW2 = Candidates("dw2", DW1.large, DW1.small)
 
 
 def pick(candidates: Candidates[Config], problem: Problem, run: Callable[[Config], Result]) -> Result:
@@ -89,7 +90,8 @@ def pick(candidates: Candidates[Config], problem: Problem, run: Callable[[Config
     """
     choice = _fixed(candidates, problem)
     if choice is None:
-        choice = candidates.large[_timed_choice(candidates, problem, run)]
+        alone = len(candidates.large) == 1
+        choice = candidates.large[0 if alone else _timed_choice(candidates, problem, run)]
     return run(choice)
 
 

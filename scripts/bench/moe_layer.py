@@ -1,0 +1,209 @@
+"""Time MoE layers side by side in one process: ours, `auto`, the grouped_mm pipeline, `transformers`' experts.
+
+Shapes: T tokens, D d_model, F ffn hidden size, E experts, K top_k. The router (product, softmax, top-k) is timed
+with every provider. TFLOP/s count the experts' arithmetic alone: 6*T*K*D*F forward, 18*T*K*D*F with backward.
+
+    python scripts/bench/moe_layer.py --tokens 16384 --out scripts/bench/results/moe_layer.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor, nn
+
+from llmfoundry.kernels.experts import experts_ffn, resolve_backend
+
+SHAPES = {  # D, F, E, K
+    "mixtral": (4096, 14336, 8, 2),
+    "dbrx": (6144, 10752, 16, 4),
+    "olmoe": (2048, 1024, 64, 8),
+    "qwen30b": (2048, 768, 128, 8),
+}
+PROVIDERS = ("triton", "auto", "grouped_mm", "transformers")
+Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def route(x: Tensor, router: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Softmax top-k in float32: weights (T, K), experts (T, K). `bias` (E,) shapes the load of a routing."""
+    scores = (torch.mm(x, router.t(), out_dtype=torch.float32) if x.requires_grad is False else
+              _RouterLogits.apply(x, router)).softmax(-1)  # fmt: skip
+    experts = (scores.log() + bias).topk(top_k, dim=-1).indices
+    return scores.gather(-1, experts), experts
+
+
+class _RouterLogits(torch.autograd.Function):
+    """bf16 operands, float32 result: no float32 copy of x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, router: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, router)
+        return torch.mm(x, router.t(), out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+        x, router = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        return grad @ router, grad.t() @ x
+
+
+def load_bias(routing: str, n_experts: int, x: Tensor) -> Tensor:
+    """What is added to the log-scores: nothing, or a Zipf law over experts, or (later) a balancing bias."""
+    if routing == "zipf":
+        return -torch.log1p(torch.arange(n_experts, device=x.device, dtype=torch.float32))
+    return torch.zeros(n_experts, device=x.device)
+
+
+def balance(x: Tensor, router: Tensor, top_k: int) -> Tensor:
+    """A bias that evens the load out, found by 100 steps of the loss-free rule."""
+    bias = torch.zeros(router.shape[0], device=x.device)
+    for step in range(100):
+        _, experts = route(x, router, bias, top_k)
+        load = torch.bincount(experts.reshape(-1), minlength=bias.numel()).float()
+        bias += (load.mean() - load).sign() * 0.3 * 0.95**step
+    return bias
+
+
+def build(provider: str, w1: Tensor, w2: Tensor) -> Layer:
+    """A function of (x, weights, experts) and nothing else that differs between providers."""
+    if provider == "transformers":
+        from transformers.integrations.moe import grouped_mm_experts_forward
+
+        module = nn.Module()
+        module.gate_up_proj, module.down_proj = w1, w2
+        module.act_fn, module.num_experts = nn.SiLU(), w1.shape[0]
+        module.has_bias, module.is_transposed, module.has_gate = False, False, True
+        module.config = argparse.Namespace()
+        module._apply_gate = lambda h: nn.functional.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1]
+        return lambda x, weights, experts: grouped_mm_experts_forward(module, x, experts, weights.to(x.dtype))
+    backend = resolve_backend(provider, w1)
+    return lambda x, weights, experts: experts_ffn(
+        x, weights, experts, w1, w2, activation="silu", gated=True, backend=backend
+    )
+
+
+def milliseconds(call: Callable[[], object], warmup: int, iterations: int) -> list[float]:
+    """CUDA-event times of single calls."""
+    for _ in range(warmup):
+        call()
+    times = []
+    for _ in range(iterations):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return times
+
+
+def measure(
+    provider: str, leaves: list[Tensor], bias: Tensor, top_k: int, warmup: int, iterations: int
+) -> dict[str, float]:
+    x, router, w1, w2 = leaves
+    layer = build(provider, w1, w2)
+    flops = 6 * x.shape[0] * top_k * w2.shape[1] * w2.shape[2]
+    dy = torch.randn_like(x)
+
+    def forward() -> Tensor:
+        return layer(x, *route(x, router, bias, top_k))
+
+    def both() -> object:
+        return torch.autograd.grad(forward(), leaves, dy)
+
+    both()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    y = forward()
+    # What the layer keeps; y itself is the next layer's input.
+    activation = torch.cuda.memory_allocated() - before - y.numel() * y.element_size()
+    del y
+    torch.cuda.reset_peak_memory_stats()
+    both()
+    peak = torch.cuda.max_memory_allocated()
+    with torch.no_grad():
+        forward_ms = milliseconds(forward, warmup, iterations)
+    both_ms = milliseconds(both, warmup, iterations)
+    fwd, fb = statistics.median(forward_ms), statistics.median(both_ms)
+    spread = statistics.quantiles(both_ms, n=10)
+    return {
+        "fwd_ms": fwd, "fwdbwd_ms": fb, "fwdbwd_p10_ms": spread[0], "fwdbwd_p90_ms": spread[-1],
+        "fwd_tflops": flops / fwd / 1e9, "fwdbwd_tflops": 3 * flops / fb / 1e9,
+        "activation_mib": activation / 2**20, "peak_mib": peak / 2**20,
+    }  # fmt: skip
+
+
+def dense_ceiling(d_model: int, hidden: int, rows: int, warmup: int, iterations: int) -> float:
+    """TFLOP/s of two cuBLAS products of the layer's own sizes, as if all rows had one expert."""
+    make = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    x, w1, w2 = make(rows, d_model), make(d_model, 2 * hidden), make(hidden, d_model)
+    a = make(rows, hidden)
+    ms = statistics.median(milliseconds(lambda: (x @ w1, a @ w2), warmup, iterations))
+    return 6 * rows * d_model * hidden / ms / 1e9
+
+
+def machine() -> dict[str, str]:
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    return {
+        "git_sha": git.stdout.strip(),
+        "gpu": torch.cuda.get_device_name(),
+        "driver": subprocess.run(ask, capture_output=True, text=True).stdout.strip().split("\n")[0],
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--tokens", nargs="+", type=int, default=[4096, 16384, 32768])
+    parser.add_argument("--routing", nargs="+", default=["natural", "balanced", "zipf"])
+    parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=Path("scripts/bench/results/moe_layer.json"))
+    args = parser.parse_args()
+    result = {**machine(), "warmup": args.warmup, "iterations": args.iterations, "dtype": "bfloat16"}
+    rows: list[dict[str, object]] = []
+    for name in args.shapes:
+        d_model, hidden, n_experts, top_k = SHAPES[name]
+        torch.manual_seed(0)
+        options = {"device": "cuda", "dtype": torch.bfloat16}
+        router = torch.randn(n_experts, d_model, **options) * d_model**-0.5
+        w1 = torch.randn(n_experts, 2 * hidden, d_model, **options) * d_model**-0.5
+        w2 = torch.randn(n_experts, d_model, hidden, **options) * hidden**-0.5
+        for tokens in args.tokens:
+            x = torch.randn(tokens, d_model, **options)
+            ceiling = dense_ceiling(d_model, hidden, tokens, args.warmup, args.iterations)
+            for routing in args.routing:
+                bias = (
+                    balance(x, router, top_k)
+                    if routing == "balanced"
+                    else load_bias(routing, n_experts, x)
+                )
+                for provider in args.providers:
+                    leaves = [t.detach().requires_grad_() for t in (x, router, w1, w2)]
+                    row: dict[str, object] = {"provider": provider, "shape": name, "T": tokens, "routing": routing}
+                    try:
+                        row |= measure(provider, leaves, bias, top_k, args.warmup, args.iterations)
+                        row |= {"dense_tflops": ceiling}
+                        row["fraction_of_dense"] = float(str(row["fwdbwd_tflops"])) / ceiling
+                    except (RuntimeError, ImportError, AttributeError, TypeError) as error:
+                        row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
+                    rows.append(row)
+                    shown = {k: round(v, 1) if isinstance(v, float) else v for k, v in row.items()}
+                    print(json.dumps(shown), flush=True)
+                    args.out.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
+                    torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
