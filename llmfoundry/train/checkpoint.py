@@ -241,7 +241,7 @@ class Checkpointer:
             if name not in self._stage:
                 self._stage[name] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
             self._stage[name].copy_(local, non_blocking=True)
-        if torch.cuda.is_available():
+        if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
         return {name: self._stage[name] for name in tensors}
 

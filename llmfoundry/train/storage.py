@@ -20,6 +20,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ from torch.distributed.checkpoint import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta, TensorProperties
-from torch.distributed.checkpoint.planner import ReadItem, WriteItem
+from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
@@ -127,11 +128,12 @@ class TensorWriter(StorageWriter):
         groups: dict[str, list[WriteItem]] = {}
         for item in plan.items:
             groups.setdefault(item.index.fqn.partition("/")[0], []).append(item)
-        results = [
-            result
-            for group, items in groups.items()
-            for result in _write_file(folder / f"{group}-{rank:05d}.safetensors", items, planner)
-        ]
+
+        def write(group: str) -> list[WriteResult]:
+            return _write_file(folder / f"{group}-{rank:05d}.safetensors", groups[group], planner)
+
+        with ThreadPoolExecutor() as threads:  # one file waits for the disk while another is filled
+            results = [result for of_file in threads.map(write, groups) for result in of_file]
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
@@ -169,42 +171,24 @@ def _write_file(path: Path, items: list[WriteItem], planner: SavePlanner) -> lis
     # Widest elements first, as safetensors itself orders them: everything then lies aligned.
     boxes = [(item, data) for item in items if (data := item.tensor_data) is not None]
     boxes.sort(key=lambda box: -box[1].properties.dtype.itemsize)
-    header: dict[str, dict[str, object]] = {}
-    sharding: dict[str, dict[str, list[int]]] = {}
-    position = 0
-    for item, data in boxes:
-        key, size = (
-            item.index.fqn.partition("/")[2],
-            math.prod(data.chunk.sizes) * data.properties.dtype.itemsize,
-        )
-        assert key not in header, f"{key}: two boxes of one tensor on one rank"
-        header[key] = {
-            "dtype": _DTYPE_NAMES[data.properties.dtype],
-            "shape": list(data.chunk.sizes),
-            "data_offsets": [position, position + size],
-        }
-        sharding[key] = {"saved_offsets": list(data.chunk.offsets)}
-        position += size
-    notes = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(sharding)}
-    text = json.dumps({"__metadata__": notes} | header).encode()
-    text += b" " * (-len(text) % 8)
-
+    header = _header(boxes)
     digest = hashlib.sha256()
-    start = 8 + len(text)
+    start = len(header)
     chunks = []
-    with open(path, "xb") as file:
+    with open(path, "xb") as file, ThreadPoolExecutor(1) as hasher:
 
         def put(content: bytes | memoryview) -> None:
+            hashed = hasher.submit(digest.update, content)  # hashing and writing take about as long as each other
             file.write(content)
-            digest.update(content)
+            hashed.result()
 
-        put(len(text).to_bytes(8, "little") + text)
+        put(header)
         for item, data in boxes:
             tensor = planner.resolve_data(item)
             assert isinstance(tensor, Tensor)
             put(_bytes_of(tensor))
             chunks.append(Chunk(path.name, start, tuple(data.chunk.offsets), tuple(data.chunk.sizes)))
-            start += math.prod(data.chunk.sizes) * data.properties.dtype.itemsize
+            start += _bytes_in(data)
         file.flush()
         os.fsync(file.fileno())
     written = Written(start, digest.hexdigest())
@@ -212,6 +196,31 @@ def _write_file(path: Path, items: list[WriteItem], planner: SavePlanner) -> lis
         WriteResult(index=item.index, size_in_bytes=written.bytes, storage_data=(chunk, written))
         for (item, _), chunk in zip(boxes, chunks, strict=True)
     ]
+
+
+def _header(boxes: list[tuple[WriteItem, TensorWriteData]]) -> bytes:
+    """The head of a safetensors file whose tensors are `boxes`, in this order."""
+    tensors: dict[str, dict[str, object]] = {}
+    sharding: dict[str, dict[str, list[int]]] = {}
+    position = 0
+    for item, data in boxes:
+        key = item.index.fqn.partition("/")[2]
+        assert key not in tensors, f"{key}: two boxes of one tensor on one rank"
+        tensors[key] = {
+            "dtype": _DTYPE_NAMES[data.properties.dtype],
+            "shape": list(data.chunk.sizes),
+            "data_offsets": [position, position + _bytes_in(data)],
+        }
+        sharding[key] = {"saved_offsets": list(data.chunk.offsets)}
+        position += _bytes_in(data)
+    notes = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(sharding)}
+    text = json.dumps({"__metadata__": notes} | tensors).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes_in(data: TensorWriteData) -> int:
+    return math.prod(data.chunk.sizes) * data.properties.dtype.itemsize
 
 
 def local_part(tensor: Tensor) -> Tensor:
