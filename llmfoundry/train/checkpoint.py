@@ -54,6 +54,7 @@ from llmfoundry.train.manifest import (
     fsync_folder,
     is_whole,
     measure,
+    read_manifest,
     remove,
     verify,
     write_file,
@@ -127,6 +128,7 @@ class Checkpointer:
         self.folder = Path(folder)
         self.keep = keep
         self._unusable: set[Path] = set()  # seen damaged by `latest`: neither counted nor deleted
+        self._verified: Path | None = None  # by `latest`: not read a second time to load it
         self._reaped = False
         self._pending: Future[Path] | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
@@ -189,6 +191,7 @@ class Checkpointer:
         for path in found:
             try:
                 verify(path)
+                self._verified = path.resolve()
                 return path
             except CheckpointError as error:
                 log.error("SKIPPING A DAMAGED CHECKPOINT: %s; looking for an older one", error)
@@ -214,7 +217,8 @@ class Checkpointer:
             CheckpointError: it is damaged, or of another model; neither model nor optimizer has changed.
         """
         path = find(path)
-        entries, trainer = _index(path, verify(path)), _trainer(path)
+        manifest = read_manifest(path) if path == self._verified else verify(path)
+        entries, trainer = _index(path, manifest), _trainer(path)
         model = model_tensors(state.model)
         try:
             check_same_model(entries, model, exact_dtype=True)
