@@ -90,7 +90,8 @@ def train_main(argv: Sequence[str] | None = None) -> None:
         print(_sizes(config))
         gpus = args.gpus if args.gpus is not None else runtime.world_size()
         print(describe(config.model, config.parallel, world=gpus, global_rows=config.global_train_batch_size,
-                       micro_rows=config.device_train_microbatch_size, seq_len=config.max_seq_len))  # fmt: skip
+                       micro_rows=config.device_train_microbatch_size, seq_len=config.max_seq_len,
+                       compute_bytes=4 if config.precision == "fp32" else 2))  # fmt: skip
         return
     trainer = build(config)
     if config.log_to_console:

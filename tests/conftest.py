@@ -1,4 +1,8 @@
-"""What holds for every test: no network, few threads, the same seed, GPU tests only where there is a GPU."""
+"""What holds for every test: no network, few threads, the same seed, GPU tests only where there is a GPU.
+
+Without a GPU, Triton kernels run in Triton's interpreter. It has to be chosen before anything imports triton: triton's
+own functions, such as `tl.cumsum`, are made interpreted or compiled then.
+"""
 
 import os
 
@@ -9,6 +13,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # `make test` runs two processes; more threads than cores make every one of them slower.
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))

@@ -102,9 +102,7 @@ def activate(h: Tensor, activation: str, gated: bool, limit: float | None = None
     return _SCALARS[activation].value(gate).mul_(up)
 
 
-def activate_backward(
-    grad: Tensor, h: Tensor, activation: str, gated: bool, limit: float | None = None
-) -> Tensor:
+def activate_backward(grad: Tensor, h: Tensor, activation: str, gated: bool, limit: float | None = None) -> Tensor:
     """Gradient of `h` from that of `activate(h, ...)`.
 
     Args:

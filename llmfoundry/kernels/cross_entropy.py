@@ -42,9 +42,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, softcap: flo
     return _LinearCrossEntropy.apply(x, weight, labels, softcap, needs_grad)
 
 
-def cross_entropy_reference(
-    x: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None
-) -> Tensor:
+def cross_entropy_reference(x: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
     """The same value and gradients from one (T, V) matrix of logits."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     logits = x.to(dtype) @ weight.to(dtype).T
@@ -120,9 +118,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += _product(a, b, total.dtype)
 
 
-def _softmax_loss(
-    logits: Tensor, labels: Tensor, dtype: torch.dtype, needs_grad: bool
-) -> tuple[Tensor, Tensor | None]:
+def _softmax_loss(logits: Tensor, labels: Tensor, dtype: torch.dtype, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
     """Loss of each token, (N,), and its gradient by the logits, (N, V) in `dtype`."""
     if logits.is_cuda and triton is not None and logits.dtype == torch.float32:
         return _softmax_loss_triton(logits, labels, dtype, needs_grad)
@@ -145,9 +141,7 @@ def _softmax_loss_triton(
     gradient = torch.empty_like(logits, dtype=dtype) if needs_grad else logits
     if n:
         block = min(8192, triton.next_power_of_2(vocab))
-        _softmax_loss_kernel[(n,)](
-            logits, labels, loss, gradient, vocab, IGNORE, needs_grad, block, num_warps=16
-        )
+        _softmax_loss_kernel[(n,)](logits, labels, loss, gradient, vocab, IGNORE, needs_grad, block, num_warps=16)
     return loss, gradient if needs_grad else None
 
 

@@ -8,6 +8,7 @@ read on the host, so a CUDA graph captures both, with routing that changes betwe
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol, cast
 
 import torch
@@ -120,11 +121,12 @@ def _forward(
     tiles = tile_rows(expert_start, n_rows)
     x_rows = gather(x, order, n_rows)  # (R, D)
     h, a = pick(
-        UP, problem, lambda c: up(x_rows, weights, row_slot, tiles, w1, activation=activation, gated=gated,
-                                  store_h=save_h, config=c),
-    )  # fmt: skip
+        UP,
+        problem,
+        partial(up, x_rows, weights, row_slot, tiles, w1, activation=activation, gated=gated, store_h=save_h),
+    )
     del x_rows
-    y_rows = pick(DOWN, problem, lambda c: grouped(a, w2, tiles, config=c))  # (R, D)
+    y_rows = pick(DOWN, problem, partial(grouped, a, w2, tiles))  # (R, D)
     y = sum_rows(y_rows, order, weights.shape[1])
     return y, h if save_h else h.new_empty(0)
 
@@ -176,25 +178,25 @@ def _backward(
     x_rows = gather(x, order, n_rows) if need_w1 or h.numel() == 0 else none
     if h.numel() == 0:
         h, _ = pick(
-            UP, problem, lambda c: up(x_rows, weights, row_slot, tiles, w1, activation=activation, gated=gated,
-                                      store_a=False, config=c),
-        )  # fmt: skip
+            UP,
+            problem,
+            partial(up, x_rows, weights, row_slot, tiles, w1, activation=activation, gated=gated, store_a=False),
+        )
     dy_rows = gather(dy, order, n_rows)  # (R, D)
     dh, a, ds = pick(
-        UP_BACKWARD, problem, lambda c: up_backward(dy_rows, h, weights, row_slot, tiles, w2,
-                                                    activation=activation, gated=gated, config=c),
-    )  # fmt: skip
+        UP_BACKWARD,
+        problem,
+        partial(up_backward, dy_rows, h, weights, row_slot, tiles, w2, activation=activation, gated=gated),
+    )
     dweights = slot_sums(ds, order).view(weights.shape) if need_weights else none
     dx = none
     if need_x:
-        dx = sum_rows(
-            pick(DX, problem, lambda c: grouped(dh, w1, tiles, transposed=True, config=c)),
-            order,
-            weights.shape[1],
-        )
-    dw2 = pick(DW2, problem, lambda c: weight_grad(dy_rows, a, tiles, config=c)) if need_w2 else none
+        dx_rows = pick(DX, problem, partial(grouped, dh, w1, tiles, transposed=True))  # (R, D)
+        dx = sum_rows(dx_rows, order, weights.shape[1])
+        del dx_rows
+    dw2 = pick(DW2, problem, partial(weight_grad, dy_rows, a, tiles)) if need_w2 else none
     del dy_rows, a
-    dw1 = pick(DW1, problem, lambda c: weight_grad(dh, x_rows, tiles, config=c)) if need_w1 else none
+    dw1 = pick(DW1, problem, partial(weight_grad, dh, x_rows, tiles)) if need_w1 else none
     return dx, dweights, dw1, dw2
 
 
@@ -276,5 +278,3 @@ def _backward_flops(
 def _problem(w1: Tensor, w2: Tensor, n_rows: int) -> Problem:
     n_experts, d_model, hidden = w2.shape
     return Problem(w1.device, str(w1.dtype), d_model, hidden, n_experts, w1.shape[1] // hidden, n_rows)
-
-

@@ -15,9 +15,7 @@ from llmfoundry.kernels.routing import Order
 
 
 @triton.jit
-def gather_kernel(
-    x_ptr, out_ptr, row_token_ptr, end_ptr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+def gather_kernel(x_ptr, out_ptr, row_token_ptr, end_ptr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (rows < tl.load(end_ptr))[:, None]
     tokens = tl.load(row_token_ptr + rows, mask=rows < tl.load(end_ptr), other=0).to(tl.int64)[:, None]
@@ -42,9 +40,7 @@ def gather_reference(x: Tensor, order: Order, n_rows: int) -> Tensor:
 
 
 @triton.jit
-def sum_rows_kernel(
-    rows_ptr, out_ptr, slot_row_ptr, end_ptr, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr
-):
+def sum_rows_kernel(rows_ptr, out_ptr, slot_row_ptr, end_ptr, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     end = tl.load(end_ptr)
@@ -76,9 +72,7 @@ def sum_rows_reference(rows: Tensor, order: Order, top_k: int) -> Tensor:
 
 
 @triton.jit
-def slot_sums_kernel(
-    parts_ptr, out_ptr, slot_row_ptr, end_ptr, n_slots, M, PARTS: tl.constexpr, BLOCK: tl.constexpr
-):
+def slot_sums_kernel(parts_ptr, out_ptr, slot_row_ptr, end_ptr, n_slots, M, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     end = tl.load(end_ptr)
     row = tl.load(slot_row_ptr + slot, mask=slot < n_slots, other=0)

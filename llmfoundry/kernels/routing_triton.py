@@ -85,7 +85,5 @@ def sort_by_expert_triton(experts: Tensor, n_experts: int) -> Order:
     _count_kernel[(n_blocks,)](experts, counts, n_slots, n_blocks, EXPERTS=padded, BLOCK=BLOCK, num_warps=4)
     _prefix_kernel[(n_experts + 1,)](counts, totals, n_blocks, CHUNK=1024, num_warps=4)
     _start_kernel[(1,)](totals, order.expert_start, n_experts, EXPERTS=padded, num_warps=4)
-    _place_kernel[(n_blocks,)](
-        experts, counts, *order, n_slots, n_blocks, K=top_k, BLOCK=BLOCK, num_warps=4
-    )
+    _place_kernel[(n_blocks,)](experts, counts, *order, n_slots, n_blocks, K=top_k, BLOCK=BLOCK, num_warps=4)
     return order

@@ -89,9 +89,7 @@ def tile_rows(expert_start: Tensor, n_rows: int) -> Tiles:
         torch.empty(bound, **empty),
         torch.empty(1, **empty),
     )
-    _tiles_kernel[(n_experts,)](
-        *tiles, n_experts, TILE=TILE_ROWS, EXPERTS=triton.next_power_of_2(n_experts), CHUNK=64
-    )
+    _tiles_kernel[(n_experts,)](*tiles, n_experts, TILE=TILE_ROWS, EXPERTS=triton.next_power_of_2(n_experts), CHUNK=64)
     return tiles
 
 

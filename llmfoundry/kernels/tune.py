@@ -82,17 +82,17 @@ DW1 = Candidates(
 DW2 = Candidates("dw2", DW1.large, DW1.small)
 
 
-def pick(candidates: Candidates[Config], problem: Problem, run: Callable[[Config], Result]) -> Result:
+def pick(candidates: Candidates[Config], problem: Problem, run: Callable[..., Result]) -> Result:
     """Run a kernel in the configuration that suits the problem.
 
     Args:
-        run: launches the kernel in a given configuration. Timing calls it many times.
+        run: launches the kernel, given `config`. Timing calls it many times.
     """
     choice = _fixed(candidates, problem)
     if choice is None:
         alone = len(candidates.large) == 1
         choice = candidates.large[0 if alone else _timed_choice(candidates, problem, run)]
-    return run(choice)
+    return run(config=choice)
 
 
 def _fixed(candidates: Candidates[Config], problem: Problem) -> Config | None:
@@ -112,16 +112,14 @@ def _is_hopper(device: torch.device) -> bool:
 _chosen: dict[str, int] = {}
 
 
-def _timed_choice(
-    candidates: Candidates[Config], problem: Problem, run: Callable[[Config], Result]
-) -> int:
+def _timed_choice(candidates: Candidates[Config], problem: Problem, run: Callable[..., Result]) -> int:
     key = f"{candidates.name} {candidates.large} {problem.key()} triton {triton.__version__}"
     if key not in _chosen:
         _chosen.update(_read(problem.device))
     if key not in _chosen:
         if torch.cuda.is_current_stream_capturing():
             return 0
-        times = [triton.testing.do_bench(lambda c=c: run(c), warmup=2, rep=10, return_mode="median")
+        times = [triton.testing.do_bench(lambda c=c: run(config=c), warmup=2, rep=10, return_mode="median")
                  for c in candidates.large]  # fmt: skip
         _chosen[key] = min(range(len(times)), key=times.__getitem__)
         _write(problem.device, {key: _chosen[key]})

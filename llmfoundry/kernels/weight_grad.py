@@ -51,9 +51,7 @@ def weight_grad_kernel(
         out_desc.store([e, i * BM, j * BN], acc.to(out_desc.dtype).reshape([1, BM, BN]))
 
 
-def weight_grad(
-    left: Tensor, right: Tensor, tiles: Tiles, *, config: WeightGradConfig = WeightGradConfig()
-) -> Tensor:
+def weight_grad(left: Tensor, right: Tensor, tiles: Tiles, *, config: WeightGradConfig = WeightGradConfig()) -> Tensor:
     """`left[rows of e].T @ right[rows of e]` for each expert e.
 
     Args:

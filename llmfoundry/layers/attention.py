@@ -146,9 +146,7 @@ class GroupedQueryConfig(
         if self.qk_norm and self.qk_ln:
             raise ValueError("qk_norm (each head) and qk_ln (all heads) exclude each other; keep one")
         if self.head_dim is None and d_model % n_heads:
-            raise ValueError(
-                f"d_model={d_model} is not divisible by n_heads={n_heads}; change one or set head_dim"
-            )
+            raise ValueError(f"d_model={d_model} is not divisible by n_heads={n_heads}; change one or set head_dim")
         if self.attn_type == "grouped_query_attention":
             if self.kv_n_heads is None:
                 raise ValueError("attn_type=grouped_query_attention needs kv_n_heads")
@@ -237,9 +235,7 @@ class Attention(nn.Module):
                 k, v = (each.repeat_interleave(self.n_heads // self.kv_heads, dim=1) for each in (k, v))
                 grouped = False
             causal = mask is None and q.shape[2] > 1  # one query sees all keys
-            y = F.scaled_dot_product_attention(
-                q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=grouped
-            )
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=grouped)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
     def _project(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -277,9 +273,7 @@ class Attention(nn.Module):
             enable_gqa=self.kv_heads != self.n_heads,
             return_aux=AuxRequest(lse=self.sinks is not None),
         )  # fmt: skip
-        if (
-            self.sinks is not None and aux.lse is not None
-        ):  # one more score in the softmax shrinks all weights
+        if self.sinks is not None and aux.lse is not None:  # one more score in the softmax shrinks all weights
             y = (y * torch.sigmoid(aux.lse - self.sinks.float()[:, None])[..., None]).to(q.dtype)
         return y
 

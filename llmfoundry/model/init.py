@@ -130,9 +130,7 @@ def shard_of(tensor: Tensor) -> Shard:
     return Shard(tensor.to_local().detach(), tensor.shape, tuple(_create_chunk_from_dtensor(tensor).offsets))
 
 
-def draw_weight(
-    shard: Shard, std: float, uniform: bool, seed: int, name: str, threads: ThreadPoolExecutor
-) -> None:
+def draw_weight(shard: Shard, std: float, uniform: bool, seed: int, name: str, threads: ThreadPoolExecutor) -> None:
     """Fill a shard of two or more dims with its part of the parameter's values.
 
     Args:

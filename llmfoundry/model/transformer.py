@@ -177,7 +177,6 @@ class CausalLM(nn.Module):
             rope = rope_table(attention.rope_scaling, attention.rope_theta, dim, positions)
         windows = {config.window(layer) for layer in range(config.n_layers)}
         masks = {
-            window: attention_mask(attention, window, length, offset, sequence_ids, tokens.device)
-            for window in windows
+            window: attention_mask(attention, window, length, offset, sequence_ids, tokens.device) for window in windows
         }
         return x, rope, masks

@@ -36,9 +36,7 @@ class Received(NamedTuple):
 
     x: Tensor  # (R, D)
     weights: Tensor  # (R, K) float32
-    experts: (
-        Tensor  # (R, K) int64, counted from this rank's first; the number of local experts: held elsewhere
-    )
+    experts: Tensor  # (R, K) int64, counted from this rank's first; the number of local experts: held elsewhere
     transfers: list[dist.Work]
 
     def wait(self) -> None:
@@ -58,9 +56,7 @@ def plan_exchange(experts: Tensor, n_local: int, group: dist.ProcessGroup) -> Pl
     n_ranks, n_tokens, device = dist.get_world_size(group), experts.shape[0], experts.device
     rank_of_slot = experts // n_local  # (T, K)
     slots = torch.zeros(n_tokens, n_ranks, dtype=torch.int64, device=device)
-    slots.scatter_add_(
-        1, rank_of_slot, torch.ones_like(rank_of_slot)
-    )  # (T, P) slots of each token on each rank
+    slots.scatter_add_(1, rank_of_slot, torch.ones_like(rank_of_slot))  # (T, P) slots of each token on each rank
     goes = (slots > 0).t()  # (P, T)
     sent = torch.stack([goes.sum(1), slots.sum(0)], dim=1)  # (P, 2) rows and slots for each rank
     received = torch.empty_like(sent)

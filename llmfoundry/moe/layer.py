@@ -40,9 +40,7 @@ class MoEConfig(FFNConfig, RouterConfig, names=("mb_dmoe", "torch_dmoe", "mb_moe
     shared_expert_gate: bool = False  # scale it by sigmoid(x @ gate), as Qwen2-MoE
     first_k_dense: int = Field(0, ge=0)  # this many dense blocks come first,
     moe_layer_freq: int = Field(1, ge=1)  # then every n-th block is a mixture, starting with one
-    dense_ffn_hidden_size: int | None = Field(
-        None, ge=1
-    )  # of those; None: the model's expansion_ratio * d_model
+    dense_ffn_hidden_size: int | None = Field(None, ge=1)  # of those; None: the model's expansion_ratio * d_model
 
     @model_validator(mode="after")
     def _check_experts(self) -> Self:

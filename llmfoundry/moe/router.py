@@ -51,9 +51,7 @@ class RouterConfig(Config):
     def _check_router(self) -> Self:
         n_experts, top_k, n_groups = self.moe_num_experts, self.moe_top_k, self.moe_n_groups
         if top_k > n_experts:
-            raise ValueError(
-                f"moe_top_k={top_k} exceeds moe_num_experts={n_experts}; lower moe_top_k or add experts"
-            )
+            raise ValueError(f"moe_top_k={top_k} exceeds moe_num_experts={n_experts}; lower moe_top_k or add experts")
         if n_experts % n_groups:
             raise ValueError(f"moe_num_experts={n_experts} does not divide into moe_n_groups={n_groups}")
         topk_groups = n_groups if self.moe_topk_groups is None else self.moe_topk_groups
@@ -94,9 +92,7 @@ class Router(nn.Module):
         config = self.config
         if self.training and config.moe_jitter_eps is not None:
             if keys is None:
-                raise ValueError(
-                    "moe_jitter_eps draws its noise from `keys`: hand them to the model's forward"
-                )
+                raise ValueError("moe_jitter_eps draws its noise from `keys`: hand them to the model's forward")
             x = x * _jitter(x, keys, self.layer_index, config.moe_jitter_eps)
         logits = router_logits(x.flatten(0, 1), self.weight, self.bias)  # (T, E)
         scores = logits.softmax(-1) if config.moe_score_fn == "softmax" else logits.sigmoid()

@@ -42,15 +42,9 @@ class RunFolder:
             autoresume: whether a folder already in use is continued.
 
         Raises:
-            ConfigError: it is used by another run or cannot be written; nothing in it has changed.
+            ConfigError: as `check_free`, or it cannot be written, or a process that is alive holds it.
         """
-        used = path.exists() and (not path.is_dir() or any(path.iterdir()))
-        if used and not autoresume:
-            raise ConfigError(
-                f"save_folder: {path} is already used; choose another, or continue that run with autoresume=true"
-            )
-        if used:
-            _check_same_run(path / "config.yaml", config)
+        check_free(path, config, autoresume)
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = (path / ".lock").open("w")
@@ -85,6 +79,23 @@ class RunFolder:
             self.path / "summary.json",
             json.dumps({k: _plain(v) for k, v in summary.items()}, indent=2) + "\n",
         )
+
+
+def check_free(path: Path, config: Plain, autoresume: bool) -> None:
+    """Look whether a run may have a folder, and write nothing.
+
+    Raises:
+        ConfigError: it is used and not to be resumed, or by another run, or cannot be written.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if not autoresume:
+            raise ConfigError(
+                f"save_folder: {path} is already used; choose another, or continue that run with autoresume=true"
+            )
+        _check_same_run(path / "config.yaml", config)
+    standing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not os.access(standing, os.W_OK | os.X_OK):
+        raise ConfigError(f"save_folder: {path} cannot be written: no permission in {standing}")
 
 
 def _check_same_run(file: Path, config: Plain) -> None:

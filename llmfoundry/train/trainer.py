@@ -30,7 +30,7 @@ from llmfoundry.train.checkpoint import Checkpointer, CheckpointState
 from llmfoundry.train.config import RunConfig
 from llmfoundry.train.duration import Timeline
 from llmfoundry.train.optim import set_learning_rate
-from llmfoundry.train.outputs import RunFolder
+from llmfoundry.train.outputs import RunFolder, check_free
 from llmfoundry.train.schedule import Schedule
 from llmfoundry.train.step import StepResult, train_step
 
@@ -64,8 +64,8 @@ class Trainer:
     timeline: Timeline
     balance: Balance | None
     checkpointer: Checkpointer
-    folder: RunFolder | None  # rank 0 only
     callbacks: list[Callback]
+    folder: RunFolder | None = None  # of rank 0, from `fit` on
     state: TrainState = field(default_factory=TrainState)
     evaluation: Metrics = field(default_factory=dict)  # of the last evaluation
     train_seconds: float = 0.0  # of this process, in steps alone
@@ -75,8 +75,11 @@ class Trainer:
     def fit(self) -> Metrics:
         """Train until `max_duration`, or until a signal asks to stop; returns what summary.json holds."""
         self._load()
-        if self.folder is not None:
+        if runtime.is_rank0():  # only now that nothing of the user's can be wrong is anything written
+            path = Path(self.config.save_folder)
+            self.folder = RunFolder.claim(path, dump(self.config), self.config.autoresume)
             self.folder.open_metrics(self.state.step)
+        runtime.barrier()
         for callback in self.callbacks:
             callback.fit_start(self)
         if self.config.eval_first and self.state.step == 0:
@@ -245,7 +248,11 @@ def build(config: RunConfig) -> Trainer:
     device = runtime.start(config.dist_timeout)
     runtime.seed_all(config.seed)
     assert isinstance(config.model, CausalLMConfig)
+    precision = config.precision_on(device.type)
     mesh = build_mesh(config.parallel, device.type, _n_experts(config.model))
+    path = Path(config.save_folder)
+    if runtime.is_rank0():
+        check_free(path, dump(config), config.autoresume)
     if config.global_train_batch_size < mesh.data_ranks:
         raise ConfigError(
             f"global_train_batch_size={config.global_train_batch_size} leaves some of {mesh.data_ranks} ranks without "
@@ -271,13 +278,9 @@ def build(config: RunConfig) -> Trainer:
         rows_per_epoch=loader.rows_per_epoch,
     )
     schedule = config.scheduler.build(timeline)
-    path = Path(config.save_folder)
-    folder = RunFolder.claim(path, dump(config), config.autoresume) if runtime.is_rank0() else None
-    runtime.barrier()
-
     with torch.device("meta"):  # shapes only: no rank ever holds the whole model
         model = config.model.build()
-    model = parallelize(model, mesh, config.parallel, config.precision_on(device.type))
+    model = parallelize(model, mesh, config.parallel, precision)
     model = materialize(model, config.parallel, config.seed)  # the same values on every mesh
     return Trainer(
         config=config,
@@ -292,7 +295,6 @@ def build(config: RunConfig) -> Trainer:
         timeline=timeline,
         balance=Balance.of(config.model),
         checkpointer=Checkpointer(path / "checkpoints", keep=config.save_num_checkpoints_to_keep),
-        folder=folder,
         callbacks=[part.build() for part in (*config.callbacks.values(), *config.loggers.values())],
     )
 

@@ -184,11 +184,7 @@ def main() -> None:
             x = torch.randn(tokens, d_model, **options)
             ceiling = dense_ceiling(d_model, hidden, tokens, args.warmup, args.iterations)
             for routing in args.routing:
-                bias = (
-                    balance(x, router, top_k)
-                    if routing == "balanced"
-                    else load_bias(routing, n_experts, x)
-                )
+                bias = balance(x, router, top_k) if routing == "balanced" else load_bias(routing, n_experts, x)
                 for provider in args.providers:
                     leaves = [t.detach().requires_grad_() for t in (x, router, w1, w2)]
                     row: dict[str, object] = {"provider": provider, "shape": name, "T": tokens, "routing": routing}

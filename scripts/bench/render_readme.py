@@ -34,9 +34,7 @@ def yamls() -> str:
     rows = []
     for path in sorted((ROOT / "yamls").glob("*.yaml")):
         lines = path.read_text(encoding="utf-8").splitlines()
-        comment = " ".join(
-            line.removeprefix("# ") for line in itertools.takewhile(lambda x: x[:1] == "#", lines)
-        )
+        comment = " ".join(line.removeprefix("# ") for line in itertools.takewhile(lambda x: x[:1] == "#", lines))
         rows.append(f"| `yamls/{path.name}` | {comment} |")
     return "\n".join(["| | |", "|---|---|", *rows])
 

@@ -11,9 +11,7 @@ from llmfoundry.kernels.cross_entropy import cross_entropy_reference, linear_cro
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
-def _inputs(
-    tokens: int, vocab: int, dtype: torch.dtype, device: str = "cpu"
-) -> tuple[Tensor, Tensor, Tensor]:
+def _inputs(tokens: int, vocab: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     x = torch.randn(tokens, 24, dtype=dtype, device=device, requires_grad=True)
     weight = torch.randn(vocab, 24, dtype=dtype, device=device, requires_grad=True)
     labels = torch.randint(0, vocab, (tokens,), device=device)
@@ -68,10 +66,7 @@ def test_ignored_tokens_alone_give_zero_and_no_gradient() -> None:
 def test_logits_beyond_exp_range_stay_finite() -> None:
     x, weight, labels = _inputs(9, 11, torch.float32)
     x, weight = (x * 100).detach().requires_grad_(), weight.detach().requires_grad_()
-    assert all(
-        value.isfinite().all()
-        for value in _value_and_gradients(linear_cross_entropy, x, weight, labels, None)
-    )
+    assert all(value.isfinite().all() for value in _value_and_gradients(linear_cross_entropy, x, weight, labels, None))
 
 
 class _Largest(TorchDispatchMode):

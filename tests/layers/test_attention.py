@@ -70,9 +70,7 @@ def test_is_causal_and_sees_its_window(config: GroupedQueryConfig, window: int) 
 @each_config
 @pytest.mark.parametrize("window", [-1, 3])
 @pytest.mark.parametrize("chunks", [(10,), (4, 6), (1,) * 10, (5, 1, 4)])
-def test_cache_gives_what_one_pass_gives(
-    config: GroupedQueryConfig, window: int, chunks: tuple[int, ...]
-) -> None:
+def test_cache_gives_what_one_pass_gives(config: GroupedQueryConfig, window: int, chunks: tuple[int, ...]) -> None:
     module, x, cache = _attention(config), torch.randn(2, 10, D, dtype=torch.float64), KVCache()
     parts = []
     for part in x.split(chunks, dim=1):
@@ -96,15 +94,11 @@ def test_documents_do_not_see_each_other(config: GroupedQueryConfig) -> None:
 def test_fused_path_equals_plain_attention() -> None:
     q, k, v = (torch.randn(2, heads, 12, 8, dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2))
     causal = torch.ones(12, 12, dtype=torch.bool).tril()
-    fused = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=0.3, enable_gqa=True
-    )
+    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
     plain = plain_attention(q, k, v, causal, 0.3)
     torch.testing.assert_close(plain, fused, rtol=0, atol=1e-12)
     g = torch.randn_like(plain)
-    for a, b in zip(
-        torch.autograd.grad(plain, (q, k, v), g), torch.autograd.grad(fused, (q, k, v), g), strict=True
-    ):
+    for a, b in zip(torch.autograd.grad(plain, (q, k, v), g), torch.autograd.grad(fused, (q, k, v), g), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 

@@ -20,9 +20,7 @@ def test_bf16_input_is_rounded_once(norm: RMSNorm | LayerNorm) -> None:
     torch.testing.assert_close(norm.bfloat16()(x).double(), exact, rtol=2**-8, atol=2**-8 * 0.01)
 
 
-@pytest.mark.parametrize(
-    "norm_type", ["rmsnorm", "layernorm", "low_precision_rmsnorm", "low_precision_layernorm"]
-)
+@pytest.mark.parametrize("norm_type", ["rmsnorm", "layernorm", "low_precision_rmsnorm", "low_precision_layernorm"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_counts_as_built(norm_type: str, bias: bool) -> None:
     config = NormConfig.model_validate({"norm_type": norm_type, "bias": bias})

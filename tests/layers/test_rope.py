@@ -52,9 +52,7 @@ def test_rotation_equals_transformers(dtype: torch.dtype) -> None:
     cos, sin = (torch.cat((table, table), dim=-1).squeeze(1)[None].to(dtype) for table in rope)
     expected = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
     for ours, theirs in zip((rotate(q, rope), rotate(k, rope)), expected, strict=True):
-        torch.testing.assert_close(
-            ours, theirs.transpose(1, 2), rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-14
-        )
+        torch.testing.assert_close(ours, theirs.transpose(1, 2), rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-14)
 
 
 def test_scores_depend_on_distance_alone() -> None:

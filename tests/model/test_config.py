@@ -44,9 +44,7 @@ def _config(**keys: object) -> CausalLMConfig:
 
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize(("ffn", "top"), list(itertools.product(FFN, TOP)))
-def test_counts_as_built(
-    attention: dict[str, object], ffn: dict[str, object], top: dict[str, object]
-) -> None:
+def test_counts_as_built(attention: dict[str, object], ffn: dict[str, object], top: dict[str, object]) -> None:
     config = _config(attn_config=attention, ffn_config=ffn, **top)
     with torch.device("meta"):
         model = config.build()

@@ -114,9 +114,7 @@ def test_spread_is_the_rules(keys: dict[str, object], std: object, residual: flo
     model = _model(init_config=keys | {"emb_init_std": 0.3})
     for name, p in model.named_parameters():
         if p.dim() == 1:
-            assert torch.equal(
-                p, torch.full_like(p, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
-            ), name
+            assert torch.equal(p, torch.full_like(p, 1.0 if "norm" in name and name.endswith("weight") else 0.0)), name
             continue
         expected = 0.3 if name in ("wte.weight", "wpe.weight") else std(p.shape[-1])  # type: ignore[operator]
         if name.endswith(("out_proj.weight", "ffn.w2.weight")):

@@ -49,9 +49,7 @@ def _llama(scaling: str, **rest: object) -> tuple[PreTrainedModel, dict[str, obj
 def _qwen2() -> tuple[PreTrainedModel, dict[str, object]]:
     layers = ["full_attention", "sliding_attention", "sliding_attention"]
     theirs = Qwen2ForCausalLM(
-        Qwen2Config(
-            **SIZES, use_sliding_window=True, sliding_window=5, layer_types=layers, tie_word_embeddings=True
-        )
+        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=5, layer_types=layers, tie_word_embeddings=True)
     )
     changes = {"attn_window_pattern": [-1, 4, 4], "tie_word_embeddings": True}
     return theirs, OURS | changes | {"attn_config": GROUPED | {"bias": True}}
@@ -130,9 +128,7 @@ def test_logits_and_loss_equal_transformers(family: object) -> None:
 
 
 def test_gpt2_logits_equal_transformers() -> None:
-    theirs = GPT2LMHeadModel(
-        GPT2Config(vocab_size=101, n_positions=64, n_embd=48, n_layer=2, n_head=6)
-    ).eval()
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=101, n_positions=64, n_embd=48, n_layer=2, n_head=6)).eval()
     gelu = {"name": "gelu", "approximate": "tanh"}
     ours = check(ModelConfig, {
         "vocab_size": 101, "d_model": 48, "n_heads": 6, "n_layers": 2, "max_seq_len": 64,

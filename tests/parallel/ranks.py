@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.multiprocessing as mp
@@ -12,20 +12,35 @@ import torch.multiprocessing as mp
 from llmfoundry import runtime
 
 
-def run_ranks(world: int, job: Callable[..., None], *args: object) -> None:
-    """Run `job(*args)` in `world` processes that form a gloo group; raises what any of them raises."""
+def run_ranks(worlds: Sequence[int], job: Callable[..., None], *args: object) -> None:
+    """Run `job(*args)` in worlds of so many processes, one after the other; raises what any process raises.
+
+    Args:
+        worlds: sizes, falling: a process that is not in the next world ends. Starting one costs seconds.
+    """
+    assert list(worlds) == sorted(worlds, reverse=True)
+    ports = [_free_port() for _ in worlds]
+    mp.start_processes(_rank, (worlds, ports, job, args), nprocs=worlds[0], start_method="spawn")
+
+
+def _rank(
+    rank: int, worlds: Sequence[int], ports: list[int], job: Callable[..., None], args: tuple[object, ...]
+) -> None:
+    torch.set_num_threads(1)
+    here = {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}
+    os.environ.update(here)
+    for world, port in zip(worlds, ports, strict=True):
+        if rank >= world:
+            return
+        os.environ.update(WORLD_SIZE=str(world), MASTER_PORT=str(port))
+        runtime.start(timeout_seconds=60)
+        try:
+            job(*args)
+        finally:
+            runtime.stop()
+
+
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(_rank, (world, port, job, args), nprocs=world, start_method="spawn")
-
-
-def _rank(rank: int, world: int, port: int, job: Callable[..., None], args: tuple[object, ...]) -> None:
-    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": world, "RANK": rank, "LOCAL_RANK": rank}
-    os.environ.update({key: str(value) for key, value in here.items()}, CUDA_VISIBLE_DEVICES="")
-    torch.set_num_threads(1)
-    runtime.start(timeout_seconds=60)
-    try:
-        job(*args)
-    finally:
-        runtime.stop()
+        return probe.getsockname()[1]

@@ -36,13 +36,14 @@ class Case(NamedTuple):
     n_experts: int = 8
     microbatch: int = ROWS
     tied: bool = False
+    n_dense: int = 1  # layers, before two mixtures
 
 
 def model_config(case: Case) -> CausalLMConfig:
     return check(
         CausalLMConfig,
         {
-            "d_model": 16, "n_heads": 4, "n_layers": 3, "vocab_size": VOCAB, "max_seq_len": LENGTH,
+            "d_model": 16, "n_heads": 4, "n_layers": case.n_dense + 2, "vocab_size": VOCAB, "max_seq_len": LENGTH,
             "norm_type": "rmsnorm", "tie_word_embeddings": case.tied,
             "attn_config": {
                 "attn_type": "grouped_query_attention", "kv_n_heads": 2, "rope": True, "qk_norm": True
@@ -50,7 +51,7 @@ def model_config(case: Case) -> CausalLMConfig:
             "ffn_config": {
                 "ffn_type": "mb_dmoe", "ffn_hidden_size": 24, "ffn_act_fn": {"name": "silu"},
                 "moe_num_experts": case.n_experts, "moe_top_k": 2, "moe_normalize_expert_weights": 1.0,
-                "moe_jitter_eps": 0.1, "moe_bias_update_rate": 0.01, "first_k_dense": 1,
+                "moe_jitter_eps": 0.1, "moe_bias_update_rate": 0.01, "first_k_dense": case.n_dense,
                 "shared_expert": True, "shared_expert_gate": True, "moe_loss_weight": 0.05,
                 "moe_zloss_weight": 0.01, "moe_lbl_scope": "global_batch",
             },
@@ -72,7 +73,8 @@ def batch(step: int) -> Batch:
     """This rank's rows of the global batch of `step`; every fifth label does not count."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     random = torch.Generator().manual_seed(step)
-    ids = torch.randint(0, VOCAB, (ROWS, LENGTH + 1), generator=random)
+    start, stride = torch.randint(0, VOCAB, (2, ROWS, 1), generator=random)
+    ids = (start + (1 + stride % 3) * torch.arange(LENGTH + 1)) % VOCAB  # something that can be learned
     labels = ids[:, 1:].masked_fill(torch.rand(ROWS, LENGTH, generator=random) < 0.2, -100)
     mine = slice(ROWS * rank // world, ROWS * (rank + 1) // world)
     return Batch(ids[mine, :-1], labels[mine], torch.arange(ROWS * step, ROWS * (step + 1))[mine])
@@ -93,10 +95,11 @@ def train(
     case: Case,
     steps: int,
     max_grad_norm: float | None,
+    lr: float = 1e-2,
     watch: Callable[[CausalLM], None] | None = None,
 ) -> list[StepResult]:
     """Train for some steps; `watch` sees the model before each update."""
-    optimizer = AdamWConfig(name="adamw", lr=1e-2, weight_decay=0.1).build(model)
+    optimizer = AdamWConfig(name="adamw", lr=lr, weight_decay=0.1).build(model)
     if watch is not None:
         optimizer.register_step_pre_hook(lambda *_: watch(model))
     balance = Balance.of(model.config)

@@ -1,0 +1,241 @@
+"""A whole run through the command line: outputs, resume, and the user's mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from llmfoundry.cli import eval_main, generate_main, train_main
+
+ROOT = Path(__file__).resolve().parents[2]
+# A run of the real thing, small: 4 rows of 32 tokens a step.
+TINY = {
+    "max_seq_len": 32,
+    "model": {
+        "name": "causal_lm",
+        "d_model": 32,
+        "n_heads": 2,
+        "n_layers": 2,
+        "vocab_size": 320,
+        "max_seq_len": 32,
+        "norm_type": "rmsnorm",
+        "no_bias": True,
+        "attn_config": {"attn_type": "multihead_attention", "rope": True},
+        "ffn_config": {
+            "ffn_type": "mb_dmoe",
+            "ffn_act_fn": {"name": "silu"},
+            "ffn_hidden_size": 32,
+            "moe_num_experts": 4,
+            "moe_top_k": 2,
+            "moe_jitter_eps": 0.1,
+        },
+    },
+    "tokenizer": {"name": "bpe", "vocab_size": 300},
+    "optimizer": {"name": "adamw", "lr": 0.01},
+    "scheduler": {"name": "cosine_with_warmup", "t_warmup": "2ba"},
+    "algorithms": {"gradient_clipping": {"clipping_threshold": 1.0}},
+    "max_duration": "12ba",
+    "eval_interval": "4ba",
+    "save_interval": "3ba",
+    "global_train_batch_size": 4,
+    "device_train_microbatch_size": 3,
+    "device_eval_batch_size": 4,
+    "callbacks": {"speed_monitor": {}, "lr_monitor": {}, "expert_load": {}},
+    "log_to_console": False,
+}
+TIMES = ("throughput/", "time/")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """The YAML of a tiny run on text of its own; it saves to `tmp_path/run`."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(20):
+        (text / f"{i}.txt").write_text("".join(f"{n} plus {i} is {n + i}.\n" for n in range(40)))
+    dataset = {"name": "text_files", "path": str(text), "validation_fraction": 0.2, "cache_dir": str(tmp_path / "c")}
+    config = TINY | {
+        "train_loader": {"dataset": dataset | {"split": "train"}},
+        "eval_loader": {"dataset": dataset | {"split": "validation"}},
+        "save_folder": str(tmp_path / "run"),
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def metrics_of(folder: Path) -> list[dict[str, object]]:
+    """metrics.jsonl without what is a time."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith(TIMES)} for line in lines]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = (folder / "checkpoints" / "latest").glob("model-*.safetensors")
+    return load_file(file)
+
+
+def test_a_run_learns_and_leaves_its_outputs(recipe: Path, tmp_path: Path) -> None:
+    assert train_main([str(recipe), "max_duration=40ba"]) == 0
+    lines = metrics_of(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    assert lines[-1]["loss/train/ce"] < 0.6 * lines[0]["loss/train/ce"]
+    assert lines[-1]["tokens"] == 40 * 4 * 32
+    assert {"loss/train/total", "lr", "grad_norm", "moe/load", "moe/max_load", "moe/router_entropy"} <= lines[0].keys()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 40 and summary["validation/bits_per_byte"] < 4
+    assert summary["validation/nats_per_token"] == lines[-1]["metrics/eval/LanguageCrossEntropy"]
+
+
+def test_generate_and_eval_read_a_checkpoint(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert train_main([str(recipe)]) == 0
+    checkpoint = str(tmp_path / "run" / "checkpoints" / "step-12")
+    capsys.readouterr()
+    texts = []
+    for _ in range(2):
+        assert generate_main(["--checkpoint", checkpoint, "--prompt", "3 plus", "--max-new-tokens", "8"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and texts[0].startswith("3 plus") and len(texts[0]) > len("3 plus\n")
+    assert eval_main(["--checkpoint", str(tmp_path / "run")]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert f"{summary['validation/nats_per_token']:.4f} nats a token" in capsys.readouterr().out
+
+
+def test_a_killed_run_continues_bitwise(recipe: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "run"
+    assert train_main([str(recipe), f"save_folder={whole}"]) == 0
+    command = [sys.executable, "-c", "import sys; from llmfoundry.cli import train_main; sys.exit(train_main())"]
+    started = subprocess.Popen(
+        [*command, str(recipe), "max_duration=12ba"], env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    )
+    metrics = killed / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and started.poll() is None:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= 5:
+            break
+        time.sleep(0.002)
+    os.kill(started.pid, signal.SIGKILL)
+    assert started.wait() == -signal.SIGKILL, "it was killed in the middle"
+    with metrics.open("a") as file:
+        file.write('{"step": 99, "torn')  # a line that the kill cut
+    assert train_main([str(recipe), "autoresume=true"]) == 0
+    assert metrics_of(killed) == metrics_of(whole)
+    one, two = weights_of(killed), weights_of(whole)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("stop", [3, 4, 11])
+def test_a_stopped_run_continues_bitwise(recipe: Path, tmp_path: Path, stop: int, monkeypatch) -> None:
+    whole = tmp_path / "whole"
+    assert train_main([str(recipe), f"save_folder={whole}"]) == 0
+    from llmfoundry.train import trainer
+
+    real = trainer.train_step
+    calls = iter(range(1, 100))
+
+    def step_then_signal(*args, **kwargs):
+        if next(calls) == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_step", step_then_signal)
+        assert train_main([str(recipe)]) == 0, "a requested stop is a success"
+    assert len(metrics_of(tmp_path / "run")) == stop
+    assert train_main([str(recipe), "autoresume=true"]) == 0
+    strip = [{k: v for k, v in line.items() if "eval" not in k} for line in metrics_of(whole)]
+    assert [{k: v for k, v in line.items() if "eval" not in k} for line in metrics_of(tmp_path / "run")] == strip
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(weights_of(tmp_path / "run").values(), weights_of(whole).values(), strict=True)
+    )
+
+
+def test_microbatches_are_invisible(recipe: Path, tmp_path: Path) -> None:
+    balance = "model.ffn_config.moe_lbl_scope=global_batch"
+    runs = []
+    for rows in (1, 2, 3, 4):
+        folder = tmp_path / f"micro{rows}"
+        options = [f"device_train_microbatch_size={rows}", f"save_folder={folder}", "max_duration=3ba", balance]
+        assert train_main([str(recipe), *options]) == 0
+        runs.append([line["loss/train/total"] for line in metrics_of(folder)])
+    for run in runs[1:]:
+        assert run == pytest.approx(runs[0], rel=1e-5)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model.ffn_config.moe_topk=2", "model.ffn_config.moe_topk: unknown key (did you mean 'moe_top_k'?)"),
+        ("model.d_model=wide", "model.d_model: input should be a valid integer, found 'wide'"),
+        ("max_duration=ten", 'max_duration: "ten" is not a time string; write e.g. 10ba, 1ep, 5e6tok, 0.1dur'),
+        ("model.ffn_config.moe_top_k=9", "moe_top_k=9"),
+        ("model.n_heads=5", "d_model=32"),
+        ("train_loader.dataset.path=/nowhere/at/all", "/nowhere/at/all"),
+        ("save_folder=/proc/nowhere", "save_folder: /proc/nowhere cannot be written"),
+        ("scheduler.name=cosin_with_warmup", "unknown name 'cosin_with_warmup' (did you mean 'cosine_with_warmup'?)"),
+        ("precision=amp_bf16", "precision: amp_bf16 needs a GPU"),
+        ("load_path=/nowhere", "/nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_and_changes_nothing(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture, override: str, says: str
+) -> None:
+    before = snapshot(tmp_path)
+    assert train_main([str(recipe), override]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ") and says in message
+    after = snapshot(tmp_path)
+    assert {k: v for k, v in after.items() if not k.startswith("c/")} == before
+
+
+def test_a_text_file_that_is_not_utf8_is_named(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "text" / "7.txt").write_bytes(b"caf\xe9")
+    assert train_main([str(recipe)]) == 2
+    assert "7.txt" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_used_folder_is_neither_overwritten_nor_resumed_unasked(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert train_main([str(recipe), "max_duration=2ba", "scheduler.t_warmup=1ba"]) == 0
+    before = snapshot(tmp_path / "run")
+    assert train_main([str(recipe)]) == 2
+    assert "already used" in capsys.readouterr().err
+    assert train_main([str(recipe), "autoresume=true", "model.n_layers=1"]) == 2
+    assert "model.n_layers: 1 differs from 2" in capsys.readouterr().err
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert train_main([str(recipe), "max_duration=2ba", "scheduler.t_warmup=1ba"]) == 0
+    (file,) = (tmp_path / "run" / "checkpoints" / "step-2").glob("model-*.safetensors")
+    file.write_bytes(file.read_bytes()[:-8])
+    other = [str(recipe), f"load_path={tmp_path / 'run'}", f"save_folder={tmp_path / 'other'}"]
+    assert train_main(other) == 2
+    assert file.name in capsys.readouterr().err
+    assert not (tmp_path / "other" / "checkpoints").exists()
+
+
+def test_the_dry_run_trains_nothing(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    before = snapshot(tmp_path)
+    assert train_main([str(recipe), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "parameters: " in out and "active parameters: " in out and "FLOPs a token" in out
+    assert snapshot(tmp_path) == before
