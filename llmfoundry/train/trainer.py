@@ -88,13 +88,13 @@ class Trainer:
             while self.state.step < self.timeline.total_steps and not self.stop_requested:
                 metrics = self._step()
                 self.stop_requested = runtime.any_rank(self.stop_requested)
-                done = self.state.step == self.timeline.total_steps or self.stop_requested
-                if self._due_evaluation(done):
+                if self._due_evaluation():
                     metrics |= self._evaluate()
                 for callback in self.callbacks:
                     callback.step_end(self, metrics)
                 if self.folder is not None:
                     self.folder.write_metrics(metrics)
+                done = self.stop_requested or self.state.step == self.timeline.total_steps
                 if done or self.timeline.due(self.config.save_interval, self.state.step):
                     self.checkpointer.save(self._checkpoint())
             self.checkpointer.wait()
@@ -161,8 +161,10 @@ class Trainer:
     def _evaluates(self) -> bool:
         return self.eval_loader is not None and self.config.eval_interval.value > 0
 
-    def _due_evaluation(self, done: bool) -> bool:
-        return self._evaluates and (done or self.timeline.due(self.config.eval_interval, self.state.step))
+    def _due_evaluation(self) -> bool:
+        # Not when asked to stop: who asks may not wait that long, and resuming evaluates where the whole run does.
+        last = self.state.step == self.timeline.total_steps
+        return self._evaluates and (last or self.timeline.due(self.config.eval_interval, self.state.step))
 
     def _evaluate(self) -> Metrics:
         assert self.eval_loader is not None
