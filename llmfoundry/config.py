@@ -128,6 +128,9 @@ def keyed(root: type[Choice]) -> Any:
     def spread(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"must be a mapping of {root._tag} to settings, found {value!r}")
+        for key, body in value.items():
+            if not isinstance(body, dict | Choice | None):
+                raise ValueError(f"{key}: must be a mapping of settings, found {body!r}")
         return check({key: {root._tag: key} | (body or {}) if not isinstance(body, Choice) else body
                       for key, body in value.items()})  # fmt: skip
 

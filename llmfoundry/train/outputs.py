@@ -87,7 +87,9 @@ def check_free(path: Path, config: Plain, autoresume: bool) -> None:
     Raises:
         ConfigError: it is used and not to be resumed, or by another run, or cannot be written.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"save_folder: {path} is a file; name a folder")
+    if path.exists() and any(path.iterdir()):
         if not autoresume:
             raise ConfigError(
                 f"save_folder: {path} is already used; choose another, or continue that run with autoresume=true"

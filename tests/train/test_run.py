@@ -188,6 +188,8 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         ("train_loader.dataset.path=/nowhere/at/all", "/nowhere/at/all"),
         ("save_folder=/proc/nowhere", "save_folder: /proc/nowhere cannot be written"),
         ("scheduler.name=cosin_with_warmup", "unknown name 'cosin_with_warmup' (did you mean 'cosine_with_warmup'?)"),
+        ("save_folder=/proc/version", "save_folder: /proc/version is a file"),
+        ("callbacks.speed_monitor=1", "callbacks: speed_monitor: must be a mapping of settings, found 1"),
         ("precision=amp_bf16", "precision: amp_bf16 needs a GPU"),
         ("load_path=/nowhere", "/nowhere"),
     ],
