@@ -69,6 +69,7 @@ class RunConfig(Config):
     save_folder: str
     save_interval: Duration = Duration.parse("1ep")  # 0ba: only at the end
     save_num_checkpoints_to_keep: int = -1  # -1: all
+    save_async: bool | Literal["auto"] = "auto"  # a thread writes while the next steps run; auto: on GPUs
     autoresume: bool = False
     load_path: str | None = None  # a checkpoint folder of ours
     load_weights_only: bool = False  # start a new run from its weights instead of continuing it

@@ -97,6 +97,7 @@ class Trainer:
                 done = self.stop_requested or self.state.step == self.timeline.total_steps
                 if done or self.timeline.due(self.config.save_interval, self.state.step):
                     self.checkpointer.save(self._checkpoint())
+                self.checkpointer.poll()  # a save that failed in its thread is an error here, not at the next one
             self.checkpointer.wait()
         if not self.evaluation and self._evaluates and not self.stop_requested:
             self._evaluate()  # a run taken up after its last step
@@ -296,7 +297,11 @@ def build(config: RunConfig) -> Trainer:
         schedule=schedule,
         timeline=timeline,
         balance=Balance.of(config.model),
-        checkpointer=Checkpointer(path / "checkpoints", keep=config.save_num_checkpoints_to_keep),
+        checkpointer=Checkpointer(
+            path / "checkpoints",
+            keep=config.save_num_checkpoints_to_keep,
+            asynchronous=device.type == "cuda" if config.save_async == "auto" else config.save_async,
+        ),
         callbacks=[part.build() for part in (*config.callbacks.values(), *config.loggers.values())],
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ def _rank(
     rank: int, worlds: Sequence[int], ports: list[int], job: Callable[..., None], args: tuple[object, ...]
 ) -> None:
     torch.set_num_threads(1)
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # says how slow gathering for a test is
     here = {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}
     os.environ.update(here)
     for world, port in zip(worlds, ports, strict=True):

@@ -1,7 +1,11 @@
-"""The same curve however a run is spread, cut into microbatches and recomputed: 20 steps in float32."""
+"""The same curve however a run is spread, cut into microbatches and recomputed: 20 steps in float32.
+
+Each run saves in the middle. From each of these checkpoints each layout continues, and the curve stays the same.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,17 +14,18 @@ import torch
 from ranks import run_ranks
 from tiny import Case
 from torch import Tensor
+from torch.optim import Optimizer
+
+from llmfoundry import runtime
+from llmfoundry.model.transformer import CausalLM
+from llmfoundry.train.checkpoint import Checkpointer, CheckpointState
 
 pytestmark = pytest.mark.dist
 
-STEPS, CLIP, LR = 20, 1.0, 5e-3
-ALONE = [
-    Case("alone"),
-    Case("alone, microbatch 1, full", {"recompute": "full"}, microbatch=1),
-    Case("alone, microbatch 2, selective", {"recompute": "selective"}, microbatch=2),
-    Case("alone, microbatch 4", microbatch=4),
-]
-SPREAD = {
+STEPS, MIDDLE, CONTINUED, CLIP, LR = 20, 10, 3, 1.0, 5e-3
+# By the number of processes.
+LAYOUTS = {
+    1: [Case("alone")],
     2: [
         Case("shard 2, microbatch 2, full", {"recompute": "full"}, microbatch=2),
         Case("shard 2, expert 2, microbatch 4, selective", {"expert": 2, "recompute": "selective"}, microbatch=4),
@@ -32,41 +37,104 @@ SPREAD = {
         Case("replicate 2, shard 2, expert 2, selective", {"replicate": 2, "expert": 2, "recompute": "selective"}),
     ],
 }
-CASES = [*ALONE[1:], *SPREAD[2], *SPREAD[4]]
+EVERY = [case.name for cases in LAYOUTS.values() for case in cases]
+ALONE_OTHERWISE = [
+    Case("alone, microbatch 1, full", {"recompute": "full"}, microbatch=1),
+    Case("alone, microbatch 2, selective", {"recompute": "selective"}, microbatch=2),
+    Case("alone, microbatch 4", microbatch=4),
+]
+Curve = dict[str, Tensor]
 
 
-def curve(case: Case) -> dict[str, Tensor]:
-    """First weights, and the loss with and without balance losses and the gradient norm of each step."""
+def start(case: Case) -> tuple[CausalLM, Optimizer]:
     model = tiny.build(case._replace(n_dense=0), torch.float32)
+    return model, tiny.new_optimizer(model, LR)
+
+
+def curve(case: Case, model: CausalLM, optimizer: Optimizer, steps: range) -> Curve:
+    """The loss with and without balance losses, and the gradient norm, of each step."""
+    results = tiny.train(model, case, steps, CLIP, optimizer=optimizer)
+    return {
+        name: torch.stack([getattr(result, name) for result in results]).double()
+        for name in ("ce", "total", "grad_norm")
+    }
+
+
+def whole_run(case: Case, folder: Path) -> Curve:
+    """All steps from the first weights, saving in the middle."""
+    model, optimizer = start(case)
     found = {f"init/{name}": value for name, value in tiny.weights(model).items()}
-    results = tiny.train(model, case, STEPS, CLIP, LR)
-    for name in ("ce", "total", "grad_norm"):
-        found[name] = torch.stack([getattr(result, name) for result in results]).double()
-    return found
+    first = curve(case, model, optimizer, range(MIDDLE))
+    Checkpointer(folder / case.name).save(CheckpointState(step=MIDDLE, model=model, optimizer=optimizer))
+    second = curve(case, model, optimizer, range(MIDDLE, STEPS))
+    return found | {name: torch.cat([first[name], second[name]]) for name in first}
 
 
-def job(folder: Path) -> None:
-    """What each process does; the first one writes what they found."""
-    for case in SPREAD[torch.distributed.get_world_size()]:
-        found = curve(case)
-        if torch.distributed.get_rank() == 0:
-            torch.save(found, folder / f"{case.name}.pt")
+def continued_run(case: Case, saved: Path) -> Curve:
+    """Some steps from the checkpoint of another layout."""
+    model, optimizer = start(case)
+    Checkpointer(saved).load(saved, CheckpointState(step=0, model=model, optimizer=optimizer))
+    return curve(case, model, optimizer, range(MIDDLE, MIDDLE + CONTINUED))
+
+
+def train_all(folder: Path) -> None:
+    """What each process does first; rank 0 writes what all found."""
+    for case in LAYOUTS[runtime.world_size()]:
+        keep(whole_run(case, folder), folder / f"{case.name}.pt")
+
+
+def continue_all(folder: Path) -> None:
+    """What each process does then."""
+    for case in LAYOUTS[runtime.world_size()]:
+        for name in EVERY:
+            keep(continued_run(case, folder / name), folder / f"{name} to {case.name}.pt")
+
+
+def keep(found: Curve, path: Path) -> None:
+    if runtime.is_rank0():
+        torch.save(found, path)
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("curves")
-    run_ranks([4, 2], job, folder)
-    spread = {path.stem: torch.load(path, weights_only=True) for path in folder.iterdir()}
-    return spread | {case.name: curve(case) for case in ALONE}
+    for job in (train_all, continue_all):
+        run_ranks([4, 2], job, folder)
+        job(folder)
+    yield folder
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_curve_equals_that_of_one_process(case: Case, found: dict[str, dict[str, Tensor]]) -> None:
-    true, ours = found["alone"], found[case.name]
+def assert_same_curve(ours: Curve, true: Curve, steps: slice) -> None:
+    for name in ("ce", "total", "grad_norm"):
+        # 1e-5 of a float32 sum: another order of summation, and what twenty updates make of it.
+        torch.testing.assert_close(
+            ours[name], true[name][steps], rtol=1e-5, atol=0.0, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def assert_same_start(ours: Curve, true: Curve) -> None:
+    initial = [name for name in true if name.startswith("init/")]
+    assert initial and all(torch.equal(ours[name], true[name]) for name in initial)
+
+
+@pytest.mark.parametrize("name", EVERY[1:])
+def test_a_run_spread_is_that_of_one_process(name: str, folder: Path) -> None:
+    true, ours = (torch.load(folder / f"{each}.pt", weights_only=True) for each in ("alone", name))
     assert true["ce"][-1] < 0.8 * true["ce"][0], "there has to be a curve"
-    for name, value in true.items():
-        if name.startswith("init/"):
-            assert torch.equal(ours[name], value), name
-        else:
-            torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=0.0, msg=lambda m, name=name: f"{name}: {m}")
+    assert_same_start(ours, true)
+    assert_same_curve(ours, true, slice(None))
+
+
+@pytest.mark.parametrize("case", ALONE_OTHERWISE, ids=[case.name for case in ALONE_OTHERWISE])
+def test_microbatches_and_recompute_change_nothing(case: Case, folder: Path, tmp_path: Path) -> None:
+    true, ours = torch.load(folder / "alone.pt", weights_only=True), whole_run(case, tmp_path)
+    assert_same_start(ours, true)
+    assert_same_curve(ours, true, slice(None))
+
+
+@pytest.mark.parametrize("to", EVERY)
+@pytest.mark.parametrize("saved_on", EVERY)
+def test_a_checkpoint_continues_on_every_other_mesh(saved_on: str, to: str, folder: Path) -> None:
+    true = torch.load(folder / "alone.pt", weights_only=True)
+    ours = torch.load(folder / f"{saved_on} to {to}.pt", weights_only=True)
+    assert_same_curve(ours, true, slice(MIDDLE, MIDDLE + CONTINUED))

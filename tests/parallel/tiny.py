@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from llmfoundry.config import check
 from llmfoundry.data.loader import Batch
@@ -93,18 +94,24 @@ def weights(model: CausalLM) -> dict[str, Tensor]:
 def train(
     model: CausalLM,
     case: Case,
-    steps: int,
+    steps: int | range,
     max_grad_norm: float | None,
     lr: float = 1e-2,
+    optimizer: Optimizer | None = None,
     watch: Callable[[CausalLM], None] | None = None,
 ) -> list[StepResult]:
     """Train for some steps; `watch` sees the model before each update."""
-    optimizer = AdamWConfig(name="adamw", lr=lr, weight_decay=0.1).build(model)
+    optimizer = optimizer or new_optimizer(model, lr)
     if watch is not None:
         optimizer.register_step_pre_hook(lambda *_: watch(model))
     balance = Balance.of(model.config)
     return [
         train_step(model, optimizer, batch(step), microbatch_rows=case.microbatch, max_grad_norm=max_grad_norm,
                    balance=balance, noise_seed=SEED)
-        for step in range(steps)
+        for step in (range(steps) if isinstance(steps, int) else steps)
     ]  # fmt: skip
+
+
+def new_optimizer(model: CausalLM, lr: float) -> Optimizer:
+    """What these runs are trained with."""
+    return AdamWConfig(name="adamw", lr=lr, weight_decay=0.1).build(model)

@@ -135,8 +135,10 @@ def test_a_killed_run_continues_bitwise(recipe: Path, tmp_path: Path) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("stop", [3, 4, 11])
-def test_a_stopped_run_continues_bitwise(recipe: Path, tmp_path: Path, stop: int, monkeypatch) -> None:
+@pytest.mark.parametrize(("stop", "options"), [(3, []), (4, ["save_async=true"]), (11, [])])
+def test_a_stopped_run_continues_bitwise(
+    recipe: Path, tmp_path: Path, stop: int, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = tmp_path / "whole"
     assert train_main([str(recipe), f"save_folder={whole}"]) == 0
     from llmfoundry.train import trainer
@@ -151,9 +153,9 @@ def test_a_stopped_run_continues_bitwise(recipe: Path, tmp_path: Path, stop: int
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "train_step", step_then_signal)
-        assert train_main([str(recipe)]) == 0, "a requested stop is a success"
+        assert train_main([str(recipe), *options]) == 0, "a requested stop is a success"
     assert len(metrics_of(tmp_path / "run")) == stop
-    assert train_main([str(recipe), "autoresume=true"]) == 0
+    assert train_main([str(recipe), "autoresume=true", *options]) == 0
     assert metrics_of(tmp_path / "run") == metrics_of(whole)
     assert all(
         torch.equal(a, b)
