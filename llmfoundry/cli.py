@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from llmfoundry import runtime
 from llmfoundry.callbacks.console import Console  # importing the package registers all monitors and loggers
@@ -48,18 +50,26 @@ def _command(run: Callable[[Sequence[str] | None], None]) -> Command:
         try:
             run(argv)
         except ConfigError as error:
-            print(f"{rank}error: {error}", file=sys.stderr)
+            print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+            _tell_torchrun(error)
             return 2
         except KeyboardInterrupt:
             print(f"{rank}interrupted", file=sys.stderr)
             return 1
-        except Exception:
+        except Exception as error:
             print(f"{rank}{traceback.format_exc()}", file=sys.stderr, flush=True)
+            _tell_torchrun(error)
             return 1
         runtime.stop()
         return 0
 
     return main
+
+
+def _tell_torchrun(error: Exception) -> None:
+    """Leave the error where torchrun looks for it: its report then says which rank failed first, and why."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        get_error_handler().record_exception(error)
 
 
 def read_config(path: str, overrides: list[str]) -> RunConfig:

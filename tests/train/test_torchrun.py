@@ -1,0 +1,96 @@
+"""Under torchrun: an error on one rank ends all of them at once, and a signal to one stops all in order."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytestmark = pytest.mark.dist
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = {
+    "max_seq_len": 32,
+    "model": {
+        "name": "causal_lm", "d_model": 32, "n_heads": 2, "n_layers": 2, "vocab_size": 320, "max_seq_len": 32,
+        "attn_config": {"attn_type": "multihead_attention", "rope": True},
+        "ffn_config": {"ffn_type": "mb_dmoe", "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2,
+                       "ffn_act_fn": {"name": "silu"}},
+    },
+    "tokenizer": {"name": "bpe", "vocab_size": 300},
+    "optimizer": {"name": "adamw", "lr": 0.01},
+    "scheduler": {"name": "constant_with_warmup"},
+    "max_duration": "1000ba",
+    "eval_interval": "0ba",
+    "save_interval": "0ba",
+    "global_train_batch_size": 4,
+    "parallel": {"expert": 2},
+    "dist_timeout": 300.0,
+    "log_to_console": False,
+}  # fmt: skip
+PLUG_IN = """
+from llmfoundry import runtime
+from llmfoundry.train.callback import Callback, CallbackConfig
+
+class Break(Callback):
+    def step_end(self, trainer, metrics):
+        if runtime.rank() == 1 and trainer.state.step == 3:
+            raise RuntimeError("a broken part")
+
+class BreakConfig(CallbackConfig, names=("breaks",)):
+    def build(self):
+        return Break()
+"""
+
+
+def launch(tmp_path: Path, **more: object) -> subprocess.Popen[str]:
+    """torchrun with two processes, on the CPU."""
+    text = {"name": "synthetic", "n_documents": 40, "document_words": 50, "cache_dir": str(tmp_path / "cache")}
+    loader = {"train_loader": {"dataset": text | {"split": "train"}}}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(RECIPE | loader | {"save_folder": str(tmp_path / "run")} | more))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*command, str(ROOT / "scripts" / "train.py"), str(file)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_steps(metrics: Path, n: int) -> None:
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < n:
+        assert time.monotonic() < deadline, "the run does not get going"
+        time.sleep(0.05)
+
+
+def test_an_error_on_one_rank_is_shown_with_it_and_ends_all_at_once(tmp_path: Path) -> None:
+    (tmp_path / "breaks.py").write_text(PLUG_IN)
+    started = launch(tmp_path, code_paths=[str(tmp_path / "breaks.py")], callbacks={"breaks": {}})
+    wait_for_steps(tmp_path / "run" / "metrics.jsonl", 3)
+    broken = time.monotonic()
+    output, _ = started.communicate(timeout=120)
+    assert time.monotonic() - broken < 60, "long before dist_timeout"
+    assert started.returncode != 0
+    assert "[rank 1] Traceback" in output and "RuntimeError: a broken part" in output
+    assert "rank      : 1" in output.partition("Root Cause")[2], "torchrun names it, too"
+
+
+def test_a_signal_to_one_rank_saves_and_stops_all(tmp_path: Path) -> None:
+    started = launch(tmp_path)
+    wait_for_steps(tmp_path / "run" / "metrics.jsonl", 3)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGTERM)
+    output, _ = started.communicate(timeout=120)
+    assert started.returncode == 0, output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert 3 <= summary["steps"] < 1000
+    assert (tmp_path / "run" / "checkpoints" / f"step-{summary['steps']}" / "MANIFEST.json").exists()
