@@ -26,11 +26,8 @@ head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}             # torchrun's own default is 1
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1                 # a failed collective ends the process
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=150                # seconds from SIGTERM to SIGKILL; 30 are short for a big save
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
-
-# torchrun kills its processes 30 seconds after SIGTERM, which is short for a big checkpoint; newer ones can wait.
-patience=()
-if .venv/bin/torchrun --help | grep -q -- --shutdown-timeout; then patience=(--shutdown-timeout 150); fi
 
 # exec: the signal reaches srun, which passes it to every torchrun, and torchrun to every rank.
 exec srun --kill-on-bad-exit=1 .venv/bin/torchrun \
@@ -39,5 +36,4 @@ exec srun --kill-on-bad-exit=1 .venv/bin/torchrun \
     --rdzv-id "$SLURM_JOB_ID" \
     --rdzv-backend c10d \
     --rdzv-endpoint "$head_node:29500" \
-    "${patience[@]}" \
     scripts/train.py "$@" autoresume=true
