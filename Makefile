@@ -36,6 +36,8 @@ test: setup
 
 check: setup
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(PY) scripts/bench/render_readme.py --check
 
 test-gpu: setup

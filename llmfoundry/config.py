@@ -134,7 +134,7 @@ def keyed(root: type[Choice]) -> Any:
         return check({key: {root._tag: key} | (body or {}) if not isinstance(body, Choice) else body
                       for key, body in value.items()})  # fmt: skip
 
-    return Annotated[dict[str, root], WrapValidator(spread)]
+    return Annotated[dict[str, root], WrapValidator(spread)]  # type: ignore[valid-type]
 
 
 def _nearest(word: str, known: Any) -> str:

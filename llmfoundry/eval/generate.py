@@ -6,16 +6,16 @@ Shapes: S tokens so far, V vocab.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry import runtime
-from llmfoundry.model.transformer import Cache
+from llmfoundry.model.transformer import Cache, CausalLM
 
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
+    model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     *,
@@ -27,7 +27,7 @@ def generate(
     """Continue a prompt until the end-of-text token or `max_new_tokens`.
 
     Args:
-        model: a `CausalLM`; every rank of a sharded one must call this, and all get the same text.
+        model: every rank of a sharded one must call this, and all get the same text.
         prompt: an empty one begins a new document.
         temperature: 0 takes the likeliest token.
         top_p: sample among the likeliest tokens whose probabilities reach this sum (nucleus sampling,
@@ -53,7 +53,7 @@ def generate(
         ids.append(token)
         fresh = torch.tensor([[token]], device=place)
     model.train(was_training)
-    return tokenizer.decode(ids, skip_special_tokens=True)
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, dice: torch.Generator) -> int:

@@ -242,7 +242,7 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, s
 
 def _setup(ctx: _Context, inputs: Inputs, output: tuple[Tensor, Tensor]) -> None:
     x, weights, w1, w2, *order, activation, gated, _, n_rows = inputs
-    ctx.save_for_backward(x, weights, w1, w2, *cast(list[Tensor], order), output[1])
+    ctx.save_for_backward(x, weights, w1, w2, *order, output[1])
     ctx.unit = (activation, gated, n_rows)
 
 

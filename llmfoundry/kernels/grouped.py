@@ -80,7 +80,7 @@ def grouped(
         plain(rows, [TILE_ROWS, c.depth]),
         plain(w, block),
         ragged(out, [TILE_ROWS, c.columns // c.pieces]),
-        tiles.expert_start, tiles.expert, tiles.row, tiles.count,
+        tiles.expert_start, tiles.expert, tiles.row, tiles.n_tiles,
         inner, N=width, TRANSPOSED=transposed, BM=TILE_ROWS, BN=c.columns, BK=c.depth, GROUP=c.group,
         PROGRAMS=programs, FLATTEN=c.flatten, PIECES=c.pieces, num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip

@@ -7,6 +7,8 @@ the earlier ones of its expert. A radix sort of M keys reads and writes them sev
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -73,15 +75,9 @@ def sort_by_expert_triton(experts: Tensor, n_experts: int) -> Order:
     n_slots, top_k = experts.numel(), experts.shape[1]
     n_blocks = triton.cdiv(n_slots, BLOCK)
     padded = triton.next_power_of_2(n_experts + 2)  # room for "no expert" and for the last block's padding
-    empty = {"dtype": torch.int32, "device": experts.device}
-    counts = torch.empty(padded, n_blocks, **empty)
-    totals = torch.empty(n_experts + 1, **empty)
-    order = Order(
-        torch.empty(n_experts + 1, **empty),
-        torch.empty(n_slots, **empty),
-        torch.empty(n_slots, **empty),
-        torch.empty(n_slots, **empty),
-    )
+    empty = partial(torch.empty, dtype=torch.int32, device=experts.device)
+    counts, totals = empty(padded, n_blocks), empty(n_experts + 1)
+    order = Order(empty(n_experts + 1), empty(n_slots), empty(n_slots), empty(n_slots))
     _count_kernel[(n_blocks,)](experts, counts, n_slots, n_blocks, EXPERTS=padded, BLOCK=BLOCK, num_warps=4)
     _prefix_kernel[(n_experts + 1,)](counts, totals, n_blocks, CHUNK=1024, num_warps=4)
     _start_kernel[(1,)](totals, order.expert_start, n_experts, EXPERTS=padded, num_warps=4)

@@ -2,13 +2,13 @@
 
 Shapes: M rows in expert order, E experts, N_TILES bound on row tiles = ceil(M / 128) + E.
 A row tile never crosses an expert. How many there are depends on the routing and stays on the device: the
-kernels are persistent, their grid is the number of SMs, and they read `Tiles.count`. Busiest experts come
+kernels are persistent, their grid is the number of SMs, and they read `Tiles.n_tiles`. Busiest experts come
 first, so that the last wave of tiles is short ones.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ class Tiles(NamedTuple):
     by_load: Tensor  # (E,) experts, the busiest first
     expert: Tensor  # (N_TILES,) expert of each row tile
     row: Tensor  # (N_TILES,) its first row
-    count: Tensor  # (1,) how many of N_TILES exist
+    n_tiles: Tensor  # (1,) how many of N_TILES exist
 
 
 @cache
@@ -80,15 +80,9 @@ def tile_rows(expert_start: Tensor, n_rows: int) -> Tiles:
         n_rows: M, a bound on expert_start[E].
     """
     n_experts = expert_start.numel() - 1
-    empty = {"dtype": torch.int32, "device": expert_start.device}
+    empty = partial(torch.empty, dtype=torch.int32, device=expert_start.device)
     bound = triton.cdiv(n_rows, TILE_ROWS) + n_experts
-    tiles = Tiles(
-        expert_start,
-        torch.empty(n_experts, **empty),
-        torch.empty(bound, **empty),
-        torch.empty(bound, **empty),
-        torch.empty(1, **empty),
-    )
+    tiles = Tiles(expert_start, empty(n_experts), empty(bound), empty(bound), empty(1))
     _tiles_kernel[(n_experts,)](*tiles, n_experts, TILE=TILE_ROWS, EXPERTS=triton.next_power_of_2(n_experts), CHUNK=64)
     return tiles
 

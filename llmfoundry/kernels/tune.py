@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
@@ -119,8 +119,10 @@ def _timed_choice(candidates: Candidates[Config], problem: Problem, run: Callabl
     if key not in _chosen:
         if torch.cuda.is_current_stream_capturing():
             return 0
-        times = [triton.testing.do_bench(lambda c=c: run(config=c), warmup=2, rep=10, return_mode="median")
-                 for c in candidates.large]  # fmt: skip
+        times = [
+            triton.testing.do_bench(partial(run, config=config), warmup=2, rep=10, return_mode="median")
+            for config in candidates.large
+        ]
         _chosen[key] = min(range(len(times)), key=times.__getitem__)
         _write(problem.device, {key: _chosen[key]})
     return _chosen[key]

@@ -119,7 +119,7 @@ def up(
         plain(w1.view(n_experts * halves, hidden, d_model), [halves, c.columns, c.depth]),
         ragged(h.view(-1, halves, hidden), [TILE_ROWS, 1, c.columns]),
         ragged(a, [TILE_ROWS, c.columns]),
-        weights, row_slot, tiles.expert_start, tiles.expert, tiles.row, tiles.count,
+        weights, row_slot, tiles.expert_start, tiles.expert, tiles.row, tiles.n_tiles,
         d_model, F=hidden, GATED=gated, ACTIVATION=activation, STORE_H=store_h, STORE_A=store_a,
         BM=TILE_ROWS, BN=c.columns, BK=c.depth, GROUP=c.group, PROGRAMS=programs, FLATTEN=c.flatten,
         num_warps=c.num_warps, num_stages=c.num_stages,

@@ -138,7 +138,7 @@ def up_backward(
     up_backward_kernel[(programs,)](
         plain(dy_rows, [TILE_ROWS, c.depth]),
         plain(w2, [1, c.depth, c.columns]),
-        h, dh, a, ds, weights, row_slot, tiles.expert_start, tiles.expert, tiles.row, tiles.count,
+        h, dh, a, ds, weights, row_slot, tiles.expert_start, tiles.expert, tiles.row, tiles.n_tiles,
         d_model, n_rows, F=hidden, GATED=gated, ACTIVATION=activation, BM=TILE_ROWS, BN=c.columns, BK=c.depth,
         SLICES=c.slices, GROUP=c.group, PROGRAMS=programs, FLATTEN=c.flatten,
         num_warps=c.num_warps, num_stages=c.num_stages,

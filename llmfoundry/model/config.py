@@ -20,6 +20,7 @@ class ModelConfig(Choice, tag="name"):
     """Root of the models: `model` in the YAML."""
 
     name: str = "mpt_causal_lm"
+    max_seq_len: int = Field(default=2048, ge=1)
 
     def n_params(self) -> int:
         """All parameters."""
@@ -45,7 +46,6 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
     n_heads: int = Field(ge=1)
     n_layers: int = Field(ge=1)
     vocab_size: int = Field(ge=1)
-    max_seq_len: int = Field(default=2048, ge=1)
     expansion_ratio: float = Field(default=4.0, gt=0)  # ffn hidden size / d_model, where ffn_config gives no size
     no_bias: bool = False  # of every linear layer and norm, unless its own block says otherwise
     norm_type: NormType = "layernorm"

@@ -19,7 +19,8 @@ from llmfoundry.moe.router import Router
 class _Layers(Protocol):
     """What `Balance.of` asks of a model's config."""
 
-    n_layers: int
+    @property
+    def n_layers(self) -> int: ...
 
     def ffn(self, layer: int) -> FFNConfig: ...
 

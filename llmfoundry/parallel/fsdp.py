@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import nn
@@ -130,7 +131,7 @@ def _set_prefetch(model: CausalLM, ahead: int) -> None:
 
 
 def _sharded(*modules: nn.Module | None) -> list[FSDPModule]:
-    return [unit for unit in modules if isinstance(unit, FSDPModule)]
+    return [cast(FSDPModule, unit) for unit in modules if isinstance(unit, FSDPModule)]
 
 
 def _flat(units: list[list[FSDPModule]]) -> list[FSDPModule]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from llmfoundry import runtime
 from llmfoundry.data.loader import Batch
 from llmfoundry.layers.ffn import RouterStats
-from llmfoundry.model.transformer import Output
+from llmfoundry.model.transformer import CausalLM, Output
 from llmfoundry.moe.balance import Balance, load_balance_loss, update_expert_bias, z_loss
 from llmfoundry.parallel.fsdp import accumulating
 from llmfoundry.train.optim import clip_by_global_norm
@@ -31,7 +31,7 @@ class StepResult(NamedTuple):
 
 
 def train_step(
-    model: nn.Module,
+    model: CausalLM,
     optimizer: Optimizer,
     batch: Batch,
     *,
@@ -46,7 +46,7 @@ def train_step(
     ranks. So the gradient is the same for every microbatch size, packing and number of ranks.
 
     Args:
-        model: a `CausalLM`, sharded or not.
+        model: sharded or not.
         batch: this rank's rows, on its device.
         microbatch_rows: rows of one forward; the last microbatch may be smaller.
         max_grad_norm: None does not clip.
@@ -66,6 +66,7 @@ def train_step(
     for i, micro in enumerate(microbatches):
         with accumulating(model, last=i == len(microbatches) - 1):
             out = forward(model, micro)
+            assert out.loss_sum is not None
             loss = out.loss_sum / n_labels
             ce += loss.detach()
             if balance is not None and out.router is not None:
@@ -86,12 +87,12 @@ def train_step(
     return StepResult(ce, total, grad_norm, router, updated)
 
 
-def forward(model: nn.Module, batch: Batch) -> Output:
+def forward(model: CausalLM, batch: Batch) -> Output:
     """The model on a batch's rows, with its loss."""
     return model(batch.tokens, batch.labels, sequence_ids=batch.sequence_ids, keys=batch.rows)
 
 
-def _loads_of_global_batch(model: nn.Module, microbatches: list[Batch], balance: Balance | None) -> Tensor | None:
+def _loads_of_global_batch(model: CausalLM, microbatches: list[Batch], balance: Balance | None) -> Tensor | None:
     """(L, E) loads of the whole global batch before any backward, where the balance loss asks for them.
 
     With one microbatch they are known after its forward (`_auxiliary` reduces them there). With several, an extra
@@ -100,8 +101,8 @@ def _loads_of_global_batch(model: nn.Module, microbatches: list[Batch], balance:
     if balance is None or balance.scope != "global_batch" or balance.loss_weight == 0 or len(microbatches) == 1:
         return None
     with torch.no_grad():
-        loads = torch.stack([forward(model, micro).router.load for micro in microbatches]).sum(0)
-    return runtime.all_reduce_sum(loads)
+        routers = [forward(model, micro).router for micro in microbatches]
+    return runtime.all_reduce_sum(torch.stack([router.load for router in routers if router is not None]).sum(0))
 
 
 def _auxiliary(stats: RouterStats, balance: Balance, tokens: int, n_tokens: Tensor, loads: Tensor | None) -> Tensor:

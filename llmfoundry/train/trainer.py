@@ -7,12 +7,12 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import FrameType
+from typing import cast
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
@@ -21,6 +21,7 @@ from llmfoundry.config import ConfigError, dump
 from llmfoundry.data.loader import Loader
 from llmfoundry.eval.perplexity import evaluate
 from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLM
 from llmfoundry.moe.balance import Balance, summary
 from llmfoundry.moe.layer import MoEConfig
 from llmfoundry.parallel.apply import materialize, parallelize
@@ -58,7 +59,7 @@ class Trainer:
     tokenizer: PreTrainedTokenizerBase
     loader: Loader
     eval_loader: Loader | None
-    model: nn.Module
+    model: CausalLM
     optimizer: Optimizer
     schedule: Schedule
     timeline: Timeline
@@ -189,13 +190,18 @@ class Trainer:
         """Continue from the newest checkpoint of this folder, or begin from `load_path`, or begin."""
         path = self.checkpointer.latest() if self.config.autoresume else None
         if path is not None:
-            self.state = TrainState(**self.checkpointer.load(path, self._checkpoint())["state"])
+            self.state = self._load_all(path)
             log.info("continuing from %s at step %d", path, self.state.step)
         elif self.config.load_path is not None and self.config.load_weights_only:
             self.checkpointer.load_model(Path(self.config.load_path), self.model)
         elif self.config.load_path is not None:
-            loaded = self.checkpointer.load(Path(self.config.load_path), self._checkpoint())
-            self.state = TrainState(**loaded["state"])
+            self.state = self._load_all(Path(self.config.load_path))
+
+    def _load_all(self, path: Path) -> TrainState:
+        state = self.checkpointer.load(path, self._checkpoint()).get("state")
+        if not isinstance(state, dict) or state.keys() != {part.name for part in fields(TrainState)}:
+            raise ConfigError(f"{path}: was not saved by a training run; take its weights by load_weights_only=true")
+        return TrainState(**cast(dict[str, int], state))
 
     def _checkpoint(self) -> CheckpointState:
         return CheckpointState(

@@ -80,8 +80,8 @@ def test_order_and_tiles_equal_reference(t: int, k: int, e: int) -> None:
     for a, b in zip(order, expected, strict=True):
         assert torch.equal(a, b)
     tiles, reference = tile_rows(order.expert_start, t * k), tile_rows_reference(order.expert_start, t * k)
-    n = int(reference.count)
-    assert int(tiles.count) == n and torch.equal(tiles.by_load.cpu(), reference.by_load)
+    n = int(reference.n_tiles)
+    assert int(tiles.n_tiles) == n and torch.equal(tiles.by_load.cpu(), reference.by_load)
     assert torch.equal(tiles.expert[:n].cpu(), reference.expert)
     assert torch.equal(tiles.row[:n].cpu(), reference.row)
 
