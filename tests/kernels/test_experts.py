@@ -1,0 +1,155 @@
+"""The experts' backends in plain PyTorch against each other: outputs and every gradient.
+
+Shapes: T tokens, D d_model, F ffn hidden size, E experts, K top_k.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmfoundry.kernels.experts import experts_ffn, resolve_backend
+
+
+class Row(NamedTuple):
+    """One shape, and how tokens choose."""
+
+    t: int
+    d: int
+    f: int
+    e: int
+    k: int
+    gated: bool
+    activation: str
+    routing: str
+    biases: bool = False
+    limit: float | None = None
+
+
+ROWS = [
+    Row(64, 32, 24, 8, 2, True, "silu", "natural"),
+    Row(33, 16, 40, 4, 4, True, "gelu", "natural", biases=True),
+    Row(50, 16, 8, 8, 2, False, "relu2", "empty"),
+    Row(50, 16, 8, 8, 2, True, "silu", "empty", biases=True),
+    Row(29, 24, 16, 8, 1, True, "silu", "one"),
+    Row(29, 24, 16, 8, 1, False, "gelu_tanh", "one", biases=True),
+    Row(40, 16, 16, 4, 2, True, "silu", "elsewhere", biases=True),
+    Row(40, 16, 16, 4, 2, True, "swiglu_oss", "natural", biases=True, limit=0.5),
+    Row(1, 8, 8, 1, 1, True, "silu", "natural"),
+    Row(0, 8, 8, 4, 2, True, "silu", "natural"),
+]
+each_row = pytest.mark.parametrize("row", ROWS, ids=str)
+
+
+def draw(row: Row, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
+    """Tensors that get gradients, and the experts of each token."""
+    halves = 2 if row.gated else 1
+    leaves = {
+        "x": torch.randn(row.t, row.d, dtype=dtype),
+        "weights": torch.rand(row.t, row.k, dtype=dtype),
+        "w1": torch.randn(row.e, row.f * halves, row.d, dtype=dtype) / row.d**0.5,
+        "w2": torch.randn(row.e, row.d, row.f, dtype=dtype) / row.f**0.5,
+    }
+    if row.biases:
+        leaves |= {
+            "b1": torch.randn(row.e, row.f * halves, dtype=dtype),
+            "b2": torch.randn(row.e, row.d, dtype=dtype),
+        }
+    scores = torch.rand(row.t, row.e)
+    if row.routing == "empty":
+        scores[:, : row.e // 2] = -1
+    experts = scores.topk(row.k, dim=1).indices
+    if row.routing == "one":
+        experts[:] = row.e // 2
+    if row.routing == "elsewhere":
+        experts[torch.rand(row.t, row.k) < 0.4] = row.e
+    return leaves, experts
+
+
+def outcome(row: Row, leaves: dict[str, Tensor], experts: Tensor, **how: object) -> dict[str, Tensor]:
+    """The output and the gradient of a fixed projection of it."""
+    copies = {name: value.clone().requires_grad_() for name, value in leaves.items()}
+    tensors = {name: copies.get(name) for name in ("b1", "b2")}
+    y = experts_ffn(
+        copies["x"], copies["weights"], experts, copies["w1"], copies["w2"], **tensors,
+        activation=row.activation, gated=row.gated, limit=row.limit, **how,
+    )  # fmt: skip
+    direction = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y).cos()
+    y.backward(direction)
+    grads = {f"d{name}": copy.grad for name, copy in copies.items()}
+    return {"y": y.detach()} | {name: grad for name, grad in grads.items() if grad is not None}
+
+
+@each_row
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
+def test_grouped_equals_reference(row: Row, dtype: torch.dtype, tolerance: float) -> None:
+    leaves, experts = draw(row, dtype)
+    true = outcome(row, leaves, experts, backend="reference")
+    ours = outcome(row, leaves, experts, backend="grouped_mm")
+    assert ours.keys() >= true.keys()
+    for name, value in true.items():
+        scale = value.abs().max().clamp_min(1e-30) if value.numel() else 1.0
+        assert ((ours[name] - value).abs() / scale <= tolerance).all(), name
+
+
+def test_an_expert_without_tokens_gets_a_gradient_of_zero() -> None:
+    row = Row(50, 16, 8, 8, 2, True, "silu", "empty")
+    leaves, experts = draw(row, torch.float32)
+    found = outcome(row, leaves, experts, backend="grouped_mm")
+    for name in ("dw1", "dw2"):
+        assert not found[name][: row.e // 2].any() and found[name][row.e // 2 :].any()
+
+
+def test_computing_h_again_gives_the_same_bits() -> None:
+    row = Row(64, 32, 24, 8, 2, True, "silu", "natural", biases=True)
+    leaves, experts = draw(row, torch.float32)
+    kept, again = (outcome(row, leaves, experts, backend="grouped_mm", save_h=keep) for keep in (True, False))
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+def test_twice_gives_the_same_bits() -> None:
+    row = ROWS[0]
+    leaves, experts = draw(row, torch.float32)
+    one, two = (outcome(row, leaves, experts, backend="grouped_mm") for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_only_what_backward_needs_is_kept() -> None:
+    row = Row(256, 32, 64, 4, 2, True, "silu", "natural")
+    leaves, experts = draw(row, torch.float32)
+    copies = [leaves[name].requires_grad_() for name in ("x", "weights", "w1", "w2")]
+    own = {copy.data_ptr() for copy in copies}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        experts_ffn(*copies[:2], experts, *copies[2:], activation="silu", gated=True, backend="grouped_mm")
+    beside = sum(size for pointer, size in kept.items() if pointer not in own)
+    h = row.t * row.k * 2 * row.f * 4
+    assert beside <= 1.05 * h, "x is the caller's; h and a few int32 indices are all that is added"
+
+
+def test_a_backend_that_cannot_run_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x = torch.zeros(1, 8)
+    assert resolve_backend("auto", x) == "grouped_mm"
+    with pytest.raises(ValueError, match="moe_impl=triton: .*use moe_impl=auto"):
+        resolve_backend("triton", x)
+    with pytest.raises(ValueError, match="moe_impl=fast: unknown"):
+        resolve_backend("fast", x)
+
+
+def test_shapes_that_do_not_fit_are_named() -> None:
+    leaves, experts = draw(ROWS[0], torch.float32)
+    with pytest.raises(ValueError, match="does not fit w2"):
+        experts_ffn(leaves["x"], leaves["weights"], experts, leaves["w1"][:, :-1], leaves["w2"],
+                    activation="silu", gated=True, backend="grouped_mm")  # fmt: skip
+    with pytest.raises(ValueError, match="unknown; known"):
+        experts_ffn(leaves["x"], leaves["weights"], experts, leaves["w1"], leaves["w2"],
+                    activation="sigh", gated=True, backend="grouped_mm")  # fmt: skip

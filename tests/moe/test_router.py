@@ -1,0 +1,139 @@
+"""The router against formulas written out, and what must not change a token's way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from llmfoundry.moe.router import Router, RouterConfig, statistics, top_k_ids
+
+B, S, D, E = 3, 10, 16, 8
+
+
+def build(**settings: object) -> Router:
+    router = Router(RouterConfig.model_validate({"moe_num_experts": E, "moe_top_k": 2} | settings), D, 0)
+    torch.nn.init.normal_(router.weight)
+    return router
+
+
+def inputs() -> Tensor:
+    return torch.randn(B, S, D)
+
+
+def test_softmax_weights_are_the_scores_of_the_chosen() -> None:
+    router, x = build(), inputs()
+    found = router(x)
+    scores = (x.view(-1, D) @ router.weight.T).softmax(-1)
+    best = scores.topk(2)
+    assert torch.equal(found.experts, best.indices)
+    torch.testing.assert_close(found.weights, best.values)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0])
+def test_normalised_weights_have_norm_one_times_the_scaling(p: float) -> None:
+    found = build(moe_normalize_expert_weights=p, moe_routed_scaling=2.5)(inputs())
+    norm = torch.linalg.vector_norm(found.weights, p, dim=-1)
+    torch.testing.assert_close(norm, torch.full_like(norm, 2.5))
+
+
+def test_the_loss_free_bias_chooses_and_does_not_weigh() -> None:
+    router, x = build(moe_score_fn="sigmoid", moe_bias_update_rate=0.001), inputs()
+    assert router.expert_bias is not None
+    router.expert_bias[5] = 10.0
+    found = router(x)
+    assert (found.experts == 5).any(1).all(), "everyone takes the expert with the high bias"
+    scores = (x.view(-1, D) @ router.weight.T).sigmoid()
+    torch.testing.assert_close(found.weights, scores.gather(1, found.experts))
+
+
+@pytest.mark.parametrize(("score_fn", "counted"), [("sigmoid", 2), ("softmax", 1)])
+def test_experts_come_from_the_best_groups(score_fn: str, counted: int) -> None:
+    router = build(moe_score_fn=score_fn, moe_n_groups=4, moe_topk_groups=2, moe_top_k=3)
+    found = router(inputs())
+    for token in range(B * S):
+        groups = found.scores[token].view(4, 2)
+        best = groups.topk(counted, dim=1).values.sum(1).topk(2).indices
+        allowed = torch.full((4, 2), float("-inf"))
+        allowed[best] = groups[best]
+        assert set(found.experts[token].tolist()) == set(allowed.flatten().topk(3).indices.tolist())
+
+
+def test_ties_go_to_the_lowest_id() -> None:
+    scores = torch.tensor([[0.5, 0.25, 0.5, 0.5], [0.0, -0.0, 0.0, -1.0]])
+    for dtype in (torch.float32, torch.float64):
+        assert top_k_ids(scores.to(dtype), 2).tolist() == [[0, 2], [0, 1]]
+
+
+def test_top_k_is_that_of_a_sort_for_any_floats() -> None:
+    scores = torch.cat([torch.randn(500, 7), torch.randint(-2, 3, (500, 7)).float()])
+    assert torch.equal(top_k_ids(scores, 4), scores.sort(dim=-1, descending=True, stable=True).indices[:, :4])
+
+
+def test_low_precision_input_is_scored_in_float32() -> None:
+    router = build().bfloat16()
+    x = inputs().bfloat16()
+    found = router(x)
+    assert found.logits.dtype == found.weights.dtype == torch.float32
+    torch.testing.assert_close(found.logits, x.view(-1, D).float() @ router.weight.float().T)
+
+
+def test_the_gradient_of_low_precision_input_is_that_of_float32() -> None:
+    router, x = build().bfloat16(), inputs().bfloat16().requires_grad_()
+    router(x).logits.square().sum().backward()
+    copy, weight = x.detach().float().requires_grad_(), router.weight.detach().float().requires_grad_()
+    (copy.view(-1, D) @ weight.T).square().sum().backward()
+    assert copy.grad is not None and weight.grad is not None
+    torch.testing.assert_close(x.grad, copy.grad.bfloat16())
+    torch.testing.assert_close(router.weight.grad, weight.grad.bfloat16())
+
+
+def test_jitter_follows_the_row_wherever_it_is_computed() -> None:
+    router, x, keys = build(moe_jitter_eps=0.2), inputs(), torch.tensor([7, 11, 13])
+    whole = router(x, keys).logits.view(B, S, E)
+    order = torch.tensor([2, 0, 1])
+    assert torch.equal(router(x[order], keys[order]).logits.view(B, S, E), whole[order])
+    assert not torch.equal(router(x, keys + 1).logits.view(B, S, E), whole)
+    router.eval()
+    plain = router(x).logits
+    assert torch.equal(plain, build_like(router, x)), "none in evaluation"
+    spread = whole.view(-1, E) / plain
+    assert spread.median().item() == pytest.approx(1.0, abs=0.05)
+
+
+def build_like(router: Router, x: Tensor) -> Tensor:
+    return x.view(-1, D) @ router.weight.T
+
+
+def test_jitter_without_keys_is_an_error() -> None:
+    with pytest.raises(ValueError, match="keys"):
+        build(moe_jitter_eps=0.1)(inputs())
+
+
+def test_statistics_are_sums_over_tokens() -> None:
+    found = build()(inputs())
+    stats = statistics(found)
+    assert stats.load.sum() == B * S * 2 and not stats.load.requires_grad
+    torch.testing.assert_close(stats.score_sum, found.scores.sum(0))
+    torch.testing.assert_close(stats.z_sum, found.logits.exp().sum(-1).log().square().sum())
+    torch.testing.assert_close(stats.entropy_sum, -(found.scores * found.scores.log()).sum())
+
+
+def test_uniform_assignment_is_even() -> None:
+    found = build(uniform_expert_assignment=True)(torch.randn(2, 16, D))
+    assert torch.equal(statistics(found).load, torch.full((E,), 2 * 16 * 2 / E))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"moe_top_k": 9}, "moe_top_k=9 exceeds moe_num_experts=8; lower moe_top_k or add experts"),
+        ({"moe_n_groups": 3}, "does not divide into moe_n_groups=3"),
+        ({"moe_n_groups": 4, "moe_topk_groups": 5}, "moe_topk_groups=5 exceeds moe_n_groups=4"),
+        ({"moe_n_groups": 8, "moe_topk_groups": 1}, "raise moe_topk_groups"),
+    ],
+)
+def test_impossible_routing_is_refused(settings: dict[str, int], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        build(**settings)
