@@ -1,0 +1,94 @@
+"""Monitors and loggers on a real run, a tiny one."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from llmfoundry.cli import train_main
+
+STEPS = 4
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    text = {"name": "synthetic", "n_documents": 40, "document_words": 50, "cache_dir": str(tmp_path / "cache")}
+    ffn = {"ffn_type": "mb_dmoe", "ffn_hidden_size": 32, "moe_num_experts": 4, "ffn_act_fn": {"name": "silu"}}
+    config = {
+        "max_seq_len": 32,
+        "model": {"d_model": 32, "n_heads": 2, "n_layers": 2, "vocab_size": 320, "max_seq_len": 32, "ffn_config": ffn},
+        "tokenizer": {"name": "bpe", "vocab_size": 300},
+        "train_loader": {"dataset": text | {"split": "train"}},
+        "eval_loader": {"dataset": text | {"split": "validation", "validation_fraction": 0.2}},
+        "optimizer": {"name": "adamw", "lr": 0.01},
+        "scheduler": {"name": "constant_with_warmup"},
+        "max_duration": f"{STEPS}ba",
+        "global_train_batch_size": 4,
+        "save_folder": str(tmp_path / "run"),
+        "log_to_console": False,
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def lines(tmp_path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_speed_and_learning_rate_are_in_every_line(recipe: Path, tmp_path: Path) -> None:
+    peak = 1e9
+    options = [f"callbacks.speed_monitor.gpu_flops_available={peak}", "callbacks.lr_monitor={}"]
+    assert train_main([str(recipe), *options]) == 0
+    found = lines(tmp_path)
+    assert len(found) == STEPS
+    for line in found:
+        assert line["throughput/device/mfu"] == pytest.approx(line["throughput/flops_per_sec"] / peak)
+        tokens = 4 * 32 * line["throughput/batches_per_sec"]
+        assert line["throughput/tokens_per_sec"] == pytest.approx(tokens)
+        assert line["lr-AdamW/group0"] == line["lr"] == 0.01
+
+
+def test_tensorboard_holds_the_numbers_of_metrics_jsonl(recipe: Path, tmp_path: Path) -> None:
+    assert train_main([str(recipe), "loggers.tensorboard={}"]) == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    written = {event.step: event.value for event in events.Scalars("loss/train/total")}
+    assert written.keys() == {line["step"] for line in lines(tmp_path)}
+    assert all(math.isclose(written[line["step"]], line["loss/train/total"], rel_tol=1e-6) for line in lines(tmp_path))
+
+
+def test_wandb_works_without_an_account(recipe: Path, tmp_path: Path) -> None:
+    assert train_main([str(recipe), "loggers.wandb.mode=offline", "loggers.wandb.project=test"]) == 0
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    assert file.stat().st_size > 0
+
+
+def test_a_sample_is_printed_beside_what_compressors_reach(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_main([str(recipe), "callbacks.sample_text={max_new_tokens: 8, prompt: ''}"]) == 0
+    out = capsys.readouterr().out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert "gzip -9: " in out and "xz -9: " in out
+    assert f"this model: {summary['validation/bits_per_byte']:.4f}" in out
+
+
+def test_starving_experts_are_warned_about(recipe: Path, caplog: pytest.LogCaptureFixture) -> None:
+    # Two rows of eight tokens to 4 experts, one each: nobody gets 0.99 of an equal share for long.
+    assert train_main([str(recipe), "callbacks.expert_load={starving_below: 0.99, patience: 2}"]) == 0
+    assert "raise moe_loss_weight" in caplog.text
+
+
+def test_the_console_line_shows_what_matters(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_main([str(recipe), "log_to_console=true", "console_log_interval=2ba"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert "active" in out[0] and "saving to" in out[0]
+    steps = [line for line in out if line.startswith("step")]
+    assert [line.split()[1] for line in steps] == ["2/4", "4/4"]
+    assert "loss" in steps[0] and "bits/byte" in steps[1]

@@ -1,0 +1,75 @@
+"""Text from a model: with a cache as without one, the same for a seed, within top-p."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from llmfoundry.eval.generate import generate, sample
+from llmfoundry.layers.attention import GroupedQueryConfig
+from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLM
+
+WORDS = ["<end>", *(f"w{i}" for i in range(30))]
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<end>")
+
+
+@pytest.fixture
+def model() -> CausalLM:
+    attention = GroupedQueryConfig(attn_type="grouped_query_attention", kv_n_heads=2, rope=True)
+    config = CausalLMConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=len(WORDS), attn_config=attention)
+    model = CausalLM(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def test_greedy_text_is_that_of_whole_forwards(model: CausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    text = generate(model, tokenizer, "w3 w5", max_new_tokens=20, temperature=0)
+    ids = tokenizer.encode("w3 w5")
+    while len(ids) < 22:
+        logits = model(torch.tensor([ids])).logits
+        assert logits is not None
+        best = int(logits[0, -1].argmax())
+        if best == tokenizer.eos_token_id:
+            break
+        ids.append(best)
+    assert text == tokenizer.decode(ids)
+
+
+def test_a_seed_names_a_text(model: CausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    def write(seed: int) -> str:
+        return generate(model, tokenizer, "w3", max_new_tokens=20, seed=seed)
+
+    assert write(1) == write(1)
+    assert len({write(seed) for seed in range(5)}) > 1
+
+
+def test_an_empty_prompt_begins_a_document(model: CausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    assert generate(model, tokenizer, "", max_new_tokens=5, temperature=0)
+
+
+def test_the_model_goes_on_training(model: CausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    generate(model.train(), tokenizer, "w3", max_new_tokens=1)
+    assert model.training
+
+
+def test_top_p_leaves_the_unlikely_out() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    dice = torch.Generator().manual_seed(0)
+    drawn = [sample(logits, 1.0, 0.7, dice) for _ in range(200)]
+    assert set(drawn) == {0, 1}
+    assert 0.5 < drawn.count(0) / 200 < 0.75, "5 to 3"
+    assert set(sample(logits, 1.0, 1e-6, dice) for _ in range(20)) == {0}
+
+
+def test_temperature_zero_takes_the_lowest_id_of_equals() -> None:
+    assert sample(torch.tensor([0.0, 2.0, 2.0]), 0, 1.0, torch.Generator()) == 1

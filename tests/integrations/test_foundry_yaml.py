@@ -1,0 +1,144 @@
+"""A YAML written for LLM Foundry is one of ours: renamed words are translated out loud, the rest is refused."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llmfoundry.cli import read_config
+from llmfoundry.config import ConfigError
+from llmfoundry.integrations.foundry_yaml import translate
+
+# In the words of LLM Foundry v0.22, for a mixture of experts.
+FOUNDRY = {
+    "variables": {"data_local": "texts", "max_seq_len": 128, "global_seed": 17},
+    "max_seq_len": "${variables.max_seq_len}",
+    "run_name": "mpt-moe",
+    "model": {
+        "name": "mpt_causal_lm",
+        "init_device": "mixed",
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 2,
+        "expansion_ratio": 2,
+        "max_seq_len": "${variables.max_seq_len}",
+        "vocab_size": 320,
+        "no_bias": True,
+        "norm_type": "low_precision_layernorm",
+        "attn_config": {
+            "attn_type": "grouped_query_attention",
+            "kv_n_heads": 2,
+            "attn_impl": "flash",
+            "attn_pdrop": 0.0,
+            "rope": True,
+            "rope_impl": "hf",
+            "rope_hf_config": {"type": "no_scaling", "factor": 1.0},
+        },
+        "ffn_config": {
+            "ffn_type": "mb_dmoe",
+            "moe_num_experts": 4,
+            "moe_top_k": 2,
+            "moe_world_size": 1,
+            "moe_weight_parallelism": False,
+            "uniform_expert_assignment": False,
+            "moe_loss_weight": 0.05,
+            "moe_normalize_expert_weights": 1.0,
+            "moe_lbl_in_fp32": False,
+            "mlp_type": "glu",
+            "mlp_impl": "grouped",
+            "ffn_act_fn": {"name": "silu"},
+        },
+        "loss_fn": "torch_crossentropy",
+    },
+    "tokenizer": {"name": "bpe", "vocab_size": 300},
+    "train_loader": {
+        "name": "text",
+        "dataset": {"name": "synthetic", "split": "train"},
+        "drop_last": True,
+        "num_workers": 8,
+    },
+    "scheduler": {"name": "cosine_with_warmup", "t_warmup": "100ba", "alpha_f": 0.1},
+    "optimizer": {"name": "decoupled_adamw", "lr": 6.0e-4, "betas": [0.9, 0.95], "eps": 1.0e-8, "weight_decay": 0.0},
+    "algorithms": {"gradient_clipping": {"clipping_type": "norm", "clipping_threshold": 1.0}},
+    "max_duration": "4800ba",
+    "eval_interval": "500ba",
+    "eval_first": False,
+    "eval_subset_num_batches": -1,
+    "global_train_batch_size": 256,
+    "seed": "${variables.global_seed}",
+    "device_eval_batch_size": 16,
+    "device_train_microbatch_size": 16,
+    "precision": "amp_bf16",
+    "fsdp_config": {
+        "sharding_strategy": "FULL_SHARD",
+        "mixed_precision": "PURE",
+        "activation_checkpointing": True,
+        "activation_checkpointing_reentrant": False,
+        "activation_cpu_offload": False,
+        "limit_all_gathers": True,
+    },
+    "progress_bar": False,
+    "log_to_console": True,
+    "console_log_interval": "1ba",
+    "callbacks": {
+        "speed_monitor": {"window_size": 10},
+        "lr_monitor": {},
+        "memory_monitor": {},
+        "runtime_estimator": {},
+    },
+    "save_folder": "runs/mpt-moe",
+}
+
+
+def test_a_whole_file_is_understood_and_says_what_it_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "mpt.yaml"
+    path.write_text(yaml.safe_dump(FOUNDRY))
+    caplog.set_level(logging.INFO)
+    config = read_config(str(path), [])
+    assert config.model.n_params() > 0
+    assert config.parallel.recompute == "full" and config.parallel.expert == 1
+    for said in ("moe_world_size", "fsdp_config", "init_device", "runtime_estimator", "rope_impl"):
+        assert said in caplog.text, said
+
+
+def changed(path: str, value: object) -> dict[str, object]:
+    """The file's data with one value set."""
+    data = yaml.safe_load(yaml.safe_dump(FOUNDRY))
+    node = data
+    *parents, key = path.split(".")
+    for parent in parents:
+        node = node[parent]
+    node[key] = value
+    return data
+
+
+def test_expert_parallelism_becomes_a_mesh_axis() -> None:
+    data, notes = translate(changed("model.ffn_config.moe_world_size", 4))
+    assert data["parallel"]["expert"] == 4
+    assert any("parallel.expert: 4" in note for note in notes)
+    assert "moe_world_size" not in data["model"]["ffn_config"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("model.attn_config.attn_pdrop", 0.1, "attn_pdrop: 0.1 is not supported"),
+        ("model.resid_pdrop", 0.1, "resid_pdrop: 0.1 is not supported"),
+        ("model.ffn_config.moe_capacity_factor", 1.25, "moe_capacity_factor: 1.25 is not supported"),
+        ("fsdp_config.sharding_strategy", "HYBRID_SHARD", "write parallel: {replicate:"),
+        ("fsdp_config.activation_cpu_offload", True, "use parallel.recompute"),
+        ("fsdp_config.typo", 1, "fsdp_config.typo: unknown key"),
+    ],
+)
+def test_what_would_change_the_result_is_refused(path: str, value: object, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        translate(changed(path, value))
+
+
+def test_the_data_that_is_translated_stays_as_it_was() -> None:
+    before = yaml.safe_dump(FOUNDRY)
+    translate(FOUNDRY)
+    assert yaml.safe_dump(FOUNDRY) == before
