@@ -87,7 +87,7 @@ class Trainer:
             self._evaluate()
         with self._signals():
             while self.state.step < self.timeline.total_steps and not self.stop_requested:
-                metrics = self._step()
+                metrics = self.take_step()
                 self.stop_requested = runtime.any_rank(self.stop_requested)
                 if self._due_evaluation():
                     metrics |= self._evaluate()
@@ -109,7 +109,7 @@ class Trainer:
             callback.fit_end(self)
         return result
 
-    def _step(self) -> Metrics:
+    def take_step(self) -> Metrics:
         """Take the next rows, update the weights, and say what happened."""
         start = time.perf_counter()
         state, rows = self.state, self.config.global_train_batch_size

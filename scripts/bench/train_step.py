@@ -1,0 +1,140 @@
+"""The whole training step of a YAML: tokens/s, MFU and peak memory, beside what the plan foretold.
+
+    python scripts/bench/train_step.py yamls/olmoe-1b-7b.yaml --name "OLMoE, 8 layers" model.n_layers=8 \
+        train_loader.dataset.name=python_stdlib tokenizer.name=bpe tokenizer.vocab_size=8192
+    torchrun --nproc-per-node 2 scripts/bench/train_step.py yamls/olmoe-1b-7b.yaml --name "OLMoE, shard 2" ...
+
+Builds the run as training does and takes its steps, without evaluation, checkpoints or loggers. A step ends when its
+numbers are on the host, so each is timed whole. With --profile it also says how long each GPU was in communication
+while nothing else ran on it. Rank 0 puts a row under its name into scripts/bench/results/train_step.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from llmfoundry import runtime
+from llmfoundry.cli import read_config
+from llmfoundry.parallel.mesh import Degrees
+from llmfoundry.parallel.plan import GIB, memory
+from llmfoundry.train.config import RunConfig
+from llmfoundry.train.trainer import Trainer, build
+
+ROOT = Path(__file__).resolve().parents[2]
+Row = dict[str, object]
+
+
+def timed_steps(trainer: Trainer, warmup: int, steps: int) -> list[float]:
+    """Seconds of each step after the warm-up; the peak of memory counts from there."""
+    for _ in range(warmup):
+        trainer.take_step()
+    if trainer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    return [float(str(trainer.take_step()["time/step_seconds"])) for _ in range(steps)]
+
+
+def measured(trainer: Trainer, seconds: list[float]) -> Row:
+    config = trainer.config
+    tokens = config.global_train_batch_size * config.max_seq_len / runtime.world_size()
+    low, median, high = statistics.quantiles(seconds, n=4)
+    flops = tokens / median * config.model.flops_per_token(config.max_seq_len)
+    peak = runtime.peak_flops(trainer.device)
+    return {
+        "seconds": {"median": median, "quartile_1": low, "quartile_3": high},
+        "tokens_per_second_per_device": tokens / median,
+        "model_tflops_per_device": flops / 1e12,
+        "mfu": flops / peak if peak else None,
+        "peak_gib": runtime.peak_memory_bytes(trainer.device) / GIB,
+    }
+
+
+def foretold(trainer: Trainer) -> Row:
+    """The plan's estimate of what `measured` finds as the peak."""
+    config, degrees = trainer.config, trainer.mesh.degrees
+    rows = -(-config.global_train_batch_size // runtime.world_size())
+    micro = config.device_train_microbatch_size
+    micro = rows if micro == "auto" else min(micro, rows)
+    wide = config.precision_on(trainer.device.type) == "fp32"
+    held = memory(config.model, config.parallel, Degrees(*degrees), micro * config.max_seq_len, 4 if wide else 2)
+    return {"in_all_gib": held.total / GIB} | {f"{name}_gib": size / GIB for name, size in held._asdict().items()}
+
+
+def exposed_communication(trainer: Trainer) -> Row:
+    """Seconds of one step in which communication kernels ran on this GPU and no other kernel did."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        trainer.take_step()
+    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            is_communication = "nccl" in event.name.lower()
+            spans[is_communication].append((event.time_range.start / 1e6, event.time_range.end / 1e6))
+    busy, communicating = _union(spans[False]), _union(spans[True])
+    together = _union([*spans[True], *spans[False]])
+    return {"communication_seconds": communicating, "exposed_seconds": together - busy}
+
+
+def _union(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def machine(device: torch.device) -> Row:
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return {
+        "git_sha": git.stdout.strip() or "unknown",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "devices": runtime.world_size(),
+        "torch": torch.__version__,
+    }
+
+
+def described(config: RunConfig) -> Row:
+    return {
+        "parameters": config.model.n_params(),
+        "active_parameters": config.model.n_active_params(),
+        "sequence": config.max_seq_len,
+        "global_rows": config.global_train_batch_size,
+        "microbatch_rows": config.device_train_microbatch_size,
+        "parallel": config.parallel.model_dump(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--name", required=True, help="of the row")
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "bench" / "results" / "train_step.json")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        config = read_config(args.yaml, [*args.overrides, f"save_folder={folder}", "autoresume=false"])
+        trainer = build(config)
+        seconds = timed_steps(trainer, args.warmup, args.steps)
+        row = machine(trainer.device) | described(config) | measured(trainer, seconds) | {"plan": foretold(trainer)}
+        row |= {"warmup": args.warmup, "steps": args.steps, "overrides": args.overrides}
+        if args.profile and trainer.device.type == "cuda":
+            row |= exposed_communication(trainer)
+    if runtime.is_rank0():
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else {}
+        args.out.write_text(json.dumps({"rows": rows | {args.name: row}}, indent=1) + "\n")
+        print(json.dumps({args.name: row}, indent=1))
+    runtime.stop()
+
+
+if __name__ == "__main__":
+    main()
