@@ -1,0 +1,144 @@
+"""Compile the experts' kernels for an H100, on any machine, and say what they use: run as a script by test_compiles.py.
+
+A process of its own, for the tests' interpret the same kernels. Prints one JSON object a kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from llmfoundry.kernels.grouped import GroupedConfig, grouped_kernel  # noqa: E402
+from llmfoundry.kernels.tiles import TILE_ROWS  # noqa: E402
+from llmfoundry.kernels.tune import DOWN, DW1, DX, UP, UP_BACKWARD  # noqa: E402
+from llmfoundry.kernels.up import UpConfig, up_kernel  # noqa: E402
+from llmfoundry.kernels.up_backward import UpBackwardConfig, up_backward_kernel  # noqa: E402
+from llmfoundry.kernels.weight_grad import WeightGradConfig, weight_grad_kernel  # noqa: E402
+
+SHAPES = {"qwen30b": (2048, 768), "dbrx": (6144, 10752)}  # D, F
+PROGRAMS = 132  # SMs of an H100
+TILES = {"start_ptr": "*i32", "expert_ptr": "*i32", "row_ptr": "*i32", "count_ptr": "*i32"}
+
+
+def descriptor(*block: int) -> str:
+    return f"tensordesc<bf16[{','.join(map(str, block))}]>"
+
+
+def ragged(*block: int) -> str:
+    """A ragged descriptor has two dims more: they clip at an expert's last row."""
+    return descriptor(1, 1, *block)
+
+
+def up(d: int, f: int, c: UpConfig) -> None:
+    types = {
+        "x_desc": descriptor(TILE_ROWS, c.depth),
+        "w1_desc": descriptor(2, c.columns, c.depth),
+        "h_desc": ragged(TILE_ROWS, 1, c.columns),
+        "a_desc": ragged(TILE_ROWS, c.columns),
+        "weights_ptr": "*fp32",
+        "row_slot_ptr": "*i32",
+        "D": "i32",
+    }
+    constants = {"F": f, "GATED": True, "ACTIVATION": "silu", "STORE_H": True, "STORE_A": True, "BM": TILE_ROWS,
+                 "BN": c.columns, "BK": c.depth, "GROUP": c.group, "PROGRAMS": PROGRAMS,
+                 "FLATTEN": c.flatten}  # fmt: skip
+    report("up", up_kernel, types | TILES, constants, c.num_warps, c.num_stages)
+
+
+def grouped(name: str, width: int, c: GroupedConfig, transposed: bool) -> None:
+    types = {
+        "rows_desc": descriptor(TILE_ROWS, c.depth),
+        "w_desc": descriptor(1, c.depth, c.columns) if transposed else descriptor(1, c.columns, c.depth),
+        "out_desc": ragged(TILE_ROWS, c.columns // c.pieces),
+        "J": "i32",
+    }
+    constants = {"N": width, "TRANSPOSED": transposed, "BM": TILE_ROWS, "BN": c.columns, "BK": c.depth,
+                 "GROUP": c.group, "PROGRAMS": PROGRAMS, "FLATTEN": c.flatten, "PIECES": c.pieces}  # fmt: skip
+    report(name, grouped_kernel, types | TILES, constants, c.num_warps, c.num_stages)
+
+
+def up_backward(d: int, f: int, c: UpBackwardConfig) -> None:
+    types = {
+        "dy_desc": descriptor(TILE_ROWS, c.depth),
+        "w2_desc": descriptor(1, c.depth, c.columns),
+        "h_ptr": "*bf16",
+        "dh_ptr": "*bf16",
+        "a_ptr": "*bf16",
+        "ds_ptr": "*fp32",
+        "weights_ptr": "*fp32",
+        "row_slot_ptr": "*i32",
+        "D": "i32",
+        "M": "i32",
+    }
+    constants = {"F": f, "GATED": True, "ACTIVATION": "silu", "BM": TILE_ROWS, "BN": c.columns, "BK": c.depth,
+                 "SLICES": c.slices, "GROUP": c.group, "PROGRAMS": PROGRAMS, "FLATTEN": c.flatten}  # fmt: skip
+    report("up_backward", up_backward_kernel, types | TILES, constants, c.num_warps, c.num_stages)
+
+
+def weight_grad(p: int, n: int, c: WeightGradConfig) -> None:
+    types = {
+        "left_desc": ragged(c.depth, c.height),
+        "right_desc": ragged(c.depth, c.width),
+        "out_desc": descriptor(1, c.height, c.width),
+        "start_ptr": "*i32",
+        "by_load_ptr": "*i32",
+        "E": "i32",
+    }
+    constants = {"P": p, "N": n, "BM": c.height, "BN": c.width, "BK": c.depth, "GROUP": c.group,
+                 "PROGRAMS": PROGRAMS, "FLATTEN": c.flatten}  # fmt: skip
+    report("weight_grad", weight_grad_kernel, types, constants, c.num_warps, c.num_stages)
+
+
+def report(
+    name: str,
+    kernel: triton.JITFunction,
+    types: dict[str, str],
+    constants: dict[str, object],
+    num_warps: int,
+    num_stages: int,
+) -> None:
+    """Compile, and print registers, bytes a thread that spill, and shared memory."""
+    signature = {key: types.get(key, "constexpr") for key in kernel.arg_names}
+    aligned = [["tt.divisibility", 16]]
+    attributes = {(i,): aligned for i, kind in enumerate(signature.values()) if kind.startswith("*") or kind == "i32"}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    assert found is not None, said
+    row = {"kernel": name, "registers": int(found[1]), "spilled": int(found[2]), "shared": compiled.metadata.shared}
+    print(json.dumps(row | {"warps": num_warps, "stages": num_stages} | constants), flush=True)
+
+
+def main() -> None:
+    d, f = SHAPES[sys.argv[1]]
+    for config in UP.large:
+        up(d, f, config)
+    for config in DOWN.large:
+        grouped("down", d, config, transposed=False)
+    for config in DX.large:
+        grouped("dx", d, config, transposed=True)
+    for config in UP_BACKWARD.large:
+        up_backward(d, f, config)
+    weight_grad(2 * f, d, DW1.large[0])
+    weight_grad(d, f, DW1.large[0])
+
+
+if __name__ == "__main__":
+    main()

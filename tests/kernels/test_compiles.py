@@ -1,0 +1,34 @@
+"""The experts' kernels compile for an H100 with next to no spills, and fit into its shared memory. Needs no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+SHARED = 227 * 1024  # bytes that one block may use on an H100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["qwen30b", "dbrx"])
+def test_kernels_fit_a_hopper_gpu(shape: str, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("compile_for_hopper.py")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(script), shape],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["kernel"] for row in rows} == {"up", "down", "dx", "up_backward", "weight_grad"}
+    for row in rows:
+        assert row["shared"] <= SHARED, row
+        # 256 columns spill 64 bytes in the epilogue and were measured to beat 128 columns, which spill none.
+        assert row["spilled"] <= (64 if row["kernel"] == "up_backward" else 0), row
