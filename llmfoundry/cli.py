@@ -95,6 +95,8 @@ def train_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--gpus", type=int, default=None, help="for --dry-run: plan for so many GPUs")
     args = parser.parse_args(argv)
     config = read_config(args.yaml, args.overrides)
+    if args.gpus is not None and (args.gpus < 1 or not args.dry_run):
+        raise ConfigError(f"--gpus {args.gpus}: is for --dry-run, and 1 or more")
     if args.dry_run:
         print(yaml.safe_dump(dump(config), sort_keys=False))
         print(_sizes(config))

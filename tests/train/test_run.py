@@ -236,6 +236,22 @@ def test_a_damaged_checkpoint_is_refused_by_name(recipe: Path, tmp_path: Path, c
     assert not (tmp_path / "other" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("text", ["- a list\n", "", "model: [1,", "just words"])
+def test_a_file_that_is_no_recipe_is_a_mistake(tmp_path: Path, capsys: pytest.CaptureFixture, text: str) -> None:
+    path = tmp_path / "no.yaml"
+    path.write_text(text)
+    assert train_main([str(path)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("options", [["--dry-run", "--gpus", "0"], ["--gpus", "8"]])
+def test_gpus_are_planned_for_by_the_dry_run_alone(
+    recipe: Path, options: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    assert train_main([str(recipe), *options]) == 2
+    assert "--gpus" in capsys.readouterr().err
+
+
 def test_the_dry_run_trains_nothing(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     before = snapshot(tmp_path)
     assert train_main([str(recipe), "--dry-run"]) == 0
