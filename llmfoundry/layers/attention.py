@@ -36,13 +36,13 @@ FULL = -1  # the window that sees every earlier token
 
 
 @functools.cache
-def _compiled(function: Callable[P, R]) -> Callable[P, R]:
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """Compile at first use: doing so at import would cost every command seconds."""
     return torch.compile(function)
 
 
 class KVCache:
-    """Keys and values of one layer's past, in buffers that grow by doubling."""
+    """Keys and values of one layer's past, or what they are made from, in buffers that grow by doubling."""
 
     def __init__(self, capacity: int = 0) -> None:
         self.capacity = capacity
@@ -54,7 +54,7 @@ class KVCache:
 
         Args:
             k: (B, G, S, C).
-            v: (B, G, S, C).
+            v: (B, G, S, C), where C may be another than that of `k`.
 
         Returns:
             All of them, (B, G, P, C) each; views that the next call may write behind.
@@ -112,7 +112,7 @@ class AttentionConfig(Choice, tag="attn_type"):
         """Parameters of one layer."""
         raise NotImplementedError
 
-    def score_dims(self, d_model: int, n_heads: int) -> int:
+    def score_dims(self, d_model: int, n_heads: int) -> float:
         """Dims of score and of value, averaged, over all heads: the cost of one query meeting one key."""
         raise NotImplementedError
 
@@ -264,7 +264,7 @@ class Attention(nn.Module):
 
         attend: Callable[..., tuple[Tensor, AuxOutput]] = flex_attention
         if not torch.compiler.is_compiling():
-            attend = _compiled(flex_attention)
+            attend = compiled(flex_attention)
         y, aux = attend(
             q, k, v,
             score_mod=None if cap is None else softcap,
@@ -363,7 +363,7 @@ def _block_mask(window: int, length: int, sequence_ids: Tensor | None, device: t
         assert sequence_ids is not None
         return (j <= i) & (i - j <= window) & (sequence_ids[b, i] == sequence_ids[b, j])
 
-    create = _compiled(create_block_mask)  # uncompiled it would hold all (B, S, S) entries
+    create = compiled(create_block_mask)  # uncompiled it would hold all (B, S, S) entries
     if sequence_ids is None:
         return create(near, None, None, length, length, device=device)
     return create(near_in_document, len(sequence_ids), None, length, length, device=device)

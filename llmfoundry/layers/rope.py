@@ -109,9 +109,9 @@ class YarnScaling(RopeScaling, names=("yarn",)):
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale and self.mscale_all_dim:
-            all_dims = _yarn_magnitude(self.factor, self.mscale_all_dim)
-            return _yarn_magnitude(self.factor, self.mscale) / all_dims
-        return _yarn_magnitude(self.factor, 1.0)
+            all_dims = yarn_magnitude(self.factor, self.mscale_all_dim)
+            return yarn_magnitude(self.factor, self.mscale) / all_dims
+        return yarn_magnitude(self.factor, 1.0)
 
     def inv_freq(self, theta: float, dim: int, device: torch.device) -> Tensor:
         """(C/2,) float32, radians a position."""
@@ -132,7 +132,8 @@ class YarnScaling(RopeScaling, names=("yarn",)):
         return (dim * math.log(length / (turns * 2 * math.pi))) / (2 * math.log(theta))
 
 
-def _yarn_magnitude(factor: float, mscale: float) -> float:
+def yarn_magnitude(factor: float, mscale: float) -> float:
+    """What yarn multiplies queries and keys by when it stretches the context `factor` times."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
@@ -150,13 +151,19 @@ def rope_table(scaling: RopeScaling, theta: float, dim: int, positions: Tensor) 
     return Rope(cos[:, None], sin[:, None])
 
 
-def rotate(x: Tensor, rope: Rope) -> Tensor:
+def rotate(x: Tensor, rope: Rope, interleaved: bool = False) -> Tensor:
     """Rotate each head of queries or keys by its position.
 
     Args:
         x: (B, S, N, C); computed in float32 (float64 stays), rounded once.
+        interleaved: dims 2i and 2i + 1 turn together, as DeepSeek lays them out, instead of i and i + C/2.
+
+    Returns:
+        (B, S, N, C), the first of all pairs and then the second, however `x` was laid out: queries and keys agree,
+        and only their products matter.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     cos, sin = rope.cos.to(dtype), rope.sin.to(dtype)
-    a, b = x.to(dtype).chunk(2, dim=-1)  # (B, S, N, C/2) each
+    x_up = x.to(dtype)
+    a, b = (x_up[..., ::2], x_up[..., 1::2]) if interleaved else x_up.chunk(2, dim=-1)  # (B, S, N, C/2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

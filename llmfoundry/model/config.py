@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
+import llmfoundry.layers.latent_attention  # noqa: F401  registers its attn_type
 import llmfoundry.moe.layer  # noqa: F401  registers its ffn_type
 from llmfoundry.config import Choice
 from llmfoundry.layers.attention import FULL, AttentionConfig, GroupedQueryConfig
