@@ -38,7 +38,6 @@ _GONE = {
 _ONLY = {
     "model.attn_config.attn_pdrop": (0, 0.0),
     "model.attn_config.rope_impl": ("dail", "hf"),
-    "model.attn_config.alibi": (False,),
     "model.attn_config.prefix_lm": (False,),
     "model.attn_config.qk_gn": (False,),
     "model.resid_pdrop": (0, 0.0),
@@ -146,9 +145,19 @@ def _rope_hf(data: Tree, value: object) -> list[str]:
     return [_put(data, "model.attn_config.rope_scaling", value)]
 
 
+def _learned_pos_emb(data: Tree, value: object) -> list[str]:
+    """LLM Foundry's default is true, and it turns that off where attention has positions of its own."""
+    own = [key for key in ("rope", "alibi") if _look(data, f"model.attn_config.{key}")[0]]
+    if value and own:
+        return [f"off, as in LLM Foundry where attn_config.{own[0]} is on"]
+    _put(data, "model.learned_pos_emb", value)  # as it was: nothing to say
+    return []
+
+
 _MOVED: dict[str, Callable[[Tree, object], list[str]]] = {
     "model.ffn_config.moe_world_size": _moe_world_size,
     "model.attn_config.rope_hf_config": _rope_hf,
+    "model.learned_pos_emb": _learned_pos_emb,
     "fsdp_config": _fsdp,
 }
 

@@ -1,4 +1,4 @@
-"""Causal self-attention: grouped queries, rotary positions, windows, documents, and the key-value cache.
+"""Causal self-attention: grouped queries, rotary positions or ALiBi, windows, documents, and the key-value cache.
 
 Shapes: B rows, S sequence (queries of this call), P keys seen (P = S without a cache), D d_model, H query
 heads, G kv heads, C head_dim. The mask is built once per forward by the model (`attention_mask`) and shared
@@ -10,6 +10,7 @@ CUDA and a boolean tensor elsewhere.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Literal, ParamSpec, Self, TypeVar
 
@@ -96,8 +97,13 @@ class AttentionConfig(Choice, tag="attn_type"):
         return self.model_copy(update=update)
 
     @property
+    def has_positions(self) -> bool:
+        """Whether attention itself tells positions apart, so that the model need not learn an embedding of them."""
+        return self.rope
+
+    @property
     def needs_scores(self) -> bool:
-        """Whether the scores themselves are changed, which torch's fused kernels cannot do."""
+        """Whether the scores themselves are changed, which torch's fused kernels cannot do without a mask."""
         return False
 
     def check(self, d_model: int, n_heads: int) -> None:
@@ -135,10 +141,22 @@ class GroupedQueryConfig(
     clip_qkv_after_norm: bool = False  # as OLMoE in `transformers`; LLM Foundry and OLMo clip first
     attn_logit_softcapping: float | None = Field(default=None, gt=0)
     sinks: bool = False  # a learned score a head that takes part in the softmax and has no value, as gpt-oss
+    alibi: bool = False  # scores fall with the distance, a slope a head (Press et al. 2021, arXiv:2108.12409)
+    alibi_bias_max: int = Field(default=8, ge=1)  # the least slope is 2^-this
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether attention itself tells positions apart, so that the model need not learn an embedding of them."""
+        return self.rope or self.alibi
 
     @property
     def needs_scores(self) -> bool:
-        """Whether the scores themselves are changed, which torch's fused kernels cannot do."""
+        """Whether the scores themselves are changed, which torch's fused kernels cannot do without a mask."""
+        return self.needs_plain or self.alibi
+
+    @property
+    def needs_plain(self) -> bool:
+        """Whether not even a mask can do what is done to the scores."""
         return self.attn_logit_softcapping is not None or self.sinks
 
     def check(self, d_model: int, n_heads: int) -> None:
@@ -159,7 +177,9 @@ class GroupedQueryConfig(
             raise ValueError(f"n_heads={n_heads} is not divisible by kv_n_heads={self.kv_n_heads}")
         if self.rope and self.rotary_dim(d_model, n_heads) % 2:
             raise ValueError(f"head_dim={self.rotary_dim(d_model, n_heads)} is odd; rope turns dims in pairs")
-        if self.attn_impl == "sdpa" and self.needs_scores:
+        if self.rope and self.alibi:
+            raise ValueError("attn_config.rope and attn_config.alibi are both on; keep one")
+        if self.attn_impl == "sdpa" and self.needs_plain:
             raise ValueError("attn_impl=sdpa can neither softcap scores nor add sinks; use auto")
 
     def kv_heads(self, n_heads: int) -> int:
@@ -225,11 +245,16 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, S, C)
         if cache is not None:
             k, v = cache.append(k, v)
+        bias = None
+        if self.config.alibi and not isinstance(mask, BlockMask):
+            bias = alibi_bias(self._slopes(q.device), q.shape[2], k.shape[2])  # (H, S, P)
         if isinstance(mask, BlockMask):
             y = self._flex(q, k, v, mask)
-        elif self.config.needs_scores:
-            y = plain_attention(q, k, v, mask, self.scale, self.config.attn_logit_softcapping, self.sinks)
+        elif self.config.needs_plain:
+            y = plain_attention(q, k, v, mask, self.scale, self.config.attn_logit_softcapping, self.sinks, bias)
         else:
+            if bias is not None:
+                mask = (bias if mask is None else bias.masked_fill(~mask, float("-inf"))).to(q.dtype)
             grouped = self.kv_heads != self.n_heads
             if grouped and mask is not None:  # torch's fused kernels take groups or a mask, not both
                 k, v = (each.repeat_interleave(self.n_heads // self.kv_heads, dim=1) for each in (k, v))
@@ -256,18 +281,23 @@ class Attention(nn.Module):
             q, k = rotate(q, rope), rotate(k, rope)
         return q, k, v
 
+    def _slopes(self, device: torch.device) -> Tensor:
+        return alibi_slopes(self.n_heads, self.config.alibi_bias_max, device)
+
     def _flex(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
         cap = self.config.attn_logit_softcapping
+        slopes = self._slopes(q.device) if self.config.alibi else None
 
-        def softcap(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return score if cap is None else cap * torch.tanh(score / cap)
+        def changed(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            score = score if cap is None else cap * torch.tanh(score / cap)
+            return score if slopes is None else score + slopes[h] * (j - i)
 
         attend: Callable[..., tuple[Tensor, AuxOutput]] = flex_attention
         if not torch.compiler.is_compiling():
             attend = compiled(flex_attention)
         y, aux = attend(
             q, k, v,
-            score_mod=None if cap is None else softcap,
+            score_mod=None if cap is None and slopes is None else changed,
             block_mask=mask,
             scale=self.scale,
             enable_gqa=self.kv_heads != self.n_heads,
@@ -286,6 +316,7 @@ def plain_attention(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention written out, with float32 scores: the reference, and the path of score changes off CUDA.
 
@@ -296,6 +327,7 @@ def plain_attention(
         mask: boolean, broadcast to (B, H, S, P), True where seen; None: all seen.
         softcap: scores become `softcap * tanh(score / softcap)`.
         sinks: (H,) a score a head that joins the softmax and carries no value.
+        bias: broadcast to (B, H, S, P), added to the scores after the cap.
 
     Returns:
         (B, H, S, C) in the dtype of `q`.
@@ -306,6 +338,8 @@ def plain_attention(
     scores = (q.to(dtype) @ k.to(dtype).transpose(-1, -2)) * scale  # (B, H, S, P)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     if sinks is not None:
@@ -314,6 +348,25 @@ def plain_attention(
     else:
         weights = scores.softmax(-1)
     return (weights @ v.to(dtype)).to(q.dtype)
+
+
+def alibi_slopes(n_heads: int, bias_max: int, device: torch.device) -> Tensor:
+    """How fast each head's scores fall, (H,) float32: 2^-(bias_max (h + 1) / H) for H a power of two.
+
+    Another H takes the next power of two's, every second one first, as MPT does; the operations are those of
+    `transformers`, for the same bits.
+    """
+    power = 2 ** math.ceil(math.log2(n_heads))
+    exponents = torch.arange(1, power + 1, dtype=torch.float32, device=device) * (bias_max / power)
+    slopes = 1.0 / torch.pow(2, exponents)
+    return slopes if power == n_heads else torch.cat((slopes[1::2], slopes[::2]))[:n_heads]
+
+
+def alibi_bias(slopes: Tensor, n_queries: int, n_keys: int) -> Tensor:
+    """What is added to the scores, (H, S, P) float32: minus slope times distance, the last query at the last key."""
+    i = torch.arange(n_keys - n_queries, n_keys, device=slopes.device)[:, None]
+    j = torch.arange(n_keys, device=slopes.device)
+    return slopes[:, None, None] * (j - i)
 
 
 def attention_mask(

@@ -51,7 +51,7 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
     no_bias: bool = False  # of every linear layer and norm, unless its own block says otherwise
     norm_type: NormType = "layernorm"
     norm_eps: float = Field(default=1e-5, gt=0)
-    learned_pos_emb: bool | None = None  # None: exactly when attn_config.rope is off
+    learned_pos_emb: bool | None = None  # None: exactly when attn_config has neither rope nor alibi
     tie_word_embeddings: bool = True
     final_logit_softcapping: float | None = Field(default=None, gt=0)
     # Windows of the layers in turn, e.g. [127, -1]: layer i has entry i modulo the length. None: the same for
@@ -64,8 +64,9 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
     @model_validator(mode="after")
     def _check_sizes(self) -> CausalLMConfig:
         self.attn_config.check(self.d_model, self.n_heads)
-        if self.learned_pos_emb and self.attn_config.rope:
-            raise ValueError("learned_pos_emb and attn_config.rope are both on; keep one")
+        if self.learned_pos_emb and self.attn_config.has_positions:
+            which = "rope" if self.attn_config.rope else "alibi"
+            raise ValueError(f"learned_pos_emb and attn_config.{which} are both on; keep one")
         pattern = self.attn_window_pattern
         if pattern is not None:
             if not pattern or min(pattern) < FULL:
@@ -80,7 +81,7 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
     @property
     def has_learned_positions(self) -> bool:
         """Whether there is a `wpe`."""
-        return not self.attn_config.rope if self.learned_pos_emb is None else self.learned_pos_emb
+        return not self.attn_config.has_positions if self.learned_pos_emb is None else self.learned_pos_emb
 
     @property
     def norm(self) -> NormConfig:

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from llmfoundry.cli import read_config
-from llmfoundry.config import ConfigError
+from llmfoundry.config import ConfigError, check
 from llmfoundry.integrations.foundry_yaml import translate
+from llmfoundry.model.config import CausalLMConfig, ModelConfig
 
 # In the words of LLM Foundry v0.22, for a mixture of experts.
 FOUNDRY = {
@@ -142,3 +143,25 @@ def test_the_data_that_is_translated_stays_as_it_was() -> None:
     before = yaml.safe_dump(FOUNDRY)
     translate(FOUNDRY)
     assert yaml.safe_dump(FOUNDRY) == before
+
+
+SIZES = {"name": "mpt_causal_lm", "d_model": 16, "n_heads": 4, "n_layers": 1, "vocab_size": 11}
+
+
+def test_an_mpt_model_with_alibi_is_valid_here() -> None:
+    legacy = {
+        "learned_pos_emb": True,  # LLM Foundry's default, which alibi turns off there
+        "attn_config": {"attn_impl": "torch", "alibi": True, "alibi_bias_max": 8, "clip_qkv": 6, "attn_pdrop": 0.0},
+    }
+    data, notes = translate({"model": SIZES | legacy})
+    model = check(ModelConfig, data["model"])
+    assert isinstance(model, CausalLMConfig) and not model.has_learned_positions
+    assert model.attn_config.alibi and model.attn_config.attn_impl == "sdpa"
+    assert any("learned_pos_emb" in note and "alibi" in note for note in notes)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_learned_positions_without_alibi_or_rope_stay_as_they_are(learned: bool) -> None:
+    data, notes = translate({"model": SIZES | {"learned_pos_emb": learned}})
+    assert check(ModelConfig, data["model"]).has_learned_positions == learned
+    assert not any("learned_pos_emb" in note for note in notes)

@@ -8,6 +8,8 @@ from llmfoundry.layers.attention import (
     AttentionConfig,
     GroupedQueryConfig,
     KVCache,
+    alibi_bias,
+    alibi_slopes,
     attention_mask,
     plain_attention,
 )
@@ -46,6 +48,8 @@ CONFIGS = {
     "norm of all heads": _config(kv_n_heads=2, qk_ln=True, clip_qkv=0.5),
     "sinks": _config(kv_n_heads=2, sinks=True),
     "softcap": _config(attn_logit_softcapping=2.0),
+    "alibi": _config(alibi=True, kv_n_heads=2),
+    "alibi and softcap": _config(alibi=True, alibi_bias_max=4, attn_logit_softcapping=2.0, sinks=True),
 }
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
@@ -115,6 +119,27 @@ def test_sinks_equal_transformers() -> None:
     torch.testing.assert_close(ours.transpose(1, 2), theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("n_heads", [1, 2, 3, 6, 8, 12, 16, 71, 112])
+@pytest.mark.parametrize("bias_max", [8, 3])
+def test_alibi_slopes_have_the_bits_of_transformers(n_heads: int, bias_max: int) -> None:
+    from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
+
+    theirs = build_mpt_alibi_tensor(n_heads, 5, bias_max)  # (H, 1, P), as the last query sees it
+    slopes = alibi_slopes(n_heads, bias_max, CPU)
+    assert slopes.dtype == torch.float32 and torch.equal(alibi_bias(slopes, 1, 5), theirs)
+    assert torch.equal(alibi_bias(slopes, 3, 5)[:, -1:], theirs)  # two keys came before these three queries
+
+
+def test_alibi_through_sdpa_equals_the_plain_path() -> None:
+    config = _config(alibi=True, kv_n_heads=2)
+    module, x = _attention(config), torch.randn(2, 12, D, dtype=torch.float64)
+    q, k, v = (each.transpose(1, 2) for each in module._project(x, None))
+    causal = torch.ones(12, 12, dtype=torch.bool).tril()
+    plain = plain_attention(q, k, v, causal, module.scale, bias=alibi_bias(alibi_slopes(H, 8, CPU), 12, 12))
+    y = module(x, None, attention_mask(config, -1, 12, 0, None, CPU))
+    torch.testing.assert_close(y, module.out_proj(plain.transpose(1, 2).flatten(2)), rtol=0, atol=1e-12)
+
+
 def test_clip_comes_before_the_norm_unless_said_otherwise() -> None:
     x = torch.randn(1, 3, D, dtype=torch.float64)
     for after in (False, True):
@@ -147,6 +172,7 @@ def test_cache_grows_and_keeps_what_it_holds() -> None:
         ({"attn_type": "multihead_attention", "kv_n_heads": 2}, "contradicts attn_type=multihead_attention"),
         ({"head_dim": 7, "rope": True}, "head_dim=7 is odd"),
         ({"sinks": True, "attn_impl": "sdpa"}, "attn_impl=sdpa"),
+        ({"rope": True, "alibi": True}, "attn_config.rope and attn_config.alibi are both on"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(keys: dict[str, object], message: str) -> None:
