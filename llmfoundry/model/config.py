@@ -5,6 +5,9 @@ Shapes: B rows, S sequence, D d_model, H query heads, C head_dim, F ffn hidden s
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from pydantic import Field, model_validator
 
 import llmfoundry.layers.latent_attention  # noqa: F401  registers its attn_type
@@ -12,9 +15,11 @@ import llmfoundry.moe.layer  # noqa: F401  registers its ffn_type
 from llmfoundry.config import Choice
 from llmfoundry.layers.attention import FULL, AttentionConfig, GroupedQueryConfig
 from llmfoundry.layers.ffn import FFNConfig, MLPConfig
+from llmfoundry.layers.lora import LoRAConfig, adapters, add_adapters
 from llmfoundry.layers.norm import NormConfig, NormType
 from llmfoundry.model.init import InitConfig
 from llmfoundry.model.transformer import CausalLM
+from llmfoundry.moe.layer import MoEConfig
 
 
 class ModelConfig(Choice, tag="name"):
@@ -31,6 +36,10 @@ class ModelConfig(Choice, tag="name"):
         """Parameters that one token meets: of a layer's experts, those it is routed to."""
         raise NotImplementedError
 
+    def n_trainable_params(self) -> int:
+        """Parameters that training changes."""
+        return self.n_params()
+
     def flops_per_token(self, seq_len: int | None = None) -> float:
         """Model FLOPs of forward and backward, a token, in sequences of `seq_len` (None: the longest)."""
         raise NotImplementedError
@@ -38,6 +47,13 @@ class ModelConfig(Choice, tag="name"):
     def build(self) -> CausalLM:
         """The module, its weights not yet initialised; call it under `torch.device("meta")`."""
         raise NotImplementedError
+
+
+class _AdapterParams(NamedTuple):
+    """Parameters of a model's adapters."""
+
+    all: int
+    active: int
 
 
 class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
@@ -60,6 +76,7 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
     attn_config: AttentionConfig = GroupedQueryConfig()
     ffn_config: FFNConfig = MLPConfig()
     init_config: InitConfig = InitConfig()
+    lora: LoRAConfig | None = None  # train adapters, and nothing else; None: train everything
 
     @model_validator(mode="after")
     def _check_sizes(self) -> CausalLMConfig:
@@ -76,7 +93,20 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
                     f"attn_window_pattern={pattern} and attn_config.sliding_window_size="
                     f"{self.attn_config.sliding_window_size} both set the windows; keep one"
                 )
+        if self.lora is not None:
+            self._check_adapters()
         return self
+
+    def _check_adapters(self) -> None:
+        rate = self.ffn_config.moe_bias_update_rate if isinstance(self.ffn_config, MoEConfig) else None
+        if rate:
+            raise ValueError(
+                f"lora trains adapters only: set ffn_config.moe_bias_update_rate={rate}, which moves the router, to 0"
+            )
+        try:
+            self._adapter_params()
+        except ValueError as error:
+            raise ValueError(f"lora.{error}") from None
 
     @property
     def has_learned_positions(self) -> bool:
@@ -106,18 +136,24 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
     def n_params(self) -> int:
         """All parameters."""
         layers = range(self.n_layers)
-        return self._shared_params() + sum(self.ffn(layer).n_params(self.d_model) for layer in layers)
+        blocks = sum(self.ffn(layer).n_params(self.d_model) for layer in layers)
+        return self._shared_params() + blocks + self._adapter_params().all
 
     def n_active_params(self) -> int:
         """Parameters that one token meets: of a layer's experts, those it is routed to."""
         layers = range(self.n_layers)
-        return self._shared_params() + sum(self.ffn(layer).n_active_params(self.d_model) for layer in layers)
+        blocks = sum(self.ffn(layer).n_active_params(self.d_model) for layer in layers)
+        return self._shared_params() + blocks + self._adapter_params().active
+
+    def n_trainable_params(self) -> int:
+        """Parameters that training changes: with `lora`, the adapters'."""
+        return self.n_params() if self.lora is None else self._adapter_params().all
 
     def flops_per_token(self, seq_len: int | None = None) -> float:
         """Model FLOPs of forward and backward, a token, in sequences of `seq_len` (None: the longest).
 
-        6 an active parameter, embeddings that are only looked up left out, and 12 C H a layer and key seen:
-        causal attention sees S / 2 keys on average, a window w of them w - w^2 / 2S.
+        6 an active parameter (4 a frozen one, which has no gradient), embeddings that are only looked up left out,
+        and 12 C H a layer and key seen: causal attention sees S / 2 keys on average, a window w of them w - w^2 / 2S.
         """
         looked_up = 0 if self.tie_word_embeddings else self.vocab_size * self.d_model
         if self.has_learned_positions:
@@ -129,11 +165,29 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
             seen = length if window == FULL else min(window + 1, length)  # the token itself counts
             keys += seen - seen * seen / (2 * length)
         score_dims = self.attention.score_dims(self.d_model, self.n_heads)
-        return 6.0 * (self.n_active_params() - looked_up) + 12.0 * score_dims * keys
+        multiplied = self.n_active_params() - looked_up
+        frozen = 0 if self.lora is None else multiplied - self._adapter_params().active
+        return 6.0 * multiplied - 2.0 * frozen + 12.0 * score_dims * keys
 
     def build(self) -> CausalLM:
         """The module, its weights not yet initialised; call it under `torch.device("meta")`."""
-        return CausalLM(self)
+        model = CausalLM(self)
+        if self.lora is not None:
+            add_adapters(model, model.blocks, self.lora)
+        return model
+
+    def _adapter_params(self) -> _AdapterParams:
+        """Parameters of all adapters, and those that one token meets: counted, on the meta device."""
+        total = active = 0
+        if self.lora is not None:
+            with torch.device("meta"):
+                model = self.build()
+            for name, a, b in adapters(model):
+                ffn = self.ffn(int(name.split(".")[1]))
+                n = a.numel() + b.numel()
+                total += n
+                active += n // a.shape[0] * ffn.moe_top_k if a.dim() == 3 and isinstance(ffn, MoEConfig) else n
+        return _AdapterParams(total, active)
 
     def _shared_params(self) -> int:
         """All but the feed-forward blocks."""

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from llmfoundry.config import Config
+from llmfoundry.layers.lora import is_adapter
 from llmfoundry.runtime import seed_of
 
 if TYPE_CHECKING:
@@ -98,13 +99,28 @@ def init_weights(model: CausalLM, seed: int) -> None:
         for name, parameter in model.named_parameters():
             name = plain_name(name)
             shard = shard_of(parameter)
+            if is_adapter(name):
+                continue
             if parameter.dim() >= 2 and not name.endswith((".b1", ".b2")):
                 std = config.init_config.std(name, shard.shape, config.d_model, config.n_layers)
                 draw_weight(shard, std, config.init_config.uniform, seed, name, threads)
             else:
                 shard.local.fill_(1.0 if _is_norm_weight(name) else 0.0)
+    init_adapters(model, seed)
     for buffer in model.buffers():
         shard_of(buffer).local.zero_()
+
+
+@torch.no_grad()
+def init_adapters(model: nn.Module, seed: int) -> None:
+    """Give every adapter its initial value, in place: B zero, A uniform in +-1 / sqrt(fan_in), as peft draws it."""
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as threads:
+        for name, parameter in model.named_parameters():
+            shard = shard_of(parameter)
+            if name.endswith("lora_A"):
+                draw_weight(shard, 1 / math.sqrt(3 * shard.shape[-1]), True, seed, plain_name(name), threads)
+            elif is_adapter(name):
+                shard.local.zero_()
 
 
 def plain_name(name: str) -> str:

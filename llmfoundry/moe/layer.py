@@ -6,7 +6,7 @@ Dropless (MegaBlocks, arXiv:2211.15841): every token reaches all of its experts,
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal, Self, overload
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from llmfoundry.kernels.activations import ACTIVATIONS
 from llmfoundry.kernels.experts import experts_ffn, resolve_backend
 from llmfoundry.layers.ffn import FFNConfig, FFNOutput, GLUConfig, MLPConfig
+from llmfoundry.layers.lora import adapted
 from llmfoundry.moe.dispatch import give_back, plan_exchange, send
 from llmfoundry.moe.router import Router, RouterConfig, statistics
 
@@ -117,6 +118,9 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(n_experts, d_model, expert.hidden_size))  # (E, D, F)
         self.b1 = nn.Parameter(torch.empty(n_experts, expert.rows)) if config.bias else None  # (E, 2F)
         self.b2 = nn.Parameter(torch.empty(n_experts, d_model)) if config.bias else None  # (E, D)
+        self.lora_scale = 0.0
+        for slot in ("w1_lora_A", "w1_lora_B", "w2_lora_A", "w2_lora_B"):  # (E, r, in), (E, out, r): layers/lora.py
+            self.register_parameter(slot, None)
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor, n_rows: int | None = None) -> Tensor:
         """`experts_ffn` with these weights; ids count from this rank's first expert.
@@ -124,10 +128,10 @@ class Experts(nn.Module):
         Args:
             x: (T, D); weights: (T, K); experts: (T, K). n_rows: as `experts_ffn` takes it.
         """
+        w1 = adapted(_local(self.w1), _local(self.w1_lora_A), _local(self.w1_lora_B), self.lora_scale)
+        w2 = adapted(_local(self.w2), _local(self.w2_lora_A), _local(self.w2_lora_B), self.lora_scale)
         return experts_ffn(
-            x, weights, experts, _local(self.w1), _local(self.w2),
-            b1=None if self.b1 is None else _local(self.b1),
-            b2=None if self.b2 is None else _local(self.b2),
+            x, weights, experts, w1, w2, b1=_local(self.b1), b2=_local(self.b2),
             activation=self.activation, gated=self.gated, limit=self.limit,
             backend=resolve_backend(self.impl, x), n_rows=n_rows,
         )  # fmt: skip
@@ -178,6 +182,10 @@ class MoE(nn.Module):
         return y if self.shared_expert_gate is None else F.sigmoid(self.shared_expert_gate(x)) * y
 
 
-def _local(parameter: Tensor) -> Tensor:
-    """This rank's experts of a parameter that may be split over ranks."""
+@overload
+def _local(parameter: Tensor) -> Tensor: ...
+@overload
+def _local(parameter: Tensor | None) -> Tensor | None: ...
+def _local(parameter: Tensor | None) -> Tensor | None:
+    """This rank's experts of a parameter that may be split over ranks, or be missing."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -50,13 +50,13 @@ def memory(
         tokens: T of one microbatch on one rank.
         compute_bytes: of one activation: 2 in bf16, 4 in float32.
     """
-    share = model.n_params() / degrees.shard
+    share, trained = model.n_params() / degrees.shard, model.n_trainable_params() / degrees.shard
     blocks = [_block_params(model, layer, degrees) for layer in range(model.n_layers)]
     spread = degrees.shard > 1 or degrees.replicate > 1 or compute_bytes != MASTER
     in_flight = (1 + parallel.prefetch) if parallel.reshard_after_forward else model.n_layers
     gathered = (min(in_flight, model.n_layers) * max(blocks) + 2 * _embedding(model)) * compute_bytes if spread else 0.0
     kept = _kept_activations(model, parallel, tokens) * compute_bytes
-    return Memory(share * MASTER, share * MASTER, 2 * share * MASTER, gathered, kept)
+    return Memory(share * MASTER, trained * MASTER, 2 * trained * MASTER, gathered, kept)
 
 
 def traffic(
@@ -72,6 +72,7 @@ def traffic(
     others = (degrees.shard - 1) / degrees.shard
     passes = (2 if parallel.reshard_after_forward else 1) * microbatches
     reductions = 1 if parallel.reduce_once_a_step else microbatches
+    trained = model.n_trainable_params() / model.n_params()
     copies = 2 * (degrees.replicate - 1) / degrees.replicate
     sent = 0.0
     for layer in range(model.n_layers):
@@ -83,8 +84,8 @@ def traffic(
             sent += 4 * microbatches * tokens * away * model.d_model * compute_bytes
     return Traffic(
         gather=passes * blocks * compute_bytes * others,
-        reduce=reductions * blocks * MASTER * others,
-        replicate=copies * model.n_params() / degrees.shard * MASTER,
+        reduce=reductions * blocks * trained * MASTER * others,
+        replicate=copies * model.n_trainable_params() / degrees.shard * MASTER,
         tokens=sent,
     )
 

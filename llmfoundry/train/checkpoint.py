@@ -42,6 +42,7 @@ from torch.distributed.checkpoint import SavePlanner
 from torch.optim import Optimizer
 
 from llmfoundry import runtime
+from llmfoundry.layers.lora import is_adapter
 from llmfoundry.train.manifest import (
     CONFIG,
     INDEX,
@@ -372,6 +373,8 @@ def read(path: str | Path) -> Contents:
 def load_model_only(path: str | Path, model: nn.Module) -> None:
     """Load a checkpoint's weights and buffers into `model`, converted to the dtypes that it has.
 
+    Adapters stay as they are where the checkpoint has none: so they begin on a base model.
+
     Args:
         path: as in `read`.
         model: materialised, on any device and mesh.
@@ -381,7 +384,7 @@ def load_model_only(path: str | Path, model: nn.Module) -> None:
     """
     path = find(path)
     entries = _index(path, verify(path, only=lambda name: name == INDEX or name.startswith("model-")))
-    tensors = model_tensors(model)
+    tensors = {name: tensor for name, tensor in model_tensors(model).items() if name in entries or not is_adapter(name)}
     try:
         check_same_model(entries, tensors, exact_dtype=False)
     except CheckpointError as error:

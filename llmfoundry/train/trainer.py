@@ -223,6 +223,7 @@ class Trainer:
             "tokens": self.state.tokens,
             "params": model.n_params(),
             "active_params": model.n_active_params(),
+            "trainable_params": model.n_trainable_params(),
             "tokens_per_sec": self.train_tokens / self.train_seconds if self.train_seconds else 0.0,
             "seconds": self.train_seconds,
             "peak_memory_bytes": runtime.peak_memory_bytes(self.device),

@@ -1,0 +1,205 @@
+"""Adapters in peft's format: `adapter_config.json` and `adapter_model.safetensors`, and folded into their weights.
+
+Shapes: D in, N out, r rank, E experts.
+peft names a tensor after the Hugging Face model's module, which may hold a part of one of our fused weights (`q_proj`
+has rows of `wqkv`), so whoever saves or loads hands in `Names`. Written out, such parts share their A. Read, they may
+have one each: their ranks then add up, and the model's own rank has to hold them.
+peft stacks experts' A as (E r, D), experts outermost, and B as (N, r E), experts innermost, and two stacked parameters
+of one module are nested: the first one's tensors lie below `base_layer`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from llmfoundry import runtime
+from llmfoundry.layers.lora import LoRAConfig, adapted, adapters, is_adapter
+from llmfoundry.model.init import plain_name, shard_of
+from llmfoundry.model.transformer import CausalLM
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# In a mixture peft takes linear layers of these names for the experts of transformers 4, and doubles their rank.
+_OLD_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+
+class PeftPart(NamedTuple):
+    """A module or stacked parameter of the Hugging Face model that holds a weight of ours, or some of its rows."""
+
+    name: str  # without `.weight`
+    rows: slice | Tensor = slice(None)  # of ours, along N: those that it holds, in its order
+
+
+Names = Callable[[str], Sequence[PeftPart]]  # by the name of our weight, without `.weight`
+
+
+class _Entry(NamedTuple):
+    """Where peft keeps the adapter of one part."""
+
+    name: str  # our weight's
+    part: PeftPart
+    stacked: bool
+    key: str  # of its tensors, before `.lora_A.weight`
+
+
+def save_peft(model: CausalLM, folder: str | Path, names: Names, base_model: str | None = None) -> None:
+    """Write a model's adapters as peft reads them.
+
+    Args:
+        model: sharded or not; every rank has to call this, and the first one writes.
+        folder: made if need be.
+        names: the Hugging Face model's names.
+        base_model: what `base_model_name_or_path` shall say.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    config = model.config.lora
+    if config is None:
+        raise ValueError("the model has no adapters; set model.lora")
+    entries, tensors = _entries(model, names), {}
+    whole = {plain_name(name): (_whole(a), _whole(b)) for name, a, b in adapters(model)}
+    for entry in entries:
+        a, b = whole[entry.name]
+        b = b[..., entry.part.rows, :]
+        if entry.stacked:
+            a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)  # (E r, D), (N, r E)
+        tensors[f"{entry.key}.lora_A.weight"] = a.contiguous().clone()  # parts share it, files do not
+        tensors[f"{entry.key}.lora_B.weight"] = b.contiguous()
+    if runtime.is_rank0():
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        mixture = any(p.dim() == 3 for p in model.parameters())
+        (folder / CONFIG).write_text(json.dumps(_peft_config(config, entries, mixture, base_model), indent=2) + "\n")
+    runtime.barrier()
+
+
+@torch.no_grad()
+def load_peft(model: CausalLM, folder: str | Path, names: Names) -> None:
+    """Read adapters from peft's files into those of the model, which keep their rank and scale.
+
+    A weight that the files do not adapt gets B = 0: it is as in the base model.
+
+    Raises:
+        ValueError: the files hold something that this model cannot.
+    """
+    folder = Path(folder)
+    settings = json.loads((folder / CONFIG).read_text())
+    unknown = [key for key in ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern") if settings.get(key)]
+    if settings.get("peft_type") != "LORA" or unknown:
+        raise ValueError(f"{folder / CONFIG}: {', '.join(unknown) or 'peft_type'} is not supported; plain LORA is")
+    rank, ours = settings["r"], model.config.lora
+    if ours is None:
+        raise ValueError("the model has no adapters; set model.lora")
+    scale = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
+    tensors = load_file(folder / WEIGHTS)
+    parts: dict[str, list[tuple[PeftPart, Tensor, Tensor]]] = {}
+    for entry in _entries(model, names):
+        a, b = (tensors.pop(f"{entry.key}.lora_{side}.weight", None) for side in "AB")
+        if a is not None and b is not None:
+            if entry.stacked:
+                a = a.unflatten(0, (-1, rank))  # (E, r, D)
+                b = b.unflatten(1, (rank, -1)).permute(2, 0, 1)  # (E, N, r)
+            parts.setdefault(entry.name, []).append((entry.part, a, b * (scale / ours.scale)))
+    if tensors:
+        raise ValueError(f"{folder / WEIGHTS}: {min(tensors)} has no adapter here; add it to lora.target_modules")
+    for name, a, b in adapters(model):
+        _fill(name, a, b, parts.get(plain_name(name), []))
+
+
+def folded(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
+    """Names and whole values of the base model's tensors with the adapters added to them, one at a time.
+
+    Every rank of a sharded model has to go through all of them.
+    """
+    found = {plain_name(name): (a, b) for name, a, b in adapters(model)}
+    for name, value in model.state_dict().items():
+        name = plain_name(name)
+        if is_adapter(name):
+            continue
+        a, b = found.get(name.removesuffix(".weight"), (None, None))
+        if a is None or b is None or model.config.lora is None:
+            yield name, _whole(value)
+        else:
+            yield name, adapted(_whole(value), _whole(a), _whole(b), model.config.lora.scale)
+
+
+def _entries(model: CausalLM, names: Names) -> list[_Entry]:
+    """Every part of every adapter, with peft's name for it."""
+    found: list[tuple[str, PeftPart, bool]] = []
+    for name, a, _ in adapters(model):
+        found += [(plain_name(name), part, a.dim() == 3) for part in names(plain_name(name))]
+    owners = [part.name.rpartition(".")[0] if stacked else "" for _, part, stacked in found]
+    entries = []
+    for i, (name, part, stacked) in enumerate(found):
+        # Each further stacked parameter of a module is wrapped around those before it.
+        key = owners[i] + ".base_layer" * owners[i + 1 :].count(owners[i]) if stacked else part.name
+        entries.append(_Entry(name, part, stacked, _PREFIX + key))
+    return entries
+
+
+def _peft_config(config: LoRAConfig, entries: list[_Entry], mixture: bool, base_model: str | None) -> dict[str, object]:
+    modules, parameters = set(), set()
+    for _, part, stacked, _ in entries:
+        short = ".".join(part.name.split(".")[-2:])  # as peft matches: by the end of the name
+        if stacked:
+            parameters.add(short)
+        elif mixture and short.endswith(_OLD_EXPERTS):
+            parameters.add(f"{short}.weight")
+        else:
+            modules.add(short)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": config.rank,
+        "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "target_modules": sorted(modules),
+        "target_parameters": sorted(parameters) or None,
+    }
+
+
+def _fill(name: str, a: Tensor, b: Tensor, parts: list[tuple[PeftPart, Tensor, Tensor]]) -> None:
+    """Set one adapter from its parts: each A once, each part's B in the columns of its A."""
+    if not parts:
+        shard_of(b).local.zero_()
+        return
+    whole_a = torch.zeros(a.shape, dtype=parts[0][1].dtype)
+    whole_b = torch.zeros(b.shape, dtype=parts[0][2].dtype)
+    seen: list[Tensor] = []
+    for part, part_a, part_b in parts:
+        rank = part_a.shape[-2]
+        at = next((i for i, other in enumerate(seen) if torch.equal(other, part_a)), len(seen))
+        if at == len(seen):
+            seen.append(part_a)
+        columns = slice(at * rank, (at + 1) * rank)
+        if columns.stop > a.shape[-2]:
+            raise ValueError(f"lora.rank={a.shape[-2]} cannot hold the adapters of {name}; set it to {columns.stop}")
+        whole_a[..., columns, :] = part_a
+        whole_b[..., part.rows, columns] = part_b
+    for parameter, whole in ((a, whole_a), (b, whole_b)):
+        local, _, offsets = shard_of(parameter)
+        for dim, (start, size) in enumerate(zip(offsets, local.shape, strict=True)):
+            whole = whole.narrow(dim, start, size)
+        local.copy_(whole)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be split over ranks, on the CPU; every rank has to ask."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
