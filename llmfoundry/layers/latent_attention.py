@@ -10,6 +10,8 @@ of R dims, and the cache is read once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -149,7 +151,9 @@ class LatentAttention(nn.Module):
         q = torch.cat((q_nope, q_rope), dim=-1)  # (B, H, S, N + C)
         k = torch.cat((k_nope, k_rope.expand(-1, self.n_heads, -1, -1)), dim=-1)  # (B, H, P, N + C)
         if isinstance(mask, BlockMask):
-            attend = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
+            attend: Callable[..., Tensor] = flex_attention
+            if not torch.compiler.is_compiling():
+                attend = compiled(flex_attention)
             return attend(q, k, v, block_mask=mask, scale=config.scale)
         causal = mask is None and q.shape[2] > 1  # one query sees all keys
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=config.scale)

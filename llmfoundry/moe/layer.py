@@ -109,6 +109,11 @@ class MoEConfig(FFNConfig, RouterConfig, names=("mb_dmoe", "torch_dmoe", "mb_moe
 class Experts(nn.Module):
     """All experts' weights, stacked, and what they compute. Under expert parallelism, this rank's only."""
 
+    w1_lora_A: nn.Parameter | None  # (E, r, D); the low-rank adapters of w1 and w2, where the model has them
+    w1_lora_B: nn.Parameter | None  # (E, 2F, r)
+    w2_lora_A: nn.Parameter | None  # (E, r, F)
+    w2_lora_B: nn.Parameter | None  # (E, D, r)
+
     def __init__(self, config: MoEConfig, d_model: int) -> None:
         super().__init__()
         n_experts, expert = config.moe_num_experts, config.expert
@@ -119,7 +124,7 @@ class Experts(nn.Module):
         self.b1 = nn.Parameter(torch.empty(n_experts, expert.rows)) if config.bias else None  # (E, 2F)
         self.b2 = nn.Parameter(torch.empty(n_experts, d_model)) if config.bias else None  # (E, D)
         self.lora_scale = 0.0
-        for slot in ("w1_lora_A", "w1_lora_B", "w2_lora_A", "w2_lora_B"):  # (E, r, in), (E, out, r): layers/lora.py
+        for slot in ("w1_lora_A", "w1_lora_B", "w2_lora_A", "w2_lora_B"):  # layers/lora.py fills them
             self.register_parameter(slot, None)
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor, n_rows: int | None = None) -> Tensor:

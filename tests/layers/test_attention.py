@@ -3,6 +3,7 @@ import torch
 from torch import Tensor
 
 from llmfoundry.config import ConfigError, check
+from llmfoundry.layers import attention
 from llmfoundry.layers.attention import (
     Attention,
     AttentionConfig,
@@ -188,6 +189,22 @@ def test_unknown_key_names_the_nearest() -> None:
 def test_flex_off_cuda_is_refused() -> None:
     with pytest.raises(ValueError, match="attn_impl=flex needs a CUDA device"):
         attention_mask(_config(attn_impl="flex"), -1, 8, 0, None, CPU)
+
+
+@each_config
+@pytest.mark.parametrize("window", [-1, 5])
+@pytest.mark.parametrize("documents", [False, True])
+def test_flex_equals_plain_uncompiled(
+    config: GroupedQueryConfig, window: int, documents: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "compiled", lambda function: function)  # torch's own reference, which any CPU runs
+    module, x = _attention(config), torch.randn(2, 24, D, dtype=torch.float64)
+    ids = torch.arange(24).div(9, rounding_mode="floor").int().repeat(2, 1) if documents else None
+    mask = attention._block_mask(24 if window == -1 else window, 24, ids, CPU)
+    rope = rope_table(NoScaling(), 100.0, module.head_dim, torch.arange(24))
+    with torch.no_grad():  # it has no backward there
+        # FlexAttention's log-sum-exp, which sinks need, is float32.
+        torch.testing.assert_close(module(x, rope, mask), _run(module, x, window, ids), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.gpu

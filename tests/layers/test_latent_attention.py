@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from llmfoundry.config import check
+from llmfoundry.layers import attention, latent_attention
 from llmfoundry.layers.attention import AttentionConfig, KVCache, attention_mask
 from llmfoundry.layers.latent_attention import LatentAttention, LatentConfig
 from llmfoundry.layers.norm import NormConfig
@@ -106,6 +107,22 @@ def test_scale_has_the_square_of_yarns_magnitude_only_for_mscale_all_dim() -> No
 def test_odd_rotary_dims_are_named() -> None:
     with pytest.raises(ValueError, match="qk_rope_head_dim=7 is odd"):
         _config(qk_rope_head_dim=7)
+
+
+@each_config
+@pytest.mark.parametrize("window", [-1, 5])
+@pytest.mark.parametrize("documents", [False, True])
+def test_flex_equals_plain_uncompiled(
+    config: LatentConfig, window: int, documents: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (attention, latent_attention):  # torch's own reference, which any CPU runs
+        monkeypatch.setattr(module, "compiled", lambda function: function)
+    ours, x = _attention(config), torch.randn(2, 24, D, dtype=torch.float64)
+    ids = torch.arange(24).div(9, rounding_mode="floor").int().repeat(2, 1) if documents else None
+    mask = attention._block_mask(24 if window == -1 else window, 24, ids, CPU)
+    with torch.no_grad():  # it has no backward there
+        y = ours(x, rope_table(NoScaling(), 100.0, 8, torch.arange(24)), mask)
+        torch.testing.assert_close(y, _run(ours, x, window, ids), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.gpu
