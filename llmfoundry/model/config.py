@@ -11,7 +11,6 @@ import torch
 from pydantic import Field, model_validator
 
 import llmfoundry.layers.latent_attention  # noqa: F401  registers its attn_type
-import llmfoundry.moe.layer  # noqa: F401  registers its ffn_type
 from llmfoundry.config import Choice
 from llmfoundry.layers.attention import FULL, AttentionConfig, GroupedQueryConfig
 from llmfoundry.layers.ffn import FFNConfig, MLPConfig
