@@ -6,7 +6,7 @@ Everything computes in float32 (float64 for float64 input) and rounds once, to t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 SWIGLU_OSS_ALPHA = 1.702  # gpt-oss: gate * sigmoid(1.702 gate) * (up + 1)
 SWIGLU_OSS_LIMIT = 7.0  # its clamp when none is given
+_BLOCK_VALUES = 2**18
 
 
 class Scalar(NamedTuple):
@@ -96,10 +97,14 @@ def activate(h: Tensor, activation: str, gated: bool, limit: float | None = None
 
     Works in place on its own intermediates: not for autograd to see.
     """
-    if not gated:
-        return _SCALARS[activation].value(h.to(accumulation_dtype(h.dtype)))
-    gate, up = _gate_and_up(h, activation, limit)
-    return _SCALARS[activation].value(gate).mul_(up)
+    out = h.new_empty(h.shape[0], h.shape[1] // (2 if gated else 1), dtype=accumulation_dtype(h.dtype))
+    for block, into in _blocks(h, out):
+        if gated:
+            gate, up = _gate_and_up(block, activation, limit)
+            torch.mul(_SCALARS[activation].value(gate), up, out=into)
+        else:
+            into.copy_(_SCALARS[activation].value(block.to(out.dtype)))
+    return out
 
 
 def activate_backward(grad: Tensor, h: Tensor, activation: str, gated: bool, limit: float | None = None) -> Tensor:
@@ -112,9 +117,16 @@ def activate_backward(grad: Tensor, h: Tensor, activation: str, gated: bool, lim
     Returns:
         The gradient, in the shape and dtype of `h`. A clamp lets none through beyond its limit.
     """
+    out = torch.empty_like(h)
+    for block_grad, block, into in _blocks(grad, h, out):
+        into.copy_(_block_backward(block_grad, block, activation, gated, limit))
+    return out
+
+
+def _block_backward(grad: Tensor, h: Tensor, activation: str, gated: bool, limit: float | None) -> Tensor:
     value, backward = _SCALARS[activation]
     if not gated:
-        return backward(grad, h.to(accumulation_dtype(h.dtype))).to(h.dtype)
+        return backward(grad, h.to(accumulation_dtype(h.dtype)))
     gate, up = _gate_and_up(h, activation, limit)  # (M, F) each
     grad_gate, grad_up = backward(grad * up, gate), value(gate).mul_(grad)
     limit = clamp_limit(activation, limit)
@@ -122,4 +134,12 @@ def activate_backward(grad: Tensor, h: Tensor, activation: str, gated: bool, lim
         raw_gate, raw_up = h.chunk(2, dim=-1)
         grad_gate = grad_gate.masked_fill(raw_gate > limit, 0)
         grad_up = grad_up.masked_fill(raw_up.abs() > limit, 0)
-    return torch.cat([grad_gate, grad_up], dim=-1).to(h.dtype)  # (M, 2F)
+    return torch.cat([grad_gate, grad_up], dim=-1)  # (M, 2F)
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of all tensors, on a CPU a block at a time: intermediates that stay in its cache take half the time."""
+    rows = tensors[0].shape[0]
+    if tensors[0].device.type == "cpu":
+        rows = min(rows, max(1, _BLOCK_VALUES // max(1, tensors[0].shape[1])))
+    return zip(*(tensor.split(max(1, rows)) for tensor in tensors), strict=True)
