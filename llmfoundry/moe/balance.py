@@ -33,6 +33,7 @@ class Balance(NamedTuple):
     z_loss_weight: float
     scope: Literal["microbatch", "global_batch"]
     bias_update_rate: float
+    together: bool = False  # all layers balanced as one
 
     @classmethod
     def of(cls, model: _Layers) -> Self | None:
@@ -46,11 +47,14 @@ class Balance(NamedTuple):
                     z_loss_weight=ffn.moe_zloss_weight,
                     scope=ffn.moe_lbl_scope,
                     bias_update_rate=ffn.moe_bias_update_rate or 0.0,
+                    together=ffn.moe_lbl_layers == "together",
                 )
         return None
 
 
-def load_balance_loss(score_sum: Tensor, load: Tensor, tokens: Tensor | int, top_k: int) -> Tensor:
+def load_balance_loss(
+    score_sum: Tensor, load: Tensor, tokens: Tensor | int, top_k: int, together: bool = False
+) -> Tensor:
     """The Switch load-balancing loss, mean over layers, summed over the tokens of `score_sum`.
 
     `E * sum_i f_i P_i` a token, 1 when all is even: f_i is the share of slots that expert i got, P_i its mean
@@ -61,12 +65,16 @@ def load_balance_loss(score_sum: Tensor, load: Tensor, tokens: Tensor | int, top
         load: (L, E) slots an expert got, over the same tokens or over more, as a whole global batch.
         tokens: how many tokens `load` counts.
         top_k: K.
+        together: f and P are means over layers, and there is one product, as in `transformers` (whose loss is
+            K times this one). Layers whose loads differ can then make up for each other.
 
     Returns:
         () float32.
 
     Source: Fedus et al. 2021, arXiv:2101.03961; over the global batch: Qiu et al., arXiv:2501.11873.
     """
+    if together:
+        score_sum, load = score_sum.mean(0, keepdim=True), load.mean(0, keepdim=True)  # (1, E)
     share = load / (tokens * top_k)  # (L, E), f
     return score_sum.shape[1] * (share * score_sum).sum(1).mean()
 
@@ -122,7 +130,7 @@ def summary(stats: RouterStats, tokens: int, balance: Balance) -> dict[str, floa
     share = load / (tokens * balance.top_k)  # (L, E)
     shown = torch.stack(
         [
-            load_balance_loss(score_sum, load, tokens, balance.top_k) / tokens,
+            load_balance_loss(score_sum, load, tokens, balance.top_k, balance.together) / tokens,
             z_loss(z_sum) / tokens,
             entropy_sum.mean() / tokens,
             share.max() * share.shape[1],

@@ -36,6 +36,7 @@ class MoEConfig(FFNConfig, RouterConfig, names=("mb_dmoe", "torch_dmoe", "mb_moe
     moe_loss_weight: float = Field(0.01, ge=0)  # of the load-balancing loss
     moe_zloss_weight: float = Field(0.0, ge=0)  # of the router's z-loss
     moe_lbl_scope: Literal["microbatch", "global_batch"] = "microbatch"  # over what load is balanced
+    moe_lbl_layers: Literal["each", "together"] = "each"  # together: the loads of all layers count as one
     shared_expert: bool = False  # a dense block beside the routed ones, met by every token
     shared_expert_hidden_size: int | None = Field(None, ge=1)  # None: ffn_hidden_size
     shared_expert_gate: bool = False  # scale it by sigmoid(x @ gate), as Qwen2-MoE

@@ -109,9 +109,9 @@ def _auxiliary(stats: RouterStats, balance: Balance, tokens: int, n_tokens: Tens
     """This microbatch's share of the auxiliary losses of the global batch; shares add up."""
     if balance.scope == "global_batch":
         load = runtime.all_reduce_sum(stats.load.clone()) if loads is None else loads
-        share = load_balance_loss(stats.score_sum, load, n_tokens, balance.top_k)
+        share = load_balance_loss(stats.score_sum, load, n_tokens, balance.top_k, balance.together)
     else:
-        share = load_balance_loss(stats.score_sum, stats.load, tokens, balance.top_k)
+        share = load_balance_loss(stats.score_sum, stats.load, tokens, balance.top_k, balance.together)
     return balance.loss_weight * share / n_tokens + balance.z_loss_weight * z_loss(stats.z_sum) / n_tokens
 
 

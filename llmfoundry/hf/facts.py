@@ -1,0 +1,89 @@
+"""What a model computes, as plain facts: two configs with the same facts are the same function of the same weights.
+
+Here the spellings of a config fall away (defaults filled in, aliases resolved, windows a layer each), and all that only
+concerns training or speed. So facts tell whether another format can hold a model, and whether a YAML fits a checkpoint.
+"""
+
+from __future__ import annotations
+
+from llmfoundry.config import Choice, dump
+from llmfoundry.layers.attention import AttentionConfig, GroupedQueryConfig
+from llmfoundry.layers.ffn import FFNConfig
+from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.moe.layer import MoEConfig
+
+Facts = dict[str, object]
+
+# Of attention and feed-forward blocks: speed, or training alone.
+_NO_FUNCTION = {
+    "attn_impl", "attn_uses_sequence_id",
+    "moe_impl", "mlp_impl", "moe_loss_weight", "moe_zloss_weight", "moe_lbl_scope", "moe_lbl_layers", "moe_jitter_eps",
+}  # fmt: skip
+# Said by other facts.
+_SAID_ELSEWHERE = {"sliding_window_size", "first_k_dense", "moe_layer_freq", "dense_ffn_hidden_size"}
+
+
+def facts(config: CausalLMConfig) -> Facts:
+    """The facts of a model, by dotted name."""
+    found: Facts = {
+        "d_model": config.d_model,
+        "n_heads": config.n_heads,
+        "n_layers": config.n_layers,
+        "vocab_size": config.vocab_size,
+        "norm_type": "rmsnorm" if config.norm.is_rms else "layernorm",
+        "norm_eps": config.norm_eps,
+        "norm_bias": config.norm.bias and not config.norm.is_rms,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "final_logit_softcapping": config.final_logit_softcapping,
+        "learned_positions": config.max_seq_len if config.has_learned_positions else None,
+        "windows": [config.window(layer) for layer in range(config.n_layers)],
+    }
+    found |= _attention(config.attention, config.d_model, config.n_heads)
+    for layer in range(config.n_layers):
+        found |= {f"ffn_config[layer {layer}].{key}": value for key, value in _ffn(config.ffn(layer)).items()}
+    return found
+
+
+def differences(one: Facts, two: Facts) -> dict[str, tuple[object, object]]:
+    """Facts that differ, with both values; a block that differs in every layer is named once."""
+    keys = [key for key in one | two if one.get(key) != two.get(key)]
+    found: dict[str, tuple[object, object]] = {}
+    for key in keys:
+        prefix, _, rest = key.partition("].")
+        name = f"ffn_config.{rest}" if rest and prefix.startswith("ffn_config[") else key
+        found.setdefault(name, (one.get(key), two.get(key)))
+    return found
+
+
+def _attention(attention: AttentionConfig, d_model: int, n_heads: int) -> Facts:
+    said = _plain(attention)
+    if isinstance(attention, GroupedQueryConfig):
+        head_dim = attention.rotary_dim(d_model, n_heads)
+        scale = attention.softmax_scale
+        said |= {
+            "attn_type": "grouped_query_attention",  # with one group a head it is the multi-head one
+            "kv_n_heads": attention.kv_heads(n_heads),
+            "head_dim": head_dim,
+            "softmax_scale": head_dim**-0.5 if scale is None else scale,
+            "clip_qkv_after_norm": attention.clip_qkv is not None and attention.clip_qkv_after_norm,
+        }
+    if attention.rope:
+        said["rope_scaling"] = _plain(attention.rope_scaling)
+    else:
+        del said["rope_theta"], said["rope_scaling"]
+    return {f"attn_config.{key}": value for key, value in said.items()}
+
+
+def _ffn(ffn: FFNConfig) -> Facts:
+    said = _plain(ffn) | {"ffn_act_fn": ffn.ffn_act_fn.key}
+    if isinstance(ffn, MoEConfig):
+        shared = ffn.shared
+        said["shared_expert_hidden_size"] = None if shared is None else shared.hidden_size
+        said["moe_topk_groups"] = ffn.moe_topk_groups or ffn.moe_n_groups
+    return said
+
+
+def _plain(choice: Choice) -> Facts:
+    """A block as data, under the first name of its kind."""
+    said = {key: value for key, value in dump(choice).items() if key not in _NO_FUNCTION | _SAID_ELSEWHERE}
+    return said | {choice._tag: type(choice)._names[0]}

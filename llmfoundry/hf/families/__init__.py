@@ -1,0 +1,1 @@
+"""One file for each architecture family; `family.py` says what is in it."""

@@ -1,0 +1,47 @@
+"""Mixtral: Mistral whose feed-forward block is a mixture of whole ones.
+
+Source: Jiang et al. 2024, arXiv:2401.04088.
+"""
+
+from __future__ import annotations
+
+from llmfoundry.hf.decoder import Decoder, mixture_of, mixture_to
+from llmfoundry.hf.families.llama import Mistral
+from llmfoundry.hf.family import ConfigDict, Theirs
+from llmfoundry.hf.pieces import Pieces
+from llmfoundry.layers.ffn import FFNConfig
+from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.moe.layer import MoEConfig
+
+
+class Mixtral(Mistral):
+    """A token's weights sum to 1. `router_jitter_noise` also reaches the experts there, and only the router here."""
+
+    model_type = "mixtral"
+    architecture = "MixtralForCausalLM"
+    layouts = ("each", "stacked")
+    names = Decoder.names | {
+        "mixture": "block_sparse_moe", "router": "block_sparse_moe.gate", "gate": "w1", "up": "w3", "down": "w2",
+    }  # fmt: skip
+
+    def ffn(self, theirs: Theirs) -> dict[str, object]:
+        """The mixture."""
+        jitter = theirs["router_jitter_noise"] or None
+        return mixture_of(theirs, "num_local_experts", "intermediate_size") | {
+            "moe_normalize_expert_weights": 1.0, "moe_jitter_eps": jitter,
+        }  # fmt: skip
+
+    def their_ffn(self, ffn: FFNConfig, config: CausalLMConfig) -> ConfigDict:
+        """The mixture."""
+        said = mixture_to(ffn, "num_local_experts", "intermediate_size")
+        assert isinstance(ffn, MoEConfig)
+        return said | {"router_jitter_noise": ffn.moe_jitter_eps or 0.0}
+
+    def add_mixture(self, ffn: MoEConfig, pieces: Pieces, ours: str, theirs: str, layout: str) -> None:
+        """Stacked experts go by other names than single ones."""
+        if layout != "stacked":
+            super().add_mixture(ffn, pieces, ours, theirs, layout)
+            return
+        pieces.add(f"{ours}.router.weight", f"{theirs}.mlp.gate.weight")
+        pieces.add(f"{ours}.experts.w1", f"{theirs}.mlp.experts.gate_up_proj")
+        pieces.add(f"{ours}.experts.w2", f"{theirs}.mlp.experts.down_proj")

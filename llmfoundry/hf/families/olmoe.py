@@ -1,0 +1,42 @@
+"""OLMoE: many small experts, and a norm over all heads of queries (of keys) together.
+
+Source: Muennighoff et al. 2024, arXiv:2409.02060.
+"""
+
+from __future__ import annotations
+
+from llmfoundry.hf.decoder import Decoder, as_mixture, mixture_of, mixture_to
+from llmfoundry.hf.family import ConfigDict, Theirs
+from llmfoundry.layers.attention import GroupedQueryConfig
+from llmfoundry.layers.ffn import FFNConfig
+from llmfoundry.model.config import CausalLMConfig
+
+
+class Olmoe(Decoder):
+    """`clip_qkv` comes after the norm in `transformers`."""
+
+    model_type = "olmoe"
+    architecture = "OlmoeForCausalLM"
+    layouts = ("each", "stacked")
+
+    def attention(self, theirs: Theirs) -> dict[str, object]:
+        """Norms, clipping, and all biases or none."""
+        clip = theirs["clip_qkv"]
+        return super().attention(theirs) | {"qk_ln": True, "clip_qkv": clip, "clip_qkv_after_norm": clip is not None}
+
+    def ffn(self, theirs: Theirs) -> dict[str, object]:
+        """The mixture."""
+        return mixture_of(theirs, "num_experts", "intermediate_size") | {
+            "moe_normalize_expert_weights": 1.0 if theirs["norm_topk_prob"] else None
+        }
+
+    def their_attention(self, attention: GroupedQueryConfig, config: CausalLMConfig) -> ConfigDict:
+        """Clipping and biases."""
+        return super().their_attention(attention, config) | {"clip_qkv": attention.clip_qkv}
+
+    def their_ffn(self, ffn: FFNConfig, config: CausalLMConfig) -> ConfigDict:
+        """The mixture."""
+        moe = as_mixture(ffn)
+        return mixture_to(moe, "num_experts", "intermediate_size") | {
+            "norm_topk_prob": moe.moe_normalize_expert_weights is not None
+        }

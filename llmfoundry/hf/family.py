@@ -1,0 +1,189 @@
+"""A family: one architecture of `transformers`, as a map of configs and a map of tensors. One file each in families/.
+
+Subclassing `Family` in a file there registers it. Both maps are checked from outside, so a family states only what it
+knows. A setting of theirs that no rule has read and that is not at its default is an error. And a model of ours is only
+written if the config that was written, read back, has the same facts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import pkgutil
+import re
+from collections.abc import Mapping
+from typing import ClassVar, cast
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from llmfoundry.config import ConfigError
+from llmfoundry.hf import families
+from llmfoundry.hf.facts import differences, facts
+from llmfoundry.hf.pieces import Pieces
+from llmfoundry.model.config import CausalLMConfig
+
+Value = None | bool | int | float | str | list["Value"] | dict[str, "Value"]
+ConfigDict = dict[str, Value]  # a config.json
+
+# No concern of what a model computes: dropout, first values, caches, token ids, classification heads.
+_HARMLESS = {
+    "attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "emb_pdrop", "initializer_range",
+    "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "output_router_logits", "pretraining_tp",
+    "reorder_and_upcast_attn",
+}  # fmt: skip
+
+
+class Theirs:
+    """A config of `transformers`, its defaults filled in; it remembers which settings were read."""
+
+    def __init__(self, config: PreTrainedConfig, where: str = "config.json") -> None:
+        self._config, self._where = config, where
+        self._read: set[str] = set()
+        self._parts: list[Theirs] = []
+
+    def __getitem__(self, key: str) -> Value:
+        self._read.add(key)
+        return cast(Value, getattr(self._config, key, None))
+
+    def int(self, key: str) -> int:
+        """A whole number that must be there."""
+        value = self[key]
+        if not isinstance(value, int):
+            raise ConfigError(f"{self._where}: {key} must be a whole number, found {value!r}")
+        return value
+
+    def part(self, key: str) -> Theirs:
+        """A config inside of it."""
+        self._read.add(key)
+        part = Theirs(getattr(self._config, key), f"{self._where}: {key}")
+        self._parts.append(part)
+        return part
+
+    def must_be(self, key: str, value: Value) -> None:
+        """Raise ConfigError unless a setting has the one value that is supported."""
+        if self[key] != value:
+            raise ConfigError(f"{self._where}: {key}={self[key]!r} is not supported, only {value!r}")
+
+    def check_all_read(self) -> None:
+        """Raise ConfigError where a setting that is not at its default was passed over."""
+        own = {field.name for field in dataclasses.fields(self._config)}
+        own -= {field.name for field in dataclasses.fields(PreTrainedConfig)}
+        default = type(self._config)()
+        for key in sorted(own - self._read - _HARMLESS):
+            value = getattr(self._config, key)
+            if not key.startswith("summary_") and value != getattr(default, key):
+                raise ConfigError(f"{self._where}: {key}={value!r} is not supported")
+        for part in self._parts:
+            part.check_all_read()
+
+
+class Family:
+    """Root of the families."""
+
+    model_type: ClassVar[str] = ""  # of config.json
+    architecture: ClassVar[str]  # the class in `transformers`
+    prefix: ClassVar[str] = "model."  # of the tensors that a checkpoint of the bare decoder has without it
+    head: ClassVar[str] = "lm_head.weight"  # absent in a tied model
+    embedding: ClassVar[str] = "model.embed_tokens.weight"
+    layouts: ClassVar[tuple[str, ...]] = ("",)  # that tensors come in; the first is what `transformers` writes
+    buffers: ClassVar[str] = r".*\.rotary_emb\.inv_freq"  # pattern of tensors that are no weights
+    _known: ClassVar[dict[str, type[Family]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "model_type" in vars(cls):
+            Family._known[cls.model_type] = cls
+
+    def is_buffer(self, name: str) -> bool:
+        """Whether a tensor of theirs is no weight, but something that their code computes."""
+        return re.fullmatch(self.buffers, name) is not None
+
+    def to_ours(self, theirs: Theirs) -> CausalLMConfig:
+        """Our config of a model of theirs."""
+        raise NotImplementedError
+
+    def to_theirs(self, config: CausalLMConfig) -> ConfigDict:
+        """The settings of config.json that describe a model of ours, as far as this family has words for it."""
+        raise NotImplementedError
+
+    def add_pieces(self, config: CausalLMConfig, pieces: Pieces, layout: str) -> None:
+        """Add where each block of each tensor stands."""
+        raise NotImplementedError
+
+
+@functools.cache
+def known_families() -> dict[str, Family]:
+    """All families by `model_type`."""
+    for module in pkgutil.iter_modules(families.__path__):
+        importlib.import_module(f"{families.__name__}.{module.name}")
+    return {name: kind() for name, kind in sorted(Family._known.items())}
+
+
+def family_of(model_type: object) -> Family:
+    """The family of a `model_type`.
+
+    Raises:
+        ConfigError: none has it.
+    """
+    known = known_families()
+    if not isinstance(model_type, str) or model_type not in known:
+        raise ConfigError(f"model_type {model_type!r} is not supported; supported are {', '.join(known)}")
+    return known[model_type]
+
+
+def read_config(data: Mapping[str, object], where: str = "config.json") -> tuple[Family, CausalLMConfig]:
+    """A config.json as a family and our config.
+
+    Raises:
+        ConfigError: the model type or a setting is not supported.
+    """
+    family = family_of(data.get("model_type"))
+    if data.get("quantization_config"):
+        raise ConfigError(
+            f"{where}: quantization_config is set: these weights are quantised; save them unquantised first, "
+            "in `transformers` by from_pretrained(..., dtype=torch.bfloat16) and save_pretrained"
+        )
+    try:
+        theirs = Theirs(CONFIG_MAPPING[family.model_type].from_dict(dict(data)), where)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
+    config = family.to_ours(theirs)
+    theirs.check_all_read()
+    return family, config
+
+
+def write_config(config: CausalLMConfig, model_type: str | None = None) -> tuple[Family, ConfigDict]:
+    """A model of ours as a family and its config.json.
+
+    Args:
+        model_type: None: the first family that can hold it.
+
+    Raises:
+        ConfigError: the family, or every family, lacks something of this model.
+    """
+    candidates = list(known_families().values()) if model_type is None else [family_of(model_type)]
+    nearest: tuple[Family, list[str]] | None = None
+    for family in candidates:
+        data, lacking = _written(family, config)
+        if not lacking:
+            return family, data
+        if nearest is None or len(lacking) < len(nearest[1]):
+            nearest = family, lacking
+    assert nearest is not None
+    family, lacking = nearest
+    who = "no supported family can hold this model; the nearest is " if model_type is None else ""
+    raise ConfigError(f"{who}{family.model_type}, which lacks {', '.join(lacking)}")
+
+
+def _written(family: Family, config: CausalLMConfig) -> tuple[ConfigDict, list[str]]:
+    """The config.json of a model in a family, and what of the model it does not say."""
+    try:
+        said = family.to_theirs(config)
+        data: ConfigDict = {"architectures": [family.architecture], "model_type": family.model_type, **said}
+        _, again = read_config(data)
+    except ConfigError as error:
+        return {}, [str(error)]
+    lost = differences(facts(config), facts(again))
+    return data, [f"{name}={ours!r}" for name, (ours, _) in lost.items()]

@@ -1,0 +1,227 @@
+"""The rule engine: where each block of our tensors stands in the tensors of another framework.
+
+A `Piece` equates one block of a tensor of ours with one block of a tensor of theirs. An axis of the block runs along
+some dim of either tensor, from some index, by some step; so a piece can stack, concatenate, interleave and transpose.
+Pieces tile the tensors of both sides exactly. That makes them an invertible map, and the same pieces serve reading,
+writing, and reading just the part that a rank holds: cut them to the box that is wanted, and copy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+Index = int | slice  # a slice with a step on their side, without one on ours
+
+
+class Spec(NamedTuple):
+    """What a tensor is, its values aside."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Part(NamedTuple):
+    """A box of a tensor, and its values."""
+
+    offsets: tuple[int, ...]  # of the box in the tensor
+    values: Tensor
+
+
+class Source(Protocol):
+    """Tensors that can be read piece by piece."""
+
+    specs: Mapping[str, Spec]
+
+    def parts(self, name: str) -> Iterable[Part]:
+        """The boxes that a tensor is kept in; together they are all of it."""
+
+    def release(self) -> None:
+        """Let go of the memory of what was read so far."""
+
+
+class Axis(NamedTuple):
+    """Along what an axis of a block runs in a tensor."""
+
+    dim: int
+    start: int
+    step: int
+
+
+class Side(NamedTuple):
+    """A block as one of the two tensors has it."""
+
+    name: str
+    axes: tuple[Axis, ...]  # one for each axis of the block, in the block's order
+    fixed: tuple[tuple[int, int], ...] = ()  # (dim, index) of the tensor's other dims
+
+
+class Piece(NamedTuple):
+    """A block that two tensors share."""
+
+    sizes: tuple[int, ...]
+    ours: Side
+    theirs: Side
+
+
+class Copy(NamedTuple):
+    """A piece with a direction."""
+
+    sizes: tuple[int, ...]
+    target: Side
+    source: Side
+
+    def to_box(self, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Copy | None:
+        """The part of it that a box of the target takes; None if there is none."""
+        return self._cut(_inside(self.target, self.sizes, offsets, shape))
+
+    def from_box(self, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Copy | None:
+        """The part of it that a box of the source gives."""
+        return self._cut(_inside(self.source, self.sizes, offsets, shape))
+
+    def _cut(self, ranges: list[range] | None) -> Copy | None:
+        if ranges is None:
+            return None
+        sides = (
+            side._replace(
+                axes=tuple(a._replace(start=a.start + r.start * a.step) for a, r in zip(side.axes, ranges, strict=True))
+            )
+            for side in (self.target, self.source)
+        )
+        return Copy(tuple(map(len, ranges)), *sides)
+
+
+def _inside(side: Side, sizes: tuple[int, ...], offsets: tuple[int, ...], shape: tuple[int, ...]) -> list[range] | None:
+    """Which of a block's indices lie in a box of the tensor, an axis each; None if none do."""
+    if any(not offsets[dim] <= index < offsets[dim] + shape[dim] for dim, index in side.fixed):
+        return None
+    ranges = []
+    for axis, size in zip(side.axes, sizes, strict=True):
+        before = offsets[axis.dim] - axis.start
+        low = max(0, -(-before // axis.step))
+        high = min(size, -(-(before + shape[axis.dim]) // axis.step))
+        if low >= high:
+            return None
+        ranges.append(range(low, high))
+    return ranges
+
+
+def _view(tensor: Tensor, side: Side, sizes: tuple[int, ...], offsets: tuple[int, ...]) -> Tensor:
+    """The block in a tensor that begins at `offsets` of the whole; dims in the block's order."""
+    index: list[Index] = [0] * tensor.dim()
+    for dim, at in side.fixed:
+        index[dim] = at - offsets[dim]
+    for axis, size in zip(side.axes, sizes, strict=True):
+        start = axis.start - offsets[axis.dim]
+        index[axis.dim] = slice(start, start + (size - 1) * axis.step + 1, axis.step)
+    dims = sorted(axis.dim for axis in side.axes)
+    return tensor[tuple(index)].permute([dims.index(axis.dim) for axis in side.axes])
+
+
+@torch.no_grad()
+def fill(out: Tensor, offsets: tuple[int, ...], copies: Iterable[Copy], source: Source) -> None:
+    """Fill a box of a tensor, reading no more than what it takes.
+
+    Args:
+        out: the box, any device and dtype; may be empty.
+        offsets: of the box in the whole tensor.
+        copies: all that lead to that tensor.
+    """
+    if out.numel() == 0:
+        return
+    for copy in copies:
+        wanted = copy.to_box(offsets, tuple(out.shape))
+        if wanted is None:
+            continue
+        for part in source.parts(wanted.source.name):
+            here = wanted.from_box(part.offsets, tuple(part.values.shape))
+            if here is not None:
+                target = _view(out, here.target, here.sizes, offsets)
+                target.copy_(_view(part.values, here.source, here.sizes, part.offsets))
+
+
+class Pieces:
+    """The pieces between a model of ours and one of theirs. A family adds them (`add`), one call a block.
+
+    Args:
+        shapes: of our tensors.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self.pieces: list[Piece] = []
+
+    def add(
+        self,
+        ours: str,
+        theirs: str,
+        at: tuple[Index, ...] = (),
+        there: tuple[slice, ...] = (),
+        transposed: bool = False,
+    ) -> None:
+        """Equate a block of ours with one of theirs.
+
+        Args:
+            ours: name of our tensor.
+            theirs: name of theirs.
+            at: our block, a dim each: an index, whose dim theirs has not, or a slice; dims left out are whole.
+            there: where each dim of their block starts, and by what step it goes on; dims left out: at 0, by 1.
+            transposed: their last two dims are ours swapped.
+        """
+        shape = self.shapes[ours]
+        whole: tuple[Index, ...] = at + (slice(None),) * (len(shape) - len(at))
+        fixed = tuple((dim, index) for dim, index in enumerate(whole) if isinstance(index, int))
+        spans = [
+            (dim, range(n)[s]) for dim, (s, n) in enumerate(zip(whole, shape, strict=True)) if isinstance(s, slice)
+        ]
+        assert all(span.step == 1 and len(span) > 0 for _, span in spans), (ours, at, shape)
+        their_dims = list(range(len(spans)))
+        if transposed:
+            their_dims[-2:] = their_dims[-1], their_dims[-2]
+        starts = there + (slice(None),) * (len(spans) - len(there))
+        self.pieces.append(
+            Piece(
+                tuple(len(span) for _, span in spans),
+                Side(ours, tuple(Axis(dim, span.start, 1) for dim, span in spans), fixed),
+                Side(theirs, tuple(Axis(d, starts[d].start or 0, starts[d].step or 1) for d in their_dims)),
+            )
+        )
+
+    def reading(self) -> dict[str, list[Copy]]:
+        """What leads to each of our tensors."""
+        copies: dict[str, list[Copy]] = {}
+        for piece in self.pieces:
+            copies.setdefault(piece.ours.name, []).append(Copy(piece.sizes, piece.ours, piece.theirs))
+        return copies
+
+    def writing(self) -> dict[str, list[Copy]]:
+        """What leads to each of their tensors."""
+        copies: dict[str, list[Copy]] = {}
+        for piece in self.pieces:
+            copies.setdefault(piece.theirs.name, []).append(Copy(piece.sizes, piece.theirs, piece.ours))
+        return copies
+
+    def their_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Their tensors: as large as the pieces in them reach."""
+        shapes: dict[str, list[int]] = {}
+        for piece in self.pieces:
+            shape = shapes.setdefault(piece.theirs.name, [0] * len(piece.theirs.axes))
+            for axis, size in zip(piece.theirs.axes, piece.sizes, strict=True):
+                shape[axis.dim] = max(shape[axis.dim], axis.start + (size - 1) * axis.step + 1)
+        return {name: tuple(shape) for name, shape in shapes.items()}
+
+    def check(self) -> None:
+        """Assert that the values of both sides are as many as the pieces have: none is left out or comes twice."""
+        for copies, shapes in ((self.reading(), self.shapes), (self.writing(), self.their_shapes())):
+            for name, shape in shapes.items():
+                covered = sum(math.prod(copy.sizes) for copy in copies.get(name, ()))
+                assert covered == math.prod(shape), f"{name}: the pieces cover {covered} values of {shape}"

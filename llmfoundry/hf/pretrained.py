@@ -1,0 +1,343 @@
+"""Hugging Face checkpoints as models of ours, and ours as theirs.
+
+A checkpoint is opened without reading a weight: its config says the family, the family says which tensors there must
+be and where their blocks stand in ours, and the headers say whether they are there. Only then are values read, by each
+rank just those that it holds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from llmfoundry import runtime
+from llmfoundry.config import ConfigError
+from llmfoundry.hf.facts import differences, facts
+from llmfoundry.hf.family import ConfigDict, Family, read_config, write_config
+from llmfoundry.hf.files import Advance, Folder, new_folder, slabs_of, write_weights
+from llmfoundry.hf.pieces import Copy, Part, Pieces, Source, Spec, fill
+from llmfoundry.layers.lora import is_adapter
+from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.init import plain_name, shard_of
+from llmfoundry.model.transformer import CausalLM
+
+# What makes a tokenizer; none of it is code.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja",
+)  # fmt: skip
+SHARD_BYTES = 5 * 10**9  # of a written file, at most
+
+Progress = Callable[[int], AbstractContextManager[Advance]]  # told of the bytes to come, then of those done
+
+
+def _silent(total: int) -> AbstractContextManager[Advance]:
+    return nullcontext(lambda count: None)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face checkpoint whose every tensor has its place in a model of ours.
+
+    Attributes:
+        copies: what leads to each of our tensors.
+        dtype: of most of the weights.
+    """
+
+    path: Path
+    family: Family
+    config: CausalLMConfig
+    source: Source
+    copies: Mapping[str, list[Copy]]
+    dtype: torch.dtype
+
+
+class Loaded(NamedTuple):
+    """A model of ours, and its tokenizer if the checkpoint has one."""
+
+    model: CausalLM
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+def locate(path_or_id: str | Path) -> Path:
+    """The folder of a checkpoint: a local one, or that of a hub id, downloaded at first use.
+
+    Only weights, JSON and tokenizers are fetched: no code, no pickles.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    path = Path(path_or_id)
+    if path.is_dir():
+        return path
+    patterns = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+    try:
+        return Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
+    except HFValidationError:
+        raise ConfigError(f"{path_or_id}: no such folder") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(f"{path_or_id}: no such folder, and cannot be had from the hub: {why}") from None
+
+
+def our_shapes(config: CausalLMConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of a model, adapters left out."""
+    with torch.device("meta"):
+        state = config.build().state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items() if not is_adapter(name)}
+
+
+def pieces_of(family: Family, config: CausalLMConfig, layout: str) -> Pieces:
+    """Where each block of a model of ours stands in one of theirs."""
+    pieces = Pieces(our_shapes(config))
+    family.add_pieces(config, pieces, layout)
+    pieces.check()
+    return pieces
+
+
+def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
+    """Open a checkpoint; weights are read later.
+
+    Raises:
+        ConfigError: a file is missing, damaged or points outside; the model or a setting is not supported; a tensor is
+            missing, left over or of another shape.
+    """
+    path = locate(path_or_id)
+    config_file = path / "config.json"
+    try:
+        data = json.loads(config_file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{config_file}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{config_file}: is no JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{config_file}: must hold a mapping, found {type(data).__name__}")
+    family, config = read_config(data, str(config_file))
+    folder = Folder(path)
+    return matched(path, family, config, folder)
+
+
+def matched(path: Path, family: Family, config: CausalLMConfig, folder: Source) -> Checkpoint:
+    """A checkpoint, once its tensors are found to be those that the family expects.
+
+    Raises:
+        ConfigError: a tensor is missing, left over or of another shape.
+    """
+    source = _with_prefix(folder, family)
+    found = set(source.specs) - {name for name in source.specs if family.is_buffer(name)}
+    if config.tie_word_embeddings:
+        found.discard(family.head)  # some writers repeat the embedding under this name
+    candidates = [pieces_of(family, config, layout) for layout in family.layouts]
+    pieces = max(candidates, key=lambda each: len(found & each.their_shapes().keys()))
+    expected = pieces.their_shapes()
+    for name in expected:
+        if name not in found:
+            raise ConfigError(f"{path}: tensor {name!r} is missing{_nearest(name, found - expected.keys())}")
+        if source.specs[name].shape != expected[name]:
+            raise ConfigError(
+                f"{path}: tensor {name!r} has shape {list(source.specs[name].shape)}, "
+                f"but config.json makes it {list(expected[name])}"
+            )
+    for name in sorted(found - expected.keys()):
+        raise ConfigError(f"{path}: tensor {name!r} has no place in a {family.model_type} model of this config.json")
+    sizes: dict[torch.dtype, int] = {}
+    for spec in source.specs.values():
+        sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
+    return Checkpoint(path, family, config, source, pieces.reading(), max(sizes, key=sizes.__getitem__))
+
+
+def load_weights(model: CausalLM, path_or_id: str | Path) -> None:
+    """Fill a model with the weights of a checkpoint; each rank of a sharded one reads what it holds.
+
+    Values are converted to the dtype of the model. Adapters (`lora`) are left as they are.
+
+    Args:
+        model: materialised, on any device and mesh.
+
+    Raises:
+        ConfigError: as `open_checkpoint`, or the model is another one; nothing has changed then.
+    """
+    checkpoint = open_checkpoint(path_or_id)
+    other = differences(facts(model.config), facts(checkpoint.config))
+    if other:
+        name, (ours, theirs) = next(iter(other.items()))
+        raise ConfigError(f"model.{name}: is {ours!r}, but {theirs!r} in {checkpoint.path}")
+    for name, tensor in model.state_dict().items():
+        name = plain_name(name)
+        if not is_adapter(name):
+            shard = shard_of(tensor)
+            fill(shard.local, shard.offsets, checkpoint.copies[name], checkpoint.source)
+            checkpoint.source.release()
+
+
+def from_pretrained(
+    path_or_id: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Loaded:
+    """A Hugging Face checkpoint as a model of ours, in evaluation mode, and its tokenizer.
+
+    Args:
+        path_or_id: a folder, or a hub id.
+        dtype: of the weights; None: as they are stored.
+
+    Raises:
+        ConfigError: it cannot be had, is damaged, or is of a kind that is not supported.
+    """
+    checkpoint = open_checkpoint(path_or_id)
+    with torch.device("meta"):
+        model = checkpoint.config.build().to(dtype or checkpoint.dtype)
+    model = model.to_empty(device=device)
+    for name, tensor in model.state_dict().items():
+        fill(tensor, (0,) * tensor.dim(), checkpoint.copies[name], checkpoint.source)
+        checkpoint.source.release()
+    return Loaded(model.eval(), tokenizer_of(checkpoint.path))
+
+
+def save_pretrained(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    model_type: str | None = None,
+) -> None:
+    """Write a model as a Hugging Face checkpoint. All ranks of a sharded one call this; the first one writes.
+
+    Args:
+        folder: must not exist, or be empty; it appears when it is complete.
+        dtype: of the weights; None: as the model has them.
+        model_type: the family; None: the first that can hold the model.
+
+    Raises:
+        ConfigError: no family can hold the model, or the folder is in use.
+    """
+    source = _Model(model)
+    if runtime.is_rank0():
+        with new_folder(Path(folder)) as temporary:
+            write_checkpoint(temporary, model.config, source, dtype=dtype, model_type=model_type, tokenizer=tokenizer)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+        return
+    family, _ = write_config(model.config, model_type)
+    pieces = pieces_of(family, model.config, family.layouts[0])
+    for name, spec in _their_specs(pieces, source, dtype).items():
+        for _ in slabs_of(name, spec, pieces.writing()[name], source):  # what rank 0 asks of all
+            pass
+
+
+def write_checkpoint(
+    folder: Path,
+    config: CausalLMConfig,
+    source: Source,
+    *,
+    dtype: torch.dtype | None = None,
+    model_type: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: Progress = _silent,
+) -> None:
+    """Write config.json and the weights of a model of ours into a folder; one slab is in memory at a time.
+
+    Args:
+        source: our tensors.
+        tokenizer: config.json names its special tokens.
+    """
+    family, data = write_config(config, model_type)
+    pieces = pieces_of(family, config, family.layouts[0])
+    specs = _their_specs(pieces, source, dtype)
+    dtypes = {spec.dtype for spec in specs.values()}
+    said: ConfigDict = {"dtype": str(max(dtypes, key=lambda each: each.itemsize)).removeprefix("torch.")}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        said[key] = getattr(tokenizer, key, None)
+    (folder / "config.json").write_text(json.dumps(data | said, indent=2) + "\n", encoding="utf-8")
+    copies = pieces.writing()
+    with progress(sum(spec.nbytes for spec in specs.values())) as advance:
+        write_weights(
+            folder, specs, lambda name: slabs_of(name, specs[name], copies[name], source), SHARD_BYTES, advance
+        )
+
+
+def copy_tokenizer(source: Path, target: Path) -> bool:
+    """Copy the files of a tokenizer; whether there were any."""
+    found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    for file in found:
+        shutil.copyfile(file, target / file.name)
+    return bool(found)
+
+
+def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a folder, if there is one; it runs no code of the folder's."""
+    if not any(
+        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+    ):
+        return None
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _their_specs(pieces: Pieces, source: Source, dtype: torch.dtype | None) -> dict[str, Spec]:
+    """Their tensors, in the dtype of ours that they are made from."""
+    writing = pieces.writing()
+    return {
+        name: Spec(dtype or source.specs[writing[name][0].source.name].dtype, shape)
+        for name, shape in pieces.their_shapes().items()
+    }
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; the nearest that is there is {close[0]!r}" if close else ""
+
+
+class _Renamed:
+    """A source under other names."""
+
+    def __init__(self, source: Source, names: Mapping[str, str]) -> None:
+        self._source, self._names = source, names
+        self.specs: Mapping[str, Spec] = {new: source.specs[old] for new, old in names.items()}
+
+    def parts(self, name: str) -> Iterator[Part]:
+        yield from self._source.parts(self._names[name])
+
+    def release(self) -> None:
+        self._source.release()
+
+
+def _with_prefix(source: Source, family: Family) -> Source:
+    """The tensors of a bare decoder under the names that they have in a language model."""
+    if not family.prefix or any(name.startswith(family.prefix) for name in source.specs):
+        return source
+    own = {family.head}
+    return _Renamed(source, {name if name in own else family.prefix + name: name for name in source.specs})
+
+
+class _Model:
+    """A model's own tensors as a source; those of a sharded one whole, one at a time, on all ranks together."""
+
+    def __init__(self, model: CausalLM) -> None:
+        state = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
+        self._state = {name: tensor for name, tensor in state.items() if not is_adapter(name)}
+        self.specs: Mapping[str, Spec] = {
+            name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._state.items()
+        }
+        self._last: tuple[str, Tensor] | None = None
+
+    def parts(self, name: str) -> list[Part]:
+        if self._last is None or self._last[0] != name:
+            tensor = self._state[name].detach()
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            self._last = name, whole.cpu()
+        return [Part((0,) * self._last[1].dim(), self._last[1])]
+
+    def release(self) -> None:
+        pass  # the last one is kept: the next tensor of theirs is often another part of it
