@@ -52,7 +52,9 @@ class Case(NamedTuple):
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                centre = 1.0 if "norm" in name and name.endswith("weight") or ".ln_" in name else 0.0
+                module, _, leaf = name.rpartition(".")
+                is_norm = leaf == "weight" and ("norm" in module.rpartition(".")[2] or ".ln_" in name)
+                centre = 1.0 if is_norm else 0.0
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + centre)
         return model.to(dtype)
 
