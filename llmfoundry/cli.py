@@ -11,25 +11,29 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 
 import torch
 import yaml
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from llmfoundry import runtime
 from llmfoundry.callbacks.console import Console  # importing the package registers all monitors and loggers
-from llmfoundry.config import ConfigError, check, dump, import_code, load_yaml
+from llmfoundry.config import ConfigError, check, dump, from_dotlist, import_code, load_yaml
 from llmfoundry.data.packing import prepare
 from llmfoundry.eval.generate import generate
 from llmfoundry.eval.perplexity import evaluate
+from llmfoundry.hf.upcycle import Upcycling
 from llmfoundry.integrations.foundry_yaml import translate
 from llmfoundry.model.config import CausalLMConfig
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.parallel.plan import describe
-from llmfoundry.train import checkpoint
+from llmfoundry.train import checkpoint, convert
 from llmfoundry.train.config import RunConfig
 from llmfoundry.train.trainer import build
 
@@ -188,6 +192,49 @@ def eval_main(argv: Sequence[str] | None = None) -> None:
                      max_batches=config.eval_subset_num_batches)  # fmt: skip
     bits = f", {found.bits_per_byte:.4f} bits a byte" if found.bits_per_byte is not None else ""
     print(f"{found.nats_per_token:.4f} nats a token{bits} over {found.tokens:,} tokens")
+
+
+@_command
+def convert_main(argv: Sequence[str] | None = None) -> None:
+    """`convert.py from-hf | to-hf | upcycle SOURCE OUT`: between Hugging Face folders and checkpoints of ours."""
+    parser = argparse.ArgumentParser(prog="convert.py", description="Convert checkpoints, as streams.")
+    ways = parser.add_subparsers(dest="way", required=True)
+    into = ways.add_parser("from-hf", help="a Hugging Face folder or hub id, as a checkpoint of ours")
+    back = ways.add_parser("to-hf", help="a checkpoint of ours, as a Hugging Face folder")
+    grow_ = ways.add_parser("upcycle", help="a dense checkpoint, theirs or ours, as a mixture of experts")
+    for each in (into, back, grow_):
+        each.add_argument("source")
+        each.add_argument("out", type=Path, help="a folder that does not exist, or is empty")
+    back.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights; else as stored")
+    back.add_argument("--model-type", help="the family, e.g. mixtral; else the first that can hold the model")
+    back.add_argument("--adapters", action="store_true", help="only the adapters (LoRA), in peft's format")
+    back.add_argument("--base-model", help="for --adapters: what they adapt")
+    grow_.add_argument("--seed", type=int, default=17)
+    grow_.add_argument("plan", nargs="+", metavar="key=value", help="moe_num_experts=8 moe_top_k=2 granularity=1 ...")
+    args = parser.parse_args(argv)
+    if args.way == "from-hf":
+        config = convert.from_hf(args.source, args.out, _progress)
+    elif args.way == "upcycle":
+        plan = check(Upcycling, from_dotlist(args.plan))
+        config = convert.grow(args.source, args.out, plan, args.seed, _progress)
+    elif args.adapters:
+        convert.adapters_to_peft(args.source, args.out, args.base_model)
+    else:
+        dtype = getattr(torch, args.dtype) if args.dtype else None
+        convert.to_hf(args.source, args.out, _progress, dtype, args.model_type)
+    if args.way != "to-hf":
+        print(f"{config.n_params():,} parameters, {config.n_active_params():,} active; to go on from them:")
+        print(f"  train.py {args.out / 'config.yaml'} load_path={args.out} load_weights_only=true")
+    print(f"written to {args.out}")
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], object]]:
+    """A bar of bytes, on a terminal."""
+    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=RichConsole(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("convert", total=total)
+        yield lambda count: bar.advance(task, count)
 
 
 @_command

@@ -199,9 +199,7 @@ def load_yaml(path: str | Path, overrides: list[str] | None = None) -> dict[str,
     Raises:
         ConfigError: the file is missing or no YAML, an override has no `=`, an interpolation leads nowhere.
     """
-    for item in overrides or []:
-        if "=" not in item:
-            raise ConfigError(f"{item}: is no override; write key=value")
+    _check_overrides(overrides or [])
     try:
         loaded = OmegaConf.load(path)
         if not isinstance(loaded, DictConfig):
@@ -217,6 +215,27 @@ def load_yaml(path: str | Path, overrides: list[str] | None = None) -> dict[str,
     assert isinstance(data, dict)
     data.pop("variables", None)
     return {str(key): value for key, value in data.items()}
+
+
+def from_dotlist(items: list[str]) -> dict[str, Any]:
+    """`key=value` entries as plain data; the values are YAML.
+
+    Raises:
+        ConfigError: one has no `=`, or is no YAML.
+    """
+    _check_overrides(items)
+    try:
+        data = OmegaConf.to_container(OmegaConf.from_dotlist(items), resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+    assert isinstance(data, dict)
+    return {str(key): value for key, value in data.items()}
+
+
+def _check_overrides(items: list[str]) -> None:
+    for item in items:
+        if "=" not in item:
+            raise ConfigError(f"{item}: is no override; write key=value")
 
 
 def import_code(paths: list[str]) -> None:

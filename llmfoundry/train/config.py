@@ -71,7 +71,7 @@ class RunConfig(Config):
     save_num_checkpoints_to_keep: int = -1  # -1: all
     save_async: bool | Literal["auto"] = "auto"  # a thread writes while the next steps run; auto: on GPUs
     autoresume: bool = False
-    load_path: str | None = None  # a checkpoint folder of ours
+    load_path: str | None = None  # a checkpoint folder of ours, or hf:<folder or hub id> for its weights
     load_weights_only: bool = False  # start a new run from its weights instead of continuing it
 
     callbacks: keyed(CallbackConfig) = {}  # type: ignore[valid-type]

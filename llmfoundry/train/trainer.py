@@ -16,7 +16,7 @@ import torch
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
-from llmfoundry import runtime
+from llmfoundry import hf, runtime
 from llmfoundry.config import ConfigError, dump
 from llmfoundry.data.loader import Loader
 from llmfoundry.eval.perplexity import evaluate
@@ -36,6 +36,7 @@ from llmfoundry.train.schedule import Schedule
 from llmfoundry.train.step import StepResult, train_step
 
 log = logging.getLogger(__name__)
+_HUGGING_FACE = "hf:"  # before a folder or hub id in `load_path`
 
 
 @dataclass
@@ -192,6 +193,8 @@ class Trainer:
         if path is not None:
             self.state = self._load_all(path)
             log.info("continuing from %s at step %d", path, self.state.step)
+        elif self.config.load_path is not None and self.config.load_path.startswith(_HUGGING_FACE):
+            hf.load_weights(self.model, self.config.load_path.removeprefix(_HUGGING_FACE))
         elif self.config.load_path is not None and self.config.load_weights_only:
             self.checkpointer.load_model(Path(self.config.load_path), self.model)
         elif self.config.load_path is not None:

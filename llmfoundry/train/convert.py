@@ -1,0 +1,314 @@
+"""Hugging Face folders to checkpoints of ours, back, and dense checkpoints to mixtures: all as streams.
+
+A checkpoint made here has weights alone, in the dtype that they came in. Its config.yaml is a whole recipe, which goes
+on from it: `train.py OUT/config.yaml load_path=OUT load_weights_only=true`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from llmfoundry.config import ConfigError, check, dump
+from llmfoundry.hf.family import write_config
+from llmfoundry.hf.files import DTYPES, Mapped, Slabs, new_folder, slabs_of, write_file
+from llmfoundry.hf.pieces import Copy, Part, Pieces, Spec
+from llmfoundry.hf.pretrained import (
+    Progress,
+    copy_tokenizer,
+    open_checkpoint,
+    our_shapes,
+    pieces_of,
+    tokenizer_of,
+    write_checkpoint,
+)
+from llmfoundry.hf.upcycle import Upcycling, upcycle, upcycled_config
+from llmfoundry.layers.lora import adapted
+from llmfoundry.model.adapters import PeftPart, save_peft
+from llmfoundry.model.config import CausalLMConfig, ModelConfig
+from llmfoundry.train import checkpoint, manifest
+from llmfoundry.train.manifest import CONFIG, INDEX, TRAINER, CheckpointError, Written
+from llmfoundry.train.storage import Entry, read_index
+
+_MODEL = "model-00000.safetensors"
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class CheckpointSource:
+    """The weights of a checkpoint of ours, adapters added to what they adapt; mapped, not read.
+
+    Args:
+        path: the checkpoint, verified.
+        config: of its model.
+    """
+
+    def __init__(self, path: Path, config: CausalLMConfig) -> None:
+        self._path, self._maps = path, dict[str, Mapped]()
+        entries = read_index(path)
+        self._entries = {name.removeprefix("model/"): e for name, e in entries.items() if name.startswith("model/")}
+        self._scale = config.lora.scale if config.lora is not None else 0.0
+        self.specs: Mapping[str, Spec] = {
+            name: Spec(entry.dtype, entry.shape) for name, entry in self._entries.items() if "lora_" not in name
+        }
+
+    def parts(self, name: str) -> Iterator[Part]:
+        """The boxes that ranks have saved of a tensor; of one with an adapter, the whole."""
+        base = name.removesuffix(".weight")
+        sides = [
+            f"{base}{join}lora_{side}" for side in "AB" for join in "._" if f"{base}{join}lora_{side}" in self._entries
+        ]
+        if not sides:
+            for chunk in self._entries[name].chunks:
+                yield self._chunk(self._entries[name], chunk.file, chunk.start, chunk.offsets, chunk.shape)
+            return
+        weight, a, b = (self._whole(each) for each in (name, *sides))
+        yield Part((0,) * weight.dim(), adapted(weight, a.to(weight.dtype), b.to(weight.dtype), self._scale))
+
+    def release(self) -> None:
+        """Give back the memory of what was read."""
+        for mapped in self._maps.values():
+            mapped.release()
+
+    def _chunk(self, entry: Entry, file: str, start: int, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Part:
+        if file not in self._maps:
+            self._maps[file] = Mapped(self._path / file)
+        return Part(offsets, self._maps[file].tensor(start, Spec(entry.dtype, shape)))
+
+    def _whole(self, name: str) -> Tensor:
+        entry = self._entries[name]
+        whole = torch.empty(entry.shape, dtype=entry.dtype)
+        for chunk in entry.chunks:
+            part = self._chunk(entry, chunk.file, chunk.start, chunk.offsets, chunk.shape)
+            whole[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.shape, strict=True))] = part.values
+        return whole
+
+
+def from_hf(source: str | Path, out: Path, progress: Progress) -> CausalLMConfig:
+    """A Hugging Face checkpoint as one of ours.
+
+    Args:
+        source: a folder or a hub id.
+        out: the checkpoint; must not exist, or be empty.
+
+    Returns:
+        The model's config.
+
+    Raises:
+        ConfigError: what is wrong with `source`, or `out` is in use; nothing is left of it.
+    """
+    theirs = open_checkpoint(source)
+    specs = {
+        name: Spec(theirs.source.specs[theirs.copies[name][0].source.name].dtype, shape)
+        for name, shape in our_shapes(theirs.config).items()
+    }
+    with new_folder(out) as folder:
+        _write(
+            folder, out, theirs.config, specs, theirs.path, progress,
+            lambda name: slabs_of(name, specs[name], theirs.copies[name], theirs.source),
+        )  # fmt: skip
+    return theirs.config
+
+
+def to_hf(
+    source: str | Path, out: Path, progress: Progress, dtype: torch.dtype | None = None, model_type: str | None = None
+) -> None:
+    """A checkpoint of ours as a Hugging Face folder; adapters are added to the weights that they adapt.
+
+    Args:
+        source: a checkpoint, a folder with checkpoints (the newest), or a run's `save_folder`.
+        dtype: of the weights; None: as they are stored.
+        model_type: the family; None: the first that can hold the model.
+
+    Raises:
+        ConfigError: what is wrong with `source`, no family can hold the model, or `out` is in use.
+    """
+    contents, config = _open(source)
+    tokenizer = tokenizer_of(contents.tokenizer) if contents.tokenizer is not None else None
+    with new_folder(out) as folder:
+        write_checkpoint(
+            folder, _base(config), CheckpointSource(contents.path, config), dtype=dtype, model_type=model_type,
+            tokenizer=tokenizer, progress=progress,
+        )  # fmt: skip
+        if contents.tokenizer is not None:
+            copy_tokenizer(contents.tokenizer, folder)
+
+
+def adapters_to_peft(source: str | Path, out: Path, base_model: str | None = None) -> None:
+    """The adapters of a checkpoint of ours as a folder that `peft` reads.
+
+    Args:
+        base_model: the hub id or folder of the model that they adapt.
+
+    Raises:
+        ConfigError: there are no adapters, or they stand where `peft` cannot have any.
+    """
+    contents, config = _open(source)
+    if config.lora is None:
+        raise ConfigError(f"{contents.path}: has no adapters (model.lora)")
+    family, _ = write_config(_base(config))
+    copies = pieces_of(family, _base(config), "stacked" if "stacked" in family.layouts else family.layouts[0]).reading()
+
+    def names(name: str) -> list[PeftPart]:
+        """Where a weight of ours stands, in the names of the live model: rows of theirs are rows of ours."""
+        found = []
+        for copy in copies[name if name in copies else f"{name}.weight"]:
+            rows = copy.target.axes[-2]
+            if [axis.dim for axis in copy.source.axes] != sorted(axis.dim for axis in copy.source.axes):
+                raise ConfigError(f"{family.model_type}: {name} is stored transposed there; peft cannot adapt it so")
+            size = copy.sizes[len(copy.sizes) - 2]
+            found.append(PeftPart(copy.source.name.removesuffix(".weight"), slice(rows.start, rows.start + size)))
+        return found
+
+    with torch.device("meta"):
+        model = config.build()
+    model = model.to_empty(device="cpu")
+    checkpoint.load_model_only(contents.path, model)
+    with new_folder(out) as folder:
+        save_peft(model, folder, names, base_model)
+
+
+def grow(source: str | Path, out: Path, plan: Upcycling, seed: int, progress: Progress) -> CausalLMConfig:
+    """A dense checkpoint, Hugging Face's or ours, as a mixture of experts in a checkpoint of ours.
+
+    Returns:
+        The mixture's config.
+
+    Raises:
+        ConfigError: what is wrong with `source`, it is no dense model, or `out` is in use.
+    """
+    is_ours = (Path(source) / manifest.MANIFEST).exists() or (Path(source) / "checkpoints").is_dir()
+    if is_ours:
+        contents, dense = _open(source)
+        ours = CheckpointSource(contents.path, dense)
+        dense, tokenizer, specs = _base(dense), contents.tokenizer, dict(ours.specs)
+        reading = _identity(specs)
+        weights = ((name, _tensor(slabs_of(name, spec, reading[name], ours))) for name, spec in specs.items())
+    else:
+        theirs = open_checkpoint(source)
+        dense, tokenizer = theirs.config, theirs.path
+        specs = {
+            name: Spec(theirs.source.specs[theirs.copies[name][0].source.name].dtype, shape)
+            for name, shape in our_shapes(dense).items()
+        }
+        weights = (
+            (name, _tensor(slabs_of(name, spec, theirs.copies[name], theirs.source))) for name, spec in specs.items()
+        )
+    grown = upcycled_config(dense, plan)
+    dtype = next(iter(specs.values())).dtype
+    stream, ahead = upcycle(weights, dense, plan, seed), dict[str, Tensor]()
+
+    def slabs(name: str) -> Iterator[Tensor]:
+        while name not in ahead:
+            found, tensor = next(stream)
+            ahead[found] = tensor
+        yield from (ahead.pop(name),)
+
+    with new_folder(out) as folder:
+        made = {name: Spec(dtype, shape) for name, shape in our_shapes(grown).items()}
+        _write(folder, out, grown, made, tokenizer, progress, slabs)
+    return grown
+
+
+def recipe(config: CausalLMConfig, out: Path, has_tokenizer: bool) -> dict[str, object]:
+    """A run that goes on from a converted checkpoint, as plain data; its data is the reader's to choose."""
+    dataset = {"name": "text_files", "path": "./data"}
+    return {
+        "max_seq_len": min(config.max_seq_len, 4096),
+        "model": dump(config),
+        "tokenizer": {"name": str(out.absolute() / "tokenizer")}
+        if has_tokenizer
+        else {"name": "bpe", "vocab_size": 300},
+        "train_loader": {"dataset": dataset | {"split": "train"}},
+        "eval_loader": {"dataset": dataset | {"split": "validation"}},
+        "optimizer": {"name": "adamw", "lr": 1.0e-5},
+        "scheduler": {"name": "cosine_with_warmup", "t_warmup": "0.01dur", "alpha_f": 0.1},
+        "max_duration": "1ep",
+        "global_train_batch_size": 32,
+        "save_folder": f"runs/{out.name}",
+    }
+
+
+def _open(source: str | Path) -> tuple[checkpoint.Contents, CausalLMConfig]:
+    contents = checkpoint.read(source)
+    manifest.verify(contents.path, only=lambda name: name.startswith("model-"))
+    model = contents.config.get("model") if isinstance(contents.config, dict) else None
+    if not isinstance(model, dict):
+        raise CheckpointError(f"{contents.path / CONFIG}: has no model")
+    config = check(ModelConfig, model, where=f"{contents.path}/config.yaml: model")
+    assert isinstance(config, CausalLMConfig)
+    return contents, config
+
+
+def _base(config: CausalLMConfig) -> CausalLMConfig:
+    return config.model_copy(update={"lora": None})
+
+
+def _identity(specs: Mapping[str, Spec]) -> dict[str, list[Copy]]:
+    pieces = Pieces({name: spec.shape for name, spec in specs.items()})
+    for name in specs:
+        pieces.add(name, name)
+    return pieces.reading()
+
+
+def _tensor(slabs: Iterator[Tensor]) -> Tensor:
+    return torch.cat(list(slabs))
+
+
+def _write(
+    folder: Path,
+    out: Path,
+    config: CausalLMConfig,
+    specs: Mapping[str, Spec],
+    tokenizer: Path | None,
+    progress: Progress,
+    slabs: Slabs,
+) -> None:
+    """A whole checkpoint of ours in a folder that will be `out`; bytes are hashed while others are written."""
+    digest = hashlib.sha256()
+    with progress(sum(spec.nbytes for spec in specs.values())) as advance, ThreadPoolExecutor(1) as hasher:
+        hashed = [hasher.submit(lambda: None)]
+
+        def feed(content: bytes | memoryview) -> None:
+            hashed[0].result()  # one ahead at most
+            hashed[0] = hasher.submit(digest.update, content)
+
+        places = write_file(folder / _MODEL, specs, slabs, advance, feed)
+        hashed[0].result()
+    size = (folder / _MODEL).stat().st_size
+    entries = {
+        f"model/{place.name}": {
+            "dtype": _DTYPE_NAMES[place.spec.dtype],
+            "shape": list(place.spec.shape),
+            "chunks": [
+                {
+                    "file": _MODEL, "start": place.start, "offsets": [0] * len(place.spec.shape),
+                    "shape": list(place.spec.shape),
+                }
+            ],
+        }
+        for place in places
+    }  # fmt: skip
+    has_tokenizer = False
+    if tokenizer is not None:
+        (folder / "tokenizer").mkdir()
+        has_tokenizer = copy_tokenizer(tokenizer, folder / "tokenizer")
+    texts = {
+        INDEX: json.dumps({"tensors": entries}),
+        TRAINER: json.dumps({"step": 0}),
+        CONFIG: yaml.safe_dump(recipe(config, out, has_tokenizer), sort_keys=False),
+    }
+    files = {_MODEL: Written(size, digest.hexdigest())}
+    files |= {name: manifest.write_file(folder / name, text.encode()) for name, text in texts.items()}
+    if has_tokenizer:
+        for file in (folder / "tokenizer").iterdir():
+            files[f"tokenizer/{file.name}"] = manifest.measure(file, sync=True)
+    elif tokenizer is not None:
+        (folder / "tokenizer").rmdir()
+    manifest.write_manifest(folder, 0, files)
