@@ -128,6 +128,8 @@ def _sizes(config: RunConfig) -> str:
 def _open_checkpoint(folder: str) -> tuple[RunConfig, CausalLM, checkpoint.Contents]:
     """A checkpoint's model on this device, ready for inference."""
     contents = checkpoint.read(folder)
+    paths = contents.config.get("code_paths")
+    import_code(paths if isinstance(paths, list) else [])  # a plug-in's kinds are named in the config
     config = check(RunConfig, contents.config, where=f"{contents.path}/config.yaml")
     assert isinstance(config.model, CausalLMConfig)
     place = runtime.device()
@@ -187,7 +189,13 @@ def eval_main(argv: Sequence[str] | None = None) -> None:
     if contents.tokenizer is None:
         raise ConfigError(f"{contents.path}: holds no tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(contents.tokenizer, local_files_only=True)
-    loader = config.eval_loader.build(tokenizer, seed=config.seed, max_seq_len=config.max_seq_len)
+    assert isinstance(config.model, CausalLMConfig)
+    loader = config.eval_loader.build(
+        tokenizer,
+        seed=config.seed,
+        max_seq_len=config.max_seq_len,
+        sequence_ids=config.model.attn_config.attn_uses_sequence_id,
+    )
     found = evaluate(model, loader, rows=config.device_eval_batch_size, device=runtime.device(),
                      max_batches=config.eval_subset_num_batches)  # fmt: skip
     bits = f", {found.bits_per_byte:.4f} bits a byte" if found.bits_per_byte is not None else ""

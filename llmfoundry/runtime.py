@@ -11,6 +11,7 @@ import os
 import random
 import resource
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -106,6 +107,20 @@ def any_rank(flag: bool) -> bool:
     value = torch.tensor(int(flag))
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item())
+
+
+def on_rank0(check: Callable[[], None]) -> None:
+    """Run a check on rank 0; what it raises is raised on every rank, so that none waits for one that has ended."""
+    error: list[Exception | None] = [None]
+    if is_rank0():
+        try:
+            check()
+        except Exception as failure:
+            error[0] = failure
+    if dist.is_initialized():
+        dist.broadcast_object_list(error)
+    if error[0] is not None:
+        raise error[0]
 
 
 def seed_of(*parts: str | int) -> int:

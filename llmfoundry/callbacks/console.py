@@ -48,7 +48,7 @@ class Console(Callback):
         if due or step == trainer.timeline.total_steps or "metrics/eval/LanguageCrossEntropy" in metrics:
             self.out.print(line(metrics, trainer.timeline.total_steps))
 
-    def fit_end(self, trainer: Trainer) -> None:
+    def close(self) -> None:
         if self.progress is not None:
             self.progress.stop()
 

@@ -42,6 +42,6 @@ class Tensorboard(Callback):
                 if key != "step" and not isinstance(value, list):
                     self.writer.add_scalar(key, value, trainer.state.step)
 
-    def fit_end(self, trainer: Trainer) -> None:
+    def close(self) -> None:
         if self.writer is not None:
             self.writer.close()

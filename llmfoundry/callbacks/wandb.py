@@ -56,6 +56,6 @@ class Wandb(Callback):
         if self.run is not None:
             self.run.log(metrics, step=trainer.state.step)
 
-    def fit_end(self, trainer: Trainer) -> None:
+    def close(self) -> None:
         if self.run is not None:
             self.run.finish()

@@ -138,7 +138,6 @@ class Loader:
         self.fingerprint = stream.fingerprint  # of the documents and the tokenizer
         self.n_tokens = stream.n_tokens - 1  # labels in one pass
         self.n_bytes = stream.n_bytes  # of the documents as UTF-8
-        self.bytes_per_token = self.n_bytes / self.n_tokens
         self._all_rows = -(-self.n_tokens // max_seq_len)  # the last may be partly filled
         self.rows_per_epoch = self.n_tokens // max_seq_len if drop_last else self._all_rows
         if self.rows_per_epoch == 0:

@@ -29,6 +29,9 @@ class Callback:
     def fit_end(self, trainer: Trainer) -> None:
         """The last checkpoint is safe."""
 
+    def close(self) -> None:
+        """Let go of terminals and files: called last in any case, also after an error."""
+
 
 class CallbackConfig(Choice, tag="name"):
     """Root of the family of monitors and other callbacks: the YAML's `callbacks`."""

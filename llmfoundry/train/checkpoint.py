@@ -235,10 +235,6 @@ class Checkpointer:
         set_rng(rng)
         return trainer
 
-    def load_model(self, path: Path, model: nn.Module) -> None:
-        """`load_model_only`."""
-        load_model_only(path, model)
-
     def _staged(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """This rank's part of each tensor, copied to the CPU; the same memory each time, pinned if from a GPU."""
         for name, tensor in tensors.items():

@@ -97,6 +97,9 @@ def find(path: str | Path) -> Path:
     if (path / MANIFEST).exists() or _STEP_FOLDER.fullmatch(path.resolve().name):
         return path.resolve()
     for folder in (path, path / "checkpoints"):
+        latest = (folder / "latest").resolve()
+        if latest.parent == folder.resolve() and (latest / MANIFEST).exists():
+            return latest  # a damaged one may have a higher step
         if found := checkpoints(folder):
             return found[0]
     raise CheckpointError(f"{path}: {'no checkpoint in this folder' if path.is_dir() else 'no such folder'}")

@@ -18,8 +18,13 @@ from llmfoundry.config import ConfigError
 from llmfoundry.train.callback import Metrics
 
 # Keys whose change makes another run of it: a checkpoint made under other values is not continued.
-_IDENTITY = ("seed", "max_seq_len", "model", "tokenizer", "train_loader.dataset", "global_train_batch_size")
-_NO_IDENTITY = ("attn_impl", "moe_impl", "mlp_impl")  # another way to the same values
+_IDENTITY = (
+    "seed", "max_seq_len", "model", "tokenizer", "train_loader.dataset", "train_loader.drop_last",
+    "global_train_batch_size",
+)  # fmt: skip
+_NO_IDENTITY = ("attn_impl", "moe_impl", "mlp_impl", "cache_dir")  # another way to the same values
+# What a run that ended before its first step can leave: the folder is still free.
+_TRACES = {".lock", "config.yaml", "config.yaml.tmp", "metrics.jsonl"}
 
 Plain = dict[str, object]
 
@@ -62,10 +67,23 @@ class RunFolder:
         """Continue metrics.jsonl after `step`: what a killed run wrote beyond its checkpoint is dropped."""
         file = self.path / "metrics.jsonl"
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        kept = [line for i, line in enumerate(lines, 1) if line.endswith("\n") and self._step_of(i, line) <= step]
         if len(kept) < len(lines) or not file.exists():
             _write(file, "".join(kept))
         self._metrics = file.open("a")
+
+    def _step_of(self, number: int, line: str) -> int:
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(
+                f"{self.path / 'metrics.jsonl'}: line {number} is damaged; remove it from there on"
+            ) from None
+
+    def sync(self) -> None:
+        """What metrics.jsonl holds survives a power cut: a checkpoint that does must not stand without it."""
+        if self._metrics is not None:
+            os.fsync(self._metrics.fileno())
 
     def write_metrics(self, metrics: Metrics) -> None:
         """Append one line; what is not finite becomes null, for JSON has no word for it."""
@@ -89,7 +107,7 @@ def check_free(path: Path, config: Plain, autoresume: bool) -> None:
     """
     if path.exists() and not path.is_dir():
         raise ConfigError(f"save_folder: {path} is a file; name a folder")
-    if path.exists() and any(path.iterdir()):
+    if path.exists() and not _is_free(path):
         if not autoresume:
             raise ConfigError(
                 f"save_folder: {path} is already used; choose another, or continue that run with autoresume=true"
@@ -98,6 +116,15 @@ def check_free(path: Path, config: Plain, autoresume: bool) -> None:
     standing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not os.access(standing, os.W_OK | os.X_OK):
         raise ConfigError(f"save_folder: {path} cannot be written: no permission in {standing}")
+
+
+def _is_free(path: Path) -> bool:
+    """Whether a folder is empty, or a run had claimed it and ended before its first step."""
+    names = {child.name for child in path.iterdir()}
+    if not names:
+        return True
+    metrics = path / "metrics.jsonl"
+    return ".lock" in names and names <= _TRACES and not (metrics.exists() and metrics.stat().st_size)
 
 
 def _check_same_run(file: Path, config: Plain) -> None:
@@ -112,8 +139,10 @@ def _check_same_run(file: Path, config: Plain) -> None:
         raise ConfigError(
             f"save_folder: {file.parent} holds no run to resume (no config.yaml); choose another"
         ) from None
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(before, dict):
+        raise ConfigError(f"{file}: holds no run's settings; restore it, or choose another save_folder")
     old, new = _flat(before), _flat(config)
     for key in sorted(old.keys() | new.keys()):
         same_run = not key.startswith(_IDENTITY) or key.rsplit(".", 1)[-1] in _NO_IDENTITY

@@ -20,15 +20,16 @@ from llmfoundry.train.duration import Duration, Timeline
 
 @dataclass(frozen=True)
 class Schedule:
-    """A linear warm-up from 0 over `warmup` steps, then `shape`."""
+    """A linear warm-up from 0 to `peak` over `warmup` steps, then `shape`."""
 
     warmup: int
     shape: Callable[[int], float]
+    peak: float = 1.0  # also where nothing comes after the warm-up
 
     def multiplier(self, step: int) -> float:
         """The factor on the learning rate of the step that follows `step` completed steps."""
         if step < self.warmup:
-            return step / self.warmup * self.shape(self.warmup)
+            return step / self.warmup * self.peak
         return self.shape(step)
 
 
@@ -64,7 +65,7 @@ class ConstantConfig(SchedulerConfig, names=("constant_with_warmup",)):
 
     def build(self, timeline: Timeline) -> Schedule:
         warmup, _ = self._warmup_and_end(timeline)
-        return Schedule(warmup, lambda step: self.alpha)
+        return Schedule(warmup, lambda step: self.alpha, self.alpha)
 
 
 class LinearConfig(SchedulerConfig, names=("linear_decay_with_warmup",)):
@@ -75,7 +76,11 @@ class LinearConfig(SchedulerConfig, names=("linear_decay_with_warmup",)):
 
     def build(self, timeline: Timeline) -> Schedule:
         warmup, end = self._warmup_and_end(timeline)
-        return Schedule(warmup, lambda step: self.alpha_i + (self.alpha_f - self.alpha_i) * _part(step, warmup, end))
+
+        def shape(step: int) -> float:
+            return self.alpha_i + (self.alpha_f - self.alpha_i) * _part(step, warmup, end)
+
+        return Schedule(warmup, shape, self.alpha_i)
 
 
 class CosineConfig(SchedulerConfig, names=("cosine_with_warmup",)):

@@ -26,8 +26,9 @@ from llmfoundry.moe.balance import Balance, summary
 from llmfoundry.moe.layer import MoEConfig
 from llmfoundry.parallel.apply import materialize, parallelize
 from llmfoundry.parallel.mesh import Mesh, build_mesh
+from llmfoundry.train import checkpoint
 from llmfoundry.train.callback import Callback, Metrics
-from llmfoundry.train.checkpoint import Checkpointer, CheckpointState
+from llmfoundry.train.checkpoint import Checkpointer, CheckpointState, load_model_only
 from llmfoundry.train.config import RunConfig
 from llmfoundry.train.duration import Timeline
 from llmfoundry.train.optim import set_learning_rate
@@ -70,45 +71,67 @@ class Trainer:
     folder: RunFolder | None = None  # of rank 0, from `fit` on
     state: TrainState = field(default_factory=TrainState)
     evaluation: Metrics = field(default_factory=dict)  # of the last evaluation
-    train_seconds: float = 0.0  # of this process, in steps alone
-    train_tokens: int = 0
-    stop_requested: bool = False
+    train_seconds: float = 0.0  # in steps alone, over all processes that the run has had
+    signalled: bool = False  # this rank was asked to stop
 
-    def fit(self) -> Metrics:
-        """Train until `max_duration`, or until a signal asks to stop; returns what summary.json holds."""
+    def fit(self) -> None:
+        """Train until `max_duration`, or until a signal asks to stop."""
         self._load()
-        if runtime.is_rank0():  # only now that nothing of the user's can be wrong is anything written
-            path = Path(self.config.save_folder)
-            self.folder = RunFolder.claim(path, dump(self.config), self.config.autoresume)
-            self.folder.open_metrics(self.state.step)
-        runtime.barrier()
+        if self._is_complete():
+            log.info(
+                "%s: already complete at step %d; raise max_duration, or choose another save_folder",
+                self.config.save_folder, self.state.step,
+            )  # fmt: skip
+            return
+        try:
+            self._fit()
+        finally:
+            for callback in reversed(self.callbacks):
+                callback.close()
+
+    def _fit(self) -> None:
+        runtime.on_rank0(self._claim)  # only now that nothing of the user's can be wrong is anything written
         for callback in self.callbacks:
             callback.fit_start(self)
         if self.config.eval_first and self.state.step == 0:
             self._evaluate()
+        stopped = False  # the same on every rank; a signal counts from the next time that all look
         with self._signals():
-            while self.state.step < self.timeline.total_steps and not self.stop_requested:
+            while self.state.step < self.timeline.total_steps and not stopped:
                 metrics = self.take_step()
-                self.stop_requested = runtime.any_rank(self.stop_requested)
                 if self._due_evaluation():
                     metrics |= self._evaluate()
                 for callback in self.callbacks:
                     callback.step_end(self, metrics)
                 if self.folder is not None:
                     self.folder.write_metrics(metrics)
-                done = self.stop_requested or self.state.step == self.timeline.total_steps
+                stopped = runtime.any_rank(self.signalled)
+                done = stopped or self.state.step == self.timeline.total_steps
                 if done or self.timeline.due(self.config.save_interval, self.state.step):
-                    self.checkpointer.save(self._checkpoint())
+                    self._save()
                 self.checkpointer.poll()  # a save that failed in its thread is an error here, not at the next one
             self.checkpointer.wait()
-        if not self.evaluation and self._evaluates and not self.stop_requested:
+        if not self.evaluation and self._evaluates and not stopped:
             self._evaluate()  # a run taken up after its last step
-        result = self._summary()
         if self.folder is not None:
-            self.folder.write_summary(result)
-        for callback in reversed(self.callbacks):
-            callback.fit_end(self)
-        return result
+            self.folder.write_summary(self._summary())
+        if not stopped:
+            for callback in reversed(self.callbacks):
+                callback.fit_end(self)
+
+    def _claim(self) -> None:
+        self.folder = RunFolder.claim(Path(self.config.save_folder), dump(self.config), self.config.autoresume)
+        self.folder.open_metrics(self.state.step)
+
+    def _is_complete(self) -> bool:
+        """Whether there is nothing left to do: the last step and the summary are there."""
+        finished = self.state.step >= self.timeline.total_steps
+        return finished and self.config.autoresume and (Path(self.config.save_folder) / "summary.json").exists()
+
+    def _save(self) -> None:
+        if self.folder is not None:
+            self.folder.sync()
+        self.checkpointer.save(self._checkpoint())
 
     def take_step(self) -> Metrics:
         """Take the next rows, update the weights, and say what happened."""
@@ -142,7 +165,6 @@ class Trainer:
             metrics |= summary(result.router, rows * self.loader.max_seq_len, self.balance)
         seconds = time.perf_counter() - start
         self.train_seconds += seconds
-        self.train_tokens += rows * self.loader.max_seq_len
         return metrics | {
             "throughput/tokens_per_sec": rows * self.loader.max_seq_len / seconds,
             "time/step_seconds": seconds,
@@ -165,7 +187,6 @@ class Trainer:
         return self.eval_loader is not None and self.config.eval_interval.value > 0
 
     def _due_evaluation(self) -> bool:
-        # Not when asked to stop: who asks may not wait that long, and resuming evaluates where the whole run does.
         last = self.state.step == self.timeline.total_steps
         return self._evaluates and (last or self.timeline.due(self.config.eval_interval, self.state.step))
 
@@ -191,30 +212,48 @@ class Trainer:
         """Continue from the newest checkpoint of this folder, or begin from `load_path`, or begin."""
         path = self.checkpointer.latest() if self.config.autoresume else None
         if path is not None:
-            self.state = self._load_all(path)
+            self._load_all(path)
             log.info("continuing from %s at step %d", path, self.state.step)
-        elif self.config.load_path is not None and self.config.load_path.startswith(_HUGGING_FACE):
-            hf.load_weights(self.model, self.config.load_path.removeprefix(_HUGGING_FACE))
-        elif self.config.load_path is not None and self.config.load_weights_only:
-            self.checkpointer.load_model(Path(self.config.load_path), self.model)
-        elif self.config.load_path is not None:
-            self.state = self._load_all(Path(self.config.load_path))
+        elif self.config.autoresume and (Path(self.config.save_folder) / "metrics.jsonl").exists():
+            log.warning("%s: holds no checkpoint; starting from the first step", self.config.save_folder)
+            self._load_first()
+        else:
+            self._load_first()
 
-    def _load_all(self, path: Path) -> TrainState:
-        state = self.checkpointer.load(path, self._checkpoint()).get("state")
+    def _load_first(self) -> None:
+        """Begin from `load_path`, or from initial weights."""
+        if self.config.load_path is None:
+            return
+        if self.config.load_path.startswith(_HUGGING_FACE):
+            hf.load_weights(self.model, self.config.load_path.removeprefix(_HUGGING_FACE))
+        elif self.config.load_weights_only:
+            load_model_only(self.config.load_path, self.model)
+        else:
+            self._load_all(Path(self.config.load_path))
+
+    def _load_all(self, path: Path) -> None:
+        """Take up a run: everything, on the condition that its data is still the same."""
+        # Looked at before anything is loaded: nothing has changed when it is refused.
+        trainer = checkpoint.read(path).trainer
+        state, data = trainer.get("state"), trainer.get("data")
         if not isinstance(state, dict) or state.keys() != {part.name for part in fields(TrainState)}:
             raise ConfigError(f"{path}: was not saved by a training run; take its weights by load_weights_only=true")
-        return TrainState(**cast(dict[str, int], state))
+        if data != self.loader.fingerprint:
+            raise ConfigError(
+                f"{path}: was trained on other data or with another tokenizer (files that have changed count too); "
+                "restore them, or begin a new run from its weights with load_path and load_weights_only=true"
+            )
+        self.checkpointer.load(path, self._checkpoint())
+        self.state = TrainState(**cast(dict[str, int], state))
+        seconds = trainer.get("seconds")
+        self.train_seconds = float(seconds) if isinstance(seconds, int | float) else 0.0
 
     def _checkpoint(self) -> CheckpointState:
         return CheckpointState(
             step=self.state.step,
             model=self.model,
             optimizer=self.optimizer,
-            trainer={
-                "state": asdict(self.state),
-                "schedule": {"multiplier": self.schedule.multiplier(self.state.step)},
-            },
+            trainer={"state": asdict(self.state), "data": self.loader.fingerprint, "seconds": self.train_seconds},
             config=dump(self.config),
             tokenizer=self.tokenizer,
         )
@@ -227,7 +266,7 @@ class Trainer:
             "params": model.n_params(),
             "active_params": model.n_active_params(),
             "trainable_params": model.n_trainable_params(),
-            "tokens_per_sec": self.train_tokens / self.train_seconds if self.train_seconds else 0.0,
+            "tokens_per_sec": self.state.tokens / self.train_seconds if self.train_seconds else 0.0,
             "seconds": self.train_seconds,
             "peak_memory_bytes": runtime.peak_memory_bytes(self.device),
         }
@@ -239,10 +278,10 @@ class Trainer:
         """SIGTERM and SIGINT finish the step, save and stop; a second one ends at once."""
 
         def request(number: int, frame: FrameType | None) -> None:
-            if self.stop_requested:
+            if self.signalled:
                 raise KeyboardInterrupt
             log.warning("%s: stopping after this step", signal.Signals(number).name)
-            self.stop_requested = True
+            self.signalled = True
 
         before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -264,13 +303,8 @@ def build(config: RunConfig) -> Trainer:
     precision = config.precision_on(device.type)
     mesh = build_mesh(config.parallel, device.type, _n_experts(config.model))
     path = Path(config.save_folder)
-    if runtime.is_rank0():
-        check_free(path, dump(config), config.autoresume)
-    if config.global_train_batch_size < mesh.data_ranks:
-        raise ConfigError(
-            f"global_train_batch_size={config.global_train_batch_size} leaves some of {mesh.data_ranks} ranks without "
-            f"a row; write {mesh.data_ranks} or more"
-        )
+    runtime.on_rank0(lambda: check_free(path, dump(config), config.autoresume))
+    _check_rows(config, mesh)
     tokenizer = config.tokenizer.build(config.train_loader.dataset)
     if len(tokenizer) > config.model.vocab_size:
         raise ConfigError(
@@ -314,6 +348,22 @@ def build(config: RunConfig) -> Trainer:
         ),
         callbacks=[part.build() for part in (*config.callbacks.values(), *config.loggers.values())],
     )
+
+
+def _check_rows(config: RunConfig, mesh: Mesh) -> None:
+    """Refuse a global batch that would give ranks different numbers of microbatches: they must meet in each."""
+    rows, ranks, micro = config.global_train_batch_size, mesh.data_ranks, config.device_train_microbatch_size
+    if rows < ranks:
+        raise ConfigError(
+            f"global_train_batch_size={rows} leaves some of {ranks} ranks without a row; write {ranks} or more"
+        )
+    least, most = rows // ranks, -(-rows // ranks)
+    if micro != "auto" and -(-least // micro) != -(-most // micro):
+        raise ConfigError(
+            f"global_train_batch_size={rows} over {ranks} ranks is {least} or {most} rows each, which "
+            f"device_train_microbatch_size={micro} cuts into different numbers of microbatches; make it a multiple of "
+            f"{ranks}, or the microbatch larger"
+        )
 
 
 def _n_experts(model: CausalLMConfig) -> int:

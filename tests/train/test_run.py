@@ -226,6 +226,96 @@ def test_a_used_folder_is_neither_overwritten_nor_resumed_unasked(
     assert snapshot(tmp_path / "run") == before
 
 
+def test_a_run_is_not_continued_on_other_data(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_main([str(recipe), "max_duration=2ba"]) == 0
+    for file in (tmp_path / "text").iterdir():
+        file.write_text(file.read_text() + "one more line\n")
+    before = snapshot(tmp_path / "run")
+    for options in (["autoresume=true", "max_duration=4ba"], [f"load_path={tmp_path / 'run'}", "save_folder=other"]):
+        assert train_main([str(recipe), *options]) == 2
+        assert "other data or with another tokenizer" in capsys.readouterr().err
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_a_complete_run_is_left_as_it_is(recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert train_main([str(recipe), "max_duration=2ba"]) == 0
+    before = snapshot(tmp_path / "run")
+    caplog.set_level("INFO")
+    assert train_main([str(recipe), "max_duration=2ba", "autoresume=true", "optimizer.lr=0.5"]) == 0
+    assert "already complete at step 2" in caplog.text
+    assert snapshot(tmp_path / "run") == before
+
+
+def test_the_seconds_of_a_run_are_those_of_all_its_processes(recipe: Path, tmp_path: Path) -> None:
+    seconds = []
+    for steps in (2, 4):
+        assert train_main([str(recipe), f"max_duration={steps}ba", "autoresume=true"]) == 0
+        summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+        seconds.append(summary["seconds"])
+        assert summary["tokens_per_sec"] == pytest.approx(summary["tokens"] / summary["seconds"])
+    assert seconds[1] > seconds[0] > 0
+
+
+def test_a_folder_whose_run_ended_before_its_first_step_is_free(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    assert train_main([str(recipe), "max_duration=2ba"]) == 0
+
+
+def test_a_folder_of_the_users_own_is_not(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("mine: true\n")
+    assert train_main([str(recipe)]) == 2
+    assert "already used" in capsys.readouterr().err
+
+
+def test_a_damaged_line_of_metrics_is_named(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_main([str(recipe), "max_duration=2ba"]) == 0
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write("\0\0\0\n")
+    assert train_main([str(recipe), "max_duration=4ba", "autoresume=true"]) == 2
+    assert "line 3 is damaged" in capsys.readouterr().err
+
+
+def test_eval_sees_documents_as_training_does(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_main([str(recipe), "max_duration=2ba", "model.attn_config.attn_uses_sequence_id=true"]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert eval_main(["--checkpoint", str(tmp_path / "run")]) == 0
+    assert f"{summary['validation/nats_per_token']:.4f} nats a token" in capsys.readouterr().out
+
+
+def test_a_signal_between_looking_and_saving_loses_nothing(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmfoundry.train.checkpoint import Checkpointer
+
+    polls, real = iter(range(1, 100)), Checkpointer.poll
+
+    def poll_then_signal(self: Checkpointer) -> Path | None:
+        if next(polls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self)
+
+    monkeypatch.setattr(Checkpointer, "poll", poll_then_signal)
+    assert train_main([str(recipe)]) == 0
+    assert len(metrics_of(tmp_path / "run")) == 5
+    assert (tmp_path / "run" / "checkpoints" / "step-5").is_dir()
+
+
+def test_a_plug_in_is_there_when_its_checkpoint_is_opened(recipe: Path, tmp_path: Path) -> None:
+    plug_in = tmp_path / "my_block.py"
+    plug_in.write_text(
+        "from llmfoundry.layers.ffn import GLUConfig\n\nclass MyConfig(GLUConfig, names=('my_block',)):\n    pass\n"
+    )
+    data = yaml.safe_load(recipe.read_text())
+    data["model"]["ffn_config"] = {"ffn_type": "my_block", "ffn_hidden_size": 32, "ffn_act_fn": {"name": "silu"}}
+    recipe.write_text(yaml.safe_dump(data | {"code_paths": [str(plug_in)]}))
+    assert train_main([str(recipe), "max_duration=2ba"]) == 0
+    script = "import sys; from llmfoundry.cli import generate_main; sys.exit(generate_main())"
+    command = [sys.executable, "-c", script, "--checkpoint", str(tmp_path / "run"), "--max-new-tokens", "2"]
+    assert subprocess.run(command, check=False).returncode == 0
+
+
 def test_a_damaged_checkpoint_is_refused_by_name(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert train_main([str(recipe), "max_duration=2ba", "scheduler.t_warmup=1ba"]) == 0
     (file,) = (tmp_path / "run" / "checkpoints" / "step-2").glob("model-*.safetensors")

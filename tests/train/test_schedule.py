@@ -35,6 +35,11 @@ def test_every_schedule_warms_up_from_zero_to_its_peak(settings: dict[str, str])
     assert curve(**settings)[0] == 1.0  # and without a warm-up starts there
 
 
+@pytest.mark.parametrize("name", ["linear_decay_with_warmup", "cosine_with_warmup", "constant_with_warmup"])
+def test_a_warm_up_as_long_as_the_run_still_rises_to_the_peak(name: str) -> None:
+    assert curve(name=name, t_warmup="1dur")[:100] == pytest.approx([step / 100 for step in range(100)])
+
+
 def test_cosine_ends_at_alpha_f_and_stays_there() -> None:
     schedule = build(name="cosine_with_warmup", t_warmup="20ba", t_max="80ba", alpha_f=0.1)
     assert schedule.multiplier(50) == pytest.approx(0.55)
