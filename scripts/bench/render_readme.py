@@ -60,6 +60,30 @@ From the same weights on the same batches, the two losses differ by at most
 Measured by `scripts/bench/cpu_step.py` on torch {versions["torch"]}."""
 
 
+def conversion() -> str:
+    """Conversion of checkpoints beside a plain copy of the same files."""
+    result = _result("convert")
+    if result is None:
+        return ""
+    rows = [
+        f"| `convert.py {way}` | {result['gb_per_second'][way]:.2f} | {result['of_a_copys_bandwidth'][way]:.0%} "
+        f"| {result['peak_resident_bytes'][way] / 1e9:.2f} |"
+        for way in ("from-hf", "to-hf")
+    ]
+    return "\n".join(
+        [
+            f"Conversion of a {result['bytes'] / 1e9:.1f} GB checkpoint in shards of "
+            f"{result['largest_shard_bytes'] / 1e9:.0f} GB, medians of {result['repeats']}, start and checksums "
+            f"included, by `scripts/bench/convert.py`; a plain copy of the same files on that disk: "
+            f"{result['gb_per_second']['copy']:.2f} GB/s.",
+            "",
+            "| | GB/s | of a copy's | peak memory, GB |",
+            "|---|---|---|---|",
+            *rows,
+        ]
+    )
+
+
 def _speed(side: dict) -> str:
     return f"{side['tokens_per_second']['median']:,.0f}"
 
@@ -69,7 +93,12 @@ def _result(name: str) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-PARTS: dict[str, Callable[[], str]] = {"yaml-diff": yaml_diff, "yamls": yamls, "cpu-step": cpu_step}
+PARTS: dict[str, Callable[[], str]] = {
+    "yaml-diff": yaml_diff,
+    "yamls": yamls,
+    "cpu-step": cpu_step,
+    "convert": conversion,
+}
 
 
 def render(text: str) -> str:
