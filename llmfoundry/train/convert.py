@@ -208,7 +208,7 @@ def grow(source: str | Path, out: Path, plan: Upcycling, seed: int, progress: Pr
         while name not in ahead:
             found, tensor = next(stream)
             ahead[found] = tensor
-        yield from (ahead.pop(name),)
+        yield ahead.pop(name).to(dtype)
 
     with new_folder(out) as folder:
         made = {name: Spec(dtype, shape) for name, shape in our_shapes(grown).items()}
