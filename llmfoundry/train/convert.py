@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -270,17 +269,10 @@ def _write(
     progress: Progress,
     slabs: Slabs,
 ) -> None:
-    """A whole checkpoint of ours in a folder that will be `out`; bytes are hashed while others are written."""
+    """A whole checkpoint of ours in a folder that will be `out`."""
     digest = hashlib.sha256()
-    with progress(sum(spec.nbytes for spec in specs.values())) as advance, ThreadPoolExecutor(1) as hasher:
-        hashed = [hasher.submit(lambda: None)]
-
-        def feed(content: bytes | memoryview) -> None:
-            hashed[0].result()  # one ahead at most
-            hashed[0] = hasher.submit(digest.update, content)
-
-        places = write_file(folder / _MODEL, specs, slabs, advance, feed)
-        hashed[0].result()
+    with progress(sum(spec.nbytes for spec in specs.values())) as advance:
+        places = write_file(folder / _MODEL, specs, slabs, advance, digest.update)
     size = (folder / _MODEL).stat().st_size
     entries = {
         f"model/{place.name}": {
