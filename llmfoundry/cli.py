@@ -220,6 +220,16 @@ def convert_main(argv: Sequence[str] | None = None) -> None:
     grow_.add_argument("--seed", type=int, default=17)
     grow_.add_argument("plan", nargs="+", metavar="key=value", help="moe_num_experts=8 moe_top_k=2 granularity=1 ...")
     args = parser.parse_args(argv)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on two shared cores, two threads copied 2 to 4 times more slowly
+    try:
+        _convert(args)
+    finally:
+        torch.set_num_threads(threads)
+    print(f"written to {args.out}")
+
+
+def _convert(args: argparse.Namespace) -> None:
     if args.way == "from-hf":
         config = convert.from_hf(args.source, args.out, _progress)
     elif args.way == "upcycle":
@@ -233,7 +243,6 @@ def convert_main(argv: Sequence[str] | None = None) -> None:
     if args.way != "to-hf":
         print(f"{config.n_params():,} parameters, {config.n_active_params():,} active; to go on from them:")
         print(f"  train.py {args.out / 'config.yaml'} load_path={args.out} load_weights_only=true")
-    print(f"written to {args.out}")
 
 
 @contextmanager

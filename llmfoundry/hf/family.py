@@ -164,15 +164,16 @@ def write_config(config: CausalLMConfig, model_type: str | None = None) -> tuple
         ConfigError: the family, or every family, lacks something of this model.
     """
     candidates = list(known_families().values()) if model_type is None else [family_of(model_type)]
-    nearest: tuple[Family, list[str]] | None = None
+    nearest: tuple[tuple[bool, int], Family, list[str]] | None = None
     for family in candidates:
         data, lacking = _written(family, config)
         if not lacking:
             return family, data
-        if nearest is None or len(lacking) < len(nearest[1]):
-            nearest = family, lacking
+        distance = (not data, len(lacking))  # one without words for a whole part is farther than any other
+        if nearest is None or distance < nearest[0]:
+            nearest = distance, family, lacking
     assert nearest is not None
-    family, lacking = nearest
+    _, family, lacking = nearest
     who = "no supported family can hold this model; the nearest is " if model_type is None else ""
     raise ConfigError(f"{who}{family.model_type}, which lacks {', '.join(lacking)}")
 

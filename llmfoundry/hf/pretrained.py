@@ -39,6 +39,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja",
 )  # fmt: skip
+GENERATION = "generation_config.json"
 SHARD_BYTES = 5 * 10**9  # of a written file, at most
 
 Progress = Callable[[int], AbstractContextManager[Advance]]  # told of the bytes to come, then of those done
@@ -83,7 +84,7 @@ def locate(path_or_id: str | Path) -> Path:
     path = Path(path_or_id)
     if path.is_dir():
         return path
-    patterns = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+    patterns = ["config.json", GENERATION, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
     try:
         return Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
     except HFValidationError:
@@ -138,21 +139,26 @@ def matched(path: Path, family: Family, config: CausalLMConfig, folder: Source) 
     """
     source = _with_prefix(folder, family)
     found = set(source.specs) - {name for name in source.specs if family.is_buffer(name)}
-    if config.tie_word_embeddings:
-        found.discard(family.head)  # some writers repeat the embedding under this name
+    if config.tie_word_embeddings and family.head in found:  # some writers repeat the embedding under this name
+        found.discard(family.head)
+        _check_same(path, source, family.head, family.embedding)
     candidates = [pieces_of(family, config, layout) for layout in family.layouts]
     pieces = max(candidates, key=lambda each: len(found & each.their_shapes().keys()))
     expected = pieces.their_shapes()
     for name in expected:
         if name not in found:
-            raise ConfigError(f"{path}: tensor {name!r} is missing{_nearest(name, found - expected.keys())}")
+            close = _nearest(name, found - expected.keys(), "is there")
+            raise ConfigError(f"{path}: tensor {name!r} is missing{close}")
         if source.specs[name].shape != expected[name]:
             raise ConfigError(
                 f"{path}: tensor {name!r} has shape {list(source.specs[name].shape)}, "
                 f"but config.json makes it {list(expected[name])}"
             )
     for name in sorted(found - expected.keys()):
-        raise ConfigError(f"{path}: tensor {name!r} has no place in a {family.model_type} model of this config.json")
+        raise ConfigError(
+            f"{path}: tensor {name!r} has no place in a {family.model_type} model of this config.json"
+            f"{_nearest(name, set(expected), 'has a place')}"
+        )
     sizes: dict[torch.dtype, int] = {}
     for spec in source.specs.values():
         sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
@@ -294,9 +300,23 @@ def _their_specs(pieces: Pieces, source: Source, dtype: torch.dtype | None) -> d
     }
 
 
-def _nearest(name: str, known: set[str]) -> str:
+def _nearest(name: str, known: set[str], what: str) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; the nearest that is there is {close[0]!r}" if close else ""
+    return f"; the nearest that {what} is {close[0]!r}" if close else ""
+
+
+def _check_same(path: Path, source: Source, head: str, embedding: str) -> None:
+    """Raise ConfigError if a tied model's head is another matrix than its embedding: one of them would be lost."""
+    same = embedding in source.specs and source.specs[head] == source.specs[embedding]
+    if same:
+        pairs = zip(source.parts(head), source.parts(embedding), strict=True)
+        same = all(torch.equal(one.values, two.values) for one, two in pairs)
+        source.release()
+    if not same:
+        raise ConfigError(
+            f"{path}: config.json ties the embeddings, but {head!r} is not {embedding!r}; "
+            "set tie_word_embeddings to false there to keep both"
+        )
 
 
 class _Renamed:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from llmfoundry.hf.family import write_config
 from llmfoundry.hf.files import DTYPES, Mapped, Slabs, new_folder, slabs_of, write_file
 from llmfoundry.hf.pieces import Copy, Part, Pieces, Spec
 from llmfoundry.hf.pretrained import (
+    GENERATION,
     Progress,
     copy_tokenizer,
     open_checkpoint,
@@ -137,6 +139,8 @@ def to_hf(
         )  # fmt: skip
         if contents.tokenizer is not None:
             copy_tokenizer(contents.tokenizer, folder)
+        if (contents.path / GENERATION).is_file():
+            shutil.copyfile(contents.path / GENERATION, folder / GENERATION)
 
 
 def adapters_to_peft(source: str | Path, out: Path, base_model: str | None = None) -> None:
@@ -303,4 +307,6 @@ def _write(
             files[f"tokenizer/{file.name}"] = manifest.measure(file, sync=True)
     elif tokenizer is not None:
         (folder / "tokenizer").rmdir()
+    if tokenizer is not None and (tokenizer / GENERATION).is_file():  # for the way back
+        files[GENERATION] = manifest.write_file(folder / GENERATION, (tokenizer / GENERATION).read_bytes())
     manifest.write_manifest(folder, 0, files)
