@@ -97,7 +97,7 @@ def train_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="put over the YAML, e.g. model.n_layers=2")
     parser.add_argument("--dry-run", action="store_true", help="say what the run would be, and train nothing")
     parser.add_argument("--gpus", type=int, default=None, help="for --dry-run: plan for so many GPUs")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     config = read_config(args.yaml, args.overrides)
     if args.gpus is not None and (args.gpus < 1 or not args.dry_run):
         raise ConfigError(f"--gpus {args.gpus}: is for --dry-run, and 1 or more")
@@ -260,7 +260,7 @@ def prepare_data_main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="prepare_data.py", description="Tokenise a run's datasets ahead of it.")
     parser.add_argument("yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     config = read_config(args.yaml, args.overrides)
     tokenizer = config.tokenizer.build(config.train_loader.dataset)
     for name, part in (("train_loader", config.train_loader), ("eval_loader", config.eval_loader)):
