@@ -4,7 +4,7 @@ The config is the registry. A choice between implementations is a family of `Cho
 (`name`, or `ffn_type` inside `ffn_config`); a concrete config stands in the file of the module that it builds and
 has `build()`. Subclassing registers it, so a plug-in is a Python file named in the YAML's `code_paths`.
 
-Every mistake of a user's becomes one `ConfigError` line: the dotted path, what was found, what to write instead.
+Every mistake of a user's becomes one line of a `ConfigError`: the dotted path, what was found, what to write instead.
 """
 
 from __future__ import annotations
@@ -33,7 +33,14 @@ class ConfigError(ValueError):
 class Config(BaseModel):
     """A frozen block of settings. Unknown keys and wrong types are errors, never repaired."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        validate_default=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,  # a nan passes no comparison, so it would slip by every bound that is written as one
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -175,7 +182,7 @@ def check(cls: type[C], data: dict[str, Any], where: str = "") -> C:
         where: dotted path of `data` in the file, put before every message.
 
     Raises:
-        ConfigError: one line for every mistake.
+        ConfigError: a line for every mistake.
     """
     try:
         return cls.model_validate(data)

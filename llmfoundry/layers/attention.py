@@ -82,7 +82,7 @@ class AttentionConfig(Choice, tag="attn_type"):
     attn_type: str = "multihead_attention"
     attn_impl: Literal["auto", "sdpa", "flex"] = "auto"
     rope: bool = False
-    rope_theta: float = 10000.0
+    rope_theta: float = Field(10000.0, gt=0)
     rope_scaling: RopeScaling = NoScaling()
     # Earlier tokens that a token sees beside itself, as in LLM Foundry; -1: all. `transformers` counts the
     # token too: its sliding_window is this plus 1.

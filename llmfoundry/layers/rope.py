@@ -12,7 +12,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from llmfoundry.config import Choice
@@ -56,7 +56,7 @@ class NoScaling(RopeScaling, names=("none", "default", "no_scaling")):
 class LinearScaling(RopeScaling, names=("linear",)):
     """Positions divided by `factor` (Chen et al. 2023, arXiv:2306.15595)."""
 
-    factor: float
+    factor: float = Field(gt=0)
 
     def inv_freq(self, theta: float, dim: int, device: torch.device) -> Tensor:
         """(C/2,) float32, radians a position."""
@@ -66,10 +66,10 @@ class LinearScaling(RopeScaling, names=("linear",)):
 class Llama3Scaling(RopeScaling, names=("llama3",)):
     """Long wavelengths divided by `factor`, short ones kept, those between blended (Llama 3.1)."""
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+    factor: float = Field(gt=0)
+    low_freq_factor: float = Field(gt=0)
+    high_freq_factor: float = Field(gt=0)
+    original_max_position_embeddings: int = Field(gt=0)
 
     @model_validator(mode="after")
     def _check_range(self) -> Llama3Scaling:
@@ -94,11 +94,11 @@ class Llama3Scaling(RopeScaling, names=("llama3",)):
 class YarnScaling(RopeScaling, names=("yarn",)):
     """Dims that turn rarely are interpolated, others kept (Peng et al. 2023, arXiv:2309.00071)."""
 
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float = 32.0  # turns over the original length above which a dim is kept
-    beta_slow: float = 1.0  # turns below which a dim is wholly interpolated
-    attention_factor: float | None = None  # None: from `factor`, or from the two mscales
+    factor: float = Field(gt=0)
+    original_max_position_embeddings: int = Field(gt=0)
+    beta_fast: float = Field(32.0, gt=0)  # turns over the original length above which a dim is kept
+    beta_slow: float = Field(1.0, gt=0)  # turns below which a dim is wholly interpolated
+    attention_factor: float | None = Field(None, gt=0)  # None: from `factor`, or from the two mscales
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True  # round the blended range outwards to whole dims; gpt-oss does not
