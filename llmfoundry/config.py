@@ -211,7 +211,9 @@ def load_yaml(path: str | Path, overrides: list[str] | None = None) -> dict[str,
         loaded = OmegaConf.load(path)
         if not isinstance(loaded, DictConfig):
             raise ConfigError(f"{path}: must hold a mapping, found a list")
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides or [])))
+        merged = loaded
+        for item in overrides or []:
+            merged = _put_over(merged, item)
         data = OmegaConf.to_container(merged, resolve=True)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
@@ -232,11 +234,26 @@ def from_dotlist(items: list[str]) -> dict[str, Any]:
     """
     _check_overrides(items)
     try:
-        data = OmegaConf.to_container(OmegaConf.from_dotlist(items), resolve=True)
+        merged = OmegaConf.create({})
+        for item in items:
+            merged = _put_over(merged, item)
+        data = OmegaConf.to_container(merged, resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(" ".join(str(error).split())) from None
     assert isinstance(data, dict)
     return {str(key): value for key, value in data.items()}
+
+
+def _put_over(loaded: DictConfig, item: str) -> DictConfig:
+    """Merge one override over what was loaded."""
+    try:
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist([item]))
+    except (TypeError, IndexError):  # how OmegaConf meets a list over a mapping, and a key of brackets
+        raise ConfigError(
+            f"{item}: does not fit what stands there: a mapping takes keys (a.b=1), a list is written whole (a=[1, 2])"
+        ) from None
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def _check_overrides(items: list[str]) -> None:

@@ -37,3 +37,27 @@ def test_overrides_may_follow_options(recipe: Path, capsys: pytest.CaptureFixtur
     out = capsys.readouterr().out
     assert "seed: 2\n" in out and "max_seq_len: 16\n" in out
     assert prepare_data_main([str(recipe), "seed=1"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("save_num_checkpoints_to_keep=-2", "save_num_checkpoints_to_keep=-2 keeps nothing"),
+        ("eval_subset_num_batches=0", "eval_subset_num_batches=0 evaluates on nothing"),
+        ("eval_subset_num_batches=-2", "eval_subset_num_batches=-2 evaluates on nothing"),
+        ("seed=9223372036854775808", "seed: input should be less than 9223372036854775808"),
+        ("model.ffn_config.ffn_hidden_size=0", "ffn_hidden_size: input should be greater than or equal to 1"),
+        ("model.expansion_ratio=0.01", "expansion_ratio=0.01 of d_model=32 leaves no hidden unit"),
+        ("model.init_config.init_div_is_residual=0.0", "init_div_is_residual: residual outputs cannot be divided by 0"),
+        ("model.expansion_ratio=.inf", "model.expansion_ratio: input should be a finite number, found inf"),
+        ("parallel.recompute_save=[aten.mm]", "recompute_save is for recompute: selective, not none"),
+        ("train_loader=[]", "train_loader=[]: does not fit what stands there"),
+        ("[=1", "[=1: does not fit what stands there"),
+    ],
+)
+def test_a_value_out_of_bounds_is_one_line(
+    recipe: Path, capsys: pytest.CaptureFixture, override: str, says: str
+) -> None:
+    assert train_main([str(recipe), "--dry-run", override]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and says in line

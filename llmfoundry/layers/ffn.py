@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, NamedTuple, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from llmfoundry.config import Choice, Config
@@ -56,7 +56,7 @@ class FFNConfig(Choice, tag="ffn_type"):
     """
 
     ffn_type: str = "mptmlp"
-    ffn_hidden_size: int | None = None  # F; None: the model's expansion_ratio * d_model
+    ffn_hidden_size: int | None = Field(None, ge=1)  # F; None: the model's expansion_ratio * d_model
     ffn_act_fn: Activation = Activation()
     bias: bool | None = None  # None: as the model's no_bias says
 

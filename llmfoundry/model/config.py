@@ -83,6 +83,8 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
         if self.learned_pos_emb and self.attn_config.has_positions:
             which = "rope" if self.attn_config.rope else "alibi"
             raise ValueError(f"learned_pos_emb and attn_config.{which} are both on; keep one")
+        if self.expansion_ratio * self.d_model < 1:
+            raise ValueError(f"expansion_ratio={self.expansion_ratio} of d_model={self.d_model} leaves no hidden unit")
         pattern = self.attn_window_pattern
         if pattern is not None:
             if not pattern or min(pattern) < FULL:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -53,6 +53,13 @@ class InitConfig(Config):
         if needs_std != (self.init_std is not None):
             raise ValueError(f"name={self.name} {'needs' if needs_std else 'does not use'} init_std")
         return self
+
+    @field_validator("init_div_is_residual")
+    @classmethod
+    def _check_divisor(cls, divide: bool | float) -> bool | float:
+        if not isinstance(divide, bool) and divide <= 0:
+            raise ValueError(f"residual outputs cannot be divided by {divide}; write false for no division")
+        return divide
 
     @property
     def uniform(self) -> bool:

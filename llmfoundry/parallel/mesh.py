@@ -12,11 +12,11 @@ one of `ep` neighbouring ranks (neighbours, so that tokens travel over NVLink), 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -46,6 +46,12 @@ class ParallelConfig(Config):
         if shard != -1 and shard < 1:
             raise ValueError(f"shard={shard} is no number of ranks; write 1 or more, or -1 (all left)")
         return shard
+
+    @model_validator(mode="after")
+    def _saves_what_is_recomputed(self) -> Self:
+        if self.recompute_save is not None and self.recompute != "selective":
+            raise ValueError(f"recompute_save is for recompute: selective, not {self.recompute}; leave one out")
+        return self
 
 
 class Degrees(NamedTuple):

@@ -41,7 +41,7 @@ class RunConfig(Config):
 
     run_name: str = "llm"
     code_paths: list[str] = []  # Python files that register plug-ins
-    seed: int = Field(17, ge=0)
+    seed: int = Field(17, ge=0, lt=2**63)
     max_seq_len: int = Field(gt=0)
 
     model: ModelConfig
@@ -87,9 +87,15 @@ class RunConfig(Config):
         micro = self.device_train_microbatch_size
         if isinstance(micro, int) and micro < 1:
             raise ValueError(f"device_train_microbatch_size={micro} is no number of rows; write 1 or more, or auto")
-        if self.save_num_checkpoints_to_keep == 0:
+        keep, batches = self.save_num_checkpoints_to_keep, self.eval_subset_num_batches
+        if keep == 0 or keep < -1:
             raise ValueError(
-                "save_num_checkpoints_to_keep=0 keeps nothing to resume from; write -1 for all, or 1 or more"
+                f"save_num_checkpoints_to_keep={keep} keeps nothing to resume from; write -1 for all, or 1 or more"
+            )
+        if batches == 0 or batches < -1:
+            raise ValueError(
+                f"eval_subset_num_batches={batches} evaluates on nothing; write -1 for all, or 1 or more "
+                "(eval_interval: 0ba never evaluates)"
             )
         return self
 

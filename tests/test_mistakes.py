@@ -30,8 +30,7 @@ YARN = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
         (lambda x: {"attn_config": {"rope_scaling": YARN | {"mscale": x}}}, "attn_config.rope_scaling.mscale"),
     ],
 )
-def test_no_number_is_infinite_or_nan(number: float, keys: Callable[[float], dict[str, object]], where: str
-) -> None:
+def test_no_number_is_infinite_or_nan(number: float, keys: Callable[[float], dict[str, object]], where: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check(ModelConfig, MODEL | keys(number), where="model")
     assert f"model.{where}: input should be a finite number, found {number}" in str(caught.value)
