@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -267,13 +268,38 @@ def import_code(paths: list[str]) -> None:
 
     Args:
         paths: Python files, as listed in the YAML's `code_paths`. They run with the user's rights.
+
+    Raises:
+        ConfigError: there is no such file, or it cannot be imported: its line, and why.
     """
     for path in paths:
         file = Path(path)
         if not file.is_file():
             raise ConfigError(f"code_paths: {path}: no such file")
-        spec = importlib.util.spec_from_file_location(file.stem, file)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[file.stem] = module
+        if file.suffix != ".py":
+            raise ConfigError(f"code_paths: {path}: is no Python file; its name must end in .py")
+        name = f"llmfoundry_plugin_{file.stem}"  # a plug-in named json.py leaves the real json alone
+        known = sys.modules.get(name)
+        if known is not None and known.__file__ == str(file.resolve()):
+            continue
+        if known is not None:
+            raise ConfigError(f"code_paths: {path}: {known.__file__} has that name too; rename one")
+        _import(name, path)
+
+
+def _import(name: str, path: str) -> None:
+    spec = importlib.util.spec_from_file_location(name, Path(path).resolve())
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
         spec.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[name]
+        if not isinstance(error, Exception):
+            raise
+        # A SyntaxError has the line itself; else it is the last one of the plug-in that ran.
+        ran = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == spec.origin]
+        line = error.lineno if isinstance(error, SyntaxError) and error.filename == spec.origin else (ran or [1])[-1]
+        why = " ".join(str(error).split())
+        raise ConfigError(f"code_paths: {path}:{line}: {type(error).__name__}: {why}") from error
