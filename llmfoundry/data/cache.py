@@ -23,8 +23,8 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """Return `folder`, having it made if it is not there.
 
     Ranks and runs that ask at once wait for the first. What `make` leaves is synced to disk before it gets
-    its name, so a crash leaves nothing that looks finished; where a file system cannot lock, the first rename
-    wins.
+    its name, so a crash leaves nothing that looks finished, and a `make` that raises leaves nothing at all;
+    where a file system cannot lock, the first rename wins.
 
     Args:
         folder: its name says its contents (a fingerprint), so it is never made anew.
@@ -37,9 +37,14 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f"{folder.name}.lock")):
+        lock = folder.with_name(f"{folder.name}.lock")
+        with FileLock(lock):
             if not folder.exists():
-                _make(folder, make)
+                try:
+                    _make(folder, make)
+                except BaseException:
+                    lock.unlink(missing_ok=True)  # who waits for it sees that it is gone, and makes another
+                    raise
     except OSError as error:
         raise ConfigError(
             f"{folder}: cannot be made: {error}; set cache_dir or LLMFOUNDRY_CACHE to a folder that can be written"
