@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import glob
+import gzip
 import hashlib
 import json
 import logging
@@ -15,10 +16,11 @@ import os
 import sysconfig
 import tempfile
 import tokenize
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
 import zstandard
@@ -37,6 +39,12 @@ TABLES = {".jsonl": "json", ".jsonl.gz": "json", ".jsonl.zst": "json", ".parquet
 ENDINGS = (".txt", *TABLES)
 # From this many bytes on, the content hash of a set of files is remembered by their names, sizes and times.
 REMEMBER_BYTES = 2**28
+
+
+class Readable(Protocol):
+    """What bytes are read from: a file, or a stream that unpacks one."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -128,9 +136,10 @@ class TextFilesConfig(DatasetConfig, names=("text_files",)):
         files, by_folder = self._files()
         plain = [name for name in files if name.endswith(".txt")]
         kept = set(plain if by_folder else filter(self._keeps, plain))
-        # A few files may all hash to the train side: validation then gets the one nearest to it.
-        if not by_folder and len(plain) == len(files) > 1 and 0 < self.validation_fraction < 1:
-            nearest = min(plain, key=_share)
+        # A few files may all hash to the train side: validation then gets the one with text nearest to it.
+        filled = [name for name in plain if files[name].stat().st_size]
+        if not by_folder and len(plain) == len(files) and len(filled) > 1 and 0 < self.validation_fraction < 1:
+            nearest = min(filled, key=_share)
             kept = kept | {nearest} if self.split == "validation" else kept - {nearest}
         chosen = {name: path for name, path in files.items() if name in kept or name not in plain}
 
@@ -158,14 +167,14 @@ class TextFilesConfig(DatasetConfig, names=("text_files",)):
         if by_folder:
             path = path / self.split
         if path.is_dir():
-            inside = (found.relative_to(path) for found in path.rglob("*"))
-            found = [path / name for name in inside if not any(part.startswith(".") for part in name.parts)]
-            found = [file for file in found if _ending(file)]
+            found = [file for file in _walk(path) if _ending(file)]
             root = path
         else:
             names = [str(path)] if path.is_file() else glob.glob(str(path), recursive=True)
             found = [Path(name) for name in names]
             root = path.parent if path.is_file() else _fixed(path)
+            for file in found:
+                _refuse_broken_link(file)
             unknown = [file for file in found if file.is_file() and not _ending(file)]
             if unknown:
                 raise ConfigError(f"dataset.path: {unknown[0]}: not a text file; known: {', '.join(ENDINGS)}")
@@ -239,6 +248,30 @@ def _fingerprint(*parts: str | int | float | tuple[str | int, ...]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+def _walk(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Files below a folder, through links to folders too; what begins with a dot is left out."""
+    real = folder.resolve()
+    if real in above:  # a link back up, to files that are had already
+        return
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError as error:
+        raise ConfigError(f"dataset.path: cannot be read: {error}") from error
+    for path in inside:
+        if path.name.startswith("."):
+            continue
+        _refuse_broken_link(path)
+        if path.is_dir():
+            yield from _walk(path, (*above, real))
+        else:
+            yield path
+
+
+def _refuse_broken_link(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        raise ConfigError(f"dataset.path: {path}: is a link to {os.readlink(path)}, which is not there; mend or delete")
+
+
 def _ending(path: Path) -> str | None:
     return next((ending for ending in ENDINGS if path.name.endswith(ending)), None)
 
@@ -260,14 +293,23 @@ def _digest(path: Path) -> str:
 
 def _refuse_damaged(path: Path) -> None:
     """Find before anything is written what reading would find late (no UTF-8) or never (a .zst cut short)."""
+    ending = _ending(path)
     with path.open("rb") as file:
-        if path.name.endswith(".txt"):
+        if ending in (".txt", ".jsonl"):
             _refuse_not_utf8(path, file)
-        elif path.name.endswith(".zst") and not _is_whole_zstd(file):
-            raise ConfigError(f"dataset.path: {path}: is no whole zstd file; fetch or compress it again")
+        elif ending == ".jsonl.gz":
+            try:
+                _refuse_not_utf8(path, gzip.GzipFile(fileobj=file))
+            except (EOFError, OSError, zlib.error) as error:
+                raise ConfigError(f"dataset.path: {path}: cannot be read: {error}") from error
+        elif ending == ".jsonl.zst":
+            if not _is_whole_zstd(file):
+                raise ConfigError(f"dataset.path: {path}: is no whole zstd file; fetch or compress it again")
+            file.seek(0)
+            _refuse_not_utf8(path, zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
 
 
-def _refuse_not_utf8(path: Path, file: BinaryIO) -> None:
+def _refuse_not_utf8(path: Path, file: Readable) -> None:
     decoder, seen, pending = codecs.getincrementaldecoder("utf-8")(), 0, 0
     try:
         while piece := file.read(2**20):
@@ -277,9 +319,12 @@ def _refuse_not_utf8(path: Path, file: BinaryIO) -> None:
         pending = len(decoder.getstate()[0])
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
+        unpack = {".gz": f"gzip -dc '{path.name}' | ", ".zst": f"zstd -dc '{path.name}' | "}.get(path.suffix, "")
+        name = "" if unpack else f" '{path.name}'"
         raise ConfigError(
-            f"dataset.path: {path}: is not UTF-8 (byte {seen - pending + error.start}); convert it, e.g. "
-            f"iconv -f latin1 -t utf-8 '{path.name}' > new.txt, or take it out of the folder"
+            f"dataset.path: {path}: is not UTF-8 (byte {seen - pending + error.start}); convert it, e.g. {unpack}"
+            f"iconv -f latin1 -t utf-8{name} > new{'.txt' if path.suffix == '.txt' else '.jsonl'}, "
+            "or take it out of the folder"
         ) from None
 
 

@@ -64,6 +64,33 @@ def test_folder_is_read_in_order_of_names(folder: Path) -> None:
     assert documents(name="text_files", path=str(folder), validation_fraction=0) == ["a\r\n", "bé", "c"]
 
 
+def test_linked_folders_are_read_and_loops_end(folder: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "d.txt").write_text("d")
+    (elsewhere / "back").symlink_to(folder)
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "loop").symlink_to(folder)
+    found = documents(name="text_files", path=str(folder), validation_fraction=0)
+    assert found == ["a\r\n", "bé", "d", "c"]
+
+
+@pytest.mark.parametrize("path", ["", "*", "gone.txt"])
+def test_broken_link_is_named(folder: Path, path: str) -> None:
+    (folder / "README.md").unlink()
+    (folder / "gone.txt").symlink_to(folder / "nowhere.txt")
+    with pytest.raises(ConfigError, match=r"gone\.txt: is a link to .*nowhere\.txt, which is not there"):
+        documents(name="text_files", path=str(folder / path), validation_fraction=0)
+
+
+def test_empty_file_is_never_the_validation_split(folder: Path) -> None:
+    few = {"name": "text_files", "path": str(folder), "validation_fraction": 0.01}
+    before = in_both_splits(**few)
+    for i in range(9):
+        (folder / f"empty{i}.txt").write_bytes(b"")
+    assert in_both_splits(**few) == before and before[1]
+
+
 def test_glob_and_single_file(folder: Path) -> None:
     everything = {"name": "text_files", "validation_fraction": 0.0}
     assert documents(path=f"{folder}/*.txt", **everything) == ["a\r\n", "bé"]
@@ -161,9 +188,21 @@ def test_file_cut_inside_a_character_is_refused(folder: Path) -> None:
         documents(name="text_files", path=str(folder), validation_fraction=0)
 
 
+LATIN = '{"text": "é"}\n'.encode("latin-1")
 BROKEN = {
     "line.jsonl": (b'{"text": "a"}\n{"text": oops}\n', "cannot be read: "),
-    "latin.jsonl": ('{"text": "é"}\n'.encode("latin-1"), "cannot be read: "),
+    "latin.jsonl": (
+        LATIN,
+        "is not UTF-8 (byte 10); convert it, e.g. iconv -f latin1 -t utf-8 'latin.jsonl' > new.jsonl",
+    ),
+    "latin.jsonl.gz": (
+        gzip.compress(LATIN),
+        "is not UTF-8 (byte 10); convert it, e.g. gzip -dc 'latin.jsonl.gz' | iconv -f latin1 -t utf-8 > new.jsonl",
+    ),
+    "latin.jsonl.zst": (
+        zstandard.compress(b'{"text": "a"}\n') + zstandard.compress(LATIN),
+        "is not UTF-8 (byte 24); convert it, e.g. zstd -dc 'latin.jsonl.zst' | iconv -f latin1 -t utf-8 > new.jsonl",
+    ),
     "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "cannot be read: "),
     "cut.jsonl.zst": (zstandard.compress(b'{"text": "a"}\n' * 99)[:-9], "is no whole zstd file"),
     "not.jsonl.zst": (b'{"text": "a"}\n', "is no whole zstd file"),
@@ -173,6 +212,13 @@ BROKEN = {
     "null.jsonl": (b'{"text": "a"}\n{"text": null}\n', "row 1: 'text' is None, not text"),
     "empty.jsonl": (b"", "holds no text"),
 }
+
+
+@pytest.mark.parametrize("name", [name for name in BROKEN if name.startswith("latin")])
+def test_table_that_is_not_utf8_is_refused_before_it_is_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(BROKEN[name][0])
+    with pytest.raises(ConfigError, match="is not UTF-8"):
+        dataset(name="text_files", path=str(tmp_path), validation_fraction=0).build()
 
 
 @pytest.mark.parametrize("name", BROKEN)
