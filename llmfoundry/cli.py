@@ -262,7 +262,8 @@ def prepare_data_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(argv)
     config = read_config(args.yaml, args.overrides)
-    tokenizer = config.tokenizer.build(config.train_loader.dataset)
+    also = [config.eval_loader.dataset] if config.eval_loader is not None else []
+    tokenizer = config.tokenizer.build(config.train_loader.dataset, also)
     for name, part in (("train_loader", config.train_loader), ("eval_loader", config.eval_loader)):
         if part is not None:
             stream = prepare(part.dataset, tokenizer)

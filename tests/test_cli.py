@@ -61,3 +61,13 @@ def test_a_value_out_of_bounds_is_one_line(
     assert train_main([str(recipe), "--dry-run", override]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and says in line
+
+
+def test_no_text_to_validate_on_leaves_nothing(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = yaml.safe_load(recipe.read_text())
+    config["train_loader"]["dataset"]["validation_fraction"] = 0.0
+    config["eval_loader"] = {"dataset": config["train_loader"]["dataset"] | {"split": "validation"}}
+    recipe.write_text(yaml.safe_dump(config))
+    assert prepare_data_main([str(recipe)]) == 2
+    assert "holds no text" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [recipe.name]

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -48,20 +48,21 @@ class TokenizerConfig(Config):
             raise ValueError("kwargs.trust_remote_code: code from a checkpoint is never run; leave it out")
         return self
 
-    def build(self, dataset: DatasetConfig) -> PreTrainedTokenizerBase:
+    def build(self, dataset: DatasetConfig, also: Sequence[DatasetConfig] = ()) -> PreTrainedTokenizerBase:
         """Load the tokenizer, training it first if need be.
 
         Args:
             dataset: what `bpe` learns from: the training split of this dataset, whichever split it names. Its
                 `cache_dir` is where the result is kept.
+            also: other datasets of the run; where one of them holds no text, that is found before `bpe` trains.
 
         Returns:
             A tokenizer with `eos_token_id` set; a `PreTrainedTokenizerFast` where one exists.
 
         Raises:
-            ConfigError: no such tokenizer, or it has no end-of-text token.
+            ConfigError: no such tokenizer, it has no end-of-text token, or there is no text to train it on.
         """
-        tokenizer = self._trained(dataset) if self.name == "bpe" else self._loaded()
+        tokenizer = self._trained(dataset, also) if self.name == "bpe" else self._loaded()
         if tokenizer.eos_token_id is None:
             raise ConfigError(
                 f"tokenizer.name: {self.name}: has no end-of-text token, which parts documents; "
@@ -69,7 +70,7 @@ class TokenizerConfig(Config):
             )
         return tokenizer
 
-    def _trained(self, dataset: DatasetConfig) -> PreTrainedTokenizerFast:
+    def _trained(self, dataset: DatasetConfig, also: Sequence[DatasetConfig]) -> PreTrainedTokenizerFast:
         size = self.vocab_size or 4096
         source = dataset.of_split("train").build()
         key = f"bpe/1 {tokenizers.__version__} {size} {TRAIN_CHARACTERS} {source.fingerprint}"
@@ -77,6 +78,8 @@ class TokenizerConfig(Config):
         documents = source.documents()
         if not folder.exists():
             # No data is refused before the cache is touched.
+            for other in also:
+                next(other.build().documents())
             documents = itertools.chain([next(documents)], documents)
 
         def make(temporary: Path) -> None:

@@ -130,6 +130,13 @@ def test_no_text_leaves_no_cache(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
+def test_no_text_to_validate_on_is_found_before_training(tmp_path: Path) -> None:
+    data = synthetic(tmp_path / "cache", validation_fraction=0)
+    with pytest.raises(ConfigError, match="synthetic-validation: holds no text"):
+        TokenizerConfig(vocab_size=300).build(data, [data.of_split("validation")])
+    assert not (tmp_path / "cache").exists()
+
+
 def test_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match="set cache_dir or LLMFOUNDRY_CACHE"):
