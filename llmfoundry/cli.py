@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 import traceback
@@ -155,8 +156,8 @@ def generate_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
-        raise ConfigError("--temperature must be 0 or more, --top-p in (0, 1], --max-new-tokens 1 or more")
+    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
+        raise ConfigError("--temperature must be a number of 0 or more, --top-p in (0, 1], --max-new-tokens 1 or more")
     _, model, contents = _open_checkpoint(args.checkpoint)
     if contents.tokenizer is None:
         raise ConfigError(f"{contents.path}: holds no tokenizer")

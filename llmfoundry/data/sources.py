@@ -72,9 +72,14 @@ class Source:
                 "this split its own path (with validation_fraction: 0 all of it is train, with 1 validation)"
             )
 
-    def text_bytes(self) -> bytes:
-        """All documents as UTF-8, one after the other: what a compressor would be given."""
-        return b"".join(document.encode() for document in self.documents())
+    def text_bytes(self, limit: int | None = None) -> bytes:
+        """All documents as UTF-8, one after the other, or their first `limit` bytes: what a compressor is given."""
+        text = bytearray()
+        for document in self.documents():
+            text += document.encode()
+            if limit is not None and len(text) >= limit:
+                return bytes(text[:limit])
+        return bytes(text)
 
 
 class DatasetConfig(Choice, tag="name"):

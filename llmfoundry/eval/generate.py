@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry import runtime
+from llmfoundry.config import ConfigError
 from llmfoundry.model.transformer import Cache, CausalLM
 
 
@@ -36,10 +37,18 @@ def generate(
 
     Returns:
         The prompt and its continuation.
+
+    Raises:
+        ConfigError: they may need more positions than the model has learned.
     """
     place = next(model.parameters()).device
-    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False) or [tokenizer.eos_token_id]
-    ids = list(prompt_ids)
+    ids = encoded(tokenizer, prompt)
+    positions = len(ids) + max_new_tokens - 1  # the last token is written and not read
+    if model.config.has_learned_positions and positions > model.config.max_seq_len:
+        raise ConfigError(
+            f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones need {positions} positions, and the model "
+            f"has learned {model.config.max_seq_len}; shorten the prompt or ask for fewer new tokens"
+        )
     cache = Cache(model.config.n_layers, capacity=len(ids) + max_new_tokens)
     dice = runtime.generator("cpu", seed, "generate")
     was_training = model.training
@@ -54,6 +63,11 @@ def generate(
         fresh = torch.tensor([[token]], device=place)
     model.train(was_training)
     return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The token ids that `generate` continues, one at least: the end of text, which opens a document."""
+    return list(tokenizer.encode(prompt, add_special_tokens=False)) or [tokenizer.eos_token_id]
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, dice: torch.Generator) -> int:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from llmfoundry.callbacks import sample_text
 from llmfoundry.cli import train_main
 
 STEPS = 4
@@ -77,6 +78,20 @@ def test_a_sample_is_printed_beside_what_compressors_reach(
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert "gzip -9: " in out and "xz -9: " in out
     assert f"this model: {summary['validation/bits_per_byte']:.4f}" in out
+
+
+def test_a_long_prompt_is_no_crash_after_training(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample_text, "COMPRESS_BYTES", 999)
+    sample = f"callbacks.sample_text={{max_new_tokens: 120, prompt: '{'~' * 30}'}}"  # a token a character
+    learned = ["model.attn_config.rope=false", "max_duration=1ba"]
+    assert train_main([str(recipe), *learned, sample]) == 0
+    out = capsys.readouterr().out
+    assert "~" * 30 in out and "bits a byte of the first 999 bytes of the validation text" in out
+    options = [*learned, sample.replace("~", "~~"), f"save_folder={tmp_path / 'other'}"]
+    assert train_main([str(recipe), *options]) == 0
+    assert "(none: the prompt has 60 tokens, and max_seq_len is 32)" in capsys.readouterr().out
 
 
 def test_starving_experts_are_warned_about(recipe: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,6 +7,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from llmfoundry.cli import generate_main
+from llmfoundry.config import ConfigError
 from llmfoundry.eval.generate import generate, sample
 from llmfoundry.layers.attention import GroupedQueryConfig
 from llmfoundry.model.config import CausalLMConfig
@@ -55,6 +57,20 @@ def test_a_seed_names_a_text(model: CausalLM, tokenizer: PreTrainedTokenizerFast
 
 def test_an_empty_prompt_begins_a_document(model: CausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     assert generate(model, tokenizer, "", max_new_tokens=5, temperature=0)
+
+
+def test_text_ends_with_the_learned_positions(tokenizer: PreTrainedTokenizerFast) -> None:
+    config = CausalLMConfig(d_model=32, n_heads=4, n_layers=1, vocab_size=len(WORDS), max_seq_len=8)
+    model = CausalLM(config)
+    generate(model, tokenizer, "w3 w5", max_new_tokens=7)
+    with pytest.raises(ConfigError, match=r"2 tokens and 8 new ones need 9 positions, and the model has learned 8"):
+        generate(model, tokenizer, "w3 w5", max_new_tokens=8)
+
+
+@pytest.mark.parametrize("options", [["--temperature", "nan"], ["--temperature", "inf"], ["--top-p", "nan"]])
+def test_options_that_are_no_numbers_are_refused(options: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert generate_main(["--checkpoint", "nowhere", *options]) == 2
+    assert "--temperature must be a number" in capsys.readouterr().err
 
 
 def test_the_model_goes_on_training(model: CausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
