@@ -1,7 +1,7 @@
 """The commands. `scripts/*.py` are doors to the functions here.
 
-Exit codes: 0 done (also after a requested stop), 2 a mistake of the user's (one clear line), 1 anything else (with a
-traceback, and the rank that it happened on).
+Exit codes: 0 done (also after a requested stop), 2 a mistake of the user's (one clear line a machine), 1 anything
+else (with a traceback, and the rank that it happened on).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ from llmfoundry.train.config import RunConfig
 from llmfoundry.train.trainer import build
 
 log = logging.getLogger("llmfoundry")
+# Seconds for local rank 0 to print a mistake before another rank exits, on which torchrun ends them all.
+HEAD_START = 5.0
 Command = Callable[[Sequence[str] | None], int]
 
 
@@ -55,8 +58,11 @@ def _command(run: Callable[[Sequence[str] | None], None]) -> Command:
         try:
             run(argv)
         except ConfigError as error:
-            print(f"{rank}error: {error}", file=sys.stderr, flush=True)
             _tell_torchrun(error)
+            if runtime.local_rank() == 0:  # most mistakes are every rank's
+                print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+            else:
+                time.sleep(HEAD_START)
             return 2
         except KeyboardInterrupt:
             print(f"{rank}interrupted", file=sys.stderr)

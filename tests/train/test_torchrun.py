@@ -84,6 +84,13 @@ def test_an_error_on_one_rank_is_shown_with_it_and_ends_all_at_once(tmp_path: Pa
     assert "rank      : 1" in output.partition("Root Cause")[2], "torchrun names it, too"
 
 
+def test_a_mistake_is_said_once(tmp_path: Path) -> None:
+    started = launch(tmp_path, seed=-1)
+    output, _ = started.communicate(timeout=120)
+    assert started.returncode != 0
+    assert output.count("error: seed: input should be greater than or equal to 0, found -1") == 1
+
+
 def test_a_signal_to_one_rank_saves_and_stops_all(tmp_path: Path) -> None:
     started = launch(tmp_path)
     wait_for_steps(tmp_path / "run" / "metrics.jsonl", 3)
