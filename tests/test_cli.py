@@ -71,3 +71,10 @@ def test_no_text_to_validate_on_leaves_nothing(recipe: Path, tmp_path: Path, cap
     assert prepare_data_main([str(recipe)]) == 2
     assert "holds no text" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == [recipe.name]
+
+
+def test_folders_may_be_at_home(recipe: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert train_main([str(recipe), "--dry-run", "save_folder=~/runs/a", "load_path=~/runs/b"]) == 0
+    out = capsys.readouterr().out
+    assert "save_folder: /home/me/runs/a\n" in out and "load_path: /home/me/runs/b\n" in out

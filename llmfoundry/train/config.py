@@ -6,9 +6,10 @@ callback) is described where that part is built.
 
 from __future__ import annotations
 
+import os
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from llmfoundry.config import Config, ConfigError, keyed
 from llmfoundry.data.loader import LoaderConfig
@@ -79,6 +80,11 @@ class RunConfig(Config):
     progress_bar: bool = True  # on a terminal
     log_to_console: bool = True
     console_log_interval: Duration = Duration.parse("1ba")
+
+    @field_validator("save_folder", "load_path")
+    @classmethod
+    def _at_home(cls, path: str | None) -> str | None:
+        return os.path.expanduser(path) if path else path  # a Path would make s3://x into s3:/x
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
