@@ -53,7 +53,6 @@ class TokenStream:
         self.fingerprint: str = index["fingerprint"]  # of the documents and the tokenizer
         self.n_tokens: int = index["n_tokens"]  # with every eos
         self.n_bytes: int = index["n_bytes"]  # of the documents as UTF-8, without any eos
-        self.n_documents: int = index["n_documents"]
         self.eos_token_id: int = index["eos_token_id"]
         self._shard_tokens: int = index["shard_tokens"]
         self._shards = [Shard(*shard) for shard in index["shards"]]

@@ -84,7 +84,7 @@ class RunConfig(Config):
     @field_validator("save_folder", "load_path")
     @classmethod
     def _at_home(cls, path: str | None) -> str | None:
-        return os.path.expanduser(path) if path else path  # a Path would make s3://x into s3:/x
+        return os.path.expanduser(path) if path else path
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
