@@ -1,0 +1,100 @@
+"""MPT: ALiBi, LayerNorm, no biases, and tensors that are named and laid out as ours are.
+
+`transformers` reads little of what an MPT config can say: here a setting that it passes over must have the value that
+it works by.
+Source: MosaicML 2023, MPT-7B; Press et al. 2021, arXiv:2108.12409.
+"""
+
+from __future__ import annotations
+
+from llmfoundry.config import ConfigError, check
+from llmfoundry.hf.decoder import init_of
+from llmfoundry.hf.family import ConfigDict, Family, Theirs
+from llmfoundry.hf.pieces import Pieces
+from llmfoundry.layers.attention import GroupedQueryConfig
+from llmfoundry.model.config import CausalLMConfig
+
+_NAMES = {
+    "norm_1": "norm_1", "attn.wqkv": "attn.Wqkv", "attn.out_proj": "attn.out_proj",
+    "norm_2": "norm_2", "ffn.w1": "ffn.up_proj", "ffn.w2": "ffn.down_proj",
+}  # fmt: skip
+# What their code does, whatever the config says.
+_ATTENTION: ConfigDict = {
+    "attn_type": "multihead_attention", "alibi": True, "alibi_bias_max": 8, "qk_ln": False, "prefix_lm": False,
+}  # fmt: skip
+_MODEL: ConfigDict = {"expansion_ratio": 4, "no_bias": True, "logit_scale": None, "embedding_fraction": 1.0}
+_NORMS = "low_precision_layernorm", "layernorm"  # one and the same there
+
+
+class MPT(Family):
+    """A dense model."""
+
+    model_type = "mpt"
+    architecture = "MptForCausalLM"
+    prefix = "transformer."
+    embedding = "transformer.wte.weight"
+
+    def to_ours(self, theirs: Theirs) -> CausalLMConfig:
+        """Our config."""
+        attention = theirs.part("attn_config")
+        for key, value in _ATTENTION.items():
+            attention.must_be(key, value)
+        for key, value in _MODEL.items():
+            theirs.must_be(key, value)
+        if theirs["norm_type"] not in _NORMS:
+            raise ConfigError(f"config.json: norm_type={theirs['norm_type']!r} is not supported, only {_NORMS}")
+        # Without effect: ALiBi goes before learned positions, and the others are of speed and loading.
+        for part, key in ((theirs, "learned_pos_emb"), (theirs, "init_device"), (attention, "attn_impl")):
+            part[key]
+        data = {
+            "d_model": theirs["d_model"],
+            "n_heads": theirs["n_heads"],
+            "n_layers": theirs["n_layers"],
+            "vocab_size": theirs["vocab_size"],
+            "max_seq_len": theirs["max_seq_len"],
+            "norm_type": "layernorm",
+            "norm_eps": theirs["layer_norm_epsilon"],
+            "no_bias": True,
+            "tie_word_embeddings": theirs["tie_word_embeddings"],
+            "attn_config": {
+                "attn_type": "multihead_attention",
+                "alibi": True,
+                "clip_qkv": attention["clip_qkv"] or None,
+                "softmax_scale": attention["softmax_scale"],
+                "attn_uses_sequence_id": attention["attn_uses_sequence_id"],
+            },
+            "ffn_config": {"ffn_type": "mptmlp", "ffn_act_fn": {"name": "gelu"}},
+            "init_config": init_of(theirs["initializer_range"]),
+        }
+        return check(CausalLMConfig, data, where="config.json")
+
+    def to_theirs(self, config: CausalLMConfig) -> ConfigDict:
+        """Their settings; what they have no words for shows when they are read back."""
+        attention = config.attention
+        if not isinstance(attention, GroupedQueryConfig) or not attention.alibi:
+            raise ConfigError("attn_config.alibi")
+        return {
+            "d_model": config.d_model,
+            "n_heads": config.n_heads,
+            "n_layers": config.n_layers,
+            "vocab_size": config.vocab_size,
+            "max_seq_len": config.max_seq_len,
+            "layer_norm_epsilon": config.norm_eps,
+            "tie_word_embeddings": config.tie_word_embeddings,
+            "initializer_range": config.init_config.init_std or 0.02,
+            "attn_config": {
+                "clip_qkv": attention.clip_qkv,
+                "softmax_scale": attention.softmax_scale,
+                "attn_uses_sequence_id": attention.attn_uses_sequence_id,
+            },
+        }
+
+    def add_pieces(self, config: CausalLMConfig, pieces: Pieces, layout: str) -> None:
+        """Where each tensor stands."""
+        pieces.add("wte.weight", self.embedding)
+        for layer in range(config.n_layers):
+            for ours, theirs in _NAMES.items():
+                pieces.add(f"blocks.{layer}.{ours}.weight", f"transformer.blocks.{layer}.{theirs}.weight")
+        pieces.add("norm_f.weight", "transformer.norm_f.weight")
+        if not config.tie_word_embeddings:
+            pieces.add("lm_head.weight", self.head)
