@@ -145,7 +145,7 @@ class Loader:
                 f"dataset {source.title}: {self.n_tokens} tokens do not fill one row of "
                 f"max_seq_len={max_seq_len}; lower max_seq_len, add text, or set drop_last: false"
             )
-        self._stream, self._source = stream, source
+        self._stream = stream
         self._seed, self._sequence_ids = shuffle_seed, sequence_ids
         self._thread = ThreadPoolExecutor(1, "read-ahead") if read_ahead else None
         self._ahead: tuple[tuple[int, int, int, int], Future[Batch]] | None = None
@@ -180,10 +180,6 @@ class Loader:
         for start in range(0, self._all_rows, n_rows):
             rows = np.arange(share) + start + rank * share
             yield self._gather(rows, rows)
-
-    def text_bytes(self) -> bytes:
-        """The documents as UTF-8, `n_bytes` long, for a compressor to be held against. Reads all of it."""
-        return self._source.text_bytes()
 
     def _batch(self, start_row: int, n_rows: int, rank: int, world: int) -> Batch:
         rows = np.arange(start_row + n_rows * rank // world, start_row + n_rows * (rank + 1) // world)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmfoundry.config import ConfigError, check, dump
 from llmfoundry.hf.family import write_config
-from llmfoundry.hf.files import DTYPES, Mapped, Slabs, new_folder, slabs_of, write_file
+from llmfoundry.hf.files import DTYPES, Mapped, Placed, Slabs, new_folder, shards, slabs_of, write_file
 from llmfoundry.hf.pieces import Copy, Part, Pieces, Spec
 from llmfoundry.hf.pretrained import (
     GENERATION,
@@ -38,7 +38,7 @@ from llmfoundry.train import checkpoint, manifest
 from llmfoundry.train.manifest import CONFIG, INDEX, TRAINER, CheckpointError, Written
 from llmfoundry.train.storage import Entry, read_index
 
-_MODEL = "model-00000.safetensors"
+_FILE_BYTES = 2 * 10**9  # several files are checked on several cores
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -274,23 +274,14 @@ def _write(
     slabs: Slabs,
 ) -> None:
     """A whole checkpoint of ours in a folder that will be `out`."""
-    digest = hashlib.sha256()
+    entries: dict[str, object] = {}
+    files: dict[str, Written] = {}
     with progress(sum(spec.nbytes for spec in specs.values())) as advance:
-        places = write_file(folder / _MODEL, specs, slabs, advance, digest.update)
-    size = (folder / _MODEL).stat().st_size
-    entries = {
-        f"model/{place.name}": {
-            "dtype": _DTYPE_NAMES[place.spec.dtype],
-            "shape": list(place.spec.shape),
-            "chunks": [
-                {
-                    "file": _MODEL, "start": place.start, "offsets": [0] * len(place.spec.shape),
-                    "shape": list(place.spec.shape),
-                }
-            ],
-        }
-        for place in places
-    }  # fmt: skip
+        for number, tensors in enumerate(shards(specs, _FILE_BYTES)):
+            name, digest = f"model-{number:05d}.safetensors", hashlib.sha256()
+            places = write_file(folder / name, tensors, slabs, advance, digest.update)
+            files[name] = Written((folder / name).stat().st_size, digest.hexdigest())
+            entries |= {f"model/{place.name}": _entry(place, name) for place in places}
     has_tokenizer = False
     if tokenizer is not None:
         (folder / "tokenizer").mkdir()
@@ -300,7 +291,6 @@ def _write(
         TRAINER: json.dumps({"step": 0}),
         CONFIG: yaml.safe_dump(recipe(config, out, has_tokenizer), sort_keys=False),
     }
-    files = {_MODEL: Written(size, digest.hexdigest())}
     files |= {name: manifest.write_file(folder / name, text.encode()) for name, text in texts.items()}
     if has_tokenizer:
         for file in (folder / "tokenizer").iterdir():
@@ -310,3 +300,10 @@ def _write(
     if tokenizer is not None and (tokenizer / GENERATION).is_file():  # for the way back
         files[GENERATION] = manifest.write_file(folder / GENERATION, (tokenizer / GENERATION).read_bytes())
     manifest.write_manifest(folder, 0, files)
+
+
+def _entry(place: Placed, file: str) -> dict[str, object]:
+    """A tensor that is whole in one file, as tensors.json says it."""
+    shape = list(place.spec.shape)
+    chunk = {"file": file, "start": place.start, "offsets": [0] * len(shape), "shape": shape}
+    return {"dtype": _DTYPE_NAMES[place.spec.dtype], "shape": shape, "chunks": [chunk]}

@@ -305,7 +305,8 @@ def build(config: RunConfig) -> Trainer:
     path = Path(config.save_folder)
     runtime.on_rank0(lambda: check_free(path, dump(config), config.autoresume))
     _check_rows(config, mesh)
-    tokenizer = config.tokenizer.build(config.train_loader.dataset)
+    other = [config.eval_loader.dataset] if config.eval_loader is not None else []
+    tokenizer = config.tokenizer.build(config.train_loader.dataset, other)
     if len(tokenizer) > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size={config.model.vocab_size} is below the tokenizer's {len(tokenizer)} entries"

@@ -154,12 +154,6 @@ def test_one_pass_over_ranks_has_equal_shapes_and_the_same_labels(cache: Path, w
         next(loader.one_pass(9, 0, world))
 
 
-def test_bytes_are_those_of_the_text(cache: Path) -> None:
-    loader = build(cache, split="validation")
-    assert len(loader.text_bytes()) == loader.n_bytes
-    assert loader.text_bytes().decode().split()
-
-
 def test_reading_ahead_changes_nothing(cache: Path) -> None:
     plain, ahead = build(cache), build(cache, num_workers=4)
     asked = [(0, 4), (4, 4), (8, 4), (8, 4), (100, 6), (106, 2), (108, 2)]
