@@ -33,7 +33,7 @@ from llmfoundry.eval.perplexity import evaluate
 from llmfoundry.hf.upcycle import Upcycling
 from llmfoundry.integrations.foundry_yaml import translate
 from llmfoundry.model.config import CausalLMConfig
-from llmfoundry.model.transformer import CausalLM
+from llmfoundry.model.transformer import CausalLM, cast_parameters
 from llmfoundry.parallel.plan import describe
 from llmfoundry.train import checkpoint, convert
 from llmfoundry.train.config import RunConfig
@@ -143,7 +143,8 @@ def _open_checkpoint(folder: str) -> tuple[RunConfig, CausalLM, checkpoint.Conte
     with torch.device("meta"):
         model = config.model.build()
     # Weights are saved in float32; a GPU computes in what the run did.
-    model = model.to(torch.bfloat16) if config.precision_on(place.type) == "amp_bf16" else model
+    if config.precision_on(place.type) == "amp_bf16":
+        cast_parameters(model, torch.bfloat16)
     model = model.to_empty(device=place)
     checkpoint.load_model_only(contents.path, model)
     return config, model.eval(), contents

@@ -80,6 +80,7 @@ def _ffn(ffn: FFNConfig) -> Facts:
         shared = ffn.shared
         said["shared_expert_hidden_size"] = None if shared is None else shared.hidden_size
         said["moe_topk_groups"] = ffn.moe_topk_groups or ffn.moe_n_groups
+        said["moe_bias_update_rate"] = ffn.moe_bias_update_rate is not None  # how the bias moves is training's
     return said
 
 

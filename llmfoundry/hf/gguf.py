@@ -131,12 +131,15 @@ class GGUFFile:
         return values.view(stored.shape)
 
 
-def tokenizer_of(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a GGUF file, as far as `transformers` can convert it.
+def tokenizer_of(path: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a GGUF file, as far as `transformers` can convert it; None if there is none.
 
     Raises:
         ConfigError: it cannot.
     """
+    settings, _ = _read_header(path)
+    if "tokenizer.ggml.model" not in settings:
+        return None
     try:
         return AutoTokenizer.from_pretrained(
             path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False

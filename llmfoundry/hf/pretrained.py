@@ -25,14 +25,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llmfoundry import runtime
 from llmfoundry.config import ConfigError
+from llmfoundry.hf import gguf
 from llmfoundry.hf.facts import differences, facts
 from llmfoundry.hf.family import ConfigDict, Family, read_config, write_config
 from llmfoundry.hf.files import Advance, Folder, new_folder, slabs_of, write_weights
+from llmfoundry.hf.gguf import GGUFFile
 from llmfoundry.hf.pieces import Copy, Part, Pieces, Source, Spec, fill
 from llmfoundry.layers.lora import is_adapter
 from llmfoundry.model.config import CausalLMConfig
 from llmfoundry.model.init import plain_name, shard_of
-from llmfoundry.model.transformer import CausalLM
+from llmfoundry.model.transformer import CausalLM, cast_parameters
 
 # What makes a tokenizer; none of it is code.
 TOKENIZER_FILES = (
@@ -116,6 +118,10 @@ def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
         ConfigError: a file is missing, damaged or points outside; the model or a setting is not supported; a tensor is
             missing, left over or of another shape.
     """
+    if str(path_or_id).endswith(".gguf"):
+        file = GGUFFile(Path(path_or_id))
+        family, config = read_config(file.config, str(path_or_id))
+        return matched(Path(path_or_id), family, config, file)
     path = locate(path_or_id)
     config_file = path / "config.json"
     try:
@@ -203,7 +209,8 @@ def from_pretrained(
     """
     checkpoint = open_checkpoint(path_or_id)
     with torch.device("meta"):
-        model = checkpoint.config.build().to(dtype or checkpoint.dtype)
+        model = checkpoint.config.build()
+    cast_parameters(model, dtype or checkpoint.dtype)
     model = model.to_empty(device=device)
     for name, tensor in model.state_dict().items():
         fill(tensor, (0,) * tensor.dim(), checkpoint.copies[name], checkpoint.source)
@@ -275,7 +282,12 @@ def write_checkpoint(
 
 
 def copy_tokenizer(source: Path, target: Path) -> bool:
-    """Copy the files of a tokenizer; whether there were any."""
+    """Copy the files of a tokenizer, or write those of a GGUF file's; whether there were any."""
+    if source.suffix == ".gguf":
+        tokenizer = gguf.tokenizer_of(source)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
+        return tokenizer is not None
     found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
     for file in found:
         shutil.copyfile(file, target / file.name)
@@ -283,7 +295,9 @@ def copy_tokenizer(source: Path, target: Path) -> bool:
 
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a folder, if there is one; it runs no code of the folder's."""
+    """The tokenizer in a folder or GGUF file, if there is one; it runs no code of the folder's."""
+    if folder.suffix == ".gguf":
+        return gguf.tokenizer_of(folder)
     if not any(
         (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
     ):

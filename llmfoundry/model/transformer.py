@@ -105,6 +105,15 @@ def head(x: Tensor, weight: Tensor, labels: Tensor | None, softcap: float | None
     return logits
 
 
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give all parameters a dtype, in place.
+
+    Buffers keep theirs: a router's bias is made of small steps, which bf16 would round away.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 class CausalLM(nn.Module):
     """A decoder-only language model."""
 

@@ -13,7 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from llmfoundry.cli import convert_main
 from llmfoundry.config import ConfigError
+from llmfoundry.hf import from_pretrained
 from llmfoundry.hf.facts import facts
 from llmfoundry.hf.family import read_config
 from llmfoundry.hf.gguf import GGUFFile, tokenizer_of
@@ -219,9 +221,25 @@ def test_its_tokenizer_is_converted(tmp_path: Path) -> None:
     assert GGUFFile(path).config["eos_token_id"] == 258
 
 
-def test_a_file_without_a_tokenizer_says_so(tmp_path: Path) -> None:
+def test_a_file_without_a_tokenizer_has_none(tmp_path: Path) -> None:
+    assert tokenizer_of(write(CASES[0].build(), tmp_path / "model.gguf")) is None
+
+
+def test_a_tokenizer_of_an_unknown_kind_has_to_be_given(tmp_path: Path) -> None:
+    path = write(CASES[0].build(), tmp_path / "model.gguf", tokenizer__ggml__model="unheard-of")
     with pytest.raises(ConfigError, match="model.gguf: its tokenizer cannot be converted .* give the tokenizer itself"):
-        tokenizer_of(write(CASES[0].build(), tmp_path / "model.gguf"))
+        tokenizer_of(path)
+
+
+def test_it_stands_wherever_a_folder_does(tmp_path: Path) -> None:
+    theirs = CASES[0].build()
+    path = write(theirs, tmp_path / "model.gguf")
+    check_logits(from_pretrained(path, torch.float32).model, theirs)
+    assert convert_main(["from-hf", str(path), str(tmp_path / "ours")]) == 0
+    assert convert_main(["to-hf", str(tmp_path / "ours"), str(tmp_path / "back")]) == 0
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    for one, two in zip(again.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, two)
 
 
 SETTINGS = {
