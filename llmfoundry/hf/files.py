@@ -201,17 +201,34 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def slabs_of(name: str, spec: Spec, copies: list[Copy], source: Source) -> Iterator[Tensor]:
+class Room:
+    """Memory for two slabs in turn: one is filled while the one before it is written. Fresh memory takes longer to get
+    than to fill."""
+
+    def __init__(self) -> None:
+        self._buffers = [torch.empty(SLAB_BYTES, dtype=torch.uint8) for _ in range(2)]
+
+    def slab(self, spec: Spec) -> Tensor:
+        """A tensor whose values are those of the slab before the last."""
+        if spec.nbytes > SLAB_BYTES:
+            return torch.empty(spec.shape, dtype=spec.dtype)
+        self._buffers.reverse()
+        return self._buffers[0][: spec.nbytes].view(spec.dtype).view(spec.shape)
+
+
+def slabs_of(name: str, spec: Spec, copies: list[Copy], source: Source, room: Room | None = None) -> Iterator[Tensor]:
     """The values of an output tensor, on the CPU, in slabs of its first dim of about `SLAB_BYTES`.
 
     Args:
         spec: what the tensor is to be; values are converted to its dtype.
         copies: all that lead to it.
+        room: where the slabs are to be, for a caller that keeps none beyond the next; None: in memory of their own.
     """
     rows = spec.shape[0] if spec.shape else 1
     step = max(1, SLAB_BYTES // max(1, spec.nbytes // max(1, rows)))
     for start in range(0, rows, step):
-        slab = torch.empty((min(step, rows - start), *spec.shape[1:]), dtype=spec.dtype)
+        part = Spec(spec.dtype, (min(step, rows - start), *spec.shape[1:]) if spec.shape else ())
+        slab = torch.empty(part.shape, dtype=part.dtype) if room is None else room.slab(part)
         fill(slab, (start, *(0 for _ in spec.shape[1:])), copies, source)
         source.release()
         yield slab

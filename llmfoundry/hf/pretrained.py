@@ -28,7 +28,7 @@ from llmfoundry.config import ConfigError
 from llmfoundry.hf import gguf
 from llmfoundry.hf.facts import differences, facts
 from llmfoundry.hf.family import ConfigDict, Family, read_config, write_config
-from llmfoundry.hf.files import Advance, Folder, new_folder, slabs_of, write_weights
+from llmfoundry.hf.files import Advance, Folder, Room, new_folder, slabs_of, write_weights
 from llmfoundry.hf.gguf import GGUFFile
 from llmfoundry.hf.pieces import Copy, Part, Pieces, Source, Spec, fill
 from llmfoundry.layers.lora import is_adapter
@@ -274,10 +274,10 @@ def write_checkpoint(
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         said[key] = getattr(tokenizer, key, None)
     (folder / "config.json").write_text(json.dumps(data | said, indent=2) + "\n", encoding="utf-8")
-    copies = pieces.writing()
+    copies, room = pieces.writing(), Room()
     with progress(sum(spec.nbytes for spec in specs.values())) as advance:
         write_weights(
-            folder, specs, lambda name: slabs_of(name, specs[name], copies[name], source), SHARD_BYTES, advance
+            folder, specs, lambda name: slabs_of(name, specs[name], copies[name], source, room), SHARD_BYTES, advance
         )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmfoundry.config import ConfigError, check, dump
 from llmfoundry.hf.family import write_config
-from llmfoundry.hf.files import DTYPES, Mapped, Placed, Slabs, new_folder, shards, slabs_of, write_file
+from llmfoundry.hf.files import DTYPES, Mapped, Placed, Room, Slabs, new_folder, shards, slabs_of, write_file
 from llmfoundry.hf.pieces import Copy, Part, Pieces, Spec
 from llmfoundry.hf.pretrained import (
     GENERATION,
@@ -109,10 +109,11 @@ def from_hf(source: str | Path, out: Path, progress: Progress) -> CausalLMConfig
         name: Spec(theirs.source.specs[theirs.copies[name][0].source.name].dtype, shape)
         for name, shape in our_shapes(theirs.config).items()
     }
+    room = Room()
     with new_folder(out) as folder:
         _write(
             folder, out, theirs.config, specs, theirs.path, progress,
-            lambda name: slabs_of(name, specs[name], theirs.copies[name], theirs.source),
+            lambda name: slabs_of(name, specs[name], theirs.copies[name], theirs.source, room),
         )  # fmt: skip
     return theirs.config
 
