@@ -20,6 +20,7 @@ from llmfoundry import hf, runtime
 from llmfoundry.config import ConfigError, dump
 from llmfoundry.data.loader import Loader
 from llmfoundry.eval.perplexity import evaluate
+from llmfoundry.kernels.experts import resolve_backend
 from llmfoundry.model.config import CausalLMConfig
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.moe.balance import Balance, summary
@@ -301,16 +302,16 @@ def build(config: RunConfig) -> Trainer:
     runtime.seed_all(config.seed)
     assert isinstance(config.model, CausalLMConfig)
     precision = config.precision_on(device.type)
+    _check_device(config.model, device, precision)
     mesh = build_mesh(config.parallel, device.type, _n_experts(config.model))
     path = Path(config.save_folder)
     runtime.on_rank0(lambda: check_free(path, dump(config), config.autoresume))
     _check_rows(config, mesh)
     other = [config.eval_loader.dataset] if config.eval_loader is not None else []
     tokenizer = config.tokenizer.build(config.train_loader.dataset, other)
-    if len(tokenizer) > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size} is below the tokenizer's {len(tokenizer)} entries"
-        )
+    n_ids = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
+    if n_ids > config.model.vocab_size:
+        raise ConfigError(f"model.vocab_size={config.model.vocab_size} is below the tokenizer's {n_ids} ids")
     documents = config.model.attn_config.attn_uses_sequence_id
     loader, eval_loader = (
         part.build(tokenizer, seed=config.seed, max_seq_len=config.max_seq_len, sequence_ids=documents)
@@ -319,6 +320,11 @@ def build(config: RunConfig) -> Trainer:
         for part in (config.train_loader, config.eval_loader)
     )
     assert loader is not None
+    for part in (loader, eval_loader):
+        if part is not None and part.max_seq_len > config.model.max_seq_len:
+            raise ConfigError(
+                f"dataset.max_seq_len={part.max_seq_len} exceeds model.max_seq_len={config.model.max_seq_len}"
+            )
     timeline = Timeline.of(
         config.max_duration,
         rows_per_step=config.global_train_batch_size,
@@ -365,6 +371,21 @@ def _check_rows(config: RunConfig, mesh: Mesh) -> None:
             f"device_train_microbatch_size={micro} cuts into different numbers of microbatches; make it a multiple of "
             f"{ranks}, or the microbatch larger"
         )
+
+
+def _check_device(model: CausalLMConfig, device: torch.device, precision: str) -> None:
+    """Refuse implementations that were asked for and cannot run here."""
+    if model.attn_config.attn_impl == "flex" and device.type != "cuda":
+        raise ConfigError(f"model.attn_config.attn_impl=flex needs a CUDA device, found {device.type}; use auto")
+    sample = torch.empty(
+        1, model.d_model, device=device, dtype=torch.float32 if precision == "fp32" else torch.bfloat16
+    )
+    blocks = (model.ffn(layer) for layer in range(model.n_layers))
+    for impl in {block.moe_impl for block in blocks if isinstance(block, MoEConfig)}:
+        try:
+            resolve_backend(impl, sample)
+        except ValueError as error:
+            raise ConfigError(f"model.ffn_config.{error}") from None
 
 
 def _n_experts(model: CausalLMConfig) -> int:

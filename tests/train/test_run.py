@@ -190,6 +190,8 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         ("train_loader.dataset.path=/nowhere/at/all", "/nowhere/at/all"),
         ("save_folder=/proc/nowhere", "save_folder: /proc/nowhere cannot be written"),
         ("scheduler.name=cosin_with_warmup", "unknown name 'cosin_with_warmup' (did you mean 'cosine_with_warmup'?)"),
+        ("model.attn_config.attn_impl=flex", "attn_impl=flex needs a CUDA device"),
+        ("train_loader.dataset.max_seq_len=64", "dataset.max_seq_len=64 exceeds model.max_seq_len=32"),
         ("save_folder=/proc/version", "save_folder: /proc/version is a file"),
         ("callbacks.speed_monitor=1", "callbacks: speed_monitor: must be a mapping of settings, found 1"),
         ("precision=amp_bf16", "precision: amp_bf16 needs a GPU"),
@@ -205,6 +207,17 @@ def test_a_mistake_is_one_line_and_changes_nothing(
     assert message.startswith("error: ") and says in message
     after = snapshot(tmp_path)
     assert {k: v for k, v in after.items() if not k.startswith("c/")} == before
+
+
+def test_a_backend_that_cannot_run_here_is_refused_before_anything_is_written(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("it can")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert train_main([str(recipe), "model.ffn_config.moe_impl=triton"]) == 2
+    assert "model.ffn_config.moe_impl=triton: the Triton kernels need" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_text_file_that_is_not_utf8_is_named(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
