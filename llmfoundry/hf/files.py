@@ -32,7 +32,7 @@ SLAB_BYTES = 2**26  # of an output tensor at a time; larger ones are no faster
 
 # Weights as they are trained. Integers and 8-bit floats are quantised ones, which need scales beside them.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 2**30
 
 Advance = Callable[[int], object]  # told of bytes done
@@ -250,7 +250,7 @@ def header(tensors: Mapping[str, Spec], notes: Mapping[str, str]) -> tuple[bytes
     for name, spec in order:
         end = position + spec.nbytes
         entries[name] = {
-            "dtype": _DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [position, end],
+            "dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [position, end],
         }  # fmt: skip
         places.append((name, spec, position))
         position = end

@@ -67,6 +67,13 @@ class Checkpoint:
     copies: Mapping[str, list[Copy]]
     dtype: torch.dtype
 
+    def our_specs(self) -> dict[str, Spec]:
+        """Our tensors, each in the dtype of theirs that it is made from."""
+        return {
+            name: Spec(self.source.specs[self.copies[name][0].source.name].dtype, shape)
+            for name, shape in our_shapes(self.config).items()
+        }
+
 
 class Loaded(NamedTuple):
     """A model of ours, and its tokenizer if the checkpoint has one."""

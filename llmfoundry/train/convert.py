@@ -18,8 +18,8 @@ from torch import Tensor
 
 from llmfoundry.config import ConfigError, check, dump
 from llmfoundry.hf.family import write_config
-from llmfoundry.hf.files import DTYPES, Mapped, Placed, Room, Slabs, new_folder, shards, slabs_of, write_file
-from llmfoundry.hf.pieces import Copy, Part, Pieces, Spec
+from llmfoundry.hf.files import DTYPE_NAMES, Mapped, Placed, Room, Slabs, new_folder, shards, slabs_of, write_file
+from llmfoundry.hf.pieces import Copy, Part, Pieces, Source, Spec
 from llmfoundry.hf.pretrained import (
     GENERATION,
     Progress,
@@ -39,7 +39,6 @@ from llmfoundry.train.manifest import CONFIG, INDEX, TRAINER, CheckpointError, W
 from llmfoundry.train.storage import Entry, read_index
 
 _FILE_BYTES = 2 * 10**9  # several files are checked on several cores
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class CheckpointSource:
@@ -105,11 +104,7 @@ def from_hf(source: str | Path, out: Path, progress: Progress) -> CausalLMConfig
         ConfigError: what is wrong with `source`, or `out` is in use; nothing is left of it.
     """
     theirs = open_checkpoint(source)
-    specs = {
-        name: Spec(theirs.source.specs[theirs.copies[name][0].source.name].dtype, shape)
-        for name, shape in our_shapes(theirs.config).items()
-    }
-    room = Room()
+    specs, room = theirs.our_specs(), Room()
     with new_folder(out) as folder:
         _write(
             folder, out, theirs.config, specs, theirs.path, progress,
@@ -188,22 +183,18 @@ def grow(source: str | Path, out: Path, plan: Upcycling, seed: int, progress: Pr
         ConfigError: what is wrong with `source`, it is no dense model, or `out` is in use.
     """
     is_ours = (Path(source) / manifest.MANIFEST).exists() or (Path(source) / "checkpoints").is_dir()
+    values: Source
+    copies: Mapping[str, list[Copy]]
     if is_ours:
-        contents, dense = _open(source)
-        ours = CheckpointSource(contents.path, dense)
-        dense, tokenizer, specs = _base(dense), contents.tokenizer, dict(ours.specs)
-        reading = _identity(specs)
-        weights = ((name, _tensor(slabs_of(name, spec, reading[name], ours))) for name, spec in specs.items())
+        contents, config = _open(source)
+        values = CheckpointSource(contents.path, config)
+        dense, tokenizer, specs = _base(config), contents.tokenizer, dict(values.specs)
+        copies = _identity(specs)
     else:
         theirs = open_checkpoint(source)
-        dense, tokenizer = theirs.config, theirs.path
-        specs = {
-            name: Spec(theirs.source.specs[theirs.copies[name][0].source.name].dtype, shape)
-            for name, shape in our_shapes(dense).items()
-        }
-        weights = (
-            (name, _tensor(slabs_of(name, spec, theirs.copies[name], theirs.source))) for name, spec in specs.items()
-        )
+        values, copies = theirs.source, theirs.copies
+        dense, tokenizer, specs = theirs.config, theirs.path, theirs.our_specs()
+    weights = ((name, torch.cat(list(slabs_of(name, spec, copies[name], values)))) for name, spec in specs.items())
     grown = upcycled_config(dense, plan)
     dtype = next(iter(specs.values())).dtype
     stream, ahead = upcycle(weights, dense, plan, seed), dict[str, Tensor]()
@@ -261,10 +252,6 @@ def _identity(specs: Mapping[str, Spec]) -> dict[str, list[Copy]]:
     return pieces.reading()
 
 
-def _tensor(slabs: Iterator[Tensor]) -> Tensor:
-    return torch.cat(list(slabs))
-
-
 def _write(
     folder: Path,
     out: Path,
@@ -307,4 +294,4 @@ def _entry(place: Placed, file: str) -> dict[str, object]:
     """A tensor that is whole in one file, as tensors.json says it."""
     shape = list(place.spec.shape)
     chunk = {"file": file, "start": place.start, "offsets": [0] * len(shape), "shape": shape}
-    return {"dtype": _DTYPE_NAMES[place.spec.dtype], "shape": shape, "chunks": [chunk]}
+    return {"dtype": DTYPE_NAMES[place.spec.dtype], "shape": shape, "chunks": [chunk]}
