@@ -1,8 +1,7 @@
 """Convert a checkpoint: python scripts/convert.py --help."""
 
-import sys
-
 from llmfoundry.cli import convert_main
+from llmfoundry.runtime import leave
 
 if __name__ == "__main__":
-    sys.exit(convert_main())
+    leave(convert_main())

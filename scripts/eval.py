@@ -1,8 +1,7 @@
 """Evaluate a checkpoint: python scripts/eval.py --help."""
 
-import sys
-
 from llmfoundry.cli import eval_main
+from llmfoundry.runtime import leave
 
 if __name__ == "__main__":
-    sys.exit(eval_main())
+    leave(eval_main())

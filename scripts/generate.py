@@ -1,8 +1,7 @@
 """Write text: python scripts/generate.py --checkpoint DIR --prompt 'def '."""
 
-import sys
-
 from llmfoundry.cli import generate_main
+from llmfoundry.runtime import leave
 
 if __name__ == "__main__":
-    sys.exit(generate_main())
+    leave(generate_main())

@@ -1,8 +1,7 @@
 """Tokenize a data set into shards ahead of a run: python scripts/prepare_data.py --help."""
 
-import sys
-
 from llmfoundry.cli import prepare_data_main
+from llmfoundry.runtime import leave
 
 if __name__ == "__main__":
-    sys.exit(prepare_data_main())
+    leave(prepare_data_main())

@@ -1,8 +1,7 @@
 """Train a model: python scripts/train.py yamls/moe.yaml [key=value ...]; torchrun on many GPUs."""
 
-import sys
-
 from llmfoundry.cli import train_main
+from llmfoundry.runtime import leave
 
 if __name__ == "__main__":
-    sys.exit(train_main())
+    leave(train_main())

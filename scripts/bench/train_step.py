@@ -138,3 +138,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    runtime.leave(0)

@@ -33,13 +33,14 @@ def _rank(
     os.environ.update(here)
     for world, port in zip(worlds, ports, strict=True):
         if rank >= world:
-            return
+            break
         os.environ.update(WORLD_SIZE=str(world), MASTER_PORT=str(port))
         runtime.start(timeout_seconds=60)
         try:
             job(*args)
         finally:
             runtime.stop()
+    runtime.leave(0)
 
 
 def _free_port() -> int:
