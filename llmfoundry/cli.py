@@ -78,9 +78,13 @@ def _command(run: Callable[[Sequence[str] | None], None]) -> Command:
 
 
 def _tell_torchrun(error: Exception) -> None:
-    """Leave the error where torchrun looks for it: its report then says which rank failed first, and why."""
+    """Leave the error where torchrun looks for it: its report then says which rank failed first, and why.
+
+    It compares whole seconds, and ranks that lose this one fail as soon as it is gone: so it stays for one more.
+    """
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         get_error_handler().record_exception(error)
+        time.sleep(1.0)
 
 
 def read_config(path: str, overrides: list[str]) -> RunConfig:
