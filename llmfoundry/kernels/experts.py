@@ -30,6 +30,7 @@ from llmfoundry.kernels.activations import (
     activate_backward,
     glu,
 )
+from llmfoundry.kernels.late import LateGradients
 from llmfoundry.kernels.routing import Order, sort_by_expert, sum_rows
 
 Backend = Literal["reference", "grouped_mm", "triton"]
@@ -107,6 +108,7 @@ def experts_ffn(
     limit: float | None = None,
     save_h: bool = True,
     n_rows: int | None = None,
+    late: LateGradients | None = None,
 ) -> Tensor:
     """Apply each token's experts: `y[t] = sum_j weights[t, j] * FFN[experts[t, j]](x[t])`.
 
@@ -125,6 +127,8 @@ def experts_ffn(
         save_h: keep h for the backward; False computes it again there (a third more forward arithmetic).
         n_rows: a bound on the slots that have an expert, where the caller knows one below T*K: rows are
             allocated for that many. More slots with an expert than this is the caller's error.
+        late: w1, w2, b1 and b2 are its weights of these names, and it is left how their gradients are computed.
+            `reference` computes them at once, with the same result.
 
     Returns:
         (T, D) in the dtype of `x`, accumulated in float32 in the order of j: bitwise the same twice.
@@ -141,12 +145,10 @@ def experts_ffn(
 
         return experts_ffn_triton(
             x, weights, experts, w1, w2, b1=b1, b2=b2, activation=activation, gated=gated, limit=limit,
-            save_h=save_h, n_rows=n_rows,
+            save_h=save_h, n_rows=n_rows, late=late,
         )  # fmt: skip
-    return cast(
-        Tensor,
-        _GroupedExperts.apply(x, weights, experts, w1, w2, b1, b2, _Unit(activation, gated, limit), save_h, n_rows),
-    )
+    unit = _Unit(activation, gated, limit)
+    return cast(Tensor, _GroupedExperts.apply(x, weights, experts, w1, w2, b1, b2, unit, save_h, n_rows, late))
 
 
 def _check(x: Tensor, weights: Tensor, experts: Tensor, w1: Tensor, w2: Tensor, activation: str, gated: bool) -> None:
@@ -251,6 +253,7 @@ class _Context(FunctionCtx):
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
     unit: _Unit
+    late: LateGradients | None
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         """As inherited; torch's own annotation forgets that None may be saved."""
@@ -273,6 +276,7 @@ class _GroupedExperts(torch.autograd.Function):
         unit: _Unit,
         save_h: bool,
         n_rows: int | None,
+        late: LateGradients | None,
     ) -> Tensor:
         rows = _rows(sort_by_expert(experts, w1.shape[0]), experts.shape, n_rows)
         h = _up(x, w1, b1, rows)  # (R, 2F) or (R, F)
@@ -284,7 +288,7 @@ class _GroupedExperts(torch.autograd.Function):
         if rows.valid is not None:
             out[-1] = 0
         ctx.save_for_backward(x, weights, w1, w2, b1, b2, h if save_h else None, *rows)
-        ctx.unit = unit
+        ctx.unit, ctx.late = unit, late
         return sum_rows(out, rows.of_slot)
 
     @staticmethod
@@ -292,7 +296,7 @@ class _GroupedExperts(torch.autograd.Function):
     def backward(ctx: _Context, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, w1, w2, b1, b2, h, *saved = ctx.saved_tensors
         rows, unit = _Rows(*saved), ctx.unit
-        need_x, need_weights, _, need_w1, need_w2, need_b1, need_b2, *_ = ctx.needs_input_grad
+        need_x, need_weights, _, *needs, _, _, _, _ = ctx.needs_input_grad
         start = rows.expert_start
         if h is None:
             h = _up(x, w1, b1, rows)
@@ -314,11 +318,19 @@ class _GroupedExperts(torch.autograd.Function):
             if rows.valid is not None:
                 dx_rows[-1] = 0
             dx = sum_rows(dx_rows, rows.of_slot)
-        dw2 = _weight_gradient(dout, a.mul_(scale).to(dy.dtype), start) if need_w2 else None
-        dw1 = _weight_gradient(dh, x.index_select(0, rows.token), start) if need_w1 else None
-        db1 = _sum_by_expert(dh, start).to(b1.dtype) if need_b1 else None
-        db2 = _sum_by_expert(dout * scale, start).to(b2.dtype) if need_b2 else None
-        return dx, dweights, None, dw1, dw2, db1, db2, None, None, None
+        a = a.mul_(scale).to(dy.dtype) if needs[1] else a  # a'
+        owed = {
+            "w1": lambda: _weight_gradient(dh, x.index_select(0, rows.token), start),
+            "w2": lambda: _weight_gradient(dout, a, start),
+            "b1": lambda: _sum_by_expert(dh, start).to(w1.dtype),
+            "b2": lambda: _sum_by_expert(dout * scale, start).to(w2.dtype),
+        }
+        paid: list[Tensor | None] = []
+        for (name, compute), need in zip(owed.items(), needs, strict=True):
+            if need and ctx.late is not None:
+                ctx.late.owe(name, compute)
+            paid.append(compute() if need and ctx.late is None else None)
+        return dx, dweights, None, *paid, None, None, None, None
 
 
 def _up(x: Tensor, w1: Tensor, b1: Tensor | None, rows: _Rows) -> Tensor:

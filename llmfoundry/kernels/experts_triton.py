@@ -1,22 +1,26 @@
-"""The experts of a MoE layer in Triton: two operators, forward and backward, over the kernels of this room.
+"""The experts of a MoE layer in Triton: operators for forward and backward over the kernels of this room.
 
 Shapes: T tokens, D d_model, F ffn hidden size, E experts, K top_k, R rows in expert order.
-Forward: gather, up + activation, down, sum. Backward: gather, (da, dh, ds), dx, sum, dw2, dw1. Kept between the
+Forward: gather, up + activation, down, sum. Backward: gather, (da, dh, ds), dx, sum, then dw2, dw1: in one operator,
+or in two where something goes between them. Kept between the
 two are x, the pre-activation h and int32 indices; a' = s * a and the gathered rows are made again. Nothing is
 read on the host, so a CUDA graph captures both, with routing that changes between replays.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from llmfoundry.kernels.gather import gather, slot_sums, sum_rows
 from llmfoundry.kernels.grouped import grouped
+from llmfoundry.kernels.late import LateGradients
 from llmfoundry.kernels.routing import Order
 from llmfoundry.kernels.routing_triton import sort_by_expert_triton
 from llmfoundry.kernels.tiles import tile_rows
@@ -51,6 +55,7 @@ def experts_ffn_triton(
     limit: float | None = None,
     save_h: bool = True,
     n_rows: int | None = None,
+    late: LateGradients | None = None,
 ) -> Tensor:
     """`experts.experts_ffn` by the Triton kernels; arguments as there.
 
@@ -63,11 +68,13 @@ def experts_ffn_triton(
     if x.numel() == 0 or experts.numel() == 0:
         return (x * weights.sum(1, keepdim=True).to(x.dtype)) + _nothing(w1, w2).to(x.dtype)
     bound = experts.numel() if n_rows is None else min(n_rows, experts.numel())
-    y, _ = _forward(
+    inputs = (
         x.contiguous(), weights.contiguous(), w1.contiguous(), w2.contiguous(),
         *_order(experts.contiguous(), w2.shape[0]), activation, gated, save_h, max(bound, 1),
     )  # fmt: skip
-    return cast(Tensor, y)
+    if late is not None:
+        return cast(Tensor, _LateExperts.apply(late, *inputs))
+    return cast(Tensor, _forward(*inputs)[0])
 
 
 def refusal_of(
@@ -149,8 +156,18 @@ def _(
     return torch.empty_like(x), x.new_empty(n_rows, w1.shape[1]) if save_h else x.new_empty(0)
 
 
-@torch.library.custom_op("llmfoundry::experts_backward", mutates_args=())
-def _backward(
+class _Rows(NamedTuple):
+    """What the first half of the backward makes; of the gradients, one that is not needed is empty."""
+
+    dx: Tensor  # (T, D)
+    dweights: Tensor  # (T, K) float32
+    dy_rows: Tensor  # (R, D)
+    dh: Tensor  # (R, 2F) or (R, F)
+    a: Tensor  # (R, F), a' = s * a
+
+
+@torch.library.custom_op("llmfoundry::experts_backward_rows", mutates_args=())
+def _backward_rows(
     dy: Tensor,
     x: Tensor,
     weights: Tensor,
@@ -166,22 +183,21 @@ def _backward(
     n_rows: int,
     need_x: bool,
     need_weights: bool,
-    need_w1: bool,
-    need_w2: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weights, w1, w2; one that is not needed is empty. Those of the weights come last: they
-    can overlap whatever waits for dx."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`_Rows`, as an operator has to return them."""
     order = Order(expert_start, row_token, row_slot, slot_row)
     problem = _problem(w1, w2, n_rows)
     tiles = tile_rows(expert_start, n_rows)
     none = x.new_empty(0)
-    x_rows = gather(x, order, n_rows) if need_w1 or h.numel() == 0 else none
     if h.numel() == 0:
         h, _ = pick(
             UP,
             problem,
-            partial(up, x_rows, weights, row_slot, tiles, w1, activation=activation, gated=gated, store_a=False),
-        )
+            partial(
+                up, gather(x, order, n_rows), weights, row_slot, tiles, w1,
+                activation=activation, gated=gated, store_a=False,
+            ),
+        )  # fmt: skip
     dy_rows = gather(dy, order, n_rows)  # (R, D)
     dh, a, ds = pick(
         UP_BACKWARD,
@@ -193,14 +209,10 @@ def _backward(
     if need_x:
         dx_rows = pick(DX, problem, partial(grouped, dh, w1, tiles, transposed=True))  # (R, D)
         dx = sum_rows(dx_rows, order, weights.shape[1])
-        del dx_rows
-    dw2 = pick(DW2, problem, partial(weight_grad, dy_rows, a, tiles)) if need_w2 else none
-    del dy_rows, a
-    dw1 = pick(DW1, problem, partial(weight_grad, dh, x_rows, tiles)) if need_w1 else none
-    return dx, dweights, dw1, dw2
+    return _Rows(dx, dweights, dy_rows, dh, a)
 
 
-@_backward.register_fake
+@_backward_rows.register_fake
 def _(
     dy: Tensor,
     x: Tensor,
@@ -217,12 +229,48 @@ def _(
     n_rows: int,
     need_x: bool,
     need_weights: bool,
-    need_w1: bool,
-    need_w2: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    needs = ((x, need_x), (weights, need_weights), (w1, need_w1), (w2, need_w2))
-    dx, dweights, dw1, dw2 = (torch.empty_like(t) if need else t.new_empty(0) for t, need in needs)
-    return dx, dweights, dw1, dw2
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dx, dweights = (
+        torch.empty_like(t) if need else x.new_empty(0) for t, need in ((x, need_x), (weights, need_weights))
+    )
+    return _Rows(dx, dweights, *(x.new_empty(n_rows, w) for w in (x.shape[1], w1.shape[1], w2.shape[2])))
+
+
+@torch.library.custom_op("llmfoundry::experts_weight_gradient", mutates_args=())
+def _weight_gradient(
+    name: str,
+    left: Tensor,
+    right: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    expert_start: Tensor,
+    row_token: Tensor,
+    row_slot: Tensor,
+    slot_row: Tensor,
+    n_rows: int,
+) -> Tensor:
+    """The gradient of the weight of this name: of w2 from dy_rows and a, of w1 from dh and x."""
+    problem = _problem(w1, w2, n_rows)
+    tiles = tile_rows(expert_start, n_rows)
+    if name == "w1":
+        right = gather(right, Order(expert_start, row_token, row_slot, slot_row), n_rows)
+    return pick(DW1 if name == "w1" else DW2, problem, partial(weight_grad, left, right, tiles))
+
+
+@_weight_gradient.register_fake
+def _(
+    name: str,
+    left: Tensor,
+    right: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    expert_start: Tensor,
+    row_token: Tensor,
+    row_slot: Tensor,
+    slot_row: Tensor,
+    n_rows: int,
+) -> Tensor:
+    return torch.empty_like(w1 if name == "w1" else w2)
 
 
 class _Context(Protocol):
@@ -231,12 +279,14 @@ class _Context(Protocol):
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
     unit: tuple[str, bool, int]
+    late: LateGradients
 
     def save_for_backward(self, *tensors: Tensor) -> None: ...
 
     def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
 
 
+Owed = dict[str, Callable[[], Tensor]]
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, str, bool, bool, int]
 
 
@@ -246,14 +296,49 @@ def _setup(ctx: _Context, inputs: Inputs, output: tuple[Tensor, Tensor]) -> None
     ctx.unit = (activation, gated, n_rows)
 
 
-def _autograd(ctx: _Context, dy: Tensor, _dh: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: _Context, needs: tuple[bool, ...], dy: Tensor) -> tuple[Tensor | None, Tensor | None, Owed]:
+    """Those of x and weights, and how to compute those of w1 and w2."""
     x, weights, w1, w2, *order, h = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:4]
-    grads = _backward(dy.contiguous(), x, weights, h, w1, w2, *order, *ctx.unit, *needs)
-    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 8)
+    need_x, need_weights, need_w1, need_w2 = needs
+    dx, dweights, dy_rows, dh, a = _backward_rows(
+        dy.contiguous(), x, weights, h, w1, w2, *order, *ctx.unit, need_x, need_weights
+    )
+    n_rows = ctx.unit[-1]
+    owed: Owed = {}
+    if need_w2:
+        owed["w2"] = partial(_weight_gradient, "w2", dy_rows, a, w1, w2, *order, n_rows)
+    if need_w1:
+        owed["w1"] = partial(_weight_gradient, "w1", dh, x, w1, w2, *order, n_rows)
+    return dx if need_x else None, dweights if need_weights else None, owed
+
+
+def _autograd(ctx: _Context, dy: Tensor, _dh: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dweights, owed = _gradients(ctx, ctx.needs_input_grad[:4], dy)
+    # Taken out before it is called: what only dw2 needs is free again when dw1 is computed.
+    dw2, dw1 = (owed.pop(name)() if name in owed else None for name in ("w2", "w1"))
+    return dx, dweights, dw1, dw2, *[None] * 8
 
 
 _forward.register_autograd(_autograd, setup_context=_setup)
+
+
+class _LateExperts(torch.autograd.Function):
+    """`_forward`, whose backward leaves the gradients of the weights for later."""
+
+    @staticmethod
+    def forward(ctx: _Context, late: LateGradients, *inputs: *Inputs) -> Tensor:
+        output = _forward(*inputs)
+        _setup(ctx, inputs, output)
+        ctx.late = late
+        return cast(Tensor, output[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Context, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dweights, owed = _gradients(ctx, ctx.needs_input_grad[1:5], dy)
+        for name, compute in owed.items():
+            ctx.late.owe(name, compute)
+        return None, dx, dweights, *[None] * 10
 
 
 Shape = tuple[int, ...]
@@ -267,12 +352,19 @@ def _forward_flops(
     return 2 * weights[0] * weights[1] * (w1[1] * w1[2] + w2[1] * w2[2])
 
 
-@register_flop_formula(torch.ops.llmfoundry.experts_backward)
-def _backward_flops(
+@register_flop_formula(torch.ops.llmfoundry.experts_backward_rows)
+def _backward_rows_flops(
     dy: Shape, x: Shape, weights: Shape, h: Shape, w1: Shape, w2: Shape, *args: object,
     out_shape: object = None, **_: object,
 ) -> int:  # fmt: skip
-    return 2 * _forward_flops(x, weights, w1, w2)
+    return _forward_flops(x, weights, w1, w2)
+
+
+@register_flop_formula(torch.ops.llmfoundry.experts_weight_gradient)
+def _weight_gradient_flops(
+    name: str, left: Shape, right: Shape, *args: object, out_shape: object = None, **_: object
+) -> int:
+    return 2 * left[0] * left[1] * right[1]
 
 
 def _problem(w1: Tensor, w2: Tensor, n_rows: int) -> Problem:

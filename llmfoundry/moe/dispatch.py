@@ -6,6 +6,10 @@ returns one row: the weighted sum over the experts it holds. With K = 8 on 4 ran
 
 The host waits once a layer, for the counts that size the buffers; backward knows them. Sending and returning
 are each other's adjoint, so each one's backward is the other's forward.
+
+An exchange is started in one autograd node and awaited in another, in both directions. Autograd runs, of the nodes
+that are ready, the one that forward made last; so what forward makes between `send` and `arrive` runs beside the way
+there, and beside the gradients' way back: the shared expert, and the experts' weight gradients (kernels/late.py).
 """
 
 from __future__ import annotations
@@ -31,18 +35,40 @@ class Plan(NamedTuple):
     n_slots: int  # (row, expert) pairs that arrive here for an expert held here
 
 
-class Received(NamedTuple):
-    """What arrived from all ranks: arguments of this rank's experts. Complete after `wait()`."""
+class Slots(NamedTuple):
+    """What experts are given: arguments of `experts_ffn`."""
+
+    x: Tensor  # (T, D)
+    weights: Tensor  # (T, K) float32
+    experts: Tensor  # (T, K) int64, counted from the first expert held; the number of experts held: elsewhere
+    n_slots: int | None = None  # with an expert held here; None: all
+
+
+class Departed(NamedTuple):
+    """Tokens on their way to this rank. Nothing may read them before `arrive`."""
 
     x: Tensor  # (R, D)
-    weights: Tensor  # (R, K) float32
-    experts: Tensor  # (R, K) int64, counted from this rank's first; the number of local experts: held elsewhere
-    transfers: list[dist.Work]
+    routing: Tensor  # (R, 2K) weights, then ids over all experts
+    journeys: tuple[Journey, Journey]
+    n_local: int
 
-    def wait(self) -> None:
-        """Make the current stream wait for the rows; what is computed before overlaps with their way."""
-        for transfer in self.transfers:
-            transfer.wait()
+    def arrive(self) -> Slots:
+        """Make the current stream wait for them. In backward, their gradients leave here."""
+        x, routing = (cast(Tensor, _Arrive.apply(rows, j)) for rows, j in zip(self[:2], self.journeys, strict=True))
+        plan = self.journeys[0].plan
+        weights, ids = routing.chunk(2, dim=1)
+        local = ids.detach().long() - dist.get_rank(plan.group) * self.n_local
+        held = (local >= 0) & (local < self.n_local)
+        return Slots(x, weights, torch.where(held, local, self.n_local), plan.n_slots)
+
+
+class Journey:
+    """One tensor's way to the experts, and its gradient's way back: who starts it leaves here what the other awaits."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.out: dist.Work | None = None
+        self.back: tuple[Tensor, dist.Work] | None = None
 
 
 def plan_exchange(experts: Tensor, n_local: int, group: dist.ProcessGroup) -> Plan:
@@ -74,7 +100,7 @@ def plan_exchange(experts: Tensor, n_local: int, group: dist.ProcessGroup) -> Pl
     return Plan(group, token[:n_sent], rows_of_token.contiguous(), counts[0], counts[1], sum(counts[2]))
 
 
-def send(x: Tensor, weights: Tensor, experts: Tensor, n_local: int, plan: Plan) -> Received:
+def send(x: Tensor, weights: Tensor, experts: Tensor, n_local: int, plan: Plan) -> Departed:
     """Start tokens on their way to the ranks of their experts.
 
     Args:
@@ -82,16 +108,11 @@ def send(x: Tensor, weights: Tensor, experts: Tensor, n_local: int, plan: Plan) 
         n_local: experts of one rank.
         plan: as `plan_exchange` made it from `experts`.
     """
-    first = dist.get_rank(plan.group) * n_local
-    transfers: list[dist.Work] = []
     # Weights and ids travel together; ids are small enough to be exact in float32.
     routing = torch.cat([weights, experts.to(weights.dtype)], dim=1)  # (T, 2K)
-    x_received = cast(Tensor, _Send.apply(x, plan, transfers))
-    routing_received = cast(Tensor, _Send.apply(routing, plan, None))
-    weights_received, ids = routing_received.chunk(2, dim=1)
-    local = ids.detach().long() - first
-    held = (local >= 0) & (local < n_local)
-    return Received(x_received, weights_received, torch.where(held, local, n_local), transfers)
+    journeys = Journey(plan), Journey(plan)
+    there = [cast(Tensor, _Depart.apply(t, j)) for t, j in zip((x, routing), journeys, strict=True)]
+    return Departed(there[0], there[1], journeys, n_local)
 
 
 def give_back(y: Tensor, plan: Plan) -> Tensor:
@@ -101,20 +122,42 @@ def give_back(y: Tensor, plan: Plan) -> Tensor:
 
 class _Context(FunctionCtx):
     plan: Plan
+    journey: Journey
 
 
-class _Send(torch.autograd.Function):
-    """(T, X) -> (R, X)."""
+class _Depart(torch.autograd.Function):
+    """(T, X) -> (R, X), on the way. Backward waits for the gradient that `_Arrive` has sent back."""
 
     @staticmethod
-    def forward(ctx: _Context, x: Tensor, plan: Plan, transfers: list[dist.Work] | None) -> Tensor:
-        ctx.plan = plan
-        return _to_experts(x, plan, transfers)
+    def forward(ctx: _Context, x: Tensor, journey: Journey) -> Tensor:
+        ctx.journey = journey
+        received, journey.out = _start_to_experts(x, journey.plan)
+        return received
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _to_tokens(grad, ctx.plan), None, None
+    def backward(ctx: _Context, _: Tensor) -> tuple[Tensor, None]:
+        assert ctx.journey.back is not None
+        (returned, work), ctx.journey.back = ctx.journey.back, None
+        work.wait()
+        return sum_rows(returned, ctx.journey.plan.rows_of_token), None
+
+
+class _Arrive(torch.autograd.Function):
+    """(R, X), on the way -> the same, there. Backward sends the gradient back, and does not wait for it."""
+
+    @staticmethod
+    def forward(ctx: _Context, received: Tensor, journey: Journey) -> Tensor:
+        ctx.journey = journey
+        assert journey.out is not None
+        journey.out.wait()
+        return received.view_as(received)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.journey.back = _start_to_tokens(grad, ctx.journey.plan)
+        return grad, None
 
 
 class _GiveBack(torch.autograd.Function):
@@ -123,30 +166,34 @@ class _GiveBack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _Context, y: Tensor, plan: Plan) -> Tensor:
         ctx.plan = plan
-        return _to_tokens(y, plan)
+        returned, work = _start_to_tokens(y, plan)
+        work.wait()
+        return sum_rows(returned, plan.rows_of_token)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None]:
-        return _to_experts(grad, ctx.plan, None), None
+        received, work = _start_to_experts(grad, ctx.plan)
+        work.wait()
+        return received, None
 
 
-def _to_experts(x: Tensor, plan: Plan, transfers: list[dist.Work] | None) -> Tensor:
-    """(T, X) -> (R, X); with `transfers`, on the way when this returns, and waited for by its caller."""
+def _start_to_experts(x: Tensor, plan: Plan) -> tuple[Tensor, dist.Work]:
+    """(T, X) -> (R, X)."""
     received = x.new_empty(sum(plan.n_received), x.shape[1])
-    work = dist.all_to_all_single(
-        received, x.index_select(0, plan.token), plan.n_received, plan.n_sent, plan.group,
-        async_op=transfers is not None,
-    )  # fmt: skip
-    if transfers is not None:
-        transfers.append(work)
-    return received
+    rows = x.index_select(0, plan.token)
+    return received, _exchange(received, rows, plan.n_received, plan.n_sent, plan.group)
 
 
-def _to_tokens(rows: Tensor, plan: Plan) -> Tensor:
-    """(R, X) -> (T, X), the sum of what each token's ranks return."""
+def _start_to_tokens(rows: Tensor, plan: Plan) -> tuple[Tensor, dist.Work]:
+    """(R, X) -> (N + 1, X), for `sum_rows` to sum what each token's ranks return; the last row stands for "no row"."""
     n_sent = sum(plan.n_sent)
-    returned = rows.new_empty(n_sent + 1, rows.shape[1])  # the last row stands for "no row"
-    dist.all_to_all_single(returned[:n_sent], rows.contiguous(), plan.n_sent, plan.n_received, plan.group)
+    returned = rows.new_empty(n_sent + 1, rows.shape[1])
     returned[n_sent] = 0
-    return sum_rows(returned, plan.rows_of_token)
+    return returned, _exchange(returned[:n_sent], rows.contiguous(), plan.n_sent, plan.n_received, plan.group)
+
+
+def _exchange(
+    received: Tensor, sent: Tensor, n_received: list[int], n_sent: list[int], group: dist.ProcessGroup
+) -> dist.Work:
+    return dist.all_to_all_single(received, sent, n_received, n_sent, group, async_op=True)

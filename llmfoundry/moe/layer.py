@@ -17,9 +17,10 @@ from torch.distributed.tensor import DTensor
 
 from llmfoundry.kernels.activations import ACTIVATIONS
 from llmfoundry.kernels.experts import experts_ffn, resolve_backend
+from llmfoundry.kernels.late import LateGradients
 from llmfoundry.layers.ffn import FFNConfig, FFNOutput, GLUConfig, MLPConfig
 from llmfoundry.layers.lora import adapted
-from llmfoundry.moe.dispatch import give_back, plan_exchange, send
+from llmfoundry.moe.dispatch import Departed, Slots, give_back, plan_exchange, send
 from llmfoundry.moe.router import Router, RouterConfig, statistics
 
 
@@ -128,18 +129,21 @@ class Experts(nn.Module):
         for slot in ("w1_lora_A", "w1_lora_B", "w2_lora_A", "w2_lora_B"):  # layers/lora.py fills them
             self.register_parameter(slot, None)
 
-    def forward(self, x: Tensor, weights: Tensor, experts: Tensor, n_rows: int | None = None) -> Tensor:
-        """`experts_ffn` with these weights; ids count from this rank's first expert.
-
-        Args:
-            x: (T, D); weights: (T, K); experts: (T, K). n_rows: as `experts_ffn` takes it.
-        """
+    def forward(self, tokens: Slots | Departed) -> Tensor:
+        """`experts_ffn` with these weights, on tokens that are here or on their way here; (T, D) or (R, D)."""
         w1 = adapted(_local(self.w1), _local(self.w1_lora_A), _local(self.w1_lora_B), self.lora_scale)
         w2 = adapted(_local(self.w2), _local(self.w2_lora_A), _local(self.w2_lora_B), self.lora_scale)
+        b1, b2 = _local(self.b1), _local(self.b2)
+        late = None
+        if isinstance(tokens, Departed):
+            late = LateGradients()
+            w1, w2 = late.weight("w1", w1), late.weight("w2", w2)
+            b1, b2 = late.weight("b1", b1), late.weight("b2", b2)
+            tokens = tokens.arrive()
         return experts_ffn(
-            x, weights, experts, w1, w2, b1=_local(self.b1), b2=_local(self.b2),
+            tokens.x, tokens.weights, tokens.experts, w1, w2, b1=b1, b2=b2,
             activation=self.activation, gated=self.gated, limit=self.limit,
-            backend=resolve_backend(self.impl, x), n_rows=n_rows,
+            backend=resolve_backend(self.impl, tokens.x), n_rows=tokens.n_slots, late=late,
         )  # fmt: skip
 
 
@@ -169,15 +173,14 @@ class MoE(nn.Module):
         routing = self.router(x, keys)
         tokens = x.flatten(0, 1)  # (T, D)
         if self.expert_group is None or dist.get_world_size(self.expert_group) == 1:
-            y = self.experts(tokens, routing.weights, routing.experts)
+            y = self.experts(Slots(tokens, routing.weights, routing.experts))
             shared = self._shared(x)
         else:
             n_local = self.n_experts // dist.get_world_size(self.expert_group)
             plan = plan_exchange(routing.experts, n_local, self.expert_group)
             there = send(tokens, routing.weights, routing.experts, n_local, plan)
             shared = self._shared(x)  # while the tokens travel
-            there.wait()
-            y = give_back(self.experts(there.x, there.weights, there.experts, plan.n_slots), plan)
+            y = give_back(self.experts(there), plan)
         y = y.view_as(x)
         return FFNOutput(y if shared is None else y + shared, statistics(routing))
 

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from llmfoundry.kernels.experts import experts_ffn  # noqa: E402
 from llmfoundry.kernels.experts_triton import experts_ffn_triton  # noqa: E402
+from llmfoundry.kernels.late import LateGradients  # noqa: E402
 from llmfoundry.kernels.routing import sort_by_expert  # noqa: E402
 from llmfoundry.kernels.routing_triton import sort_by_expert_triton  # noqa: E402
 from llmfoundry.kernels.tiles import tile_rows, tile_rows_reference  # noqa: E402
@@ -98,6 +99,20 @@ def test_recomputed_h_gives_the_same_gradients() -> None:
     kept = run(experts_ffn_triton, tensors, activation="silu", gated=True)
     again = run(experts_ffn_triton, tensors, activation="silu", gated=True, save_h=False)
     for a, b in zip(kept, again, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("routing", ["natural", "none"])
+def test_late_gradients_are_the_same(routing: str) -> None:
+    tensors = [v.to(DEVICE) for v in draw(40, 32, 16, 4, 2, True, routing)]
+
+    def late(x, weights, experts, w1, w2, **kwargs):
+        owed = LateGradients()
+        w1, w2 = owed.weight("w1", w1), owed.weight("w2", w2)
+        return experts_ffn_triton(x, weights, experts, w1, w2, late=owed, **kwargs)
+
+    at_once = run(experts_ffn_triton, tensors, activation="silu", gated=True)
+    for a, b in zip(at_once, run(late, tensors, activation="silu", gated=True), strict=True):
         assert torch.equal(a, b)
 
 

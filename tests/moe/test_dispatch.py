@@ -1,0 +1,92 @@
+"""The exchange of tokens between ranks: what is computed while it is on its way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llmfoundry.config import check
+from llmfoundry.moe.dispatch import Slots, give_back, plan_exchange, send
+from llmfoundry.moe.layer import Experts, MoEConfig
+
+pytestmark = pytest.mark.dist
+T, D, E, K = 12, 16, 4, 2
+
+
+class Watch(TorchDispatchMode):
+    """The exchanges, products and sums over slots, in the order in which they are asked for."""
+
+    NAMES = {"alltoall_base_": "exchange", "mm": "product", "_embedding_bag_forward_only": "sum"}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload,
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        name = self.NAMES.get(func.overloadpacket.__name__)
+        if name is not None:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def group() -> Iterator[dist.ProcessGroup]:
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def _experts(impl: str) -> tuple[Experts, Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
+    torch.manual_seed(0)
+    keys = {"ffn_type": "mb_dmoe", "ffn_hidden_size": 24, "moe_num_experts": E, "moe_top_k": K, "moe_impl": impl,
+            "ffn_act_fn": {"name": "silu"}, "bias": True}  # fmt: skip
+    experts = Experts(check(MoEConfig, keys), D).double()
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    x, weights = torch.randn(T, D, dtype=torch.float64), torch.rand(T, K, dtype=torch.float64)
+    ids = torch.rand(T, E).topk(K).indices
+    return experts, lambda: (x.clone().requires_grad_(), weights.clone().requires_grad_(), ids)
+
+
+@pytest.mark.parametrize("impl", ["grouped_mm", "reference"])
+def test_an_exchange_changes_nothing(group: dist.ProcessGroup, impl: str) -> None:
+    experts, draw = _experts(impl)
+    found = []
+    for travel in (False, True):
+        x, weights, ids = draw()
+        if travel:
+            plan = plan_exchange(ids, E, group)
+            y = give_back(experts(send(x, weights, ids, E, plan)), plan)
+        else:
+            y = experts(Slots(x, weights, ids))
+        y.square().sum().backward()
+        found.append([y, x.grad, weights.grad, *(parameter.grad for parameter in experts.parameters())])
+        experts.zero_grad()
+    for here, there in zip(*found, strict=True):
+        assert here is not None and torch.equal(here, there)
+
+
+def test_weight_gradients_are_computed_while_the_gradients_of_tokens_travel(group: dist.ProcessGroup) -> None:
+    experts, draw = _experts("grouped_mm")
+    x, weights, ids = draw()
+    plan = plan_exchange(ids, E, group)
+    y = give_back(experts(send(x, weights, ids, E, plan)), plan)
+    loss = y.square().sum()
+    with Watch() as watch:
+        loss.backward()
+    products = ["product"] * E
+    there = ["exchange", *products, *products, "sum"]  # dy travels; da and dx of each expert; dx summed over experts
+    back = ["exchange"] * 2  # of weights and of x
+    assert watch.seen == [*there, *back, *products, *products, "sum", "sum"]  # dw2 and dw1, and then they are awaited
