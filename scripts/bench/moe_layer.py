@@ -1,4 +1,7 @@
-"""Time MoE layers side by side in one process: ours, `auto`, the grouped_mm pipeline, `transformers`' experts.
+"""Time MoE layers side by side in one process: ours, `auto`, the grouped_mm pipeline, and others' where installed.
+
+Others: `transformers`' experts (grouped_mm), liger-kernel's fused MoE, ScatterMoE. MegaBlocks 0.10 does not build on
+CUDA 13, and SonicMoE is not to be had as a package: neither is here. A provider that cannot run has a `failed` row.
 
 Shapes: T tokens, D d_model, F ffn hidden size, E experts, K top_k. The router (product, softmax, top-k) is timed
 with every provider. TFLOP/s count the experts' arithmetic alone: 6*T*K*D*F forward, 18*T*K*D*F with backward.
@@ -27,7 +30,7 @@ SHAPES = {  # D, F, E, K
     "olmoe": (2048, 1024, 64, 8),
     "qwen30b": (2048, 768, 128, 8),
 }
-PROVIDERS = ("triton", "auto", "grouped_mm", "transformers")
+PROVIDERS = ("triton", "auto", "grouped_mm", "transformers", "liger", "scattermoe")
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -74,19 +77,47 @@ def balance(x: Tensor, router: Tensor, top_k: int) -> Tensor:
 def build(provider: str, w1: Tensor, w2: Tensor) -> Layer:
     """A function of (x, weights, experts) and nothing else that differs between providers."""
     if provider == "transformers":
-        from transformers.integrations.moe import grouped_mm_experts_forward
+        return transformers_experts(w1, w2)
+    if provider == "liger":
+        from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
 
-        module = nn.Module()
-        module.gate_up_proj, module.down_proj = w1, w2
-        module.act_fn, module.num_experts = nn.SiLU(), w1.shape[0]
-        module.has_bias, module.is_transposed, module.has_gate = False, False, True
-        module.config = argparse.Namespace()
-        module._apply_gate = lambda h: nn.functional.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1]
-        return lambda x, weights, experts: grouped_mm_experts_forward(module, x, experts, weights.to(x.dtype))
+        return lambda x, weights, experts: LigerFusedMoEFunction.apply(x, w1, w2, experts.int(), weights)
+    if provider == "scattermoe":
+        return scattermoe(w1, w2)
     backend = resolve_backend(provider, w1)
     return lambda x, weights, experts: experts_ffn(
         x, weights, experts, w1, w2, activation="silu", gated=True, backend=backend
     )
+
+
+def transformers_experts(w1: Tensor, w2: Tensor) -> Layer:
+    """The experts of its OLMoE by grouped_mm, on these weights."""
+    from transformers import OlmoeConfig
+    from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
+
+    n_experts, d_model, hidden = w2.shape
+    config = OlmoeConfig(hidden_size=d_model, intermediate_size=hidden, num_experts=n_experts)
+    config._experts_implementation = "grouped_mm"
+    with torch.device("meta"):
+        module = OlmoeExperts(config)
+    for name, weight in (("gate_up_proj", w1), ("down_proj", w2)):
+        delattr(module, name)
+        setattr(module, name, weight)
+    return lambda x, weights, experts: module(x, experts, weights.to(x.dtype))
+
+
+def scattermoe(w1: Tensor, w2: Tensor) -> Layer:
+    """Its GLU layer, on these weights: gate rows first, no copy of them."""
+    from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
+
+    def layer(x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        order = flatten_sort_count(experts, num_experts=w1.shape[0])
+        h = parallel_linear(x, w1.transpose(1, 2), experts.shape[1], *order, grouped_out=True)
+        gate, up = h.chunk(2, dim=-1)
+        a = nn.functional.silu(gate) * up
+        return parallel_linear(a, w2.transpose(1, 2), 1, *order, grouped_in=True, gates=weights.to(x.dtype))
+
+    return layer
 
 
 def milliseconds(call: Callable[[], object], warmup: int, iterations: int) -> list[float]:
