@@ -206,7 +206,9 @@ def _jitter(x: Tensor, keys: Tensor, layer: int, eps: float) -> Tensor:
     """
     position = torch.arange(x.shape[1], device=x.device)
     channel = torch.arange(x.shape[2], device=x.device)
-    row = _mix64(keys.to(x.device) + 0x632BE59BD9B4E019 * (layer + 1) % 2**63)  # (B,)
+    # As a tensor: a compiler makes one graph of all layers, in which `layer` is a symbol, and a symbol cannot wrap.
+    stream = (torch.full((), layer + 1, device=x.device) * 0x632BE59BD9B4E019) & (2**63 - 1)
+    row = _mix64(keys.to(x.device) + stream)  # (B,)
     token = _mix64(row.unsqueeze(1) + position).int()  # (B, S), the low 32 bits
     bits = token.unsqueeze(2) ^ _mix64(~channel).int()  # (B, S, D)
     # murmur3's finalizer, whose constants are written as the int32 that they wrap to.

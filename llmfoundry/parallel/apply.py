@@ -46,17 +46,20 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
 
 
 def compile_parts(model: CausalLM) -> None:
-    """Compile what stands around the exchange of tokens: attention, norms, router, shared expert, dense blocks."""
+    """Compile what stands around mixtures: attention, norms, shared experts, dense blocks.
+
+    A mixture itself stays eager, all that it calls included: traced, its autograd nodes would become one, and the order
+    in which the exchange, the weights' gradients and FSDP's hooks follow each other would be lost. So does its router,
+    whose choice recompute has to see.
+    """
     for block in model.blocks:
         assert isinstance(block, Block)
         mixture = block.ffn
         if isinstance(mixture, MoE):
-            mixture.router.forward = torch.compile(mixture.router.forward)  # type: ignore[method-assign]
             if mixture.shared_expert is not None:
                 shared = mixture.shared_expert
                 shared.forward = torch.compile(shared.forward)  # type: ignore[method-assign]
-            eager = torch.compiler.disable(mixture.forward, recursive=False)
-            mixture.forward = eager  # type: ignore[method-assign]
+            mixture.forward = torch.compiler.disable(mixture.forward)  # type: ignore[method-assign]
         block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
 
 

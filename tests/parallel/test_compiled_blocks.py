@@ -1,0 +1,100 @@
+"""Compiled blocks train as plain ones do: in one process, split, with experts divided, and recomputed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from ranks import run_ranks
+from tiny import Case
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from llmfoundry.config import check, dump
+from llmfoundry.model.config import CausalLMConfig
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+STEPS = 3
+PLAIN = Case("plain")
+RECOMPUTE = ("none", "full", "selective")
+ALONE = [Case(f"alone, {how}", {"compile": True, "recompute": how}) for how in RECOMPUTE]
+SPREAD = [
+    Case("shard 2, full", {"compile": True, "recompute": "full"}),
+    *(Case(f"shard 2, expert 2, {how}", {"compile": True, "expert": 2, "recompute": how}) for how in RECOMPUTE),
+]
+
+
+def learn(case: Case, steps: int = STEPS) -> dict[str, Tensor]:
+    """Losses, gradient norms and the last weights, in float32."""
+    model = tiny.build(case, torch.float32)
+    results = tiny.train(model, case, steps, 1.0)
+    curve = {name: torch.stack([getattr(step, name) for step in results]).double() for name in ("total", "grad_norm")}
+    return curve | tiny.weights(model)
+
+
+def job(folder: Path) -> None:
+    for case in SPREAD:
+        found = learn(case)
+        if torch.distributed.get_rank() == 0:
+            torch.save(found, folder / f"{case.name}.pt")
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    """No code compiled by another test, and none left to others."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def true() -> dict[str, Tensor]:
+    return learn(PLAIN)
+
+
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compiled")
+    run_ranks([2], job, folder)
+    return folder
+
+
+def assert_same(found: dict[str, Tensor], true: dict[str, Tensor]) -> None:
+    assert found.keys() == true.keys()
+    for name, value in true.items():
+        # float32; fused code rounds otherwise, and Adam divides what is nearly zero by its own size.
+        tolerance = 1e-5 if name in ("total", "grad_norm") else 2e-3
+        torch.testing.assert_close(
+            found[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.mark.parametrize("case", ALONE, ids=[case.name for case in ALONE])
+def test_a_compiled_model_learns_the_same(case: Case, true: dict[str, Tensor]) -> None:
+    assert_same(learn(case), true)
+
+
+@pytest.mark.parametrize("case", SPREAD, ids=[case.name for case in SPREAD])
+def test_a_compiled_model_learns_the_same_when_spread(case: Case, spread: Path, true: dict[str, Tensor]) -> None:
+    assert_same(torch.load(spread / f"{case.name}.pt", weights_only=True), true)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_a_block_with_the_triton_kernels_is_one_graph(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    whole = tiny.model_config
+
+    def with_experts(impl: str) -> None:
+        keys = dump(whole(PLAIN)) | {"no_bias": True}
+        keys["ffn_config"] |= {"moe_impl": impl, "bias": False}
+        monkeypatch.setattr(tiny, "model_config", lambda case: check(CausalLMConfig, keys))
+
+    with_experts("grouped_mm")
+    true = learn(PLAIN, steps=1)
+    with_experts("triton")
+    assert_same(learn(Case("triton", {"compile": True, "recompute": recompute}), steps=1), true)
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
