@@ -61,12 +61,12 @@ def model_config(case: Case) -> CausalLMConfig:
     )  # fmt: skip
 
 
-def build(case: Case, dtype: torch.dtype) -> CausalLM:
+def build(case: Case, dtype: torch.dtype, precision: str = "fp32") -> CausalLM:
     """The model of a case, spread over the processes that run."""
     config, parallel = model_config(case), check(ParallelConfig, case.parallel)
     with torch.device("meta"):
         model = config.build().to(dtype)
-    model = parallelize(model, build_mesh(parallel, "cpu", case.n_experts), parallel, "fp32")
+    model = parallelize(model, build_mesh(parallel, "cpu", case.n_experts), parallel, precision)
     return materialize(model, parallel, SEED)
 
 

@@ -1,0 +1,61 @@
+"""bfloat16 compute over float32 weights, on every kind of mesh: what GPUs train in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from ranks import run_ranks
+from tiny import Case
+from torch import Tensor
+
+from llmfoundry.model.transformer import CausalLM
+
+pytestmark = pytest.mark.dist
+STEPS = 3
+CASES = [
+    Case("shard 2"),
+    Case("shard 2, tied, full", {"recompute": "full"}, tied=True),
+    Case("shard 2, expert 2", {"expert": 2}),
+    Case("shard 2, expert 2, selective, microbatch 2", {"expert": 2, "recompute": "selective"}, microbatch=2),
+    Case("replicate 2", {"replicate": 2}),
+]
+
+
+def learn(case: Case, precision: str) -> dict[str, Tensor]:
+    """Losses and gradient norms; in bf16, the weights' and gradients' dtypes are looked at too."""
+    model = tiny.build(case, torch.float32, precision)
+
+    def watch(model: CausalLM) -> None:
+        for name, parameter in model.named_parameters():
+            assert parameter.dtype == torch.float32 and parameter.grad is not None, name
+            assert parameter.grad.dtype == torch.float32, name
+
+    results = tiny.train(model, case, STEPS, 1.0, watch=watch)
+    return {name: torch.stack([getattr(step, name) for step in results]).double() for name in ("ce", "grad_norm")}
+
+
+def job(folder: Path) -> None:
+    for case in CASES:
+        found = learn(case, "amp_bf16")
+        if torch.distributed.get_rank() == 0:
+            torch.save(found, folder / f"{case.name}.pt")
+
+
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bf16")
+    run_ranks([2], job, folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_bf16_follows_float32(case: Case, spread: Path) -> None:
+    true = learn(Case("alone", tied=case.tied), "fp32")
+    found = torch.load(spread / f"{case.name}.pt", weights_only=True)
+    # bf16 has eight bits; a token near a router's boundary goes to another expert, which moves the norm by per cents.
+    torch.testing.assert_close(found["ce"], true["ce"], rtol=5e-3, atol=0)
+    torch.testing.assert_close(found["grad_norm"], true["grad_norm"], rtol=5e-2, atol=0)
+    assert not torch.equal(found["ce"], true["ce"]), "computed in float32"
