@@ -93,6 +93,11 @@ def resolve_backend(choice: str, x: Tensor) -> Backend:
     return cast(Backend, choice)
 
 
+def reads_on_host(backend: Backend, device: torch.device) -> bool:
+    """Whether a backend reads the experts' loads on the host, so that no compiler can trace it."""
+    return backend == "reference" or (backend == "grouped_mm" and device.type == "cpu")
+
+
 def experts_ffn(
     x: Tensor,
     weights: Tensor,

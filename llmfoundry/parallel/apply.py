@@ -1,8 +1,8 @@
 """The order in which a model is spread, stated once: experts > recompute > compile > shards > weights.
 
 Experts first, because FSDP splits what is left of them; recompute inside compile, which then plans what to keep
-in one graph; shards last, around all of it. With experts divided among ranks a block is no one graph, for the host
-reads the counts of the exchange: then its parts are compiled, inside recompute.
+in one graph; shards last, around all of it. A block is no one graph where the host reads how many tokens go where: with
+experts divided among ranks, or where the backend of the experts does. Then its parts are compiled, inside recompute.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 
 from llmfoundry import runtime
+from llmfoundry.kernels.experts import reads_on_host, resolve_backend
 from llmfoundry.model.init import init_weights
 from llmfoundry.model.transformer import Block, CausalLM
 from llmfoundry.moe.layer import MoE
-from llmfoundry.parallel.expert import divide_experts
+from llmfoundry.parallel.expert import divide_experts, mixtures
 from llmfoundry.parallel.fsdp import shard
 from llmfoundry.parallel.mesh import Mesh, ParallelConfig
 from llmfoundry.parallel.recompute import recompute_blocks
@@ -31,7 +32,7 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
     """
     divide_experts(model, mesh)
     compiled = config.compile is True or (config.compile == "auto" and runtime.device().type == "cuda")
-    one_graph = compiled and mesh.experts is None
+    one_graph = compiled and mesh.experts is None and not _reads_on_host(model, precision)
     if compiled and not one_graph:
         compile_parts(model)
     recompute_blocks(model.blocks, config.recompute, config.recompute_save, in_graph=one_graph)
@@ -43,6 +44,13 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
     elif precision != "fp32":
         raise ValueError(f"precision={precision} needs a process group; call runtime.start first")
     return model
+
+
+def _reads_on_host(model: CausalLM, precision: str) -> bool:
+    dtype = torch.bfloat16 if precision == "amp_bf16" else next(model.parameters()).dtype
+    x = torch.empty(0, model.config.d_model, dtype=dtype, device=runtime.device())
+    backends = {resolve_backend(mixture.experts.impl, x) for mixture in mixtures(model)}
+    return any(reads_on_host(backend, x.device) for backend in backends)
 
 
 def compile_parts(model: CausalLM) -> None:
