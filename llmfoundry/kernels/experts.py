@@ -42,29 +42,29 @@ def _say_once(message: str) -> None:
     log.warning(message)
 
 
-def _triton_refusal(x: Tensor) -> str | None:
-    """Why the Triton kernels cannot run on `x`, or None."""
+def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot run there, or None."""
     if importlib.util.find_spec("llmfoundry.kernels.experts_triton") is None:
         return "this build has no Triton kernels"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if x.dtype == torch.float64:
+    if dtype == torch.float64:
         return "the Triton kernels have no float64"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    if not x.is_cuda or torch.version.hip is not None:
-        return f"the Triton kernels need an NVIDIA GPU, found {x.device}"
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"the Triton kernels need an NVIDIA GPU, found {device}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
         return "the Triton kernels need compute capability 8.0"
     return None
 
 
-def _grouped_mm_refusal(x: Tensor) -> str | None:
-    """Why `F.grouped_mm` cannot run on `x`, or None."""
-    if x.is_cuda and x.dtype != torch.bfloat16:
-        return f"grouped_mm needs bfloat16 on a GPU, found {x.dtype}"
-    if x.is_cuda and x.shape[-1] % 8:
-        return f"grouped_mm needs d_model to be a multiple of 8 on a GPU, found {x.shape[-1]}"
+def _grouped_mm_refusal(device: torch.device, dtype: torch.dtype, d_model: int) -> str | None:
+    """Why `F.grouped_mm` cannot run there, or None."""
+    if device.type == "cuda" and dtype != torch.bfloat16:
+        return f"grouped_mm needs bfloat16 on a GPU, found {dtype}"
+    if device.type == "cuda" and d_model % 8:
+        return f"grouped_mm needs d_model to be a multiple of 8 on a GPU, found {d_model}"
     return None
 
 
@@ -78,12 +78,23 @@ def resolve_backend(choice: str, x: Tensor) -> Backend:
     Raises:
         ValueError: the backend asked for cannot run here. `auto` falls back instead, and says so once.
     """
-    refusals = {"triton": _triton_refusal(x), "grouped_mm": _grouped_mm_refusal(x), "reference": None}
+    return _resolve(choice, x.device, x.dtype, x.shape[-1])
+
+
+@torch.compiler.assume_constant_result
+def _resolve(choice: str, device: torch.device, dtype: torch.dtype, d_model: int) -> Backend:
+    """As `resolve_backend`; not traced, for it asks the environment."""
+    refusals = {
+        "triton": _triton_refusal(device, dtype),
+        "grouped_mm": _grouped_mm_refusal(device, dtype, d_model),
+        "reference": None,
+    }
+    on_gpu = device.type == "cuda"
     if choice == "auto":
         # Off a GPU the Triton kernels run in an interpreter, for their tests alone.
-        usable = [name for name, refusal in refusals.items() if refusal is None and (x.is_cuda or name != "triton")]
+        usable = [name for name, refusal in refusals.items() if refusal is None and (on_gpu or name != "triton")]
         chosen = usable[0]
-        if chosen != "triton" and x.is_cuda:
+        if chosen != "triton" and on_gpu:
             _say_once(f"moe_impl=auto takes {chosen}: {refusals['triton']}")
         return cast(Backend, chosen)
     if choice not in refusals:
