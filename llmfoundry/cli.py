@@ -210,6 +210,7 @@ def eval_main(argv: Sequence[str] | None = None) -> None:
     )
     found = evaluate(model, loader, rows=config.device_eval_batch_size, device=runtime.device(),
                      max_batches=config.eval_subset_num_batches)  # fmt: skip
+    assert found is not None
     bits = f", {found.bits_per_byte:.4f} bits a byte" if found.bits_per_byte is not None else ""
     print(f"{found.nats_per_token:.4f} nats a token{bits} over {found.tokens:,} tokens")
 

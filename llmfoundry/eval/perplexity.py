@@ -6,6 +6,7 @@ Shapes: B rows, S sequence.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,8 @@ def evaluate(
     max_batches: int = -1,
     rank: int = 0,
     world: int = 1,
-) -> Perplexity:
+    stopped: Callable[[], bool] = lambda: False,
+) -> Perplexity | None:
     """Cost of one pass over the loader's text.
 
     Args:
@@ -41,14 +43,17 @@ def evaluate(
         rows: rows of one forward on one rank.
         max_batches: stop after so many; -1 reads all.
         rank: this process's share of the rows, of `world`.
+        stopped: asked before every batch, with the same answer on every rank; true ends the pass.
 
     Returns:
-        The same on every rank.
+        The same on every rank; None if it was stopped.
     """
     nats = torch.zeros((), dtype=torch.float64, device=device)
     tokens = torch.zeros((), dtype=torch.float64, device=device)
     complete = True
     for i, batch in enumerate(loader.one_pass(rows * world, rank, world)):
+        if stopped():
+            return None
         if i == max_batches:
             complete = False
             break

@@ -99,6 +99,15 @@ class RunFolder:
         )
 
 
+def read_summary(path: Path) -> Plain:
+    """What summary.json says; nothing if there is none, or no sound one."""
+    try:
+        summary = json.loads((path / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
 def check_free(path: Path, config: Plain, autoresume: bool) -> None:
     """Look whether a run may have a folder, and write nothing.
 

@@ -29,11 +29,11 @@ from llmfoundry.parallel.apply import materialize, parallelize
 from llmfoundry.parallel.mesh import Mesh, build_mesh
 from llmfoundry.train import checkpoint
 from llmfoundry.train.callback import Callback, Metrics
-from llmfoundry.train.checkpoint import Checkpointer, CheckpointState, load_model_only
+from llmfoundry.train.checkpoint import Checkpointer, CheckpointState, Json, load_model_only
 from llmfoundry.train.config import RunConfig
 from llmfoundry.train.duration import Timeline
 from llmfoundry.train.optim import set_learning_rate
-from llmfoundry.train.outputs import RunFolder, check_free
+from llmfoundry.train.outputs import RunFolder, check_free, read_summary
 from llmfoundry.train.schedule import Schedule
 from llmfoundry.train.step import StepResult, train_step
 
@@ -72,6 +72,7 @@ class Trainer:
     folder: RunFolder | None = None  # of rank 0, from `fit` on
     state: TrainState = field(default_factory=TrainState)
     evaluation: Metrics = field(default_factory=dict)  # of the last evaluation
+    unevaluated: Metrics = field(default_factory=dict)  # of the last step, if a signal cut its evaluation short
     train_seconds: float = 0.0  # in steps alone, over all processes that the run has had
     signalled: bool = False  # this rank was asked to stop
 
@@ -94,26 +95,29 @@ class Trainer:
         runtime.on_rank0(self._claim)  # only now that nothing of the user's can be wrong is anything written
         for callback in self.callbacks:
             callback.fit_start(self)
-        if self.config.eval_first and self.state.step == 0:
-            self._evaluate()
-        stopped = False  # the same on every rank; a signal counts from the next time that all look
         with self._signals():
-            while self.state.step < self.timeline.total_steps and not stopped:
-                metrics = self.take_step()
+            if self.config.eval_first and self.state.step == 0:
+                self._evaluate()
+            stopped = False
+            while (self.unevaluated or self.state.step < self.timeline.total_steps) and not stopped:
+                metrics, self.unevaluated = self.unevaluated or self.take_step(), {}
                 if self._due_evaluation():
-                    metrics |= self._evaluate()
-                for callback in self.callbacks:
+                    found = self._evaluate()
+                    self.unevaluated = {} if found else dict(metrics)
+                    metrics |= found
+                for callback in self.callbacks if not self.unevaluated else ():
                     callback.step_end(self, metrics)
                 if self.folder is not None:
                     self.folder.write_metrics(metrics)
-                stopped = runtime.any_rank(self.signalled)
+                stopped = self._stopped()
                 done = stopped or self.state.step == self.timeline.total_steps
                 if done or self.timeline.due(self.config.save_interval, self.state.step):
                     self._save()
                 self.checkpointer.poll()  # a save that failed in its thread is an error here, not at the next one
             self.checkpointer.wait()
-        if not self.evaluation and self._evaluates and not stopped:
-            self._evaluate()  # a run taken up after its last step
+            if not self.evaluation and self._evaluates and not stopped:
+                self._evaluate()  # a run taken up after its last step
+                stopped = self._stopped()
         if self.folder is not None:
             self.folder.write_summary(self._summary())
         if not stopped:
@@ -122,12 +126,20 @@ class Trainer:
 
     def _claim(self) -> None:
         self.folder = RunFolder.claim(Path(self.config.save_folder), dump(self.config), self.config.autoresume)
-        self.folder.open_metrics(self.state.step)
+        # The line of a step whose evaluation is made up for is written anew.
+        self.folder.open_metrics(self.state.step - bool(self.unevaluated))
 
     def _is_complete(self) -> bool:
-        """Whether there is nothing left to do: the last step and the summary are there."""
-        finished = self.state.step >= self.timeline.total_steps
-        return finished and self.config.autoresume and (Path(self.config.save_folder) / "summary.json").exists()
+        """Whether there is nothing left to do: the last step is there, and a summary of it with its evaluation."""
+        if self.state.step < self.timeline.total_steps or not self.config.autoresume:
+            return False
+        summary = read_summary(Path(self.config.save_folder))
+        evaluated = not self._evaluates or "validation/nats_per_token" in summary
+        return evaluated and summary.get("steps") == self.state.step
+
+    def _stopped(self) -> bool:
+        """Whether any rank was asked to stop: the same on every rank, for a signal counts from when all look next."""
+        return runtime.any_rank(self.signalled)
 
     def _save(self) -> None:
         if self.folder is not None:
@@ -192,6 +204,7 @@ class Trainer:
         return self._evaluates and (last or self.timeline.due(self.config.eval_interval, self.state.step))
 
     def _evaluate(self) -> Metrics:
+        """Nothing if a signal cut it short."""
         assert self.eval_loader is not None
         self.model.eval()
         found = evaluate(
@@ -202,8 +215,12 @@ class Trainer:
             max_batches=self.config.eval_subset_num_batches,
             rank=self.mesh.data_rank,
             world=self.mesh.data_ranks,
+            stopped=self._stopped,
         )
         self.model.train()
+        if found is None:  # the older one is not of this step either
+            self.evaluation = {}
+            return {}
         self.evaluation = {"metrics/eval/LanguageCrossEntropy": found.nats_per_token}
         if found.bits_per_byte is not None:
             self.evaluation["metrics/eval/bits_per_byte"] = found.bits_per_byte
@@ -248,13 +265,21 @@ class Trainer:
         self.state = TrainState(**cast(dict[str, int], state))
         seconds = trainer.get("seconds")
         self.train_seconds = float(seconds) if isinstance(seconds, int | float) else 0.0
+        self.unevaluated = cast(Metrics, trainer.get("unevaluated", {}))
+        if self.unevaluated:  # monitors shall find the rate of that step
+            set_learning_rate(self.optimizer, self.schedule.multiplier(self.state.step - 1))
 
     def _checkpoint(self) -> CheckpointState:
         return CheckpointState(
             step=self.state.step,
             model=self.model,
             optimizer=self.optimizer,
-            trainer={"state": asdict(self.state), "data": self.loader.fingerprint, "seconds": self.train_seconds},
+            trainer={
+                "state": asdict(self.state),
+                "data": self.loader.fingerprint,
+                "seconds": self.train_seconds,
+                "unevaluated": cast(dict[str, Json], self.unevaluated),
+            },
             config=dump(self.config),
             tokenizer=self.tokenizer,
         )
@@ -276,12 +301,12 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT finish the step, save and stop; a second one ends at once."""
+        """SIGTERM and SIGINT finish the step or batch of an evaluation, save and stop; a second one ends at once."""
 
         def request(number: int, frame: FrameType | None) -> None:
             if self.signalled:
                 raise KeyboardInterrupt
-            log.warning("%s: stopping after this step", signal.Signals(number).name)
+            log.warning("%s: stopping after this step or batch of an evaluation", signal.Signals(number).name)
             self.signalled = True
 
         before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}

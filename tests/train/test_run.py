@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,6 +162,77 @@ def test_a_stopped_run_continues_bitwise(
         torch.equal(a, b)
         for a, b in zip(weights_of(tmp_path / "run").values(), weights_of(whole).values(), strict=True)
     )
+
+
+class Halt:
+    """Sends SIGTERM before the second batch of an evaluation, and counts the batches that are read."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, evaluation: int) -> None:
+        from llmfoundry.data.loader import Loader
+
+        self.read: list[int] = []  # batches of each evaluation
+        real = Loader.one_pass
+
+        def one_pass(loader, *args):
+            self.read.append(0)
+            for batch in real(loader, *args):
+                self.read[-1] += 1
+                if len(self.read) == evaluation and self.read[-1] == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+
+        monkeypatch.setattr(Loader, "one_pass", one_pass)
+
+
+def test_a_signal_ends_an_evaluation_within_a_batch(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    assert train_main([str(recipe), f"save_folder={whole}"]) == 0
+    with monkeypatch.context() as patch:
+        halt = Halt(patch, evaluation=2)
+        assert train_main([str(recipe)]) == 0
+        assert halt.read[0] > 4 and halt.read[1:] == [2]
+    lines = metrics_of(run)
+    assert [line["step"] for line in lines if "metrics/eval/LanguageCrossEntropy" in line] == [4]
+    assert len(lines) == 8 and (run / "checkpoints" / "step-8").is_dir()
+    assert "validation/nats_per_token" not in json.loads((run / "summary.json").read_text())
+    for _ in range(2):  # the second time, as if killed before its next checkpoint
+        shutil.rmtree(run / "checkpoints" / "step-12", ignore_errors=True)
+        assert train_main([str(recipe), "autoresume=true", "save_interval=0ba"]) == 0
+        assert metrics_of(run) == metrics_of(whole), "the evaluation is made up for"
+
+
+def test_a_last_evaluation_that_was_cut_short_is_made_up_for(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train_main([str(recipe), f"save_folder={tmp_path / 'whole'}"]) == 0
+    for evaluation in (3, 1):  # of a process: in the last step of the run, and again
+        with monkeypatch.context() as patch:
+            halt = Halt(patch, evaluation)
+            assert train_main([str(recipe), "autoresume=true"]) == 0
+            assert halt.read[-1] == 2
+    assert train_main([str(recipe), "autoresume=true"]) == 0
+    one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run", "whole"))
+    assert one["steps"] == 12 and one["validation/nats_per_token"] == two["validation/nats_per_token"]
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
+
+
+def test_a_summary_of_fewer_steps_is_of_no_complete_run(recipe: Path, tmp_path: Path) -> None:
+    for steps in (4, 8):
+        assert train_main([str(recipe), f"max_duration={steps}ba", "autoresume=true"]) == 0
+    file = tmp_path / "run" / "summary.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"steps": 4}))  # killed after its last checkpoint
+    assert train_main([str(recipe), "max_duration=8ba", "autoresume=true"]) == 0
+    assert json.loads(file.read_text())["steps"] == 8
+
+
+def test_a_signal_ends_the_evaluation_before_the_first_step(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    halt = Halt(monkeypatch, evaluation=1)
+    assert train_main([str(recipe), "eval_first=true"]) == 0
+    assert halt.read == [2] and (tmp_path / "run" / "checkpoints" / "step-1").is_dir()
 
 
 def test_microbatches_are_invisible(recipe: Path, tmp_path: Path) -> None:

@@ -48,6 +48,25 @@ class BreakConfig(CallbackConfig, names=("breaks",)):
         return Break()
 """
 
+SIGNAL_IN_EVALUATION = """
+import os
+import signal
+
+from llmfoundry import runtime
+from llmfoundry.data.loader import Loader
+
+real = Loader.one_pass
+
+def one_pass(loader, *args):
+    for i, batch in enumerate(real(loader, *args), 1):
+        print(f"rank {runtime.rank()}, batch {i}", flush=True)
+        if i == 3 and runtime.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield batch
+
+Loader.one_pass = one_pass
+"""
+
 
 def launch(tmp_path: Path, **more: object) -> subprocess.Popen[str]:
     """torchrun with two processes, on the CPU."""
@@ -101,3 +120,18 @@ def test_a_signal_to_one_rank_saves_and_stops_all(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert 3 <= summary["steps"] < 1000
     assert (tmp_path / "run" / "checkpoints" / f"step-{summary['steps']}" / "MANIFEST.json").exists()
+
+
+def test_a_signal_to_one_rank_ends_an_evaluation_on_all(tmp_path: Path) -> None:
+    (tmp_path / "signals.py").write_text(SIGNAL_IN_EVALUATION)
+    text = {"name": "synthetic", "n_documents": 40, "document_words": 50, "validation_fraction": 0.5}
+    loader = {"dataset": text | {"split": "validation", "cache_dir": str(tmp_path / "cache")}}
+    more = {"eval_loader": loader, "eval_interval": "2ba", "device_eval_batch_size": 1}
+    started = launch(tmp_path, code_paths=[str(tmp_path / "signals.py")], **more)
+    output, _ = started.communicate(timeout=120)
+    assert started.returncode == 0, output
+    for rank in range(2):
+        # A rank may have read one more batch when the other's signal comes; none works on it.
+        assert f"rank {rank}, batch 3" in output and f"rank {rank}, batch 5" not in output
+    assert (tmp_path / "run" / "checkpoints" / "step-2" / "MANIFEST.json").exists()
+    assert "metrics/eval" not in (tmp_path / "run" / "metrics.jsonl").read_text()
