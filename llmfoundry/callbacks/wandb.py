@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from llmfoundry import runtime
-from llmfoundry.config import dump
+from llmfoundry.config import ConfigError, dump
 from llmfoundry.train.callback import Callback, LoggerConfig, Metrics
 
 if TYPE_CHECKING:
@@ -24,7 +24,31 @@ class WandbConfig(LoggerConfig, names=("wandb",)):
     mode: Literal["online", "offline", "disabled"] | None = None  # None: as $WANDB_MODE says
 
     def build(self) -> Wandb:
+        runtime.on_rank0(self._log_in)
         return Wandb(self)
+
+    def is_online(self) -> bool:
+        """Whether an account is needed."""
+        import wandb  # slow to import, and not everyone's
+
+        return (self.mode or wandb.setup().settings.mode) not in ("offline", "dryrun", "disabled")
+
+    def _log_in(self) -> None:
+        """Find a login, or ask for one on a terminal; on rank 0.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        import wandb
+
+        try:
+            if self.is_online():
+                wandb.login(verify=False)
+        except (wandb.Error, ValueError) as error:
+            raise ConfigError(
+                f"loggers.wandb: {' '.join(str(error).split())} "
+                "(run `wandb login` once, or log without an account: WANDB_MODE=offline before the command)"
+            ) from None
 
 
 class Wandb(Callback):
@@ -37,7 +61,7 @@ class Wandb(Callback):
     def fit_start(self, trainer: Trainer) -> None:
         if not runtime.is_rank0():
             return
-        import wandb  # slow to import, and not everyone's
+        import wandb
 
         self.run = wandb.init(
             project=self.config.project,
@@ -47,7 +71,7 @@ class Wandb(Callback):
             mode=self.config.mode,
             name=trainer.config.run_name,
             id=f"{trainer.config.run_name}-{runtime.seed_of(trainer.config.save_folder):x}",
-            resume="allow" if self.config.mode == "online" else None,
+            resume="allow" if self.config.is_online() else None,
             dir=trainer.config.save_folder,
             config=dump(trainer.config),
         )

@@ -39,7 +39,7 @@ class CallbackConfig(Choice, tag="name"):
     name: str
 
     def build(self) -> Callback:
-        """The callback, before there is a trainer."""
+        """The callback, before there is a trainer and before any data is prepared: what cannot work is refused here."""
         raise NotImplementedError
 
 
@@ -49,5 +49,5 @@ class LoggerConfig(Choice, tag="name"):
     name: str
 
     def build(self) -> Callback:
-        """The logger, before there is a trainer."""
+        """The logger, as `CallbackConfig.build`."""
         raise NotImplementedError

@@ -332,6 +332,7 @@ def build(config: RunConfig) -> Trainer:
     path = Path(config.save_folder)
     runtime.on_rank0(lambda: check_free(path, dump(config), config.autoresume))
     _check_rows(config, mesh)
+    callbacks = [part.build() for part in (*config.callbacks.values(), *config.loggers.values())]
     other = [config.eval_loader.dataset] if config.eval_loader is not None else []
     tokenizer = config.tokenizer.build(config.train_loader.dataset, other)
     n_ids = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
@@ -378,7 +379,7 @@ def build(config: RunConfig) -> Trainer:
             keep=config.save_num_checkpoints_to_keep,
             asynchronous=device.type == "cuda" if config.save_async == "auto" else config.save_async,
         ),
-        callbacks=[part.build() for part in (*config.callbacks.values(), *config.loggers.values())],
+        callbacks=callbacks,
     )
 
 

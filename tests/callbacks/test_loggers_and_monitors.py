@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,6 +71,28 @@ def test_wandb_works_without_an_account(recipe: Path, tmp_path: Path) -> None:
     assert train_main([str(recipe), "loggers.wandb.mode=offline", "loggers.wandb.project=test"]) == 0
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
     assert file.stat().st_size > 0
+
+
+def test_wandb_without_a_login_is_refused_before_anything_is_written(recipe: Path, tmp_path: Path) -> None:
+    """In a process of its own, for wandb reads its settings once."""
+    home = tmp_path / "home"
+    home.mkdir()
+    hidden = ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+    environment = {key: value for key, value in os.environ.items() if key not in hidden}
+    script = "import sys; from llmfoundry.cli import train_main; sys.exit(train_main())"
+    before = {path.name for path in tmp_path.iterdir()}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(recipe), "loggers.wandb={}"],
+        env=environment | {"HOME": str(home), "NETRC": str(home / ".netrc")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: loggers.wandb: ") and "`wandb login`" in line and "WANDB_MODE=offline" in line
+    assert {path.name for path in tmp_path.iterdir()} == before
 
 
 def test_a_sample_is_printed_beside_what_compressors_reach(
