@@ -1,4 +1,7 @@
-"""`speed_monitor`: throughput over a window of steps, and the share of the device's peak that it is (MFU)."""
+"""`speed_monitor`: throughput over a window of steps, and the share of the device's peak that it is (MFU).
+
+Without it a step's line has its `time/step_seconds` alone.
+"""
 
 from __future__ import annotations
 

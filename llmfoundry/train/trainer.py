@@ -178,10 +178,7 @@ class Trainer:
             metrics |= summary(result.router, rows * self.loader.max_seq_len, self.balance)
         seconds = time.perf_counter() - start
         self.train_seconds += seconds
-        return metrics | {
-            "throughput/tokens_per_sec": rows * self.loader.max_seq_len / seconds,
-            "time/step_seconds": seconds,
-        }
+        return metrics | {"time/step_seconds": seconds}
 
     def _count_skip(self, result: StepResult) -> None:
         state = self.state

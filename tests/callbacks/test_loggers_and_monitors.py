@@ -41,8 +41,8 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def lines(tmp_path: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+def lines(tmp_path: Path, run: str = "run") -> list[dict[str, float]]:
+    return [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_speed_and_learning_rate_are_in_every_line(recipe: Path, tmp_path: Path) -> None:
@@ -56,6 +56,15 @@ def test_speed_and_learning_rate_are_in_every_line(recipe: Path, tmp_path: Path)
         tokens = 4 * 32 * line["throughput/batches_per_sec"]
         assert line["throughput/tokens_per_sec"] == pytest.approx(tokens)
         assert line["lr-AdamW/group0"] == line["lr"] == 0.01
+
+
+def test_throughput_is_of_the_speed_monitors_window_or_not_there(recipe: Path, tmp_path: Path) -> None:
+    assert train_main([str(recipe)]) == 0
+    assert not any(key.startswith("throughput/") for line in lines(tmp_path) for key in line)
+    assert train_main([str(recipe), "callbacks.speed_monitor.window_size=2", f"save_folder={tmp_path / 'two'}"]) == 0
+    seconds = [line["time/step_seconds"] for line in lines(tmp_path, "two")]
+    last = lines(tmp_path, "two")[-1]["throughput/tokens_per_sec"]
+    assert last == pytest.approx(2 * 4 * 32 / sum(seconds[-2:]))
 
 
 def test_tensorboard_holds_the_numbers_of_metrics_jsonl(recipe: Path, tmp_path: Path) -> None:
