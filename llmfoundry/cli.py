@@ -10,6 +10,7 @@ import argparse
 import logging
 import math
 import os
+import re
 import sys
 import time
 import traceback
@@ -37,11 +38,14 @@ from llmfoundry.model.transformer import CausalLM, cast_parameters
 from llmfoundry.parallel.plan import describe
 from llmfoundry.train import checkpoint, convert
 from llmfoundry.train.config import RunConfig
-from llmfoundry.train.trainer import build
+from llmfoundry.train.trainer import build, check_device
 
 log = logging.getLogger("llmfoundry")
 # Seconds for local rank 0 to print a mistake before another rank exits, on which torchrun ends them all.
 HEAD_START = 5.0
+# What is read of a run's settings where its checkpoint is used: no other override could take effect.
+GENERATING = "code_paths", "model", "precision"
+EVALUATING = (*GENERATING, "eval_loader", "max_seq_len", "device_eval_batch_size", "eval_subset_num_batches")
 Command = Callable[[Sequence[str] | None], int]
 
 
@@ -136,14 +140,24 @@ def _sizes(config: RunConfig) -> str:
     )
 
 
-def _open_checkpoint(folder: str) -> tuple[RunConfig, CausalLM, checkpoint.Contents]:
-    """A checkpoint's model on this device, ready for inference."""
+def _open_checkpoint(
+    folder: str, overrides: list[str], keys: Sequence[str]
+) -> tuple[RunConfig, CausalLM, checkpoint.Contents]:
+    """A checkpoint's model on this device, ready for inference.
+
+    Args:
+        overrides: put over its config; the weights must fit the model then.
+        keys: what may be overridden.
+    """
+    for item in overrides:
+        key = re.split(r"[.=[]", item, maxsplit=1)[0]
+        if key not in keys and key in RunConfig.model_fields:
+            raise ConfigError(f"{item}: has no effect here; what has: {', '.join(keys)}")
     contents = checkpoint.read(folder)
-    paths = contents.config.get("code_paths")
-    import_code(paths if isinstance(paths, list) else [])  # a plug-in's kinds are named in the config
-    config = check(RunConfig, contents.config, where=f"{contents.path}/config.yaml")
+    config = read_config(str(contents.path / "config.yaml"), overrides)
     assert isinstance(config.model, CausalLMConfig)
     place = runtime.device()
+    check_device(config.model, place, config.precision_on(place.type))
     with torch.device("meta"):
         model = config.model.build()
     # Weights are saved in float32; a GPU computes in what the run did.
@@ -156,20 +170,21 @@ def _open_checkpoint(folder: str) -> tuple[RunConfig, CausalLM, checkpoint.Conte
 
 @_command
 def generate_main(argv: Sequence[str] | None = None) -> None:
-    """`generate.py --checkpoint DIR --prompt TEXT`."""
+    """`generate.py --checkpoint DIR --prompt TEXT [key=value ...]`."""
     from transformers import AutoTokenizer
 
     parser = argparse.ArgumentParser(prog="generate.py", description="Write text with a trained model.")
     parser.add_argument("--checkpoint", required=True, help="a checkpoint, or the save_folder of a run (its newest)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. model.ffn_config.moe_impl=auto")
     parser.add_argument("--prompt", default="", help="what to continue")
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
         raise ConfigError("--temperature must be a number of 0 or more, --top-p in (0, 1], --max-new-tokens 1 or more")
-    _, model, contents = _open_checkpoint(args.checkpoint)
+    _, model, contents = _open_checkpoint(args.checkpoint, args.overrides, GENERATING)
     if contents.tokenizer is None:
         raise ConfigError(f"{contents.path}: holds no tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(contents.tokenizer, local_files_only=True)
@@ -187,15 +202,17 @@ def generate_main(argv: Sequence[str] | None = None) -> None:
 
 @_command
 def eval_main(argv: Sequence[str] | None = None) -> None:
-    """`eval.py --checkpoint DIR [key=value ...]`: validation loss of a checkpoint, on its own or another dataset."""
+    """`eval.py --checkpoint DIR [key=value ...]`: validation loss of a checkpoint, on its own or another dataset.
+
+    Overrides of `model` take effect as far as the weights fit: another backend, more context, fewer experts a token.
+    """
     from transformers import AutoTokenizer
 
     parser = argparse.ArgumentParser(prog="eval.py", description="Validation loss of a checkpoint.")
     parser.add_argument("--checkpoint", required=True, help="a checkpoint, or the save_folder of a run (its newest)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. eval_loader.dataset.path=texts/")
-    args = parser.parse_args(argv)
-    _, model, contents = _open_checkpoint(args.checkpoint)
-    config = read_config(str(contents.path / "config.yaml"), args.overrides)
+    args = parser.parse_intermixed_args(argv)
+    config, model, contents = _open_checkpoint(args.checkpoint, args.overrides, EVALUATING)
     if config.eval_loader is None:
         raise ConfigError("eval_loader: is missing; give one, e.g. eval_loader.dataset.name=text_files")
     if contents.tokenizer is None:

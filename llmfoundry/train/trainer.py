@@ -324,7 +324,7 @@ def build(config: RunConfig) -> Trainer:
     runtime.seed_all(config.seed)
     assert isinstance(config.model, CausalLMConfig)
     precision = config.precision_on(device.type)
-    _check_device(config.model, device, precision)
+    check_device(config.model, device, precision)
     mesh = build_mesh(config.parallel, device.type, _n_experts(config.model))
     path = Path(config.save_folder)
     runtime.on_rank0(lambda: check_free(path, dump(config), config.autoresume))
@@ -396,7 +396,7 @@ def _check_rows(config: RunConfig, mesh: Mesh) -> None:
         )
 
 
-def _check_device(model: CausalLMConfig, device: torch.device, precision: str) -> None:
+def check_device(model: CausalLMConfig, device: torch.device, precision: str) -> None:
     """Refuse implementations that were asked for and cannot run here."""
     if model.attn_config.attn_impl == "flex" and device.type != "cuda":
         raise ConfigError(f"model.attn_config.attn_impl=flex needs a CUDA device, found {device.type}; use auto")

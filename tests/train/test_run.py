@@ -369,6 +369,40 @@ def test_eval_sees_documents_as_training_does(recipe: Path, tmp_path: Path, caps
     assert f"{summary['validation/nats_per_token']:.4f} nats a token" in capsys.readouterr().out
 
 
+def test_eval_takes_or_refuses_every_override(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_main([str(recipe), "max_duration=2ba"]) == 0
+    found = []
+    for override in ("model.ffn_config.moe_impl=grouped_mm", "model.ffn_config.moe_top_k=1"):
+        capsys.readouterr()
+        assert eval_main(["--checkpoint", str(tmp_path / "run"), override]) == 0
+        found.append(float(capsys.readouterr().out.split()[0]))
+    own = json.loads((tmp_path / "run" / "summary.json").read_text())["validation/nats_per_token"]
+    assert found[0] == pytest.approx(own, abs=1e-4) and abs(found[1] - own) > 1e-3
+    for override, says in {
+        "model.n_layers=3": "it is of another model: it has no blocks.2",
+        "model.ffn_config.moe_topk=1": "model.ffn_config.moe_topk: unknown key (did you mean 'moe_top_k'?)",
+        "tokenizer.vocab_size=310": "tokenizer.vocab_size=310: has no effect here",
+        "train_loader.dataset.path=/x": "train_loader.dataset.path=/x: has no effect here",
+        "eval_loadr.dataset.path=/x": "eval_loadr: unknown key (did you mean 'eval_loader'?)",
+    }.items():
+        assert eval_main(["--checkpoint", str(tmp_path / "run"), override]) == 2, override
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith("error: ") and says in line
+
+
+def test_a_checkpoint_of_another_machines_backend_is_used_on_ours(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("it has all backends")
+    assert train_main([str(recipe), "max_duration=2ba", "model.ffn_config.moe_impl=triton"]) == 0, "interpreted"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    options = ["--checkpoint", str(tmp_path / "run"), "--max-new-tokens", "2"]
+    assert generate_main(options) == 2
+    assert "use moe_impl=auto" in capsys.readouterr().err
+    assert generate_main([*options, "model.ffn_config.moe_impl=auto"]) == 0
+
+
 def test_a_signal_between_looking_and_saving_loses_nothing(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
