@@ -1,12 +1,13 @@
 """The commands. `scripts/*.py` are doors to the functions here.
 
 Exit codes: 0 done (also after a requested stop), 2 a mistake of the user's (one clear line a machine), 1 anything
-else (with a traceback, and the rank that it happened on).
+else (with a traceback, and the rank that it happened on). torchrun's own is 1 for both.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import os
@@ -23,7 +24,6 @@ import torch
 import yaml
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from llmfoundry import runtime
 from llmfoundry.callbacks.console import Console  # importing the package registers all monitors and loggers
@@ -62,18 +62,18 @@ def _command(run: Callable[[Sequence[str] | None], None]) -> Command:
         try:
             run(argv)
         except ConfigError as error:
-            _tell_torchrun(error)
             if runtime.local_rank() == 0:  # most mistakes are every rank's
                 print(f"{rank}error: {error}", file=sys.stderr, flush=True)
             else:
                 time.sleep(HEAD_START)
+            _tell_torchrun(f"error: {error}")
             return 2
         except KeyboardInterrupt:
             print(f"{rank}interrupted", file=sys.stderr)
             return 1
-        except Exception as error:
+        except Exception:
             print(f"{rank}{traceback.format_exc()}", file=sys.stderr, flush=True)
-            _tell_torchrun(error)
+            _tell_torchrun(traceback.format_exc())
             return 1
         runtime.stop()
         return 0
@@ -81,13 +81,14 @@ def _command(run: Callable[[Sequence[str] | None], None]) -> Command:
     return main
 
 
-def _tell_torchrun(error: Exception) -> None:
-    """Leave the error where torchrun looks for it: its report then says which rank failed first, and why.
+def _tell_torchrun(why: str) -> None:
+    """Leave what went wrong where torchrun looks for it: its report names the rank that failed first, and ends so.
 
     It compares whole seconds, and ranks that lose this one fail as soon as it is gone: so it stays for one more.
     """
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        get_error_handler().record_exception(error)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": why, "timestamp": str(int(time.time()))}  # the form that its own handler writes
+        Path(file).write_text(json.dumps({"message": {"message": why, "extraInfo": details}}))
         time.sleep(1.0)
 
 

@@ -103,11 +103,15 @@ def test_an_error_on_one_rank_is_shown_with_it_and_ends_all_at_once(tmp_path: Pa
     assert "rank      : 1" in output.partition("Root Cause")[2], "torchrun names it, too"
 
 
-def test_a_mistake_is_said_once(tmp_path: Path) -> None:
+def test_a_mistake_is_said_once_and_ends_torchruns_report(tmp_path: Path) -> None:
     started = launch(tmp_path, seed=-1)
     output, _ = started.communicate(timeout=120)
-    assert started.returncode != 0
-    assert output.count("error: seed: input should be greater than or equal to 0, found -1") == 1
+    assert started.returncode == 1
+    mistake = "error: seed: input should be greater than or equal to 0, found -1"
+    assert output.count(f"[rank 0] {mistake}") == 1 and f"[rank 1] {mistake}" not in output
+    *_, last, border = output.rstrip().splitlines()
+    assert last == f"  traceback : {mistake}" and set(border) == {"="}
+    assert "cli.py" not in output, "no traceback of ours"
 
 
 def test_a_signal_to_one_rank_saves_and_stops_all(tmp_path: Path) -> None:
