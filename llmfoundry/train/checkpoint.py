@@ -129,7 +129,7 @@ class Checkpointer:
         self.folder = Path(folder)
         self.keep = keep
         self._unusable: set[Path] = set()  # seen damaged by `latest`: neither counted nor deleted
-        self._verified: Path | None = None  # by `latest`: not read a second time to load it
+        self._verified: Path | None = None  # by `latest` or `look`: not read a second time to load it
         self._reaped = False
         self._pending: Future[Path] | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
@@ -201,6 +201,14 @@ class Checkpointer:
         if first_error is not None:
             raise CheckpointError(f"{self.folder}: none of {len(found)} checkpoints can be used; {first_error}")
         return None
+
+    def look(self, path: Path) -> dict[str, Json]:
+        """What `load` will return, before anything is loaded; raises CheckpointError if any file is damaged."""
+        path = find(path)
+        if path != self._verified:
+            verify(path)
+            self._verified = path
+        return _trainer(path)
 
     def load(self, path: Path, state: CheckpointState) -> dict[str, Json]:
         """Load a checkpoint into the model and the optimizer, whatever mesh it was saved on.

@@ -27,7 +27,6 @@ from llmfoundry.moe.balance import Balance, summary
 from llmfoundry.moe.layer import MoEConfig
 from llmfoundry.parallel.apply import materialize, parallelize
 from llmfoundry.parallel.mesh import Mesh, build_mesh
-from llmfoundry.train import checkpoint
 from llmfoundry.train.callback import Callback, Metrics
 from llmfoundry.train.checkpoint import Checkpointer, CheckpointState, Json, load_model_only
 from llmfoundry.train.config import RunConfig
@@ -249,7 +248,7 @@ class Trainer:
     def _load_all(self, path: Path) -> None:
         """Take up a run: everything, on the condition that its data is still the same."""
         # Looked at before anything is loaded: nothing has changed when it is refused.
-        trainer = checkpoint.read(path).trainer
+        trainer = self.checkpointer.look(path)
         state, data = trainer.get("state"), trainer.get("data")
         if not isinstance(state, dict) or state.keys() != {part.name for part in fields(TrainState)}:
             raise ConfigError(f"{path}: was not saved by a training run; take its weights by load_weights_only=true")

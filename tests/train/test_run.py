@@ -362,6 +362,26 @@ def test_a_damaged_line_of_metrics_is_named(recipe: Path, tmp_path: Path, capsys
     assert "line 3 is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("by", ["autoresume=true", "load_path"])
+def test_resuming_reads_every_file_once_to_check_it(
+    recipe: Path, tmp_path: Path, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmfoundry.train import manifest
+
+    assert train_main([str(recipe), "max_duration=2ba"]) == 0
+    read, real = [], manifest.measure
+
+    def counted(file: Path, sync: bool = False) -> manifest.Written:
+        read.append(file.name)
+        return real(file, sync)
+
+    monkeypatch.setattr(manifest, "measure", counted)
+    other = [f"load_path={tmp_path / 'run'}", f"save_folder={tmp_path / 'other'}"]
+    assert train_main([str(recipe), "max_duration=3ba", *([by] if by != "load_path" else other)]) == 0
+    folder = tmp_path / "run" / "checkpoints" / "step-2"
+    assert sorted(read) == sorted(p.name for p in folder.rglob("*") if p.is_file() and p.name != "MANIFEST.json")
+
+
 def test_eval_sees_documents_as_training_does(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train_main([str(recipe), "max_duration=2ba", "model.attn_config.attn_uses_sequence_id=true"]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
