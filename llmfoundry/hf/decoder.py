@@ -34,6 +34,11 @@ _SPARSE = "full_attention", "sliding_attention"
 class Decoder(Family):
     """RMSNorm, rotary attention with grouped heads, a gated feed-forward block."""
 
+    sizes = {
+        "d_model": "hidden_size", "n_heads": "num_attention_heads", "n_layers": "num_hidden_layers",
+        "vocab_size": "vocab_size", "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps",
+        "tie_word_embeddings": "tie_word_embeddings",
+    }  # fmt: skip
     # Projections of theirs after `model.layers.N.`, by the words that `add_pieces` uses.
     names: ClassVar[dict[str, str]] = {
         "norm_1": "input_layernorm",
@@ -52,15 +57,9 @@ class Decoder(Family):
         windows = self.windows(theirs)
         pattern = shortest_pattern(windows)
         data = {
-            "d_model": theirs["hidden_size"],
-            "n_heads": theirs["num_attention_heads"],
-            "n_layers": theirs["num_hidden_layers"],
-            "vocab_size": theirs["vocab_size"],
-            "max_seq_len": theirs["max_position_embeddings"],
+            **self.sizes_of(theirs),
             "norm_type": "rmsnorm",
-            "norm_eps": theirs["rms_norm_eps"],
             "no_bias": True,
-            "tie_word_embeddings": theirs["tie_word_embeddings"],
             "attn_window_pattern": pattern if len(pattern) > 1 else None,
             "attn_config": {
                 "attn_type": "grouped_query_attention",
@@ -96,16 +95,10 @@ class Decoder(Family):
             raise ConfigError("rotary softmax attention")
         init_std = config.init_config.init_std
         return {
-            "hidden_size": config.d_model,
-            "num_attention_heads": config.n_heads,
+            **self.sizes_to(config),
             "num_key_value_heads": attention.kv_heads(config.n_heads),
             "head_dim": attention.rotary_dim(config.d_model, config.n_heads),
-            "num_hidden_layers": config.n_layers,
-            "vocab_size": config.vocab_size,
-            "max_position_embeddings": config.max_seq_len,
-            "rms_norm_eps": config.norm_eps,
             "hidden_act": self.their_activation(ffn),
-            "tie_word_embeddings": config.tie_word_embeddings,
             "rope_parameters": rope_to(attention.rope_theta, attention.rope_scaling),
             "initializer_range": 0.02 if init_std is None else init_std,
             **self.their_attention(attention, config),

@@ -87,6 +87,7 @@ class Family:
     prefix: ClassVar[str] = "model."  # of the tensors that a checkpoint of the bare decoder has without it
     head: ClassVar[str] = "lm_head.weight"  # absent in a tied model
     embedding: ClassVar[str] = "model.embed_tokens.weight"
+    sizes: ClassVar[dict[str, str]]  # names of theirs, by ours, of settings that have one meaning in both
     layouts: ClassVar[tuple[str, ...]] = ("",)  # that tensors come in; the first is what `transformers` writes
     buffers: ClassVar[str] = r".*\.rotary_emb\.inv_freq"  # pattern of tensors that are no weights
     _known: ClassVar[dict[str, type[Family]]] = {}
@@ -99,6 +100,14 @@ class Family:
     def is_buffer(self, name: str) -> bool:
         """Whether a tensor of theirs is no weight, but something that their code computes."""
         return re.fullmatch(self.buffers, name) is not None
+
+    def sizes_of(self, theirs: Theirs) -> dict[str, object]:
+        """What our config takes over as it is."""
+        return {ours: theirs[name] for ours, name in self.sizes.items()}
+
+    def sizes_to(self, config: CausalLMConfig) -> ConfigDict:
+        """The inverse of `sizes_of`."""
+        return {name: getattr(config, ours) for ours, name in self.sizes.items()}
 
     def to_ours(self, theirs: Theirs) -> CausalLMConfig:
         """Our config of a model of theirs."""

@@ -15,6 +15,7 @@ from llmfoundry.layers.attention import GroupedQueryConfig
 from llmfoundry.model.config import CausalLMConfig
 
 _DEFAULT_THETA = 10000.0
+_SIZES = "d_model", "n_heads", "n_layers", "vocab_size", "max_seq_len", "tie_word_embeddings"
 
 
 class Dbrx(Family):
@@ -24,6 +25,7 @@ class Dbrx(Family):
     architecture = "DbrxForCausalLM"
     prefix = "transformer."
     embedding = "transformer.wte.weight"
+    sizes = {key: key for key in _SIZES}
 
     def to_ours(self, theirs: Theirs) -> CausalLMConfig:
         """Our config."""
@@ -41,15 +43,10 @@ class Dbrx(Family):
         activation, top_k = ffn["ffn_act_fn"], ffn.int("moe_top_k")
         assert isinstance(activation, dict)
         data = {
-            "d_model": theirs["d_model"],
-            "n_heads": theirs["n_heads"],
-            "n_layers": theirs["n_layers"],
-            "vocab_size": theirs["vocab_size"],
-            "max_seq_len": theirs["max_seq_len"],
+            **self.sizes_of(theirs),
             "norm_type": "layernorm",
             "norm_eps": 1e-5,
             "no_bias": True,
-            "tie_word_embeddings": theirs["tie_word_embeddings"],
             "attn_config": {
                 "attn_type": "grouped_query_attention",
                 "kv_n_heads": attention["kv_n_heads"],
@@ -79,12 +76,7 @@ class Dbrx(Family):
             raise ConfigError("rotary softmax attention")
         kv_heads = attention.kv_heads(config.n_heads)
         return {
-            "d_model": config.d_model,
-            "n_heads": config.n_heads,
-            "n_layers": config.n_layers,
-            "vocab_size": config.vocab_size,
-            "max_seq_len": config.max_seq_len,
-            "tie_word_embeddings": config.tie_word_embeddings,
+            **self.sizes_to(config),
             "rope_parameters": rope_to(attention.rope_theta, attention.rope_scaling),
             "attn_config": {
                 "kv_n_heads": kv_heads,

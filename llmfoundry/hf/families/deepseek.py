@@ -29,19 +29,13 @@ class _DeepSeek(Decoder):
 
     def to_ours(self, theirs: Theirs) -> CausalLMConfig:
         """Our config."""
-        n_heads, bias = theirs.int("num_attention_heads"), bool(theirs["attention_bias"])
-        theirs.must_be("num_key_value_heads", n_heads)
+        bias = bool(theirs["attention_bias"])
+        theirs.must_be("num_key_value_heads", theirs["num_attention_heads"])
         theirs["head_dim"]  # set by their code, to qk_rope_head_dim
         data = {
-            "d_model": theirs["hidden_size"],
-            "n_heads": n_heads,
-            "n_layers": theirs["num_hidden_layers"],
-            "vocab_size": theirs["vocab_size"],
-            "max_seq_len": theirs["max_position_embeddings"],
+            **self.sizes_of(theirs),
             "norm_type": "rmsnorm",
-            "norm_eps": theirs["rms_norm_eps"],
             "no_bias": True,
-            "tie_word_embeddings": theirs["tie_word_embeddings"],
             "attn_config": {"attn_type": "multihead_latent_attention", "bias": bias, "out_bias": bias}
             | {key: theirs[key] for key in _HEAD_SIZES}
             | rope_of(theirs["rope_parameters"])
@@ -67,15 +61,9 @@ class _DeepSeek(Decoder):
             size = None if shared is None else shared.hidden_size
             raise ConfigError(f"shared_expert_hidden_size={size} that is a multiple of ffn_hidden_size={hidden}")
         return {
-            "hidden_size": config.d_model,
-            "num_attention_heads": config.n_heads,
+            **self.sizes_to(config),
             "num_key_value_heads": config.n_heads,
-            "num_hidden_layers": config.n_layers,
-            "vocab_size": config.vocab_size,
-            "max_position_embeddings": config.max_seq_len,
-            "rms_norm_eps": config.norm_eps,
             "hidden_act": self.their_activation(moe),
-            "tie_word_embeddings": config.tie_word_embeddings,
             "initializer_range": 0.02 if init_std is None else init_std,
             "attention_bias": bool(attention.bias),
             **{key: getattr(attention, key) for key in _HEAD_SIZES},

@@ -23,6 +23,10 @@ class GPT2(Family):
     architecture = "GPT2LMHeadModel"
     prefix = "transformer."
     embedding = "transformer.wte.weight"
+    sizes = {
+        "d_model": "n_embd", "n_heads": "n_head", "n_layers": "n_layer", "vocab_size": "vocab_size",
+        "max_seq_len": "n_positions", "norm_eps": "layer_norm_epsilon", "tie_word_embeddings": "tie_word_embeddings",
+    }  # fmt: skip
     buffers = r".*\.attn\.(masked_)?bias"
 
     def to_ours(self, theirs: Theirs) -> CausalLMConfig:
@@ -31,14 +35,8 @@ class GPT2(Family):
         theirs.must_be("scale_attn_by_inverse_layer_idx", False)
         theirs.must_be("add_cross_attention", False)
         data = {
-            "d_model": theirs["n_embd"],
-            "n_heads": theirs["n_head"],
-            "n_layers": theirs["n_layer"],
-            "vocab_size": theirs["vocab_size"],
-            "max_seq_len": theirs["n_positions"],
+            **self.sizes_of(theirs),
             "norm_type": "layernorm",
-            "norm_eps": theirs["layer_norm_epsilon"],
-            "tie_word_embeddings": theirs["tie_word_embeddings"],
             "attn_config": {"attn_type": "multihead_attention"},
             "ffn_config": {
                 "ffn_type": "mptmlp",
@@ -55,15 +53,9 @@ class GPT2(Family):
             raise ConfigError("learned positions")
         activation = activation_to(config.ffn(0))
         return {
-            "n_embd": config.d_model,
-            "n_head": config.n_heads,
-            "n_layer": config.n_layers,
-            "vocab_size": config.vocab_size,
-            "n_positions": config.max_seq_len,
+            **self.sizes_to(config),
             "n_inner": config.ffn(0).ffn_hidden_size,
-            "layer_norm_epsilon": config.norm_eps,
             "activation_function": "gelu_new" if activation == "gelu_pytorch_tanh" else activation,
-            "tie_word_embeddings": config.tie_word_embeddings,
             "initializer_range": config.init_config.init_std or 0.02,
         }
 

@@ -23,6 +23,7 @@ _ATTENTION: ConfigDict = {
     "attn_type": "multihead_attention", "alibi": True, "alibi_bias_max": 8, "qk_ln": False, "prefix_lm": False,
 }  # fmt: skip
 _MODEL: ConfigDict = {"expansion_ratio": 4, "no_bias": True, "logit_scale": None, "embedding_fraction": 1.0}
+_SIZES = "d_model", "n_heads", "n_layers", "vocab_size", "max_seq_len", "tie_word_embeddings"
 _NORMS = "low_precision_layernorm", "layernorm"  # one and the same there
 
 
@@ -33,6 +34,7 @@ class MPT(Family):
     architecture = "MptForCausalLM"
     prefix = "transformer."
     embedding = "transformer.wte.weight"
+    sizes = {key: key for key in _SIZES} | {"norm_eps": "layer_norm_epsilon"}
 
     def to_ours(self, theirs: Theirs) -> CausalLMConfig:
         """Our config."""
@@ -47,15 +49,9 @@ class MPT(Family):
         for part, key in ((theirs, "learned_pos_emb"), (theirs, "init_device"), (attention, "attn_impl")):
             part[key]
         data = {
-            "d_model": theirs["d_model"],
-            "n_heads": theirs["n_heads"],
-            "n_layers": theirs["n_layers"],
-            "vocab_size": theirs["vocab_size"],
-            "max_seq_len": theirs["max_seq_len"],
+            **self.sizes_of(theirs),
             "norm_type": "layernorm",
-            "norm_eps": theirs["layer_norm_epsilon"],
             "no_bias": True,
-            "tie_word_embeddings": theirs["tie_word_embeddings"],
             "attn_config": {
                 "attn_type": "multihead_attention",
                 "alibi": True,
@@ -74,13 +70,7 @@ class MPT(Family):
         if not isinstance(attention, GroupedQueryConfig) or not attention.alibi:
             raise ConfigError("attn_config.alibi")
         return {
-            "d_model": config.d_model,
-            "n_heads": config.n_heads,
-            "n_layers": config.n_layers,
-            "vocab_size": config.vocab_size,
-            "max_seq_len": config.max_seq_len,
-            "layer_norm_epsilon": config.norm_eps,
-            "tie_word_embeddings": config.tie_word_embeddings,
+            **self.sizes_to(config),
             "initializer_range": config.init_config.init_std or 0.02,
             "attn_config": {
                 "clip_qkv": attention.clip_qkv,
