@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and V3 against `transformers`: what every family is held to, the bias, and what is refused."""
+"""DeepSeek-V2 and V3 against `transformers`, beside what every family is held to: the bias, and what is refused."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-import test_families as every_family
 import torch
 from safetensors.torch import load_file, save_file
-from theirs import LLAMA_LIKE, YARN, Case
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from test_families import tensors_in
+from theirs import CASES, Case
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmfoundry.cli import convert_main
 from llmfoundry.config import ConfigError, check, dump
@@ -20,86 +20,16 @@ from llmfoundry.hf.family import read_config, write_config
 from llmfoundry.model.config import CausalLMConfig
 from llmfoundry.moe.layer import MoEConfig
 
-
-class DeepSeekCase(Case):
-    """With values in the buffer that moves the choice of experts."""
-
-    def build(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        model = super().build(torch.float32)
-        generator = torch.Generator().manual_seed(1)
-        for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
-        return model.to(dtype)
-
-
-SIZES = LLAMA_LIKE | {
-    "num_key_value_heads": 4, "num_hidden_layers": 3, "kv_lora_rank": 16, "qk_nope_head_dim": 12,
-    "qk_rope_head_dim": 8, "v_head_dim": 10, "moe_intermediate_size": 24, "n_routed_experts": 8,
-    "num_experts_per_tok": 3, "first_k_dense_replace": 1, "rms_norm_eps": 1e-5,
-}  # fmt: skip
 V2, V3 = "deepseek_v2", "deepseek_v3"
-CASES = [
-    DeepSeekCase(V3, "as published", SIZES | {
-        "q_lora_rank": 20, "n_group": 4, "topk_group": 2, "n_shared_experts": 1,
-        "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
-    }),
-    DeepSeekCase(V3, "plain queries, biases, halves, not normalised", SIZES | {
-        "q_lora_rank": None, "n_group": 2, "topk_group": 1, "n_shared_experts": 2, "attention_bias": True,
-        "rope_interleave": False, "norm_topk_prob": False, "routed_scaling_factor": 1.0,
-    }),
-    DeepSeekCase(V3, "one group, all mixtures, tied", SIZES | {
-        "q_lora_rank": 20, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 0,
-        "tie_word_embeddings": True, "num_hidden_layers": 2,
-    }),
-    DeepSeekCase(V2, "as published", SIZES | {
-        "q_lora_rank": 20, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy",
-        "routed_scaling_factor": 16.0, "n_shared_experts": 2,
-        "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
-    }),
-    DeepSeekCase(V2, "lite", SIZES | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "n_shared_experts": 2}),
-    DeepSeekCase(V2, "biases, tied, gelu", SIZES | {
-        "q_lora_rank": 20, "n_shared_experts": 1, "attention_bias": True, "routed_scaling_factor": 2.0,
-        "tie_word_embeddings": True, "hidden_act": "gelu",
-    }),
-]  # fmt: skip
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.model_type}: {case.about}")
 
 
-@pytest.fixture(autouse=True)
-def _exact_polar(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.polar differs from torch.cos and torch.sin in the last bit of float32."""
-    monkeypatch.setattr(torch, "polar", lambda size, angle: torch.complex(angle.cos(), angle.sin()) * size)
-
-
-@each_case
-def test_logits_are_theirs(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    every_family.test_logits_are_theirs(case, tmp_path, monkeypatch)
-
-
-@each_case
-def test_loss_and_every_gradient_are_theirs(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    every_family.test_loss_and_every_gradient_are_theirs(case, tmp_path, monkeypatch)
-
-
-@each_case
-def test_there_and_back_is_the_same_to_the_bit(case: Case, tmp_path: Path) -> None:
-    every_family.test_there_and_back_is_the_same_to_the_bit(case, tmp_path)
-
-
-@each_case
-def test_the_names_of_a_live_model_are_read_too(case: Case, tmp_path: Path) -> None:
-    every_family.test_the_names_of_a_live_model_are_read_too(case, tmp_path)
-
-
-@each_case
-def test_greedy_text_is_theirs(case: Case, tmp_path: Path) -> None:
-    every_family.test_greedy_text_is_theirs(case, tmp_path)
+def case_of(model_type: str, about: str) -> Case:
+    return next(case for case in CASES if case.model_type == model_type and case.about == about)
 
 
 def test_a_stream_keeps_the_bias_in_float32_beside_weights_in_bfloat16(tmp_path: Path) -> None:
     """As published: a bias of 8 bits would tie experts."""
-    theirs = CASES[0].build()
+    theirs = case_of(V3, "as published").build()
     biases = {name: value.clone() for name, value in theirs.named_buffers() if "correction" in name}
     theirs = theirs.to(torch.bfloat16)
     for name, value in theirs.named_buffers():
@@ -108,7 +38,7 @@ def test_a_stream_keeps_the_bias_in_float32_beside_weights_in_bfloat16(tmp_path:
     theirs.save_pretrained(tmp_path / "theirs")
     assert convert_main(["from-hf", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == 0
     assert convert_main(["to-hf", str(tmp_path / "ours"), str(tmp_path / "back")]) == 0
-    one, two = (every_family.tensors_in(tmp_path / name) for name in ("theirs", "back"))
+    one, two = (tensors_in(tmp_path / name) for name in ("theirs", "back"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     assert {one[name].dtype for name in biases} == {torch.float32} == {two[name].dtype for name in biases}
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
@@ -116,7 +46,7 @@ def test_a_stream_keeps_the_bias_in_float32_beside_weights_in_bfloat16(tmp_path:
 
 
 def test_the_predictor_of_the_token_after_next_is_passed_over(tmp_path: Path) -> None:
-    CASES[2].build().save_pretrained(tmp_path)
+    case_of(V3, "one group, all mixtures, tied").build().save_pretrained(tmp_path)
     found = load_file(tmp_path / "model.safetensors")
     more = {f"model.layers.61.{name}": torch.zeros(3) for name in ("eh_proj.weight", "input_layernorm.weight")}
     save_file(found | more, tmp_path / "model.safetensors", {"format": "pt"})
@@ -125,7 +55,7 @@ def test_the_predictor_of_the_token_after_next_is_passed_over(tmp_path: Path) ->
 
 
 def test_a_model_whose_bias_still_moves_is_written_and_goes_on_so() -> None:
-    _, ours = read_config(AutoConfig.for_model(V3, **CASES[0].settings).to_dict())
+    _, ours = read_config(AutoConfig.for_model(V3, **case_of(V3, "as published").settings).to_dict())
     moving = check(CausalLMConfig, dump(ours) | {"ffn_config": dump(ours.ffn_config) | {"moe_bias_update_rate": 0.001}})
     family, data = write_config(moving)
     _, again = read_config(data)
@@ -172,7 +102,7 @@ LACKING = {
 
 @pytest.mark.parametrize("says", LACKING)
 def test_a_model_that_theirs_cannot_be_is_not_written(says: str) -> None:
-    _, ours = read_config(AutoConfig.for_model(V3, **CASES[0].settings).to_dict())
+    _, ours = read_config(AutoConfig.for_model(V3, **case_of(V3, "as published").settings).to_dict())
     other = check(CausalLMConfig, dump(ours) | {"ffn_config": dump(ours.ffn_config) | LACKING[says]})
     with pytest.raises(ConfigError, match="deepseek_v3, which lacks") as error:
         write_config(other, V3)

@@ -1,57 +1,16 @@
-"""MPT against `transformers`: what every family is held to, and the settings that its code passes over."""
+"""MPT against `transformers`, beside what every family is held to: the settings that its code passes over."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-import test_families as every_family
 import torch
-from theirs import VOCAB, Case
+from theirs import MPT
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmfoundry.config import ConfigError, check, dump
 from llmfoundry.hf.facts import facts
 from llmfoundry.hf.family import read_config, write_config
 from llmfoundry.model.config import CausalLMConfig
-
-SIZES = {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": VOCAB, "max_seq_len": 64}
-# At most 8 heads (or 6, of 8's slopes): slopes are powers of two then, exact in the float32 that they are kept in.
-CASES = [
-    Case("mpt", "tied", SIZES),
-    Case("mpt", "clipped, untied", SIZES | {"attn_config": {"clip_qkv": 0.3}, "tie_word_embeddings": False}),
-    Case("mpt", "six heads, scale", SIZES | {"d_model": 48, "n_heads": 6, "attn_config": {"softmax_scale": 0.3}}),
-    Case("mpt", "eight heads, clipped, other eps", SIZES | {
-        "n_heads": 8, "attn_config": {"clip_qkv": 0.5}, "layer_norm_epsilon": 1e-3, "norm_type": "layernorm",
-    }),
-]  # fmt: skip
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.about)
-
-
-@each_case
-def test_logits_are_theirs(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    every_family.test_logits_are_theirs(case, tmp_path, monkeypatch)
-
-
-@each_case
-def test_loss_and_every_gradient_are_theirs(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    every_family.test_loss_and_every_gradient_are_theirs(case, tmp_path, monkeypatch)
-
-
-@each_case
-def test_there_and_back_is_the_same_to_the_bit(case: Case, tmp_path: Path) -> None:
-    every_family.test_there_and_back_is_the_same_to_the_bit(case, tmp_path)
-
-
-@each_case
-def test_the_names_of_a_live_model_are_read_too(case: Case, tmp_path: Path) -> None:
-    every_family.test_the_names_of_a_live_model_are_read_too(case, tmp_path)
-
-
-@each_case
-def test_greedy_text_is_theirs(case: Case, tmp_path: Path) -> None:
-    every_family.test_greedy_text_is_theirs(case, tmp_path)
-
 
 MISTAKES = {
     "attn_config: alibi_bias_max=16 is not supported, only 8": {"attn_config": {"alibi_bias_max": 16}},
@@ -69,7 +28,7 @@ MISTAKES = {
 @pytest.mark.parametrize("says", MISTAKES)
 def test_a_setting_that_their_code_passes_over_is_named(says: str) -> None:
     with pytest.raises(ConfigError) as error:
-        read_config(SIZES | {"model_type": "mpt"} | MISTAKES[says])
+        read_config(MPT | {"model_type": "mpt"} | MISTAKES[says])
     assert says in str(error.value)
 
 
@@ -85,7 +44,7 @@ LACKING = {
 
 @pytest.mark.parametrize("says", LACKING)
 def test_a_model_that_theirs_cannot_be_is_not_written(says: str) -> None:
-    _, ours = read_config(SIZES | {"model_type": "mpt"})
+    _, ours = read_config(MPT | {"model_type": "mpt"})
     with pytest.raises(ConfigError, match="mpt, which lacks") as error:
         write_config(check(CausalLMConfig, dump(ours) | LACKING[says]), "mpt")
     assert says in str(error.value)

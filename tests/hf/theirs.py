@@ -35,6 +35,12 @@ GPT2 = {
 }
 DBRX = {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "vocab_size": VOCAB,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}  # fmt: skip
+MPT = {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": VOCAB, "max_seq_len": 64}
+DEEPSEEK = LLAMA_LIKE | {
+    "num_key_value_heads": 4, "num_hidden_layers": 3, "kv_lora_rank": 16, "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8, "v_head_dim": 10, "moe_intermediate_size": 24, "n_routed_experts": 8,
+    "num_experts_per_tok": 3, "first_k_dense_replace": 1, "rms_norm_eps": 1e-5,
+}  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -56,6 +62,9 @@ class Case(NamedTuple):
                 is_norm = leaf == "weight" and ("norm" in module.rpartition(".")[2] or ".ln_" in name)
                 centre = 1.0 if is_norm else 0.0
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + centre)
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):  # moves the choice of experts
+                    buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
         return model.to(dtype)
 
 
@@ -160,5 +169,40 @@ CASES = [
         "tied": {},
         "untied, narrow": {"tie_word_embeddings": False, "n_inner": 40},
         "relu": {"activation_function": "relu", "n_head": 2},
+    }),
+    # At most 8 heads (or 6, of 8's slopes): slopes are powers of two then, exact in the float32 that they are kept in.
+    *_cases("mpt", MPT, {
+        "tied": {},
+        "clipped, untied": {"attn_config": {"clip_qkv": 0.3}, "tie_word_embeddings": False},
+        "six heads, scale": {"d_model": 48, "n_heads": 6, "attn_config": {"softmax_scale": 0.3}},
+        "eight heads, clipped, other eps": {
+            "n_heads": 8, "attn_config": {"clip_qkv": 0.5}, "layer_norm_epsilon": 1e-3, "norm_type": "layernorm",
+        },
+    }),
+    *_cases("deepseek_v3", DEEPSEEK, {
+        "as published": {
+            "q_lora_rank": 20, "n_group": 4, "topk_group": 2, "n_shared_experts": 1,
+            "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+        "plain queries, biases, halves, not normalised": {
+            "q_lora_rank": None, "n_group": 2, "topk_group": 1, "n_shared_experts": 2, "attention_bias": True,
+            "rope_interleave": False, "norm_topk_prob": False, "routed_scaling_factor": 1.0,
+        },
+        "one group, all mixtures, tied": {
+            "q_lora_rank": 20, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 0,
+            "tie_word_embeddings": True, "num_hidden_layers": 2,
+        },
+    }),
+    *_cases("deepseek_v2", DEEPSEEK, {
+        "as published": {
+            "q_lora_rank": 20, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy",
+            "routed_scaling_factor": 16.0, "n_shared_experts": 2,
+            "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+        "lite": {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "n_shared_experts": 2},
+        "biases, tied, gelu": {
+            "q_lora_rank": 20, "n_shared_experts": 1, "attention_bias": True, "routed_scaling_factor": 2.0,
+            "tie_word_embeddings": True, "hidden_act": "gelu",
+        },
     }),
 ]  # fmt: skip
