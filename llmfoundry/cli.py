@@ -110,7 +110,9 @@ def train_main(argv: Sequence[str] | None = None) -> None:
     """`train.py YAML [--dry-run] [--gpus N] [key=value ...]`."""
     parser = argparse.ArgumentParser(prog="train.py", description="Train a model.")
     parser.add_argument("yaml", help="the run, e.g. yamls/moe.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="put over the YAML, e.g. model.n_layers=2")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="put over the YAML, e.g. model.n_layers=2"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what the run would be, and train nothing")
     parser.add_argument("--gpus", type=int, default=None, help="for --dry-run: plan for so many GPUs")
     args = parser.parse_intermixed_args(argv)
@@ -176,7 +178,9 @@ def generate_main(argv: Sequence[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(prog="generate.py", description="Write text with a trained model.")
     parser.add_argument("--checkpoint", required=True, help="a checkpoint, or the save_folder of a run (its newest)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. model.ffn_config.moe_impl=auto")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. model.ffn_config.moe_impl=auto"
+    )
     parser.add_argument("--prompt", default="", help="what to continue")
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
@@ -211,7 +215,13 @@ def eval_main(argv: Sequence[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(prog="eval.py", description="Validation loss of a checkpoint.")
     parser.add_argument("--checkpoint", required=True, help="a checkpoint, or the save_folder of a run (its newest)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. eval_loader.dataset.path=texts/")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="e.g. eval_loader.dataset.name=text_files eval_loader.dataset.path=texts/",
+    )
     args = parser.parse_intermixed_args(argv)
     config, model, contents = _open_checkpoint(args.checkpoint, args.overrides, EVALUATING)
     if config.eval_loader is None:
@@ -290,7 +300,7 @@ def prepare_data_main(argv: Sequence[str] | None = None) -> None:
     """`prepare_data.py YAML [key=value ...]`: tokenise a run's datasets ahead of it, on a machine without GPUs."""
     parser = argparse.ArgumentParser(prog="prepare_data.py", description="Tokenise a run's datasets ahead of it.")
     parser.add_argument("yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     args = parser.parse_intermixed_args(argv)
     config = read_config(args.yaml, args.overrides)
     also = [config.eval_loader.dataset] if config.eval_loader is not None else []

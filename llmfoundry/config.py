@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from pydantic.functional_validators import WrapValidator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 C = TypeVar("C", bound="Config")
+_KIND = re.compile(r"int|float|bool|str|literal\[.*\]|list\[.*\]")  # what pydantic adds to the path of a union
 
 
 class ConfigError(ValueError):
@@ -153,6 +155,7 @@ def _nearest(word: str, known: Any) -> str:
 
 def _lines(error: ValidationError) -> Iterator[tuple[str, str]]:
     """(dotted path, message) of every mistake that pydantic found, nested choices included."""
+    kinds: dict[str, tuple[object, list[str]]] = {}  # of a value that may be of several: it, and what each asks for
     for item in error.errors():
         path = ".".join(str(part) for part in item["loc"])
         context = item.get("ctx", {})
@@ -167,7 +170,12 @@ def _lines(error: ValidationError) -> Iterator[tuple[str, str]]:
         elif item["type"] == "value_error":
             yield path, str(context["error"])
         else:
-            yield path, f"{item['msg'][0].lower()}{item['msg'][1:]}, found {item['input']!r}"
+            field, _, kind = path.rpartition(".")
+            several = _KIND.fullmatch(kind) is not None
+            kinds.setdefault(field if several else path, (item["input"], []))[1].append(item["msg"])
+    for path, (found, messages) in kinds.items():
+        first, *others = (f"{message[0].lower()}{message[1:]}" for message in messages)
+        yield path, " or ".join([first, *(o.removeprefix("input should be ") for o in others)]) + f", found {found!r}"
 
 
 def _join(path: str, key: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmfoundry.cli import prepare_data_main, train_main
+from llmfoundry.cli import Command, prepare_data_main, train_main
 
 
 @pytest.fixture
@@ -52,6 +52,12 @@ def test_overrides_may_follow_options(recipe: Path, capsys: pytest.CaptureFixtur
         ("model.expansion_ratio=.inf", "model.expansion_ratio: input should be a finite number, found inf"),
         ("parallel.recompute_save=[aten.mm]", "recompute_save is for recompute: selective, not none"),
         ("train_loader=[]", "train_loader=[]: does not fit what stands there"),
+        ("eval_first=true", "eval_first=true has no text to evaluate on; add an eval_loader"),
+        ("precision=bf16", "precision: input should be 'fp32' or 'amp_bf16' or 'auto', found 'bf16'"),
+        (
+            "device_train_microbatch_size=all",
+            "device_train_microbatch_size: input should be a valid integer or 'auto', found 'all'",
+        ),
         ("[=1", "[=1: does not fit what stands there"),
     ],
 )
@@ -61,6 +67,14 @@ def test_a_value_out_of_bounds_is_one_line(
     assert train_main([str(recipe), "--dry-run", override]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and says in line
+
+
+@pytest.mark.parametrize("command", [train_main, prepare_data_main])
+def test_what_is_missing_is_the_yaml_alone(command: Command, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command([])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.strip().endswith("the following arguments are required: yaml")
 
 
 def test_no_text_to_validate_on_leaves_nothing(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

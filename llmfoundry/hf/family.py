@@ -183,8 +183,8 @@ def write_config(config: CausalLMConfig, model_type: str | None = None) -> tuple
             nearest = distance, family, lacking
     assert nearest is not None
     _, family, lacking = nearest
-    who = "no supported family can hold this model; the nearest is " if model_type is None else ""
-    raise ConfigError(f"{who}{family.model_type}, which lacks {', '.join(lacking)}")
+    who = "no supported family can hold this model; the nearest is" if model_type is None else "this model does not fit"
+    raise ConfigError(f"{who} {family.model_type}, which lacks {', '.join(lacking)}")
 
 
 def _written(family: Family, config: CausalLMConfig) -> tuple[ConfigDict, list[str]]:
@@ -192,7 +192,9 @@ def _written(family: Family, config: CausalLMConfig) -> tuple[ConfigDict, list[s
     try:
         said = family.to_theirs(config)
         data: ConfigDict = {"architectures": [family.architecture], "model_type": family.model_type, **said}
-        _, again = read_config(data)
+        _, again = read_config(
+            data | {"bos_token_id": None, "eos_token_id": None}
+        )  # defaults may exceed the vocabulary
     except ConfigError as error:
         return {}, [str(error)]
     lost = differences(facts(config), facts(again))

@@ -32,7 +32,6 @@ _GONE = {
     "train_loader.prefetch_factor": "",
     "train_loader.persistent_workers": "",
     "train_loader.timeout": "",
-    "eval_loader.num_workers": "",
 }
 # Keys that do change values, with the only value that means what we do.
 _ONLY = {
@@ -154,10 +153,15 @@ def _learned_pos_emb(data: Tree, value: object) -> list[str]:
     return []
 
 
+def _eval_workers(data: Tree, value: object) -> list[str]:
+    return ["0, evaluation reads as it goes"] if value else []
+
+
 _MOVED: dict[str, Callable[[Tree, object], list[str]]] = {
     "model.ffn_config.moe_world_size": _moe_world_size,
     "model.attn_config.rope_hf_config": _rope_hf,
     "model.learned_pos_emb": _learned_pos_emb,
+    "eval_loader.num_workers": _eval_workers,
     "fsdp_config": _fsdp,
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from theirs import CASES, VOCAB, Case, in_float64
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmfoundry.hf import from_pretrained, save_pretrained
-from llmfoundry.hf.family import known_families
+from llmfoundry.hf.family import known_families, read_config, write_config
 from llmfoundry.hf.pieces import Part, Spec, fill
 from llmfoundry.hf.pretrained import pieces_of
 from llmfoundry.model.transformer import Cache, CausalLM
@@ -113,6 +114,16 @@ def test_there_and_back_is_the_same_to_the_bit(case: Case, tmp_path: Path) -> No
     assert all(torch.equal(a, b) for a, b in zip(theirs.parameters(), again.parameters(), strict=True))
     settings = json.loads((tmp_path / "again" / "config.json").read_text())
     assert settings["architectures"] == [type(theirs).__name__]
+
+
+def test_writing_a_small_vocabulary_warns_of_no_other_familys_tokens(caplog: pytest.LogCaptureFixture) -> None:
+    case = next(case for case in CASES if case.model_type == "qwen3_moe")
+    _, ours = read_config(AutoConfig.for_model(case.model_type, **case.settings).to_dict())
+    transformers_log = logging.getLogger("transformers")
+    transformers_log.addHandler(caplog.handler)
+    write_config(ours)
+    transformers_log.removeHandler(caplog.handler)
+    assert caplog.text == ""
 
 
 @each_case

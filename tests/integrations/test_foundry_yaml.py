@@ -116,6 +116,12 @@ def changed(path: str, value: object) -> dict[str, object]:
     return data
 
 
+def test_workers_of_an_evaluation_are_said_to_go_if_there_are_any() -> None:
+    for workers, n_notes in ((8, 1), (0, 0)):
+        data, notes = translate({"eval_loader": {"num_workers": workers}})
+        assert data == {"eval_loader": {}} and len(notes) == n_notes
+
+
 def test_expert_parallelism_becomes_a_mesh_axis() -> None:
     data, notes = translate(changed("model.ffn_config.moe_world_size", 4))
     assert data["parallel"]["expert"] == 4
