@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch.utils.tensorboard import SummaryWriter
 
 from llmfoundry import runtime
+from llmfoundry.config import ConfigError
 from llmfoundry.train.callback import Callback, LoggerConfig, Metrics
 
 if TYPE_CHECKING:
@@ -20,7 +21,16 @@ class TensorboardConfig(LoggerConfig, names=("tensorboard",)):
     log_dir: str | None = None
 
     def build(self) -> Tensorboard:
+        runtime.on_rank0(self._make_folder)
         return Tensorboard(self)
+
+    def _make_folder(self) -> None:
+        """One outside of the save folder is made at once, to see that it can be."""
+        try:
+            if self.log_dir is not None:
+                Path(self.log_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"loggers.tensorboard.log_dir: {self.log_dir}: {error.strerror}") from None
 
 
 class Tensorboard(Callback):

@@ -76,6 +76,14 @@ def test_tensorboard_holds_the_numbers_of_metrics_jsonl(recipe: Path, tmp_path: 
     assert all(math.isclose(written[line["step"]], line["loss/train/total"], rel_tol=1e-6) for line in lines(tmp_path))
 
 
+def test_a_tensorboard_that_cannot_be_is_refused_before_anything_is_written(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_main([str(recipe), "loggers.tensorboard.log_dir=/proc/x"]) == 2
+    assert "error: loggers.tensorboard.log_dir: /proc/x: No such file or directory" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [recipe.name]
+
+
 def test_wandb_works_without_an_account(recipe: Path, tmp_path: Path) -> None:
     assert train_main([str(recipe), "loggers.wandb.mode=offline", "loggers.wandb.project=test"]) == 0
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
