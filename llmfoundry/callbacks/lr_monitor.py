@@ -22,5 +22,5 @@ class LRMonitor(Callback):
 
     def step_end(self, trainer: Trainer, metrics: Metrics) -> None:
         name = type(trainer.optimizer).__name__
-        for i, group in enumerate(trainer.optimizer.param_groups):
+        for i, group in enumerate(trainer.optimizer.param_groups if "lr" in metrics else ()):
             metrics[f"lr-{name}/group{i}"] = group["lr"]

@@ -35,8 +35,9 @@ class SpeedMonitor(Callback):
         self.seconds: deque[float] = deque(maxlen=config.window_size)
 
     def step_end(self, trainer: Trainer, metrics: Metrics) -> None:
-        seconds = metrics["time/step_seconds"]
-        assert isinstance(seconds, float)
+        seconds = metrics.get("time/step_seconds")
+        if not isinstance(seconds, float):
+            return  # no step was taken
         self.seconds.append(seconds)
         steps = len(self.seconds) / sum(self.seconds)
         tokens = steps * trainer.config.global_train_batch_size * trainer.loader.max_seq_len

@@ -24,7 +24,10 @@ class Callback:
         """Everything is built and loaded; the first step comes next."""
 
     def step_end(self, trainer: Trainer, metrics: Metrics) -> None:
-        """A step is complete. Monitors add to `metrics`, loggers write them; this is the one call a step."""
+        """A step is complete; or, as step 0, the evaluation before the first one.
+
+        Monitors add to `metrics`, loggers write them; this is the one call a step.
+        """
 
     def fit_end(self, trainer: Trainer) -> None:
         """The last checkpoint is safe."""

@@ -59,7 +59,7 @@ class RunConfig(Config):
     max_skipped_steps: int = Field(10, ge=0)  # updates skipped in a row for a gradient that is not finite
 
     eval_interval: Duration = Duration.parse("1ep")  # 0ba: never
-    eval_first: bool = False
+    eval_first: bool = False  # also before the first step, as step 0
     eval_subset_num_batches: int = -1  # -1: all
     device_eval_batch_size: int = Field(16, gt=0)  # rows
 
@@ -93,6 +93,8 @@ class RunConfig(Config):
         micro = self.device_train_microbatch_size
         if isinstance(micro, int) and micro < 1:
             raise ValueError(f"device_train_microbatch_size={micro} is no number of rows; write 1 or more, or auto")
+        if self.eval_first and self.eval_loader is None:
+            raise ValueError("eval_first=true has no text to evaluate on; add an eval_loader")
         keep, batches = self.save_num_checkpoints_to_keep, self.eval_subset_num_batches
         if keep == 0 or keep < -1:
             raise ValueError(

@@ -96,7 +96,9 @@ class Trainer:
             callback.fit_start(self)
         with self._signals():
             if self.config.eval_first and self.state.step == 0:
-                self._evaluate()
+                found = self._evaluate()
+                if found:
+                    self._record({"step": 0, "tokens": 0} | found)
             stopped = False
             while (self.unevaluated or self.state.step < self.timeline.total_steps) and not stopped:
                 metrics, self.unevaluated = self.unevaluated or self.take_step(), {}
@@ -104,10 +106,7 @@ class Trainer:
                     found = self._evaluate()
                     self.unevaluated = {} if found else dict(metrics)
                     metrics |= found
-                for callback in self.callbacks if not self.unevaluated else ():
-                    callback.step_end(self, metrics)
-                if self.folder is not None:
-                    self.folder.write_metrics(metrics)
+                self._record(metrics)
                 stopped = self._stopped()
                 done = stopped or self.state.step == self.timeline.total_steps
                 if done or self.timeline.due(self.config.save_interval, self.state.step):
@@ -123,10 +122,16 @@ class Trainer:
             for callback in reversed(self.callbacks):
                 callback.fit_end(self)
 
+    def _record(self, metrics: Metrics) -> None:
+        for callback in self.callbacks if not self.unevaluated else ():  # they see it when it is whole
+            callback.step_end(self, metrics)
+        if self.folder is not None:
+            self.folder.write_metrics(metrics)
+
     def _claim(self) -> None:
         self.folder = RunFolder.claim(Path(self.config.save_folder), dump(self.config), self.config.autoresume)
-        # The line of a step whose evaluation is made up for is written anew.
-        self.folder.open_metrics(self.state.step - bool(self.unevaluated))
+        # The line of a step whose evaluation is made up for is written anew, as is that before the first step.
+        self.folder.open_metrics(self.state.step - bool(self.unevaluated or self.state.step == 0))
 
     def _is_complete(self) -> bool:
         """Whether there is nothing left to do: the last step is there, and a summary of it with its evaluation."""
@@ -188,7 +193,8 @@ class Trainer:
         if state.skipped_in_a_row > self.config.max_skipped_steps:
             raise FloatingPointError(
                 f"the gradient was not finite in {state.skipped_in_a_row} steps in a row, up to step {state.step}; "
-                f"the newest checkpoint is {self.checkpointer.latest()}"
+                "lower optimizer.lr, or clip gradients; the newest checkpoint is "
+                f"{self.checkpointer.latest() or 'not yet written'}"
             )
 
     @property
@@ -244,6 +250,12 @@ class Trainer:
             load_model_only(self.config.load_path, self.model)
         else:
             self._load_all(Path(self.config.load_path))
+            if self.state.step >= self.timeline.total_steps:
+                raise ConfigError(
+                    f"load_path: {self.config.load_path} is at step {self.state.step}, and max_duration="
+                    f"{self.config.max_duration} ends at step {self.timeline.total_steps}; raise it, or begin a new "
+                    "run from its weights with load_weights_only=true"
+                )
 
     def _load_all(self, path: Path) -> None:
         """Take up a run: everything, on the condition that its data is still the same."""

@@ -235,6 +235,31 @@ def test_a_signal_ends_the_evaluation_before_the_first_step(
     assert halt.read == [2] and (tmp_path / "run" / "checkpoints" / "step-1").is_dir()
 
 
+def test_the_evaluation_before_the_first_step_is_recorded(recipe: Path, tmp_path: Path) -> None:
+    for _ in range(2):  # the second time it is taken up without a checkpoint
+        assert train_main([str(recipe), "eval_first=true", "max_duration=2ba", "autoresume=true"]) == 0
+        first, *steps = metrics_of(tmp_path / "run")
+        assert first["step"] == 0 and first["metrics/eval/LanguageCrossEntropy"] > 5
+        assert [line["step"] for line in steps] == [1, 2]
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+
+
+def test_a_run_that_would_take_no_step_is_refused(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_main([str(recipe), "max_duration=4ba"]) == 0
+    other = [str(recipe), f"load_path={tmp_path / 'run'}", f"save_folder={tmp_path / 'other'}", "max_duration=3ba"]
+    assert train_main(other) == 2
+    assert "is at step 4, and max_duration=3ba ends at step 3; raise it" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_gradient_that_stays_infinite_ends_the_run_with_advice(recipe: Path, capsys: pytest.CaptureFixture) -> None:
+    options = ["max_skipped_steps=2", "optimizer.lr=1.0e30", "algorithms.gradient_clipping=null"]
+    assert train_main([str(recipe), *options, "scheduler.t_warmup=0ba", "save_interval=0ba"]) == 1
+    assert "lower optimizer.lr, or clip gradients; the newest checkpoint is not yet written" in capsys.readouterr().err
+
+
 def test_microbatches_are_invisible(recipe: Path, tmp_path: Path) -> None:
     balance = "model.ffn_config.moe_lbl_scope=global_batch"
     runs = []
