@@ -27,6 +27,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from llmfoundry import runtime
 from llmfoundry.callbacks.console import Console  # importing the package registers all monitors and loggers
+from llmfoundry.callbacks.speed_monitor import SpeedMonitor, SpeedMonitorConfig
 from llmfoundry.config import ConfigError, check, dump, from_dotlist, import_code, load_yaml
 from llmfoundry.data.packing import prepare
 from llmfoundry.eval.generate import generate
@@ -128,6 +129,8 @@ def train_main(argv: Sequence[str] | None = None) -> None:
                        compute_bytes=4 if config.precision == "fp32" else 2))  # fmt: skip
         return
     trainer = build(config)
+    if not any(isinstance(callback, SpeedMonitor) for callback in trainer.callbacks):
+        trainer.callbacks.insert(0, SpeedMonitorConfig().build())  # every run says how fast it is, to its loggers too
     if config.log_to_console:
         trainer.callbacks.append(Console())
     trainer.fit()

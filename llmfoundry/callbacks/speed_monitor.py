@@ -1,6 +1,6 @@
 """`speed_monitor`: throughput over a window of steps, and the share of the device's peak that it is (MFU).
 
-Without it a step's line has its `time/step_seconds` alone.
+Every run of the command line has one; the YAML sets its window.
 """
 
 from __future__ import annotations

@@ -58,13 +58,13 @@ def test_speed_and_learning_rate_are_in_every_line(recipe: Path, tmp_path: Path)
         assert line["lr-AdamW/group0"] == line["lr"] == 0.01
 
 
-def test_throughput_is_of_the_speed_monitors_window_or_not_there(recipe: Path, tmp_path: Path) -> None:
-    assert train_main([str(recipe)]) == 0
-    assert not any(key.startswith("throughput/") for line in lines(tmp_path) for key in line)
-    assert train_main([str(recipe), "callbacks.speed_monitor.window_size=2", f"save_folder={tmp_path / 'two'}"]) == 0
-    seconds = [line["time/step_seconds"] for line in lines(tmp_path, "two")]
-    last = lines(tmp_path, "two")[-1]["throughput/tokens_per_sec"]
-    assert last == pytest.approx(2 * 4 * 32 / sum(seconds[-2:]))
+@pytest.mark.parametrize(("options", "window"), [([], 10), (["callbacks.speed_monitor.window_size=2"], 2)])
+def test_throughput_is_a_windows_in_every_run(recipe: Path, tmp_path: Path, options: list[str], window: int) -> None:
+    assert train_main([str(recipe), *options]) == 0
+    seconds = [line["time/step_seconds"] for line in lines(tmp_path)]
+    for i, line in enumerate(lines(tmp_path), 1):
+        counted = seconds[max(0, i - window) : i]
+        assert line["throughput/tokens_per_sec"] == pytest.approx(len(counted) * 4 * 32 / sum(counted))
 
 
 def test_tensorboard_holds_the_numbers_of_metrics_jsonl(recipe: Path, tmp_path: Path) -> None:
