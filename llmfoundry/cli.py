@@ -130,7 +130,9 @@ def train_main(argv: Sequence[str] | None = None) -> None:
         return
     trainer = build(config)
     if not any(isinstance(callback, SpeedMonitor) for callback in trainer.callbacks):
-        trainer.callbacks.insert(0, SpeedMonitorConfig().build())  # every run says how fast it is, to its loggers too
+        trainer.callbacks.insert(
+            0, SpeedMonitorConfig(name="speed_monitor").build()
+        )  # every run says how fast it is, to its loggers too
     if config.log_to_console:
         trainer.callbacks.append(Console())
     trainer.fit()
