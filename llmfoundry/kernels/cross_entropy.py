@@ -23,7 +23,7 @@ IGNORE = -100
 # take 18.0 ms at V = 50304 and 28.9 ms at T = 8192, V = 151936 (2^26: 19.4 and 39.5 ms; the plain loss: 23.3
 # and 35.7 ms). CPU: 2^20 float32 are 4 MiB and stay in the last-level cache from the product to the softmax
 # and back.
-_CHUNK_LOGITS = {"cuda": 2**28, "cpu": 2**20}
+CHUNK_LOGITS = {"cuda": 2**28, "cpu": 2**20}
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
@@ -71,7 +71,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = x.new_zeros((), dtype=dtype)
         dx = x.new_empty(x.shape if needs_grad else (0,), dtype=dtype)
         dw = weight.new_zeros(weight.shape if needs_grad else (0,), dtype=dtype)
-        n_chunks = max(1, -(-x.shape[0] * weight.shape[0] // _CHUNK_LOGITS.get(x.device.type, 2**20)))
+        n_chunks = max(1, -(-x.shape[0] * weight.shape[0] // CHUNK_LOGITS.get(x.device.type, 2**20)))
         rows = max(1, -(-x.shape[0] // n_chunks))
         for start in range(0, x.shape[0], rows):
             chunk = slice(start, min(start + rows, x.shape[0]))

@@ -32,7 +32,7 @@ def _value_and_gradients(
 def test_equals_the_plain_loss_in_float64(
     monkeypatch: pytest.MonkeyPatch, tokens: int, chunk_logits: int, softcap: float | None
 ) -> None:
-    monkeypatch.setitem(cross_entropy._CHUNK_LOGITS, "cpu", chunk_logits)
+    monkeypatch.setitem(cross_entropy.CHUNK_LOGITS, "cpu", chunk_logits)
     inputs = _inputs(tokens, 11, torch.float64)
     ours = _value_and_gradients(linear_cross_entropy, *inputs, softcap)
     theirs = _value_and_gradients(cross_entropy_reference, *inputs, softcap)
@@ -83,7 +83,7 @@ class _Largest(TorchDispatchMode):
 
 
 def test_all_logits_are_never_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cross_entropy._CHUNK_LOGITS, "cpu", 1000)
+    monkeypatch.setitem(cross_entropy.CHUNK_LOGITS, "cpu", 1000)
     x, weight, labels = _inputs(400, 50, torch.float32)
     with _Largest() as largest:
         linear_cross_entropy(x, weight, labels).backward()
