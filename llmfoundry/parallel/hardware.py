@@ -1,0 +1,42 @@
+"""What an H100 and its links do, as far as plans need it: every constant with its source, and nowhere else.
+
+Measured: by us in November 2026 on one and on two H100 80GB HBM3 (torch 2.11, CUDA 13, bf16; NCCL over NVLink at
+512 MiB). The rates of experts are those of a layer on `torch.nn.functional.grouped_mm`, forward and backward,
+16,384 tokens: not our own kernels', whose whole training step no GPU has run yet.
+"""
+
+from __future__ import annotations
+
+import math
+
+GIB = 2**30
+
+GPU_MEMORY = 79.0 * GIB  # what the driver shows of 80 GB
+# Kept free of it, an assumption: the CUDA context, NCCL's buffers, cuBLAS' workspaces, fragmentation.
+RESERVE = 5.0 * GIB
+
+PEAK_FLOPS = 989.4e12  # dense bf16, datasheet: what MFU is a share of
+DENSE_FLOPS = 665e12  # measured: cuBLAS, the least of four layers' products (665 to 715)
+# FlashAttention-2 reaches 35 % of an H100 (Shah et al. 2024, arXiv:2407.08608); forward and backward.
+ATTENTION_FLOPS = 0.35 * PEAK_FLOPS
+COPY_BYTES = 2.97e12  # bytes a second read and written, measured
+
+NODE = 8  # GPUs that NVLink joins
+ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL = 268e9, 257e9, 273e9  # bytes a second and GPU on NVLink, measured
+ALL_REDUCE = 315e9  # bus bandwidth, measured
+# Bytes a second and GPU between nodes, an assumption: 400 Gb/s, of which NCCL carries 80 %.
+NETWORK = 0.8 * 400e9 / 8
+
+# Weights of one expert's product (D * F) -> FLOP/s of its layer: Qwen3-30B-A3B, OLMoE, Mixtral, DBRX. Measured.
+_EXPERTS = ((2048 * 768, 249e12), (2048 * 1024, 293e12), (4096 * 14336, 560e12), (6144 * 10752, 562e12))
+
+
+def experts_flops(d_model: int, hidden: int) -> float:
+    """FLOP/s of a mixture's experts of this size: between the measured ones by the logarithm, flat beyond."""
+    size = float(d_model * hidden)
+    if size <= _EXPERTS[0][0]:
+        return _EXPERTS[0][1]
+    for (small, low), (large, high) in zip(_EXPERTS[:-1], _EXPERTS[1:], strict=True):
+        if size <= large:
+            return low + (high - low) * math.log(size / small) / math.log(large / small)
+    return _EXPERTS[-1][1]
