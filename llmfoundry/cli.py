@@ -36,7 +36,8 @@ from llmfoundry.hf.upcycle import Upcycling
 from llmfoundry.integrations.foundry_yaml import translate
 from llmfoundry.model.config import CausalLMConfig
 from llmfoundry.model.transformer import CausalLM, cast_parameters
-from llmfoundry.parallel.plan import describe
+from llmfoundry.parallel.hardware import GIB, GPU_MEMORY
+from llmfoundry.parallel.report import describe
 from llmfoundry.train import checkpoint, convert
 from llmfoundry.train.config import RunConfig
 from llmfoundry.train.trainer import build, check_device
@@ -108,7 +109,7 @@ def read_config(path: str, overrides: list[str]) -> RunConfig:
 
 @_command
 def train_main(argv: Sequence[str] | None = None) -> None:
-    """`train.py YAML [--dry-run] [--gpus N] [key=value ...]`."""
+    """`train.py YAML [--dry-run] [--gpus N] [--gpu-memory GIB] [key=value ...]`."""
     parser = argparse.ArgumentParser(prog="train.py", description="Train a model.")
     parser.add_argument("yaml", help="the run, e.g. yamls/moe.yaml")
     parser.add_argument(
@@ -116,17 +117,24 @@ def train_main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="say what the run would be, and train nothing")
     parser.add_argument("--gpus", type=int, default=None, help="for --dry-run: plan for so many GPUs")
+    parser.add_argument(
+        "--gpu-memory", type=float, default=None, metavar="GIB",
+        help=f"for --dry-run: what one of them holds; {GPU_MEMORY / GIB:g}, as an H100 80GB shows it, if left out",
+    )  # fmt: skip
     args = parser.parse_intermixed_args(argv)
     config = read_config(args.yaml, args.overrides)
     if args.gpus is not None and (args.gpus < 1 or not args.dry_run):
         raise ConfigError(f"--gpus {args.gpus}: is for --dry-run, and 1 or more")
+    if args.gpu_memory is not None and (not math.isfinite(args.gpu_memory) or not args.dry_run):
+        raise ConfigError(f"--gpu-memory {args.gpu_memory:g}: is for --dry-run, and a number of GiB")
     if args.dry_run:
         print(yaml.safe_dump(dump(config), sort_keys=False))
         print(_sizes(config))
         gpus = args.gpus if args.gpus is not None else runtime.world_size()
         print(describe(config.model, config.parallel, world=gpus, global_rows=config.global_train_batch_size,
                        micro_rows=config.device_train_microbatch_size, seq_len=config.max_seq_len,
-                       compute_bytes=4 if config.precision == "fp32" else 2))  # fmt: skip
+                       compute_bytes=4 if config.precision == "fp32" else 2,
+                       gpu_memory=GPU_MEMORY if args.gpu_memory is None else args.gpu_memory * GIB))  # fmt: skip
         return
     trainer = build(config)
     if not any(isinstance(callback, SpeedMonitor) for callback in trainer.callbacks):

@@ -39,6 +39,20 @@ def test_overrides_may_follow_options(recipe: Path, capsys: pytest.CaptureFixtur
     assert prepare_data_main([str(recipe), "seed=1"]) == 0
 
 
+def test_dry_run_says_whether_it_fits(recipe: Path, capsys: pytest.CaptureFixture) -> None:
+    assert train_main([str(recipe), "--dry-run", "--gpus", "2", "--gpu-memory", "40"]) == 0
+    out = capsys.readouterr().out
+    assert "of 35.0 GiB (40, of which 5 are kept free)" in out and "meshes of 2 GPUs" in out
+    for options, says in (
+        (["--gpu-memory", "40"], "--gpu-memory 40: is for --dry-run"),
+        (["--dry-run", "--gpu-memory", "nan"], "--gpu-memory nan: is for --dry-run, and a number of GiB"),
+        (["--dry-run", "--gpu-memory", "5"], "--gpu-memory 5: 5 GiB of it are kept free"),
+        (["--dry-run", "--gpus", "0"], "--gpus 0: is for --dry-run, and 1 or more"),
+    ):
+        assert train_main([str(recipe), *options]) == 2
+        assert says in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [

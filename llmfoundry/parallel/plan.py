@@ -1,153 +1,211 @@
-"""What a run will hold on each GPU and send over its links, from the config alone: what `--dry-run` prints.
+"""What a run sends over its links and how long a step takes, from the config alone; memory.py says what it holds.
 
-Shapes: D d_model, F ffn hidden size, K top_k, T tokens of a microbatch on one rank, P parameters, L layers.
-Assumes float32 master weights, gradients and AdamW moments, split over `shard` ranks (experts' over `expert` and then
-the rest of `shard`: the same number in all), and activations in the compute type. Each formula says what it counts.
+Shapes: D d_model, F ffn hidden size, E experts, K top_k, T tokens of a microbatch on one rank, L layers, V vocab.
+Collectives are rings, and rings enter a node once: of what a node's GPUs gather from other nodes, each receives its
+part over the network and passes it on over NVLink. The time assumes that gathering and summing hide behind compute
+up to the longer of both and slow it in nothing, that the exchange of tokens hides nowhere, and even routing.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from llmfoundry.model.config import CausalLMConfig, ModelConfig
+from llmfoundry.model.config import CausalLMConfig
 from llmfoundry.moe.layer import MoEConfig
-from llmfoundry.parallel.mesh import Degrees, ParallelConfig, plan_mesh
+from llmfoundry.parallel import hardware
+from llmfoundry.parallel.memory import MASTER, Memory, memory
+from llmfoundry.parallel.mesh import Degrees, ParallelConfig
 
-GIB = 2**30
-MASTER = 4  # bytes of a float32 weight, gradient or moment
 
+class Link(NamedTuple):
+    """Bytes that one GPU receives."""
 
-class Memory(NamedTuple):
-    """Bytes on one GPU."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    gathered: float  # weights of whole blocks in the compute type, in use or on their way
-    activations: float  # kept for backward, of one microbatch
+    nvlink: float
+    network: float
 
     @property
     def total(self) -> float:
-        """All of it."""
-        return sum(self)
+        """Over both."""
+        return self.nvlink + self.network
+
+    def seconds(self, nvlink_rate: float) -> float:
+        """Both at once: the slower one counts."""
+        return max(self.nvlink / nvlink_rate, self.network / hardware.NETWORK)
 
 
 class Traffic(NamedTuple):
-    """Bytes that one GPU receives a step."""
+    """What one GPU receives a step."""
 
-    gather: float  # weights, forward and backward
-    reduce: float  # gradients
-    replicate: float  # gradients again, over copies of the model
-    tokens: float  # to the experts and back, forward and backward; even routing
-
-
-def memory(
-    model: CausalLMConfig, parallel: ParallelConfig, degrees: Degrees, tokens: int, compute_bytes: int
-) -> Memory:
-    """Bytes a GPU.
-
-    Args:
-        tokens: T of one microbatch on one rank.
-        compute_bytes: of one activation: 2 in bf16, 4 in float32.
-    """
-    share, trained = model.n_params() / degrees.shard, model.n_trainable_params() / degrees.shard
-    blocks = [_block_params(model, layer, degrees) for layer in range(model.n_layers)]
-    spread = degrees.shard > 1 or degrees.replicate > 1 or compute_bytes != MASTER
-    in_flight = (1 + parallel.prefetch) if parallel.reshard_after_forward else model.n_layers
-    gathered = (min(in_flight, model.n_layers) * max(blocks) + 2 * _embedding(model)) * compute_bytes if spread else 0.0
-    kept = _kept_activations(model, parallel, tokens) * compute_bytes
-    return Memory(share * MASTER, trained * MASTER, 2 * trained * MASTER, gathered, kept)
+    gather: Link  # weights, forward and backward
+    reduce: Link  # gradients
+    replicate: Link  # gradients again, over copies of the model
+    tokens: Link  # to the experts and back, forward and backward; even routing
 
 
-def traffic(
-    model: CausalLMConfig,
-    parallel: ParallelConfig,
-    degrees: Degrees,
-    tokens: int,
-    microbatches: int,
-    compute_bytes: int,
-) -> Traffic:
-    """Bytes received a GPU and step, by ring collectives; `tokens` a microbatch on one rank."""
-    blocks = sum(_block_params(model, layer, degrees) for layer in range(model.n_layers)) + _embedding(model)
-    others = (degrees.shard - 1) / degrees.shard
-    passes = (2 if parallel.reshard_after_forward else 1) * microbatches
-    reductions = 1 if parallel.reduce_once_a_step else microbatches
+class Time(NamedTuple):
+    """Seconds of a step."""
+
+    compute: float  # forward, backward and what is computed again
+    communication: float  # weights and gradients
+    exchange: float  # of tokens
+    update: float  # of the weights, and the copies that split them
+
+    @property
+    def total(self) -> float:
+        """Communication hides behind compute up to the longer of both; the exchange and the update hide nowhere."""
+        return max(self.compute, self.communication) + self.exchange + self.update
+
+    @property
+    def exposed(self) -> float:
+        """Seconds in which a GPU waits for its links."""
+        return max(0.0, self.communication - self.compute) + self.exchange
+
+
+class Work(NamedTuple):
+    """One rank's part of a step."""
+
+    rows: int  # of the rank
+    micro_rows: int
+    seq_len: int
+    compute_bytes: int = 2  # of one activation: 2 in bf16, 4 in float32
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.micro_rows * self.seq_len
+
+    @property
+    def microbatches(self) -> int:
+        """Of the rank."""
+        return -(-self.rows // self.micro_rows)
+
+
+class Plan(NamedTuple):
+    """A run on one mesh."""
+
+    degrees: Degrees
+    work: Work
+    memory: Memory
+    traffic: Traffic
+    time: Time
+    tokens_per_second: float  # a GPU
+    mfu: float  # of an H100
+
+    def fits(self, gpu_memory: float) -> bool:
+        """Whether a GPU of so many bytes holds it."""
+        return self.memory.total <= gpu_memory - hardware.RESERVE
+
+
+def plan(model: CausalLMConfig, parallel: ParallelConfig, degrees: Degrees, work: Work) -> Plan:
+    """All that is foretold of a run on one mesh."""
+    held = memory(model, parallel, degrees, work.tokens, work.compute_bytes, work.microbatches)
+    moved = traffic(model, parallel, degrees, work)
+    time = seconds(model, parallel, degrees, work, moved)
+    speed = work.rows * work.seq_len / time.total
+    mfu = speed * model.flops_per_token(work.seq_len) / hardware.PEAK_FLOPS
+    return Plan(degrees, work, held, moved, time, speed, mfu)
+
+
+def traffic(model: CausalLMConfig, parallel: ParallelConfig, degrees: Degrees, work: Work) -> Traffic:
+    """What a GPU receives a step."""
+    dense, experts = _params(model)
+    whole = model.vocab_size * model.d_model * (1 if model.tie_word_embeddings else 2)
+    mine = experts / degrees.expert
     trained = model.n_trainable_params() / model.n_params()
-    copies = 2 * (degrees.replicate - 1) / degrees.replicate
-    sent = 0.0
+    again = 2 if parallel.reshard_after_forward else 1
+    gathers = work.microbatches * work.compute_bytes
+    sums = (1 if parallel.reduce_once_a_step else work.microbatches) * MASTER * trained
+
+    def over_shards(of_dense: float, of_experts: float) -> Link:
+        apart = _ring(of_experts, degrees.expert_shard, degrees.expert)
+        return _both(_ring(of_dense, degrees.shard, 1), apart)
+
+    # Embedding and head are gathered once: a look-up's gradient needs no weight, the head's backward follows at once.
+    gather = over_shards((again * dense + whole) * gathers, again * mine * gathers)
+    reduce = over_shards((dense + whole) * sums, mine * sums)
+    copies = _ring(2 * model.n_trainable_params() / degrees.shard * MASTER, degrees.replicate, degrees.shard)
+    return Traffic(gather, reduce, copies, _exchange(model, parallel, degrees, work))
+
+
+def _ring(total: float, ranks: int, stride: int) -> Link:
+    """What one of `ranks`, every `stride`-th GPU, receives of the `total` bytes that all of them end up with."""
+    here = max(1, min(ranks, hardware.NODE // stride))  # of them in a node
+    network = total * (1 - here / ranks) / here
+    return Link(total * (1 - 1 / ranks) - network, network)
+
+
+def _both(a: Link, b: Link) -> Link:
+    return Link(a.nvlink + b.nvlink, a.network + b.network)
+
+
+def _exchange(model: CausalLMConfig, parallel: ParallelConfig, degrees: Degrees, work: Work) -> Link:
+    """A token goes once to each rank that has one of its experts: there and back, forward and backward."""
+    ranks, times = degrees.expert, 4 if parallel.recompute == "none" else 6
+    nvlink = network = 0.0
     for layer in range(model.n_layers):
         ffn = model.ffn(layer)
-        if isinstance(ffn, MoEConfig) and degrees.expert > 1:
-            # A token goes once to each rank that has one of its experts: there and back, forward and backward.
-            ranks = degrees.expert * (1 - (1 - 1 / degrees.expert) ** ffn.moe_top_k)
-            away = ranks * (degrees.expert - 1) / degrees.expert
-            sent += 4 * microbatches * tokens * away * model.d_model * compute_bytes
-    return Traffic(
-        gather=passes * blocks * compute_bytes * others,
-        reduce=reductions * blocks * trained * MASTER * others,
-        replicate=copies * model.n_trainable_params() / degrees.shard * MASTER,
-        tokens=sent,
+        if not isinstance(ffn, MoEConfig) or ranks == 1:
+            continue
+        sent = times * work.rows * work.seq_len * model.d_model * work.compute_bytes
+        each = sent * (1 - (1 - 1 / ranks) ** ffn.moe_top_k)  # to one rank
+        here = min(ranks, hardware.NODE)
+        nvlink += each * (here - 1)
+        network += each * (ranks - here)
+    return Link(nvlink, network)
+
+
+def seconds(model: CausalLMConfig, parallel: ParallelConfig, degrees: Degrees, work: Work, moved: Traffic) -> Time:
+    """How long a step takes on H100s: arithmetic over the rates in hardware.py, bytes over those of links."""
+    communication = (
+        moved.gather.seconds(hardware.ALL_GATHER)
+        + moved.reduce.seconds(hardware.REDUCE_SCATTER)
+        + moved.replicate.seconds(hardware.ALL_REDUCE)
     )
+    compute = work.rows * work.seq_len * _compute(model, parallel, work.seq_len)
+    return Time(compute, communication, moved.tokens.seconds(hardware.ALL_TO_ALL), _update(model, degrees, work))
 
 
-def describe(
-    model: ModelConfig,
-    parallel: ParallelConfig,
-    *,
-    world: int,
-    global_rows: int,
-    micro_rows: int | Literal["auto"],
-    seq_len: int,
-    compute_bytes: int = 2,
-) -> str:
-    """The plan in words, for `world` GPUs.
-
-    Raises:
-        ConfigError: the degrees do not fit the GPUs or the model.
-    """
-    assert isinstance(model, CausalLMConfig)
-    moe = next((f for f in map(model.ffn, range(model.n_layers)) if isinstance(f, MoEConfig)), None)
-    degrees = plan_mesh(parallel, world, moe.moe_num_experts if moe else 0)
-    rows = -(-global_rows // world)
-    micro = rows if micro_rows == "auto" else min(micro_rows, rows)
-    held = memory(model, parallel, degrees, micro * seq_len, compute_bytes)
-    moved = traffic(model, parallel, degrees, micro * seq_len, -(-rows // micro), compute_bytes)
-    mesh = f"replicate {degrees.replicate} x shard {degrees.shard}, expert {degrees.expert}"
-    lines = [f"on {world} device(s) ({mesh}), {rows} rows each in microbatches of {micro}, estimated for each:"]
-    lines += [f"  {name:<12}{size / GIB:10.2f} GiB" for name, size in held._asdict().items()]
-    lines.append(f"  {'in all':<12}{held.total / GIB:10.2f} GiB")
-    if world > 1:
-        lines.append("received by each a step:")
-        lines += [f"  {name:<12}{size / GIB:10.2f} GiB" for name, size in moved._asdict().items()]
-    return "\n".join(lines)
-
-
-def _embedding(model: CausalLMConfig) -> float:
-    return model.vocab_size * model.d_model
-
-
-def _block_params(model: CausalLMConfig, layer: int, degrees: Degrees) -> float:
-    """Parameters of one block that one rank gathers: all dense ones, and its own experts'."""
-    d = model.d_model
-    ffn = model.ffn(layer)
-    params = model.attention.n_params(d, model.n_heads, model.norm) + 2 * model.norm.n_params(d)
-    if not isinstance(ffn, MoEConfig):
-        return params + ffn.n_params(d)
-    experts = ffn.moe_num_experts * ffn.expert.n_params(d)
-    return params + ffn.n_params(d) - experts + experts / degrees.expert
-
-
-def _kept_activations(model: CausalLMConfig, parallel: ParallelConfig, tokens: int) -> float:
-    """Numbers kept for backward by all layers: the residual stream alone under full recompute."""
-    d = model.d_model
-    if parallel.recompute == "full":
-        return (model.n_layers + 1) * tokens * d
-    kept = 0.0
+def _compute(model: CausalLMConfig, parallel: ParallelConfig, seq_len: int) -> float:
+    """Seconds of forward and backward, a token."""
+    products = model.flops_per_token(1)  # one token has nothing to attend to
+    attention = (model.flops_per_token(seq_len) - products) / hardware.ATTENTION_FLOPS
+    of_weight = 6 if model.lora is None else 4  # FLOPs; a frozen one has no gradient
+    routed = experts = 0.0  # FLOPs of the experts that a token meets, and their seconds
     for layer in range(model.n_layers):
-        # Two norms' inputs and outputs, queries, keys, values, the attention's output.
-        attention = 4 * d + 3 * model.attention.score_dims(d, model.n_heads)
         ffn = model.ffn(layer)
-        hidden = ffn.ffn_hidden_size or 0
-        copies = ffn.moe_top_k if isinstance(ffn, MoEConfig) else 1.5  # an expert keeps H alone, a dense block H and A
-        kept += tokens * (attention + copies * 2 * hidden)
-    return kept + tokens * d
+        if isinstance(ffn, MoEConfig):
+            flops = of_weight * ffn.moe_top_k * ffn.expert.n_params(model.d_model)
+            routed += flops
+            experts += flops / hardware.experts_flops(model.d_model, ffn.expert.hidden_size)
+    dense = (products - routed) / hardware.DENSE_FLOPS
+    once = experts + dense + attention
+    # `selective` keeps what is dear, but not the experts' products; attention's forward is a third of it.
+    again = 2 / of_weight * experts
+    if parallel.recompute == "full":
+        head = of_weight * model.vocab_size * model.d_model / hardware.DENSE_FLOPS
+        again += 2 / of_weight * (dense - head) + attention / 3
+    return once if parallel.recompute == "none" else once + again
+
+
+def _update(model: CausalLMConfig, degrees: Degrees, work: Work) -> float:
+    """Seconds of what is bound by memory: clipping and AdamW on the share, and the copies around each collective.
+
+    Bytes a parameter of the share: 4 to measure the gradient, 8 to scale it, 28 for the update. Of what is gathered:
+    the rounded copy in and out (6 and 4 bytes); of gradients: a float32 copy (6).
+    """
+    dense, experts = _params(model)
+    whole = dense + experts / degrees.expert + model.vocab_size * model.d_model
+    share = model.n_trainable_params() / degrees.shard
+    return (40 * share + (10 * work.microbatches + 6) * whole) / hardware.COPY_BYTES
+
+
+def _params(model: CausalLMConfig) -> tuple[float, float]:
+    """Parameters of all blocks: dense ones, and experts'."""
+    dense = experts = 0.0
+    each = model.attention.n_params(model.d_model, model.n_heads, model.norm) + 2 * model.norm.n_params(model.d_model)
+    for layer in range(model.n_layers):
+        ffn = model.ffn(layer)
+        of_experts = ffn.moe_num_experts * ffn.expert.n_params(model.d_model) if isinstance(ffn, MoEConfig) else 0
+        dense += each + ffn.n_params(model.d_model) - of_experts
+        experts += of_experts
+    return dense, experts

@@ -22,8 +22,8 @@ import torch
 
 from llmfoundry import runtime
 from llmfoundry.cli import read_config
-from llmfoundry.parallel.mesh import Degrees
-from llmfoundry.parallel.plan import GIB, memory
+from llmfoundry.parallel.hardware import GIB
+from llmfoundry.parallel.plan import Work, plan
 from llmfoundry.train.config import RunConfig
 from llmfoundry.train.trainer import Trainer, build
 
@@ -56,14 +56,15 @@ def measured(trainer: Trainer, seconds: list[float]) -> Row:
 
 
 def foretold(trainer: Trainer) -> Row:
-    """The plan's estimate of what `measured` finds as the peak."""
+    """The plan's estimate of what `measured` finds."""
     config, degrees = trainer.config, trainer.mesh.degrees
     rows = -(-config.global_train_batch_size // runtime.world_size())
     micro = config.device_train_microbatch_size
     micro = rows if micro == "auto" else min(micro, rows)
     wide = config.precision_on(trainer.device.type) == "fp32"
-    held = memory(config.model, config.parallel, Degrees(*degrees), micro * config.max_seq_len, 4 if wide else 2)
-    return {"in_all_gib": held.total / GIB} | {f"{name}_gib": size / GIB for name, size in held._asdict().items()}
+    found = plan(config.model, config.parallel, degrees, Work(rows, micro, config.max_seq_len, 4 if wide else 2))
+    sizes = {f"{name}_gib": size / GIB for name, size in found.memory._asdict().items()}
+    return {"in_all_gib": found.memory.total / GIB, "seconds": found.time.total} | sizes
 
 
 def exposed_communication(trainer: Trainer) -> Row:

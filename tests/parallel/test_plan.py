@@ -14,9 +14,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from llmfoundry.cli import read_config
 from llmfoundry.config import ConfigError
 from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.parallel import hardware
 from llmfoundry.parallel.apply import parallelize
-from llmfoundry.parallel.mesh import Degrees, ParallelConfig, build_mesh
-from llmfoundry.parallel.plan import GIB, describe, memory, traffic
+from llmfoundry.parallel.hardware import GIB
+from llmfoundry.parallel.memory import memory
+from llmfoundry.parallel.mesh import Degrees, ParallelConfig, build_mesh, plan_mesh
+from llmfoundry.parallel.plan import Link, Work, plan, traffic
+from llmfoundry.parallel.report import describe, meshes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,48 +58,141 @@ def test_each_rank_holds_what_was_foretold(name: str, world: int, parallel: Para
     foretold = memory(model, parallel, mesh.degrees, tokens=4096, compute_bytes=2)
     # Rank 0 also holds the rows by which a dim does not divide.
     assert held * 4 == pytest.approx(foretold.weights, rel=0.01)
-    assert foretold.optimizer == 2 * foretold.gradients == 2 * foretold.weights
+    assert foretold.optimizer == 2 * foretold.weights
 
 
-def test_recompute_holds_less_and_only_activations_change() -> None:
+def test_recompute_keeps_less() -> None:
     model, degrees = model_of("olmoe-1b-7b"), Degrees(1, 8, 1)
-    modes = [memory(model, ParallelConfig(recompute=mode), degrees, 4096, 2) for mode in ("none", "full")]
-    assert modes[0].activations > 5 * modes[1].activations > 0
-    assert modes[0]._replace(activations=0) == modes[1]._replace(activations=0)
-
-
-def test_activations_are_at_least_x_and_h_of_each_mixture() -> None:
-    model, tokens = model_of("olmoe-1b-7b"), 4096
-    held = memory(model, ParallelConfig(), Degrees(1, 8, 1), tokens, 2).activations
-    x_and_h = 16 * tokens * (2048 + 8 * 2 * 1024) * 2
-    assert x_and_h < held < 1.7 * x_and_h, "the rest is attention's"
+    modes = [memory(model, ParallelConfig(recompute=mode), degrees, 32768, 2) for mode in ("none", "selective", "full")]
+    none, selective, full = modes
+    assert none.total > selective.total > full.total
+    assert none.weights == selective.weights == full.weights
 
 
 def test_tokens_travel_only_with_expert_parallelism_and_at_most_once_a_rank() -> None:
-    model, tokens = model_of("olmoe-1b-7b"), 4096
+    model, work = model_of("olmoe-1b-7b"), Work(1, 1, 4096)
 
-    def sent(expert: int) -> float:
-        return traffic(model, ParallelConfig(expert=expert), Degrees(1, 8, expert), tokens, 1, 2).tokens
+    def sent(expert: int, **keys: str) -> Link:
+        return traffic(model, ParallelConfig(expert=expert, **keys), Degrees(1, 8, expert), work).tokens
 
-    assert sent(1) == 0.0
-    every_slot = 4 * 16 * tokens * 8 * 2048 * 2  # there and back, twice, 16 layers, 8 slots a token
-    assert 0 < sent(2) < sent(8) < every_slot * 7 / 8
-    assert sent(2) == pytest.approx(4 * 16 * tokens * 0.5 * 2 * (1 - 0.5**8) * 2048 * 2)
+    assert sent(1).total == 0.0
+    every_slot = 4 * 16 * 4096 * 8 * 2048 * 2  # there and back, twice, 16 layers, 8 slots a token
+    assert 0 < sent(2).total < sent(8).total < every_slot * 7 / 8
+    assert sent(2).total == pytest.approx(4 * 16 * 4096 * 0.5 * 2 * (1 - 0.5**8) * 2048 * 2)
+    assert sent(8, recompute="full").total == 1.5 * sent(8).total, "the way there and back is taken again"
 
 
 def test_replicas_receive_only_gradients_of_each_other() -> None:
-    model = model_of("olmoe-1b-7b")
-    alone = traffic(model, ParallelConfig(), Degrees(1, 8, 1), 4096, 1, 2)
-    twice = traffic(model, ParallelConfig(replicate=2), Degrees(2, 8, 1), 4096, 1, 2)
-    assert alone.replicate == 0 and twice.replicate == pytest.approx(model.n_params() / 8 * 4)
-    assert twice._replace(replicate=0.0) == alone
+    model, work = model_of("olmoe-1b-7b"), Work(1, 1, 4096)
+    alone = traffic(model, ParallelConfig(), Degrees(1, 8, 1), work)
+    twice = traffic(model, ParallelConfig(replicate=2), Degrees(2, 8, 1), work)
+    assert alone.replicate.total == 0 and twice.replicate == Link(0.0, pytest.approx(model.n_params() / 8 * 4))
+    assert twice._replace(replicate=alone.replicate) == alone
+
+
+def test_whole_experts_are_not_gathered() -> None:
+    model, work = model_of("mixtral-8x7b"), Work(1, 1, 4096)
+    divided = traffic(model, ParallelConfig(), Degrees(1, 8, 8), work)
+    split = traffic(model, ParallelConfig(), Degrees(1, 8, 1), work)
+    experts = 32 * 8 * 3 * 4096 * 14336
+    assert split.gather.total - divided.gather.total == pytest.approx(2 * experts * 2 * 7 / 8)
+    assert split.reduce.total - divided.reduce.total == pytest.approx(experts * 4 * 7 / 8)
+
+
+def test_a_ring_enters_a_node_once() -> None:
+    model, work = model_of("olmoe-1b-7b"), Work(1, 1, 4096)
+    node = traffic(model, ParallelConfig(), Degrees(1, 8, 1), work).gather
+    nodes = traffic(model, ParallelConfig(), Degrees(1, 16, 1), work).gather
+    assert node.network == 0
+    whole = node.total * 8 / 7
+    assert nodes.total == pytest.approx(whole * 15 / 16)
+    assert nodes.network == pytest.approx(whole / 2 / 8), "half is on the other node, and eight GPUs fetch it"
+
+
+def test_the_longer_of_compute_and_gathering_counts() -> None:
+    model = model_of("mixtral-8x7b")
+    short = plan(model, ParallelConfig(), Degrees(1, 64, 1), Work(1, 1, 512)).time
+    assert short.communication > short.compute
+    assert short.total == short.communication + short.update and short.exposed == short.communication - short.compute
+    long = plan(model, ParallelConfig(), Degrees(1, 64, 1), Work(8, 8, 4096)).time
+    assert long.exposed == 0 and long.total == long.compute + long.update
+    full = plan(model, ParallelConfig(recompute="full"), Degrees(1, 64, 1), Work(8, 8, 4096)).time
+    assert 1.25 * long.compute < full.compute < 4 / 3 * long.compute, "all but the head once more"
+
+
+def test_rates_of_experts_are_the_measured_ones_and_between() -> None:
+    assert hardware.experts_flops(2048, 1024) == 293e12
+    assert hardware.experts_flops(4096, 14336) == pytest.approx(560e12)
+    assert 293e12 < hardware.experts_flops(4096, 1536) < 560e12
+    assert hardware.experts_flops(512, 64) == 249e12 and hardware.experts_flops(8192, 65536) == 562e12
+
+
+# (layers, GPUs, recompute, tokens/s a GPU): torchtitan 0.3.0, compiled, 4 rows of 4096, measured by us on H100s.
+TORCHTITAN = [(8, 1, "none", 57_491), (8, 1, "selective", 51_576), (16, 2, "selective", 26_867)]
+
+
+@pytest.mark.parametrize(("n_layers", "gpus", "recompute", "measured"), TORCHTITAN)
+def test_the_estimate_is_near_a_measured_peer(n_layers: int, gpus: int, recompute: str, measured: float) -> None:
+    model = model_of("olmoe-1b-7b").model_copy(update={"n_layers": n_layers})
+    parallel = ParallelConfig.model_validate({"recompute": recompute})
+    found = plan(model, parallel, Degrees(1, gpus, 1), Work(4, 4, 4096))
+    assert found.tokens_per_second == pytest.approx(measured, rel=0.15)
+
+
+def described(name: str, world: int, rows: int, micro: int, gpu_memory: float = 79 * GIB, **parallel: object) -> str:
+    return describe(model_of(name), ParallelConfig.model_validate(parallel), world=world, global_rows=rows,
+                    micro_rows=micro, seq_len=4096, gpu_memory=gpu_memory)  # fmt: skip
 
 
 def test_the_description_names_the_mesh_and_adds_up() -> None:
-    text = describe(model_of("dbrx-132b"), ParallelConfig(expert=8), world=64, global_rows=1024, micro_rows=1,
-                    seq_len=4096)  # fmt: skip
+    text = described("dbrx-132b", 64, 1024, 1, expert=8)
     assert "replicate 1 x shard 64, expert 8" in text and "16 rows each in microbatches of 1" in text
     sizes = {line.split()[0]: float(line.split()[-2]) for line in text.splitlines() if line.endswith("GiB")}
     assert sizes["weights"] == pytest.approx(131.6e9 / 64 * 4 / GIB, abs=0.02)
+    kinds = ("weights", "gradients", "optimizer", "gathered", "activations", "temporaries")
+    assert sum(sizes[kind] for kind in kinds) == pytest.approx(sizes["in"], abs=0.05)
     with pytest.raises(ConfigError, match="does not divide"):
-        describe(model_of("dbrx-132b"), ParallelConfig(expert=8), world=60, global_rows=60, micro_rows=1, seq_len=64)
+        described("dbrx-132b", 60, 60, 1, expert=8)
+
+
+def test_one_gpu_fits_or_not_and_has_no_table() -> None:
+    text = described("olmoe-1b-7b", 1, 4, 4)
+    assert "does not fit: " in text and "of 74.0 GiB (79, of which 5 are kept free)" in text
+    assert "take another mesh, or more GPUs" in text and "meshes of" not in text
+    assert "fits: " in described("olmoe-1b-7b", 1, 4, 4, gpu_memory=180 * GIB)
+
+
+def test_what_does_not_fit_is_told_what_to_change() -> None:
+    text = described("olmoe-1b-7b", 2, 8, 4)
+    assert "does not fit" not in text.split("meshes of")[0], "FSDP over two GPUs holds it"
+    text = described("olmoe-1b-7b", 2, 16, 8)
+    verdict = text.split("meshes of")[0]
+    assert "does not fit" in verdict and "would fit on this mesh with parallel.recompute=selective (" in verdict
+    assert "device_train_microbatch_size" in verdict
+    text = described("dbrx-132b", 64, 1024, 1, expert=8)  # sixteen microbatches leave whole gradients
+    assert "parallel.reduce_once_a_step=false" in text.split("meshes of")[0]
+
+
+def test_the_table_marks_the_fastest_that_fits_and_the_one_asked_for() -> None:
+    text = described("qwen3-30b-a3b", 16, 64, 1, replicate=2, expert=4, reduce_once_a_step=False)
+    lines = text.split("meshes of")[1].splitlines()[2:]
+    assert sum(line[1] == ">" for line in lines) == 1 and sum(line[2] == "*" for line in lines) == 1
+    asked, fastest = (next(line for line in lines if line[at] == mark) for at, mark in ((1, ">"), (2, "*")))
+    assert asked[3:].split()[:3] == ["2", "8", "4"]
+    fitting = [float(line[3:].split()[6]) for line in lines if line.endswith("  fits")]
+    assert float(fastest[3:].split()[6]) == min(fitting) == fitting[0]
+    assert len(lines) <= 11
+
+
+def test_meshes_divide_the_gpus_the_node_and_the_experts() -> None:
+    assert Degrees(8, 8, 8) in meshes(128, 64) and Degrees(1, 64, 1) in meshes(128, 64)
+    assert meshes(0, 8) == [Degrees(1, 8, 1), Degrees(2, 4, 1), Degrees(4, 2, 1), Degrees(8, 1, 1)]
+    for world in (1, 2, 6, 8, 12, 64, 512):
+        for degrees in meshes(16, world):
+            asked = ParallelConfig(replicate=degrees.replicate, expert=degrees.expert)
+            assert plan_mesh(asked, world, 16) == degrees and degrees.expert <= 8
+
+
+def test_a_gpu_smaller_than_what_is_kept_free_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--gpu-memory 4: 5 GiB of it are kept free; write more"):
+        described("olmoe-1b-7b", 8, 8, 1, gpu_memory=4 * GIB)
