@@ -1,7 +1,7 @@
-"""Render the README's measured parts from files: what stands between `<!-- NAME -->` and `<!-- /NAME -->`.
+"""Render the measured and the planned parts of the pages: what stands between `<!-- NAME -->` and `<!-- /NAME -->`.
 
 A part whose results do not exist yet renders to nothing. Rendering twice changes nothing; `--check` writes
-nothing and exits 1 when the README is stale.
+nothing and exits 1 when a page is stale.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from plan_table import peers, planning, rates
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "scripts" / "bench" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "planning.md")
 
 
 def yaml_diff() -> str:
@@ -98,18 +101,22 @@ PARTS: dict[str, Callable[[], str]] = {
     "yamls": yamls,
     "cpu-step": cpu_step,
     "convert": conversion,
+    "peers": peers,
+    "planning": planning,
+    "rates": rates,
 }
 
 
-def render(text: str) -> str:
-    """The README with every marked part written anew.
+def render(page: Path) -> str:
+    """A page with every marked part written anew.
 
     Raises:
         ValueError: if a marker names no part, or has no closing marker.
     """
+    text = page.read_text(encoding="utf-8")
     opened, closed = re.findall(r"<!-- ([\w-]+) -->", text), re.findall(r"<!-- /([\w-]+) -->", text)
     if opened != closed or not set(opened) <= set(PARTS):
-        raise ValueError(f"README.md: markers {opened} closed by {closed}; known parts: {sorted(PARTS)}")
+        raise ValueError(f"{page.name}: markers {opened} closed by {closed}; known parts: {sorted(PARTS)}")
     for name in opened:
         body = PARTS[name]()
         block = f"<!-- {name} -->\n{body}\n<!-- /{name} -->" if body else f"<!-- {name} -->\n<!-- /{name} -->"
@@ -121,17 +128,15 @@ def render(text: str) -> str:
 def main() -> int:
     """Render, or with `--check` only compare."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit 1 when README.md is not up to date")
+    parser.add_argument("--check", action="store_true", help="exit 1 when a page is not up to date")
     arguments = parser.parse_args()
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    rendered = render(text)
-    if arguments.check and rendered != text:
-        print("README.md is stale: run scripts/bench/render_readme.py", file=sys.stderr)
-        return 1
-    if rendered != text:
-        path.write_text(rendered, encoding="utf-8")
-    return 0
+    stale = {page: text for page in PAGES if (text := render(page)) != page.read_text(encoding="utf-8")}
+    for page, text in stale.items():
+        if arguments.check:
+            print(f"{page.relative_to(ROOT)} is stale: run scripts/bench/render_readme.py", file=sys.stderr)
+        else:
+            page.write_text(text, encoding="utf-8")
+    return 1 if arguments.check and stale else 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,170 @@
+"""The planning table of docs/planning.md: what `llmfoundry.parallel.plan` foretells of two large models on many GPUs.
+
+`render_readme.py` writes it into the page, and checks that it is what the code says. Run by itself, it prints it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from llmfoundry.cli import read_config
+from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.parallel import hardware
+from llmfoundry.parallel.hardware import GIB
+from llmfoundry.parallel.mesh import Degrees, ParallelConfig
+from llmfoundry.parallel.plan import Plan, Work, plan
+
+ROOT = Path(__file__).resolve().parents[2]
+SEQ_LEN = 4096  # tokens
+
+
+class Setting(NamedTuple):
+    """What was chosen for one model on so many GPUs."""
+
+    model: str
+    gpus: int
+    global_rows: int
+    replicate: int
+    expert: int
+    recompute: str
+    micro_rows: int
+    reduce_once_a_step: bool = True
+
+
+# By hand, from the tables of `--dry-run`: the fastest that fits, with a copy of the model on 128 GPUs at most.
+SETTINGS = [
+    Setting("DBRX-132B", 64, 1024, 1, 4, "selective", 2, reduce_once_a_step=False),
+    Setting("DBRX-132B", 512, 2048, 4, 4, "selective", 4),
+    Setting("DBRX-132B", 4096, 8192, 32, 8, "selective", 2),
+    Setting("Qwen3-235B-A22B", 64, 1024, 1, 4, "full", 2, reduce_once_a_step=False),
+    Setting("Qwen3-235B-A22B", 512, 2048, 4, 4, "full", 4),
+    Setting("Qwen3-235B-A22B", 4096, 8192, 32, 4, "full", 2),
+]
+# Qwen3-235B-A22B has the shape of its small sister, but for these (Qwen team 2025, arXiv:2505.09388).
+QWEN3_235B = [
+    "model.d_model=4096", "model.n_heads=64", "model.n_layers=94", "model.ffn_config.ffn_hidden_size=1536",
+]  # fmt: skip
+
+
+def models() -> dict[str, CausalLMConfig]:
+    """Those of the table, by name."""
+    found = {
+        "DBRX-132B": read_config(str(ROOT / "yamls" / "dbrx-132b.yaml"), []).model,
+        "Qwen3-235B-A22B": read_config(str(ROOT / "yamls" / "qwen3-30b-a3b.yaml"), QWEN3_235B).model,
+    }
+    return {name: model for name, model in found.items() if isinstance(model, CausalLMConfig)}
+
+
+def planned(setting: Setting, model: CausalLMConfig) -> Plan:
+    """The plan of a setting.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    parallel = ParallelConfig.model_validate(
+        {"recompute": setting.recompute, "reduce_once_a_step": setting.reduce_once_a_step}
+    )
+    degrees = Degrees(setting.replicate, setting.gpus // setting.replicate, setting.expert)
+    work = Work(setting.global_rows // setting.gpus, setting.micro_rows, SEQ_LEN)
+    found = plan(model, parallel, degrees, work)
+    if not found.fits(hardware.GPU_MEMORY):
+        raise ValueError(f"{setting} needs {found.memory.total / GIB:.1f} GiB a GPU; choose another")
+    return found
+
+
+def planning() -> str:
+    """The table: a column for each setting."""
+    sizes = models()
+    plans = [(setting, planned(setting, sizes[setting.model])) for setting in SETTINGS]
+    lines = {
+        "parameters, active": [
+            f"{sizes[s.model].n_params() / 1e9:.1f} B, {sizes[s.model].n_active_params() / 1e9:.1f} B" for s, _ in plans
+        ],
+        "global batch, tokens": [f"{s.global_rows * SEQ_LEN / 1e6:.1f} M" for s, _ in plans],
+        "replicate x shard": [f"{p.degrees.replicate} x {p.degrees.shard}" for _, p in plans],
+        "expert": [str(p.degrees.expert) for _, p in plans],
+        "recompute": [s.recompute for s, _ in plans],
+        "microbatches of rows": [f"{p.work.microbatches} of {s.micro_rows}" for s, p in plans],
+        "reduce_once_a_step": [str(s.reduce_once_a_step).lower() for s, _ in plans],
+        "**step, s**": [f"**{p.time.total:.1f}**" for _, p in plans],
+        "compute, s": [f"{p.time.compute:.1f}" for _, p in plans],
+        "weights and gradients on links, s": [f"{p.time.communication:.1f}" for _, p in plans],
+        "exchange of tokens, s": [f"{p.time.exchange:.1f}" for _, p in plans],
+        "update, s": [f"{p.time.update:.2f}" for _, p in plans],
+        "exposed communication": [f"{p.time.exposed:.1f} s, {p.time.exposed / p.time.total:.0%}" for _, p in plans],
+        "**tokens/s a GPU**": [f"**{p.tokens_per_second:,.0f}**" for _, p in plans],
+        "**MFU**": [f"**{p.mfu:.0%}**" for _, p in plans],
+        "**memory, GiB**": [f"**{p.memory.total / GIB:.1f}**" for _, p in plans],
+    }
+    for kind in plans[0][1].memory._fields:
+        lines[kind] = [f"{getattr(p.memory, kind) / GIB:.1f}" for _, p in plans]
+    head = " | ".join(f"{s.model}, {s.gpus}" for s, _ in plans)
+    body = [f"| {name} | {' | '.join(cells)} |" for name, cells in lines.items()]
+    return "\n".join([f"| GPUs: | {head} |", "|---" * (len(plans) + 1) + "|", *body])
+
+
+def rates() -> str:
+    """The constants behind it."""
+    dense, attention, copy = hardware.DENSE_FLOPS, hardware.ATTENTION_FLOPS, hardware.COPY_BYTES
+    shapes = {"Qwen3-30B-A3B": (2048, 768), "OLMoE": (2048, 1024), "Mixtral": (4096, 14336), "DBRX": (6144, 10752)}
+    experts = ", ".join(f"{name} {hardware.experts_flops(*shape) / 1e12:.0f}" for name, shape in shapes.items())
+    links = {"all_gather": hardware.ALL_GATHER, "reduce_scatter": hardware.REDUCE_SCATTER}
+    links |= {"all_to_all": hardware.ALL_TO_ALL, "all_reduce": hardware.ALL_REDUCE}
+    return "\n".join(
+        [
+            "| | | from |",
+            "|---|---|---|",
+            f"| dense products | {dense / 1e12:.0f} TFLOP/s | measured, cuBLAS |",
+            f"| experts | {experts} TFLOP/s; others between, by D x F | measured, `grouped_mm`, 16,384 tokens |",
+            f"| attention | {attention / 1e12:.0f} TFLOP/s | arXiv:2407.08608: FlashAttention-2 at 35 % |",
+            f"| memory | {copy / 1e12:.2f} TB/s | measured, copy |",
+            f"| NVLink | {', '.join(f'{k} {v / 1e9:.0f}' for k, v in links.items())} GB/s | measured, two GPUs, NCCL |",
+            f"| network | {hardware.NETWORK / 1e9:.0f} GB/s a GPU | assumed: 400 Gb/s a GPU at 80 % |",
+            f"| memory kept free | {hardware.RESERVE / GIB:.0f} of {hardware.GPU_MEMORY / GIB:.0f} GiB | assumed |",
+        ]
+    )
+
+
+class Measured(NamedTuple):
+    """A peer's training step of the OLMoE shape on H100s, measured by us in November 2026; sequences of 4,096."""
+
+    name: str
+    n_layers: int
+    gpus: int
+    recompute: str
+    rows: int
+    tokens_per_second: float  # a GPU
+
+
+MEASURED = [
+    Measured("torchtitan 0.3.0, compiled", 8, 1, "none", 4, 57_491),
+    Measured("torchtitan 0.3.0, compiled", 8, 1, "selective", 4, 51_576),
+    Measured("torchtitan 0.3.0, compiled", 16, 2, "selective", 4, 26_867),
+    Measured("`transformers`, compiled, bf16 weights", 8, 1, "none", 4, 70_466),
+    Measured("`transformers`, not compiled, bf16 weights", 8, 1, "full", 8, 38_937),
+]
+
+
+def estimated(measured: Measured) -> float:
+    """Tokens/s a GPU that the plan foretells for a peer's run."""
+    model = read_config(str(ROOT / "yamls" / "olmoe-1b-7b.yaml"), [f"model.n_layers={measured.n_layers}"]).model
+    assert isinstance(model, CausalLMConfig)
+    parallel = ParallelConfig.model_validate({"recompute": measured.recompute})
+    found = plan(model, parallel, Degrees(1, measured.gpus, 1), Work(measured.rows, measured.rows, SEQ_LEN))
+    return found.tokens_per_second
+
+
+def peers() -> str:
+    """The estimate beside what was measured of others."""
+    rows = [
+        f"| {m.name} | {m.n_layers} | {m.gpus} | {m.recompute} | {m.tokens_per_second:,.0f} | {estimated(m):,.0f} "
+        f"| {estimated(m) / m.tokens_per_second - 1:+.0%} |"
+        for m in MEASURED
+    ]
+    head = "| | layers | GPUs | recompute | measured, tokens/s a GPU | estimated | off by |"
+    return "\n".join([head, "|---" * 7 + "|", *rows])
+
+
+if __name__ == "__main__":
+    print(rates(), peers(), planning(), sep="\n\n")
