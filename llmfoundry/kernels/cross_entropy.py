@@ -75,17 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(1, -(-x.shape[0] // n_chunks))
         for start in range(0, x.shape[0], rows):
             chunk = slice(start, min(start + rows, x.shape[0]))
-            logits = _product(x[chunk], weight.T, dtype)  # (N, V)
-            if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
-            loss, dlogits = _softmax_loss(logits, labels[chunk], x.dtype, needs_grad)
-            total += loss.sum()
-            if dlogits is None:
-                continue
-            if softcap is not None:
-                dlogits = (dlogits * (1 - (logits / softcap) ** 2)).to(x.dtype)
-            dx[chunk] = _product(dlogits, weight, dtype)
-            _add_product(dw, dlogits.T, x[chunk])
+            total += _chunk_loss(x[chunk], weight, labels[chunk], softcap, dx[chunk], dw, needs_grad)
         ctx.save_for_backward(dx, dw)
         ctx.dtypes = (x.dtype, weight.dtype)
         return total
@@ -97,6 +87,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_x = (dx * grad).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
         grad_w = (dw * grad).to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
         return grad_x, grad_w, None, None, None
+
+
+def _chunk_loss(
+    x: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, dx: Tensor, dw: Tensor, needs_grad: bool
+) -> Tensor:
+    """The loss's sum over some tokens; dx is set and dw added to. The logits are gone when it returns."""
+    logits = _product(x, weight.T, dw.dtype)  # (N, V)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    loss, dlogits = _softmax_loss(logits, labels, x.dtype, needs_grad)
+    if dlogits is not None:
+        if softcap is not None:
+            dlogits = (dlogits * (1 - (logits / softcap) ** 2)).to(x.dtype)
+        dx.copy_(_product(dlogits, weight, dw.dtype))
+        _add_product(dw, dlogits.T, x)
+    return loss.sum()
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

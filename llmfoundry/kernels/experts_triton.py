@@ -283,7 +283,7 @@ class _Context(Protocol):
 
     def save_for_backward(self, *tensors: Tensor) -> None: ...
 
-    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+    def set_materialize_grads(self, value: bool) -> None: ...
 
 
 Owed = dict[str, Callable[[], Tensor]]
@@ -293,6 +293,7 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, s
 def _setup(ctx: _Context, inputs: Inputs, output: tuple[Tensor, Tensor]) -> None:
     x, weights, w1, w2, *order, activation, gated, _, n_rows = inputs
     ctx.save_for_backward(x, weights, w1, w2, *order, output[1])
+    ctx.set_materialize_grads(False)  # h is an output for this alone: no zeros as its gradient
     ctx.unit = (activation, gated, n_rows)
 
 
@@ -312,7 +313,7 @@ def _gradients(ctx: _Context, needs: tuple[bool, ...], dy: Tensor) -> tuple[Tens
     return dx if need_x else None, dweights if need_weights else None, owed
 
 
-def _autograd(ctx: _Context, dy: Tensor, _dh: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: _Context, dy: Tensor, _dh: None) -> tuple[Tensor | None, ...]:
     dx, dweights, owed = _gradients(ctx, ctx.needs_input_grad[:4], dy)
     # Taken out before it is called: what only dw2 needs is free again when dw1 is computed.
     dw2, dw1 = (owed.pop(name)() if name in owed else None for name in ("w2", "w1"))

@@ -165,8 +165,7 @@ class _Walk:
         made = self.stream * self.bytes + (self.stream + self.vocab) * MASTER
         logits = self.tokens * self.model.vocab_size
         chunk = logits / -(-logits // CHUNK_LOGITS["cuda"])
-        # The next chunk's product is made while the last one's logits and their gradient are still named.
-        chunks = chunk * (MASTER + self.bytes) + (chunk * MASTER if logits > chunk else 0)
+        chunks = chunk * (MASTER + self.bytes)  # logits and their gradient
         kept = sum(block.params for block in self.blocks) + self.head if self.keeps else 0
         held = self.root + self.head + kept
         yield self._moment(before, held + self.head, self.last + 1, made + chunks)  # and the head's own buffer
