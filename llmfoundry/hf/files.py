@@ -1,23 +1,26 @@
-"""Folders of safetensors files: read through memory maps, written as streams, complete or not there at all.
+"""Folders of safetensors files: read block by block, written as streams, complete or not there at all.
 
 A file begins with the length of its header (8 bytes) and the header (JSON: dtype, shape and place of each tensor), and
 then holds the tensors' bytes one after another. Headers are checked against the file before anything is read; nothing
-is unpickled. Reading maps a file and touches just the pages that are asked for. Writing puts the header, which follows
-from shapes and dtypes, and then slab after slab of tensors: no more than one slab is held in memory.
+is unpickled. Reading takes just the rows that are asked for. Writing puts the header, which follows from shapes and
+dtypes, and then box after box of tensors: no more than a few buffers are held in memory.
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import math
 import mmap
 import os
 import shutil
 import uuid
-import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,48 +28,64 @@ import torch
 from torch import Tensor
 
 from llmfoundry.config import ConfigError
-from llmfoundry.hf.pieces import Copy, Part, Source, Spec, fill
+from llmfoundry.hf.pieces import Part, Spec, runs
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SLAB_BYTES = 2**26  # of an output tensor at a time; larger ones are no faster
+BLOCK_BYTES = 2**20  # read at a time: still in the core's cache when copied, and malloc gives the same memory again
+BUFFER_BYTES = 2**26  # written at a time
 
 # Weights as they are trained. Integers and 8-bit floats are quantised ones, which need scales beside them.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 2**30
+_ALIGNED = 2**16  # bytes: no disk's blocks are larger
 
 Advance = Callable[[int], object]  # told of bytes done
-Slabs = Callable[[str], Iterator[Tensor]]  # the values of a tensor, slabs of its first dim in turn
+FillBox = Callable[[str, tuple[int, ...], Tensor], object]  # of a tensor by its name, the box that begins at offsets
 
 
-class Mapped:
-    """A file in memory, page by page as it is read."""
+class Stored(NamedTuple):
+    """A box of a tensor in a file."""
 
-    def __init__(self, path: Path) -> None:
-        with open(path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-    def tensor(self, start: int, spec: Spec) -> Tensor:
-        """The tensor whose bytes begin at `start`. It must not be written to."""
-        count = math.prod(spec.shape)
-        if count == 0:
-            return torch.empty(spec.shape, dtype=spec.dtype)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given buffer is not writable")
-            flat = torch.frombuffer(self._map, dtype=spec.dtype, count=count, offset=start)
-        return flat.view(spec.shape)
-
-    def release(self) -> None:
-        """Give back the pages that were read; they come again when they are read again."""
-        self._map.madvise(mmap.MADV_DONTNEED)
-
-
-class _Stored(NamedTuple):
-    """A tensor in a file."""
-
-    spec: Spec
+    spec: Spec  # of the box
     file: Path
     start: int  # byte in the file
+    offsets: tuple[int, ...]  # of the box in the tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the box."""
+        return self.spec.shape
+
+    def blocks(self, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[Part]:
+        """Read a smaller box of the tensor, block by block.
+
+        Raises:
+            ConfigError: the file ends before.
+        """
+        size = self.spec.dtype.itemsize
+        inner = tuple(there - here for there, here in zip(offsets, self.offsets, strict=True))
+        # Not mapped: page faults took longer than all the copying.
+        with open(self.file, "rb", buffering=0) as file:
+            for at, box in runs(inner, shape, self.shape, BLOCK_BYTES // size):
+                values = torch.empty(box, dtype=self.spec.dtype)
+                place = 0
+                for index, length in zip(at, self.shape, strict=True):
+                    place = place * length + index
+                _read(file, _bytes_of(values), self.start + place * size)
+                yield Part(tuple(a + b for a, b in zip(at, self.offsets, strict=True)), values)
+
+
+def _read(file: FileIO, content: memoryview, start: int) -> None:
+    while content:
+        count = os.preadv(file.fileno(), [content], start)
+        if count == 0:
+            raise ConfigError(f"{file.name}: has become shorter while it was read")
+        content, start = content[count:], start + count
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 class Folder:
@@ -81,8 +100,7 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._stored: dict[str, _Stored] = {}
-        self._maps: dict[Path, Mapped] = {}
+        self._stored: dict[str, Stored] = {}
         for file, expected in _files(path).items():
             found = read_header(file)
             for name in expected - found.keys():
@@ -97,17 +115,9 @@ class Folder:
         """The file that holds a tensor."""
         return self._stored[name].file
 
-    def parts(self, name: str) -> list[Part]:
-        """The tensor, mapped."""
-        stored = self._stored[name]
-        if stored.file not in self._maps:
-            self._maps[stored.file] = Mapped(stored.file)
-        return [Part((0,) * len(stored.spec.shape), self._maps[stored.file].tensor(stored.start, stored.spec))]
-
-    def release(self) -> None:
-        """Give back what was read."""
-        for mapped in self._maps.values():
-            mapped.release()
+    def parts(self, name: str) -> list[Stored]:
+        """The tensor."""
+        return [self._stored[name]]
 
 
 def _files(path: Path) -> dict[Path, set[str]]:
@@ -135,7 +145,7 @@ def _files(path: Path) -> dict[Path, set[str]]:
     return files
 
 
-def read_header(file: Path) -> dict[str, _Stored]:
+def read_header(file: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file, each within it.
 
     Raises:
@@ -168,7 +178,7 @@ def read_header(file: Path) -> dict[str, _Stored]:
                 raise ConfigError(
                     f"{file}: is cut short: it has {size} bytes and tensor {name!r} ends at {8 + length + end}"
                 )
-            found[str(name)] = _Stored(spec, file, 8 + length + begin)
+            found[str(name)] = Stored(spec, file, 8 + length + begin, (0,) * len(shape))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -201,39 +211,6 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-class Room:
-    """Memory for two slabs in turn: one is filled while the one before it is written. Fresh memory takes longer to get
-    than to fill."""
-
-    def __init__(self) -> None:
-        self._buffers = [torch.empty(SLAB_BYTES, dtype=torch.uint8) for _ in range(2)]
-
-    def slab(self, spec: Spec) -> Tensor:
-        """A tensor whose values are those of the slab before the last."""
-        if spec.nbytes > SLAB_BYTES:
-            return torch.empty(spec.shape, dtype=spec.dtype)
-        self._buffers.reverse()
-        return self._buffers[0][: spec.nbytes].view(spec.dtype).view(spec.shape)
-
-
-def slabs_of(name: str, spec: Spec, copies: list[Copy], source: Source, room: Room | None = None) -> Iterator[Tensor]:
-    """The values of an output tensor, on the CPU, in slabs of its first dim of about `SLAB_BYTES`.
-
-    Args:
-        spec: what the tensor is to be; values are converted to its dtype.
-        copies: all that lead to it.
-        room: where the slabs are to be, for a caller that keeps none beyond the next; None: in memory of their own.
-    """
-    rows = spec.shape[0] if spec.shape else 1
-    step = max(1, SLAB_BYTES // max(1, spec.nbytes // max(1, rows)))
-    for start in range(0, rows, step):
-        part = Spec(spec.dtype, (min(step, rows - start), *spec.shape[1:]) if spec.shape else ())
-        slab = torch.empty(part.shape, dtype=part.dtype) if room is None else room.slab(part)
-        fill(slab, (start, *(0 for _ in spec.shape[1:])), copies, source)
-        source.release()
-        yield slab
-
-
 class Placed(NamedTuple):
     """A tensor's place in a file that is to be written."""
 
@@ -260,40 +237,125 @@ def header(tensors: Mapping[str, Spec], notes: Mapping[str, str]) -> tuple[bytes
     return head, [Placed(name, spec, len(head) + start) for name, spec, start in places]
 
 
-def write_file(
-    path: Path,
-    tensors: Mapping[str, Spec],
-    slabs: Slabs,
-    advance: Advance = lambda count: None,
-    digest: Callable[[bytes | memoryview], object] = lambda content: None,
-    notes: Mapping[str, str] | None = None,
-) -> list[Placed]:
-    """Write one safetensors file as a stream, and sync it.
+class Filed(NamedTuple):
+    """A file that is on disk, synced."""
 
-    A slab is read while the one before it is written and digested, each in a thread of its own: all three take about as
-    long as each other.
+    places: list[Placed]
+    bytes: int
+    sha256: str  # empty if it was not asked for
+
+
+def write_files(
+    folder: Path,
+    files: Mapping[str, Mapping[str, Spec]],
+    fill_box: FillBox,
+    advance: Advance = lambda count: None,
+    hashed: bool = False,
+) -> dict[str, Filed]:
+    """Write safetensors files as streams, and sync them.
 
     Args:
-        digest: is fed every byte in order.
-        notes: the file's metadata, beside `format`.
+        files: the tensors of each, by its name.
+        fill_box: gives the tensors' values. It is asked for boxes in the order in which they lie in the files.
+        hashed: take the files' SHA-256.
     """
-    head, places = header(tensors, {"format": "pt"} | dict(notes or {}))
-    with open(path, "xb") as file, ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as digester:
-        file.write(head)
-        digest(head)
-        before: list[Future[object]] = []
-        for place in places:
-            for slab in slabs(place.name):
-                content = slab.contiguous().reshape(-1).view(torch.uint8).numpy().data
-                for future in before:
-                    future.result()
-                before = [writer.submit(file.write, content), digester.submit(digest, content)]
-                advance(len(content))
-        for future in before:
-            future.result()
-        file.flush()
-        os.fsync(file.fileno())
-    return places
+    buffers = deque(torch.frombuffer(mmap.mmap(-1, BUFFER_BYTES), dtype=torch.uint8) for _ in range(3))
+    filed = {}
+    for name, tensors in files.items():
+        head, places = header(tensors, {"format": "pt"})
+        with _Stream(folder / name, buffers, hashed) as stream:
+            for start in range(0, len(head), _ALIGNED):
+                part = head[start : start + _ALIGNED]
+                stream.space(len(part)).copy_(torch.frombuffer(bytearray(part), dtype=torch.uint8))
+            for place in places:
+                for offsets, spec in boxes(place.spec):
+                    fill_box(place.name, offsets, stream.space(spec.nbytes).view(spec.dtype).view(spec.shape))
+                    advance(spec.nbytes)
+            filed[name] = Filed(places, *stream.finish())
+    return filed
+
+
+def boxes(spec: Spec) -> Iterator[tuple[tuple[int, ...], Spec]]:
+    """The boxes that a tensor is written in, with their offsets."""
+    limit = (BUFFER_BYTES - _ALIGNED) // spec.dtype.itemsize
+    for offsets, shape in runs((0,) * len(spec.shape), spec.shape, spec.shape, limit):
+        yield offsets, Spec(spec.dtype, shape)
+
+
+class _Stream:
+    """A new file, written from buffers in turn: one is filled while those before it are hashed and written.
+
+    The file is written past the page cache (O_DIRECT) where the file system allows it: copies into new pages of the
+    cache took more of the processor than SHA-256, and syncing them held everything up at the end. Such writes begin and
+    end at multiples of a block. What is over goes to the next buffer, and at the end through the cache.
+
+    Args:
+        buffers: each begins at a page of memory.
+    """
+
+    def __init__(self, path: Path, buffers: deque[Tensor], hashed: bool) -> None:
+        self._buffers, self._filled, self._written = buffers, 0, 0
+        self._digest = hashlib.sha256() if hashed else None
+        self._busy: deque[list[Future[None]]] = deque()
+        self._stack = ExitStack()
+        self._file = self._stack.enter_context(open(path, "xb", buffering=0))
+        # The file is closed after they are done.
+        self._writer, self._hasher = (self._stack.enter_context(ThreadPoolExecutor(1)) for _ in range(2))
+        with suppress(OSError):
+            self._go_direct(True)
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def space(self, n_bytes: int) -> Tensor:
+        """Where the file's next bytes are to be put, before the next call; fewer than a buffer has."""
+        if self._filled + n_bytes > BUFFER_BYTES:
+            self._send()
+        self._filled += n_bytes
+        return self._buffers[0][self._filled - n_bytes : self._filled]
+
+    def finish(self) -> tuple[int, str]:
+        """Put everything on disk; the file's bytes and SHA-256."""
+        self._send()
+        while self._busy:
+            self._wait()
+        self._go_direct(False)
+        rest = _bytes_of(self._buffers[0][: self._filled])
+        self._write(rest)
+        self._hash(rest)
+        os.fsync(self._file.fileno())
+        return self._written, self._digest.hexdigest() if self._digest is not None else ""
+
+    def _send(self) -> None:
+        """Have the blocks of the buffer written, and turn to the next one."""
+        end = self._filled // _ALIGNED * _ALIGNED
+        blocks, rest = _bytes_of(self._buffers[0][:end]), self._buffers[0][end : self._filled]
+        self._busy.append([self._writer.submit(self._write, blocks), self._hasher.submit(self._hash, blocks)])
+        self._buffers.rotate(-1)
+        if len(self._busy) == len(self._buffers):
+            self._wait()
+        self._filled = len(rest)
+        self._buffers[0][: self._filled] = rest
+
+    def _wait(self) -> None:
+        for task in self._busy.popleft():
+            task.result()
+
+    def _write(self, content: memoryview) -> None:
+        while content:
+            count = self._file.write(content)
+            content, self._written = content[count:], self._written + count
+
+    def _hash(self, content: memoryview) -> None:
+        if self._digest is not None:
+            self._digest.update(content)
+
+    def _go_direct(self, on: bool) -> None:
+        flags, direct = fcntl.fcntl(self._file, fcntl.F_GETFL), getattr(os, "O_DIRECT", 0)
+        fcntl.fcntl(self._file, fcntl.F_SETFL, flags | direct if on else flags & ~direct)
 
 
 def shards(tensors: Mapping[str, Spec], max_bytes: int) -> list[dict[str, Spec]]:
@@ -310,18 +372,20 @@ def shards(tensors: Mapping[str, Spec], max_bytes: int) -> list[dict[str, Spec]]
 
 
 def write_weights(
-    folder: Path, tensors: Mapping[str, Spec], slabs: Slabs, max_shard_bytes: int, advance: Advance = lambda count: None
+    folder: Path,
+    tensors: Mapping[str, Spec],
+    fill_box: FillBox,
+    max_shard_bytes: int,
+    advance: Advance = lambda count: None,
 ) -> None:
     """Write `model.safetensors`, or several files and their index, into a folder."""
-    files = shards(tensors, max_shard_bytes)
-    if len(files) == 1:
-        write_file(folder / WEIGHTS, files[0], slabs, advance)
+    parts = shards(tensors, max_shard_bytes)
+    if len(parts) == 1:
+        write_files(folder, {WEIGHTS: parts[0]}, fill_box, advance)
         return
-    weight_map: dict[str, str] = {}
-    for number, file in enumerate(files, 1):
-        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        write_file(folder / name, file, slabs, advance)
-        weight_map |= dict.fromkeys(file, name)
+    files = {f"model-{number:05d}-of-{len(parts):05d}.safetensors": part for number, part in enumerate(parts, 1)}
+    write_files(folder, files, fill_box, advance)
+    weight_map = {name: file for file, part in files.items() for name in part}
     notes = {
         "total_parameters": sum(math.prod(spec.shape) for spec in tensors.values()),
         "total_size": sum(spec.nbytes for spec in tensors.values()),

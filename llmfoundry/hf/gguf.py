@@ -1,8 +1,8 @@
 """GGUF files (llama.cpp) of the Llama family as config.json and tensors of `transformers`: our families do the rest.
 
 A file is a header (settings, then name, shape, type and place of each tensor) and the tensors' bytes. It is checked
-against the file's size before anything is read. Tensors are mapped; quantised ones are dequantised to float32 by the
-`gguf` library, one at a time.
+against the file's size before anything is read. Quantised tensors are dequantised to float32 by the `gguf` library, one
+at a time.
 Three things are other than in `transformers`. Rows of queries and keys in `llama` files stand in the order that turns
 neighbouring dims together. Scaling of rotations as Llama 3.1 has it is a tensor of divisors, from which its settings
 are found again. Numbers are float32: 1e-5 is there as 9.99999974738e-06.
@@ -25,8 +25,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llmfoundry.config import ConfigError
 from llmfoundry.hf.family import ConfigDict, Value
-from llmfoundry.hf.files import Mapped
-from llmfoundry.hf.pieces import Part, Spec
+from llmfoundry.hf.files import Stored
+from llmfoundry.hf.pieces import Kept, Part, Spec, whole_of
 from llmfoundry.layers.rope import Llama3Scaling, NoScaling
 
 _ARCHITECTURES = "llama", "qwen2", "qwen3"  # by the same names in `transformers`
@@ -83,7 +83,7 @@ class GGUFFile:
             raise ConfigError(
                 f"{path}: is one of {settings['split.count']} parts; merge them (llama-gguf-split --merge)"
             )
-        self._mapped = Mapped(path)
+        self._path = path
         divisors = stored.pop(_ROPE_DIVISORS, None)
         said = _Said(path, settings)
         self.config = _config(said, stored, None if divisors is None else self._values(divisors))
@@ -94,16 +94,18 @@ class GGUFFile:
         self.specs: Mapping[str, Spec] = {name: each.spec for name, each in self._stored.items()}
         self._last: tuple[str, Tensor] | None = None
 
-    def parts(self, name: str) -> list[Part]:
-        """The tensor: mapped, or made and kept until another one is asked for."""
+    def parts(self, name: str) -> list[Kept]:
+        """The tensor: as it is in the file, or made and kept until another one is asked for."""
+        stored = self._stored[name]
+        if stored.kind in _PLAIN and not stored.heads:
+            return [self._box(stored.start, stored.spec)]
         if self._last is None or self._last[0] != name:
             self._last = None  # before the next: one at a time
-            self._last = name, self._values(self._stored[name])
+            self._last = name, self._values(stored)
         return [Part((0,) * self._last[1].dim(), self._last[1])]
 
-    def release(self) -> None:
-        """Give back the file's pages. The last tensor is kept: it is asked for slab by slab."""
-        self._mapped.release()
+    def _box(self, start: int, spec: Spec) -> Stored:
+        return Stored(spec, self._path, start, (0,) * len(spec.shape))
 
     def _restore_order(self) -> None:
         heads = {"q_proj": self.config["num_attention_heads"], "k_proj": self.config["num_key_value_heads"]}
@@ -120,14 +122,18 @@ class GGUFFile:
 
     def _dequantised(self, stored: _Stored) -> Tensor:
         if stored.kind in _PLAIN:
-            return self._mapped.tensor(stored.start, stored.spec)
+            return whole_of(stored.spec, [self._box(stored.start, stored.spec)])
         gguf = _library()
         kind = gguf.GGMLQuantizationType(stored.kind)
         values = torch.empty(math.prod(stored.shape[:-1]), stored.shape[-1])
-        blocks = self._mapped.tensor(stored.start, Spec(torch.uint8, (len(values), stored.nbytes // len(values))))
+        coded = self._box(stored.start, Spec(torch.uint8, (len(values), stored.nbytes // len(values))))
         for start in range(0, len(values), _SLAB_ROWS):
-            slab = blocks[start : start + _SLAB_ROWS].numpy()
-            values[start : start + _SLAB_ROWS] = torch.from_numpy(gguf.quants.dequantize(slab, kind))
+            rows = min(_SLAB_ROWS, len(values) - start)
+            for block in coded.blocks((start, 0), (rows, coded.shape[1])):
+                first = block.offsets[0]
+                values[first : first + len(block.values)] = torch.from_numpy(
+                    gguf.quants.dequantize(block.values.numpy(), kind)
+                )
         return values.view(stored.shape)
 
 

@@ -9,7 +9,7 @@ writing, and reading just the part that a rank holds: cut them to the box that i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -36,17 +36,38 @@ class Part(NamedTuple):
     offsets: tuple[int, ...]  # of the box in the tensor
     values: Tensor
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the box."""
+        return tuple(self.values.shape)
+
+    def blocks(self, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[Part]:
+        """Itself: it is in memory."""
+        yield self
+
+
+class Kept(Protocol):
+    """A box of a tensor, wherever its values are."""
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Of the box in the tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the box."""
+
+    def blocks(self, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[Part]:
+        """A smaller box of the tensor, brought into memory part by part; what lies near may come along."""
+
 
 class Source(Protocol):
     """Tensors that can be read piece by piece."""
 
     specs: Mapping[str, Spec]
 
-    def parts(self, name: str) -> Iterable[Part]:
+    def parts(self, name: str) -> Iterable[Kept]:
         """The boxes that a tensor is kept in; together they are all of it."""
-
-    def release(self) -> None:
-        """Let go of the memory of what was read so far."""
 
 
 class Axis(NamedTuple):
@@ -127,6 +148,43 @@ def _view(tensor: Tensor, side: Side, sizes: tuple[int, ...], offsets: tuple[int
     return tensor[tuple(index)].permute([dims.index(axis.dim) for axis in side.axes])
 
 
+def runs(
+    offsets: tuple[int, ...], shape: tuple[int, ...], whole: tuple[int, ...], limit: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Cut a box of a tensor to boxes whose values lie side by side, in their order in memory.
+
+    Args:
+        whole: the tensor's shape.
+        limit: values in a box, at most.
+
+    Yields:
+        Offsets and shapes. Where the box takes a part of short rows, they are whole rows: reading on is faster than
+        skipping.
+    """
+    if not whole:
+        yield (), ()
+        return
+    row = math.prod(whole[1:])
+    if row <= (limit if shape[1:] == whole[1:] else limit // 16):
+        rows, end = max(1, limit // max(1, row)), offsets[0] + shape[0]
+        for start in range(offsets[0], end, rows):
+            yield (start, *(0 for _ in whole[1:])), (min(rows, end - start), *whole[1:])
+        return
+    for index in range(offsets[0], offsets[0] + shape[0]):
+        for inner, size in runs(offsets[1:], shape[1:], whole[1:], limit):
+            yield (index, *inner), (1, *size)
+
+
+def _bounds(side: Side, sizes: tuple[int, ...], n_dims: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The smallest box of a tensor that has a block in it."""
+    offsets, shape = [0] * n_dims, [1] * n_dims
+    for dim, index in side.fixed:
+        offsets[dim] = index
+    for axis, size in zip(side.axes, sizes, strict=True):
+        offsets[axis.dim], shape[axis.dim] = axis.start, (size - 1) * axis.step + 1
+    return tuple(offsets), tuple(shape)
+
+
 @torch.no_grad()
 def fill(out: Tensor, offsets: tuple[int, ...], copies: Iterable[Copy], source: Source) -> None:
     """Fill a box of a tensor, reading no more than what it takes.
@@ -142,11 +200,34 @@ def fill(out: Tensor, offsets: tuple[int, ...], copies: Iterable[Copy], source: 
         wanted = copy.to_box(offsets, tuple(out.shape))
         if wanted is None:
             continue
-        for part in source.parts(wanted.source.name):
-            here = wanted.from_box(part.offsets, tuple(part.values.shape))
-            if here is not None:
-                target = _view(out, here.target, here.sizes, offsets)
-                target.copy_(_view(part.values, here.source, here.sizes, part.offsets))
+        for kept in source.parts(wanted.source.name):
+            here = wanted.from_box(kept.offsets, kept.shape)
+            if here is None:
+                continue
+            for part in kept.blocks(*_bounds(here.source, here.sizes, len(kept.shape))):
+                there = here.from_box(part.offsets, part.shape)
+                if there is not None:
+                    target = _view(out, there.target, there.sizes, offsets)
+                    target.copy_(_view(part.values, there.source, there.sizes, part.offsets))
+
+
+def box_of(tensor: Tensor, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    """A view of a box of a tensor."""
+    return tensor[tuple(slice(start, start + n) for start, n in zip(offsets, shape, strict=True))]
+
+
+def values_of(parts: Iterable[Kept]) -> Iterator[Part]:
+    """All of a tensor, brought into memory part by part."""
+    for kept in parts:
+        yield from kept.blocks(kept.offsets, kept.shape)
+
+
+def whole_of(spec: Spec, parts: Iterable[Kept]) -> Tensor:
+    """A tensor in memory."""
+    whole = torch.empty(spec.shape, dtype=spec.dtype)
+    for part in values_of(parts):
+        box_of(whole, part.offsets, part.shape).copy_(part.values)
+    return whole
 
 
 class Pieces:

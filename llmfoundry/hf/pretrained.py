@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +28,9 @@ from llmfoundry.config import ConfigError
 from llmfoundry.hf import gguf
 from llmfoundry.hf.facts import differences, facts
 from llmfoundry.hf.family import ConfigDict, Family, read_config, write_config
-from llmfoundry.hf.files import Advance, Folder, Room, new_folder, slabs_of, write_weights
+from llmfoundry.hf.files import Advance, Folder, boxes, new_folder, write_weights
 from llmfoundry.hf.gguf import GGUFFile
-from llmfoundry.hf.pieces import Copy, Part, Pieces, Source, Spec, fill
+from llmfoundry.hf.pieces import Copy, Kept, Part, Pieces, Source, Spec, fill, values_of
 from llmfoundry.layers.lora import is_adapter
 from llmfoundry.model.config import CausalLMConfig
 from llmfoundry.model.init import plain_name, shard_of
@@ -199,7 +199,6 @@ def load_weights(model: CausalLM, path_or_id: str | Path) -> None:
         if not is_adapter(name):
             shard = shard_of(tensor)
             fill(shard.local, shard.offsets, checkpoint.copies[name], checkpoint.source)
-            checkpoint.source.release()
 
 
 def from_pretrained(
@@ -221,7 +220,6 @@ def from_pretrained(
     model = model.to_empty(device=device)
     for name, tensor in model.state_dict().items():
         fill(tensor, (0,) * tensor.dim(), checkpoint.copies[name], checkpoint.source)
-        checkpoint.source.release()
     return Loaded(model.eval(), tokenizer_of(checkpoint.path))
 
 
@@ -252,9 +250,10 @@ def save_pretrained(
         return
     family, _ = write_config(model.config, model_type)
     pieces = pieces_of(family, model.config, family.layouts[0])
+    copies = pieces.writing()
     for name, spec in _their_specs(pieces, source, dtype).items():
-        for _ in slabs_of(name, spec, pieces.writing()[name], source):  # what rank 0 asks of all
-            pass
+        for offsets, box in boxes(spec):  # what rank 0 asks of all
+            fill(torch.empty(box.shape, dtype=box.dtype), offsets, copies[name], source)
 
 
 def write_checkpoint(
@@ -267,7 +266,7 @@ def write_checkpoint(
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Progress = _silent,
 ) -> None:
-    """Write config.json and the weights of a model of ours into a folder; one slab is in memory at a time.
+    """Write config.json and the weights of a model of ours into a folder; they are never in memory as a whole.
 
     Args:
         source: our tensors.
@@ -281,11 +280,9 @@ def write_checkpoint(
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         said[key] = getattr(tokenizer, key, None)
     (folder / "config.json").write_text(json.dumps(data | said, indent=2) + "\n", encoding="utf-8")
-    copies, room = pieces.writing(), Room()
+    copies = pieces.writing()
     with progress(sum(spec.nbytes for spec in specs.values())) as advance:
-        write_weights(
-            folder, specs, lambda name: slabs_of(name, specs[name], copies[name], source, room), SHARD_BYTES, advance
-        )
+        write_weights(folder, specs, lambda name, at, box: fill(box, at, copies[name], source), SHARD_BYTES, advance)
 
 
 def copy_tokenizer(source: Path, target: Path) -> bool:
@@ -330,9 +327,8 @@ def _check_same(path: Path, source: Source, head: str, embedding: str) -> None:
     """Raise ConfigError if a tied model's head is another matrix than its embedding: one of them would be lost."""
     same = embedding in source.specs and source.specs[head] == source.specs[embedding]
     if same:
-        pairs = zip(source.parts(head), source.parts(embedding), strict=True)
+        pairs = zip(values_of(source.parts(head)), values_of(source.parts(embedding)), strict=True)
         same = all(torch.equal(one.values, two.values) for one, two in pairs)
-        source.release()
     if not same:
         raise ConfigError(
             f"{path}: config.json ties the embeddings, but {head!r} is not {embedding!r}; "
@@ -347,11 +343,8 @@ class _Renamed:
         self._source, self._names = source, names
         self.specs: Mapping[str, Spec] = {new: source.specs[old] for new, old in names.items()}
 
-    def parts(self, name: str) -> Iterator[Part]:
-        yield from self._source.parts(self._names[name])
-
-    def release(self) -> None:
-        self._source.release()
+    def parts(self, name: str) -> Iterable[Kept]:
+        return self._source.parts(self._names[name])
 
 
 def _with_prefix(source: Source, family: Family) -> Source:
@@ -363,7 +356,8 @@ def _with_prefix(source: Source, family: Family) -> Source:
 
 
 class _Model:
-    """A model's own tensors as a source; those of a sharded one whole, one at a time, on all ranks together."""
+    """A model's own tensors as a source; those of a sharded one whole, one at a time, on all ranks together. The last
+    one is kept: the next tensor of theirs is often another part of it."""
 
     def __init__(self, model: CausalLM) -> None:
         state = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
@@ -379,6 +373,3 @@ class _Model:
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             self._last = name, whole.cpu()
         return [Part((0,) * self._last[1].dim(), self._last[1])]
-
-    def release(self) -> None:
-        pass  # the last one is kept: the next tensor of theirs is often another part of it

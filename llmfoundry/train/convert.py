@@ -6,7 +6,6 @@ on from it: `train.py OUT/config.yaml load_path=OUT load_weights_only=true`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,8 +17,8 @@ from torch import Tensor
 
 from llmfoundry.config import ConfigError, check, dump
 from llmfoundry.hf.family import write_config
-from llmfoundry.hf.files import DTYPE_NAMES, Mapped, Placed, Room, Slabs, new_folder, shards, slabs_of, write_file
-from llmfoundry.hf.pieces import Copy, Part, Pieces, Source, Spec
+from llmfoundry.hf.files import DTYPE_NAMES, FillBox, Placed, Stored, new_folder, shards, write_files
+from llmfoundry.hf.pieces import Copy, Kept, Part, Pieces, Source, Spec, box_of, fill, whole_of
 from llmfoundry.hf.pretrained import (
     GENERATION,
     Progress,
@@ -36,21 +35,21 @@ from llmfoundry.model.adapters import PeftPart, save_peft
 from llmfoundry.model.config import CausalLMConfig, ModelConfig
 from llmfoundry.train import checkpoint, manifest
 from llmfoundry.train.manifest import CONFIG, INDEX, TRAINER, CheckpointError, Written
-from llmfoundry.train.storage import Entry, read_index
+from llmfoundry.train.storage import read_index
 
 _FILE_BYTES = 2 * 10**9  # several files are checked on several cores
 
 
 class CheckpointSource:
-    """The weights of a checkpoint of ours, adapters added to what they adapt; mapped, not read.
+    """The weights of a checkpoint of ours, adapters added to what they adapt.
 
     Args:
-        path: the checkpoint, verified.
+        path: the checkpoint.
         config: of its model.
     """
 
     def __init__(self, path: Path, config: CausalLMConfig) -> None:
-        self._path, self._maps = path, dict[str, Mapped]()
+        self._path = path
         entries = read_index(path)
         self._entries = {name.removeprefix("model/"): e for name, e in entries.items() if name.startswith("model/")}
         self._scale = config.lora.scale if config.lora is not None else 0.0
@@ -58,36 +57,26 @@ class CheckpointSource:
             name: Spec(entry.dtype, entry.shape) for name, entry in self._entries.items() if "lora_" not in name
         }
 
-    def parts(self, name: str) -> Iterator[Part]:
+    def parts(self, name: str) -> Iterator[Kept]:
         """The boxes that ranks have saved of a tensor; of one with an adapter, the whole."""
         base = name.removesuffix(".weight")
         sides = [
             f"{base}{join}lora_{side}" for side in "AB" for join in "._" if f"{base}{join}lora_{side}" in self._entries
         ]
         if not sides:
-            for chunk in self._entries[name].chunks:
-                yield self._chunk(self._entries[name], chunk.file, chunk.start, chunk.offsets, chunk.shape)
+            yield from self._stored(name)
             return
         weight, a, b = (self._whole(each) for each in (name, *sides))
         yield Part((0,) * weight.dim(), adapted(weight, a.to(weight.dtype), b.to(weight.dtype), self._scale))
 
-    def release(self) -> None:
-        """Give back the memory of what was read."""
-        for mapped in self._maps.values():
-            mapped.release()
-
-    def _chunk(self, entry: Entry, file: str, start: int, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Part:
-        if file not in self._maps:
-            self._maps[file] = Mapped(self._path / file)
-        return Part(offsets, self._maps[file].tensor(start, Spec(entry.dtype, shape)))
+    def _stored(self, name: str) -> Iterator[Stored]:
+        entry = self._entries[name]
+        for chunk in entry.chunks:
+            yield Stored(Spec(entry.dtype, chunk.shape), self._path / chunk.file, chunk.start, chunk.offsets)
 
     def _whole(self, name: str) -> Tensor:
         entry = self._entries[name]
-        whole = torch.empty(entry.shape, dtype=entry.dtype)
-        for chunk in entry.chunks:
-            part = self._chunk(entry, chunk.file, chunk.start, chunk.offsets, chunk.shape)
-            whole[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.shape, strict=True))] = part.values
-        return whole
+        return whole_of(Spec(entry.dtype, entry.shape), self._stored(name))
 
 
 def from_hf(source: str | Path, out: Path, progress: Progress) -> CausalLMConfig:
@@ -104,11 +93,10 @@ def from_hf(source: str | Path, out: Path, progress: Progress) -> CausalLMConfig
         ConfigError: what is wrong with `source`, or `out` is in use; nothing is left of it.
     """
     theirs = open_checkpoint(source)
-    specs, room = theirs.our_specs(), Room()
     with new_folder(out) as folder:
         _write(
-            folder, out, theirs.config, specs, theirs.path, progress,
-            lambda name: slabs_of(name, specs[name], theirs.copies[name], theirs.source, room),
+            folder, out, theirs.config, theirs.our_specs(), theirs.path, progress,
+            lambda name, at, box: fill(box, at, theirs.copies[name], theirs.source),
         )  # fmt: skip
     return theirs.config
 
@@ -128,7 +116,7 @@ def to_hf(
     """
     contents, config = _open(source)
     tokenizer = tokenizer_of(contents.tokenizer) if contents.tokenizer is not None else None
-    with new_folder(out) as folder:
+    with new_folder(out) as folder, manifest.verified_beside(contents.path, _is_weights):
         write_checkpoint(
             folder, _base(config), CheckpointSource(contents.path, config), dtype=dtype, model_type=model_type,
             tokenizer=tokenizer, progress=progress,
@@ -149,6 +137,7 @@ def adapters_to_peft(source: str | Path, out: Path, base_model: str | None = Non
         ConfigError: there are no adapters, or they stand where `peft` cannot have any.
     """
     contents, config = _open(source)
+    manifest.verify(contents.path, only=_is_weights)
     if config.lora is None:
         raise ConfigError(f"{contents.path}: has no adapters (model.lora)")
     family, _ = write_config(_base(config))
@@ -187,6 +176,7 @@ def grow(source: str | Path, out: Path, plan: Upcycling, seed: int, progress: Pr
     copies: Mapping[str, list[Copy]]
     if is_ours:
         contents, config = _open(source)
+        manifest.verify(contents.path, only=_is_weights)
         values = CheckpointSource(contents.path, config)
         dense, tokenizer, specs = _base(config), contents.tokenizer, dict(values.specs)
         copies = _identity(specs)
@@ -194,20 +184,30 @@ def grow(source: str | Path, out: Path, plan: Upcycling, seed: int, progress: Pr
         theirs = open_checkpoint(source)
         values, copies = theirs.source, theirs.copies
         dense, tokenizer, specs = theirs.config, theirs.path, theirs.our_specs()
-    weights = ((name, torch.cat(list(slabs_of(name, spec, copies[name], values)))) for name, spec in specs.items())
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        for name, spec in specs.items():
+            tensor = torch.empty(spec.shape, dtype=spec.dtype)
+            fill(tensor, (0,) * tensor.dim(), copies[name], values)
+            yield name, tensor
+
     grown = upcycled_config(dense, plan)
     dtype = next(iter(specs.values())).dtype
-    stream, ahead = upcycle(weights, dense, plan, seed), dict[str, Tensor]()
+    stream, ahead, last = upcycle(weights(), dense, plan, seed), dict[str, Tensor](), ""
 
-    def slabs(name: str) -> Iterator[Tensor]:
+    def fill_box(name: str, offsets: tuple[int, ...], box: Tensor) -> None:
+        nonlocal last
+        if name != last:
+            ahead.pop(last, None)
+            last = name
         while name not in ahead:
             found, tensor = next(stream)
             ahead[found] = tensor
-        yield ahead.pop(name).to(dtype)
+        box.copy_(box_of(ahead[name], offsets, tuple(box.shape)))
 
     with new_folder(out) as folder:
         made = {name: Spec(dtype, shape) for name, shape in our_shapes(grown).items()}
-        _write(folder, out, grown, made, tokenizer, progress, slabs)
+        _write(folder, out, grown, made, tokenizer, progress, fill_box)
     return grown
 
 
@@ -230,9 +230,13 @@ def recipe(config: CausalLMConfig, out: Path, has_tokenizer: bool) -> dict[str, 
     }
 
 
+def _is_weights(name: str) -> bool:
+    return name.startswith("model-")
+
+
 def _open(source: str | Path) -> tuple[checkpoint.Contents, CausalLMConfig]:
+    """What a checkpoint says about itself, and the config of its model; weights are not verified yet."""
     contents = checkpoint.read(source)
-    manifest.verify(contents.path, only=lambda name: name.startswith("model-"))
     model = contents.config.get("model") if isinstance(contents.config, dict) else None
     if not isinstance(model, dict):
         raise CheckpointError(f"{contents.path / CONFIG}: has no model")
@@ -259,17 +263,14 @@ def _write(
     specs: Mapping[str, Spec],
     tokenizer: Path | None,
     progress: Progress,
-    slabs: Slabs,
+    fill_box: FillBox,
 ) -> None:
     """A whole checkpoint of ours in a folder that will be `out`."""
-    entries: dict[str, object] = {}
-    files: dict[str, Written] = {}
+    parts = {f"model-{number:05d}.safetensors": part for number, part in enumerate(shards(specs, _FILE_BYTES))}
     with progress(sum(spec.nbytes for spec in specs.values())) as advance:
-        for number, tensors in enumerate(shards(specs, _FILE_BYTES)):
-            name, digest = f"model-{number:05d}.safetensors", hashlib.sha256()
-            places = write_file(folder / name, tensors, slabs, advance, digest.update)
-            files[name] = Written((folder / name).stat().st_size, digest.hexdigest())
-            entries |= {f"model/{place.name}": _entry(place, name) for place in places}
+        filed = write_files(folder, parts, fill_box, advance, hashed=True)
+    files = {name: Written(file.bytes, file.sha256) for name, file in filed.items()}
+    entries = {f"model/{place.name}": _entry(place, name) for name, file in filed.items() for place in file.places}
     has_tokenizer = False
     if tokenizer is not None:
         (folder / "tokenizer").mkdir()

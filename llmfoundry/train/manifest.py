@@ -13,8 +13,9 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -141,7 +142,30 @@ def verify(path: Path, only: Callable[[str], bool] = lambda name: True) -> dict[
     return files
 
 
-def _check_file(path: Path, name: str, expected: Written) -> None:
+@contextmanager
+def verified_beside(path: Path, only: Callable[[str], bool]) -> Iterator[None]:
+    """Check the files of a checkpoint while the block reads them: from the disk, they are read once.
+
+    Their lengths are checked before the block begins, their bytes by the end of it. What is made of them in the block
+    must come to nothing if this raises.
+
+    Raises:
+        CheckpointError: as `verify`.
+    """
+    files = {name: written for name, written in sorted(read_manifest(path).items()) if only(name)}
+    for name, written in files.items():
+        _check_file(path, name, written, bytes_too=False)
+    thread = ThreadPoolExecutor(1)  # in order, as the files are read
+    checks = [thread.submit(_check_file, path, name, written) for name, written in files.items()]
+    try:
+        yield
+        for check in checks:
+            check.result()
+    finally:
+        thread.shutdown(cancel_futures=True)
+
+
+def _check_file(path: Path, name: str, expected: Written, bytes_too: bool = True) -> None:
     file = path / name
     try:
         status = file.lstat()
@@ -149,7 +173,7 @@ def _check_file(path: Path, name: str, expected: Written) -> None:
             raise CheckpointError(f"{file}: is not a plain file")
         if status.st_size != expected.bytes:
             raise CheckpointError(f"{file}: has {status.st_size} bytes of {expected.bytes}; the checkpoint is damaged")
-        if measure(file).sha256 != expected.sha256:
+        if bytes_too and measure(file).sha256 != expected.sha256:
             raise CheckpointError(f"{file}: has other bytes than were written (SHA-256); the checkpoint is damaged")
     except FileNotFoundError:
         raise CheckpointError(f"{file}: is missing; the checkpoint is damaged") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from llmfoundry.cli import convert_main, eval_main, generate_main, train_main
-from llmfoundry.hf import from_pretrained
+from llmfoundry.config import ConfigError
+from llmfoundry.hf import files, from_pretrained
+from llmfoundry.hf.pieces import whole_of
 
 TOKENS = torch.randint(3, VOCAB, (2, 13), generator=torch.Generator().manual_seed(1))
 
@@ -256,5 +259,38 @@ def test_a_damaged_checkpoint_of_ours_is_refused(
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
+    before = sorted(path.name for path in tmp_path.iterdir())
     assert convert_main(["to-hf", str(tmp_path / "flipped"), str(tmp_path / "out")]) == 2
     assert "model-00000.safetensors: has other bytes" in capsys.readouterr().err
+    file.write_bytes(content[:-5])
+    assert convert_main(["to-hf", str(tmp_path / "flipped"), str(tmp_path / "out")]) == 2
+    assert f"model-00000.safetensors: has {len(content) - 5} bytes of {len(content)}" in capsys.readouterr().err
+    file.unlink()
+    assert convert_main(["to-hf", str(tmp_path / "flipped"), str(tmp_path / "out")]) == 2
+    assert "model-00000.safetensors: is missing" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])  # rows as they are; transposed and interleaved
+def test_tensors_beyond_buffers_and_blocks_are_the_same(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = make(kind, tmp_path / "theirs")
+    assert convert_main(["from-hf", str(theirs), str(tmp_path / "ours")]) == 0
+    monkeypatch.setattr(files, "_ALIGNED", 2**12)
+    monkeypatch.setattr(files, "BUFFER_BYTES", 2**12 + 2**8)  # less than most matrices have
+    monkeypatch.setattr(files, "BLOCK_BYTES", 2**6)  # less than a row
+    assert convert_main(["from-hf", str(theirs), str(tmp_path / "small")]) == 0
+    assert convert_main(["to-hf", str(tmp_path / "small"), str(tmp_path / "back")]) == 0
+    name = "model-00000.safetensors"
+    assert (tmp_path / "small" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
+    before, after = tensors(theirs), tensors(tmp_path / "back")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(llama: Path) -> None:
+    folder = files.Folder(llama)
+    os.truncate(llama / "model.safetensors", (llama / "model.safetensors").stat().st_size - 1)
+    with pytest.raises(ConfigError, match="model.safetensors: has become shorter while it was read"):
+        for name, spec in folder.specs.items():
+            whole_of(spec, folder.parts(name))

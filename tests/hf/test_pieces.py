@@ -27,9 +27,6 @@ class Tensors:
         for start in range(0, tensor.shape[0], self.rows):
             yield Part((start, *[0] * (tensor.dim() - 1)), tensor[start : start + self.rows])
 
-    def release(self) -> None:
-        pass
-
 
 def numbered(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Tensors in which every value is another one."""
