@@ -15,6 +15,7 @@ import math
 import mmap
 import os
 import shutil
+import sys
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -51,6 +52,7 @@ class Stored(NamedTuple):
     file: Path
     start: int  # byte in the file
     offsets: tuple[int, ...]  # of the box in the tensor
+    once: bool = False  # read but once: it leaves the page cache then, and the next block has its pages, not new ones
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -73,6 +75,8 @@ class Stored(NamedTuple):
                 for index, length in zip(at, self.shape, strict=True):
                     place = place * length + index
                 _read(file, _bytes_of(values), self.start + place * size)
+                if self.once and sys.platform == "linux":
+                    os.posix_fadvise(file.fileno(), self.start + place * size, values.nbytes, os.POSIX_FADV_DONTNEED)
                 yield Part(tuple(a + b for a, b in zip(at, self.offsets, strict=True)), values)
 
 
@@ -93,12 +97,13 @@ class Folder:
 
     Args:
         path: it holds `model.safetensors`, or an index and the files that it names.
+        once: each tensor is read but once, and by this process alone.
 
     Raises:
         ConfigError: a file is missing, cut short or malformed, or named outside of the folder.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, once: bool = False) -> None:
         self.path = path
         self._stored: dict[str, Stored] = {}
         for file, expected in _files(path).items():
@@ -108,7 +113,7 @@ class Folder:
             for name, stored in found.items():
                 if name in self._stored:
                     raise ConfigError(f"{file}: has tensor {name!r}, and {self._stored[name].file.name} has it too")
-                self._stored[name] = stored
+                self._stored[name] = stored._replace(once=once)
         self.specs: Mapping[str, Spec] = {name: stored.spec for name, stored in self._stored.items()}
 
     def file_of(self, name: str) -> Path:

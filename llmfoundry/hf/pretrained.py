@@ -118,8 +118,12 @@ def pieces_of(family: Family, config: CausalLMConfig, layout: str) -> Pieces:
     return pieces
 
 
-def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
+def open_checkpoint(path_or_id: str | Path, once: bool = False) -> Checkpoint:
     """Open a checkpoint; weights are read later.
+
+    Args:
+        path_or_id: a folder, a GGUF file or a hub id.
+        once: each tensor will be read but once, and by this process alone.
 
     Raises:
         ConfigError: a file is missing, damaged or points outside; the model or a setting is not supported; a tensor is
@@ -140,8 +144,7 @@ def open_checkpoint(path_or_id: str | Path) -> Checkpoint:
     if not isinstance(data, dict):
         raise ConfigError(f"{config_file}: must hold a mapping, found {type(data).__name__}")
     family, config = read_config(data, str(config_file))
-    folder = Folder(path)
-    return matched(path, family, config, folder)
+    return matched(path, family, config, Folder(path, once))
 
 
 def matched(path: Path, family: Family, config: CausalLMConfig, folder: Source) -> Checkpoint:

@@ -92,7 +92,7 @@ def from_hf(source: str | Path, out: Path, progress: Progress) -> CausalLMConfig
     Raises:
         ConfigError: what is wrong with `source`, or `out` is in use; nothing is left of it.
     """
-    theirs = open_checkpoint(source)
+    theirs = open_checkpoint(source, once=True)
     with new_folder(out) as folder:
         _write(
             folder, out, theirs.config, theirs.our_specs(), theirs.path, progress,
