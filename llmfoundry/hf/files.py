@@ -8,6 +8,7 @@ dtypes, and then box after box of tensors: no more than a few buffers are held i
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -302,6 +303,7 @@ class _Stream:
         self._buffers, self._filled, self._written = buffers, 0, 0
         self._digest = hashlib.sha256() if hashed else None
         self._busy: deque[list[Future[None]]] = deque()
+        self._direct = False
         self._stack = ExitStack()
         self._file = self._stack.enter_context(open(path, "xb", buffering=0))
         # The file is closed after they are done.
@@ -351,7 +353,13 @@ class _Stream:
 
     def _write(self, content: memoryview) -> None:
         while content:
-            count = self._file.write(content)
+            try:
+                count = self._file.write(content)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._direct:
+                    raise
+                self._go_direct(False)  # a file system that takes the flag, and then not the write
+                continue
             content, self._written = content[count:], self._written + count
 
     def _hash(self, content: memoryview) -> None:
@@ -361,6 +369,7 @@ class _Stream:
     def _go_direct(self, on: bool) -> None:
         flags, direct = fcntl.fcntl(self._file, fcntl.F_GETFL), getattr(os, "O_DIRECT", 0)
         fcntl.fcntl(self._file, fcntl.F_SETFL, flags | direct if on else flags & ~direct)
+        self._direct = on
 
 
 def shards(tensors: Mapping[str, Spec], max_bytes: int) -> list[dict[str, Spec]]:

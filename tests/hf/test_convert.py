@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from llmfoundry.cli import convert_main, eval_main, generate_main, train_main
 from llmfoundry.config import ConfigError
 from llmfoundry.hf import files, from_pretrained
-from llmfoundry.hf.pieces import whole_of
+from llmfoundry.hf.pieces import Spec, whole_of
 
 TOKENS = torch.randint(3, VOCAB, (2, 13), generator=torch.Generator().manual_seed(1))
 
@@ -294,3 +295,15 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(llama: Path) -> None:
     with pytest.raises(ConfigError, match="model.safetensors: has become shorter while it was read"):
         for name, spec in folder.specs.items():
             whole_of(spec, folder.parts(name))
+
+
+def test_a_disk_that_refuses_direct_writes_is_written_through_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_ALIGNED", 8)  # no block of any disk: the kernel refuses such a write
+    values = torch.randn(3, 1000)
+    filed = files.write_files(
+        tmp_path, {"x": {"a": Spec(values.dtype, (3, 1000))}}, lambda name, at, out: out.copy_(values), hashed=True
+    )
+    assert torch.equal(load_file(tmp_path / "x")["a"], values)
+    assert filed["x"].sha256 == hashlib.sha256((tmp_path / "x").read_bytes()).hexdigest()
