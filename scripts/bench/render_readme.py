@@ -87,6 +87,53 @@ def conversion() -> str:
     )
 
 
+def moe_layer() -> str:
+    """Our layer beside others', forward and backward, natural routing."""
+    result = _result("moe_layer")
+    if result is None:
+        return ""
+    tokens = 16384
+    rows = [row for row in result["rows"] if (row["T"], row["routing"]) == (tokens, "natural")]
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    speeds = {(row["provider"], row["shape"]): f"{row['fwdbwd_tflops']:.0f}" for row in rows if "failed" not in row}
+    ceilings = {row["shape"]: f"{row['dense_tflops']:.0f}" for row in rows if "failed" not in row}
+    table = [
+        f"| {provider} | " + " | ".join(speeds.get((provider, shape), "failed") for shape in shapes) + " |"
+        for provider in dict.fromkeys(row["provider"] for row in rows)
+    ]
+    return "\n".join(
+        [
+            f"One MoE layer, router included, forward and backward, TFLOP/s on one {result['gpu']}, bf16, {tokens:,}",
+            f"tokens, medians of {result['iterations']}, by `scripts/bench/moe_layer.py` on torch {result['torch']}:",
+            "",
+            "| | " + " | ".join(shapes) + " |",
+            "|---" * (len(shapes) + 1) + "|",
+            *table,
+            "| two dense products of these sizes | " + " | ".join(ceilings.get(shape, "") for shape in shapes) + " |",
+        ]
+    )
+
+
+def train_step() -> str:
+    """Whole training steps, and the plan's memory beside the measured peak."""
+    result = _result("train_step")
+    if result is None:
+        return ""
+    rows = [
+        f"| {name} | {row['devices']} x {row['device']} | {row['tokens_per_second_per_device']:,.0f} "
+        f"| {_share(row)} | {row['peak_gib']:.1f} | {row['plan']['in_all_gib']:.1f} |"
+        for name, row in result["rows"].items()
+    ]
+    head = "| | on | tokens/s a GPU | MFU | peak, GiB | planned, GiB |"
+    return "\n".join(
+        ["Training steps, by `scripts/bench/train_step.py`:", "", head, "|---|---|---|---|---|---|", *rows]
+    )
+
+
+def _share(row: dict) -> str:
+    return "" if row.get("mfu") is None else f"{row['mfu']:.1%}"
+
+
 def _speed(side: dict) -> str:
     return f"{side['tokens_per_second']['median']:,.0f}"
 
@@ -101,6 +148,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "yamls": yamls,
     "cpu-step": cpu_step,
     "convert": conversion,
+    "moe-layer": moe_layer,
+    "train-step": train_step,
     "peers": peers,
     "planning": planning,
     "rates": rates,
