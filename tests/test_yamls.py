@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,15 @@ THEIRS = {
 @each_yaml
 def test_parses(path: Path) -> None:
     check(RunConfig, load_yaml(path))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_fits_on_as_many_gpus_as_it_says(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = next(path for path in YAMLS if path.stem == name)
+    said = re.search(r"Planned to fit on (\d+) H100", path.read_text(encoding="utf-8"))
+    assert said is not None
+    assert train_main([str(path), "--dry-run", "--gpus", said[1]]) == 0
+    assert "\nfits: " in capsys.readouterr().out
 
 
 @each_yaml
