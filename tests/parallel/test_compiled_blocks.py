@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,12 @@ from torch._dynamo.utils import counters
 from llmfoundry.config import check, dump
 from llmfoundry.model.config import CausalLMConfig
 
-pytestmark = [pytest.mark.dist, pytest.mark.slow]
+NO_COMPILER = not any(map(shutil.which, ("g++", "clang++")))
+pytestmark = [
+    pytest.mark.dist,
+    pytest.mark.slow,
+    pytest.mark.skipif(NO_COMPILER, reason="compiling for a CPU needs a C++ compiler"),
+]
 STEPS = 3
 PLAIN = Case("plain")
 RECOMPUTE = ("none", "full", "selective")
