@@ -11,13 +11,20 @@ from collections.abc import Iterator
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from llmfoundry.moe.layer import MoE
+from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.moe.layer import MoE, MoEConfig
 from llmfoundry.parallel.mesh import Mesh
 
 
 def mixtures(model: nn.Module) -> Iterator[MoE]:
     """The mixture layers of a model, in order."""
     return (module for module in model.modules() if isinstance(module, MoE))
+
+
+def n_experts(model: CausalLMConfig) -> int:
+    """Experts of each mixture layer; 0 for a dense model."""
+    blocks = (model.ffn(layer) for layer in range(model.n_layers))
+    return next((block.moe_num_experts for block in blocks if isinstance(block, MoEConfig)), 0)
 
 
 def divide_experts(model: nn.Module, mesh: Mesh) -> None:

@@ -198,19 +198,21 @@ class _Walk:
         return self._moment(self._finished(0) + self._summing(self.vocab, self.degrees.shard), self.root, 0, 0.0)
 
 
+def block_params(model: CausalLMConfig, layer: int) -> tuple[int, int]:
+    """Parameters of the block of a layer: those that are no expert's, and all experts'."""
+    d, ffn = model.d_model, model.ffn(layer)
+    experts = ffn.moe_num_experts * ffn.expert.n_params(d) if isinstance(ffn, MoEConfig) else 0
+    around = model.attention.n_params(d, model.n_heads, model.norm) + 2 * model.norm.n_params(d)
+    return around + ffn.n_params(d) - experts, experts
+
+
 def _block(
     model: CausalLMConfig, parallel: ParallelConfig, degrees: Degrees, layer: int, tokens: int, size: int
 ) -> _Block:
     """The block of a layer; `size` bytes an activation."""
     d, ffn = model.d_model, model.ffn(layer)
     compiled = parallel.compile is not False
-    dense = model.attention.n_params(d, model.n_heads, model.norm) + 2 * model.norm.n_params(d)
-    experts = 0.0
-    if isinstance(ffn, MoEConfig):
-        everyone = ffn.moe_num_experts * ffn.expert.n_params(d)
-        dense, experts = dense + ffn.n_params(d) - everyone, everyone / degrees.expert
-    else:
-        dense += ffn.n_params(d)
+    dense, everyone = block_params(model, layer)
     attention, ours = _attention(model.attention, d, model.n_heads), _feed_forward(ffn, d, degrees, size, compiled)
     # The residual stream and its norm's output, before attention and before the feed-forward part.
     before = (2 * d + attention.kept) * size
@@ -223,7 +225,12 @@ def _block(
             again = late = min(again, 2 * d * size + ours.kept - ours.products)
         late -= ours.pre_activation
     return _Block(
-        dense, experts, tokens * stored, tokens * before, tokens * (again + ours.inputs), tokens * (late + ours.weights)
+        dense,
+        everyone / degrees.expert,
+        tokens * stored,
+        tokens * before,
+        tokens * (again + ours.inputs),
+        tokens * (late + ours.weights),
     )
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from llmfoundry.model.config import CausalLMConfig
 from llmfoundry.moe.layer import MoEConfig
 from llmfoundry.parallel import hardware
-from llmfoundry.parallel.memory import MASTER, Memory, memory
+from llmfoundry.parallel.memory import MASTER, Memory, block_params, memory
 from llmfoundry.parallel.mesh import Degrees, ParallelConfig
 
 
@@ -199,13 +199,7 @@ def _update(model: CausalLMConfig, degrees: Degrees, work: Work) -> float:
     return (40 * share + (10 * work.microbatches + 6) * whole) / hardware.COPY_BYTES
 
 
-def _params(model: CausalLMConfig) -> tuple[float, float]:
+def _params(model: CausalLMConfig) -> tuple[int, int]:
     """Parameters of all blocks: dense ones, and experts'."""
-    dense = experts = 0.0
-    each = model.attention.n_params(model.d_model, model.n_heads, model.norm) + 2 * model.norm.n_params(model.d_model)
-    for layer in range(model.n_layers):
-        ffn = model.ffn(layer)
-        of_experts = ffn.moe_num_experts * ffn.expert.n_params(model.d_model) if isinstance(ffn, MoEConfig) else 0
-        dense += each + ffn.n_params(model.d_model) - of_experts
-        experts += of_experts
-    return dense, experts
+    dense, experts = zip(*(block_params(model, layer) for layer in range(model.n_layers)), strict=True)
+    return sum(dense), sum(experts)

@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple
 
 from llmfoundry.config import ConfigError
 from llmfoundry.model.config import CausalLMConfig, ModelConfig
-from llmfoundry.moe.layer import MoEConfig
 from llmfoundry.parallel import hardware
+from llmfoundry.parallel.expert import n_experts
 from llmfoundry.parallel.hardware import GIB
 from llmfoundry.parallel.mesh import Degrees, ParallelConfig, plan_mesh
 from llmfoundry.parallel.plan import Plan, Work, plan
@@ -53,14 +53,9 @@ def describe(
     rows = -(-global_rows // world)
     micro = rows if micro_rows == "auto" else min(micro_rows, rows)
     run = Run(model, parallel, Work(rows, micro, seq_len, compute_bytes))
-    asked = run.on(plan_mesh(parallel, world, _n_experts(model)))
+    asked = run.on(plan_mesh(parallel, world, n_experts(model)))
     lines = [*_held(asked, world), *_sent(asked, world), *_speed(asked), *_verdict(run, asked, gpu_memory)]
     return "\n".join([*lines, *(_table(run, asked, world, gpu_memory) if world > 1 else [])])
-
-
-def _n_experts(model: CausalLMConfig) -> int:
-    blocks = (model.ffn(layer) for layer in range(model.n_layers))
-    return next((block.moe_num_experts for block in blocks if isinstance(block, MoEConfig)), 0)
 
 
 def _held(asked: Plan, world: int) -> Iterator[str]:
@@ -133,20 +128,18 @@ def _halves(rows: int) -> Iterator[int]:
         yield rows
 
 
-def meshes(n_experts: int, world: int) -> list[Degrees]:
+def meshes(experts: int, world: int) -> list[Degrees]:
     """Those worth a look: copies of one node or some, or of part of the only node; experts divided within a node."""
     nodes = world // hardware.NODE if world % hardware.NODE == 0 else 1
     copies = [c for c in range(1, world + 1) if world % c == 0 and (nodes % c == 0 if nodes > 1 else True)]
     within = [
-        e
-        for e in range(1, hardware.NODE + 1)
-        if hardware.NODE % e == 0 and (n_experts % e == 0 if n_experts else e == 1)
+        e for e in range(1, hardware.NODE + 1) if hardware.NODE % e == 0 and (experts % e == 0 if experts else e == 1)
     ]
     return [Degrees(c, world // c, e) for c in copies for e in within if world // c % e == 0]
 
 
 def _table(run: Run, asked: Plan, world: int, gpu_memory: float) -> Iterator[str]:
-    plans = [run.on(degrees) for degrees in meshes(_n_experts(run.model), world)]
+    plans = [run.on(degrees) for degrees in meshes(n_experts(run.model), world)]
     if asked.degrees not in [each.degrees for each in plans]:
         plans.append(asked)
     # Those that fit by their time; the others by how much is missing.

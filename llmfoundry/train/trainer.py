@@ -26,6 +26,7 @@ from llmfoundry.model.transformer import CausalLM
 from llmfoundry.moe.balance import Balance, summary
 from llmfoundry.moe.layer import MoEConfig
 from llmfoundry.parallel.apply import materialize, parallelize
+from llmfoundry.parallel.expert import n_experts
 from llmfoundry.parallel.mesh import Mesh, build_mesh
 from llmfoundry.train.callback import Callback, Metrics
 from llmfoundry.train.checkpoint import Checkpointer, CheckpointState, Json, load_model_only
@@ -336,7 +337,7 @@ def build(config: RunConfig) -> Trainer:
     assert isinstance(config.model, CausalLMConfig)
     precision = config.precision_on(device.type)
     check_device(config.model, device, precision)
-    mesh = build_mesh(config.parallel, device.type, _n_experts(config.model))
+    mesh = build_mesh(config.parallel, device.type, n_experts(config.model))
     path = Path(config.save_folder)
     runtime.on_rank0(lambda: check_free(path, dump(config), config.autoresume))
     _check_rows(config, mesh)
@@ -420,9 +421,3 @@ def check_device(model: CausalLMConfig, device: torch.device, precision: str) ->
             resolve_backend(impl, sample)
         except ValueError as error:
             raise ConfigError(f"model.ffn_config.{error}") from None
-
-
-def _n_experts(model: CausalLMConfig) -> int:
-    """Experts of each mixture layer; 0 for a dense model."""
-    blocks = (model.ffn(layer) for layer in range(model.n_layers))
-    return next((block.moe_num_experts for block in blocks if isinstance(block, MoEConfig)), 0)
