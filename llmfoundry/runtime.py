@@ -65,7 +65,9 @@ def device() -> torch.device:
 
 
 def start(timeout_seconds: float = 600.0) -> torch.device:
-    """Choose the device and, under torchrun, join the process group (NCCL on GPUs, gloo on CPUs).
+    """Choose the device and join the process group (NCCL on GPUs, gloo on CPUs).
+
+    A GPU alone is a group of one, for FSDP gives it mixed precision, too. A CPU alone needs none.
 
     Args:
         timeout_seconds: after which a collective that some rank has not joined fails on the others.
@@ -74,11 +76,14 @@ def start(timeout_seconds: float = 600.0) -> torch.device:
     if place.type == "cuda":
         torch.cuda.set_device(place)
         torch.backends.cuda.matmul.allow_tf32 = False
-    if world_size() > 1 and not dist.is_initialized():
+    if (world_size() > 1 or place.type == "cuda") and not dist.is_initialized():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
             timeout=datetime.timedelta(seconds=timeout_seconds),
             device_id=place if place.type == "cuda" else None,
+            store=None if world_size() > 1 else dist.HashStore(),
+            rank=rank(),
+            world_size=world_size(),
         )
     return place
 

@@ -1,4 +1,4 @@
-"""Rows to expert order and back: copy each routed row of x; sum each token's rows.
+"""Rows to expert order and back: copy each token to its rows; sum each token's rows.
 
 Shapes: T tokens, D d_model, K top_k, M rows in expert order.
 Both move bytes and nothing else. The sum runs over a token's slots in order: no atomics, the same twice.
@@ -15,22 +15,29 @@ from llmfoundry.kernels.routing import Order
 
 
 @triton.jit
-def gather_kernel(x_ptr, out_ptr, row_token_ptr, end_ptr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = (rows < tl.load(end_ptr))[:, None]
-    tokens = tl.load(row_token_ptr + rows, mask=rows < tl.load(end_ptr), other=0).to(tl.int64)[:, None]
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    value = tl.load(x_ptr + tokens * D + d, mask=inside & (d < D))
-    tl.store(out_ptr + rows.to(tl.int64)[:, None] * D + d, value, mask=inside & (d < D))
+def spread_kernel(x_ptr, out_ptr, slot_row_ptr, end_ptr, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    end = tl.load(end_ptr)
+    value = tl.load(x_ptr + token * D + d, mask=d < D)
+    for j in tl.static_range(K):
+        row = tl.load(slot_row_ptr + token * K + j)
+        tl.store(out_ptr + row.to(tl.int64) * D + d, value, mask=(d < D) & (row < end))
 
 
 def gather(x: Tensor, order: Order, n_rows: int) -> Tensor:
-    """x (T, D) -> (M, D) rows in expert order; those behind the last expert are unset."""
-    out = x.new_empty(n_rows, x.shape[1])
-    block = min(1024, triton.next_power_of_2(x.shape[1]))
-    gather_kernel[(triton.cdiv(n_rows, 8), triton.cdiv(x.shape[1], block))](
-        x, out, order.row_token, order.expert_start[-1:], D=x.shape[1], ROWS=8, BLOCK=block, num_warps=8
-    )
+    """x (T, D) -> (M, D) rows in expert order; those behind the last expert are unset.
+
+    By tokens, not by rows: each is read once and written K times, where rows would read most of them K times
+    from memory, for x is larger than the L2 cache.
+    """
+    n_tokens, d_model = x.shape
+    out = x.new_empty(n_rows, d_model)
+    block = min(2048, triton.next_power_of_2(d_model))
+    spread_kernel[(n_tokens, triton.cdiv(d_model, block))](
+        x, out, order.slot_row, order.expert_start[-1:], D=d_model, K=order.slot_row.numel() // n_tokens, BLOCK=block,
+        num_warps=max(1, min(8, block // 256)),
+    )  # fmt: skip
     return out
 
 

@@ -56,27 +56,31 @@ class Candidates(NamedTuple, Generic[Config]):
 
 UP = Candidates(
     "up",
-    (UpConfig(flatten=True),),
+    (UpConfig(group=4, flatten=True), UpConfig(group=16, flatten=True)),
     UpConfig(columns=32, depth=32, num_warps=4, num_stages=2),
 )
 DOWN = Candidates(
     "down",
-    (GroupedConfig(flatten=True), GroupedConfig(pieces=2, num_stages=4, flatten=True)),
+    (GroupedConfig(flatten=True), GroupedConfig(group=4, flatten=True)),
     GroupedConfig(columns=64, depth=32, num_warps=4, num_stages=2),
 )
 DX = Candidates(
     "dx",
-    (GroupedConfig(pieces=2, num_stages=4, flatten=True), GroupedConfig(flatten=True)),
+    (GroupedConfig(pieces=2, num_stages=4, group=4, flatten=True),),
     GroupedConfig(columns=64, depth=32, num_warps=4, num_stages=2),
 )
 UP_BACKWARD = Candidates(
     "up_backward",
-    (UpBackwardConfig(columns=256, num_stages=3),),
+    (UpBackwardConfig(columns=256, num_stages=3, flatten=True),),
     UpBackwardConfig(columns=64, depth=32, num_warps=4, num_stages=2),
 )
 DW1 = Candidates(
     "dw1",
-    (WeightGradConfig(), WeightGradConfig(group=4)),
+    (
+        WeightGradConfig(),
+        WeightGradConfig(pieces=2, num_stages=4, group=4, flatten=True),
+        WeightGradConfig(pieces=2, num_stages=4, group=16, flatten=True),
+    ),
     WeightGradConfig(height=64, width=64, depth=32, num_warps=4, num_stages=2),
 )
 DW2 = Candidates("dw2", DW1.large, DW1.small)

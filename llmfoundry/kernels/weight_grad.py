@@ -27,13 +27,14 @@ class WeightGradConfig(NamedTuple):
     num_warps: int = 8
     num_stages: int = 3
     flatten: bool = False
+    pieces: int = 1  # column pieces that the accumulator is stored in: smaller staging, more stages
 
 
 @triton.jit
 def weight_grad_kernel(
     left_desc, right_desc, out_desc, start_ptr, by_load_ptr, E, P: tl.constexpr, N: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-    FLATTEN: tl.constexpr,
+    FLATTEN: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     ROW_TILES: tl.constexpr = (P + BM - 1) // BM
     COLUMN_TILES: tl.constexpr = (N + BN - 1) // BN
@@ -48,7 +49,13 @@ def weight_grad_kernel(
             left = read_ragged(left_desc, start, size, k, i * BM)
             right = read_ragged(right_desc, start, size, k, j * BN)
             acc = tl.dot(left.T, right, acc)
-        out_desc.store([e, i * BM, j * BN], acc.to(out_desc.dtype).reshape([1, BM, BN]))
+        dtype: tl.constexpr = out_desc.dtype
+        if PIECES == 2:
+            left_half, right_half = acc.reshape([BM, 2, BN // 2]).permute(0, 2, 1).split()
+            out_desc.store([e, i * BM, j * BN], left_half.to(dtype).reshape([1, BM, BN // 2]))
+            out_desc.store([e, i * BM, j * BN + BN // 2], right_half.to(dtype).reshape([1, BM, BN // 2]))
+        else:
+            out_desc.store([e, i * BM, j * BN], acc.to(dtype).reshape([1, BM, BN]))
 
 
 def weight_grad(left: Tensor, right: Tensor, tiles: Tiles, *, config: WeightGradConfig = WeightGradConfig()) -> Tensor:
@@ -68,9 +75,10 @@ def weight_grad(left: Tensor, right: Tensor, tiles: Tiles, *, config: WeightGrad
     weight_grad_kernel[(programs,)](
         ragged(left, [c.depth, c.height]),
         ragged(right, [c.depth, c.width]),
-        plain(out, [1, c.height, c.width]),
+        plain(out, [1, c.height, c.width // c.pieces]),
         tiles.expert_start, tiles.by_load, n_experts, P=left.shape[1], N=right.shape[1],
         BM=c.height, BN=c.width, BK=c.depth, GROUP=c.group, PROGRAMS=programs, FLATTEN=c.flatten,
+        PIECES=c.pieces,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     return out

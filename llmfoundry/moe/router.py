@@ -17,6 +17,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from llmfoundry.config import Config
 from llmfoundry.kernels.activations import accumulation_dtype
+from llmfoundry.kernels.top_k import top_k_ids
 from llmfoundry.layers.ffn import RouterStats
 
 
@@ -121,22 +122,6 @@ class Router(nn.Module):
         return top_k_ids(scores, top_k)
 
 
-def top_k_ids(scores: Tensor, k: int) -> Tensor:
-    """The `k` best of each row, best first, ties to the lowest id: (T, E) -> (T, K) int64.
-
-    `torch.topk` leaves ties open, and then two devices, or a run and its recompute, may route differently.
-    Keys without ties leave it no choice: the score's bits, ordered as an integer, over the id counted down.
-    """
-    if scores.dtype != torch.float32:
-        return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    n = scores.shape[1]
-    bits = (scores + 0.0).view(torch.int32)  # + 0.0: -0 and 0 are equal
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    down = torch.arange(n - 1, -1, -1, device=scores.device)
-    key = ordered.long() * n + down
-    return n - 1 - key.topk(k, dim=-1).values.remainder(n)
-
-
 def _mask_groups(scores: Tensor, n_groups: int, topk_groups: int, score_fn: str) -> Tensor:
     """Scores with -inf outside each token's best groups; expert i is in group i // (E / groups).
 
@@ -196,6 +181,12 @@ class _UpcastLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
+        if grad.is_cuda and weight.dtype == x.dtype:
+            # The float32 gradient as two bf16 numbers, 16 bits of its mantissa, for the bf16 tensor cores.
+            high = grad.to(x.dtype)
+            parts = torch.cat([high, (grad - high).to(x.dtype)], dim=1)  # (T, 2E)
+            dweight = torch.mm(parts.t(), x, out_dtype=torch.float32).view(2, *weight.shape).sum(0)
+            return parts @ weight.repeat(2, 1), dweight.to(weight.dtype)
         return (grad @ weight.float()).to(x.dtype), (grad.t() @ x.float()).to(weight.dtype)
 
 

@@ -1,7 +1,8 @@
 """Time MoE layers side by side in one process: ours, `auto`, the grouped_mm pipeline, and others' where installed.
 
 Others: `transformers`' experts (grouped_mm), liger-kernel's fused MoE, ScatterMoE. MegaBlocks 0.10 does not build on
-CUDA 13, and SonicMoE is not to be had as a package: neither is here. A provider that cannot run has a `failed` row.
+CUDA 13, and SonicMoE is not to be had as a package: neither is here. A provider that cannot run has a `failed` row;
+`auto` has the figures of the backend that it picks.
 
 Shapes: T tokens, D d_model, F ffn hidden size, E experts, K top_k. The router (product, softmax, top-k) is timed
 with every provider. TFLOP/s count the experts' arithmetic alone: 6*T*K*D*F forward, 18*T*K*D*F with backward.
@@ -15,7 +16,10 @@ import argparse
 import json
 import statistics
 import subprocess
+import time
 from collections.abc import Callable
+from functools import cache
+from math import prod
 from pathlib import Path
 
 import torch
@@ -23,6 +27,8 @@ import triton
 from torch import Tensor, nn
 
 from llmfoundry.kernels.experts import experts_ffn, resolve_backend
+from llmfoundry.kernels.top_k import top_k_ids
+from llmfoundry.moe.router import router_logits
 
 SHAPES = {  # D, F, E, K
     "mixtral": (4096, 14336, 8, 2),
@@ -31,30 +37,15 @@ SHAPES = {  # D, F, E, K
     "qwen30b": (2048, 768, 128, 8),
 }
 PROVIDERS = ("triton", "auto", "grouped_mm", "transformers", "liger", "scattermoe")
+SECONDS = 0.5  # enough calls for a median whose spread is recorded beside it
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def route(x: Tensor, router: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Softmax top-k in float32: weights (T, K), experts (T, K). `bias` (E,) shapes the load of a routing."""
-    scores = (torch.mm(x, router.t(), out_dtype=torch.float32) if x.requires_grad is False else
-              _RouterLogits.apply(x, router)).softmax(-1)  # fmt: skip
-    experts = (scores.log() + bias).topk(top_k, dim=-1).indices
-    return scores.gather(-1, experts), experts
-
-
-class _RouterLogits(torch.autograd.Function):
-    """bf16 operands, float32 result: no float32 copy of x."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, router: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, router)
-        return torch.mm(x, router.t(), out_dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-        x, router = ctx.saved_tensors
-        grad = grad.to(x.dtype)
-        return grad @ router, grad.t() @ x
+    logits = router_logits(x, router, None)
+    experts = top_k_ids(logits.detach() + bias, top_k)
+    return logits.softmax(-1).gather(-1, experts), experts
 
 
 def load_bias(routing: str, n_experts: int, x: Tensor) -> Tensor:
@@ -79,9 +70,7 @@ def build(provider: str, w1: Tensor, w2: Tensor) -> Layer:
     if provider == "transformers":
         return transformers_experts(w1, w2)
     if provider == "liger":
-        from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
-
-        return lambda x, weights, experts: LigerFusedMoEFunction.apply(x, w1, w2, experts.int(), weights)
+        return liger(w1, w2)
     if provider == "scattermoe":
         return scattermoe(w1, w2)
     backend = resolve_backend(provider, w1)
@@ -106,6 +95,28 @@ def transformers_experts(w1: Tensor, w2: Tensor) -> Layer:
     return lambda x, weights, experts: module(x, experts, weights.to(x.dtype))
 
 
+@cache
+def _liger_function() -> type[torch.autograd.Function]:
+    """Its fused MoE with a smaller list for its tuner, which tries 32 tile sizes a kernel, for minutes a shape.
+
+    Of the list, those stay whose tiles are the largest, with at most four stages.
+    """
+    from liger_kernel.ops import fused_moe_kernels
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+    for tuner in vars(fused_moe_kernels).values():
+        if isinstance(tuner, triton.runtime.Autotuner):
+            size = lambda config: prod(config.kwargs.values())  # noqa: E731
+            largest = max(map(size, tuner.configs))
+            tuner.configs = [c for c in tuner.configs if size(c) == largest and c.num_stages <= 4]
+    return LigerFusedMoEFunction
+
+
+def liger(w1: Tensor, w2: Tensor) -> Layer:
+    function = _liger_function()
+    return lambda x, weights, experts: function.apply(x, w1, w2, experts.int(), weights)
+
+
 def scattermoe(w1: Tensor, w2: Tensor) -> Layer:
     """Its GLU layer, on these weights: gate rows first, no copy of them."""
     from scattermoe.parallel_experts import flatten_sort_count, parallel_linear
@@ -121,18 +132,21 @@ def scattermoe(w1: Tensor, w2: Tensor) -> Layer:
 
 
 def milliseconds(call: Callable[[], object], warmup: int, iterations: int) -> list[float]:
-    """CUDA-event times of single calls."""
+    """CUDA-event times of calls that follow each other: as many as SECONDS hold, 5 at least, `iterations` at most."""
     for _ in range(warmup):
         call()
-    times = []
-    for _ in range(iterations):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    n = min(iterations, max(5, int(SECONDS / (time.perf_counter() - begin))))
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n)]
+    for begin_event, end_event in events:
+        begin_event.record()
         call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return times
+        end_event.record()
+    torch.cuda.synchronize()
+    return [begin_event.elapsed_time(end_event) for begin_event, end_event in events]
 
 
 def measure(
@@ -198,7 +212,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[4096, 16384, 32768])
     parser.add_argument("--routing", nargs="+", default=["natural", "balanced", "zipf"])
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
-    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("scripts/bench/results/moe_layer.json"))
     args = parser.parse_args()
@@ -216,12 +230,17 @@ def main() -> None:
             ceiling = dense_ceiling(d_model, hidden, tokens, args.warmup, args.iterations)
             for routing in args.routing:
                 bias = balance(x, router, top_k) if routing == "balanced" else load_bias(routing, n_experts, x)
+                done: dict[str, dict[str, object]] = {}
                 for provider in args.providers:
                     leaves = [t.detach().requires_grad_() for t in (x, router, w1, w2)]
                     row: dict[str, object] = {"provider": provider, "shape": name, "T": tokens, "routing": routing}
+                    picked = resolve_backend("auto", x) if provider == "auto" else ""
                     try:
-                        row |= measure(provider, leaves, bias, top_k, args.warmup, args.iterations)
-                        row |= {"dense_tflops": ceiling}
+                        row |= done.get(picked) or measure(provider, leaves, bias, top_k, args.warmup, args.iterations)
+                        done[provider] = {
+                            key: value for key, value in row.items() if key.endswith(("ms", "ops", "mib"))
+                        }
+                        row |= {"dense_tflops": ceiling} | ({"picked": picked} if picked else {})
                         row["fraction_of_dense"] = float(str(row["fwdbwd_tflops"])) / ceiling
                     except (RuntimeError, ImportError, AttributeError, TypeError) as error:
                         row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"

@@ -1,7 +1,7 @@
 """The whole training step of a YAML: tokens/s, MFU and peak memory, beside what the plan foretold.
 
     python scripts/bench/train_step.py yamls/olmoe-1b-7b.yaml --name "OLMoE, 8 layers" model.n_layers=8 \
-        train_loader.dataset.name=python_stdlib tokenizer.name=bpe tokenizer.vocab_size=8192
+        variables.data=FOLDER_OF_TEXT variables.tokenizer=bpe tokenizer.vocab_size=8192
     torchrun --nproc-per-node 2 scripts/bench/train_step.py yamls/olmoe-1b-7b.yaml --name "OLMoE, shard 2" ...
 
 Builds the run as training does and takes its steps, without evaluation, checkpoints or loggers. A step ends when its

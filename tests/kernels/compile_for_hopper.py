@@ -90,13 +90,13 @@ def weight_grad(p: int, n: int, c: WeightGradConfig) -> None:
     types = {
         "left_desc": ragged(c.depth, c.height),
         "right_desc": ragged(c.depth, c.width),
-        "out_desc": descriptor(1, c.height, c.width),
+        "out_desc": descriptor(1, c.height, c.width // c.pieces),
         "start_ptr": "*i32",
         "by_load_ptr": "*i32",
         "E": "i32",
     }
     constants = {"P": p, "N": n, "BM": c.height, "BN": c.width, "BK": c.depth, "GROUP": c.group,
-                 "PROGRAMS": PROGRAMS, "FLATTEN": c.flatten}  # fmt: skip
+                 "PROGRAMS": PROGRAMS, "FLATTEN": c.flatten, "PIECES": c.pieces}  # fmt: skip
     report("weight_grad", weight_grad_kernel, types, constants, c.num_warps, c.num_stages)
 
 
@@ -136,8 +136,9 @@ def main() -> None:
         grouped("dx", d, config, transposed=True)
     for config in UP_BACKWARD.large:
         up_backward(d, f, config)
-    weight_grad(2 * f, d, DW1.large[0])
-    weight_grad(d, f, DW1.large[0])
+    for config in DW1.large:
+        weight_grad(2 * f, d, config)
+        weight_grad(d, f, config)
 
 
 if __name__ == "__main__":

@@ -112,6 +112,26 @@ def test_generate_and_eval_read_a_checkpoint(recipe: Path, tmp_path: Path, capsy
     assert f"{summary['validation/nats_per_token']:.4f} nats a token" in capsys.readouterr().out
 
 
+@pytest.mark.gpu
+def test_a_gpu_alone_trains_in_bf16_stops_goes_on_and_generates(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    command = [str(recipe), "scheduler.t_max=24ba"]
+    assert train_main([*command, f"save_folder={whole}", "max_duration=24ba"]) == 0
+    assert train_main([*command, "max_duration=12ba"]) == 0
+    assert train_main([*command, "max_duration=24ba", "autoresume=true"]) == 0
+    ours, theirs = (
+        torch.tensor([line["loss/train/ce"] for line in metrics_of(folder)[-12:]]) for folder in (run, whole)
+    )
+    assert theirs[-1] < 0.8 * metrics_of(whole)[0]["loss/train/ce"]
+    # Attention's backward adds up in no fixed order, and bf16 keeps 8 bits.
+    torch.testing.assert_close(ours, theirs, rtol=0.01, atol=0)
+    capsys.readouterr()
+    assert generate_main(["--checkpoint", str(run), "--prompt", "3 plus", "--max-new-tokens", "8"]) == 0
+    assert capsys.readouterr().out.startswith("3 plus")
+
+
 def test_a_killed_run_continues_bitwise(recipe: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "run"
     assert train_main([str(recipe), f"save_folder={whole}"]) == 0
