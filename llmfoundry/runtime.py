@@ -64,19 +64,18 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def start(timeout_seconds: float = 600.0) -> torch.device:
-    """Choose the device and join the process group (NCCL on GPUs, gloo on CPUs).
-
-    A GPU alone is a group of one, for FSDP gives it mixed precision, too. A CPU alone needs none.
+def start(timeout_seconds: float = 600.0, *, alone_too: bool = False) -> torch.device:
+    """Choose the device and, under torchrun, join the process group (NCCL on GPUs, gloo on CPUs).
 
     Args:
         timeout_seconds: after which a collective that some rank has not joined fails on the others.
+        alone_too: whether a process alone is a group of one, which FSDP needs.
     """
     place = device()
     if place.type == "cuda":
         torch.cuda.set_device(place)
         torch.backends.cuda.matmul.allow_tf32 = False
-    if (world_size() > 1 or place.type == "cuda") and not dist.is_initialized():
+    if (world_size() > 1 or alone_too) and not dist.is_initialized():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
             timeout=datetime.timedelta(seconds=timeout_seconds),

@@ -16,6 +16,9 @@ try:
 except ImportError:  # CPU builds of torch come without it
     triton = None
 
+# The operators that choose experts: recompute keeps what they said.
+CHOICE = ("aten.topk",) if triton is None else ("aten.topk", "llmfoundry.top_k_ids")
+
 
 def top_k_ids(scores: Tensor, k: int) -> Tensor:
     """The `k` best of each row, best first, ties to the lowest id: (T, E) -> (T, K) int64."""

@@ -56,7 +56,7 @@ class Candidates(NamedTuple, Generic[Config]):
 
 UP = Candidates(
     "up",
-    (UpConfig(group=4, flatten=True), UpConfig(group=16, flatten=True)),
+    (UpConfig(group=4, flatten=True), UpConfig(flatten=True)),
     UpConfig(columns=32, depth=32, num_warps=4, num_stages=2),
 )
 DOWN = Candidates(
@@ -66,7 +66,7 @@ DOWN = Candidates(
 )
 DX = Candidates(
     "dx",
-    (GroupedConfig(pieces=2, num_stages=4, group=4, flatten=True),),
+    (GroupedConfig(pieces=2, num_stages=4, group=4, flatten=True), GroupedConfig(pieces=2, num_stages=4, flatten=True)),
     GroupedConfig(columns=64, depth=32, num_warps=4, num_stages=2),
 )
 UP_BACKWARD = Candidates(
@@ -76,11 +76,7 @@ UP_BACKWARD = Candidates(
 )
 DW1 = Candidates(
     "dw1",
-    (
-        WeightGradConfig(),
-        WeightGradConfig(pieces=2, num_stages=4, group=4, flatten=True),
-        WeightGradConfig(pieces=2, num_stages=4, group=16, flatten=True),
-    ),
+    (WeightGradConfig(pieces=2, num_stages=4, group=4, flatten=True),),
     WeightGradConfig(height=64, width=64, depth=32, num_warps=4, num_stages=2),
 )
 DW2 = Candidates("dw2", DW1.large, DW1.small)

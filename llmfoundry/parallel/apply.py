@@ -1,4 +1,4 @@
-"""The order in which a model is spread, stated once: experts > recompute > compile > shards > weights.
+"""The order in which a model is spread, stated once: experts > recompute > compile > shards or casts > weights.
 
 Experts first, because FSDP splits what is left of them; recompute inside compile, which then plans what to keep
 in one graph; shards last, around all of it. A block is no one graph where the host reads how many tokens go where: with
@@ -14,6 +14,7 @@ from llmfoundry.kernels.experts import reads_on_host, resolve_backend
 from llmfoundry.model.init import init_weights
 from llmfoundry.model.transformer import Block, CausalLM
 from llmfoundry.moe.layer import MoE
+from llmfoundry.parallel.alone import compute_in
 from llmfoundry.parallel.expert import divide_experts, mixtures
 from llmfoundry.parallel.fsdp import shard
 from llmfoundry.parallel.mesh import Mesh, ParallelConfig
@@ -21,11 +22,11 @@ from llmfoundry.parallel.recompute import recompute_blocks
 
 
 def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: str) -> CausalLM:
-    """Spread a model over the ranks of `mesh`; in one process without a group, only recompute and compile.
+    """Spread a model over the ranks of `mesh`; in one process, only recompute, compile and cast.
 
     Args:
         model: built on the meta device.
-        precision: "fp32" or "amp_bf16", which needs a process group (of one rank, if need be).
+        precision: "fp32" or "amp_bf16".
 
     Returns:
         The same model, still on the meta device; `materialize` gives it storage.
@@ -33,16 +34,23 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
     divide_experts(model, mesh)
     compiled = config.compile is True or (config.compile == "auto" and runtime.device().type == "cuda")
     one_graph = compiled and mesh.experts is None and not _reads_on_host(model, precision)
+    spread = mesh.dense is not None and (mesh.dense.size() > 1 or config.cpu_offload)
+    casts = precision == "amp_bf16" and not spread
     if compiled and not one_graph:
         compile_parts(model)
+    if casts and not one_graph:  # inside of what is computed again
+        for block in model.blocks:
+            compute_in(block, torch.bfloat16)
     recompute_blocks(model.blocks, config.recompute, config.recompute_save, in_graph=one_graph)
     if one_graph:
         for block in model.blocks:  # blocks of one kind share the code
             block.forward = torch.compile(block.forward)
-    if mesh.dense is not None:
+            if casts:  # around the graph, whose inputs the weights are
+                compute_in(block, torch.bfloat16)
+    if casts:
+        compute_in(model, torch.bfloat16, without=list(model.blocks))
+    if spread:
         shard(model, mesh, config, precision)
-    elif precision != "fp32":
-        raise ValueError(f"precision={precision} needs a process group; call runtime.start first")
     return model
 
 

@@ -63,7 +63,8 @@ def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: str) -
             mp_policy=policy,
             offload_policy=offload,
         )
-        sharded.set_gradient_divide_factor(1.0)
+        if over.size() > 1:  # alone there is nothing to divide by, and a factor of 1 would be a pass over all gradients
+            sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
         return sharded
 

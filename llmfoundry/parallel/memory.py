@@ -88,8 +88,12 @@ class _Walk:
     ) -> None:
         self.degrees, self.parallel, self.bytes = degrees, parallel, compute_bytes
         self.model, self.tokens, self.again = model, tokens, microbatches > 1
-        self.spread = degrees.shard > 1 or degrees.replicate > 1 or compute_bytes != MASTER
-        self.keeps = not parallel.reshard_after_forward  # weights that were gathered, until their backward
+        self.alone = degrees == (1, 1, 1) and not parallel.cpu_offload
+        self.casts = not self.alone or compute_bytes != MASTER
+        # Weights that were gathered, or cast by a process alone, until their backward.
+        self.keeps = not parallel.reshard_after_forward
+        if self.alone:
+            self.keeps = parallel.compile is not False or parallel.recompute == "none"
         self.blocks = [_block(model, parallel, degrees, i, tokens, compute_bytes) for i in range(model.n_layers)]
         self.last = model.n_layers - 1
         self.share = 0.0 if parallel.cpu_offload else MASTER / degrees.shard  # bytes here of what is split
@@ -113,7 +117,7 @@ class _Walk:
     def _moment(self, gradients: float, gathered: float, waiting: int, temporaries: float) -> Memory:
         """While that many blocks wait for their backward; `gathered` in parameters, the rest in bytes."""
         kept = sum(block.stored for block in self.blocks[:waiting]) + self.stream * self.bytes
-        gathered = gathered * self.bytes if self.spread else 0.0
+        gathered = gathered * self.bytes if self.casts else 0.0
         moments = 2 * self.trained * self.weights
         return Memory(self.weights, gradients * self.trained, moments, gathered, kept, temporaries)
 
@@ -129,7 +133,7 @@ class _Walk:
         embeddings = self.root + self.head + (0 if head else self.head)
         if not self.again:
             return of_done * share
-        if self.parallel.reduce_once_a_step and self.spread:
+        if self.parallel.reduce_once_a_step and not self.alone:
             return of_done * share + (sum(block.params for block in rest) + embeddings) * MASTER
         return (of_done + sum(self._everyones(block) for block in rest) + embeddings) * share
 
@@ -140,24 +144,35 @@ class _Walk:
     def _summing(self, params: float, ranks: int) -> float:
         """Bytes that sum a unit's gradients over `ranks`: they, and a float32 copy to send; or this, and what returns.
 
-        Among one rank there is a copy more, for the division.
+        Among one rank with replicas there is a copy more, for the division. Alone they are cast, one after the other.
         """
-        sent_and_summed = MASTER * (1 + 1 / ranks + (1 if ranks == 1 else 0))
-        return params * max(MASTER + self.bytes, sent_and_summed) if self.spread else 0.0
+        if self.alone:
+            return params * max(self.bytes, MASTER) if self.casts else 0.0
+        sent_and_summed = MASTER * (1 + 1 / ranks + (1 if ranks == 1 and self.degrees.replicate > 1 else 0))
+        return params * max(MASTER + self.bytes, sent_and_summed)
 
     def _pending(self, params: float) -> float:
         """Bytes that were sent for the sum of a unit's gradients: they live until the next unit's are."""
-        return params * MASTER if self.spread else 0.0
+        return 0.0 if self.alone else params * MASTER
 
     def _forward(self) -> Memory:
         """The last block's weights arrive: whole, in the buffer that they came in, beside the one before."""
         block, before = self.blocks[-1], self.blocks[-2:-1]
+        if self.alone:
+            return self._moment(
+                self._finished(self.last + 1, head=False), self._cast(self.last) + self.root + self.head,
+                self.last, self.stream * self.bytes,
+            )  # fmt: skip
         gathered = block.params + sum(each.params for each in (block, *before)) + self.root
         gathered += sum(each.params for each in self.blocks[:-1]) + self.head if self.keeps else 0
         ffn, degrees = self.model.ffn(self.last), self.degrees
         if isinstance(ffn, MoEConfig) and ffn.moe_num_experts // degrees.expert % degrees.expert_shard:
             gathered += block.experts  # cut through each expert: put together in a copy
         return self._moment(self._finished(self.last + 1, head=False), gathered, self.last, self.stream * self.bytes)
+
+    def _cast(self, layer: int) -> float:
+        """Parameters of the copies that a process alone has while a block runs."""
+        return sum(block.params for block in (self.blocks[: layer + 1] if self.keeps else [self.blocks[layer]]))
 
     def _loss(self) -> Iterator[Memory]:
         """The loss, which makes its gradients at once, in float32; and their way back."""
@@ -166,12 +181,14 @@ class _Walk:
         logits = self.tokens * self.model.vocab_size
         chunk = logits / -(-logits // CHUNK_LOGITS["cuda"])
         chunks = chunk * (MASTER + self.bytes)  # logits and their gradient
-        kept = sum(block.params for block in self.blocks) + self.head if self.keeps else 0
+        kept = sum(block.params for block in self.blocks) if self.keeps else 0
+        kept += self.head if self.keeps and not self.alone else 0
         held = self.root + self.head + kept
-        yield self._moment(before, held + self.head, self.last + 1, made + chunks)  # and the head's own buffer
+        buffer = 0 if self.alone else self.head  # that the head's weights came in
+        yield self._moment(before, held + buffer, self.last + 1, made + chunks)
         scaled = self.vocab * (MASTER + self.bytes) + self.stream * self.bytes
-        ahead = 0 if self.keeps else sum(block.params for block in self.blocks[-self.parallel.prefetch :])
-        yield self._moment(before, held + ahead, self.last + 1, made + scaled)
+        ahead = 0 if self.keeps or self.alone else sum(block.params for block in self.blocks[-self.parallel.prefetch :])
+        yield self._moment(before, kept if self.alone else held + ahead, self.last + 1, made + scaled)
 
     def _backward(self, layer: int) -> Iterator[Memory]:
         """A block: the gradient of its experts' (or dense part's) input, those of its weights, and their sum."""
@@ -183,6 +200,8 @@ class _Walk:
         previous = self.head if after is None else after.dense if apart else after.params
         ahead = self.blocks[: layer + 1] if self.keeps else self.blocks[max(0, layer - parallel.prefetch) : layer + 1]
         gathered = sum(each.params for each in ahead) + self.root + (self.head if self.keeps else 0)
+        if self.alone:
+            gathered = self._cast(layer)
         waiting = before + tied + self._pending(previous)
         yield self._moment(waiting, gathered, layer + 1, block.inputs)
         made = (block.experts or block.dense) * self.bytes
@@ -195,7 +214,8 @@ class _Walk:
 
     def _embedding(self) -> Memory:
         """The gradient of the look-up, whole, and its sum."""
-        return self._moment(self._finished(0) + self._summing(self.vocab, self.degrees.shard), self.root, 0, 0.0)
+        gathered = 0 if self.alone else self.root
+        return self._moment(self._finished(0) + self._summing(self.vocab, self.degrees.shard), gathered, 0, 0.0)
 
 
 def block_params(model: CausalLMConfig, layer: int) -> tuple[int, int]:

@@ -170,7 +170,7 @@ def build_mesh(config: ParallelConfig, device_type: str, n_experts: int) -> Mesh
         return Mesh(degrees, None, None, 0, 1)
     replicate, shard, expert = degrees
     replicas, axis = ((replicate,), (REPLICATE,)) if replicate > 1 else ((), ())
-    # An axis of one rank stays a real one: FSDP over it gives the mixed precision.
+    # An axis of one rank stays a real one: FSDP over it gives the mixed precision, where there are replicas.
     dense = init_device_mesh(device_type, (*replicas, shard), mesh_dim_names=(*axis, SHARD))
     sparse = None
     if expert > 1:

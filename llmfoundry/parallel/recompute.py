@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from llmfoundry.config import ConfigError
+from llmfoundry.kernels.top_k import CHOICE
 
-ROUTING = ("aten.topk",)
 DEAR = (
     "aten._scaled_dot_product_cudnn_attention",
     "aten._scaled_dot_product_efficient_attention",
@@ -120,7 +120,7 @@ def recompute_blocks(
     """
     if mode == "none":
         return
-    kept = operators([*ROUTING, *((DEAR if save is None else save) if mode == "selective" else ())])
+    kept = operators([*CHOICE, *((DEAR if save is None else save) if mode == "selective" else ())])
     contexts = create_selective_checkpoint_contexts if in_graph else _contexts
     for block in blocks:
         # Nothing in a block draws from torch's generators, so there is no state to keep.

@@ -332,7 +332,8 @@ def build(config: RunConfig) -> Trainer:
     Raises:
         ConfigError: a mistake of the user's, found before anything is written to `save_folder`.
     """
-    device = runtime.start(config.dist_timeout)
+    # Alone, only FSDP keeps weights in host memory.
+    device = runtime.start(config.dist_timeout, alone_too=config.parallel.cpu_offload)
     runtime.seed_all(config.seed)
     assert isinstance(config.model, CausalLMConfig)
     precision = config.precision_on(device.type)

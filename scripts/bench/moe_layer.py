@@ -37,7 +37,7 @@ SHAPES = {  # D, F, E, K
     "qwen30b": (2048, 768, 128, 8),
 }
 PROVIDERS = ("triton", "auto", "grouped_mm", "transformers", "liger", "scattermoe")
-SECONDS = 0.5  # enough calls for a median whose spread is recorded beside it
+SECONDS = 0.4  # enough calls for a median whose spread is recorded beside it
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -132,14 +132,13 @@ def scattermoe(w1: Tensor, w2: Tensor) -> Layer:
 
 
 def milliseconds(call: Callable[[], object], warmup: int, iterations: int) -> list[float]:
-    """CUDA-event times of calls that follow each other: as many as SECONDS hold, 5 at least, `iterations` at most."""
+    """CUDA-event times of calls that follow each other: as many as SECONDS hold, 3 at least, `iterations` at most."""
     for _ in range(warmup):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
         call()
     torch.cuda.synchronize()
-    begin = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    n = min(iterations, max(5, int(SECONDS / (time.perf_counter() - begin))))
+    n = min(iterations, max(3, int(SECONDS / (time.perf_counter() - begin))))
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n)]
     for begin_event, end_event in events:
         begin_event.record()
@@ -163,7 +162,7 @@ def measure(
     def both() -> object:
         return torch.autograd.grad(forward(), leaves, dy)
 
-    both()
+    both()  # compiles, and lets tuners tune
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     y = forward()
@@ -212,7 +211,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[4096, 16384, 32768])
     parser.add_argument("--routing", nargs="+", default=["natural", "balanced", "zipf"])
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
-    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("scripts/bench/results/moe_layer.json"))
     args = parser.parse_args()

@@ -5,11 +5,15 @@ Shapes: T tokens, D d_model, F ffn hidden size, E experts, K top_k.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
+from llmfoundry.kernels import tune  # noqa: E402
 from llmfoundry.kernels.experts import experts_ffn  # noqa: E402
 from llmfoundry.kernels.experts_triton import experts_ffn_triton  # noqa: E402
 from llmfoundry.kernels.late import LateGradients  # noqa: E402
@@ -123,21 +127,24 @@ def test_biases_are_refused_in_words() -> None:
 
 
 def random_rows(n: int) -> list[tuple]:
+    """Few widths and units, for each is a compile of every kernel; many numbers of tokens and experts."""
     g = torch.Generator().manual_seed(3)
     pick = lambda *values: values[int(torch.randint(len(values), (1,), generator=g))]  # noqa: E731
     rows = []
     for i in range(n):
         e = pick(1, 3, 8, 17, 64)
-        rows.append((pick(1, 5, 127, 128, 129, 500, 1300), pick(64, 136, 256, 520), pick(32, 72, 128, 264), e,
-                     min(e, pick(1, 2, 4)), pick(True, True, False), pick("silu", "gelu", "relu2"),
+        d, f = pick((64, 264), (136, 32), (520, 72), (256, 128))
+        gated, activation = pick((True, "silu"), (True, "gelu"), (False, "relu2"))
+        rows.append((pick(1, 5, 127, 128, 129, 500, 1300), d, f, e, min(e, pick(1, 2, 4)), gated, activation,
                      pick("natural", "hot", "empty", "none"), i))  # fmt: skip
     return rows
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("row", random_rows(200), ids=str)
-def test_error_is_that_of_grouped_mm(row) -> None:
+def test_error_is_that_of_grouped_mm(row, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against float64: at most 1.5 times the error of the grouped_mm pipeline on the same bf16 inputs."""
+    monkeypatch.setenv("LLMFOUNDRY_AUTOTUNE", "0")  # tuning would compile every candidate at every number of rows
     t, d, f, e, k, gated, activation, routing, seed = row
     tensors = draw(t, d, f, e, k, gated, routing, seed)
     half = [v.to("cuda", torch.bfloat16) if i in (0, 3, 4) else v.cuda() for i, v in enumerate(tensors)]
@@ -175,3 +182,19 @@ def test_graph_replays_with_new_routing_and_is_bitwise_the_same_twice() -> None:
         graph.replay()
         for a, b in zip(captured, step(), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_a_timed_choice_is_kept_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LLMFOUNDRY_CACHE", str(tmp_path))
+    monkeypatch.setattr(tune, "_chosen", {})
+    half = [v.to("cuda", torch.bfloat16) if i in (0, 3, 4) else v.cuda()
+            for i, v in enumerate(draw(512, 256, 128, 8, 2, True, "natural"))]  # fmt: skip
+    first = run(experts_ffn_triton, half, activation="silu", gated=True)
+    (file,) = tmp_path.iterdir()
+    kept = json.loads(file.read_text())
+    assert {key.split()[0] for key in kept} == {"up", "down", "dx"}, "the kernels with a choice"
+    monkeypatch.setattr(tune, "_chosen", {})
+    monkeypatch.setattr(triton.testing, "do_bench", None)  # nothing is timed again
+    for a, b in zip(first, run(experts_ffn_triton, half, activation="silu", gated=True), strict=True):
+        assert torch.equal(a, b)

@@ -48,7 +48,10 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case("olmoe", 8, 1, {"compile": False}, 4, "weights gradients optimizer"),
+    Case("olmoe", 8, 1, {"compile": False}, 4, "weights optimizer"),
+    Case("olmoe", 4, 1, {}, 2, "gradients"),
+    Case("olmoe", 4, 1, {"recompute": "full"}, 16, "inputs"),
+    Case("olmoe", 3, 1, {}, 2, microbatches=2),
     Case("olmoe", 8, 2, {"compile": False}, 4, "activations"),
     Case("olmoe", 4, 2, {"expert": 2, "compile": False}, 4),
     Case("olmoe", 2, 8, {"recompute": "full"}, 16, "inputs"),
@@ -63,7 +66,8 @@ CASES = [
     Case("llama", 2, 8, {}, 2, "loss temporaries"),
     Case("llama", 2, 8, {"recompute": "selective", "compile": False}, 2, "loss"),
     Case("llama", 2, 64, {"recompute": "full"}, 2, "loss"),
-    Case("llama", 1, 1, {}, 1, "summing embedding"),
+    Case("llama", 1, 1, {}, 1),
+    Case("llama", 1, 2, {"replicate": 2}, 1, "summing embedding"),
     Case("gpt", 4, 1, {}, 8, "logits attention feed_forward"),
 ]
 

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from tiny import Case
 from torch import Tensor
 
+from llmfoundry import runtime
 from llmfoundry.model.transformer import CausalLM
 
 pytestmark = pytest.mark.dist
@@ -22,6 +24,14 @@ CASES = [
     Case("shard 2, expert 2, selective, microbatch 2", {"expert": 2, "recompute": "selective"}, microbatch=2),
     Case("replicate 2", {"replicate": 2}),
 ]
+
+ALONE = [
+    Case("alone"),
+    Case("alone, tied, full", {"recompute": "full"}, tied=True),
+    Case("alone, selective, microbatch 2", {"recompute": "selective"}, microbatch=2),
+]
+# What keeps FSDP in a group of one. On a CPU weights are in host memory anyway.
+BY_FSDP = {"cpu_offload": True}
 
 
 def learn(case: Case, precision: str) -> dict[str, Tensor]:
@@ -38,17 +48,26 @@ def learn(case: Case, precision: str) -> dict[str, Tensor]:
 
 
 def job(folder: Path) -> None:
-    for case in CASES:
+    alone = [case._replace(parallel=case.parallel | BY_FSDP) for case in ALONE]
+    runtime.start(alone_too=True)
+    for case in CASES if dist.get_world_size() > 1 else alone:
         found = learn(case, "amp_bf16")
-        if torch.distributed.get_rank() == 0:
+        if dist.get_rank() == 0:
             torch.save(found, folder / f"{case.name}.pt")
 
 
 @pytest.fixture(scope="module")
 def spread(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bf16")
-    run_ranks([2], job, folder)
+    run_ranks([2, 1], job, folder)
     return folder
+
+
+@pytest.mark.parametrize("case", ALONE, ids=[case.name for case in ALONE])
+def test_a_process_alone_learns_bitwise_what_fsdp_over_one_rank_does(case: Case, spread: Path) -> None:
+    found, theirs = learn(case, "amp_bf16"), torch.load(spread / f"{case.name}.pt", weights_only=True)
+    for name, value in found.items():
+        assert torch.equal(value, theirs[name]), name
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])

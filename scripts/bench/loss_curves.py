@@ -1,0 +1,71 @@
+"""Train the same steps with each backend of the experts and hold their loss curves against each other.
+
+    python scripts/bench/loss_curves.py yamls/olmoe-1b-7b.yaml model.n_layers=2 variables.data=FOLDER_OF_TEXT ...
+
+Same weights, same batches, one process. Two correct backends differ by the rounding of their dtype, and a run
+amplifies that; so `triton` is held against `reference` beside `grouped_mm` against `reference`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+from train_step import described, machine
+
+from llmfoundry import runtime
+from llmfoundry.cli import read_config
+from llmfoundry.train.trainer import build
+
+ROOT = Path(__file__).resolve().parents[2]
+BACKENDS = ("reference", "grouped_mm", "triton")
+
+
+def curve(yaml: str, overrides: list[str], steps: int) -> tuple[list[float], dict[str, object]]:
+    """The cross-entropy of each step, nats a token, and what was trained."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build(read_config(yaml, [*overrides, f"save_folder={folder}", "autoresume=false"]))
+        losses = [float(str(trainer.take_step()["loss/train/ce"])) for _ in range(steps)]
+        return losses, machine(trainer.device) | described(trainer.config)
+
+
+def gap(ours: list[float], true: list[float]) -> dict[str, float]:
+    """How far two curves are apart, nats a token."""
+    apart = [abs(a - b) for a, b in zip(ours, true, strict=True)]
+    last = len(apart) // 10
+    return {
+        "mean": statistics.fmean(apart),
+        "largest": max(apart),
+        "of_the_last_tenths_means": abs(statistics.fmean(ours[-last:]) - statistics.fmean(true[-last:])),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--backends", nargs="+", default=list(BACKENDS))
+    parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "bench" / "results" / "loss_curves.json")
+    args = parser.parse_args()
+    curves: dict[str, list[float]] = {}
+    facts: dict[str, object] = {}
+    for backend in args.backends:
+        overrides = [*args.overrides, f"model.ffn_config.moe_impl={backend}"]
+        curves[backend], facts = curve(args.yaml, overrides, args.steps)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        gaps = {name: gap(losses, curves["reference"]) for name, losses in curves.items() if "reference" in curves}
+        result = facts | {"overrides": args.overrides, "from_reference": gaps, "curves": curves}
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        print(json.dumps({"backend": backend, "last": curves[backend][-1], **gaps.get(backend, {})}), flush=True)
+    runtime.stop()
+
+
+if __name__ == "__main__":
+    main()
+    runtime.leave(0)
