@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS))
     parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "bench" / "results" / "loss_curves.json")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     curves: dict[str, list[float]] = {}
     facts: dict[str, object] = {}
     for backend in args.backends:

@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "bench" / "results" / "train_step.json")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
         config = read_config(args.yaml, [*args.overrides, f"save_folder={folder}", "autoresume=false"])
         trainer = build(config)
