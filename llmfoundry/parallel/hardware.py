@@ -1,8 +1,8 @@
 """What an H100 and its links do, as far as plans need it: every constant with its source, and nowhere else.
 
 Measured: by us in November 2026 on one and on two H100 80GB HBM3 (torch 2.11, CUDA 13, bf16; NCCL over NVLink at
-512 MiB). The rates of experts are those of a layer on `torch.nn.functional.grouped_mm`, forward and backward,
-16,384 tokens: not our own kernels', whose whole training step no GPU has run yet.
+512 MiB). The rates of experts are those of a layer by our kernels, forward and backward, router included, 16,384 tokens
+(`scripts/bench/results/moe_layer.json`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ RESERVE = 5.0 * GIB
 
 PEAK_FLOPS = 989.4e12  # dense bf16, datasheet: what MFU is a share of
 DENSE_FLOPS = 665e12  # measured: cuBLAS, the least of four layers' products (665 to 715)
-# FlashAttention-2 reaches 35 % of an H100 (Shah et al. 2024, arXiv:2407.08608); forward and backward.
-ATTENTION_FLOPS = 0.35 * PEAK_FLOPS
+# Measured in a training step: cuDNN's attention, 16 heads of 128, 4,096 tokens, causal, forward and backward.
+ATTENTION_FLOPS = 449e12
 COPY_BYTES = 2.97e12  # bytes a second read and written, measured
 
 NODE = 8  # GPUs that NVLink joins
@@ -28,7 +28,7 @@ ALL_REDUCE = 315e9  # bus bandwidth, measured
 NETWORK = 0.8 * 400e9 / 8
 
 # Weights of one expert's product (D * F) -> FLOP/s of its layer: Qwen3-30B-A3B, OLMoE, Mixtral, DBRX. Measured.
-_EXPERTS = ((2048 * 768, 249e12), (2048 * 1024, 293e12), (4096 * 14336, 560e12), (6144 * 10752, 562e12))
+_EXPERTS = ((2048 * 768, 459e12), (2048 * 1024, 505e12), (4096 * 14336, 627e12), (6144 * 10752, 637e12))
 
 
 def experts_flops(d_model: int, hidden: int) -> float:

@@ -162,7 +162,8 @@ def seconds(model: CausalLMConfig, parallel: ParallelConfig, degrees: Degrees, w
         + moved.replicate.seconds(hardware.ALL_REDUCE)
     )
     compute = work.rows * work.seq_len * _compute(model, parallel, work.seq_len)
-    return Time(compute, communication, moved.tokens.seconds(hardware.ALL_TO_ALL), _update(model, degrees, work))
+    update = _update(model, parallel, degrees, work)
+    return Time(compute, communication, moved.tokens.seconds(hardware.ALL_TO_ALL), update)
 
 
 def _compute(model: CausalLMConfig, parallel: ParallelConfig, seq_len: int) -> float:
@@ -187,16 +188,17 @@ def _compute(model: CausalLMConfig, parallel: ParallelConfig, seq_len: int) -> f
     return once if parallel.recompute == "none" else once + again
 
 
-def _update(model: CausalLMConfig, degrees: Degrees, work: Work) -> float:
+def _update(model: CausalLMConfig, parallel: ParallelConfig, degrees: Degrees, work: Work) -> float:
     """Seconds of what is bound by memory: clipping and AdamW on the share, and the copies around each collective.
 
     Bytes a parameter of the share: 4 to measure the gradient, 8 to scale it, 28 for the update. Of what is gathered:
-    the rounded copy in and out (6 and 4 bytes); of gradients: a float32 copy (6).
+    the rounded copy in and out (6 and 4 bytes); of gradients: a float32 copy (6). A process alone rounds, and no more.
     """
+    alone = degrees == (1, 1, 1) and not parallel.cpu_offload
     dense, experts = _params(model)
     whole = dense + experts / degrees.expert + model.vocab_size * model.d_model
     share = model.n_trainable_params() / degrees.shard
-    return (40 * share + (10 * work.microbatches + 6) * whole) / hardware.COPY_BYTES
+    return (40 * share + ((6 if alone else 10) * work.microbatches + 6) * whole) / hardware.COPY_BYTES
 
 
 def _params(model: CausalLMConfig) -> tuple[int, int]:

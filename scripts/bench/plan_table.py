@@ -5,17 +5,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
 from llmfoundry.cli import read_config
 from llmfoundry.model.config import CausalLMConfig
 from llmfoundry.parallel import hardware
+from llmfoundry.parallel.expert import n_experts
 from llmfoundry.parallel.hardware import GIB
-from llmfoundry.parallel.mesh import Degrees, ParallelConfig
+from llmfoundry.parallel.mesh import Degrees, ParallelConfig, plan_mesh
 from llmfoundry.parallel.plan import Plan, Work, plan
 
 ROOT = Path(__file__).resolve().parents[2]
+TRAIN_STEP = ROOT / "scripts" / "bench" / "results" / "train_step.json"
 SEQ_LEN = 4096  # tokens
 
 
@@ -116,8 +119,8 @@ def rates() -> str:
             "| | | from |",
             "|---|---|---|",
             f"| dense products | {dense / 1e12:.0f} TFLOP/s | measured, cuBLAS |",
-            f"| experts | {experts} TFLOP/s; others between, by D x F | measured, `grouped_mm`, 16,384 tokens |",
-            f"| attention | {attention / 1e12:.0f} TFLOP/s | arXiv:2407.08608: FlashAttention-2 at 35 % |",
+            f"| experts | {experts} TFLOP/s; others between, by D x F | measured, our kernels, 16,384 tokens |",
+            f"| attention | {attention / 1e12:.0f} TFLOP/s | measured, cuDNN, in a training step |",
             f"| memory | {copy / 1e12:.2f} TB/s | measured, copy |",
             f"| NVLink | {', '.join(f'{k} {v / 1e9:.0f}' for k, v in links.items())} GB/s | measured, two GPUs, NCCL |",
             f"| network | {hardware.NETWORK / 1e9:.0f} GB/s a GPU | assumed: 400 Gb/s a GPU at 80 % |",
@@ -126,45 +129,26 @@ def rates() -> str:
     )
 
 
-class Measured(NamedTuple):
-    """A peer's training step of the OLMoE shape on H100s, measured by us in November 2026; sequences of 4,096."""
-
-    name: str
-    n_layers: int
-    gpus: int
-    recompute: str
-    rows: int
-    tokens_per_second: float  # a GPU
-
-
-MEASURED = [
-    Measured("torchtitan 0.3.0, compiled", 8, 1, "none", 4, 57_491),
-    Measured("torchtitan 0.3.0, compiled", 8, 1, "selective", 4, 51_576),
-    Measured("torchtitan 0.3.0, compiled", 16, 2, "selective", 4, 26_867),
-    Measured("`transformers`, compiled, bf16 weights", 8, 1, "none", 4, 70_466),
-    Measured("`transformers`, not compiled, bf16 weights", 8, 1, "full", 8, 38_937),
-]
-
-
-def estimated(measured: Measured) -> float:
-    """Tokens/s a GPU that the plan foretells for a peer's run."""
-    model = read_config(str(ROOT / "yamls" / "olmoe-1b-7b.yaml"), [f"model.n_layers={measured.n_layers}"]).model
-    assert isinstance(model, CausalLMConfig)
-    parallel = ParallelConfig.model_validate({"recompute": measured.recompute})
-    found = plan(model, parallel, Degrees(1, measured.gpus, 1), Work(measured.rows, measured.rows, SEQ_LEN))
-    return found.tokens_per_second
-
-
-def peers() -> str:
-    """The estimate beside what was measured of others."""
-    rows = [
-        f"| {m.name} | {m.n_layers} | {m.gpus} | {m.recompute} | {m.tokens_per_second:,.0f} | {estimated(m):,.0f} "
-        f"| {estimated(m) / m.tokens_per_second - 1:+.0%} |"
-        for m in MEASURED
-    ]
-    head = "| | layers | GPUs | recompute | measured, tokens/s a GPU | estimated | off by |"
-    return "\n".join([head, "|---" * 7 + "|", *rows])
+def measured() -> str:
+    """The plan beside the training steps that were measured."""
+    if not TRAIN_STEP.exists():
+        return ""
+    lines = []
+    for name, row in json.loads(TRAIN_STEP.read_text(encoding="utf-8"))["rows"].items():
+        config = read_config(str(ROOT / row["yaml"]), row["overrides"])
+        assert isinstance(config.model, CausalLMConfig)
+        gpus, rows = row["devices"], row["global_rows"] // row["devices"]
+        degrees = plan_mesh(config.parallel, gpus, n_experts(config.model))
+        found = plan(config.model, config.parallel, degrees, Work(rows, row["microbatch_rows"], row["sequence"]))
+        speed, peak, planned_peak = row["tokens_per_second_per_device"], row["peak_gib"], found.memory.total / GIB
+        lines.append(
+            f"| {name} | {gpus} | {speed:,.0f} | {found.tokens_per_second:,.0f} "
+            f"| {found.tokens_per_second / speed - 1:+.0%} "
+            f"| {peak:.1f} | {planned_peak:.1f} | {planned_peak / peak - 1:+.1%} |"
+        )
+    head = "| | GPUs | tokens/s a GPU | planned | off by | peak, GiB | planned | off by |"
+    return "\n".join([head, "|---" * 8 + "|", *lines])
 
 
 if __name__ == "__main__":
-    print(rates(), peers(), planning(), sep="\n\n")
+    print(rates(), measured(), planning(), sep="\n\n")

@@ -126,7 +126,7 @@ def main() -> None:
         trainer = build(config)
         seconds = timed_steps(trainer, args.warmup, args.steps)
         row = machine(trainer.device) | described(config) | measured(trainer, seconds) | {"plan": foretold(trainer)}
-        row |= {"warmup": args.warmup, "steps": args.steps, "overrides": args.overrides}
+        row |= {"warmup": args.warmup, "steps": args.steps, "yaml": args.yaml, "overrides": args.overrides}
         if args.profile and trainer.device.type == "cuda":
             row |= exposed_communication(trainer)
     if runtime.is_rank0():
