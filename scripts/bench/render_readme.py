@@ -131,7 +131,7 @@ def moe_layer() -> str:
             line("two dense products of these sizes", [*ceilings, *("" for _ in shapes)]),
             "",
             f"In all {cases} cases in which all of them were measured (these shapes; 4,096, 16,384 and 32,768 tokens;",
-            f"natural, balanced and Zipf routing) it is {low:.2f} to {high:.2f} times as fast as the fastest other one.",
+            f"natural, balanced and Zipf routing) it is {low:.2f} to {high:.2f} times as fast as the next fastest.",
         ]
     )
 
