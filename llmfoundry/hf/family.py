@@ -12,7 +12,7 @@ import functools
 import importlib
 import pkgutil
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, cast
 
 from huggingface_hub.errors import StrictDataclassError
@@ -97,9 +97,9 @@ class Family:
         if "model_type" in vars(cls):
             Family._known[cls.model_type] = cls
 
-    def is_buffer(self, name: str) -> bool:
-        """Whether a tensor of theirs is no weight, but something that their code computes."""
-        return re.fullmatch(self.buffers, name) is not None
+    def weights(self, names: Iterable[str], config: CausalLMConfig) -> set[str]:
+        """Of the names of a checkpoint's tensors those that are weights of the model, not what their code computes."""
+        return {name for name in names if re.fullmatch(self.buffers, name) is None}
 
     def sizes_of(self, theirs: Theirs) -> dict[str, object]:
         """What our config takes over as it is."""

@@ -154,7 +154,7 @@ def matched(path: Path, family: Family, config: CausalLMConfig, folder: Source) 
         ConfigError: a tensor is missing, left over or of another shape.
     """
     source = _with_prefix(folder, family)
-    found = set(source.specs) - {name for name in source.specs if family.is_buffer(name)}
+    found = family.weights(source.specs, config)
     if config.tie_word_embeddings and family.head in found:  # some writers repeat the embedding under this name
         found.discard(family.head)
         _check_same(path, source, family.head, family.embedding)

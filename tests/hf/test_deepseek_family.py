@@ -46,12 +46,18 @@ def test_a_stream_keeps_the_bias_in_float32_beside_weights_in_bfloat16(tmp_path:
 
 
 def test_the_predictor_of_the_token_after_next_is_passed_over(tmp_path: Path) -> None:
-    case_of(V3, "one group, all mixtures, tied").build().save_pretrained(tmp_path)
-    found = load_file(tmp_path / "model.safetensors")
-    more = {f"model.layers.61.{name}": torch.zeros(3) for name in ("eh_proj.weight", "input_layernorm.weight")}
+    theirs = case_of(V3, "one group, all mixtures, tied").build()
+    theirs.save_pretrained(tmp_path)
+    found, n_layers = load_file(tmp_path / "model.safetensors"), theirs.config.num_hidden_layers
+    names = ("eh_proj.weight", "input_layernorm.weight")
+    more = {f"model.layers.{n_layers}.{name}": torch.zeros(3) for name in names}
     save_file(found | more, tmp_path / "model.safetensors", {"format": "pt"})
     ours = from_pretrained(tmp_path).model
     assert torch.equal(ours.state_dict()["wte.weight"], found["model.embed_tokens.weight"])
+    save_file(found | {name: more[name] for name in more if "eh_proj" not in name}, tmp_path / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
+    with pytest.raises(ConfigError, match=f"layers.{n_layers}.input_layernorm.weight' has no place"):
+        from_pretrained(tmp_path)
 
 
 def test_a_model_whose_bias_still_moves_is_written_and_goes_on_so() -> None:

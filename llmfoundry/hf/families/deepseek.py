@@ -7,6 +7,8 @@ Source: DeepSeek-AI 2024, arXiv:2405.04434 and arXiv:2412.19437.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from llmfoundry.config import ConfigError, check
 from llmfoundry.hf.decoder import Decoder, activation_of, init_of, rope_of, rope_to
 from llmfoundry.hf.family import ConfigDict, Theirs, Value
@@ -126,13 +128,19 @@ class DeepSeekV2(_DeepSeek):
 class DeepSeekV3(_DeepSeek):
     """Scores are sigmoids; a group counts by its two best experts. `e_score_correction_bias` is our `expert_bias`.
 
-    What a published checkpoint has in layer 61 predicts the token after next: `transformers` passes over it, by this
-    number, and so do we.
+    A published checkpoint has one layer more, which predicts the token after next and has a projection of its own by
+    which it is known: `transformers` passes over it, and so do we.
     """
 
     model_type = "deepseek_v3"
     architecture = "DeepseekV3ForCausalLM"
-    buffers = rf"{Decoder.buffers}|model\.layers\.61\..*"
+
+    def weights(self, names: Iterable[str], config: CausalLMConfig) -> set[str]:
+        """All but the predictor's."""
+        found, predictor = super().weights(names, config), f"model.layers.{config.n_layers}."
+        if f"{predictor}eh_proj.weight" not in found:
+            return found
+        return {name for name in found if not name.startswith(predictor)}
 
     def attention(self, theirs: Theirs) -> dict[str, object]:
         """How dims pair up."""
