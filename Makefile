@@ -41,7 +41,7 @@ check: setup
 	$(PY) scripts/bench/render_readme.py --check
 
 test-gpu: setup
-	$(PY) -m pytest -m gpu
+	$(PY) -m pytest -n 4 -m gpu
 
 bench: setup
 	$(PY) scripts/bench/cpu_step.py
