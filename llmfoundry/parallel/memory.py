@@ -242,8 +242,11 @@ def _block(
     again = late = kept - stored
     if again and compiled and degrees.expert == 1:  # in one graph, what is computed again lives no longer than it must
         if parallel.recompute == "selective":
-            again = late = min(again, 2 * d * size + ours.kept - ours.products)
-        late -= ours.pre_activation
+            # A mixture's backward reads its input as a whole; a dense one needs it after the widest moment.
+            around = 2 * d * size if isinstance(ffn, MoEConfig) else 0
+            again = late = min(again, around + ours.kept - ours.products)
+        again -= ours.activation
+        late -= ours.activation + ours.pre_activation
     return _Block(
         dense,
         everyone / degrees.expert,
@@ -285,6 +288,7 @@ class _FeedForward(NamedTuple):
     inputs: float  # in backward until its input's gradient is there
     weights: float  # in backward while the gradients of its weights are made
     pre_activation: float = 0.0  # what that does not need, of an expert's
+    activation: float = 0.0  # of what is kept, what is gone before the gradient at the pre-activation is there
 
 
 def _feed_forward(ffn: FFNConfig, d: int, degrees: Degrees, size: int, compiled: bool) -> _FeedForward:
@@ -294,7 +298,9 @@ def _feed_forward(ffn: FFNConfig, d: int, degrees: Degrees, size: int, compiled:
     f, rows = ffn.hidden_size, ffn.rows
     if compiled:  # the pre-activation and the activation; their gradients
         kept = (rows + f) * size
-        return _FeedForward(kept, rows * size, (f + rows + 2 * d) * size, (rows + 2 * d) * size)
+        return _FeedForward(
+            kept, rows * size, (f + rows + 2 * d) * size, (rows + 2 * d) * size, activation=f * size
+        )  # fmt: skip
     # Uncompiled, a gated unit keeps gate, up and the activated gate in float32.
     kept = rows * MASTER + f * MASTER + f * size if ffn.gated else (rows + f) * size
     inputs = 3 * f * MASTER - f * size if ffn.gated else 2 * f * size

@@ -34,12 +34,12 @@ from torch.utils._pytree import tree_iter
 
 from llmfoundry.data.loader import Batch
 from llmfoundry.kernels import cross_entropy, experts_triton, tune
-from llmfoundry.layers import norm
+from llmfoundry.layers import latent_attention, norm
 from llmfoundry.model.config import CausalLMConfig
 from llmfoundry.moe import dispatch, layer, router
 from llmfoundry.moe.balance import Balance
 from llmfoundry.moe.layer import MoEConfig
-from llmfoundry.parallel import apply
+from llmfoundry.parallel import apply, recompute
 from llmfoundry.parallel.apply import parallelize
 from llmfoundry.parallel.mesh import ParallelConfig, build_mesh
 from llmfoundry.train.optim import AdamWConfig
@@ -169,6 +169,39 @@ class _UpcastLinear(torch.autograd.Function):
     backward = router._UpcastLinear.backward
 
 
+@torch.library.custom_op("peak::attention", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention whose values are shorter than its keys as a GPU's kernels do it: a CPU has it only with all scores."""
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("peak::attention_backward", mutates_args=())
+def _attention_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+_attention.register_fake(lambda q, k, v: (
+    q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
+))  # fmt: skip
+_attention_backward.register_fake(
+    lambda dy, q, k, v, y, lse: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+)
+_attention.register_autograd(
+    lambda ctx, dy, _: _attention_backward(dy, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output),
+)
+
+
+class _Functional:
+    """`torch.nn.functional` as latent attention sees it."""
+
+    @staticmethod
+    def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
+        return _attention(q, k, v)[0]
+
+
 def _softmax_loss(logits: Tensor, labels: Tensor, dtype: torch.dtype, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
     """What the Triton kernel of the loss allocates."""
     return logits.new_empty(len(logits)), torch.empty_like(logits, dtype=dtype) if needs_grad else None
@@ -184,7 +217,10 @@ def _even_exchange(experts: Tensor, n_local: int, group: dist.ProcessGroup) -> d
 
 
 class _Fused(fx.Interpreter):
-    """Runs a graph as a compiler would: what is elementwise is written out only for who cannot be fused with it."""
+    """Runs a graph as a compiler would: what is elementwise is written out only for who cannot be fused with it.
+
+    Then its inputs are still there: a kernel reads what the elementwise operators that it took in would have read.
+    """
 
     live: Live
 
@@ -197,6 +233,24 @@ class _Fused(fx.Interpreter):
         for node in reversed(graph.graph.nodes):
             if node in self.written and _is_view(node):
                 self.written |= set(node.all_input_nodes)
+        self.last_read_by = self._last_kernels(graph.graph)
+        self.is_read = {node for nodes in self.last_read_by.values() for node in nodes}
+        self.kept: dict[fx.Node, object] = {}
+
+    def _last_kernels(self, graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+        """The nodes whose results nobody reads after a kernel, for each kernel."""
+        reads: dict[fx.Node, set[fx.Node]] = {}  # what has to be in memory to have a node's result
+        last: dict[fx.Node, fx.Node] = {}
+        for node in graph.nodes:
+            inputs = {each for read in node.all_input_nodes for each in reads[read]}
+            in_memory = node.op == "placeholder" or node in self.written or not _fuses(node)
+            reads[node] = {node} if in_memory and not _is_view(node) else inputs
+            if in_memory:
+                last |= dict.fromkeys(inputs, node)
+        found: dict[fx.Node, list[fx.Node]] = {}
+        for node, kernel in last.items():
+            found.setdefault(kernel, []).append(node)
+        return found
 
     def call_function(self, target: object, args: tuple, kwargs: dict) -> object:
         # Attention may draw dropout: a graph that recomputes it keeps the generator's state, a few bytes.
@@ -217,6 +271,10 @@ class _Fused(fx.Interpreter):
             for part in tree_iter(result):
                 if isinstance(part, Tensor):
                     live.count(part)
+        if n in self.is_read:
+            self.kept[n] = result
+        for read in self.last_read_by.get(n, []):
+            del self.kept[read]
         return result
 
 
@@ -255,10 +313,13 @@ def _compiler(graph: fx.GraphModule, inputs: Sequence[object]) -> Callable[[list
     def run(arguments: list[object]) -> object:
         given = list(arguments)
         arguments.clear()  # as compiled code does, so that what is not used again is freed
+        inputs = zip(graph.graph.find_nodes(op="placeholder"), given, strict=True)
+        interpreter.kept = {node: value for node, value in inputs if node in interpreter.is_read}
         try:
             return interpreter.boxed_run(given)
         finally:
             interpreter.env = {}
+            interpreter.kept = {}
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
@@ -292,6 +353,8 @@ def _as_on_a_gpu(live: Live) -> Iterator[None]:
         patch.object(layer, "plan_exchange", _even_exchange),
         patch.object(router, "_UpcastLinear", _UpcastLinear),
         patch.object(norm.RMSNorm, "forward", _rms_norm),
+        patch.object(latent_attention, "F", _Functional),
+        patch.object(recompute, "DEAR", (*recompute.DEAR, "peak.attention")),
         patch.object(cross_entropy, "CHUNK_LOGITS", {"cpu": cross_entropy.CHUNK_LOGITS["cuda"]}),
         patch.object(cross_entropy, "_product", lambda a, b, dtype: a.new_empty(len(a), b.shape[1], dtype=dtype)),
         patch.object(cross_entropy, "_add_product", lambda total, a, b: None),  # in place

@@ -29,6 +29,15 @@ DENSE = {
         "attn_config": {"attn_type": "grouped_query_attention", "kv_n_heads": 8, "rope": True},
         "ffn_config": {"ffn_type": "mptglu", "ffn_act_fn": {"name": "silu"}, "ffn_hidden_size": 14336},
     },
+    "latent": {
+        "name": "causal_lm", "d_model": 2048, "n_heads": 16, "vocab_size": 102400, "max_seq_len": 4096,
+        "norm_type": "rmsnorm", "no_bias": True, "tie_word_embeddings": False,
+        "attn_config": {
+            "attn_type": "multihead_latent_attention", "q_lora_rank": 1536, "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "rope": True,
+        },
+        "ffn_config": {"ffn_type": "mptglu", "ffn_act_fn": {"name": "silu"}, "ffn_hidden_size": 10944},
+    },
     "gpt": {"name": "causal_lm", "d_model": 1024, "n_heads": 16, "vocab_size": 50368, "max_seq_len": 2048},
 }  # fmt: skip
 # Promised are 10 %. The cases hold at 6, so that a term that is left out shows.
@@ -66,9 +75,15 @@ CASES = [
     Case("llama", 2, 8, {}, 2, "loss temporaries"),
     Case("llama", 2, 8, {"recompute": "selective", "compile": False}, 2, "loss"),
     Case("llama", 2, 64, {"recompute": "full"}, 2, "loss"),
+    Case("llama", 2, 64, {"recompute": "full"}, 16, "feed_forward"),
+    Case("llama", 2, 64, {"recompute": "selective"}, 16),
     Case("llama", 1, 1, {}, 1),
     Case("llama", 1, 2, {"replicate": 2}, 1, "summing embedding"),
     Case("gpt", 4, 1, {}, 8, "logits attention feed_forward"),
+    Case("latent", 2, 8, {}, 8, "attention feed_forward"),
+    Case("latent", 2, 8, {"compile": False}, 8, "attention"),
+    Case("latent", 2, 8, {"recompute": "full"}, 16, "attention"),
+    Case("latent", 2, 8, {"recompute": "selective"}, 8),
 ]
 
 
