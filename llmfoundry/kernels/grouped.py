@@ -46,7 +46,7 @@ def grouped_kernel(
                 w = w_desc.load([e, k, j * BN]).reshape([BK, BN])
             else:
                 w = w_desc.load([e, j * BN, k]).reshape([BN, BK]).T
-            acc = tl.dot(a, w, acc)
+            acc = tl.dot(a, w, acc, input_precision="tf32x3")
         start = tl.load(start_ptr + e)
         size = tl.load(start_ptr + e + 1) - start
         dtype: tl.constexpr = out_desc.dtype

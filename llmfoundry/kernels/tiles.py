@@ -3,7 +3,8 @@
 Shapes: M rows in expert order, E experts, N_TILES bound on row tiles = ceil(M / 128) + E.
 A row tile never crosses an expert. How many there are depends on the routing and stays on the device: the
 kernels are persistent, their grid is the number of SMs, and they read `Tiles.n_tiles`. Busiest experts come
-first, so that the last wave of tiles is short ones.
+first, so that the last wave of tiles is short ones. Products say `tf32x3`, which means something for float32 alone:
+operands as two TF32 numbers each, for float32's bits at the tensor cores' speed. Triton's default would be one.
 """
 
 from __future__ import annotations

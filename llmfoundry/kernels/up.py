@@ -59,7 +59,7 @@ def up_kernel(
         for k in tl.range(0, D, BK):
             x = x_desc.load([row, k])
             w = w1_desc.load([e * HALVES, j * BN, k]).reshape([HALVES * BN, BK])
-            acc = tl.dot(x, w.T, acc)
+            acc = tl.dot(x, w.T, acc, input_precision="tf32x3")
         start = tl.load(start_ptr + e)
         size = tl.load(start_ptr + e + 1) - start
         rows = row + tl.arange(0, BM)

@@ -76,7 +76,7 @@ def up_backward_kernel(
         for k in tl.range(0, D, BK):
             dy = dy_desc.load([row, k])
             w = w2_desc.load([e, k, j * BN]).reshape([BK, BN])
-            acc = tl.dot(dy, w, acc)
+            acc = tl.dot(dy, w, acc, input_precision="tf32x3")
         end = tl.load(start_ptr + e + 1)
         rows = row + tl.arange(0, BM)
         slot = tl.load(row_slot_ptr + rows, mask=rows < end, other=0)

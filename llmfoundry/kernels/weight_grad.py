@@ -48,7 +48,7 @@ def weight_grad_kernel(
         for k in tl.range(0, size, BK):
             left = read_ragged(left_desc, start, size, k, i * BM)
             right = read_ragged(right_desc, start, size, k, j * BN)
-            acc = tl.dot(left.T, right, acc)
+            acc = tl.dot(left.T, right, acc, input_precision="tf32x3")
         dtype: tl.constexpr = out_desc.dtype
         if PIECES == 2:
             left_half, right_half = acc.reshape([BM, 2, BN // 2]).permute(0, 2, 1).split()

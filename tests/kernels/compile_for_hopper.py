@@ -21,18 +21,19 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from llmfoundry.kernels.grouped import GroupedConfig, grouped_kernel  # noqa: E402
 from llmfoundry.kernels.tiles import TILE_ROWS  # noqa: E402
-from llmfoundry.kernels.tune import DOWN, DW1, DX, UP, UP_BACKWARD  # noqa: E402
+from llmfoundry.kernels.tune import DOWN, DW1, DX, UP, UP_BACKWARD, Candidates, Config  # noqa: E402
 from llmfoundry.kernels.up import UpConfig, up_kernel  # noqa: E402
 from llmfoundry.kernels.up_backward import UpBackwardConfig, up_backward_kernel  # noqa: E402
 from llmfoundry.kernels.weight_grad import WeightGradConfig, weight_grad_kernel  # noqa: E402
 
 SHAPES = {"qwen30b": (2048, 768), "dbrx": (6144, 10752)}  # D, F
 PROGRAMS = 132  # SMs of an H100
+DTYPE = sys.argv[2]  # bf16 or fp32
 TILES = {"start_ptr": "*i32", "expert_ptr": "*i32", "row_ptr": "*i32", "count_ptr": "*i32"}
 
 
 def descriptor(*block: int) -> str:
-    return f"tensordesc<bf16[{','.join(map(str, block))}]>"
+    return f"tensordesc<{DTYPE}[{','.join(map(str, block))}]>"
 
 
 def ragged(*block: int) -> str:
@@ -72,9 +73,9 @@ def up_backward(d: int, f: int, c: UpBackwardConfig) -> None:
     types = {
         "dy_desc": descriptor(TILE_ROWS, c.depth),
         "w2_desc": descriptor(1, c.depth, c.columns),
-        "h_ptr": "*bf16",
-        "dh_ptr": "*bf16",
-        "a_ptr": "*bf16",
+        "h_ptr": f"*{DTYPE}",
+        "dh_ptr": f"*{DTYPE}",
+        "a_ptr": f"*{DTYPE}",
         "ds_ptr": "*fp32",
         "weights_ptr": "*fp32",
         "row_slot_ptr": "*i32",
@@ -123,20 +124,25 @@ def report(
     found = re.search(r"REG:(\d+) STACK:(\d+)", said)
     assert found is not None, said
     row = {"kernel": name, "registers": int(found[1]), "spilled": int(found[2]), "shared": compiled.metadata.shared}
+    row["precision"] = sorted(set(re.findall(r"inputPrecision = (\w+)", compiled.asm["ttir"])))
     print(json.dumps(row | {"warps": num_warps, "stages": num_stages} | constants), flush=True)
+
+
+def configs(candidates: Candidates[Config]) -> tuple[Config, ...]:
+    return candidates.large if DTYPE == "bf16" else (candidates.small,)
 
 
 def main() -> None:
     d, f = SHAPES[sys.argv[1]]
-    for config in UP.large:
+    for config in configs(UP):
         up(d, f, config)
-    for config in DOWN.large:
+    for config in configs(DOWN):
         grouped("down", d, config, transposed=False)
-    for config in DX.large:
+    for config in configs(DX):
         grouped("dx", d, config, transposed=True)
-    for config in UP_BACKWARD.large:
+    for config in configs(UP_BACKWARD):
         up_backward(d, f, config)
-    for config in DW1.large:
+    for config in configs(DW1):
         weight_grad(2 * f, d, config)
         weight_grad(d, f, config)
 

@@ -15,12 +15,12 @@ SHARED = 227 * 1024  # bytes that one block may use on an H100
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", ["qwen30b", "dbrx"])
-def test_kernels_fit_a_hopper_gpu(shape: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("shape", "dtype"), [("qwen30b", "bf16"), ("dbrx", "bf16"), ("qwen30b", "fp32")])
+def test_kernels_fit_a_hopper_gpu(shape: str, dtype: str, tmp_path: Path) -> None:
     script = Path(__file__).with_name("compile_for_hopper.py")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(script), shape],
+        [sys.executable, str(script), shape, dtype],
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -30,5 +30,7 @@ def test_kernels_fit_a_hopper_gpu(shape: str, tmp_path: Path) -> None:
     assert {row["kernel"] for row in rows} == {"up", "down", "dx", "up_backward", "weight_grad"}
     for row in rows:
         assert row["shared"] <= SHARED, row
+        # One TF32 product would leave 10 of float32's 23 bits; three leave 21.
+        assert row["precision"] == ["tf32x3"], row
         # 256 columns spill 64 bytes in the epilogue and were measured to beat 128 columns, which spill none.
         assert row["spilled"] <= (64 if row["kernel"] == "up_backward" else 0), row
