@@ -29,6 +29,7 @@ class UpBackwardConfig(NamedTuple):
     num_stages: int = 4
     flatten: bool = False
     slices: int = 4
+    per_sm: int = 1  # programs that share an SM: of two, one stores its tile while the other multiplies
 
 
 @triton.jit
@@ -134,7 +135,7 @@ def up_backward(
     dh = torch.empty_like(h)
     a = dy_rows.new_empty(n_rows, hidden)
     ds = torch.empty(triton.cdiv(hidden, c.columns), n_rows, dtype=torch.float32, device=h.device)
-    programs = n_programs(h.device)
+    programs = n_programs(h.device) * c.per_sm
     up_backward_kernel[(programs,)](
         plain(dy_rows, [TILE_ROWS, c.depth]),
         plain(w2, [1, c.depth, c.columns]),

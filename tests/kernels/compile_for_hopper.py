@@ -83,8 +83,9 @@ def up_backward(d: int, f: int, c: UpBackwardConfig) -> None:
         "M": "i32",
     }
     constants = {"F": f, "GATED": True, "ACTIVATION": "silu", "BM": TILE_ROWS, "BN": c.columns, "BK": c.depth,
-                 "SLICES": c.slices, "GROUP": c.group, "PROGRAMS": PROGRAMS, "FLATTEN": c.flatten}  # fmt: skip
-    report("up_backward", up_backward_kernel, types | TILES, constants, c.num_warps, c.num_stages)
+                 "SLICES": c.slices, "GROUP": c.group, "PROGRAMS": PROGRAMS * c.per_sm,
+                 "FLATTEN": c.flatten}  # fmt: skip
+    report("up_backward", up_backward_kernel, types | TILES, constants, c.num_warps, c.num_stages, c.per_sm)
 
 
 def weight_grad(p: int, n: int, c: WeightGradConfig) -> None:
@@ -108,6 +109,7 @@ def report(
     constants: dict[str, object],
     num_warps: int,
     num_stages: int,
+    per_sm: int = 1,
 ) -> None:
     """Compile, and print registers, bytes a thread that spill, and shared memory."""
     signature = {key: types.get(key, "constexpr") for key in kernel.arg_names}
@@ -125,7 +127,8 @@ def report(
     assert found is not None, said
     row = {"kernel": name, "registers": int(found[1]), "spilled": int(found[2]), "shared": compiled.metadata.shared}
     row["precision"] = sorted(set(re.findall(r"inputPrecision = (\w+)", compiled.asm["ttir"])))
-    print(json.dumps(row | {"warps": num_warps, "stages": num_stages} | constants), flush=True)
+    launch = {"warps": num_warps, "stages": num_stages, "per_sm": per_sm}
+    print(json.dumps(row | launch | constants), flush=True)
 
 
 def configs(candidates: Candidates[Config]) -> tuple[Config, ...]:

@@ -221,7 +221,7 @@ def test_a_timed_choice_is_kept_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_pat
     first = run(experts_ffn_triton, half, activation="silu", gated=True)
     (file,) = tmp_path.iterdir()
     kept = json.loads(file.read_text())
-    assert {key.split()[0] for key in kept} == {"up", "down", "dx"}, "the kernels with a choice"
+    assert {key.split()[0] for key in kept} == {"up", "down", "dx", "up_backward"}, "the kernels with a choice"
     monkeypatch.setattr(tune, "_chosen", {})
     monkeypatch.setattr(triton.testing, "do_bench", None)  # nothing is timed again
     for a, b in zip(first, run(experts_ffn_triton, half, activation="silu", gated=True), strict=True):
