@@ -230,9 +230,11 @@ def _rows(order: Order, shape: torch.Size, n_rows: int | None) -> _Rows:
     on_cpu = order.slot_row.device.type == "cpu"
     kept = int(order.expert_start[-1]) if on_cpu else n_slots if n_rows is None else min(n_rows, n_slots)
     if on_cpu and kept == n_slots:
-        return _Rows(order.expert_start, order.row_token, order.row_slot, order.slot_row.view(shape), None)
-    token, slot = (F.pad(index[:kept], (0, 1)) for index in (order.row_token, order.row_slot))
-    valid = torch.arange(kept + 1, dtype=torch.int32, device=token.device) < order.expert_start[-1]
+        token = order.row_slot // shape[1]
+        return _Rows(order.expert_start, token, order.row_slot, order.slot_row.view(shape), None)
+    slot = F.pad(order.row_slot[:kept], (0, 1))
+    token = slot // shape[1]
+    valid = torch.arange(kept + 1, dtype=torch.int32, device=slot.device) < order.expert_start[-1]
     of_slot = torch.where(order.slot_row < order.expert_start[-1], order.slot_row, kept).view(shape)
     return _Rows(order.expert_start, token, slot, of_slot, valid)
 

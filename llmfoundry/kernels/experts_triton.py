@@ -97,14 +97,14 @@ def _nothing(w1: Tensor, w2: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("llmfoundry::sort_by_expert", mutates_args=())
-def _order(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _order(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(sort_by_expert_triton(experts, n_experts))  # type: ignore[return-value]
 
 
 @_order.register_fake
-def _(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    ints = [experts.new_empty(experts.numel(), dtype=torch.int32) for _ in range(3)]
-    return experts.new_empty(n_experts + 1, dtype=torch.int32), ints[0], ints[1], ints[2]
+def _(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    row_slot, slot_row = (experts.new_empty(experts.numel(), dtype=torch.int32) for _ in range(2))
+    return experts.new_empty(n_experts + 1, dtype=torch.int32), row_slot, slot_row
 
 
 @torch.library.custom_op("llmfoundry::experts_forward", mutates_args=())
@@ -114,7 +114,6 @@ def _forward(
     w1: Tensor,
     w2: Tensor,
     expert_start: Tensor,
-    row_token: Tensor,
     row_slot: Tensor,
     slot_row: Tensor,
     activation: str,
@@ -123,7 +122,7 @@ def _forward(
     n_rows: int,
 ) -> tuple[Tensor, Tensor]:
     """y (T, D), and h (R, 2F) or (R, F): empty unless saved."""
-    order = Order(expert_start, row_token, row_slot, slot_row)
+    order = Order(expert_start, row_slot, slot_row)
     problem = _problem(w1, w2, n_rows)
     tiles = tile_rows(expert_start, n_rows)
     x_rows = gather(x, order, n_rows)  # (R, D)
@@ -145,7 +144,6 @@ def _(
     w1: Tensor,
     w2: Tensor,
     expert_start: Tensor,
-    row_token: Tensor,
     row_slot: Tensor,
     slot_row: Tensor,
     activation: str,
@@ -175,7 +173,6 @@ def _backward_rows(
     w1: Tensor,
     w2: Tensor,
     expert_start: Tensor,
-    row_token: Tensor,
     row_slot: Tensor,
     slot_row: Tensor,
     activation: str,
@@ -185,7 +182,7 @@ def _backward_rows(
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`_Rows`, as an operator has to return them."""
-    order = Order(expert_start, row_token, row_slot, slot_row)
+    order = Order(expert_start, row_slot, slot_row)
     problem = _problem(w1, w2, n_rows)
     tiles = tile_rows(expert_start, n_rows)
     none = x.new_empty(0)
@@ -221,7 +218,6 @@ def _(
     w1: Tensor,
     w2: Tensor,
     expert_start: Tensor,
-    row_token: Tensor,
     row_slot: Tensor,
     slot_row: Tensor,
     activation: str,
@@ -244,7 +240,6 @@ def _weight_gradient(
     w1: Tensor,
     w2: Tensor,
     expert_start: Tensor,
-    row_token: Tensor,
     row_slot: Tensor,
     slot_row: Tensor,
     n_rows: int,
@@ -253,7 +248,7 @@ def _weight_gradient(
     problem = _problem(w1, w2, n_rows)
     tiles = tile_rows(expert_start, n_rows)
     if name == "w1":
-        right = gather(right, Order(expert_start, row_token, row_slot, slot_row), n_rows)
+        right = gather(right, Order(expert_start, row_slot, slot_row), n_rows)
     return pick(DW1 if name == "w1" else DW2, problem, partial(weight_grad, left, right, tiles))
 
 
@@ -265,7 +260,6 @@ def _(
     w1: Tensor,
     w2: Tensor,
     expert_start: Tensor,
-    row_token: Tensor,
     row_slot: Tensor,
     slot_row: Tensor,
     n_rows: int,
@@ -287,7 +281,7 @@ class _Context(Protocol):
 
 
 Owed = dict[str, Callable[[], Tensor]]
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, str, bool, bool, int]
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, str, bool, bool, int]
 
 
 def _setup(ctx: _Context, inputs: Inputs, output: tuple[Tensor, Tensor]) -> None:
@@ -317,7 +311,7 @@ def _autograd(ctx: _Context, dy: Tensor, _dh: None) -> tuple[Tensor | None, ...]
     dx, dweights, owed = _gradients(ctx, ctx.needs_input_grad[:4], dy)
     # Taken out before it is called: what only dw2 needs is free again when dw1 is computed.
     dw2, dw1 = (owed.pop(name)() if name in owed else None for name in ("w2", "w1"))
-    return dx, dweights, dw1, dw2, *[None] * 8
+    return dx, dweights, dw1, dw2, *[None] * 7
 
 
 _forward.register_autograd(_autograd, setup_context=_setup)
@@ -339,7 +333,7 @@ class _LateExperts(torch.autograd.Function):
         dx, dweights, owed = _gradients(ctx, ctx.needs_input_grad[1:5], dy)
         for name, compute in owed.items():
             ctx.late.owe(name, compute)
-        return None, dx, dweights, *[None] * 10
+        return None, dx, dweights, *[None] * 9
 
 
 Shape = tuple[int, ...]

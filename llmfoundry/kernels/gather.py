@@ -43,7 +43,7 @@ def gather(x: Tensor, order: Order, n_rows: int) -> Tensor:
 
 def gather_reference(x: Tensor, order: Order, n_rows: int) -> Tensor:
     """`gather` in plain PyTorch."""
-    return x[order.row_token[:n_rows].long()]
+    return x[order.row_slot[:n_rows].long() // (order.slot_row.numel() // x.shape[0])]
 
 
 @triton.jit

@@ -18,8 +18,7 @@ class Order(NamedTuple):
     """The permutation between slots (token order) and rows (expert order). All int32, on the device."""
 
     expert_start: Tensor  # (E+1,) first row of each expert; the last entry ends the rows that have an expert
-    row_token: Tensor  # (M,) row -> token
-    row_slot: Tensor  # (M,) row -> slot
+    row_slot: Tensor  # (M,) row -> slot, of token slot // K
     slot_row: Tensor  # (M,) slot -> row
 
 
@@ -31,14 +30,13 @@ def sort_by_expert(experts: Tensor, n_experts: int) -> Order:
             `expert_start[E]`.
         n_experts: E.
     """
-    n_slots, top_k = experts.numel(), experts.shape[1]
+    n_slots = experts.numel()
     by_expert, row_slot = experts.reshape(-1).sort(stable=True)  # (M,)
     first = torch.arange(n_experts + 1, dtype=by_expert.dtype, device=experts.device)
     slot_row = torch.empty(n_slots, dtype=torch.int32, device=experts.device)
     slot_row[row_slot] = torch.arange(n_slots, dtype=torch.int32, device=experts.device)
     return Order(
         expert_start=torch.searchsorted(by_expert, first, out_int32=True),  # (E+1,)
-        row_token=(row_slot // top_k).int(),
         row_slot=row_slot.int(),
         slot_row=slot_row,
     )

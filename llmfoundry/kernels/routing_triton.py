@@ -51,8 +51,8 @@ def _start_kernel(totals_ptr, start_ptr, n_experts, EXPERTS: tl.constexpr):
 
 @triton.jit
 def _place_kernel(
-    experts_ptr, earlier_ptr, start_ptr, row_token_ptr, row_slot_ptr, slot_row_ptr, n_slots, n_blocks,
-    K: tl.constexpr, BLOCK: tl.constexpr,
+    experts_ptr, earlier_ptr, start_ptr, row_slot_ptr, slot_row_ptr, n_slots, n_blocks,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A slot's row: its expert's start, the expert's slots in earlier blocks, and those ahead in this block."""
     block = tl.program_id(0)
@@ -67,19 +67,18 @@ def _place_kernel(
     row += tl.load(earlier_ptr + e.to(tl.int64) * n_blocks + block, mask=valid, other=0)
     tl.store(slot_row_ptr + slot, row, mask=valid)
     tl.store(row_slot_ptr + row, slot, mask=valid)
-    tl.store(row_token_ptr + row, slot // K, mask=valid)
 
 
 def sort_by_expert_triton(experts: Tensor, n_experts: int) -> Order:
     """`routing.sort_by_expert`, which is its reference; arguments as there. (T, K) must not be empty."""
-    n_slots, top_k = experts.numel(), experts.shape[1]
+    n_slots = experts.numel()
     n_blocks = triton.cdiv(n_slots, BLOCK)
     padded = triton.next_power_of_2(n_experts + 2)  # room for "no expert" and for the last block's padding
     empty = partial(torch.empty, dtype=torch.int32, device=experts.device)
     counts, totals = empty(padded, n_blocks), empty(n_experts + 1)
-    order = Order(empty(n_experts + 1), empty(n_slots), empty(n_slots), empty(n_slots))
+    order = Order(empty(n_experts + 1), empty(n_slots), empty(n_slots))
     _count_kernel[(n_blocks,)](experts, counts, n_slots, n_blocks, EXPERTS=padded, BLOCK=BLOCK, num_warps=4)
     _prefix_kernel[(n_experts + 1,)](counts, totals, n_blocks, CHUNK=1024, num_warps=4)
     _start_kernel[(1,)](totals, order.expert_start, n_experts, EXPERTS=padded, num_warps=4)
-    _place_kernel[(n_blocks,)](experts, counts, *order, n_slots, n_blocks, K=top_k, BLOCK=BLOCK, num_warps=4)
+    _place_kernel[(n_blocks,)](experts, counts, *order, n_slots, n_blocks, BLOCK=BLOCK, num_warps=4)
     return order
