@@ -17,7 +17,7 @@ from llmfoundry.moe.layer import MoE
 from llmfoundry.parallel.alone import compute_in
 from llmfoundry.parallel.expert import divide_experts, mixtures
 from llmfoundry.parallel.fsdp import shard
-from llmfoundry.parallel.mesh import Mesh, ParallelConfig
+from llmfoundry.parallel.mesh import Mesh, ParallelConfig, alone
 from llmfoundry.parallel.recompute import recompute_blocks
 
 
@@ -34,8 +34,8 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
     divide_experts(model, mesh)
     compiled = config.compile is True or (config.compile == "auto" and runtime.device().type == "cuda")
     one_graph = compiled and mesh.experts is None and not _reads_on_host(model, precision)
-    spread = mesh.dense is not None and (mesh.dense.size() > 1 or config.cpu_offload)
-    casts = precision == "amp_bf16" and not spread
+    by_itself = alone(config, mesh.degrees)
+    casts = precision == "amp_bf16" and by_itself
     if compiled and not one_graph:
         compile_parts(model)
     if casts and not one_graph:  # inside of what is computed again
@@ -49,7 +49,7 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
                 compute_in(block, torch.bfloat16)
     if casts:
         compute_in(model, torch.bfloat16, without=list(model.blocks))
-    if spread:
+    if not by_itself:
         shard(model, mesh, config, precision)
     return model
 

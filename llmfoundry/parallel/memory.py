@@ -20,7 +20,7 @@ from llmfoundry.layers.ffn import FFNConfig, MLPConfig
 from llmfoundry.layers.latent_attention import LatentConfig
 from llmfoundry.model.config import CausalLMConfig
 from llmfoundry.moe.layer import MoEConfig
-from llmfoundry.parallel.mesh import Degrees, ParallelConfig
+from llmfoundry.parallel.mesh import Degrees, ParallelConfig, alone
 
 MASTER = 4  # bytes of a float32 weight, gradient or moment
 
@@ -88,7 +88,7 @@ class _Walk:
     ) -> None:
         self.degrees, self.parallel, self.bytes = degrees, parallel, compute_bytes
         self.model, self.tokens, self.again = model, tokens, microbatches > 1
-        self.alone = degrees == (1, 1, 1) and not parallel.cpu_offload
+        self.alone = alone(parallel, degrees)
         self.casts = not self.alone or compute_bytes != MASTER
         # Weights that were gathered, or cast by a process alone, until their backward.
         self.keeps = not parallel.reshard_after_forward

@@ -67,6 +67,11 @@ class Degrees(NamedTuple):
         return self.shard // self.expert
 
 
+def alone(config: ParallelConfig, degrees: Degrees) -> bool:
+    """Whether a process does without FSDP: it shares with nobody, and nothing is kept in host memory."""
+    return degrees == (1, 1, 1) and not config.cpu_offload
+
+
 class Coordinates(NamedTuple):
     """Where one rank stands on every axis."""
 

@@ -14,7 +14,7 @@ from llmfoundry.model.config import CausalLMConfig
 from llmfoundry.moe.layer import MoEConfig
 from llmfoundry.parallel import hardware
 from llmfoundry.parallel.memory import MASTER, Memory, block_params, memory
-from llmfoundry.parallel.mesh import Degrees, ParallelConfig
+from llmfoundry.parallel.mesh import Degrees, ParallelConfig, alone
 
 
 class Link(NamedTuple):
@@ -194,11 +194,12 @@ def _update(model: CausalLMConfig, parallel: ParallelConfig, degrees: Degrees, w
     Bytes a parameter of the share: 4 to measure the gradient, 8 to scale it, 28 for the update. Of what is gathered:
     the rounded copy in and out (6 and 4 bytes); of gradients: a float32 copy (6). A process alone rounds, and no more.
     """
-    alone = degrees == (1, 1, 1) and not parallel.cpu_offload
     dense, experts = _params(model)
     whole = dense + experts / degrees.expert + model.vocab_size * model.d_model
     share = model.n_trainable_params() / degrees.shard
-    return (40 * share + ((6 if alone else 10) * work.microbatches + 6) * whole) / hardware.COPY_BYTES
+    return (
+        40 * share + ((6 if alone(parallel, degrees) else 10) * work.microbatches + 6) * whole
+    ) / hardware.COPY_BYTES
 
 
 def _params(model: CausalLMConfig) -> tuple[int, int]:
