@@ -229,17 +229,16 @@ def main() -> None:
             ceiling = dense_ceiling(d_model, hidden, tokens, args.warmup, args.iterations)
             for routing in args.routing:
                 bias = balance(x, router, top_k) if routing == "balanced" else load_bias(routing, n_experts, x)
-                done: dict[str, dict[str, object]] = {}
+                done: dict[str, dict[str, float]] = {}
                 for provider in args.providers:
                     leaves = [t.detach().requires_grad_() for t in (x, router, w1, w2)]
                     row: dict[str, object] = {"provider": provider, "shape": name, "T": tokens, "routing": routing}
                     picked = resolve_backend("auto", x) if provider == "auto" else ""
                     try:
-                        row |= done.get(picked) or measure(provider, leaves, bias, top_k, args.warmup, args.iterations)
-                        done[provider] = {
-                            key: value for key, value in row.items() if key.endswith(("ms", "ops", "mib"))
-                        }
-                        row |= {"dense_tflops": ceiling} | ({"picked": picked} if picked else {})
+                        done[provider] = done.get(picked) or measure(
+                            provider, leaves, bias, top_k, args.warmup, args.iterations
+                        )
+                        row |= done[provider] | {"dense_tflops": ceiling} | ({"picked": picked} if picked else {})
                         row["fraction_of_dense"] = float(str(row["fwdbwd_tflops"])) / ceiling
                     except (RuntimeError, ImportError, AttributeError, TypeError) as error:
                         row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
