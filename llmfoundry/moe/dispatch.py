@@ -149,8 +149,10 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _Context, received: Tensor, journey: Journey) -> Tensor:
         ctx.journey = journey
-        assert journey.out is not None
-        journey.out.wait()
+        # Taken, not kept: a request keeps what it received, whose autograd node keeps the journey.
+        work, journey.out = journey.out, None
+        assert work is not None
+        work.wait()
         return received.view_as(received)
 
     @staticmethod

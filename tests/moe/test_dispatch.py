@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -10,6 +12,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmfoundry.config import check
+from llmfoundry.moe import dispatch
 from llmfoundry.moe.dispatch import Slots, give_back, plan_exchange, send
 from llmfoundry.moe.layer import Experts, MoEConfig
 
@@ -90,3 +93,23 @@ def test_weight_gradients_are_computed_while_the_gradients_of_tokens_travel(grou
     there = ["exchange", *products, *products, "sum"]  # dy travels; da and dx of each expert; dx summed over experts
     back = ["exchange"] * 2  # of weights and of x
     assert watch.seen == [*there, *back, *products, *products, "sum", "sum"]  # dw2 and dw1, and then they are awaited
+
+
+def test_nothing_received_outlives_its_step(group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request keeps what it received, which remembers its autograd node: kept there, it would never be freed."""
+    experts, draw = _experts("grouped_mm")
+    seen: list[weakref.ref[torch.Tensor]] = []
+    exchange = dispatch._exchange
+
+    def watched(received: torch.Tensor, *args: object) -> dist.Work:
+        seen.append(weakref.ref(received))
+        return exchange(received, *args)
+
+    monkeypatch.setattr(dispatch, "_exchange", watched)
+    x, weights, ids = draw()
+    plan = plan_exchange(ids, E, group)
+    y = give_back(experts(send(x, weights, ids, E, plan)), plan)
+    y.square().sum().backward()
+    del y, x, weights
+    gc.collect()
+    assert len(seen) == 6 and [ref() for ref in seen] == [None] * 6
