@@ -34,7 +34,18 @@ from llmfoundry.kernels.late import LateGradients
 from llmfoundry.kernels.routing import Order, sort_by_expert, sum_rows
 
 Backend = Literal["reference", "grouped_mm", "triton"]
+TRITON_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 log = logging.getLogger(__name__)
+
+
+class ExpertKind(NamedTuple):
+    """What every expert of a layer computes, as far as backends differ in it."""
+
+    d_model: int
+    hidden: int
+    activation: str = "silu"
+    biased: bool = False
+    limit: float | None = None  # clamp of gate and up
 
 
 @cache
@@ -42,51 +53,62 @@ def _say_once(message: str) -> None:
     log.warning(message)
 
 
-def _triton_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels cannot run there, or None."""
+def _triton_refusal(kind: ExpertKind, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot run these experts there, or None."""
     if importlib.util.find_spec("llmfoundry.kernels.experts_triton") is None:
         return "this build has no Triton kernels"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if dtype == torch.float64:
         return "the Triton kernels have no float64"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    if device.type != "cuda" or torch.version.hip is not None:
-        return f"the Triton kernels need an NVIDIA GPU, found {device}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "the Triton kernels need compute capability 8.0"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        if device.type != "cuda" or torch.version.hip is not None:
+            return f"the Triton kernels need an NVIDIA GPU, found {device}"
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "the Triton kernels need compute capability 8.0"
+    return _triton_refusal_of_kind(kind, dtype)
+
+
+def _triton_refusal_of_kind(kind: ExpertKind, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot run these experts anywhere, or None."""
+    if kind.biased:
+        return "the Triton kernels have no biases"
+    if kind.limit is not None or kind.activation not in TRITON_ACTIVATIONS:
+        known = ", ".join(TRITON_ACTIVATIONS)
+        return f"the Triton kernels know {known} and no clamp, not {kind.activation} limit={kind.limit}"
+    step = 16 // dtype.itemsize  # TMA: rows of 16 bytes
+    if kind.d_model % step or kind.hidden % step:
+        return f"d_model={kind.d_model} and ffn_hidden_size={kind.hidden} must be multiples of {step}"
     return None
 
 
-def _grouped_mm_refusal(device: torch.device, dtype: torch.dtype, d_model: int) -> str | None:
-    """Why `F.grouped_mm` cannot run there, or None."""
+def _grouped_mm_refusal(kind: ExpertKind, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `F.grouped_mm` cannot run these experts there, or None."""
     if device.type == "cuda" and dtype != torch.bfloat16:
         return f"grouped_mm needs bfloat16 on a GPU, found {dtype}"
-    if device.type == "cuda" and d_model % 8:
-        return f"grouped_mm needs d_model to be a multiple of 8 on a GPU, found {d_model}"
+    if device.type == "cuda" and (kind.d_model % 8 or kind.hidden % 8):
+        return (
+            "grouped_mm needs d_model and ffn_hidden_size to be multiples of 8 on a GPU, "
+            f"found {kind.d_model} and {kind.hidden}"
+        )
     return None
 
 
-def resolve_backend(choice: str, x: Tensor) -> Backend:
-    """The backend that `choice` stands for on the device and in the dtype of `x`.
+@torch.compiler.assume_constant_result
+def resolve_backend(choice: str, kind: ExpertKind, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend that `choice` stands for, for these experts on this device in this dtype.
+
+    Not traced, for it asks the environment.
 
     Args:
         choice: `auto`, `triton`, `grouped_mm` or `reference`.
-        x: (..., D) the activations, of which only device, dtype and D are looked at.
 
     Raises:
         ValueError: the backend asked for cannot run here. `auto` falls back instead, and says so once.
     """
-    return _resolve(choice, x.device, x.dtype, x.shape[-1])
-
-
-@torch.compiler.assume_constant_result
-def _resolve(choice: str, device: torch.device, dtype: torch.dtype, d_model: int) -> Backend:
-    """As `resolve_backend`; not traced, for it asks the environment."""
     refusals = {
-        "triton": _triton_refusal(device, dtype),
-        "grouped_mm": _grouped_mm_refusal(device, dtype, d_model),
+        "triton": _triton_refusal(kind, device, dtype),
+        "grouped_mm": _grouped_mm_refusal(kind, device, dtype),
         "reference": None,
     }
     on_gpu = device.type == "cuda"
@@ -150,7 +172,7 @@ def experts_ffn(
         (T, D) in the dtype of `x`, accumulated in float32 in the order of j: bitwise the same twice.
 
     Raises:
-        ValueError: shapes or the activation do not fit.
+        ValueError: shapes or the activation do not fit, or the backend cannot compute these experts.
     """
     _check(x, weights, experts, w1, w2, activation, gated)
     if backend == "reference":
@@ -159,10 +181,13 @@ def experts_ffn(
         # Imported here, not above: triton is not installed on every machine.
         from llmfoundry.kernels.experts_triton import experts_ffn_triton
 
+        biased = b1 is not None or b2 is not None
+        refusal = _triton_refusal_of_kind(ExpertKind(w2.shape[1], w2.shape[2], activation, biased, limit), w1.dtype)
+        if refusal is not None:
+            raise ValueError(f"moe_impl=triton: {refusal}; use moe_impl=auto")
         return experts_ffn_triton(
-            x, weights, experts, w1, w2, b1=b1, b2=b2, activation=activation, gated=gated, limit=limit,
-            save_h=save_h, n_rows=n_rows, late=late,
-        )  # fmt: skip
+            x, weights, experts, w1, w2, activation=activation, gated=gated, save_h=save_h, n_rows=n_rows, late=late
+        )
     unit = _Unit(activation, gated, limit)
     return cast(Tensor, _GroupedExperts.apply(x, weights, experts, w1, w2, b1, b2, unit, save_h, n_rows, late))
 

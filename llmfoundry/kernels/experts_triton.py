@@ -38,8 +38,6 @@ from llmfoundry.kernels.up import up
 from llmfoundry.kernels.up_backward import up_backward
 from llmfoundry.kernels.weight_grad import weight_grad
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
-
 
 def experts_ffn_triton(
     x: Tensor,
@@ -48,23 +46,13 @@ def experts_ffn_triton(
     w1: Tensor,
     w2: Tensor,
     *,
-    b1: Tensor | None = None,
-    b2: Tensor | None = None,
     activation: str,
     gated: bool,
-    limit: float | None = None,
     save_h: bool = True,
     n_rows: int | None = None,
     late: LateGradients | None = None,
 ) -> Tensor:
-    """`experts.experts_ffn` by the Triton kernels; arguments as there.
-
-    Raises:
-        ValueError: biases, a clamp, an activation or sizes that these kernels do not do.
-    """
-    refusal = refusal_of(w1, w2, b1, b2, activation, limit)
-    if refusal is not None:
-        raise ValueError(f"moe_impl=triton: {refusal}; use moe_impl=grouped_mm")
+    """`experts.experts_ffn` by the Triton kernels; arguments as there, checked there."""
     if x.numel() == 0 or experts.numel() == 0:
         return (x * weights.sum(1, keepdim=True).to(x.dtype)) + _nothing(w1, w2).to(x.dtype)
     bound = experts.numel() if n_rows is None else min(n_rows, experts.numel())
@@ -75,20 +63,6 @@ def experts_ffn_triton(
     if late is not None:
         return cast(Tensor, _LateExperts.apply(late, *inputs))
     return cast(Tensor, _forward(*inputs)[0])
-
-
-def refusal_of(
-    w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, activation: str, limit: float | None
-) -> str | None:
-    """Why these kernels cannot run an FFN of this kind, or None."""
-    if b1 is not None or b2 is not None:
-        return "the Triton kernels have no biases"
-    if limit is not None or activation not in ACTIVATIONS:
-        return f"the Triton kernels know {', '.join(ACTIVATIONS)} and no clamp, not {activation} {limit=}"
-    step = 16 // w1.element_size()  # TMA: rows of 16 bytes
-    if w2.shape[1] % step or w2.shape[2] % step:
-        return f"d_model={w2.shape[1]} and ffn_hidden_size={w2.shape[2]} must be multiples of {step}"
-    return None
 
 
 def _nothing(w1: Tensor, w2: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from llmfoundry.kernels.activations import ACTIVATIONS
-from llmfoundry.kernels.experts import experts_ffn, resolve_backend
+from llmfoundry.kernels.experts import Backend, ExpertKind, experts_ffn, resolve_backend
 from llmfoundry.kernels.late import LateGradients
 from llmfoundry.layers.ffn import FFNConfig, FFNOutput, GLUConfig, MLPConfig
 from llmfoundry.layers.lora import adapted
@@ -77,6 +77,12 @@ class MoEConfig(FFNConfig, RouterConfig, names=("mb_dmoe", "torch_dmoe", "mb_moe
         """Parameters of one block that one token meets: K experts', and all that is not an expert's."""
         return self._params_met(d_model, self.moe_top_k)
 
+    def kind(self, d_model: int) -> ExpertKind:
+        """What its experts compute."""
+        return ExpertKind(
+            d_model, self.expert.hidden_size, self.ffn_act_fn.key, biased=bool(self.bias), limit=self.ffn_act_limit
+        )
+
     def build(self, d_model: int, n_layers: int, layer_index: int) -> MoE:
         """The block of layer `layer_index`, which the router's noise depends on."""
         return MoE(self, d_model, layer_index)
@@ -120,7 +126,7 @@ class Experts(nn.Module):
         super().__init__()
         n_experts, expert = config.moe_num_experts, config.expert
         self.activation, self.gated = config.ffn_act_fn.key, config.gated
-        self.limit, self.impl = config.ffn_act_limit, config.moe_impl
+        self.limit, self.impl, self.kind = config.ffn_act_limit, config.moe_impl, config.kind(d_model)
         self.w1 = nn.Parameter(torch.empty(n_experts, expert.rows, d_model))  # (E, 2F, D): gate, then up rows
         self.w2 = nn.Parameter(torch.empty(n_experts, d_model, expert.hidden_size))  # (E, D, F)
         self.b1 = nn.Parameter(torch.empty(n_experts, expert.rows)) if config.bias else None  # (E, 2F)
@@ -128,6 +134,10 @@ class Experts(nn.Module):
         self.lora_scale = 0.0
         for slot in ("w1_lora_A", "w1_lora_B", "w2_lora_A", "w2_lora_B"):  # layers/lora.py fills them
             self.register_parameter(slot, None)
+
+    def backend(self, device: torch.device, dtype: torch.dtype) -> Backend:
+        """What `moe_impl` stands for there."""
+        return resolve_backend(self.impl, self.kind, device, dtype)
 
     def forward(self, tokens: Slots | Departed) -> Tensor:
         """`experts_ffn` with these weights, on tokens that are here or on their way here; (T, D) or (R, D)."""
@@ -143,7 +153,7 @@ class Experts(nn.Module):
         return experts_ffn(
             tokens.x, tokens.weights, tokens.experts, w1, w2, b1=b1, b2=b2,
             activation=self.activation, gated=self.gated, limit=self.limit,
-            backend=resolve_backend(self.impl, tokens.x), n_rows=tokens.n_slots, late=late,
+            backend=self.backend(tokens.x.device, tokens.x.dtype), n_rows=tokens.n_slots, late=late,
         )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from llmfoundry import runtime
-from llmfoundry.kernels.experts import reads_on_host, resolve_backend
+from llmfoundry.kernels.experts import reads_on_host
 from llmfoundry.model.init import init_weights
 from llmfoundry.model.transformer import Block, CausalLM
 from llmfoundry.moe.layer import MoE
@@ -56,9 +56,8 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
 
 def _reads_on_host(model: CausalLM, precision: str) -> bool:
     dtype = torch.bfloat16 if precision == "amp_bf16" else next(model.parameters()).dtype
-    x = torch.empty(0, model.config.d_model, dtype=dtype, device=runtime.device())
-    backends = {resolve_backend(mixture.experts.impl, x) for mixture in mixtures(model)}
-    return any(reads_on_host(backend, x.device) for backend in backends)
+    device = runtime.device()
+    return any(reads_on_host(mixture.experts.backend(device, dtype), device) for mixture in mixtures(model))
 
 
 def compile_parts(model: CausalLM) -> None:

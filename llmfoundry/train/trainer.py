@@ -413,12 +413,10 @@ def check_device(model: CausalLMConfig, device: torch.device, precision: str) ->
     """Refuse implementations that were asked for and cannot run here."""
     if model.attn_config.attn_impl == "flex" and device.type != "cuda":
         raise ConfigError(f"model.attn_config.attn_impl=flex needs a CUDA device, found {device.type}; use auto")
-    sample = torch.empty(
-        1, model.d_model, device=device, dtype=torch.float32 if precision == "fp32" else torch.bfloat16
-    )
-    blocks = (model.ffn(layer) for layer in range(model.n_layers))
-    for impl in {block.moe_impl for block in blocks if isinstance(block, MoEConfig)}:
-        try:
-            resolve_backend(impl, sample)
-        except ValueError as error:
-            raise ConfigError(f"model.ffn_config.{error}") from None
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    for block in (model.ffn(layer) for layer in range(model.n_layers)):
+        if isinstance(block, MoEConfig):
+            try:
+                resolve_backend(block.moe_impl, block.kind(model.d_model), device, dtype)
+            except ValueError as error:
+                raise ConfigError(f"model.ffn_config.{error}") from None

@@ -26,7 +26,7 @@ import torch
 import triton
 from torch import Tensor, nn
 
-from llmfoundry.kernels.experts import experts_ffn, resolve_backend
+from llmfoundry.kernels.experts import ExpertKind, experts_ffn, resolve_backend
 from llmfoundry.kernels.top_k import top_k_ids
 from llmfoundry.moe.router import router_logits
 
@@ -73,7 +73,7 @@ def build(provider: str, w1: Tensor, w2: Tensor) -> Layer:
         return liger(w1, w2)
     if provider == "scattermoe":
         return scattermoe(w1, w2)
-    backend = resolve_backend(provider, w1)
+    backend = resolve_backend(provider, ExpertKind(*w2.shape[1:]), w2.device, w2.dtype)
     return lambda x, weights, experts: experts_ffn(
         x, weights, experts, w1, w2, activation="silu", gated=True, backend=backend
     )
@@ -225,7 +225,7 @@ def main() -> None:
         w1 = torch.randn(n_experts, 2 * hidden, d_model, **options) * d_model**-0.5
         w2 = torch.randn(n_experts, d_model, hidden, **options) * hidden**-0.5
         for tokens in args.tokens:
-            x = torch.randn(tokens, d_model, **options)
+            x, kind = torch.randn(tokens, d_model, **options), ExpertKind(d_model, hidden)
             ceiling = dense_ceiling(d_model, hidden, tokens, args.warmup, args.iterations)
             for routing in args.routing:
                 bias = balance(x, router, top_k) if routing == "balanced" else load_bias(routing, n_experts, x)
@@ -233,7 +233,7 @@ def main() -> None:
                 for provider in args.providers:
                     leaves = [t.detach().requires_grad_() for t in (x, router, w1, w2)]
                     row: dict[str, object] = {"provider": provider, "shape": name, "T": tokens, "routing": routing}
-                    picked = resolve_backend("auto", x) if provider == "auto" else ""
+                    picked = resolve_backend("auto", kind, x.device, x.dtype) if provider == "auto" else ""
                     try:
                         done[provider] = done.get(picked) or measure(
                             provider, leaves, bias, top_k, args.warmup, args.iterations

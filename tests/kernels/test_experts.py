@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmfoundry.kernels.experts import experts_ffn, resolve_backend
+from llmfoundry.kernels.experts import ExpertKind, experts_ffn, resolve_backend
 
 
 class Row(NamedTuple):
@@ -137,12 +137,33 @@ def test_only_what_backward_needs_is_kept() -> None:
 
 def test_a_backend_that_cannot_run_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    x = torch.zeros(1, 8)
-    assert resolve_backend("auto", x) == "grouped_mm"
+    where = (ExpertKind(8, 8), torch.device("cpu"), torch.float32)
+    assert resolve_backend("auto", *where) == "grouped_mm"
     with pytest.raises(ValueError, match="moe_impl=triton: .*use moe_impl=auto"):
-        resolve_backend("triton", x)
+        resolve_backend("triton", *where)
     with pytest.raises(ValueError, match="moe_impl=fast: unknown"):
-        resolve_backend("fast", x)
+        resolve_backend("fast", *where)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why", "falls_back_to"),
+    [
+        (ExpertKind(64, 64, biased=True), "no biases", "grouped_mm"),
+        (ExpertKind(64, 64, "swiglu_oss", limit=7.0), "no clamp", "grouped_mm"),
+        (ExpertKind(64, 60), "multiples of 8", "reference"),
+    ],
+)
+def test_auto_on_a_gpu_runs_experts_that_triton_cannot(
+    kind: ExpertKind, why: str, falls_back_to: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # as if a GPU of today were there
+    where = (torch.device("cuda"), torch.bfloat16)
+    assert resolve_backend("auto", ExpertKind(64, 64), *where) == "triton"
+    assert resolve_backend("auto", kind, *where) == falls_back_to
+    assert why in caplog.text
+    with pytest.raises(ValueError, match=f"moe_impl=triton: .*{why}.*use moe_impl=auto"):
+        resolve_backend("triton", kind, *where)
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:

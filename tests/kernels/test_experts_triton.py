@@ -125,7 +125,7 @@ def test_late_gradients_are_the_same(routing: str) -> None:
 def test_biases_are_refused_in_words() -> None:
     x, weights, experts, w1, w2 = draw(4, 16, 16, 4, 2, True, "natural")
     with pytest.raises(ValueError, match="no biases"):
-        experts_ffn_triton(x, weights, experts, w1, w2, b1=w1[..., 0], activation="silu", gated=True)
+        experts_ffn(x, weights, experts, w1, w2, b1=w1[..., 0], activation="silu", gated=True, backend="triton")
 
 
 def random_rows(n: int) -> list[tuple]:

@@ -39,7 +39,7 @@ from llmfoundry.model.config import CausalLMConfig
 from llmfoundry.moe import dispatch, layer, router
 from llmfoundry.moe.balance import Balance
 from llmfoundry.moe.layer import MoEConfig
-from llmfoundry.parallel import apply, recompute
+from llmfoundry.parallel import recompute
 from llmfoundry.parallel.apply import parallelize
 from llmfoundry.parallel.mesh import ParallelConfig, build_mesh
 from llmfoundry.train.optim import AdamWConfig
@@ -348,8 +348,7 @@ def _as_on_a_gpu(live: Live) -> Iterator[None]:
         patch.object(interface, "__getitem__", no_launch),
         patch.object(FakeTensor, "is_cuda", property(lambda self: True), create=True),
         patch.object(tune, "_fixed", lambda candidates, problem: candidates.large[0]),
-        patch.object(layer, "resolve_backend", lambda choice, x: "triton"),
-        patch.object(apply, "resolve_backend", lambda choice, x: "triton"),
+        patch.object(layer, "resolve_backend", lambda *_: "triton"),
         patch.object(layer, "plan_exchange", _even_exchange),
         patch.object(router, "_UpcastLinear", _UpcastLinear),
         patch.object(norm.RMSNorm, "forward", _rms_norm),
