@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmfoundry.kernels.tiles import TILE_ROWS, Tiles, n_programs, place, plain, ragged, write_ragged
+from llmfoundry.kernels.tiles import TILE_ROWS, Tiles, my_tiles, n_programs, place, plain, ragged, turns, write_ragged
 
 
 class GroupedConfig(NamedTuple):
@@ -31,11 +31,12 @@ class GroupedConfig(NamedTuple):
 def grouped_kernel(
     rows_desc, w_desc, out_desc, start_ptr, expert_ptr, row_ptr, count_ptr,
     J, N: tl.constexpr, TRANSPOSED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr, PIECES: tl.constexpr,
+    GROUP: tl.constexpr, PROGRAMS: tl.constexpr, TURNS: tl.constexpr, FLATTEN: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     COLUMN_TILES: tl.constexpr = (N + BN - 1) // BN
     n_row_tiles = tl.load(count_ptr)
-    for tile in tl.range(tl.program_id(0), n_row_tiles * COLUMN_TILES, PROGRAMS, flatten=FLATTEN):
+    first, end_tile = my_tiles(n_row_tiles * COLUMN_TILES, PROGRAMS, TURNS)
+    for tile in tl.range(first, end_tile, PROGRAMS, flatten=FLATTEN):
         i, j = place(tile, n_row_tiles, COLUMN_TILES, GROUP)
         e = tl.load(expert_ptr + i)
         row = tl.load(row_ptr + i)
@@ -76,13 +77,14 @@ def grouped(
     out = rows.new_empty(n_rows, width)
     block = [1, c.depth, c.columns] if transposed else [1, c.columns, c.depth]
     programs = n_programs(rows.device)
-    grouped_kernel[(programs,)](
+    grouped_kernel[(programs * turns(),)](
         plain(rows, [TILE_ROWS, c.depth]),
         plain(w, block),
         ragged(out, [TILE_ROWS, c.columns // c.pieces]),
         tiles.expert_start, tiles.expert, tiles.row, tiles.n_tiles,
         inner, N=width, TRANSPOSED=transposed, BM=TILE_ROWS, BN=c.columns, BK=c.depth, GROUP=c.group,
-        PROGRAMS=programs, FLATTEN=c.flatten, PIECES=c.pieces, num_warps=c.num_warps, num_stages=c.num_stages,
+        PROGRAMS=programs, TURNS=turns(), FLATTEN=c.flatten, PIECES=c.pieces,
+        num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     return out
 

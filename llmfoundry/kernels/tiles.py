@@ -3,7 +3,8 @@
 Shapes: M rows in expert order, E experts, N_TILES bound on row tiles = ceil(M / 128) + E.
 A row tile never crosses an expert. How many there are depends on the routing and stays on the device: the
 kernels are persistent, their grid is the number of SMs, and they read `Tiles.n_tiles`. Busiest experts come
-first, so that the last wave of tiles is short ones. Products say `tf32x3`, which means something for float32 alone:
+first, so that the last wave of tiles is short ones. While a collective holds some SMs, the others take over their
+tiles (`turns`). Products say `tf32x3`, which means something for float32 alone:
 operands as two TF32 numbers each, for float32's bits at the tensor cores' speed. Triton's default would be one.
 """
 
@@ -13,6 +14,7 @@ from functools import cache, partial
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -36,6 +38,31 @@ class Tiles(NamedTuple):
 def n_programs(device: torch.device) -> int:
     """Programs of a persistent kernel: one for each SM (a few in Triton's interpreter)."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def turns() -> int:
+    """How often a persistent kernel hands out what is left of its tiles: once where no collective takes SMs.
+
+    A program takes its tiles when it starts, and it may start late: a collective that runs beside the kernel holds
+    some SMs for a millisecond, and their tiles would be done when all others are. So the first turn's programs take
+    half of the tiles, the next turn's half of the rest, and so on. A program starts wherever one has ended: an SM that
+    was held takes fewer turns. On a GPU of its own each turn is a pipeline filled anew, so there is one.
+    """
+    return 5 if dist.is_initialized() and dist.get_world_size() > 1 else 1
+
+
+@triton.jit
+def my_tiles(n_tiles, PROGRAMS: tl.constexpr, TURNS: tl.constexpr):
+    """A program's first tile, and the end of its turn's; its tiles lie PROGRAMS apart."""
+    first = tl.program_id(0)
+    end = n_tiles
+    if TURNS > 1:
+        turn = first // PROGRAMS
+        rounds = (n_tiles + PROGRAMS - 1) // PROGRAMS
+        first = first - turn * PROGRAMS + (rounds - (rounds >> turn)) * PROGRAMS
+        if turn < TURNS - 1:
+            end = min(n_tiles, (rounds - (rounds >> (turn + 1))) * PROGRAMS)
+    return first, end
 
 
 def ragged(rows: Tensor, block: list[int]) -> TensorDescriptor:

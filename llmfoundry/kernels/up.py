@@ -19,10 +19,12 @@ from llmfoundry.kernels.activations import activate
 from llmfoundry.kernels.tiles import (
     TILE_ROWS,
     Tiles,
+    my_tiles,
     n_programs,
     place,
     plain,
     ragged,
+    turns,
     value_and_slope,
     write_ragged,
     write_ragged_half,
@@ -46,12 +48,13 @@ def up_kernel(
     start_ptr, expert_ptr, row_ptr, count_ptr,
     D, F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, STORE_H: tl.constexpr,
     STORE_A: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
+    PROGRAMS: tl.constexpr, TURNS: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     HALVES: tl.constexpr = 2 if GATED else 1
     COLUMN_TILES: tl.constexpr = (F + BN - 1) // BN
     n_row_tiles = tl.load(count_ptr)
-    for tile in tl.range(tl.program_id(0), n_row_tiles * COLUMN_TILES, PROGRAMS, flatten=FLATTEN):
+    first, end_tile = my_tiles(n_row_tiles * COLUMN_TILES, PROGRAMS, TURNS)
+    for tile in tl.range(first, end_tile, PROGRAMS, flatten=FLATTEN):
         i, j = place(tile, n_row_tiles, COLUMN_TILES, GROUP)
         e = tl.load(expert_ptr + i)
         row = tl.load(row_ptr + i)
@@ -114,14 +117,14 @@ def up(
     h = x_rows.new_empty(n_rows if store_h else 1, halves * hidden)
     a = x_rows.new_empty(n_rows if store_a else 1, hidden)
     programs = n_programs(x_rows.device)
-    up_kernel[(programs,)](
+    up_kernel[(programs * turns(),)](
         plain(x_rows, [TILE_ROWS, c.depth]),
         plain(w1.view(n_experts * halves, hidden, d_model), [halves, c.columns, c.depth]),
         ragged(h.view(-1, halves, hidden), [TILE_ROWS, 1, c.columns]),
         ragged(a, [TILE_ROWS, c.columns]),
         weights, row_slot, tiles.expert_start, tiles.expert, tiles.row, tiles.n_tiles,
         d_model, F=hidden, GATED=gated, ACTIVATION=activation, STORE_H=store_h, STORE_A=store_a,
-        BM=TILE_ROWS, BN=c.columns, BK=c.depth, GROUP=c.group, PROGRAMS=programs, FLATTEN=c.flatten,
+        BM=TILE_ROWS, BN=c.columns, BK=c.depth, GROUP=c.group, PROGRAMS=programs, TURNS=turns(), FLATTEN=c.flatten,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     return h, a

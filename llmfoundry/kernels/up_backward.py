@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmfoundry.kernels.activations import activate, activate_backward
-from llmfoundry.kernels.tiles import TILE_ROWS, Tiles, n_programs, place, plain, value_and_slope
+from llmfoundry.kernels.tiles import TILE_ROWS, Tiles, my_tiles, n_programs, place, plain, turns, value_and_slope
 
 
 class UpBackwardConfig(NamedTuple):
@@ -64,12 +64,13 @@ def up_backward_kernel(
     start_ptr, expert_ptr, row_ptr, count_ptr,
     D, M, F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr,
+    PROGRAMS: tl.constexpr, TURNS: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     COLUMN_TILES: tl.constexpr = (F + BN - 1) // BN
     SLICE: tl.constexpr = BN // SLICES
     n_row_tiles = tl.load(count_ptr)
-    for tile in tl.range(tl.program_id(0), n_row_tiles * COLUMN_TILES, PROGRAMS, flatten=FLATTEN):
+    first, end_tile = my_tiles(n_row_tiles * COLUMN_TILES, PROGRAMS, TURNS)
+    for tile in tl.range(first, end_tile, PROGRAMS, flatten=FLATTEN):
         i, j = place(tile, n_row_tiles, COLUMN_TILES, GROUP)
         e = tl.load(expert_ptr + i)
         row = tl.load(row_ptr + i)
@@ -136,12 +137,12 @@ def up_backward(
     a = dy_rows.new_empty(n_rows, hidden)
     ds = torch.empty(triton.cdiv(hidden, c.columns), n_rows, dtype=torch.float32, device=h.device)
     programs = n_programs(h.device) * c.per_sm
-    up_backward_kernel[(programs,)](
+    up_backward_kernel[(programs * turns(),)](
         plain(dy_rows, [TILE_ROWS, c.depth]),
         plain(w2, [1, c.depth, c.columns]),
         h, dh, a, ds, weights, row_slot, tiles.expert_start, tiles.expert, tiles.row, tiles.n_tiles,
         d_model, n_rows, F=hidden, GATED=gated, ACTIVATION=activation, BM=TILE_ROWS, BN=c.columns, BK=c.depth,
-        SLICES=c.slices, GROUP=c.group, PROGRAMS=programs, FLATTEN=c.flatten,
+        SLICES=c.slices, GROUP=c.group, PROGRAMS=programs, TURNS=turns(), FLATTEN=c.flatten,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     return dh, a, ds

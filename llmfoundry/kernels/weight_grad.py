@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmfoundry.kernels.tiles import Tiles, n_programs, place, plain, ragged, read_ragged
+from llmfoundry.kernels.tiles import Tiles, my_tiles, n_programs, place, plain, ragged, read_ragged, turns
 
 
 class WeightGradConfig(NamedTuple):
@@ -34,12 +34,13 @@ class WeightGradConfig(NamedTuple):
 def weight_grad_kernel(
     left_desc, right_desc, out_desc, start_ptr, by_load_ptr, E, P: tl.constexpr, N: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-    FLATTEN: tl.constexpr, PIECES: tl.constexpr,
+    TURNS: tl.constexpr, FLATTEN: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     ROW_TILES: tl.constexpr = (P + BM - 1) // BM
     COLUMN_TILES: tl.constexpr = (N + BN - 1) // BN
     TILES: tl.constexpr = ROW_TILES * COLUMN_TILES
-    for tile in tl.range(tl.program_id(0), E * TILES, PROGRAMS, flatten=FLATTEN):
+    first, end_tile = my_tiles(E * TILES, PROGRAMS, TURNS)
+    for tile in tl.range(first, end_tile, PROGRAMS, flatten=FLATTEN):
         e = tl.load(by_load_ptr + tile // TILES)
         i, j = place(tile % TILES, ROW_TILES, COLUMN_TILES, GROUP)
         start = tl.load(start_ptr + e)
@@ -72,12 +73,12 @@ def weight_grad(left: Tensor, right: Tensor, tiles: Tiles, *, config: WeightGrad
     c = config
     out = left.new_empty(n_experts, left.shape[1], right.shape[1])
     programs = n_programs(left.device)
-    weight_grad_kernel[(programs,)](
+    weight_grad_kernel[(programs * turns(),)](
         ragged(left, [c.depth, c.height]),
         ragged(right, [c.depth, c.width]),
         plain(out, [1, c.height, c.width // c.pieces]),
         tiles.expert_start, tiles.by_load, n_experts, P=left.shape[1], N=right.shape[1],
-        BM=c.height, BN=c.width, BK=c.depth, GROUP=c.group, PROGRAMS=programs, FLATTEN=c.flatten,
+        BM=c.height, BN=c.width, BK=c.depth, GROUP=c.group, PROGRAMS=programs, TURNS=turns(), FLATTEN=c.flatten,
         PIECES=c.pieces,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip

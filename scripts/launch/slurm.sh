@@ -27,7 +27,6 @@ head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}             # torchrun's own default is 1
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1                 # a failed collective ends the process
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=150                # seconds from SIGTERM to SIGKILL; 30 are short for a big save
-export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 
 # exec: the signal reaches srun, which passes it to every torchrun, and torchrun to every rank.
 exec srun --kill-on-bad-exit=1 .venv/bin/torchrun \

@@ -29,6 +29,7 @@ from llmfoundry.kernels.weight_grad import WeightGradConfig, weight_grad_kernel 
 SHAPES = {"qwen30b": (2048, 768), "dbrx": (6144, 10752)}  # D, F
 PROGRAMS = 132  # SMs of an H100
 DTYPE = sys.argv[2]  # bf16 or fp32
+TURNS = int(sys.argv[3])
 TILES = {"start_ptr": "*i32", "expert_ptr": "*i32", "row_ptr": "*i32", "count_ptr": "*i32"}
 
 
@@ -52,7 +53,7 @@ def up(d: int, f: int, c: UpConfig) -> None:
         "D": "i32",
     }
     constants = {"F": f, "GATED": True, "ACTIVATION": "silu", "STORE_H": True, "STORE_A": True, "BM": TILE_ROWS,
-                 "BN": c.columns, "BK": c.depth, "GROUP": c.group, "PROGRAMS": PROGRAMS,
+                 "BN": c.columns, "BK": c.depth, "GROUP": c.group, "PROGRAMS": PROGRAMS, "TURNS": TURNS,
                  "FLATTEN": c.flatten}  # fmt: skip
     report("up", up_kernel, types | TILES, constants, c.num_warps, c.num_stages)
 
@@ -65,7 +66,8 @@ def grouped(name: str, width: int, c: GroupedConfig, transposed: bool) -> None:
         "J": "i32",
     }
     constants = {"N": width, "TRANSPOSED": transposed, "BM": TILE_ROWS, "BN": c.columns, "BK": c.depth,
-                 "GROUP": c.group, "PROGRAMS": PROGRAMS, "FLATTEN": c.flatten, "PIECES": c.pieces}  # fmt: skip
+                 "GROUP": c.group, "PROGRAMS": PROGRAMS, "TURNS": TURNS, "FLATTEN": c.flatten,
+                 "PIECES": c.pieces}  # fmt: skip
     report(name, grouped_kernel, types | TILES, constants, c.num_warps, c.num_stages)
 
 
@@ -83,7 +85,7 @@ def up_backward(d: int, f: int, c: UpBackwardConfig) -> None:
         "M": "i32",
     }
     constants = {"F": f, "GATED": True, "ACTIVATION": "silu", "BM": TILE_ROWS, "BN": c.columns, "BK": c.depth,
-                 "SLICES": c.slices, "GROUP": c.group, "PROGRAMS": PROGRAMS * c.per_sm,
+                 "SLICES": c.slices, "GROUP": c.group, "PROGRAMS": PROGRAMS * c.per_sm, "TURNS": TURNS,
                  "FLATTEN": c.flatten}  # fmt: skip
     report("up_backward", up_backward_kernel, types | TILES, constants, c.num_warps, c.num_stages, c.per_sm)
 
@@ -98,7 +100,7 @@ def weight_grad(p: int, n: int, c: WeightGradConfig) -> None:
         "E": "i32",
     }
     constants = {"P": p, "N": n, "BM": c.height, "BN": c.width, "BK": c.depth, "GROUP": c.group,
-                 "PROGRAMS": PROGRAMS, "FLATTEN": c.flatten, "PIECES": c.pieces}  # fmt: skip
+                 "PROGRAMS": PROGRAMS, "TURNS": TURNS, "FLATTEN": c.flatten, "PIECES": c.pieces}  # fmt: skip
     report("weight_grad", weight_grad_kernel, types, constants, c.num_warps, c.num_stages)
 
 

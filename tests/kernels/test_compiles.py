@@ -16,12 +16,15 @@ REGISTERS = 65536  # of an SM
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("shape", "dtype"), [("qwen30b", "bf16"), ("dbrx", "bf16"), ("qwen30b", "fp32")])
-def test_kernels_fit_a_hopper_gpu(shape: str, dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("shape", "dtype", "turns"),
+    [("qwen30b", "bf16", 1), ("qwen30b", "bf16", 5), ("dbrx", "bf16", 1), ("qwen30b", "fp32", 1)],
+)
+def test_kernels_fit_a_hopper_gpu(shape: str, dtype: str, turns: int, tmp_path: Path) -> None:
     script = Path(__file__).with_name("compile_for_hopper.py")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(script), shape, dtype],
+        [sys.executable, str(script), shape, dtype, str(turns)],
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,

@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 triton = pytest.importorskip("triton")
 
-from llmfoundry.kernels import tune  # noqa: E402
+from llmfoundry.kernels import grouped, tune, up, up_backward, weight_grad  # noqa: E402
 from llmfoundry.kernels.experts import experts_ffn  # noqa: E402
 from llmfoundry.kernels.experts_triton import experts_ffn_triton  # noqa: E402
 from llmfoundry.kernels.late import LateGradients  # noqa: E402
 from llmfoundry.kernels.routing import sort_by_expert  # noqa: E402
 from llmfoundry.kernels.routing_triton import sort_by_expert_triton  # noqa: E402
-from llmfoundry.kernels.tiles import tile_rows, tile_rows_reference  # noqa: E402
+from llmfoundry.kernels.tiles import tile_rows, tile_rows_reference, turns  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -120,6 +121,26 @@ def test_late_gradients_are_the_same(routing: str) -> None:
     at_once = run(experts_ffn_triton, tensors, activation="silu", gated=True)
     for a, b in zip(at_once, run(late, tensors, activation="silu", gated=True), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("t", [1, 40, 300])
+def test_tiles_handed_out_in_turns_are_the_same_tiles(t: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = [v.to(DEVICE) for v in draw(t, 64, 160, 4, 2, True, "natural")]
+    at_once = run(experts_ffn_triton, tensors, activation="silu", gated=True)
+    for module in (up, grouped, up_backward, weight_grad):
+        monkeypatch.setattr(module, "turns", lambda: 5)
+    for a, b in zip(at_once, run(experts_ffn_triton, tensors, activation="silu", gated=True), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.dist
+def test_tiles_are_handed_out_in_turns_where_other_ranks_are() -> None:
+    assert turns() == 1
+    try:
+        dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=2)
+        assert turns() == 5
+    finally:
+        dist.destroy_process_group()
 
 
 def test_biases_are_refused_in_words() -> None:
