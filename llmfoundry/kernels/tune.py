@@ -72,9 +72,8 @@ DX = Candidates(
 UP_BACKWARD = Candidates(
     "up_backward",
     (
-        UpBackwardConfig(columns=256, num_stages=3, flatten=True),
-        UpBackwardConfig(num_warps=4, num_stages=3, per_sm=2),
-        UpBackwardConfig(num_warps=4, num_stages=3, flatten=True, per_sm=2),
+        UpBackwardConfig(columns=256, group=4, num_warps=16, flatten=True),
+        UpBackwardConfig(columns=256, num_warps=16, num_stages=3, flatten=True),
     ),
     UpBackwardConfig(columns=64, depth=32, num_warps=4, num_stages=2),
 )

@@ -85,9 +85,9 @@ def up_backward(d: int, f: int, c: UpBackwardConfig) -> None:
         "M": "i32",
     }
     constants = {"F": f, "GATED": True, "ACTIVATION": "silu", "BM": TILE_ROWS, "BN": c.columns, "BK": c.depth,
-                 "SLICES": c.slices, "GROUP": c.group, "PROGRAMS": PROGRAMS * c.per_sm, "TURNS": TURNS,
+                 "SLICES": c.slices, "GROUP": c.group, "PROGRAMS": PROGRAMS, "TURNS": TURNS,
                  "FLATTEN": c.flatten}  # fmt: skip
-    report("up_backward", up_backward_kernel, types | TILES, constants, c.num_warps, c.num_stages, c.per_sm)
+    report("up_backward", up_backward_kernel, types | TILES, constants, c.num_warps, c.num_stages)
 
 
 def weight_grad(p: int, n: int, c: WeightGradConfig) -> None:
@@ -111,7 +111,6 @@ def report(
     constants: dict[str, object],
     num_warps: int,
     num_stages: int,
-    per_sm: int = 1,
 ) -> None:
     """Compile, and print registers, bytes a thread that spill, and shared memory."""
     signature = {key: types.get(key, "constexpr") for key in kernel.arg_names}
@@ -129,7 +128,7 @@ def report(
     assert found is not None, said
     row = {"kernel": name, "registers": int(found[1]), "spilled": int(found[2]), "shared": compiled.metadata.shared}
     row["precision"] = sorted(set(re.findall(r"inputPrecision = (\w+)", compiled.asm["ttir"])))
-    launch = {"warps": num_warps, "stages": num_stages, "per_sm": per_sm}
+    launch = {"warps": num_warps, "stages": num_stages}
     print(json.dumps(row | launch | constants), flush=True)
 
 
