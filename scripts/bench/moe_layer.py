@@ -205,6 +205,17 @@ def machine() -> dict[str, str]:
     }
 
 
+def rows_of(path: Path, facts: dict[str, object]) -> dict[tuple[object, ...], dict[str, object]]:
+    """The rows that a file has, by case: a run replaces its own and keeps the others."""
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text())
+    rows = found.pop("rows")
+    if found != facts:
+        raise SystemExit(f"{path} is of another machine ({found}, not {facts}); choose another --out")
+    return {(row["provider"], row["shape"], row["T"], row["routing"]): row for row in rows}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
@@ -215,8 +226,9 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("scripts/bench/results/moe_layer.json"))
     args = parser.parse_args()
-    result = {**machine(), "warmup": args.warmup, "iterations": args.iterations, "dtype": "bfloat16"}
-    rows: list[dict[str, object]] = []
+    result: dict[str, object] = {**machine(), "dtype": "bfloat16"}
+    run = {"git_sha": result.pop("git_sha"), "warmup": args.warmup, "iterations": args.iterations}
+    rows = rows_of(args.out, result)
     for name in args.shapes:
         d_model, hidden, n_experts, top_k = SHAPES[name]
         torch.manual_seed(0)
@@ -242,10 +254,10 @@ def main() -> None:
                         row["fraction_of_dense"] = float(str(row["fwdbwd_tflops"])) / ceiling
                     except (RuntimeError, ImportError, AttributeError, TypeError) as error:
                         row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
-                    rows.append(row)
+                    rows[provider, name, tokens, routing] = row | run
                     shown = {k: round(v, 1) if isinstance(v, float) else v for k, v in row.items()}
                     print(json.dumps(shown), flush=True)
-                    args.out.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
+                    args.out.write_text(json.dumps(result | {"rows": list(rows.values())}, indent=1) + "\n")
                     torch.cuda.empty_cache()
 
 
