@@ -40,10 +40,9 @@ class Problem(NamedTuple):
     halves: int
     n_rows: int
 
-    def key(self) -> str:
-        """Rows per expert count to the nearest lower power of two."""
-        bucket = (self.n_rows // self.n_experts).bit_length()
-        return f"{self.dtype} D{self.d_model} F{self.hidden}x{self.halves} E{self.n_experts} rows2^{bucket}"
+    def bucket(self) -> Problem:
+        """What problems of one choice share: rows per expert count to the nearest lower power of two."""
+        return self._replace(n_rows=(self.n_rows // self.n_experts).bit_length())
 
 
 class Candidates(NamedTuple, Generic[Config]):
@@ -112,23 +111,30 @@ def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
-_chosen: dict[str, int] = {}
+_chosen: dict[tuple[str, Problem], int] = {}
 
 
 def _timed_choice(candidates: Candidates[Config], problem: Problem, run: Callable[..., Result]) -> int:
-    key = f"{candidates.name} {candidates.large} {problem.key()} triton {triton.__version__}"
-    if key not in _chosen:
-        _chosen.update(_read(problem.device))
-    if key not in _chosen:
+    bucket = problem.bucket()
+    choice = _chosen.get((candidates.name, bucket))
+    if choice is not None:  # every launch comes here
+        return choice
+    key = (
+        f"{candidates.name} {candidates.large} {bucket.dtype} D{bucket.d_model} F{bucket.hidden}x{bucket.halves} "
+        f"E{bucket.n_experts} rows2^{bucket.n_rows} triton {triton.__version__}"
+    )
+    choice = _read(problem.device).get(key)
+    if choice is None:
         if torch.cuda.is_current_stream_capturing():
             return 0
         times = [
             triton.testing.do_bench(partial(run, config=config), warmup=2, rep=10, return_mode="median")
             for config in candidates.large
         ]
-        _chosen[key] = min(range(len(times)), key=times.__getitem__)
-        _write(problem.device, {key: _chosen[key]})
-    return _chosen[key]
+        choice = min(range(len(times)), key=times.__getitem__)
+        _write(problem.device, {key: choice})
+    _chosen[candidates.name, bucket] = choice
+    return choice
 
 
 def _cache_file(device: torch.device) -> Path:

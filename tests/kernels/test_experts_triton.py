@@ -233,6 +233,32 @@ def test_graph_replays_with_new_routing_and_is_bitwise_the_same_twice() -> None:
             assert torch.equal(a, b)
 
 
+def test_a_choice_is_timed_once_for_a_bucket_of_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Only the clock and the GPU's name are made up."""
+    timed: list[tune.UpConfig] = []
+
+    def do_bench(run, **_: object) -> float:
+        timed.append(run())
+        return 1.0 if timed[-1] is tune.UP.large[1] else 2.0
+
+    monkeypatch.setattr(tune, "_chosen", {})
+    monkeypatch.setattr(tune, "_fixed", lambda *_: None)
+    monkeypatch.setattr(tune, "_cache_file", lambda _: tmp_path / "tiles.json")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    pick = lambda rows: tune.pick(  # noqa: E731
+        tune.UP, tune.Problem(torch.device("cpu"), "torch.bfloat16", 64, 64, 4, 2, rows), lambda config: config
+    )
+    capturing = True
+    assert pick(400) is tune.UP.large[0] and not timed, "the fixed choice, and not for ever"
+    capturing = False
+    assert [pick(rows) for rows in (400, 500, 300)] == [tune.UP.large[1]] * 3 and timed == list(tune.UP.large)
+    pick(600)
+    assert len(timed) == 2 * len(tune.UP.large), "another power of two"
+    monkeypatch.setattr(tune, "_chosen", {})
+    assert pick(400) is tune.UP.large[1] and len(timed) == 2 * len(tune.UP.large), "read from the disk"
+
+
 @pytest.mark.gpu
 def test_a_timed_choice_is_kept_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LLMFOUNDRY_CACHE", str(tmp_path))
