@@ -20,6 +20,11 @@ DENSE_FLOPS = 665e12  # measured: cuBLAS, the least of four layers' products (66
 # Measured in a training step: cuDNN's attention, 16 heads of 128, 4,096 tokens, causal, forward and backward.
 ATTENTION_FLOPS = 449e12
 COPY_BYTES = 2.97e12  # bytes a second read and written, measured
+# Of FSDP's copies and AdamW's update on a share: many small launches. Measured in a profile of two GPUs.
+SHARDED_COPY_BYTES = 1.87e12
+# What norms, rotary embedding and residuals read and write, forward and backward: bytes a token, layer and d_model; and
+# the loss, a token and word. Measured in the same profile, 16 and 6 ms of OLMoE's 8 layers and 8 rows.
+BLOCK_BYTES, LOSS_BYTES = 100, 11
 
 NODE = 8  # GPUs that NVLink joins
 ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL = 268e9, 257e9, 273e9  # bytes a second and GPU on NVLink, measured
@@ -28,7 +33,7 @@ ALL_REDUCE = 315e9  # bus bandwidth, measured
 NETWORK = 0.8 * 400e9 / 8
 
 # Weights of one expert's product (D * F) -> FLOP/s of its layer: Qwen3-30B-A3B, OLMoE, Mixtral, DBRX. Measured.
-_EXPERTS = ((2048 * 768, 459e12), (2048 * 1024, 505e12), (4096 * 14336, 627e12), (6144 * 10752, 637e12))
+_EXPERTS = ((2048 * 768, 461e12), (2048 * 1024, 505e12), (4096 * 14336, 627e12), (6144 * 10752, 637e12))
 
 
 def experts_flops(d_model: int, hidden: int) -> float:

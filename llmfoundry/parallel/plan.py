@@ -179,27 +179,32 @@ def _compute(model: CausalLMConfig, parallel: ParallelConfig, seq_len: int) -> f
             routed += flops
             experts += flops / hardware.experts_flops(model.d_model, ffn.expert.hidden_size)
     dense = (products - routed) / hardware.DENSE_FLOPS
-    once = experts + dense + attention
+    small = hardware.BLOCK_BYTES * model.n_layers * model.d_model / hardware.COPY_BYTES
+    loss = hardware.LOSS_BYTES * model.vocab_size / hardware.COPY_BYTES
+    once = experts + dense + attention + small + loss
     # `selective` keeps what is dear, but not the experts' products; attention's forward is a third of it.
     again = 2 / of_weight * experts
     if parallel.recompute == "full":
         head = of_weight * model.vocab_size * model.d_model / hardware.DENSE_FLOPS
-        again += 2 / of_weight * (dense - head) + attention / 3
+        again += 2 / of_weight * (dense - head) + (attention + small) / 3
     return once if parallel.recompute == "none" else once + again
 
 
 def _update(model: CausalLMConfig, parallel: ParallelConfig, degrees: Degrees, work: Work) -> float:
     """Seconds of what is bound by memory: clipping and AdamW on the share, and the copies around each collective.
 
-    Bytes a parameter of the share: 4 to measure the gradient, 8 to scale it, 28 for the update. Of what is gathered:
-    the rounded copy in and out (6 and 4 bytes); of gradients: a float32 copy (6). A process alone rounds, and no more.
+    Bytes a parameter of the share: 4 to measure the gradient, 8 to scale it, 28 for the update, 6 to round it before a
+    gathering. Of what is gathered: 4 to put it in place; of gradients 6, for a float32 copy. A process alone rounds its
+    weights once a microbatch, and its gradients.
     """
     dense, experts = _params(model)
     whole = dense + experts / degrees.expert + model.vocab_size * model.d_model
     share = model.n_trainable_params() / degrees.shard
-    return (
-        40 * share + ((6 if alone(parallel, degrees) else 10) * work.microbatches + 6) * whole
-    ) / hardware.COPY_BYTES
+    if alone(parallel, degrees):
+        return (40 * share + (6 * work.microbatches + 6) * whole) / hardware.COPY_BYTES
+    gathers = work.microbatches * (2 if parallel.reshard_after_forward else 1)
+    reductions = 1 if parallel.reduce_once_a_step else work.microbatches
+    return (40 * share + gathers * (6 * share + 4 * whole) + reductions * 6 * whole) / hardware.SHARDED_COPY_BYTES
 
 
 def _params(model: CausalLMConfig) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import triton
-from moe_layer import SHAPES, machine, route
+from moe_layer import SHAPES, machine, route, rows_of
 
 from llmfoundry.kernels.gather import gather, slot_sums, sum_rows
 from llmfoundry.kernels.grouped import grouped
@@ -29,6 +29,7 @@ from llmfoundry.kernels.weight_grad import weight_grad
 
 # SonicMoE's own tuner on an H100 of this kind, ms: what the three products with an epilogue are held against.
 SONIC_MOE = {("qwen30b", 16384): {"up": 1.468, "down": 0.623, "up_backward": 1.017}}
+CASE = ("kernel", "shape", "T")
 Row = dict[str, object]
 
 
@@ -95,11 +96,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--out", type=Path, default=Path("scripts/bench/results/moe_kernels.json"))
     args = parser.parse_args()
-    rows: list[Row] = []
+    facts: Row = {**machine(), "dtype": "bfloat16"}
+    run = {"git_sha": facts.pop("git_sha")}
+    rows = rows_of(args.out, facts, CASE)
     for shape in args.shapes:
-        rows += kernels(shape, args.tokens)
+        rows |= {tuple(row[column] for column in CASE): row | run for row in kernels(shape, args.tokens)}
         torch.cuda.empty_cache()
-        args.out.write_text(json.dumps({**machine(), "dtype": "bfloat16", "rows": rows}, indent=1) + "\n")
+        args.out.write_text(json.dumps(facts | {"rows": list(rows.values())}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -205,15 +205,23 @@ def machine() -> dict[str, str]:
     }
 
 
-def rows_of(path: Path, facts: dict[str, object]) -> dict[tuple[object, ...], dict[str, object]]:
-    """The rows that a file has, by case: a run replaces its own and keeps the others."""
+def rows_of(path: Path, facts: dict[str, object], case: tuple[str, ...]) -> dict[tuple[object, ...], dict[str, object]]:
+    """The rows that a file has, by case: a run replaces its own and keeps the others.
+
+    Args:
+        facts: what all rows of one file share.
+        case: the columns that tell rows apart.
+    """
     if not path.exists():
         return {}
     found = json.loads(path.read_text())
     rows = found.pop("rows")
     if found != facts:
         raise SystemExit(f"{path} is of another machine ({found}, not {facts}); choose another --out")
-    return {(row["provider"], row["shape"], row["T"], row["routing"]): row for row in rows}
+    return {tuple(row[column] for column in case): row for row in rows}
+
+
+CASE = ("provider", "shape", "T", "routing")
 
 
 def main() -> None:
@@ -228,7 +236,7 @@ def main() -> None:
     args = parser.parse_args()
     result: dict[str, object] = {**machine(), "dtype": "bfloat16"}
     run = {"git_sha": result.pop("git_sha"), "warmup": args.warmup, "iterations": args.iterations}
-    rows = rows_of(args.out, result)
+    rows = rows_of(args.out, result, CASE)
     for name in args.shapes:
         d_model, hidden, n_experts, top_k = SHAPES[name]
         torch.manual_seed(0)

@@ -109,7 +109,8 @@ def planning() -> str:
 
 def rates() -> str:
     """The constants behind it."""
-    dense, attention, copy = hardware.DENSE_FLOPS, hardware.ATTENTION_FLOPS, hardware.COPY_BYTES
+    dense, attention = hardware.DENSE_FLOPS, hardware.ATTENTION_FLOPS
+    copy, sharded, block = hardware.COPY_BYTES, hardware.SHARDED_COPY_BYTES, hardware.BLOCK_BYTES
     shapes = {"Qwen3-30B-A3B": (2048, 768), "OLMoE": (2048, 1024), "Mixtral": (4096, 14336), "DBRX": (6144, 10752)}
     experts = ", ".join(f"{name} {hardware.experts_flops(*shape) / 1e12:.0f}" for name, shape in shapes.items())
     links = {"all_gather": hardware.ALL_GATHER, "reduce_scatter": hardware.REDUCE_SCATTER}
@@ -122,6 +123,9 @@ def rates() -> str:
             f"| experts | {experts} TFLOP/s; others between, by D x F | measured, our kernels, 16,384 tokens |",
             f"| attention | {attention / 1e12:.0f} TFLOP/s | measured, cuDNN, in a training step |",
             f"| memory | {copy / 1e12:.2f} TB/s | measured, copy |",
+            f"| FSDP's copies, AdamW of a share | {sharded / 1e12:.2f} TB/s | measured, in a profile |",
+            f"| norms, rotary embedding, residuals | {block} bytes x tokens x layers x d_model | the same |",
+            f"| loss | {hardware.LOSS_BYTES} bytes x tokens x vocabulary | the same |",
             f"| NVLink | {', '.join(f'{k} {v / 1e9:.0f}' for k, v in links.items())} GB/s | measured, two GPUs, NCCL |",
             f"| network | {hardware.NETWORK / 1e9:.0f} GB/s a GPU | assumed: 400 Gb/s a GPU at 80 % |",
             f"| memory kept free | {hardware.RESERVE / GIB:.0f} of {hardware.GPU_MEMORY / GIB:.0f} GiB | assumed |",

@@ -157,17 +157,17 @@ def train_step() -> str:
         return ""
     rows = [
         f"| {name} | {row['devices']} x {row['device']} | {row['tokens_per_second_per_device']:,.0f} "
-        f"| {_share(row)} | {row['peak_gib']:.1f} | {row['plan']['in_all_gib']:.1f} |"
+        f"| {_share(row)} | {_exposed(row)} | {row['peak_gib']:.1f} | {row['plan']['in_all_gib']:.1f} |"
         for name, row in result["rows"].items()
     ]
-    head = "| | on | tokens/s a GPU | MFU | peak, GiB | planned, GiB |"
+    head = "| | on | tokens/s a GPU | MFU | exposed communication | peak, GiB | planned, GiB |"
     return "\n".join(
         [
             "Training steps of `yamls/olmoe-1b-7b.yaml`, sequences of 4,096 tokens, float32 weights and moments, bf16",
             "compute, by `scripts/bench/train_step.py`:",
             "",
             head,
-            "|---|---|---|---|---|---|",
+            "|---|---|---|---|---|---|---|",
             *rows,
         ]
     )
@@ -175,6 +175,10 @@ def train_step() -> str:
 
 def _share(row: dict) -> str:
     return "" if row.get("mfu") is None else f"{row['mfu']:.1%}"
+
+
+def _exposed(row: dict) -> str:
+    return "" if row["devices"] == 1 else f"{row['exposed_seconds'] / row['seconds']['median']:.0%} of the step"
 
 
 def _speed(side: dict) -> str:
