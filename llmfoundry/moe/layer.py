@@ -6,6 +6,7 @@ Dropless (MegaBlocks, arXiv:2211.15841): every token reaches all of its experts,
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal, Self, overload
 
 import torch
@@ -79,9 +80,7 @@ class MoEConfig(FFNConfig, RouterConfig, names=("mb_dmoe", "torch_dmoe", "mb_moe
 
     def kind(self, d_model: int) -> ExpertKind:
         """What its experts compute."""
-        return ExpertKind(
-            d_model, self.expert.hidden_size, self.ffn_act_fn.key, biased=bool(self.bias), limit=self.ffn_act_limit
-        )
+        return _kind(d_model, self.expert.hidden_size, self.ffn_act_fn.key, bool(self.bias), self.ffn_act_limit)
 
     def build(self, d_model: int, n_layers: int, layer_index: int) -> MoE:
         """The block of layer `layer_index`, which the router's noise depends on."""
@@ -112,6 +111,10 @@ class MoEConfig(FFNConfig, RouterConfig, names=("mb_dmoe", "torch_dmoe", "mb_moe
         shared = self.shared.n_params(d_model) if self.shared is not None else 0
         gate = d_model if self.shared_expert_gate else 0
         return router + n_experts * self.expert.n_params(d_model) + shared + gate
+
+
+# One object a kind: torch.compile tells constants apart by identity, and would compile each layer for itself.
+_kind = cache(ExpertKind)
 
 
 class Experts(nn.Module):
