@@ -188,6 +188,10 @@ def experts_ffn(
         return experts_ffn_triton(
             x, weights, experts, w1, w2, activation=activation, gated=gated, save_h=save_h, n_rows=n_rows, late=late
         )
+    if x.numel() == 0 or experts.numel() == 0:
+        # Depends on every weight: without tokens their gradients are zeros, not absent, on this rank as on others.
+        nothing = torch.stack([w[:0].sum() for w in (w1, w2, b1, b2) if w is not None]).sum()
+        return x * weights.sum(1, keepdim=True).to(x.dtype) + nothing.to(x.dtype)
     unit = _Unit(activation, gated, limit)
     return cast(Tensor, _GroupedExperts.apply(x, weights, experts, w1, w2, b1, b2, unit, save_h, n_rows, late))
 

@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 
 from llmfoundry.config import check, dump
 from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.moe.layer import MoE
 
 NO_COMPILER = not any(map(shutil.which, ("g++", "clang++")))
 pytestmark = [
@@ -104,6 +105,13 @@ def test_a_block_with_the_triton_kernels_is_one_graph(recompute: str, monkeypatc
     with_experts("triton")
     assert_same(learn(Case("triton", {"compile": True, "recompute": recompute}), steps=1), true)
     assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
+
+
+def test_layers_of_one_kind_share_their_constants() -> None:
+    """torch.compile guards the kind of a layer's experts by identity: another object is another graph."""
+    model = tiny.model_config(PLAIN).build()
+    kinds = [block.ffn.experts.kind for block in model.blocks if isinstance(block.ffn, MoE)]
+    assert len(kinds) > 1 and all(kind is kinds[0] for kind in kinds)
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
