@@ -178,20 +178,21 @@ def experts_ffn(
     if backend == "reference":
         return _experts_ffn_reference(x, weights, experts, w1, w2, b1, b2, activation, gated, limit)
     if backend == "triton":
-        # Imported here, not above: triton is not installed on every machine.
-        from llmfoundry.kernels.experts_triton import experts_ffn_triton
-
         biased = b1 is not None or b2 is not None
         refusal = _triton_refusal_of_kind(ExpertKind(w2.shape[1], w2.shape[2], activation, biased, limit), w1.dtype)
         if refusal is not None:
             raise ValueError(f"moe_impl=triton: {refusal}; use moe_impl=auto")
-        return experts_ffn_triton(
-            x, weights, experts, w1, w2, activation=activation, gated=gated, save_h=save_h, n_rows=n_rows, late=late
-        )
     if x.numel() == 0 or experts.numel() == 0:
         # Depends on every weight: without tokens their gradients are zeros, not absent, on this rank as on others.
         nothing = torch.stack([w[:0].sum() for w in (w1, w2, b1, b2) if w is not None]).sum()
         return x * weights.sum(1, keepdim=True).to(x.dtype) + nothing.to(x.dtype)
+    if backend == "triton":
+        # Imported here, not above: triton is not installed on every machine.
+        from llmfoundry.kernels.experts_triton import experts_ffn_triton
+
+        return experts_ffn_triton(
+            x, weights, experts, w1, w2, activation=activation, gated=gated, save_h=save_h, n_rows=n_rows, late=late
+        )
     unit = _Unit(activation, gated, limit)
     return cast(Tensor, _GroupedExperts.apply(x, weights, experts, w1, w2, b1, b2, unit, save_h, n_rows, late))
 

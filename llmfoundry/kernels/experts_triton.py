@@ -52,9 +52,7 @@ def experts_ffn_triton(
     n_rows: int | None = None,
     late: LateGradients | None = None,
 ) -> Tensor:
-    """`experts.experts_ffn` by the Triton kernels; arguments as there, checked there."""
-    if x.numel() == 0 or experts.numel() == 0:
-        return (x * weights.sum(1, keepdim=True).to(x.dtype)) + _nothing(w1, w2).to(x.dtype)
+    """`experts.experts_ffn` by the Triton kernels; arguments as there, checked there. There must be a token."""
     bound = experts.numel() if n_rows is None else min(n_rows, experts.numel())
     inputs = (
         x.contiguous(), weights.contiguous(), w1.contiguous(), w2.contiguous(),
@@ -63,11 +61,6 @@ def experts_ffn_triton(
     if late is not None:
         return cast(Tensor, _LateExperts.apply(late, *inputs))
     return cast(Tensor, _forward(*inputs)[0])
-
-
-def _nothing(w1: Tensor, w2: Tensor) -> Tensor:
-    """A zero that depends on the weights: without tokens their gradients are zeros, not absent."""
-    return w1[:0].sum() + w2[:0].sum()
 
 
 @torch.library.custom_op("llmfoundry::sort_by_expert", mutates_args=())

@@ -414,9 +414,9 @@ def check_device(model: CausalLMConfig, device: torch.device, precision: str) ->
     if model.attn_config.attn_impl == "flex" and device.type != "cuda":
         raise ConfigError(f"model.attn_config.attn_impl=flex needs a CUDA device, found {device.type}; use auto")
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    for block in (model.ffn(layer) for layer in range(model.n_layers)):
-        if isinstance(block, MoEConfig):
-            try:
-                resolve_backend(block.moe_impl, block.kind(model.d_model), device, dtype)
-            except ValueError as error:
-                raise ConfigError(f"model.ffn_config.{error}") from None
+    blocks = (model.ffn(layer) for layer in range(model.n_layers))
+    for impl, kind in {(b.moe_impl, b.kind(model.d_model)) for b in blocks if isinstance(b, MoEConfig)}:
+        try:
+            resolve_backend(impl, kind, device, dtype)
+        except ValueError as error:
+            raise ConfigError(f"model.ffn_config.{error}") from None

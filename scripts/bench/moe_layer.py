@@ -30,6 +30,7 @@ from llmfoundry.kernels.experts import ExpertKind, experts_ffn, resolve_backend
 from llmfoundry.kernels.top_k import top_k_ids
 from llmfoundry.moe.router import router_logits
 
+CASE = ("provider", "shape", "T", "routing")  # what tells rows apart
 SHAPES = {  # D, F, E, K
     "mixtral": (4096, 14336, 8, 2),
     "dbrx": (6144, 10752, 16, 4),
@@ -221,9 +222,6 @@ def rows_of(path: Path, facts: dict[str, object], case: tuple[str, ...]) -> dict
     return {tuple(row[column] for column in case): row for row in rows}
 
 
-CASE = ("provider", "shape", "T", "routing")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
@@ -262,7 +260,7 @@ def main() -> None:
                         row["fraction_of_dense"] = float(str(row["fwdbwd_tflops"])) / ceiling
                     except (RuntimeError, ImportError, AttributeError, TypeError) as error:
                         row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
-                    rows[provider, name, tokens, routing] = row | run
+                    rows[tuple(row[column] for column in CASE)] = row | run
                     shown = {k: round(v, 1) if isinstance(v, float) else v for k, v in row.items()}
                     print(json.dumps(shown), flush=True)
                     args.out.write_text(json.dumps(result | {"rows": list(rows.values())}, indent=1) + "\n")

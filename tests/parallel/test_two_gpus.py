@@ -1,4 +1,4 @@
-"""The same YAML on one GPU and on two: the same weights, losses and gradient norms, over NCCL, with compiled blocks.
+"""The same YAML on one GPU and on two: the same losses and gradient norms, over NCCL, with compiled blocks.
 
 All runs go through torchrun and the training script, at the same time: each is far too small to fill a GPU.
 """
@@ -102,6 +102,13 @@ def curve(folder: Path) -> dict[str, torch.Tensor]:
     return {name: torch.tensor([line[name] for line in lines], dtype=torch.float64) for name in names}
 
 
+def assert_same_curve(ours: dict[str, torch.Tensor], true: dict[str, torch.Tensor], steps: slice) -> None:
+    for metric, values in ours.items():
+        torch.testing.assert_close(
+            values, true[metric][steps], rtol=1e-5, atol=0, msg=lambda m, metric=metric: f"{metric}: {m}"
+        )
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs from the first step, then each continued from the middle of another's."""
@@ -120,10 +127,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_gpus_learn_what_one_learns(name: str, runs: Path) -> None:
     true, ours = curve(runs / "alone"), curve(runs / name)
     assert len(true["grad_norm"]) == STEPS and true["loss/train/ce"][-1] < 0.8 * true["loss/train/ce"][0]
-    for metric, values in ours.items():
-        torch.testing.assert_close(
-            values, true[metric], rtol=1e-5, atol=0, msg=lambda m, metric=metric: f"{metric}: {m}"
-        )
+    assert_same_curve(ours, true, slice(None))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +135,4 @@ def test_two_gpus_learn_what_one_learns(name: str, runs: Path) -> None:
 )
 def test_a_checkpoint_continues_on_the_other_mesh(name: str, runs: Path) -> None:
     true, ours = curve(runs / "alone"), curve(runs / name)
-    for metric, values in ours.items():
-        torch.testing.assert_close(
-            values, true[metric][MIDDLE:], rtol=1e-5, atol=0, msg=lambda m, metric=metric: f"{metric}: {m}"
-        )
+    assert_same_curve(ours, true, slice(MIDDLE, None))
