@@ -1,6 +1,6 @@
 """Convert a checkpoint: python scripts/convert.py --help."""
 
-from llmfoundry.cli import convert_main
+from llmfoundry.cli.convert import convert_main
 from llmfoundry.runtime import leave
 
 if __name__ == "__main__":

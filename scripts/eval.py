@@ -1,6 +1,6 @@
 """Evaluate a checkpoint: python scripts/eval.py --help."""
 
-from llmfoundry.cli import eval_main
+from llmfoundry.cli.inference import eval_main
 from llmfoundry.runtime import leave
 
 if __name__ == "__main__":

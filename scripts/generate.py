@@ -1,6 +1,6 @@
 """Write text: python scripts/generate.py --checkpoint DIR --prompt 'def '."""
 
-from llmfoundry.cli import generate_main
+from llmfoundry.cli.inference import generate_main
 from llmfoundry.runtime import leave
 
 if __name__ == "__main__":

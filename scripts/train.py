@@ -1,6 +1,6 @@
 """Train a model: python scripts/train.py yamls/moe.yaml [key=value ...]; torchrun on many GPUs."""
 
-from llmfoundry.cli import train_main
+from llmfoundry.cli.train import train_main
 from llmfoundry.runtime import leave
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ FLOORS = [
     {"moe"},
     {"model"},
     {"parallel", "hf"},
-    {"eval"},
+    {"checkpoint", "eval"},
     {"train"},
     {"callbacks", "integrations"},
     {"cli"},

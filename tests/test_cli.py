@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmfoundry.cli import Command, prepare_data_main, train_main
+from llmfoundry.cli.command import Command
+from llmfoundry.cli.train import prepare_data_main, train_main
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmfoundry.cli import train_main
+from llmfoundry.cli.train import train_main
 from llmfoundry.config import check, load_yaml
 from llmfoundry.train.config import RunConfig
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry import hf, runtime
+from llmfoundry.checkpoint.checkpointer import Checkpointer, CheckpointState, Json, load_model_only
 from llmfoundry.config import ConfigError, dump
 from llmfoundry.data.loader import Loader
 from llmfoundry.eval.perplexity import evaluate
@@ -29,7 +30,6 @@ from llmfoundry.parallel.apply import materialize, parallelize
 from llmfoundry.parallel.expert import n_experts
 from llmfoundry.parallel.mesh import Mesh, build_mesh
 from llmfoundry.train.callback import Callback, Metrics
-from llmfoundry.train.checkpoint import Checkpointer, CheckpointState, Json, load_model_only
 from llmfoundry.train.config import RunConfig
 from llmfoundry.train.duration import Timeline
 from llmfoundry.train.optim import set_learning_rate

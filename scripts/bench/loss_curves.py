@@ -18,7 +18,7 @@ import torch
 from train_step import described, machine
 
 from llmfoundry import runtime
-from llmfoundry.cli import read_config
+from llmfoundry.cli.command import read_config
 from llmfoundry.train.trainer import build
 
 ROOT = Path(__file__).resolve().parents[2]

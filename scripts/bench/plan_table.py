@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from llmfoundry.cli import read_config
+from llmfoundry.cli.command import read_config
 from llmfoundry.model.config import CausalLMConfig
 from llmfoundry.parallel import hardware
 from llmfoundry.parallel.expert import n_experts

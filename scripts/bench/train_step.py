@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from llmfoundry import runtime
-from llmfoundry.cli import read_config
+from llmfoundry.cli.command import read_config
 from llmfoundry.parallel.hardware import GIB
 from llmfoundry.parallel.plan import Work, plan
 from llmfoundry.train.config import RunConfig

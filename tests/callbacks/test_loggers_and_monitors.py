@@ -14,7 +14,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llmfoundry.callbacks import sample_text
-from llmfoundry.cli import train_main
+from llmfoundry.cli.train import train_main
 
 STEPS = 4
 
@@ -96,7 +96,7 @@ def test_wandb_without_a_login_is_refused_before_anything_is_written(recipe: Pat
     home.mkdir()
     hidden = ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
-    script = "import sys; from llmfoundry.cli import train_main; sys.exit(train_main())"
+    script = "import sys; from llmfoundry.cli.train import train_main; sys.exit(train_main())"
     before = {path.name for path in tmp_path.iterdir()}
     done = subprocess.run(
         [sys.executable, "-c", script, str(recipe), "loggers.wandb={}"],

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llmfoundry.cli import generate_main
+from llmfoundry.cli.inference import generate_main
 from llmfoundry.config import ConfigError
 from llmfoundry.eval.generate import generate, sample
 from llmfoundry.layers.attention import GroupedQueryConfig

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from theirs import CASES
 
-from llmfoundry.cli import convert_main
+from llmfoundry.checkpoint.manifest import verify
+from llmfoundry.cli.convert import convert_main
 from llmfoundry.config import ConfigError, check
 from llmfoundry.hf import from_pretrained, load_weights, save_pretrained
 from llmfoundry.hf.family import read_config, write_config
 from llmfoundry.hf.files import INDEX, WEIGHTS, new_folder
 from llmfoundry.model.config import CausalLMConfig
-from llmfoundry.train.manifest import verify
 
 QUERIES = "model.layers.0.self_attn.q_proj.weight"
 

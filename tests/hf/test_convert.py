@@ -17,7 +17,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from llmfoundry.cli import convert_main, eval_main, generate_main, train_main
+from llmfoundry.cli.convert import convert_main
+from llmfoundry.cli.inference import eval_main, generate_main
+from llmfoundry.cli.train import train_main
 from llmfoundry.config import ConfigError
 from llmfoundry.hf import files, from_pretrained
 from llmfoundry.hf.pieces import Spec, whole_of

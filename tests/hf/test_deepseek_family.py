@@ -12,7 +12,7 @@ from test_families import tensors_in
 from theirs import CASES, Case
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmfoundry.cli import convert_main
+from llmfoundry.cli.convert import convert_main
 from llmfoundry.config import ConfigError, check, dump
 from llmfoundry.hf import from_pretrained
 from llmfoundry.hf.facts import facts

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from llmfoundry.cli import convert_main
+from llmfoundry.cli.convert import convert_main
 from llmfoundry.config import ConfigError
 from llmfoundry.hf import from_pretrained
 from llmfoundry.hf.facts import facts

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmfoundry.cli import read_config
+from llmfoundry.cli.command import read_config
 from llmfoundry.config import ConfigError, check
 from llmfoundry.integrations.foundry_yaml import translate
 from llmfoundry.model.config import CausalLMConfig, ModelConfig

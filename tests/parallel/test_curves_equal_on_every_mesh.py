@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from llmfoundry import runtime
+from llmfoundry.checkpoint.checkpointer import Checkpointer, CheckpointState
 from llmfoundry.model.transformer import CausalLM
-from llmfoundry.train.checkpoint import Checkpointer, CheckpointState
 
 pytestmark = pytest.mark.dist
 

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("triton")  # peak.py looks into the Triton kernels' wrappers
 from peak import simulate
 
-from llmfoundry.cli import read_config
+from llmfoundry.cli.command import read_config
 from llmfoundry.config import check
 from llmfoundry.model.config import CausalLMConfig, ModelConfig
 from llmfoundry.parallel import memory as plan

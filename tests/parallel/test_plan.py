@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from llmfoundry.cli import read_config
+from llmfoundry.cli.command import read_config
 from llmfoundry.config import ConfigError
 from llmfoundry.model.config import CausalLMConfig
 from llmfoundry.parallel import hardware

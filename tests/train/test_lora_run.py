@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_run import metrics_of, recipe, weights_of  # noqa: F401
 
-from llmfoundry.cli import train_main
+from llmfoundry.cli.train import train_main
 from llmfoundry.layers.lora import is_adapter
 
 LORA = ["model.lora.rank=2", "model.lora.alpha=8.0", "load_weights_only=true", "optimizer.lr=3.0e-2"]

@@ -16,7 +16,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from llmfoundry.cli import eval_main, generate_main, train_main
+from llmfoundry.cli.inference import eval_main, generate_main
+from llmfoundry.cli.train import train_main
 
 ROOT = Path(__file__).resolve().parents[2]
 # A run of the real thing, small: 4 rows of 32 tokens a step.
@@ -135,7 +136,7 @@ def test_a_gpu_alone_trains_in_bf16_stops_goes_on_and_generates(
 def test_a_killed_run_continues_bitwise(recipe: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "run"
     assert train_main([str(recipe), f"save_folder={whole}"]) == 0
-    command = [sys.executable, "-c", "import sys; from llmfoundry.cli import train_main; sys.exit(train_main())"]
+    command = [sys.executable, "-c", "import sys; from llmfoundry.cli.train import train_main; sys.exit(train_main())"]
     started = subprocess.Popen(
         [*command, str(recipe), "max_duration=12ba"], env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     )
@@ -411,7 +412,7 @@ def test_a_damaged_line_of_metrics_is_named(recipe: Path, tmp_path: Path, capsys
 def test_resuming_reads_every_file_once_to_check_it(
     recipe: Path, tmp_path: Path, by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmfoundry.train import manifest
+    from llmfoundry.checkpoint import manifest
 
     assert train_main([str(recipe), "max_duration=2ba"]) == 0
     read, real = [], manifest.measure
@@ -471,7 +472,7 @@ def test_a_checkpoint_of_another_machines_backend_is_used_on_ours(
 def test_a_signal_between_looking_and_saving_loses_nothing(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmfoundry.train.checkpoint import Checkpointer
+    from llmfoundry.checkpoint.checkpointer import Checkpointer
 
     polls, real = iter(range(1, 100)), Checkpointer.poll
 
@@ -495,7 +496,7 @@ def test_a_plug_in_is_there_when_its_checkpoint_is_opened(recipe: Path, tmp_path
     data["model"]["ffn_config"] = {"ffn_type": "my_block", "ffn_hidden_size": 32, "ffn_act_fn": {"name": "silu"}}
     recipe.write_text(yaml.safe_dump(data | {"code_paths": [str(plug_in)]}))
     assert train_main([str(recipe), "max_duration=2ba"]) == 0
-    script = "import sys; from llmfoundry.cli import generate_main; sys.exit(generate_main())"
+    script = "import sys; from llmfoundry.cli.inference import generate_main; sys.exit(generate_main())"
     command = [sys.executable, "-c", script, "--checkpoint", str(tmp_path / "run"), "--max-new-tokens", "2"]
     assert subprocess.run(command, check=False).returncode == 0
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from llmfoundry import runtime
-from llmfoundry.train.manifest import CheckpointError
-from llmfoundry.train.storage import Entry
+from llmfoundry.checkpoint.manifest import CheckpointError
+from llmfoundry.checkpoint.storage import Entry
 
 
 class Memory(NamedTuple):

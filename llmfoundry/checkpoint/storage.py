@@ -44,7 +44,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from llmfoundry.train.manifest import INDEX, Written, write_file
+from llmfoundry.checkpoint.manifest import INDEX, Written, write_file
 
 _DTYPES = {
     "F64": torch.float64,

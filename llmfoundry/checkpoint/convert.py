@@ -15,6 +15,10 @@ import torch
 import yaml
 from torch import Tensor
 
+from llmfoundry.checkpoint import checkpointer as checkpoint
+from llmfoundry.checkpoint import manifest
+from llmfoundry.checkpoint.manifest import CONFIG, INDEX, TRAINER, CheckpointError, Written
+from llmfoundry.checkpoint.storage import read_index
 from llmfoundry.config import ConfigError, check, dump
 from llmfoundry.hf.family import write_config
 from llmfoundry.hf.files import DTYPE_NAMES, FillBox, Placed, Stored, new_folder, shards, write_files
@@ -33,9 +37,6 @@ from llmfoundry.hf.upcycle import Upcycling, upcycle, upcycled_config
 from llmfoundry.layers.lora import adapted
 from llmfoundry.model.adapters import PeftPart, save_peft
 from llmfoundry.model.config import CausalLMConfig, ModelConfig
-from llmfoundry.train import checkpoint, manifest
-from llmfoundry.train.manifest import CONFIG, INDEX, TRAINER, CheckpointError, Written
-from llmfoundry.train.storage import read_index
 
 _FILE_BYTES = 2 * 10**9  # several files are checked on several cores
 

@@ -24,10 +24,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import Optimizer
 
+from llmfoundry.checkpoint import manifest
+from llmfoundry.checkpoint.checkpointer import Checkpointer, CheckpointState, SaveError, load_model_only, read
+from llmfoundry.checkpoint.manifest import MANIFEST, CheckpointError, find, verify
 from llmfoundry.config import ConfigError
-from llmfoundry.train import manifest
-from llmfoundry.train.checkpoint import Checkpointer, CheckpointState, SaveError, load_model_only, read
-from llmfoundry.train.manifest import MANIFEST, CheckpointError, find, verify
 from llmfoundry.train.optim import AdamWConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

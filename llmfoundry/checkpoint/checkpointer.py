@@ -42,8 +42,7 @@ from torch.distributed.checkpoint import SavePlanner
 from torch.optim import Optimizer
 
 from llmfoundry import runtime
-from llmfoundry.layers.lora import is_adapter
-from llmfoundry.train.manifest import (
+from llmfoundry.checkpoint.manifest import (
     CONFIG,
     INDEX,
     MANIFEST,
@@ -61,8 +60,8 @@ from llmfoundry.train.manifest import (
     write_file,
     write_manifest,
 )
-from llmfoundry.train.storage import Entry, StagedPlanner, TensorReader, TensorWriter, local_part, read_index
-from llmfoundry.train.tensors import (
+from llmfoundry.checkpoint.storage import Entry, StagedPlanner, TensorReader, TensorWriter, local_part, read_index
+from llmfoundry.checkpoint.tensors import (
     check_same_model,
     model_tensors,
     optimizer_memory,
@@ -71,6 +70,7 @@ from llmfoundry.train.tensors import (
     rng_tensors,
     set_rng,
 )
+from llmfoundry.layers.lora import is_adapter
 
 log = logging.getLogger(__name__)
 

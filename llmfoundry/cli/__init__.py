@@ -1,0 +1,1 @@
+"""The commands. `scripts/*.py` are doors to the functions here."""

@@ -1,0 +1,83 @@
+"""What all commands share: exit codes, errors in one line, and reading a run's YAML.
+
+Exit codes: 0 done (also after a requested stop), 2 the user's mistake (one clear line per machine), 1 anything else
+(with a traceback, and the rank that it happened on). torchrun's own is 1 for both.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+
+from llmfoundry import runtime
+from llmfoundry.config import ConfigError, check, import_code, load_yaml
+from llmfoundry.integrations.foundry_yaml import translate
+from llmfoundry.train.config import RunConfig
+
+log = logging.getLogger("llmfoundry")
+# Seconds for local rank 0 to print a mistake before another rank exits, on which torchrun ends them all.
+HEAD_START = 5.0
+Command = Callable[[Sequence[str] | None], int]
+
+
+def command(run: Callable[[Sequence[str] | None], None]) -> Command:
+    """Give a command its exit code."""
+
+    @wraps(run)
+    def main(argv: Sequence[str] | None = None) -> int:
+        rank = f"[rank {runtime.rank()}] " if runtime.world_size() > 1 else ""
+        level = logging.INFO if runtime.is_rank0() else logging.WARNING
+        logging.basicConfig(level=level, format=f"{rank}%(message)s", stream=sys.stderr)
+        for noisy in ("httpx", "datasets", "filelock", "fsspec"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        try:
+            run(argv)
+        except ConfigError as error:
+            if runtime.local_rank() == 0:  # most mistakes are every rank's
+                print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+            else:
+                time.sleep(HEAD_START)
+            _tell_torchrun(f"error: {error}")
+            return 2
+        except KeyboardInterrupt:
+            print(f"{rank}interrupted", file=sys.stderr)
+            return 1
+        except Exception:
+            print(f"{rank}{traceback.format_exc()}", file=sys.stderr, flush=True)
+            _tell_torchrun(traceback.format_exc())
+            return 1
+        runtime.stop()
+        return 0
+
+    return main
+
+
+def _tell_torchrun(why: str) -> None:
+    """Leave what went wrong where torchrun looks for it: its report names the rank that failed first, and ends so.
+
+    It compares whole seconds, and ranks that lose this one fail as soon as it is gone: so it stays for one more.
+    """
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": why, "timestamp": str(int(time.time()))}  # the form that its own handler writes
+        Path(file).write_text(json.dumps({"message": {"message": why, "extraInfo": details}}))
+        time.sleep(1.0)
+
+
+def read_config(path: str, overrides: list[str]) -> RunConfig:
+    """A YAML file as a checked config; LLM Foundry's legacy words are translated, out loud."""
+    data = load_yaml(path, overrides)
+    paths = data.get("code_paths") or []
+    if not isinstance(paths, list) or not all(isinstance(item, str) for item in paths):
+        raise ConfigError(f"code_paths: must be a list of Python files, found {paths!r}")
+    import_code(paths)
+    data, notes = translate(data)
+    for note in notes:
+        log.info("%s", note)
+    return check(RunConfig, data)

@@ -1,0 +1,86 @@
+"""`train.py YAML [--dry-run] [key=value ...]` and `prepare_data.py YAML`: train a model, or prepare its data ahead."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from llmfoundry import runtime
+from llmfoundry.callbacks.console import Console  # importing the package registers all monitors and loggers
+from llmfoundry.callbacks.speed_monitor import SpeedMonitor, SpeedMonitorConfig
+from llmfoundry.cli.command import command, read_config
+from llmfoundry.config import ConfigError, dump
+from llmfoundry.data.packing import prepare
+from llmfoundry.parallel.hardware import GIB, GPU_MEMORY
+from llmfoundry.parallel.report import describe
+from llmfoundry.train.config import RunConfig
+from llmfoundry.train.trainer import build
+
+
+@command
+def train_main(argv: Sequence[str] | None = None) -> None:
+    """`train.py YAML [--dry-run] [--gpus N] [--gpu-memory GIB] [key=value ...]`."""
+    parser = argparse.ArgumentParser(prog="train.py", description="Train a model.")
+    parser.add_argument("yaml", help="the run, e.g. yamls/moe.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="put over the YAML, e.g. model.n_layers=2"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what the run would be, and train nothing")
+    parser.add_argument("--gpus", type=int, default=None, help="for --dry-run: plan for so many GPUs")
+    parser.add_argument(
+        "--gpu-memory", type=float, default=None, metavar="GIB",
+        help=f"for --dry-run: what one of them holds; {GPU_MEMORY / GIB:g}, as an H100 80GB shows it, if left out",
+    )  # fmt: skip
+    args = parser.parse_intermixed_args(argv)
+    config = read_config(args.yaml, args.overrides)
+    if args.gpus is not None and (args.gpus < 1 or not args.dry_run):
+        raise ConfigError(f"--gpus {args.gpus}: is for --dry-run, and 1 or more")
+    if args.gpu_memory is not None and (not math.isfinite(args.gpu_memory) or not args.dry_run):
+        raise ConfigError(f"--gpu-memory {args.gpu_memory:g}: is for --dry-run, and a number of GiB")
+    if args.dry_run:
+        print(yaml.safe_dump(dump(config), sort_keys=False))
+        print(_sizes(config))
+        gpus = args.gpus if args.gpus is not None else runtime.world_size()
+        print(describe(config.model, config.parallel, world=gpus, global_rows=config.global_train_batch_size,
+                       micro_rows=config.device_train_microbatch_size, seq_len=config.max_seq_len,
+                       compute_bytes=4 if config.precision == "fp32" else 2,
+                       gpu_memory=GPU_MEMORY if args.gpu_memory is None else args.gpu_memory * GIB))  # fmt: skip
+        return
+    trainer = build(config)
+    if not any(isinstance(callback, SpeedMonitor) for callback in trainer.callbacks):
+        trainer.callbacks.insert(
+            0, SpeedMonitorConfig(name="speed_monitor").build()
+        )  # every run says how fast it is, to its loggers too
+    if config.log_to_console:
+        trainer.callbacks.append(Console())
+    trainer.fit()
+
+
+def _sizes(config: RunConfig) -> str:
+    model = config.model
+    flops = model.flops_per_token(config.max_seq_len)
+    return (
+        f"parameters: {model.n_params():,} ({model.n_params() / 1e9:.3f} B)\n"
+        f"active parameters: {model.n_active_params():,} ({model.n_active_params() / 1e9:.3f} B)\n"
+        f"training FLOPs a token: {flops:.4g} (sequences of {config.max_seq_len} tokens)"
+    )
+
+
+@command
+def prepare_data_main(argv: Sequence[str] | None = None) -> None:
+    """`prepare_data.py YAML [key=value ...]`: tokenise a run's datasets ahead of it, on a machine without GPUs."""
+    parser = argparse.ArgumentParser(prog="prepare_data.py", description="Tokenise a run's datasets ahead of it.")
+    parser.add_argument("yaml")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
+    args = parser.parse_intermixed_args(argv)
+    config = read_config(args.yaml, args.overrides)
+    also = [config.eval_loader.dataset] if config.eval_loader is not None else []
+    tokenizer = config.tokenizer.build(config.train_loader.dataset, also)
+    for name, part in (("train_loader", config.train_loader), ("eval_loader", config.eval_loader)):
+        if part is not None:
+            stream = prepare(part.dataset, tokenizer)
+            print(f"{name}: {stream.n_tokens:,} tokens of {stream.n_bytes:,} bytes in {Path(stream.folder)}")
