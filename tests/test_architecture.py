@@ -15,7 +15,7 @@ FLOORS = [
     {"layers"},
     {"moe"},
     {"model"},
-    {"parallel", "hf"},
+    {"parallel", "hf", "drop_in"},
     {"checkpoint", "eval"},
     {"train"},
     {"callbacks", "integrations"},

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 
+import llmfoundry.callbacks  # noqa: F401  registers all monitors and loggers
 from llmfoundry import runtime
 from llmfoundry.config import ConfigError, check, import_code, load_yaml
 from llmfoundry.integrations.foundry_yaml import translate

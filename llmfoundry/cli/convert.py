@@ -12,7 +12,6 @@ import torch
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-import llmfoundry.callbacks  # noqa: F401  registers what a checkpoint's config may name
 from llmfoundry.checkpoint import convert
 from llmfoundry.cli.command import command
 from llmfoundry.config import check, from_dotlist

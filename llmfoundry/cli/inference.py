@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import torch
 
-import llmfoundry.callbacks  # noqa: F401  registers what a checkpoint's config may name
 from llmfoundry import runtime
 from llmfoundry.checkpoint import checkpointer as checkpoint
 from llmfoundry.cli.command import command, read_config
