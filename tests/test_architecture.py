@@ -18,7 +18,7 @@ FLOORS = [
     {"parallel", "hf", "drop_in"},
     {"checkpoint", "eval"},
     {"train"},
-    {"callbacks", "integrations"},
+    {"callbacks", "integrations", "planning"},
     {"cli"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

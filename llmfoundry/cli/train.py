@@ -15,8 +15,8 @@ from llmfoundry.callbacks.speed_monitor import SpeedMonitor, SpeedMonitorConfig
 from llmfoundry.cli.command import command, read_config
 from llmfoundry.config import ConfigError, dump
 from llmfoundry.data.packing import prepare
-from llmfoundry.parallel.hardware import GIB, GPU_MEMORY
-from llmfoundry.parallel.report import describe
+from llmfoundry.planning.hardware import GIB, GPU_MEMORY
+from llmfoundry.planning.report import describe
 from llmfoundry.train.config import RunConfig
 from llmfoundry.train.trainer import build
 
@@ -44,11 +44,9 @@ def train_main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         print(yaml.safe_dump(dump(config), sort_keys=False))
         print(_sizes(config))
-        gpus = args.gpus if args.gpus is not None else runtime.world_size()
-        print(describe(config.model, config.parallel, world=gpus, global_rows=config.global_train_batch_size,
-                       micro_rows=config.device_train_microbatch_size, seq_len=config.max_seq_len,
-                       compute_bytes=4 if config.precision == "fp32" else 2,
-                       gpu_memory=GPU_MEMORY if args.gpu_memory is None else args.gpu_memory * GIB))  # fmt: skip
+        gpus = runtime.world_size() if args.gpus is None and runtime.world_size() > 1 else args.gpus
+        for line in describe(config, gpus, GPU_MEMORY if args.gpu_memory is None else args.gpu_memory * GIB):
+            print(line, flush=True)
         return
     trainer = build(config)
     if not any(isinstance(callback, SpeedMonitor) for callback in trainer.callbacks):

@@ -250,6 +250,10 @@ class _Rows(NamedTuple):
     valid: Tensor | None  # (R,) bool; None where every row has an expert
 
 
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
 def _rows(order: Order, shape: torch.Size, n_rows: int | None) -> _Rows:
     """R rows for the slots of an order.
 
@@ -257,7 +261,7 @@ def _rows(order: Order, shape: torch.Size, n_rows: int | None) -> _Rows:
     number: it keeps them all (or `n_rows`), and `F.grouped_mm` leaves what is behind the last expert unset.
     """
     n_slots = order.slot_row.numel()
-    on_cpu = order.slot_row.device.type == "cpu"
+    on_cpu = not _on_gpu(order.slot_row)
     kept = int(order.expert_start[-1]) if on_cpu else n_slots if n_rows is None else min(n_rows, n_slots)
     if on_cpu and kept == n_slots:
         token = order.row_slot // shape[1]
@@ -271,7 +275,7 @@ def _rows(order: Order, shape: torch.Size, n_rows: int | None) -> _Rows:
 
 def _times_weights(rows: Tensor, w: Tensor, start: Tensor) -> Tensor:
     """Each row times its expert's matrix: (R, X), (E, X, Y) -> (R, Y), unset behind the last expert."""
-    if rows.is_cuda:
+    if _on_gpu(rows):
         return F.grouped_mm(rows, w, offs=start[1:])
     out = rows.new_empty(rows.shape[0], w.shape[2])
     for e, (a, b) in enumerate(_spans(start)):
@@ -281,7 +285,7 @@ def _times_weights(rows: Tensor, w: Tensor, start: Tensor) -> Tensor:
 
 def _weight_gradient(left: Tensor, right: Tensor, start: Tensor) -> Tensor:
     """Each expert's `left.T @ right` over its rows: (R, X), (R, Y) -> (E, X, Y); zero for an empty expert."""
-    if left.is_cuda:
+    if _on_gpu(left):
         return F.grouped_mm(left.t(), right, offs=start[1:])
     out = left.new_empty(start.numel() - 1, left.shape[1], right.shape[1])
     for e, (a, b) in enumerate(_spans(start)):

@@ -17,7 +17,7 @@ from llmfoundry.moe.layer import MoE
 from llmfoundry.parallel.alone import compute_in
 from llmfoundry.parallel.expert import divide_experts, mixtures
 from llmfoundry.parallel.fsdp import shard
-from llmfoundry.parallel.mesh import Mesh, ParallelConfig, alone
+from llmfoundry.parallel.mesh import Mesh, ParallelConfig, single_process
 from llmfoundry.parallel.recompute import recompute_blocks
 
 
@@ -34,7 +34,7 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
     divide_experts(model, mesh)
     compiled = config.compile is True or (config.compile == "auto" and runtime.device().type == "cuda")
     one_graph = compiled and mesh.experts is None and not _reads_on_host(model, precision)
-    by_itself = alone(config, mesh.degrees)
+    by_itself = single_process(config, mesh.degrees)
     casts = precision == "amp_bf16" and by_itself
     if compiled and not one_graph:
         compile_parts(model)

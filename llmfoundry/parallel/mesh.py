@@ -1,9 +1,9 @@
 """Which rank does what. The only file that names mesh axes.
 
 world = replicate x shard. A dense parameter is split over `fsdp` (shard ranks) and repeated `dp_replicate`
-times. The same ranks seen another way hold the experts: `expert` divides shard; an expert's weights belong to
-one of `ep` neighbouring ranks (neighbours, so that tokens travel over NVLink), and are there split over the
-`efsdp` = shard / expert ranks that are left. Every rank has rows of its own, whatever the degrees.
+times. Experts use the same ranks in another arrangement: `expert` divides `shard`; each expert belongs to one of
+`ep` neighbouring ranks (neighbours, so that tokens travel over NVLink), and its weights are split over the
+`efsdp` = shard / expert ranks that hold the same experts. Every rank has rows of its own, whatever the degrees.
 
     dense   (dp_replicate, fsdp)          8 ranks, replicate 1, shard 8, expert 2:   0 1 2 3 4 5 6 7
     sparse  (dp_replicate, efsdp, ep)     ep groups 01 23 45 67, efsdp groups 0246 1357
@@ -30,21 +30,21 @@ class ParallelConfig(Config):
     """`parallel` in the YAML. The defaults split everything over all processes."""
 
     replicate: int = Field(1, ge=1)  # copies of the model (HSDP), usually one a node or a few
-    shard: int = -1  # ranks that one copy is split over; -1: all that are left
+    shard: int = -1  # ranks that one copy is split over; -1: processes / replicate
     expert: int = Field(1, ge=1)  # ranks that the experts are divided among; divides shard and the experts
     recompute: Literal["none", "full", "selective"] = "none"  # of activations, in backward
-    recompute_save: list[str] | None = None  # selective: operators to keep; None: the dear ones
-    compile: bool | Literal["auto"] = "auto"  # torch.compile a block; auto: on GPUs
-    reshard_after_forward: bool = True  # gather a block's weights again in backward: hold less
-    reduce_once_a_step: bool = True  # False: after each microbatch; more traffic, less memory
-    prefetch: int = Field(1, ge=0)  # blocks whose weights are gathered ahead of their turn
+    recompute_save: list[str] | None = None  # selective: operators to keep; None: attention, products
+    compile: bool | Literal["auto"] = "auto"  # torch.compile each block; auto: on GPUs
+    reshard_after_forward: bool = True  # free a block's weights after forward, gather them again in backward
+    reduce_once_a_step: bool = True  # sum gradients over ranks; False: per microbatch, more traffic, less memory
+    prefetch: int = Field(1, ge=0)  # blocks whose weights are gathered ahead
     cpu_offload: bool = False  # weights, gradients and optimizer state live in host memory
 
     @field_validator("shard")
     @classmethod
     def _shard_is_a_degree(cls, shard: int) -> int:
         if shard != -1 and shard < 1:
-            raise ValueError(f"shard={shard} is no number of ranks; write 1 or more, or -1 (all left)")
+            raise ValueError(f"shard={shard} is not a number of ranks; write 1 or more, or -1 (processes / replicate)")
         return shard
 
     @model_validator(mode="after")
@@ -67,29 +67,20 @@ class Degrees(NamedTuple):
         return self.shard // self.expert
 
 
-def alone(config: ParallelConfig, degrees: Degrees) -> bool:
-    """Whether a process does without FSDP: it shares with nobody, and nothing is kept in host memory."""
+def single_process(config: ParallelConfig, degrees: Degrees) -> bool:
+    """Whether a process trains without FSDP: it is the only one, and keeps nothing in host memory."""
     return degrees == (1, 1, 1) and not config.cpu_offload
 
 
-class Coordinates(NamedTuple):
-    """Where one rank stands on every axis."""
-
-    replicate: int
-    shard: int
-    expert_shard: int
-    expert: int
-
-
 def plan_mesh(config: ParallelConfig, world: int, n_experts: int) -> Degrees:
-    """The degrees of a run, from numbers alone.
+    """The degrees of a run.
 
     Args:
         world: processes.
         n_experts: of each mixture layer; 0 for a dense model.
 
     Raises:
-        ConfigError: they do not fit one another.
+        ConfigError: the degrees do not fit the processes or the experts.
     """
     replicate, expert = config.replicate, config.expert
     shard = config.shard
@@ -114,22 +105,16 @@ def plan_mesh(config: ParallelConfig, world: int, n_experts: int) -> Degrees:
     return Degrees(replicate, shard, expert)
 
 
-def coordinates(degrees: Degrees, rank: int) -> Coordinates:
-    """Where `rank` stands: ranks are numbered with ep innermost, then efsdp, then dp_replicate."""
-    replica, shard = divmod(rank, degrees.shard)
-    return Coordinates(replica, shard, *divmod(shard, degrees.expert))
-
-
 @dataclass(frozen=True)
 class Mesh:
-    """The ranks of a run as the wrappers want them. Without a process group there are no axes.
+    """The ranks of a run as FSDP and the experts use them. Without a process group there are no axes.
 
     Attributes:
         degrees: ranks on each axis.
         dense: (fsdp,) or (dp_replicate, fsdp) for all but experts; None in one process without a group.
-        sparse: (efsdp, ep) or (dp_replicate, efsdp, ep) for experts; None with `expert: 1`, where they are
-            split like all other parameters.
-        data_rank: which slice of the global batch is this rank's.
+        sparse: (efsdp, ep) or (dp_replicate, efsdp, ep) for experts; None with `expert: 1`, which splits them like
+            all other parameters.
+        data_rank: this rank's slice of the global batch.
         data_ranks: slices of the global batch.
     """
 
@@ -141,7 +126,7 @@ class Mesh:
 
     @property
     def experts(self) -> DeviceMesh | None:
-        """The axis that experts are divided among, (ep,)."""
+        """The axis that experts are divided over, (ep,)."""
         return None if self.sparse is None else self.sparse[EXPERT]
 
     @property
@@ -175,7 +160,7 @@ def build_mesh(config: ParallelConfig, device_type: str, n_experts: int) -> Mesh
         return Mesh(degrees, None, None, 0, 1)
     replicate, shard, expert = degrees
     replicas, axis = ((replicate,), (REPLICATE,)) if replicate > 1 else ((), ())
-    # An axis of one rank stays a real one: FSDP over it gives the mixed precision, where there are replicas.
+    # An axis of one rank stays in the mesh: with replicas, FSDP over it gives the mixed precision.
     dense = init_device_mesh(device_type, (*replicas, shard), mesh_dim_names=(*axis, SHARD))
     sparse = None
     if expert > 1:
@@ -190,7 +175,7 @@ def build_mesh(config: ParallelConfig, device_type: str, n_experts: int) -> Mesh
 def _warm_up(mesh: DeviceMesh) -> None:
     """One small sum on every axis, in the same order everywhere.
 
-    NCCL connects a group at its first use. In the middle of a step, where ranks reach groups in any order,
+    NCCL connects a group at its first use. In the middle of a step, where ranks reach groups in different orders,
     a bad link would look like a hang; here it is an error that names the axis.
     """
     for axis in mesh.mesh_dim_names or ():

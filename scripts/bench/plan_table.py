@@ -1,4 +1,4 @@
-"""The planning table of docs/planning.md: what `llmfoundry.parallel.plan` foretells of two large models on many GPUs.
+"""The planning table of docs/planning.md: what `llmfoundry.planning` says of two large models on many GPUs.
 
 `render_readme.py` writes it into the page, and checks that it is what the code says. Run by itself, it prints it.
 """
@@ -9,13 +9,14 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from llmfoundry.callbacks import console  # noqa: F401  registers the callbacks that the YAMLs name
 from llmfoundry.cli.command import read_config
-from llmfoundry.model.config import CausalLMConfig
-from llmfoundry.parallel import hardware
-from llmfoundry.parallel.expert import n_experts
-from llmfoundry.parallel.hardware import GIB
-from llmfoundry.parallel.mesh import Degrees, ParallelConfig, plan_mesh
-from llmfoundry.parallel.plan import Plan, Work, plan
+from llmfoundry.planning import hardware
+from llmfoundry.planning.hardware import GIB
+from llmfoundry.planning.job import Job
+from llmfoundry.planning.ledger import Memory
+from llmfoundry.planning.memory import memory
+from llmfoundry.planning.plan import Plan, plan
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_STEP = ROOT / "scripts" / "bench" / "results" / "train_step.json"
@@ -23,7 +24,7 @@ SEQ_LEN = 4096  # tokens
 
 
 class Setting(NamedTuple):
-    """What was chosen for one model on so many GPUs."""
+    """What was chosen for one model on a number of GPUs."""
 
     model: str
     gpus: int
@@ -35,7 +36,7 @@ class Setting(NamedTuple):
     reduce_once_a_step: bool = True
 
 
-# By hand, from the tables of `--dry-run`: the fastest that fits, with a copy of the model on 128 GPUs at most.
+# Chosen by hand from the tables of `--dry-run`: the fastest that fits, with a copy of the model on 128 GPUs at most.
 SETTINGS = [
     Setting("DBRX-132B", 64, 1024, 1, 4, "selective", 2, reduce_once_a_step=False),
     Setting("DBRX-132B", 512, 2048, 4, 4, "selective", 4),
@@ -44,45 +45,50 @@ SETTINGS = [
     Setting("Qwen3-235B-A22B", 512, 2048, 4, 4, "full", 4),
     Setting("Qwen3-235B-A22B", 4096, 8192, 32, 4, "full", 2),
 ]
-# Qwen3-235B-A22B has the shape of its small sister, but for these (Qwen team 2025, arXiv:2505.09388).
+# Qwen3-235B-A22B is Qwen3-30B-A3B with these sizes (Qwen team 2025, arXiv:2505.09388).
 QWEN3_235B = [
     "model.d_model=4096", "model.n_heads=64", "model.n_layers=94", "model.ffn_config.ffn_hidden_size=1536",
 ]  # fmt: skip
+MODELS = {"DBRX-132B": ("dbrx-132b", []), "Qwen3-235B-A22B": ("qwen3-30b-a3b", QWEN3_235B)}
 
 
-def models() -> dict[str, CausalLMConfig]:
-    """Those of the table, by name."""
-    found = {
-        "DBRX-132B": read_config(str(ROOT / "yamls" / "dbrx-132b.yaml"), []).model,
-        "Qwen3-235B-A22B": read_config(str(ROOT / "yamls" / "qwen3-30b-a3b.yaml"), QWEN3_235B).model,
-    }
-    return {name: model for name, model in found.items() if isinstance(model, CausalLMConfig)}
+def job_of(setting: Setting) -> Job:
+    """The run of a setting."""
+    yaml, sizes = MODELS[setting.model]
+    overrides = [
+        *sizes,
+        f"max_seq_len={SEQ_LEN}",
+        f"global_train_batch_size={setting.global_rows}",
+        f"device_train_microbatch_size={setting.micro_rows}",
+        f"parallel.replicate={setting.replicate}",
+        f"parallel.expert={setting.expert}",
+        f"parallel.recompute={setting.recompute}",
+        f"parallel.reduce_once_a_step={str(setting.reduce_once_a_step).lower()}",
+    ]
+    return Job.of(read_config(str(ROOT / "yamls" / f"{yaml}.yaml"), overrides))
 
 
-def planned(setting: Setting, model: CausalLMConfig) -> Plan:
+def planned(job: Job, setting: Setting) -> tuple[Plan, Memory]:
     """The plan of a setting.
 
     Raises:
         ValueError: it does not fit.
     """
-    parallel = ParallelConfig.model_validate(
-        {"recompute": setting.recompute, "reduce_once_a_step": setting.reduce_once_a_step}
-    )
-    degrees = Degrees(setting.replicate, setting.gpus // setting.replicate, setting.expert)
-    work = Work(setting.global_rows // setting.gpus, setting.micro_rows, SEQ_LEN)
-    found = plan(model, parallel, degrees, work)
-    if not found.fits(hardware.GPU_MEMORY):
-        raise ValueError(f"{setting} needs {found.memory.total / GIB:.1f} GiB a GPU; choose another")
-    return found
+    degrees = job.degrees(setting.gpus)
+    held = memory(job, degrees)
+    if held.total > hardware.GPU_MEMORY - hardware.RESERVE:
+        raise ValueError(f"{setting} needs {held.total / GIB:.1f} GiB per GPU; choose another")
+    return plan(job, degrees), held
 
 
 def planning() -> str:
     """The table: a column for each setting."""
-    sizes = models()
-    plans = [(setting, planned(setting, sizes[setting.model])) for setting in SETTINGS]
+    jobs = [job_of(setting) for setting in SETTINGS]
+    found = [planned(job, setting) for job, setting in zip(jobs, SETTINGS, strict=True)]
+    plans = [(setting, of_setting) for setting, (of_setting, _) in zip(SETTINGS, found, strict=True)]
     lines = {
         "parameters, active": [
-            f"{sizes[s.model].n_params() / 1e9:.1f} B, {sizes[s.model].n_active_params() / 1e9:.1f} B" for s, _ in plans
+            f"{job.model.n_params() / 1e9:.1f} B, {job.model.n_active_params() / 1e9:.1f} B" for job in jobs
         ],
         "global batch, tokens": [f"{s.global_rows * SEQ_LEN / 1e6:.1f} M" for s, _ in plans],
         "replicate x shard": [f"{p.degrees.replicate} x {p.degrees.shard}" for _, p in plans],
@@ -96,12 +102,12 @@ def planning() -> str:
         "exchange of tokens, s": [f"{p.time.exchange:.1f}" for _, p in plans],
         "update, s": [f"{p.time.update:.2f}" for _, p in plans],
         "exposed communication": [f"{p.time.exposed:.1f} s, {p.time.exposed / p.time.total:.0%}" for _, p in plans],
-        "**tokens/s a GPU**": [f"**{p.tokens_per_second:,.0f}**" for _, p in plans],
+        "**tokens/s per GPU**": [f"**{p.tokens_per_second:,.0f}**" for _, p in plans],
         "**MFU**": [f"**{p.mfu:.0%}**" for _, p in plans],
-        "**memory, GiB**": [f"**{p.memory.total / GIB:.1f}**" for _, p in plans],
+        "**memory, GiB**": [f"**{held.total / GIB:.1f}**" for _, held in found],
     }
-    for kind in plans[0][1].memory._fields:
-        lines[kind] = [f"{getattr(p.memory, kind) / GIB:.1f}" for _, p in plans]
+    for kind in Memory._fields:
+        lines[kind] = [f"{getattr(held, kind) / GIB:.1f}" for _, held in found]
     head = " | ".join(f"{s.model}, {s.gpus}" for s, _ in plans)
     body = [f"| {name} | {' | '.join(cells)} |" for name, cells in lines.items()]
     return "\n".join([f"| GPUs: | {head} |", "|---" * (len(plans) + 1) + "|", *body])
@@ -127,7 +133,7 @@ def rates() -> str:
             f"| norms, rotary embedding, residuals | {block} bytes x tokens x layers x d_model | the same |",
             f"| loss | {hardware.LOSS_BYTES} bytes x tokens x vocabulary | the same |",
             f"| NVLink | {', '.join(f'{k} {v / 1e9:.0f}' for k, v in links.items())} GB/s | measured, two GPUs, NCCL |",
-            f"| network | {hardware.NETWORK / 1e9:.0f} GB/s a GPU | assumed: 400 Gb/s a GPU at 80 % |",
+            f"| network | {hardware.NETWORK / 1e9:.0f} GB/s per GPU | assumed: 400 Gb/s per GPU at 80 % |",
             f"| memory kept free | {hardware.RESERVE / GIB:.0f} of {hardware.GPU_MEMORY / GIB:.0f} GiB | assumed |",
         ]
     )
@@ -139,18 +145,16 @@ def measured() -> str:
         return ""
     lines = []
     for name, row in json.loads(TRAIN_STEP.read_text(encoding="utf-8"))["rows"].items():
-        config = read_config(str(ROOT / row["yaml"]), row["overrides"])
-        assert isinstance(config.model, CausalLMConfig)
-        gpus, rows = row["devices"], row["global_rows"] // row["devices"]
-        degrees = plan_mesh(config.parallel, gpus, n_experts(config.model))
-        found = plan(config.model, config.parallel, degrees, Work(rows, row["microbatch_rows"], row["sequence"]))
-        speed, peak, planned_peak = row["tokens_per_second_per_device"], row["peak_gib"], found.memory.total / GIB
+        job, gpus = Job.of(read_config(str(ROOT / row["yaml"]), row["overrides"])), row["devices"]
+        degrees = job.degrees(gpus)
+        found, planned_peak = plan(job, degrees), memory(job, degrees).total / GIB
+        speed, peak = row["tokens_per_second_per_device"], row["peak_gib"]
         lines.append(
             f"| {name} | {gpus} | {speed:,.0f} | {found.tokens_per_second:,.0f} "
             f"| {found.tokens_per_second / speed - 1:+.0%} "
             f"| {peak:.1f} | {planned_peak:.1f} | {planned_peak / peak - 1:+.1%} |"
         )
-    head = "| | GPUs | tokens/s a GPU | planned | off by | peak, GiB | planned | off by |"
+    head = "| | GPUs | tokens/s per GPU | planned | off by | peak, GiB | planned | off by |"
     return "\n".join([head, "|---" * 8 + "|", *lines])
 
 

@@ -1,4 +1,4 @@
-"""The whole training step of a YAML: tokens/s, MFU and peak memory, beside what the plan foretold.
+"""The whole training step of a YAML: tokens/s, MFU and peak memory, beside the plan.
 
     python scripts/bench/train_step.py yamls/olmoe-1b-7b.yaml --name "OLMoE, 8 layers" model.n_layers=8 \
         variables.data=FOLDER_OF_TEXT variables.tokenizer=bpe tokenizer.vocab_size=8192
@@ -21,9 +21,12 @@ from pathlib import Path
 import torch
 
 from llmfoundry import runtime
+from llmfoundry.callbacks import console  # noqa: F401  registers the callbacks that the YAMLs name
 from llmfoundry.cli.command import read_config
-from llmfoundry.parallel.hardware import GIB
-from llmfoundry.parallel.plan import Work, plan
+from llmfoundry.planning.hardware import GIB
+from llmfoundry.planning.job import Job
+from llmfoundry.planning.memory import memory
+from llmfoundry.planning.plan import plan
 from llmfoundry.train.config import RunConfig
 from llmfoundry.train.trainer import Trainer, build
 
@@ -55,16 +58,14 @@ def measured(trainer: Trainer, seconds: list[float]) -> Row:
     }
 
 
-def foretold(trainer: Trainer) -> Row:
-    """The plan's estimate of what `measured` finds."""
-    config, degrees = trainer.config, trainer.mesh.degrees
-    rows = -(-config.global_train_batch_size // runtime.world_size())
-    micro = config.device_train_microbatch_size
-    micro = rows if micro == "auto" else min(micro, rows)
-    wide = config.precision_on(trainer.device.type) == "fp32"
-    found = plan(config.model, config.parallel, degrees, Work(rows, micro, config.max_seq_len, 4 if wide else 2))
-    sizes = {f"{name}_gib": size / GIB for name, size in found.memory._asdict().items()}
-    return {"in_all_gib": found.memory.total / GIB, "seconds": found.time.total} | sizes
+def planned(config: RunConfig) -> Row:
+    """The plan of what `measured` finds. It is simulated, so before there is a process group."""
+    job = Job.of(config)
+    degrees = job.degrees(runtime.world_size())
+    held = memory(job, degrees)
+    torch._dynamo.reset()
+    sizes = {f"{name}_gib": size / GIB for name, size in held._asdict().items()}
+    return {"in_all_gib": held.total / GIB, "seconds": plan(job, degrees).time.total} | sizes
 
 
 def exposed_communication(trainer: Trainer) -> Row:
@@ -123,9 +124,10 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
         config = read_config(args.yaml, [*args.overrides, f"save_folder={folder}", "autoresume=false"])
+        plan_of_run = planned(config)
         trainer = build(config)
         seconds = timed_steps(trainer, args.warmup, args.steps)
-        row = machine(trainer.device) | described(config) | measured(trainer, seconds) | {"plan": foretold(trainer)}
+        row = machine(trainer.device) | described(config) | measured(trainer, seconds) | {"plan": plan_of_run}
         row |= {"warmup": args.warmup, "steps": args.steps, "yaml": args.yaml, "overrides": args.overrides}
         if args.profile and trainer.device.type == "cuda":
             row |= exposed_communication(trainer)

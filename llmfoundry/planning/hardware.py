@@ -1,0 +1,49 @@
+"""Rates and sizes of an H100 and its links, each with its source. Plans take every such constant from here.
+
+"Measured": by us in November 2026 on one and on two H100 80GB HBM3 (torch 2.11, CUDA 13, bf16; NCCL over NVLink with
+512 MiB). The rates of experts are those of a layer with our kernels, forward and backward, router included, 16,384
+tokens (`scripts/bench/results/moe_layer.json`).
+"""
+
+from __future__ import annotations
+
+import math
+
+GIB = 2**30
+
+GPU_MEMORY = 79.0 * GIB  # as the driver shows 80 GB
+# Kept free: the CUDA context, NCCL's buffers, cuBLAS' workspaces, fragmentation. An assumption.
+RESERVE = 5.0 * GIB
+
+PEAK_FLOPS = 989.4e12  # dense bf16, datasheet; MFU is relative to it
+DENSE_FLOPS = 665e12  # measured: cuBLAS, the slowest of four layers' products (665 to 715)
+# Measured in a training step: cuDNN's attention, 16 heads of 128, 4,096 tokens, causal, forward and backward.
+ATTENTION_FLOPS = 449e12
+COPY_BYTES = 2.97e12  # bytes per second, read plus written; measured
+# The same for FSDP's copies and AdamW's update of a share, which are many small launches. A profile of two GPUs shows
+# 77 ms for 144 GB.
+SHARDED_COPY_BYTES = 1.87e12
+# Read and written in forward and backward: by norms, rotary embedding and residuals, bytes per token, layer and element
+# of d_model; by the loss, bytes per token and vocabulary entry. In the same profile (OLMoE, 8 layers, 8 rows) the
+# largest kernels of the former take 16 ms, 88 bytes, and 100 allow for the small ones; the latter takes 6 ms.
+BLOCK_BYTES, LOSS_BYTES = 100, 11
+
+NODE = 8  # GPUs connected by NVLink
+ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL = 268e9, 257e9, 273e9  # bytes per second and GPU on NVLink, measured
+ALL_REDUCE = 315e9  # bus bandwidth, measured
+# Bytes per second and GPU between nodes: 400 Gb/s, of which NCCL carries 80 %. An assumption.
+NETWORK = 0.8 * 400e9 / 8
+
+# Weights of one expert's product (D * F) -> FLOP/s of its layer: Qwen3-30B-A3B, OLMoE, Mixtral, DBRX. Measured.
+_EXPERTS = ((2048 * 768, 461e12), (2048 * 1024, 505e12), (4096 * 14336, 627e12), (6144 * 10752, 637e12))
+
+
+def experts_flops(d_model: int, hidden: int) -> float:
+    """FLOP/s of experts of this size: interpolated over the logarithm of their size, constant beyond both ends."""
+    size = float(d_model * hidden)
+    if size <= _EXPERTS[0][0]:
+        return _EXPERTS[0][1]
+    for (small, low), (large, high) in zip(_EXPERTS[:-1], _EXPERTS[1:], strict=True):
+        if size <= large:
+            return low + (high - low) * math.log(size / small) / math.log(large / small)
+    return _EXPERTS[-1][1]

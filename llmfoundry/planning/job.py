@@ -1,0 +1,72 @@
+"""What a plan needs to know of a run, and each GPU's part of its work."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.parallel.expert import n_experts
+from llmfoundry.parallel.mesh import Degrees, ParallelConfig, plan_mesh
+from llmfoundry.train.config import Precision, RunConfig
+from llmfoundry.train.optim import OptimizerConfig
+
+
+class Work(NamedTuple):
+    """One GPU's part of a step."""
+
+    rows: int
+    micro_rows: int  # of one forward
+    seq_len: int
+
+    @property
+    def microbatches(self) -> int:
+        """Forwards and backwards of a step."""
+        return -(-self.rows // self.micro_rows)
+
+
+class Job(NamedTuple):
+    """A run, apart from its mesh."""
+
+    model: CausalLMConfig
+    parallel: ParallelConfig
+    optimizer: OptimizerConfig
+    precision: Precision
+    global_rows: int
+    micro_rows: int | Literal["auto"]
+    seq_len: int
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Job:
+        """The run of a YAML, on GPUs."""
+        assert isinstance(config.model, CausalLMConfig)
+        return cls(
+            config.model,
+            config.parallel,
+            config.optimizer,
+            config.precision_on("cuda"),
+            config.global_train_batch_size,
+            config.device_train_microbatch_size,
+            config.max_seq_len,
+        )
+
+    @property
+    def compute_bytes(self) -> int:
+        """Of one activation."""
+        return 4 if self.precision == "fp32" else 2
+
+    def degrees(self, gpus: int) -> Degrees:
+        """The mesh of the YAML on this many GPUs.
+
+        Raises:
+            ConfigError: it does not fit them, or the model.
+        """
+        return plan_mesh(self.parallel, gpus, n_experts(self.model))
+
+    def work(self, degrees: Degrees) -> Work:
+        """One GPU's part of a step."""
+        rows = -(-self.global_rows // (degrees.replicate * degrees.shard))
+        return Work(rows, rows if self.micro_rows == "auto" else min(self.micro_rows, rows), self.seq_len)
+
+    def changed(self, **parallel: object) -> Job:
+        """With other keys of `parallel`."""
+        return self._replace(parallel=self.parallel.model_copy(update=parallel))

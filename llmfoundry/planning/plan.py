@@ -1,0 +1,199 @@
+"""What a run sends over its links and how long a step takes, by arithmetic over measured rates.
+
+Collectives are rings, and a ring enters a node once: of what the GPUs of a node gather from other nodes, each receives
+its part over the network and passes it on over NVLink. The time assumes that gathering weights and summing gradients
+overlap with compute and do not slow it, that the exchange of tokens overlaps with nothing, and that routing is even.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.moe.layer import MoEConfig
+from llmfoundry.parallel.mesh import Degrees, single_process
+from llmfoundry.planning import hardware
+from llmfoundry.planning.job import Job, Work
+
+MASTER = 4  # bytes of a float32 weight or gradient
+
+
+class Link(NamedTuple):
+    """Bytes that one GPU receives."""
+
+    nvlink: float
+    network: float
+
+    @property
+    def total(self) -> float:
+        """Over both."""
+        return self.nvlink + self.network
+
+    def seconds(self, nvlink_rate: float) -> float:
+        """Both work at once: the slower one counts."""
+        return max(self.nvlink / nvlink_rate, self.network / hardware.NETWORK)
+
+
+class Traffic(NamedTuple):
+    """What one GPU receives per step."""
+
+    gather: Link  # weights, forward and backward
+    reduce: Link  # gradients
+    replicate: Link  # gradients again, over copies of the model
+    tokens: Link  # to the experts and back, forward and backward
+
+
+class Time(NamedTuple):
+    """Seconds of a step."""
+
+    compute: float  # forward, backward and what is computed again
+    communication: float  # weights and gradients
+    exchange: float  # of tokens
+    update: float  # of the weights, and the copies that split them
+
+    @property
+    def total(self) -> float:
+        """Compute and communication overlap: the longer counts. The exchange and the update overlap with nothing."""
+        return max(self.compute, self.communication) + self.exchange + self.update
+
+    @property
+    def exposed(self) -> float:
+        """Seconds in which a GPU waits for its links."""
+        return max(0.0, self.communication - self.compute) + self.exchange
+
+
+class Plan(NamedTuple):
+    """Traffic and time of a run on one mesh; `memory.memory` simulates what each GPU holds."""
+
+    degrees: Degrees
+    work: Work
+    traffic: Traffic
+    time: Time
+    tokens_per_second: float  # per GPU
+    mfu: float  # of an H100
+
+
+def plan(job: Job, degrees: Degrees) -> Plan:
+    """The plan of a run on one mesh."""
+    work, received = job.work(degrees), traffic(job, degrees)
+    time = seconds(job, degrees, received)
+    speed = work.rows * work.seq_len / time.total
+    mfu = speed * job.model.flops_per_token(work.seq_len) / hardware.PEAK_FLOPS
+    return Plan(degrees, work, received, time, speed, mfu)
+
+
+def traffic(job: Job, degrees: Degrees) -> Traffic:
+    """What a GPU receives per step."""
+    model, parallel, work = job.model, job.parallel, job.work(degrees)
+    dense, experts = _params(model)
+    embeddings = model.vocab_size * model.d_model * (1 if model.tie_word_embeddings else 2)
+    own = experts / degrees.expert
+    passes = 2 if parallel.reshard_after_forward else 1
+    gathers = work.microbatches * job.compute_bytes
+    trained = model.n_trainable_params() / model.n_params()
+    sums = (1 if parallel.reduce_once_a_step else work.microbatches) * MASTER * trained
+
+    def over_shards(of_dense: float, of_experts: float) -> Link:
+        apart = _ring(of_experts, degrees.expert_shard, degrees.expert)
+        return _both(_ring(of_dense, degrees.shard, 1), apart)
+
+    # Embedding and head are gathered once: the gradient of a look-up needs no weight, and the head's backward
+    # follows its forward at once.
+    gather = over_shards((passes * dense + embeddings) * gathers, passes * own * gathers)
+    reduce = over_shards((dense + embeddings) * sums, own * sums)
+    copies = _ring(2 * model.n_trainable_params() / degrees.shard * MASTER, degrees.replicate, degrees.shard)
+    return Traffic(gather, reduce, copies, _exchange(job, degrees))
+
+
+def _ring(total: float, ranks: int, stride: int) -> Link:
+    """What one of `ranks`, every `stride`-th GPU, receives of the `total` bytes that all of them end up with."""
+    here = max(1, min(ranks, hardware.NODE // stride))  # of them in a node
+    network = total * (1 - here / ranks) / here
+    return Link(total * (1 - 1 / ranks) - network, network)
+
+
+def _both(a: Link, b: Link) -> Link:
+    return Link(a.nvlink + b.nvlink, a.network + b.network)
+
+
+def _exchange(job: Job, degrees: Degrees) -> Link:
+    """A token goes once to each rank that has one of its experts: there and back, forward and backward."""
+    ranks, work = degrees.expert, job.work(degrees)
+    times = 4 if job.parallel.recompute == "none" else 6
+    nvlink = network = 0.0
+    for layer in range(job.model.n_layers):
+        ffn = job.model.ffn(layer)
+        if not isinstance(ffn, MoEConfig) or ranks == 1:
+            continue
+        sent = times * work.rows * work.seq_len * job.model.d_model * job.compute_bytes
+        each = sent * (1 - (1 - 1 / ranks) ** ffn.moe_top_k)  # to one rank
+        here = min(ranks, hardware.NODE)
+        nvlink += each * (here - 1)
+        network += each * (ranks - here)
+    return Link(nvlink, network)
+
+
+def seconds(job: Job, degrees: Degrees, received: Traffic) -> Time:
+    """How long a step takes on H100s: FLOPs and bytes over the rates in hardware.py."""
+    communication = (
+        received.gather.seconds(hardware.ALL_GATHER)
+        + received.reduce.seconds(hardware.REDUCE_SCATTER)
+        + received.replicate.seconds(hardware.ALL_REDUCE)
+    )
+    work = job.work(degrees)
+    compute = work.rows * work.seq_len * _seconds_per_token(job)
+    return Time(compute, communication, received.tokens.seconds(hardware.ALL_TO_ALL), _update(job, degrees))
+
+
+def _seconds_per_token(job: Job) -> float:
+    """Seconds of forward and backward per token."""
+    model, recompute = job.model, job.parallel.recompute
+    products = model.flops_per_token(1)  # one token has nothing to attend to
+    attention = (model.flops_per_token(job.seq_len) - products) / hardware.ATTENTION_FLOPS
+    of_weight = 6 if model.lora is None else 4  # FLOPs; a frozen one has no gradient
+    routed = experts = 0.0  # FLOPs of the experts that a token meets, and their seconds
+    for layer in range(model.n_layers):
+        ffn = model.ffn(layer)
+        if isinstance(ffn, MoEConfig):
+            flops = of_weight * ffn.moe_top_k * ffn.expert.n_params(model.d_model)
+            routed += flops
+            experts += flops / hardware.experts_flops(model.d_model, ffn.expert.hidden_size)
+    dense = (products - routed) / hardware.DENSE_FLOPS
+    small = hardware.BLOCK_BYTES * model.n_layers * model.d_model / hardware.COPY_BYTES
+    loss = hardware.LOSS_BYTES * model.vocab_size / hardware.COPY_BYTES
+    once = experts + dense + attention + small + loss
+    # `selective` keeps the results of dense products and attention, but not of the experts' products.
+    again = 2 / of_weight * experts
+    if recompute == "full":
+        head = of_weight * model.vocab_size * model.d_model / hardware.DENSE_FLOPS
+        again += 2 / of_weight * (dense - head) + (attention + small) / 3  # attention's forward is a third of it
+    return once if recompute == "none" else once + again
+
+
+def _update(job: Job, degrees: Degrees) -> float:
+    """Seconds of what is bound by memory: clipping and AdamW on the share, and the copies around each collective.
+
+    Bytes per parameter of the share: 4 to measure the gradient, 8 to scale it, 28 for the update, 6 to round it before
+    gathering. Of what is gathered: 4 to put it in place; of gradients 6, for a float32 copy. A single process rounds
+    its weights once per microbatch, and its gradients.
+    """
+    model, parallel, microbatches = job.model, job.parallel, job.work(degrees).microbatches
+    dense, experts = _params(model)
+    whole = dense + experts / degrees.expert + model.vocab_size * model.d_model
+    share = model.n_trainable_params() / degrees.shard
+    if single_process(parallel, degrees):
+        return (40 * share + (6 * microbatches + 6) * whole) / hardware.COPY_BYTES
+    gathers = microbatches * (2 if parallel.reshard_after_forward else 1)
+    reductions = 1 if parallel.reduce_once_a_step else microbatches
+    return (40 * share + gathers * (6 * share + 4 * whole) + reductions * 6 * whole) / hardware.SHARDED_COPY_BYTES
+
+
+def _params(model: CausalLMConfig) -> tuple[int, int]:
+    """Parameters of all blocks: dense ones, and experts'."""
+    d, dense, experts = model.d_model, 0, 0
+    for layer in range(model.n_layers):
+        ffn = model.ffn(layer)
+        routed = ffn.moe_num_experts * ffn.expert.n_params(d) if isinstance(ffn, MoEConfig) else 0
+        around = model.attention.n_params(d, model.n_heads, model.norm) + 2 * model.norm.n_params(d)
+        dense, experts = dense + around + ffn.n_params(d) - routed, experts + routed
+    return dense, experts

@@ -1,0 +1,233 @@
+"""What `--dry-run` prints of a plan: one mesh in full, what to change if it does not fit, and other meshes beside it.
+
+Lines are yielded as they are known: each mesh is simulated, which takes seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from llmfoundry.config import ConfigError
+from llmfoundry.parallel.expert import n_experts
+from llmfoundry.parallel.mesh import Degrees
+from llmfoundry.planning import hardware
+from llmfoundry.planning.hardware import GIB
+from llmfoundry.planning.job import Job, Work
+from llmfoundry.planning.ledger import Memory
+from llmfoundry.planning.memory import memory
+from llmfoundry.planning.plan import MASTER, Plan, plan
+from llmfoundry.planning.simulation import CannotSimulateError
+from llmfoundry.train.config import RunConfig
+
+MOST_GPUS = 8192  # up to which a mesh is sought on which the run fits
+MOST_MESHES = 3  # that fit, in the table beside the one asked for
+MOST_SIMULATED = 4  # those that do not fit included
+MOST_REMEDIES = 2
+
+
+class GPU(NamedTuple):
+    """The memory of one card."""
+
+    memory: float  # bytes
+
+    @property
+    def usable(self) -> float:
+        """Bytes for what a plan counts."""
+        return self.memory - hardware.RESERVE
+
+    def fits(self, held: Memory) -> bool:
+        """Whether the card holds it."""
+        return held.total <= self.usable
+
+    def __str__(self) -> str:
+        return f"{self.usable / GIB:.1f} GiB ({self.memory / GIB:g}, of which {hardware.RESERVE / GIB:g} are kept free)"
+
+
+def describe(config: RunConfig, gpus: int | None, gpu_memory: float = hardware.GPU_MEMORY) -> Iterator[str]:
+    """The plan of a run in words.
+
+    Args:
+        gpus: on this many; None: how many it takes.
+        gpu_memory: bytes of one.
+
+    Raises:
+        ConfigError: the mesh does not fit the GPUs or the model, or a GPU holds no more than is kept free of it.
+    """
+    card, job = GPU(gpu_memory), Job.of(config)
+    if not card.usable > 0:
+        raise ConfigError(
+            f"--gpu-memory {gpu_memory / GIB:g}: {hardware.RESERVE / GIB:g} GiB of it are kept free; write more, or "
+            "leave it out"
+        )
+    try:
+        yield from _least_gpus(job, card) if gpus is None else _plan(job, gpus, card)
+    except CannotSimulateError as reason:
+        yield f"memory cannot be simulated: {reason}"
+    finally:
+        torch._dynamo.reset()  # of the graphs that simulations share
+
+
+def _plan(job: Job, gpus: int, card: GPU) -> Iterator[str]:
+    degrees = job.degrees(gpus)
+    asked = plan(job, degrees)
+    rows = f"{asked.work.rows} rows each in microbatches of {asked.work.micro_rows}"
+    yield f"on {gpus} GPU(s) ({_mesh(degrees)}), {rows}"
+    if gpus > 1:
+        yield from _received(asked)
+    yield from _speed(asked)
+    held = memory(job, degrees)
+    yield from _held(held)
+    yield from _verdict(job, degrees, held, card)
+    if gpus > 1:
+        yield from _table(job, asked, held, gpus, card)
+
+
+def _mesh(degrees: Degrees) -> str:
+    return f"replicate {degrees.replicate} x shard {degrees.shard}, expert {degrees.expert}"
+
+
+def _least_gpus(job: Job, card: GPU) -> Iterator[str]:
+    """The fewest GPUs on which the mesh of the YAML fits: 1, 2, 4, 8, ... times the ranks that its degrees ask for."""
+    wanted, model = job.parallel, job.model
+    ranks = wanted.replicate * (wanted.expert if wanted.shard == -1 else wanted.shard)
+    choices = [ranks] if wanted.shard != -1 else [ranks * 2**i for i in range(MOST_GPUS.bit_length())]
+    choices = [n for n in choices if n <= min(MOST_GPUS, job.global_rows)] or [ranks]
+    sizes: dict[int, Memory] = {}
+
+    def fits(i: int) -> bool:
+        if i not in sizes:
+            sizes[i] = memory(job, job.degrees(choices[i]))
+        return card.fits(sizes[i])
+
+    # The first guess: weights, gradients and AdamW's moments take three quarters. From there, up or down.
+    divided = 0 if wanted.cpu_offload else MASTER * (model.n_params() + 3 * model.n_trainable_params())
+    last = len(choices) - 1
+    i = next((i for i, n in enumerate(choices) if divided / job.degrees(n).shard <= 0.75 * card.usable), last)
+    while not fits(i) and i < last:
+        i += 1
+    # On half the GPUs each holds twice the weights and optimizer state, and no less of the rest.
+    while i > 0 and fits(i) and sizes[i].total + sizes[i].weights + sizes[i].optimizer <= card.usable and fits(i - 1):
+        i -= 1
+    held = f"{sizes[i].total / GIB:.1f} of {card}"
+    where = f"{choices[i]} GPU(s) ({_mesh(job.degrees(choices[i]))})"
+    if fits(i):
+        yield f"fits from {where}: {held}; --gpus {choices[i]} prints the plan"
+        return
+    yield f"does not fit on {where}: {held}; --gpus {choices[i]} prints what to change"
+    if wanted.shard != -1:
+        yield "  the mesh is for this many alone; parallel.shard=-1 lets it grow"
+    elif choices[i] * 2 > job.global_rows:
+        yield f"  global_train_batch_size={job.global_rows} has no row for more GPUs"
+
+
+def _held(held: Memory) -> Iterator[str]:
+    yield "held by each at the highest moment of a step, simulated:"
+    for name, size in (held._asdict() | {"in all": held.total}).items():
+        yield f"  {name:<14}{size / GIB:10.2f} GiB"
+
+
+def _received(asked: Plan) -> Iterator[str]:
+    yield "received by each per step:"
+    for name, link in asked.traffic._asdict().items():
+        between = f" ({link.network / GIB:.2f} between nodes)" if link.network else ""
+        yield f"  {name:<14}{link.total / GIB:10.2f} GiB{between}"
+
+
+def _speed(asked: Plan) -> Iterator[str]:
+    time = asked.time
+    parts = ", ".join(f"{name} {part:.3g}" for name, part in time._asdict().items())
+    yield f"a step on H100s, estimated: {time.total:.3g} s ({parts}; {time.exposed:.3g} waiting for links),"
+    yield f"  {asked.tokens_per_second:,.0f} tokens/s per GPU, MFU {asked.mfu:.0%}"
+
+
+def _verdict(job: Job, degrees: Degrees, held: Memory, card: GPU) -> Iterator[str]:
+    if card.fits(held):
+        yield f"fits: {held.total / GIB:.1f} of {card}"
+        return
+    yield f"does not fit: {held.total / GIB:.1f} of {card}"
+    if held.weights + held.optimizer > card.usable:
+        yield "  weights and optimizer state alone do not fit; use more GPUs, or a larger shard"
+        return
+    changes = list(_changes(job, job.work(degrees)))
+    found: list[str] = []
+    # The last changes most: where it does not help, none does.
+    if changes and card.fits(memory(changes[-1][1], degrees)):
+        for keys, changed in changes:
+            less = memory(changed, degrees)
+            if card.fits(less):
+                found.append(f"{keys} ({less.total / GIB:.1f} GiB, {plan(changed, degrees).time.total:.3g} s)")
+            if len(found) == MOST_REMEDIES:
+                break
+    if found:
+        yield f"  would fit on this mesh with {', or '.join(found)}"
+    else:
+        yield "  neither recompute nor smaller microbatches make it fit on this mesh; use another mesh, or more GPUs"
+
+
+def _changes(job: Job, work: Work) -> Iterator[tuple[str, Job]]:
+    """What could be changed without changing the mesh, and the keys that do it; the mildest first."""
+    parallel = job.parallel
+    modes = {"none": ["selective", "full"], "selective": ["full"], "full": []}[parallel.recompute]
+    smaller = work.micro_rows > 1
+    for mode in modes:
+        yield f"parallel.recompute={mode}", job.changed(recompute=mode, recompute_save=None)
+    rows = work.micro_rows
+    while rows > 1:
+        rows //= 2
+        yield f"device_train_microbatch_size={rows}", job._replace(micro_rows=rows)
+    each = "parallel.reduce_once_a_step=false"
+    if parallel.reduce_once_a_step and work.microbatches > 1:
+        yield each, job.changed(reduce_once_a_step=False)
+    if modes and smaller:
+        full = job.changed(recompute="full", recompute_save=None)._replace(micro_rows=1)
+        yield "parallel.recompute=full device_train_microbatch_size=1", full
+    keys = [each] * (parallel.reduce_once_a_step and work.rows > 1)
+    keys += ["parallel.recompute=full"] * bool(modes) + ["device_train_microbatch_size=1"] * smaller
+    if len(keys) > 1:
+        all_of_it = job.changed(reduce_once_a_step=False, recompute="full", recompute_save=None)
+        yield " ".join(keys), all_of_it._replace(micro_rows=1)
+
+
+def meshes(experts: int, gpus: int) -> list[Degrees]:
+    """Those worth a look: copies of one node or some, or of part of the only node; experts divided within a node."""
+    nodes = gpus // hardware.NODE if gpus % hardware.NODE == 0 else 1
+    copies = [c for c in range(1, gpus + 1) if gpus % c == 0 and (nodes % c == 0 if nodes > 1 else True)]
+    within = [
+        e for e in range(1, hardware.NODE + 1) if hardware.NODE % e == 0 and (experts % e == 0 if experts else e == 1)
+    ]
+    return [Degrees(c, gpus // c, e) for c in copies for e in within if gpus // c % e == 0]
+
+
+def _table(job: Job, asked: Plan, held: Memory, gpus: int, card: GPU) -> Iterator[str]:
+    """The mesh asked for, and others in the order of their estimated time until some were found that fit."""
+    shared = (held.weights + held.optimizer) * asked.degrees.shard
+    others = [each for each in meshes(n_experts(job.model), gpus) if each != asked.degrees]
+    able = [each for each in others if shared / each.shard <= card.usable]
+    plans = sorted((plan(job, each) for each in able), key=lambda each: each.time.total)
+    yield f"meshes of {gpus} GPUs, fastest first (> the one above); received per step over NVLink and network:"
+    yield "    replicate  shard  expert   memory GiB   NVLink GiB  network GiB   step s"
+    yield _row(asked, held, ">", card)
+    fitting = 0
+    for n, each in enumerate(plans[:MOST_SIMULATED]):
+        found = memory(job, each.degrees)
+        fitting += card.fits(found)
+        yield _row(each, found, " ", card)
+        if fitting == MOST_MESHES:
+            plans = plans[: n + 1]
+            break
+    if left := len(others) - len(able):
+        yield f"  {left} more do not hold weights and optimizer state"
+    if left := len(able) - min(len(plans), MOST_SIMULATED):
+        yield f"  {left} more are slower"
+
+
+def _row(found: Plan, held: Memory, mark: str, card: GPU) -> str:
+    nvlink, network = (sum(getattr(link, name) for link in found.traffic) for name in ("nvlink", "network"))
+    replicate, shard, expert = found.degrees
+    return (
+        f"  {mark}{replicate:>10}{shard:>7}{expert:>8}{held.total / GIB:>13.1f}{nvlink / GIB:>13.1f}"
+        f"{network / GIB:>13.1f}{found.time.total:>9.3g}  {'fits' if card.fits(held) else 'does not fit'}"
+    )
