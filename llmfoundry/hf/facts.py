@@ -17,7 +17,8 @@ Facts = dict[str, object]
 # Of attention and feed-forward blocks: speed, or training alone.
 _NO_FUNCTION = {
     "attn_impl", "attn_uses_sequence_id",
-    "moe_impl", "mlp_impl", "moe_loss_weight", "moe_zloss_weight", "moe_lbl_scope", "moe_lbl_layers", "moe_jitter_eps",
+    "moe_impl", "mlp_impl", "moe_loss_weight", "moe_zloss_weight", "moe_lbl_scope", "moe_lbl_accumulation",
+    "moe_lbl_layers", "moe_jitter_eps",
 }  # fmt: skip
 # Said by other facts.
 _SAID_ELSEWHERE = {"sliding_window_size", "first_k_dense", "moe_layer_freq", "dense_ffn_hidden_size"}

@@ -48,6 +48,11 @@ class Upcycling(Config):
 
     @model_validator(mode="after")
     def _check_whole_copies(self) -> Self:
+        if self.moe_top_k == 1:
+            raise ValueError(
+                "moe_top_k=1 gives every token one expert with the weight 1, as the dense block needs: the loss gives "
+                "the router no gradient and it learns nothing; write moe_top_k=2 or more"
+            )
         for key in ("moe_num_experts", "moe_top_k"):
             if getattr(self, key) % self.granularity:
                 raise ValueError(

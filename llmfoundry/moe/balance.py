@@ -1,7 +1,7 @@
-"""Keeping experts busy: balance losses, the loss-free bias, and what a monitor shows.
+"""Load balance of the experts: the balance losses, the loss-free bias, and the metrics of routing.
 
-Shapes: L MoE layers, E experts, K top_k. Functions of `RouterStats` stacked over layers, which are sums over
-tokens: those of microbatches and of ranks add up first.
+Shapes: L MoE layers, E experts, K top_k. All work on `RouterStats`, stacked over layers. They are sums over tokens, so
+the sums of several microbatches and ranks are added first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llmfoundry.moe.router import Router
 
 
 class _Layers(Protocol):
-    """What `Balance.of` asks of a model's config."""
+    """What `Balance.of` needs from a model's config."""
 
     @property
     def n_layers(self) -> int: ...
@@ -26,18 +26,36 @@ class _Layers(Protocol):
 
 
 class Balance(NamedTuple):
-    """How a model's experts are kept busy."""
+    """How the load of a model's experts is balanced.
+
+    The balance loss multiplies each expert's mean score P, which has a gradient, by its share f of the slots, which has
+    none. `scope` says over which tokens f is taken. `global_batch`: all tokens of the step, on all ranks. The gradient
+    is then that of the loss of the whole batch, whatever the microbatch size and the number of ranks; the loads cost
+    one all-reduce of (L, E) per step. With one microbatch they are known after its forward. With several, all
+    microbatches have to be routed before the first backward, and `accumulation` says how:
+
+    - `count`: a forward without gradient counts the loads of all microbatches but the first. It needs no memory. With n
+      microbatches it costs (n - 1) / n of a forward pass, without the head.
+    - `keep`: all forwards run before the first backward, so that nothing is computed twice, but the activations of all
+      microbatches are held at once. With `recompute: full` that is one input per block and microbatch.
+    - `running`: f is taken over the microbatches so far, on all ranks (Qiu et al. 2025, arXiv:2501.11873). It costs one
+      all-reduce per microbatch and nothing else, but the gradient then depends on the microbatch size.
+
+    The first two give the same gradient. `microbatch` takes f over the tokens of one microbatch on one rank, as
+    MegaBlocks does: the gradient depends on the microbatch size and on the number of ranks.
+    """
 
     top_k: int
     loss_weight: float
     z_loss_weight: float
     scope: Literal["microbatch", "global_batch"]
+    accumulation: Literal["count", "keep", "running"]
     bias_update_rate: float
-    together: bool = False  # all layers balanced as one
+    together: bool = False  # the loads of all layers count as one
 
     @classmethod
     def of(cls, model: _Layers) -> Self | None:
-        """As the config of a model says; None if none of its layers is a mixture."""
+        """What a model's config says; None for a dense model."""
         for layer in range(model.n_layers):
             ffn = model.ffn(layer)
             if isinstance(ffn, MoEConfig):
@@ -46,36 +64,34 @@ class Balance(NamedTuple):
                     loss_weight=ffn.moe_loss_weight,
                     z_loss_weight=ffn.moe_zloss_weight,
                     scope=ffn.moe_lbl_scope,
+                    accumulation=ffn.moe_lbl_accumulation,
                     bias_update_rate=ffn.moe_bias_update_rate or 0.0,
                     together=ffn.moe_lbl_layers == "together",
                 )
         return None
 
 
-def load_balance_loss(
-    score_sum: Tensor, load: Tensor, tokens: Tensor | int, top_k: int, together: bool = False
-) -> Tensor:
+def load_balance_loss(score_sum: Tensor, load: Tensor, together: bool = False) -> Tensor:
     """The Switch load-balancing loss, mean over layers, summed over the tokens of `score_sum`.
 
-    `E * sum_i f_i P_i` a token, 1 when all is even: f_i is the share of slots that expert i got, P_i its mean
-    score. Divide by the tokens of the global batch; the parts of microbatches and ranks then add up.
+    Per token it is `E * sum_i f_i P_i`, which is 1 when the load is even: f_i is the share of all slots that went to
+    expert i, and P_i its mean score. Divide by the tokens of the global batch; then the losses of microbatches and
+    ranks add up to the loss of the whole.
 
     Args:
-        score_sum: (L, E) sum of the scores over some tokens; the gradient goes through it.
-        load: (L, E) slots an expert got, over the same tokens or over more, as a whole global batch.
-        tokens: how many tokens `load` counts.
-        top_k: K.
-        together: f and P are means over layers, and there is one product, as in `transformers` (whose loss is
-            K times this one). Layers whose loads differ can then make up for each other.
+        score_sum: (L, E) sum of the scores over some tokens, with gradient.
+        load: (L, E) slots that each expert got, over the same tokens or over more, such as the global batch.
+        together: take f and P as means over layers, and multiply once, as `transformers` does (its loss is K
+            times this one). Layers with different loads can then make up for each other.
 
     Returns:
         () float32.
 
-    Source: Fedus et al. 2021, arXiv:2101.03961; over the global batch: Qiu et al., arXiv:2501.11873.
+    Source: Fedus et al. 2021, arXiv:2101.03961; over the global batch: Qiu et al. 2025, arXiv:2501.11873.
     """
     if together:
         score_sum, load = score_sum.mean(0, keepdim=True), load.mean(0, keepdim=True)  # (1, E)
-    share = load / (tokens * top_k)  # (L, E), f
+    share = load / load.sum(1, keepdim=True)  # (L, E), f: every token has K slots
     return score_sum.shape[1] * (share * score_sum).sum(1).mean()
 
 
@@ -88,10 +104,12 @@ def z_loss(z_sum: Tensor) -> Tensor:
 
 
 def updated_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
-    """The bias for the next step: up by `rate` where an expert got less than the mean load, down where more.
+    """The bias of the next step: `rate` higher for experts below the mean load, `rate` lower for those above it.
 
     Args:
-        bias: (E,). load: (E,) slots over the global batch.
+        bias: (E,).
+        load: (E,) slots over the global batch.
+        rate: the step size of the bias.
 
     Source: Wang et al. 2024, arXiv:2408.15664.
     """
@@ -100,10 +118,10 @@ def updated_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
 
 @torch.no_grad()
 def update_expert_bias(model: nn.Module, load: Tensor, balance: Balance) -> None:
-    """Move the bias of every router, in place: once a step, from the loads of the global batch.
+    """Update the bias of every router in place, once per step, from the loads of the global batch.
 
     Args:
-        model: its MoE layers, in order, are those of `load`.
+        model: its MoE layers have the order of `load`.
         load: (L, E) slots over the global batch, the same on every rank.
     """
     if not balance.bias_update_rate:
@@ -115,22 +133,22 @@ def update_expert_bias(model: nn.Module, load: Tensor, balance: Balance) -> None
 
 
 def summary(stats: RouterStats, tokens: int, balance: Balance) -> dict[str, float | list[float]]:
-    """What a step's metrics show of routing. Reads the device once.
+    """The metrics of routing for one step. Reads from the device once.
 
     Args:
         stats: (L, E), (L, E), (L,), (L,) sums over `tokens` tokens.
 
     Returns:
-        `moe/load_balance_loss` and `moe/z_loss` (unweighted, a token, mean over layers),
-        `moe/router_entropy` (nats a token, mean over layers), `moe/max_load` and `moe/min_load` (the busiest
-        and the idlest expert of any layer over the mean one), `moe/load` (each expert's share of the slots,
+        `moe/load_balance_loss` and `moe/z_loss` (unweighted, per token, mean over layers);
+        `moe/router_entropy` (nats per token, mean over layers); `moe/max_load` and `moe/min_load` (the highest and the
+        lowest load of any expert of any layer, divided by the mean load); `moe/load` (each expert's share of the slots,
         mean over layers).
     """
     load, score_sum, z_sum, entropy_sum = (part.detach().double() for part in stats)
     share = load / (tokens * balance.top_k)  # (L, E)
     shown = torch.stack(
         [
-            load_balance_loss(score_sum, load, tokens, balance.top_k, balance.together) / tokens,
+            load_balance_loss(score_sum, load, balance.together) / tokens,
             z_loss(z_sum) / tokens,
             entropy_sum.mean() / tokens,
             share.max() * share.shape[1],

@@ -37,7 +37,11 @@ class MoEConfig(FFNConfig, RouterConfig, names=("mb_dmoe", "torch_dmoe", "mb_moe
     mlp_impl: Literal["grouped", "sparse"] = "grouped"  # LLM Foundry's; accepted, without effect
     moe_loss_weight: float = Field(0.01, ge=0)  # of the load-balancing loss
     moe_zloss_weight: float = Field(0.0, ge=0)  # of the router's z-loss
-    moe_lbl_scope: Literal["microbatch", "global_batch"] = "microbatch"  # over what load is balanced
+    # Over which tokens the load is balanced. global_batch: the gradient does not depend on microbatches or ranks.
+    moe_lbl_scope: Literal["microbatch", "global_batch"] = "global_batch"
+    # global_batch with several microbatches, see moe/balance.py. count: an extra forward pass counts the loads first;
+    # keep: hold the activations of all microbatches; running: free, but the gradient depends on the microbatch size.
+    moe_lbl_accumulation: Literal["count", "keep", "running"] = "count"
     moe_lbl_layers: Literal["each", "together"] = "each"  # together: the loads of all layers count as one
     shared_expert: bool = False  # a dense block beside the routed ones, met by every token
     shared_expert_hidden_size: int | None = Field(None, ge=1)  # None: ffn_hidden_size

@@ -63,6 +63,13 @@ class RouterConfig(Config):
                 f"moe_topk_groups={topk_groups} groups of {n_experts // n_groups} hold fewer than "
                 f"moe_top_k={top_k} experts; raise moe_topk_groups"
             )
+        norm = self.moe_normalize_expert_weights
+        if top_k == 1 and n_experts > 1 and norm is not None:
+            raise ValueError(
+                f"moe_normalize_expert_weights={norm:g} with moe_top_k=1 makes every weight 1, so that the loss gives "
+                "the router no gradient and it learns nothing; write moe_normalize_expert_weights: null, or moe_top_k: "
+                "2 or more (in config.json: norm_topk_prob, which some families imply, and num_experts_per_tok)"
+            )
         return self
 
 

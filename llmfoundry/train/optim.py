@@ -6,6 +6,7 @@ have none. Parameters may be plain tensors or DTensors, also of different meshes
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from typing import Annotated, NamedTuple
@@ -128,7 +129,8 @@ def clip_by_global_norm(parameters: Iterable[Tensor], max_norm: float | None) ->
     if not groups:
         return torch.zeros(())
     squares = [_squared_norm(group) for group in groups.values()]
-    norm = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+    dtype = functools.reduce(torch.promote_types, (group.grads[0].dtype for group in groups.values()), torch.float32)
+    norm = torch.stack([square.to(squares[0].device, torch.float64) for square in squares]).sum().sqrt().to(dtype)
     if max_norm is not None:
         scale = max_norm / (float(norm) + 1e-6)
         if scale < 1:
@@ -148,9 +150,12 @@ def _shards(grad: Tensor) -> _Shards:
 
 def _squared_norm(group: _Shards) -> Tensor:
     """() squared L2 norm of the group's full gradients, at least float32."""
-    norms = torch.stack(torch._foreach_norm(group.grads, 2.0))
-    total = norms.to(torch.promote_types(norms.dtype, torch.float32)).square().sum()
+    # The result's dtype is that of the sum. A CPU sums a whole tensor in a few lanes: in float32, 2e-5 of the norm of
+    # half a million values are lost, which is more than what another number of ranks may change.
+    dtype = torch.float64 if group.grads[0].device.type == "cpu" else torch.float32
+    dtype = torch.promote_types(dtype, group.grads[0].dtype)
+    total = torch.stack(torch._foreach_norm(group.grads, 2.0, dtype=dtype)).square().sum()
     for axis in group.axes:
-        total = total.to(group.device_type)  # gradients offloaded to the CPU: NCCL wants theirs on the GPU
+        total = total.to(group.device_type)  # NCCL reduces on the GPU, also for gradients offloaded to the CPU
         dist.all_reduce(total, group=axis)
     return total

@@ -5,6 +5,8 @@ Shapes: B rows, S sequence, T tokens of the global batch, L MoE layers, E expert
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,10 +23,10 @@ from llmfoundry.train.optim import clip_by_global_norm
 
 
 class StepResult(NamedTuple):
-    """What a step did, the same on every rank; nothing has waited for the device except `updated`."""
+    """What a step did, the same on every rank. Only `updated` was read from the device."""
 
-    ce: Tensor  # () nats a label, mean over the global batch
-    total: Tensor  # () with the auxiliary losses, as differentiated
+    ce: Tensor  # () nats per label, mean over the global batch
+    total: Tensor  # () with the auxiliary losses: what was differentiated
     grad_norm: Tensor  # () before clipping
     router: RouterStats | None  # (L, E), (L, E), (L,), (L,) sums over the global batch
     updated: bool  # False: some gradient was not finite, and nothing was changed
@@ -40,7 +42,7 @@ def train_step(
     balance: Balance | None,
     noise_seed: int = 0,
 ) -> StepResult:
-    """Forward and backward over microbatches, then clip and update.
+    """Run forward and backward over microbatches, then clip and update.
 
     The loss is a sum over labels divided by the labels of the whole global batch, and gradients are summed over
     ranks. So the gradient is the same for every microbatch size, packing and number of ranks.
@@ -50,34 +52,31 @@ def train_step(
         batch: this rank's rows, on its device.
         microbatch_rows: rows of one forward; the last microbatch may be smaller.
         max_grad_norm: None does not clip.
-        balance: how experts are kept busy; None for a model without a mixture.
-        noise_seed: of routers with jitter; the noise depends on it and on each row's number alone.
+        balance: how the experts' load is balanced; None for a dense model.
+        noise_seed: for routers with jitter, whose noise depends only on it and on each row's number.
     """
     batch = batch._replace(rows=batch.rows + runtime.seed_of("noise", noise_seed) // 2)  # // 2: far from overflow
     own = torch.stack([batch.n_labels, torch.full_like(batch.n_labels, batch.tokens.numel())])
-    counts = runtime.all_reduce_sum(own)
-    n_labels, n_tokens = counts.unbind()
+    n_labels, n_tokens = runtime.all_reduce_sum(own).unbind()
     microbatches = batch.split(microbatch_rows)
-    loads = _loads_of_global_batch(model, microbatches, balance)
 
     ce = torch.zeros((), dtype=torch.float32, device=batch.labels.device)
     total = torch.zeros_like(ce)
     router: RouterStats | None = None
-    for i, micro in enumerate(microbatches):
+    for i, (out, load) in enumerate(_forwards(model, microbatches, balance)):
+        assert out.loss_sum is not None
+        loss = out.loss_sum / n_labels
+        ce += loss.detach()
+        if balance is not None and out.router is not None:
+            loss = loss + _auxiliary(out.router, load, balance) / n_tokens
+            stats = RouterStats(*(part.detach() for part in out.router))
+            router = stats if router is None else RouterStats(*(a + b for a, b in zip(router, stats, strict=True)))
         with accumulating(model, last=i == len(microbatches) - 1):
-            out = forward(model, micro)
-            assert out.loss_sum is not None
-            loss = out.loss_sum / n_labels
-            ce += loss.detach()
-            if balance is not None and out.router is not None:
-                loss = loss + _auxiliary(out.router, balance, micro.tokens.numel(), n_tokens, loads)
-                stats = RouterStats(*(part.detach() for part in out.router))
-                router = stats if router is None else RouterStats(*(a + b for a, b in zip(router, stats, strict=True)))
             loss.backward()
-            total += loss.detach()
+        total += loss.detach()
 
     grad_norm = clip_by_global_norm(model.parameters(), max_grad_norm)
-    updated = bool(torch.isfinite(grad_norm))  # the same on every rank, for the norm is global
+    updated = bool(torch.isfinite(grad_norm))  # the same on every rank, because the norm is global
     ce, total, router = _sum_over_ranks(ce, total, router)
     if updated:
         optimizer.step()
@@ -92,27 +91,53 @@ def forward(model: CausalLM, batch: Batch) -> Output:
     return model(batch.tokens, batch.labels, sequence_ids=batch.sequence_ids, keys=batch.rows)
 
 
-def _loads_of_global_batch(model: CausalLM, microbatches: list[Batch], balance: Balance | None) -> Tensor | None:
-    """(L, E) loads of the whole global batch before any backward, where the balance loss asks for them.
+def _forwards(
+    model: CausalLM, microbatches: list[Batch], balance: Balance | None
+) -> Iterator[tuple[Output, Tensor | None]]:
+    """Each microbatch's output, and the (L, E) loads for its balance loss (None: there is no such loss).
 
-    With one microbatch they are known after its forward (`_auxiliary` reduces them there). With several, an extra
-    forward without gradient counts them first: a third more compute, and the only exact way.
+    The caller runs the backward of one before it asks for the next. `Balance` says what the modes mean.
     """
-    if balance is None or balance.scope != "global_batch" or balance.loss_weight == 0 or len(microbatches) == 1:
-        return None
-    with torch.no_grad():
-        routers = [forward(model, micro).router for micro in microbatches]
-    return runtime.all_reduce_sum(torch.stack([router.load for router in routers if router is not None]).sum(0))
-
-
-def _auxiliary(stats: RouterStats, balance: Balance, tokens: int, n_tokens: Tensor, loads: Tensor | None) -> Tensor:
-    """This microbatch's share of the auxiliary losses of the global batch; shares add up."""
-    if balance.scope == "global_batch":
-        load = runtime.all_reduce_sum(stats.load.clone()) if loads is None else loads
-        share = load_balance_loss(stats.score_sum, load, n_tokens, balance.top_k, balance.together)
+    if balance is None or balance.loss_weight == 0:
+        yield from ((forward(model, micro), None) for micro in microbatches)
+    elif balance.scope == "microbatch":
+        for micro in microbatches:
+            out = forward(model, micro)
+            yield out, _load(out)
+    elif balance.accumulation == "running":
+        load: Tensor | None = None
+        for micro in microbatches:
+            out = forward(model, micro)
+            seen = runtime.all_reduce_sum(_load(out).clone())
+            load = seen if load is None else load + seen
+            yield out, load
     else:
-        share = load_balance_loss(stats.score_sum, stats.load, tokens, balance.top_k, balance.together)
-    return balance.loss_weight * share / n_tokens + balance.z_loss_weight * z_loss(stats.z_sum) / n_tokens
+        # The loads of the whole batch have to be known before the first backward.
+        kept = len(microbatches) if balance.accumulation == "keep" else 1
+        with torch.no_grad():  # last_only: a count needs no logits
+            counts = [
+                _load(model(micro.tokens, sequence_ids=micro.sequence_ids, keys=micro.rows, last_only=True))
+                for micro in microbatches[kept:]
+            ]
+        outputs = deque(forward(model, micro) for micro in microbatches[:kept])
+        load = runtime.all_reduce_sum(torch.stack([*counts, *map(_load, outputs)]).sum(0))
+        while outputs:
+            yield outputs.popleft(), load
+        for micro in microbatches[kept:]:
+            yield forward(model, micro), load
+
+
+def _load(out: Output) -> Tensor:
+    assert out.router is not None
+    return out.router.load
+
+
+def _auxiliary(stats: RouterStats, load: Tensor | None, balance: Balance) -> Tensor:
+    """The auxiliary losses of one microbatch, summed over its tokens; those of microbatches and ranks add up."""
+    loss = balance.z_loss_weight * z_loss(stats.z_sum)
+    if load is None:
+        return loss
+    return loss + balance.loss_weight * load_balance_loss(stats.score_sum, load, balance.together)
 
 
 def _sum_over_ranks(ce: Tensor, total: Tensor, router: RouterStats | None) -> tuple[Tensor, Tensor, RouterStats | None]:

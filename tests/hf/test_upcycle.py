@@ -23,7 +23,7 @@ MLP = {"ffn_config": {"ffn_type": "mptmlp"}}  # with biases, and the hidden size
 each_dense = pytest.mark.parametrize("keys", [GLU, MLP], ids=["gated", "biases"])
 PLANS = {
     "copies": {"moe_num_experts": 4, "moe_top_k": 2},
-    "copies, top 1": {"moe_num_experts": 3, "moe_top_k": 1},
+    "copies, all of them": {"moe_num_experts": 3, "moe_top_k": 3},
     "granular": {"moe_num_experts": 8, "moe_top_k": 4, "granularity": 2},
     "granular, one copy": {"moe_num_experts": 16, "moe_top_k": 4, "granularity": 4},
     "granular, scaled weights": {"moe_num_experts": 8, "moe_top_k": 4, "granularity": 2, "scale_in": "weights"},
@@ -148,6 +148,7 @@ def test_dropped_units_are_the_same_in_gate_up_and_down() -> None:
         ({"moe_num_experts": 7, "moe_top_k": 2, "granularity": 2}, "moe_num_experts=7 is no multiple"),
         ({"moe_num_experts": 10, "moe_top_k": 5, "granularity": 5}, "granularity=5 does not divide the hidden size 48"),
         ({"moe_num_experts": 4, "moe_top_k": 5}, "moe_top_k=5 exceeds moe_num_experts=4"),
+        ({"moe_num_experts": 3, "moe_top_k": 1}, "the router no gradient and it learns nothing; write moe_top_k=2"),
     ],
 )
 def test_mistakes_are_named(keys: dict[str, object], message: str) -> None:

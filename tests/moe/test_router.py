@@ -7,6 +7,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from llmfoundry.config import ConfigError, check
+from llmfoundry.hf.family import read_config
+from llmfoundry.model.config import CausalLMConfig
 from llmfoundry.moe.router import Router, RouterConfig, router_logits, statistics
 
 B, S, D, E = 3, 10, 16, 8
@@ -126,6 +129,56 @@ def test_uniform_assignment_is_even() -> None:
 def test_impossible_routing_is_refused(settings: dict[str, int], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         build(**settings)
+
+
+TOP_1 = {"moe_top_k": 1, "moe_normalize_expert_weights": 1.0}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        TOP_1,
+        TOP_1 | {"moe_normalize_expert_weights": 2.0},
+        TOP_1 | {"moe_score_fn": "sigmoid", "moe_routed_scaling": 2.5},
+        TOP_1 | {"moe_n_groups": 4, "moe_topk_groups": 1},
+        TOP_1 | {"moe_bias_update_rate": 0.001},
+    ],
+)
+def test_weights_that_are_always_one_are_refused(settings: dict[str, object]) -> None:
+    """The router would get no gradient from the loss."""
+    model = {"d_model": D, "n_heads": 2, "n_layers": 1, "vocab_size": 16}
+    block = {"ffn_type": "mb_dmoe", "moe_num_experts": E}
+    with pytest.raises(ConfigError, match=r"^ffn_config: moe_normalize_expert_weights=\d with moe_top_k=1 .* write "):
+        check(CausalLMConfig, model | {"ffn_config": block | settings})
+
+
+@pytest.mark.parametrize(("model_type", "more"), [("mixtral", {}), ("qwen3_moe", {"norm_topk_prob": True})])
+def test_an_imported_model_is_no_exception(model_type: str, more: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="config.json.*moe_top_k=1.*num_experts_per_tok"):
+        read_config({"model_type": model_type, "num_experts_per_tok": 1, "num_hidden_layers": 2} | more)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"moe_top_k": 1},
+        {"moe_top_k": 1, "moe_score_fn": "sigmoid"},
+        {"moe_top_k": 1, "uniform_expert_assignment": True},
+        {"moe_normalize_expert_weights": 1.0},
+        {"moe_normalize_expert_weights": 2.0, "moe_score_fn": "sigmoid"},
+        {"moe_normalize_expert_weights": 1.0, "moe_top_k": E},
+        {"moe_normalize_expert_weights": 1.0, "moe_n_groups": 4, "moe_topk_groups": 1},
+    ],
+)
+def test_every_other_router_gets_a_gradient_through_its_weights(settings: dict[str, object]) -> None:
+    router = build(**settings)
+    weights = router(inputs()).weights
+    (weights * torch.randn_like(weights)).sum().backward()
+    assert router.weight.grad is not None and router.weight.grad.norm() > 1e-3
+
+
+def test_one_expert_has_nothing_to_choose() -> None:
+    assert build(moe_num_experts=1, **TOP_1)(inputs()).weights.unique().tolist() == [1.0]
 
 
 @pytest.mark.gpu

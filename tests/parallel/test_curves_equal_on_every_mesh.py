@@ -29,7 +29,7 @@ LAYOUTS = {
     2: [
         Case("shard 2, microbatch 2, full", {"recompute": "full"}, microbatch=2),
         Case("shard 2, expert 2, microbatch 4, selective", {"expert": 2, "recompute": "selective"}, microbatch=4),
-        Case("replicate 2, microbatch 1", {"replicate": 2}, microbatch=1),
+        Case("replicate 2, microbatch 1, graphs kept", {"replicate": 2}, microbatch=1, accumulation="keep"),
     ],
     4: [
         Case("shard 4, expert 2, microbatch 1", {"expert": 2}, microbatch=1),

@@ -38,6 +38,7 @@ class Case(NamedTuple):
     microbatch: int = ROWS
     tied: bool = False
     n_dense: int = 1  # layers, before two mixtures
+    accumulation: str = "count"  # how loads of the global batch are known with several microbatches
 
 
 def model_config(case: Case) -> CausalLMConfig:
@@ -54,7 +55,7 @@ def model_config(case: Case) -> CausalLMConfig:
                 "moe_num_experts": case.n_experts, "moe_top_k": 2, "moe_normalize_expert_weights": 1.0,
                 "moe_jitter_eps": 0.1, "moe_bias_update_rate": 0.01, "first_k_dense": case.n_dense,
                 "shared_expert": True, "shared_expert_gate": True, "moe_loss_weight": 0.05,
-                "moe_zloss_weight": 0.01, "moe_lbl_scope": "global_batch",
+                "moe_zloss_weight": 0.01, "moe_lbl_accumulation": case.accumulation,
             },
             "init_config": {"name": "normal_", "init_std": 0.2},
         },

@@ -132,14 +132,34 @@ def test_the_norm_of_a_gradient_that_is_not_finite_is_not_finite() -> None:
     assert not clip_by_global_norm(model.parameters(), 1.0).isfinite()
 
 
-def test_half_precision_gradients_are_summed_in_float32() -> None:
-    parameter = nn.Parameter(torch.zeros(4096, dtype=torch.bfloat16))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [4096, 5000, 70_001])
+def test_half_precision_gradients_are_summed_in_float32(dtype: torch.dtype, n: int) -> None:
+    parameter = nn.Parameter(torch.zeros(n, dtype=dtype))
     parameter.grad = torch.ones_like(parameter)
+    norm = clip_by_global_norm([parameter, nn.Parameter(torch.zeros(1))], None)
+    assert norm.dtype == torch.float32
+    torch.testing.assert_close(norm, torch.tensor(float(n)).sqrt())
     other = nn.Parameter(torch.zeros(1))
     other.grad = torch.ones(1)
-    norm = clip_by_global_norm([parameter, other, nn.Parameter(torch.zeros(1))], None)
+    torch.testing.assert_close(clip_by_global_norm([parameter, other], None), torch.tensor(n + 1.0).sqrt())
+
+
+def test_half_precision_gradients_are_clipped_to_the_limit() -> None:
+    parameter = nn.Parameter(torch.zeros(5000, dtype=torch.bfloat16))
+    parameter.grad = torch.ones_like(parameter)
+    clip_by_global_norm([parameter], 1.0)
+    assert parameter.grad.dtype == torch.bfloat16
+    assert parameter.grad.double().norm().item() == pytest.approx(1.0, rel=2**-8)  # bf16 has 8 bits
+
+
+def test_the_norm_of_large_float32_gradients_is_exact_to_the_last_digits() -> None:
+    """Summed in float32 in the few lanes of a CPU, it would be 5e-6 off, and clipping with it."""
+    parameter = nn.Parameter(torch.zeros(4096, 128))
+    parameter.grad = torch.randn(4096, 128, generator=torch.Generator().manual_seed(0)) / 100
+    norm = clip_by_global_norm([parameter], None)
     assert norm.dtype == torch.float32
-    torch.testing.assert_close(norm, torch.tensor(4097.0).sqrt())
+    assert norm.item() == pytest.approx(parameter.grad.double().norm().item(), rel=1e-7)
 
 
 def _same_update_on_two_ranks(rank: int, store: str) -> None:
