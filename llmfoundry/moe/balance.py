@@ -53,6 +53,11 @@ class Balance(NamedTuple):
     bias_update_rate: float
     together: bool = False  # the loads of all layers count as one
 
+    @property
+    def counts_ahead(self) -> bool:
+        """Whether several microbatches cost an extra forward without gradient."""
+        return self.scope == "global_batch" and self.accumulation == "count"
+
     @classmethod
     def of(cls, model: _Layers) -> Self | None:
         """What a model's config says; None for a dense model."""

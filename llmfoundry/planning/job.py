@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.moe.balance import Balance
 from llmfoundry.parallel.expert import n_experts
 from llmfoundry.parallel.mesh import Degrees, ParallelConfig, plan_mesh
 from llmfoundry.train.config import Precision, RunConfig
@@ -17,11 +18,17 @@ class Work(NamedTuple):
     rows: int
     micro_rows: int  # of one forward
     seq_len: int
+    counts_loads: bool = False  # whether a balance loss has all but one microbatch routed before the first backward
 
     @property
     def microbatches(self) -> int:
         """Forwards and backwards of a step."""
         return -(-self.rows // self.micro_rows)
+
+    @property
+    def counted(self) -> int:
+        """Microbatches that are routed ahead, by a forward without gradient and without head."""
+        return self.microbatches - 1 if self.counts_loads else 0
 
 
 class Job(NamedTuple):
@@ -65,7 +72,9 @@ class Job(NamedTuple):
     def work(self, degrees: Degrees) -> Work:
         """One GPU's part of a step."""
         rows = -(-self.global_rows // (degrees.replicate * degrees.shard))
-        return Work(rows, rows if self.micro_rows == "auto" else min(self.micro_rows, rows), self.seq_len)
+        balance = Balance.of(self.model)
+        counts = balance is not None and balance.loss_weight > 0 and balance.counts_ahead
+        return Work(rows, rows if self.micro_rows == "auto" else min(self.micro_rows, rows), self.seq_len, counts)
 
     def changed(self, **parallel: object) -> Job:
         """With other keys of `parallel`."""

@@ -89,7 +89,8 @@ def traffic(job: Job, degrees: Degrees) -> Traffic:
     embeddings = model.vocab_size * model.d_model * (1 if model.tie_word_embeddings else 2)
     own = experts / degrees.expert
     passes = 2 if parallel.reshard_after_forward else 1
-    gathers = work.microbatches * job.compute_bytes
+    counted = work.counted if parallel.reshard_after_forward else 0  # else they leave the weights gathered
+    blocks = passes * work.microbatches + counted
     trained = model.n_trainable_params() / model.n_params()
     sums = (1 if parallel.reduce_once_a_step else work.microbatches) * MASTER * trained
 
@@ -97,9 +98,13 @@ def traffic(job: Job, degrees: Degrees) -> Traffic:
         apart = _ring(of_experts, degrees.expert_shard, degrees.expert)
         return _both(_ring(of_dense, degrees.shard, 1), apart)
 
-    # Embedding and head are gathered once: the gradient of a look-up needs no weight, and the head's backward
-    # follows its forward at once.
-    gather = over_shards((passes * dense + embeddings) * gathers, passes * own * gathers)
+    # Embedding and head are gathered once per forward: the gradient of a look-up needs no weight, and the head's
+    # backward follows its forward at once. A pass that counts loads has no head.
+    looked_up = model.vocab_size * model.d_model * counted
+    gather = over_shards(
+        (blocks * dense + embeddings * work.microbatches + looked_up) * job.compute_bytes,
+        blocks * own * job.compute_bytes,
+    )
     reduce = over_shards((dense + embeddings) * sums, own * sums)
     copies = _ring(2 * model.n_trainable_params() / degrees.shard * MASTER, degrees.replicate, degrees.shard)
     return Traffic(gather, reduce, copies, _exchange(job, degrees))
@@ -119,7 +124,7 @@ def _both(a: Link, b: Link) -> Link:
 def _exchange(job: Job, degrees: Degrees) -> Link:
     """A token goes once to each rank that has one of its experts: there and back, forward and backward."""
     ranks, work = degrees.expert, job.work(degrees)
-    times = 4 if job.parallel.recompute == "none" else 6
+    times = (4 if job.parallel.recompute == "none" else 6) + 2 * work.counted / work.microbatches
     nvlink = network = 0.0
     for layer in range(job.model.n_layers):
         ffn = job.model.ffn(layer)
@@ -141,12 +146,12 @@ def seconds(job: Job, degrees: Degrees, received: Traffic) -> Time:
         + received.replicate.seconds(hardware.ALL_REDUCE)
     )
     work = job.work(degrees)
-    compute = work.rows * work.seq_len * _seconds_per_token(job)
+    compute = work.rows * work.seq_len * _seconds_per_token(job, work.counted / work.microbatches)
     return Time(compute, communication, received.tokens.seconds(hardware.ALL_TO_ALL), _update(job, degrees))
 
 
-def _seconds_per_token(job: Job) -> float:
-    """Seconds of forward and backward per token."""
+def _seconds_per_token(job: Job, counted: float) -> float:
+    """Seconds of forward and backward per token, of which a share is routed ahead."""
     model, recompute = job.model, job.parallel.recompute
     products = model.flops_per_token(1)  # one token has nothing to attend to
     attention = (model.flops_per_token(job.seq_len) - products) / hardware.ATTENTION_FLOPS
@@ -162,12 +167,13 @@ def _seconds_per_token(job: Job) -> float:
     small = hardware.BLOCK_BYTES * model.n_layers * model.d_model / hardware.COPY_BYTES
     loss = hardware.LOSS_BYTES * model.vocab_size / hardware.COPY_BYTES
     once = experts + dense + attention + small + loss
+    head = of_weight * model.vocab_size * model.d_model / hardware.DENSE_FLOPS
+    # Forward of the experts, and of the rest of the blocks: of attention a third of the time.
+    forward_experts = 2 / of_weight * experts
+    forward_rest = 2 / of_weight * (dense - head) + (attention + small) / 3
     # `selective` keeps the results of dense products and attention, but not of the experts' products.
-    again = 2 / of_weight * experts
-    if recompute == "full":
-        head = of_weight * model.vocab_size * model.d_model / hardware.DENSE_FLOPS
-        again += 2 / of_weight * (dense - head) + (attention + small) / 3  # attention's forward is a third of it
-    return once if recompute == "none" else once + again
+    again = {"none": 0.0, "selective": forward_experts, "full": forward_experts + forward_rest}[recompute]
+    return once + again + counted * (forward_experts + forward_rest)
 
 
 def _update(job: Job, degrees: Degrees) -> float:
@@ -183,7 +189,7 @@ def _update(job: Job, degrees: Degrees) -> float:
     share = model.n_trainable_params() / degrees.shard
     if single_process(parallel, degrees):
         return (40 * share + (6 * microbatches + 6) * whole) / hardware.COPY_BYTES
-    gathers = microbatches * (2 if parallel.reshard_after_forward else 1)
+    gathers = 2 * microbatches + job.work(degrees).counted if parallel.reshard_after_forward else microbatches
     reductions = 1 if parallel.reduce_once_a_step else microbatches
     return (40 * share + gathers * (6 * share + 4 * whole) + reductions * 6 * whole) / hardware.SHARDED_COPY_BYTES
 
