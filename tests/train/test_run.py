@@ -483,7 +483,7 @@ def test_a_signal_between_looking_and_saving_loses_nothing(
         return found
 
     monkeypatch.setattr(runtime, "any_rank", look_then_signal)
-    assert train_main([str(recipe)]) == 0
+    assert train_main([str(recipe), "eval_interval=0ba"]) == 0
     assert len(metrics_of(tmp_path / "run")) == 5
     assert (tmp_path / "run" / "checkpoints" / "step-5").is_dir()
 
