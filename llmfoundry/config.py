@@ -14,7 +14,7 @@ import importlib.util
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -232,6 +232,42 @@ def load_yaml(path: str | Path, overrides: list[str] | None = None) -> dict[str,
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
     assert isinstance(data, dict)
     data.pop("variables", None)
+    return {str(key): value for key, value in data.items()}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without tags that build objects; `1e-5` is a number, as in YAML 1.2."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would take for a number."""
+
+
+for _each in (_Loader, _Dumper):
+    _each.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+    )
+
+
+def write_resolved(data: Mapping[str, Any]) -> str:
+    """Plain data as YAML text that `read_resolved` gives back unchanged."""
+    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False)
+
+
+def read_resolved(path: str | Path) -> dict[str, Any]:
+    """Read a config.yaml that a run or a conversion wrote: literally, without interpolation.
+
+    Raises:
+        ConfigError: the file is missing or malformed.
+    """
+    try:
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: is malformed: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: is malformed: must hold a mapping, found {type(data).__name__}")
     return {str(key): value for key, value in data.items()}
 
 

@@ -13,13 +13,15 @@ import random
 import resource
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
 
 # Huge pages for large tensors in host memory: fresh 4 KiB pages cost as much as the arithmetic on them (a training step
 # on a CPU takes 8 % longer). torch reads it at its first large allocation.
@@ -137,18 +139,20 @@ def any_rank(flag: bool) -> bool:
     return bool(value.item())
 
 
-def on_rank0(check: Callable[[], None]) -> None:
-    """Run a check on rank 0; what it raises is raised on every rank, so that none waits for one that has ended."""
-    error: list[Exception | None] = [None]
+def on_rank0(ask: Callable[[], T]) -> T:
+    """Run `ask` on rank 0; every rank gets its answer, or the exception that it raised, so that none waits for it."""
+    outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
     if is_rank0():
         try:
-            check()
+            outcome[0] = ask(), None
         except Exception as failure:
-            error[0] = failure
+            outcome[0] = None, failure
     if dist.is_initialized():
-        dist.broadcast_object_list(error)
-    if error[0] is not None:
-        raise error[0]
+        dist.broadcast_object_list(outcome)
+    answer, error = outcome[0]
+    if error is not None:
+        raise error
+    return cast(T, answer)
 
 
 def seed_of(*parts: str | int) -> int:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from llmfoundry import runtime
-from llmfoundry.train.callback import Callback, Metrics
-
-if TYPE_CHECKING:
-    from llmfoundry.train.trainer import Trainer
+from llmfoundry.train.callback import Callback, Metrics, Run
 
 
 class Console(Callback):
@@ -23,7 +19,7 @@ class Console(Callback):
         self.progress: Progress | None = None
         self.task = TaskID(0)
 
-    def fit_start(self, trainer: Trainer) -> None:
+    def fit_start(self, trainer: Run) -> None:
         if not runtime.is_rank0():
             return
         model, total = trainer.config.model, trainer.timeline.total_steps
@@ -38,7 +34,7 @@ class Console(Callback):
             self.task = self.progress.add_task("train", total=total, completed=trainer.state.step)
             self.progress.start()
 
-    def step_end(self, trainer: Trainer, metrics: Metrics) -> None:
+    def step_end(self, trainer: Run, metrics: Metrics) -> None:
         if not runtime.is_rank0():
             return
         step = trainer.state.step

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from llmfoundry.train.callback import Callback, CallbackConfig, Metrics
-
-if TYPE_CHECKING:
-    from llmfoundry.train.trainer import Trainer
+from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +28,7 @@ class ExpertLoad(Callback):
         self.config = config
         self.steps = 0  # in a row, with an expert starving
 
-    def step_end(self, trainer: Trainer, metrics: Metrics) -> None:
+    def step_end(self, trainer: Run, metrics: Metrics) -> None:
         least = metrics.get("moe/min_load")
         if not isinstance(least, float):
             return

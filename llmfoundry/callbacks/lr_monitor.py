@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from llmfoundry.train.callback import Callback, CallbackConfig, Metrics
-
-if TYPE_CHECKING:
-    from llmfoundry.train.trainer import Trainer
+from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
 
 
 class LRMonitorConfig(CallbackConfig, names=("lr_monitor",)):
@@ -20,7 +15,7 @@ class LRMonitorConfig(CallbackConfig, names=("lr_monitor",)):
 class LRMonitor(Callback):
     """Adds `lr-AdamW/group0` and so on; `lr`, of the first group, is always there."""
 
-    def step_end(self, trainer: Trainer, metrics: Metrics) -> None:
+    def step_end(self, trainer: Run, metrics: Metrics) -> None:
         name = type(trainer.optimizer).__name__
         for i, group in enumerate(trainer.optimizer.param_groups if "lr" in metrics else ()):
             metrics[f"lr-{name}/group{i}"] = group["lr"]

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-from llmfoundry.train.callback import Callback, CallbackConfig, Metrics
-
-if TYPE_CHECKING:
-    from llmfoundry.train.trainer import Trainer
+from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
 
 
 class MemoryMonitorConfig(CallbackConfig, names=("memory_monitor",)):
@@ -22,7 +17,7 @@ class MemoryMonitorConfig(CallbackConfig, names=("memory_monitor",)):
 class MemoryMonitor(Callback):
     """Adds `memory/...` in GB (1e9 bytes), and how often the allocator had to start over."""
 
-    def step_end(self, trainer: Trainer, metrics: Metrics) -> None:
+    def step_end(self, trainer: Run, metrics: Metrics) -> None:
         if trainer.device.type != "cuda":
             return
         stats = torch.cuda.memory_stats(trainer.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import lzma
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -12,11 +11,7 @@ from llmfoundry import runtime
 from llmfoundry.config import ConfigError
 from llmfoundry.data.sources import DatasetConfig
 from llmfoundry.eval.generate import encoded, generate
-from llmfoundry.train.callback import Callback, CallbackConfig
-
-if TYPE_CHECKING:
-    from llmfoundry.train.trainer import Trainer
-
+from llmfoundry.train.callback import Callback, CallbackConfig, Run
 
 COMPRESS_BYTES = 2**26  # xz -9 takes about half a minute for them
 
@@ -40,7 +35,7 @@ class SampleText(Callback):
     def __init__(self, config: SampleTextConfig) -> None:
         self.config = config
 
-    def fit_end(self, trainer: Trainer) -> None:
+    def fit_end(self, trainer: Run) -> None:
         text = self._sample(trainer)
         if not runtime.is_rank0():
             return
@@ -53,7 +48,7 @@ class SampleText(Callback):
                 print(f"no comparison with gzip and xz: {error}")
             print(f"{'this model':>10}: {bits:.4f}")
 
-    def _sample(self, trainer: Trainer) -> str:
+    def _sample(self, trainer: Run) -> str:
         config = self.config
         n_prompt = len(encoded(trainer.tokenizer, config.prompt))
         room = trainer.config.max_seq_len - n_prompt

@@ -6,15 +6,11 @@ Every run of the command line has one; the YAML sets its window.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from llmfoundry import runtime
-from llmfoundry.train.callback import Callback, CallbackConfig, Metrics
-
-if TYPE_CHECKING:
-    from llmfoundry.train.trainer import Trainer
+from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
 
 
 class SpeedMonitorConfig(CallbackConfig, names=("speed_monitor",)):
@@ -34,7 +30,7 @@ class SpeedMonitor(Callback):
         self.config = config
         self.seconds: deque[float] = deque(maxlen=config.window_size)
 
-    def step_end(self, trainer: Trainer, metrics: Metrics) -> None:
+    def step_end(self, trainer: Run, metrics: Metrics) -> None:
         seconds = metrics.get("time/step_seconds")
         if not isinstance(seconds, float):
             return  # no step was taken

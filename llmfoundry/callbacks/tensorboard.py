@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch.utils.tensorboard import SummaryWriter
 
 from llmfoundry import runtime
 from llmfoundry.config import ConfigError
-from llmfoundry.train.callback import Callback, LoggerConfig, Metrics
-
-if TYPE_CHECKING:
-    from llmfoundry.train.trainer import Trainer
+from llmfoundry.train.callback import Callback, LoggerConfig, Metrics, Run
 
 
 class TensorboardConfig(LoggerConfig, names=("tensorboard",)):
@@ -40,13 +36,13 @@ class Tensorboard(Callback):
         self.config = config
         self.writer: SummaryWriter | None = None
 
-    def fit_start(self, trainer: Trainer) -> None:
+    def fit_start(self, trainer: Run) -> None:
         if runtime.is_rank0():
             folder = self.config.log_dir or str(Path(trainer.config.save_folder) / "tensorboard")
             # Steps beyond the checkpoint that a killed run had written are hidden from view.
             self.writer = SummaryWriter(folder, purge_step=trainer.state.step + 1)
 
-    def step_end(self, trainer: Trainer, metrics: Metrics) -> None:
+    def step_end(self, trainer: Run, metrics: Metrics) -> None:
         if self.writer is not None:
             for key, value in metrics.items():
                 if key != "step" and not isinstance(value, list):

@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING, Literal
 
 from llmfoundry import runtime
 from llmfoundry.config import ConfigError, dump
-from llmfoundry.train.callback import Callback, LoggerConfig, Metrics
+from llmfoundry.train.callback import Callback, LoggerConfig, Metrics, Run
 
 if TYPE_CHECKING:
     import wandb
-
-    from llmfoundry.train.trainer import Trainer
 
 
 class WandbConfig(LoggerConfig, names=("wandb",)):
@@ -58,7 +56,7 @@ class Wandb(Callback):
         self.config = config
         self.run: wandb.Run | None = None
 
-    def fit_start(self, trainer: Trainer) -> None:
+    def fit_start(self, trainer: Run) -> None:
         if not runtime.is_rank0():
             return
         import wandb
@@ -76,7 +74,7 @@ class Wandb(Callback):
             config=dump(trainer.config),
         )
 
-    def step_end(self, trainer: Trainer, metrics: Metrics) -> None:
+    def step_end(self, trainer: Run, metrics: Metrics) -> None:
         if self.run is not None:
             self.run.log(metrics, step=trainer.state.step)
 

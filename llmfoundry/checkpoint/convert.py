@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
-from llmfoundry.checkpoint import checkpointer as checkpoint
 from llmfoundry.checkpoint import manifest
-from llmfoundry.checkpoint.manifest import CONFIG, INDEX, TRAINER, CheckpointError, Written
-from llmfoundry.checkpoint.storage import read_index
-from llmfoundry.config import ConfigError, check, dump
+from llmfoundry.checkpoint.manifest import CONFIG, INDEX, TRAINER, CheckpointError, Written, newest_usable
+from llmfoundry.checkpoint.reading import (
+    HUGGING_FACE,
+    Contents,
+    Need,
+    find_base,
+    load_model_only,
+    read,
+    read_entries,
+)
+from llmfoundry.config import ConfigError, check, dump, write_resolved
 from llmfoundry.hf.family import write_config
 from llmfoundry.hf.files import DTYPE_NAMES, FillBox, Placed, Stored, new_folder, shards, write_files
 from llmfoundry.hf.pieces import Copy, Kept, Part, Pieces, Source, Spec, box_of, fill, whole_of
@@ -42,21 +48,21 @@ _FILE_BYTES = 2 * 10**9  # several files are checked on several cores
 
 
 class CheckpointSource:
-    """The weights of a checkpoint of ours, adapters added to what they adapt.
+    """The weights of a checkpoint of ours, adapters added to what they adapt; what it lacks is read from its base.
 
     Args:
-        path: the checkpoint.
+        contents: the checkpoint.
         config: of its model.
     """
 
-    def __init__(self, path: Path, config: CausalLMConfig) -> None:
-        self._path = path
-        entries = read_index(path)
+    def __init__(self, contents: Contents, config: CausalLMConfig) -> None:
+        self._path = contents.path
+        entries = read_entries(contents)
         self._entries = {name.removeprefix("model/"): e for name, e in entries.items() if name.startswith("model/")}
         self._scale = config.lora.scale if config.lora is not None else 0.0
-        self.specs: Mapping[str, Spec] = {
-            name: Spec(entry.dtype, entry.shape) for name, entry in self._entries.items() if "lora_" not in name
-        }
+        self._base = _open_base(contents, config)
+        own = {name: Spec(entry.dtype, entry.shape) for name, entry in self._entries.items() if "lora_" not in name}
+        self.specs: Mapping[str, Spec] = {**(self._base.specs if self._base is not None else {}), **own}
 
     def parts(self, name: str) -> Iterator[Kept]:
         """The boxes that ranks have saved of a tensor; of one with an adapter, the whole."""
@@ -65,19 +71,48 @@ class CheckpointSource:
             f"{base}{join}lora_{side}" for side in "AB" for join in "._" if f"{base}{join}lora_{side}" in self._entries
         ]
         if not sides:
-            yield from self._stored(name)
+            yield from self._kept(name)
             return
-        weight, a, b = (self._whole(each) for each in (name, *sides))
+        weight, a, b = (whole_of(self._spec(each), self._kept(each)) for each in (name, *sides))
         yield Part((0,) * weight.dim(), adapted(weight, a.to(weight.dtype), b.to(weight.dtype), self._scale))
+
+    def _kept(self, name: str) -> Iterable[Kept]:
+        if name in self._entries:
+            return self._stored(name)
+        assert self._base is not None
+        return self._base.parts(name)
+
+    def _spec(self, name: str) -> Spec:
+        entry = self._entries.get(name)
+        return self.specs[name] if entry is None else Spec(entry.dtype, entry.shape)
 
     def _stored(self, name: str) -> Iterator[Stored]:
         entry = self._entries[name]
         for chunk in entry.chunks:
             yield Stored(Spec(entry.dtype, chunk.shape), self._path / chunk.file, chunk.start, chunk.offsets)
 
-    def _whole(self, name: str) -> Tensor:
-        entry = self._entries[name]
-        return whole_of(Spec(entry.dtype, entry.shape), self._stored(name))
+
+class HuggingFaceSource:
+    """The weights of a Hugging Face checkpoint under our names."""
+
+    def __init__(self, path_or_id: str) -> None:
+        self._theirs = open_checkpoint(path_or_id)
+        self.specs: Mapping[str, Spec] = self._theirs.our_specs()
+
+    def parts(self, name: str) -> Iterator[Kept]:
+        """A tensor, whole."""
+        tensor = torch.empty(self.specs[name].shape, dtype=self.specs[name].dtype)
+        fill(tensor, (0,) * tensor.dim(), self._theirs.copies[name], self._theirs.source)
+        yield Part((0,) * tensor.dim(), tensor)
+
+
+def _open_base(contents: Contents, config: CausalLMConfig) -> Source | None:
+    if contents.base is None:
+        return None
+    path = find_base(contents.base, contents.path)
+    if path.startswith(HUGGING_FACE):
+        return HuggingFaceSource(path.removeprefix(HUGGING_FACE))
+    return CheckpointSource(read(path), _base(config))
 
 
 def from_hf(source: str | Path, out: Path, progress: Progress) -> CausalLMConfig:
@@ -115,11 +150,15 @@ def to_hf(
     Raises:
         ConfigError: what is wrong with `source`, no family can hold the model, or `out` is in use.
     """
-    contents, config = _open(source)
+    newest_usable(source, lambda path: _to_hf(path, out, progress, dtype, model_type))
+
+
+def _to_hf(path: Path, out: Path, progress: Progress, dtype: torch.dtype | None, model_type: str | None) -> None:
+    contents, config = _open(path, "texts")  # tensors are verified while they are copied
     tokenizer = tokenizer_of(contents.tokenizer) if contents.tokenizer is not None else None
     with new_folder(out) as folder, manifest.verified_beside(contents.path, _is_weights):
         write_checkpoint(
-            folder, _base(config), CheckpointSource(contents.path, config), dtype=dtype, model_type=model_type,
+            folder, _base(config), CheckpointSource(contents, config), dtype=dtype, model_type=model_type,
             tokenizer=tokenizer, progress=progress,
         )  # fmt: skip
         if contents.tokenizer is not None:
@@ -138,7 +177,6 @@ def adapters_to_peft(source: str | Path, out: Path, base_model: str | None = Non
         ConfigError: there are no adapters, or they stand where `peft` cannot have any.
     """
     contents, config = _open(source)
-    manifest.verify(contents.path, only=_is_weights)
     if config.lora is None:
         raise ConfigError(f"{contents.path}: has no adapters (model.lora)")
     family, _ = write_config(_base(config))
@@ -158,7 +196,7 @@ def adapters_to_peft(source: str | Path, out: Path, base_model: str | None = Non
     with torch.device("meta"):
         model = config.build()
     model = model.to_empty(device="cpu")
-    checkpoint.load_model_only(contents.path, model)
+    load_model_only(contents, model, adapters_only=True)
     with new_folder(out) as folder:
         save_peft(model, folder, names, base_model)
 
@@ -177,8 +215,7 @@ def grow(source: str | Path, out: Path, plan: Upcycling, seed: int, progress: Pr
     copies: Mapping[str, list[Copy]]
     if is_ours:
         contents, config = _open(source)
-        manifest.verify(contents.path, only=_is_weights)
-        values = CheckpointSource(contents.path, config)
+        values = CheckpointSource(contents, config)
         dense, tokenizer, specs = _base(config), contents.tokenizer, dict(values.specs)
         copies = _identity(specs)
     else:
@@ -235,10 +272,10 @@ def _is_weights(name: str) -> bool:
     return name.startswith("model-")
 
 
-def _open(source: str | Path) -> tuple[checkpoint.Contents, CausalLMConfig]:
-    """What a checkpoint says about itself, and the config of its model; weights are not verified yet."""
-    contents = checkpoint.read(source)
-    model = contents.config.get("model") if isinstance(contents.config, dict) else None
+def _open(source: str | Path, need: Need = "model") -> tuple[Contents, CausalLMConfig]:
+    """What a checkpoint says about itself, and the config of its model."""
+    contents = read(source, need)
+    model = contents.config.get("model")
     if not isinstance(model, dict):
         raise CheckpointError(f"{contents.path / CONFIG}: has no model")
     config = check(ModelConfig, model, where=f"{contents.path}/config.yaml: model")
@@ -279,7 +316,7 @@ def _write(
     texts = {
         INDEX: json.dumps({"tensors": entries}),
         TRAINER: json.dumps({"step": 0}),
-        CONFIG: yaml.safe_dump(recipe(config, out, has_tokenizer), sort_keys=False),
+        CONFIG: write_resolved(recipe(config, out, has_tokenizer)),
     }
     files |= {name: manifest.write_file(folder / name, text.encode()) for name, text in texts.items()}
     if has_tokenizer:

@@ -1,13 +1,15 @@
 """A checkpoint as a folder of files: which there are, whether they are whole, which is the newest.
 
-`MANIFEST.json` lists every other file with its size and SHA-256. It is written last, so a folder without it
-is no checkpoint; and a folder only gets the name of a checkpoint when it is complete.
+`MANIFEST.json` lists every other file with its size and SHA-256. It is written last, so a folder without it is not a
+checkpoint, and a folder gets the name of a checkpoint only when it is complete. The newest checkpoint is found by
+scanning a folder and verifying what is there; the link `latest` is for people and is never believed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -17,14 +19,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 
 from llmfoundry import runtime
 from llmfoundry.config import ConfigError
 
-MANIFEST = "MANIFEST.json"
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+MANIFEST, LATEST = "MANIFEST.json", "latest"
 FORMAT = 1
 
 # What every checkpoint has; there are tensor files and a tokenizer beside.
@@ -35,6 +40,10 @@ _STEP_FOLDER = re.compile(r"step-(\d+)(?:-r(\d+))?")
 
 class CheckpointError(ConfigError):
     """A checkpoint that is missing, damaged, or not of this model."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint whose files are not as they were written: an older one may serve."""
 
 
 class Written(NamedTuple):
@@ -83,31 +92,76 @@ def write_manifest(folder: Path, step: int, files: dict[str, Written]) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints by name, newest first: by step, then by repetition."""
+    """Checkpoints by name, newest first: by step, then by repetition.
+
+    Where a copy followed links (`cp -rL`, `aws s3 sync`), `latest` is a folder: a checkpoint as good as its step.
+    """
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         match = _STEP_FOLDER.fullmatch(path.name)
         if match and path.is_dir():
             found.append((int(match[1]), int(match[2] or 0), path))
+        elif is_copied_link(path) and (step := step_in(path)) is not None:
+            found.append((step, -1, path))
     return [path for _, _, path in sorted(found, reverse=True)]
 
 
-def find(path: str | Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest in a folder of checkpoints or of a run.
+def is_copied_link(path: Path) -> bool:
+    """Whether this is a `latest` that is a folder instead of a link."""
+    return path.name == LATEST and path.is_dir() and not path.is_symlink()
+
+
+def step_in(path: Path) -> int | None:
+    """The step that the manifest of a checkpoint gives; None if it cannot be read."""
+    try:
+        return int(json.loads((path / MANIFEST).read_bytes())["step"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+
+
+def candidates(path: str | Path) -> list[Path]:
+    """The checkpoints that a path may mean: itself, or all in a folder of checkpoints or of a run, newest first.
+
+    `latest` means the newest, wherever the link points.
 
     Raises:
         CheckpointError: there is none.
     """
     path = Path(path)
+    if path.name == LATEST and (found := checkpoints(path.absolute().parent)):
+        return found
     if (path / MANIFEST).exists() or _STEP_FOLDER.fullmatch(path.resolve().name):
-        return path.resolve()
+        return [path.resolve()]
     for folder in (path, path / "checkpoints"):
-        latest = (folder / "latest").resolve()
-        if latest.parent == folder.resolve() and (latest / MANIFEST).exists():
-            return latest  # a damaged one may have a higher step
         if found := checkpoints(folder):
-            return found[0]
+            return found
     raise CheckpointError(f"{path}: {'no checkpoint in this folder' if path.is_dir() else 'no such folder'}")
+
+
+def newest_usable(path: str | Path, use: Callable[[Path], T]) -> T:
+    """Use the newest checkpoint that a path means; where it is damaged, say so loudly and use the one before it.
+
+    All ranks call this together, and use the same checkpoint: rank 0 looks for it.
+
+    Args:
+        path: a checkpoint (then no other is used), a folder with checkpoints, or a run's `save_folder`.
+        use: raises DamagedError, on all ranks, if the checkpoint cannot be used.
+
+    Raises:
+        CheckpointError: there is none, or all of them are damaged.
+    """
+    damaged: dict[Path, DamagedError] = {}
+    while untried := [each for each in runtime.on_rank0(lambda: candidates(path)) if each not in damaged]:
+        try:
+            return use(untried[0])
+        except DamagedError as error:
+            damaged[untried[0]] = error
+            if len(untried) > 1:
+                log.error("SKIPPING A DAMAGED CHECKPOINT: %s; looking for an older one", error)
+    newest = next(iter(damaged.values()))
+    if len(damaged) == 1:
+        raise newest
+    raise DamagedError(f"{path}: none of {len(damaged)} checkpoints can be used; {newest}")
 
 
 def verify(path: Path, only: Callable[[str], bool] = lambda name: True) -> dict[str, Written]:
@@ -121,14 +175,14 @@ def verify(path: Path, only: Callable[[str], bool] = lambda name: True) -> dict[
         The manifest.
 
     Raises:
-        CheckpointError: on all ranks, naming the first file that is missing, cut short or changed.
+        DamagedError: on all ranks, naming the first file that is missing, cut short or changed.
     """
     error: str | None = None
     files: dict[str, Written] = {}
     try:
         files = read_manifest(path)
         names = sorted(name for name in files if only(name))[runtime.rank() :: runtime.world_size()]
-        with ThreadPoolExecutor(4) as threads:  # hashing lets go of the interpreter
+        with ThreadPoolExecutor(4) as threads:  # hashing releases the interpreter lock
             list(threads.map(lambda name: _check_file(path, name, files[name]), names))
     except CheckpointError as failure:
         error = str(failure)
@@ -138,7 +192,7 @@ def verify(path: Path, only: Callable[[str], bool] = lambda name: True) -> dict[
         dist.all_gather_object(errors, error)
     for error in errors:
         if error is not None:
-            raise CheckpointError(error)
+            raise DamagedError(error)
     return files
 
 
@@ -146,11 +200,11 @@ def verify(path: Path, only: Callable[[str], bool] = lambda name: True) -> dict[
 def verified_beside(path: Path, only: Callable[[str], bool]) -> Iterator[None]:
     """Check the files of a checkpoint while the block reads them: from the disk, they are read once.
 
-    Their lengths are checked before the block begins, their bytes by the end of it. What is made of them in the block
-    must come to nothing if this raises.
+    Their lengths are checked before the block begins, their bytes by the end of it. The caller discards what the block
+    made if this raises.
 
     Raises:
-        CheckpointError: as `verify`.
+        DamagedError: as `verify`.
     """
     files = {name: written for name, written in sorted(read_manifest(path).items()) if only(name)}
     for name, written in files.items():
@@ -170,44 +224,44 @@ def _check_file(path: Path, name: str, expected: Written, bytes_too: bool = True
     try:
         status = file.lstat()
         if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{file}: is not a plain file")
+            raise DamagedError(f"{file}: is not a plain file")
         if status.st_size != expected.bytes:
-            raise CheckpointError(f"{file}: has {status.st_size} bytes of {expected.bytes}; the checkpoint is damaged")
+            raise DamagedError(f"{file}: has {status.st_size} bytes of {expected.bytes}; the checkpoint is damaged")
         if bytes_too and measure(file).sha256 != expected.sha256:
-            raise CheckpointError(f"{file}: has other bytes than were written (SHA-256); the checkpoint is damaged")
+            raise DamagedError(f"{file}: has other bytes than were written (SHA-256); the checkpoint is damaged")
     except FileNotFoundError:
-        raise CheckpointError(f"{file}: is missing; the checkpoint is damaged") from None
+        raise DamagedError(f"{file}: is missing; the checkpoint is damaged") from None
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+        raise DamagedError(f"{file}: cannot be read: {error.strerror}") from None
 
 
 def read_manifest(path: Path) -> dict[str, Written]:
     """The files of a checkpoint, none of them outside it.
 
     Raises:
-        CheckpointError: there is no manifest, or it is no sound one.
+        DamagedError: the manifest is missing or malformed.
     """
     file = path / MANIFEST
     try:
         manifest = json.loads(file.read_bytes())
         if manifest["format"] != FORMAT:
-            raise CheckpointError(f"{file}: format {manifest['format']}, this version reads {FORMAT}")
+            raise DamagedError(f"{file}: format {manifest['format']}, this version reads {FORMAT}")
         files = {name: Written(int(f["bytes"]), str(f["sha256"])) for name, f in manifest["files"].items()}
     except FileNotFoundError:
-        raise CheckpointError(f"{file}: is missing; this is no whole checkpoint") from None
+        raise DamagedError(f"{file}: is missing; the checkpoint is not complete") from None
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{file}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{file}: is damaged ({type(error).__name__}: {error})") from None
+        raise DamagedError(f"{file}: is damaged ({type(error).__name__}: {error})") from None
     for name in files:
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
-            raise CheckpointError(f"{file}: names {name!r}, which is outside the checkpoint")
+            raise DamagedError(f"{file}: names {name!r}, which is outside the checkpoint")
     for name in (INDEX, TRAINER, CONFIG):
         if name not in files:
-            raise CheckpointError(f"{file}: does not list {name}; this is no whole checkpoint")
+            raise DamagedError(f"{file}: does not list {name}; the checkpoint is not complete")
     return files
 
 
@@ -225,6 +279,6 @@ def remove(path: Path) -> None:
     if path.is_symlink() or not path.is_dir():
         path.unlink()
         return
-    if _STEP_FOLDER.fullmatch(path.name):
+    if ".tmp-" not in path.name:
         path = path.rename(path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:12]}"))
     shutil.rmtree(path)

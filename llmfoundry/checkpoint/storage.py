@@ -3,13 +3,10 @@
 DCP's own files hold pickles (`.metadata`, `torch.save` records) and so run whatever an author put there.
 These two classes use DCP's planners, its resharding and its error protocol, and replace only the bytes:
 
-- `GROUP-RANK.safetensors`: what rank RANK wrote of the tensors named `GROUP/...` (`model`, `optimizer`,
-`rng`), under
-  the rest of their names. A checkpoint of one process is loaded by `safetensors.torch.load_file` as it is;
-  one of many by any reader that knows DCP's sharding entry, e.g.
-  `torch.distributed.checkpoint.HuggingFaceStorageReader`.
-- `tensors.json`: for every tensor its dtype, shape and chunks (file, byte offset, offsets and shape within
-it).
+- `GROUP-RANK.safetensors`: what rank RANK wrote of the tensors named `GROUP/...` (`model`, `optimizer`, `rng`), under
+  the rest of their names. `safetensors.torch.load_file` loads a checkpoint of one process; one of many processes is
+  loaded by any reader that knows DCP's sharding entry, e.g. `torch.distributed.checkpoint.HuggingFaceStorageReader`.
+- `tensors.json`: for every tensor its dtype, shape and chunks (file, byte offset, offsets and shape within the tensor).
 """
 
 from __future__ import annotations
@@ -99,9 +96,9 @@ class TensorWriter(StorageWriter):
     """Writes this rank's part of a save into a folder that rank 0 makes.
 
     Args:
-        open_folder: makes the folder and returns it; called on rank 0 before anyone writes. commit: called
-        on rank 0 when every rank has written, with all files; returns where they are now. Whatever it
-            raises fails all ranks. `dcp.save` returns its answer to all of them, as
+        open_folder: makes the folder and returns it; called on rank 0 before any rank writes.
+        commit: called on rank 0 when every rank has written, with all files; returns where they are now. Whatever it
+            raises fails the save on all ranks. `dcp.save` returns its answer to all of them, as
             `storage_meta.checkpoint_id`.
     """
 
@@ -147,7 +144,7 @@ class TensorWriter(StorageWriter):
             files[chunk.file] = written
         entries = {}
         for name, tensor in metadata.state_dict_metadata.items():
-            assert isinstance(tensor, TensorStorageMetadata), f"{name} is no tensor"
+            assert isinstance(tensor, TensorStorageMetadata), f"{name} is not a tensor"
             entries[name] = {
                 "dtype": _DTYPE_NAMES[tensor.properties.dtype],
                 "shape": list(tensor.size),
@@ -167,7 +164,7 @@ def _is_empty_part(item: WriteItem) -> bool:
 
 
 def _write_file(path: Path, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
-    """Write one safetensors file, tensor after tensor: no rank ever holds a second copy of its part."""
+    """Write one safetensors file, one tensor at a time, so that no rank holds a second copy of its part."""
     # Widest elements first, as safetensors itself orders them: everything then lies aligned.
     boxes = [(item, data) for item in items if (data := item.tensor_data) is not None]
     boxes.sort(key=lambda box: -box[1].properties.dtype.itemsize)
@@ -178,7 +175,7 @@ def _write_file(path: Path, items: list[WriteItem], planner: SavePlanner) -> lis
     with open(path, "xb") as file, ThreadPoolExecutor(1) as hasher:
 
         def put(content: bytes | memoryview) -> None:
-            hashed = hasher.submit(digest.update, content)  # hashing and writing take about as long as each other
+            hashed = hasher.submit(digest.update, content)  # hashing takes about as long as writing
             file.write(content)
             hashed.result()
 
@@ -252,7 +249,7 @@ def read_index(folder: Path) -> dict[str, Entry]:
                 for c in entry["chunks"]
             ]
             entries[name] = Entry(_DTYPES[entry["dtype"]], tuple(map(int, entry["shape"])), chunks)
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{folder / INDEX}: malformed ({type(error).__name__}: {error})") from None
     for name, entry in entries.items():
         if sum(math.prod(chunk.shape) for chunk in entry.chunks) != math.prod(entry.shape):
@@ -263,7 +260,7 @@ def read_index(folder: Path) -> dict[str, Entry]:
                 0 <= offset and 0 < size and offset + size <= full for offset, size, full in box
             )
             if not inside or chunk.start < 0 or chunk.file != os.path.basename(chunk.file):
-                raise ValueError(f"{folder / INDEX}: {name} has a chunk where none can be ({chunk})")
+                raise ValueError(f"{folder / INDEX}: {name} has a chunk outside its bounds ({chunk})")
     return entries
 
 

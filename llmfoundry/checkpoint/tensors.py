@@ -1,7 +1,7 @@
 """The tensors of a run by name, as a checkpoint holds them: `GROUP/NAME`.
 
     model/blocks.0.ffn.experts.w1               parameters and persistent buffers
-    optimizer/blocks.0.ffn.experts.w1/exp_avg   the optimizer's memory of a parameter
+    optimizer/blocks.0.ffn.experts.w1/exp_avg   the optimizer's state of a parameter
     rng/0/cpu                                   the random state of rank 0
 
 Names do not depend on the mesh, nor on what `torch.compile` and recompute wrap around a module.
@@ -22,20 +22,25 @@ from llmfoundry.checkpoint.storage import Entry
 
 
 class Memory(NamedTuple):
-    """Room for one tensor of an optimizer's state, not yet part of it."""
+    """An empty tensor for one entry of an optimizer's state, not yet part of it."""
 
     parameter: nn.Parameter
     key: str
     room: Tensor
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers; the very memory of the model, not copies."""
-    return {f"model/{_plain(name)}": tensor for name, tensor in model.state_dict().items()}
+def model_tensors(model: nn.Module, *, frozen: bool = True) -> dict[str, Tensor]:
+    """Parameters and persistent buffers; the very memory of the model, not copies.
+
+    Args:
+        frozen: whether to include what is not trained; without it, buffers are left out too.
+    """
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {f"model/{_plain(name)}": tensor for name, tensor in model.state_dict().items() if frozen or name in trained}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
-    """What the optimizer remembers of each parameter; nothing before its first step."""
+    """The optimizer's state of each parameter; empty before its first step."""
     if optimizer is None:
         return {}
     names: dict[Tensor, str] = {parameter: _plain(name) for name, parameter in model.named_parameters()}
@@ -47,7 +52,7 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer | None) -> dict[str
 
 
 def optimizer_memory(entries: Mapping[str, Entry], model: nn.Module, optimizer: Optimizer | None) -> dict[str, Memory]:
-    """Room for the optimizer state that a checkpoint holds, split over ranks as the parameters are.
+    """Empty tensors for the optimizer state that a checkpoint holds, sharded as the parameters are.
 
     Raises:
         CheckpointError: it holds state of a parameter that `optimizer` does not train.
@@ -78,7 +83,7 @@ def optimizer_memory(entries: Mapping[str, Entry], model: nn.Module, optimizer: 
 
 
 def rng_tensors() -> dict[str, Tensor]:
-    """This rank's random state. Our own code draws from `runtime.generator` and needs none; a plug-in may."""
+    """This rank's random state. Our own code draws from `runtime.generator` and does not need it; a plug-in may."""
     states = {f"rng/{runtime.rank()}/cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states[f"rng/{runtime.rank()}/cuda"] = torch.cuda.get_rng_state()
@@ -86,7 +91,7 @@ def rng_tensors() -> dict[str, Tensor]:
 
 
 def rng_room(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
-    """Room for this rank's random state; none if the checkpoint is of another number of ranks."""
+    """Empty tensors for this rank's random state; none if the checkpoint is of another number of ranks."""
     ranks = sum(name.startswith("rng/") and name.endswith("/cpu") for name in entries)
     here = rng_tensors() if ranks == runtime.world_size() else {}
     return {name: state for name, state in here.items() if name in entries}

@@ -21,7 +21,7 @@ from llmfoundry.train.config import RunConfig
 from llmfoundry.train.trainer import check_device
 
 # What is read of a run's settings where its checkpoint is used: no other override could take effect.
-GENERATING = "code_paths", "model", "precision"
+GENERATING = "code_paths", "model", "precision", "load_path"  # of adapters: where their base is now
 EVALUATING = (*GENERATING, "eval_loader", "max_seq_len", "device_eval_batch_size", "eval_subset_num_batches")
 
 
@@ -49,7 +49,8 @@ def _open_checkpoint(
     if config.precision_on(place.type) == "amp_bf16":
         cast_parameters(model, torch.bfloat16)
     model = model.to_empty(device=place)
-    checkpoint.load_model_only(contents.path, model)
+    moved = config.load_path if config.load_path != contents.config.get("load_path") else None
+    checkpoint.load_model_only(contents, model, base_path=moved)
     return config, model.eval(), contents
 
 

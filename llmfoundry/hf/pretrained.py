@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,22 +181,26 @@ def matched(path: Path, family: Family, config: CausalLMConfig, folder: Source) 
     return Checkpoint(path, family, config, source, pieces.reading(), max(sizes, key=sizes.__getitem__))
 
 
-def load_weights(model: CausalLM, path_or_id: str | Path) -> None:
+def load_weights(model: CausalLM, path_or_id: str | Path, allow: Collection[str] = ()) -> None:
     """Fill a model with the weights of a checkpoint; each rank of a sharded one reads what it holds.
 
     Values are converted to the dtype of the model. Adapters (`lora`) are left as they are.
 
     Args:
         model: materialised, on any device and mesh.
+        allow: settings, or blocks of them, in which the model may differ from the checkpoint, e.g.
+            `model.attn_config.rope_theta`.
 
     Raises:
         ConfigError: as `open_checkpoint`, or the model is another one; nothing has changed then.
     """
     checkpoint = open_checkpoint(path_or_id)
     other = differences(facts(model.config), facts(checkpoint.config))
-    if other:
-        name, (ours, theirs) = next(iter(other.items()))
-        raise ConfigError(f"model.{name}: is {ours!r}, but {theirs!r} in {checkpoint.path}")
+    for name, (ours, theirs) in other.items():
+        if not any(f"model.{name}.".startswith(f"{each}.") for each in allow):
+            raise ConfigError(f"model.{name}: is {ours!r}, but {theirs!r} in {checkpoint.path}")
+    if other and our_shapes(model.config) != our_shapes(checkpoint.config):
+        raise ConfigError(f"{checkpoint.path}: its tensors have other shapes than the model's")
     for name, tensor in model.state_dict().items():
         name = plain_name(name)
         if not is_adapter(name):

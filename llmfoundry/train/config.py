@@ -11,12 +11,11 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from llmfoundry.config import Config, ConfigError, keyed
+from llmfoundry.config import Choice, Config, ConfigError, keyed
 from llmfoundry.data.loader import LoaderConfig
 from llmfoundry.data.tokenizer import TokenizerConfig
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.parallel.mesh import ParallelConfig
-from llmfoundry.train.callback import CallbackConfig, LoggerConfig
 from llmfoundry.train.duration import Duration
 from llmfoundry.train.optim import OptimizerConfig
 from llmfoundry.train.schedule import SchedulerConfig
@@ -35,6 +34,26 @@ class Algorithms(Config):
     """What is done to the gradients between backward and update."""
 
     gradient_clipping: GradientClipping | None = None
+
+
+class CallbackConfig(Choice, tag="name"):
+    """Root of the family of monitors and other callbacks: the YAML's `callbacks`."""
+
+    name: str
+
+    def build(self) -> object:
+        """The `Callback`, before there is a trainer and before any data is prepared: mistakes are refused here."""
+        raise NotImplementedError
+
+
+class LoggerConfig(Choice, tag="name"):
+    """Root of the family of destinations for metrics: the YAML's `loggers`."""
+
+    name: str
+
+    def build(self) -> object:
+        """The logger, as `CallbackConfig.build`."""
+        raise NotImplementedError
 
 
 class RunConfig(Config):
@@ -71,9 +90,14 @@ class RunConfig(Config):
     save_interval: Duration = Duration.parse("1ep")  # 0ba: only at the end
     save_num_checkpoints_to_keep: int = -1  # -1: all
     save_async: bool | Literal["auto"] = "auto"  # a thread writes while the next steps run; auto: on GPUs
+    save_failures_allowed: int = Field(3, ge=0)  # saves that fail in a row before the run stops with an error
+    save_frozen_weights: bool = False  # with model.lora: also the weights that load_path brought and nothing changes
     autoresume: bool = False
     load_path: str | None = None  # a checkpoint folder of ours, or hf:<folder or hub id> for its weights
     load_weights_only: bool = False  # start a new run from its weights instead of continuing it
+    # What may differ from the checkpoint although it changes what its state means: tokenizer, data, or full keys, e.g.
+    # [data, seed, model.attn_config.rope_theta]. With other data, seed or max_seq_len, rows are counted from the first.
+    load_allow: list[str] = []
 
     callbacks: keyed(CallbackConfig) = {}  # type: ignore[valid-type]
     loggers: keyed(LoggerConfig) = {}  # type: ignore[valid-type]

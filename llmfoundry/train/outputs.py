@@ -1,55 +1,60 @@
 """What a run leaves in its `save_folder`, apart from checkpoints: config.yaml, metrics.jsonl, summary.json.
 
-A folder belongs to one run. Nothing is written before `claim` has found it free, or has been asked to resume it.
+A folder belongs to one run, which holds its lock. Nothing is written before `check_free` has found the folder free, or
+has been asked to resume its run. Settings of an earlier part of the run stay on record in `config-history/`.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import logging
 import math
 import os
+import socket
+import time
+import uuid
+from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from typing import IO
 
-import yaml
+import torch.distributed as dist
 
-from llmfoundry.config import ConfigError
-from llmfoundry.train.callback import Metrics
+from llmfoundry import runtime
+from llmfoundry.checkpoint.manifest import checkpoints
+from llmfoundry.config import ConfigError, write_resolved
+from llmfoundry.train.run import Metrics
 
-# Keys whose change makes another run of it: a checkpoint made under other values is not continued.
-_IDENTITY = (
-    "seed", "max_seq_len", "model", "tokenizer", "train_loader.dataset", "train_loader.drop_last",
-    "global_train_batch_size",
-)  # fmt: skip
-_NO_IDENTITY = ("attn_impl", "moe_impl", "mlp_impl", "cache_dir")  # another way to the same values
+log = logging.getLogger(__name__)
+
 # What a run that ended before its first step can leave: the folder is still free.
 _TRACES = {".lock", "config.yaml", "config.yaml.tmp", "metrics.jsonl"}
 
-Plain = dict[str, object]
+_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # what flock says of a lock that another process holds
+_PROBE, _PROBE_SECONDS = ".probe-", 20.0
+
+Plain = Mapping[str, object]
 
 
 class RunFolder:
-    """The `save_folder` of a run; of many ranks only rank 0 makes one."""
+    """The `save_folder` of a run, as its owner sees it; only rank 0 has one."""
 
     def __init__(self, path: Path, lock: IO[str]) -> None:
         self.path = path
-        self._lock = lock  # held as long as the process lives; the kernel lets go of it at any death
-        self._metrics: IO[str] | None = None
+        self._lock = lock  # held as long as the process lives; the kernel releases it however the process ends
+        self._metrics: FileIO | None = None
+        self._unwritten = bytearray()  # bytes of metrics.jsonl
+        self._failing = False
 
     @classmethod
-    def claim(cls, path: Path, config: Plain, autoresume: bool) -> RunFolder:
-        """Take a folder for a run, or take it up again.
-
-        Args:
-            path: made if it is not there.
-            config: the resolved YAML, written to config.yaml.
-            autoresume: whether a folder already in use is continued.
+    def claim(cls, path: Path) -> RunFolder:
+        """Take a folder, made if need be, for as long as this process lives.
 
         Raises:
-            ConfigError: as `check_free`, or it cannot be written, or a process that is alive holds it.
+            ConfigError: it cannot be written, or a process that is alive holds it.
         """
-        check_free(path, config, autoresume)
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = (path / ".lock").open("w")
@@ -57,20 +62,37 @@ class RunFolder:
             raise ConfigError(f"save_folder: {path} cannot be written: {error.strerror}") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"save_folder: {path} is in use by a process that is still running") from None
-        folder = cls(path, lock)
-        _write(path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-        return folder
+        except OSError as error:
+            if error.errno in _HELD:
+                raise ConfigError(f"save_folder: {path} is in use by another run, which is still going on") from None
+            log.warning(
+                "save_folder: %s cannot be locked (%s); see to it that no other run uses it", path, error.strerror
+            )
+        return cls(path, lock)
+
+    def begin(self, config: Plain, before: Plain | None, step: int) -> None:
+        """Write config.yaml; settings that had been others up to `step` stay on record in config-history.
+
+        Raises:
+            ConfigError: they cannot be written.
+        """
+        try:
+            if before is not None and before != config:
+                record = self.path / "config-history" / f"until-step-{step}.yaml"
+                record.parent.mkdir(exist_ok=True)
+                _write(record, write_resolved(before))
+            _write(self.path / "config.yaml", write_resolved(config))
+        except OSError as error:
+            raise ConfigError(f"save_folder: {self.path} cannot be written: {error.strerror}") from None
 
     def open_metrics(self, step: int) -> None:
-        """Continue metrics.jsonl after `step`: what a killed run wrote beyond its checkpoint is dropped."""
+        """Continue metrics.jsonl after `step`: lines that a killed run wrote beyond its checkpoint are dropped."""
         file = self.path / "metrics.jsonl"
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         kept = [line for i, line in enumerate(lines, 1) if line.endswith("\n") and self._step_of(i, line) <= step]
         if len(kept) < len(lines) or not file.exists():
             _write(file, "".join(kept))
-        self._metrics = file.open("a")
+        self._metrics = file.open("ab", buffering=0)
 
     def _step_of(self, number: int, line: str) -> int:
         try:
@@ -81,15 +103,34 @@ class RunFolder:
             ) from None
 
     def sync(self) -> None:
-        """What metrics.jsonl holds survives a power cut: a checkpoint that does must not stand without it."""
+        """Make metrics.jsonl survive a power cut: a checkpoint that does must not stand without it.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         if self._metrics is not None:
+            self._flush()
             os.fsync(self._metrics.fileno())
 
     def write_metrics(self, metrics: Metrics) -> None:
-        """Append one line; what is not finite becomes null, for JSON has no word for it."""
+        """Append one line; what is not finite becomes null, which JSON has no number for.
+
+        What cannot be written now (a full disk) is kept and written with a later line.
+        """
+        line = json.dumps({key: _plain(value) for key, value in metrics.items()}) + "\n"
+        self._unwritten += line.encode()
+        try:
+            self._flush()
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                log.warning("%s cannot be written: %s; trying again", self.path / "metrics.jsonl", error.strerror)
+            self._failing = True
+
+    def _flush(self) -> None:
         assert self._metrics is not None
-        self._metrics.write(json.dumps({key: _plain(value) for key, value in metrics.items()}) + "\n")
-        self._metrics.flush()
+        while self._unwritten:
+            del self._unwritten[: self._metrics.write(self._unwritten)]
 
     def write_summary(self, summary: Metrics) -> None:
         """Write summary.json."""
@@ -100,7 +141,7 @@ class RunFolder:
 
 
 def read_summary(path: Path) -> Plain:
-    """What summary.json says; nothing if there is none, or no sound one."""
+    """What summary.json says; nothing if it is missing or malformed."""
     try:
         summary = json.loads((path / "summary.json").read_text())
     except (OSError, ValueError):
@@ -108,66 +149,66 @@ def read_summary(path: Path) -> Plain:
     return summary if isinstance(summary, dict) else {}
 
 
-def check_free(path: Path, config: Plain, autoresume: bool) -> None:
+def check_free(path: Path, autoresume: bool) -> None:
     """Look whether a run may have a folder, and write nothing.
 
     Raises:
-        ConfigError: it is used and not to be resumed, or by another run, or cannot be written.
+        ConfigError: it is used and not to be resumed, or holds no run, or cannot be written.
     """
     if path.exists() and not path.is_dir():
         raise ConfigError(f"save_folder: {path} is a file; name a folder")
-    if path.exists() and not _is_free(path):
+    if not is_free(path):
         if not autoresume:
             raise ConfigError(
                 f"save_folder: {path} is already used; choose another, or continue that run with autoresume=true"
             )
-        _check_same_run(path / "config.yaml", config)
+        if not (path / "config.yaml").is_file() and not checkpoints(path / "checkpoints"):
+            raise ConfigError(f"save_folder: {path} holds no run to resume (no config.yaml); choose another")
     standing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not os.access(standing, os.W_OK | os.X_OK):
         raise ConfigError(f"save_folder: {path} cannot be written: no permission in {standing}")
 
 
-def _is_free(path: Path) -> bool:
-    """Whether a folder is empty, or a run had claimed it and ended before its first step."""
-    names = {child.name for child in path.iterdir()}
+def is_free(path: Path) -> bool:
+    """Whether a folder is missing or empty, or a run had claimed it and ended before its first step."""
+    names = {child.name for child in path.iterdir() if not child.name.startswith(_PROBE)} if path.is_dir() else set()
     if not names:
         return True
     metrics = path / "metrics.jsonl"
     return ".lock" in names and names <= _TRACES and not (metrics.exists() and metrics.stat().st_size)
 
 
-def _check_same_run(file: Path, config: Plain) -> None:
-    """Refuse to continue a run under another identity.
+def check_shared(path: Path) -> None:
+    """Check that every rank sees the folder that rank 0 has claimed; all ranks together.
 
     Raises:
-        ConfigError: the folder is no run's, or an identity key differs.
+        ConfigError: on all ranks, naming the first that does not.
     """
-    try:
-        before = yaml.safe_load(file.read_text())
-    except FileNotFoundError:
-        raise ConfigError(
-            f"save_folder: {file.parent} holds no run to resume (no config.yaml); choose another"
-        ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(before, dict):
-        raise ConfigError(f"{file}: holds no run's settings; restore it, or choose another save_folder")
-    old, new = _flat(before), _flat(config)
-    for key in sorted(old.keys() | new.keys()):
-        same_run = not key.startswith(_IDENTITY) or key.rsplit(".", 1)[-1] in _NO_IDENTITY
-        if old.get(key) != new.get(key) and not same_run:
+    if runtime.world_size() == 1:
+        return
+    probe = path / runtime.on_rank0(lambda: _leave_probe(path))
+    deadline = time.monotonic() + _PROBE_SECONDS  # network file systems may take a while to show a new file
+    while not (seen := probe.is_file()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    hosts: list[str | None] = [None] * runtime.world_size()
+    dist.all_gather_object(hosts, None if seen else socket.gethostname())
+    if runtime.is_rank0():
+        probe.unlink(missing_ok=True)
+    for rank, host in enumerate(hosts):
+        if host is not None:
             raise ConfigError(
-                f"{key}: {new.get(key)!r} differs from {old.get(key)!r} of the run in {file.parent}; "
-                "restore it, or choose another save_folder"
+                f"save_folder: {path.absolute()} on {host} (rank {rank}) is not the folder that rank 0 writes to; "
+                "put it on storage that all nodes share"
             )
 
 
-def _flat(tree: object, path: str = "") -> dict[str, object]:
-    if isinstance(tree, dict) and tree:
-        return {
-            k: v for key, part in tree.items() for k, v in _flat(part, f"{path}.{key}" if path else str(key)).items()
-        }
-    return {path: tree}
+def _leave_probe(path: Path) -> str:
+    probe = path / f"{_PROBE}{uuid.uuid4().hex}"
+    try:
+        probe.touch()
+    except OSError as error:
+        raise ConfigError(f"save_folder: {path} cannot be written: {error.strerror}") from None
+    return probe.name
 
 
 def _plain(value: float | int | str | list[float] | None) -> object:

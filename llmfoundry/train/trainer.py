@@ -7,73 +7,47 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import cast
 
 import torch
-from torch.optim import Optimizer
-from transformers import PreTrainedTokenizerBase
 
 from llmfoundry import hf, runtime
-from llmfoundry.checkpoint.checkpointer import Checkpointer, CheckpointState, Json, load_model_only
+from llmfoundry.checkpoint.checkpointer import Checkpointer, CheckpointState
+from llmfoundry.checkpoint.reading import Contents, Json, load_model_only
 from llmfoundry.config import ConfigError, dump
-from llmfoundry.data.loader import Loader
 from llmfoundry.eval.perplexity import evaluate
 from llmfoundry.kernels.experts import resolve_backend
 from llmfoundry.model.config import CausalLMConfig
-from llmfoundry.model.transformer import CausalLM
 from llmfoundry.moe.balance import Balance, summary
 from llmfoundry.moe.layer import MoEConfig
 from llmfoundry.parallel.apply import materialize, parallelize
 from llmfoundry.parallel.expert import n_experts
 from llmfoundry.parallel.mesh import Mesh, build_mesh
-from llmfoundry.train.callback import Callback, Metrics
+from llmfoundry.train.callback import Callback
 from llmfoundry.train.config import RunConfig
 from llmfoundry.train.duration import Timeline
 from llmfoundry.train.optim import set_learning_rate
-from llmfoundry.train.outputs import RunFolder, check_free, read_summary
-from llmfoundry.train.schedule import Schedule
+from llmfoundry.train.outputs import RunFolder, check_free, check_shared, read_summary
+from llmfoundry.train.resume import Start, build_tokenizer, check_data, command_to_continue, find_start, train_state
+from llmfoundry.train.run import Metrics, Run
+from llmfoundry.train.saving import Saver
 from llmfoundry.train.step import StepResult, train_step
 
 log = logging.getLogger(__name__)
-_HUGGING_FACE = "hf:"  # before a folder or hub id in `load_path`
 
 
-@dataclass
-class TrainState:
-    """How far a run is: all that resuming needs beside tensors. `rows` is the whole state of the loader."""
+@dataclass(kw_only=True)
+class Trainer(Run):
+    """A run, built and ready to `fit`."""
 
-    step: int = 0
-    rows: int = 0
-    tokens: int = 0
-    skipped_steps: int = 0  # updates left out for a gradient that was not finite
-    skipped_in_a_row: int = 0
-
-
-@dataclass
-class Trainer:
-    """A run, built and ready to `fit`. Callbacks read it; nothing but `fit` changes it."""
-
-    config: RunConfig
-    mesh: Mesh
-    device: torch.device
-    tokenizer: PreTrainedTokenizerBase
-    loader: Loader
-    eval_loader: Loader | None
-    model: CausalLM
-    optimizer: Optimizer
-    schedule: Schedule
-    timeline: Timeline
-    balance: Balance | None
-    checkpointer: Checkpointer
+    start: Start
+    saver: Saver
     callbacks: list[Callback]
     folder: RunFolder | None = None  # of rank 0, from `fit` on
-    state: TrainState = field(default_factory=TrainState)
-    evaluation: Metrics = field(default_factory=dict)  # of the last evaluation
     unevaluated: Metrics = field(default_factory=dict)  # of the last step, if a signal cut its evaluation short
-    train_seconds: float = 0.0  # in steps alone, over all processes that the run has had
     signalled: bool = False  # this rank was asked to stop
 
     def fit(self) -> None:
@@ -84,6 +58,7 @@ class Trainer:
                 "%s: already complete at step %d; raise max_duration, or choose another save_folder",
                 self.config.save_folder, self.state.step,
             )  # fmt: skip
+            runtime.on_rank0(self._take_folder)
             return
         try:
             self._fit()
@@ -92,7 +67,10 @@ class Trainer:
                 callback.close()
 
     def _fit(self) -> None:
-        runtime.on_rank0(self._claim)  # only now that nothing of the user's can be wrong is anything written
+        # Only now that nothing of the user's can be wrong is anything written.
+        runtime.on_rank0(self._take_folder)
+        check_shared(Path(self.config.save_folder))
+        runtime.on_rank0(self._open_outputs)
         for callback in self.callbacks:
             callback.fit_start(self)
         with self._signals():
@@ -110,18 +88,23 @@ class Trainer:
                 self._record(metrics)
                 stopped = self._stopped()
                 done = stopped or self.state.step == self.timeline.total_steps
-                if done or self.timeline.due(self.config.save_interval, self.state.step):
-                    self._save()
-                self.checkpointer.poll()  # a save that failed in its thread is an error here, not at the next one
-            self.checkpointer.wait()
+                if done:
+                    self.saver.save_last(self._checkpoint(), self._sync)
+                elif self.timeline.due(self.config.save_interval, self.state.step):
+                    self.saver.save(self._checkpoint(), self._sync)
             if not self.evaluation and self._evaluates and not stopped:
                 self._evaluate()  # a run taken up after its last step
                 stopped = self._stopped()
         if self.folder is not None:
             self.folder.write_summary(self._summary())
-        if not stopped:
-            for callback in reversed(self.callbacks):
-                callback.fit_end(self)
+        if stopped:
+            log.info(
+                "stopped at step %d; saved to %s; to continue: %s",
+                self.state.step, self.saver.checkpointer.newest_saved, command_to_continue(),
+            )  # fmt: skip
+            return
+        for callback in reversed(self.callbacks):
+            callback.fit_end(self)
 
     def _record(self, metrics: Metrics) -> None:
         for callback in self.callbacks if not self.unevaluated else ():  # they see it when it is whole
@@ -129,8 +112,14 @@ class Trainer:
         if self.folder is not None:
             self.folder.write_metrics(metrics)
 
-    def _claim(self) -> None:
-        self.folder = RunFolder.claim(Path(self.config.save_folder), dump(self.config), self.config.autoresume)
+    def _take_folder(self) -> None:
+        self.folder = RunFolder.claim(Path(self.config.save_folder))
+        self.saver.checkpointer.tidy()
+
+    def _open_outputs(self) -> None:
+        assert self.folder is not None
+        contents, changes = self.start.contents, self.start.changes
+        self.folder.begin(dump(self.config), contents.config if contents and changes else None, self.state.step)
         # The line of a step whose evaluation is made up for is written anew, as is that before the first step.
         self.folder.open_metrics(self.state.step - bool(self.unevaluated or self.state.step == 0))
 
@@ -146,10 +135,9 @@ class Trainer:
         """Whether any rank was asked to stop: the same on every rank, for a signal counts from when all look next."""
         return runtime.any_rank(self.signalled)
 
-    def _save(self) -> None:
+    def _sync(self) -> None:
         if self.folder is not None:
             self.folder.sync()
-        self.checkpointer.save(self._checkpoint())
 
     def take_step(self) -> Metrics:
         """Take the next rows, update the weights, and say what happened."""
@@ -195,7 +183,7 @@ class Trainer:
             raise FloatingPointError(
                 f"the gradient was not finite in {state.skipped_in_a_row} steps in a row, up to step {state.step}; "
                 "lower optimizer.lr, or clip gradients; the newest checkpoint is "
-                f"{self.checkpointer.latest() or 'not yet written'}"
+                f"{self.saver.checkpointer.newest_saved or 'not yet written'}"
             )
 
     @property
@@ -230,52 +218,38 @@ class Trainer:
         return dict(self.evaluation)
 
     def _load(self) -> None:
-        """Continue from the newest checkpoint of this folder, or begin from `load_path`, or begin."""
-        path = self.checkpointer.latest() if self.config.autoresume else None
-        if path is not None:
-            self._load_all(path)
-            log.info("continuing from %s at step %d", path, self.state.step)
-        elif self.config.autoresume and (Path(self.config.save_folder) / "metrics.jsonl").exists():
-            log.warning("%s: holds no checkpoint; starting from the first step", self.config.save_folder)
-            self._load_first()
-        else:
-            self._load_first()
+        """Load what `find_start` has found."""
+        start, contents = self.start, self.start.contents
+        if start.base is not None:
+            log.info("checkpoints hold the adapters alone; keep %s, or set save_frozen_weights=true", start.base.path)
+        if start.hugging_face is not None:
+            hf.load_weights(self.model, start.hugging_face, allow=self.config.load_allow)
+        elif contents is not None and start.how == "weights":
+            load_model_only(contents, self.model)
+        elif contents is not None:
+            self._load_all(contents)
+            changes = "".join(f"\n  {change}" for change in start.changes)
+            log.info("continuing from %s at step %d%s", contents.path, self.state.step,
+                     f", with other settings:{changes}" if changes else "")  # fmt: skip
 
-    def _load_first(self) -> None:
-        """Begin from `load_path`, or from initial weights."""
-        if self.config.load_path is None:
-            return
-        if self.config.load_path.startswith(_HUGGING_FACE):
-            hf.load_weights(self.model, self.config.load_path.removeprefix(_HUGGING_FACE))
-        elif self.config.load_weights_only:
-            load_model_only(self.config.load_path, self.model)
-        else:
-            self._load_all(Path(self.config.load_path))
-            if self.state.step >= self.timeline.total_steps:
-                raise ConfigError(
-                    f"load_path: {self.config.load_path} is at step {self.state.step}, and max_duration="
-                    f"{self.config.max_duration} ends at step {self.timeline.total_steps}; raise it, or begin a new "
-                    "run from its weights with load_weights_only=true"
-                )
-
-    def _load_all(self, path: Path) -> None:
-        """Take up a run: everything, on the condition that its data is still the same."""
-        # Looked at before anything is loaded: nothing has changed when it is refused.
-        trainer = self.checkpointer.look(path)
-        state, data = trainer.get("state"), trainer.get("data")
-        if not isinstance(state, dict) or state.keys() != {part.name for part in fields(TrainState)}:
-            raise ConfigError(f"{path}: was not saved by a training run; take its weights by load_weights_only=true")
-        if data != self.loader.fingerprint:
+    def _load_all(self, contents: Contents) -> None:
+        """Take up a run: weights, optimizer, and how far it was."""
+        state = train_state(contents)  # looked at first: nothing has changed when it is refused
+        if self.start.how == "continue" and state.step >= self.timeline.total_steps:
             raise ConfigError(
-                f"{path}: was trained on other data or with another tokenizer (files that have changed count too); "
-                "restore them, or begin a new run from its weights with load_path and load_weights_only=true"
+                f"load_path: {self.config.load_path} is at step {state.step}, and max_duration="
+                f"{self.config.max_duration} ends at step {self.timeline.total_steps}; raise it, or begin a new "
+                "run from its weights with load_weights_only=true"
             )
-        self.checkpointer.load(path, self._checkpoint())
-        self.state = TrainState(**cast(dict[str, int], state))
+        trainer = self.saver.checkpointer.load(contents, self._checkpoint())
+        self.state = state
+        if self.start.rows_anew:
+            log.warning("rows are counted anew: the next step takes the first rows of the data")
+            state.rows = 0
         seconds = trainer.get("seconds")
         self.train_seconds = float(seconds) if isinstance(seconds, int | float) else 0.0
         self.unevaluated = cast(Metrics, trainer.get("unevaluated", {}))
-        if self.unevaluated:  # monitors shall find the rate of that step
+        if self.unevaluated:  # monitors read the rate of that step
             set_learning_rate(self.optimizer, self.schedule.multiplier(self.state.step - 1))
 
     def _checkpoint(self) -> CheckpointState:
@@ -291,6 +265,7 @@ class Trainer:
             },
             config=dump(self.config),
             tokenizer=self.tokenizer,
+            base=self.start.base,
         )
 
     def _summary(self) -> Metrics:
@@ -310,12 +285,15 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT finish the step or batch of an evaluation, save and stop; a second one ends at once."""
+        """SIGTERM and SIGINT finish the step or evaluation batch, save and stop; a second one ends at once."""
 
         def request(number: int, frame: FrameType | None) -> None:
             if self.signalled:
                 raise KeyboardInterrupt
-            log.warning("%s: stopping after this step or batch of an evaluation", signal.Signals(number).name)
+            log.warning(
+                "%s: finishing this step, then saving to %s (send it again to quit at once)",
+                "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name, self.config.save_folder,
+            )  # fmt: skip
             self.signalled = True
 
         before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -340,11 +318,16 @@ def build(config: RunConfig) -> Trainer:
     check_device(config.model, device, precision)
     mesh = build_mesh(config.parallel, device.type, n_experts(config.model))
     path = Path(config.save_folder)
-    runtime.on_rank0(lambda: check_free(path, dump(config), config.autoresume))
+    runtime.on_rank0(lambda: check_free(path, config.autoresume))
     _check_rows(config, mesh)
-    callbacks = [part.build() for part in (*config.callbacks.values(), *config.loggers.values())]
-    other = [config.eval_loader.dataset] if config.eval_loader is not None else []
-    tokenizer = config.tokenizer.build(config.train_loader.dataset, other)
+    callbacks = _callbacks(config)
+    checkpointer = Checkpointer(
+        path / "checkpoints",
+        keep=config.save_num_checkpoints_to_keep,
+        asynchronous=device.type == "cuda" if config.save_async == "auto" else config.save_async,
+    )
+    start = find_start(config, checkpointer)
+    tokenizer = build_tokenizer(config, start)
     n_ids = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
     if n_ids > config.model.vocab_size:
         raise ConfigError(f"model.vocab_size={config.model.vocab_size} is below the tokenizer's {n_ids} ids")
@@ -356,6 +339,7 @@ def build(config: RunConfig) -> Trainer:
         for part in (config.train_loader, config.eval_loader)
     )
     assert loader is not None
+    start = check_data(start, loader.fingerprint, config.load_allow)
     for part in (loader, eval_loader):
         if part is not None and part.max_seq_len > config.model.max_seq_len:
             raise ConfigError(
@@ -384,13 +368,20 @@ def build(config: RunConfig) -> Trainer:
         schedule=schedule,
         timeline=timeline,
         balance=Balance.of(config.model),
-        checkpointer=Checkpointer(
-            path / "checkpoints",
-            keep=config.save_num_checkpoints_to_keep,
-            asynchronous=device.type == "cuda" if config.save_async == "auto" else config.save_async,
-        ),
+        start=start,
+        saver=Saver(checkpointer, config.save_failures_allowed),
         callbacks=callbacks,
     )
+
+
+def _callbacks(config: RunConfig) -> list[Callback]:
+    found = []
+    for name, part in (*config.callbacks.items(), *config.loggers.items()):
+        built = part.build()
+        if not isinstance(built, Callback):  # a plug-in's mistake
+            raise ConfigError(f"{name}: build() must return a Callback, found {type(built).__name__}")
+        found.append(built)
+    return found
 
 
 def _check_rows(config: RunConfig, mesh: Mesh) -> None:

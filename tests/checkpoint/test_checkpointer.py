@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from llmfoundry.checkpoint import manifest
 from llmfoundry.checkpoint.checkpointer import Checkpointer, CheckpointState, SaveError, load_model_only, read
-from llmfoundry.checkpoint.manifest import MANIFEST, CheckpointError, find, verify
+from llmfoundry.checkpoint.manifest import MANIFEST, CheckpointError, candidates, verify
 from llmfoundry.config import ConfigError
 from llmfoundry.train.optim import AdamWConfig
 
@@ -65,6 +65,11 @@ def train(model: nn.Module, optimizer: Optimizer, steps: int = 3, seed: int = 7)
 
 def state(model: nn.Module, optimizer: Optimizer | None = None, step: int = 3) -> CheckpointState:
     return CheckpointState(step=step, model=model, optimizer=optimizer, trainer={"rows": 24}, config={"seed": 17})
+
+
+def newest(checkpointer: Checkpointer) -> Path | None:
+    found = checkpointer.newest()
+    return found.path if found is not None else None
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -161,7 +166,7 @@ def test_a_folder_that_exists_is_never_written_to(saved: tuple[Path, tuple[nn.Mo
     checkpointer = Checkpointer(folder)
     assert [checkpointer.save(state(*run, step=2)).name for _ in range(2)] == ["step-2-r1", "step-2-r2"]
     assert {path: path.read_bytes() for path in (folder / "step-2").rglob("*")} == before
-    assert checkpointer.latest() == folder / "step-2-r2"
+    assert newest(checkpointer) == folder / "step-2-r2"
     assert (folder / "latest").resolve().name == "step-2-r2"
 
 
@@ -170,15 +175,15 @@ def test_a_path_may_name_the_run_the_folder_or_the_checkpoint(
     saved: tuple[Path, tuple[nn.Module, Optimizer]], where: str
 ) -> None:
     folder, _ = saved
-    assert find(folder.parent / where).name == "step-2"
+    assert candidates(folder.parent / where)[0].name == "step-2"
 
 
 def test_a_path_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"{tmp_path}: no checkpoint in this folder"):
-        find(tmp_path)
+        candidates(tmp_path)
     with pytest.raises(ConfigError, match="nowhere: no such folder"):
-        find(tmp_path / "nowhere")
-    assert Checkpointer(tmp_path / "nowhere").latest() is None
+        candidates(tmp_path / "nowhere")
+    assert newest(Checkpointer(tmp_path / "nowhere")) is None
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -219,7 +224,7 @@ def test_a_damaged_file_is_named_and_the_older_checkpoint_is_used(
     with pytest.raises(CheckpointError, match=f"step-2/{name}: "):
         Checkpointer(folder).load(folder / "step-2", state(model, optimizer))
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
-    assert Checkpointer(folder).latest() == folder / "step-1"
+    assert newest(Checkpointer(folder)) == folder / "step-1"
     assert f"step-2/{name}" in caplog.text
 
 
@@ -234,7 +239,7 @@ def test_a_manifest_that_is_none_is_an_error(saved: tuple[Path, tuple[nn.Module,
     (folder / "step-2" / MANIFEST).unlink()
     with pytest.raises(CheckpointError, match="is missing"):
         verify(folder / "step-2")
-    assert Checkpointer(folder).latest() == folder / "step-1"
+    assert newest(Checkpointer(folder)) == folder / "step-1"
 
 
 def test_a_flipped_bit_of_a_manifest_is_harmless_or_found(
@@ -261,7 +266,7 @@ def test_only_damaged_checkpoints_are_an_error_and_none_is_not(
     for step in (1, 2):
         flip(folder / f"step-{step}" / "model-00000.safetensors")
     with pytest.raises(CheckpointError, match="none of 2 checkpoints can be used; .*step-2/model-00000"):
-        Checkpointer(folder).latest()
+        Checkpointer(folder).newest()
 
 
 def test_weights_alone_load_without_the_optimizers_files(
@@ -345,10 +350,10 @@ def test_a_full_disk_fails_the_save_and_nothing_else(
         checkpointer.save(state(*run, step=9))
         checkpointer.wait()
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-1", "step-2"]
-    assert checkpointer.latest() == folder / "step-2"
+    assert newest(checkpointer) == folder / "step-2"
     checkpointer.save(state(*run, step=9))
     checkpointer.wait()
-    assert checkpointer.latest() == folder / "step-9"
+    assert newest(checkpointer) == folder / "step-9"
 
 
 def test_a_save_folder_that_cannot_be_made_fails_the_save(tmp_path: Path) -> None:
@@ -405,7 +410,7 @@ def _kill_everywhere(index: int, parent: Path) -> None:
         call += 1
         # A run that starts again knows nothing of the one before: each attempt has its own Checkpointer.
         killed = _killed_at(call, partial(Checkpointer(folder, keep=keep).save, state(*run, step=call)))
-        path = checkpointer.latest()
+        path = newest(checkpointer)
         assert path is not None
         checkpointer.load(path, state(*build(seed=1)))
         found.append((killed, path.name == f"step-{call}"))
@@ -435,7 +440,7 @@ def test_an_asynchronous_save_holds_the_weights_of_its_call(tmp_path: Path) -> N
     frozen = copy.deepcopy(run[0].state_dict())
     train(*run)  # goes on while the thread writes
     assert checkpointer.wait() == path
-    assert checkpointer.wait() is None and checkpointer.poll() is None
+    assert checkpointer.wait() is None
     checkpointer.load(path, state(*other))
     assert all(torch.equal(tensor, frozen[name]) for name, tensor in other[0].state_dict().items())
     train(*other)
@@ -450,9 +455,8 @@ def test_a_failed_asynchronous_save_surfaces_at_the_next_one(tmp_path: Path) -> 
         checkpointer.save(state(Tiny(), step=4))
     (tmp_path / "checkpoints").unlink()
     checkpointer.save(state(Tiny(), step=4))
-    while (path := checkpointer.poll()) is None:
-        pass
-    assert path.name == "step-4"
+    path = checkpointer.wait()
+    assert path is not None and path.name == "step-4"
 
 
 # Retention
@@ -464,7 +468,7 @@ def test_the_newest_are_kept_and_damaged_ones_do_not_count(tmp_path: Path) -> No
         checkpointer.save(state(Tiny(), step=step))
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-4", "step-5"]
     flip(tmp_path / "step-5" / "model-00000.safetensors")  # found by reading it
-    assert checkpointer.latest() == tmp_path / "step-4"
+    assert newest(checkpointer) == tmp_path / "step-4"
     checkpointer.save(state(Tiny(), step=5))
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-4", "step-5", "step-5-r1"]
     cut(tmp_path / "step-4" / "trainer.json")  # found by its size
@@ -520,7 +524,7 @@ def test_yaml_tags_in_a_config_build_no_objects(saved: tuple[Path, tuple[nn.Modu
     (folder / "step-2" / "config.yaml").write_text("!!python/object/apply:os.getcwd []")
     reseal(folder / "step-2")
     with pytest.raises(CheckpointError, match="config.yaml: is malformed"):
-        read(folder)
+        read(folder / "step-2")
 
 
 def reseal(path: Path) -> None:
@@ -597,11 +601,11 @@ def _two_ranks(rank: int, folder: Path) -> None:
         raise AssertionError("an error on one rank fails all")
     except SaveError as error:
         assert "rank 1: OSError: [Errno 27] File too large" in str(error)
-    assert single.latest() == folder / "single" / "step-6"
+    assert newest(single) == folder / "single" / "step-6"
     if rank == 0:
         flip(folder / "single" / "step-6" / "model-00001.safetensors")
     dist.barrier()
-    assert single.latest() == folder / "single" / "step-3"
+    assert newest(single) == folder / "single" / "step-3"
     dist.destroy_process_group()
 
 

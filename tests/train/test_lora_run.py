@@ -26,9 +26,8 @@ def test_adapters_begin_on_a_base_checkpoint_and_resume_bitwise(
     lines = metrics_of(whole)
     assert lines[0]["loss/train/ce"] < metrics_of(base)[0]["loss/train/ce"]  # it did begin where the base had ended
     assert lines[-1]["loss/train/ce"] < lines[0]["loss/train/ce"]
-    before, after = weights_of(base), weights_of(whole)
-    assert {name for name in after if not is_adapter(name)} == before.keys()
-    assert all(torch.equal(after[name], value) for name, value in before.items())
+    after = weights_of(whole)
+    assert after and all(is_adapter(name) for name in after), "the base has the rest"
     assert any(value.abs().max() > 0 for name, value in after.items() if name.endswith("lora_B"))
 
     assert train_main([*begin, f"save_folder={parts}", "save_interval=5ba"]) == 0

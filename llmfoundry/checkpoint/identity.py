@@ -1,0 +1,183 @@
+"""What a run is: one comparison of a run's settings with those of the checkpoint that it begins from.
+
+A setting is part of the identity if another value would change what the saved state means: which text row n is, what
+the weights compute, what the optimizer's state belongs to. Such a difference is refused unless `load_allow` names it.
+Everything else (learning rate, schedule, duration, callbacks, mesh, ...) may differ, and is listed.
+
+A key that an older checkpoint lacks counts as having its default there. Keys that no longer exist are listed.
+Where the data lies is not part of the identity; the fingerprint of its tokens is (train/resume.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from llmfoundry.config import Choice, Config, ConfigError, check
+from llmfoundry.hf.facts import differences, facts
+from llmfoundry.model.config import CausalLMConfig
+
+# Beside the model's function. Names that `load_allow` takes too, for what is compared elsewhere.
+ROWS = (
+    "seed", "max_seq_len", "train_loader.name", "train_loader.drop_last", "train_loader.dataset.shuffle",
+    "train_loader.dataset.shuffle_seed", "train_loader.dataset.max_seq_len",
+)  # fmt: skip
+_RESUMED = (*ROWS, "global_train_batch_size", "optimizer.name")
+DATA, TOKENIZER = "data", "tokenizer"
+# How a run begins and where it leaves its files: no settings of the run itself.
+_UNLISTED = ("save_folder", "autoresume", "load_path", "load_weights_only", "load_allow")
+
+Plain = Mapping[str, object]
+
+
+class Difference(NamedTuple):
+    """A setting that differs."""
+
+    key: str
+    before: object
+    now: object
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.before!r} -> {self.now!r}"
+
+
+class _Unset:
+    """The value of a key that one of the two does not have."""
+
+    def __repr__(self) -> str:
+        return "(not set)"
+
+
+_UNSET = _Unset()
+
+
+class Comparison(NamedTuple):
+    """How a run differs from the one that saved a checkpoint."""
+
+    identity: list[Difference]
+    others: list[Difference]
+
+
+def compare(config: Config, model: CausalLMConfig, before: Plain, *, weights_only: bool) -> Comparison:
+    """Compare the settings of a run with those of a checkpoint.
+
+    Args:
+        config: of the run, whole.
+        model: its model.
+        before: the checkpoint's config.yaml.
+        weights_only: whether a new run begins from the weights: then only the model's function is identity.
+    """
+    old, new = _flat(filled(config, before)), _flat(_dumped(config))
+    identity = _model_differences(model, before, weights_only)
+    others = []
+    for key in new | old:
+        difference = Difference(key, old.get(key, _UNSET), new.get(key, _UNSET))
+        if difference.before == difference.now or key.startswith(_UNLISTED):
+            continue
+        if key in _RESUMED and not weights_only:
+            identity.append(difference)
+        elif key not in {each.key for each in identity}:
+            others.append(difference)
+    return Comparison(identity, others)
+
+
+def check_allowed(comparison: Comparison, allow: Sequence[str], source: str, remedy: str) -> None:
+    """Refuse differences in identity that are not allowed by name.
+
+    Args:
+        allow: keys, or blocks of them, as in `load_allow`.
+        source: the checkpoint, for the message.
+        remedy: what else may be done.
+
+    Raises:
+        ConfigError: a line for each, and the remedy.
+    """
+    refused = [each for each in comparison.identity if not is_allowed(each.key, allow)]
+    if refused:
+        lines = [f"{each.key}: {each.now!r} differs from {each.before!r} of {source}" for each in refused]
+        keys = ",".join(each.key for each in refused)
+        raise ConfigError("\n".join([*lines, f"restore it; {remedy}; or take the change: load_allow=[{keys}]"]))
+
+
+def is_allowed(key: str, allow: Iterable[str]) -> bool:
+    """Whether `load_allow` names a key, or a block that it is in."""
+    return any(f"{key}.".startswith(f"{each}.") for each in allow)
+
+
+def check_names(config: Config, model: CausalLMConfig, allow: Sequence[str]) -> None:
+    """Refuse names in `load_allow` that can never allow anything.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    known = {DATA, TOKENIZER, *_RESUMED, *_flat(_dumped(config))} | {f"model.{name}" for name in _named(facts(model))}
+    for name in allow:
+        if not any(is_allowed(each, [name]) for each in known):
+            raise ConfigError(f"load_allow: {name}: no such key; write data, tokenizer, or a key of this file in full")
+
+
+def filled(config: Config, before: Plain) -> dict[str, object]:
+    """`before` under the keys of today: a key that it lacks has its default, unless a value is required."""
+    result = {key: value for key, value in before.items() if key not in type(config).model_fields}
+    for name, field in type(config).model_fields.items():
+        now = getattr(config, name)
+        if name in before:
+            old = before[name]
+            if isinstance(now, Config) and isinstance(old, dict) and _is_of_kind(now, old):
+                old = filled(now, old)
+            result[name] = old
+        elif not field.is_required():
+            default = field.get_default(call_default_factory=True)
+            result[name] = config.model_copy(update={name: default}).model_dump(mode="json", include={name})[name]
+    return result
+
+
+def _is_of_kind(now: Config, old: Plain) -> bool:
+    """Whether `old` are settings of the class of `now`."""
+    if not isinstance(now, Choice):
+        return True
+    tag = old.get(now._tag, type(now).model_fields[now._tag].default)
+    return isinstance(tag, str) and now._members.get(tag) is type(now)
+
+
+def _model_differences(model: CausalLMConfig, before: Plain, weights_only: bool) -> list[Difference]:
+    old = before.get("model")
+    if not isinstance(old, dict):
+        return []
+    known = _without_unknown(model, filled(model, old)) if _is_of_kind(model, old) else old
+    was = check(CausalLMConfig, known, where="the checkpoint's model")
+    found = [Difference(f"model.{key}", *both) for key, both in differences(facts(was), facts(model)).items()]
+    # Adapters begin on a base that has none.
+    if was.lora != model.lora and not (weights_only and (was.lora is None or model.lora is None)):
+        lora = (None if each is None else each.model_dump(mode="json") for each in (was.lora, model.lora))
+        found.append(Difference("model.lora", *lora))
+    return found
+
+
+def _without_unknown(config: Config, data: Plain) -> dict[str, object]:
+    """`data` without keys that no longer exist, as far as its blocks are of today's kinds."""
+    result: dict[str, object] = {}
+    for name, value in data.items():
+        if name in type(config).model_fields:
+            now = getattr(config, name)
+            if isinstance(now, Config) and isinstance(value, dict) and _is_of_kind(now, value):
+                value = _without_unknown(now, value)
+            result[name] = value
+    return result
+
+
+def _named(keys: Iterable[str]) -> set[str]:
+    """The names of facts as `differences` writes them."""
+    return {f"ffn_config.{key.partition('].')[2]}" if key.startswith("ffn_config[") else key for key in keys}
+
+
+def _dumped(config: Config) -> dict[str, object]:
+    return config.model_dump(mode="json")
+
+
+def _flat(tree: object, path: str = "") -> dict[str, object]:
+    if isinstance(tree, dict) and tree:
+        return {
+            k: v for key, part in tree.items() for k, v in _flat(part, f"{path}.{key}" if path else str(key)).items()
+        }
+    return {path: tree}

@@ -1,0 +1,291 @@
+"""Reading checkpoints: what one says about itself, and its tensors, loaded on any mesh and number of processes.
+
+All ranks call these functions together. Of a folder with checkpoints, the newest intact one is read: a damaged one is
+named in the log, and an older one is used. A path to one checkpoint means that one; if it is damaged, that is an error.
+
+A run that trains adapters saves them alone; its checkpoints name their base, the checkpoint that the frozen weights
+came from, with a fingerprint of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+
+from llmfoundry import hf, runtime
+from llmfoundry.checkpoint.manifest import (
+    CONFIG,
+    INDEX,
+    MANIFEST,
+    TRAINER,
+    CheckpointError,
+    DamagedError,
+    Written,
+    candidates,
+    newest_usable,
+    read_manifest,
+    verify,
+)
+from llmfoundry.checkpoint.storage import Entry, TensorReader, read_index
+from llmfoundry.checkpoint.tensors import check_same_model, model_tensors
+from llmfoundry.config import ConfigError, read_resolved
+from llmfoundry.hf.pretrained import locate
+from llmfoundry.layers.lora import is_adapter
+from llmfoundry.model.transformer import CausalLM
+
+log = logging.getLogger(__name__)
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+Files = dict[str, Written]
+Need = Literal["everything", "model", "texts"]  # which files are verified: texts are all but tensors
+
+HUGGING_FACE = "hf:"  # before a folder or hub id of Hugging Face's, where a checkpoint of ours may stand too
+_SAMPLE_BYTES, _SAMPLES = 2**12, 64  # read of a file to tell it from another of its size
+
+
+class Base(NamedTuple):
+    """The checkpoint that the frozen weights of an adapter run came from.
+
+    Attributes:
+        path: a checkpoint folder of ours, or `hf:` and a folder or hub id.
+        fingerprint: of its weights' files.
+    """
+
+    path: str
+    fingerprint: str
+
+
+class Contents(NamedTuple):
+    """What a checkpoint says about itself, tensors aside.
+
+    Attributes:
+        path: its folder; never a link that may move.
+        trainer: what the trainer put in, and `step`.
+        tokenizer: a folder for `from_pretrained`.
+        base: where the weights are that this checkpoint does not hold; None: it holds all.
+        files: its manifest.
+        verified: which of its files were compared with the manifest.
+    """
+
+    path: Path
+    step: int
+    config: dict[str, object]
+    trainer: dict[str, Json]
+    tokenizer: Path | None
+    base: Base | None
+    files: Files
+    verified: Need
+
+
+def read(path: str | Path, need: Need = "model") -> Contents:
+    """Read what a checkpoint says about itself.
+
+    Args:
+        path: a checkpoint, a folder with checkpoints or a run's `save_folder` (the newest that is intact).
+        need: the files that have to be intact.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    return newest_usable(path, lambda each: read_one(each, need))
+
+
+def read_one(path: Path, need: Need) -> Contents:
+    """`read` of one checkpoint; raises DamagedError, on all ranks."""
+
+    def wanted(name: str) -> bool:
+        is_tensors = name.endswith(".safetensors")
+        return need == "everything" or not is_tensors or (need == "model" and name.startswith("model-"))
+
+    files = verify(path, wanted)
+    try:
+        config = read_resolved(path / CONFIG)
+    except ConfigError as error:
+        raise DamagedError(str(error)) from None
+    trainer = _trainer(path)
+    step, base = trainer["step"], trainer.get("base")
+    assert isinstance(step, int)
+    tokenizer = path / "tokenizer"
+    return Contents(
+        path, step, config, trainer, tokenizer if tokenizer.is_dir() else None,
+        Base(str(base["path"]), str(base["fingerprint"])) if isinstance(base, dict) else None, files, need,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def load_model_only(
+    source: str | Path | Contents, model: nn.Module, *, base_path: str | None = None, adapters_only: bool = False
+) -> None:
+    """Load a checkpoint's weights and buffers into `model`, converted to the dtypes that it has.
+
+    Adapters stay as they are where the checkpoint has none: so they begin on a base model.
+
+    Args:
+        source: a path as in `read`, or what `read` returned.
+        model: materialised, on any device and mesh.
+        base_path: where the base is now, if it has moved.
+        adapters_only: leave all other weights as they are.
+
+    Raises:
+        CheckpointError: it is damaged, or of another model, which has not changed then; or its base cannot be used.
+    """
+    contents = source if isinstance(source, Contents) else read(source)
+    entries = read_entries(contents)
+    tensors = model_tensors(model)
+    if adapters_only:
+        tensors = {name: tensor for name, tensor in tensors.items() if is_adapter(name)}
+        entries = {name: entry for name, entry in entries.items() if is_adapter(name)}
+    elif contents.base is not None:
+        load_base(find_base(contents.base, contents.path, base_path), model)
+        tensors = {name: tensor for name, tensor in tensors.items() if name in entries}
+    else:
+        tensors = {name: tensor for name, tensor in tensors.items() if name in entries or not is_adapter(name)}
+    try:
+        check_same_model(entries, tensors, exact_dtype=False)
+    except CheckpointError as error:
+        raise CheckpointError(f"{contents.path}: {error}") from None
+    read_tensors(contents.path, entries, tensors)
+
+
+def read_entries(contents: Contents) -> dict[str, Entry]:
+    """The tensors of a checkpoint by name; raises DamagedError."""
+    try:
+        entries = read_index(contents.path)
+    except (OSError, ValueError) as error:
+        raise DamagedError(str(error)) from None
+    unlisted = {chunk.file for entry in entries.values() for chunk in entry.chunks} - contents.files.keys()
+    if unlisted:
+        raise DamagedError(f"{contents.path / INDEX}: names {min(unlisted)!r}, which {MANIFEST} does not list")
+    return entries
+
+
+def read_tensors(path: Path, entries: dict[str, Entry], tensors: dict[str, Tensor]) -> None:
+    """Fill `tensors` in place."""
+    try:
+        dcp.load(
+            tensors,
+            storage_reader=TensorReader(path, entries),
+            planner=dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            no_dist=runtime.world_size() == 1,
+        )
+    except dcp.CheckpointException as error:  # a BaseException
+        raise CheckpointError(f"{path}: could not be loaded: {first_reason(error)}") from error
+
+
+def first_reason(error: dcp.CheckpointException) -> str:
+    """The first rank's reason on one line; an interrupt goes on as what it is."""
+    for rank, (failure, _) in sorted(error.failures.items()):
+        if isinstance(failure, KeyboardInterrupt | SystemExit):
+            raise failure
+        where = f"rank {rank}: " if runtime.world_size() > 1 else ""
+        return f"{where}{type(failure).__name__}: {' '.join(str(failure).split())}"
+    return str(error)
+
+
+def base_of(source: Contents | str) -> Base:
+    """The base of a run that trains adapters on these weights.
+
+    Args:
+        source: a checkpoint of ours, or a folder or hub id of Hugging Face's.
+    """
+    if isinstance(source, str):
+        path = str(Path(source).absolute()) if Path(source).exists() else source
+        return Base(f"{HUGGING_FACE}{path}", runtime.on_rank0(lambda: _fingerprint(f"{HUGGING_FACE}{path}")))
+    if source.base is not None:  # adapters of adapters: the frozen weights are those of the first
+        return source.base
+    path = str(source.path.absolute())
+    return Base(path, runtime.on_rank0(lambda: _fingerprint(path)))
+
+
+def find_base(base: Base, owner: Path, *moved: str | None) -> str:
+    """Where the base of a checkpoint is.
+
+    Args:
+        owner: the checkpoint.
+        moved: other places to look at; the fingerprint decides.
+
+    Raises:
+        CheckpointError: it is nowhere, or has changed.
+    """
+
+    def look() -> str:
+        changed = False
+        for path in (base.path, *(each for each in moved if each)):
+            for place in _places(path):
+                if _fingerprint(place) == base.fingerprint:
+                    return place
+                changed |= path == base.path
+        raise CheckpointError(
+            f"{owner}: holds adapters alone, and their base {base.path} {'has changed' if changed else 'is gone'}; "
+            f"restore it, or name where it is now: load_path=FOLDER, or load_path={HUGGING_FACE}FOLDER_OR_ID"
+        )
+
+    return runtime.on_rank0(look)
+
+
+def load_base(path: str, model: nn.Module) -> None:
+    """Load the weights of a base, adapters aside, into a model."""
+    if path.startswith(HUGGING_FACE):
+        assert isinstance(model, CausalLM)
+        hf.load_weights(model, path.removeprefix(HUGGING_FACE), allow=["model"])  # compared when the run began
+    else:
+        load_model_only(path, model)
+
+
+def _places(path: str) -> list[str]:
+    """The checkpoints that a base's path may mean; none if it leads nowhere."""
+    try:
+        if not path.startswith(HUGGING_FACE):
+            return [str(each) for each in candidates(path) if each.is_dir()]
+        name = path.removeprefix(HUGGING_FACE)
+        return [path] if Path(name).is_file() or _weights_in(locate(name)) else []
+    except ConfigError:
+        return []
+
+
+def _fingerprint(path: str) -> str:
+    """A hash of the files of weights, without reading all of them.
+
+    A checkpoint of ours has the hashes of its files. Of Hugging Face's files, sizes and evenly spaced samples are
+    hashed, which tells any two trainings apart.
+    """
+    if not path.startswith(HUGGING_FACE):
+        listed = {name: written for name, written in read_manifest(Path(path)).items() if name.startswith("model-")}
+        return _sha256(json.dumps(sorted(listed.items())))
+    name = path.removeprefix(HUGGING_FACE)
+    files = [Path(name)] if Path(name).is_file() else _weights_in(locate(name))
+    return _sha256(json.dumps([_sampled(file) for file in files]))
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _sampled(file: Path) -> tuple[int, str]:
+    size, digest = file.stat().st_size, hashlib.sha256()
+    with file.open("rb") as handle:
+        for i in range(_SAMPLES):
+            handle.seek(max(size - _SAMPLE_BYTES, 0) * i // (_SAMPLES - 1))
+            digest.update(handle.read(_SAMPLE_BYTES))
+    return size, digest.hexdigest()
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _trainer(path: Path) -> dict[str, Json]:
+    try:
+        trainer = json.loads((path / TRAINER).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedError(f"{path / TRAINER}: is malformed ({type(error).__name__}: {error})") from None
+    if not isinstance(trainer, dict) or not isinstance(trainer.get("step"), int) or trainer["step"] < 0:
+        raise DamagedError(f"{path / TRAINER}: is malformed (no step)")
+    return trainer

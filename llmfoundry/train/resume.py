@@ -1,0 +1,217 @@
+"""What a run begins from, decided once and before anything is built: nothing, its own newest checkpoint, or another's.
+
+A checkpoint brings its tokenizer. Settings that would change what its state means are refused (checkpoint/identity.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Literal, NamedTuple, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from llmfoundry import runtime
+from llmfoundry.checkpoint.checkpointer import Checkpointer
+from llmfoundry.checkpoint.identity import (
+    DATA,
+    ROWS,
+    TOKENIZER,
+    Comparison,
+    Difference,
+    check_allowed,
+    check_names,
+    compare,
+    is_allowed,
+)
+from llmfoundry.checkpoint.reading import HUGGING_FACE, Base, Contents, base_of, find_base, read
+from llmfoundry.config import ConfigError, dump, read_resolved
+from llmfoundry.hf.facts import differences, facts
+from llmfoundry.hf.pretrained import TOKENIZER_FILES, locate, open_checkpoint
+from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.train.config import RunConfig
+from llmfoundry.train.outputs import is_free
+from llmfoundry.train.run import TrainState
+
+log = logging.getLogger(__name__)
+
+
+class Start(NamedTuple):
+    """What a run begins from.
+
+    Attributes:
+        how: new: initial weights. weights: a new run on a checkpoint's weights. continue: all that a checkpoint holds,
+            in another folder. resume: the same in the run's own folder.
+        contents: a checkpoint of ours.
+        hugging_face: a folder or hub id; weights only.
+        base: what checkpoints of this run leave out, as it is there already.
+        changes: settings that differ from the checkpoint's, and are taken.
+        rows_anew: the checkpoint's place in the data means nothing here: rows are counted from the first.
+    """
+
+    how: Literal["new", "weights", "continue", "resume"]
+    contents: Contents | None = None
+    hugging_face: str | None = None
+    base: Base | None = None
+    changes: tuple[Difference, ...] = ()
+    rows_anew: bool = False
+
+
+def find_start(config: RunConfig, checkpointer: Checkpointer) -> Start:
+    """Find what a run begins from, and whether it may; all ranks together, and nothing is loaded.
+
+    Raises:
+        ConfigError: a checkpoint is missing or damaged, or the run is another one than that which saved it.
+    """
+    model = config.model
+    assert isinstance(model, CausalLMConfig)
+    check_names(config, model, config.load_allow)
+    contents = checkpointer.newest() if config.autoresume else None
+    if contents is not None:
+        return _from_ours(config, model, "resume", contents)
+    _check_same_folder(config, model)
+    if config.load_path is None:
+        return Start("new")
+    if config.load_path.startswith(HUGGING_FACE):
+        return _from_hugging_face(config, model, config.load_path.removeprefix(HUGGING_FACE))
+    if config.load_weights_only:
+        return _from_ours(config, model, "weights", read(config.load_path, "model"))
+    return _from_ours(config, model, "continue", read(config.load_path, "everything"))
+
+
+def _from_ours(
+    config: RunConfig, model: CausalLMConfig, how: Literal["weights", "continue", "resume"], contents: Contents
+) -> Start:
+    comparison = compare(config, model, contents.config, weights_only=how == "weights")
+    remedy = {
+        "weights": "its config.yaml has the model's settings",
+        "continue": "begin a new run from its weights with load_weights_only=true",
+        "resume": "choose another save_folder",
+    }[how]
+    check_allowed(comparison, config.load_allow, str(contents.path), remedy)
+    if contents.base is not None:
+        moved = config.load_path if how == "resume" else None
+        found = find_base(contents.base, contents.path, moved)
+        contents = contents._replace(base=contents.base._replace(path=found))
+    base = None
+    if model.lora is not None and not config.save_frozen_weights:
+        base = base_of(contents) if how == "weights" else contents.base
+    anew = any(difference.key in ROWS for difference in comparison.identity)
+    changes = () if how == "weights" else (*comparison.identity, *comparison.others)
+    return Start(how, contents, base=base, changes=changes, rows_anew=anew)
+
+
+def _from_hugging_face(config: RunConfig, model: CausalLMConfig, name: str) -> Start:
+    theirs = open_checkpoint(name)
+    found = differences(facts(theirs.config), facts(model))
+    comparison = Comparison([Difference(f"model.{key}", *both) for key, both in found.items()], [])
+    check_allowed(comparison, config.load_allow, name, "convert.py from-hf writes a config.yaml with its settings")
+    return Start(
+        "weights", hugging_face=name,
+        base=base_of(name) if model.lora is not None and not config.save_frozen_weights else None,
+    )  # fmt: skip
+
+
+def _check_same_folder(config: RunConfig, model: CausalLMConfig) -> None:
+    """A folder without a checkpoint may hold the metrics of another run, which would be lost."""
+    folder = Path(config.save_folder)
+    if not config.autoresume or runtime.on_rank0(lambda: is_free(folder)):
+        return
+    before = runtime.on_rank0(lambda: read_resolved(folder / "config.yaml"))
+    comparison = compare(config, model, before, weights_only=False)
+    check_allowed(comparison, config.load_allow, str(folder), "choose another save_folder")
+    log.warning("%s: holds no checkpoint; starting from the first step", folder)
+
+
+def build_tokenizer(config: RunConfig, start: Start) -> PreTrainedTokenizerBase:
+    """The tokenizer of the run: that of the checkpoint, where it begins from one.
+
+    Raises:
+        ConfigError: another one is asked for, and `load_allow` does not name it.
+    """
+    wanted, dataset = config.tokenizer, config.train_loader.dataset
+    others = [config.eval_loader.dataset] if config.eval_loader is not None else []
+    folder = _tokenizer_of(start)
+    if folder is None or is_allowed(TOKENIZER, config.load_allow):
+        return wanted.build(dataset, others)
+    own = wanted.model_copy(update={"name": str(folder), "vocab_size": None}).build(dataset, others)
+    before = start.contents.config.get("tokenizer") if start.contents is not None else None
+    if wanted.name == "bpe":
+        size = before.get("vocab_size") if isinstance(before, dict) and before.get("name") == "bpe" else None
+        if wanted.vocab_size not in (None, size, len(own)):
+            raise _another_tokenizer(f"bpe of {wanted.vocab_size} entries", folder, own)
+        log.info("tokenizer: the checkpoint's own, of %d entries; bpe is not trained again", len(own))
+        return own
+    if start.how == "weights" and dump(wanted) == before:
+        return own
+    asked = wanted.build(dataset, others)
+    if asked.get_vocab() != own.get_vocab() or asked.eos_token_id != own.eos_token_id:
+        raise _another_tokenizer(f"{wanted.name} of {len(asked)} entries", folder, own)
+    return asked
+
+
+def _another_tokenizer(asked: str, folder: Path, own: PreTrainedTokenizerBase) -> ConfigError:
+    return ConfigError(
+        f"tokenizer: {asked} is not the tokenizer of the weights, which is {folder} of {len(own)} entries; "
+        f"write tokenizer.name={folder}, or take another one on purpose: load_allow=[tokenizer]"
+    )
+
+
+def _tokenizer_of(start: Start) -> Path | None:
+    """The folder with the tokenizer of what a run begins from."""
+    if start.contents is not None:
+        return start.contents.tokenizer
+    if start.hugging_face is None or start.hugging_face.endswith(".gguf"):
+        return None
+    folder = locate(start.hugging_face)
+    return folder if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
+
+
+def check_data(start: Start, fingerprint: str, allow: list[str]) -> Start:
+    """Compare the data of a run with that of the checkpoint that it continues: wherever it lies, its tokens count.
+
+    Returns:
+        `start`, with `rows_anew` set if the data is new.
+
+    Raises:
+        ConfigError: it is new, and `load_allow` does not name it.
+    """
+    contents = start.contents
+    if contents is None or start.how == "weights" or contents.trainer.get("data") == fingerprint:
+        return start
+    if not is_allowed(DATA, allow):
+        raise ConfigError(
+            f"{contents.path}: was trained on other data or with another tokenizer (changed files count too); "
+            "restore them; or go on with the new data from its first row, and the optimizer as it is: "
+            "load_allow=[data]; or begin a new run from its weights with load_path and load_weights_only=true"
+        )
+    return start._replace(rows_anew=True)
+
+
+def train_state(contents: Contents) -> TrainState:
+    """How far the run was that saved a checkpoint.
+
+    Raises:
+        ConfigError: it was not saved by a training run.
+    """
+    state = contents.trainer.get("state")
+    if not isinstance(state, dict) or not {"step", "rows", "tokens"} <= state.keys():
+        raise ConfigError(
+            f"{contents.path}: was not saved by a training run; take its weights by load_weights_only=true"
+        )
+    known = {field.name for field in fields(TrainState)}
+    return TrainState(**{key: value for key, value in cast(dict[str, int], state).items() if key in known})
+
+
+def command_to_continue() -> str:
+    """The command line that takes up this run from its newest checkpoint: its own, with `autoresume=true`."""
+    words = list(sys.orig_argv)
+    launcher = Path(f"/proc/{os.getppid()}/cmdline")
+    if "TORCHELASTIC_RUN_ID" in os.environ and launcher.exists():  # torchrun started this rank
+        words = launcher.read_text().rstrip("\0").split("\0")
+    words = [word for word in words if not word.startswith("autoresume=")]
+    return shlex.join([*words, "autoresume=true"])

@@ -1,0 +1,89 @@
+"""When a checkpoint cannot be saved: the run goes on with the one before it, and stops after too many failures."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from llmfoundry import runtime
+from llmfoundry.checkpoint.checkpointer import Checkpointer, CheckpointState, SaveError
+
+log = logging.getLogger(__name__)
+
+
+class Saver:
+    """Saves through a checkpointer and counts failures. All ranks call it together, and all count alike.
+
+    Args:
+        failures_allowed: in a row; one more is an error.
+    """
+
+    def __init__(self, checkpointer: Checkpointer, failures_allowed: int) -> None:
+        self.checkpointer = checkpointer
+        self._allowed = failures_allowed
+        self._failures = 0  # in a row
+
+    def save(self, state: CheckpointState, sync: Callable[[], None]) -> None:
+        """Save a checkpoint; a failure is a warning, and the next call tries again.
+
+        A save that goes on in a thread is counted by the next call, where all ranks learn of it.
+
+        Args:
+            sync: called on rank 0 before; the save fails if it raises OSError.
+
+        Raises:
+            SaveError: more saves than allowed have failed in a row.
+        """
+        for part in (self._finish, lambda: self._begin(state, sync)):
+            try:
+                if part():
+                    self._failures = 0
+            except (SaveError, OSError) as error:
+                self._count(error)
+
+    def save_last(self, state: CheckpointState, sync: Callable[[], None]) -> None:
+        """Save what the run ends with, and wait until it is on disk.
+
+        Raises:
+            SaveError: it failed twice.
+        """
+        try:
+            self._finish()
+        except SaveError as error:
+            log.warning("%s", error)
+        for tries_left in (1, 0):
+            try:
+                self._begin(state, sync)
+                self._finish()
+                return
+            except (SaveError, OSError) as error:
+                message = f"the last checkpoint, of step {state.step}, could not be saved: {error}; {self._newest()}"
+                if not tries_left:
+                    raise SaveError(message) from error
+                log.warning("%s; trying once more", message)
+
+    def _finish(self) -> Path | None:
+        """Wait for the save in flight; None if there is none."""
+        return self.checkpointer.wait()
+
+    def _begin(self, state: CheckpointState, sync: Callable[[], None]) -> bool:
+        """Save, or start a save that goes on in a thread; whether it is done."""
+        runtime.on_rank0(sync)
+        self.checkpointer.save(state)
+        return not self.checkpointer.asynchronous
+
+    def _count(self, error: Exception) -> None:
+        self._failures += 1
+        if self._failures > self._allowed:
+            raise SaveError(
+                f"{self._failures} saves in a row have failed (save_failures_allowed={self._allowed}), the last: "
+                f"{error}; {self._newest()}"
+            ) from error
+        log.warning(
+            "a save failed (%d in a row, %d allowed): %s; the run goes on and saves again after save_interval; %s",
+            self._failures, self._allowed, error, self._newest(),
+        )  # fmt: skip
+
+    def _newest(self) -> str:
+        return f"the newest checkpoint is {self.checkpointer.newest_saved or 'not yet written'}"
