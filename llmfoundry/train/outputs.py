@@ -43,14 +43,14 @@ class RunFolder:
 
     def __init__(self, path: Path, lock: IO[str]) -> None:
         self.path = path
-        self._lock = lock  # held as long as the process lives; the kernel releases it however the process ends
+        self._lock = lock  # held until `close`; the kernel releases it however the process ends
         self._metrics: FileIO | None = None
         self._unwritten = bytearray()  # bytes of metrics.jsonl
         self._failing = False
 
     @classmethod
     def claim(cls, path: Path) -> RunFolder:
-        """Take a folder, made if need be, for as long as this process lives.
+        """Take a folder, made if need be, until `close` or the end of this process.
 
         Raises:
             ConfigError: it cannot be written, or a process that is alive holds it.
@@ -131,6 +131,12 @@ class RunFolder:
         assert self._metrics is not None
         while self._unwritten:
             del self._unwritten[: self._metrics.write(self._unwritten)]
+
+    def close(self) -> None:
+        """Let another run have the folder."""
+        if self._metrics is not None:
+            self._metrics.close()
+        self._lock.close()
 
     def write_summary(self, summary: Metrics) -> None:
         """Write summary.json."""

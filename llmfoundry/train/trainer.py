@@ -59,12 +59,18 @@ class Trainer(Run):
                 self.config.save_folder, self.state.step,
             )  # fmt: skip
             runtime.on_rank0(self._take_folder)
+            self._close()
             return
         try:
             self._fit()
         finally:
-            for callback in reversed(self.callbacks):
-                callback.close()
+            self._close()
+
+    def _close(self) -> None:
+        for callback in reversed(self.callbacks):
+            callback.close()
+        if self.folder is not None:
+            self.folder.close()
 
     def _fit(self) -> None:
         # Only now that nothing of the user's can be wrong is anything written.
