@@ -60,7 +60,7 @@ from llmfoundry.checkpoint.manifest import (
     write_file,
     write_manifest,
 )
-from llmfoundry.checkpoint.storage import Entry, StagedPlanner, TensorReader, TensorWriter, local_part, read_index
+from llmfoundry.checkpoint.storage import Entry, StagedPlanner, TensorReader, TensorWriter, read_index
 from llmfoundry.checkpoint.tensors import (
     check_same_model,
     model_tensors,
@@ -70,6 +70,7 @@ from llmfoundry.checkpoint.tensors import (
     rng_tensors,
     set_rng,
 )
+from llmfoundry.dtensor import local_part
 from llmfoundry.layers.lora import is_adapter
 
 log = logging.getLogger(__name__)
@@ -246,7 +247,7 @@ class Checkpointer:
     def _staged(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """This rank's part of each tensor, copied to the CPU; the same memory each time, pinned if from a GPU."""
         for name, tensor in tensors.items():
-            local = local_part(tensor)
+            local = local_part(tensor).detach()
             if name not in self._stage:
                 self._stage[name] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
             self._stage[name].copy_(local, non_blocking=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from llmfoundry.config import Choice, dump
 from llmfoundry.layers.attention import AttentionConfig, GroupedQueryConfig
 from llmfoundry.layers.ffn import FFNConfig
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.layer import MoEConfig
 
 Facts = dict[str, object]

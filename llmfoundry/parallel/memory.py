@@ -18,7 +18,7 @@ from llmfoundry.kernels.cross_entropy import CHUNK_LOGITS
 from llmfoundry.layers.attention import AttentionConfig, GroupedQueryConfig
 from llmfoundry.layers.ffn import FFNConfig, MLPConfig
 from llmfoundry.layers.latent_attention import LatentConfig
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.layer import MoEConfig
 from llmfoundry.parallel.mesh import Degrees, ParallelConfig, alone
 

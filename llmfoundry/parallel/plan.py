@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.layer import MoEConfig
 from llmfoundry.parallel import hardware
 from llmfoundry.parallel.memory import MASTER, Memory, block_params, memory

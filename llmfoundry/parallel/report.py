@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from llmfoundry.config import ConfigError
-from llmfoundry.model.config import CausalLMConfig, ModelConfig
+from llmfoundry.model.config import ModelConfig
+from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.parallel import hardware
 from llmfoundry.parallel.expert import n_experts
 from llmfoundry.parallel.hardware import GIB

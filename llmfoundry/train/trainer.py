@@ -22,8 +22,7 @@ from llmfoundry.config import ConfigError, dump
 from llmfoundry.data.loader import Loader
 from llmfoundry.eval.perplexity import evaluate
 from llmfoundry.kernels.experts import resolve_backend
-from llmfoundry.model.config import CausalLMConfig
-from llmfoundry.model.transformer import CausalLM
+from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 from llmfoundry.moe.balance import Balance, summary
 from llmfoundry.moe.layer import MoEConfig
 from llmfoundry.parallel.apply import materialize, parallelize
@@ -370,6 +369,7 @@ def build(config: RunConfig) -> Trainer:
     schedule = config.scheduler.build(timeline)
     with torch.device("meta"):  # shapes only: no rank ever holds the whole model
         model = config.model.build()
+    assert isinstance(model, CausalLM)
     model = parallelize(model, mesh, config.parallel, precision)
     model = materialize(model, config.parallel, config.seed)  # the same values on every mesh
     return Trainer(

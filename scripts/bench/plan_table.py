@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llmfoundry.cli.command import read_config
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.parallel import hardware
 from llmfoundry.parallel.expert import n_experts
 from llmfoundry.parallel.hardware import GIB

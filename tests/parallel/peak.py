@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_iter
 from llmfoundry.data.loader import Batch
 from llmfoundry.kernels import cross_entropy, experts_triton, tune
 from llmfoundry.layers import latent_attention, norm
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe import dispatch, layer, router
 from llmfoundry.moe.balance import Balance
 from llmfoundry.moe.layer import MoEConfig

@@ -15,7 +15,8 @@ from peak import simulate
 
 from llmfoundry.cli.command import read_config
 from llmfoundry.config import check
-from llmfoundry.model.config import CausalLMConfig, ModelConfig
+from llmfoundry.model.config import ModelConfig
+from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.parallel import memory as plan
 from llmfoundry.parallel.memory import Memory, memory
 from llmfoundry.parallel.mesh import Degrees, ParallelConfig, plan_mesh

@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llmfoundry.cli.command import read_config
 from llmfoundry.config import ConfigError
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.parallel import hardware
 from llmfoundry.parallel.apply import parallelize
 from llmfoundry.parallel.hardware import GIB
