@@ -75,7 +75,7 @@ from llmfoundry.checkpoint.reading import (
     read_one,
     read_tensors,
 )
-from llmfoundry.checkpoint.storage import StagedPlanner, TensorWriter, local_part
+from llmfoundry.checkpoint.storage import StagedPlanner, TensorWriter
 from llmfoundry.checkpoint.tensors import (
     check_same_model,
     model_tensors,
@@ -86,6 +86,7 @@ from llmfoundry.checkpoint.tensors import (
     set_rng,
 )
 from llmfoundry.config import write_resolved
+from llmfoundry.dtensor import local_part
 
 __all__ = ["Checkpointer", "CheckpointState", "Contents", "SaveError", "load_model_only", "read"]
 
@@ -251,7 +252,7 @@ class Checkpointer:
     def _staged(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """This rank's part of each tensor, copied to the CPU; the same memory each time, pinned if from a GPU."""
         for name, tensor in tensors.items():
-            local = local_part(tensor)
+            local = local_part(tensor).detach()
             if name not in self._stage:
                 self._stage[name] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
             self._stage[name].copy_(local, non_blocking=True)

@@ -42,7 +42,8 @@ from llmfoundry.hf.pretrained import (
 from llmfoundry.hf.upcycle import Upcycling, upcycle, upcycled_config
 from llmfoundry.layers.lora import adapted
 from llmfoundry.model.adapters import PeftPart, save_peft
-from llmfoundry.model.config import CausalLMConfig, ModelConfig
+from llmfoundry.model.config import ModelConfig
+from llmfoundry.model.transformer import CausalLMConfig
 
 _FILE_BYTES = 2 * 10**9  # several files are checked on several cores
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from llmfoundry.config import Choice, Config, ConfigError, check
 from llmfoundry.hf.facts import differences, facts
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 
 # Beside the model's function. Names that `load_allow` takes too, for what is compared elsewhere.
 ROWS = (

@@ -38,7 +38,6 @@ from torch.distributed.checkpoint import (
 from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta, TensorProperties
 from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from llmfoundry.checkpoint.manifest import INDEX, Written, write_file
@@ -218,11 +217,6 @@ def _header(boxes: list[tuple[WriteItem, TensorWriteData]]) -> bytes:
 
 def _bytes_in(data: TensorWriteData) -> int:
     return math.prod(data.chunk.sizes) * data.properties.dtype.itemsize
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -4,7 +4,7 @@
     optimizer/blocks.0.ffn.experts.w1/exp_avg   the optimizer's state of a parameter
     rng/0/cpu                                   the random state of rank 0
 
-Names do not depend on the mesh, nor on what `torch.compile` and recompute wrap around a module.
+Names do not depend on the mesh: sharding, compile and recompute keep them.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def model_tensors(model: nn.Module, *, frozen: bool = True) -> dict[str, Tensor]
         frozen: whether to include what is not trained; without it, buffers are left out too.
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {f"model/{_plain(name)}": tensor for name, tensor in model.state_dict().items() if frozen or name in trained}
+    return {f"model/{name}": tensor for name, tensor in model.state_dict().items() if frozen or name in trained}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Tensor]:
     """The optimizer's state of each parameter; empty before its first step."""
     if optimizer is None:
         return {}
-    names: dict[Tensor, str] = {parameter: _plain(name) for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"optimizer/{names[parameter]}/{key}": value
         for parameter, memory in optimizer.state.items()
@@ -59,7 +59,7 @@ def optimizer_memory(entries: Mapping[str, Entry], model: nn.Module, optimizer: 
     """
     if optimizer is None:
         return {}
-    names = {_plain(name): parameter for name, parameter in model.named_parameters()}
+    names = dict(model.named_parameters())
     steps_on_device = {
         parameter: bool(group.get("fused") or group.get("capturable"))
         for group in optimizer.param_groups
@@ -129,7 +129,3 @@ def check_same_model(entries: Mapping[str, Entry], tensors: Mapping[str, Tensor]
 
 def _describe(shape: tuple[int, ...], dtype: torch.dtype) -> str:
     return f"{'x'.join(map(str, shape)) or 'scalar'} {str(dtype).removeprefix('torch.')}"
-
-
-def _plain(name: str) -> str:
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")

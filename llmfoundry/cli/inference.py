@@ -15,8 +15,7 @@ from llmfoundry.cli.command import command, read_config
 from llmfoundry.config import ConfigError
 from llmfoundry.eval.generate import generate
 from llmfoundry.eval.perplexity import evaluate
-from llmfoundry.model.config import CausalLMConfig
-from llmfoundry.model.transformer import CausalLM, cast_parameters
+from llmfoundry.model.transformer import CausalLM, CausalLMConfig, cast_parameters
 from llmfoundry.train.config import RunConfig
 from llmfoundry.train.trainer import check_device
 

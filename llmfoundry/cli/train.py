@@ -41,6 +41,7 @@ def train_main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"--gpus {args.gpus}: is for --dry-run, and 1 or more")
     if args.gpu_memory is not None and (not math.isfinite(args.gpu_memory) or not args.dry_run):
         raise ConfigError(f"--gpu-memory {args.gpu_memory:g}: is for --dry-run, and a number of GiB")
+    config.model.check_trainable()
     if args.dry_run:
         print(yaml.safe_dump(dump(config), sort_keys=False))
         print(_sizes(config))

@@ -14,7 +14,7 @@ from llmfoundry.hf.pieces import Pieces
 from llmfoundry.layers.attention import FULL, GroupedQueryConfig
 from llmfoundry.layers.ffn import FFNConfig
 from llmfoundry.layers.rope import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.layer import MoEConfig
 
 # Names of `transformers`; the first of each of ours is the one that is written.

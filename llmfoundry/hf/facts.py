@@ -9,7 +9,7 @@ from __future__ import annotations
 from llmfoundry.config import Choice, dump
 from llmfoundry.layers.attention import AttentionConfig, GroupedQueryConfig
 from llmfoundry.layers.ffn import FFNConfig
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.layer import MoEConfig
 
 Facts = dict[str, object]
@@ -48,6 +48,8 @@ def facts(config: CausalLMConfig) -> Facts:
 def differences(one: Facts, two: Facts) -> dict[str, tuple[object, object]]:
     """Facts that differ, with both values; a block that differs in every layer is named once."""
     keys = [key for key in one | two if one.get(key) != two.get(key)]
+    if "n_layers" in keys:  # then blocks and windows differ in number: those that both have are compared
+        keys = [key for key in keys if key in one and key in two and key != "windows"]
     found: dict[str, tuple[object, object]] = {}
     for key in keys:
         prefix, _, rest = key.partition("].")

@@ -22,7 +22,7 @@ from llmfoundry.config import ConfigError
 from llmfoundry.hf import families
 from llmfoundry.hf.facts import differences, facts
 from llmfoundry.hf.pieces import Pieces
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 
 Value = None | bool | int | float | str | list["Value"] | dict[str, "Value"]
 ConfigDict = dict[str, Value]  # a config.json

@@ -20,11 +20,11 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llmfoundry import runtime
 from llmfoundry.config import ConfigError
+from llmfoundry.dtensor import local_shard, whole
 from llmfoundry.hf import gguf
 from llmfoundry.hf.facts import differences, facts
 from llmfoundry.hf.family import ConfigDict, Family, read_config, write_config
@@ -32,9 +32,7 @@ from llmfoundry.hf.files import Advance, Folder, boxes, new_folder, write_weight
 from llmfoundry.hf.gguf import GGUFFile
 from llmfoundry.hf.pieces import Copy, Kept, Part, Pieces, Source, Spec, fill, values_of
 from llmfoundry.layers.lora import is_adapter
-from llmfoundry.model.config import CausalLMConfig
-from llmfoundry.model.init import plain_name, shard_of
-from llmfoundry.model.transformer import CausalLM, cast_parameters
+from llmfoundry.model.transformer import CausalLM, CausalLMConfig, cast_parameters
 
 # What makes a tokenizer; none of it is code.
 TOKENIZER_FILES = (
@@ -202,9 +200,8 @@ def load_weights(model: CausalLM, path_or_id: str | Path, allow: Collection[str]
     if other and our_shapes(model.config) != our_shapes(checkpoint.config):
         raise ConfigError(f"{checkpoint.path}: its tensors have other shapes than the model's")
     for name, tensor in model.state_dict().items():
-        name = plain_name(name)
         if not is_adapter(name):
-            shard = shard_of(tensor)
+            shard = local_shard(tensor)
             fill(shard.local, shard.offsets, checkpoint.copies[name], checkpoint.source)
 
 
@@ -367,8 +364,7 @@ class _Model:
     one is kept: the next tensor of theirs is often another part of it."""
 
     def __init__(self, model: CausalLM) -> None:
-        state = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
-        self._state = {name: tensor for name, tensor in state.items() if not is_adapter(name)}
+        self._state = {name: tensor for name, tensor in model.state_dict().items() if not is_adapter(name)}
         self.specs: Mapping[str, Spec] = {
             name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._state.items()
         }
@@ -376,7 +372,5 @@ class _Model:
 
     def parts(self, name: str) -> list[Part]:
         if self._last is None or self._last[0] != name:
-            tensor = self._state[name].detach()
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            self._last = name, whole.cpu()
+            self._last = name, whole(self._state[name])
         return [Part((0,) * self._last[1].dim(), self._last[1])]

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from llmfoundry import runtime
 from llmfoundry.config import Config, ConfigError, check, dump
+from llmfoundry.dtensor import local_shard
 from llmfoundry.layers.ffn import MLPConfig
-from llmfoundry.model.config import CausalLMConfig
-from llmfoundry.model.init import Shard, draw_weight
+from llmfoundry.model.init import draw_weight
+from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.layer import MoEConfig
 
 _FFN = re.compile(r"blocks\.(\d+)\.ffn\.(w1|w2)\.(weight|bias)")
@@ -177,5 +178,5 @@ def _router(name: str, like: Tensor, plan: Upcycling, seed: int) -> Tensor:
     """(E, D) in the dtype of `like` (2F, D): normal, one row for all shards of a copy."""
     copies = torch.empty(plan.moe_num_experts // plan.granularity, like.shape[1])
     with ThreadPoolExecutor(1) as threads:
-        draw_weight(Shard(copies, copies.shape, (0, 0)), plan.router_std, False, seed, name, threads)
+        draw_weight(local_shard(copies), plan.router_std, False, seed, name, threads)
     return copies.repeat_interleave(plan.granularity, dim=0).to(like.dtype)

@@ -18,11 +18,10 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from llmfoundry import runtime
+from llmfoundry.dtensor import local_shard, whole
 from llmfoundry.layers.lora import LoRAConfig, adapted, adapters, is_adapter
-from llmfoundry.model.init import plain_name, shard_of
 from llmfoundry.model.transformer import CausalLM
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -66,9 +65,9 @@ def save_peft(model: CausalLM, folder: str | Path, names: Names, base_model: str
     if config is None:
         raise ValueError("the model has no adapters; set model.lora")
     entries, tensors = _entries(model, names), {}
-    whole = {plain_name(name): (_whole(a), _whole(b)) for name, a, b in adapters(model)}
+    values = {name: (whole(a), whole(b)) for name, a, b in adapters(model)}
     for entry in entries:
-        a, b = whole[entry.name]
+        a, b = values[entry.name]
         b = b[..., entry.part.rows, :]
         if entry.stacked:
             a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)  # (E r, D), (N, r E)
@@ -113,7 +112,7 @@ def load_peft(model: CausalLM, folder: str | Path, names: Names) -> None:
     if tensors:
         raise ValueError(f"{folder / WEIGHTS}: {min(tensors)} has no adapter here; add it to lora.target_modules")
     for name, a, b in adapters(model):
-        _fill(name, a, b, parts.get(plain_name(name), []))
+        _fill(name, a, b, parts.get(name, []))
 
 
 def folded(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
@@ -121,23 +120,22 @@ def folded(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
 
     Every rank of a sharded model has to go through all of them.
     """
-    found = {plain_name(name): (a, b) for name, a, b in adapters(model)}
+    found = {name: (a, b) for name, a, b in adapters(model)}
     for name, value in model.state_dict().items():
-        name = plain_name(name)
         if is_adapter(name):
             continue
         a, b = found.get(name.removesuffix(".weight"), (None, None))
         if a is None or b is None or model.config.lora is None:
-            yield name, _whole(value)
+            yield name, whole(value)
         else:
-            yield name, adapted(_whole(value), _whole(a), _whole(b), model.config.lora.scale)
+            yield name, adapted(whole(value), whole(a), whole(b), model.config.lora.scale)
 
 
 def _entries(model: CausalLM, names: Names) -> list[_Entry]:
     """Every part of every adapter, with peft's name for it."""
     found: list[tuple[str, PeftPart, bool]] = []
     for name, a, _ in adapters(model):
-        found += [(plain_name(name), part, a.dim() == 3) for part in names(plain_name(name))]
+        found += [(name, part, a.dim() == 3) for part in names(name)]
     owners = [part.name.rpartition(".")[0] if stacked else "" for _, part, stacked in found]
     entries = []
     for i, (name, part, stacked) in enumerate(found):
@@ -178,7 +176,7 @@ def _peft_config(config: LoRAConfig, entries: list[_Entry], mixture: bool, base_
 def _fill(name: str, a: Tensor, b: Tensor, parts: list[tuple[PeftPart, Tensor, Tensor]]) -> None:
     """Set one adapter from its parts: each A once, each part's B in the columns of its A."""
     if not parts:
-        shard_of(b).local.zero_()
+        local_shard(b).local.zero_()
         return
     whole_a = torch.zeros(a.shape, dtype=parts[0][1].dtype)
     whole_b = torch.zeros(b.shape, dtype=parts[0][2].dtype)
@@ -193,13 +191,8 @@ def _fill(name: str, a: Tensor, b: Tensor, parts: list[tuple[PeftPart, Tensor, T
             raise ValueError(f"lora.rank={a.shape[-2]} cannot hold the adapters of {name}; set it to {columns.stop}")
         whole_a[..., columns, :] = part_a
         whole_b[..., part.rows, columns] = part_b
-    for parameter, whole in ((a, whole_a), (b, whole_b)):
-        local, _, offsets = shard_of(parameter)
+    for parameter, value in ((a, whole_a), (b, whole_b)):
+        local, _, offsets = local_shard(parameter)
         for dim, (start, size) in enumerate(zip(offsets, local.shape, strict=True)):
-            whole = whole.narrow(dim, start, size)
-        local.copy_(whole)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be split over ranks, on the CPU; every rank has to ask."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+            value = value.narrow(dim, start, size)
+        local.copy_(value)

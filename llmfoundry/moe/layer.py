@@ -7,15 +7,15 @@ Dropless (MegaBlocks, arXiv:2211.15841): every token reaches all of its experts,
 from __future__ import annotations
 
 from functools import cache
-from typing import Literal, Self, overload
+from typing import Literal, Self
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from llmfoundry.dtensor import local_part
 from llmfoundry.kernels.activations import ACTIVATIONS
 from llmfoundry.kernels.experts import Backend, ExpertKind, experts_ffn, resolve_backend
 from llmfoundry.kernels.late import LateGradients
@@ -148,9 +148,9 @@ class Experts(nn.Module):
 
     def forward(self, tokens: Slots | Departed) -> Tensor:
         """`experts_ffn` with these weights, on tokens that are here or on their way here; (T, D) or (R, D)."""
-        w1 = adapted(_local(self.w1), _local(self.w1_lora_A), _local(self.w1_lora_B), self.lora_scale)
-        w2 = adapted(_local(self.w2), _local(self.w2_lora_A), _local(self.w2_lora_B), self.lora_scale)
-        b1, b2 = _local(self.b1), _local(self.b2)
+        w1 = adapted(local_part(self.w1), local_part(self.w1_lora_A), local_part(self.w1_lora_B), self.lora_scale)
+        w2 = adapted(local_part(self.w2), local_part(self.w2_lora_A), local_part(self.w2_lora_B), self.lora_scale)
+        b1, b2 = local_part(self.b1), local_part(self.b2)
         late = None
         if isinstance(tokens, Departed):
             late = LateGradients()
@@ -206,12 +206,3 @@ class MoE(nn.Module):
             return None
         y = self.shared_expert(x).y
         return y if self.shared_expert_gate is None else F.sigmoid(self.shared_expert_gate(x)) * y
-
-
-@overload
-def _local(parameter: Tensor) -> Tensor: ...
-@overload
-def _local(parameter: Tensor | None) -> Tensor | None: ...
-def _local(parameter: Tensor | None) -> Tensor | None:
-    """This rank's experts of a parameter that may be split over ranks, or be missing."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

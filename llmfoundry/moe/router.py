@@ -63,14 +63,21 @@ class RouterConfig(Config):
                 f"moe_topk_groups={topk_groups} groups of {n_experts // n_groups} hold fewer than "
                 f"moe_top_k={top_k} experts; raise moe_topk_groups"
             )
+        return self
+
+    def check_trainable(self) -> None:
+        """Refuse to train a router that cannot learn; a finished model with such a router can be used.
+
+        Raises:
+            ValueError: every weight is 1, whatever the scores.
+        """
         norm = self.moe_normalize_expert_weights
-        if top_k == 1 and n_experts > 1 and norm is not None:
+        if self.moe_top_k == 1 and self.moe_num_experts > 1 and norm is not None:
             raise ValueError(
                 f"moe_normalize_expert_weights={norm:g} with moe_top_k=1 makes every weight 1, so that the loss gives "
                 "the router no gradient and it learns nothing; write moe_normalize_expert_weights: null, or moe_top_k: "
-                "2 or more (in config.json: norm_topk_prob, which some families imply, and num_experts_per_tok)"
+                "2 or more"
             )
-        return self
 
 
 class Router(nn.Module):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.layer import MoE, MoEConfig
 from llmfoundry.parallel.mesh import Mesh
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.balance import Balance
 from llmfoundry.parallel.expert import n_experts
 from llmfoundry.parallel.mesh import Degrees, ParallelConfig, plan_mesh

@@ -11,6 +11,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+import llmfoundry.model.transformer  # noqa: F401  registers its model
 from llmfoundry.config import Choice, Config, ConfigError, keyed
 from llmfoundry.data.loader import LoaderConfig
 from llmfoundry.data.tokenizer import TokenizerConfig

@@ -32,7 +32,7 @@ from llmfoundry.checkpoint.reading import HUGGING_FACE, Base, Contents, base_of,
 from llmfoundry.config import ConfigError, dump, read_resolved
 from llmfoundry.hf.facts import differences, facts
 from llmfoundry.hf.pretrained import TOKENIZER_FILES, locate, open_checkpoint
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.train.config import RunConfig
 from llmfoundry.train.outputs import is_free
 from llmfoundry.train.run import TrainState

@@ -20,7 +20,7 @@ from llmfoundry.checkpoint.reading import Contents, Json, load_model_only
 from llmfoundry.config import ConfigError, dump
 from llmfoundry.eval.perplexity import evaluate
 from llmfoundry.kernels.experts import resolve_backend
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 from llmfoundry.moe.balance import Balance, summary
 from llmfoundry.moe.layer import MoEConfig
 from llmfoundry.parallel.apply import materialize, parallelize
@@ -320,6 +320,7 @@ def build(config: RunConfig) -> Trainer:
     device = runtime.start(config.dist_timeout, alone_too=config.parallel.cpu_offload)
     runtime.seed_all(config.seed)
     assert isinstance(config.model, CausalLMConfig)
+    config.model.check_trainable()
     precision = config.precision_on(device.type)
     check_device(config.model, device, precision)
     mesh = build_mesh(config.parallel, device.type, n_experts(config.model))
@@ -360,6 +361,7 @@ def build(config: RunConfig) -> Trainer:
     schedule = config.scheduler.build(timeline)
     with torch.device("meta"):  # shapes only: no rank ever holds the whole model
         model = config.model.build()
+    assert isinstance(model, CausalLM)
     model = parallelize(model, mesh, config.parallel, precision)
     model = materialize(model, config.parallel, config.seed)  # the same values on every mesh
     return Trainer(

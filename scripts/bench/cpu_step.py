@@ -30,8 +30,7 @@ from llmfoundry.data.loader import LoaderConfig
 from llmfoundry.data.tokenizer import TokenizerConfig
 from llmfoundry.layers.attention import GroupedQueryConfig
 from llmfoundry.layers.ffn import Activation
-from llmfoundry.model.config import CausalLMConfig
-from llmfoundry.model.transformer import CausalLM
+from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 from llmfoundry.moe.layer import MoEConfig
 from llmfoundry.train.optim import clip_by_global_norm
 

@@ -16,7 +16,8 @@ import torch
 
 from llmfoundry.config import check
 from llmfoundry.data.loader import Batch
-from llmfoundry.model.config import CausalLMConfig, ModelConfig
+from llmfoundry.model.config import ModelConfig
+from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.balance import Balance
 from llmfoundry.parallel.apply import materialize, parallelize
 from llmfoundry.parallel.mesh import ParallelConfig, build_mesh

@@ -11,8 +11,7 @@ from llmfoundry.cli.inference import generate_main
 from llmfoundry.config import ConfigError
 from llmfoundry.eval.generate import generate, sample
 from llmfoundry.layers.attention import GroupedQueryConfig
-from llmfoundry.model.config import CausalLMConfig
-from llmfoundry.model.transformer import CausalLM
+from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 
 WORDS = ["<end>", *(f"w{i}" for i in range(30))]
 

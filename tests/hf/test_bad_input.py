@@ -17,7 +17,7 @@ from llmfoundry.config import ConfigError, check
 from llmfoundry.hf import from_pretrained, load_weights, save_pretrained
 from llmfoundry.hf.family import read_config, write_config
 from llmfoundry.hf.files import INDEX, WEIGHTS, new_folder
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 
 QUERIES = "model.layers.0.self_attn.q_proj.weight"
 

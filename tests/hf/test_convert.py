@@ -139,7 +139,7 @@ def test_another_model_is_named_before_anything_changes(
 ) -> None:
     model = model_of(mixtral, tmp_path) | {"n_layers": 1}
     assert train_main([str(recipe(tmp_path, model, mixtral, load_path=f"hf:{mixtral}"))]) == 2
-    assert "model.n_layers: is 1, but 2 in" in capsys.readouterr().err
+    assert "model.n_layers: 1 differs from 2 of" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

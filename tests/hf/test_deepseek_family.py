@@ -17,7 +17,7 @@ from llmfoundry.config import ConfigError, check, dump
 from llmfoundry.hf import from_pretrained
 from llmfoundry.hf.facts import facts
 from llmfoundry.hf.family import read_config, write_config
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.layer import MoEConfig
 
 V2, V3 = "deepseek_v2", "deepseek_v3"

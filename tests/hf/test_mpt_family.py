@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmfoundry.config import ConfigError, check, dump
 from llmfoundry.hf.facts import facts
 from llmfoundry.hf.family import read_config, write_config
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 
 MISTAKES = {
     "attn_config: alibi_bias_max=16 is not supported, only 8": {"attn_config": {"alibi_bias_max": 16}},

@@ -6,9 +6,8 @@ from torch import Tensor
 
 from llmfoundry.config import ConfigError, check
 from llmfoundry.hf.upcycle import Upcycling, upcycle, upcycled_config
-from llmfoundry.model.config import CausalLMConfig
 from llmfoundry.model.init import init_weights
-from llmfoundry.model.transformer import CausalLM
+from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 
 SIZES = {
     "d_model": 24, "n_heads": 4, "n_layers": 4, "vocab_size": 61, "max_seq_len": 32, "norm_type": "rmsnorm",

@@ -11,7 +11,8 @@ import yaml
 from llmfoundry.cli.command import read_config
 from llmfoundry.config import ConfigError, check
 from llmfoundry.integrations.foundry_yaml import translate
-from llmfoundry.model.config import CausalLMConfig, ModelConfig
+from llmfoundry.model.config import ModelConfig
+from llmfoundry.model.transformer import CausalLMConfig
 
 # In the words of LLM Foundry v0.22, for a mixture of experts.
 FOUNDRY = {

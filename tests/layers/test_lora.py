@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from llmfoundry.config import ConfigError, check
 from llmfoundry.layers.lora import LoRALinear, adapted, adapters, effective_weight, is_adapter
 from llmfoundry.model.adapters import folded
-from llmfoundry.model.config import CausalLMConfig
 from llmfoundry.model.init import init_weights
-from llmfoundry.model.transformer import Cache, CausalLM
+from llmfoundry.model.transformer import Cache, CausalLM, CausalLMConfig
 
 SIZES = {
     "d_model": 16, "n_heads": 4, "n_layers": 3, "vocab_size": 61, "max_seq_len": 24, "norm_type": "rmsnorm",

@@ -25,9 +25,8 @@ from transformers import (
 from llmfoundry.config import check
 from llmfoundry.layers.lora import adapters, is_adapter
 from llmfoundry.model.adapters import Names, PeftPart, load_peft, save_peft
-from llmfoundry.model.config import CausalLMConfig
 from llmfoundry.model.init import init_weights
-from llmfoundry.model.transformer import CausalLM
+from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 
 SIZES = {
     "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -5,7 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmfoundry.config import ConfigError, check, dump
-from llmfoundry.model.config import CausalLMConfig, ModelConfig
+from llmfoundry.model.config import ModelConfig
+from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.layer import MoE
 
 SMALL = {"d_model": 48, "n_heads": 6, "n_layers": 3, "vocab_size": 90, "max_seq_len": 32}

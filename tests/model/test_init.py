@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -13,10 +12,12 @@ from torch.distributed.tensor import Shard as ShardDim
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llmfoundry.config import check
+from llmfoundry.dtensor import LocalShard, local_shard
 from llmfoundry.model import init
 from llmfoundry.model.config import ModelConfig
-from llmfoundry.model.init import Shard, draw_weight, init_weights, shard_of
+from llmfoundry.model.init import draw_weight, init_weights
 from llmfoundry.model.transformer import CausalLM
+from llmfoundry.parallel.recompute import recompute_blocks
 
 SMALL = {
     "d_model": 48,
@@ -43,7 +44,7 @@ def _model(dtype: torch.dtype = torch.float32, seed: int = 0, **keys: object) ->
 
 def _draw(local: Tensor, shape: tuple[int, ...], offsets: tuple[int, ...]) -> Tensor:
     with ThreadPoolExecutor(2) as threads:
-        draw_weight(Shard(local, torch.Size(shape), offsets), 0.5, False, 1, "blocks.0.ffn.w1", threads)
+        draw_weight(LocalShard(local, torch.Size(shape), offsets), 0.5, False, 1, "blocks.0.ffn.w1", threads)
     return local
 
 
@@ -79,16 +80,17 @@ def test_no_two_parameters_or_blocks_share_values() -> None:
     assert weights.unique().numel() > 0.99 * weights.numel()  # the rest: float32 numbers that meet by chance
 
 
-def test_wrappers_do_not_change_the_values() -> None:
+def test_recompute_and_compile_keep_names_and_values() -> None:
     plain = _model()
     with torch.device("meta"):
-        wrapped = check(ModelConfig, SMALL).build()
-    for layer, block in enumerate(wrapped.blocks):
-        wrapped.blocks[layer] = checkpoint_wrapper(torch.compile(block))
-    wrapped.to_empty(device="cpu")
-    init_weights(wrapped, 0)
-    for (name, p), q in zip(wrapped.named_parameters(), plain.parameters(), strict=True):
-        assert torch.equal(p, q), name
+        changed = check(ModelConfig, SMALL).build()
+    recompute_blocks(changed.blocks, "full", None, in_graph=True)
+    for block in changed.blocks:
+        block.forward = torch.compile(block.forward)
+    changed.to_empty(device="cpu")
+    init_weights(changed, 0)
+    for (name, p), (other, q) in zip(changed.named_parameters(), plain.named_parameters(), strict=True):
+        assert name == other and torch.equal(p, q), name
 
 
 RULES = {
@@ -195,7 +197,7 @@ def test_every_rank_of_fsdp_with_experts_holds_its_slice(fake_world: int, expert
         init_weights(model, 0)
         for name, p in model.named_parameters():
             assert isinstance(p, DTensor)
-            local, _, offsets = shard_of(p)
+            local, _, offsets = local_shard(p)
             expected = full[name]
             for axis, (offset, size) in enumerate(zip(offsets, local.shape, strict=True)):
                 expected = expected.narrow(axis, offset, size) if local.numel() else expected[:0]

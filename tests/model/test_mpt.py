@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from transformers import MptConfig, MptForCausalLM
 
 from llmfoundry.config import ConfigError, check
-from llmfoundry.model.config import CausalLMConfig, ModelConfig
-from llmfoundry.model.transformer import Cache, CausalLM
+from llmfoundry.model.config import ModelConfig
+from llmfoundry.model.transformer import Cache, CausalLM, CausalLMConfig
 
 # Slopes of 4 and 6 heads are powers of two, exact in float32; those of 12 are not, and what they are multiplied by
 # differs (the distance from the query here, from the last key there), so float64 agrees to float32's last bits only.

@@ -18,9 +18,9 @@ from transformers import (
 
 from llmfoundry.config import check
 from llmfoundry.layers.ffn import FFNConfig, FFNOutput, MLPConfig, RouterStats
-from llmfoundry.model.config import CausalLMConfig, ModelConfig
+from llmfoundry.model.config import ModelConfig
 from llmfoundry.model.init import init_weights
-from llmfoundry.model.transformer import Cache, CausalLM
+from llmfoundry.model.transformer import Cache, CausalLM, CausalLMConfig
 
 SIZES = {
     "vocab_size": 101, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,

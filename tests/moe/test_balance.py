@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llmfoundry.layers.ffn import RouterStats
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.balance import (
     Balance,
     load_balance_loss,

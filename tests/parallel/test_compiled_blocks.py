@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from llmfoundry.config import check, dump
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.layer import MoE
 
 NO_COMPILER = not any(map(shutil.which, ("g++", "clang++")))

@@ -17,8 +17,7 @@ from torch.optim import Optimizer
 
 from llmfoundry.config import check
 from llmfoundry.data.loader import Batch
-from llmfoundry.model.config import CausalLMConfig
-from llmfoundry.model.transformer import CausalLM
+from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 from llmfoundry.moe.balance import Balance
 from llmfoundry.parallel.apply import materialize, parallelize
 from llmfoundry.parallel.mesh import ParallelConfig, build_mesh

@@ -9,9 +9,8 @@ from torch import Tensor
 from llmfoundry import runtime
 from llmfoundry.config import check
 from llmfoundry.data.loader import Batch
-from llmfoundry.model.config import CausalLMConfig
 from llmfoundry.model.init import init_weights
-from llmfoundry.model.transformer import CausalLM
+from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 from llmfoundry.moe.balance import Balance
 from llmfoundry.train import step
 from llmfoundry.train.step import train_step

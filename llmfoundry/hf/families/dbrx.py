@@ -12,7 +12,7 @@ from llmfoundry.hf.decoder import activation_of, activation_to, as_mixture, init
 from llmfoundry.hf.family import ConfigDict, Family, Theirs
 from llmfoundry.hf.pieces import Pieces
 from llmfoundry.layers.attention import GroupedQueryConfig
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 
 _DEFAULT_THETA = 10000.0
 _SIZES = "d_model", "n_heads", "n_layers", "vocab_size", "max_seq_len", "tie_word_embeddings"

@@ -14,7 +14,7 @@ from llmfoundry.hf.decoder import Decoder, activation_of, init_of, rope_of, rope
 from llmfoundry.hf.family import ConfigDict, Theirs, Value
 from llmfoundry.hf.pieces import Pieces
 from llmfoundry.layers.latent_attention import LatentConfig
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.layer import MoEConfig
 
 _HEAD_SIZES = "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"

@@ -10,7 +10,7 @@ from llmfoundry.hf.decoder import activation_of, activation_to, init_of
 from llmfoundry.hf.family import ConfigDict, Family, Theirs
 from llmfoundry.hf.pieces import Pieces
 from llmfoundry.layers.attention import GroupedQueryConfig
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 
 _LINEAR = {"attn.wqkv": "attn.c_attn", "attn.out_proj": "attn.c_proj", "ffn.w1": "mlp.c_fc", "ffn.w2": "mlp.c_proj"}
 _NORMS = {"norm_1": "ln_1", "norm_2": "ln_2"}

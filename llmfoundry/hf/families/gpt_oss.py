@@ -13,7 +13,7 @@ from llmfoundry.hf.pieces import Pieces
 from llmfoundry.kernels.activations import SWIGLU_OSS_ALPHA, clamp_limit
 from llmfoundry.layers.attention import GroupedQueryConfig
 from llmfoundry.layers.ffn import FFNConfig
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.layer import MoEConfig
 
 

@@ -10,7 +10,7 @@ from llmfoundry.hf.decoder import Decoder, windows_to
 from llmfoundry.hf.family import ConfigDict, Theirs
 from llmfoundry.layers.attention import FULL, GroupedQueryConfig
 from llmfoundry.layers.ffn import FFNConfig
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 
 
 class Llama(Decoder):

@@ -10,7 +10,7 @@ from llmfoundry.hf.families.llama import Mistral
 from llmfoundry.hf.family import ConfigDict, Theirs
 from llmfoundry.hf.pieces import Pieces
 from llmfoundry.layers.ffn import FFNConfig
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.layer import MoEConfig
 
 

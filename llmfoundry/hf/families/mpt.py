@@ -12,7 +12,7 @@ from llmfoundry.hf.decoder import init_of
 from llmfoundry.hf.family import ConfigDict, Family, Theirs
 from llmfoundry.hf.pieces import Pieces
 from llmfoundry.layers.attention import GroupedQueryConfig
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 
 _NAMES = {
     "norm_1": "norm_1", "attn.wqkv": "attn.Wqkv", "attn.out_proj": "attn.out_proj",

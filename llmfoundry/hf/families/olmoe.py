@@ -9,7 +9,7 @@ from llmfoundry.hf.decoder import Decoder, as_mixture, mixture_of, mixture_to
 from llmfoundry.hf.family import ConfigDict, Theirs
 from llmfoundry.layers.attention import GroupedQueryConfig
 from llmfoundry.layers.ffn import FFNConfig
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 
 
 class Olmoe(Decoder):

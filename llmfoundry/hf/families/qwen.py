@@ -8,7 +8,7 @@ from __future__ import annotations
 from llmfoundry.hf.decoder import Decoder, windows_of, windows_to
 from llmfoundry.hf.family import ConfigDict, Theirs
 from llmfoundry.layers.attention import GroupedQueryConfig
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 
 
 class Qwen2(Decoder):

@@ -12,7 +12,7 @@ from llmfoundry.hf.family import ConfigDict, Theirs
 from llmfoundry.hf.pieces import Pieces
 from llmfoundry.layers.attention import GroupedQueryConfig
 from llmfoundry.layers.ffn import FFNConfig
-from llmfoundry.model.config import CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.layer import MoEConfig
 
 
