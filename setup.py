@@ -41,7 +41,7 @@ setup(
         "tensorboard>=2.18",
     ],
     extras_require={
-        "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.12", "mypy>=1.15", "peft>=0.17", "gguf>=0.10"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.12", "mypy>=1.15", "peft>=0.17", "gguf>=0.10", "trl>=1.0"],
         "gguf": ["gguf>=0.10"],  # llama.cpp's files in
         # For a torch that came without Triton (CPU builds): the kernels' tests then run in Triton's
         # interpreter, which fails on numpy >= 2.4. A CUDA build of torch brings its own Triton.
