@@ -15,7 +15,7 @@ FLOORS = [
     {"layers"},
     {"moe"},
     {"model"},
-    {"parallel", "hf", "drop_in"},
+    {"parallel", "hf", "drop_in", "standalone"},
     {"checkpoint", "eval"},
     {"train"},
     {"callbacks", "integrations", "planning"},

@@ -22,7 +22,7 @@ from llmfoundry.kernels.late import LateGradients
 from llmfoundry.layers.ffn import FFNConfig, FFNOutput, GLUConfig, MLPConfig
 from llmfoundry.layers.lora import adapted
 from llmfoundry.moe.dispatch import Departed, Slots, give_back, plan_exchange, send
-from llmfoundry.moe.router import Router, RouterConfig, statistics
+from llmfoundry.moe.router import Router, RouterConfig, statistics, within_capacity
 
 
 class MoEConfig(FFNConfig, RouterConfig, names=("mb_dmoe", "torch_dmoe", "mb_moe")):
@@ -35,6 +35,9 @@ class MoEConfig(FFNConfig, RouterConfig, names=("mb_dmoe", "torch_dmoe", "mb_moe
     ffn_act_limit: float | None = Field(None, gt=0)  # clamp of gate and up; swiglu_oss has 7 of its own
     moe_impl: Literal["auto", "triton", "grouped_mm", "reference"] = "auto"
     mlp_impl: Literal["grouped", "sparse"] = "grouped"  # LLM Foundry's; accepted, without effect
+    # Above 0: an expert takes at most this many times its even share of the slots of one call, in token order, and
+    # drops the rest (their weight becomes 0). null or 0: dropless.
+    moe_capacity_factor: float | None = Field(None, ge=0)
     moe_loss_weight: float = Field(0.01, ge=0)  # of the load-balancing loss
     moe_zloss_weight: float = Field(0.0, ge=0)  # of the router's z-loss
     # Over which tokens the load is balanced. global_batch: the gradient does not depend on microbatches or ranks.
@@ -174,6 +177,7 @@ class MoE(nn.Module):
     def __init__(self, config: MoEConfig, d_model: int, layer_index: int) -> None:
         super().__init__()
         self.n_experts = config.moe_num_experts
+        self.capacity_factor = config.moe_capacity_factor
         self.router = Router(config, d_model, layer_index)
         self.experts = Experts(config, d_model)
         self.shared_expert = None if config.shared is None else config.shared.build(d_model, 0, layer_index)
@@ -188,14 +192,17 @@ class MoE(nn.Module):
             keys: (B,) int64 noise keys of the rows; needed in training with `moe_jitter_eps`.
         """
         routing = self.router(x, keys)
+        weights = routing.weights
+        if self.capacity_factor:
+            weights = weights * within_capacity(routing.experts, self.n_experts, self.capacity_factor)
         tokens = x.flatten(0, 1)  # (T, D)
         if self.expert_group is None or dist.get_world_size(self.expert_group) == 1:
-            y = self.experts(Slots(tokens, routing.weights, routing.experts))
+            y = self.experts(Slots(tokens, weights, routing.experts))
             shared = self._shared(x)
         else:
             n_local = self.n_experts // dist.get_world_size(self.expert_group)
             plan = plan_exchange(routing.experts, n_local, self.expert_group)
-            there = send(tokens, routing.weights, routing.experts, n_local, plan)
+            there = send(tokens, weights, routing.experts, n_local, plan)
             shared = self._shared(x)  # while the tokens travel
             y = give_back(self.experts(there), plan)
         y = y.view_as(x)

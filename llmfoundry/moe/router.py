@@ -150,6 +150,27 @@ def _mask_groups(scores: Tensor, n_groups: int, topk_groups: int, score_fn: str)
     return grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(1)
 
 
+def within_capacity(experts: Tensor, n_experts: int, factor: float) -> Tensor:
+    """Which slots an expert of limited capacity takes: its first `int(factor * T * K / E)`, in token order.
+
+    Args:
+        experts: (T, K) ids.
+
+    Returns:
+        (T, K) bool.
+
+    Source: Switch Transformer, Fedus et al. 2021, arXiv:2101.03961.
+    """
+    slots = experts.reshape(-1)
+    by_expert, order = slots.sort(stable=True)
+    first = torch.searchsorted(by_expert, torch.arange(n_experts, device=slots.device, dtype=slots.dtype))
+    place = torch.empty_like(slots)
+    place[order] = torch.arange(slots.numel(), device=slots.device, dtype=slots.dtype) - first[by_expert].to(
+        slots.dtype
+    )
+    return (place < int(factor * slots.numel() / n_experts)).view_as(experts)
+
+
 def statistics(routing: RouterOutput) -> RouterStats:
     """The sums over tokens that balance losses and monitors are made of."""
     scores, n_experts = routing.scores, routing.scores.shape[1]

@@ -1,4 +1,4 @@
-"""`llmfoundry.drop_in` under `transformers`' own expert parallelism: our exchange gives the gradients of one process."""
+"""`llmfoundry.drop_in` under the expert parallelism of `transformers`: gradients are those of one process."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ def _check(folder: str, sizes: dict[str, int]) -> None:
     whole = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
     expected = _gradients(whole, TOKENS)
     config = DistributedConfig(**sizes, ep_size=2, ep_implementation=drop_in.NAME)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, experts_implementation=drop_in.NAME, distributed_config=config
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation=drop_in.NAME, distributed_config=config)
     split_batch = sizes.get("fsdp_size", 1) > 1  # FSDP averages over ranks, each with a row of its own
     rows = TOKENS[dist.get_rank()].unsqueeze(0) if split_batch else TOKENS
     found = _gradients(model, rows)

@@ -1,0 +1,1 @@
+"""The mixture layer by itself, for models and training loops that are not ours."""

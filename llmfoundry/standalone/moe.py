@@ -1,0 +1,122 @@
+"""A mixture-of-experts layer for any model: `from llmfoundry import MoE`.
+
+    layer = MoE(1024, ffn_hidden_size=512, moe_num_experts=64, moe_top_k=8, device="cuda", dtype=torch.bfloat16)
+    y, loss, load = layer(x)            # x (..., 1024)
+    (task_loss(y) + loss).backward()
+
+Shapes: D d_model, F ffn hidden size, E experts, K top_k, T tokens. Settings are the keys of `ffn_config` in a YAML,
+checked in the same way; what is left out has its default there.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from llmfoundry.config import check
+from llmfoundry.moe import layer
+from llmfoundry.moe.balance import load_balance_loss, z_loss
+
+
+class MoEOutput(NamedTuple):
+    """What `MoE` returns."""
+
+    y: Tensor  # (..., D), the shape and dtype of x
+    loss: Tensor  # () float32, the weighted auxiliary losses of this call, mean over its tokens; add it to your loss
+    load: Tensor  # (E,) float32, slots routed to each expert, T*K in all; no gradient
+
+
+class MoE(layer.MoE):
+    """A dropless mixture of experts with its own initial weights.
+
+    Parameters: `router.weight` (E, D), `experts.w1` (E, 2F, D) with gate rows first, or (E, F, D) for
+    `mlp_type: mlp`, `experts.w2` (E, D, F), and with `bias: true` `experts.b1`, `experts.b2`.
+
+    Args:
+        d_model: D.
+        expert_group: its P ranks hold the experts together, rank r those from r * E / P on: every rank has the router
+            and E / P experts. None: this process has all. Gradients of the router, and of all else that ranks share,
+            are yours to sum.
+        init_std: standard deviation of the normal initial weights; biases begin at 0.
+        seed: of the initial weights. Ranks of one group must have the same.
+        device, dtype: of the parameters. The router computes in float32 whatever the dtype.
+        settings: keys of `ffn_config`: ffn_hidden_size, moe_num_experts, moe_top_k, mlp_type, ffn_act_fn, moe_impl,
+            moe_loss_weight, shared_expert, ... The balance loss is taken over the tokens of one call.
+
+    Raises:
+        ConfigError: a setting is unknown or impossible; the line says what to write.
+        ValueError: E does not divide among the ranks of `expert_group`.
+
+    Source: Gale et al. 2022, MegaBlocks, arXiv:2211.15841.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        expert_group: dist.ProcessGroup | None = None,
+        init_std: float = 0.02,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **settings: object,
+    ) -> None:
+        config = check(layer.MoEConfig, {"ffn_type": "mb_dmoe"} | settings).filled(4 * d_model, bias=False)
+        config.check_trainable()
+        with torch.device("meta"):
+            super().__init__(config, d_model, layer_index=0)
+        self.config = config
+        if expert_group is not None:
+            self._keep_own_experts(expert_group)
+        self.to(dtype=dtype or torch.get_default_dtype())
+        self.to_empty(device=device or torch.get_default_device())
+        self._initialise(init_std, seed)
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> MoEOutput:  # type: ignore[override]
+        """Apply to each token its experts.
+
+        Args:
+            x: (..., D).
+            keys: noise keys of `moe_jitter_eps`, (B,) int64 for x (B, S, D); None draws them.
+        """
+        rows = x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])
+        if keys is None and self.training and self.config.moe_jitter_eps is not None:
+            keys = torch.randint(2**62, rows.shape[:1], device=x.device)
+        y, stats = super().forward(rows, keys)
+        assert stats is not None
+        balance = load_balance_loss(stats.score_sum.unsqueeze(0), stats.load.unsqueeze(0))
+        total = self.config.moe_loss_weight * balance + self.config.moe_zloss_weight * z_loss(stats.z_sum)
+        return MoEOutput(y.view_as(x), total / max(1, rows.shape[0] * rows.shape[1]), stats.load)
+
+    def _keep_own_experts(self, group: dist.ProcessGroup) -> None:
+        ranks = dist.get_world_size(group)
+        if self.n_experts % ranks:
+            raise ValueError(f"moe_num_experts={self.n_experts} do not divide among the {ranks} ranks of expert_group")
+        for name, whole in list(self.experts.named_parameters(recurse=False)):
+            own = whole.new_empty(self.n_experts // ranks, *whole.shape[1:])
+            self.experts.register_parameter(name, nn.Parameter(own))
+        self.expert_group = group
+
+    @torch.no_grad()
+    def _initialise(self, std: float, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        first = 0 if self.expert_group is None else dist.get_rank(self.expert_group)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2 or name.endswith((".b1", ".b2")):
+                parameter.zero_()
+                continue
+            # Expert by expert, those of other ranks too: the values do not depend on the number of ranks.
+            stacked = name.startswith("experts.")
+            n_own = parameter.shape[0] if stacked else 1
+            for expert in range(self.n_experts if stacked else 1):
+                shape = parameter.shape[1:] if stacked else parameter.shape
+                drawn = torch.empty(shape).normal_(0.0, std, generator=generator)
+                if not stacked:
+                    parameter.copy_(drawn)
+                elif first * n_own <= expert < (first + 1) * n_own:
+                    parameter[expert - first * n_own].copy_(drawn)
+        for buffer in self.buffers():
+            buffer.zero_()
