@@ -23,6 +23,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=["llmfoundry", "llmfoundry.*"]),
+    package_data={"llmfoundry.report": ["assets/*"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",

@@ -16,7 +16,7 @@ FLOORS = [
     {"moe"},
     {"model"},
     {"parallel", "hf", "drop_in", "standalone"},
-    {"checkpoint", "eval"},
+    {"checkpoint", "eval", "report"},
     {"train"},
     {"callbacks", "integrations", "planning"},
     {"cli"},

@@ -11,6 +11,7 @@ import yaml
 
 from llmfoundry import runtime
 from llmfoundry.callbacks.console import Console  # importing the package registers all monitors and loggers
+from llmfoundry.callbacks.report import Report, ReportConfig
 from llmfoundry.callbacks.speed_monitor import SpeedMonitor, SpeedMonitorConfig
 from llmfoundry.cli.command import command, read_config
 from llmfoundry.config import ConfigError, dump
@@ -54,6 +55,8 @@ def train_main(argv: Sequence[str] | None = None) -> None:
         trainer.callbacks.insert(
             0, SpeedMonitorConfig(name="speed_monitor").build()
         )  # every run says how fast it is, to its loggers too
+    if not any(isinstance(callback, Report) for callback in trainer.callbacks):
+        trainer.callbacks.append(ReportConfig().build())  # every run leaves a page
     if config.log_to_console:
         trainer.callbacks.append(Console())
     trainer.fit()

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.data.loader import Loader
+from llmfoundry.layers.ffn import RouterStats
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.moe.balance import Balance
 from llmfoundry.parallel.mesh import Mesh
@@ -46,5 +47,6 @@ class Run:
     timeline: Timeline
     balance: Balance | None
     state: TrainState = field(default_factory=TrainState)
+    router: RouterStats | None = None  # of the last step, (L, E) and (L,) sums over the global batch, on the device
     evaluation: Metrics = field(default_factory=dict)  # of the last evaluation
     train_seconds: float = 0.0  # in steps alone, over all processes that the run has had

@@ -166,6 +166,7 @@ class Trainer(Run):
         state.rows += rows
         state.tokens += rows * self.loader.max_seq_len
         self._count_skip(result)
+        self.router = result.router
         metrics: Metrics = {
             "step": state.step,
             "tokens": state.tokens,

@@ -1,0 +1,147 @@
+"""What the experts of a model do with a fixed batch of text: confidence, churn, co-activation, and their tokens.
+
+Shapes: L MoE layers, T tokens of the probe, E experts, K top_k.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from llmfoundry.moe.router import Router, RouterOutput
+
+TOP_TOKENS = 20
+KINDS = ("word", "word part", "number", "punctuation", "space", "other")
+
+
+class Routing(NamedTuple):
+    """How a model routed a batch."""
+
+    experts: Tensor  # (L, T, K) int16, on the CPU
+    confidence: Tensor  # (L,) mean over tokens of the highest score, as a share of all scores
+
+
+class ExpertTokens(NamedTuple):
+    """What one expert of one layer takes."""
+
+    tokens: list[str]  # decoded, the most typical first, at most TOP_TOKENS
+    kinds: list[float]  # share of each of KINDS among its slots
+
+
+@torch.no_grad()
+def route(model: nn.Module, tokens: Tensor, sequence_ids: Tensor | None = None) -> Routing:
+    """Route a batch, and keep what the routers chose. Under expert parallelism, all ranks call it with the same batch.
+
+    Args:
+        model: a `CausalLM`, in any mode; it is left in that mode.
+        tokens: (B, S) int64 on the model's device.
+    """
+    training = model.training
+    model.eval()
+    with _kept(model) as outputs, torch.compiler.set_stance("force_eager"):
+        model(tokens, sequence_ids=sequence_ids, last_only=True)
+    model.train(training)
+    experts = torch.stack([output.experts.to(torch.int16) for output in outputs])
+    shares = [(output.scores / output.scores.sum(-1, keepdim=True)).amax(-1).mean() for output in outputs]
+    return Routing(experts.cpu(), torch.stack(shares).float().cpu())
+
+
+@contextmanager
+def _kept(model: nn.Module) -> Iterator[list[RouterOutput]]:
+    """The outputs of all routers that run inside."""
+    outputs: list[RouterOutput] = []
+    handles = [
+        router.register_forward_hook(lambda _, __, output: outputs.append(output))
+        for router in model.modules()
+        if isinstance(router, Router)
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def churn(before: Tensor, now: Tensor) -> list[float]:
+    """Share of tokens whose set of experts has changed, for each layer: (L, T, K), (L, T, K) -> L numbers."""
+    changed = (before.sort(-1).values != now.sort(-1).values).any(-1)  # (L, T)
+    return changed.double().mean(1).tolist()
+
+
+def coactivation(experts: Tensor, n_experts: int) -> NDArray[np.float64]:
+    """How often two experts take the same token, beside what independent choices would give.
+
+    Args:
+        experts: (T, K) ids of one layer.
+
+    Returns:
+        (E, E), 1 for independent; the diagonal is 0, and so is a pair of which one expert took no token.
+    """
+    chosen = torch.zeros(len(experts), n_experts, dtype=torch.float64)
+    chosen.scatter_(1, experts.long(), 1.0)
+    together = (chosen.T @ chosen).numpy()
+    alone = chosen.sum(0).numpy()
+    expected = np.outer(alone, alone) / max(1, len(experts))
+    ratio = np.divide(together, expected, out=np.zeros_like(together), where=expected > 0)
+    np.fill_diagonal(ratio, 0.0)
+    return ratio
+
+
+def tokens_of_experts(
+    experts: Tensor, tokens: Tensor, n_experts: int, tokenizer: PreTrainedTokenizerBase
+) -> list[ExpertTokens]:
+    """What each expert of one layer takes.
+
+    A token is typical of an expert when the expert has more of it than its share of all slots would give: tokens are
+    ordered by n * log(n / expected), each one's part in the divergence of the expert's tokens from all tokens.
+
+    Args:
+        experts: (T, K) ids.
+        tokens: (T,) token ids.
+    """
+    ids, position = np.unique(tokens.numpy(), return_inverse=True)
+    texts = decoded(ids.tolist(), tokenizer)
+    kinds = np.array([KINDS.index(kind(text)) for text in texts])
+    counts = np.zeros((n_experts, len(ids)))
+    np.add.at(counts, (experts.numpy().astype(np.int64), position[:, None]), 1.0)
+    expected = counts.sum(1, keepdims=True) * counts.sum(0, keepdims=True) / max(1.0, counts.sum())
+    ratio = np.divide(counts, expected, out=np.ones_like(counts), where=(counts > 0) & (expected > 0))
+    typical = counts * np.log(ratio)
+    found = []
+    for expert in range(n_experts):
+        order = np.argsort(-typical[expert], kind="stable")[:TOP_TOKENS]
+        by_kind = np.bincount(kinds, weights=counts[expert], minlength=len(KINDS))
+        found.append(
+            ExpertTokens(
+                [texts[i] for i in order if typical[expert, i] > 0],
+                [round(float(share), 4) for share in by_kind / max(1.0, counts[expert].sum())],
+            )
+        )
+    return found
+
+
+def kind(text: str) -> str:
+    """Which of KINDS a decoded token is."""
+    bare = text.strip()
+    if not bare:
+        return "space"
+    if all(letter.isalpha() or letter in "'_" for letter in bare):
+        return "word" if text[0].isspace() else "word part"
+    if all(letter.isdigit() or letter in ".," for letter in bare) and any(map(str.isdigit, bare)):
+        return "number"
+    if all(unicodedata.category(letter)[0] in "PS" for letter in bare):
+        return "punctuation"
+    return "other"
+
+
+def decoded(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Each token decoded by itself."""
+    return [str(tokenizer.decode([token])) for token in tokens]

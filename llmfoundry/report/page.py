@@ -1,0 +1,52 @@
+"""The page itself: data and drawing code in one HTML file, which needs no server and no network.
+
+plotly.js draws (assets/plotly-cartesian.min.js, MIT license, version 4.1.1); page.js says what.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from llmfoundry.report.alarms import alarms
+from llmfoundry.report.experts import KINDS
+from llmfoundry.report.records import PANELS, Json, read_run
+
+
+def write_report(folders: Sequence[Path], out: Path) -> Path:
+    """Write the page of one run, or of several side by side.
+
+    Args:
+        folders: `save_folder`s of runs.
+
+    Raises:
+        ConfigError: one of them is not a run's.
+    """
+    page = render([read_run(folder) for folder in folders])
+    temporary = out.with_name(f"{out.name}.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(out)
+    return out
+
+
+def render(runs: list[Json]) -> str:
+    """The HTML of runs as `read_run` returns them."""
+    for run in runs:
+        run["alarms"] = alarms(run)
+    data = {"runs": runs, "panels": PANELS, "kinds": KINDS}
+    assets = files("llmfoundry.report") / "assets"
+    text = {name: (assets / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js")}
+    plotly = (assets / "plotly-cartesian.min.js").read_text(encoding="utf-8")
+    # A text that spells </script> must not end the element that it stands in.
+    encoded = json.dumps(data, separators=(",", ":"), ensure_ascii=True).replace("</", "<\\/")
+    names = ", ".join(str(run["name"]) for run in runs)
+    page = text["page.html"].replace("TITLE", html.escape(names), 2)
+    return (
+        page.replace("/*CSS*/", text["page.css"])
+        .replace("/*PLOTLY*/", plotly.replace("</script", "<\\/script"))
+        .replace("/*DATA*/", encoded)
+        .replace("/*PAGE*/", text["page.js"])
+    )

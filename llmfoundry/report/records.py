@@ -1,0 +1,119 @@
+"""A run's files as what the report shows: curves, loads of the experts over time, and the last probe.
+
+`metrics.jsonl` has a line per step, `experts.jsonl` a line per sample of the loads, and `experts.json` the last probe;
+the `report` callback writes the last two. Long runs are thinned, so that a page stays small.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+from llmfoundry.config import ConfigError
+
+EXPERTS, PROBE = "experts.jsonl", "experts.json"
+CURVE_POINTS = 1500
+HEAT_CELLS = 150_000  # of all layers together
+
+# What is drawn, by panel: (title, unit of y, the metrics in it).
+PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("Loss", "nats per token", ("loss/train/ce", "metrics/eval/LanguageCrossEntropy")),
+    ("Learning rate", "", ("lr",)),
+    ("Gradient norm", "", ("grad_norm",)),
+    ("Speed", "tokens/s", ("throughput/tokens_per_sec",)),
+    ("MFU", "", ("throughput/device/mfu",)),
+    ("Memory", "GB", ("memory/peak_allocated_mem", "memory/peak_reserved_mem")),
+    ("Step time", "s", ("time/step_seconds",)),
+    ("Balance loss", "1 = even load", ("moe/load_balance_loss",)),
+    ("Load", "times the even share", ("moe/max_load", "moe/min_load")),
+    ("Router entropy", "nats per token", ("moe/router_entropy",)),
+)
+Json = dict[str, object]
+
+
+def read_run(folder: Path) -> Json:
+    """What the page needs of one run.
+
+    Raises:
+        ConfigError: the folder holds no metrics.jsonl, or a line of it is not JSON.
+    """
+    if not (folder / "metrics.jsonl").is_file():
+        raise ConfigError(f"{folder}: holds no metrics.jsonl; name the save_folder of a run")
+    metrics = _lines(folder / "metrics.jsonl")
+    experts = _lines(folder / EXPERTS) if (folder / EXPERTS).is_file() else []
+    probe = json.loads((folder / PROBE).read_text()) if (folder / PROBE).is_file() else None
+    summary = json.loads((folder / "summary.json").read_text()) if (folder / "summary.json").is_file() else {}
+    return {
+        "name": folder.name,
+        "summary": summary,
+        "last": {key: value for key, value in (metrics[-1] if metrics else {}).items() if not isinstance(value, list)},
+        "curves": curves(metrics),
+        "experts": heat(experts),
+        "probe": probe,
+    }
+
+
+def _lines(path: Path) -> list[Json]:
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            raise ConfigError(f"{path}: line {number} is not JSON") from None
+    return found
+
+
+def curves(metrics: list[Json]) -> dict[str, dict[str, list[float | None]]]:
+    """Each metric that a panel shows: steps and values, thinned to means of equal stretches."""
+    found: dict[str, dict[str, list[float | None]]] = {}
+    for _, _, names in PANELS:
+        for name in names:
+            points = [(line["step"], line[name]) for line in metrics if _number(line.get(name))]
+            if points:
+                x, y = zip(*_thinned(points, CURVE_POINTS), strict=True)
+                found[name] = {"x": list(x), "y": list(y)}
+    return found
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _thinned(points: list[tuple[object, object]], most: int) -> Iterable[tuple[float, float]]:
+    size = -(-len(points) // most)
+    for start in range(0, len(points), size):
+        part = points[start : start + size]
+        values = [float(str(y)) for _, y in part]
+        yield float(str(part[-1][0])), float(f"{sum(values) / len(values):.5g}")
+
+
+def heat(samples: list[Json]) -> Json | None:
+    """Loads over time: by layer, expert and stretch, in thousandths of the even share; and what goes with them."""
+    samples = [sample for sample in samples if isinstance(sample.get("load"), list)]
+    if not samples:
+        return None
+    loads = [sample["load"] for sample in samples]
+    n_layers, n_experts = len(loads[-1]), len(loads[-1][0])  # type: ignore[index, arg-type]
+    stretches = min(len(samples), max(10, HEAT_CELLS // (n_layers * n_experts)))
+    edges = [round(i * len(samples) / stretches) for i in range(stretches + 1)]
+    spans = list(zip(edges[:-1], edges[1:], strict=True))
+    by_layer = [
+        [
+            [round(1000 * n_experts * sum(loads[i][layer][e] for i in range(a, b)) / (b - a)) for a, b in spans]  # type: ignore[index]
+            for e in range(n_experts)
+        ]
+        for layer in range(n_layers)
+    ]
+    probes = [sample for sample in samples if "confidence" in sample]
+    return {
+        "steps": [samples[b - 1]["step"] for _, b in spans],
+        "load": by_layer,
+        "entropy": [samples[b - 1].get("entropy") for _, b in spans],
+        "bias": [samples[b - 1].get("bias") for _, b in spans] if "bias" in samples[-1] else None,
+        "probe_steps": [sample["step"] for sample in probes],
+        "confidence": [sample["confidence"] for sample in probes],
+        "churn": [sample.get("churn") for sample in probes],
+        "layers": samples[-1].get("layers", list(range(n_layers))),
+    }

@@ -1,0 +1,176 @@
+"""`report.html`: what is computed for it, what it says in words, and that a browser draws it."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmfoundry.cli.report import report_main
+from llmfoundry.cli.train import train_main
+from llmfoundry.data.tokenizer import END_OF_TEXT, train_bpe
+from llmfoundry.report.alarms import alarms
+from llmfoundry.report.experts import KINDS, churn, coactivation, kind, tokens_of_experts
+from llmfoundry.report.page import write_report
+from llmfoundry.report.records import heat, read_run
+from tests.test_cli import recipe  # noqa: F401  a fixture
+
+CHROMIUM = shutil.which("chromium")
+
+
+def draw(page: Path, profile: Path) -> str:
+    """The document after its scripts have run; fails on a script's error."""
+    assert CHROMIUM is not None
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+               "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--window-size=1400,2800",
+               f"--user-data-dir={profile}", "--virtual-time-budget=10000", "--dump-dom"]  # fmt: skip
+    ran = subprocess.run([CHROMIUM, *options, page.as_uri()], capture_output=True, text=True, timeout=120)
+    assert ":CONSOLE" not in ran.stderr, [line for line in ran.stderr.splitlines() if "CONSOLE" in line]
+    assert 'data-drawn="true"' in ran.stdout, "the script did not reach its end"
+    return ran.stdout
+
+
+def panels(document: str) -> set[str]:
+    """Ids of the panels in which something is drawn."""
+    return {m[1] for m in re.finditer(r'<div id="([\w-]+)" class="panel[^"]*js-plotly-plot"', document)}
+
+
+EXPERT_PANELS = {"load", "entropy", "dead", "confidence", "churn", "pairs", "kinds"}
+
+
+def test_churn_counts_tokens_whose_set_of_experts_changed() -> None:
+    before = torch.tensor([[[0, 1], [2, 3], [1, 0], [0, 2]]])
+    now = torch.tensor([[[1, 0], [2, 1], [1, 0], [3, 1]]])  # the first only in another order
+    assert churn(before, now) == [0.5]
+
+
+def test_coactivation_is_one_for_independent_choices() -> None:
+    every_pair = torch.tensor([[a, b] for a in range(4) for b in range(4) if a != b])
+    ratio = coactivation(every_pair, 4)
+    # Each expert takes half of the tokens; a pair meets in 2 of 12, where chance would give 3.
+    assert ratio[0, 1] == pytest.approx(2 / 3) and ratio[0, 0] == 0
+    always = coactivation(torch.tensor([[0, 1]] * 5 + [[2, 3]] * 5), 5)
+    assert always[0, 1] == pytest.approx(2) and always[0, 2] == 0 and always[4].tolist() == [0] * 5
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [(" the", "word"), ("ing", "word part"), ("42", "number"), ("3.14", "number"), ("();", "punctuation"),
+     ("\n\t", "space"), ("x86", "other"), ("...", "punctuation"), (" naïve", "word")],
+)  # fmt: skip
+def test_kinds_of_tokens(text: str, expected: str) -> None:
+    assert kind(text) == expected and expected in KINDS
+
+
+def test_typical_tokens_of_an_expert_come_first() -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_bpe(["a b c d e f"] * 9, 270), eos_token=END_OF_TEXT)
+    a, b, c = (tokenizer.encode(letter)[0] for letter in "abc")
+    tokens = torch.tensor([a] * 6 + [b] * 6 + [c] * 6)
+    experts = torch.tensor([[0]] * 6 + [[1]] * 6 + [[0], [1]] * 3)
+    first, second = tokens_of_experts(experts, tokens, 2, tokenizer)
+    assert first.tokens == ["a"] and second.tokens == ["b"], "c is typical of neither"
+    assert first.kinds[KINDS.index("word part")] == 1.0
+
+
+def run_of(folder: Path, steps: int, layers: int, experts: int, dead: tuple[int, ...] = ()) -> Path:
+    """Files as a run leaves them, with made-up numbers."""
+    folder.mkdir(parents=True)
+    draw_from = random.Random(0)
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(1, steps + 1):
+            line = {"step": step, "tokens": 100 * step, "skipped_steps": 0, "lr": 1e-3, "grad_norm": 1.0,
+                    "loss/train/ce": 3 + 5 / step, "moe/max_load": 1.5, "moe/min_load": 0.5,
+                    "throughput/tokens_per_sec": 1e5, "time/step_seconds": 0.1, "moe/router_entropy": 1.0}  # fmt: skip
+            if step % 100 == 0:
+                line["metrics/eval/LanguageCrossEntropy"] = 3.2
+            file.write(json.dumps(line) + "\n")
+    with (folder / "experts.jsonl").open("w") as file:
+        for step in range(steps // 400 or 1, steps + 1, steps // 400 or 1):
+            load = [[0.0 if e in dead else draw_from.random() for e in range(experts)] for _ in range(layers)]
+            load = [[share / sum(layer) for share in layer] for layer in load]
+            line = {"step": step, "load": load, "entropy": [1.0] * layers, "confidence": [0.3] * layers,
+                    "churn": [0.1] * layers, "layers": list(range(layers))}  # fmt: skip
+            file.write(json.dumps(line) + "\n")
+    of_layer = {"pairs": [[1.0] * experts] * experts, "tokens": [[" the", "</script>"] * 10] * experts,
+                "kinds": [[0.2] * len(KINDS)] * experts}  # fmt: skip
+    (folder / "experts.json").write_text(json.dumps({"step": steps, "layers": [of_layer] * layers}))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_a_long_run_of_a_large_model_is_a_small_page_that_a_browser_draws(tmp_path: Path) -> None:
+    page = write_report([run_of(tmp_path / "run", 10_000, 16, 64)], tmp_path / "report.html")
+    assert page.stat().st_size < 3_000_000
+    drawn = panels(draw(page, tmp_path / "profile"))
+    assert drawn >= EXPERT_PANELS | {"curve-0", "curve-1", "curve-2", "curve-3"}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_a_run_leaves_its_page(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+    block = "{ffn_type: mb_dmoe, moe_num_experts: 4, moe_top_k: 2, ffn_hidden_size: 32}"
+    evaluated = ["eval_loader.dataset.name=synthetic", f"eval_loader.dataset.cache_dir={tmp_path / 'cache'}",
+                 "eval_loader.dataset.split=validation", "eval_loader.dataset.n_documents=40",
+                 "eval_interval=2ba", "max_duration=6ba"]  # fmt: skip
+    assert train_main([str(recipe), f"model.ffn_config={block}", "model.n_layers=2", *evaluated]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "experts.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(sum(layer) == pytest.approx(1, abs=1e-4) for line in lines for layer in line["load"])
+    assert "churn" not in lines[1] and len(lines[3]["churn"]) == 2, "churn needs an evaluation before"
+    document = draw(tmp_path / "run" / "report.html", tmp_path / "profile")
+    assert panels(document) >= EXPERT_PANELS and "expert 3" in document
+
+
+def test_a_dense_run_has_a_page_of_curves(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+    assert train_main([str(recipe)]) == 0
+    assert (tmp_path / "run" / "report.html").is_file() and not (tmp_path / "run" / "experts.jsonl").exists()
+    assert read_run(tmp_path / "run")["experts"] is None
+
+
+def test_it_can_be_turned_off(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+    assert train_main([str(recipe), "callbacks.report.enabled=false"]) == 0
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_runs_are_compared_on_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [run_of(tmp_path / name, 200, 2, 4) for name in ("one", "two")]
+    assert report_main([*map(str, runs), "--out", str(tmp_path / "both.html")]) == 0
+    assert "both.html" in capsys.readouterr().out
+    document = draw(tmp_path / "both.html", tmp_path / "profile")
+    assert "one ce" in document and "two ce" in document
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report_main([str(tmp_path)]) == 2
+    assert "holds no metrics.jsonl" in capsys.readouterr().err
+
+
+def test_alarms_name_layer_experts_and_cure(tmp_path: Path) -> None:
+    assert alarms(read_run(run_of(tmp_path / "well", 400, 2, 8))) == []
+    said = alarms(read_run(run_of(tmp_path / "ill", 400, 2, 8, dead=(5, 7))))
+    assert said[0].startswith("Layer 0: experts 5, 7 got less than 1% of an even share for 4 steps; raise moe_loss_we")
+    assert len(said) == 2
+
+
+def test_alarms_tell_of_skipped_steps_and_of_overfitting(tmp_path: Path) -> None:
+    folder = run_of(tmp_path / "run", 400, 1, 4)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines[-1] |= {"skipped_steps": 7, "metrics/eval/LanguageCrossEntropy": 4.0}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    skipped, rising = alarms(read_run(folder))
+    assert skipped.startswith("7 of 400 steps were skipped") and "risen to 4.000 from its lowest, 3.200" in rising
+
+
+def test_loads_are_means_of_equal_stretches() -> None:
+    samples = [{"step": i, "load": [[i / 10, 1 - i / 10]], "entropy": [0.5]} for i in range(10)]
+    found = heat(samples)
+    assert found is not None and found["load"][0][0] == [round(200 * i) for i in range(10)]
