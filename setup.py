@@ -42,7 +42,17 @@ setup(
         "tensorboard>=2.18",
     ],
     extras_require={
-        "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.12", "mypy>=1.15", "peft>=0.17", "gguf>=0.10", "trl>=1.0"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "ruff>=0.12",
+            "mypy>=1.15",
+            "peft>=0.17",
+            "gguf>=0.10",
+            "trl>=1.0",
+            "cramjam>=2.8",
+        ],
+        "mds": ["cramjam>=2.8"],  # MDS shards compressed by Brotli or Snappy
         "gguf": ["gguf>=0.10"],  # llama.cpp's files in
         # For a torch that came without Triton (CPU builds): the kernels' tests then run in Triton's
         # interpreter, which fails on numpy >= 2.4. A CUDA build of torch brings its own Triton.

@@ -80,7 +80,7 @@ def _expert(state: dict[str, Tensor], e: int, token: Tensor, args: Arguments, dr
         {"moe_top_k": 1},
         {"moe_top_k": 4, "activation_fn": torch.relu, "moe_normalize_expert_weights": 2.0},
     ],
-    ids=str,
+    ids=["defaults", "glu", "swiglu, normalised", "top 1", "all, relu, 2-norm"],
 )
 def test_dmoe_is_the_formula(more: dict[str, object]) -> None:
     args = arguments(**more)
@@ -176,6 +176,7 @@ def test_state_dicts_have_their_names_and_come_back(kind: type[dMoE], more: dict
         ({"shared_expert": True}, "shared_expert=True has biases"),
         ({"moe_top_k": 9}, "moe_top_k=9 exceeds moe_num_experts=4"),
     ],
+    ids=["activation", "pipeline", "no group", "shared expert", "top k"],
 )
 def test_what_is_not_supported_is_named(more: dict[str, object], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
