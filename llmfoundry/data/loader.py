@@ -10,6 +10,7 @@ exactly once an epoch.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from operator import itemgetter
@@ -28,7 +29,9 @@ from llmfoundry.data.packing import TokenStream, pack
 from llmfoundry.data.sources import DatasetConfig, Source
 from llmfoundry.runtime import seed_of
 
-IGNORE = -100  # the label of a place where nothing is learned
+log = logging.getLogger(__name__)
+
+IGNORE = -100  # the label of a position that is not predicted
 
 
 class Batch(NamedTuple):
@@ -99,6 +102,8 @@ class TextLoaderConfig(LoaderConfig, names=("text",)):
         if length is None:
             raise ConfigError("dataset.max_seq_len: is missing; give it here or at the top of the file")
         source = dataset.build()
+        if source.summary:
+            log.info("%s", source.summary)
         shuffled = dataset.split == "train" if dataset.shuffle is None else dataset.shuffle
         shuffle_seed = seed if dataset.shuffle_seed is None else dataset.shuffle_seed
         return Loader(
