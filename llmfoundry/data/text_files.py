@@ -63,7 +63,7 @@ class TextFilesConfig(DatasetConfig, names=("text_files",)):
         rule = (self.split, part.rows or 0.0, part.text or 0.0) if hashed or part.text is not None else ("whole",)
         n_bytes = sum(sizes[name] for name in chosen)
         endings = Counter(Path(name).suffix.casefold() for name in chosen)
-        what = f"{len(chosen)} files ({', '.join(f'{n} {e}' for e, n in endings.items())}; {n_bytes:,} bytes)"
+        what = f"{len(chosen)} file{'s' * (len(chosen) != 1)} ({', '.join(f'{n} {e}' for e, n in endings.items())}; {n_bytes:,} bytes)"
         return Source(
             title,
             fingerprint_of("text_files/2", self.text_key if tables else "", *rule, *contents),
@@ -85,37 +85,24 @@ class TextFilesConfig(DatasetConfig, names=("text_files",)):
         return self._by_hash(files, sizes)
 
     def _by_hash(self, files: dict[str, Path], sizes: dict[str, int]) -> _Part:
-        fraction = self._fraction
+        """Hold out `validation_fraction` of the documents: by the name of a file of one, by the text of a row."""
+        fraction, said = self._fraction, "; held out for validation: "
         filled = [name for name in files if sizes[name]]
         plain = [name for name in filled if _is_plain(files[name])]
-        side = "the held-out part" if self.split == "validation" else "all but the held-out part"
-        at_end = f", {side}: {fraction:.3g} of it, at the end"
-        if not plain:
-            rows = self._held_out_rows(files, sizes)
-            if rows is None:
-                return _Part(list(files), at_end, text=fraction)
-            return _Part(list(files), f", {side}: {rows:.3g} of the rows, by hash", rows=rows)
-        if len(filled) == 1 and 0 < fraction < 1:
-            return _Part(list(files), at_end, text=fraction)
-        if len(plain) == len(filled) and 0 < fraction < 1:
-            fraction = filling_both(plain, fraction)
-        chosen = [
-            name
-            for name in files
-            if not _is_plain(files[name]) or (name in plain and keeps(name, self.split, fraction))
-        ]
-        return _Part(chosen, f", {side} of {len(filled)}, by hash", rows=fraction)
-
-    def _held_out_rows(self, files: dict[str, Path], sizes: dict[str, int]) -> float | None:
-        """The fraction of rows that a hash holds out; None if there is but one text, to be cut."""
-        fraction = self._fraction
-        if not 0 < fraction < 1 or sum(sizes.values()) > FEW_BYTES:
-            return fraction
-        texts = {row for path in files.values() for row in read_table(path, self.text_key) if isinstance(row, str)}
-        texts.discard("")
-        if len(texts) == 1:
-            return None
-        return filling_both(list(texts), fraction) if texts else fraction
+        tables = [name for name in filled if not _is_plain(files[name])]
+        if 0 < fraction < 1 and sum(sizes[name] for name in tables) <= FEW_BYTES:
+            rows = (row for name in tables for row in read_table(files[name], self.text_key) if isinstance(row, str))
+            keys = [*plain, *dict.fromkeys(filter(None, rows))]
+            if len(keys) == 1:
+                return _Part(filled, f"{said}its last {fraction:.3g}", text=fraction)
+            fraction = filling_both(keys, fraction) if keys else fraction
+        held_out = [name for name in plain if keeps(name, "validation", fraction)]
+        if not tables:
+            said += f"{len(held_out)} of {len(plain)} files, by a hash of their names"
+        else:
+            said += f"{fraction:.3g} of the rows and files, by hash"
+        kept = {*tables, *(held_out if self.split == "validation" else set(plain) - set(held_out))}
+        return _Part([name for name in filled if name in kept], said, rows=fraction)
 
     def _read(self, files: dict[str, Path], part: _Part, title: str) -> Iterator[str]:
         first, bad = "", 0
