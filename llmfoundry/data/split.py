@@ -11,7 +11,7 @@ import hashlib
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from llmfoundry.config import ConfigError
@@ -119,10 +119,9 @@ def keeps(key: str, split: Split, fraction: float) -> bool:
     return (share(key) < fraction) == (split == "validation")
 
 
-def filling_both(keys: Sequence[str], fraction: float) -> float:
-    """The fraction next to `fraction` with which `keeps` gives each split one or more of these keys, two or more."""
-    shares = sorted(map(share, keys))
-    return min(max(fraction, math.nextafter(shares[0], 1.0)), shares[-1])
+def filling_both(shares: Collection[float], fraction: float) -> float:
+    """The nearest fraction to `fraction` that leaves neither split empty, given the shares of two or more documents."""
+    return min(max(fraction, math.nextafter(min(shares), 1.0)), max(shares))
 
 
 def cut(text: str, split: Split, fraction: float) -> str:

@@ -58,8 +58,8 @@ def read_table(path: Path, text_key: str) -> Iterator[str | BadRow]:
     except (*UNREADABLE, ValueError, NotImplementedError, csv.Error, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
-        why = " ".join(str(error).split())[:300]
-        raise ConfigError(f"dataset.path: {path}: cannot be read after row {row}: {why}") from error
+        why = error.msg if isinstance(error, json.JSONDecodeError) else " ".join(str(error).split())[:300]
+        raise ConfigError(f"dataset.path: {path}: row {row}: cannot be read: {why}") from error
 
 
 Rows = Iterator[tuple[str | _Broken, int | None]]  # a text or what is wrong, and the line where it ends
@@ -103,6 +103,10 @@ def _known(row: dict[str, object], path: str = "") -> str:
     return ", ".join(names) or "no columns at all"
 
 
+def _why(error: Exception) -> str:
+    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+
+
 def _open(path: Path, raw: BinaryIO) -> BinaryIO:
     kind = kind_of(path)
     assert kind is not None
@@ -130,7 +134,7 @@ def _lines(path: Path, key: str) -> Rows:
                 try:
                     yield _text_of(json.loads(line.decode()), key), number
                 except (ValueError, RecursionError) as error:  # also of bytes that are not UTF-8
-                    yield _Broken(f"cannot be read: {error}"), number
+                    yield _Broken(f"cannot be read: {_why(error)}"), number
 
 
 def _json(path: Path, key: str) -> Rows:
@@ -179,11 +183,12 @@ def _values(file: io.TextIOBase) -> Iterator[object]:
     while (letter := peek()) and not (array and letter == "]"):
         try:
             value, end = decoder.raw_decode(text, at)
-            if end == len(text) and not ended:  # of a number, more digits may follow
-                raise ValueError
-        except ValueError:
-            if ended:
+        except json.JSONDecodeError as error:
+            cut_short = error.msg.startswith("Unterminated string") or error.pos > len(text) - len("-Infinity")
+            if ended or not cut_short:
                 raise
+            end = len(text)
+        if end == len(text) and not ended:  # the value may go on
             more()
             continue
         at = end

@@ -16,14 +16,14 @@ from llmfoundry.config import ConfigError
 from llmfoundry.data.cache import cache_root, made_once
 from llmfoundry.data.files import checked_digest, find, kind_of, said_of, unpacked
 from llmfoundry.data.sources import DatasetConfig, Source, fingerprint_of
-from llmfoundry.data.split import cut, filling_both, keeps, select
+from llmfoundry.data.split import cut, filling_both, keeps, select, share
 from llmfoundry.data.tables import BadRow, check_parquet, read_table
 from llmfoundry.progress import progress
 
 log = logging.getLogger(__name__)
 
 # From this many bytes on, the digests of a set of files are remembered by their names, sizes and times.
-REMEMBER_BYTES = 2**28
+REMEMBER_BYTES = 2**24
 # Tables of fewer bytes are looked through, so that neither split is left without a row.
 FEW_BYTES = 2**22
 
@@ -63,13 +63,13 @@ class TextFilesConfig(DatasetConfig, names=("text_files",)):
         rule = (self.split, part.rows or 0.0, part.text or 0.0) if hashed or part.text is not None else ("whole",)
         n_bytes = sum(sizes[name] for name in chosen)
         endings = Counter(Path(name).suffix.casefold() for name in chosen)
-        what = f"{len(chosen)} file{'s' * (len(chosen) != 1)} ({', '.join(f'{n} {e}' for e, n in endings.items())}; {n_bytes:,} bytes)"
+        counts = ", ".join(f"{n} {ending}" for ending, n in endings.items())
         return Source(
             title,
             fingerprint_of("text_files/2", self.text_key if tables else "", *rule, *contents),
             lambda: self._read(chosen, part, title),
             n_bytes,
-            f"{title}: reads {what} of {self.path}{part.how}{said_of(skipped)}",
+            f"{title}: reads {self.path} ({counts}; {n_bytes:,} bytes){part.how}{said_of(skipped)}",
             frozenset(path.resolve() for path in chosen.values()),
         )
 
@@ -92,10 +92,10 @@ class TextFilesConfig(DatasetConfig, names=("text_files",)):
         tables = [name for name in filled if not _is_plain(files[name])]
         if 0 < fraction < 1 and sum(sizes[name] for name in tables) <= FEW_BYTES:
             rows = (row for name in tables for row in read_table(files[name], self.text_key) if isinstance(row, str))
-            keys = [*plain, *dict.fromkeys(filter(None, rows))]
-            if len(keys) == 1:
-                return _Part(filled, f"{said}its last {fraction:.3g}", text=fraction)
-            fraction = filling_both(keys, fraction) if keys else fraction
+            shares = {share(key) for keys in (plain, rows) for key in keys if key}
+            if len(shares) == 1:
+                return _Part(filled, f"{said}the last {fraction:.3g} of its text", text=fraction)
+            fraction = filling_both(shares, fraction) if shares else fraction
         held_out = [name for name in plain if keeps(name, "validation", fraction)]
         if not tables:
             said += f"{len(held_out)} of {len(plain)} files, by a hash of their names"
