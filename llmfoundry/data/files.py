@@ -173,7 +173,7 @@ class _Zstd(io.RawIOBase):
     def readinto(self, buffer: Buffer) -> int:
         while not self._ready:
             # Little at a time: a block of 4 bytes may unpack to 128 KiB.
-            data = self._rest or self._packed.read(2**10)
+            data = self._rest or self._packed.read(2**9)
             if not data and self._frame is None:
                 return 0
             if not data:
