@@ -34,7 +34,7 @@ setup(
         "pydantic>=2.7",
         "transformers>=5.0",
         "tokenizers>=0.22",
-        "datasets>=4.0",
+        "pyarrow>=17",
         "zstandard>=0.22",
         "safetensors>=0.5",
         "rich>=13",

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "llmfoundry"
 
 # Ground first. A module may import from its own room and from the floors below it.
 FLOORS = [
-    {"config", "runtime", "dtensor"},
+    {"config", "runtime", "dtensor", "progress"},
     {"kernels", "data"},
     {"layers"},
     {"moe"},

@@ -16,6 +16,7 @@ from llmfoundry.callbacks.speed_monitor import SpeedMonitor, SpeedMonitorConfig
 from llmfoundry.cli.command import command, read_config
 from llmfoundry.config import ConfigError, dump
 from llmfoundry.data.packing import prepare
+from llmfoundry.data.sources import check_apart
 from llmfoundry.planning.hardware import GIB, GPU_MEMORY
 from llmfoundry.planning.report import describe
 from llmfoundry.train.config import RunConfig
@@ -81,6 +82,7 @@ def prepare_data_main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
     config = read_config(args.yaml, args.overrides)
     also = [config.eval_loader.dataset] if config.eval_loader is not None else []
+    check_apart(config.train_loader.dataset, *also)
     tokenizer = config.tokenizer.build(config.train_loader.dataset, also)
     for name, part in (("train_loader", config.train_loader), ("eval_loader", config.eval_loader)):
         if part is not None:

@@ -1,4 +1,4 @@
-"""Data, in the order it flows: sources > tokenizer > packing > loader."""
+"""Data, in the order it flows: sources (text_files > files, tables, split) > tokenizer > packing > loader."""
 
 from llmfoundry.data.loader import IGNORE, Batch, Loader, LoaderConfig, TextLoaderConfig
 from llmfoundry.data.packing import TokenStream, pack, prepare
@@ -7,8 +7,8 @@ from llmfoundry.data.sources import (
     PythonStdlibConfig,
     Source,
     SyntheticConfig,
-    TextFilesConfig,
 )
+from llmfoundry.data.text_files import TextFilesConfig
 from llmfoundry.data.tokenizer import TokenizerConfig
 
 __all__ = [

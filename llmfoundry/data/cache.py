@@ -1,4 +1,4 @@
-"""A folder on disk that is made once, by whichever process comes first, and is whole whenever it is there."""
+"""A folder on disk that is made once, by the first process that needs it, and is complete whenever it exists."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def cache_root(cache_dir: str | None) -> Path:
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Return `folder`, having it made if it is not there.
+    """Return `folder`; make it first if it does not exist.
 
-    Ranks and runs that ask at once wait for the first. What `make` leaves is synced to disk before it gets
-    its name, so a crash leaves nothing that looks finished, and a `make` that raises leaves nothing at all;
-    where a file system cannot lock, the first rename wins.
+    Other ranks and runs that ask at the same time wait. The contents are synced to disk before the folder gets its
+    name, so a crash leaves nothing that looks finished. If `make` raises, nothing is left. On a file system without
+    locks, the first rename wins.
 
     Args:
-        folder: its name says its contents (a fingerprint), so it is never made anew.
+        folder: its name identifies its contents (by a fingerprint), so an existing one is never changed.
         make: fills the temporary folder that it is given.
 
     Raises:
@@ -43,22 +43,24 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
                 try:
                     _make(folder, make)
                 except BaseException:
-                    lock.unlink(missing_ok=True)  # who waits for it sees that it is gone, and makes another
+                    lock.unlink(missing_ok=True)  # a waiting process sees that the lock is gone and makes another
                     raise
     except OSError as error:
         raise ConfigError(
-            f"{folder}: cannot be made: {error}; set cache_dir or LLMFOUNDRY_CACHE to a folder that can be written"
+            f"{folder}: cannot be created: {error}; set cache_dir or LLMFOUNDRY_CACHE to a writable folder"
         ) from error
     return folder
 
 
 def _make(folder: Path, make: Callable[[Path], None]) -> None:
-    for stale in folder.parent.glob(f"{folder.name}.tmp-*"):  # we hold the lock: its maker was killed
+    for stale in folder.parent.glob(
+        f"{folder.name}.tmp-*"
+    ):  # left by a process that was killed: this one holds the lock
         shutil.rmtree(stale, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
     try:
         make(temporary)
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would shut other users out of a shared cache
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would lock other users out of a shared cache
         for path in [*temporary.iterdir(), temporary]:
             _sync(path)
         try:

@@ -1,15 +1,15 @@
 """Token rows for training and evaluation, as a pure function of the row's number.
 
 Shapes: B rows, S max_seq_len.
-Row n of a run is a function of (seed, n) alone: epoch n // rows_per_epoch, and in it the place that a keyed
-permutation gives to n % rows_per_epoch. So the order does not depend on ranks, workers or microbatches, a
-run's whole loader state is the number of rows consumed, and epochs follow one another without a seam. Row i
-of the data is tokens [i*S, i*S + S + 1) of the stream: every token of the stream but its first is a label
-exactly once an epoch.
+Row n of a run depends only on (seed, n): it is in epoch n // rows_per_epoch, at the place that a keyed permutation
+gives to n % rows_per_epoch. So the order does not depend on ranks, workers or microbatches, the state of the loader is
+the number of rows consumed, and a batch may span two epochs. Row i of the data is tokens [i*S, i*S + S + 1) of the
+stream: every token of the stream except the first is a label exactly once per epoch.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from operator import itemgetter
@@ -28,14 +28,16 @@ from llmfoundry.data.packing import TokenStream, pack
 from llmfoundry.data.sources import DatasetConfig, Source
 from llmfoundry.runtime import seed_of
 
-IGNORE = -100  # the label of a place where nothing is learned
+log = logging.getLogger(__name__)
+
+IGNORE = -100  # the label of a position that is not predicted
 
 
 class Batch(NamedTuple):
-    """Rows of tokens with the token that follows each."""
+    """Rows of tokens, and for each token the one that follows it."""
 
     tokens: Tensor  # (B, S) int64
-    labels: Tensor  # (B, S) int64, IGNORE where nothing is learned
+    labels: Tensor  # (B, S) int64, IGNORE where nothing is predicted
     rows: Tensor  # (B,) int64, each row's number in the run
     sequence_ids: Tensor | None = None  # (B, S) int32, each token's document, counted from the row's start
 
@@ -62,8 +64,8 @@ class LoaderConfig(Choice, tag="name"):
 
     name: str = "text"
     dataset: DatasetConfig
-    drop_last: bool = False  # epochs of training leave out the last, partly filled row; `one_pass` never does
-    num_workers: int = Field(default=0, ge=0)  # 0: read when asked; more: a thread reads the next batch ahead
+    drop_last: bool = False  # training leaves out the last, partly filled row of an epoch; evaluation never does
+    num_workers: int = Field(default=0, ge=0)  # 0: each batch is read on demand; more: a thread reads the next one
 
     def build(
         self,
@@ -73,12 +75,12 @@ class LoaderConfig(Choice, tag="name"):
         max_seq_len: int | None = None,
         sequence_ids: bool = False,
     ) -> Loader:
-        """Tokenise the dataset if that was not done before, and open it.
+        """Open the tokenized dataset; tokenize it first if it is not in the cache.
 
         Args:
-            seed: the run's seed; `dataset.shuffle_seed` goes before it.
-            max_seq_len: tokens a row where the dataset does not say.
-            sequence_ids: whether batches say which document each token belongs to.
+            seed: the run's seed; `dataset.shuffle_seed` takes precedence.
+            max_seq_len: tokens per row; `dataset.max_seq_len` takes precedence.
+            sequence_ids: whether batches contain the number of each token's document.
         """
         raise NotImplementedError
 
@@ -97,8 +99,10 @@ class TextLoaderConfig(LoaderConfig, names=("text",)):
         dataset = self.dataset
         length = dataset.max_seq_len or max_seq_len
         if length is None:
-            raise ConfigError("dataset.max_seq_len: is missing; give it here or at the top of the file")
+            raise ConfigError("dataset.max_seq_len: is missing; set it here or at the top of the file")
         source = dataset.build()
+        if source.summary:
+            log.info("%s", source.summary)
         shuffled = dataset.split == "train" if dataset.shuffle is None else dataset.shuffle
         shuffle_seed = seed if dataset.shuffle_seed is None else dataset.shuffle_seed
         return Loader(
@@ -113,7 +117,7 @@ class TextLoaderConfig(LoaderConfig, names=("text",)):
 
 
 class Loader:
-    """Serves any rows of the endless sequence of epochs, or one pass over the data. It has no state."""
+    """Serves any rows of an endless sequence of epochs, or one pass over the data. It has no state."""
 
     def __init__(
         self,
@@ -129,10 +133,10 @@ class Loader:
         """Serve rows of `max_seq_len` tokens of a stream.
 
         Args:
-            shuffle_seed: None serves them in the order of the data.
+            shuffle_seed: None keeps the order of the data.
 
         Raises:
-            ConfigError: the data does not fill one row.
+            ConfigError: there are too few tokens for one row.
         """
         self.max_seq_len = max_seq_len
         self.fingerprint = stream.fingerprint  # of the documents and the tokenizer
@@ -154,7 +158,7 @@ class Loader:
         """This rank's contiguous share of rows [start_row, start_row + n_rows) of the run.
 
         Where `world` does not divide `n_rows`, shares differ by one row. Epochs follow one another: a batch
-        may hold the last rows of one and the first of the next.
+        may hold the last rows of one epoch and the first of the next.
         """
         wanted = (start_row, n_rows, rank, world)
         ahead, self._ahead = self._ahead, None
@@ -167,15 +171,15 @@ class Loader:
     def one_pass(self, n_rows: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """Every label of the data exactly once, in order: `n_rows` rows at a time over all ranks.
 
-        Every batch has the same shape on every rank, as collectives and compiled models need: past the end
-        come rows without labels. Nats summed over these labels / ln 2 / `n_bytes` is the data's cost in bits
-        a byte; the cost of the end-of-text tokens is in it, their bytes are not.
+        Every batch has the same shape on every rank, as collectives and compiled models need: past the end, rows have
+        no labels. The sum of nats over these labels / ln 2 / `n_bytes` is the loss in bits per byte; it includes the
+        cost of the end-of-text tokens, but not their bytes.
 
         Args:
             n_rows: a multiple of `world`.
         """
         if n_rows % world:
-            raise ValueError(f"n_rows={n_rows} is no multiple of world={world}")
+            raise ValueError(f"n_rows={n_rows} is not a multiple of world={world}")
         share = n_rows // world
         for start in range(0, self._all_rows, n_rows):
             rows = np.arange(share) + start + rank * share
@@ -210,10 +214,10 @@ class Loader:
 
 
 def permuted(places: NDArray[np.int64], n: int, seed: int) -> NDArray[np.int64]:
-    """Where each of `places` in [0, n) goes under a random permutation of [0, n), without storing it.
+    """The images of `places` in [0, n) under a random permutation of [0, n) that is not stored.
 
-    A Feistel network permutes the smallest 2^(2k) >= n; what lands outside [0, n) is sent through again until
-    it lands inside (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    A Feistel network permutes the smallest 2^(2k) >= n; an image outside [0, n) is permuted again until it is inside
+    (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     keys = [np.uint64(seed_of(seed, "round", i)) for i in range(6)]

@@ -127,7 +127,10 @@ def prepare(dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> Token
     Run it once per dataset of a YAML (`train_loader.dataset`, `eval_loader.dataset`) with the run's
     tokenizer.
     """
-    stream = pack(dataset.build(), tokenizer, cache_root(dataset.cache_dir))
+    source = dataset.build()
+    if source.summary:
+        log.info("%s", source.summary)
+    stream = pack(source, tokenizer, cache_root(dataset.cache_dir))
     stream.verify()
     return stream
 

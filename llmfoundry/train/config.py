@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 import llmfoundry.model.transformer  # noqa: F401  registers its model
 from llmfoundry.config import Choice, Config, ConfigError, keyed
 from llmfoundry.data.loader import LoaderConfig
+from llmfoundry.data.sources import paired
 from llmfoundry.data.tokenizer import TokenizerConfig
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.parallel.mesh import ParallelConfig
@@ -131,6 +132,16 @@ class RunConfig(Config):
                 "(eval_interval: 0ba never evaluates)"
             )
         return self
+
+    @model_validator(mode="after")
+    def _datasets_paired(self) -> Self:
+        """Write out what each dataset holds out, which depends on the other: config.yaml then says what was read."""
+        train, evaluation = self.train_loader, self.eval_loader
+        one, other = paired(train.dataset, evaluation.dataset if evaluation is not None else None)
+        update = {"train_loader": train.model_copy(update={"dataset": one})}
+        if evaluation is not None:
+            update["eval_loader"] = evaluation.model_copy(update={"dataset": other})
+        return self.model_copy(update=update)
 
     def precision_on(self, device_type: str) -> Precision:
         """The precision of the run on a kind of device.

@@ -18,6 +18,7 @@ from llmfoundry import hf, runtime
 from llmfoundry.checkpoint.checkpointer import Checkpointer, CheckpointState
 from llmfoundry.checkpoint.reading import Contents, Json, load_model_only
 from llmfoundry.config import ConfigError, dump
+from llmfoundry.data.sources import check_apart
 from llmfoundry.eval.perplexity import evaluate
 from llmfoundry.kernels.experts import resolve_backend
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig
@@ -335,6 +336,7 @@ def build(config: RunConfig) -> Trainer:
         asynchronous=device.type == "cuda" if config.save_async == "auto" else config.save_async,
     )
     start = find_start(config, checkpointer)
+    check_apart(config.train_loader.dataset, config.eval_loader.dataset if config.eval_loader is not None else None)
     tokenizer = build_tokenizer(config, start)
     n_ids = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
     if n_ids > config.model.vocab_size:

@@ -150,7 +150,7 @@ def test_one_pass_over_ranks_has_equal_shapes_and_the_same_labels(cache: Path, w
     assert {len(batches) for batches in ranks} == {len(alone)}
     for step, batch in enumerate(alone):
         assert equal(joined([batches[step] for batches in ranks]), batch)
-    with pytest.raises(ValueError, match="no multiple of world"):
+    with pytest.raises(ValueError, match="not a multiple of world"):
         next(loader.one_pass(9, 0, world))
 
 

@@ -15,7 +15,7 @@ import pytest
 import zstandard
 
 from llmfoundry.config import ConfigError, check
-from llmfoundry.data import DatasetConfig, sources
+from llmfoundry.data import DatasetConfig, text_files
 
 
 def dataset(**keys: object) -> DatasetConfig:
@@ -155,9 +155,9 @@ def test_fingerprint_follows_contents_not_places_or_times(folder: Path, tmp_path
 def test_big_data_is_hashed_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataset(name="text_files", path=str(folder), validation_fraction=0.0, cache_dir=str(tmp_path / "cache"))
     small = config.build().fingerprint
-    monkeypatch.setattr(sources, "REMEMBER_BYTES", 1)
+    monkeypatch.setattr(text_files, "REMEMBER_BYTES", 1)
     assert config.build().fingerprint == small
-    monkeypatch.setattr(sources, "_digest", None)
+    monkeypatch.setattr(text_files, "checked_digest", None)
     assert config.build().fingerprint == small
 
 
@@ -259,15 +259,6 @@ def test_missing_and_empty_data_are_named(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
             documents(name="text_files", path=str(tmp_path / path), validation_fraction=0)
-
-
-def test_one_file_has_no_validation_split_and_says_what_to_do(folder: Path) -> None:
-    path = str(folder / "a.txt")
-    empty, full = ("train", "validation") if sources._share("a.txt") < 0.05 else ("validation", "train")
-    assert documents(name="text_files", path=path, split=full) == ["a\r\n"]
-    with pytest.raises(ConfigError, match="give this split its own path"):
-        documents(name="text_files", path=path, split=empty)
-    assert documents(name="text_files", path=path, split="validation", validation_fraction=1) == ["a\r\n"]
 
 
 def test_unknown_dataset_lists_the_known_ones() -> None:

@@ -1,0 +1,306 @@
+"""The texts of tables: .jsonl, .json, .csv and .parquet, of which only the column with the text is looked at.
+
+A row that cannot be read is a value, not an exception, so that it can be skipped and counted.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+
+from llmfoundry.config import ConfigError
+from llmfoundry.data.files import LINE_BYTES, UNREADABLE, kind_of, unpacked
+
+if TYPE_CHECKING:
+    import pyarrow
+    import pyarrow.parquet
+
+BATCH_ROWS = 256  # of .parquet, decoded at once
+
+
+class BadRow(NamedTuple):
+    """A row without a text."""
+
+    message: str  # file, row, and what is wrong
+
+
+class _Broken(Exception):
+    """What is wrong with a row."""
+
+
+def read_table(path: Path, text_key: str) -> Iterator[str | BadRow]:
+    """The texts of one file, streamed.
+
+    Args:
+        text_key: the column; a dot leads into nested ones (`doc.text`), unless a column has that very name.
+
+    Raises:
+        ConfigError: the file itself cannot be read.
+    """
+    kind = kind_of(path)
+    assert kind is not None
+    read = {"lines": _lines, "json": _json, "csv": _csv, "tsv": _csv, "parquet": _parquet}[kind.format]
+    row = 0
+    try:
+        for found, line in read(path, text_key):
+            if isinstance(found, str) and (surrogate := _lone_surrogate(found)):
+                found = _Broken(f"{text_key!r} has a lone surrogate, {surrogate!r}, which is no character")
+            if isinstance(found, str):
+                yield found
+            else:
+                at = f" (line {line})" if line else ""
+                yield BadRow(f"{path}: row {row}: {found}{at}")
+            row += 1
+    except (*UNREADABLE, ValueError, NotImplementedError, csv.Error, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        why = error.msg if isinstance(error, json.JSONDecodeError) else " ".join(str(error).split())[:300]
+        raise ConfigError(f"dataset.path: {path}: row {row}: cannot be read: {why}") from error
+
+
+Rows = Iterator[tuple[str | _Broken, int | None]]  # a text or what is wrong, and the line where it ends
+
+
+def _lone_surrogate(text: str) -> str | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return text[error.start]
+    return None
+
+
+def _text_of(row: object, key: str) -> str | _Broken:
+    """The text in a decoded row."""
+    if not isinstance(row, dict):
+        return _Broken(f"is a {type(row).__name__}, not a mapping with {key!r}: {row!r:.80}")
+    try:
+        text = _look(row, key)
+    except KeyError:
+        return _Broken(f"{key!r} is not among {_known(row)}")
+    return text if isinstance(text, str) else _Broken(f"{key!r} is {text!r:.80}, not text")
+
+
+def _look(row: dict[str, object], key: str) -> object:
+    if key in row:
+        return row[key]
+    for i, letter in enumerate(key):
+        below = row.get(key[:i]) if letter == "." else None
+        if isinstance(below, dict):
+            try:
+                return _look(below, key[i + 1 :])
+            except KeyError:
+                continue
+    raise KeyError(key)
+
+
+def _known(row: dict[str, object], path: str = "") -> str:
+    names = [_known(below, f"{path}{name}.") if isinstance(below, dict) and below else repr(f"{path}{name}")
+             for name, below in row.items()]  # fmt: skip
+    return ", ".join(names) or "no columns at all"
+
+
+def _why(error: Exception) -> str:
+    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+
+
+def _open(path: Path, raw: BinaryIO) -> BinaryIO:
+    kind = kind_of(path)
+    assert kind is not None
+    return unpacked(raw, kind.compression)
+
+
+def _bounded_lines(file: BinaryIO) -> Iterator[bytes | None]:
+    """Lines with their ends; None for one that is too long."""
+    while line := file.readline(LINE_BYTES + 1):
+        if len(line) <= LINE_BYTES or line.endswith(b"\n"):
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(2**20)
+        yield None
+
+
+def _lines(path: Path, key: str) -> Rows:
+    """JSON, a value per line; empty lines are passed over."""
+    with path.open("rb") as raw:
+        for number, line in enumerate(_bounded_lines(_open(path, raw)), 1):
+            if line is None:
+                yield _Broken(f"has more than {LINE_BYTES:,} bytes, the longest line that is read"), number
+            elif line := (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip():
+                try:
+                    yield _text_of(json.loads(line.decode()), key), number
+                except (ValueError, RecursionError) as error:  # also of bytes that are not UTF-8
+                    yield _Broken(f"cannot be read: {_why(error)}"), number
+
+
+def _json(path: Path, key: str) -> Rows:
+    """One array, or values one after the other; a value per line is read as .jsonl is."""
+    with path.open("rb") as raw:
+        start = next(filter(bytes.strip, map(bytes, filter(None, _bounded_lines(_open(path, raw))))), b"")
+    start = start.removeprefix(b"\xef\xbb\xbf").strip()
+    if not start.startswith(b"["):
+        try:
+            json.loads(start.decode())
+        except (ValueError, RecursionError):
+            pass
+        else:
+            yield from _lines(path, key)
+            return
+    with path.open("rb") as raw:
+        for value in _values(io.TextIOWrapper(_open(path, raw), encoding="utf-8-sig")):
+            yield _text_of(value, key), None
+
+
+def _values(file: io.TextIOBase) -> Iterator[object]:
+    """The values of a JSON document, with no more than one of them in memory."""
+    decoder, text, at, ended = json.JSONDecoder(), "", 0, False
+
+    def more() -> None:
+        nonlocal text, at, ended
+        text, at = text[at:], 0
+        if len(text) > LINE_BYTES:
+            raise ValueError(f"a value has more than {LINE_BYTES:,} characters, the longest that is read")
+        piece = file.read(max(2**16, len(text)))  # doubled, so that a value is not tried too often
+        text, ended = text + piece, not piece
+
+    def peek() -> str:
+        nonlocal at
+        while True:
+            while at < len(text):
+                if text[at] not in " \t\r\n":
+                    return text[at]
+                at += 1
+            if ended:
+                return ""
+            more()
+
+    array = peek() == "["
+    at += array
+    while (letter := peek()) and not (array and letter == "]"):
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            cut_short = error.msg.startswith("Unterminated string") or error.pos > len(text) - len("-Infinity")
+            if ended or not cut_short:
+                raise
+            end = len(text)
+        if end == len(text) and not ended:  # the value may go on
+            more()
+            continue
+        at = end
+        yield value
+        if array and peek() == ",":
+            at += 1
+        elif array and peek() != "]":
+            raise ValueError(f"expected ',' or ']', found {peek() or 'the end of the file'!r}")
+    if array and not peek():
+        raise ValueError("ends before its array does")
+    at += array
+    if array and peek():
+        raise ValueError(f"text after the array: {peek()!r}")
+
+
+def _csv(path: Path, key: str) -> Rows:
+    """A header and rows, with commas or (.tsv) tabs between the cells."""
+    kind = kind_of(path)
+    assert kind is not None
+    csv.field_size_limit(LINE_BYTES)
+
+    def lines(file: BinaryIO) -> Iterator[str]:
+        for line in _bounded_lines(file):
+            if line is None:
+                raise ValueError(f"a line has more than {LINE_BYTES:,} bytes, the longest that is read")
+            yield line.decode()
+
+    with path.open("rb") as raw:
+        reader = csv.reader(lines(_open(path, raw)), delimiter="\t" if kind.format == "tsv" else ",")
+        header = [name.removeprefix("\ufeff") for name in next(reader, [])]
+        for cells in reader:
+            if cells:
+                yield _text_of(dict(zip(header, cells, strict=False)), key), reader.line_num
+
+
+def check_parquet(path: Path) -> None:
+    """Read the footer.
+
+    Raises:
+        ConfigError: it is damaged or missing.
+    """
+    import pyarrow.parquet  # here, because it takes long to import and most runs do not need it
+
+    try:
+        pyarrow.parquet.read_metadata(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"dataset.path: {path}: cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _parquet(path: Path, key: str) -> Rows:
+    """One column, a part of a row group at a time. Text may be stored as bytes without the mark of UTF-8."""
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        if not file.metadata.num_rows:
+            return
+        where = _column(file.schema_arrow, key)
+        if where is None:
+            names = ", ".join(_names(file.schema_arrow))
+            raise ConfigError(f"dataset.text_key: {path}: {key!r} is not among {names}")
+        for group in range(file.num_row_groups):
+            if not file.metadata.row_group(group).num_rows:
+                continue
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[".".join(where)]):
+                for value in _values_of(batch, where):
+                    yield _decoded(value, key), None
+
+
+def _column(schema: pyarrow.Schema | pyarrow.StructType, key: str) -> list[str] | None:
+    """The way to a column, through structs."""
+    import pyarrow
+
+    names = schema.names
+    if names.count(key) == 1:
+        return [key]
+    for i, letter in enumerate(key):
+        if letter == "." and names.count(key[:i]) == 1 and pyarrow.types.is_struct(schema.field(key[:i]).type):
+            below = _column(schema.field(key[:i]).type, key[i + 1 :])
+            if below is not None:
+                return [key[:i], *below]
+    return None
+
+
+def _names(schema: pyarrow.Schema | pyarrow.StructType, path: str = "") -> Iterator[str]:
+    import pyarrow
+
+    for i, name in enumerate(schema.names):
+        kind = schema.field(i).type
+        if pyarrow.types.is_struct(kind):
+            yield from _names(kind, f"{path}{name}.")
+        else:
+            yield repr(path + name)
+
+
+def _values_of(batch: pyarrow.RecordBatch, where: list[str]) -> list[object]:
+    import pyarrow
+    import pyarrow.compute
+
+    column = batch.column(batch.schema.get_field_index(where[0]))
+    for name in where[1:]:
+        column = pyarrow.compute.struct_field(column, name)
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+        column = column.cast(pyarrow.large_binary())  # a damaged text is then the row's matter, not the batch's
+    return column.to_pylist()
+
+
+def _decoded(value: object, key: str) -> str | _Broken:
+    if not isinstance(value, bytes):
+        return value if isinstance(value, str) else _Broken(f"{key!r} is {value!r:.80}, not text")
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        return _Broken(f"{key!r} is not UTF-8 (byte {error.start}): {value[:40]!r}")

@@ -1,0 +1,175 @@
+"""`text_files`: a folder, a glob or one file of text, as a dataset."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import Field
+
+from llmfoundry.config import ConfigError
+from llmfoundry.data.cache import cache_root, made_once
+from llmfoundry.data.files import checked_digest, find, kind_of, said_of, unpacked
+from llmfoundry.data.sources import DatasetConfig, Source, fingerprint_of
+from llmfoundry.data.split import cut, filling_both, keeps, select, share
+from llmfoundry.data.tables import BadRow, check_parquet, read_table
+from llmfoundry.progress import progress
+
+log = logging.getLogger(__name__)
+
+# From this many bytes on, the digests of a set of files are remembered by their names, sizes and times.
+REMEMBER_BYTES = 2**24
+# Tables of fewer bytes are looked through, so that neither split is left without a row.
+FEW_BYTES = 2**22
+
+
+class _Part(NamedTuple):
+    """The part of the files that a split is given."""
+
+    files: list[str]
+    how: str  # for the log; empty: all of them, whole
+    rows: float | None = None  # the fraction of rows that a hash holds out
+    text: float | None = None  # the fraction that is held out at the end of each text
+
+
+class TextFilesConfig(DatasetConfig, names=("text_files",)):
+    """A folder, a glob or one file: .txt and .md (a document each), .jsonl, .json, .csv, .tsv, .parquet (one per row).
+
+    All but .parquet may be compressed. docs/data.md says which part of it a split is given.
+    """
+
+    path: str
+    text_key: str = "text"  # the column of a table that holds the text; `doc.text` for a nested one
+    skip_bad_rows: int = Field(default=0, ge=0)  # rows without a readable text that are skipped, counted and reported
+
+    def heap(self) -> str:
+        return os.path.realpath(Path(self.path).expanduser())
+
+    def build(self) -> Source:
+        files, skipped = find(self.path)
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        part = self._part(files, sizes)
+        title = f"{self.name}-{self.split}"
+        chosen = {name: files[name] for name in part.files}
+        digests = self._digests(chosen)
+        contents = [(_reader(chosen[name]), digest) for name, digest in digests if sizes[name]]
+        tables = any(not reader.startswith("text") for reader, _ in contents)
+        hashed = part.rows is not None and tables
+        rule = (self.split, part.rows or 0.0, part.text or 0.0) if hashed or part.text is not None else ("whole",)
+        n_bytes = sum(sizes[name] for name in chosen)
+        endings = Counter(Path(name).suffix.casefold() for name in chosen)
+        counts = ", ".join(f"{n} {ending}" for ending, n in endings.items())
+        return Source(
+            title,
+            fingerprint_of("text_files/2", self.text_key if tables else "", *rule, *contents),
+            lambda: self._read(chosen, part, title),
+            n_bytes,
+            f"{title}: reads {self.path} ({counts}; {n_bytes:,} bytes){part.how}{said_of(skipped)}",
+            frozenset(path.resolve() for path in chosen.values()),
+        )
+
+    def _part(self, files: dict[str, Path], sizes: dict[str, int]) -> _Part:
+        """What of the files this split is given, by their names or else by `validation_fraction`."""
+        given = self.split == "validation" and self._is_whole
+        by_name = select(sizes, self.split, given_for_validation=given)
+        if by_name is not None:
+            left = [f"{len(names)} of {what or 'no split'} (e.g. {names[0]})" for what, names in by_name.left.items()]
+            return _Part(by_name.kept, f", the {self.split} split by name; not read: {', '.join(left)}")
+        if self._is_whole:
+            return _Part(list(files), "")
+        return self._by_hash(files, sizes)
+
+    def _by_hash(self, files: dict[str, Path], sizes: dict[str, int]) -> _Part:
+        """Hold out `validation_fraction` of the documents: by the name of a file of one, by the text of a row."""
+        fraction, said = self._fraction, "; held out for validation: "
+        filled = [name for name in files if sizes[name]]
+        plain = [name for name in filled if _is_plain(files[name])]
+        tables = [name for name in filled if not _is_plain(files[name])]
+        if 0 < fraction < 1 and sum(sizes[name] for name in tables) <= FEW_BYTES:
+            rows = (row for name in tables for row in read_table(files[name], self.text_key) if isinstance(row, str))
+            shares = {share(key) for keys in (plain, rows) for key in keys if key}
+            if len(shares) == 1:
+                return _Part(filled, f"{said}the last {fraction:.3g} of its text", text=fraction)
+            fraction = filling_both(shares, fraction) if shares else fraction
+        held_out = [name for name in plain if keeps(name, "validation", fraction)]
+        if not tables:
+            said += f"{len(held_out)} of {len(plain)} files, by a hash of their names"
+        else:
+            said += f"{fraction:.3g} of the rows and files, by hash"
+        kept = {*tables, *(held_out if self.split == "validation" else set(plain) - set(held_out))}
+        return _Part([name for name in filled if name in kept], said, rows=fraction)
+
+    def _read(self, files: dict[str, Path], part: _Part, title: str) -> Iterator[str]:
+        first, bad = "", 0
+        for path in files.values():
+            for row in _documents(path, self.text_key):
+                if isinstance(row, BadRow):
+                    first, bad = first or row.message, bad + 1
+                    if bad > self.skip_bad_rows:
+                        raise self._bad(row, bad)
+                elif part.text is not None:
+                    yield cut(row, self.split, part.text)
+                elif part.rows is None or _is_plain(path) or keeps(row, self.split, part.rows):
+                    yield row
+        if bad:
+            log.warning("%s: skipped %d of at most %d bad rows; the first: %s", title, bad, self.skip_bad_rows, first)
+
+    def _bad(self, row: BadRow, count: int) -> ConfigError:
+        if not self.skip_bad_rows:
+            return ConfigError(f"dataset.text_key: {row.message}; skip_bad_rows: N skips up to N such rows")
+        return ConfigError(f"dataset.skip_bad_rows: {row.message}; this is bad row {count}; raise it, or mend the data")
+
+    def _digests(self, files: dict[str, Path]) -> list[tuple[str, str]]:
+        """(name, SHA-256) of each file; remembered for big data, so that only its first use reads it all."""
+        stats = {name: path.stat() for name, path in files.items()}
+        total = sum(s.st_size for s in stats.values())
+
+        def digests() -> list[tuple[str, str]]:
+            with progress(f"checking {self.path}", total, "bytes") as advance:
+                return [(name, _checked(path, self.skip_bad_rows > 0, advance)) for name, path in files.items()]
+
+        if total < REMEMBER_BYTES:
+            return digests()
+        listing = [(name, str(files[name].absolute()), s.st_size, s.st_mtime_ns) for name, s in stats.items()]
+        known = cache_root(self.cache_dir) / "listings" / fingerprint_of("listing/1", *listing)[:24]
+        if not known.exists():
+            log.info("checking %d files of %s, %.1f GB; once, until one of them changes", len(files), self.path,
+                     total / 1e9)  # fmt: skip
+        made_once(known, lambda folder: _write_json(folder / "digests.json", digests()))
+        return [(name, digest) for name, digest in json.loads((known / "digests.json").read_text())]
+
+
+def _checked(path: Path, lenient: bool, advance: Callable[[int], None]) -> str:
+    if _reader(path) == "parquet":
+        check_parquet(path)
+    return checked_digest(path, lenient=lenient, advance=advance)
+
+
+def _reader(path: Path) -> str:
+    """What beside the bytes of a file decides its documents."""
+    kind = kind_of(path)
+    assert kind is not None
+    return kind.format + kind.compression
+
+
+def _is_plain(path: Path) -> bool:
+    return _reader(path).startswith("text")
+
+
+def _documents(path: Path, text_key: str) -> Iterator[str | BadRow]:
+    if not _is_plain(path):
+        yield from read_table(path, text_key)
+        return
+    kind = kind_of(path)
+    assert kind is not None
+    with path.open("rb") as raw:
+        yield unpacked(raw, kind.compression).read().decode("utf-8-sig")
+
+
+def _write_json(path: Path, data: list[tuple[str, str]]) -> None:
+    path.write_text(json.dumps(data))

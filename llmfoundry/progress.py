@@ -1,0 +1,74 @@
+"""How far a long job is, on stderr: a bar on a terminal, elsewhere a line every ten seconds.
+
+Jobs that end within ten seconds stay silent off a terminal.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+Unit = Literal["bytes", "tokens"]
+SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass
+class Meter:
+    """What has been done so far, and how fast."""
+
+    title: str
+    total: int | None
+    unit: Unit
+    done: int = 0
+    start: float = field(default_factory=time.monotonic)
+
+    def __str__(self) -> str:
+        """E.g. `tokenizing texts: 120 of 800 MB, 10.2 MB/s, 1:06 left`."""
+        rate = self.done / max(time.monotonic() - self.start, 1e-9)
+        scale, name = (1e6, "MB") if self.unit == "bytes" else (1.0, self.unit)
+        of = f" of {self.total / scale:,.0f}" if self.total else ""
+        text = f"{self.title}: {self.done / scale:,.0f}{of} {name}, {rate / scale:,.{int(scale > 1)}f} {name}/s"
+        if self.total and rate:
+            left = round(max(self.total - self.done, 0) / rate)
+            text += f", {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        return text
+
+
+@contextmanager
+def progress(title: str, total: int | None, unit: Unit, *, bar: bool = True) -> Iterator[Callable[[int], None]]:
+    """Show the progress of the block; it calls what it is given with the amount done since the last call.
+
+    Args:
+        title: what is being done, e.g. "tokenizing texts".
+        total: the amount to do; None: unknown. An estimate will do.
+        bar: whether a terminal shows a bar; false where another one may be on it.
+    """
+    meter = Meter(title, total, unit)
+    if bar and sys.stderr.isatty():
+        console = Console(file=sys.stderr)
+        with Progress(TextColumn("{task.description}"), BarColumn(), console=console, transient=True) as shown:
+            task = shown.add_task(str(meter), total=total)
+
+            def advance(amount: int) -> None:
+                meter.done += amount
+                shown.update(task, completed=meter.done, description=str(meter))
+
+            yield advance
+        return
+    last = meter.start
+
+    def count(amount: int) -> None:
+        nonlocal last
+        meter.done += amount
+        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+            print(meter, file=sys.stderr, flush=True)
+            last = time.monotonic()
+
+    yield count
