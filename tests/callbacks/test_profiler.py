@@ -1,3 +1,4 @@
+# ruff: noqa: F811  (the fixture `recipe`)
 """`profiler` and `memory_snapshot`: the table by part, the trace, and what is written when memory runs out."""
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def test_shares_are_of_the_step_and_idle_is_what_no_kernel_covers() -> None:
     assert covered([(0, 2), (1, 3), (5, 6)]) == 4
 
 
-def test_a_run_is_profiled(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_run_is_profiled(recipe: Path, tmp_path: Path) -> None:
     options = ["max_duration=5ba", "callbacks.profiler={start: 3, steps: 2}", MIXTURE]
     assert train_main([str(recipe), *options]) == 0
     folder = tmp_path / "run" / "profile"
@@ -61,19 +62,19 @@ def test_a_run_is_profiled(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
 def test_a_run_that_is_too_short_says_so(
     recipe: Path,
     tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,  # noqa: F811
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert train_main([str(recipe), "callbacks.profiler={start: 2, steps: 9}"]) == 0
     assert "the run ended before step 10" in caplog.text and not (tmp_path / "run" / "profile").exists()
 
 
-def test_a_snapshot_of_memory_does_nothing_on_a_cpu(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_snapshot_of_memory_does_nothing_on_a_cpu(recipe: Path, tmp_path: Path) -> None:
     assert train_main([str(recipe), "callbacks.memory_snapshot={interval: 1ba}"]) == 0
     assert not (tmp_path / "run" / "memory").exists()
 
 
 @pytest.mark.gpu
-def test_snapshots_at_an_interval_and_when_memory_runs_out(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_snapshots_at_an_interval_and_when_memory_runs_out(recipe: Path, tmp_path: Path) -> None:
     options = ["callbacks.memory_snapshot={interval: 1ba}", "callbacks.profiler={start: 2, steps: 1}"]
     assert train_main([str(recipe), *options, MIXTURE]) == 0
     found = {path.name for path in (tmp_path / "run" / "memory").iterdir()}

@@ -1,3 +1,4 @@
+# ruff: noqa: F811  (the fixture `recipe`)
 """`report.html`: what is computed for it, what it says in words, and that a browser draws it."""
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def test_a_long_run_of_a_large_model_is_a_small_page_that_a_browser_draws(tmp_pa
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
-def test_a_run_leaves_its_page(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_run_leaves_its_page(recipe: Path, tmp_path: Path) -> None:
     block = "{ffn_type: mb_dmoe, moe_num_experts: 4, moe_top_k: 2, ffn_hidden_size: 32}"
     evaluated = ["eval_loader.dataset.name=synthetic", f"eval_loader.dataset.cache_dir={tmp_path / 'cache'}",
                  "eval_loader.dataset.split=validation", "eval_loader.dataset.n_documents=40",
@@ -129,13 +130,13 @@ def test_a_run_leaves_its_page(recipe: Path, tmp_path: Path) -> None:  # noqa: F
     assert panels(document) >= EXPERT_PANELS and "expert 3" in document
 
 
-def test_a_dense_run_has_a_page_of_curves(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_dense_run_has_a_page_of_curves(recipe: Path, tmp_path: Path) -> None:
     assert train_main([str(recipe)]) == 0
     assert (tmp_path / "run" / "report.html").is_file() and not (tmp_path / "run" / "experts.jsonl").exists()
     assert read_run(tmp_path / "run")["experts"] is None
 
 
-def test_it_can_be_turned_off(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_it_can_be_turned_off(recipe: Path, tmp_path: Path) -> None:
     assert train_main([str(recipe), "callbacks.report.enabled=false"]) == 0
     assert not (tmp_path / "run" / "report.html").exists()
 
