@@ -252,11 +252,11 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
 
     def forward(self, x: Tensor, labels: Tensor | None, softcap: float | None) -> Tensor:
-        """As `head`, with this weight."""
-        return head(x, self.weight, labels, softcap)
+        """As `logits_or_loss`, with this weight."""
+        return logits_or_loss(x, self.weight, labels, softcap)
 
 
-def head(x: Tensor, weight: Tensor, labels: Tensor | None, softcap: float | None) -> Tensor:
+def logits_or_loss(x: Tensor, weight: Tensor, labels: Tensor | None, softcap: float | None) -> Tensor:
     """Logits of hidden states, or with labels their loss.
 
     Args:
@@ -330,7 +330,7 @@ class CausalLM(nn.Module):
         x = self.norm_f(x[:, -1:] if last_only else x)  # (B, S, D), or (B, 1, D)
         softcap = self.config.final_logit_softcapping
         if self.lm_head is None:
-            y = head(x, self.wte.weight, labels, softcap)
+            y = logits_or_loss(x, self.wte.weight, labels, softcap)
         else:
             y = self.lm_head(x, labels, softcap)
         router = RouterStats(*(torch.stack(field) for field in zip(*stats, strict=True))) if stats else None
