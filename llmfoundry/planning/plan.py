@@ -1,8 +1,8 @@
 """Traffic of a run over its links, and the time of a step: arithmetic with measured rates.
 
 Collectives are rings that enter a node once: of what comes from other nodes, each GPU receives its part over the
-network and passes it on over NVLink. The time assumes that all-gathers of weights and reductions of gradients overlap with
-compute and do not slow it down, that the exchange of tokens overlaps with nothing, and that routing is even.
+network and passes it on over NVLink. The time assumes that all-gathers of weights and reductions of gradients overlap
+with compute and do not slow it down, that the exchange of tokens overlaps with nothing, and that routing is even.
 """
 
 from __future__ import annotations
