@@ -1,6 +1,6 @@
-"""Parts of tensors that may be sharded over ranks: a plain tensor counts as its own only part.
+"""This rank's part of a tensor that may be sharded. The part of a plain tensor is the tensor itself.
 
-A sharded parameter is a `DTensor`. Code that works on either kind asks here and does not test for the type itself.
+A sharded parameter is a `DTensor`. Code that works on both kinds calls these functions and does not test the type.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 
 class LocalShard(NamedTuple):
-    """The part of a tensor that this rank holds, and where it stands in the whole."""
+    """The part of a tensor that this rank holds, and its position in the whole tensor."""
 
     local: Tensor  # the storage itself, detached
     shape: torch.Size  # of the whole tensor
@@ -31,11 +31,11 @@ def local_part(tensor: Tensor | None) -> Tensor | None:
 
 
 def local_shard(tensor: Tensor) -> LocalShard:
-    """The part of a tensor that this rank holds, with its place in the whole."""
+    """The part of a tensor that this rank holds, with its position in the whole tensor."""
     if not isinstance(tensor, DTensor):
         return LocalShard(tensor.detach(), tensor.shape, (0,) * tensor.dim())
-    # The one place that knows how FSDP over expert parallelism strides its shards: torch's function for it is private,
-    # and the parity tests prove it.
+    # Only this line depends on how FSDP over expert parallelism strides its shards. torch's function for it is private;
+    # the parity tests would show a change.
     return LocalShard(tensor.to_local().detach(), tensor.shape, tuple(_create_chunk_from_dtensor(tensor).offsets))
 
 

@@ -1,6 +1,6 @@
-"""The process: its rank, device, seeds, reductions and clock-free facts about the hardware.
+"""This process: its rank, device, seeds and reductions, and the peak FLOP/s and memory of its hardware.
 
-One process is the same code as many: every reduction is the identity until `start` has made a process group.
+The same code runs on one process and on many: until `start` has made a process group, every reduction is the identity.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 
-# Huge pages for large tensors in host memory: fresh 4 KiB pages cost as much as the arithmetic on them (a training step
-# on a CPU takes 8 % longer). torch reads it at its first large allocation.
+# Huge pages for large tensors in host memory: with pages of 4 KiB, a training step on a CPU takes 8 % longer. torch
+# reads this at its first large allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-# Segments of GPU memory that grow. With experts divided, buffers have another size in every step, and FSDP's gathered
-# weights come and go between them: of fixed segments, 12 of 79 GiB were reserved and of no use. Read at the first
-# allocation on a GPU.
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the old name of the same
+# Segments of GPU memory that can grow. With expert parallelism, the sizes of buffers change in every step, and FSDP's
+# gathered weights are allocated and freed between them: with fixed segments, 12 of 79 GiB were reserved but unusable.
+# torch reads this at its first allocation on a GPU.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the same variable's old name
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 # Dense bf16 TFLOP/s without sparsity, from the vendors' datasheets; the first name found in the device's name counts.
@@ -47,7 +47,7 @@ _PEAK_BF16_TFLOPS = {
 
 
 def rank() -> int:
-    """This process's number in the world, 0 when alone."""
+    """This process's number in the run; 0 if it was started without torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -57,12 +57,12 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """This process's number on its machine."""
+    """This process's number on its node."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def is_rank0() -> bool:
-    """Whether this process speaks and writes for all."""
+    """Whether this process logs and writes for all."""
     return rank() == 0
 
 
@@ -71,18 +71,18 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def start(timeout_seconds: float = 600.0, *, alone_too: bool = False) -> torch.device:
+def start(timeout_seconds: float = 600.0, *, group_of_one: bool = False) -> torch.device:
     """Choose the device and, under torchrun, join the process group (NCCL on GPUs, gloo on CPUs).
 
     Args:
-        timeout_seconds: after which a collective that some rank has not joined fails on the others.
-        alone_too: whether a process alone is a group of one, which FSDP needs.
+        timeout_seconds: a collective fails if some rank has not joined it after this time.
+        group_of_one: whether a single process gets a process group too, which FSDP needs.
     """
     place = device()
     if place.type == "cuda":
         torch.cuda.set_device(place)
         torch.backends.cuda.matmul.allow_tf32 = False
-    if (world_size() > 1 or alone_too) and not dist.is_initialized():
+    if (world_size() > 1 or group_of_one) and not dist.is_initialized():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
             timeout=datetime.timedelta(seconds=timeout_seconds),
@@ -101,15 +101,15 @@ def stop() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process; one of several does not tear its interpreter down first.
+    """End this process; under torchrun, without Python's teardown of the interpreter.
 
-    Meshes that DTensor's caches remember keep gloo's threads past `stop`, and a thread that lets go of a tensor while
-    the interpreter is torn down aborts the process: a rank in some thousands would fail after its work is done.
+    DTensor's caches keep meshes alive after `stop`, and with them gloo's threads. A thread that frees a tensor while
+    the interpreter is torn down aborts the process, so that one rank in a few thousand would fail after its work.
 
     Args:
         code: the exit code.
     """
-    if "RANK" not in os.environ:  # alone
+    if "RANK" not in os.environ:  # a single process
         sys.exit(code)
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -124,7 +124,7 @@ def barrier() -> None:
 
 
 def all_reduce_sum(tensor: Tensor, group: ProcessGroup | None = None) -> Tensor:
-    """Sum `tensor` over the ranks of `group` (all ranks when None), in place; the identity in one process."""
+    """Sum `tensor` over the ranks of `group` (None: all ranks), in place; in a single process it stays as it is."""
     if dist.is_initialized():
         dist.all_reduce(tensor, group=group)
     return tensor
@@ -140,7 +140,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def on_rank0(ask: Callable[[], T]) -> T:
-    """Run `ask` on rank 0; every rank gets its answer, or the exception that it raised, so that none waits for it."""
+    """Run `ask` on rank 0. Every rank returns its answer, or raises its exception, so that none waits for it."""
     outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
     if is_rank0():
         try:
@@ -156,7 +156,7 @@ def on_rank0(ask: Callable[[], T]) -> T:
 
 
 def seed_of(*parts: str | int) -> int:
-    """A 63-bit seed from any parts, by SHA-256: the same on every machine and Python version."""
+    """A seed of 63 bits from any parts, by SHA-256: the same on every machine and Python version."""
     digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:8], "little") & (2**63 - 1)
 
@@ -167,14 +167,14 @@ def generator(place: torch.device | str, *parts: str | int) -> torch.Generator:
 
 
 def seed_all(seed: int) -> None:
-    """Seed Python's, numpy's and torch's global generators, for third parties: our own code draws from `generator`."""
+    """Seed the global generators of Python, numpy and torch for third-party code; our own draws from `generator`."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def peak_flops(place: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of the device by its datasheet; None for a CPU or a device not in the table."""
+    """Dense bf16 FLOP/s of the device by its datasheet; None for a CPU or a device that is not in the table."""
     if place.type != "cuda":
         return None
     name = torch.cuda.get_device_name(place)
@@ -182,7 +182,7 @@ def peak_flops(place: torch.device) -> float | None:
 
 
 def peak_memory_bytes(place: torch.device) -> int:
-    """Most bytes held at once so far: allocated on a GPU, resident in a CPU process."""
+    """Peak memory so far, in bytes: allocated on a GPU, or resident in a CPU process."""
     if place.type == "cuda":
         return torch.cuda.max_memory_allocated(place)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

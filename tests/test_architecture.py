@@ -1,12 +1,14 @@
 """The shape of the house, as tests: floors, import circles, names, documentation. Standard library only."""
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[1] / "llmfoundry"
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "llmfoundry"
 
 # Ground first. A module may import from its own room and from the floors below it.
 FLOORS = [
@@ -103,3 +105,39 @@ def test_modules_and_public_classes_say_what_they_are(path: Path) -> None:
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             assert ast.get_docstring(node), f"class {node.name} has no docstring"
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FILE = re.compile(r"[\w./-]*\w\.(?:py|md|ya?ml|sh|toml)|(?:[\w-]+/)+|(?:[\w-]+/)*Dockerfile(?:\.\w+)?")
+OURS = re.compile(r"(?:scripts|yamls|docs|docker|tests|llmfoundry)/[\w./-]+\.\w+")
+NOT_HERE = {
+    "config.yaml", "checkpoints/", "checkpoints/step-N/",  # what a run writes
+    "my_file.py", "tests/PACKAGE/test_FILE.py",  # examples
+}  # fmt: skip
+
+
+def _paths_named(page: Path) -> set[str]:
+    """Files and folders that a page names: targets of links, backticks with the form of a path, commands in fences."""
+    fence = re.compile(r"^```.*?^```", flags=re.DOTALL | re.MULTILINE)
+    page_text = page.read_text(encoding="utf-8")
+    text, commands = fence.sub("", page_text), " ".join(fence.findall(page_text))
+    links = {link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link}
+    code = {word for span in re.findall(r"`([^`]+)`", text) for word in span.split() if FILE.fullmatch(word)}
+    return (links | code | set(OURS.findall(commands))) - NOT_HERE - {""}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_every_path_that_a_page_names_exists(page: Path) -> None:
+    names = {path.name for folder in ("llmfoundry", "scripts") for path in (ROOT / folder).rglob("*.py")}
+    starts = (ROOT, PACKAGE, page.parent)
+    named = _paths_named(page)
+    assert named, f"{page.name}: no path found"
+    lost = sorted(path for path in named - names if not any((start / path).exists() for start in starts))
+    assert not lost, f"{page.name} names {lost}"
+
+
+def test_contributing_lists_every_package_on_its_floor() -> None:
+    rows = re.findall(r"^\| (\d+) \| (.+?) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
+    listed = {int(floor): {name.removesuffix(".py").rstrip("/") for name in re.findall(r"`(.+?)`", rooms)}
+              for floor, rooms in rows}  # fmt: skip
+    assert listed == dict(enumerate(FLOORS))

@@ -117,10 +117,6 @@ class Folder:
                 self._stored[name] = stored._replace(once=once)
         self.specs: Mapping[str, Spec] = {name: stored.spec for name, stored in self._stored.items()}
 
-    def file_of(self, name: str) -> Path:
-        """The file that holds a tensor."""
-        return self._stored[name].file
-
     def parts(self, name: str) -> list[Stored]:
         """The tensor."""
         return [self._stored[name]]

@@ -1,10 +1,10 @@
 """Causal self-attention: grouped queries, rotary positions or ALiBi, windows, documents, and the key-value cache.
 
 Shapes: B rows, S sequence (queries of this call), P keys seen (P = S without a cache), D d_model, H query
-heads, G kv heads, C head_dim. The mask is built once per forward by the model (`attention_mask`) and shared
-by all layers with the same window. It is None where plain causal attention (or one query that sees
-everything) needs none: torch's fused kernels are fastest then. Otherwise it is a FlexAttention `BlockMask` on
-CUDA and a boolean tensor elsewhere.
+heads, G kv heads, C head_dim.
+The model builds the mask once per forward (`attention_mask`) for all layers with the same window. It is None for plain
+causal attention, and for a single query that sees everything: torch's fused kernels are fastest without a mask.
+Otherwise it is a FlexAttention `BlockMask` on CUDA and a boolean tensor elsewhere.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
 
 
 class KVCache:
-    """Keys and values of one layer's past, or what they are made from, in buffers that grow by doubling."""
+    """Keys and values of one layer's earlier tokens (or their latents), in buffers that grow by doubling."""
 
     def __init__(self, capacity: int = 0) -> None:
         self.capacity = capacity
@@ -55,10 +55,10 @@ class KVCache:
 
         Args:
             k: (B, G, S, C).
-            v: (B, G, S, C), where C may be another than that of `k`.
+            v: (B, G, S, C); its C may differ from that of `k`.
 
         Returns:
-            All of them, (B, G, P, C) each; views that the next call may write behind.
+            All keys and values so far, (B, G, P, C) each; views of buffers that the next call extends.
         """
         end = self.length + k.shape[2]
         if self._buffers is None or end > self.capacity:
@@ -77,33 +77,33 @@ class KVCache:
 
 
 class AttentionConfig(Choice, tag="attn_type"):
-    """Root of the attention family: `attn_config` in the YAML. Its own keys are the model's concern."""
+    """Root of the attention family: `attn_config` in the YAML, with the keys that all kinds share."""
 
     attn_type: str = "multihead_attention"
     attn_impl: Literal["auto", "sdpa", "flex"] = "auto"
     rope: bool = False
     rope_theta: float = Field(10000.0, gt=0)
     rope_scaling: RopeScaling = NoScaling()
-    # Earlier tokens that a token sees beside itself, as in LLM Foundry; -1: all. `transformers` counts the
-    # token too: its sliding_window is this plus 1.
+    # Earlier tokens that a token sees besides itself, as in LLM Foundry; -1: all. `transformers` counts the token
+    # too: its sliding_window is this plus 1.
     sliding_window_size: int = Field(default=FULL, ge=FULL)
     attn_uses_sequence_id: bool = False  # a token sees its own document only
     bias: bool | None = None  # of the projection in; None: as the model's no_bias says
     out_bias: bool | None = None  # of the projection out
 
     def filled(self, bias: bool) -> Self:
-        """A copy in which what the YAML left out has the model's value."""
+        """A copy with the model's value for each key that the YAML left out."""
         update = {key: bias for key in ("bias", "out_bias") if getattr(self, key) is None}
         return self.model_copy(update=update)
 
     @property
     def has_positions(self) -> bool:
-        """Whether attention itself tells positions apart, so that the model need not learn an embedding of them."""
+        """Whether attention encodes positions itself, so that the model needs no learned position embedding."""
         return self.rope
 
     @property
     def needs_scores(self) -> bool:
-        """Whether the scores themselves are changed, which torch's fused kernels cannot do without a mask."""
+        """Whether the scores are modified, which torch's fused kernels cannot do without a mask."""
         return False
 
     def check(self, d_model: int, n_heads: int) -> None:
@@ -119,7 +119,7 @@ class AttentionConfig(Choice, tag="attn_type"):
         raise NotImplementedError
 
     def score_dims(self, d_model: int, n_heads: int) -> float:
-        """Dims of score and of value, averaged, over all heads: the cost of one query meeting one key."""
+        """Mean of score dims and value dims, summed over heads: what one pair of query and key costs."""
         raise NotImplementedError
 
     def build(self, d_model: int, n_heads: int, norm: NormConfig) -> nn.Module:
@@ -140,23 +140,23 @@ class GroupedQueryConfig(
     clip_qkv: float | None = Field(default=None, gt=0)
     clip_qkv_after_norm: bool = False  # as OLMoE in `transformers`; LLM Foundry and OLMo clip first
     attn_logit_softcapping: float | None = Field(default=None, gt=0)
-    sinks: bool = False  # a learned score a head that takes part in the softmax and has no value, as gpt-oss
-    alibi: bool = False  # scores fall with the distance, a slope a head (Press et al. 2021, arXiv:2108.12409)
-    alibi_bias_max: int = Field(default=8, ge=1)  # the least slope is 2^-this
+    sinks: bool = False  # a learned score per head that joins the softmax and has no value, as gpt-oss
+    alibi: bool = False  # scores fall with distance, one slope per head (Press et al. 2021, arXiv:2108.12409)
+    alibi_bias_max: int = Field(default=8, ge=1)  # the smallest slope is 2^-alibi_bias_max
 
     @property
     def has_positions(self) -> bool:
-        """Whether attention itself tells positions apart, so that the model need not learn an embedding of them."""
+        """Whether attention encodes positions itself, so that the model needs no learned position embedding."""
         return self.rope or self.alibi
 
     @property
     def needs_scores(self) -> bool:
-        """Whether the scores themselves are changed, which torch's fused kernels cannot do without a mask."""
+        """Whether the scores are modified, which torch's fused kernels cannot do without a mask."""
         return self.needs_plain or self.alibi
 
     @property
     def needs_plain(self) -> bool:
-        """Whether not even a mask can do what is done to the scores."""
+        """Whether the scores are modified in a way that no mask can express."""
         return self.attn_logit_softcapping is not None or self.sinks
 
     def check(self, d_model: int, n_heads: int) -> None:
@@ -176,24 +176,24 @@ class GroupedQueryConfig(
         if n_heads % self.kv_heads(n_heads):
             raise ValueError(f"n_heads={n_heads} is not divisible by kv_n_heads={self.kv_n_heads}")
         if self.rope and self.rotary_dim(d_model, n_heads) % 2:
-            raise ValueError(f"head_dim={self.rotary_dim(d_model, n_heads)} is odd; rope turns dims in pairs")
+            raise ValueError(f"head_dim={self.rotary_dim(d_model, n_heads)} is odd; rope rotates dims in pairs")
         if self.rope and self.alibi:
             raise ValueError("attn_config.rope and attn_config.alibi are both on; keep one")
         if self.attn_impl == "sdpa" and self.needs_plain:
             raise ValueError("attn_impl=sdpa can neither softcap scores nor add sinks; use auto")
 
     def kv_heads(self, n_heads: int) -> int:
-        """G."""
+        """Key-value heads, G."""
         if self.attn_type == "grouped_query_attention":
             return self.kv_n_heads or n_heads
         return 1 if self.attn_type == "multiquery_attention" else n_heads
 
     def rotary_dim(self, d_model: int, n_heads: int) -> int:
-        """C: all dims of a head rotate."""
+        """Dims of a head that rotate: all of them, C."""
         return self.head_dim or d_model // n_heads
 
     def score_dims(self, d_model: int, n_heads: int) -> int:
-        """H * C."""
+        """As in `AttentionConfig`: H * C."""
         return n_heads * self.rotary_dim(d_model, n_heads)
 
     def n_params(self, d_model: int, n_heads: int, norm: NormConfig) -> int:
@@ -242,14 +242,14 @@ class Attention(nn.Module):
             (B, S, D).
         """
         q, k, v = self._project(x, rope)  # (B, S, H, C), (B, S, G, C) twice
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, S, C)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, S, C), (B, G, S, C) twice
         if cache is not None:
-            k, v = cache.append(k, v)
+            k, v = cache.append(k, v)  # (B, G, P, C)
         bias = None
         if self.config.alibi and not isinstance(mask, BlockMask):
             bias = alibi_bias(self._slopes(q.device), q.shape[2], k.shape[2])  # (H, S, P)
         if isinstance(mask, BlockMask):
-            y = self._flex(q, k, v, mask)
+            y = self._flex(q, k, v, mask)  # (B, H, S, C)
         elif self.config.needs_plain:
             y = plain_attention(q, k, v, mask, self.scale, self.config.attn_logit_softcapping, self.sinks, bias)
         else:
@@ -257,11 +257,11 @@ class Attention(nn.Module):
                 mask = (bias if mask is None else bias.masked_fill(~mask, float("-inf"))).to(q.dtype)
             grouped = self.kv_heads != self.n_heads
             if grouped and mask is not None:  # torch's fused kernels take groups or a mask, not both
-                k, v = (each.repeat_interleave(self.n_heads // self.kv_heads, dim=1) for each in (k, v))
+                k, v = (each.repeat_interleave(self.n_heads // self.kv_heads, dim=1) for each in (k, v))  # (B, H, P, C)
                 grouped = False
             causal = mask is None and q.shape[2] > 1  # one query sees all keys
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=grouped)
-        return self.out_proj(y.transpose(1, 2).flatten(2))
+        return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, S, H C) -> (B, S, D)
 
     def _project(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, normalised, clipped and rotated as the config says."""
@@ -270,7 +270,7 @@ class Attention(nn.Module):
         if clip is not None and not config.clip_qkv_after_norm:
             qkv = qkv.clamp(-clip, clip)
         heads = qkv.unflatten(-1, (-1, self.head_dim))  # (B, S, H + 2G, C)
-        q, k, v = heads.split((self.n_heads, self.kv_heads, self.kv_heads), dim=2)
+        q, k, v = heads.split((self.n_heads, self.kv_heads, self.kv_heads), dim=2)  # (B, S, H, C), (B, S, G, C) twice
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if config.qk_ln:
@@ -281,10 +281,11 @@ class Attention(nn.Module):
             q, k = rotate(q, rope), rotate(k, rope)
         return q, k, v
 
-    def _slopes(self, device: torch.device) -> Tensor:
+    def _slopes(self, device: torch.device) -> Tensor:  # (H,)
         return alibi_slopes(self.n_heads, self.config.alibi_bias_max, device)
 
     def _flex(self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+        """(B, H, S, C), (B, G, S, C) twice -> (B, H, S, C), by FlexAttention."""
         cap = self.config.attn_logit_softcapping
         slopes = self._slopes(q.device) if self.config.alibi else None
 
@@ -303,7 +304,7 @@ class Attention(nn.Module):
             enable_gqa=self.kv_heads != self.n_heads,
             return_aux=AuxRequest(lse=self.sinks is not None),
         )  # fmt: skip
-        if self.sinks is not None and aux.lse is not None:  # one more score in the softmax shrinks all weights
+        if self.sinks is not None and aux.lse is not None:  # lse (B, H, S); a sink shrinks all weights
             y = (y * torch.sigmoid(aux.lse - self.sinks.float()[:, None])[..., None]).to(q.dtype)
         return y
 
@@ -318,7 +319,7 @@ def plain_attention(
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Attention written out, with float32 scores: the reference, and the path of score changes off CUDA.
+    """Attention step by step, with float32 scores: the reference, and what modified scores use off CUDA.
 
     Args:
         q: (B, H, S, C).
@@ -326,7 +327,7 @@ def plain_attention(
         v: (B, G, P, C).
         mask: boolean, broadcast to (B, H, S, P), True where seen; None: all seen.
         softcap: scores become `softcap * tanh(score / softcap)`.
-        sinks: (H,) a score a head that joins the softmax and carries no value.
+        sinks: (H,) one score per head that joins the softmax and has no value.
         bias: broadcast to (B, H, S, P), added to the scores after the cap.
 
     Returns:
@@ -334,7 +335,7 @@ def plain_attention(
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, H, P, C)
     scores = (q.to(dtype) @ k.to(dtype).transpose(-1, -2)) * scale  # (B, H, S, P)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -343,7 +344,7 @@ def plain_attention(
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     if sinks is not None:
-        column = sinks.to(dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+        column = sinks.to(dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)  # (B, H, S, 1)
         weights = torch.cat((scores, column), dim=-1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)
@@ -353,8 +354,8 @@ def plain_attention(
 def alibi_slopes(n_heads: int, bias_max: int, device: torch.device) -> Tensor:
     """How fast each head's scores fall, (H,) float32: 2^-(bias_max (h + 1) / H) for H a power of two.
 
-    Another H takes the next power of two's, every second one first, as MPT does; the operations are those of
-    `transformers`, for the same bits.
+    For any other H, as in MPT: the slopes of the next power of two, every second one first. The operations are those of
+    `transformers`, so that the bits are the same.
     """
     power = 2 ** math.ceil(math.log2(n_heads))
     exponents = torch.arange(1, power + 1, dtype=torch.float32, device=device) * (bias_max / power)
@@ -363,9 +364,9 @@ def alibi_slopes(n_heads: int, bias_max: int, device: torch.device) -> Tensor:
 
 
 def alibi_bias(slopes: Tensor, n_queries: int, n_keys: int) -> Tensor:
-    """What is added to the scores, (H, S, P) float32: minus slope times distance, the last query at the last key."""
-    i = torch.arange(n_keys - n_queries, n_keys, device=slopes.device)[:, None]
-    j = torch.arange(n_keys, device=slopes.device)
+    """Bias on the scores, (H, S, P) float32: minus slope times distance; the last query stands at the last key."""
+    i = torch.arange(n_keys - n_queries, n_keys, device=slopes.device)[:, None]  # (S, 1)
+    j = torch.arange(n_keys, device=slopes.device)  # (P,)
     return slopes[:, None, None] * (j - i)
 
 
@@ -380,10 +381,13 @@ def attention_mask(
     """The mask of one forward for the layers with this window.
 
     Args:
-        window: earlier tokens seen beside the token itself; -1: all.
+        window: earlier tokens seen besides the token itself; -1: all.
         n_queries: S.
-        offset: tokens in the cache; query i stands at position offset + i.
-        sequence_ids: (B, S) int32 document numbers, or None where documents are not told apart.
+        offset: tokens in the cache; query i is at position offset + i.
+        sequence_ids: (B, S) int32 document numbers, or None where tokens see other documents.
+
+    Returns:
+        None, a `BlockMask`, or a boolean tensor that broadcasts to (B, H, S, P), True where seen.
 
     Raises:
         ValueError: for attn_impl=flex off CUDA.
@@ -397,14 +401,14 @@ def attention_mask(
         return None
     if device.type == "cuda" and config.attn_impl != "sdpa" and offset == 0:
         return _block_mask(window if windowed else n_queries, n_queries, sequence_ids, device)
-    i = torch.arange(offset, offset + n_queries, device=device)[:, None]
-    j = torch.arange(offset + n_queries, device=device)
-    seen = j <= i
+    i = torch.arange(offset, offset + n_queries, device=device)[:, None]  # (S, 1)
+    j = torch.arange(offset + n_queries, device=device)  # (P,)
+    seen = j <= i  # (S, P)
     if windowed:
         seen = seen & (i - j <= window)
     if sequence_ids is not None:
         seen = seen & (sequence_ids[:, :, None] == sequence_ids[:, None, :])  # (B, S, S)
-        return seen[:, None]
+        return seen[:, None]  # (B, 1, S, S)
     return seen[None, None]  # (1, 1, S, P)
 
 
@@ -416,7 +420,7 @@ def _block_mask(window: int, length: int, sequence_ids: Tensor | None, device: t
         assert sequence_ids is not None
         return (j <= i) & (i - j <= window) & (sequence_ids[b, i] == sequence_ids[b, j])
 
-    create = compiled(create_block_mask)  # uncompiled it would hold all (B, S, S) entries
+    create = compiled(create_block_mask)  # not compiled, it would hold all (B, S, S) entries
     if sequence_ids is None:
         return create(near, None, None, length, length, device=device)
     return create(near_in_document, len(sequence_ids), None, length, length, device=device)

@@ -1,8 +1,8 @@
-"""Feed-forward blocks: the dense ones, and the face that every other kind has.
+"""Feed-forward blocks: the dense ones, and the interface of every kind.
 
 Shapes: B rows, S sequence, T = B*S tokens, D d_model, F ffn hidden size, E experts.
-An `ffn_type` is one config class and one module. A mixture of experts is just another one: it registers
-itself by subclassing `FFNConfig` (in moe/layer.py) and returns its router's statistics beside its output.
+An `ffn_type` is one config class and one module. A mixture of experts is one more: it registers itself by subclassing
+`FFNConfig` (in moe/layer.py), and returns its router's statistics together with its output.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from llmfoundry.kernels.activations import ACTIVATIONS, glu
 
 
 class RouterStats(NamedTuple):
-    """What the balance losses and the monitors need of one call of a router.
+    """What the balance losses and the monitors need from one call of a router.
 
-    All float32 and all SUMS over the tokens of the call, so they add up over microbatches and ranks. The
+    All float32, and all SUMS over the tokens of the call, so that they can be added over microbatches and ranks. The
     model stacks them over its MoE layers: (Lm, E), (Lm, E), (Lm,), (Lm,).
     """
 
     load: Tensor  # (E,) slots routed to each expert; no gradient
-    score_sum: Tensor  # (E,) sum over tokens of the scores, normalised to sum 1 a token; with gradient
+    score_sum: Tensor  # (E,) sum over tokens of the scores, normalised to sum to 1 per token; with gradient
     z_sum: Tensor  # () sum over tokens of logsumexp(logits)^2; with gradient
     entropy_sum: Tensor  # () sum over tokens of the scores' entropy in nats; no gradient
 
@@ -51,8 +51,7 @@ class Activation(Config):
 class FFNConfig(Choice, tag="ffn_type"):
     """Root of the feed-forward family: `ffn_config` in the YAML.
 
-    `ffn_hidden_size` and `bias` may be left out: the model fills them in (`filled`) before it counts or
-    builds.
+    `ffn_hidden_size` and `bias` may be left out: the model fills them in (`filled`) before it counts or builds.
     """
 
     ffn_type: str = "mptmlp"
@@ -61,7 +60,7 @@ class FFNConfig(Choice, tag="ffn_type"):
     bias: bool | None = None  # None: as the model's no_bias says
 
     def filled(self, ffn_hidden_size: int, bias: bool) -> Self:
-        """A copy in which what the YAML left out has the model's value."""
+        """A copy with the model's value for each key that the YAML left out."""
         update: dict[str, int | bool] = {}
         if self.ffn_hidden_size is None:
             update["ffn_hidden_size"] = ffn_hidden_size
@@ -78,7 +77,7 @@ class FFNConfig(Choice, tag="ffn_type"):
         raise NotImplementedError
 
     def n_active_params(self, d_model: int) -> int:
-        """Parameters of one block that one token meets."""
+        """Active parameters of one block: those that one token uses."""
         return self.n_params(d_model)
 
     def build(self, d_model: int, n_layers: int, layer_index: int) -> nn.Module:
@@ -140,7 +139,7 @@ class MLP(nn.Module):
 
         Args:
             x: (B, S, D).
-            keys: (B,) int64 noise keys; a dense block draws none.
+            keys: (B,) int64 noise keys; unused, because a dense block draws no noise.
         """
         h = self.w1(x)  # (B, S, 2F) or (B, S, F)
         h = glu(h, self.activation) if self.gated else ACTIVATIONS[self.activation](h)  # (B, S, F)

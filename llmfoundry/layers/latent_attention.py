@@ -1,11 +1,11 @@
-"""Multi-head latent attention: keys and values are expanded from one small latent a token (DeepSeek-V2 and V3).
+"""Multi-head latent attention: keys and values are expanded from one small latent per token (DeepSeek-V2 and V3).
 
 Shapes: B rows, S sequence (queries of this call), P keys seen, D d_model, H heads, R kv_lora_rank, N qk_nope_head_dim,
 C qk_rope_head_dim, V v_head_dim.
-A head's query and key have N dims that know no position and C that rotate; the rotating part of the key is one for
-all heads. The cache holds only the normalised latent and that key, R + C numbers a token. Many queries expand it to
-keys and values; a single one is taken into the latent's space instead, where all heads share the same keys and values
-of R dims, and the cache is read once.
+A head's query and key have N dims without position and C rotated ones; all heads share the rotated part of the key.
+The cache holds only the normalised latent and that shared part, R + C numbers per token. For many queries, the latents
+are expanded to keys and values. A single query is projected into the latent space instead, where all heads share keys
+and values of R dims, so that the cache is read once.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from llmfoundry.layers.lora import effective_weight
 from llmfoundry.layers.norm import NormConfig, RMSNorm
 from llmfoundry.layers.rope import Rope, YarnScaling, rotate, yarn_magnitude
 
-_LATENT_EPS = 1e-6  # whatever the model's norm_eps is: the checkpoints were trained so
+_LATENT_EPS = 1e-6  # whatever the model's norm_eps: the published checkpoints were trained with it
 
 
 class LatentConfig(AttentionConfig, names=("multihead_latent_attention",)):
     """Attention over latents (DeepSeek-AI 2024, arXiv:2405.04434); the keys are the checkpoints' own.
 
-    `bias` is of the projections down to the latents, `out_bias` of the projection out, as `attention_bias` of
-    `transformers`; the projections up from the latents, and the queries' without a latent, have none.
+    `bias` is for the projections down to the latents, `out_bias` for the output projection, as `attention_bias` of
+    `transformers`. The projections up from the latents have none, nor has a query projection without a latent.
     """
 
     rope: bool = True
-    rope_interleaved: bool = True  # neighbouring dims turn together, as in the checkpoints; False: the two halves
+    rope_interleaved: bool = True  # neighbouring dims rotate together, as in the checkpoints; False: i and i + C/2
     q_lora_rank: int | None = Field(default=None, ge=1)  # of the queries' latent; None: queries from x directly
     kv_lora_rank: int = Field(ge=1)
     qk_nope_head_dim: int = Field(ge=1)
@@ -45,7 +45,7 @@ class LatentConfig(AttentionConfig, names=("multihead_latent_attention",)):
 
     @property
     def qk_head_dim(self) -> int:
-        """Dims that a query and a key meet in."""
+        """Dims of a query and of a key, N + C."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
@@ -61,14 +61,14 @@ class LatentConfig(AttentionConfig, names=("multihead_latent_attention",)):
     def check(self, d_model: int, n_heads: int) -> None:
         """Raise ValueError where the sizes do not fit the model's."""
         if self.qk_rope_head_dim % 2:
-            raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} is odd; rope turns dims in pairs")
+            raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} is odd; rope rotates dims in pairs")
 
     def rotary_dim(self, d_model: int, n_heads: int) -> int:
-        """C."""
+        """Dims of a head that rotate, C."""
         return self.qk_rope_head_dim
 
     def score_dims(self, d_model: int, n_heads: int) -> float:
-        """Dims of score and of value, averaged, over all heads; of training, where latents are expanded."""
+        """Mean of score dims and value dims, summed over heads, in training, where latents are expanded."""
         return n_heads * (self.qk_head_dim + self.v_head_dim) / 2
 
     def n_params(self, d_model: int, n_heads: int, norm: NormConfig) -> int:
@@ -121,12 +121,13 @@ class LatentAttention(nn.Module):
         if cache is not None:
             latent, k_rope = cache.append(latent, k_rope)  # (B, 1, P, R), (B, 1, P, C)
         if cache is not None and x.shape[1] == 1 and not isinstance(mask, BlockMask):
-            y = self._attend_to_latents(q_nope, q_rope, latent, k_rope, mask)
+            y = self._attend_to_latents(q_nope, q_rope, latent, k_rope, mask)  # (B, H, 1, V)
         else:
-            y = self._attend(q_nope, q_rope, latent, k_rope, mask)
-        return self.out_proj(y.transpose(1, 2).flatten(2))
+            y = self._attend(q_nope, q_rope, latent, k_rope, mask)  # (B, H, S, V)
+        return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, S, H V) -> (B, S, D)
 
     def _queries(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor]:
+        """(B, H, S, N), without position, and (B, H, S, C), rotated."""
         config = self.config
         q = self.wq(x) if config.q_lora_rank is None else self.wq_b(self.q_norm(self.wq_a(x)))
         heads = q.unflatten(-1, (self.n_heads, -1))  # (B, S, H, N + C)
@@ -136,6 +137,7 @@ class LatentAttention(nn.Module):
         return q_nope.transpose(1, 2), q_rope.transpose(1, 2)
 
     def _latents(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor]:
+        """(B, 1, S, R), normalised, and (B, 1, S, C), the rotated part of all heads' keys."""
         config = self.config
         latent, k_rope = self.wkv_a(x).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
         k_rope = k_rope.unsqueeze(2)  # (B, S, 1, C)
@@ -147,7 +149,7 @@ class LatentAttention(nn.Module):
         """Expand the latents to each head's keys and values: (B, H, S, V)."""
         config = self.config
         expanded = self.wkv_b(latent.squeeze(1)).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, H, P, N + V)
-        k_nope, v = expanded.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
+        k_nope, v = expanded.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)  # (B, H, P, N), (B, H, P, V)
         q = torch.cat((q_nope, q_rope), dim=-1)  # (B, H, S, N + C)
         k = torch.cat((k_nope, k_rope.expand(-1, self.n_heads, -1, -1)), dim=-1)  # (B, H, P, N + C)
         if isinstance(mask, BlockMask):
@@ -161,13 +163,13 @@ class LatentAttention(nn.Module):
     def _attend_to_latents(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """The same for one query a row, which meets the latents themselves: (B, H, 1, V).
+        """The same for one query per row, on the latents themselves: (B, H, 1, V).
 
-        `q . (W_k c) = (W_k^T q) . c`, and `sum_p a_p (W_v c_p) = W_v (sum_p a_p c_p)`: nothing of P is expanded.
+        `q . (W_k c) = (W_k^T q) . c`, and `sum_p a_p (W_v c_p) = W_v (sum_p a_p c_p)`: no latent is expanded.
         """
         config = self.config
         weight = effective_weight(self.wkv_b).unflatten(0, (self.n_heads, -1))  # (H, N + V, R)
-        w_k, w_v = weight.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
+        w_k, w_v = weight.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)  # (H, N, R), (H, V, R)
         scores = (q_nope @ w_k) @ latent.transpose(-1, -2) + q_rope @ k_rope.transpose(-1, -2)  # (B, H, 1, P)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * config.scale
         if mask is not None:

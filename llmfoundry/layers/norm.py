@@ -17,10 +17,10 @@ NormType = Literal["rmsnorm", "layernorm", "low_precision_rmsnorm", "low_precisi
 
 
 class NormConfig(Config):
-    """Which normalisation; `ModelConfig.norm` makes it from the model's keys.
+    """Which normalisation; the model's config makes it from its own keys.
 
-    LLM Foundry's low_precision_* spellings are accepted and mean the same: statistics are float32 and the
-    output has the input's dtype in any case.
+    LLM Foundry's low_precision_* names are accepted and mean the same: statistics are always float32, and the output
+    has the input's dtype.
     """
 
     norm_type: NormType = "layernorm"
@@ -50,7 +50,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (..., D); torch's kernel takes the statistics in float32 and rounds once."""
+        """Normalise (..., D) in the dtype of `x`; torch's kernel takes the statistics in float32 and rounds once."""
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -64,6 +64,6 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise (..., D); torch's kernel takes the statistics in float32 and rounds once."""
+        """Normalise (..., D) in the dtype of `x`; torch's kernel takes the statistics in float32 and rounds once."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, self.eps)

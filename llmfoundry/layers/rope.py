@@ -1,9 +1,9 @@
 """Rotary position embedding, rotate-half convention, with the scalings that long-context models use.
 
 Shapes: B rows, S sequence, N heads of any kind, C head_dim.
-The tables are computed from the positions once per forward, in float32, by the same sequence of operations as
-in `transformers`, so that a converted checkpoint sees the same bits. Nothing is stored: no buffers, no
-longest length.
+The table is computed from the positions once per forward, in float32, by the same sequence of operations as in
+`transformers`, so that a converted checkpoint sees the same bits. Nothing is stored in buffers, so there is no longest
+length.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class RopeScaling(Choice, tag="type"):
     type: str = "none"
 
     def inv_freq(self, theta: float, dim: int, device: torch.device) -> Tensor:
-        """(C/2,) float32, radians a position."""
+        """(C/2,) float32, radians per position."""
         raise NotImplementedError
 
     @property
     def magnitude(self) -> float:
-        """What cosines and sines are multiplied by."""
+        """The factor on cosines and sines."""
         return 1.0
 
 
@@ -49,7 +49,7 @@ class NoScaling(RopeScaling, names=("none", "default", "no_scaling")):
     """Su et al. 2021, arXiv:2104.09864."""
 
     def inv_freq(self, theta: float, dim: int, device: torch.device) -> Tensor:
-        """(C/2,) float32, radians a position."""
+        """(C/2,) float32, radians per position."""
         return _plain_inv_freq(theta, dim, device)
 
 
@@ -59,7 +59,7 @@ class LinearScaling(RopeScaling, names=("linear",)):
     factor: float = Field(gt=0)
 
     def inv_freq(self, theta: float, dim: int, device: torch.device) -> Tensor:
-        """(C/2,) float32, radians a position."""
+        """(C/2,) float32, radians per position."""
         return _plain_inv_freq(theta, dim, device) / self.factor
 
 
@@ -80,7 +80,7 @@ class Llama3Scaling(RopeScaling, names=("llama3",)):
         return self
 
     def inv_freq(self, theta: float, dim: int, device: torch.device) -> Tensor:
-        """(C/2,) float32, radians a position."""
+        """(C/2,) float32, radians per position."""
         inv_freq = _plain_inv_freq(theta, dim, device)
         low, high, length = self.low_freq_factor, self.high_freq_factor, self.original_max_position_embeddings
         wavelength = 2 * math.pi / inv_freq
@@ -92,12 +92,12 @@ class Llama3Scaling(RopeScaling, names=("llama3",)):
 
 
 class YarnScaling(RopeScaling, names=("yarn",)):
-    """Dims that turn rarely are interpolated, others kept (Peng et al. 2023, arXiv:2309.00071)."""
+    """Dims of low frequency are interpolated, others kept (Peng et al. 2023, arXiv:2309.00071)."""
 
     factor: float = Field(gt=0)
     original_max_position_embeddings: int = Field(gt=0)
-    beta_fast: float = Field(32.0, gt=0)  # turns over the original length above which a dim is kept
-    beta_slow: float = Field(1.0, gt=0)  # turns below which a dim is wholly interpolated
+    beta_fast: float = Field(32.0, gt=0)  # a dim with more turns over the original length is kept
+    beta_slow: float = Field(1.0, gt=0)  # a dim with fewer turns is interpolated in full
     attention_factor: float | None = Field(None, gt=0)  # None: from `factor`, or from the two mscales
     mscale: float | None = None
     mscale_all_dim: float | None = None
@@ -105,7 +105,7 @@ class YarnScaling(RopeScaling, names=("yarn",)):
 
     @property
     def magnitude(self) -> float:
-        """What cosines and sines are multiplied by."""
+        """The factor on cosines and sines."""
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale and self.mscale_all_dim:
@@ -114,7 +114,7 @@ class YarnScaling(RopeScaling, names=("yarn",)):
         return yarn_magnitude(self.factor, 1.0)
 
     def inv_freq(self, theta: float, dim: int, device: torch.device) -> Tensor:
-        """(C/2,) float32, radians a position."""
+        """(C/2,) float32, radians per position."""
         exponent = torch.arange(0, dim, 2, device=device).to(torch.float32) / dim
         wavelength = theta**exponent
         low, high = self._dim_of(self.beta_fast, theta, dim), self._dim_of(self.beta_slow, theta, dim)
@@ -141,6 +141,8 @@ def rope_table(scaling: RopeScaling, theta: float, dim: int, positions: Tensor) 
     """The table of one forward.
 
     Args:
+        scaling: of the frequencies.
+        theta: the base of the frequencies.
         dim: C, even.
         positions: (S,) int64.
     """
@@ -156,14 +158,15 @@ def rotate(x: Tensor, rope: Rope, interleaved: bool = False) -> Tensor:
 
     Args:
         x: (B, S, N, C); computed in float32 (float64 stays), rounded once.
-        interleaved: dims 2i and 2i + 1 turn together, as DeepSeek lays them out, instead of i and i + C/2.
+        rope: the table of the S positions.
+        interleaved: rotate dims 2i and 2i + 1 together, as DeepSeek does, instead of i and i + C/2.
 
     Returns:
-        (B, S, N, C), the first of all pairs and then the second, however `x` was laid out: queries and keys agree,
-        and only their products matter.
+        (B, S, N, C): the first dims of all pairs, then the second ones, also if `x` was interleaved. Queries and keys
+        have the same order, and only their products matter.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = rope.cos.to(dtype), rope.sin.to(dtype)
+    cos, sin = rope.cos.to(dtype), rope.sin.to(dtype)  # (S, 1, C/2)
     x_up = x.to(dtype)
     a, b = (x_up[..., ::2], x_up[..., 1::2]) if interleaved else x_up.chunk(2, dim=-1)  # (B, S, N, C/2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

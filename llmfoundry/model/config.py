@@ -1,4 +1,4 @@
-"""What a model and its initial weights are described by: the root of `model` in the YAML, and `init_config`.
+"""The configs of a model and of its initial weights: `model` in the YAML, and `init_config` inside it.
 
 Shapes: D d_model, L layers.
 """
@@ -14,7 +14,7 @@ from torch import nn
 
 from llmfoundry.config import Choice, Config
 
-_RESIDUAL = (".out_proj.weight", ".w2.weight", ".w2")  # what is added to the residual stream
+_RESIDUAL = (".out_proj.weight", ".w2.weight", ".w2")  # their outputs are added to the residual stream
 _EMBEDDING = ("wte.weight", "wpe.weight")
 
 
@@ -29,7 +29,7 @@ class ModelConfig(Choice, tag="name"):
         raise NotImplementedError
 
     def n_active_params(self) -> int:
-        """Parameters that one token meets: of a layer's experts, those it is routed to."""
+        """Active parameters: those that one token uses. Of a layer's experts, these are the ones it is routed to."""
         raise NotImplementedError
 
     def n_trainable_params(self) -> int:
@@ -37,14 +37,14 @@ class ModelConfig(Choice, tag="name"):
         return self.n_params()
 
     def flops_per_token(self, seq_len: int | None = None) -> float:
-        """Model FLOPs of forward and backward, a token, in sequences of `seq_len` (None: the longest)."""
+        """Model FLOPs per token, forward and backward, in sequences of `seq_len` (None: `max_seq_len`)."""
         raise NotImplementedError
 
     def check_trainable(self) -> None:
-        """Refuse what can be used but not trained.
+        """Refuse a model that can be used but not trained.
 
         Raises:
-            ConfigError: some part of the model could not learn.
+            ConfigError: a part of the model could not learn.
         """
 
     def build(self) -> nn.Module:
@@ -55,8 +55,8 @@ class ModelConfig(Choice, tag="name"):
 class InitConfig(Config):
     """`init_config`, in LLM Foundry's words.
 
-    kaiming_*: std sqrt(2 / fan_in) (`fan_mode: fan_out` takes the other side). baseline_ (also normal_): std
-    `init_std`. small_init_: sqrt(2 / 5D). neox_init_: that, and 2 / (L sqrt(D)) for residual outputs.
+    Standard deviations: kaiming_* sqrt(2 / fan_in), or fan_out by `fan_mode`; baseline_ and normal_ `init_std`;
+    small_init_ sqrt(2 / 5D); neox_init_ the same, but 2 / (L sqrt(D)) for residual outputs.
     """
 
     name: Literal[
@@ -64,9 +64,9 @@ class InitConfig(Config):
     ] = "kaiming_normal_"  # fmt: skip
     init_std: float | None = Field(default=None, gt=0)
     fan_mode: Literal["fan_in", "fan_out"] = "fan_in"
-    init_gain: float = 0.0  # of kaiming_*: the slope of the leaky ReLU that its gain is for
+    init_gain: float = 0.0  # kaiming_* only: negative slope of the leaky ReLU that the gain is for
     init_div_is_residual: bool | float = True  # residual outputs divided by sqrt(2 L), or by this number
-    emb_init_std: float | None = Field(default=None, ge=0)  # embeddings; None: as all other weights
+    emb_init_std: float | None = Field(default=None, ge=0)  # of embeddings; None: as for all other weights
 
     @model_validator(mode="after")
     def _check_std(self) -> InitConfig:
@@ -84,11 +84,16 @@ class InitConfig(Config):
 
     @property
     def uniform(self) -> bool:
-        """Whether values are uniform, else normal."""
+        """Whether values are uniform; otherwise they are normal."""
         return self.name == "kaiming_uniform_"
 
     def std(self, name: str, shape: torch.Size, d_model: int, n_layers: int) -> float:
-        """Standard deviation of a weight of two or more dims, by its name in the model."""
+        """Standard deviation of a weight of two or more dims.
+
+        Args:
+            name: the parameter's name in the model.
+            shape: of the whole parameter.
+        """
         is_residual = name.endswith(_RESIDUAL)
         if name in _EMBEDDING and self.emb_init_std is not None:
             return self.emb_init_std

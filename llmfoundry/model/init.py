@@ -1,9 +1,9 @@
 """Initial weights, as a function of (seed, parameter name, block of rows) alone.
 
-Shapes: a parameter is (..., R, N): R rows of N values, the leading dims (experts) counting matrices.
-Each matrix is cut into blocks of a fixed number of whole rows, and each block is drawn from a generator of
-its own, on the CPU in float32. So any rank makes just the blocks that its shard meets, and every mesh, device
-and wrapper gives the same values. Blocks are drawn on as many threads as torch may use.
+Shapes: a parameter is (..., R, N): matrices of R rows of N values; the leading dims (experts) index the matrices.
+Each matrix is cut into blocks of a fixed number of whole rows, and each block is drawn from a generator of its own, on
+the CPU in float32. So a rank draws only the blocks that overlap its shard, and every mesh, device and wrapper gives the
+same values. Blocks are drawn on as many threads as torch may use.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from llmfoundry.layers.lora import is_adapter
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.runtime import seed_of
 
-_BLOCK_VALUES = 2**18  # about 2 ms of drawing; less is Python's overhead, more wastes work at a shard's edges
+_BLOCK_VALUES = 2**18  # about 2 ms each; smaller ones cost Python's overhead, larger ones waste work at a shard's edges
 
 
 @torch.no_grad()
 def init_weights(model: CausalLM, seed: int) -> None:
     """Give every parameter and buffer its initial value, in place.
 
-    Weights as `init_config` says, norms 1, biases and sinks 0, buffers 0. Call it after `to_empty`;
-    parameters may be DTensors of any mesh.
+    Weights as `init_config` says; norms 1; biases, sinks and buffers 0. Call it after `to_empty`. Parameters may be
+    DTensors of any mesh.
     """
     config = model.config
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as threads:
@@ -70,15 +70,18 @@ def draw_weight(
     """Fill a shard of two or more dims with its part of the parameter's values.
 
     Args:
+        shard: this rank's part.
         std: standard deviation; the mean is 0.
         uniform: uniform instead of normal.
+        seed: the run's.
         name: the parameter's name without wrappers.
+        threads: to draw blocks on.
     """
     if shard.local.numel() == 0:
         return
     *lead, _, columns = shard.shape
     first_column, n_columns = shard.offsets[-1], shard.local.shape[-1]
-    for at, matrix in _matrices(shard, tuple(lead)):  # one at a time: a copy is small beside the model
+    for at, matrix in _matrices(shard, tuple(lead)):  # one at a time, so that a copy is small
         direct = matrix.device.type == "cpu" and matrix.dtype == torch.float32 and matrix.is_contiguous()
         values = matrix if direct else torch.empty(matrix.shape, dtype=torch.float32)  # (rows, n_columns)
 
@@ -102,17 +105,17 @@ def draw_weight(
 
 
 class _Block(NamedTuple):
-    """A block of rows, and the part of it that a shard holds."""
+    """A block of rows, and the part of it that is in a shard."""
 
     number: int  # of the block in its matrix
     rows: int  # of the block
     skip: int  # rows of the block before the shard
     n: int  # rows of the block in the shard
-    start: int  # where they stand in the shard
+    start: int  # of these, in the shard
 
 
 def _blocks(n_rows: int, columns: int, first: int, n: int) -> Iterator[_Block]:
-    """The blocks of an (n_rows, columns) matrix that meet its rows [first, first + n)."""
+    """The blocks of an (n_rows, columns) matrix that overlap its rows [first, first + n)."""
     size = max(1, _BLOCK_VALUES // columns)
     for number in range(first // size, -(-(first + n) // size)):
         low, high = number * size, min((number + 1) * size, n_rows)
@@ -121,7 +124,7 @@ def _blocks(n_rows: int, columns: int, first: int, n: int) -> Iterator[_Block]:
 
 
 def _matrices(shard: LocalShard, lead: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
-    """(number in the whole parameter, local part) of each matrix that a shard meets."""
+    """Each matrix that overlaps a shard: its index in the whole parameter, and its local part (rows, columns)."""
     if not lead:
         yield 0, shard.local
         return

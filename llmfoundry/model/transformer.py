@@ -1,9 +1,9 @@
-"""The decoder: embeddings, pre-norm blocks, head and loss. One function of its weights and its input.
+"""The decoder: embeddings, pre-norm blocks, head and loss.
 
 Shapes: B rows, S sequence, T = B*S tokens, D d_model, E experts, V vocab, Lm MoE layers.
-Notable: nothing is written to `self` in forward and nothing global. Masks and rotary tables are made once and
-handed to the blocks. The model runs in the dtype of its parameters, and knows nothing of meshes, recompute or
-compile: those are applied to `blocks[i]` from outside.
+Forward is a function of weights and input: it writes nothing to `self` and nothing global. Masks and the rotary table
+are made once per forward and passed to the blocks. The model runs in the dtype of its parameters, and knows nothing of
+meshes, recompute or compile: those are applied to `blocks[i]` from outside.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class Output(NamedTuple):
     """What the model returns: logits without labels, the loss with them."""
 
     logits: Tensor | None  # (B, S, V)
-    loss_sum: Tensor | None  # () nats, float32, summed over labels that count
+    loss_sum: Tensor | None  # () nats, float32, summed over labels that are not -100
     router: RouterStats | None  # stacked over MoE layers, (Lm, E) or (Lm,); None for a dense model
 
 
 class Cache:
-    """Keys and values of a generation in progress: pass the same one to each forward, which extends it.
+    """Keys and values during generation: pass the same cache to each forward, which extends it.
 
-    All rows share one length. `capacity` tokens are allocated at the first forward; beyond, buffers double.
+    All rows have the same length. The first forward allocates `capacity` tokens; after that, buffers double.
     """
 
     def __init__(self, n_layers: int, capacity: int = 0) -> None:
@@ -77,7 +77,7 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
     attn_config: AttentionConfig = GroupedQueryConfig()
     ffn_config: FFNConfig = MLPConfig()
     init_config: InitConfig = InitConfig()
-    lora: LoRAConfig | None = None  # train adapters, and nothing else; None: train everything
+    lora: LoRAConfig | None = None  # train adapters only; None: train everything
 
     @model_validator(mode="after")
     def _check_sizes(self) -> CausalLMConfig:
@@ -101,7 +101,7 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
         return self
 
     def check_trainable(self) -> None:
-        """As `ModelConfig.check_trainable`; adapters leave the router as it is."""
+        """As in `ModelConfig`; adapters never train the router."""
         if self.lora is None and isinstance(self.ffn_config, MoEConfig):
             try:
                 self.ffn_config.check_trainable()
@@ -126,7 +126,7 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
 
     @property
     def norm(self) -> NormConfig:
-        """Every norm of the model."""
+        """The config of every norm."""
         return NormConfig(norm_type=self.norm_type, eps=self.norm_eps, bias=not self.no_bias)
 
     @property
@@ -151,7 +151,7 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
         return self._shared_params() + blocks + self._adapter_params().all
 
     def n_active_params(self) -> int:
-        """Parameters that one token meets: of a layer's experts, those it is routed to."""
+        """Active parameters: those that one token uses. Of a layer's experts, these are the ones it is routed to."""
         layers = range(self.n_layers)
         blocks = sum(self.ffn(layer).n_active_params(self.d_model) for layer in layers)
         return self._shared_params() + blocks + self._adapter_params().active
@@ -161,10 +161,10 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
         return self.n_params() if self.lora is None else self._adapter_params().all
 
     def flops_per_token(self, seq_len: int | None = None) -> float:
-        """Model FLOPs of forward and backward, a token, in sequences of `seq_len` (None: the longest).
+        """Model FLOPs per token, forward and backward, in sequences of `seq_len` (None: `max_seq_len`).
 
-        6 an active parameter (4 a frozen one, which has no gradient), embeddings that are only looked up left out,
-        and 12 C H a layer and key seen: causal attention sees S / 2 keys on average, a window w of them w - w^2 / 2S.
+        6 per active parameter (4 if it is frozen and has no gradient), without embeddings that are only looked up, and
+        12 C H per layer and key seen. A causal query sees S / 2 keys on average, and w - w^2 / 2S in a window of w.
         """
         looked_up = 0 if self.tie_word_embeddings else self.vocab_size * self.d_model
         if self.has_learned_positions:
@@ -188,7 +188,7 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
         return model
 
     def _adapter_params(self) -> _AdapterParams:
-        """Parameters of all adapters, and those that one token meets: counted, on the meta device."""
+        """Parameters of all adapters, and the active ones, counted on the meta device."""
         total = active = 0
         if self.lora is not None:
             with torch.device("meta"):
@@ -230,26 +230,34 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rope: Rope | None, mask: Mask, keys: Tensor | None, cache: KVCache | None
     ) -> BlockOutput:
-        """Apply the block to (B, S, D); the arguments are those of the attention and of the ffn."""
-        x = x + self.attn(self.norm_1(x), rope, mask, cache)
-        y, router = self.ffn(self.norm_2(x), keys)
+        """Apply the block.
+
+        Args:
+            x: (B, S, D).
+            rope: the rotary table of the S positions, or None.
+            mask: for the window of this layer.
+            keys: (B,) int64 noise keys of the rows, for a router with jitter.
+            cache: this layer's keys and values of earlier tokens; it is extended.
+        """
+        x = x + self.attn(self.norm_1(x), rope, mask, cache)  # (B, S, D)
+        y, router = self.ffn(self.norm_2(x), keys)  # (B, S, D)
         return BlockOutput(x + y, router)
 
 
 class Head(nn.Module):
-    """An untied output head; the loss is computed inside its forward, where FSDP has gathered the weight."""
+    """An untied output head. It computes the loss inside its forward, where FSDP has gathered the weight."""
 
     def __init__(self, vocab_size: int, d_model: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
 
     def forward(self, x: Tensor, labels: Tensor | None, softcap: float | None) -> Tensor:
-        """Logits (B, S, V), or with labels the loss's sum ()."""
-        return head(x, self.weight, labels, softcap)
+        """As `logits_or_loss`, with this weight."""
+        return logits_or_loss(x, self.weight, labels, softcap)
 
 
-def head(x: Tensor, weight: Tensor, labels: Tensor | None, softcap: float | None) -> Tensor:
-    """Logits or loss of hidden states.
+def logits_or_loss(x: Tensor, weight: Tensor, labels: Tensor | None, softcap: float | None) -> Tensor:
+    """Logits of hidden states, or with labels their loss.
 
     Args:
         x: (B, S, D).
@@ -262,7 +270,7 @@ def head(x: Tensor, weight: Tensor, labels: Tensor | None, softcap: float | None
     """
     if labels is not None:
         return linear_cross_entropy(x.flatten(0, 1), weight, labels.flatten(), softcap)
-    logits = F.linear(x, weight)
+    logits = F.linear(x, weight)  # (B, S, V)
     if softcap is not None:
         dtype = torch.promote_types(x.dtype, torch.float32)
         logits = (softcap * torch.tanh(logits.to(dtype) / softcap)).to(x.dtype)
@@ -270,9 +278,9 @@ def head(x: Tensor, weight: Tensor, labels: Tensor | None, softcap: float | None
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give all parameters a dtype, in place.
+    """Convert all parameters to a dtype, in place.
 
-    Buffers keep theirs: a router's bias is made of small steps, which bf16 would round away.
+    Buffers keep theirs: a router's bias is the sum of small steps, which bf16 would lose to rounding.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -288,7 +296,7 @@ class CausalLM(nn.Module):
         self.wpe = nn.Embedding(config.max_seq_len, config.d_model) if config.has_learned_positions else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm_f = config.norm.build(config.d_model)
-        # Tied: no module, the head reads `wte.weight`, which FSDP must then gather with the root.
+        # Tied: no module of its own; the head reads `wte.weight`, which FSDP then has to gather with the root.
         self.lm_head = None if config.tie_word_embeddings else Head(config.vocab_size, config.d_model)
 
     def forward(
@@ -301,28 +309,28 @@ class CausalLM(nn.Module):
         cache: Cache | None = None,
         last_only: bool = False,
     ) -> Output:
-        """Logits of the next tokens, or the loss of given ones.
+        """Logits of the next tokens, or with labels the loss.
 
         Args:
             tokens: (B, S) int64.
-            labels: (B, S) int64, what should follow each token, -100 where nothing is learned; None: return
-            logits. sequence_ids: (B, S) int32 document numbers; used if attn_config.attn_uses_sequence_id.
-            keys: (B,) int64 noise keys of the rows, for routers with jitter. cache: what came before
-            `tokens`; it is extended by them. last_only: logits of the last token only, (B, 1, V): all that
-            sampling needs of a long prompt.
+            labels: (B, S) int64, the token that follows each, -100 where nothing is learned; None: return logits.
+            sequence_ids: (B, S) int32 document numbers; used if attn_config.attn_uses_sequence_id.
+            keys: (B,) int64 noise keys of the rows, for routers with jitter.
+            cache: keys and values of the tokens before these; it is extended.
+            last_only: logits of the last token only, (B, 1, V), which is all that sampling needs.
         """
         offset = 0 if cache is None else cache.length
-        x, rope, masks = self._prepare(tokens, sequence_ids, offset, cache is not None)
+        x, rope, masks = self._prepare(tokens, sequence_ids, offset, cache is not None)  # x (B, S, D)
         stats: list[RouterStats] = []
         for layer, block in enumerate(self.blocks):
             past = None if cache is None else cache.layers[layer]
             x, router = block(x, rope, masks[self.config.window(layer)], keys, past)
             if router is not None:
                 stats.append(router)
-        x = self.norm_f(x[:, -1:] if last_only else x)
+        x = self.norm_f(x[:, -1:] if last_only else x)  # (B, S, D), or (B, 1, D)
         softcap = self.config.final_logit_softcapping
         if self.lm_head is None:
-            y = head(x, self.wte.weight, labels, softcap)
+            y = logits_or_loss(x, self.wte.weight, labels, softcap)
         else:
             y = self.lm_head(x, labels, softcap)
         router = RouterStats(*(torch.stack(field) for field in zip(*stats, strict=True))) if stats else None
@@ -331,18 +339,18 @@ class CausalLM(nn.Module):
     def _prepare(
         self, tokens: Tensor, sequence_ids: Tensor | None, offset: int, cached: bool
     ) -> tuple[Tensor, Rope | None, dict[int, Mask]]:
-        """What all blocks share: embeddings (B, S, D), the rotary table, and a mask for each window."""
+        """What the blocks share: embeddings (B, S, D), the rotary table, and the mask of each window."""
         config, length = self.config, tokens.shape[1]
         attention = config.attention
         if not attention.attn_uses_sequence_id:
             sequence_ids = None
         if sequence_ids is not None and cached:
-            raise ValueError("sequence_ids cannot be combined with a cache; generate from one document a row")
-        positions = torch.arange(offset, offset + length, device=tokens.device)
-        x = self.wte(tokens)
+            raise ValueError("sequence_ids cannot be combined with a cache; generate from one document per row")
+        positions = torch.arange(offset, offset + length, device=tokens.device)  # (S,)
+        x = self.wte(tokens)  # (B, S, D)
         if self.wpe is not None:
             if offset + length > config.max_seq_len:
-                raise ValueError(f"{offset + length} tokens, but {config.max_seq_len} learned positions")
+                raise ValueError(f"{offset + length} tokens exceed the {config.max_seq_len} learned positions")
             x = x + self.wpe(positions)
         rope = None
         if attention.rope:

@@ -1,1 +1,1 @@
-"""What a run will hold, send and take, said before a GPU is rented."""
+"""Memory, traffic and time of a run, estimated without a GPU."""

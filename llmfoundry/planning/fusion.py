@@ -1,4 +1,4 @@
-"""Memory of a compiled graph: what is elementwise is fused, so only what a kernel writes is counted."""
+"""Memory of a compiled graph: elementwise operators are fused, so only what a kernel writes is counted."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ aten = torch.ops.aten
 
 
 class FusedGraph(fx.Interpreter):
-    """Runs a graph as a compiler would: what is elementwise is written out only for who cannot be fused with it.
+    """Runs a graph as compiled code would: an elementwise result is in memory only if a reader cannot be fused with it.
 
-    Then its inputs are still there: a kernel reads what the elementwise operators that it took in would have read.
+    The inputs of fused operators stay alive until the kernel that they are fused into has run, because it reads them.
     """
 
     ledger: Ledger  # of the simulation that runs; graphs are kept from one to the next
@@ -30,7 +30,7 @@ class FusedGraph(fx.Interpreter):
         (returned,) = (node for node in graph.graph.nodes if node.op == "output")
         kernels = [node for node in graph.graph.nodes if not _fuses(node)]
         self.written = {node for kernel in (*kernels, returned) for node in kernel.all_input_nodes}
-        # A view of what is written is no copy; a view of what is not makes its base be written.
+        # A view makes no copy, so its base has to be written.
         for node in reversed(graph.graph.nodes):
             if node in self.written and _is_view(node):
                 self.written |= set(node.all_input_nodes)
@@ -39,8 +39,8 @@ class FusedGraph(fx.Interpreter):
         self.kept: dict[fx.Node, object] = {}
 
     def _last_kernels(self, graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-        """The nodes whose results nobody reads after a kernel, for each kernel."""
-        reads: dict[fx.Node, set[fx.Node]] = {}  # what has to be in memory to have a node's result
+        """For each kernel, the nodes whose results are read for the last time by it."""
+        reads: dict[fx.Node, set[fx.Node]] = {}  # what must be in memory to compute a node's result
         last: dict[fx.Node, fx.Node] = {}
         for node in graph.nodes:
             inputs = {each for read in node.all_input_nodes for each in reads[read]}
@@ -91,7 +91,7 @@ def _is_view(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
 
 
-# Reductions, casts and what is made from nothing, beside what torch itself calls pointwise.
+# Fused as well as what torch itself calls pointwise: reductions, casts, and tensors made without an input.
 _ALSO_FUSED = {
     aten._to_copy.default,
     aten.amax.default,

@@ -1,8 +1,8 @@
-"""Rates and sizes of an H100 and its links, each with its source. Plans take every such constant from here.
+"""Rates and sizes of an H100 and its links, each with its source. Every such constant of a plan is here.
 
-"Measured": by us in November 2026 on one and on two H100 80GB HBM3 (torch 2.11, CUDA 13, bf16; NCCL over NVLink with
-512 MiB). The rates of experts are those of a layer with our kernels, forward and backward, router included, 16,384
-tokens (`scripts/bench/results/moe_layer.json`).
+"Measured" means: in November 2026 on one and two H100 80GB HBM3 (torch 2.11, CUDA 13, bf16; NCCL over NVLink with
+512 MiB). The rates of experts are those of a whole layer with our kernels, forward and backward, router included, at
+16,384 tokens (`scripts/bench/results/moe_layer.json`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ DENSE_FLOPS = 665e12  # measured: cuBLAS, the slowest of four layers' products (
 # Measured in a training step: cuDNN's attention, 16 heads of 128, 4,096 tokens, causal, forward and backward.
 ATTENTION_FLOPS = 449e12
 COPY_BYTES = 2.97e12  # bytes per second, read plus written; measured
-# The same for FSDP's copies and AdamW's update of a share, which are many small launches. A profile of two GPUs shows
-# 77 ms for 144 GB.
+# The same for FSDP's copies and AdamW's update of a shard, which are many small launches: 77 ms for 144 GB in a profile
+# of two GPUs.
 SHARDED_COPY_BYTES = 1.87e12
-# Read and written in forward and backward: by norms, rotary embedding and residuals, bytes per token, layer and element
-# of d_model; by the loss, bytes per token and vocabulary entry. In the same profile (OLMoE, 8 layers, 8 rows) the
-# largest kernels of the former take 16 ms, 88 bytes, and 100 allow for the small ones; the latter takes 6 ms.
+# Bytes read and written in forward and backward: by norms, rotary embedding and residuals, per token, layer and element
+# of d_model; by the loss, per token and vocabulary entry. In the same profile (OLMoE, 8 layers, 8 rows) the largest
+# kernels of the former take 16 ms, which is 88 bytes; 100 includes the small ones. The latter take 6 ms.
 BLOCK_BYTES, LOSS_BYTES = 100, 11
 
 NODE = 8  # GPUs connected by NVLink

@@ -1,4 +1,4 @@
-"""What a plan needs to know of a run, and each GPU's part of its work."""
+"""What a plan needs to know about a run, and each GPU's part of its work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Work(NamedTuple):
     rows: int
     micro_rows: int  # of one forward
     seq_len: int
-    counts_loads: bool = False  # whether a balance loss has all but one microbatch routed before the first backward
+    counts_loads: bool = False  # whether the balance loss needs a pass that counts loads, before the first backward
 
     @property
     def microbatches(self) -> int:
@@ -27,12 +27,12 @@ class Work(NamedTuple):
 
     @property
     def counted(self) -> int:
-        """Microbatches that are routed ahead, by a forward without gradient and without head."""
+        """Microbatches whose loads are counted first, by a forward without gradients and without the head."""
         return self.microbatches - 1 if self.counts_loads else 0
 
 
 class Job(NamedTuple):
-    """A run, apart from its mesh."""
+    """A run, without its mesh."""
 
     model: CausalLMConfig
     parallel: ParallelConfig
@@ -58,14 +58,14 @@ class Job(NamedTuple):
 
     @property
     def compute_bytes(self) -> int:
-        """Of one activation."""
+        """Bytes of one activation."""
         return 4 if self.precision == "fp32" else 2
 
     def degrees(self, gpus: int) -> Degrees:
         """The mesh of the YAML on this many GPUs.
 
         Raises:
-            ConfigError: it does not fit them, or the model.
+            ConfigError: the mesh does not fit the GPUs or the model.
         """
         return plan_mesh(self.parallel, gpus, n_experts(self.model))
 
@@ -77,5 +77,5 @@ class Job(NamedTuple):
         return Work(rows, rows if self.micro_rows == "auto" else min(self.micro_rows, rows), self.seq_len, counts)
 
     def changed(self, **parallel: object) -> Job:
-        """With other keys of `parallel`."""
+        """A copy with other values of keys of `parallel`."""
         return self._replace(parallel=self.parallel.model_copy(update=parallel))

@@ -1,4 +1,4 @@
-"""Counts the bytes of all tensors that are alive while a step is simulated, by kind and by moment."""
+"""Counts the bytes of all live tensors while a step is simulated, by kind and by moment."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Memory(NamedTuple):
         return sum(self)
 
     def extrapolated(self, longer: Self, steps: float) -> Memory:
-        """What follows `longer` in a straight line that begins here: `steps` 1 is `longer` itself."""
+        """The point on the line from here through `longer`, which is at `steps` = 1."""
         return Memory(*(a + steps * (b - a) for a, b in zip(self, longer, strict=True)))
 
 
@@ -43,10 +43,10 @@ WEIGHTS, OPTIMIZER, GRADIENTS, GATHERED, ACTIVATIONS, TEMPORARIES = range(6)
 
 
 class Moment(NamedTuple):
-    """A part of a step: between two of its blocks' borders."""
+    """A part of a step, from one boundary between blocks to the next."""
 
     part: str  # forward or backward
-    block: int  # -1: before the first block; backward: after it
+    block: int  # -1: outside the blocks, before the first in forward and after it in backward
 
 
 class Received(NamedTuple):
@@ -54,33 +54,33 @@ class Received(NamedTuple):
 
     operation: str
     ranks: tuple[int, ...]  # of its group
-    bytes: int  # that this rank has afterwards (gather, exchange), or gives (reduce)
+    bytes: int  # that this rank holds after it (gather, exchange), or puts in (reduce)
 
 
 class Ledger(TorchDispatchMode):
-    """Every tensor that an operator returns is entered; it leaves when its storage is freed."""
+    """Adds every tensor that an operator returns, and removes it when its storage is freed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.paused = False  # inside a fused kernel, where nothing is written to memory
+        self.paused = False  # inside a fused kernel, which writes no intermediate results
         self.kind: Kind = WEIGHTS  # of what is allocated now
         self.moment = Moment("forward", -1)
-        # What is held after each allocation, of each time that a moment comes (once or more per microbatch).
+        # Memory after each allocation, in a list for each time that a moment occurs (once or more per microbatch).
         self.held: dict[Moment, list[list[Memory]]] = {}
         self.received: list[Received] = []
-        self.bodies: dict[object, Callable[..., object]] = {}  # of operators to look into
+        self.bodies: dict[object, Callable[..., object]] = {}  # implementations of operators whose allocations count
         self.parameters: list[Tensor] = []
-        self.on_host = False  # whether they, their gradients and their state live in host memory
+        self.on_host = False  # whether parameters, gradients and optimizer state are in host memory
         self._sizes: dict[int, tuple[int, Kind]] = {}
         self._now = [0] * len(Memory._fields)
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Compiled parts may run below this mode."""
+        """Compiled code may run under this mode."""
         return True
 
     def enter(self, moment: Moment, kind: Kind) -> None:
-        """Begin another moment of the step."""
+        """Begin the next moment of the step."""
         for parameter in self.parameters:
             if parameter.grad is not None and (key := _storage(parameter.grad)._cdata) in self._sizes:
                 self._move(key, GRADIENTS)
@@ -90,11 +90,11 @@ class Ledger(TorchDispatchMode):
         self.held.setdefault(moment, []).append([Memory(*self._now)])
 
     def restart(self) -> None:
-        """Forget the step so far, not what is alive."""
+        """Forget what was recorded so far, but keep the live tensors."""
         self.held, self.received = {self.moment: [[Memory(*self._now)]]}, []
 
     def count(self, tensor: Tensor) -> None:
-        """Enter a tensor that was allocated, or has another size than before."""
+        """Add a tensor that was allocated, or whose size has changed."""
         storage = _storage(tensor)
         key = storage._cdata
         if key not in self._sizes:
@@ -103,7 +103,7 @@ class Ledger(TorchDispatchMode):
         self._resize(key, 0 if self.on_host and self._sizes[key][1] in (WEIGHTS, OPTIMIZER) else storage.nbytes())
 
     def resized(self, storage: torch.UntypedStorage) -> None:
-        """A storage has another size: FSDP frees and fills gathered weights this way."""
+        """Note that the size of a storage has changed: FSDP frees and fills gathered weights this way."""
         if storage._cdata in self._sizes:
             self._resize(storage._cdata, storage.nbytes())
 
@@ -125,7 +125,7 @@ class Ledger(TorchDispatchMode):
         self._now[kind] -= size
 
     def _kind_by_caller(self) -> Kind:
-        """FSDP's buffers are known by who allocates them: functions of torch, or the cast of a single process."""
+        """The kind of a new tensor. FSDP's buffers are recognised by the function of torch that allocates them."""
         if self.kind in (WEIGHTS, OPTIMIZER):
             return self.kind
         frame: FrameType | None = sys._getframe(2)
@@ -156,7 +156,7 @@ class Ledger(TorchDispatchMode):
     ) -> object:
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default:
-            return 1  # no tensor has values; a step asks for one: whether the gradient is finite
+            return 1  # tensors have no values here, and a step reads one: whether the gradient is finite
         if func in _RECEIVED:
             self.received.append(_RECEIVED[func](*args))
         body = self.bodies.get(func)
@@ -177,7 +177,7 @@ def _storage(tensor: Tensor) -> torch.UntypedStorage:
 
 
 def _collective(operation: str, tensor: int, group: int) -> Callable[..., Received]:
-    """How a collective is entered, from the places of its tensor and its group among the arguments."""
+    """Records a collective; `tensor` and `group` are the positions of these arguments."""
 
     def entered(*args: object) -> Received:
         whole = sum(part.nbytes for part in tree_iter(args[tensor]) if isinstance(part, Tensor))

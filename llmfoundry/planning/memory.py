@@ -1,8 +1,8 @@
 """The memory of one GPU at the highest moment of a step: simulated with few layers, extended to all of them.
 
-Layers of one kind add the same bytes to each instant of a step, so two short models give the line on which a long one
-lies. Which instant is the highest depends on the length. So each allocation of the shorter model is compared with the
-same one of the longer, not the highest of one with the highest of the other, and the highest of all lines counts.
+Layers of one kind add the same bytes at each instant of a step, so memory is linear in the number of layers, and two
+short models give the line. Which instant is the highest depends on the number of layers. Therefore each allocation is
+extrapolated by itself, from the same allocation in the two models, and the highest result counts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Held = dict[Moment, list[list[Memory]]]
 
 
 def memory(job: Job, degrees: Degrees) -> Memory:
-    """What one GPU holds when a step stands highest."""
+    """What one GPU holds at the highest moment of a step."""
     model = job.model
     period, short = _pattern(job)
     if model.n_layers <= short + period:
@@ -37,7 +37,7 @@ def memory(job: Job, degrees: Degrees) -> Memory:
 
 
 def _pairs(near: list[Memory], far: list[Memory]) -> list[tuple[Memory, Memory]]:
-    """The same allocations of both; the highest of each where they are not equally many, as in the update."""
+    """Each allocation in both; only the highest of each if their numbers differ, as they do in the update."""
     if len(near) != len(far):
         near, far = ([max(held, key=lambda memory: memory.total)] for held in (near, far))
     return list(zip(near, far, strict=True))
@@ -48,14 +48,14 @@ def _with_layers(job: Job, n_layers: int) -> Job:
 
 
 def _ahead(job: Job) -> int:
-    """Blocks whose weights are gathered ahead; with `prefetch: 0` FSDP still does one by itself."""
+    """Blocks whose weights are gathered ahead; with `prefetch: 0` FSDP itself still gathers one."""
     return max(1, job.parallel.prefetch)
 
 
 def _pattern(job: Job) -> tuple[int, int]:
-    """Layers after which the kinds of blocks repeat, and the fewest in which every block has all its neighbours.
+    """The period of the kinds of blocks, and the fewest layers in which some block has all its neighbours.
 
-    Blocks near both ends differ in how many others are gathered ahead of them.
+    Near both ends, fewer blocks are gathered ahead.
     """
     model, ffn = job.model, job.model.ffn_config
     dense, period = (ffn.first_k_dense, ffn.moe_layer_freq) if isinstance(ffn, MoEConfig) else (0, 1)
@@ -64,7 +64,7 @@ def _pattern(job: Job) -> tuple[int, int]:
 
 
 def _by_border(held: Held, n_layers: int, reach: int) -> Held:
-    """The moments near either end; those near the last block are numbered from there, below -1."""
+    """The moments near both ends; those near the last block are counted from there, with numbers below -1."""
     first = {moment: times for moment, times in held.items() if moment.block <= reach}
     last = {
         moment._replace(block=moment.block - n_layers - 2): times

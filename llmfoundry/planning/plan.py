@@ -1,8 +1,8 @@
-"""What a run sends over its links and how long a step takes, by arithmetic over measured rates.
+"""Traffic of a run over its links, and the time of a step: arithmetic with measured rates.
 
-Collectives are rings, and a ring enters a node once: of what the GPUs of a node gather from other nodes, each receives
-its part over the network and passes it on over NVLink. The time assumes that gathering weights and summing gradients
-overlap with compute and do not slow it, that the exchange of tokens overlaps with nothing, and that routing is even.
+Collectives are rings that enter a node once: of what comes from other nodes, each GPU receives its part over the
+network and passes it on over NVLink. The time assumes that all-gathers of weights and reductions of gradients overlap
+with compute and do not slow it down, that the exchange of tokens overlaps with nothing, and that routing is even.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Link(NamedTuple):
 
     @property
     def total(self) -> float:
-        """Over both."""
+        """Over both links."""
         return self.nvlink + self.network
 
     def seconds(self, nvlink_rate: float) -> float:
-        """Both work at once: the slower one counts."""
+        """Both links work at the same time, so the slower one counts."""
         return max(self.nvlink / nvlink_rate, self.network / hardware.NETWORK)
 
 
@@ -46,14 +46,14 @@ class Traffic(NamedTuple):
 class Time(NamedTuple):
     """Seconds of a step."""
 
-    compute: float  # forward, backward and what is computed again
+    compute: float  # forward, backward and recompute
     communication: float  # weights and gradients
     exchange: float  # of tokens
-    update: float  # of the weights, and the copies that split them
+    update: float  # of the weights, and the copies that shard them
 
     @property
     def total(self) -> float:
-        """Compute and communication overlap: the longer counts. The exchange and the update overlap with nothing."""
+        """Compute and communication overlap, so the longer counts; the exchange and the update overlap with nothing."""
         return max(self.compute, self.communication) + self.exchange + self.update
 
     @property
@@ -89,7 +89,7 @@ def traffic(job: Job, degrees: Degrees) -> Traffic:
     embeddings = model.vocab_size * model.d_model * (1 if model.tie_word_embeddings else 2)
     own = experts / degrees.expert
     passes = 2 if parallel.reshard_after_forward else 1
-    counted = work.counted if parallel.reshard_after_forward else 0  # else they leave the weights gathered
+    counted = work.counted if parallel.reshard_after_forward else 0  # otherwise the weights stay gathered
     blocks = passes * work.microbatches + counted
     trained = model.n_trainable_params() / model.n_params()
     sums = (1 if parallel.reduce_once_a_step else work.microbatches) * MASTER * trained
@@ -98,8 +98,8 @@ def traffic(job: Job, degrees: Degrees) -> Traffic:
         apart = _ring(of_experts, degrees.expert_shard, degrees.expert)
         return _both(_ring(of_dense, degrees.shard, 1), apart)
 
-    # Embedding and head are gathered once per forward: the gradient of a look-up needs no weight, and the head's
-    # backward follows its forward at once. A pass that counts loads has no head.
+    # Embedding and head are gathered once per forward: the gradient of a look-up does not need the weight, and the
+    # head's backward directly follows its forward. A pass that counts loads has no head.
     looked_up = model.vocab_size * model.d_model * counted
     gather = over_shards(
         (blocks * dense + embeddings * work.microbatches + looked_up) * job.compute_bytes,
@@ -111,8 +111,8 @@ def traffic(job: Job, degrees: Degrees) -> Traffic:
 
 
 def _ring(total: float, ranks: int, stride: int) -> Link:
-    """What one of `ranks`, every `stride`-th GPU, receives of the `total` bytes that all of them end up with."""
-    here = max(1, min(ranks, hardware.NODE // stride))  # of them in a node
+    """What one of `ranks` GPUs receives, each `stride` from the next, of the `total` bytes that all hold at the end."""
+    here = max(1, min(ranks, hardware.NODE // stride))  # ranks in one node
     network = total * (1 - here / ranks) / here
     return Link(total * (1 - 1 / ranks) - network, network)
 
@@ -122,7 +122,7 @@ def _both(a: Link, b: Link) -> Link:
 
 
 def _exchange(job: Job, degrees: Degrees) -> Link:
-    """A token goes once to each rank that has one of its experts: there and back, forward and backward."""
+    """Each token is sent once to each rank with any of its experts, and back, in forward and in backward."""
     ranks, work = degrees.expert, job.work(degrees)
     times = (4 if job.parallel.recompute == "none" else 6) + 2 * work.counted / work.microbatches
     nvlink = network = 0.0
@@ -139,7 +139,7 @@ def _exchange(job: Job, degrees: Degrees) -> Link:
 
 
 def seconds(job: Job, degrees: Degrees, received: Traffic) -> Time:
-    """How long a step takes on H100s: FLOPs and bytes over the rates in hardware.py."""
+    """The time of a step on H100s: FLOPs and bytes divided by the rates in hardware.py."""
     communication = (
         received.gather.seconds(hardware.ALL_GATHER)
         + received.reduce.seconds(hardware.REDUCE_SCATTER)
@@ -151,12 +151,12 @@ def seconds(job: Job, degrees: Degrees, received: Traffic) -> Time:
 
 
 def _seconds_per_token(job: Job, counted: float) -> float:
-    """Seconds of forward and backward per token, of which a share is routed ahead."""
+    """Seconds of forward and backward per token; `counted` is the share of tokens whose loads are counted first."""
     model, recompute = job.model, job.parallel.recompute
     products = model.flops_per_token(1)  # one token has nothing to attend to
     attention = (model.flops_per_token(job.seq_len) - products) / hardware.ATTENTION_FLOPS
-    of_weight = 6 if model.lora is None else 4  # FLOPs; a frozen one has no gradient
-    routed = experts = 0.0  # FLOPs of the experts that a token meets, and their seconds
+    of_weight = 6 if model.lora is None else 4  # FLOPs; a frozen weight has no gradient
+    routed = experts = 0.0  # of the active experts: FLOPs, and seconds
     for layer in range(model.n_layers):
         ffn = model.ffn(layer)
         if isinstance(ffn, MoEConfig):
@@ -168,7 +168,7 @@ def _seconds_per_token(job: Job, counted: float) -> float:
     loss = hardware.LOSS_BYTES * model.vocab_size / hardware.COPY_BYTES
     once = experts + dense + attention + small + loss
     head = of_weight * model.vocab_size * model.d_model / hardware.DENSE_FLOPS
-    # Forward of the experts, and of the rest of the blocks: of attention a third of the time.
+    # Forward of the experts, and of the rest of the blocks. A third of attention's time is forward.
     forward_experts = 2 / of_weight * experts
     forward_rest = 2 / of_weight * (dense - head) + (attention + small) / 3
     # `selective` keeps the results of dense products and attention, but not of the experts' products.
@@ -177,11 +177,11 @@ def _seconds_per_token(job: Job, counted: float) -> float:
 
 
 def _update(job: Job, degrees: Degrees) -> float:
-    """Seconds of what is bound by memory: clipping and AdamW on the share, and the copies around each collective.
+    """Seconds bound by memory bandwidth: clipping and AdamW on this GPU's shard, and copies around each collective.
 
-    Bytes per parameter of the share: 4 to measure the gradient, 8 to scale it, 28 for the update, 6 to round it before
-    gathering. Of what is gathered: 4 to put it in place; of gradients 6, for a float32 copy. A single process rounds
-    its weights once per microbatch, and its gradients.
+    Bytes per parameter of the shard: 4 for the norm of the gradient, 8 to scale it, 28 for the update, 6 for the cast
+    before an all-gather. Bytes per gathered parameter: 4 for a copy, and 6 for a float32 copy of its gradient. A single
+    process casts its weights once per microbatch, and its gradients.
     """
     model, parallel, microbatches = job.model, job.parallel, job.work(degrees).microbatches
     dense, experts = _params(model)
@@ -195,7 +195,7 @@ def _update(job: Job, degrees: Degrees) -> float:
 
 
 def _params(model: CausalLMConfig) -> tuple[int, int]:
-    """Parameters of all blocks: dense ones, and experts'."""
+    """Parameters of all blocks: those outside the experts, and the experts'."""
     d, dense, experts = model.d_model, 0, 0
     for layer in range(model.n_layers):
         ffn = model.ffn(layer)

@@ -1,6 +1,6 @@
-"""What `--dry-run` prints of a plan: one mesh in full, what to change if it does not fit, and other meshes beside it.
+"""What `--dry-run` prints: the plan of one mesh, what to change if it does not fit, and other meshes to compare.
 
-Lines are yielded as they are known: each mesh is simulated, which takes seconds.
+Lines are yielded as soon as they are known, because the simulation of a mesh takes seconds.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from llmfoundry.planning.plan import MASTER, Plan, plan
 from llmfoundry.planning.simulation import CannotSimulateError
 from llmfoundry.train.config import RunConfig
 
-MOST_GPUS = 8192  # up to which a mesh is sought on which the run fits
-MOST_MESHES = 3  # that fit, in the table beside the one asked for
-MOST_SIMULATED = 4  # those that do not fit included
+MOST_GPUS = 8192  # where the search for a mesh on which the run fits ends
+MOST_MESHES = 3  # that fit, in the table, besides the one asked for
+MOST_SIMULATED = 4  # meshes, including those that do not fit
 MOST_REMEDIES = 2
 
 
@@ -35,7 +35,7 @@ class GPU(NamedTuple):
 
     @property
     def usable(self) -> float:
-        """Bytes for what a plan counts."""
+        """Bytes that a plan may use."""
         return self.memory - hardware.RESERVE
 
     def fits(self, held: Memory) -> bool:
@@ -50,11 +50,11 @@ def describe(config: RunConfig, gpus: int | None, gpu_memory: float = hardware.G
     """The plan of a run in words.
 
     Args:
-        gpus: on this many; None: how many it takes.
-        gpu_memory: bytes of one.
+        gpus: how many; None: find the fewest that the run fits on.
+        gpu_memory: bytes of one GPU.
 
     Raises:
-        ConfigError: the mesh does not fit the GPUs or the model, or a GPU holds no more than is kept free of it.
+        ConfigError: the mesh does not fit the GPUs or the model, or `gpu_memory` is not more than the reserve.
     """
     card, job = GPU(gpu_memory), Job.of(config)
     if not card.usable > 0:
@@ -67,7 +67,7 @@ def describe(config: RunConfig, gpus: int | None, gpu_memory: float = hardware.G
     except CannotSimulateError as reason:
         yield f"memory cannot be simulated: {reason}"
     finally:
-        torch._dynamo.reset()  # of the graphs that simulations share
+        torch._dynamo.reset()  # drops the graphs that the simulations share
 
 
 def _plan(job: Job, gpus: int, card: GPU) -> Iterator[str]:
@@ -90,7 +90,7 @@ def _mesh(degrees: Degrees) -> str:
 
 
 def _least_gpus(job: Job, card: GPU) -> Iterator[str]:
-    """The fewest GPUs on which the mesh of the YAML fits: 1, 2, 4, 8, ... times the ranks that its degrees ask for."""
+    """The fewest GPUs on which the mesh of the YAML fits: 1, 2, 4, 8, ... times the ranks that its degrees need."""
     wanted, model = job.parallel, job.model
     ranks = wanted.replicate * (wanted.expert if wanted.shard == -1 else wanted.shard)
     choices = [ranks] if wanted.shard != -1 else [ranks * 2**i for i in range(MOST_GPUS.bit_length())]
@@ -102,13 +102,13 @@ def _least_gpus(job: Job, card: GPU) -> Iterator[str]:
             sizes[i] = memory(job, job.degrees(choices[i]))
         return card.fits(sizes[i])
 
-    # The first guess: weights, gradients and AdamW's moments take three quarters. From there, up or down.
+    # Start where weights, gradients and AdamW's moments take three quarters of the memory; go up or down from there.
     divided = 0 if wanted.cpu_offload else MASTER * (model.n_params() + 3 * model.n_trainable_params())
     last = len(choices) - 1
     i = next((i for i, n in enumerate(choices) if divided / job.degrees(n).shard <= 0.75 * card.usable), last)
     while not fits(i) and i < last:
         i += 1
-    # On half the GPUs each holds twice the weights and optimizer state, and no less of the rest.
+    # With half the GPUs, each holds twice the weights and optimizer state, and at least as much of the rest.
     while i > 0 and fits(i) and sizes[i].total + sizes[i].weights + sizes[i].optimizer <= card.usable and fits(i - 1):
         i -= 1
     held = f"{sizes[i].total / GIB:.1f} of {card}"
@@ -118,9 +118,9 @@ def _least_gpus(job: Job, card: GPU) -> Iterator[str]:
         return
     yield f"does not fit on {where}: {held}; --gpus {choices[i]} prints what to change"
     if wanted.shard != -1:
-        yield "  the mesh is for this many alone; parallel.shard=-1 lets it grow"
+        yield "  the mesh is for exactly this many; parallel.shard=-1 lets it grow"
     elif choices[i] * 2 > job.global_rows:
-        yield f"  global_train_batch_size={job.global_rows} has no row for more GPUs"
+        yield f"  global_train_batch_size={job.global_rows} has no rows for more GPUs"
 
 
 def _held(held: Memory) -> Iterator[str]:
@@ -149,11 +149,11 @@ def _verdict(job: Job, degrees: Degrees, held: Memory, card: GPU) -> Iterator[st
         return
     yield f"does not fit: {held.total / GIB:.1f} of {card}"
     if held.weights + held.optimizer > card.usable:
-        yield "  weights and optimizer state alone do not fit; use more GPUs, or a larger shard"
+        yield "  weights and optimizer state do not fit even without activations; use more GPUs, or a larger shard"
         return
     changes = list(_changes(job, job.work(degrees)))
     found: list[str] = []
-    # The last changes most: where it does not help, none does.
+    # The last one changes most: if it does not help, none does.
     if changes and card.fits(memory(changes[-1][1], degrees)):
         for keys, changed in changes:
             less = memory(changed, degrees)
@@ -168,7 +168,7 @@ def _verdict(job: Job, degrees: Degrees, held: Memory, card: GPU) -> Iterator[st
 
 
 def _changes(job: Job, work: Work) -> Iterator[tuple[str, Job]]:
-    """What could be changed without changing the mesh, and the keys that do it; the mildest first."""
+    """Changes that keep the mesh, as keys and as a job, the mildest first."""
     parallel = job.parallel
     modes = {"none": ["selective", "full"], "selective": ["full"], "full": []}[parallel.recompute]
     smaller = work.micro_rows > 1
@@ -192,7 +192,7 @@ def _changes(job: Job, work: Work) -> Iterator[tuple[str, Job]]:
 
 
 def meshes(experts: int, gpus: int) -> list[Degrees]:
-    """Those worth a look: copies of one node or some, or of part of the only node; experts divided within a node."""
+    """Meshes to compare: copies of one or more nodes, or of part of a single node; experts divided within a node."""
     nodes = gpus // hardware.NODE if gpus % hardware.NODE == 0 else 1
     copies = [c for c in range(1, gpus + 1) if gpus % c == 0 and (nodes % c == 0 if nodes > 1 else True)]
     within = [
@@ -202,7 +202,7 @@ def meshes(experts: int, gpus: int) -> list[Degrees]:
 
 
 def _table(job: Job, asked: Plan, held: Memory, gpus: int, card: GPU) -> Iterator[str]:
-    """The mesh asked for, and others in the order of their estimated time until some were found that fit."""
+    """The mesh asked for, then others by estimated time, until `MOST_MESHES` are found that fit."""
     shared = (held.weights + held.optimizer) * asked.degrees.shard
     others = [each for each in meshes(n_experts(job.model), gpus) if each != asked.degrees]
     able = [each for each in others if shared / each.shard <= card.usable]
@@ -219,7 +219,7 @@ def _table(job: Job, asked: Plan, held: Memory, gpus: int, card: GPU) -> Iterato
             plans = plans[: n + 1]
             break
     if left := len(others) - len(able):
-        yield f"  {left} more do not hold weights and optimizer state"
+        yield f"  {left} more cannot hold weights and optimizer state"
     if left := len(able) - min(len(plans), MOST_SIMULATED):
         yield f"  {left} more are slower"
 

@@ -1,9 +1,9 @@
 """One training step, simulated: the real code on tensors without values, as one rank of a fake process group.
 
-Build, FSDP, forward, loss, backward, clipping and optimizer run as the trainer runs them, so a model of any size fits
-on a laptop. Where a GPU allocates other memory than a CPU, the GPU's way is put in place here: RMSNorm is one
-operator, attention holds no scores, Triton kernels are not launched (their wrappers still allocate), logits come in
-chunks of a GPU's size, a compiled graph fuses what is elementwise, tokens are exchanged evenly. Not simulated:
+Build, FSDP, forward, loss, backward, clipping and optimizer run as in the trainer; without values, a model of any size
+fits on a laptop. Where a GPU allocates other memory than a CPU, this file substitutes what a GPU does: RMSNorm is one
+operator, attention keeps no scores, Triton kernels are not launched (their wrappers still allocate), logits come in
+chunks of a GPU's size, a compiled graph fuses elementwise operators, tokens are exchanged evenly. Not simulated:
 fragmentation, the workspaces of cuBLAS and NCCL, the CUDA context.
 """
 
@@ -51,22 +51,22 @@ from llmfoundry.planning.ledger import ACTIVATIONS, OPTIMIZER, TEMPORARIES, Ledg
 from llmfoundry.train.step import train_step
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-MOST_MICROBATCHES = 2  # the first and the last: those between are like the first, or hold what the last does
+MOST_MICROBATCHES = 2  # the first and the last; those between hold what one of these does
 
 
 class CannotSimulateError(Exception):
-    """The step needs the values of tensors: how many are not zero, say."""
+    """The step needs the values of tensors, for example how many are not zero."""
 
 
 class Step(NamedTuple):
     """What one rank holds and receives in a step that is not the first."""
 
-    held: dict[Moment, list[list[Memory]]]  # after each allocation, of each time that the moment comes
+    held: dict[Moment, list[list[Memory]]]  # after each allocation, for each time that the moment occurs
     received: list[Received]
 
     @property
     def highest(self) -> Memory:
-        """The highest of all moments."""
+        """The memory of the highest moment."""
         every = (memory for times in self.held.values() for time in times for memory in time)
         return max(every, key=lambda memory: memory.total)
 
@@ -74,7 +74,7 @@ class Step(NamedTuple):
 def simulate(job: Job, degrees: Degrees) -> Step:
     """Simulate rank 0's step, of at most two microbatches.
 
-    Compiled graphs are kept for the next call. Call `torch._dynamo.reset()` before the process compiles anything else.
+    Compiled graphs are kept for later calls. Call `torch._dynamo.reset()` before the process compiles anything else.
 
     Raises:
         CannotSimulateError: an operator's result depends on values.
@@ -126,7 +126,7 @@ def _make_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _mark_moments(model: CausalLM, ledger: Ledger) -> None:
-    """Tell the ledger at each border between blocks, forward and backward."""
+    """Tell the ledger of each boundary between blocks, in forward and backward."""
 
     def backward(block: int, gradient: Tensor) -> None:
         ledger.enter(Moment("backward", block), TEMPORARIES)
@@ -146,14 +146,14 @@ def _mark_moments(model: CausalLM, ledger: Ledger) -> None:
 
 
 def _hook(tensors: object, call: Callable[[Tensor], None]) -> None:
-    """Call when the gradient of the first of these tensors, the residual stream, is there."""
+    """Call once the gradient of the first of these tensors, the residual stream, is computed."""
     stream = next(part for part in tree_iter(tensors) if isinstance(part, Tensor))
     if stream.requires_grad:
         stream.register_hook(call)
 
 
 def _bodies() -> dict[object, Callable[..., object]]:
-    """Operators that a compiler does not look into; here they are run, for what is allocated inside."""
+    """Operators that are opaque to a compiler; their bodies are run here, to count what they allocate."""
     if not HAS_TRITON:
         return {}
     from llmfoundry.kernels import experts_triton
@@ -236,7 +236,7 @@ def _softmax_loss(logits: Tensor, labels: Tensor, dtype: torch.dtype, needs_grad
 
 
 def _even_exchange(experts: Tensor, n_local: int, group: dist.ProcessGroup) -> dispatch.Plan:
-    """An exchange under even routing: nobody has to be asked for its counts."""
+    """An exchange with even routing, so that no rank has to be asked for its counts."""
     ranks, (tokens, top_k) = group.size(), experts.shape
     rows = round(tokens * (1 - (1 - 1 / ranks) ** top_k))  # to each rank
     token = experts.new_empty(rows * ranks, dtype=torch.int32)
@@ -258,13 +258,13 @@ def _as_on_a_gpu(ledger: Ledger) -> Iterator[None]:
         torch._dynamo.config.patch(
             recompile_limit=1024, accumulated_recompile_limit=1024, automatic_dynamic_shapes=False
         ),
-        functorch.patch(force_non_lazy_backward_lowering=True),  # a later one copies its graph, fake constants included
+        functorch.patch(force_non_lazy_backward_lowering=True),  # a lazy one would copy its graph with fake constants
         patch.object(wrap, "warning_once", lambda *_: None),  # of recompute inside a compiled graph
         patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         patch.object(FakeTensor, "is_cuda", property(lambda self: True), create=True),
         patch.object(layer, "resolve_backend", lambda choice, kind, _, dtype: resolve(choice, kind, _GPU, dtype)),
         patch.object(experts, "_on_gpu", lambda _: True),
-        patch.object(experts, "_say_once", _say_once),  # a run in this process says it again
+        patch.object(experts, "_say_once", _say_once),  # so that a run in this process still warns
         patch.object(activations, "_BLOCK_VALUES", 2**62),  # only a CPU cuts rows into blocks
         patch.object(layer, "plan_exchange", _even_exchange),
         patch.object(router, "_UpcastLinear", _UpcastLinear),

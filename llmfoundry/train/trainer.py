@@ -318,8 +318,8 @@ def build(config: RunConfig) -> Trainer:
     Raises:
         ConfigError: a mistake of the user's, found before anything is written to `save_folder`.
     """
-    # Alone, only FSDP keeps weights in host memory.
-    device = runtime.start(config.dist_timeout, alone_too=config.parallel.cpu_offload)
+    # In a single process, only FSDP can keep weights in host memory.
+    device = runtime.start(config.dist_timeout, group_of_one=config.parallel.cpu_offload)
     runtime.seed_all(config.seed)
     assert isinstance(config.model, CausalLMConfig)
     config.model.check_trainable()

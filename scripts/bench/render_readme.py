@@ -1,7 +1,7 @@
-"""Render the measured and the planned parts of the pages: what stands between `<!-- NAME -->` and `<!-- /NAME -->`.
+"""Render the measured and planned parts of the pages: everything between `<!-- NAME -->` and `<!-- /NAME -->`.
 
-A part whose results do not exist yet renders to nothing. Rendering twice changes nothing; `--check` writes
-nothing and exits 1 when a page is stale.
+A part without results is left empty. Rendering twice changes nothing. `--check` writes nothing and exits with 1 if a
+page is not up to date.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def cpu_step() -> str:
     return f"""\
 One training step on a CPU ({result["cpu"]}, {result["threads"]} threads): {result["parameters"] / 1e6:.1f} M
 parameters, {shape["experts"]} experts, top {shape["top_k"]}, {shape["rows"]} rows of {shape["sequence"]}
-tokens, fp32, AdamW; both in one process, turn about, medians of {result["iterations"]} steps.
+tokens, fp32, AdamW; both in one process, in alternating steps, medians of {result["iterations"]} steps.
 
 | | tokens/s | ratio |
 |---|---|---|
@@ -59,7 +59,7 @@ tokens, fp32, AdamW; both in one process, turn about, medians of {result["iterat
 | this framework | {_speed(result["ours"])} | {result["ratio"]["median"]:.2f} |
 
 From the same weights on the same batches, the two losses differ by at most
-{parity["max_difference"]:.0e} nats a token over {parity["steps"]} steps.
+{parity["max_difference"]:.0e} nats per token over {parity["steps"]} steps.
 Measured by `scripts/bench/cpu_step.py` on torch {versions["torch"]}."""
 
 
@@ -75,12 +75,12 @@ def conversion() -> str:
     ]
     return "\n".join(
         [
-            f"Conversion of a {result['bytes'] / 1e9:.1f} GB checkpoint in shards of "
+            f"Conversion of an {result['bytes'] / 1e9:.1f} GB checkpoint in shards of "
             f"{result['largest_shard_bytes'] / 1e9:.0f} GB, medians of {result['repeats']}, start and checksums "
             f"included, by `scripts/bench/convert.py`; a plain copy of the same files on that disk: "
             f"{result['gb_per_second']['copy']:.2f} GB/s.",
             "",
-            "| | GB/s | of a copy's | peak memory, GB |",
+            "| | GB/s | relative to the copy | peak memory, GB |",
             "|---|---|---|---|",
             *rows,
         ]
@@ -130,8 +130,8 @@ def moe_layer() -> str:
             *table,
             line("two dense products of these sizes", [*ceilings, *("" for _ in shapes)]),
             "",
-            f"In all {cases} cases in which all of them were measured (these shapes; 4,096, 16,384 and 32,768 tokens;",
-            f"natural, balanced and Zipf routing) it is {low:.2f} to {high:.2f} times as fast as the next fastest.",
+            f"In all {cases} cases with a figure for every row (these shapes; 4,096, 16,384 and 32,768 tokens;",
+            f"natural, balanced and Zipf routing), this framework is {low:.2f} to {high:.2f} times as fast as the next fastest.",
         ]
     )
 
@@ -150,24 +150,52 @@ def _ahead(rows: list[dict]) -> tuple[float, float, int]:
     return min(ratios), max(ratios), len(ratios)
 
 
+def drop_in() -> str:
+    """Our experts inside `transformers`, beside its own."""
+    result = _result("drop_in")
+    if result is None:
+        return ""
+    names = {"grouped_mm": "its own experts (`grouped_mm`)", "llmfoundry": "**ours**"}
+    rows = [
+        f"| {model}, {names[implementation]} | {row['ms']:.1f} | {row['kept_mib']:,.0f} "
+        f"| {row['tokens_per_second']:,.0f} | {row['peak_gib']:.1f} |"
+        for model, found in result["found"].items()
+        for implementation, row in found.items()
+    ]
+    return "\n".join(
+        [
+            f"`transformers` {result['transformers']} on one {result['gpu']}, eager, bf16, random weights, by",
+            "`scripts/bench/drop_in.py`. Layer: one sparse block, router included, forward and backward, of "
+            f"{result['tokens']:,} tokens,",
+            f"and what it keeps for the backward. Model: a training step of {result['layers']} layers with embedding, "
+            "head and AdamW,",
+            f"{result['rows']} rows of {result['sequence']:,} tokens. Medians.",
+            "",
+            "| | layer, ms | layer keeps, MiB | model, tokens/s | model's peak, GiB |",
+            "|---|---|---|---|---|",
+            *rows,
+        ]
+    )
+
+
 def train_step() -> str:
-    """Whole training steps, and the plan's memory beside the measured peak."""
+    """Whole training steps."""
     result = _result("train_step")
     if result is None:
         return ""
     rows = [
         f"| {name} | {row['devices']} x {row['device']} | {row['tokens_per_second_per_device']:,.0f} "
-        f"| {_share(row)} | {_exposed(row)} | {row['peak_gib']:.1f} | {row['plan']['in_all_gib']:.1f} |"
+        f"| {_share(row)} | {_exposed(row)} | {row['peak_gib']:.1f} |"
         for name, row in result["rows"].items()
     ]
-    head = "| | on | tokens/s a GPU | MFU | exposed communication | peak, GiB | planned, GiB |"
+    head = "| | on | tokens/s per GPU | MFU | exposed communication | peak, GiB |"
     return "\n".join(
         [
             "Training steps of `yamls/olmoe-1b-7b.yaml`, sequences of 4,096 tokens, float32 weights and moments, bf16",
-            "compute, by `scripts/bench/train_step.py`:",
+            "compute, by `scripts/bench/train_step.py`. [docs/planning.md](docs/planning.md) has each one's plan.",
             "",
             head,
-            "|---|---|---|---|---|---|---|",
+            "|---|---|---|---|---|---|",
             *rows,
         ]
     )
@@ -195,6 +223,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "yamls": yamls,
     "cpu-step": cpu_step,
     "convert": conversion,
+    "drop-in": drop_in,
     "moe-layer": moe_layer,
     "train-step": train_step,
     "measured": measured,

@@ -286,5 +286,5 @@ def test_runs_in_the_dtype_of_its_parameters() -> None:
 
 
 def test_more_tokens_than_learned_positions_are_refused() -> None:
-    with pytest.raises(ValueError, match="65 tokens, but 64 learned positions"):
+    with pytest.raises(ValueError, match="65 tokens exceed the 64 learned positions"):
         _model(attn_config={})(torch.zeros(1, 65, dtype=torch.int64))

@@ -49,7 +49,7 @@ def learn(case: Case, precision: str) -> dict[str, Tensor]:
 
 def job(folder: Path) -> None:
     alone = [case._replace(parallel=case.parallel | BY_FSDP) for case in ALONE]
-    runtime.start(alone_too=True)
+    runtime.start(group_of_one=True)
     for case in CASES if dist.get_world_size() > 1 else alone:
         found = learn(case, "amp_bf16")
         if dist.get_rank() == 0:

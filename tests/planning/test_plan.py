@@ -209,7 +209,7 @@ def test_a_mesh_that_fits_nowhere_is_said_not_refused() -> None:
     fixed = described("global_train_batch_size=256", "parallel.shard=2", gib=6)
     assert fixed[0].startswith("does not fit on 2 GPU(s)") and "parallel.shard=-1" in fixed[1]
     rows = described("global_train_batch_size=2", gib=6)
-    assert rows[0].startswith("does not fit on 2 GPU(s)") and "no row for more GPUs" in rows[1]
+    assert rows[0].startswith("does not fit on 2 GPU(s)") and "no rows for more GPUs" in rows[1]
 
 
 def test_what_depends_on_values_is_said_not_to_be_simulated() -> None:
