@@ -53,9 +53,7 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 
 def _make(folder: Path, make: Callable[[Path], None]) -> None:
-    for stale in folder.parent.glob(
-        f"{folder.name}.tmp-*"
-    ):  # left by a process that was killed: this one holds the lock
+    for stale in folder.parent.glob(f"{folder.name}.tmp-*"):  # of a killed process: this one holds the lock
         shutil.rmtree(stale, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
     try:

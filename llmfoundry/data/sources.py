@@ -152,8 +152,9 @@ def check_apart(train: DatasetConfig, evaluation: DatasetConfig | None = None) -
             "measure the training text; give eval_loader a path of its own, or split: validation and "
             f"validation_fraction: {HELD_OUT} in both; without an eval_loader nothing is held out"
         )
+    divided = train.heap() == evaluation.heap() and train.validation_fraction == evaluation.validation_fraction
     common = one.files & other.files
-    if common and train.heap() != evaluation.heap():
+    if common and not divided:
         raise ConfigError(
             f"eval_loader.dataset: {min(common)} is read by train_loader too; move it out of what train_loader reads, "
             "or give both loaders the same path: then part of it is held out, or name a subfolder or file of it "

@@ -152,13 +152,35 @@ def test_fingerprint_follows_contents_not_places_or_times(folder: Path, tmp_path
     assert fingerprint(copy) != fingerprint(folder)
 
 
-def test_big_data_is_hashed_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_big_data_is_checked_once_and_says_so(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     config = dataset(name="text_files", path=str(folder), validation_fraction=0.0, cache_dir=str(tmp_path / "cache"))
     small = config.build().fingerprint
+    assert not caplog.messages
     monkeypatch.setattr(text_files, "REMEMBER_BYTES", 1)
     assert config.build().fingerprint == small
+    assert caplog.messages == [f"checking 3 files of {folder}, 0.0 GB; once, until one of them changes"]
     monkeypatch.setattr(text_files, "checked_digest", None)
-    assert config.build().fingerprint == small
+    assert config.build().fingerprint == small and len(caplog.messages) == 1
+
+
+def test_fingerprint_follows_the_documents_not_the_names(folder: Path, tmp_path: Path) -> None:
+    def fingerprint(path: Path, **keys: object) -> str:
+        return dataset(name="text_files", path=str(path), **{"validation_fraction": 0.0} | keys).build().fingerprint
+
+    before = fingerprint(folder)
+    (folder / "empty.txt").touch()
+    (folder / "b.txt").rename(folder / "b.MD")
+    assert fingerprint(folder) == before == fingerprint(folder, split="validation", validation_fraction=1.0)
+    (folder / "a.txt").rename(folder / "z.txt")  # another order is another list of documents
+    assert fingerprint(folder) != before
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).write_text('{"text": "x", "other": "y"}\n')
+    found = {fingerprint(tmp_path / "a.txt"), fingerprint(tmp_path / "a.jsonl")}
+    assert len(found | {fingerprint(tmp_path / "a.jsonl", text_key="other")}) == 3
+    assert fingerprint(tmp_path / "a.txt", text_key="other") in found
 
 
 def test_synthetic_text_follows_its_rule_and_its_seed() -> None:

@@ -194,6 +194,13 @@ def test_a_file_that_both_read_is_an_error(tmp_path: Path, held_out: str) -> Non
         pair(text_files(root / held_out), text_files(root))
 
 
+def test_a_text_of_which_nothing_is_held_out_is_not_evaluated_on(tmp_path: Path) -> None:
+    root = write(tmp_path, ["a.txt", "b.txt", "val/v.txt"])
+    assert pair(text_files(root), text_files(root)) == (["a.txt", "b.txt"], ["val/v.txt"])
+    with pytest.raises(ConfigError, match=r"a\.txt is read by train_loader too"):
+        pair(text_files(root, validation_fraction=0.0), text_files(root, validation_fraction=1.0))
+
+
 def test_most_of_the_text_in_files_of_no_split_is_an_error(tmp_path: Path) -> None:
     root = write(tmp_path, ["train.txt", "test.txt", *(f"chapter {i}.txt" for i in range(9))])
     with pytest.raises(ConfigError, match=r"train\.txt and test\.txt look like splits, but .* 9 files of no split"):
