@@ -131,7 +131,7 @@ def moe_layer() -> str:
             line("two dense products of these sizes", [*ceilings, *("" for _ in shapes)]),
             "",
             f"In all {cases} cases with a figure for every row (these shapes; 4,096, 16,384 and 32,768 tokens;",
-            f"natural, balanced and Zipf routing), this framework is {low:.2f} to {high:.2f} times as fast as the next.",
+            f"natural, balanced and Zipf routing), this one is {low:.2f} to {high:.2f} times as fast as the next.",
         ]
     )
 
