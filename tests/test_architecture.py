@@ -55,7 +55,7 @@ def _imports(path: Path, for_types_too: bool = True) -> set[str]:
 
 
 def _rooms_imported(path: Path) -> set[str]:
-    # A name that is no room is something that the package's own __init__ exports.
+    # A name that is not a room is something that the package's own __init__ exports.
     return {name.split(".")[1] for name in _imports(path)} & set(FLOOR)
 
 

@@ -364,7 +364,7 @@ def alibi_slopes(n_heads: int, bias_max: int, device: torch.device) -> Tensor:
 
 
 def alibi_bias(slopes: Tensor, n_queries: int, n_keys: int) -> Tensor:
-    """Bias on the scores, (H, S, P) float32: minus slope times distance; the last query stands at the last key."""
+    """Bias on the scores, (H, S, P) float32: minus slope times distance; the last query is at the last key."""
     i = torch.arange(n_keys - n_queries, n_keys, device=slopes.device)[:, None]  # (S, 1)
     j = torch.arange(n_keys, device=slopes.device)  # (P,)
     return slopes[:, None, None] * (j - i)

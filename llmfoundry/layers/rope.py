@@ -2,8 +2,8 @@
 
 Shapes: B rows, S sequence, N heads of any kind, C head_dim.
 The table is computed from the positions once per forward, in float32, by the same sequence of operations as in
-`transformers`, so that a converted checkpoint sees the same bits. Nothing is stored in buffers, so there is no longest
-length.
+`transformers`, so that a converted checkpoint sees the same bits. Nothing is stored in buffers, so the length has no
+limit.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """One training step on a CPU: this framework beside `transformers`' OLMoE, same shape, same weights, same batches.
 
-First parity: 20 steps of each from the same weights on the same batches; the losses must agree to 1e-4 nats a token.
+First parity: 20 steps of each from the same weights on the same batches; the losses must agree to 1e-4 nats per token.
 The learning rate warms up over these steps, as in every recipe: without, Adam's first updates are the gradients' signs,
 which turn the rounding of a gradient near zero into a difference of full size (7e-4 nats after 20 steps).
-Then speed: steps turn about in one process, medians. A step is forward, loss, backward, clipping by global norm and
+Then speed: alternating steps in one process, medians. A step is forward, loss, backward, clipping by global norm and
 fused AdamW, in fp32, without auxiliary losses (the two define them differently). `transformers` runs the faster of its
 expert implementations that fit into memory. Writes scripts/bench/results/cpu_step.json.
 """
@@ -47,12 +47,12 @@ SHAPE = {
     "sequence": 256,
     "lr": 1.0e-3,
 }
-TOLERANCE = 1.0e-4  # nats a token; 2e-6 is seen, about the rounding of a float32 loss of 8 nats
+TOLERANCE = 1.0e-4  # nats per token; 2e-6 is seen, about the rounding of a float32 loss of 8 nats
 # Expert implementations of `transformers`; its third, batched_mm, gathers the weights of every routed token:
 # 12 GiB a layer at this shape.
 THEIR_IMPLEMENTATIONS = ("eager", "grouped_mm")
 
-Step = Callable[[Tensor, float], float]  # (batch, learning rate) -> loss in nats a token
+Step = Callable[[Tensor, float], float]  # (batch, learning rate) -> loss in nats per token
 
 
 def their_model(implementation: str, seed: int) -> OlmoeForCausalLM:
@@ -211,7 +211,7 @@ def seconds(steps: dict[str, Step], warmup: int, iterations: int) -> dict[str, l
 
 
 def summary(taken: list[float]) -> dict[str, dict[str, float]]:
-    """Median and quartiles in seconds a step, and the median in tokens a second."""
+    """Median and quartiles in seconds per step, and the median in tokens per second."""
     low, median, high = statistics.quantiles(taken, n=4)
     spread = {"median": median, "quartile_1": low, "quartile_3": high}
     tokens = SHAPE["rows"] * SHAPE["sequence"]
@@ -230,7 +230,7 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
 
     same = parity(arguments.parity_steps)
-    print(f"parity: {same['max_difference']:.1e} nats a token over {same['steps']} steps", flush=True)
+    print(f"parity: {same['max_difference']:.1e} nats per token over {same['steps']} steps", flush=True)
 
     models = {name: their_model(name, seed=0) for name in THEIR_IMPLEMENTATIONS}
     mine = our_model(models["eager"])

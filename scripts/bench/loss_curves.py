@@ -26,7 +26,7 @@ BACKENDS = ("reference", "grouped_mm", "triton")
 
 
 def curve(yaml: str, overrides: list[str], steps: int) -> tuple[list[float], dict[str, object]]:
-    """The cross-entropy of each step, nats a token, and what was trained."""
+    """The cross-entropy of each step, nats per token, and what was trained."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(read_config(yaml, [*overrides, f"save_folder={folder}", "autoresume=false"]))
         losses = [float(str(trainer.take_step()["loss/train/ce"])) for _ in range(steps)]
@@ -34,7 +34,7 @@ def curve(yaml: str, overrides: list[str], steps: int) -> tuple[list[float], dic
 
 
 def gap(ours: list[float], true: list[float]) -> dict[str, float]:
-    """How far two curves are apart, nats a token."""
+    """How far two curves are apart, nats per token."""
     apart = [abs(a - b) for a, b in zip(ours, true, strict=True)]
     last = len(apart) // 10
     return {

@@ -43,7 +43,7 @@ def yamls() -> str:
 
 
 def cpu_step() -> str:
-    """Our training step beside that of `transformers`, on a CPU."""
+    """Our training step and that of `transformers`, on a CPU."""
     result = _result("cpu_step")
     if result is None:
         return ""
@@ -64,7 +64,7 @@ Measured by `scripts/bench/cpu_step.py` on torch {versions["torch"]}."""
 
 
 def conversion() -> str:
-    """Conversion of checkpoints beside a plain copy of the same files."""
+    """Conversion of checkpoints, relative to a plain copy of the same files."""
     result = _result("convert")
     if result is None:
         return ""
@@ -97,7 +97,7 @@ PROVIDERS = {
 
 
 def moe_layer() -> str:
-    """Our layer beside others': speed forward and backward, and what it keeps, with natural routing."""
+    """Our layer and others: speed of forward and backward, and what they keep, with natural routing."""
     result = _result("moe_layer")
     if result is None:
         return ""
@@ -131,7 +131,8 @@ def moe_layer() -> str:
             line("two dense products of these sizes", [*ceilings, *("" for _ in shapes)]),
             "",
             f"In all {cases} cases with a figure for every row (these shapes; 4,096, 16,384 and 32,768 tokens;",
-            f"natural, balanced and Zipf routing), this one is {low:.2f} to {high:.2f} times as fast as the next.",
+            "natural, balanced and Zipf routing), this framework is "
+            f"{low:.2f} to {high:.2f} times as fast as the next fastest.",
         ]
     )
 
@@ -151,7 +152,7 @@ def _ahead(rows: list[dict]) -> tuple[float, float, int]:
 
 
 def drop_in() -> str:
-    """Our experts inside `transformers`, beside its own."""
+    """Our experts and its own inside `transformers`."""
     result = _result("drop_in")
     if result is None:
         return ""
@@ -192,7 +193,7 @@ def train_step() -> str:
     return "\n".join(
         [
             "Training steps of `yamls/olmoe-1b-7b.yaml`, sequences of 4,096 tokens, float32 weights and moments, bf16",
-            "compute, by `scripts/bench/train_step.py`. [docs/planning.md](docs/planning.md) has each one's plan.",
+            "compute, by `scripts/bench/train_step.py`. [docs/planning.md](docs/planning.md) compares them with plans.",
             "",
             head,
             "|---|---|---|---|---|---|",

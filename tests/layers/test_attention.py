@@ -222,5 +222,5 @@ def test_flex_equals_plain_on_cuda(config: GroupedQueryConfig, window: int, docu
     y = module(x, rope_table(NoScaling(), 100.0, 16, torch.arange(200, device="cuda")), mask)
     y.sum().backward()
     assert x.grad is not None and x.grad.isfinite().all()
-    # Float32 beside float64; torch's Triton template may use TF32, whose mantissa has 10 bits.
+    # Float32 against float64; torch's Triton template may use TF32, whose mantissa has 10 bits.
     torch.testing.assert_close(y.double().cpu(), expected, rtol=0, atol=2e-2 * expected.abs().max().item())

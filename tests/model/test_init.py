@@ -77,7 +77,7 @@ def test_same_seed_same_weights_other_seed_others() -> None:
 
 def test_no_two_parameters_or_blocks_share_values() -> None:
     weights = torch.cat([p.detach().flatten() / p.std() for p in _model().parameters() if p.dim() > 1])
-    assert weights.unique().numel() > 0.99 * weights.numel()  # the rest: float32 numbers that meet by chance
+    assert weights.unique().numel() > 0.99 * weights.numel()  # the others are equal by chance, in float32
 
 
 def test_recompute_and_compile_keep_names_and_values() -> None:

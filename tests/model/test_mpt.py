@@ -47,7 +47,7 @@ def test_logits_and_loss_equal_transformers(
     torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, rtol=1e-4, atol=1e-4)
     theirs, ours = theirs.double(), ours.double()
     logits, expected = ours(tokens).logits, theirs(tokens).logits
-    # Their softmax is float32 whatever the model's dtype: that alone costs 1e-7 a layer.
+    # Their softmax is float32 whatever the model's dtype: which by itself costs 1e-7 per layer.
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)

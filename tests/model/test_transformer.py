@@ -84,7 +84,7 @@ def _copy_llama_like(theirs: PreTrainedModel, ours: CausalLM) -> None:
 
 
 def _norms_in_full_precision(theirs: PreTrainedModel) -> None:
-    """Their RMSNorm rounds to float32 inside, whatever the model's dtype: that alone would cost 1e-6."""
+    """Their RMSNorm rounds to float32 inside, whatever the model's dtype, which by itself would cost 1e-6."""
     for module in theirs.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = partial(
