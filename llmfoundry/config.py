@@ -1,4 +1,4 @@
-"""Strict, typed configuration: OmegaConf reads and merges, pydantic checks.
+"""Strict, typed configuration, checked by pydantic; `settings.py` reads the YAML.
 
 The config is the registry. A choice between implementations is a family of `Choice` classes told apart by a tag
 (`name`, or `ffn_type` inside `ffn_config`); a concrete config stands in the file of the module that it builds and
@@ -9,23 +9,30 @@ Every mistake of a user's becomes one line of a `ConfigError`: the dotted path, 
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib.util
+import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, get_args
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidatorFunctionWrapHandler, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    model_validator,
+)
 from pydantic.functional_validators import WrapValidator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 C = TypeVar("C", bound="Config")
+MAX_LEVELS = 6  # of a dotted path that a hint may name
 _KIND = re.compile(r"int|float|bool|str|literal\[.*\]|list\[.*\]")  # what pydantic adds to the path of a union
 
 
@@ -45,14 +52,21 @@ class Config(BaseModel):
         allow_inf_nan=False,  # a nan passes no comparison, so it would slip by every bound that is written as one
     )
 
+    SYNONYMS: ClassVar[dict[str, str]] = {}  # other frameworks' words for a key, and its dotted path
+
     @model_validator(mode="before")
     @classmethod
     def _name_unknown_keys(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            unknown = {str(key): _nearest(str(key), cls.model_fields) for key in data if key not in cls.model_fields}
+            unknown = [str(key) for key in data if key not in cls.model_fields]
             if unknown:
-                raise PydanticCustomError("unknown_keys", "unknown keys", {"unknown": unknown})
+                raise PydanticCustomError("unknown_keys", "unknown keys", {"unknown": unknown, "of": cls})
         return data
+
+    @classmethod
+    def keys(cls, data: Mapping[str, object]) -> Set[str]:
+        """The keys that go with what `data` chooses."""
+        return cls.model_fields.keys()
 
 
 class Choice(Config):
@@ -100,6 +114,18 @@ class Choice(Config):
         return data
 
     @classmethod
+    def keys(cls, data: Mapping[str, object]) -> Set[str]:
+        member = cls if cls._names else cls.member(data)
+        return member.model_fields.keys() if member is not None else frozenset()
+
+    @classmethod
+    def member(cls, data: Mapping[str, object]) -> type[Choice] | None:
+        """The class that the tag in `data`, or its default, picks."""
+        default = cls.model_fields[cls._tag].default
+        tag = data.get(cls._tag, default if isinstance(default, str) else None)
+        return cls._members.get(tag) if isinstance(tag, str) else None
+
+    @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> CoreSchema:
         is_root = "Choice" in globals() and Choice in cls.__bases__
         return _root_schema(cls) if is_root else handler(source)
@@ -113,17 +139,15 @@ def _root_schema(root: type[Choice]) -> CoreSchema:
             return value
         if not isinstance(value, dict):
             raise ValueError(f"must be a mapping with {root._tag!r}, found {value!r}")
-        default = root.model_fields[root._tag].default
-        tag = value.get(root._tag, default if isinstance(default, str) else None)
-        member = root._members.get(tag) if isinstance(tag, str) else None
+        member, tag = root.member(value), value.get(root._tag)
         if member is None:
             found = f"unknown {root._tag} {tag!r}" if tag is not None else f"{root._tag!r} is missing"
             hint = _nearest(str(tag), root._members) or f"; known: {', '.join(sorted(root._members))}"
             raise ValueError(f"{found}{hint}")
         try:
-            return member.model_validate({root._tag: tag} | value)
+            return member.model_validate({root._tag: root.model_fields[root._tag].default} | value)
         except ValidationError as error:
-            raise PydanticCustomError("inside_choice", "invalid", {"lines": list(_lines(error))}) from None
+            raise PydanticCustomError("inside_choice", "invalid", {"mistakes": list(_mistakes(error))}) from None
 
     dump = core_schema.plain_serializer_function_ser_schema(lambda value: value.model_dump(mode="json"))
     return core_schema.no_info_plain_validator_function(pick, serialization=dump)
@@ -153,36 +177,50 @@ def _nearest(word: str, known: Any) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _lines(error: ValidationError) -> Iterator[tuple[str, str]]:
-    """(dotted path, message) of every mistake that pydantic found, nested choices included."""
+class _Mistake(NamedTuple):
+    path: str
+    message: str
+    unknown_in: type[Config] | None = None  # of an unknown key: the class that does not have it
+
+
+def _mistakes(error: ValidationError) -> Iterator[_Mistake]:
+    """Every mistake that pydantic found, nested choices included."""
     kinds: dict[str, tuple[object, list[str]]] = {}  # of a value that may be of several: it, and what each asks for
     for item in error.errors():
         path = ".".join(str(part) for part in item["loc"])
         context = item.get("ctx", {})
         if item["type"] == "unknown_keys":
-            for key, hint in context["unknown"].items():
-                yield _join(path, key), f"unknown key{hint}"
+            for key in context["unknown"]:
+                yield _Mistake(_join(path, key), "unknown key", context["of"])
         elif item["type"] == "inside_choice":
-            for below, message in context["lines"]:
-                yield _join(path, below), message
+            for below in context["mistakes"]:
+                yield below._replace(path=_join(path, below.path))
         elif item["type"] == "missing":
-            yield path, "is missing"
+            yield _Mistake(path, "is missing")
         elif item["type"] == "value_error":
-            yield path, str(context["error"])
+            yield _Mistake(path, str(context["error"]))
         else:
             field, _, kind = path.rpartition(".")
             several = _KIND.fullmatch(kind) is not None
             kinds.setdefault(field if several else path, (item["input"], []))[1].append(item["msg"])
     for path, (found, messages) in kinds.items():
         first, *others = (f"{message[0].lower()}{message[1:]}" for message in messages)
-        yield path, " or ".join([first, *(o.removeprefix("input should be ") for o in others)]) + f", found {found!r}"
+        wanted = " or ".join([first, *(o.removeprefix("input should be ") for o in others)])
+        yield _Mistake(path, f"{wanted}, found {found!r}{_quote_it(found, wanted)}")
+
+
+def _quote_it(found: object, wanted: str) -> str:
+    if "valid string" not in wanted or not isinstance(found, bool | int | float):
+        return ""
+    word = "yes, no, on and off without quotes are true and false" if isinstance(found, bool) else "it is a number"
+    return f" ({word} in YAML; quote text)"
 
 
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path and key else path or key
 
 
-def check(cls: type[C], data: dict[str, Any], where: str = "") -> C:
+def check(cls: type[C], data: Mapping[str, object], where: str = "") -> C:
     """Build a config from plain data.
 
     Args:
@@ -196,8 +234,107 @@ def check(cls: type[C], data: dict[str, Any], where: str = "") -> C:
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{_join(where, path)}: {message}".removeprefix(": ")
-                                    for path, message in _lines(error))) from None  # fmt: skip
+        lines = []
+        for mistake in _mistakes(error):
+            hint = _hint(cls, mistake) if mistake.unknown_in is not None else ""
+            lines.append(f"{_join(where, mistake.path)}: {mistake.message}{hint}".removeprefix(": "))
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _hint(root: type[Config], mistake: _Mistake) -> str:
+    """Where an unknown key belongs: a similar key beside it, another choice, or another place of the file."""
+    owner, key = mistake.unknown_in, mistake.path.rpartition(".")[2]
+    assert owner is not None
+    if close := difflib.get_close_matches(key, owner.model_fields, n=1, cutoff=0.8):
+        return f" (did you mean {close[0]!r}?)"
+    if issubclass(owner, Choice):
+        having = [name for name, member in owner._members.items() if key in member.model_fields]
+        if having:
+            return f" (a key of {', '.join(sorted(having))}: set {owner._tag})"
+    places = _places(root)
+    if key in places:
+        return f" (did you mean {' or '.join(places[key][:2])}?)"
+    if hint := _nearest(key, owner.model_fields):
+        return hint
+    close = difflib.get_close_matches(key, places, n=1, cutoff=0.8)
+    return f" (did you mean {' or '.join(places[close[0]][:2])}?)" if close else ""
+
+
+def _places(root: type[Config]) -> dict[str, list[str]]:
+    """The dotted paths of every key below a config, by their last word; shorter paths first.
+
+    `SYNONYMS` of the root are other frameworks' words for some of them.
+    """
+    found: dict[str, list[str]] = {}
+    queue: list[tuple[str, type[Config]]] = [("", root)]
+    while queue:
+        path, cls = queue.pop(0)
+        for member in _members_of(cls):
+            for key, info in member.model_fields.items():
+                below = _join(path, key)
+                if below not in found.setdefault(key, []):
+                    found[key].append(below)
+                for part in _configs_in(info.annotation):
+                    if below.count(".") < MAX_LEVELS:
+                        queue.append((below, part))
+    return found | {word: [path] for word, path in root.SYNONYMS.items()}
+
+
+def _members_of(cls: type[Config]) -> list[type[Config]]:
+    if issubclass(cls, Choice) and not cls._names:
+        return list(dict.fromkeys(cls._members.values()))
+    return [cls]
+
+
+def _configs_in(annotation: Any) -> list[type[Config]]:
+    """The config classes in a field's type: of `list[X] | None`, X."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _configs_in(part)]
+
+
+def drop_replaced(
+    root: type[Config], data: Mapping[str, object], file: Mapping[str, object], given: Set[str]
+) -> tuple[dict[str, object], list[str]]:
+    """Leave out the keys of a choice that an override has replaced by another.
+
+    `model.ffn_config.ffn_type=mptglu` over a file with a mixture: the mixture's keys go, unless they are overrides too.
+
+    Args:
+        root: the type of the whole file.
+        data: the file with overrides; not changed.
+        file: the file without them.
+        given: dotted paths that overrides set.
+
+    Returns:
+        The data, and a line for each block that lost keys.
+    """
+    result, notes = copy.deepcopy(dict(data)), []
+    for parent in sorted({path.rpartition(".")[0] for path in given} - {""}):
+        cls, block, before = _at(root, result, file, parent.split("."))
+        if cls is None or not isinstance(block, dict) or not isinstance(before, dict):
+            continue
+        foreign = [key for key in block if key in cls.keys(before) - cls.keys(block) and f"{parent}.{key}" not in given]
+        for key in foreign if cls.keys(block) else ():
+            del block[key]
+        if foreign and cls.keys(block):
+            notes.append(f"{parent}: left out {', '.join(foreign)}, which the new choice does not have")
+    return result, notes
+
+
+def _at(
+    cls: type[Config] | None, data: object, file: object, parts: list[str]
+) -> tuple[type[Config] | None, object, object]:
+    """The type of the block at a path, the block, and what the file has there."""
+    for part in parts:
+        if cls is None or not isinstance(data, dict) or part not in data:
+            return None, None, None
+        member = cls.member(data) if issubclass(cls, Choice) and not cls._names else cls
+        info = member.model_fields.get(part) if member is not None else None
+        below = _configs_in(info.annotation) if info is not None else []
+        cls = below[0] if below else None
+        data, file = data[part], file.get(part) if isinstance(file, dict) else None
+    return cls, data, file
 
 
 def dump(config: Config) -> dict[str, Any]:
@@ -205,106 +342,22 @@ def dump(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def load_yaml(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
-    """Read a YAML file, merge `key=value` overrides over it, and resolve its interpolations.
-
-    Args:
-        path: the file. Its `variables` block serves interpolation (`${variables.d_model}`) and is then dropped.
-        overrides: dot-list entries, e.g. `model.n_layers=2`; the value is YAML.
+def local_path(path: str) -> str:
+    """The path with `~` expanded.
 
     Raises:
-        ConfigError: the file is missing or no YAML, an override has no `=`, an interpolation leads nowhere.
+        ValueError: it is a URL, or has a placeholder that nothing fills in.
     """
-    _check_overrides(overrides or [])
-    try:
-        loaded = OmegaConf.load(path)
-        if not isinstance(loaded, DictConfig):
-            raise ConfigError(f"{path}: must hold a mapping, found a list")
-        merged = loaded
-        for item in overrides or []:
-            merged = _put_over(merged, item)
-        data = OmegaConf.to_container(merged, resolve=True)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
-    assert isinstance(data, dict)
-    data.pop("variables", None)
-    return {str(key): value for key, value in data.items()}
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path):
+        raise ValueError(
+            f"{path} is a URL, and only paths of this machine can be used; copy it to or from a folder here"
+        )
+    if found := re.search(r"\{\w*\}", path):
+        raise ValueError(f"{path} has the placeholder {found[0]}, which is not known here; known: {{run_name}}")
+    return os.path.expanduser(path)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without tags that build objects; `1e-5` is a number, as in YAML 1.2."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would take for a number."""
-
-
-for _each in (_Loader, _Dumper):
-    _each.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-    )
-
-
-def write_resolved(data: Mapping[str, Any]) -> str:
-    """Plain data as YAML text that `read_resolved` gives back unchanged."""
-    return yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False)
-
-
-def read_resolved(path: str | Path) -> dict[str, Any]:
-    """Read a config.yaml that a run or a conversion wrote: literally, without interpolation.
-
-    Raises:
-        ConfigError: the file is missing or malformed.
-    """
-    try:
-        data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: is malformed: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: is malformed: must hold a mapping, found {type(data).__name__}")
-    return {str(key): value for key, value in data.items()}
-
-
-def from_dotlist(items: list[str]) -> dict[str, Any]:
-    """`key=value` entries as plain data; the values are YAML.
-
-    Raises:
-        ConfigError: one has no `=`, or is no YAML.
-    """
-    _check_overrides(items)
-    try:
-        merged = OmegaConf.create({})
-        for item in items:
-            merged = _put_over(merged, item)
-        data = OmegaConf.to_container(merged, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(" ".join(str(error).split())) from None
-    assert isinstance(data, dict)
-    return {str(key): value for key, value in data.items()}
-
-
-def _put_over(loaded: DictConfig, item: str) -> DictConfig:
-    """Merge one override over what was loaded."""
-    try:
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist([item]))
-    except (TypeError, IndexError):  # how OmegaConf meets a list over a mapping, and a key of brackets
-        raise ConfigError(
-            f"{item}: does not fit what stands there: a mapping takes keys (a.b=1), a list is written whole (a=[1, 2])"
-        ) from None
-    assert isinstance(merged, DictConfig)
-    return merged
-
-
-def _check_overrides(items: list[str]) -> None:
-    for item in items:
-        if "=" not in item:
-            raise ConfigError(f"{item}: is no override; write key=value")
+LocalPath = Annotated[str, AfterValidator(local_path)]  # of a file or folder; `~` is the home directory
 
 
 def import_code(paths: list[str]) -> None:

@@ -5,7 +5,6 @@ The same code runs on one process and on many: until `start` has made a process 
 
 from __future__ import annotations
 
-import atexit
 import datetime
 import hashlib
 import os
@@ -13,13 +12,19 @@ import random
 import resource
 import sys
 from collections.abc import Callable
-from typing import NoReturn, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from llmfoundry.launch import is_rank0 as is_rank0
+from llmfoundry.launch import leave as leave
+from llmfoundry.launch import local_rank as local_rank
+from llmfoundry.launch import rank as rank
+from llmfoundry.launch import world_size as world_size
 
 T = TypeVar("T")
 
@@ -44,26 +49,6 @@ _PEAK_BF16_TFLOPS = {
     "L40S": 362.0,
     "RTX 4090": 165.2,
 }
-
-
-def rank() -> int:
-    """This process's number in the run; 0 if it was started without torchrun."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """Processes in the run, as torchrun says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def local_rank() -> int:
-    """This process's number on its node."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def is_rank0() -> bool:
-    """Whether this process logs and writes for all."""
-    return rank() == 0
 
 
 def device() -> torch.device:
@@ -98,23 +83,6 @@ def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def leave(code: int) -> NoReturn:
-    """End this process; under torchrun, without Python's teardown of the interpreter.
-
-    DTensor's caches keep meshes alive after `stop`, and with them gloo's threads. A thread that frees a tensor while
-    the interpreter is torn down aborts the process, so that one rank in a few thousand would fail after its work.
-
-    Args:
-        code: the exit code.
-    """
-    if "RANK" not in os.environ:  # a single process
-        sys.exit(code)
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def barrier() -> None:

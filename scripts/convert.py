@@ -1,7 +1,7 @@
 """Convert a checkpoint: python scripts/convert.py --help."""
 
 from llmfoundry.cli.convert import convert_main
-from llmfoundry.runtime import leave
+from llmfoundry.launch import leave
 
 if __name__ == "__main__":
     leave(convert_main())

@@ -1,7 +1,7 @@
 """Tokenize a data set into shards ahead of a run: python scripts/prepare_data.py --help."""
 
 from llmfoundry.cli.train import prepare_data_main
-from llmfoundry.runtime import leave
+from llmfoundry.launch import leave
 
 if __name__ == "__main__":
     leave(prepare_data_main())

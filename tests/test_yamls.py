@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmfoundry.cli.train import train_main
-from llmfoundry.config import check, load_yaml
+from llmfoundry.config import check
+from llmfoundry.settings import load_yaml
 from llmfoundry.train.config import RunConfig
 
 YAMLS = sorted((Path(__file__).resolve().parents[1] / "yamls").glob("*.yaml"))

@@ -7,14 +7,14 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from llmfoundry import runtime
-from llmfoundry.config import ConfigError
+from llmfoundry.config import ConfigError, LocalPath
 from llmfoundry.train.callback import Callback, LoggerConfig, Metrics, Run
 
 
 class TensorboardConfig(LoggerConfig, names=("tensorboard",)):
     """Where the event files go."""
 
-    log_dir: str | None = None
+    log_dir: LocalPath | None = None
 
     def build(self) -> Tensorboard:
         runtime.on_rank0(self._make_folder)

@@ -85,8 +85,8 @@ from llmfoundry.checkpoint.tensors import (
     rng_tensors,
     set_rng,
 )
-from llmfoundry.config import write_resolved
 from llmfoundry.dtensor import local_part
+from llmfoundry.settings import write_resolved
 
 __all__ = ["Checkpointer", "CheckpointState", "Contents", "SaveError", "load_model_only", "read"]
 

@@ -25,7 +25,7 @@ from llmfoundry.checkpoint.reading import (
     read,
     read_entries,
 )
-from llmfoundry.config import ConfigError, check, dump, write_resolved
+from llmfoundry.config import ConfigError, check, dump
 from llmfoundry.hf.family import write_config
 from llmfoundry.hf.files import DTYPE_NAMES, FillBox, Placed, Stored, new_folder, shards, write_files
 from llmfoundry.hf.pieces import Copy, Kept, Part, Pieces, Source, Spec, box_of, fill, whole_of
@@ -44,6 +44,7 @@ from llmfoundry.layers.lora import adapted
 from llmfoundry.model.adapters import PeftPart, save_peft
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.model.transformer import CausalLMConfig
+from llmfoundry.settings import write_resolved
 
 _FILE_BYTES = 2 * 10**9  # several files are checked on several cores
 

@@ -35,10 +35,11 @@ from llmfoundry.checkpoint.manifest import (
 )
 from llmfoundry.checkpoint.storage import Entry, TensorReader, read_index
 from llmfoundry.checkpoint.tensors import check_same_model, model_tensors
-from llmfoundry.config import ConfigError, read_resolved
+from llmfoundry.config import ConfigError
 from llmfoundry.hf.pretrained import locate
 from llmfoundry.layers.lora import is_adapter
 from llmfoundry.model.transformer import CausalLM
+from llmfoundry.settings import read_resolved
 
 log = logging.getLogger(__name__)
 

@@ -2,6 +2,8 @@
 
 Exit codes: 0 done (also after a requested stop), 2 the user's mistake (one clear line per machine), 1 anything else
 (with a traceback, and the rank that it happened on). torchrun's own is 1 for both.
+
+Commands import torch inside their functions, so that `--help` and mistakes are answered without waiting for it.
 """
 
 from __future__ import annotations
@@ -15,12 +17,15 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import llmfoundry.callbacks  # noqa: F401  registers all monitors and loggers
-from llmfoundry import runtime
-from llmfoundry.config import ConfigError, check, import_code, load_yaml
+from llmfoundry import launch
+from llmfoundry.config import ConfigError, check, drop_replaced, import_code
 from llmfoundry.integrations.foundry_yaml import translate
-from llmfoundry.train.config import RunConfig
+from llmfoundry.settings import load_settings
+
+if TYPE_CHECKING:
+    from llmfoundry.train.config import RunConfig
 
 log = logging.getLogger("llmfoundry")
 # Seconds for local rank 0 to print a mistake before another rank exits, on which torchrun ends them all.
@@ -33,15 +38,15 @@ def command(run: Callable[[Sequence[str] | None], None]) -> Command:
 
     @wraps(run)
     def main(argv: Sequence[str] | None = None) -> int:
-        rank = f"[rank {runtime.rank()}] " if runtime.world_size() > 1 else ""
-        level = logging.INFO if runtime.is_rank0() else logging.WARNING
+        rank = f"[rank {launch.rank()}] " if launch.world_size() > 1 else ""
+        level = logging.INFO if launch.is_rank0() else logging.WARNING
         logging.basicConfig(level=level, format=f"{rank}%(message)s", stream=sys.stderr)
         for noisy in ("httpx", "datasets", "filelock", "fsspec"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         try:
             run(argv)
         except ConfigError as error:
-            if runtime.local_rank() == 0:  # most mistakes are every rank's
+            if launch.local_rank() == 0:  # most mistakes are every rank's
                 print(f"{rank}error: {error}", file=sys.stderr, flush=True)
             else:
                 time.sleep(HEAD_START)
@@ -54,7 +59,10 @@ def command(run: Callable[[Sequence[str] | None], None]) -> Command:
             print(f"{rank}{traceback.format_exc()}", file=sys.stderr, flush=True)
             _tell_torchrun(traceback.format_exc())
             return 1
-        runtime.stop()
+        if "torch" in sys.modules:
+            from llmfoundry import runtime
+
+            runtime.stop()
         return 0
 
     return main
@@ -72,13 +80,18 @@ def _tell_torchrun(why: str) -> None:
 
 
 def read_config(path: str, overrides: list[str]) -> RunConfig:
-    """A YAML file as a checked config; LLM Foundry's legacy words are translated, out loud."""
-    data = load_yaml(path, overrides)
-    paths = data.get("code_paths") or []
+    """A YAML file as a checked config; LLM Foundry's legacy words are translated, with a note each."""
+    settings = load_settings(path, overrides)
+    # Only now is torch imported: all mistakes in the file's form have been reported.
+    import llmfoundry.callbacks  # registers all monitors and loggers
+    from llmfoundry.train.config import RunConfig
+
+    paths = settings.data.get("code_paths") or []
     if not isinstance(paths, list) or not all(isinstance(item, str) for item in paths):
         raise ConfigError(f"code_paths: must be a list of Python files, found {paths!r}")
     import_code(paths)
+    data, dropped = drop_replaced(RunConfig, *settings)
     data, notes = translate(data)
-    for note in notes:
+    for note in (*dropped, *notes):
         log.info("%s", note)
     return check(RunConfig, data)

@@ -14,8 +14,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from llmfoundry.checkpoint import convert
 from llmfoundry.cli.command import command
-from llmfoundry.config import check, from_dotlist
+from llmfoundry.config import check
 from llmfoundry.hf.upcycle import Upcycling
+from llmfoundry.settings import from_dotlist
 
 
 @command

@@ -6,21 +6,16 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import yaml
-
-from llmfoundry import runtime
-from llmfoundry.callbacks.console import Console  # importing the package registers all monitors and loggers
-from llmfoundry.callbacks.report import Report, ReportConfig
-from llmfoundry.callbacks.speed_monitor import SpeedMonitor, SpeedMonitorConfig
+from llmfoundry import launch
 from llmfoundry.cli.command import command, read_config
 from llmfoundry.config import ConfigError, dump
-from llmfoundry.data.packing import prepare
-from llmfoundry.data.sources import check_apart
 from llmfoundry.planning.hardware import GIB, GPU_MEMORY
-from llmfoundry.planning.report import describe
-from llmfoundry.train.config import RunConfig
-from llmfoundry.train.trainer import build
+from llmfoundry.settings import write_resolved
+
+if TYPE_CHECKING:
+    from llmfoundry.train.config import RunConfig
 
 
 @command
@@ -38,24 +33,41 @@ def train_main(argv: Sequence[str] | None = None) -> None:
         help=f"for --dry-run: what one of them holds; {GPU_MEMORY / GIB:g}, as an H100 80GB shows it, if left out",
     )  # fmt: skip
     args = parser.parse_intermixed_args(argv)
-    config = read_config(args.yaml, args.overrides)
     if args.gpus is not None and (args.gpus < 1 or not args.dry_run):
         raise ConfigError(f"--gpus {args.gpus}: is for --dry-run, and 1 or more")
     if args.gpu_memory is not None and (not math.isfinite(args.gpu_memory) or not args.dry_run):
         raise ConfigError(f"--gpu-memory {args.gpu_memory:g}: is for --dry-run, and a number of GiB")
+    config = read_config(args.yaml, args.overrides)
     config.model.check_trainable()
     if args.dry_run:
-        print(yaml.safe_dump(dump(config), sort_keys=False))
-        print(_sizes(config))
-        gpus = runtime.world_size() if args.gpus is None and runtime.world_size() > 1 else args.gpus
-        for line in describe(config, gpus, GPU_MEMORY if args.gpu_memory is None else args.gpu_memory * GIB):
-            print(line, flush=True)
-        return
+        _dry_run(config, args.gpus, GPU_MEMORY if args.gpu_memory is None else args.gpu_memory * GIB)
+    else:
+        _train(config)
+
+
+def _dry_run(config: RunConfig, gpus: int | None, gpu_memory: float) -> None:
+    from llmfoundry.planning.report import describe
+
+    print(write_resolved(dump(config)))
+    print(_sizes(config))
+    for line in _evaluations(config):
+        print(line)
+    if gpus is None and launch.world_size() > 1:
+        gpus = launch.world_size()
+    for line in describe(config, gpus, gpu_memory):
+        print(line, flush=True)
+
+
+def _train(config: RunConfig) -> None:
+    from llmfoundry.callbacks.console import Console
+    from llmfoundry.callbacks.report import Report, ReportConfig
+    from llmfoundry.callbacks.speed_monitor import SpeedMonitor, SpeedMonitorConfig
+    from llmfoundry.train.trainer import build
+
     trainer = build(config)
     if not any(isinstance(callback, SpeedMonitor) for callback in trainer.callbacks):
-        trainer.callbacks.insert(
-            0, SpeedMonitorConfig(name="speed_monitor").build()
-        )  # every run says how fast it is, to its loggers too
+        # Every run reports its speed, to its loggers too.
+        trainer.callbacks.insert(0, SpeedMonitorConfig(name="speed_monitor").build())
     if not any(isinstance(callback, Report) for callback in trainer.callbacks):
         trainer.callbacks.append(ReportConfig().build())  # every run leaves a page
     if config.log_to_console:
@@ -81,6 +93,9 @@ def prepare_data_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     args = parser.parse_intermixed_args(argv)
     config = read_config(args.yaml, args.overrides)
+    from llmfoundry.data.packing import prepare
+    from llmfoundry.data.sources import check_apart
+
     also = [config.eval_loader.dataset] if config.eval_loader is not None else []
     check_apart(config.train_loader.dataset, *also)
     tokenizer = config.tokenizer.build(config.train_loader.dataset, also)

@@ -19,7 +19,7 @@ from typing import Self
 import numpy as np
 from pydantic import Field
 
-from llmfoundry.config import Choice, ConfigError
+from llmfoundry.config import Choice, ConfigError, LocalPath
 from llmfoundry.data.split import Split, keeps
 from llmfoundry.runtime import seed_of
 
@@ -75,7 +75,7 @@ class DatasetConfig(Choice, tag="name"):
     max_seq_len: int | None = Field(default=None, ge=1)  # tokens per row; None: the run's max_seq_len
     shuffle: bool | None = None  # None: the train split is shuffled, the validation split is not
     shuffle_seed: int | None = None  # None: the run's seed
-    cache_dir: str | None = None  # None: $LLMFOUNDRY_CACHE, or ~/.cache/llmfoundry
+    cache_dir: LocalPath | None = None  # None: $LLMFOUNDRY_CACHE, or ~/.cache/llmfoundry
 
     def build(self) -> Source:
         """Find the documents; reads them once for their fingerprint and writes at most that fingerprint."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from pydantic import Field
 
-from llmfoundry.config import ConfigError
+from llmfoundry.config import ConfigError, LocalPath
 from llmfoundry.data.cache import cache_root, made_once
 from llmfoundry.data.files import checked_digest, find, kind_of, said_of, unpacked
 from llmfoundry.data.sources import DatasetConfig, Source, fingerprint_of
@@ -43,12 +43,12 @@ class TextFilesConfig(DatasetConfig, names=("text_files",)):
     All but .parquet may be compressed. docs/data.md says which part of it a split is given.
     """
 
-    path: str
+    path: LocalPath
     text_key: str = "text"  # the column of a table that holds the text; `doc.text` for a nested one
     skip_bad_rows: int = Field(default=0, ge=0)  # rows without a readable text that are skipped, counted and reported
 
     def heap(self) -> str:
-        return os.path.realpath(Path(self.path).expanduser())
+        return os.path.realpath(self.path)
 
     def build(self) -> Source:
         files, skipped = find(self.path)

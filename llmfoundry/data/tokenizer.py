@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Self
 
@@ -47,6 +47,10 @@ class TokenizerConfig(Config):
         if "trust_remote_code" in self.kwargs:
             raise ValueError("kwargs.trust_remote_code: code from a checkpoint is never run; leave it out")
         return self
+
+    @classmethod
+    def keys(cls, data: Mapping[str, object]) -> Set[str]:
+        return cls.model_fields.keys() - (set() if data.get("name", "bpe") == "bpe" else {"vocab_size"})
 
     def build(self, dataset: DatasetConfig, also: Sequence[DatasetConfig] = ()) -> PreTrainedTokenizerBase:
         """Load the tokenizer, training it first if need be.

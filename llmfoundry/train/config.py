@@ -7,12 +7,12 @@ callback) is described where that part is built.
 from __future__ import annotations
 
 import os
-from typing import Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 import llmfoundry.model.transformer  # noqa: F401  registers its model
-from llmfoundry.config import Choice, Config, ConfigError, keyed
+from llmfoundry.config import Choice, Config, ConfigError, LocalPath, keyed, local_path
 from llmfoundry.data.loader import LoaderConfig
 from llmfoundry.data.sources import paired
 from llmfoundry.data.tokenizer import TokenizerConfig
@@ -58,10 +58,45 @@ class LoggerConfig(Choice, tag="name"):
         raise NotImplementedError
 
 
+RUN_NAME = "{run_name}"
+
+
+def _filled(data: Any, name: str, key: str = "") -> Any:
+    """Data with `{run_name}` filled in where a key names a path."""
+    if isinstance(data, dict):
+        return {each: _filled(value, name, str(each)) for each, value in data.items()}
+    is_path = isinstance(data, str) and key.endswith(("folder", "path", "dir"))
+    return data.replace(RUN_NAME, name) if is_path else data
+
+
 class RunConfig(Config):
     """One training run."""
 
-    run_name: str = "llm"
+    SYNONYMS: ClassVar[dict[str, str]] = {
+        "learning_rate": "optimizer.lr",
+        "batch_size": "global_train_batch_size",
+        "per_device_train_batch_size": "device_train_microbatch_size",
+        "per_device_eval_batch_size": "device_eval_batch_size",
+        "gradient_accumulation_steps": "device_train_microbatch_size",
+        "max_steps": "max_duration",
+        "num_train_epochs": "max_duration",
+        "epochs": "max_duration",
+        "warmup_steps": "scheduler.t_warmup",
+        "warmup_ratio": "scheduler.t_warmup",
+        "max_grad_norm": "algorithms.gradient_clipping.clipping_threshold",
+        "output_dir": "save_folder",
+        "save_steps": "save_interval",
+        "save_total_limit": "save_num_checkpoints_to_keep",
+        "eval_steps": "eval_interval",
+        "logging_steps": "console_log_interval",
+        "resume_from_checkpoint": "load_path",
+        "sequence_length": "max_seq_len",
+        "seq_len": "max_seq_len",
+        "num_experts": "model.ffn_config.moe_num_experts",
+        "report_to": "loggers",
+    }
+
+    run_name: str | None = None  # for loggers, and for {run_name} in paths; None: $RUN_NAME, or the save_folder's name
     code_paths: list[str] = []  # Python files that register plug-ins
     seed: int = Field(17, ge=0, lt=2**63)
     max_seq_len: int = Field(gt=0)
@@ -81,14 +116,15 @@ class RunConfig(Config):
 
     eval_interval: Duration = Duration.parse("1ep")  # 0ba: never
     eval_first: bool = False  # also before the first step, as step 0
-    eval_subset_num_batches: int = -1  # -1: all
+    # Of device_eval_batch_size rows each, over all ranks together; -1: all the data
+    eval_subset_num_batches: int = 256
     device_eval_batch_size: int = Field(16, gt=0)  # rows
 
     precision: Precision | Literal["auto"] = "auto"  # auto: amp_bf16 on a GPU, fp32 on a CPU
     parallel: ParallelConfig = ParallelConfig()
     dist_timeout: float = Field(600.0, gt=0)  # seconds
 
-    save_folder: str
+    save_folder: LocalPath  # `{run_name}` is filled in
     save_interval: Duration = Duration.parse("1ep")  # 0ba: only at the end
     save_num_checkpoints_to_keep: int = -1  # -1: all
     save_async: bool | Literal["auto"] = "auto"  # a thread writes while the next steps run; auto: on GPUs
@@ -107,10 +143,28 @@ class RunConfig(Config):
     log_to_console: bool = True
     console_log_interval: Duration = Duration.parse("1ba")
 
-    @field_validator("save_folder", "load_path")
+    @model_validator(mode="before")
     @classmethod
-    def _at_home(cls, path: str | None) -> str | None:
-        return os.path.expanduser(path) if path else path
+    def _name_run(cls, data: Any) -> Any:
+        """Fill `{run_name}` into the paths of a run, and name a run without a name after its folder."""
+        if not isinstance(data, dict):
+            return data
+        folder = data.get("save_folder")
+        name = data.get("run_name") or os.environ.get("RUN_NAME")
+        if name is None and isinstance(folder, str) and RUN_NAME in folder:
+            raise ValueError(f"save_folder: {folder} needs a run_name; write run_name=...")
+        if name is None and isinstance(folder, str):
+            name = os.path.basename(os.path.normpath(os.path.expanduser(folder)))
+        return _filled({**data, "run_name": name}, name) if isinstance(name, str) else data
+
+    @field_validator("load_path")
+    @classmethod
+    def _local(cls, path: str | None) -> str | None:
+        if path is None or (path.startswith("hf:") and not path.startswith("hf://")):
+            return path
+        if path.startswith("hf://"):
+            raise ValueError(f"{path}: write hf:{path.removeprefix('hf://')}")
+        return local_path(path)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -118,7 +172,7 @@ class RunConfig(Config):
             raise ValueError(f"max_seq_len={self.max_seq_len} exceeds model.max_seq_len={self.model.max_seq_len}")
         micro = self.device_train_microbatch_size
         if isinstance(micro, int) and micro < 1:
-            raise ValueError(f"device_train_microbatch_size={micro} is no number of rows; write 1 or more, or auto")
+            raise ValueError(f"device_train_microbatch_size={micro} is not a number of rows; write 1 or more, or auto")
         if self.eval_first and self.eval_loader is None:
             raise ValueError("eval_first=true has no text to evaluate on; add an eval_loader")
         keep, batches = self.save_num_checkpoints_to_keep, self.eval_subset_num_batches

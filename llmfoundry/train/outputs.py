@@ -24,7 +24,8 @@ import torch.distributed as dist
 
 from llmfoundry import runtime
 from llmfoundry.checkpoint.manifest import checkpoints
-from llmfoundry.config import ConfigError, write_resolved
+from llmfoundry.config import ConfigError
+from llmfoundry.settings import write_resolved
 from llmfoundry.train.run import Metrics
 
 log = logging.getLogger(__name__)

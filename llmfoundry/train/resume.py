@@ -29,10 +29,11 @@ from llmfoundry.checkpoint.identity import (
     is_allowed,
 )
 from llmfoundry.checkpoint.reading import HUGGING_FACE, Base, Contents, base_of, find_base, read
-from llmfoundry.config import ConfigError, dump, read_resolved
+from llmfoundry.config import ConfigError, dump
 from llmfoundry.hf.facts import differences, facts
 from llmfoundry.hf.pretrained import TOKENIZER_FILES, locate, open_checkpoint
 from llmfoundry.model.transformer import CausalLMConfig
+from llmfoundry.settings import read_resolved
 from llmfoundry.train.config import RunConfig
 from llmfoundry.train.outputs import is_free
 from llmfoundry.train.run import TrainState

@@ -25,13 +25,14 @@ import transformers
 from torch import Tensor, nn
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from llmfoundry.config import check, load_yaml
+from llmfoundry.config import check
 from llmfoundry.data.loader import LoaderConfig
 from llmfoundry.data.tokenizer import TokenizerConfig
 from llmfoundry.layers.attention import GroupedQueryConfig
 from llmfoundry.layers.ffn import Activation
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 from llmfoundry.moe.layer import MoEConfig
+from llmfoundry.settings import load_yaml
 from llmfoundry.train.optim import clip_by_global_norm
 
 ROOT = Path(__file__).resolve().parents[2]

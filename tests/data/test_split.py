@@ -11,10 +11,11 @@ import yaml
 
 from llmfoundry.cli.inference import eval_main
 from llmfoundry.cli.train import prepare_data_main, train_main
-from llmfoundry.config import ConfigError, check, dump, load_yaml
+from llmfoundry.config import ConfigError, check, dump
 from llmfoundry.data import DatasetConfig
 from llmfoundry.data.sources import check_apart, paired
 from llmfoundry.data.split import cut
+from llmfoundry.settings import load_yaml
 from llmfoundry.train.config import RunConfig
 
 Pair = tuple[list[str], list[str] | None]

@@ -16,7 +16,8 @@ from ranks import run_ranks
 
 import llmfoundry.callbacks  # noqa: F401  registers what the YAML names
 from llmfoundry import runtime
-from llmfoundry.config import check, load_yaml
+from llmfoundry.config import check
+from llmfoundry.settings import load_yaml
 from llmfoundry.train.config import RunConfig
 from llmfoundry.train.trainer import build
 

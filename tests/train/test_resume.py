@@ -10,7 +10,7 @@ import yaml
 from test_run import metrics_of, recipe, snapshot, weights_of  # noqa: F401
 
 from llmfoundry.cli.train import train_main
-from llmfoundry.config import read_resolved
+from llmfoundry.settings import read_resolved
 
 WEIGHTS = "load_weights_only=true"
 

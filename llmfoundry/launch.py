@@ -1,0 +1,45 @@
+"""This process among those that torchrun started, without importing torch: `--help` and mistakes answer at once."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from typing import NoReturn
+
+
+def rank() -> int:
+    """This process's number in the run; 0 if it was started without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Processes in the run, as torchrun says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number on its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_rank0() -> bool:
+    """Whether this process logs and writes for all."""
+    return rank() == 0
+
+
+def leave(code: int) -> NoReturn:
+    """End this process; under torchrun, without Python's teardown of the interpreter.
+
+    DTensor's caches keep meshes alive after `runtime.stop`, and with them gloo's threads. A thread that frees a tensor
+    while the interpreter is torn down aborts the process, so that one rank in a few thousand would fail after its work.
+
+    Args:
+        code: the exit code.
+    """
+    if "RANK" not in os.environ:  # a single process
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

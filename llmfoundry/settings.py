@@ -1,0 +1,386 @@
+"""A run's settings as plain data: a YAML file and `key=value` overrides come in, a resolved config.yaml goes out.
+
+One YAML dialect serves files, overrides and config.yaml: YAML 1.1 as PyYAML reads it, `1e-5` is a number as in YAML 1.2,
+and numbers that YAML 1.1 takes for octal or sexagesimal are refused. OmegaConf resolves interpolations (`${a.b}`).
+What comes from a file is bounded in depth and in size before anything of it is expanded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from llmfoundry.config import ConfigError
+
+MAX_BYTES = 2**20  # of a YAML file
+MAX_DEPTH = 40
+MAX_SIZE = 100_000  # values and characters after aliases and interpolations are expanded, in units of 1 and 64
+MISSING = "???"  # OmegaConf's mark of a value that must be given
+_REFERENCE = re.compile(r"\$\{\s*(\.*)([A-Za-z_][\w.\[\]-]*)\s*\}")
+_OVERRIDE = re.compile(r"(?P<key>[^=:~\s][^=:]*?)(?P<kind>:?=)(?P<value>.*)", re.DOTALL)
+
+
+class Settings(NamedTuple):
+    """A YAML file with its overrides.
+
+    Attributes:
+        data: plain data, interpolations resolved, without the `variables` block.
+        file: the same without the overrides.
+        given: dotted paths that overrides set.
+    """
+
+    data: dict[str, object]
+    file: dict[str, object]
+    given: frozenset[str]
+
+
+def load_yaml(path: str | Path, overrides: list[str] | None = None) -> dict[str, object]:
+    """The data of `load_settings`."""
+    return load_settings(path, overrides).data
+
+
+def load_settings(path: str | Path, overrides: list[str] | None = None) -> Settings:
+    """Read a YAML file, put overrides over it, and resolve its interpolations.
+
+    Args:
+        path: the file. Its `variables` block serves interpolation (`${variables.d_model}`) and is then dropped.
+        overrides: `a.b=value` (a mapping is merged), `a.b:=value` (replaces all that was there), `~a.b` (deletes);
+            values are YAML.
+
+    Raises:
+        ConfigError: the file is missing or malformed, an override has another form, an interpolation leads nowhere.
+    """
+    parsed = [_parse_override(item) for item in overrides or []]
+    try:
+        if (size := Path(path).stat().st_size) > MAX_BYTES:
+            raise ConfigError(f"{path}: has {size:,} bytes, too many for a YAML file of settings")
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8: {error.reason} at byte {error.start}") from None
+    loaded = parse(text, str(path))
+    if not isinstance(loaded, dict):
+        found = "nothing" if loaded is None else f"a {type(loaded).__name__}"
+        raise ConfigError(f"{path}: must hold a mapping, found {found}")
+    config = OmegaConf.create(loaded)
+    for override in parsed:
+        _apply(config, override)
+    data = _resolved(config, str(path))
+    file = data if not parsed else {key: value for key, value in loaded.items() if key != "variables"}
+    return Settings(data, file, frozenset(override.key for override in parsed if override.kind != "~"))
+
+
+def from_dotlist(items: list[str]) -> dict[str, object]:
+    """Overrides alone, as plain data.
+
+    Raises:
+        ConfigError: one has another form.
+    """
+    config = OmegaConf.create({})
+    for item in items:
+        _apply(config, _parse_override(item))
+    return _resolved(config, "command line")
+
+
+class _Override(NamedTuple):
+    text: str
+    key: str
+    kind: Literal["=", ":=", "~"]
+    value: object = None
+
+
+def _parse_override(text: str) -> _Override:
+    if text.startswith("~") and "=" not in text:
+        return _Override(text, _dotted(text[1:]), "~")
+    match = _OVERRIDE.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"{text}: is not an override; expected key=value, key:=value or ~key")
+    kind: Literal["=", ":="] = ":=" if match["kind"] == ":=" else "="
+    return _Override(text, _dotted(match["key"]), kind, parse(match["value"], text))
+
+
+def _dotted(key: str) -> str:
+    """`a[0].b` as `a.0.b`, which is one way to write it and not two."""
+    return re.sub(r"\[(\w+)\]", r".\1", key.strip())
+
+
+def _apply(config: DictConfig, override: _Override) -> None:
+    try:
+        if override.kind == "~":
+            _delete(config, override.key)
+        else:
+            OmegaConf.update(config, override.key, override.value, merge=override.kind == "=", force_add=True)
+    except (TypeError, IndexError, ValueError, OmegaConfBaseException) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"{override.text}: does not fit the value that is there: a mapping takes keys (a.b=1), a list takes an "
+            "index that it has (a.0=1) or is written whole (a=[1, 2])"
+        ) from None
+
+
+def _delete(config: DictConfig, key: str) -> None:
+    parent, _, last = key.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    try:
+        if OmegaConf.is_list(node):
+            del node[int(last)]
+        else:
+            del node[last]
+    except (KeyError, ConfigKeyError, TypeError, IndexError, ValueError):
+        known = [str(name) for name in node] if OmegaConf.is_dict(node) else []
+        close = difflib.get_close_matches(last, known, n=1)
+        hint = f" (did you mean ~{parent + '.' if parent else ''}{close[0]}?)" if close else ""
+        raise ConfigError(f"~{key}: the file has no such key to delete{hint}") from None
+
+
+def _resolved(config: DictConfig, where: str) -> dict[str, object]:
+    raw = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(raw, dict)
+    _check_expansion({str(key): value for key, value in raw.items()}, where)
+    try:
+        data = OmegaConf.to_container(config, resolve=True)
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
+    assert isinstance(data, dict)
+    for path, value in leaves(data):
+        if value == MISSING:
+            raise ConfigError(f"{path}: {MISSING} stands for a value that must be given; write {path}=...")
+    data.pop("variables", None)
+    return {str(key): value for key, value in data.items()}
+
+
+def leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """(dotted path, value) of everything in plain data that is neither a mapping nor a list."""
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(item, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
+
+
+def _check_expansion(root: dict[str, object], where: str) -> None:
+    """Refuse interpolations that refer to themselves, or that would expand beyond `MAX_SIZE`."""
+    sizes: dict[str, int | None] = {}  # of what is at a dotted path; None: it is being measured
+
+    def at(path: str) -> object:
+        node: object = root
+        for part in path.split(".") if path else ():
+            if isinstance(node, dict):
+                node = node.get(part)
+            elif isinstance(node, list) and part.isdigit() and int(part) < len(node):
+                node = node[int(part)]
+            else:
+                return None
+        return node
+
+    def size(path: str) -> int:
+        if path in sizes:
+            found = sizes[path]
+            if found is None:
+                raise ConfigError(f"{where}: {path}: its interpolation refers to itself")
+            return found
+        sizes[path] = None
+        node, total = at(path), 1
+        if isinstance(node, dict | list):
+            for key in node if isinstance(node, dict) else range(len(node)):
+                total += size(f"{path}.{key}" if path else str(key))
+        elif isinstance(node, str):
+            total += len(node) // 64
+            for dots, name in _REFERENCE.findall(node):
+                above = path.split(".")[: -len(dots)] if dots else []
+                total += size(".".join([*above, _dotted(name)]))
+        if total > MAX_SIZE:
+            raise ConfigError(f"{where}: {path}: expands to too many values")
+        sizes[path] = total
+        return total
+
+    try:
+        size("")
+    except RecursionError:
+        raise ConfigError(f"{where}: its interpolations are nested too deeply") from None
+
+
+class _Dialect(yaml.resolver.BaseResolver):
+    """Which plain scalars are numbers: a loader and a dumper that share it understand each other."""
+
+
+for _first, _resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items():
+    for _tag, _pattern in _resolvers:
+        if not _tag.endswith((":timestamp", ":float", ":value")):
+            _Dialect.add_implicit_resolver(_tag, _pattern, [_first])
+_Dialect.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^([-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|[-+]?\d[\d_]*[eE][-+]?\d+"
+        r"|[-+]?\d[\d_]*(:[0-5]?\d)+\.[\d_]*|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$",
+    ),
+    list("-+.0123456789"),
+)
+
+
+class _Loader(_Dialect, yaml.SafeLoader):
+    """Plain data: no tag builds an object, no key comes twice, nothing is nested or repeated without a bound."""
+
+    yaml_implicit_resolvers = _Dialect.yaml_implicit_resolvers
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.depth = 0
+        self.mistakes: list[str] = []  # numbers in a notation that surprises
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise _malformed("is nested too deeply", self.peek_event())
+        node = super().compose_node(parent, index)  # type: ignore[arg-type]
+        self.depth -= 1
+        return node
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        text = node.value.replace("_", "").lower()
+        is_float = node.tag.endswith(":float")
+        if ":" in text or (not is_float and re.fullmatch(r"[-+]?0\d+", text)):
+            kind = "a base-60" if ":" in text else "an octal"
+            line = node.start_mark.line + 1
+            self.mistakes.append(
+                f"line {line}: {node.value} is {kind} number in YAML 1.1; write it in decimal, or quote it"
+            )
+            return 0
+        return float(self.construct_yaml_float(node)) if is_float else int(self.construct_yaml_int(node))
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, object]:  # type: ignore[override]
+        self.flatten_mapping(node)
+        return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
+
+    def refuse(self, node: yaml.Node) -> object:
+        raise _malformed(f"the tag {node.tag} is not allowed", node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
+for _tag in ("binary", "omap", "pairs", "set", "timestamp"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.refuse)
+_Loader.add_constructor(None, _Loader.refuse)
+
+
+class _Dumper(_Dialect, yaml.SafeDumper):
+    """Quotes what `_Loader` would take for a number, and repeats what an alias would stand for."""
+
+    yaml_implicit_resolvers = _Dialect.yaml_implicit_resolvers
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+def _check(node: yaml.Node, sizes: dict[int, int | None]) -> int:
+    """The number of values that a node expands to.
+
+    Raises:
+        yaml.YAMLError: they are too many, a node holds itself, a key comes twice or is not a plain word.
+    """
+    if id(node) in sizes:
+        known = sizes[id(node)]
+        if known is None:
+            raise _malformed("an alias refers to what it is a part of", node)
+        return known
+    sizes[id(node)] = None
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(keys) < len(node.value):
+            raise _malformed("a key must be a plain word", node)
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise _malformed(f"the key {min(twice)!r} comes twice", node)
+        children = [value for _, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    total = 1 + sum(_check(child, sizes) for child in children)
+    if total > MAX_SIZE:
+        raise _malformed("its aliases expand to too many values", node)
+    sizes[id(node)] = total
+    return total
+
+
+def _malformed(why: str, at: yaml.Node | yaml.Event) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=why, problem_mark=at.start_mark)
+
+
+def parse(text: str, where: str) -> object:
+    """YAML text as plain data, before interpolation; keys are strings.
+
+    Raises:
+        ConfigError: it is malformed; `where` and the line begin the message.
+    """
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check(node, {})
+        data = loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark is not None and "\n" in text else ""
+        why = " ".join(str(part) for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{where}{line}: {' '.join(why.split())}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
+    if loader.mistakes:
+        raise ConfigError("\n".join(f"{where}: {mistake}" for mistake in loader.mistakes))
+    return data
+
+
+def write_resolved(data: Mapping[str, object]) -> str:
+    """Plain data as YAML text that `read_resolved` and `load_yaml` both give back unchanged."""
+    return yaml.dump(_each_string(dict(data), _escaped), Dumper=_Dumper, sort_keys=False, width=120)
+
+
+def read_resolved(path: str | Path) -> dict[str, object]:
+    """Read a config.yaml that a run or a conversion wrote: nothing in it is interpolated.
+
+    Raises:
+        ConfigError: the file is missing or malformed.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8: {error.reason} at byte {error.start}") from None
+    data = parse(text, f"{path}: is malformed")
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: is malformed: must hold a mapping, found {type(data).__name__}")
+    plain = _each_string(data, _unescaped)
+    assert isinstance(plain, dict)
+    return plain
+
+
+def _each_string(value: object, change: Callable[[str], str]) -> object:
+    if isinstance(value, dict):
+        return {key: _each_string(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_each_string(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _escaped(text: str) -> str:
+    """OmegaConf reads `\\${` as `${`, and halves the backslashes before an interpolation or an escape."""
+    if "${" not in text:
+        return text
+    return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", text)
+
+
+def _unescaped(text: str) -> str:
+    """Files of older versions hold `${` without a backslash, which stays."""
+    return re.sub(r"(\\+)\$\{", lambda found: "\\" * (len(found[1]) // 2) + "${", text)
