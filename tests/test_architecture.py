@@ -112,7 +112,7 @@ FILE = re.compile(r"[\w./-]*\w\.(?:py|md|ya?ml|sh|toml)|(?:[\w-]+/)+|(?:[\w-]+/)
 OURS = re.compile(r"(?:scripts|yamls|docs|docker|tests|llmfoundry)/[\w./-]+\.\w+")
 NOT_HERE = {
     "config.yaml", "checkpoints/", "checkpoints/step-N/",  # what a run writes
-    "my_file.py", "tests/PACKAGE/test_FILE.py",  # examples
+    "my_file.py", "tests/PACKAGE/test_FILE.py", "train/", "val/",  # examples
 }  # fmt: skip
 
 
@@ -121,7 +121,9 @@ def _paths_named(page: Path) -> set[str]:
     fence = re.compile(r"^```.*?^```", flags=re.DOTALL | re.MULTILINE)
     page_text = page.read_text(encoding="utf-8")
     text, commands = fence.sub("", page_text), " ".join(fence.findall(page_text))
-    links = {link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link}
+    links = {
+        link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]+`", "", text)) if "://" not in link
+    }
     code = {word for span in re.findall(r"`([^`]+)`", text) for word in span.split() if FILE.fullmatch(word)}
     return (links | code | set(OURS.findall(commands))) - NOT_HERE - {""}
 

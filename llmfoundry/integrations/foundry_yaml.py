@@ -47,7 +47,6 @@ _ONLY = {
     "model.use_pad_tok_in_ffn": (True,),
     "model.ffn_config.moe_weight_parallelism": (False,),
     "model.ffn_config.moe_expert_model_parallelism": (True, False),
-    "model.ffn_config.moe_capacity_factor": (0, 0.0),
     "fsdp_config.mixed_precision": ("PURE", "DEFAULT", "FULL"),
 }
 
@@ -131,6 +130,14 @@ def _moe_world_size(data: Tree, value: object) -> list[str]:
     return [_put(data, "parallel.expert", value)]
 
 
+def _capacity(data: Tree, value: object) -> list[str]:
+    """MegaBlocks' dMoE drops nothing, whatever this says; its MoE (`mb_moe`) takes it at its word."""
+    if value and _look(data, "model.ffn_config.ffn_type")[0] != "mb_moe":
+        return ["left out: a dropless mixture has no capacity (mb_moe has)"]
+    _put(data, "model.ffn_config.moe_capacity_factor", value)
+    return []
+
+
 def _rope_hf(data: Tree, value: object) -> list[str]:
     if not isinstance(value, dict):
         raise ConfigError(f"model.attn_config.rope_hf_config: must be a mapping, found {value!r}")
@@ -159,6 +166,7 @@ def _eval_workers(data: Tree, value: object) -> list[str]:
 
 _MOVED: dict[str, Callable[[Tree, object], list[str]]] = {
     "model.ffn_config.moe_world_size": _moe_world_size,
+    "model.ffn_config.moe_capacity_factor": _capacity,
     "model.attn_config.rope_hf_config": _rope_hf,
     "model.learned_pos_emb": _learned_pos_emb,
     "eval_loader.num_workers": _eval_workers,

@@ -130,12 +130,20 @@ def test_expert_parallelism_becomes_a_mesh_axis() -> None:
     assert "moe_world_size" not in data["model"]["ffn_config"]
 
 
+@pytest.mark.parametrize(("kind", "kept"), [("mb_dmoe", None), ("torch_dmoe", None), ("mb_moe", 1.25)])
+def test_only_the_mixture_that_drops_tokens_takes_a_capacity(kind: str, kept: float | None) -> None:
+    tree = changed("model.ffn_config.moe_capacity_factor", 1.25)
+    tree["model"]["ffn_config"]["ffn_type"] = kind
+    data, notes = translate(tree)
+    assert data["model"]["ffn_config"].get("moe_capacity_factor") == kept
+    assert any("moe_capacity_factor" in note for note in notes) == (kept is None)
+
+
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
         ("model.attn_config.attn_pdrop", 0.1, "attn_pdrop: 0.1 is not supported"),
         ("model.resid_pdrop", 0.1, "resid_pdrop: 0.1 is not supported"),
-        ("model.ffn_config.moe_capacity_factor", 1.25, "moe_capacity_factor: 1.25 is not supported"),
         ("fsdp_config.sharding_strategy", "HYBRID_SHARD", "write parallel: {replicate:"),
         ("fsdp_config.activation_cpu_offload", True, "use parallel.recompute"),
         ("fsdp_config.typo", 1, "fsdp_config.typo: unknown key"),
