@@ -51,6 +51,7 @@ setup(
             "gguf>=0.10",
             "trl>=1.0",
             "cramjam>=2.8",
+            "hypothesis>=6.100",
         ],
         "mds": ["cramjam>=2.8"],  # MDS shards compressed by Brotli or Snappy
         "gguf": ["gguf>=0.10"],  # llama.cpp's files in

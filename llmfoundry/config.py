@@ -18,12 +18,13 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    ModelWrapValidatorHandler,
     ValidationError,
     ValidatorFunctionWrapHandler,
     model_validator,
@@ -54,14 +55,19 @@ class Config(BaseModel):
 
     SYNONYMS: ClassVar[dict[str, str]] = {}  # other frameworks' words for a key, and its dotted path
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _name_unknown_keys(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            unknown = [str(key) for key in data if key not in cls.model_fields]
-            if unknown:
-                raise PydanticCustomError("unknown_keys", "unknown keys", {"unknown": unknown, "of": cls})
-        return data
+    def _name_unknown_keys(cls, data: Any, check: ModelWrapValidatorHandler[Self]) -> Self:
+        """Report unknown keys together with all other mistakes."""
+        unknown = [key for key in data if key not in cls.model_fields] if isinstance(data, dict) else []
+        if not unknown:
+            return check(data)
+        mistakes = [_Mistake(str(key), "unknown key", cls) for key in unknown]
+        try:
+            check({key: value for key, value in data.items() if key not in unknown})
+        except ValidationError as error:
+            mistakes += _mistakes(error)
+        raise PydanticCustomError("several", "several mistakes", {"mistakes": mistakes})
 
     @classmethod
     def keys(cls, data: Mapping[str, object]) -> Set[str]:
@@ -147,7 +153,7 @@ def _root_schema(root: type[Choice]) -> CoreSchema:
         try:
             return member.model_validate({root._tag: root.model_fields[root._tag].default} | value)
         except ValidationError as error:
-            raise PydanticCustomError("inside_choice", "invalid", {"mistakes": list(_mistakes(error))}) from None
+            raise PydanticCustomError("several", "several mistakes", {"mistakes": list(_mistakes(error))}) from None
 
     dump = core_schema.plain_serializer_function_ser_schema(lambda value: value.model_dump(mode="json"))
     return core_schema.no_info_plain_validator_function(pick, serialization=dump)
@@ -189,10 +195,7 @@ def _mistakes(error: ValidationError) -> Iterator[_Mistake]:
     for item in error.errors():
         path = ".".join(str(part) for part in item["loc"])
         context = item.get("ctx", {})
-        if item["type"] == "unknown_keys":
-            for key in context["unknown"]:
-                yield _Mistake(_join(path, key), "unknown key", context["of"])
-        elif item["type"] == "inside_choice":
+        if item["type"] == "several":
             for below in context["mistakes"]:
                 yield below._replace(path=_join(path, below.path))
         elif item["type"] == "missing":

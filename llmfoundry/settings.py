@@ -1,8 +1,8 @@
 """A run's settings as plain data: a YAML file and `key=value` overrides come in, a resolved config.yaml goes out.
 
-One YAML dialect serves files, overrides and config.yaml: YAML 1.1 as PyYAML reads it, `1e-5` is a number as in YAML 1.2,
-and numbers that YAML 1.1 takes for octal or sexagesimal are refused. OmegaConf resolves interpolations (`${a.b}`).
-What comes from a file is bounded in depth and in size before anything of it is expanded.
+One YAML dialect serves files, overrides and config.yaml: YAML 1.1 as PyYAML reads it, but `1e-5` is a number, and what
+YAML 1.1 takes for an octal or base-60 number is refused. OmegaConf resolves interpolations (`${a.b}`). Depth and size
+of a file are bounded before anything in it is expanded.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Settings(NamedTuple):
     Attributes:
         data: plain data, interpolations resolved, without the `variables` block.
         file: the same without the overrides.
-        given: dotted paths that overrides set.
+        given: dotted paths of the values that overrides set.
     """
 
     data: dict[str, object]
@@ -77,7 +77,8 @@ def load_settings(path: str | Path, overrides: list[str] | None = None) -> Setti
         _apply(config, override)
     data = _resolved(config, str(path))
     file = data if not parsed else {key: value for key, value in loaded.items() if key != "variables"}
-    return Settings(data, file, frozenset(override.key for override in parsed if override.kind != "~"))
+    given = {path for override in parsed if override.kind != "~" for path, _ in leaves(override.value, override.key)}
+    return Settings(data, file, frozenset(given))
 
 
 def from_dotlist(items: list[str]) -> dict[str, object]:
@@ -243,7 +244,7 @@ class _Loader(_Dialect, yaml.SafeLoader):
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise _malformed("is nested too deeply", self.peek_event())
-        node = super().compose_node(parent, index)  # type: ignore[arg-type]
+        node = super().compose_node(parent, index)
         self.depth -= 1
         return node
 
@@ -259,7 +260,7 @@ class _Loader(_Dialect, yaml.SafeLoader):
             return 0
         return float(self.construct_yaml_float(node)) if is_float else int(self.construct_yaml_int(node))
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, object]:  # type: ignore[override]
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, object]:
         self.flatten_mapping(node)
         return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
 

@@ -12,7 +12,8 @@ PACKAGE = ROOT / "llmfoundry"
 
 # Ground first. A module may import from its own room and from the floors below it.
 FLOORS = [
-    {"config", "runtime", "dtensor", "progress"},
+    {"config", "launch", "dtensor", "progress"},
+    {"settings", "runtime"},
     {"kernels", "data"},
     {"layers"},
     {"moe"},

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from llmfoundry.cli.command import Command
+from llmfoundry.cli.command import Command, read_config
 from llmfoundry.cli.train import prepare_data_main, train_main
+from llmfoundry.config import dump
 
 
 @pytest.fixture
@@ -66,14 +69,14 @@ def test_dry_run_says_whether_it_fits(recipe: Path, capsys: pytest.CaptureFixtur
         ("model.init_config.init_div_is_residual=0.0", "init_div_is_residual: residual outputs cannot be divided by 0"),
         ("model.expansion_ratio=.inf", "model.expansion_ratio: input should be a finite number, found inf"),
         ("parallel.recompute_save=[aten.mm]", "recompute_save is for recompute: selective, not none"),
-        ("train_loader=[]", "train_loader=[]: does not fit what stands there"),
+        ("train_loader=[]", "train_loader=[]: does not fit the value that is there"),
         ("eval_first=true", "eval_first=true has no text to evaluate on; add an eval_loader"),
         ("precision=bf16", "precision: input should be 'fp32' or 'amp_bf16' or 'auto', found 'bf16'"),
         (
             "device_train_microbatch_size=all",
             "device_train_microbatch_size: input should be a valid integer or 'auto', found 'all'",
         ),
-        ("[=1", "[=1: does not fit what stands there"),
+        ("[=1", "[=1: does not fit the value that is there"),
     ],
 )
 def test_a_value_out_of_bounds_is_one_line(
@@ -107,3 +110,82 @@ def test_folders_may_be_at_home(recipe: Path, capsys: pytest.CaptureFixture, mon
     assert train_main([str(recipe), "--dry-run", "save_folder=~/runs/a", "load_path=~/runs/b"]) == 0
     out = capsys.readouterr().out
     assert "save_folder: /home/me/runs/a\n" in out and "load_path: /home/me/runs/b\n" in out
+
+
+def test_hints_find_the_place_of_a_key(recipe: Path, capsys: pytest.CaptureFixture) -> None:
+    mistakes = {
+        "lr=1e-3": "lr: unknown key (did you mean optimizer.lr?)",
+        "learning_rate=1e-3": "learning_rate: unknown key (did you mean optimizer.lr?)",
+        "t_warmup=1ba": "t_warmup: unknown key (did you mean scheduler.t_warmup?)",
+        "moe_top_k=2": "moe_top_k: unknown key (did you mean model.ffn_config.moe_top_k?)",
+        "max_seqlen=8": "max_seqlen: unknown key (did you mean 'max_seq_len'?)",
+        "train_loader.dataset.path=x": "train_loader.dataset.path: unknown key (a key of text_files: set name)",
+        "model.ffn_config.moe_num_experts=8":
+            "model.ffn_config.moe_num_experts: unknown key (a key of mb_dmoe, mb_moe, torch_dmoe: set ffn_type)",
+        "optimizer.weight_decays=0": "optimizer.weight_decays: unknown key (did you mean 'weight_decay'?)",
+    }  # fmt: skip
+    assert train_main([str(recipe), *mistakes]) == 2
+    said = capsys.readouterr().err.removeprefix("error: ").splitlines()
+    assert sorted(said) == sorted(mistakes.values())  # all in one round
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["save_folder=s3://bucket/x"], "save_folder: s3://bucket/x is a URL, and only paths of this machine"),
+        (["save_folder=dbfs:/x"], "save_folder: dbfs:/x is a URL"),
+        (["load_path=gs://bucket/x"], "load_path: gs://bucket/x is a URL"),
+        (["load_path=hf://org/name"], "load_path: hf://org/name: write hf:org/name"),
+        (["train_loader.dataset.cache_dir=s3://x"], "train_loader.dataset.cache_dir: s3://x is a URL"),
+        (["loggers.tensorboard.log_dir=s3://x"], "loggers.tensorboard.log_dir: s3://x is a URL"),
+        (["save_folder=runs/{run_name}"], "save_folder: runs/{run_name} needs a run_name; write run_name=..."),
+        (["save_folder=runs/{epoch}", "run_name=a"], "save_folder: runs/{epoch} has the placeholder {epoch}"),
+        (["load_path=runs/{run_nam}", "run_name=a"], "load_path: runs/{run_nam} has the placeholder {run_nam}"),
+        (["max_duration=1e99tok"], 'max_duration: "1e99tok" is not a valid duration; the most is 1e+18tok'),
+        (["run_name=no"], "run_name: input should be a valid string, found False (yes, no, on and off without quotes"),
+    ],
+)
+def test_paths_and_names_that_mean_something_else_are_refused(
+    recipe: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, overrides: list[str], says: str
+) -> None:
+    monkeypatch.chdir(recipe.parent)
+    monkeypatch.delenv("RUN_NAME", raising=False)
+    assert train_main([str(recipe), *overrides]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {says}")
+    assert [path.name for path in recipe.parent.iterdir()] == [recipe.name]
+
+
+def test_run_name_is_filled_in_and_else_the_folders_name(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RUN_NAME", raising=False)
+    config = read_config(str(recipe), [f"save_folder={recipe.parent}/runs/{{run_name}}", "run_name=a"])
+    assert config.save_folder == f"{recipe.parent}/runs/a"
+    config = read_config(str(recipe), ["loggers.tensorboard.log_dir=tb/{run_name}", "load_path=x/{run_name}"])
+    assert config.run_name == "run" and config.load_path == "x/run"
+    assert dump(config)["loggers"]["tensorboard"]["log_dir"] == "tb/run"
+    monkeypatch.setenv("RUN_NAME", "from-slurm")
+    assert read_config(str(recipe), ["save_folder=runs/{run_name}"]).save_folder == "runs/from-slurm"
+
+
+def test_dry_run_says_what_evaluation_costs(recipe: Path, capsys: pytest.CaptureFixture) -> None:
+    dataset = yaml.safe_load(recipe.read_text())["train_loader"]["dataset"]
+    loader = f"eval_loader={{dataset: {dataset}}}"
+    for options, says in (
+        (["eval_interval=1dur", "max_duration=3072ba"], "at most 4,096 rows every 1dur: up to 10.0% of the time"),
+        (["eval_interval=16ba", "eval_subset_num_batches=3", "max_duration=9e9tok"],
+         "at most 48 rows every 16ba: up to 20.0% of the time"),
+        (["eval_interval=1ep"], "at most 4,096 rows every 1ep\n"),
+        (["eval_subset_num_batches=-1"], "all rows of eval_loader every 1ep; eval_subset_num_batches limits them"),
+    ):  # fmt: skip
+        assert train_main([str(recipe), "--dry-run", loader, *options]) == 0
+        assert f"evaluation: {says}" in capsys.readouterr().out
+
+
+def test_help_and_mistakes_of_form_are_answered_without_importing_torch(recipe: Path) -> None:
+    script = (
+        "import sys\nfrom llmfoundry.cli.train import train_main\n"
+        "try: print(train_main(sys.argv[1:]))\nexcept SystemExit as end: print(end.code)\n"
+        "print([name for name in ('torch', 'transformers', 'pyarrow', 'datasets') if name in sys.modules])"
+    )
+    for options, code in ((["--help"], 0), (["nope.yaml"], 2), ([str(recipe), "seed"], 2), ([str(recipe), "a=01"], 2)):
+        done = subprocess.run([sys.executable, "-c", script, *options], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-2:] == [str(code), "[]"]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
 import sys
+import time
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from llmfoundry import runtime
 from llmfoundry.train.callback import Callback, Metrics, Run
+
+MUCH_EVALUATION = 0.25  # of the time of the run
 
 
 class Console(Callback):
@@ -18,6 +22,7 @@ class Console(Callback):
         self.out = RichConsole(file=sys.stdout, highlight=False, soft_wrap=True)
         self.progress: Progress | None = None
         self.task = TaskID(0)
+        self.begun: tuple[float, int] | None = None  # when the first step of this process had ended, and which it was
 
     def fit_start(self, trainer: Run) -> None:
         if not runtime.is_rank0():
@@ -28,6 +33,10 @@ class Console(Callback):
             f"{trainer.loader.rows_per_epoch:,} rows of {trainer.loader.max_seq_len} tokens an epoch; {total:,} steps; "
             f"{runtime.world_size()} x {trainer.device.type}; saving to {trainer.config.save_folder}"
         )
+        if trainer.eval_loader is not None:
+            self._warn_of_evaluation(trainer, trainer.eval_loader.rows_per_epoch)
+        if trainer.device.type == "cuda":
+            self.out.print("the first step also compiles the model and times the kernels' tile sizes: about a minute")
         if self.out.is_terminal and trainer.config.progress_bar:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
             self.progress = Progress(*columns, console=self.out, transient=True)
@@ -37,22 +46,38 @@ class Console(Callback):
     def step_end(self, trainer: Run, metrics: Metrics) -> None:
         if not runtime.is_rank0():
             return
-        step = trainer.state.step
+        step, now = trainer.state.step, time.monotonic()
+        self.begun = self.begun or (now, step)  # the first step compiles, and says nothing about the others
         if self.progress is not None:
             self.progress.update(self.task, completed=step)
         due = trainer.timeline.due(trainer.config.console_log_interval, step)
         if due or step == trainer.timeline.total_steps or "metrics/eval/LanguageCrossEntropy" in metrics:
-            self.out.print(line(metrics, trainer.timeline.total_steps))
+            seconds, steps = now - self.begun[0], step - self.begun[1]
+            left = seconds / steps * (trainer.timeline.total_steps - step) if steps else None
+            clock = "" if self.out.is_terminal else f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}  "
+            self.out.print(clock + line(metrics, trainer.timeline.total_steps, left))
+
+    def _warn_of_evaluation(self, trainer: Run, rows: int) -> None:
+        config = trainer.config
+        if config.eval_subset_num_batches != -1:
+            rows = min(rows, config.eval_subset_num_batches * config.device_eval_batch_size)
+        share = trainer.timeline.share_of_evaluation(rows, config.eval_interval)
+        if share > MUCH_EVALUATION:
+            self.out.print(
+                f"evaluation: {rows:,} rows every {config.eval_interval} take about {share:.0%} of the time; "
+                "eval_interval and eval_subset_num_batches set it"
+            )
 
     def close(self) -> None:
         if self.progress is not None:
             self.progress.stop()
 
 
-def line(metrics: Metrics, total_steps: int) -> str:
+def line(metrics: Metrics, total_steps: int, seconds_left: float | None = None) -> str:
     """The few numbers of a step that one wants to see go by."""
     parts = [f"step {metrics['step']:>{len(str(total_steps))}}/{total_steps}"]
     shown = {
+        "tokens": "{:,} tokens",
         "loss/train/ce": "loss {:.4f}",
         "moe/max_load": "max load {:.2f}",
         "grad_norm": "grad norm {:.3f}",
@@ -63,4 +88,7 @@ def line(metrics: Metrics, total_steps: int) -> str:
         "metrics/eval/LanguageCrossEntropy": "validation {:.4f}",
         "metrics/eval/bits_per_byte": "{:.4f} bits/byte",
     }
-    return "  ".join(parts + [form.format(metrics[key]) for key, form in shown.items() if key in metrics])
+    parts += [form.format(metrics[key]) for key, form in shown.items() if key in metrics]
+    if seconds_left:
+        parts.append(f"{datetime.timedelta(seconds=round(seconds_left))} left")
+    return "  ".join(parts)

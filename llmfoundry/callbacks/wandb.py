@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import urllib.error
+import urllib.request
+import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from llmfoundry import runtime
@@ -10,6 +14,10 @@ from llmfoundry.train.callback import Callback, LoggerConfig, Metrics, Run
 
 if TYPE_CHECKING:
     import wandb
+
+OFFLINE = "or log without an account: WANDB_MODE=offline before the command"
+SECONDS_TO_REACH = 10.0
+RUN_ID = "wandb-run-id"  # a file in the save_folder
 
 
 class WandbConfig(LoggerConfig, names=("wandb",)):
@@ -32,25 +40,35 @@ class WandbConfig(LoggerConfig, names=("wandb",)):
         return (self.mode or wandb.setup().settings.mode) not in ("offline", "dryrun", "disabled")
 
     def _log_in(self) -> None:
-        """Find a login, or ask for one on a terminal; on rank 0.
+        """Find a login, or ask for one on a terminal, and reach the server; on rank 0.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: there is no login, or the server cannot be reached.
         """
         import wandb
 
+        if not self.is_online():
+            return
         try:
-            if self.is_online():
-                wandb.login(verify=False)
+            wandb.login(verify=False)
         except (wandb.Error, ValueError) as error:
             raise ConfigError(
-                f"loggers.wandb: {' '.join(str(error).split())} "
-                "(run `wandb login` once, or log without an account: WANDB_MODE=offline before the command)"
+                f"loggers.wandb: {' '.join(str(error).split())} (run `wandb login` once, {OFFLINE})"
+            ) from None
+        server = wandb.setup().settings.base_url
+        try:
+            urllib.request.urlopen(server, timeout=SECONDS_TO_REACH).close()
+        except urllib.error.HTTPError:
+            pass  # it answers
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise ConfigError(
+                f"loggers.wandb: {server} cannot be reached: {reason} (mend the connection, {OFFLINE})"
             ) from None
 
 
 class Wandb(Callback):
-    """Logs from rank 0; a resumed run continues the same W&B run, named by its save folder."""
+    """Logs from rank 0. The save folder keeps the id of its W&B run, which a resumed run continues."""
 
     def __init__(self, config: WandbConfig) -> None:
         self.config = config
@@ -68,7 +86,7 @@ class Wandb(Callback):
             tags=self.config.tags or None,
             mode=self.config.mode,
             name=trainer.config.run_name,
-            id=f"{trainer.config.run_name}-{runtime.seed_of(trainer.config.save_folder):x}",
+            id=_run_id(Path(trainer.config.save_folder) / RUN_ID),
             resume="allow" if self.config.is_online() else None,
             dir=trainer.config.save_folder,
             config=dump(trainer.config),
@@ -81,3 +99,10 @@ class Wandb(Callback):
     def close(self) -> None:
         if self.run is not None:
             self.run.finish()
+
+
+def _run_id(file: Path) -> str:
+    """The id that the run was given at its first start; a new one is random, so that no two runs share it."""
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex[:16])
+    return file.read_text().strip()

@@ -83,7 +83,7 @@ def read_config(path: str, overrides: list[str]) -> RunConfig:
     """A YAML file as a checked config; LLM Foundry's legacy words are translated, with a note each."""
     settings = load_settings(path, overrides)
     # Only now is torch imported: all mistakes in the file's form have been reported.
-    import llmfoundry.callbacks  # registers all monitors and loggers
+    import llmfoundry.callbacks  # noqa: F401  registers all monitors and loggers
     from llmfoundry.train.config import RunConfig
 
     paths = settings.data.get("code_paths") or []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,13 +75,30 @@ def _train(config: RunConfig) -> None:
     trainer.fit()
 
 
+def _evaluations(config: RunConfig) -> Iterator[str]:
+    """How much of the time evaluation will take."""
+    from llmfoundry.train.duration import Timeline
+
+    if config.eval_loader is None or not config.eval_interval.value:
+        return
+    if config.eval_subset_num_batches == -1:
+        yield f"evaluation: all rows of eval_loader every {config.eval_interval}; eval_subset_num_batches limits them"
+        return
+    rows, share = config.eval_subset_num_batches * config.device_eval_batch_size, ""
+    if "ep" not in (config.eval_interval.unit, config.max_duration.unit):  # whose length the data decides
+        timeline = Timeline.of(config.max_duration, rows_per_step=config.global_train_batch_size,
+                               tokens_per_row=config.max_seq_len, rows_per_epoch=0)  # fmt: skip
+        share = f": up to {timeline.share_of_evaluation(rows, config.eval_interval):.1%} of the time"
+    yield f"evaluation: at most {rows:,} rows every {config.eval_interval}{share}"
+
+
 def _sizes(config: RunConfig) -> str:
     model = config.model
     flops = model.flops_per_token(config.max_seq_len)
     return (
         f"parameters: {model.n_params():,} ({model.n_params() / 1e9:.3f} B)\n"
         f"active parameters: {model.n_active_params():,} ({model.n_active_params() / 1e9:.3f} B)\n"
-        f"training FLOPs a token: {flops:.4g} (sequences of {config.max_seq_len} tokens)"
+        f"training FLOPs per token: {flops:.4g} (sequences of {config.max_seq_len} tokens)"
     )
 
 

@@ -150,7 +150,7 @@ class RunConfig(Config):
         if not isinstance(data, dict):
             return data
         folder = data.get("save_folder")
-        name = data.get("run_name") or os.environ.get("RUN_NAME")
+        name = os.environ.get("RUN_NAME") if data.get("run_name") is None else data["run_name"]
         if name is None and isinstance(folder, str) and RUN_NAME in folder:
             raise ValueError(f"save_folder: {folder} needs a run_name; write run_name=...")
         if name is None and isinstance(folder, str):

@@ -21,6 +21,7 @@ from llmfoundry.config import ConfigError
 Unit = Literal["ba", "ep", "tok", "sp", "dur"]
 
 _TIME_STRING = re.compile(rf"(\d+(?:\.\d+)?(?:e\+?\d{{1,2}})?)({'|'.join(get_args(Unit))})")
+MOST = Fraction(10**18)  # of any unit: what a run counts with is an int64
 _WHOLE_UNITS = ("ba", "tok", "sp")
 
 
@@ -44,10 +45,12 @@ class Duration:
         match = _TIME_STRING.fullmatch(text.strip()) if isinstance(text, str) else None
         if match is None:
             shown = text if isinstance(text, str) else repr(text)
-            raise ValueError(f'"{shown}" is not a time string; write e.g. 10ba, 1ep, 5e6tok, 0.1dur')
+            raise ValueError(f'"{shown}" is not a valid duration; write e.g. 10ba, 1ep, 5e6tok, 0.1dur')
         value, unit = Fraction(match[1]), cast(Unit, match[2])
+        if value > MOST:
+            raise ValueError(f'"{text}" is not a valid duration; the most is {float(MOST):.0e}{unit}')
         if unit in _WHOLE_UNITS and value.denominator != 1:
-            raise ValueError(f'"{text}" is not a time string; {unit} counts in whole numbers')
+            raise ValueError(f'"{text}" is not a valid duration; {unit} counts in whole numbers')
         return cls(value, unit, match[0])
 
     def __str__(self) -> str:
@@ -109,6 +112,17 @@ class Timeline:
         """
         exact = self._exact(interval)
         return step > 0 and exact > 0 and step // exact > (step - 1) // exact
+
+    def share_of_evaluation(self, rows: int, interval: Duration) -> float:
+        """The share of the run's time that evaluating `rows` rows every `interval` takes, 0 to 1.
+
+        A row's forward pass costs a third of its training. An `interval` of 0 never evaluates.
+        """
+        steps = min(self._exact(interval), Fraction(self.total_steps))
+        if steps <= 0:
+            return 0.0
+        trained = max(steps, Fraction(1)) * self.rows_per_step
+        return float(rows / (rows + 3 * trained))
 
     def _exact(self, duration: Duration) -> Fraction:
         steps_in_one = {

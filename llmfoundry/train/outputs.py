@@ -31,7 +31,7 @@ from llmfoundry.train.run import Metrics
 log = logging.getLogger(__name__)
 
 # What a run that ended before its first step can leave: the folder is still free.
-_TRACES = {".lock", "config.yaml", "config.yaml.tmp", "metrics.jsonl"}
+_TRACES = {".lock", "config.yaml", "config.yaml.tmp", "metrics.jsonl", "wandb", "wandb-run-id"}
 
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # what flock says of a lock that another process holds
 _PROBE, _PROBE_SECONDS = ".probe-", 20.0

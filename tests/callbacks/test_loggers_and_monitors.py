@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +114,38 @@ def test_wandb_without_a_login_is_refused_before_anything_is_written(recipe: Pat
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("server", ["http://127.0.0.1:9", "http://no-such-host.invalid"])
+def test_a_wandb_server_out_of_reach_is_found_before_anything_is_written(
+    recipe: Path, tmp_path: Path, server: str
+) -> None:
+    script = "import sys; from llmfoundry.cli.train import train_main; sys.exit(train_main())"
+    before = {path.name for path in tmp_path.iterdir()}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(recipe), "loggers.wandb={}"],
+        env=os.environ | {"WANDB_BASE_URL": server, "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith(f"error: loggers.wandb: {server} cannot be reached: ") and "WANDB_MODE=offline" in line
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_a_wandb_run_keeps_its_id_and_another_run_gets_another(recipe: Path, tmp_path: Path) -> None:
+    offline = [str(recipe), "loggers.wandb.mode=offline", "loggers.wandb.project=test"]
+
+    def ids() -> list[str]:
+        return [path.stem.removeprefix("run-") for path in (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")]
+
+    assert train_main(offline) == 0
+    (first,) = ids()
+    assert train_main([*offline, "max_duration=6ba", "autoresume=true"]) == 0
+    assert ids() == [first, first]
+    shutil.rmtree(tmp_path / "run")
+    assert train_main(offline) == 0
+    assert ids() != [first]
+
+
 def test_a_sample_is_printed_beside_what_compressors_reach(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,6 +180,8 @@ def test_the_console_line_shows_what_matters(recipe: Path, capsys: pytest.Captur
     assert train_main([str(recipe), "log_to_console=true", "console_log_interval=2ba"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert "active" in out[0] and "saving to" in out[0]
-    steps = [line for line in out if line.startswith("step")]
-    assert [line.split()[1] for line in steps] == ["2/4", "4/4"]
+    steps = [line for line in out if " step " in line]  # after the date and the time, off a terminal
+    assert [line.split()[3] for line in steps] == ["2/4", "4/4"]
+    assert datetime.datetime.fromisoformat(" ".join(steps[0].split()[:2])) <= datetime.datetime.now()
+    assert "256 tokens" in steps[0] and steps[0].endswith(" left")
     assert "loss" in steps[0] and "bits/byte" in steps[1]

@@ -23,7 +23,7 @@ def test_time_strings_are_read_exactly(text: str, value: Fraction, unit: str) ->
 
 @pytest.mark.parametrize("text", ["10", 10, 1.0, "ba", "10 steps", "-1ba", "1.5ba", "1e-3dur", "1e999ba", None, "10BA"])
 def test_what_is_no_time_string_is_refused_with_its_path(text: object) -> None:
-    with pytest.raises(ConfigError, match="^save_interval: .* is not a time string") as caught:
+    with pytest.raises(ConfigError, match="^save_interval: .* is not a valid duration") as caught:
         check(Block, {"save_interval": text})
     assert "\n" not in str(caught.value)
 

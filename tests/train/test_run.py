@@ -302,7 +302,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     [
         ("model.ffn_config.moe_topk=2", "model.ffn_config.moe_topk: unknown key (did you mean 'moe_top_k'?)"),
         ("model.d_model=wide", "model.d_model: input should be a valid integer, found 'wide'"),
-        ("max_duration=ten", 'max_duration: "ten" is not a time string; write e.g. 10ba, 1ep, 5e6tok, 0.1dur'),
+        ("max_duration=ten", 'max_duration: "ten" is not a valid duration; write e.g. 10ba, 1ep, 5e6tok, 0.1dur'),
         ("model.ffn_config.moe_top_k=9", "moe_top_k=9"),
         ("model.n_heads=5", "d_model=32"),
         ("train_loader.dataset.path=/nowhere/at/all", "/nowhere/at/all"),
@@ -532,5 +532,5 @@ def test_the_dry_run_trains_nothing(recipe: Path, tmp_path: Path, capsys: pytest
     before = snapshot(tmp_path)
     assert train_main([str(recipe), "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "parameters: " in out and "active parameters: " in out and "FLOPs a token" in out
+    assert "parameters: " in out and "active parameters: " in out and "FLOPs per token" in out
     assert snapshot(tmp_path) == before

@@ -82,5 +82,5 @@ def test_a_warmup_longer_than_the_run_is_an_error() -> None:
 def test_an_unknown_schedule_names_the_nearest_known_one() -> None:
     with pytest.raises(ConfigError, match="did you mean 'cosine_with_warmup'"):
         build(name="cosine_warmup")
-    with pytest.raises(ConfigError, match="scheduler.t_warmup: .*is not a time string"):
+    with pytest.raises(ConfigError, match="scheduler.t_warmup: .*is not a valid duration"):
         build(name="cosine_with_warmup", t_warmup=100)
