@@ -84,7 +84,7 @@ class Choice(Config):
         class FFNConfig(Choice, tag="ffn_type"):
             ffn_type: str = "mptmlp"
 
-        class MoEConfig(FFNConfig, names=("mb_dmoe", "torch_dmoe")):
+        class MoEConfig(FFNConfig, names=("moe", "torch_dmoe")):
             moe_num_experts: int
             def build(self, ...) -> MoE: ...
 

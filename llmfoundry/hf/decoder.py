@@ -273,7 +273,7 @@ def mixture_of(theirs: Theirs, n_experts: str, hidden: str) -> dict[str, object]
     top_k = theirs.int("num_experts_per_tok")
     weight = theirs["router_aux_loss_coef"]
     return {
-        "ffn_type": "mb_dmoe",
+        "ffn_type": "moe",
         "ffn_hidden_size": theirs[hidden],
         "moe_num_experts": theirs[n_experts],
         "moe_top_k": top_k,

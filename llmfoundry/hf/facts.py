@@ -83,11 +83,13 @@ def _ffn(ffn: FFNConfig) -> Facts:
         shared = ffn.shared
         said["shared_expert_hidden_size"] = None if shared is None else shared.hidden_size
         said["moe_topk_groups"] = ffn.moe_topk_groups or ffn.moe_n_groups
+        said["moe_bias"] = ffn.moe_bias if ffn.bias else None
         said["moe_bias_update_rate"] = ffn.moe_bias_update_rate is not None  # how the bias moves is training's
     return said
 
 
 def _plain(choice: Choice) -> Facts:
-    """A block as data, under the first name of its kind."""
+    """A block as data, under the first name of its kind; a kind with other defaults is the same kind."""
     said = {key: value for key, value in dump(choice).items() if key not in _NO_FUNCTION | _SAID_ELSEWHERE}
-    return said | {choice._tag: type(choice)._names[0]}
+    named = [kind for kind in type(choice).__mro__ if issubclass(kind, Choice) and kind._names]
+    return said | {choice._tag: named[-1]._names[0]}

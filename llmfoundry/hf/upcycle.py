@@ -73,7 +73,7 @@ def upcycled_config(dense: CausalLMConfig, plan: Upcycling) -> CausalLMConfig:
     if block.hidden_size % plan.granularity:
         raise ConfigError(f"granularity={plan.granularity} does not divide the hidden size {block.hidden_size}")
     ffn: dict[str, object] = {
-        "ffn_type": "mb_dmoe",
+        "ffn_type": "moe",
         "ffn_hidden_size": block.hidden_size // plan.granularity,
         "dense_ffn_hidden_size": block.hidden_size,
         "ffn_act_fn": dump(block.ffn_act_fn),

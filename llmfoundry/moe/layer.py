@@ -7,7 +7,7 @@ Dropless (MegaBlocks, arXiv:2211.15841): every token reaches all of its experts,
 from __future__ import annotations
 
 from functools import cache
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -19,19 +19,22 @@ from llmfoundry.dtensor import local_part
 from llmfoundry.kernels.activations import ACTIVATIONS
 from llmfoundry.kernels.experts import Backend, ExpertKind, experts_ffn, resolve_backend
 from llmfoundry.kernels.late import LateGradients
-from llmfoundry.layers.ffn import FFNConfig, FFNOutput, GLUConfig, MLPConfig
+from llmfoundry.layers.ffn import Activation, FFNConfig, FFNOutput, GLUConfig, MLPConfig
 from llmfoundry.layers.lora import adapted
 from llmfoundry.moe.dispatch import Departed, Slots, give_back, plan_exchange, send
 from llmfoundry.moe.router import Router, RouterConfig, statistics, within_capacity
 
 
-class MoEConfig(FFNConfig, RouterConfig, names=("mb_dmoe", "torch_dmoe", "mb_moe")):
+class MoEConfig(FFNConfig, RouterConfig, names=("moe",)):
     """A mixture of experts in place of a dense block; the keys are LLM Foundry's where it has them.
 
-    `ffn_hidden_size`, `ffn_act_fn` and `bias` are each expert's.
+    `ffn_hidden_size` and `ffn_act_fn` are each expert's.
     """
 
     mlp_type: Literal["mlp", "glu"] = "glu"
+    # Where the biases are, with `bias`. experts: one for each matrix of each expert. output: one vector of d_model for
+    # the layer, added to the weighted sum, as in MegaBlocks; our kernels then run without biases.
+    moe_bias: Literal["experts", "output"] = "experts"
     ffn_act_limit: float | None = Field(None, gt=0)  # clamp of gate and up; swiglu_oss has 7 of its own
     moe_impl: Literal["auto", "triton", "grouped_mm", "reference"] = "auto"
     mlp_impl: Literal["grouped", "sparse"] = "grouped"  # LLM Foundry's; accepted, without effect
@@ -81,13 +84,18 @@ class MoEConfig(FFNConfig, RouterConfig, names=("mb_dmoe", "torch_dmoe", "mb_moe
         """Parameters of one block."""
         return self._params_met(d_model, self.moe_num_experts)
 
+    @property
+    def has_output_bias(self) -> bool:
+        """Whether the layer has one bias of d_model."""
+        return bool(self.bias) and self.moe_bias == "output"
+
     def n_active_params(self, d_model: int) -> int:
         """Parameters of one block that one token meets: K experts', and all that is not an expert's."""
         return self._params_met(d_model, self.moe_top_k)
 
     def kind(self, d_model: int) -> ExpertKind:
         """What its experts compute."""
-        return _kind(d_model, self.expert.hidden_size, self.ffn_act_fn.key, bool(self.bias), self.ffn_act_limit)
+        return _kind(d_model, self.expert.hidden_size, self.ffn_act_fn.key, bool(self.expert.bias), self.ffn_act_limit)
 
     def build(self, d_model: int, n_layers: int, layer_index: int) -> MoE:
         """The block of layer `layer_index`, which the router's noise depends on."""
@@ -101,7 +109,7 @@ class MoEConfig(FFNConfig, RouterConfig, names=("mb_dmoe", "torch_dmoe", "mb_moe
     @property
     def expert(self) -> MLPConfig:
         """The dense block that each expert is."""
-        return self._dense(self.ffn_hidden_size)
+        return self._dense(self.ffn_hidden_size).model_copy(update={"bias": self.bias and not self.has_output_bias})
 
     @property
     def shared(self) -> MLPConfig | None:
@@ -117,7 +125,28 @@ class MoEConfig(FFNConfig, RouterConfig, names=("mb_dmoe", "torch_dmoe", "mb_moe
         router = self.moe_num_experts * (d_model + (1 if self.moe_router_bias else 0))
         shared = self.shared.n_params(d_model) if self.shared is not None else 0
         gate = d_model if self.shared_expert_gate else 0
-        return router + n_experts * self.expert.n_params(d_model) + shared + gate
+        bias = d_model if self.has_output_bias else 0
+        return router + n_experts * self.expert.n_params(d_model) + shared + gate + bias
+
+
+class MegaBlocksConfig(MoEConfig, names=("mb_dmoe", "torch_dmoe", "mb_moe")):
+    """The same mixture with the defaults of MegaBlocks, which LLM Foundry's YAMLs rely on.
+
+    Source: `megablocks.layers.arguments.Arguments`, as LLM Foundry v0.22 fills it in.
+    """
+
+    mlp_type: Literal["mlp", "glu"] = "mlp"
+    ffn_act_fn: Activation = Activation(name="gelu", approximate="tanh")
+    moe_bias: Literal["experts", "output"] = "output"
+    moe_loss_weight: float = Field(0.1, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _capacity(cls, data: Any) -> Any:
+        """`mb_moe` drops tokens beyond a capacity of 1 unless it says otherwise; the others never do."""
+        if isinstance(data, dict) and data.get("ffn_type") == "mb_moe":
+            return {"moe_capacity_factor": 1.0} | data
+        return data
 
 
 # One object a kind: torch.compile tells constants apart by identity, and would compile each layer for itself.
@@ -139,8 +168,8 @@ class Experts(nn.Module):
         self.limit, self.impl, self.kind = config.ffn_act_limit, config.moe_impl, config.kind(d_model)
         self.w1 = nn.Parameter(torch.empty(n_experts, expert.rows, d_model))  # (E, 2F, D): gate, then up rows
         self.w2 = nn.Parameter(torch.empty(n_experts, d_model, expert.hidden_size))  # (E, D, F)
-        self.b1 = nn.Parameter(torch.empty(n_experts, expert.rows)) if config.bias else None  # (E, 2F)
-        self.b2 = nn.Parameter(torch.empty(n_experts, d_model)) if config.bias else None  # (E, D)
+        self.b1 = nn.Parameter(torch.empty(n_experts, expert.rows)) if expert.bias else None  # (E, 2F)
+        self.b2 = nn.Parameter(torch.empty(n_experts, d_model)) if expert.bias else None  # (E, D)
         self.lora_scale = 0.0
         for slot in ("w1_lora_A", "w1_lora_B", "w2_lora_A", "w2_lora_B"):  # layers/lora.py fills them
             self.register_parameter(slot, None)
@@ -182,6 +211,7 @@ class MoE(nn.Module):
         self.experts = Experts(config, d_model)
         self.shared_expert = None if config.shared is None else config.shared.build(d_model, 0, layer_index)
         self.shared_expert_gate = nn.Linear(d_model, 1, bias=False) if config.shared_expert_gate else None
+        self.output_bias = nn.Parameter(torch.empty(d_model)) if config.has_output_bias else None
         self.expert_group: dist.ProcessGroup | None = None
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> FFNOutput:
@@ -206,6 +236,8 @@ class MoE(nn.Module):
             shared = self._shared(x)  # while the tokens travel
             y = give_back(self.experts(there), plan)
         y = y.view_as(x)
+        if self.output_bias is not None:
+            y = y + self.output_bias
         return FFNOutput(y if shared is None else y + shared, statistics(routing))
 
     def _shared(self, x: Tensor) -> Tensor | None:

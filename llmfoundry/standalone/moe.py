@@ -64,7 +64,7 @@ class MoE(layer.MoE):
         dtype: torch.dtype | None = None,
         **settings: object,
     ) -> None:
-        config = check(layer.MoEConfig, {"ffn_type": "mb_dmoe"} | settings).filled(4 * d_model, bias=False)
+        config = check(layer.MoEConfig, {"ffn_type": "moe"} | settings).filled(4 * d_model, bias=False)
         config.check_trainable()
         with torch.device("meta"):
             super().__init__(config, d_model, layer_index=0)

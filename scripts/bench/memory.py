@@ -31,7 +31,7 @@ MICRO_ROWS, SEQ_LEN = 4, 4096
 
 ATTENTION = {"attn_type": "grouped_query_attention", "kv_n_heads": 8, "rope": True}
 MOE = {
-    "ffn_type": "mb_dmoe", "ffn_hidden_size": 1024, "moe_num_experts": 32, "moe_top_k": 4,
+    "ffn_type": "moe", "ffn_hidden_size": 1024, "moe_num_experts": 32, "moe_top_k": 4,
     "ffn_act_fn": {"name": "silu"},
 }  # fmt: skip
 LATENT = {

@@ -24,7 +24,7 @@ STEPS = 4
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     text = {"name": "synthetic", "n_documents": 40, "document_words": 50, "cache_dir": str(tmp_path / "cache")}
-    ffn = {"ffn_type": "mb_dmoe", "ffn_hidden_size": 32, "moe_num_experts": 4, "ffn_act_fn": {"name": "silu"}}
+    ffn = {"ffn_type": "moe", "ffn_hidden_size": 32, "moe_num_experts": 4, "ffn_act_fn": {"name": "silu"}}
     config = {
         "max_seq_len": 32,
         "model": {"d_model": 32, "n_heads": 2, "n_layers": 2, "vocab_size": 320, "max_seq_len": 32, "ffn_config": ffn},

@@ -14,7 +14,7 @@ from llmfoundry.callbacks.profiler import IDLE, OTHER, by_part, covered, part_of
 from llmfoundry.cli.train import train_main
 from tests.test_cli import recipe  # noqa: F401  a fixture
 
-MIXTURE = "model.ffn_config={ffn_type: mb_dmoe, moe_num_experts: 4, moe_top_k: 2, ffn_hidden_size: 32}"
+MIXTURE = "model.ffn_config={ffn_type: moe, moe_num_experts: 4, moe_top_k: 2, ffn_hidden_size: 32}"
 
 
 @pytest.mark.parametrize(

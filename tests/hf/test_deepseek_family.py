@@ -98,7 +98,7 @@ def test_a_setting_that_ours_has_no_word_for_is_named(says: str) -> None:
 
 
 LACKING = {
-    "ffn_config.ffn_type='mb_dmoe'": {"moe_layer_freq": 2, "first_k_dense": 0},  # in a layer that theirs makes dense
+    "ffn_config.ffn_type='moe'": {"moe_layer_freq": 2, "first_k_dense": 0},  # in a layer that theirs makes dense
     "moe_score_fn='softmax'": {"moe_score_fn": "softmax"},
     "bias=True": {"bias": True},
     "shared_expert_hidden_size=30 that is a multiple of ffn_hidden_size=24": {"shared_expert_hidden_size": 30},

@@ -21,7 +21,7 @@ LATENT = {
     "qk_rope_head_dim": 4, "v_head_dim": 6,
 }  # fmt: skip
 MOE = {
-    "ffn_type": "mb_dmoe", "ffn_hidden_size": 24, "ffn_act_fn": {"name": "silu"}, "moe_num_experts": 4,
+    "ffn_type": "moe", "ffn_hidden_size": 24, "ffn_act_fn": {"name": "silu"}, "moe_num_experts": 4,
     "moe_top_k": 2, "moe_normalize_expert_weights": 1.0, "first_k_dense": 1, "shared_expert": True,
     "shared_expert_gate": True,
 }  # fmt: skip

@@ -84,7 +84,7 @@ def _theta(theirs: PreTrainedModel) -> float:
 
 
 def _moe(ffn: dict[str, object]) -> dict[str, object]:
-    return SILU | {"ffn_type": "mb_dmoe"} | ffn
+    return SILU | {"ffn_type": "moe"} | ffn
 
 
 FAMILIES = {"llama": _llama, "mixtral": _mixtral, "qwen2_moe": _qwen2_moe, "deepseek_v2": _deepseek_v2}

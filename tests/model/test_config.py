@@ -28,7 +28,7 @@ TOP = [
 ]
 
 
-MOE = {"ffn_type": "mb_dmoe", "ffn_hidden_size": 20, "moe_num_experts": 8, "moe_top_k": 2}
+MOE = {"ffn_type": "moe", "ffn_hidden_size": 20, "moe_num_experts": 8, "moe_top_k": 2}
 MIXTURES = [
     {},
     {"mlp_type": "mlp", "bias": True, "moe_top_k": 3},

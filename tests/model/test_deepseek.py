@@ -33,7 +33,7 @@ ATTENTION = {
     "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10,
 }  # fmt: skip
 FFN = {
-    "ffn_type": "mb_dmoe", "ffn_hidden_size": 24, "ffn_act_fn": {"name": "silu"}, "moe_num_experts": 16,
+    "ffn_type": "moe", "ffn_hidden_size": 24, "ffn_act_fn": {"name": "silu"}, "moe_num_experts": 16,
     "moe_top_k": 4, "first_k_dense": 1, "dense_ffn_hidden_size": 80, "shared_expert": True,
 }  # fmt: skip
 OURS = {
@@ -262,7 +262,7 @@ def test_parameter_counts_equal_transformers(theirs: DeepseekV3Config, keys: dic
     model = DeepseekV3ForCausalLM if isinstance(theirs, DeepseekV3Config) else DeepseekV2ForCausalLM
     config = check(ModelConfig, OURS | keys | {
         "attn_config": {"attn_type": "multihead_latent_attention"} | keys["attn_config"],
-        "ffn_config": {"ffn_type": "mb_dmoe", "shared_expert": True} | keys["ffn_config"],
+        "ffn_config": {"ffn_type": "moe", "shared_expert": True} | keys["ffn_config"],
     })  # fmt: skip
     with torch.device("meta"):
         ours: nn.Module = config.build()

@@ -53,7 +53,7 @@ def group() -> Iterator[dist.ProcessGroup]:
 
 def _experts(impl: str) -> tuple[Experts, Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
     torch.manual_seed(0)
-    keys = {"ffn_type": "mb_dmoe", "ffn_hidden_size": 24, "moe_num_experts": E, "moe_top_k": K, "moe_impl": impl,
+    keys = {"ffn_type": "moe", "ffn_hidden_size": 24, "moe_num_experts": E, "moe_top_k": K, "moe_impl": impl,
             "ffn_act_fn": {"name": "silu"}, "bias": True}  # fmt: skip
     experts = Experts(check(MoEConfig, keys), D).double()
     for parameter in experts.parameters():

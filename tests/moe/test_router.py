@@ -147,7 +147,7 @@ TOP_1 = {"moe_top_k": 1, "moe_normalize_expert_weights": 1.0}
 def test_weights_that_are_always_one_are_refused(settings: dict[str, object]) -> None:
     """The router would get no gradient from the loss."""
     model = {"d_model": D, "n_heads": 2, "n_layers": 1, "vocab_size": 16}
-    block = {"ffn_type": "mb_dmoe", "moe_num_experts": E}
+    block = {"ffn_type": "moe", "moe_num_experts": E}
     config = check(CausalLMConfig, model | {"ffn_config": block | settings})
     with pytest.raises(ConfigError, match=r"^model.ffn_config.moe_normalize_.*=\d with moe_top_k=1 .* write "):
         config.check_trainable()

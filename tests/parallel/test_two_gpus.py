@@ -30,7 +30,7 @@ RECIPE = {
         "norm_type": "rmsnorm", "no_bias": True,
         "attn_config": {"attn_type": "grouped_query_attention", "kv_n_heads": 1, "rope": True, "qk_norm": True},
         "ffn_config": {
-            "ffn_type": "mb_dmoe", "ffn_hidden_size": 64, "ffn_act_fn": {"name": "silu"}, "moe_num_experts": 8,
+            "ffn_type": "moe", "ffn_hidden_size": 64, "ffn_act_fn": {"name": "silu"}, "moe_num_experts": 8,
             "moe_top_k": 2, "moe_jitter_eps": 0.1, "moe_bias_update_rate": 0.01, "first_k_dense": 1,
             "shared_expert": True, "moe_loss_weight": 0.05, "moe_lbl_scope": "global_batch",
         },

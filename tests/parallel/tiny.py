@@ -50,7 +50,7 @@ def model_config(case: Case) -> CausalLMConfig:
                 "attn_type": "grouped_query_attention", "kv_n_heads": 2, "rope": True, "qk_norm": True
             },
             "ffn_config": {
-                "ffn_type": "mb_dmoe", "ffn_hidden_size": 24, "ffn_act_fn": {"name": "silu"},
+                "ffn_type": "moe", "ffn_hidden_size": 24, "ffn_act_fn": {"name": "silu"},
                 "moe_num_experts": case.n_experts, "moe_top_k": 2, "moe_normalize_expert_weights": 1.0,
                 "moe_jitter_eps": 0.1, "moe_bias_update_rate": 0.01, "first_k_dense": case.n_dense,
                 "shared_expert": True, "shared_expert_gate": True, "moe_loss_weight": 0.05,

@@ -117,7 +117,7 @@ def test_a_long_run_of_a_large_model_is_a_small_page_that_a_browser_draws(tmp_pa
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_a_run_leaves_its_page(recipe: Path, tmp_path: Path) -> None:
-    block = "{ffn_type: mb_dmoe, moe_num_experts: 4, moe_top_k: 2, ffn_hidden_size: 32}"
+    block = "{ffn_type: moe, moe_num_experts: 4, moe_top_k: 2, ffn_hidden_size: 32}"
     evaluated = ["eval_loader.dataset.name=synthetic", f"eval_loader.dataset.cache_dir={tmp_path / 'cache'}",
                  "eval_loader.dataset.split=validation", "eval_loader.dataset.n_documents=40",
                  "eval_interval=2ba", "max_duration=6ba"]  # fmt: skip

@@ -34,7 +34,7 @@ TINY = {
         "no_bias": True,
         "attn_config": {"attn_type": "multihead_attention", "rope": True},
         "ffn_config": {
-            "ffn_type": "mb_dmoe",
+            "ffn_type": "moe",
             "ffn_act_fn": {"name": "silu"},
             "ffn_hidden_size": 32,
             "moe_num_experts": 4,

@@ -20,7 +20,7 @@ WEIGHT = 3.0  # large, so that the balance loss is most of a router's gradient
 
 
 def config(**ffn: object) -> CausalLMConfig:
-    block = {"ffn_type": "mb_dmoe", "ffn_hidden_size": 24, "ffn_act_fn": {"name": "silu"}, "moe_num_experts": E,
+    block = {"ffn_type": "moe", "ffn_hidden_size": 24, "ffn_act_fn": {"name": "silu"}, "moe_num_experts": E,
              "moe_top_k": K, "moe_loss_weight": WEIGHT} | ffn  # fmt: skip
     shape = {"d_model": 16, "n_heads": 2, "n_layers": LAYERS, "vocab_size": VOCAB, "max_seq_len": LENGTH}
     return check(CausalLMConfig, shape | {"ffn_config": block, "init_config": {"name": "normal_", "init_std": 0.3}})

@@ -20,7 +20,7 @@ RECIPE = {
     "model": {
         "name": "causal_lm", "d_model": 32, "n_heads": 2, "n_layers": 2, "vocab_size": 320, "max_seq_len": 32,
         "attn_config": {"attn_type": "multihead_attention", "rope": True},
-        "ffn_config": {"ffn_type": "mb_dmoe", "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2,
+        "ffn_config": {"ffn_type": "moe", "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2,
                        "ffn_act_fn": {"name": "silu"}},
     },
     "tokenizer": {"name": "bpe", "vocab_size": 300},

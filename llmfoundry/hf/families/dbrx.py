@@ -55,7 +55,7 @@ class Dbrx(Family):
                 **rope,
             },
             "ffn_config": {
-                "ffn_type": "mb_dmoe",
+                "ffn_type": "moe",
                 "ffn_act_fn": {"name": activation_of(activation.get("name"))},
                 "ffn_hidden_size": ffn["ffn_hidden_size"],
                 "moe_num_experts": ffn["moe_num_experts"],

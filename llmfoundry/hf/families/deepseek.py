@@ -179,7 +179,7 @@ def _mixture_of(theirs: Theirs) -> dict[str, object]:
     if dense >= theirs.int("num_hidden_layers"):
         raise ConfigError("config.json: no layer is a mixture (first_k_dense_replace)")
     return {
-        "ffn_type": "mb_dmoe",
+        "ffn_type": "moe",
         "ffn_act_fn": {"name": activation_of(theirs["hidden_act"])},
         "ffn_hidden_size": hidden,
         "dense_ffn_hidden_size": theirs["intermediate_size"],
