@@ -34,7 +34,7 @@ class Console(Callback):
             f"{runtime.world_size()} x {trainer.device.type}; saving to {trainer.config.save_folder}"
         )
         if trainer.eval_loader is not None:
-            self._warn_of_evaluation(trainer, trainer.eval_loader.rows_per_epoch)
+            self._warn_of_evaluation(trainer, trainer.eval_loader.n_rows)
         if trainer.device.type == "cuda":
             self.out.print("the first step also compiles the model and times the kernels' tile sizes: about a minute")
         if self.out.is_terminal and trainer.config.progress_bar:

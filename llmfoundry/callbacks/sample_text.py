@@ -1,4 +1,4 @@
-"""`sample_text`: at the end, show what the model writes and how its bits a byte stand beside gzip and xz."""
+"""`sample_text`: at the end, show what the model writes and how its bits per byte compare with gzip and xz."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class SampleText(Callback):
 
     def _sample(self, trainer: Run) -> str:
         config = self.config
-        n_prompt = len(encoded(trainer.tokenizer, config.prompt))
+        n_prompt = len(encoded(trainer.tokenizer, config.prompt, trainer.special))
         room = trainer.config.max_seq_len - n_prompt
         if room < 1:
             return f"(none: the prompt has {n_prompt} tokens, and max_seq_len is {trainer.config.max_seq_len})"
@@ -62,6 +62,7 @@ class SampleText(Callback):
             temperature=config.temperature,
             top_p=config.top_p,
             seed=trainer.config.seed,
+            special=trainer.special,
         )
 
 
@@ -72,4 +73,4 @@ def _compressed(dataset: DatasetConfig) -> str:
     if len(data) > COMPRESS_BYTES:
         data, part = data[:COMPRESS_BYTES], f"the first {COMPRESS_BYTES:,} bytes of the validation text"
     sizes = {"gzip -9": len(gzip.compress(data, 9)), "xz -9": len(lzma.compress(data, preset=9))}
-    return "\n".join(f"{name:>10}: {8 * size / len(data):.4f} bits a byte of {part}" for name, size in sizes.items())
+    return "\n".join(f"{name:>10}: {8 * size / len(data):.4f} bits per byte of {part}" for name, size in sizes.items())

@@ -20,14 +20,14 @@ from llmfoundry.checkpoint.reading import (
     HUGGING_FACE,
     Contents,
     Need,
+    SavedModel,
     find_base,
     load_model_only,
     read,
-    read_entries,
 )
 from llmfoundry.config import ConfigError, check, dump
 from llmfoundry.hf.family import write_config
-from llmfoundry.hf.files import DTYPE_NAMES, FillBox, Placed, Stored, new_folder, shards, write_files
+from llmfoundry.hf.files import DTYPE_NAMES, FillBox, Placed, new_folder, shards, write_files
 from llmfoundry.hf.pieces import Copy, Kept, Part, Pieces, Source, Spec, box_of, fill, whole_of
 from llmfoundry.hf.pretrained import (
     GENERATION,
@@ -58,19 +58,18 @@ class CheckpointSource:
     """
 
     def __init__(self, contents: Contents, config: CausalLMConfig) -> None:
-        self._path = contents.path
-        entries = read_entries(contents)
-        self._entries = {name.removeprefix("model/"): e for name, e in entries.items() if name.startswith("model/")}
+        self._saved = SavedModel(contents)
+        self._own = self._saved.specs
         self._scale = config.lora.scale if config.lora is not None else 0.0
         self._base = _open_base(contents, config)
-        own = {name: Spec(entry.dtype, entry.shape) for name, entry in self._entries.items() if "lora_" not in name}
+        own = {name: spec for name, spec in self._own.items() if "lora_" not in name}
         self.specs: Mapping[str, Spec] = {**(self._base.specs if self._base is not None else {}), **own}
 
     def parts(self, name: str) -> Iterator[Kept]:
         """The boxes that ranks have saved of a tensor; of one with an adapter, the whole."""
         base = name.removesuffix(".weight")
         sides = [
-            f"{base}{join}lora_{side}" for side in "AB" for join in "._" if f"{base}{join}lora_{side}" in self._entries
+            f"{base}{join}lora_{side}" for side in "AB" for join in "._" if f"{base}{join}lora_{side}" in self._own
         ]
         if not sides:
             yield from self._kept(name)
@@ -79,19 +78,13 @@ class CheckpointSource:
         yield Part((0,) * weight.dim(), adapted(weight, a.to(weight.dtype), b.to(weight.dtype), self._scale))
 
     def _kept(self, name: str) -> Iterable[Kept]:
-        if name in self._entries:
-            return self._stored(name)
+        if name in self._own:
+            return self._saved.parts(name)
         assert self._base is not None
         return self._base.parts(name)
 
     def _spec(self, name: str) -> Spec:
-        entry = self._entries.get(name)
-        return self.specs[name] if entry is None else Spec(entry.dtype, entry.shape)
-
-    def _stored(self, name: str) -> Iterator[Stored]:
-        entry = self._entries[name]
-        for chunk in entry.chunks:
-            yield Stored(Spec(entry.dtype, chunk.shape), self._path / chunk.file, chunk.start, chunk.offsets)
+        return self._own.get(name) or self.specs[name]
 
 
 class HuggingFaceSource:
@@ -219,7 +212,7 @@ def grow(source: str | Path, out: Path, plan: Upcycling, seed: int, progress: Pr
         contents, config = _open(source)
         values = CheckpointSource(contents, config)
         dense, tokenizer, specs = _base(config), contents.tokenizer, dict(values.specs)
-        copies = _identity(specs)
+        copies = Pieces.identity(specs)
     else:
         theirs = open_checkpoint(source)
         values, copies = theirs.source, theirs.copies
@@ -287,13 +280,6 @@ def _open(source: str | Path, need: Need = "model") -> tuple[Contents, CausalLMC
 
 def _base(config: CausalLMConfig) -> CausalLMConfig:
     return config.model_copy(update={"lora": None})
-
-
-def _identity(specs: Mapping[str, Spec]) -> dict[str, list[Copy]]:
-    pieces = Pieces({name: spec.shape for name, spec in specs.items()})
-    for name in specs:
-        pieces.add(name, name)
-    return pieces.reading()
 
 
 def _write(

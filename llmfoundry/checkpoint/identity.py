@@ -25,7 +25,11 @@ ROWS = (
 _RESUMED = (*ROWS, "global_train_batch_size", "optimizer.name")
 DATA, TOKENIZER = "data", "tokenizer"
 # How a run begins and where it leaves its files: no settings of the run itself.
-_UNLISTED = ("save_folder", "autoresume", "load_path", "load_weights_only", "load_allow")
+# What decides the tokens is compared by their fingerprint.
+_UNLISTED = (
+    "save_folder", "autoresume", "load_path", "load_weights_only", "load_allow", "tokenizer.add_bos",
+    "tokenizer.parse_special_tokens",
+)  # fmt: skip
 
 Plain = Mapping[str, object]
 
@@ -146,7 +150,10 @@ def _model_differences(model: CausalLMConfig, before: Plain, weights_only: bool)
         return []
     known = _without_unknown(model, filled(model, old)) if _is_of_kind(model, old) else old
     was = check(CausalLMConfig, known, where="the checkpoint's model")
-    found = [Difference(f"model.{key}", *both) for key, both in differences(facts(was), facts(model)).items()]
+    differing = differences(facts(was), facts(model))
+    if weights_only and was.vocab_size < model.vocab_size:
+        differing.pop("vocab_size")  # rows are added to the embedding
+    found = [Difference(f"model.{key}", *both) for key, both in differing.items()]
     # Adapters begin on a base that has none.
     if was.lora != model.lora and not (weights_only and (was.lora is None or model.lora is None)):
         lora = (None if each is None else each.model_dump(mode="json") for each in (was.lora, model.lora))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -36,7 +37,10 @@ from llmfoundry.checkpoint.manifest import (
 from llmfoundry.checkpoint.storage import Entry, TensorReader, read_index
 from llmfoundry.checkpoint.tensors import check_same_model, model_tensors
 from llmfoundry.config import ConfigError
-from llmfoundry.hf.pretrained import locate
+from llmfoundry.dtensor import local_shard
+from llmfoundry.hf.files import Stored
+from llmfoundry.hf.pieces import Pieces, Spec, fill_grown
+from llmfoundry.hf.pretrained import VOCABULARY, locate
 from llmfoundry.layers.lora import is_adapter
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.settings import read_resolved
@@ -136,6 +140,8 @@ def load_model_only(
 
     Raises:
         CheckpointError: it is damaged, or of another model, which has not changed then; or its base cannot be used.
+
+    An embedding or a head may have more rows here: the new ones are the mean of the others.
     """
     contents = source if isinstance(source, Contents) else read(source)
     entries = read_entries(contents)
@@ -148,11 +154,45 @@ def load_model_only(
         tensors = {name: tensor for name, tensor in tensors.items() if name in entries}
     else:
         tensors = {name: tensor for name, tensor in tensors.items() if name in entries or not is_adapter(name)}
+    longer = {name for name, tensor in tensors.items() if name in entries and _is_grown(name, tensor, entries[name])}
     try:
-        check_same_model(entries, tensors, exact_dtype=False)
+        check_same_model(
+            {name: entry for name, entry in entries.items() if name not in longer},
+            {name: tensor for name, tensor in tensors.items() if name not in longer},
+            exact_dtype=False,
+        )
     except CheckpointError as error:
         raise CheckpointError(f"{contents.path}: {error}") from None
-    read_tensors(contents.path, entries, tensors)
+    read_tensors(contents.path, entries, {name: tensor for name, tensor in tensors.items() if name not in longer})
+    saved = SavedModel(contents)
+    for name in sorted(longer):
+        ours = name.removeprefix("model/")
+        fill_grown(local_shard(tensors[name]), Pieces.identity(saved.specs)[ours], saved, entries[name].shape[0])
+        log.info(
+            "%s: %d rows were added, each the mean of the others", ours, len(tensors[name]) - entries[name].shape[0]
+        )
+
+
+class SavedModel:
+    """The model's tensors in a checkpoint, as boxes that can be read one by one."""
+
+    def __init__(self, contents: Contents) -> None:
+        entries = read_entries(contents)
+        self._path = contents.path
+        self._entries = {name.removeprefix("model/"): e for name, e in entries.items() if name.startswith("model/")}
+        self.specs: Mapping[str, Spec] = {name: Spec(entry.dtype, entry.shape) for name, entry in self._entries.items()}
+
+    def parts(self, name: str) -> Iterator[Stored]:
+        """The boxes that ranks have saved of a tensor."""
+        entry = self._entries[name]
+        for chunk in entry.chunks:
+            yield Stored(Spec(entry.dtype, chunk.shape), self._path / chunk.file, chunk.start, chunk.offsets)
+
+
+def _is_grown(name: str, tensor: Tensor, entry: Entry) -> bool:
+    """Whether a model's embedding or head has more rows than the saved one."""
+    rows, *rest = tensor.shape
+    return name.removeprefix("model/") in VOCABULARY and rows > entry.shape[0] and tuple(rest) == entry.shape[1:]
 
 
 def read_entries(contents: Contents) -> dict[str, Entry]:

@@ -118,5 +118,5 @@ def prepare_data_main(argv: Sequence[str] | None = None) -> None:
     tokenizer = config.tokenizer.build(config.train_loader.dataset, also)
     for name, part in (("train_loader", config.train_loader), ("eval_loader", config.eval_loader)):
         if part is not None:
-            stream = prepare(part.dataset, tokenizer)
+            stream = prepare(part.dataset, tokenizer, config.tokenizer.special_tokens(tokenizer))
             print(f"{name}: {stream.n_tokens:,} tokens of {stream.n_bytes:,} bytes in {Path(stream.folder)}")

@@ -26,6 +26,7 @@ from llmfoundry.config import Choice, ConfigError
 from llmfoundry.data.cache import cache_root
 from llmfoundry.data.packing import TokenStream, pack
 from llmfoundry.data.sources import DatasetConfig, Source
+from llmfoundry.data.tokenizer import PLAIN_TEXT, SpecialTokens
 from llmfoundry.runtime import seed_of
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class LoaderConfig(Choice, tag="name"):
         seed: int,
         max_seq_len: int | None = None,
         sequence_ids: bool = False,
+        special: SpecialTokens = PLAIN_TEXT,
     ) -> Loader:
         """Open the tokenized dataset; tokenize it first if it is not in the cache.
 
@@ -81,6 +83,7 @@ class LoaderConfig(Choice, tag="name"):
             seed: the run's seed; `dataset.shuffle_seed` takes precedence.
             max_seq_len: tokens per row; `dataset.max_seq_len` takes precedence.
             sequence_ids: whether batches contain the number of each token's document.
+            special: the rule for special tokens.
         """
         raise NotImplementedError
 
@@ -95,6 +98,7 @@ class TextLoaderConfig(LoaderConfig, names=("text",)):
         seed: int,
         max_seq_len: int | None = None,
         sequence_ids: bool = False,
+        special: SpecialTokens = PLAIN_TEXT,
     ) -> Loader:
         dataset = self.dataset
         length = dataset.max_seq_len or max_seq_len
@@ -106,7 +110,7 @@ class TextLoaderConfig(LoaderConfig, names=("text",)):
         shuffled = dataset.split == "train" if dataset.shuffle is None else dataset.shuffle
         shuffle_seed = seed if dataset.shuffle_seed is None else dataset.shuffle_seed
         return Loader(
-            pack(source, tokenizer, cache_root(dataset.cache_dir)),
+            pack(source, tokenizer, cache_root(dataset.cache_dir), special),
             source,
             max_seq_len=length,
             shuffle_seed=shuffle_seed if shuffled else None,
@@ -142,8 +146,8 @@ class Loader:
         self.fingerprint = stream.fingerprint  # of the documents and the tokenizer
         self.n_tokens = stream.n_tokens - 1  # labels in one pass
         self.n_bytes = stream.n_bytes  # of the documents as UTF-8
-        self._all_rows = -(-self.n_tokens // max_seq_len)  # the last may be partly filled
-        self.rows_per_epoch = self.n_tokens // max_seq_len if drop_last else self._all_rows
+        self.n_rows = -(-self.n_tokens // max_seq_len)  # of one pass; the last may be partly filled
+        self.rows_per_epoch = self.n_tokens // max_seq_len if drop_last else self.n_rows
         if self.rows_per_epoch == 0:
             raise ConfigError(
                 f"dataset {source.title}: {self.n_tokens} tokens do not fill one row of "
@@ -168,7 +172,7 @@ class Loader:
             self._ahead = (following, self._thread.submit(self._batch, *following))
         return batch
 
-    def one_pass(self, n_rows: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+    def one_pass(self, n_rows: int, rank: int = 0, world: int = 1, limit: int | None = None) -> Iterator[Batch]:
         """Every label of the data exactly once, in order: `n_rows` rows at a time over all ranks.
 
         Every batch has the same shape on every rank, as collectives and compiled models need: past the end, rows have
@@ -177,13 +181,14 @@ class Loader:
 
         Args:
             n_rows: a multiple of `world`.
+            limit: rows to read, from the first; None: all.
         """
         if n_rows % world:
             raise ValueError(f"n_rows={n_rows} is not a multiple of world={world}")
-        share = n_rows // world
-        for start in range(0, self._all_rows, n_rows):
+        share, stop = n_rows // world, self.n_rows if limit is None else min(limit, self.n_rows)
+        for start in range(0, stop, n_rows):
             rows = np.arange(share) + start + rank * share
-            yield self._gather(rows, rows)
+            yield self._gather(rows, np.where(rows < stop, rows, self.n_rows))
 
     def _batch(self, start_row: int, n_rows: int, rank: int, world: int) -> Batch:
         rows = np.arange(start_row + n_rows * rank // world, start_row + n_rows * (rank + 1) // world)
@@ -208,8 +213,8 @@ class Loader:
         batch = Batch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(rows))
         if not self._sequence_ids:
             return batch
-        # eos opens a document: the document's first token is predicted from it and from nothing before it.
-        documents = np.cumsum(tokens == stream.eos_token_id, axis=1, dtype=np.int32)  # (B, S)
+        # The document's first token is predicted from the token that opens it, and from nothing before that.
+        documents = np.cumsum(tokens == stream.opening_token_id, axis=1, dtype=np.int32)  # (B, S)
         return batch._replace(sequence_ids=torch.from_numpy(documents))
 
 

@@ -1,7 +1,8 @@
 """Text to token shards on disk, once; after that every run maps them into memory.
 
 The stream is `eos, document, eos, document, eos, ...`: the first eos is there so that every token of every
-document is predicted from something, and eos thereby opens each document. A shard is a file of little-endian
+document is predicted from something, and eos thereby opens each document. With a BOS token, which then opens each
+document, the stream is `bos, document, eos, bos, document, eos, ...`. A shard is a file of little-endian
 uint16 (uint32 for vocabularies beyond 65536) with `index.json` beside them: counts, sizes and checksums. The
 stream knows nothing of rows; row length, order and epochs are the loader's.
 """
@@ -22,7 +23,8 @@ from transformers import PreTrainedTokenizerBase
 from llmfoundry.config import ConfigError
 from llmfoundry.data.cache import cache_root, made_once
 from llmfoundry.data.sources import DatasetConfig, Source
-from llmfoundry.data.tokenizer import Encoder, pieces
+from llmfoundry.data.tokenizer import PLAIN_TEXT, Encoder, SpecialTokens, pieces
+from llmfoundry.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class TokenStream:
         self.n_tokens: int = index["n_tokens"]  # with every eos
         self.n_bytes: int = index["n_bytes"]  # of the documents as UTF-8, without any eos
         self.eos_token_id: int = index["eos_token_id"]
+        self.opening_token_id: int = index.get("bos_token_id", self.eos_token_id)  # the first of each document
         self._shard_tokens: int = index["shard_tokens"]
         self._shards = [Shard(*shard) for shard in index["shards"]]
         dtype = np.dtype(index["dtype"])
@@ -99,15 +102,18 @@ class TokenStream:
         return f"delete the folder {self.folder}, it is made again"
 
 
-def pack(source: Source, tokenizer: PreTrainedTokenizerBase, cache: Path) -> TokenStream:
+def pack(
+    source: Source, tokenizer: PreTrainedTokenizerBase, cache: Path, special: SpecialTokens = PLAIN_TEXT
+) -> TokenStream:
     """Tokenise a source into shards under `cache`, unless that was done before.
 
     Args:
         source: the documents.
         tokenizer: with `eos_token_id` set.
         cache: the cache folder (see `cache_root`).
+        special: the rule for special tokens.
     """
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(tokenizer, special)
     eos = tokenizer.eos_token_id
     key = ["tokens/1", source.fingerprint, encoder.fingerprint(), eos]
     fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()
@@ -121,7 +127,9 @@ def pack(source: Source, tokenizer: PreTrainedTokenizerBase, cache: Path) -> Tok
     return TokenStream(folder)
 
 
-def prepare(dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> TokenStream:
+def prepare(
+    dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens = PLAIN_TEXT
+) -> TokenStream:
     """Tokenise a dataset ahead of time, so that a run only opens it; shards already there are verified.
 
     Run it once per dataset of a YAML (`train_loader.dataset`, `eval_loader.dataset`) with the run's
@@ -130,22 +138,27 @@ def prepare(dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase) -> Token
     source = dataset.build()
     if source.summary:
         log.info("%s", source.summary)
-    stream = pack(source, tokenizer, cache_root(dataset.cache_dir))
+    stream = pack(source, tokenizer, cache_root(dataset.cache_dir), special)
     stream.verify()
     return stream
 
 
 def _write(folder: Path, source: Source, encoder: Encoder, eos: int, dtype: np.dtype, fingerprint: str) -> None:
-    log.info("tokenising %s", source.title)
+    log.info("tokenizing %s", source.title)
     writer = _ShardWriter(folder, dtype)
-    writer.write(np.array([eos], dtype=dtype))
+    bos = encoder.special.bos
+    opening = [eos] if bos is None else [bos]  # what the next piece begins with
     n_documents = n_bytes = 0
-    for batch in _batches(source):
-        ids = encoder.encode([text for text, _ in batch])
-        for (text, ends_document), piece in zip(batch, ids, strict=True):
-            writer.write(np.array(piece + [eos] if ends_document else piece, dtype=dtype))
-            n_bytes += len(text.encode())
-            n_documents += ends_document
+    with progress(f"tokenizing {source.title}", source.n_bytes, "bytes") as advance:
+        for batch in _batches(source):
+            ids = encoder.encode([text for text, _ in batch])
+            for (text, ends_document), piece in zip(batch, ids, strict=True):
+                closing = [eos] if ends_document else []
+                writer.write(np.array([*opening, *piece, *closing], dtype=dtype))
+                opening = [bos] if ends_document and bos is not None else []
+                n_bytes += (size := len(text.encode()))
+                n_documents += ends_document
+                advance(size)
     shards = writer.finish()
     index = {
         "format": 1,
@@ -153,6 +166,7 @@ def _write(folder: Path, source: Source, encoder: Encoder, eos: int, dtype: np.d
         "fingerprint": fingerprint,
         "dtype": dtype.str,
         "eos_token_id": eos,
+        **({} if bos is None else {"bos_token_id": bos}),
         "n_tokens": sum(shard.tokens for shard in shards),
         "n_bytes": n_bytes,
         "n_documents": n_documents,

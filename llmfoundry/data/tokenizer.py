@@ -10,9 +10,10 @@ import hashlib
 import itertools
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import tokenizers
 from pydantic import Field, model_validator
@@ -29,6 +30,9 @@ END_OF_TEXT = "<|endoftext|>"
 # BPE learns from the first so many characters of the training split: merges change little beyond, time and
 # memory do.
 TRAIN_CHARACTERS = 2**28
+# The time that BPE takes to learn grows with the square of the longest word (5 s for 100,000 letters), so longer words
+# and runs of spaces are cut for it. Encoding has no such limit.
+_LONG_WORD = re.compile(r"\S{512}|\s{512}")
 # Longer documents are tokenised in pieces cut at line ends, to bound memory.
 PIECE_CHARACTERS = 2**22
 
@@ -39,6 +43,11 @@ class TokenizerConfig(Config):
     name: str = "bpe"
     vocab_size: int | None = Field(default=None, ge=257)  # bpe: 256 bytes, end of text, merges; None: 4096
     kwargs: dict[str, str | int | float | bool | None] = {}  # to the tokenizer, e.g. {model_max_length: 2048}
+    # Open each document by the BOS token. None: as the checkpoint that the run begins from, or as the tokenizer does.
+    add_bos: bool | None = None
+    # Read a special token that a text spells (`<|im_start|>`) as that token, not as characters. None: as the checkpoint
+    # that the run begins from; otherwise no, because a text is not trusted to end itself.
+    parse_special_tokens: bool | None = None
 
     @model_validator(mode="after")
     def _belongs_together(self) -> Self:
@@ -74,10 +83,23 @@ class TokenizerConfig(Config):
             )
         return tokenizer
 
+    def special_tokens(self, tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
+        """The rule for texts, with what the YAML leaves open as the tokenizer has it.
+
+        Raises:
+            ConfigError: `add_bos` is on, and the tokenizer has no BOS token.
+        """
+        adds = adds_bos(tokenizer) if self.add_bos is None else self.add_bos
+        if adds and tokenizer.bos_token_id is None:
+            raise ConfigError(
+                "tokenizer.add_bos: the tokenizer has no BOS token; name one in tokenizer.kwargs.bos_token"
+            )
+        return SpecialTokens(tokenizer.bos_token_id if adds else None, bool(self.parse_special_tokens))
+
     def _trained(self, dataset: DatasetConfig, also: Sequence[DatasetConfig]) -> PreTrainedTokenizerFast:
         size = self.vocab_size or 4096
         source = dataset.of_split("train").build()
-        key = f"bpe/1 {tokenizers.__version__} {size} {TRAIN_CHARACTERS} {source.fingerprint}"
+        key = f"bpe/2 {tokenizers.__version__} {size} {TRAIN_CHARACTERS} {source.fingerprint}"
         folder = cache_root(dataset.cache_dir) / "tokenizers" / f"bpe-{size}-{_sha256(key)[:24]}"
         documents = source.documents()
         if not folder.exists():
@@ -139,34 +161,60 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(_first(documents, TRAIN_CHARACTERS), trainer)
+    words = (word for text in _first(documents, TRAIN_CHARACTERS) for word in _bounded(text))
+    bpe.train_from_iterator(words, trainer)
     return bpe
 
 
-class Encoder:
-    """Plain encoding of documents: no special tokens added, and none read out of the text."""
+class SpecialTokens(NamedTuple):
+    """The rule for special tokens, one for training, evaluation and generation.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    Attributes:
+        bos: the id that opens each document; None: the end of the document before it does.
+        parse: whether text that spells a special token becomes that token.
+    """
+
+    bos: int | None = None
+    parse: bool = False
+
+
+PLAIN_TEXT = SpecialTokens()
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer itself puts its BOS token before a text."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and list(tokenizer.encode("a", add_special_tokens=True))[:1] == [bos]
+
+
+class Encoder:
+    """Texts to token ids by a rule for special tokens. It adds none: a text may be a part of a document."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens = PLAIN_TEXT) -> None:
+        self.special = special
         self._slow = None if tokenizer.is_fast else tokenizer
         if tokenizer.is_fast:
-            # A copy, since these settings are the tokenizer's own: a text that spells
-            # <|endoftext|> stays a text.
+            # A copy, because these settings are the tokenizer's own.
             self._fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-            self._fast.encode_special_tokens = True
+            self._fast.encode_special_tokens = not special.parse
             self._fast.no_truncation()
             self._fast.no_padding()
 
     def fingerprint(self) -> str:
-        """SHA-256 of everything that decides the ids."""
+        """SHA-256 of everything that decides the ids, the rule for special tokens included."""
         if self._slow is None:
-            return _sha256(self._fast.to_str())
-        return _sha256(json.dumps([type(self._slow).__name__, sorted(self._slow.get_vocab().items())]))
+            tokens = _sha256(self._fast.to_str())
+        else:
+            tokens = _sha256(json.dumps([type(self._slow).__name__, "split", sorted(self._slow.get_vocab().items())]))
+        # Without the rule, as it was before there was one: older runs go on.
+        return tokens if self.special == PLAIN_TEXT else _sha256(json.dumps([tokens, *self.special]))
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text; on all cores where the tokenizer is a fast one."""
         if self._slow is None:
             return [found.ids for found in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
-        return [self._slow.encode(text, add_special_tokens=False) for text in texts]
+        split = not self.special.parse
+        return [self._slow.encode(text, add_special_tokens=False, split_special_tokens=split) for text in texts]
 
 
 def pieces(document: str) -> Iterator[str]:
@@ -177,6 +225,15 @@ def pieces(document: str) -> Iterator[str]:
         yield document[start:cut]
         start = cut
     yield document[start:]
+
+
+def _bounded(text: str) -> Iterator[str]:
+    """The text, cut inside of words that are too long to learn from."""
+    start = 0
+    for long in _LONG_WORD.finditer(text):
+        yield text[start : long.end()]
+        start = long.end()
+    yield text[start:]
 
 
 def _first(documents: Iterable[str], characters: int) -> Iterator[str]:

@@ -5,12 +5,18 @@ Shapes: S tokens so far, V vocab.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Collection
+from functools import partial
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry import runtime
 from llmfoundry.config import ConfigError
+from llmfoundry.data.tokenizer import PLAIN_TEXT, Encoder, SpecialTokens
 from llmfoundry.model.transformer import Cache, CausalLM
 
 
@@ -24,50 +30,94 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
+    special: SpecialTokens = PLAIN_TEXT,
+    stop: Collection[int] = (),
+    emit: Callable[[str], object] | None = None,
 ) -> str:
-    """Continue a prompt until the end-of-text token or `max_new_tokens`.
+    """Continue a prompt until a stop token or `max_new_tokens`.
 
     Args:
-        model: every rank of a sharded one must call this, and all get the same text.
+        model: every rank of a sharded one must call this; rank 0 draws, and all get the same text.
         prompt: an empty one begins a new document.
         temperature: 0 takes the likeliest token.
         top_p: sample among the likeliest tokens whose probabilities reach this sum (nucleus sampling,
             Holtzman et al. 2020, arXiv:1904.09751).
         seed: of the sampling; the draws are the same on every device.
+        special: the rule for special tokens that the model was trained with.
+        stop: ids that end the text, beside the tokenizer's end of text.
+        emit: given the text as it comes, first the prompt, in whole characters.
 
     Returns:
         The prompt and its continuation.
 
     Raises:
-        ConfigError: they may need more positions than the model has learned.
+        ConfigError: they may need more positions than the model has learned, or a token of the prompt has no row in
+            the embedding.
     """
     place = next(model.parameters()).device
-    ids = encoded(tokenizer, prompt)
+    ids = encoded(tokenizer, prompt, special)
+    check_ids(max(ids), model.config.vocab_size)
     positions = len(ids) + max_new_tokens - 1  # the last token is written and not read
     if model.config.has_learned_positions and positions > model.config.max_seq_len:
         raise ConfigError(
             f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones need {positions} positions, and the model "
             f"has learned {model.config.max_seq_len}; shorten the prompt or ask for fewer new tokens"
         )
+    stops = {tokenizer.eos_token_id, *stop}
+    stream = _Stream(tokenizer, ids, emit) if emit is not None else None
     cache = Cache(model.config.n_layers, capacity=len(ids) + max_new_tokens)
     dice = runtime.generator("cpu", seed, "generate")
     was_training = model.training
     model.eval()
     fresh = torch.tensor([ids], device=place)  # (1, S) tokens that the cache has not seen
     for _ in range(max_new_tokens):
-        logits = model(fresh, cache=cache, last_only=True).logits[0, -1]  # (V,)
-        token = sample(logits.float().cpu(), temperature, top_p, dice)
-        if token == tokenizer.eos_token_id:
+        logits = model(fresh, cache=cache, last_only=True).logits[0, -1].float().cpu()  # (V,)
+        token = runtime.on_rank0(partial(sample, logits, temperature, top_p, dice))
+        if token in stops:
             break
         ids.append(token)
+        if stream is not None:
+            stream.advance()
         fresh = torch.tensor([[token]], device=place)
     model.train(was_training)
+    if stream is not None:
+        stream.advance(last=True)
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def encoded(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """The token ids that `generate` continues, one at least: the end of text, which opens a document."""
-    return list(tokenizer.encode(prompt, add_special_tokens=False)) or [tokenizer.eos_token_id]
+def encoded(tokenizer: PreTrainedTokenizerBase, prompt: str, special: SpecialTokens = PLAIN_TEXT) -> list[int]:
+    """The token ids that `generate` continues, one at least: what opens a document."""
+    (ids,) = Encoder(tokenizer, special).encode([prompt])
+    if special.bos is not None and ids[:1] != [special.bos]:
+        return [special.bos, *ids]
+    return ids or [tokenizer.eos_token_id]
+
+
+def check_ids(largest: int, vocab_size: int) -> None:
+    """Refuse a token that the model has no embedding for; raises ConfigError."""
+    if largest >= vocab_size:
+        raise ConfigError(
+            f"the tokenizer gave id {largest}, and the model's embedding has {vocab_size} rows (model.vocab_size); "
+            f"add rows to it with model.vocab_size={largest + 1} or more: each begins as the mean of the others"
+        )
+
+
+def stop_tokens(generation_config: Path) -> set[int]:
+    """The ids that end a text, by a `generation_config.json`; none if there is no such file.
+
+    Raises:
+        ConfigError: it is malformed.
+    """
+    if not generation_config.is_file():
+        return set()
+    try:
+        found = json.loads(generation_config.read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{generation_config}: is malformed: {' '.join(str(error).split())}") from None
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(each) is int for each in ids):
+        raise ConfigError(f"{generation_config}: eos_token_id must be an id or a list of ids, found {found!r}")
+    return set(ids)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, dice: torch.Generator) -> int:
@@ -78,3 +128,25 @@ def sample(logits: Tensor, temperature: float, top_p: float, dice: torch.Generat
     # The first token past the sum stays in, so that there is always one.
     probabilities[probabilities.cumsum(-1) - probabilities > top_p] = 0
     return int(order[torch.multinomial(probabilities, 1, generator=dice)])
+
+
+class _Stream:
+    """Decodes a growing list of ids piece by piece.
+
+    A token may be a part of a character, and how it is decoded may depend on the one before it. So the tokens of the
+    last piece are decoded again with the new ones, and a text that ends within a character waits.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, ids: list[int], emit: Callable[[str], object]) -> None:
+        self._tokenizer, self._ids, self._emit = tokenizer, ids, emit
+        self._before, self._done = 0, len(ids)  # where the last piece begins, and where it ends
+        emit(self._decode(0, len(ids)))
+
+    def advance(self, last: bool = False) -> None:
+        old, new = self._decode(self._before, self._done), self._decode(self._before, len(self._ids))
+        if len(new) > len(old) and (last or not new.endswith("\N{REPLACEMENT CHARACTER}")):
+            self._emit(new[len(old) :])
+            self._before, self._done = self._done, len(self._ids)
+
+    def _decode(self, start: int, stop: int) -> str:
+        return str(self._tokenizer.decode(self._ids[start:stop], skip_special_tokens=True))

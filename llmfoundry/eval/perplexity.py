@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text: nats a token, bits a byte.
+"""How well a model predicts held-out text: nats per token, bits per byte.
 
 Shapes: B rows, S sequence.
 """
@@ -10,10 +10,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from llmfoundry import runtime
 from llmfoundry.data.loader import IGNORE, Loader
+from llmfoundry.eval.generate import check_ids
+from llmfoundry.model.transformer import CausalLM
+from llmfoundry.progress import progress
 
 
 class Perplexity(NamedTuple):
@@ -26,7 +28,7 @@ class Perplexity(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: CausalLM,
     loader: Loader,
     *,
     rows: int,
@@ -35,31 +37,37 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
     stopped: Callable[[], bool] = lambda: False,
+    bar: bool = False,
 ) -> Perplexity | None:
     """Cost of one pass over the loader's text.
 
     Args:
-        model: a `CausalLM`, sharded or not; every rank calls this.
+        model: sharded or not; every rank calls this.
         rows: rows of one forward on one rank.
-        max_batches: stop after so many; -1 reads all.
+        max_batches: read so many times `rows` rows, over all ranks together; -1 reads all.
         rank: this process's share of the rows, of `world`.
         stopped: asked before every batch, with the same answer on every rank; true ends the pass.
+        bar: whether a terminal shows a bar.
 
     Returns:
         The same on every rank; None if it was stopped.
+
+    Raises:
+        ConfigError: a token of the text has no row in the embedding.
     """
     nats = torch.zeros((), dtype=torch.float64, device=device)
     tokens = torch.zeros((), dtype=torch.float64, device=device)
-    complete = True
-    for i, batch in enumerate(loader.one_pass(rows * world, rank, world)):
-        if stopped():
-            return None
-        if i == max_batches:
-            complete = False
-            break
-        batch = batch.to(device)
-        nats += model(batch.tokens, batch.labels, sequence_ids=batch.sequence_ids).loss_sum
-        tokens += (batch.labels != IGNORE).sum()
+    n_rows = loader.n_rows if max_batches == -1 else min(loader.n_rows, max_batches * rows)
+    complete = n_rows == loader.n_rows
+    with progress("evaluating", n_rows * loader.max_seq_len, "tokens", bar=bar) as advance:
+        for batch in loader.one_pass(rows * world, rank, world, limit=n_rows):
+            if stopped():
+                return None
+            check_ids(int(batch.tokens.max()), model.config.vocab_size)
+            batch = batch.to(device)
+            nats += model(batch.tokens, batch.labels, sequence_ids=batch.sequence_ids).loss_sum
+            tokens += (batch.labels != IGNORE).sum()
+            advance(rows * world * loader.max_seq_len)
     runtime.all_reduce_sum(nats)
     runtime.all_reduce_sum(tokens)
     return Perplexity(

@@ -15,6 +15,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from llmfoundry.dtensor import LocalShard
+
+ROWS_AT_A_TIME = 2**14  # of a matrix whose mean is taken
+
 Index = int | slice  # a slice with a step on their side, without one on ours
 
 
@@ -211,6 +215,30 @@ def fill(out: Tensor, offsets: tuple[int, ...], copies: Iterable[Copy], source: 
                     target.copy_(_view(part.values, there.source, there.sizes, part.offsets))
 
 
+@torch.no_grad()
+def fill_grown(out: LocalShard, copies: Iterable[Copy], source: Source, n_rows: int) -> None:
+    """Fill this rank's part of a matrix that has more rows than its source: the new ones are the mean of the others.
+
+    Args:
+        out: its part of an (N, D) matrix.
+        copies: what leads to the first rows.
+        n_rows: how many those are, below N.
+    """
+    copies, (first, column) = list(copies), out.offsets
+    rows, columns = out.local.shape
+    old = min(max(n_rows - first, 0), rows)
+    if old:
+        fill(out.local[:old], out.offsets, copies, source)
+    if old == rows:
+        return
+    total = torch.zeros(columns, dtype=torch.float64)
+    for start in range(0, n_rows, ROWS_AT_A_TIME):
+        block = torch.empty(min(ROWS_AT_A_TIME, n_rows - start), columns)
+        fill(block, (start, column), copies, source)
+        total += block.sum(0, dtype=torch.float64)
+    out.local[old:] = (total / n_rows).to(out.local.dtype).to(out.local.device)
+
+
 def box_of(tensor: Tensor, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
     """A view of a box of a tensor."""
     return tensor[tuple(slice(start, start + n) for start, n in zip(offsets, shape, strict=True))]
@@ -276,6 +304,14 @@ class Pieces:
                 Side(theirs, tuple(Axis(d, starts[d].start or 0, starts[d].step or 1) for d in their_dims)),
             )
         )
+
+    @classmethod
+    def identity(cls, specs: Mapping[str, Spec]) -> dict[str, list[Copy]]:
+        """`reading` of a source whose tensors are ours."""
+        pieces = cls({name: spec.shape for name, spec in specs.items()})
+        for name in specs:
+            pieces.add(name, name)
+        return pieces.reading()
 
     def reading(self) -> dict[str, list[Copy]]:
         """What leads to each of our tensors."""

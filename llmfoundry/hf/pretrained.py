@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -30,9 +31,11 @@ from llmfoundry.hf.facts import differences, facts
 from llmfoundry.hf.family import ConfigDict, Family, read_config, write_config
 from llmfoundry.hf.files import Advance, Folder, boxes, new_folder, write_weights
 from llmfoundry.hf.gguf import GGUFFile
-from llmfoundry.hf.pieces import Copy, Kept, Part, Pieces, Source, Spec, fill, values_of
+from llmfoundry.hf.pieces import Copy, Kept, Part, Pieces, Source, Spec, fill, fill_grown, values_of
 from llmfoundry.layers.lora import is_adapter
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig, cast_parameters
+
+log = logging.getLogger(__name__)
 
 # What makes a tokenizer; none of it is code.
 TOKENIZER_FILES = (
@@ -40,6 +43,7 @@ TOKENIZER_FILES = (
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja",
 )  # fmt: skip
 GENERATION = "generation_config.json"
+VOCABULARY = ("wte.weight", "lm_head.weight")  # ours with a row for each token
 SHARD_BYTES = 5 * 10**9  # of a written file, at most
 
 Progress = Callable[[int], AbstractContextManager[Advance]]  # told of the bytes to come, then of those done
@@ -182,7 +186,8 @@ def matched(path: Path, family: Family, config: CausalLMConfig, folder: Source) 
 def load_weights(model: CausalLM, path_or_id: str | Path, allow: Collection[str] = ()) -> None:
     """Fill a model with the weights of a checkpoint; each rank of a sharded one reads what it holds.
 
-    Values are converted to the dtype of the model. Adapters (`lora`) are left as they are.
+    Values are converted to the dtype of the model. Adapters (`lora`) are left as they are. A larger vocabulary than the
+    checkpoint's is allowed: its new rows are the mean of the others.
 
     Args:
         model: materialised, on any device and mesh.
@@ -193,15 +198,24 @@ def load_weights(model: CausalLM, path_or_id: str | Path, allow: Collection[str]
         ConfigError: as `open_checkpoint`, or the model is another one; nothing has changed then.
     """
     checkpoint = open_checkpoint(path_or_id)
-    other = differences(facts(model.config), facts(checkpoint.config))
+    stored = checkpoint.config
+    if grown := stored.vocab_size < model.config.vocab_size:
+        added = model.config.vocab_size - stored.vocab_size
+        log.info("%s: %d rows are added to the embedding, each the mean of the others", checkpoint.path, added)
+        stored = stored.model_copy(update={"vocab_size": model.config.vocab_size})
+    other = differences(facts(model.config), facts(stored))
     for name, (ours, theirs) in other.items():
         if not any(f"model.{name}.".startswith(f"{each}.") for each in allow):
             raise ConfigError(f"model.{name}: is {ours!r}, but {theirs!r} in {checkpoint.path}")
-    if other and our_shapes(model.config) != our_shapes(checkpoint.config):
+    if other and our_shapes(model.config) != our_shapes(stored):
         raise ConfigError(f"{checkpoint.path}: its tensors have other shapes than the model's")
     for name, tensor in model.state_dict().items():
-        if not is_adapter(name):
-            shard = local_shard(tensor)
+        if is_adapter(name):
+            continue
+        shard = local_shard(tensor)
+        if grown and name in VOCABULARY:
+            fill_grown(shard, checkpoint.copies[name], checkpoint.source, checkpoint.config.vocab_size)
+        else:
             fill(shard.local, shard.offsets, checkpoint.copies[name], checkpoint.source)
 
 

@@ -9,6 +9,7 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Literal, NamedTuple, cast
@@ -30,6 +31,7 @@ from llmfoundry.checkpoint.identity import (
 )
 from llmfoundry.checkpoint.reading import HUGGING_FACE, Base, Contents, base_of, find_base, read
 from llmfoundry.config import ConfigError, dump
+from llmfoundry.data.tokenizer import TokenizerConfig
 from llmfoundry.hf.facts import differences, facts
 from llmfoundry.hf.pretrained import TOKENIZER_FILES, locate, open_checkpoint
 from llmfoundry.model.transformer import CausalLMConfig
@@ -39,6 +41,8 @@ from llmfoundry.train.outputs import is_free
 from llmfoundry.train.run import TrainState
 
 log = logging.getLogger(__name__)
+
+RULE = ("add_bos", "parse_special_tokens")  # of TokenizerConfig: how texts are read, not which tokenizer it is
 
 
 class Start(NamedTuple):
@@ -109,6 +113,8 @@ def _from_ours(
 def _from_hugging_face(config: RunConfig, model: CausalLMConfig, name: str) -> Start:
     theirs = open_checkpoint(name)
     found = differences(facts(theirs.config), facts(model))
+    if theirs.config.vocab_size < model.vocab_size:
+        del found["vocab_size"]  # rows are added to the embedding
     comparison = Comparison([Difference(f"model.{key}", *both) for key, both in found.items()], [])
     check_allowed(comparison, config.load_allow, name, "convert.py from-hf writes a config.yaml with its settings")
     return Start(
@@ -147,12 +153,39 @@ def build_tokenizer(config: RunConfig, start: Start) -> PreTrainedTokenizerBase:
             raise _another_tokenizer(f"bpe of {wanted.vocab_size} entries", folder, own)
         log.info("tokenizer: the checkpoint's own, of %d entries; bpe is not trained again", len(own))
         return own
-    if start.how == "weights" and dump(wanted) == before:
+    if start.how == "weights" and isinstance(before, dict) and _without_rule(dump(wanted)) == _without_rule(before):
         return own
     asked = wanted.build(dataset, others)
     if asked.get_vocab() != own.get_vocab() or asked.eos_token_id != own.eos_token_id:
         raise _another_tokenizer(f"{wanted.name} of {len(asked)} entries", folder, own)
     return asked
+
+
+def with_rule_of(wanted: TokenizerConfig, contents: Contents | None) -> TokenizerConfig:
+    """Settings of a tokenizer whose rule for special tokens, where it is left open, is that of a checkpoint.
+
+    A run that was saved before there was such a rule had no BOS token and parsed no special tokens. A converted
+    checkpoint that was not trained here leaves it to its tokenizer.
+    """
+    if contents is None:
+        return wanted
+    before = contents.config.get("tokenizer")
+    older = False if is_trained(contents) else None
+    update: dict[str, bool | None] = {}
+    for key in RULE:
+        if getattr(wanted, key) is None:
+            said = before.get(key) if isinstance(before, dict) else None
+            update[key] = said if isinstance(said, bool) else older
+    return wanted.model_copy(update=update)
+
+
+def _without_rule(tokenizer: Mapping[str, object]) -> dict[str, object]:
+    return {key: value for key, value in tokenizer.items() if key not in RULE}
+
+
+def is_trained(contents: Contents) -> bool:
+    """Whether a training run saved a checkpoint; otherwise it was converted."""
+    return "data" in contents.trainer
 
 
 def _another_tokenizer(asked: str, folder: Path, own: PreTrainedTokenizerBase) -> ConfigError:

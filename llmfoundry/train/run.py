@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.data.loader import Loader
+from llmfoundry.data.tokenizer import SpecialTokens
 from llmfoundry.layers.ffn import RouterStats
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.moe.balance import Balance
@@ -39,6 +40,7 @@ class Run:
     mesh: Mesh
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
+    special: SpecialTokens
     loader: Loader
     eval_loader: Loader | None
     model: CausalLM

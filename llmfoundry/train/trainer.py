@@ -32,7 +32,15 @@ from llmfoundry.train.config import RunConfig
 from llmfoundry.train.duration import Timeline
 from llmfoundry.train.optim import set_learning_rate
 from llmfoundry.train.outputs import RunFolder, check_free, check_shared, read_summary
-from llmfoundry.train.resume import Start, build_tokenizer, check_data, command_to_continue, find_start, train_state
+from llmfoundry.train.resume import (
+    Start,
+    build_tokenizer,
+    check_data,
+    command_to_continue,
+    find_start,
+    train_state,
+    with_rule_of,
+)
 from llmfoundry.train.run import Metrics, Run
 from llmfoundry.train.saving import Saver
 from llmfoundry.train.step import StepResult, train_step
@@ -336,17 +344,26 @@ def build(config: RunConfig) -> Trainer:
         asynchronous=device.type == "cuda" if config.save_async == "auto" else config.save_async,
     )
     start = find_start(config, checkpointer)
-    check_apart(config.train_loader.dataset, config.eval_loader.dataset if config.eval_loader is not None else None)
+    evaluation = config.eval_loader if config.eval_interval.value > 0 or config.eval_first else None
+    check_apart(config.train_loader.dataset, evaluation.dataset if evaluation is not None else None)
     tokenizer = build_tokenizer(config, start)
     n_ids = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
     if n_ids > config.model.vocab_size:
-        raise ConfigError(f"model.vocab_size={config.model.vocab_size} is below the tokenizer's {n_ids} ids")
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size} is below the tokenizer's {n_ids} ids; write "
+            f"model.vocab_size={n_ids} or more (weights that are loaded get rows that are the mean of the others)"
+        )
+    rule = with_rule_of(config.tokenizer, start.contents)
+    special = rule.special_tokens(tokenizer)
+    settled = {"add_bos": special.bos is not None, "parse_special_tokens": special.parse}
+    config = config.model_copy(update={"tokenizer": config.tokenizer.model_copy(update=settled)})
+    assert isinstance(config.model, CausalLMConfig)
     documents = config.model.attn_config.attn_uses_sequence_id
     loader, eval_loader = (
-        part.build(tokenizer, seed=config.seed, max_seq_len=config.max_seq_len, sequence_ids=documents)
+        part.build(tokenizer, seed=config.seed, max_seq_len=config.max_seq_len, sequence_ids=documents, special=special)
         if part
         else None
-        for part in (config.train_loader, config.eval_loader)
+        for part in (config.train_loader, evaluation)
     )
     assert loader is not None
     start = check_data(start, loader.fingerprint, config.load_allow)
@@ -372,6 +389,7 @@ def build(config: RunConfig) -> Trainer:
         mesh=mesh,
         device=device,
         tokenizer=tokenizer,
+        special=special,
         loader=loader,
         eval_loader=eval_loader,
         model=model,

@@ -164,7 +164,7 @@ def test_a_long_prompt_is_no_crash_after_training(
     learned = ["model.attn_config.rope=false", "max_duration=1ba"]
     assert train_main([str(recipe), *learned, sample]) == 0
     out = capsys.readouterr().out
-    assert "~" * 30 in out and "bits a byte of the first 999 bytes of the validation text" in out
+    assert "~" * 30 in out and "bits per byte of the first 999 bytes of the validation text" in out
     options = [*learned, sample.replace("~", "~~"), f"save_folder={tmp_path / 'other'}"]
     assert train_main([str(recipe), *options]) == 0
     assert "(none: the prompt has 60 tokens, and max_seq_len is 32)" in capsys.readouterr().out

@@ -57,8 +57,8 @@ from llmfoundry.data.loader import Loader
 
 real = Loader.one_pass
 
-def one_pass(loader, *args):
-    for i, batch in enumerate(real(loader, *args), 1):
+def one_pass(loader, *args, **limit):
+    for i, batch in enumerate(real(loader, *args, **limit), 1):
         print(f"rank {runtime.rank()}, batch {i}", flush=True)
         if i == 3 and runtime.rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
