@@ -7,7 +7,6 @@ on from it: `train.py OUT/config.yaml load_path=OUT load_weights_only=true`.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -28,17 +27,16 @@ from llmfoundry.checkpoint.reading import (
 from llmfoundry.config import ConfigError, check, dump, write_resolved
 from llmfoundry.hf.family import write_config
 from llmfoundry.hf.files import DTYPE_NAMES, FillBox, Placed, Stored, new_folder, shards, write_files
+from llmfoundry.hf.generation import GENERATION, read_generation
 from llmfoundry.hf.pieces import Copy, Kept, Part, Pieces, Source, Spec, box_of, fill, whole_of
 from llmfoundry.hf.pretrained import (
-    GENERATION,
     Progress,
-    copy_tokenizer,
     open_checkpoint,
     our_shapes,
     pieces_of,
-    tokenizer_of,
     write_checkpoint,
 )
+from llmfoundry.hf.tokenizer import copy_tokenizer, name_for_transformers_4, tokenizer_of
 from llmfoundry.hf.upcycle import Upcycling, upcycle, upcycled_config
 from llmfoundry.layers.lora import adapted
 from llmfoundry.model.adapters import PeftPart, save_peft
@@ -132,7 +130,7 @@ def from_hf(source: str | Path, out: Path, progress: Progress) -> CausalLMConfig
     theirs = open_checkpoint(source, once=True)
     with new_folder(out) as folder:
         _write(
-            folder, out, theirs.config, theirs.our_specs(), theirs.path, progress,
+            folder, out, theirs.config, theirs.our_specs(), theirs.path, theirs.generation, progress,
             lambda name, at, box: fill(box, at, theirs.copies[name], theirs.source),
         )  # fmt: skip
     return theirs.config
@@ -160,12 +158,11 @@ def _to_hf(path: Path, out: Path, progress: Progress, dtype: torch.dtype | None,
     with new_folder(out) as folder, manifest.verified_beside(contents.path, _is_weights):
         write_checkpoint(
             folder, _base(config), CheckpointSource(contents, config), dtype=dtype, model_type=model_type,
-            tokenizer=tokenizer, progress=progress,
+            tokenizer=tokenizer, generation=read_generation(contents.path), progress=progress,
         )  # fmt: skip
         if contents.tokenizer is not None:
             copy_tokenizer(contents.tokenizer, folder)
-        if (contents.path / GENERATION).is_file():
-            shutil.copyfile(contents.path / GENERATION, folder / GENERATION)
+            name_for_transformers_4(folder)
 
 
 def adapters_to_peft(source: str | Path, out: Path, base_model: str | None = None) -> None:
@@ -218,11 +215,13 @@ def grow(source: str | Path, out: Path, plan: Upcycling, seed: int, progress: Pr
         contents, config = _open(source)
         values = CheckpointSource(contents, config)
         dense, tokenizer, specs = _base(config), contents.tokenizer, dict(values.specs)
+        generation = read_generation(contents.path)
         copies = _identity(specs)
     else:
         theirs = open_checkpoint(source)
         values, copies = theirs.source, theirs.copies
         dense, tokenizer, specs = theirs.config, theirs.path, theirs.our_specs()
+        generation = theirs.generation
 
     def weights() -> Iterator[tuple[str, Tensor]]:
         for name, spec in specs.items():
@@ -246,7 +245,7 @@ def grow(source: str | Path, out: Path, plan: Upcycling, seed: int, progress: Pr
 
     with new_folder(out) as folder:
         made = {name: Spec(dtype, shape) for name, shape in our_shapes(grown).items()}
-        _write(folder, out, grown, made, tokenizer, progress, fill_box)
+        _write(folder, out, grown, made, tokenizer, generation, progress, fill_box)
     return grown
 
 
@@ -301,6 +300,7 @@ def _write(
     config: CausalLMConfig,
     specs: Mapping[str, Spec],
     tokenizer: Path | None,
+    generation: str | None,
     progress: Progress,
     fill_box: FillBox,
 ) -> None:
@@ -319,14 +319,14 @@ def _write(
         TRAINER: json.dumps({"step": 0}),
         CONFIG: write_resolved(recipe(config, out, has_tokenizer)),
     }
+    if generation is not None:
+        texts[GENERATION] = generation
     files |= {name: manifest.write_file(folder / name, text.encode()) for name, text in texts.items()}
     if has_tokenizer:
         for file in (folder / "tokenizer").iterdir():
             files[f"tokenizer/{file.name}"] = manifest.measure(file, sync=True)
     elif tokenizer is not None:
         (folder / "tokenizer").rmdir()
-    if tokenizer is not None and (tokenizer / GENERATION).is_file():  # for the way back
-        files[GENERATION] = manifest.write_file(folder / GENERATION, (tokenizer / GENERATION).read_bytes())
     manifest.write_manifest(folder, 0, files)
 
 

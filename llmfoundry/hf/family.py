@@ -7,6 +7,7 @@ written if the config that was written, read back, has the same facts.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib
@@ -155,7 +156,7 @@ def read_config(data: Mapping[str, object], where: str = "config.json") -> tuple
             "in `transformers` by from_pretrained(..., dtype=torch.bfloat16) and save_pretrained"
         )
     try:
-        theirs = Theirs(CONFIG_MAPPING[family.model_type].from_dict(dict(data)), where)
+        theirs = Theirs(CONFIG_MAPPING[family.model_type].from_dict(copy.deepcopy(dict(data))), where)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
     config = family.to_ours(theirs)

@@ -32,7 +32,15 @@ from llmfoundry.train.config import RunConfig
 from llmfoundry.train.duration import Timeline
 from llmfoundry.train.optim import set_learning_rate
 from llmfoundry.train.outputs import RunFolder, check_free, check_shared, read_summary
-from llmfoundry.train.resume import Start, build_tokenizer, check_data, command_to_continue, find_start, train_state
+from llmfoundry.train.resume import (
+    Start,
+    build_tokenizer,
+    check_data,
+    command_to_continue,
+    find_start,
+    generation_for,
+    train_state,
+)
 from llmfoundry.train.run import Metrics, Run
 from llmfoundry.train.saving import Saver
 from llmfoundry.train.step import StepResult, train_step
@@ -47,6 +55,7 @@ class Trainer(Run):
     start: Start
     saver: Saver
     callbacks: list[Callback]
+    generation: str | None = None  # generation_config.json of what the run began from
     folder: RunFolder | None = None  # of rank 0, from `fit` on
     unevaluated: Metrics = field(default_factory=dict)  # of the last step, if a signal cut its evaluation short
     signalled: bool = False  # this rank was asked to stop
@@ -273,6 +282,7 @@ class Trainer(Run):
             },
             config=dump(self.config),
             tokenizer=self.tokenizer,
+            generation=self.generation,
             base=self.start.base,
         )
 
@@ -381,6 +391,7 @@ def build(config: RunConfig) -> Trainer:
         balance=Balance.of(config.model),
         start=start,
         saver=Saver(checkpointer, config.save_failures_allowed),
+        generation=generation_for(start, tokenizer),
         callbacks=callbacks,
     )
 

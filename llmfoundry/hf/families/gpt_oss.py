@@ -50,9 +50,11 @@ class GptOss(Decoder):
         return "silu"
 
     def their_attention(self, attention: GroupedQueryConfig, config: CausalLMConfig) -> ConfigDict:
-        """Biases and windows."""
+        """Biases and windows. Their code asks for a window where no layer has one: it is the whole context then."""
         types, window = windows_to(config)
-        return super().their_attention(attention, config) | {"layer_types": types, "sliding_window": window}
+        return super().their_attention(attention, config) | {
+            "layer_types": types, "sliding_window": window or config.max_seq_len,
+        }  # fmt: skip
 
     def their_ffn(self, ffn: FFNConfig, config: CausalLMConfig) -> ConfigDict:
         """The mixture."""
