@@ -1,7 +1,7 @@
 """Hugging Face folders to checkpoints of ours, back, and dense checkpoints to mixtures: all as streams.
 
-A checkpoint made here has weights alone, in the dtype that they came in. Its config.yaml is a whole recipe, which goes
-on from it: `train.py OUT/config.yaml load_path=OUT load_weights_only=true`.
+A checkpoint made here has weights alone, in the dtype that they came in. Its config.yaml is a whole recipe, free to be
+edited, which goes on from it: `train.py OUT/config.yaml load_path=OUT load_weights_only=true`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from llmfoundry.checkpoint import manifest
-from llmfoundry.checkpoint.manifest import CONFIG, INDEX, TRAINER, CheckpointError, Written, newest_usable
+from llmfoundry.checkpoint.manifest import (
+    CONFIG,
+    CONVERTED,
+    INDEX,
+    TRAINER,
+    CheckpointError,
+    Written,
+    newest_usable,
+)
 from llmfoundry.checkpoint.reading import (
     HUGGING_FACE,
     Contents,
@@ -250,16 +258,19 @@ def grow(source: str | Path, out: Path, plan: Upcycling, seed: int, progress: Pr
 
 
 def recipe(config: CausalLMConfig, out: Path, has_tokenizer: bool) -> dict[str, object]:
-    """A run that goes on from a converted checkpoint, as plain data; its data is the reader's to choose."""
-    dataset = {"name": "text_files", "path": "./data"}
+    """A run that goes on from a converted checkpoint, as plain data; its data is the reader's to choose.
+
+    It trains on all of ./data; it evaluates once `eval_interval` says so.
+    """
     return {
         "max_seq_len": min(config.max_seq_len, 4096),
         "model": dump(config),
         "tokenizer": {"name": str(out.absolute() / "tokenizer")}
         if has_tokenizer
         else {"name": "bpe", "vocab_size": 300},
-        "train_loader": {"dataset": dataset | {"split": "train"}},
-        "eval_loader": {"dataset": dataset | {"split": "validation"}},
+        "train_loader": {"dataset": {"name": "text_files", "path": "./data"}},
+        "eval_loader": {"dataset": {"name": "text_files", "path": "./eval-data"}},
+        "eval_interval": "0ba",
         "optimizer": {"name": "adamw", "lr": 1.0e-5},
         "scheduler": {"name": "cosine_with_warmup", "t_warmup": "0.01dur", "alpha_f": 0.1},
         "max_duration": "1ep",
@@ -277,8 +288,8 @@ def _open(source: str | Path, need: Need = "model") -> tuple[Contents, CausalLMC
     contents = read(source, need)
     model = contents.config.get("model")
     if not isinstance(model, dict):
-        raise CheckpointError(f"{contents.path / CONFIG}: has no model")
-    config = check(ModelConfig, model, where=f"{contents.path}/config.yaml: model")
+        raise CheckpointError(f"{contents.path}: its settings have no model")
+    config = check(ModelConfig, model, where=f"{contents.path}: model")
     assert isinstance(config, CausalLMConfig)
     return contents, config
 
@@ -314,11 +325,9 @@ def _write(
     if tokenizer is not None:
         (folder / "tokenizer").mkdir()
         has_tokenizer = copy_tokenizer(tokenizer, folder / "tokenizer")
-    texts = {
-        INDEX: json.dumps({"tensors": entries}),
-        TRAINER: json.dumps({"step": 0}),
-        CONFIG: write_resolved(recipe(config, out, has_tokenizer)),
-    }
+    settings = write_resolved(recipe(config, out, has_tokenizer))
+    manifest.write_file(folder / CONFIG, settings.encode())
+    texts = {INDEX: json.dumps({"tensors": entries}), TRAINER: json.dumps({"step": 0}), CONVERTED: settings}
     if generation is not None:
         texts[GENERATION] = generation
     files |= {name: manifest.write_file(folder / name, text.encode()) for name, text in texts.items()}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
-from llmfoundry import runtime
+from llmfoundry import hf, runtime
 from llmfoundry.callbacks.console import Console  # importing the package registers all monitors and loggers
 from llmfoundry.callbacks.report import Report, ReportConfig
 from llmfoundry.callbacks.speed_monitor import SpeedMonitor, SpeedMonitorConfig
@@ -21,6 +22,8 @@ from llmfoundry.planning.hardware import GIB, GPU_MEMORY
 from llmfoundry.planning.report import describe
 from llmfoundry.train.config import RunConfig
 from llmfoundry.train.trainer import build
+
+log = logging.getLogger(__name__)
 
 
 @command
@@ -47,10 +50,12 @@ def train_main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         print(yaml.safe_dump(dump(config), sort_keys=False))
         print(_sizes(config))
+        print(hf.export_note(config.model))
         gpus = runtime.world_size() if args.gpus is None and runtime.world_size() > 1 else args.gpus
         for line in describe(config, gpus, GPU_MEMORY if args.gpu_memory is None else args.gpu_memory * GIB):
             print(line, flush=True)
         return
+    log.info("%s", hf.export_note(config.model))
     trainer = build(config)
     if not any(isinstance(callback, SpeedMonitor) for callback in trainer.callbacks):
         trainer.callbacks.insert(
@@ -81,10 +86,10 @@ def prepare_data_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     args = parser.parse_intermixed_args(argv)
     config = read_config(args.yaml, args.overrides)
-    also = [config.eval_loader.dataset] if config.eval_loader is not None else []
+    also = [config.evaluation.dataset] if config.evaluation is not None else []
     check_apart(config.train_loader.dataset, *also)
     tokenizer = config.tokenizer.build(config.train_loader.dataset, also)
-    for name, part in (("train_loader", config.train_loader), ("eval_loader", config.eval_loader)):
+    for name, part in (("train_loader", config.train_loader), ("eval_loader", config.evaluation)):
         if part is not None:
             stream = prepare(part.dataset, tokenizer)
             print(f"{name}: {stream.n_tokens:,} tokens of {stream.n_bytes:,} bytes in {Path(stream.folder)}")

@@ -140,7 +140,7 @@ def build_tokenizer(config: RunConfig, start: Start) -> PreTrainedTokenizerBase:
         ConfigError: another one is asked for, and `load_allow` does not name it.
     """
     wanted, dataset = config.tokenizer, config.train_loader.dataset
-    others = [config.eval_loader.dataset] if config.eval_loader is not None else []
+    others = [config.evaluation.dataset] if config.evaluation is not None else []
     folder = _tokenizer_of(start)
     if folder is None or is_allowed(TOKENIZER, config.load_allow):
         return wanted.build(dataset, others)

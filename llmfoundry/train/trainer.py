@@ -346,7 +346,7 @@ def build(config: RunConfig) -> Trainer:
         asynchronous=device.type == "cuda" if config.save_async == "auto" else config.save_async,
     )
     start = find_start(config, checkpointer)
-    check_apart(config.train_loader.dataset, config.eval_loader.dataset if config.eval_loader is not None else None)
+    check_apart(config.train_loader.dataset, config.evaluation.dataset if config.evaluation is not None else None)
     tokenizer = build_tokenizer(config, start)
     n_ids = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
     if n_ids > config.model.vocab_size:
@@ -356,7 +356,7 @@ def build(config: RunConfig) -> Trainer:
         part.build(tokenizer, seed=config.seed, max_seq_len=config.max_seq_len, sequence_ids=documents)
         if part
         else None
-        for part in (config.train_loader, config.eval_loader)
+        for part in (config.train_loader, config.evaluation)
     )
     assert loader is not None
     start = check_data(start, loader.fingerprint, config.load_allow)

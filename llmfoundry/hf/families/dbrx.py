@@ -22,6 +22,7 @@ class Dbrx(Family):
     """Every layer is a mixture."""
 
     model_type = "dbrx"
+    title = "DBRX"
     architecture = "DbrxForCausalLM"
     prefix = "transformer."
     embedding = "transformer.wte.weight"

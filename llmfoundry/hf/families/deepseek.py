@@ -106,6 +106,7 @@ class DeepSeekV2(_DeepSeek):
     """Scores are a softmax, never normalised; a group counts by its best expert."""
 
     model_type = "deepseek_v2"
+    title = "DeepSeek-V2"
     architecture = "DeepseekV2ForCausalLM"
 
     def ffn(self, theirs: Theirs) -> dict[str, object]:
@@ -138,6 +139,7 @@ class DeepSeekV3(_DeepSeek):
     """
 
     model_type = "deepseek_v3"
+    title = "DeepSeek-V3"
     architecture = "DeepseekV3ForCausalLM"
 
     def weights(self, names: Iterable[str], config: CausalLMConfig) -> set[str]:

@@ -21,6 +21,7 @@ class GptOss(Decoder):
     """Its published weights are quantised; it is the bfloat16 ones that are read and written."""
 
     model_type = "gpt_oss"
+    title = "gpt-oss"
     architecture = "GptOssForCausalLM"
     names = Decoder.names | {"router": "mlp.router"}
 

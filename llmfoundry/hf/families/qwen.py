@@ -15,6 +15,7 @@ class Qwen2(Decoder):
     """Later layers may have a window."""
 
     model_type = "qwen2"
+    title = "Qwen2"
     architecture = "Qwen2ForCausalLM"
 
     def attention(self, theirs: Theirs) -> dict[str, object]:
@@ -37,6 +38,7 @@ class Qwen3(Qwen2):
     """All biases of attention or none."""
 
     model_type = "qwen3"
+    title = "Qwen3"
     architecture = "Qwen3ForCausalLM"
 
     def attention(self, theirs: Theirs) -> dict[str, object]:

@@ -45,6 +45,7 @@ class Qwen2MoE(_QwenMoE):
     """A shared expert beside the others, scaled by a gate of its own."""
 
     model_type = "qwen2_moe"
+    title = "Qwen2-MoE"
     architecture = "Qwen2MoeForCausalLM"
 
     def attention(self, theirs: Theirs) -> dict[str, object]:
@@ -92,6 +93,7 @@ class Qwen3MoE(_QwenMoE):
     """A norm on each head of queries and keys; no shared expert."""
 
     model_type = "qwen3_moe"
+    title = "Qwen3-MoE"
     architecture = "Qwen3MoeForCausalLM"
 
     def attention(self, theirs: Theirs) -> dict[str, object]:
