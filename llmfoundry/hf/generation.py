@@ -46,9 +46,14 @@ def generation_of(said: Mapping[str, Value]) -> str | None:
 
 
 def special_tokens(generation: str | None, tokenizer: PreTrainedTokenizerBase | None) -> ConfigDict:
-    """The token ids of a config.json: those of `generation`, and where it names none, the tokenizer's."""
+    """The token ids of a config.json: the tokenizer's; with its end of text go the others that `generation` names."""
     found = token_ids(generation) if generation is not None else {}
-    return {key: found.get(key, getattr(tokenizer, key, None)) for key in _IDS}
+    for key in _IDS:
+        own = getattr(tokenizer, key, None)
+        several = found.get(key)
+        if own is not None and not (isinstance(several, list) and own in several):
+            found[key] = own
+    return {key: found.get(key) for key in _IDS}
 
 
 def token_ids(text: str, where: str = GENERATION) -> ConfigDict:
