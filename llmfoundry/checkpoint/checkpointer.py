@@ -7,7 +7,7 @@
         tensors.json             where each tensor lies (storage.py)
         model-00000.safetensors  one file per rank; optimizer-, rng- likewise
         trainer.json             the step, what the trainer put in, who wrote it
-        config.yaml, tokenizer/  all that generation needs
+        config.yaml, tokenizer/, generation_config.json  all that generation needs
       step-1300.tmp-5e1f.../     being written, or left by a killed run: ignored, and removed by the next run or save
 
 A save writes under a temporary name, syncs every file and folder, and renames: whatever kills it, earlier checkpoints
@@ -86,6 +86,7 @@ from llmfoundry.checkpoint.tensors import (
     set_rng,
 )
 from llmfoundry.dtensor import local_part
+from llmfoundry.hf.generation import GENERATION
 from llmfoundry.settings import write_resolved
 
 __all__ = ["Checkpointer", "CheckpointState", "Contents", "SaveError", "load_model_only", "read"]
@@ -118,6 +119,7 @@ class CheckpointState:
         trainer: what else is needed to continue, as JSON; handed back by `Checkpointer.load`.
         config: the resolved configuration as plain data.
         tokenizer: saved beside the model.
+        generation: a generation_config.json, kept beside the tokenizer.
         base: where the frozen weights came from; given, they are not saved.
     """
 
@@ -127,6 +129,7 @@ class CheckpointState:
     trainer: Mapping[str, Json] = field(default_factory=dict)
     config: Mapping[str, object] = field(default_factory=dict)
     tokenizer: Tokenizer | None = None
+    generation: str | None = None
     base: Base | None = None
 
 
@@ -171,6 +174,8 @@ class Checkpointer:
         if state.base is not None:
             trainer["base"] = state.base._asdict()
         texts = {TRAINER: json.dumps(trainer, indent=1), CONFIG: write_resolved(state.config)}
+        if state.generation is not None:
+            texts[GENERATION] = state.generation
         if self._thread is None:
             live = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
             return self._write(tensors, live, state.step, texts, state.tokenizer)

@@ -1,13 +1,12 @@
 """Hugging Face folders to checkpoints of ours, back, and dense checkpoints to mixtures: all as streams.
 
-A checkpoint made here has weights alone, in the dtype that they came in. Its config.yaml is a whole recipe, which goes
-on from it: `train.py OUT/config.yaml load_path=OUT load_weights_only=true`.
+A checkpoint made here has weights alone, in the dtype that they came in. Its config.yaml is a whole recipe, free to be
+edited, which goes on from it: `train.py OUT/config.yaml load_path=OUT load_weights_only=true`.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -15,7 +14,15 @@ import torch
 from torch import Tensor
 
 from llmfoundry.checkpoint import manifest
-from llmfoundry.checkpoint.manifest import CONFIG, INDEX, TRAINER, CheckpointError, Written, newest_usable
+from llmfoundry.checkpoint.manifest import (
+    CONFIG,
+    CONVERTED,
+    INDEX,
+    TRAINER,
+    CheckpointError,
+    Written,
+    newest_usable,
+)
 from llmfoundry.checkpoint.reading import (
     HUGGING_FACE,
     Contents,
@@ -28,17 +35,16 @@ from llmfoundry.checkpoint.reading import (
 from llmfoundry.config import ConfigError, check, dump
 from llmfoundry.hf.family import write_config
 from llmfoundry.hf.files import DTYPE_NAMES, FillBox, Placed, new_folder, shards, write_files
+from llmfoundry.hf.generation import GENERATION, read_generation
 from llmfoundry.hf.pieces import Copy, Kept, Part, Pieces, Source, Spec, box_of, fill, whole_of
 from llmfoundry.hf.pretrained import (
-    GENERATION,
     Progress,
-    copy_tokenizer,
     open_checkpoint,
     our_shapes,
     pieces_of,
-    tokenizer_of,
     write_checkpoint,
 )
+from llmfoundry.hf.tokenizer import copy_tokenizer, name_for_transformers_4, tokenizer_of
 from llmfoundry.hf.upcycle import Upcycling, upcycle, upcycled_config
 from llmfoundry.layers.lora import adapted
 from llmfoundry.model.adapters import PeftPart, save_peft
@@ -126,7 +132,7 @@ def from_hf(source: str | Path, out: Path, progress: Progress) -> CausalLMConfig
     theirs = open_checkpoint(source, once=True)
     with new_folder(out) as folder:
         _write(
-            folder, out, theirs.config, theirs.our_specs(), theirs.path, progress,
+            folder, out, theirs.config, theirs.our_specs(), theirs.path, theirs.generation, progress,
             lambda name, at, box: fill(box, at, theirs.copies[name], theirs.source),
         )  # fmt: skip
     return theirs.config
@@ -154,12 +160,11 @@ def _to_hf(path: Path, out: Path, progress: Progress, dtype: torch.dtype | None,
     with new_folder(out) as folder, manifest.verified_beside(contents.path, _is_weights):
         write_checkpoint(
             folder, _base(config), CheckpointSource(contents, config), dtype=dtype, model_type=model_type,
-            tokenizer=tokenizer, progress=progress,
+            tokenizer=tokenizer, generation=read_generation(contents.path), progress=progress,
         )  # fmt: skip
         if contents.tokenizer is not None:
             copy_tokenizer(contents.tokenizer, folder)
-        if (contents.path / GENERATION).is_file():
-            shutil.copyfile(contents.path / GENERATION, folder / GENERATION)
+            name_for_transformers_4(folder)
 
 
 def adapters_to_peft(source: str | Path, out: Path, base_model: str | None = None) -> None:
@@ -213,10 +218,12 @@ def grow(source: str | Path, out: Path, plan: Upcycling, seed: int, progress: Pr
         values = CheckpointSource(contents, config)
         dense, tokenizer, specs = _base(config), contents.tokenizer, dict(values.specs)
         copies = Pieces.identity(specs)
+        generation = read_generation(contents.path)
     else:
         theirs = open_checkpoint(source)
         values, copies = theirs.source, theirs.copies
         dense, tokenizer, specs = theirs.config, theirs.path, theirs.our_specs()
+        generation = theirs.generation
 
     def weights() -> Iterator[tuple[str, Tensor]]:
         for name, spec in specs.items():
@@ -240,21 +247,24 @@ def grow(source: str | Path, out: Path, plan: Upcycling, seed: int, progress: Pr
 
     with new_folder(out) as folder:
         made = {name: Spec(dtype, shape) for name, shape in our_shapes(grown).items()}
-        _write(folder, out, grown, made, tokenizer, progress, fill_box)
+        _write(folder, out, grown, made, tokenizer, generation, progress, fill_box)
     return grown
 
 
 def recipe(config: CausalLMConfig, out: Path, has_tokenizer: bool) -> dict[str, object]:
-    """A run that goes on from a converted checkpoint, as plain data; its data is the reader's to choose."""
-    dataset = {"name": "text_files", "path": "./data"}
+    """A run that goes on from a converted checkpoint, as plain data; its data is the reader's to choose.
+
+    It trains on all of ./data; it evaluates once `eval_interval` says so.
+    """
     return {
         "max_seq_len": min(config.max_seq_len, 4096),
         "model": dump(config),
         "tokenizer": {"name": str(out.absolute() / "tokenizer")}
         if has_tokenizer
         else {"name": "bpe", "vocab_size": 300},
-        "train_loader": {"dataset": dataset | {"split": "train"}},
-        "eval_loader": {"dataset": dataset | {"split": "validation"}},
+        "train_loader": {"dataset": {"name": "text_files", "path": "./data"}},
+        "eval_loader": {"dataset": {"name": "text_files", "path": "./eval-data"}},
+        "eval_interval": "0ba",
         "optimizer": {"name": "adamw", "lr": 1.0e-5},
         "scheduler": {"name": "cosine_with_warmup", "t_warmup": "0.01dur", "alpha_f": 0.1},
         "max_duration": "1ep",
@@ -272,8 +282,8 @@ def _open(source: str | Path, need: Need = "model") -> tuple[Contents, CausalLMC
     contents = read(source, need)
     model = contents.config.get("model")
     if not isinstance(model, dict):
-        raise CheckpointError(f"{contents.path / CONFIG}: has no model")
-    config = check(ModelConfig, model, where=f"{contents.path}/config.yaml: model")
+        raise CheckpointError(f"{contents.path}: its settings have no model")
+    config = check(ModelConfig, model, where=f"{contents.path}: model")
     assert isinstance(config, CausalLMConfig)
     return contents, config
 
@@ -288,6 +298,7 @@ def _write(
     config: CausalLMConfig,
     specs: Mapping[str, Spec],
     tokenizer: Path | None,
+    generation: str | None,
     progress: Progress,
     fill_box: FillBox,
 ) -> None:
@@ -301,19 +312,17 @@ def _write(
     if tokenizer is not None:
         (folder / "tokenizer").mkdir()
         has_tokenizer = copy_tokenizer(tokenizer, folder / "tokenizer")
-    texts = {
-        INDEX: json.dumps({"tensors": entries}),
-        TRAINER: json.dumps({"step": 0}),
-        CONFIG: write_resolved(recipe(config, out, has_tokenizer)),
-    }
+    settings = write_resolved(recipe(config, out, has_tokenizer))
+    manifest.write_file(folder / CONFIG, settings.encode())
+    texts = {INDEX: json.dumps({"tensors": entries}), TRAINER: json.dumps({"step": 0}), CONVERTED: settings}
+    if generation is not None:
+        texts[GENERATION] = generation
     files |= {name: manifest.write_file(folder / name, text.encode()) for name, text in texts.items()}
     if has_tokenizer:
         for file in (folder / "tokenizer").iterdir():
             files[f"tokenizer/{file.name}"] = manifest.measure(file, sync=True)
     elif tokenizer is not None:
         (folder / "tokenizer").rmdir()
-    if tokenizer is not None and (tokenizer / GENERATION).is_file():  # for the way back
-        files[GENERATION] = manifest.write_file(folder / GENERATION, (tokenizer / GENERATION).read_bytes())
     manifest.write_manifest(folder, 0, files)
 
 

@@ -34,6 +34,9 @@ FORMAT = 1
 
 # What every checkpoint has; there are tensor files and a tokenizer beside.
 INDEX, TRAINER, CONFIG = "tensors.json", "trainer.json", "config.yaml"
+# In a converted checkpoint config.yaml is a recipe that the reader edits, so the manifest does not list it, and the
+# settings of the weights are kept here.
+CONVERTED = "converted.yaml"
 
 _STEP_FOLDER = re.compile(r"step-(\d+)(?:-r(\d+))?")
 
@@ -259,7 +262,7 @@ def read_manifest(path: Path) -> dict[str, Written]:
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
             raise DamagedError(f"{file}: names {name!r}, which is outside the checkpoint")
-    for name in (INDEX, TRAINER, CONFIG):
+    for name in (INDEX, TRAINER, CONVERTED if CONVERTED in files else CONFIG):
         if name not in files:
             raise DamagedError(f"{file}: does not list {name}; the checkpoint is not complete")
     return files

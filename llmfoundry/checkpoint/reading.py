@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from llmfoundry import hf, runtime
 from llmfoundry.checkpoint.manifest import (
     CONFIG,
+    CONVERTED,
     INDEX,
     MANIFEST,
     TRAINER,
@@ -111,7 +112,7 @@ def read_one(path: Path, need: Need) -> Contents:
 
     files = verify(path, wanted)
     try:
-        config = read_resolved(path / CONFIG)
+        config = read_resolved(path / (CONVERTED if CONVERTED in files else CONFIG))
     except ConfigError as error:
         raise DamagedError(str(error)) from None
     trainer = _trainer(path)

@@ -126,8 +126,8 @@ def generate_main(argv: Sequence[str] | None = None) -> None:
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
         raise ConfigError("--temperature must be a number of 0 or more, --top-p in (0, 1], --max-new-tokens 1 or more")
     opened = _open_checkpoint(args.checkpoint, args.overrides, GENERATING)
-    from llmfoundry.eval.generate import generate, stop_tokens
-    from llmfoundry.hf.pretrained import GENERATION
+    from llmfoundry.eval.generate import generate
+    from llmfoundry.hf.generation import stop_tokens
     from llmfoundry.train.resume import is_trained
 
     parse = args.parse_special
@@ -142,7 +142,7 @@ def generate_main(argv: Sequence[str] | None = None) -> None:
         top_p=args.top_p,
         seed=args.seed,
         special=opened.special._replace(parse=parse),
-        stop=stop_tokens(opened.contents.path / GENERATION),
+        stop=stop_tokens(opened.contents.path),
         emit=_write if launch.is_rank0() else None,
     )
     if launch.is_rank0():

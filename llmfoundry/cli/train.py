@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from llmfoundry.settings import write_resolved
 
 if TYPE_CHECKING:
     from llmfoundry.train.config import RunConfig
+
+log = logging.getLogger(__name__)
 
 
 @command
@@ -46,10 +49,12 @@ def train_main(argv: Sequence[str] | None = None) -> None:
 
 
 def _dry_run(config: RunConfig, gpus: int | None, gpu_memory: float) -> None:
+    from llmfoundry import hf
     from llmfoundry.planning.report import describe
 
     print(write_resolved(dump(config)))
     print(_sizes(config))
+    print(hf.export_note(config.model))
     for line in _evaluations(config):
         print(line)
     if gpus is None and launch.world_size() > 1:
@@ -59,11 +64,13 @@ def _dry_run(config: RunConfig, gpus: int | None, gpu_memory: float) -> None:
 
 
 def _train(config: RunConfig) -> None:
+    from llmfoundry import hf
     from llmfoundry.callbacks.console import Console
     from llmfoundry.callbacks.report import Report, ReportConfig
     from llmfoundry.callbacks.speed_monitor import SpeedMonitor, SpeedMonitorConfig
     from llmfoundry.train.trainer import build
 
+    log.info("%s", hf.export_note(config.model))
     trainer = build(config)
     if not any(isinstance(callback, SpeedMonitor) for callback in trainer.callbacks):
         # Every run reports its speed, to its loggers too.
@@ -113,10 +120,10 @@ def prepare_data_main(argv: Sequence[str] | None = None) -> None:
     from llmfoundry.data.packing import prepare
     from llmfoundry.data.sources import check_apart
 
-    also = [config.eval_loader.dataset] if config.eval_loader is not None else []
+    also = [config.evaluation.dataset] if config.evaluation is not None else []
     check_apart(config.train_loader.dataset, *also)
     tokenizer = config.tokenizer.build(config.train_loader.dataset, also)
-    for name, part in (("train_loader", config.train_loader), ("eval_loader", config.eval_loader)):
+    for name, part in (("train_loader", config.train_loader), ("eval_loader", config.evaluation)):
         if part is not None:
             stream = prepare(part.dataset, tokenizer, config.tokenizer.special_tokens(tokenizer))
             print(f"{name}: {stream.n_tokens:,} tokens of {stream.n_bytes:,} bytes in {Path(stream.folder)}")

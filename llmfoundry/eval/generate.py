@@ -5,10 +5,8 @@ Shapes: S tokens so far, V vocab.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -100,24 +98,6 @@ def check_ids(largest: int, vocab_size: int) -> None:
             f"the tokenizer gave id {largest}, and the model's embedding has {vocab_size} rows (model.vocab_size); "
             f"add rows to it with model.vocab_size={largest + 1} or more: each begins as the mean of the others"
         )
-
-
-def stop_tokens(generation_config: Path) -> set[int]:
-    """The ids that end a text, by a `generation_config.json`; none if there is no such file.
-
-    Raises:
-        ConfigError: it is malformed.
-    """
-    if not generation_config.is_file():
-        return set()
-    try:
-        found = json.loads(generation_config.read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{generation_config}: is malformed: {' '.join(str(error).split())}") from None
-    ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(type(each) is int for each in ids):
-        raise ConfigError(f"{generation_config}: eos_token_id must be an id or a list of ids, found {found!r}")
-    return set(ids)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, dice: torch.Generator) -> int:

@@ -1,5 +1,6 @@
-"""Hugging Face checkpoints in and out: `from_pretrained`, `save_pretrained`, `load_weights`."""
+"""Hugging Face checkpoints in and out: `from_pretrained`, `save_pretrained`, `load_weights`, `export_note`."""
 
+from llmfoundry.hf.family import export_note
 from llmfoundry.hf.pretrained import Loaded, from_pretrained, load_weights, save_pretrained
 
-__all__ = ["Loaded", "from_pretrained", "load_weights", "save_pretrained"]
+__all__ = ["Loaded", "export_note", "from_pretrained", "load_weights", "save_pretrained"]

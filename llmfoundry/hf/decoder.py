@@ -99,7 +99,7 @@ class Decoder(Family):
             "num_key_value_heads": attention.kv_heads(config.n_heads),
             "head_dim": attention.rotary_dim(config.d_model, config.n_heads),
             "hidden_act": self.their_activation(ffn),
-            "rope_parameters": rope_to(attention.rope_theta, attention.rope_scaling),
+            **rope_to(attention.rope_theta, attention.rope_scaling),
             "initializer_range": 0.02 if init_std is None else init_std,
             **self.their_attention(attention, config),
             **self.their_ffn(ffn, config),
@@ -229,10 +229,17 @@ def rope_of(parameters: Value) -> dict[str, object]:
 
 
 def rope_to(theta: float, scaling: RopeScaling) -> ConfigDict:
-    """Their `rope_parameters`."""
+    """Their `rope_parameters`, and the same under the names that readers before `transformers` 5 know.
+
+    Without `rope_theta` at the top, those rotate by their default theta and say nothing.
+    """
     kind = next((kind for kind, known in _SCALINGS.items() if isinstance(scaling, known)), "default")
     said = {k: v for k, v in scaling.model_dump(mode="json").items() if k != "type" and v is not None}
-    return {"rope_theta": theta, "rope_type": kind, **said}
+    return {
+        "rope_parameters": {"rope_theta": theta, "rope_type": kind, **said},
+        "rope_theta": theta,
+        "rope_scaling": None if kind == "default" else {"rope_type": kind, "type": kind, **said},
+    }
 
 
 def shortest_pattern(values: Sequence[int]) -> list[int]:
@@ -266,20 +273,27 @@ def windows_to(config: CausalLMConfig) -> tuple[list[Value], int | None]:
 
 
 def mixture_of(theirs: Theirs, n_experts: str, hidden: str) -> dict[str, object]:
-    """What a mixture's `ffn_config` says in every family: experts, how many a token meets, the balance loss.
-
-    Their balance loss takes all layers together and counts a token K times, once a slot.
-    """
+    """What a mixture's `ffn_config` says in every family: experts, how many a token meets, the balance loss."""
     top_k = theirs.int("num_experts_per_tok")
-    weight = theirs["router_aux_loss_coef"]
     return {
         "ffn_type": "moe",
         "ffn_hidden_size": theirs[hidden],
         "moe_num_experts": theirs[n_experts],
         "moe_top_k": top_k,
-        "moe_loss_weight": _rounded(float(weight or 0.0) * top_k),  # type: ignore[arg-type]
+        "moe_loss_weight": balance_of(theirs, theirs["router_aux_loss_coef"], top_k),
         "moe_lbl_layers": "together",
     }
+
+
+def balance_of(theirs: Theirs, coefficient: Value, top_k: int) -> float:
+    """Our weight of their balance loss, which takes all layers together and counts a token K times, once a slot.
+
+    Their code adds that loss only where `output_router_logits` is set. Most configs carry a coefficient that is never
+    applied: gpt-oss 0.9, which would be most of the gradient.
+    """
+    if not theirs["output_router_logits"]:
+        return 0.0
+    return _rounded(float(coefficient or 0.0) * top_k)  # type: ignore[arg-type]
 
 
 def mixture_to(ffn: FFNConfig, n_experts: str, hidden: str) -> ConfigDict:

@@ -7,6 +7,7 @@ written if the config that was written, read back, has the same facts.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib
@@ -22,6 +23,7 @@ from llmfoundry.config import ConfigError
 from llmfoundry.hf import families
 from llmfoundry.hf.facts import differences, facts
 from llmfoundry.hf.pieces import Pieces
+from llmfoundry.model.config import ModelConfig
 from llmfoundry.model.transformer import CausalLMConfig
 
 Value = None | bool | int | float | str | list["Value"] | dict[str, "Value"]
@@ -83,6 +85,7 @@ class Family:
     """Root of the families."""
 
     model_type: ClassVar[str] = ""  # of config.json
+    title: ClassVar[str]  # its makers' name
     architecture: ClassVar[str]  # the class in `transformers`
     prefix: ClassVar[str] = "model."  # of the tensors that a checkpoint of the bare decoder has without it
     head: ClassVar[str] = "lm_head.weight"  # absent in a tied model
@@ -155,7 +158,7 @@ def read_config(data: Mapping[str, object], where: str = "config.json") -> tuple
             "in `transformers` by from_pretrained(..., dtype=torch.bfloat16) and save_pretrained"
         )
     try:
-        theirs = Theirs(CONFIG_MAPPING[family.model_type].from_dict(dict(data)), where)
+        theirs = Theirs(CONFIG_MAPPING[family.model_type].from_dict(copy.deepcopy(dict(data))), where)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
     config = family.to_ours(theirs)
@@ -172,19 +175,38 @@ def write_config(config: CausalLMConfig, model_type: str | None = None) -> tuple
     Raises:
         ConfigError: the family, or every family, lacks something of this model.
     """
+    family, data, lacking = _closest(config, model_type)
+    if lacking:
+        who = (
+            "no supported family can hold this model; the nearest is"
+            if model_type is None
+            else "this model does not fit"
+        )
+        raise ConfigError(f"{who} {family.model_type}, which lacks {', '.join(lacking)}")
+    return family, data
+
+
+def export_note(config: ModelConfig) -> str:
+    """Whether a model can leave as a Hugging Face checkpoint: one line, known before it is trained."""
+    if not isinstance(config, CausalLMConfig):
+        return f"no Hugging Face family holds this: model.name={config.name}"
+    family, _, lacking = _closest(config)
+    if lacking:
+        return f"no Hugging Face family holds this: {family.title}, the nearest, lacks {', '.join(lacking)}"
+    return f"exports as {family.title}"
+
+
+def _closest(config: CausalLMConfig, model_type: str | None = None) -> tuple[Family, ConfigDict, list[str]]:
+    """The first family that lacks nothing of a model, or else the nearest; its config.json; what it lacks."""
     candidates = list(known_families().values()) if model_type is None else [family_of(model_type)]
-    nearest: tuple[tuple[bool, int], Family, list[str]] | None = None
+    found = []
     for family in candidates:
         data, lacking = _written(family, config)
         if not lacking:
-            return family, data
-        distance = (not data, len(lacking))  # one without words for a whole part is farther than any other
-        if nearest is None or distance < nearest[0]:
-            nearest = distance, family, lacking
-    assert nearest is not None
-    _, family, lacking = nearest
-    who = "no supported family can hold this model; the nearest is" if model_type is None else "this model does not fit"
-    raise ConfigError(f"{who} {family.model_type}, which lacks {', '.join(lacking)}")
+            return family, data, []
+        found.append((family, data, lacking))
+    # One without words for a whole part is farther than any other.
+    return min(found, key=lambda each: (not each[1], len(each[2])))
 
 
 def _written(family: Family, config: CausalLMConfig) -> tuple[ConfigDict, list[str]]:

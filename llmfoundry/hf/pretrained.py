@@ -10,39 +10,34 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llmfoundry import runtime
 from llmfoundry.config import ConfigError
 from llmfoundry.dtensor import local_shard, whole
-from llmfoundry.hf import gguf
 from llmfoundry.hf.facts import differences, facts
 from llmfoundry.hf.family import ConfigDict, Family, read_config, write_config
 from llmfoundry.hf.files import Advance, Folder, boxes, new_folder, write_weights
+from llmfoundry.hf.generation import GENERATION, generation_of, read_generation, special_tokens
 from llmfoundry.hf.gguf import GGUFFile
 from llmfoundry.hf.pieces import Copy, Kept, Part, Pieces, Source, Spec, fill, fill_grown, values_of
+from llmfoundry.hf.tokenizer import TOKENIZER_FILES, name_for_transformers_4, tokenizer_of
 from llmfoundry.layers.lora import is_adapter
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig, cast_parameters
 
 log = logging.getLogger(__name__)
 
-# What makes a tokenizer; none of it is code.
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja",
-)  # fmt: skip
-GENERATION = "generation_config.json"
 VOCABULARY = ("wte.weight", "lm_head.weight")  # ours with a row for each token
 SHARD_BYTES = 5 * 10**9  # of a written file, at most
 
@@ -60,6 +55,7 @@ class Checkpoint:
     Attributes:
         copies: what leads to each of our tensors.
         dtype: of most of the weights.
+        generation: its generation_config.json.
     """
 
     path: Path
@@ -68,6 +64,7 @@ class Checkpoint:
     source: Source
     copies: Mapping[str, list[Copy]]
     dtype: torch.dtype
+    generation: str | None = None
 
     def our_specs(self) -> dict[str, Spec]:
         """Our tensors, each in the dtype of theirs that it is made from."""
@@ -134,7 +131,8 @@ def open_checkpoint(path_or_id: str | Path, once: bool = False) -> Checkpoint:
     if str(path_or_id).endswith(".gguf"):
         file = GGUFFile(Path(path_or_id))
         family, config = read_config(file.config, str(path_or_id))
-        return matched(Path(path_or_id), family, config, file)
+        found = matched(Path(path_or_id), family, config, file)
+        return replace(found, generation=generation_of(file.config))
     path = locate(path_or_id)
     config_file = path / "config.json"
     try:
@@ -146,7 +144,8 @@ def open_checkpoint(path_or_id: str | Path, once: bool = False) -> Checkpoint:
     if not isinstance(data, dict):
         raise ConfigError(f"{config_file}: must hold a mapping, found {type(data).__name__}")
     family, config = read_config(data, str(config_file))
-    return matched(path, family, config, Folder(path, once))
+    found = matched(path, family, config, Folder(path, once))
+    return replace(found, generation=read_generation(path) or generation_of(data))
 
 
 def matched(path: Path, family: Family, config: CausalLMConfig, folder: Source) -> Checkpoint:
@@ -265,6 +264,7 @@ def save_pretrained(
             write_checkpoint(temporary, model.config, source, dtype=dtype, model_type=model_type, tokenizer=tokenizer)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
+                name_for_transformers_4(temporary)
         return
     family, _ = write_config(model.config, model_type)
     pieces = pieces_of(family, model.config, family.layouts[0])
@@ -282,49 +282,34 @@ def write_checkpoint(
     dtype: torch.dtype | None = None,
     model_type: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    generation: str | None = None,
     progress: Progress = _silent,
 ) -> None:
-    """Write config.json and the weights of a model of ours into a folder; they are never in memory as a whole.
+    """Write the JSON files and the weights of a model of ours into a folder; they are never in memory as a whole.
 
     Args:
         source: our tensors.
-        tokenizer: config.json names its special tokens.
+        tokenizer: its special tokens count where `generation` names none.
+        generation: a generation_config.json.
     """
     family, data = write_config(config, model_type)
     pieces = pieces_of(family, config, family.layouts[0])
     specs = _their_specs(pieces, source, dtype)
     dtypes = {spec.dtype for spec in specs.values()}
-    said: ConfigDict = {"dtype": str(max(dtypes, key=lambda each: each.itemsize)).removeprefix("torch.")}
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        said[key] = getattr(tokenizer, key, None)
+    dtype_name = str(max(dtypes, key=lambda each: each.itemsize)).removeprefix("torch.")
+    said: ConfigDict = {
+        "dtype": dtype_name,
+        "torch_dtype": dtype_name,  # the name before `transformers` 4.56
+        "transformers_version": transformers.__version__,
+        **special_tokens(generation, tokenizer),
+    }
     (folder / "config.json").write_text(json.dumps(data | said, indent=2) + "\n", encoding="utf-8")
+    text = generation or generation_of(said)
+    if text is not None:
+        (folder / GENERATION).write_text(text, encoding="utf-8")
     copies = pieces.writing()
     with progress(sum(spec.nbytes for spec in specs.values())) as advance:
         write_weights(folder, specs, lambda name, at, box: fill(box, at, copies[name], source), SHARD_BYTES, advance)
-
-
-def copy_tokenizer(source: Path, target: Path) -> bool:
-    """Copy the files of a tokenizer, or write those of a GGUF file's; whether there were any."""
-    if source.suffix == ".gguf":
-        tokenizer = gguf.tokenizer_of(source)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(target)
-        return tokenizer is not None
-    found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    for file in found:
-        shutil.copyfile(file, target / file.name)
-    return bool(found)
-
-
-def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a folder or GGUF file, if there is one; it runs no code of the folder's."""
-    if folder.suffix == ".gguf":
-        return gguf.tokenizer_of(folder)
-    if not any(
-        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
-    ):
-        return None
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _their_specs(pieces: Pieces, source: Source, dtype: torch.dtype | None) -> dict[str, Spec]:

@@ -197,6 +197,11 @@ class RunConfig(Config):
             update["eval_loader"] = evaluation.model_copy(update={"dataset": other})
         return self.model_copy(update=update)
 
+    @property
+    def evaluation(self) -> LoaderConfig | None:
+        """`eval_loader`, if an evaluation is ever due: else its data is not needed."""
+        return self.eval_loader if self.eval_first or self.eval_interval.value > 0 else None
+
     def precision_on(self, device_type: str) -> Precision:
         """The precision of the run on a kind of device.
 

@@ -33,7 +33,9 @@ from llmfoundry.checkpoint.reading import HUGGING_FACE, Base, Contents, base_of,
 from llmfoundry.config import ConfigError, dump
 from llmfoundry.data.tokenizer import TokenizerConfig
 from llmfoundry.hf.facts import differences, facts
-from llmfoundry.hf.pretrained import TOKENIZER_FILES, locate, open_checkpoint
+from llmfoundry.hf.generation import read_generation
+from llmfoundry.hf.pretrained import locate, open_checkpoint
+from llmfoundry.hf.tokenizer import TOKENIZER_FILES, tokenizer_of
 from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.settings import read_resolved
 from llmfoundry.train.config import RunConfig
@@ -55,6 +57,7 @@ class Start(NamedTuple):
         hugging_face: a folder or hub id; weights only.
         base: what checkpoints of this run leave out, as it is there already.
         changes: settings that differ from the checkpoint's, and are taken.
+        generation: a generation_config.json.
         rows_anew: the checkpoint's place in the data means nothing here: rows are counted from the first.
     """
 
@@ -63,6 +66,7 @@ class Start(NamedTuple):
     hugging_face: str | None = None
     base: Base | None = None
     changes: tuple[Difference, ...] = ()
+    generation: str | None = None
     rows_anew: bool = False
 
 
@@ -107,7 +111,8 @@ def _from_ours(
         base = base_of(contents) if how == "weights" else contents.base
     anew = any(difference.key in ROWS for difference in comparison.identity)
     changes = () if how == "weights" else (*comparison.identity, *comparison.others)
-    return Start(how, contents, base=base, changes=changes, rows_anew=anew)
+    generation = read_generation(contents.path)
+    return Start(how, contents, base=base, changes=changes, generation=generation, rows_anew=anew)
 
 
 def _from_hugging_face(config: RunConfig, model: CausalLMConfig, name: str) -> Start:
@@ -120,6 +125,7 @@ def _from_hugging_face(config: RunConfig, model: CausalLMConfig, name: str) -> S
     return Start(
         "weights", hugging_face=name,
         base=base_of(name) if model.lora is not None and not config.save_frozen_weights else None,
+        generation=theirs.generation,
     )  # fmt: skip
 
 
@@ -141,7 +147,7 @@ def build_tokenizer(config: RunConfig, start: Start) -> PreTrainedTokenizerBase:
         ConfigError: another one is asked for, and `load_allow` does not name it.
     """
     wanted, dataset = config.tokenizer, config.train_loader.dataset
-    others = [config.eval_loader.dataset] if config.eval_loader is not None else []
+    others = [config.evaluation.dataset] if config.evaluation is not None else []
     folder = _tokenizer_of(start)
     if folder is None or is_allowed(TOKENIZER, config.load_allow):
         return wanted.build(dataset, others)
@@ -203,6 +209,17 @@ def _tokenizer_of(start: Start) -> Path | None:
         return None
     folder = locate(start.hugging_face)
     return folder if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
+
+
+def generation_for(start: Start, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The generation_config.json of what a run begins from, unless its ids mean other tokens now."""
+    folder = _tokenizer_of(start)
+    if start.generation is None or folder is None:
+        return start.generation
+    before, now = tokenizer_of(folder), tokenizer.get_vocab()
+    assert before is not None
+    same = all(now.get(token) == number for token, number in before.get_vocab().items())
+    return start.generation if same else None
 
 
 def check_data(start: Start, fingerprint: str, allow: list[str]) -> Start:

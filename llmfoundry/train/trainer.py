@@ -38,6 +38,7 @@ from llmfoundry.train.resume import (
     check_data,
     command_to_continue,
     find_start,
+    generation_for,
     train_state,
     with_rule_of,
 )
@@ -55,6 +56,7 @@ class Trainer(Run):
     start: Start
     saver: Saver
     callbacks: list[Callback]
+    generation: str | None = None  # generation_config.json of what the run began from
     folder: RunFolder | None = None  # of rank 0, from `fit` on
     unevaluated: Metrics = field(default_factory=dict)  # of the last step, if a signal cut its evaluation short
     signalled: bool = False  # this rank was asked to stop
@@ -281,6 +283,7 @@ class Trainer(Run):
             },
             config=dump(self.config),
             tokenizer=self.tokenizer,
+            generation=self.generation,
             base=self.start.base,
         )
 
@@ -344,8 +347,7 @@ def build(config: RunConfig) -> Trainer:
         asynchronous=device.type == "cuda" if config.save_async == "auto" else config.save_async,
     )
     start = find_start(config, checkpointer)
-    evaluation = config.eval_loader if config.eval_interval.value > 0 or config.eval_first else None
-    check_apart(config.train_loader.dataset, evaluation.dataset if evaluation is not None else None)
+    check_apart(config.train_loader.dataset, config.evaluation.dataset if config.evaluation is not None else None)
     tokenizer = build_tokenizer(config, start)
     n_ids = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
     if n_ids > config.model.vocab_size:
@@ -363,7 +365,7 @@ def build(config: RunConfig) -> Trainer:
         part.build(tokenizer, seed=config.seed, max_seq_len=config.max_seq_len, sequence_ids=documents, special=special)
         if part
         else None
-        for part in (config.train_loader, evaluation)
+        for part in (config.train_loader, config.evaluation)
     )
     assert loader is not None
     start = check_data(start, loader.fingerprint, config.load_allow)
@@ -399,6 +401,7 @@ def build(config: RunConfig) -> Trainer:
         balance=Balance.of(config.model),
         start=start,
         saver=Saver(checkpointer, config.save_failures_allowed),
+        generation=generation_for(start, tokenizer),
         callbacks=callbacks,
     )
 

@@ -24,7 +24,8 @@ from llmfoundry.data.cache import cache_root
 from llmfoundry.data.packing import pack
 from llmfoundry.data.sources import Source
 from llmfoundry.data.tokenizer import Encoder, SpecialTokens, TokenizerConfig, _bounded, train_bpe
-from llmfoundry.eval.generate import encoded, stop_tokens
+from llmfoundry.eval.generate import encoded
+from llmfoundry.hf.generation import stop_tokens
 
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
 TEXT = " ".join(WORDS * 40)
@@ -196,7 +197,7 @@ def test_generation_stops_at_every_stop_id(tmp_path: Path, capsys: pytest.Captur
     stop = ids[-4]
     folder = llama(tmp_path / "stops", stops=[1, stop])
     assert convert_main(["from-hf", str(folder), str(tmp_path / "ours")]) == 0
-    assert stop_tokens(tmp_path / "ours" / "generation_config.json") == {1, stop}
+    assert stop_tokens(tmp_path / "ours") == {1, stop}
     text = fast.decode(ids[: ids.index(stop)], skip_special_tokens=True)
     assert ours(capsys, tmp_path / "ours", "alpha") == text
     assert theirs(folder, "alpha", 12).startswith(text)
@@ -206,7 +207,7 @@ def test_generation_stops_at_every_stop_id(tmp_path: Path, capsys: pytest.Captur
 def test_a_malformed_generation_config_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(ConfigError, match="generation_config.json"):
-        stop_tokens(tmp_path / "generation_config.json")
+        stop_tokens(tmp_path)
 
 
 def test_add_bos_needs_a_bos() -> None:

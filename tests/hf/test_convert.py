@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from theirs import CASES, VOCAB
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from llmfoundry.cli.convert import convert_main
 from llmfoundry.cli.inference import eval_main, generate_main
 from llmfoundry.cli.train import train_main
-from llmfoundry.config import ConfigError
+from llmfoundry.config import ConfigError, dump
 from llmfoundry.hf import files, from_pretrained
+from llmfoundry.hf.family import read_config
 from llmfoundry.hf.pieces import Spec, whole_of
 
 TOKENS = torch.randint(3, VOCAB, (2, 13), generator=torch.Generator().manual_seed(1))
@@ -132,6 +134,93 @@ def test_training_starts_from_a_checkpoint(mixtral: Path, tmp_path: Path, way: s
     trained = load_file(next((tmp_path / "run" / "checkpoints" / "latest").glob("model-*.safetensors")))
     true = from_pretrained(mixtral).model.state_dict()
     assert all((trained[name] - true[name]).abs().max() < 1e-6 for name in true)
+
+
+def edit_nothing(recipe: Path) -> None:
+    pass
+
+
+def edit_rate(recipe: Path) -> None:
+    recipe.write_text(recipe.read_text().replace("lr: 1.0e-05", "lr: 3.0e-05") + "seed: 5\n")
+
+
+def comment_only(recipe: Path) -> None:
+    recipe.write_text("# my run\n" + recipe.read_text())
+
+
+@pytest.mark.parametrize("edit", [edit_nothing, edit_rate, comment_only])
+def test_a_recipe_is_edited_and_pointed_at_other_data(
+    llama: Path, tmp_path: Path, edit: Callable[[Path], None]
+) -> None:
+    ours = tmp_path / "ours"
+    assert convert_main(["from-hf", str(llama), str(ours)]) == 0
+    edit(ours / "config.yaml")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("abc" * 200)
+    begin = [str(ours / "config.yaml"), f"load_path={ours}", "load_weights_only=true", "max_duration=1ba",
+             "max_seq_len=16", "global_train_batch_size=2"]  # fmt: skip
+    where = [f"train_loader.dataset.path={tmp_path / 'texts'}", f"save_folder={tmp_path / 'run'}"]
+    assert train_main([*begin, *where]) == 0
+    assert generate_main(["--checkpoint", str(ours), "--prompt", "ab", "--max-new-tokens", "2"]) == 0
+    assert convert_main(["to-hf", str(ours), str(tmp_path / "back")]) == 0
+    evaluated = [f"eval_loader.dataset.path={tmp_path / 'texts'}", "eval_loader.dataset.split=train"]
+    assert eval_main(["--checkpoint", str(ours), "max_seq_len=16", *evaluated]) == 0
+
+
+@pytest.mark.parametrize("why", ["eval_interval=0ba", "eval_loader=null"])
+def test_evaluation_data_is_needed_only_where_an_evaluation_is_due(llama: Path, tmp_path: Path, why: str) -> None:
+    text = {"name": "text_files", "path": str(tmp_path / "is-not-there")}
+    model = model_of(llama, tmp_path)
+    path = recipe(tmp_path, model, llama, eval_loader={"dataset": text})
+    assert train_main([str(path)]) == 2
+    assert train_main([str(path), why]) == 0
+    assert train_main([str(path), why, "eval_first=true"]) == 2
+
+
+def test_the_settings_of_weights_are_not_edited_unseen(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = tmp_path / "ours"
+    assert convert_main(["from-hf", str(llama), str(ours)]) == 0
+    begin = [str(ours / "config.yaml"), f"load_path={ours}", "load_weights_only=true",
+             f"save_folder={tmp_path / 'run'}", "train_loader.dataset={name: synthetic}",
+             "model.attn_config.rope_theta=5000.0"]  # fmt: skip
+    assert train_main(begin) == 2
+    assert "model.attn_config.rope_theta: 5000.0 differs from 10000.0" in capsys.readouterr().err
+    (ours / "converted.yaml").write_text((ours / "converted.yaml").read_text() + "seed: 5\n")
+    assert convert_main(["to-hf", str(ours), str(tmp_path / "back")]) == 2
+    assert "converted.yaml: has " in capsys.readouterr().err
+
+
+NOTES = {
+    "llama": ({}, "exports as Llama"),
+    "mixtral": ({}, "exports as Mixtral"),
+    "sigmoid": (
+        {"ffn_config": {"moe_score_fn": "sigmoid", "moe_n_groups": 2}},
+        "no Hugging Face family holds this: Mixtral, the nearest, lacks ",
+    ),
+    "alibi": ({"attn_config": {"rope": False, "alibi": True}}, "no Hugging Face family holds this: "),
+    "soft cap": ({"final_logit_softcapping": 30.0}, "no Hugging Face family holds this: "),
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_what_a_recipe_exports_as_is_said_before_it_trains(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    changes, says = NOTES[name]
+    case = next(case for case in CASES if case.model_type == ("llama" if name in ("llama", "soft cap") else "mixtral"))
+    _, config = read_config(AutoConfig.for_model(case.model_type, **case.settings).to_dict())
+    model = dump(config)
+    for key, value in changes.items():
+        model[key] = {**model[key], **value} if isinstance(value, dict) else value
+    model.get("ffn_config", {}).pop("moe_capacity_factor", None)
+    path = recipe(tmp_path, model, tmp_path, tokenizer={"name": "bpe", "vocab_size": 300})
+    caplog.set_level("INFO")
+    assert train_main([str(path), "--dry-run"]) == 0
+    assert says in capsys.readouterr().out
+    train_main([str(path)])  # refused for its small vocabulary, after it has said so
+    assert says in caplog.text
 
 
 def test_another_model_is_named_before_anything_changes(

@@ -113,7 +113,7 @@ def test_there_and_back_is_the_same_to_the_bit(case: Case, tmp_path: Path) -> No
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert all(torch.equal(a, b) for a, b in zip(theirs.parameters(), again.parameters(), strict=True))
     settings = json.loads((tmp_path / "again" / "config.json").read_text())
-    assert settings["architectures"] == [type(theirs).__name__]
+    assert type(theirs).__name__ in settings["architectures"]
 
 
 def test_writing_a_small_vocabulary_warns_of_no_other_familys_tokens(caplog: pytest.LogCaptureFixture) -> None:

@@ -8,7 +8,7 @@ Source: Databricks 2024, DBRX.
 from __future__ import annotations
 
 from llmfoundry.config import ConfigError, check
-from llmfoundry.hf.decoder import activation_of, activation_to, as_mixture, init_of, rope_of, rope_to
+from llmfoundry.hf.decoder import activation_of, activation_to, as_mixture, balance_of, init_of, rope_of, rope_to
 from llmfoundry.hf.family import ConfigDict, Family, Theirs
 from llmfoundry.hf.pieces import Pieces
 from llmfoundry.layers.attention import GroupedQueryConfig
@@ -22,6 +22,7 @@ class Dbrx(Family):
     """Every layer is a mixture."""
 
     model_type = "dbrx"
+    title = "DBRX"
     architecture = "DbrxForCausalLM"
     prefix = "transformer."
     embedding = "transformer.wte.weight"
@@ -39,7 +40,7 @@ class Dbrx(Family):
                 f"config.json: rope_parameters.rope_theta={rope['rope_theta']} and attn_config.rope_theta={published} "
                 "differ; keep one"
             )
-        ffn.must_be("hidden_size", theirs["d_model"])
+        ffn["hidden_size"]  # always d_model
         activation, top_k = ffn["ffn_act_fn"], ffn.int("moe_top_k")
         assert isinstance(activation, dict)
         data = {
@@ -62,7 +63,7 @@ class Dbrx(Family):
                 "moe_top_k": top_k,
                 "moe_normalize_expert_weights": ffn["moe_normalize_expert_weights"],
                 "moe_jitter_eps": ffn["moe_jitter_eps"] or None,
-                "moe_loss_weight": float(ffn["moe_loss_weight"] or 0.0) * top_k,  # type: ignore[arg-type]
+                "moe_loss_weight": balance_of(theirs, ffn["moe_loss_weight"], top_k),
                 "moe_lbl_layers": "together",
             },
             "init_config": init_of(theirs["initializer_range"]),
@@ -77,14 +78,13 @@ class Dbrx(Family):
         kv_heads = attention.kv_heads(config.n_heads)
         return {
             **self.sizes_to(config),
-            "rope_parameters": rope_to(attention.rope_theta, attention.rope_scaling),
+            **rope_to(attention.rope_theta, attention.rope_scaling),
             "attn_config": {
                 "kv_n_heads": kv_heads,
                 "clip_qkv": attention.clip_qkv,
                 "rope_theta": attention.rope_theta,
             },
             "ffn_config": {
-                "hidden_size": config.d_model,
                 "ffn_act_fn": {"name": activation_to(moe)},
                 "ffn_hidden_size": moe.ffn_hidden_size,
                 "moe_num_experts": moe.moe_num_experts,

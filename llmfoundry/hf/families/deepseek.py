@@ -69,7 +69,7 @@ class _DeepSeek(Decoder):
             "initializer_range": 0.02 if init_std is None else init_std,
             "attention_bias": bool(attention.bias),
             **{key: getattr(attention, key) for key in _HEAD_SIZES},
-            "rope_parameters": rope_to(attention.rope_theta, attention.rope_scaling),
+            **rope_to(attention.rope_theta, attention.rope_scaling),
             "intermediate_size": moe.dense_ffn_hidden_size,
             "moe_intermediate_size": hidden,
             "n_shared_experts": shared.hidden_size // hidden,
@@ -77,13 +77,14 @@ class _DeepSeek(Decoder):
             "num_experts_per_tok": moe.moe_top_k,
             "routed_scaling_factor": moe.moe_routed_scaling,
             "first_k_dense_replace": config.n_layers - len(mixtures),
+            "moe_layer_freq": 1,
             "n_group": moe.moe_n_groups,
             "topk_group": moe.moe_topk_groups or moe.moe_n_groups,
             **self.their_mixture(attention, moe),
         }
 
     def their_mixture(self, attention: LatentConfig, moe: MoEConfig) -> ConfigDict:
-        """The inverse of `attention` and `ffn`."""
+        """The inverse of `attention` and `ffn`. Servers read keys here that `transformers` has no need of."""
         raise NotImplementedError
 
     def add_attention(self, config: CausalLMConfig, pieces: Pieces, ours: str, theirs: str) -> None:
@@ -105,6 +106,7 @@ class DeepSeekV2(_DeepSeek):
     """Scores are a softmax, never normalised; a group counts by its best expert."""
 
     model_type = "deepseek_v2"
+    title = "DeepSeek-V2"
     architecture = "DeepseekV2ForCausalLM"
 
     def ffn(self, theirs: Theirs) -> dict[str, object]:
@@ -122,7 +124,11 @@ class DeepSeekV2(_DeepSeek):
         """The choice of experts."""
         if not attention.rope_interleaved:
             raise ConfigError("attn_config.rope_interleaved=False")
-        return {"topk_method": "group_limited_greedy" if moe.moe_n_groups > 1 else "greedy"}
+        return {
+            "topk_method": "group_limited_greedy" if moe.moe_n_groups > 1 else "greedy",
+            "scoring_func": "softmax",
+            "norm_topk_prob": False,
+        }
 
 
 class DeepSeekV3(_DeepSeek):
@@ -133,6 +139,7 @@ class DeepSeekV3(_DeepSeek):
     """
 
     model_type = "deepseek_v3"
+    title = "DeepSeek-V3"
     architecture = "DeepseekV3ForCausalLM"
 
     def weights(self, names: Iterable[str], config: CausalLMConfig) -> set[str]:
@@ -150,7 +157,8 @@ class DeepSeekV3(_DeepSeek):
         """The choice of experts. A finished model's bias stays, unless the file came from us and says otherwise."""
         _one_of(theirs, "scoring_func", "sigmoid", None)
         _one_of(theirs, "topk_method", "noaux_tc", None)
-        theirs["num_mtp_layers"]  # `transformers` builds none
+        for key in ("num_nextn_predict_layers", "num_mtp_layers"):  # one setting by two names; none is built here
+            theirs[key]
         return {
             "moe_score_fn": "sigmoid",
             "moe_bias_update_rate": theirs["moe_bias_update_rate"] or 0.0,
@@ -163,8 +171,10 @@ class DeepSeekV3(_DeepSeek):
         """The choice of experts."""
         return {
             "rope_interleave": attention.rope_interleaved,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
             "norm_topk_prob": moe.moe_normalize_expert_weights is not None,
-            "num_mtp_layers": 0,
+            "num_nextn_predict_layers": 0,
             **({"moe_bias_update_rate": moe.moe_bias_update_rate} if moe.moe_bias_update_rate else {}),
         }
 

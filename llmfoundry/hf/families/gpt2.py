@@ -20,6 +20,7 @@ class GPT2(Family):
     """A dense model. Its `attn.bias` tensors, of old files, are masks and no weights."""
 
     model_type = "gpt2"
+    title = "GPT-2"
     architecture = "GPT2LMHeadModel"
     prefix = "transformer."
     embedding = "transformer.wte.weight"
@@ -54,6 +55,7 @@ class GPT2(Family):
         activation = activation_to(config.ffn(0))
         return {
             **self.sizes_to(config),
+            "n_ctx": config.max_seq_len,  # llama.cpp's name of n_positions
             "n_inner": config.ffn(0).ffn_hidden_size,
             "activation_function": "gelu_new" if activation == "gelu_pytorch_tanh" else activation,
             "initializer_range": config.init_config.init_std or 0.02,

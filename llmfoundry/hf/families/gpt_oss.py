@@ -21,6 +21,7 @@ class GptOss(Decoder):
     """Its published weights are quantised; it is the bfloat16 ones that are read and written."""
 
     model_type = "gpt_oss"
+    title = "gpt-oss"
     architecture = "GptOssForCausalLM"
     names = Decoder.names | {"router": "mlp.router"}
 
@@ -50,9 +51,11 @@ class GptOss(Decoder):
         return "silu"
 
     def their_attention(self, attention: GroupedQueryConfig, config: CausalLMConfig) -> ConfigDict:
-        """Biases and windows."""
+        """Biases and windows. Their code asks for a window where no layer has one: it is the whole context then."""
         types, window = windows_to(config)
-        return super().their_attention(attention, config) | {"layer_types": types, "sliding_window": window}
+        return super().their_attention(attention, config) | {
+            "layer_types": types, "sliding_window": window or config.max_seq_len,
+        }  # fmt: skip
 
     def their_ffn(self, ffn: FFNConfig, config: CausalLMConfig) -> ConfigDict:
         """The mixture."""

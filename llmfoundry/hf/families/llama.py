@@ -17,6 +17,7 @@ class Llama(Decoder):
     """Biases in attention or in the feed-forward block are settings."""
 
     model_type = "llama"
+    title = "Llama"
     architecture = "LlamaForCausalLM"
 
     def ffn(self, theirs: Theirs) -> dict[str, object]:
@@ -32,6 +33,7 @@ class Mistral(Decoder):
     """No biases; all layers may have one window."""
 
     model_type = "mistral"
+    title = "Mistral"
     architecture = "MistralForCausalLM"
 
     def attention(self, theirs: Theirs) -> dict[str, object]:

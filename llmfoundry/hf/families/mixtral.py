@@ -18,6 +18,7 @@ class Mixtral(Mistral):
     """A token's weights sum to 1. `router_jitter_noise` also reaches the experts there, and only the router here."""
 
     model_type = "mixtral"
+    title = "Mixtral"
     architecture = "MixtralForCausalLM"
     layouts = ("each", "stacked")
     names = Decoder.names | {

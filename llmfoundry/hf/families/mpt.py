@@ -31,6 +31,7 @@ class MPT(Family):
     """A dense model."""
 
     model_type = "mpt"
+    title = "MPT"
     architecture = "MptForCausalLM"
     prefix = "transformer."
     embedding = "transformer.wte.weight"
@@ -70,9 +71,13 @@ class MPT(Family):
         if not isinstance(attention, GroupedQueryConfig) or not attention.alibi:
             raise ConfigError("attn_config.alibi")
         return {
+            "architectures": ["MPTForCausalLM", self.architecture],  # servers know the first, its authors' name
             **self.sizes_to(config),
+            **_MODEL,
+            "norm_type": _NORMS[0],
             "initializer_range": config.init_config.init_std or 0.02,
             "attn_config": {
+                **_ATTENTION,
                 "clip_qkv": attention.clip_qkv,
                 "softmax_scale": attention.softmax_scale,
                 "attn_uses_sequence_id": attention.attn_uses_sequence_id,

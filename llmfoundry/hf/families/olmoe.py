@@ -16,6 +16,7 @@ class Olmoe(Decoder):
     """`clip_qkv` comes after the norm in `transformers`."""
 
     model_type = "olmoe"
+    title = "OLMoE"
     architecture = "OlmoeForCausalLM"
     layouts = ("each", "stacked")
 

@@ -15,6 +15,7 @@ class Qwen2(Decoder):
     """Later layers may have a window."""
 
     model_type = "qwen2"
+    title = "Qwen2"
     architecture = "Qwen2ForCausalLM"
 
     def attention(self, theirs: Theirs) -> dict[str, object]:
@@ -29,14 +30,14 @@ class Qwen2(Decoder):
 
     def their_attention(self, attention: GroupedQueryConfig, config: CausalLMConfig) -> ConfigDict:
         """The windows."""
-        types, window = windows_to(config)
-        return {"layer_types": types, "sliding_window": window, "use_sliding_window": window is not None}
+        return their_windows(config)
 
 
 class Qwen3(Qwen2):
     """All biases of attention or none."""
 
     model_type = "qwen3"
+    title = "Qwen3"
     architecture = "Qwen3ForCausalLM"
 
     def attention(self, theirs: Theirs) -> dict[str, object]:
@@ -47,3 +48,14 @@ class Qwen3(Qwen2):
     def their_attention(self, attention: GroupedQueryConfig, config: CausalLMConfig) -> ConfigDict:
         """Biases and windows."""
         return super().their_attention(attention, config) | {"attention_bias": bool(attention.bias)}
+
+
+def their_windows(config: CausalLMConfig) -> ConfigDict:
+    """Which layers have a window, in a list and in the older words: none before `max_window_layers`."""
+    types, window = windows_to(config)
+    return {
+        "layer_types": types,
+        "sliding_window": window,
+        "use_sliding_window": window is not None,
+        "max_window_layers": types.index("sliding_attention") if window is not None else config.n_layers,
+    }

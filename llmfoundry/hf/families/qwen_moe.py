@@ -8,6 +8,7 @@ from __future__ import annotations
 from llmfoundry.config import ConfigError
 from llmfoundry.hf.decoder import Decoder, as_mixture, mixture_of, mixture_to, windows_of, windows_to
 from llmfoundry.hf.families.llama import window_of
+from llmfoundry.hf.families.qwen import their_windows
 from llmfoundry.hf.family import ConfigDict, Theirs
 from llmfoundry.hf.pieces import Pieces
 from llmfoundry.layers.attention import GroupedQueryConfig
@@ -45,6 +46,7 @@ class Qwen2MoE(_QwenMoE):
     """A shared expert beside the others, scaled by a gate of its own."""
 
     model_type = "qwen2_moe"
+    title = "Qwen2-MoE"
     architecture = "Qwen2MoeForCausalLM"
 
     def attention(self, theirs: Theirs) -> dict[str, object]:
@@ -67,13 +69,7 @@ class Qwen2MoE(_QwenMoE):
 
     def their_attention(self, attention: GroupedQueryConfig, config: CausalLMConfig) -> ConfigDict:
         """Biases and windows."""
-        types, window = windows_to(config)
-        return {
-            "qkv_bias": bool(attention.bias),
-            "layer_types": types,
-            "sliding_window": window,
-            "use_sliding_window": window is not None,
-        }
+        return {"qkv_bias": bool(attention.bias)} | their_windows(config)
 
     def their_ffn(self, ffn: FFNConfig, config: CausalLMConfig) -> ConfigDict:
         """With the shared expert."""
@@ -92,6 +88,7 @@ class Qwen3MoE(_QwenMoE):
     """A norm on each head of queries and keys; no shared expert."""
 
     model_type = "qwen3_moe"
+    title = "Qwen3-MoE"
     architecture = "Qwen3MoeForCausalLM"
 
     def attention(self, theirs: Theirs) -> dict[str, object]:

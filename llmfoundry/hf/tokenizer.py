@@ -1,0 +1,57 @@
+"""The files of a tokenizer: found, read without running code, copied, and written so that older readers know them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from llmfoundry.hf import gguf
+
+# What makes a tokenizer; none of it is code.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja",
+)  # fmt: skip
+
+
+def copy_tokenizer(source: Path, target: Path) -> bool:
+    """Copy the files of a tokenizer, or write those of a GGUF file's; whether there were any."""
+    if source.suffix == ".gguf":
+        tokenizer = gguf.tokenizer_of(source)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
+        return tokenizer is not None
+    found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    for file in found:
+        shutil.copyfile(file, target / file.name)
+    return bool(found)
+
+
+def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a folder or GGUF file, if there is one; it runs no code of the folder's."""
+    if folder.suffix == ".gguf":
+        return gguf.tokenizer_of(folder)
+    if not any(
+        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+    ):
+        return None
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def name_for_transformers_4(folder: Path) -> None:
+    """Put names that `transformers` 4 knows, and 5 too, into an exported tokenizer_config.json.
+
+    5 writes a class that 4 does not have, and a list under `extra_special_tokens`, where 4 expects a mapping.
+    """
+    file = folder / "tokenizer_config.json"
+    if not file.is_file():
+        return
+    said = json.loads(file.read_text(encoding="utf-8"))
+    if said.get("tokenizer_class") == "TokenizersBackend":
+        said["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(said.get("extra_special_tokens"), list):
+        said["additional_special_tokens"] = said.pop("extra_special_tokens")
+    file.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
