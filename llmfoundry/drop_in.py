@@ -28,7 +28,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from llmfoundry.kernels.activations import ACTIVATIONS, GLU_ACTIVATIONS, glu
 from llmfoundry.kernels.experts import Backend, ExpertKind, experts_ffn, resolve_backend
-from llmfoundry.moe.dispatch import give_back, plan_exchange, send
+from llmfoundry.moe.dispatch import plan_exchange, return_rows, send
 
 log = logging.getLogger(__name__)
 
@@ -220,8 +220,8 @@ def _ep_implementation() -> type:
             n_local = cast(int, self.num_local_experts)
             plan = plan_exchange(top_k_index, n_local, self.ep_mesh.get_group())
             weights = top_k_weights.to(torch.promote_types(top_k_weights.dtype, torch.float32))
-            there = send(hidden_states.contiguous(), weights, top_k_index, n_local, plan).arrive()
-            y = give_back(self.experts_forward(there.x, there.experts, there.weights), plan)
+            there = send(hidden_states.contiguous(), weights, top_k_index, n_local, plan).wait()
+            y = return_rows(self.experts_forward(there.x, there.experts, there.weights), plan)
             if self.tp_mesh.size() == 1:
                 return y
             shape = torch.Size((n_tokens, d))

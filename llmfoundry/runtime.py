@@ -11,7 +11,9 @@ import os
 import random
 import resource
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar, cast
 
 import numpy as np
@@ -49,6 +51,18 @@ _PEAK_BF16_TFLOPS = {
     "L40S": 362.0,
     "RTX 4090": 165.2,
 }
+
+
+def cache_root(cache_dir: str | None = None) -> Path:
+    """Where tokenizers, token shards and tile choices are kept.
+
+    It is `cache_dir`, else $LLMFOUNDRY_CACHE, else `~/.cache/llmfoundry`; for a user without a home directory, a folder
+    in the system's temporary one.
+    """
+    root = os.path.expanduser(cache_dir or os.environ.get("LLMFOUNDRY_CACHE") or "~/.cache/llmfoundry")
+    if root.startswith("~"):
+        root = os.path.join(tempfile.gettempdir(), f"llmfoundry-{os.getuid()}")
+    return Path(root).absolute()
 
 
 def device() -> torch.device:

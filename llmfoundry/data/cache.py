@@ -13,12 +13,6 @@ from filelock import FileLock
 from llmfoundry.config import ConfigError
 
 
-def cache_root(cache_dir: str | None) -> Path:
-    """Where tokenizers and shards live: `cache_dir`, else $LLMFOUNDRY_CACHE, else the user's cache."""
-    root = cache_dir or os.environ.get("LLMFOUNDRY_CACHE") or "~/.cache/llmfoundry"
-    return Path(root).expanduser().absolute()
-
-
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """Return `folder`; make it first if it does not exist.
 

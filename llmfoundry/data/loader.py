@@ -23,11 +23,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import Choice, ConfigError
-from llmfoundry.data.cache import cache_root
 from llmfoundry.data.packing import TokenStream, pack
 from llmfoundry.data.sources import DatasetConfig, Source
 from llmfoundry.data.tokenizer import PLAIN_TEXT, SpecialTokens
-from llmfoundry.runtime import seed_of
+from llmfoundry.runtime import cache_root, seed_of
 
 log = logging.getLogger(__name__)
 

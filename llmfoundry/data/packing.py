@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import ConfigError
-from llmfoundry.data.cache import cache_root, made_once
+from llmfoundry.data.cache import made_once
 from llmfoundry.data.sources import DatasetConfig, Source
 from llmfoundry.data.tokenizer import PLAIN_TEXT, Encoder, SpecialTokens, pieces
 from llmfoundry.progress import progress
+from llmfoundry.runtime import cache_root
 
 log = logging.getLogger(__name__)
 

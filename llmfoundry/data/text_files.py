@@ -13,12 +13,13 @@ from typing import NamedTuple
 from pydantic import Field
 
 from llmfoundry.config import ConfigError, LocalPath
-from llmfoundry.data.cache import cache_root, made_once
+from llmfoundry.data.cache import made_once
 from llmfoundry.data.files import checked_digest, find, kind_of, said_of, unpacked
 from llmfoundry.data.sources import DatasetConfig, Source, fingerprint_of
 from llmfoundry.data.split import cut, filling_both, keeps, select, share
 from llmfoundry.data.tables import BadRow, check_parquet, read_table
 from llmfoundry.progress import progress
+from llmfoundry.runtime import cache_root
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llmfoundry.config import Config, ConfigError
-from llmfoundry.data.cache import cache_root, made_once
+from llmfoundry.data.cache import made_once
 from llmfoundry.data.sources import DatasetConfig
+from llmfoundry.runtime import cache_root
 
 log = logging.getLogger(__name__)
 

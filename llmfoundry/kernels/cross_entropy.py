@@ -8,6 +8,8 @@ and nothing is recomputed. `cross_entropy_reference` is the plain operation.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,8 +40,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, softcap: flo
     Returns:
         () nats, float32 (float64 for float64 inputs).
     """
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return _LinearCrossEntropy.apply(x, weight, labels, softcap, needs_grad)
+    needs = torch.is_grad_enabled() and x.requires_grad, torch.is_grad_enabled() and weight.requires_grad
+    return _LinearCrossEntropy.apply(x, weight, labels, softcap, needs)
 
 
 def cross_entropy_reference(x: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
@@ -52,8 +54,7 @@ def cross_entropy_reference(x: Tensor, weight: Tensor, labels: Tensor, softcap: 
 
 
 class _Context(torch.autograd.function.FunctionCtx):
-    saved_tensors: tuple[Tensor, Tensor]
-    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor | None, Tensor | None]
     dtypes: tuple[torch.dtype, torch.dtype]  # of x and weight
 
 
@@ -65,18 +66,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         labels: Tensor,
         softcap: float | None,
-        needs_grad: bool,
+        needs: tuple[bool, bool],
     ) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         total = x.new_zeros((), dtype=dtype)
-        dx = x.new_empty(x.shape if needs_grad else (0,), dtype=dtype)
-        dw = weight.new_zeros(weight.shape if needs_grad else (0,), dtype=dtype)
+        dx = x.new_empty(x.shape, dtype=dtype) if needs[0] else None
+        dw = weight.new_zeros(weight.shape, dtype=dtype) if needs[1] else None
         n_chunks = max(1, -(-x.shape[0] * weight.shape[0] // CHUNK_LOGITS.get(x.device.type, 2**20)))
         rows = max(1, -(-x.shape[0] // n_chunks))
         for start in range(0, x.shape[0], rows):
             chunk = slice(start, min(start + rows, x.shape[0]))
-            total += _chunk_loss(x[chunk], weight, labels[chunk], softcap, dx[chunk], dw, needs_grad)
-        ctx.save_for_backward(dx, dw)
+            here = None if dx is None else dx[chunk]
+            total += _chunk_loss(x[chunk], weight, labels[chunk], softcap, here, dw, dtype)
+        ctx.save_for_backward(*cast(tuple[Tensor, Tensor], (dx, dw)))  # None may be saved, which torch's stub forgets
         ctx.dtypes = (x.dtype, weight.dtype)
         return total
 
@@ -84,24 +86,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw = ctx.saved_tensors
-        grad_x = (dx * grad).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
-        grad_w = (dw * grad).to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
+        grad_x = (dx * grad).to(ctx.dtypes[0]) if dx is not None else None
+        grad_w = (dw * grad).to(ctx.dtypes[1]) if dw is not None else None
         return grad_x, grad_w, None, None, None
 
 
 def _chunk_loss(
-    x: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, dx: Tensor, dw: Tensor, needs_grad: bool
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    softcap: float | None,
+    dx: Tensor | None,
+    dw: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The loss's sum over some tokens; dx is set and dw added to. The logits are gone when it returns."""
-    logits = _product(x, weight.T, dw.dtype)  # (N, V)
+    """The loss's sum over some tokens; dx is set and dw added to. The logits are freed when it returns."""
+    logits = _product(x, weight.T, dtype)  # (N, V)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    loss, dlogits = _softmax_loss(logits, labels, x.dtype, needs_grad)
+    loss, dlogits = _softmax_loss(logits, labels, x.dtype, dx is not None or dw is not None)
     if dlogits is not None:
         if softcap is not None:
             dlogits = (dlogits * (1 - (logits / softcap) ** 2)).to(x.dtype)
-        dx.copy_(_product(dlogits, weight, dw.dtype))
-        _add_product(dw, dlogits.T, x)
+        if dx is not None:
+            dx.copy_(_product(dlogits, weight, dtype))
+        if dw is not None:  # not for a frozen head
+            _add_product(dw, dlogits.T, x)
     return loss.sum()
 
 

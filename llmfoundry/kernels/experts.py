@@ -144,7 +144,6 @@ def experts_ffn(
     gated: bool,
     backend: Backend,
     limit: float | None = None,
-    save_h: bool = True,
     n_rows: int | None = None,
     late: LateGradients | None = None,
 ) -> Tensor:
@@ -162,11 +161,10 @@ def experts_ffn(
         gated: whether w1 holds a gate.
         backend: as `resolve_backend` returned it.
         limit: clamp of gate and up before the gated unit, or None.
-        save_h: keep h for the backward; False computes it again there (a third more forward arithmetic).
         n_rows: a bound on the slots that have an expert, where the caller knows one below T*K: rows are
             allocated for that many. More slots with an expert than this is the caller's error.
-        late: w1, w2, b1 and b2 are its weights of these names, and it is left how their gradients are computed.
-            `reference` computes them at once, with the same result.
+        late: w1, w2, b1 and b2 came from its `weight`; backward defers their gradients to it. `reference` computes
+            them at once, with the same result.
 
     Returns:
         (T, D) in the dtype of `x`, accumulated in float32 in the order of j: bitwise the same twice.
@@ -191,10 +189,10 @@ def experts_ffn(
         from llmfoundry.kernels.experts_triton import experts_ffn_triton
 
         return experts_ffn_triton(
-            x, weights, experts, w1, w2, activation=activation, gated=gated, save_h=save_h, n_rows=n_rows, late=late
+            x, weights, experts, w1, w2, activation=activation, gated=gated, n_rows=n_rows, late=late
         )
     unit = _Unit(activation, gated, limit)
-    return cast(Tensor, _GroupedExperts.apply(x, weights, experts, w1, w2, b1, b2, unit, save_h, n_rows, late))
+    return cast(Tensor, _GroupedExperts.apply(x, weights, experts, w1, w2, b1, b2, unit, n_rows, late))
 
 
 def _check(x: Tensor, weights: Tensor, experts: Tensor, w1: Tensor, w2: Tensor, activation: str, gated: bool) -> None:
@@ -240,8 +238,8 @@ class _Unit(NamedTuple):
     limit: float | None
 
 
-class _Rows(NamedTuple):
-    """An `Order` cut to R rows. Slots without an expert point at the last one, which is kept zero."""
+class _ExpertRows(NamedTuple):
+    """An `Order` cut to R rows. ExpertInputs without an expert point at the last one, which is kept zero."""
 
     expert_start: Tensor  # (E+1,)
     token: Tensor  # (R,)
@@ -254,7 +252,7 @@ def _on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
-def _rows(order: Order, shape: torch.Size, n_rows: int | None) -> _Rows:
+def _rows(order: Order, shape: torch.Size, n_rows: int | None) -> _ExpertRows:
     """R rows for the slots of an order.
 
     A CPU reads for nothing how many slots have an expert, and drops the others. A GPU must not wait for that
@@ -265,12 +263,12 @@ def _rows(order: Order, shape: torch.Size, n_rows: int | None) -> _Rows:
     kept = int(order.expert_start[-1]) if on_cpu else n_slots if n_rows is None else min(n_rows, n_slots)
     if on_cpu and kept == n_slots:
         token = order.row_slot // shape[1]
-        return _Rows(order.expert_start, token, order.row_slot, order.slot_row.view(shape), None)
+        return _ExpertRows(order.expert_start, token, order.row_slot, order.slot_row.view(shape), None)
     slot = F.pad(order.row_slot[:kept], (0, 1))
     token = slot // shape[1]
     valid = torch.arange(kept + 1, dtype=torch.int32, device=slot.device) < order.expert_start[-1]
     of_slot = torch.where(order.slot_row < order.expert_start[-1], order.slot_row, kept).view(shape)
-    return _Rows(order.expert_start, token, slot, of_slot, valid)
+    return _ExpertRows(order.expert_start, token, slot, of_slot, valid)
 
 
 def _times_weights(rows: Tensor, w: Tensor, start: Tensor) -> Tensor:
@@ -326,7 +324,6 @@ class _GroupedExperts(torch.autograd.Function):
         b1: Tensor | None,
         b2: Tensor | None,
         unit: _Unit,
-        save_h: bool,
         n_rows: int | None,
         late: LateGradients | None,
     ) -> Tensor:
@@ -339,7 +336,7 @@ class _GroupedExperts(torch.autograd.Function):
             out.add_(scale * b2[_row_expert(rows)])
         if rows.valid is not None:
             out[-1] = 0
-        ctx.save_for_backward(x, weights, w1, w2, b1, b2, h if save_h else None, *rows)
+        ctx.save_for_backward(x, weights, w1, w2, b1, b2, h, *rows)
         ctx.unit, ctx.late = unit, late
         return sum_rows(out, rows.of_slot)
 
@@ -347,11 +344,9 @@ class _GroupedExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: _Context, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, w1, w2, b1, b2, h, *saved = ctx.saved_tensors
-        rows, unit = _Rows(*saved), ctx.unit
-        need_x, need_weights, _, *needs, _, _, _, _ = ctx.needs_input_grad
+        rows, unit = _ExpertRows(*saved), ctx.unit
+        need_x, need_weights, _, *needs, _, _, _ = ctx.needs_input_grad
         start = rows.expert_start
-        if h is None:
-            h = _up(x, w1, b1, rows)
         scale = _row_weights(weights, rows)  # (R, 1)
         a = activate(h, *unit)  # (R, F)
 
@@ -371,39 +366,39 @@ class _GroupedExperts(torch.autograd.Function):
                 dx_rows[-1] = 0
             dx = sum_rows(dx_rows, rows.of_slot)
         a = a.mul_(scale).to(dy.dtype) if needs[1] else a  # a'
-        owed = {
+        compute_by_name = {
             "w1": lambda: _weight_gradient(dh, x.index_select(0, rows.token), start),
             "w2": lambda: _weight_gradient(dout, a, start),
             "b1": lambda: _sum_by_expert(dh, start).to(w1.dtype),
             "b2": lambda: _sum_by_expert(dout * scale, start).to(w2.dtype),
         }
-        paid: list[Tensor | None] = []
-        for (name, compute), need in zip(owed.items(), needs, strict=True):
+        grads: list[Tensor | None] = []
+        for (name, compute), need in zip(compute_by_name.items(), needs, strict=True):
             if need and ctx.late is not None:
-                ctx.late.owe(name, compute)
-            paid.append(compute() if need and ctx.late is None else None)
-        return dx, dweights, None, *paid, None, None, None, None
+                ctx.late.defer(name, compute)
+            grads.append(compute() if need and ctx.late is None else None)
+        return dx, dweights, None, *grads, None, None, None
 
 
-def _up(x: Tensor, w1: Tensor, b1: Tensor | None, rows: _Rows) -> Tensor:
+def _up(x: Tensor, w1: Tensor, b1: Tensor | None, rows: _ExpertRows) -> Tensor:
     """The pre-activation of every row: (R, 2F) or (R, F)."""
     h = _times_weights(x.index_select(0, rows.token), w1.transpose(1, 2), rows.expert_start)
     return h if b1 is None else h.add_(b1[_row_expert(rows)])
 
 
-def _row_weights(weights: Tensor, rows: _Rows) -> Tensor:
+def _row_weights(weights: Tensor, rows: _ExpertRows) -> Tensor:
     """(T, K) routing weights -> (R, 1) in expert order."""
     return weights.reshape(-1).index_select(0, rows.slot).unsqueeze(1)
 
 
-def _row_expert(rows: _Rows) -> Tensor:
+def _row_expert(rows: _ExpertRows) -> Tensor:
     """(R,) each row's expert; an arbitrary one for rows behind the last."""
     ends = rows.expert_start[1:]
     row = torch.arange(rows.token.numel(), dtype=ends.dtype, device=ends.device)
     return torch.searchsorted(ends, row, right=True).clamp_(max=max(ends.numel() - 1, 0))
 
 
-def _to_slots(by_row: Tensor, rows: _Rows) -> Tensor:
+def _to_slots(by_row: Tensor, rows: _ExpertRows) -> Tensor:
     """(R,) values in expert order -> (T, K), zero for slots without an expert."""
     if rows.valid is not None:
         by_row = by_row.masked_fill(~rows.valid, 0)

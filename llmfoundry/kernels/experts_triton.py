@@ -1,10 +1,11 @@
-"""The experts of a MoE layer in Triton: operators for forward and backward over the kernels of this room.
+"""The experts of a MoE layer in Triton: the operators for forward and backward, which launch the kernels.
 
 Shapes: T tokens, D d_model, F ffn hidden size, E experts, K top_k, R rows in expert order.
-Forward: gather, up + activation, down, sum. Backward: gather, (da, dh, ds), dx, sum, then dw2, dw1: in one operator,
-or in two where something goes between them. Kept between the
-two are x, the pre-activation h and int32 indices; a' = s * a and the gathered rows are made again. Nothing is
-read on the host, so a CUDA graph captures both, with routing that changes between replays.
+Forward: gather, up projection with activation, down projection, sum per token. Backward: gather, gradients of
+activation and routing weights, gradient of x, sum per token; then the weight gradients dw2 and dw1, in operators of
+their own so that a collective can start before them. Forward keeps x, the pre-activation h and int32 indices; backward
+computes a' = s * a and the gathered rows again. The host reads nothing, so a CUDA graph can capture both, and the
+routing may change between replays.
 """
 
 from __future__ import annotations
@@ -48,7 +49,6 @@ def experts_ffn_triton(
     *,
     activation: str,
     gated: bool,
-    save_h: bool = True,
     n_rows: int | None = None,
     late: LateGradients | None = None,
 ) -> Tensor:
@@ -56,7 +56,7 @@ def experts_ffn_triton(
     bound = experts.numel() if n_rows is None else min(n_rows, experts.numel())
     inputs = (
         x.contiguous(), weights.contiguous(), w1.contiguous(), w2.contiguous(),
-        *_order(experts.contiguous(), w2.shape[0]), activation, gated, save_h, max(bound, 1),
+        *_order(experts.contiguous(), w2.shape[0]), activation, gated, max(bound, 1),
     )  # fmt: skip
     if late is not None:
         return cast(Tensor, _LateExperts.apply(late, *inputs))
@@ -85,10 +85,9 @@ def _forward(
     slot_row: Tensor,
     activation: str,
     gated: bool,
-    save_h: bool,
     n_rows: int,
 ) -> tuple[Tensor, Tensor]:
-    """y (T, D), and h (R, 2F) or (R, F): empty unless saved."""
+    """y (T, D), and h (R, 2F) or (R, F)."""
     order = Order(expert_start, row_slot, slot_row)
     problem = _problem(w1, w2, n_rows)
     tiles = tile_rows(expert_start, n_rows)
@@ -96,12 +95,12 @@ def _forward(
     h, a = pick(
         UP,
         problem,
-        partial(up, x_rows, weights, row_slot, tiles, w1, activation=activation, gated=gated, store_h=save_h),
+        partial(up, x_rows, weights, row_slot, tiles, w1, activation=activation, gated=gated),
     )
     del x_rows
     y_rows = pick(DOWN, problem, partial(grouped, a, w2, tiles))  # (R, D)
     y = sum_rows(y_rows, order, weights.shape[1])
-    return y, h if save_h else h.new_empty(0)
+    return y, h
 
 
 @_forward.register_fake
@@ -115,14 +114,13 @@ def _(
     slot_row: Tensor,
     activation: str,
     gated: bool,
-    save_h: bool,
     n_rows: int,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(n_rows, w1.shape[1]) if save_h else x.new_empty(0)
+    return torch.empty_like(x), x.new_empty(n_rows, w1.shape[1])
 
 
-class _Rows(NamedTuple):
-    """What the first half of the backward makes; of the gradients, one that is not needed is empty."""
+class _RowGradients(NamedTuple):
+    """Gradients of the inputs (empty if not needed), and the rows that the weight gradients are computed from."""
 
     dx: Tensor  # (T, D)
     dweights: Tensor  # (T, K) float32
@@ -148,20 +146,11 @@ def _backward_rows(
     need_x: bool,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`_Rows`, as an operator has to return them."""
+    """`_RowGradients`, as a tuple, which is what operators return."""
     order = Order(expert_start, row_slot, slot_row)
     problem = _problem(w1, w2, n_rows)
     tiles = tile_rows(expert_start, n_rows)
     none = x.new_empty(0)
-    if h.numel() == 0:
-        h, _ = pick(
-            UP,
-            problem,
-            partial(
-                up, gather(x, order, n_rows), weights, row_slot, tiles, w1,
-                activation=activation, gated=gated, store_a=False,
-            ),
-        )  # fmt: skip
     dy_rows = gather(dy, order, n_rows)  # (R, D)
     dh, a, ds = pick(
         UP_BACKWARD,
@@ -173,7 +162,7 @@ def _backward_rows(
     if need_x:
         dx_rows = pick(DX, problem, partial(grouped, dh, w1, tiles, transposed=True))  # (R, D)
         dx = sum_rows(dx_rows, order, weights.shape[1])
-    return _Rows(dx, dweights, dy_rows, dh, a)
+    return _RowGradients(dx, dweights, dy_rows, dh, a)
 
 
 @_backward_rows.register_fake
@@ -196,7 +185,7 @@ def _(
     dx, dweights = (
         torch.empty_like(t) if need else x.new_empty(0) for t, need in ((x, need_x), (weights, need_weights))
     )
-    return _Rows(dx, dweights, *(x.new_empty(n_rows, w) for w in (x.shape[1], w1.shape[1], w2.shape[2])))
+    return _RowGradients(dx, dweights, *(x.new_empty(n_rows, w) for w in (x.shape[1], w1.shape[1], w2.shape[2])))
 
 
 @torch.library.custom_op("llmfoundry::experts_weight_gradient", mutates_args=())
@@ -247,45 +236,45 @@ class _Context(Protocol):
     def set_materialize_grads(self, value: bool) -> None: ...
 
 
-Owed = dict[str, Callable[[], Tensor]]
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, str, bool, bool, int]
+Deferred = dict[str, Callable[[], Tensor]]
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, str, bool, int]
 
 
 def _setup(ctx: _Context, inputs: Inputs, output: tuple[Tensor, Tensor]) -> None:
-    x, weights, w1, w2, *order, activation, gated, _, n_rows = inputs
+    x, weights, w1, w2, *order, activation, gated, n_rows = inputs
     ctx.save_for_backward(x, weights, w1, w2, *order, output[1])
     ctx.set_materialize_grads(False)  # h is an output for this alone: no zeros as its gradient
     ctx.unit = (activation, gated, n_rows)
 
 
-def _gradients(ctx: _Context, needs: tuple[bool, ...], dy: Tensor) -> tuple[Tensor | None, Tensor | None, Owed]:
-    """Those of x and weights, and how to compute those of w1 and w2."""
+def _gradients(ctx: _Context, needs: tuple[bool, ...], dy: Tensor) -> tuple[Tensor | None, Tensor | None, Deferred]:
+    """The gradients of x and weights, and functions that compute those of w1 and w2."""
     x, weights, w1, w2, *order, h = ctx.saved_tensors
     need_x, need_weights, need_w1, need_w2 = needs
     dx, dweights, dy_rows, dh, a = _backward_rows(
         dy.contiguous(), x, weights, h, w1, w2, *order, *ctx.unit, need_x, need_weights
     )
     n_rows = ctx.unit[-1]
-    owed: Owed = {}
+    deferred: Deferred = {}
     if need_w2:
-        owed["w2"] = partial(_weight_gradient, "w2", dy_rows, a, w1, w2, *order, n_rows)
+        deferred["w2"] = partial(_weight_gradient, "w2", dy_rows, a, w1, w2, *order, n_rows)
     if need_w1:
-        owed["w1"] = partial(_weight_gradient, "w1", dh, x, w1, w2, *order, n_rows)
-    return dx if need_x else None, dweights if need_weights else None, owed
+        deferred["w1"] = partial(_weight_gradient, "w1", dh, x, w1, w2, *order, n_rows)
+    return dx if need_x else None, dweights if need_weights else None, deferred
 
 
 def _autograd(ctx: _Context, dy: Tensor, _dh: None) -> tuple[Tensor | None, ...]:
-    dx, dweights, owed = _gradients(ctx, ctx.needs_input_grad[:4], dy)
-    # Taken out before it is called: what only dw2 needs is free again when dw1 is computed.
-    dw2, dw1 = (owed.pop(name)() if name in owed else None for name in ("w2", "w1"))
-    return dx, dweights, dw1, dw2, *[None] * 7
+    dx, dweights, deferred = _gradients(ctx, ctx.needs_input_grad[:4], dy)
+    # `pop` frees what only dw2 needs before dw1 is computed.
+    dw2, dw1 = (deferred.pop(name)() if name in deferred else None for name in ("w2", "w1"))
+    return dx, dweights, dw1, dw2, *[None] * 6
 
 
 _forward.register_autograd(_autograd, setup_context=_setup)
 
 
 class _LateExperts(torch.autograd.Function):
-    """`_forward`, whose backward leaves the gradients of the weights for later."""
+    """`_forward`; its backward defers the gradients of the weights."""
 
     @staticmethod
     def forward(ctx: _Context, late: LateGradients, *inputs: *Inputs) -> Tensor:
@@ -297,10 +286,10 @@ class _LateExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: _Context, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dweights, owed = _gradients(ctx, ctx.needs_input_grad[1:5], dy)
-        for name, compute in owed.items():
-            ctx.late.owe(name, compute)
-        return None, dx, dweights, *[None] * 9
+        dx, dweights, deferred = _gradients(ctx, ctx.needs_input_grad[1:5], dy)
+        for name, compute in deferred.items():
+            ctx.late.defer(name, compute)
+        return None, dx, dweights, *[None] * 8
 
 
 Shape = tuple[int, ...]

@@ -1,9 +1,10 @@
-"""Gradients of weights in autograd nodes of their own, so that what does not need them goes first.
+"""Weight gradients in separate autograd nodes, so that a collective can start before they are computed.
 
-An operator's backward computes the gradients of its input and of its weights in one node, and whatever waits for the
-input's gradient starts after both. Here that node leaves behind how the weights' are computed, and another node, made
-before the operator, computes them. Of the nodes that are ready, autograd runs the one that forward made last: so a
-node made between the two starts its work, say an exchange between ranks, and the gradients are computed beside it.
+By default, an operator's backward computes the gradients of its input and of its weights in one node, and whatever
+waits for the input's gradient starts after both. Here the operator defers the weight gradients: it leaves functions
+that compute them, and another node, created before the operator, calls them. Of the nodes that are ready, autograd runs
+the one that forward created last. So a node created between the two starts its work, such as an exchange between ranks,
+and the weight gradients are computed at the same time.
 """
 
 from __future__ import annotations
@@ -17,26 +18,26 @@ from torch.autograd.function import FunctionCtx
 
 
 class LateGradients:
-    """The gradients that one call of an operator owes to its weights."""
+    """The deferred weight gradients of one call of an operator."""
 
     def __init__(self) -> None:
-        self._owed: dict[str, Callable[[], Tensor]] = {}
+        self._deferred: dict[str, Callable[[], Tensor]] = {}
 
     @overload
     def weight(self, name: str, weight: Tensor) -> Tensor: ...
     @overload
     def weight(self, name: str, weight: Tensor | None) -> Tensor | None: ...
     def weight(self, name: str, weight: Tensor | None) -> Tensor | None:
-        """The same weight for the operator to use; its gradient is computed in a node that is made now."""
+        """The same weight for the operator to use; a node that is created now computes its gradient."""
         return None if weight is None else cast(Tensor, _Late.apply(weight, self, name))
 
-    def owe(self, name: str, compute: Callable[[], Tensor]) -> None:
-        """For the operator's backward, which then returns None as the gradient of the weight of this name."""
-        self._owed[name] = compute
+    def defer(self, name: str, compute: Callable[[], Tensor]) -> None:
+        """Called by the operator's backward, which then returns None as the gradient of the weight of this name."""
+        self._deferred[name] = compute
 
-    def pay(self, name: str) -> Tensor:
-        """Compute the gradient, and forget what it needed."""
-        return self._owed.pop(name)()
+    def compute(self, name: str) -> Tensor:
+        """Compute a deferred gradient, and free what it needed."""
+        return self._deferred.pop(name)()
 
 
 class _Context(FunctionCtx):
@@ -55,4 +56,4 @@ class _Late(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: _Context, grad: Tensor | None) -> tuple[Tensor, None, None]:
-        return ctx.late.pay(ctx.name) if grad is None else grad, None, None
+        return ctx.late.compute(ctx.name) if grad is None else grad, None, None

@@ -20,9 +20,11 @@ import torch
 import triton
 
 from llmfoundry.kernels.grouped import GroupedConfig
+from llmfoundry.kernels.tiles import turns
 from llmfoundry.kernels.up import UpConfig
 from llmfoundry.kernels.up_backward import UpBackwardConfig
 from llmfoundry.kernels.weight_grad import WeightGradConfig
+from llmfoundry.runtime import cache_root
 
 log = logging.getLogger(__name__)
 Config = TypeVar("Config", UpConfig, GroupedConfig, UpBackwardConfig, WeightGradConfig)
@@ -45,12 +47,15 @@ class Problem(NamedTuple):
         return self._replace(n_rows=(self.n_rows // self.n_experts).bit_length())
 
 
+LARGE_TILES_BYTES = 227 * 2**10  # shared memory per program on Hopper, for which the large tiles were chosen
+
+
 class Candidates(NamedTuple, Generic[Config]):
     """A kernel's configurations; the first is the fixed choice."""
 
     name: str
     large: tuple[Config, ...]
-    small: Config  # for float32, for small matrices and for GPUs before Hopper
+    small: Config  # for float32, and for GPUs with less shared memory than Hopper
 
 
 UP = Candidates(
@@ -99,7 +104,7 @@ def pick(candidates: Candidates[Config], problem: Problem, run: Callable[..., Re
 
 def _fixed(candidates: Candidates[Config], problem: Problem) -> Config | None:
     """The configuration without timing, or None where timing may choose."""
-    if problem.device.type != "cuda" or problem.dtype == "torch.float32" or not _is_hopper(problem.device):
+    if problem.device.type != "cuda" or problem.dtype == "torch.float32" or not _holds_large(problem.device):
         return candidates.small
     if os.environ.get("LLMFOUNDRY_AUTOTUNE", "1") == "0":
         return candidates.large[0]
@@ -107,8 +112,10 @@ def _fixed(candidates: Candidates[Config], problem: Problem) -> Config | None:
 
 
 @cache
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) == (9, 0)
+def _holds_large(device: torch.device) -> bool:
+    """Whether a GPU has Hopper's shared memory: data-centre Blackwell has, other generations have 64 to 163 KiB."""
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 0) >= LARGE_TILES_BYTES  # missing in torch's stubs
 
 
 _chosen: dict[tuple[str, Problem], int] = {}
@@ -119,9 +126,10 @@ def _timed_choice(candidates: Candidates[Config], problem: Problem, run: Callabl
     choice = _chosen.get((candidates.name, bucket))
     if choice is not None:  # every launch comes here
         return choice
+    versions = f"triton {triton.__version__} torch {torch.__version__}"
     key = (
-        f"{candidates.name} {candidates.large} {bucket.dtype} D{bucket.d_model} F{bucket.hidden}x{bucket.halves} "
-        f"E{bucket.n_experts} rows2^{bucket.n_rows} triton {triton.__version__}"
+        f"{candidates.name} {candidates.large} turns {turns()} {bucket.dtype} D{bucket.d_model} "
+        f"F{bucket.hidden}x{bucket.halves} E{bucket.n_experts} rows2^{bucket.n_rows} {versions}"
     )
     choice = _read(problem.device).get(key)
     if choice is None:
@@ -138,8 +146,7 @@ def _timed_choice(candidates: Candidates[Config], problem: Problem, run: Callabl
 
 
 def _cache_file(device: torch.device) -> Path:
-    root = Path(os.environ.get("LLMFOUNDRY_CACHE", Path.home() / ".cache" / "llmfoundry"))
-    return root / f"tiles {torch.cuda.get_device_name(device)}.json"
+    return cache_root() / f"tiles {torch.cuda.get_device_name(device)}.json"
 
 
 def _read(device: torch.device) -> dict[str, int]:

@@ -46,8 +46,8 @@ class UpConfig(NamedTuple):
 def up_kernel(
     x_desc, w1_desc, h_desc, a_desc, weights_ptr, row_slot_ptr,
     start_ptr, expert_ptr, row_ptr, count_ptr,
-    D, F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, STORE_H: tl.constexpr,
-    STORE_A: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    D, F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr, TURNS: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     HALVES: tl.constexpr = 2 if GATED else 1
@@ -71,18 +71,14 @@ def up_kernel(
         dtype: tl.constexpr = a_desc.dtype
         if GATED:
             gate, up = acc.reshape([BM, 2, BN]).permute(0, 2, 1).split()
-            if STORE_H:
-                write_ragged_half(h_desc, start, size, row - start, 0, j * BN, gate.to(dtype))
-                write_ragged_half(h_desc, start, size, row - start, 1, j * BN, up.to(dtype))
-            if STORE_A:
-                value, _ = value_and_slope(gate, ACTIVATION)
-                write_ragged(a_desc, start, size, row - start, j * BN, (value * up * s).to(dtype))
+            write_ragged_half(h_desc, start, size, row - start, 0, j * BN, gate.to(dtype))
+            write_ragged_half(h_desc, start, size, row - start, 1, j * BN, up.to(dtype))
+            value, _ = value_and_slope(gate, ACTIVATION)
+            write_ragged(a_desc, start, size, row - start, j * BN, (value * up * s).to(dtype))
         else:
-            if STORE_H:
-                write_ragged_half(h_desc, start, size, row - start, 0, j * BN, acc.to(dtype))
-            if STORE_A:
-                value, _ = value_and_slope(acc, ACTIVATION)
-                write_ragged(a_desc, start, size, row - start, j * BN, (value * s).to(dtype))
+            write_ragged_half(h_desc, start, size, row - start, 0, j * BN, acc.to(dtype))
+            value, _ = value_and_slope(acc, ACTIVATION)
+            write_ragged(a_desc, start, size, row - start, j * BN, (value * s).to(dtype))
 
 
 def up(
@@ -94,8 +90,6 @@ def up(
     *,
     activation: str,
     gated: bool,
-    store_h: bool = True,
-    store_a: bool = True,
     config: UpConfig = UpConfig(),
 ) -> tuple[Tensor, Tensor]:
     """Pre-activations and weighted activations of every row.
@@ -106,16 +100,15 @@ def up(
         row_slot: (M,) int32.
 
     Returns:
-        h (M, 2F) or (M, F), and a' (M, F); one that is not stored is empty. Rows behind the last expert are
-        unset.
+        h (M, 2F) or (M, F), and a' (M, F). Rows behind the last expert are unset.
     """
     n_rows, d_model = x_rows.shape
     n_experts = w1.shape[0]
     halves = 2 if gated else 1
     hidden = w1.shape[1] // halves
     c = config
-    h = x_rows.new_empty(n_rows if store_h else 1, halves * hidden)
-    a = x_rows.new_empty(n_rows if store_a else 1, hidden)
+    h = x_rows.new_empty(n_rows, halves * hidden)
+    a = x_rows.new_empty(n_rows, hidden)
     programs = n_programs(x_rows.device)
     up_kernel[(programs * turns(),)](
         plain(x_rows, [TILE_ROWS, c.depth]),
@@ -123,8 +116,8 @@ def up(
         ragged(h.view(-1, halves, hidden), [TILE_ROWS, 1, c.columns]),
         ragged(a, [TILE_ROWS, c.columns]),
         weights, row_slot, tiles.expert_start, tiles.expert, tiles.row, tiles.n_tiles,
-        d_model, F=hidden, GATED=gated, ACTIVATION=activation, STORE_H=store_h, STORE_A=store_a,
-        BM=TILE_ROWS, BN=c.columns, BK=c.depth, GROUP=c.group, PROGRAMS=programs, TURNS=turns(), FLATTEN=c.flatten,
+        d_model, F=hidden, GATED=gated, ACTIVATION=activation, BM=TILE_ROWS,
+        BN=c.columns, BK=c.depth, GROUP=c.group, PROGRAMS=programs, TURNS=turns(), FLATTEN=c.flatten,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     return h, a

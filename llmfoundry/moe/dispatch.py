@@ -1,4 +1,4 @@
-"""Expert parallelism: tokens go to the ranks that hold their experts, and come back summed.
+"""Expert parallelism: tokens are sent to the ranks that hold their experts, and their sums are returned.
 
 Shapes: T tokens of this rank, D d_model, K top_k, P ranks of the group, N rows sent, R rows received.
 A token is sent once to each rank that holds any of its experts, not once to each expert, and that rank
@@ -8,7 +8,7 @@ The host waits once a layer, for the counts that size the buffers; backward know
 are each other's adjoint, so each one's backward is the other's forward.
 
 An exchange is started in one autograd node and awaited in another, in both directions. Autograd runs, of the nodes
-that are ready, the one that forward made last; so what forward makes between `send` and `arrive` runs beside the way
+that are ready, the one that forward made last; so what forward makes between `send` and `wait` runs beside the way
 there, and beside the gradients' way back: the shared expert, and the experts' weight gradients (kernels/late.py).
 """
 
@@ -24,8 +24,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from llmfoundry.kernels.routing import sum_rows
 
 
-class Plan(NamedTuple):
-    """Who sends which tokens to whom in one layer."""
+class Exchange(NamedTuple):
+    """Which tokens each rank sends to which other in one layer."""
 
     group: dist.ProcessGroup
     token: Tensor  # (N,) int32, the token of each row sent, by rank, then by token
@@ -35,7 +35,7 @@ class Plan(NamedTuple):
     n_slots: int  # (row, expert) pairs that arrive here for an expert held here
 
 
-class Slots(NamedTuple):
+class ExpertInputs(NamedTuple):
     """What experts are given: arguments of `experts_ffn`."""
 
     x: Tensor  # (T, D)
@@ -44,34 +44,34 @@ class Slots(NamedTuple):
     n_slots: int | None = None  # with an expert held here; None: all
 
 
-class Departed(NamedTuple):
-    """Tokens on their way to this rank. Nothing may read them before `arrive`."""
+class InFlight(NamedTuple):
+    """Tokens that are being received. Nothing may read them before `wait`."""
 
     x: Tensor  # (R, D)
     routing: Tensor  # (R, 2K) weights, then ids over all experts
-    journeys: tuple[Journey, Journey]
+    transfers: tuple[Transfer, Transfer]
     n_local: int
 
-    def arrive(self) -> Slots:
-        """Make the current stream wait for them. In backward, their gradients leave here."""
-        x, routing = (cast(Tensor, _Arrive.apply(rows, j)) for rows, j in zip(self[:2], self.journeys, strict=True))
-        plan = self.journeys[0].plan
+    def wait(self) -> ExpertInputs:
+        """Make the current stream wait for them. In backward, the transfer of their gradients starts here."""
+        x, routing = (cast(Tensor, _Wait.apply(rows, j)) for rows, j in zip(self[:2], self.transfers, strict=True))
+        plan = self.transfers[0].plan
         weights, ids = routing.chunk(2, dim=1)
         local = ids.detach().long() - dist.get_rank(plan.group) * self.n_local
         held = (local >= 0) & (local < self.n_local)
-        return Slots(x, weights, torch.where(held, local, self.n_local), plan.n_slots)
+        return ExpertInputs(x, weights, torch.where(held, local, self.n_local), plan.n_slots)
 
 
-class Journey:
-    """One tensor's way to the experts, and its gradient's way back: who starts it leaves here what the other awaits."""
+class Transfer:
+    """One tensor's transfer to the experts' ranks, and its gradient's back: the collectives that are in flight."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Exchange) -> None:
         self.plan = plan
         self.out: dist.Work | None = None
         self.back: tuple[Tensor, dist.Work] | None = None
 
 
-def plan_exchange(experts: Tensor, n_local: int, group: dist.ProcessGroup) -> Plan:
+def plan_exchange(experts: Tensor, n_local: int, group: dist.ProcessGroup) -> Exchange:
     """Count and place the rows of an exchange. The one place where the host waits for the device.
 
     Args:
@@ -97,11 +97,11 @@ def plan_exchange(experts: Tensor, n_local: int, group: dist.ProcessGroup) -> Pl
     counts = torch.stack([sent[:, 0], received[:, 0], received[:, 1]]).tolist()
     n_sent = sum(counts[0])
     rows_of_token = row.view(n_ranks, n_tokens).t().clamp(max=n_sent).int()
-    return Plan(group, token[:n_sent], rows_of_token.contiguous(), counts[0], counts[1], sum(counts[2]))
+    return Exchange(group, token[:n_sent], rows_of_token.contiguous(), counts[0], counts[1], sum(counts[2]))
 
 
-def send(x: Tensor, weights: Tensor, experts: Tensor, n_local: int, plan: Plan) -> Departed:
-    """Start tokens on their way to the ranks of their experts.
+def send(x: Tensor, weights: Tensor, experts: Tensor, n_local: int, plan: Exchange) -> InFlight:
+    """Start to send tokens to the ranks of their experts.
 
     Args:
         x: (T, D); weights: (T, K); experts: (T, K) int64 ids over all experts.
@@ -110,47 +110,47 @@ def send(x: Tensor, weights: Tensor, experts: Tensor, n_local: int, plan: Plan) 
     """
     # Weights and ids travel together; ids are small enough to be exact in float32.
     routing = torch.cat([weights, experts.to(weights.dtype)], dim=1)  # (T, 2K)
-    journeys = Journey(plan), Journey(plan)
-    there = [cast(Tensor, _Depart.apply(t, j)) for t, j in zip((x, routing), journeys, strict=True)]
-    return Departed(there[0], there[1], journeys, n_local)
+    transfers = Transfer(plan), Transfer(plan)
+    there = [cast(Tensor, _Send.apply(t, j)) for t, j in zip((x, routing), transfers, strict=True)]
+    return InFlight(there[0], there[1], transfers, n_local)
 
 
-def give_back(y: Tensor, plan: Plan) -> Tensor:
+def return_rows(y: Tensor, plan: Exchange) -> Tensor:
     """Return each received row to its token's rank: (R, D) -> (T, D), summed over ranks in their order."""
-    return cast(Tensor, _GiveBack.apply(y, plan))
+    return cast(Tensor, _ReturnRows.apply(y, plan))
 
 
 class _Context(FunctionCtx):
-    plan: Plan
-    journey: Journey
+    plan: Exchange
+    transfer: Transfer
 
 
-class _Depart(torch.autograd.Function):
-    """(T, X) -> (R, X), on the way. Backward waits for the gradient that `_Arrive` has sent back."""
+class _Send(torch.autograd.Function):
+    """(T, X) -> (R, X), being received. Backward waits for the gradient that `_Wait` has sent back."""
 
     @staticmethod
-    def forward(ctx: _Context, x: Tensor, journey: Journey) -> Tensor:
-        ctx.journey = journey
-        received, journey.out = _start_to_experts(x, journey.plan)
+    def forward(ctx: _Context, x: Tensor, transfer: Transfer) -> Tensor:
+        ctx.transfer = transfer
+        received, transfer.out = _start_to_experts(x, transfer.plan)
         return received
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _Context, _: Tensor) -> tuple[Tensor, None]:
-        assert ctx.journey.back is not None
-        (returned, work), ctx.journey.back = ctx.journey.back, None
+        assert ctx.transfer.back is not None
+        (returned, work), ctx.transfer.back = ctx.transfer.back, None
         work.wait()
-        return sum_rows(returned, ctx.journey.plan.rows_of_token), None
+        return sum_rows(returned, ctx.transfer.plan.rows_of_token), None
 
 
-class _Arrive(torch.autograd.Function):
-    """(R, X), on the way -> the same, there. Backward sends the gradient back, and does not wait for it."""
+class _Wait(torch.autograd.Function):
+    """(R, X), being received -> the same, received. Backward starts to send the gradient back, and does not wait."""
 
     @staticmethod
-    def forward(ctx: _Context, received: Tensor, journey: Journey) -> Tensor:
-        ctx.journey = journey
-        # Taken, not kept: a request keeps what it received, whose autograd node keeps the journey.
-        work, journey.out = journey.out, None
+    def forward(ctx: _Context, received: Tensor, transfer: Transfer) -> Tensor:
+        ctx.transfer = transfer
+        # Taken, not kept: a request keeps what it received, whose autograd node keeps the transfer.
+        work, transfer.out = transfer.out, None
         assert work is not None
         work.wait()
         return received.view_as(received)
@@ -158,15 +158,15 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.journey.back = _start_to_tokens(grad, ctx.journey.plan)
+        ctx.transfer.back = _start_to_tokens(grad, ctx.transfer.plan)
         return grad, None
 
 
-class _GiveBack(torch.autograd.Function):
+class _ReturnRows(torch.autograd.Function):
     """(R, X) -> (T, X)."""
 
     @staticmethod
-    def forward(ctx: _Context, y: Tensor, plan: Plan) -> Tensor:
+    def forward(ctx: _Context, y: Tensor, plan: Exchange) -> Tensor:
         ctx.plan = plan
         returned, work = _start_to_tokens(y, plan)
         work.wait()
@@ -180,14 +180,14 @@ class _GiveBack(torch.autograd.Function):
         return received, None
 
 
-def _start_to_experts(x: Tensor, plan: Plan) -> tuple[Tensor, dist.Work]:
+def _start_to_experts(x: Tensor, plan: Exchange) -> tuple[Tensor, dist.Work]:
     """(T, X) -> (R, X)."""
     received = x.new_empty(sum(plan.n_received), x.shape[1])
     rows = x.index_select(0, plan.token)
     return received, _exchange(received, rows, plan.n_received, plan.n_sent, plan.group)
 
 
-def _start_to_tokens(rows: Tensor, plan: Plan) -> tuple[Tensor, dist.Work]:
+def _start_to_tokens(rows: Tensor, plan: Exchange) -> tuple[Tensor, dist.Work]:
     """(R, X) -> (N + 1, X), for `sum_rows` to sum what each token's ranks return; the last row stands for "no row"."""
     n_sent = sum(plan.n_sent)
     returned = rows.new_empty(n_sent + 1, rows.shape[1])

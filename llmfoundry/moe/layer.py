@@ -21,7 +21,7 @@ from llmfoundry.kernels.experts import Backend, ExpertKind, experts_ffn, resolve
 from llmfoundry.kernels.late import LateGradients
 from llmfoundry.layers.ffn import Activation, FFNConfig, FFNOutput, GLUConfig, MLPConfig
 from llmfoundry.layers.lora import adapted
-from llmfoundry.moe.dispatch import Departed, Slots, give_back, plan_exchange, send
+from llmfoundry.moe.dispatch import ExpertInputs, InFlight, plan_exchange, return_rows, send
 from llmfoundry.moe.router import Router, RouterConfig, statistics, within_capacity
 
 
@@ -178,17 +178,17 @@ class Experts(nn.Module):
         """What `moe_impl` stands for there."""
         return resolve_backend(self.impl, self.kind, device, dtype)
 
-    def forward(self, tokens: Slots | Departed) -> Tensor:
+    def forward(self, tokens: ExpertInputs | InFlight) -> Tensor:
         """`experts_ffn` with these weights, on tokens that are here or on their way here; (T, D) or (R, D)."""
         w1 = adapted(local_part(self.w1), local_part(self.w1_lora_A), local_part(self.w1_lora_B), self.lora_scale)
         w2 = adapted(local_part(self.w2), local_part(self.w2_lora_A), local_part(self.w2_lora_B), self.lora_scale)
         b1, b2 = local_part(self.b1), local_part(self.b2)
         late = None
-        if isinstance(tokens, Departed):
+        if isinstance(tokens, InFlight):
             late = LateGradients()
             w1, w2 = late.weight("w1", w1), late.weight("w2", w2)
             b1, b2 = late.weight("b1", b1), late.weight("b2", b2)
-            tokens = tokens.arrive()
+            tokens = tokens.wait()
         return experts_ffn(
             tokens.x, tokens.weights, tokens.experts, w1, w2, b1=b1, b2=b2,
             activation=self.activation, gated=self.gated, limit=self.limit,
@@ -227,14 +227,14 @@ class MoE(nn.Module):
             weights = weights * within_capacity(routing.experts, self.n_experts, self.capacity_factor)
         tokens = x.flatten(0, 1)  # (T, D)
         if self.expert_group is None or dist.get_world_size(self.expert_group) == 1:
-            y = self.experts(Slots(tokens, weights, routing.experts))
+            y = self.experts(ExpertInputs(tokens, weights, routing.experts))
             shared = self._shared(x)
         else:
             n_local = self.n_experts // dist.get_world_size(self.expert_group)
             plan = plan_exchange(routing.experts, n_local, self.expert_group)
             there = send(tokens, weights, routing.experts, n_local, plan)
             shared = self._shared(x)  # while the tokens travel
-            y = give_back(self.experts(there), plan)
+            y = return_rows(self.experts(there), plan)
         y = y.view_as(x)
         if self.output_bias is not None:
             y = y + self.output_bias

@@ -7,18 +7,24 @@ experts divided among ranks, or where the backend of the experts does. Then its 
 
 from __future__ import annotations
 
+from json import dumps
+
 import torch
+import torch._dynamo
 
 from llmfoundry import runtime
+from llmfoundry.config import dump
 from llmfoundry.kernels.experts import reads_on_host
 from llmfoundry.model.init import init_weights
-from llmfoundry.model.transformer import Block, CausalLM
+from llmfoundry.model.transformer import Block, CausalLM, CausalLMConfig
 from llmfoundry.moe.layer import MoE
-from llmfoundry.parallel.alone import compute_in
 from llmfoundry.parallel.expert import divide_experts, mixtures
 from llmfoundry.parallel.fsdp import shard
 from llmfoundry.parallel.mesh import Mesh, ParallelConfig, single_process
 from llmfoundry.parallel.recompute import recompute_blocks
+from llmfoundry.parallel.single import compute_in
+
+GRAPHS_PER_KIND = 8  # torch's limit for one kind: training and evaluation, each with and without dynamic sizes
 
 
 def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: str) -> CausalLM:
@@ -36,6 +42,8 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
     one_graph = compiled and mesh.experts is None and not _reads_on_host(model, precision)
     by_itself = single_process(config, mesh.degrees)
     casts = precision == "amp_bf16" and by_itself
+    if compiled:
+        _allow_graphs(model.config)
     if compiled and not one_graph:
         compile_parts(model)
     if casts and not one_graph:  # inside of what is computed again
@@ -52,6 +60,20 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
     if not by_itself:
         shard(model, mesh, config, precision)
     return model
+
+
+def _allow_graphs(config: CausalLMConfig) -> None:
+    """Let torch compile a graph for each kind of block, and several for its modes and shapes.
+
+    All blocks share one code object, which torch compiles 8 times and then runs uncompiled. A pattern of windows, dense
+    first layers or a mixture in every n-th layer make more kinds than that.
+    """
+    kinds = {(config.window(layer), dumps(dump(config.ffn(layer)))) for layer in range(config.n_layers)}
+    limit = GRAPHS_PER_KIND * len(kinds)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+    torch._dynamo.config.accumulated_recompile_limit = max(
+        torch._dynamo.config.accumulated_recompile_limit, GRAPHS_PER_KIND * limit
+    )
 
 
 def _reads_on_host(model: CausalLM, precision: str) -> bool:

@@ -235,13 +235,13 @@ def _softmax_loss(logits: Tensor, labels: Tensor, dtype: torch.dtype, needs_grad
     return logits.new_empty(len(logits)), torch.empty_like(logits, dtype=dtype) if needs_grad else None
 
 
-def _even_exchange(experts: Tensor, n_local: int, group: dist.ProcessGroup) -> dispatch.Plan:
+def _even_exchange(experts: Tensor, n_local: int, group: dist.ProcessGroup) -> dispatch.Exchange:
     """An exchange with even routing, so that no rank has to be asked for its counts."""
     ranks, (tokens, top_k) = group.size(), experts.shape
     rows = round(tokens * (1 - (1 - 1 / ranks) ** top_k))  # to each rank
     token = experts.new_empty(rows * ranks, dtype=torch.int32)
     of_token = experts.new_empty(tokens, ranks, dtype=torch.int32)
-    return dispatch.Plan(group, token, of_token, [rows] * ranks, [rows] * ranks, tokens * top_k)
+    return dispatch.Exchange(group, token, of_token, [rows] * ranks, [rows] * ranks, tokens * top_k)
 
 
 @contextmanager

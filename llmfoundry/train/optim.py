@@ -96,8 +96,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, multiplier: float) -> fl
     return optimizer.param_groups[0]["lr"]
 
 
-class _Shards(NamedTuple):
-    """Gradients that lie over the ranks in the same way."""
+class _GradientGroup(NamedTuple):
+    """Gradients that are split over the ranks in the same way."""
 
     axes: list[ProcessGroup]  # of the mesh axes that they are split over
     device_type: str  # where those groups reduce
@@ -120,7 +120,7 @@ def clip_by_global_norm(parameters: Iterable[Tensor], max_norm: float | None) ->
     Returns:
         () norm before clipping, float32 (float64 for float64 gradients); not finite if any gradient is not.
     """
-    groups: dict[tuple[object, ...], _Shards] = {}
+    groups: dict[tuple[object, ...], _GradientGroup] = {}
     for parameter in parameters:
         if parameter.grad is not None:
             shards = _shards(parameter.grad)
@@ -139,16 +139,16 @@ def clip_by_global_norm(parameters: Iterable[Tensor], max_norm: float | None) ->
     return norm
 
 
-def _shards(grad: Tensor) -> _Shards:
+def _shards(grad: Tensor) -> _GradientGroup:
     if not isinstance(grad, DTensor):
-        return _Shards([], grad.device.type, [grad])
+        return _GradientGroup([], grad.device.type, [grad])
     mesh = grad.device_mesh
     assert not any(place.is_partial() for place in grad.placements), "a gradient not reduced yet has no norm"
     split = [i for i, place in enumerate(grad.placements) if not place.is_replicate() and mesh.size(i) > 1]
-    return _Shards([mesh.get_group(i) for i in split], mesh.device_type, [grad.to_local()])
+    return _GradientGroup([mesh.get_group(i) for i in split], mesh.device_type, [grad.to_local()])
 
 
-def _squared_norm(group: _Shards) -> Tensor:
+def _squared_norm(group: _GradientGroup) -> Tensor:
     """() squared L2 norm of the group's full gradients, at least float32."""
     # The result's dtype is that of the sum. A CPU sums a whole tensor in a few lanes: in float32, 2e-5 of the norm of
     # half a million values are lost, which is more than what another number of ranks may change.

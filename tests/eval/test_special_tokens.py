@@ -20,12 +20,12 @@ from llmfoundry.cli.convert import convert_main
 from llmfoundry.cli.inference import eval_main, generate_main
 from llmfoundry.cli.train import train_main
 from llmfoundry.config import ConfigError
-from llmfoundry.data.cache import cache_root
 from llmfoundry.data.packing import pack
 from llmfoundry.data.sources import Source
 from llmfoundry.data.tokenizer import Encoder, SpecialTokens, TokenizerConfig, _bounded, train_bpe
 from llmfoundry.eval.generate import encoded
 from llmfoundry.hf.generation import stop_tokens
+from llmfoundry.runtime import cache_root
 
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
 TEXT = " ".join(WORDS * 40)

@@ -52,7 +52,7 @@ def up(d: int, f: int, c: UpConfig) -> None:
         "row_slot_ptr": "*i32",
         "D": "i32",
     }
-    constants = {"F": f, "GATED": True, "ACTIVATION": "silu", "STORE_H": True, "STORE_A": True, "BM": TILE_ROWS,
+    constants = {"F": f, "GATED": True, "ACTIVATION": "silu", "BM": TILE_ROWS,
                  "BN": c.columns, "BK": c.depth, "GROUP": c.group, "PROGRAMS": PROGRAMS, "TURNS": TURNS,
                  "FLATTEN": c.flatten}  # fmt: skip
     report("up", up_kernel, types | TILES, constants, c.num_warps, c.num_stages)

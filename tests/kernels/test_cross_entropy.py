@@ -108,3 +108,20 @@ def test_label_outside_the_vocabulary_is_refused_on_cpu() -> None:
 def test_label_outside_the_vocabulary_shows_as_nan_on_cuda() -> None:
     x, weight, labels = _inputs(4, 11, torch.float32, "cuda")
     assert linear_cross_entropy(x, weight, labels.fill_(11)).isnan()
+
+
+@pytest.mark.parametrize(("frozen", "given"), [("weight", "x"), ("x", "weight")])
+def test_no_gradient_is_computed_for_what_is_frozen(frozen: str, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {"x": torch.randn(6, 8), "weight": torch.randn(11, 8)}
+    leaves = {name: tensor.clone().requires_grad_(name != frozen) for name, tensor in tensors.items()}
+    labels = torch.arange(6)
+    products: list[str] = []
+    for name in ("_product", "_add_product"):
+        real = getattr(cross_entropy, name)
+        monkeypatch.setattr(cross_entropy, name, lambda *a, real=real, name=name: (products.append(name), real(*a))[1])
+    linear_cross_entropy(leaves["x"], leaves["weight"], labels).backward()
+    assert products == (["_product", "_product"] if frozen == "weight" else ["_product", "_add_product"])
+    whole = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+    cross_entropy_reference(whole["x"], whole["weight"], labels).backward()
+    torch.testing.assert_close(leaves[given].grad, whole[given].grad)
+    assert leaves[frozen].grad is None

@@ -103,13 +103,6 @@ def test_an_expert_without_tokens_gets_a_gradient_of_zero() -> None:
         assert not found[name][: row.e // 2].any() and found[name][row.e // 2 :].any()
 
 
-def test_computing_h_again_gives_the_same_bits() -> None:
-    row = Row(64, 32, 24, 8, 2, True, "silu", "natural", biases=True)
-    leaves, experts = draw(row, torch.float32)
-    kept, again = (outcome(row, leaves, experts, backend="grouped_mm", save_h=keep) for keep in (True, False))
-    assert all(torch.equal(kept[name], again[name]) for name in kept)
-
-
 def test_twice_gives_the_same_bits() -> None:
     row = ROWS[0]
     leaves, experts = draw(row, torch.float32)

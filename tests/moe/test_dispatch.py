@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmfoundry.config import check
 from llmfoundry.moe import dispatch
-from llmfoundry.moe.dispatch import Slots, give_back, plan_exchange, send
+from llmfoundry.moe.dispatch import ExpertInputs, plan_exchange, return_rows, send
 from llmfoundry.moe.layer import Experts, MoEConfig
 
 pytestmark = pytest.mark.dist
@@ -71,9 +71,9 @@ def test_an_exchange_changes_nothing(group: dist.ProcessGroup, impl: str) -> Non
         x, weights, ids = draw()
         if travel:
             plan = plan_exchange(ids, E, group)
-            y = give_back(experts(send(x, weights, ids, E, plan)), plan)
+            y = return_rows(experts(send(x, weights, ids, E, plan)), plan)
         else:
-            y = experts(Slots(x, weights, ids))
+            y = experts(ExpertInputs(x, weights, ids))
         y.square().sum().backward()
         found.append([y, x.grad, weights.grad, *(parameter.grad for parameter in experts.parameters())])
         experts.zero_grad()
@@ -85,7 +85,7 @@ def test_weight_gradients_are_computed_while_the_gradients_of_tokens_travel(grou
     experts, draw = _experts("grouped_mm")
     x, weights, ids = draw()
     plan = plan_exchange(ids, E, group)
-    y = give_back(experts(send(x, weights, ids, E, plan)), plan)
+    y = return_rows(experts(send(x, weights, ids, E, plan)), plan)
     loss = y.square().sum()
     with Watch() as watch:
         loss.backward()
@@ -108,7 +108,7 @@ def test_nothing_received_outlives_its_step(group: dist.ProcessGroup, monkeypatc
     monkeypatch.setattr(dispatch, "_exchange", watched)
     x, weights, ids = draw()
     plan = plan_exchange(ids, E, group)
-    y = give_back(experts(send(x, weights, ids, E, plan)), plan)
+    y = return_rows(experts(send(x, weights, ids, E, plan)), plan)
     y.square().sum().backward()
     del y, x, weights
     gc.collect()

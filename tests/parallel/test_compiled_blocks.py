@@ -17,6 +17,8 @@ from torch._dynamo.utils import counters
 from llmfoundry.config import check, dump
 from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.layer import MoE
+from llmfoundry.parallel.apply import materialize, parallelize
+from llmfoundry.parallel.mesh import ParallelConfig, build_mesh
 
 NO_COMPILER = not any(map(shutil.which, ("g++", "clang++")))
 pytestmark = [
@@ -127,3 +129,25 @@ def test_a_process_alone_casts_weights_for_compiled_blocks(
     # bf16 has eight bits, and fused code rounds where plain code does not; Adam's first step makes much of that.
     torch.testing.assert_close(found["total"], true["total"], rtol=5e-3, atol=0)
     torch.testing.assert_close(found["grad_norm"][0], true["grad_norm"][0], rtol=5e-3, atol=0)
+
+
+def test_many_kinds_of_blocks_are_all_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows, dense layers and mixtures make more kinds than torch's limit of 8 for one function."""
+    keys = dump(tiny.model_config(PLAIN)) | {"n_layers": 12, "attn_window_pattern": [3, 4, 5, -1, 6]}
+    keys["ffn_config"] |= {"moe_impl": "reference", "first_k_dense": 1, "moe_layer_freq": 2}
+    keys["attn_config"] |= {"sliding_window_size": -1}
+    config = check(CausalLMConfig, keys)
+    compile_as_it_is = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compile_as_it_is(f, backend="eager"))
+    with torch.device("meta"):
+        model = config.build()
+    parallel = ParallelConfig(compile=True)
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    with torch._dynamo.config.patch(recompile_limit=2):  # as if there were four times as many kinds
+        model = materialize(parallelize(model, build_mesh(parallel, "cpu", 0), parallel, "fp32"), parallel, 1)
+        for training in (True, False):
+            model.train(training)
+            model(tokens, tokens, keys=torch.arange(2)).loss_sum.backward()
+    frames = counters["frames"]
+    assert frames["total"] > 2 and frames["ok"] == frames["total"]
+    assert not counters["unimplemented"], "no limit was hit"

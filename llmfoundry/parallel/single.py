@@ -1,7 +1,7 @@
-"""Mixed precision of a process that shares with nobody: weights are cast where FSDP would gather them.
+"""Mixed precision without FSDP, for a single process: weights are cast where FSDP would gather them.
 
-FSDP over one rank gives the same numbers, but copies every weight and gradient three times more on the way: at OLMoE's
-shape with 8 layers, 32,768 tokens a step, 50 of 405 ms on an H100.
+FSDP over one rank gives the same numbers, but copies every weight and gradient three times more: at OLMoE's shape with
+8 layers and 32,768 tokens per step, this is 50 of 405 ms on an H100.
 """
 
 from __future__ import annotations
