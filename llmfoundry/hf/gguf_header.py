@@ -107,7 +107,7 @@ class _Reader(GGUFReader):
         if raw_type != GGUFValueType.ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
         inner, count = GGUFValueType(self._get(orig_offs, np.uint32)[0]), int(self._get(orig_offs + 4, np.uint64)[0])
-        data, end = memoryview(self.data), orig_offs + 12
+        data, end = self.data.data, orig_offs + 12
         if inner in self.gguf_scalar_to_np:
             end += count * np.dtype(self.gguf_scalar_to_np[inner]).itemsize
         elif inner != GGUFValueType.STRING:
@@ -122,7 +122,8 @@ class _Reader(GGUFReader):
 
 
 def _read(path: Path) -> Header:
-    reader = _Reader(path)
+    with np.errstate(over="ignore"):  # a place that wraps around is found below
+        reader = _Reader(path)
     tensors = {}
     for each in reader.tensors:
         shape = tuple(reversed(each.shape.tolist()))
