@@ -15,6 +15,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja",
 )  # fmt: skip
+TEMPLATES = "additional_chat_templates/*.jinja"  # those with names, e.g. for tools
 
 
 def copy_tokenizer(source: Path, target: Path) -> bool:
@@ -25,8 +26,10 @@ def copy_tokenizer(source: Path, target: Path) -> bool:
             tokenizer.save_pretrained(target)
         return tokenizer is not None
     found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    for file in found:
-        shutil.copyfile(file, target / file.name)
+    for file in (*found, *source.glob(TEMPLATES)):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
     return bool(found)
 
 
