@@ -31,7 +31,7 @@ from llmfoundry.hf.files import Advance, Folder, boxes, new_folder, write_weight
 from llmfoundry.hf.generation import GENERATION, generation_of, read_generation, special_tokens
 from llmfoundry.hf.gguf import GGUFFile
 from llmfoundry.hf.pieces import Copy, Kept, Part, Pieces, Source, Spec, fill, values_of
-from llmfoundry.hf.tokenizer import TEMPLATES, TOKENIZER_FILES, name_for_transformers_4, tokenizer_of
+from llmfoundry.hf.tokenizer import TOKENIZER_FILES, name_for_transformers_4, tokenizer_of
 from llmfoundry.layers.lora import is_adapter
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig, cast_parameters
 from llmfoundry.moe.layer import MoEConfig
@@ -89,7 +89,7 @@ def locate(path_or_id: str | Path) -> Path:
     path = Path(path_or_id)
     if path.is_dir():
         return path
-    patterns = ["config.json", GENERATION, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES, TEMPLATES]
+    patterns = ["config.json", GENERATION, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
     try:
         return Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
     except HFValidationError:
