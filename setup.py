@@ -48,13 +48,13 @@ setup(
             "ruff>=0.12",
             "mypy>=1.15",
             "peft>=0.17",
-            "gguf>=0.10",
+            "gguf>=0.18",
             "trl>=1.0",
             "cramjam>=2.8",
             "hypothesis>=6.100",
         ],
         "mds": ["cramjam>=2.8"],  # MDS shards compressed by Brotli or Snappy
-        "gguf": ["gguf>=0.10"],  # llama.cpp's files in
+        "gguf": ["gguf>=0.18"],  # llama.cpp's files in
         # For a torch that came without Triton (CPU builds): the kernels' tests then run in Triton's
         # interpreter, which fails on numpy >= 2.4. A CUDA build of torch brings its own Triton.
         "triton": ['triton==3.6.0; sys_platform == "linux"', "numpy<2.4"],

@@ -319,8 +319,8 @@ def _write(
         texts[GENERATION] = generation
     files |= {name: manifest.write_file(folder / name, text.encode()) for name, text in texts.items()}
     if has_tokenizer:
-        for file in (folder / "tokenizer").iterdir():
-            files[f"tokenizer/{file.name}"] = manifest.measure(file, sync=True)
+        for file in filter(Path.is_file, (folder / "tokenizer").rglob("*")):
+            files[file.relative_to(folder).as_posix()] = manifest.measure(file, sync=True)
     elif tokenizer is not None:
         (folder / "tokenizer").rmdir()
     manifest.write_manifest(folder, 0, files)

@@ -49,6 +49,7 @@ def _open_checkpoint(folder: str, overrides: list[str], keys: Sequence[str]) -> 
         keys: what may be overridden.
     """
     from llmfoundry import runtime
+    from llmfoundry.checkpoint.manifest import CONFIG, CONVERTED
     from llmfoundry.checkpoint.reading import load_model_only, read
     from llmfoundry.hf.pretrained import tokenizer_of
     from llmfoundry.model.transformer import CausalLMConfig
@@ -62,7 +63,9 @@ def _open_checkpoint(folder: str, overrides: list[str], keys: Sequence[str]) -> 
             raise ConfigError(f"{item}: cannot be changed here; you can change: {', '.join(keys)}")
     place = runtime.start()
     contents = read(folder)
-    config = read_config(str(contents.path / "config.yaml"), overrides)
+    # What a conversion wrote is for editing; the settings of its weights are on record beside it.
+    settings = CONVERTED if CONVERTED in contents.files else CONFIG
+    config = read_config(str(contents.path / settings), overrides)
     assert isinstance(config.model, CausalLMConfig)
     check_device(config.model, place, config.precision_on(place.type))
     tokenizer = tokenizer_of(contents.tokenizer) if contents.tokenizer is not None else None

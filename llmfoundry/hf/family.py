@@ -36,6 +36,8 @@ _HARMLESS = {
     "reorder_and_upcast_attn",
 }  # fmt: skip
 
+_MOST_LAYERS = 10_000
+
 
 class Theirs:
     """A config of `transformers`, its defaults filled in; it remembers which settings were read."""
@@ -157,9 +159,12 @@ def read_config(data: Mapping[str, object], where: str = "config.json") -> tuple
             f"{where}: quantization_config is set: these weights are quantised; save them unquantised first, "
             "in `transformers` by from_pretrained(..., dtype=torch.bfloat16) and save_pretrained"
         )
+    n_layers = data.get(family.sizes["n_layers"])
+    if isinstance(n_layers, int) and n_layers > _MOST_LAYERS:  # `transformers` makes a list of them
+        raise ConfigError(f"{where}: {family.sizes['n_layers']}={n_layers}; {_MOST_LAYERS} is the most that is read")
     try:
         theirs = Theirs(CONFIG_MAPPING[family.model_type].from_dict(copy.deepcopy(dict(data))), where)
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
     config = family.to_ours(theirs)
     theirs.check_all_read()

@@ -19,7 +19,7 @@ import shutil
 import sys
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from io import FileIO
@@ -166,26 +166,43 @@ def read_header(file: Path) -> dict[str, Stored]:
         entries.pop("__metadata__", None)
         found = {}
         for name, entry in entries.items():
-            begin, end = map(int, entry["data_offsets"])
-            shape = tuple(map(int, entry["shape"]))
+            begin, end = _whole_numbers(entry["data_offsets"])
+            shape = _whole_numbers(entry["shape"])
             if entry["dtype"] not in DTYPES:
                 raise ConfigError(
                     f"{file}: tensor {name!r} has dtype {entry['dtype']}; weights are one of {', '.join(DTYPES)} "
                     "(of a quantised checkpoint, take the unquantised one)"
                 )
             spec = Spec(DTYPES[entry["dtype"]], shape)
-            if begin < 0 or min(shape, default=0) < 0 or end - begin != spec.nbytes:
+            if end - begin != spec.nbytes:
                 raise ValueError(f"tensor {name!r} does not fill its place")
             if 8 + length + end > size:
                 raise ConfigError(
                     f"{file}: is cut short: it has {size} bytes and tensor {name!r} ends at {8 + length + end}"
                 )
             found[str(name)] = Stored(spec, file, 8 + length + begin, (0,) * len(shape))
+        check_apart((each.start, each.start + each.spec.nbytes, name) for name, each in found.items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{file}: has a malformed header ({type(error).__name__}: {error})") from None
     return found
+
+
+def _whole_numbers(values: object) -> tuple[int, ...]:
+    """Numbers of a header: JSON may hold infinity, fractions and text too."""
+    if not isinstance(values, list) or not all(type(value) is int and value >= 0 for value in values):
+        raise ValueError(f"{values!r} are no whole numbers")
+    return tuple(values)
+
+
+def check_apart(places: Iterable[tuple[int, int, str]]) -> None:
+    """Raise ValueError if two tensors, each from a byte to another, share bytes of a file."""
+    last, reached = "", 0
+    for start, end, name in sorted(places):
+        if start < reached:
+            raise ValueError(f"tensors {last!r} and {name!r} overlap")
+        last, reached = name, end
 
 
 @contextmanager

@@ -1,8 +1,6 @@
 """GGUF files (llama.cpp) of the Llama family as config.json and tensors of `transformers`: our families do the rest.
 
-A file is a header (settings, then name, shape, type and place of each tensor) and the tensors' bytes. It is checked
-against the file's size before anything is read. Quantised tensors are dequantised to float32 by the `gguf` library, one
-at a time.
+The `gguf` library reads the header (gguf_header.py) and dequantises tensors to float32, one at a time.
 Three things are other than in `transformers`. Rows of queries and keys in `llama` files stand in the order that turns
 neighbouring dims together. Scaling of rotations as Llama 3.1 has it is a tensor of divisors, from which its settings
 are found again. Numbers are float32: 1e-5 is there as 9.99999974738e-06.
@@ -12,13 +10,10 @@ from __future__ import annotations
 
 import math
 import re
-import struct
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -29,10 +24,10 @@ from llmfoundry.hf.files import Stored
 from llmfoundry.hf.pieces import Kept, Part, Spec, whole_of
 from llmfoundry.layers.rope import Llama3Scaling, NoScaling
 
+if TYPE_CHECKING:
+    from llmfoundry.hf.gguf_header import Header, Placed
+
 _ARCHITECTURES = "llama", "qwen2", "qwen3"  # by the same names in `transformers`
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_FLOAT32, _STRING, _ARRAY = 6, 8, 9
-_PLAIN = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}  # types that need no `gguf`
 
 _NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK_NAMES = {
@@ -46,21 +41,6 @@ _HARMLESS = {"tensor_data_layout", "rope.scaling.finetuned", "expert_used_count"
 _SLAB_ROWS = 1024  # dequantised at a time
 
 
-class _Stored(NamedTuple):
-    """A tensor in the file."""
-
-    kind: int  # of ggml
-    shape: tuple[int, ...]  # as torch has it; the file has it reversed
-    start: int  # byte in the file
-    nbytes: int
-    heads: int = 0  # whose rows are to be put back in order; 0: rows are in order
-
-    @property
-    def spec(self) -> Spec:
-        """What it becomes."""
-        return Spec(_PLAIN.get(self.kind, torch.float32), self.shape)
-
-
 class GGUFFile:
     """A GGUF file as a `Source`, under the names of `transformers`.
 
@@ -72,7 +52,7 @@ class GGUFFile:
 
     Raises:
         ConfigError: it is no GGUF file, cut short or damaged, or of an architecture or with a setting that is not
-            supported; or it is quantised, and the `gguf` library is not installed.
+            supported; or the `gguf` library is not installed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -97,7 +77,7 @@ class GGUFFile:
     def parts(self, name: str) -> list[Kept]:
         """The tensor: as it is in the file, or made and kept until another one is asked for."""
         stored = self._stored[name]
-        if stored.kind in _PLAIN and not stored.heads:
+        if stored.is_plain and not stored.heads:
             return [self._box(stored.start, stored.spec)]
         if self._last is None or self._last[0] != name:
             self._last = None  # before the next: one at a time
@@ -114,17 +94,17 @@ class GGUFFile:
             if isinstance(n_heads, int) and each.shape[0] % (2 * n_heads) == 0:  # else its shape is found wrong later
                 self._stored[name] = each._replace(heads=n_heads)
 
-    def _values(self, stored: _Stored) -> Tensor:
+    def _values(self, stored: Placed) -> Tensor:
         values = self._dequantised(stored)
         if stored.heads:  # (H, C/2, 2, ...), pairs side by side, to (H, 2, C/2, ...), the two halves
             values = values.unflatten(0, (stored.heads, -1, 2)).transpose(1, 2).flatten(0, 2)
         return values
 
-    def _dequantised(self, stored: _Stored) -> Tensor:
-        if stored.kind in _PLAIN:
+    def _dequantised(self, stored: Placed) -> Tensor:
+        if stored.is_plain:
             return whole_of(stored.spec, [self._box(stored.start, stored.spec)])
-        gguf = _library()
-        kind = gguf.GGMLQuantizationType(stored.kind)
+        from gguf import quants
+
         values = torch.empty(math.prod(stored.shape[:-1]), stored.shape[-1])
         coded = self._box(stored.start, Spec(torch.uint8, (len(values), stored.nbytes // len(values))))
         for start in range(0, len(values), _SLAB_ROWS):
@@ -132,7 +112,7 @@ class GGUFFile:
             for block in coded.blocks((start, 0), (rows, coded.shape[1])):
                 first = block.offsets[0]
                 values[first : first + len(block.values)] = torch.from_numpy(
-                    gguf.quants.dequantize(block.values.numpy(), kind)
+                    quants.dequantize(block.values.numpy(), stored.kind)
                 )
         return values.view(stored.shape)
 
@@ -158,136 +138,13 @@ def tokenizer_of(path: Path) -> PreTrainedTokenizerBase | None:
         ) from None
 
 
-class _Cursor:
-    """A place in a file that moves on as values are read."""
-
-    def __init__(self, path: Path) -> None:
-        self.size = path.stat().st_size
-        self._file = open(path, "rb")
-        self.place = 0
-
-    def take(self, n_bytes: int) -> bytes:
-        self._check(n_bytes)
-        self.place += n_bytes
-        return self._file.read(n_bytes)
-
-    def skip(self, n_bytes: int) -> None:
-        self._check(n_bytes)
-        self.place += n_bytes
-        self._file.seek(self.place)
-
-    def number(self, letter: str) -> int:
-        return int(struct.unpack("<" + letter, self.take(struct.calcsize("<" + letter)))[0])
-
-    def text(self) -> str:
-        return self.take(self.number("Q")).decode()
-
-    def value(self) -> Value:
-        """A setting, after its type; of an array, which is a tokenizer's, only that it is one."""
-        kind = self.number("I")
-        if kind == _STRING:
-            return self.text()
-        if kind in _SCALARS:
-            letter = _SCALARS[kind]
-            value: bool | int | float = struct.unpack("<" + letter, self.take(struct.calcsize("<" + letter)))[0]
-            return _shortest(value) if kind == _FLOAT32 else value
-        if kind != _ARRAY:
-            raise ValueError(f"a setting of type {kind}")
-        inner, count = self.number("I"), self.number("Q")
-        if inner in _SCALARS:
-            self.skip(count * struct.calcsize("<" + _SCALARS[inner]))
-        elif inner == _STRING:
-            self._check(8 * count)
-            for _ in range(count):
-                self.skip(self.number("Q"))
-        else:
-            raise ValueError(f"an array of type {inner}")
-        return []
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _check(self, n_bytes: int) -> None:
-        if self.place + n_bytes > self.size:
-            raise ValueError(f"it has {self.size} bytes, and its header goes on to {self.place + n_bytes}")
-
-
-def _read_header(path: Path) -> tuple[dict[str, Value], dict[str, _Stored]]:
-    """The settings and the tensors of a file, each within it."""
+def _read_header(path: Path) -> Header:
+    """The header of a file; the library is imported where a file is read."""
     try:
-        cursor = _Cursor(path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        if cursor.size < 4 or cursor.take(4) != b"GGUF":
-            raise ConfigError("is no GGUF file")
-        version = cursor.number("I")
-        if version not in (2, 3):
-            why = "is big-endian" if version and version & 0xFFFF == 0 else f"has version {version}"
-            raise ConfigError(f"{why}; GGUF of versions 2 and 3, little-endian, is read")
-        n_tensors, n_settings = cursor.number("Q"), cursor.number("Q")
-        settings: dict[str, Value] = {}
-        for _ in range(n_settings):
-            name = cursor.text()
-            settings[name] = cursor.value()
-        return settings, _tensors(cursor, n_tensors, settings.get("general.alignment", 32))
-    except (ValueError, KeyError, OverflowError) as error:
-        if isinstance(error, ConfigError):
-            raise ConfigError(f"{path}: {error}") from None
-        raise ConfigError(f"{path}: is cut short or damaged: {error}") from None
-    finally:
-        cursor.close()
-
-
-def _tensors(cursor: _Cursor, n_tensors: int, alignment: Value) -> dict[str, _Stored]:
-    if not isinstance(alignment, int) or alignment < 1:
-        raise ValueError(f"general.alignment={alignment!r}")
-    found: dict[str, _Stored] = {}
-    for _ in range(n_tensors):
-        name, n_dims = cursor.text(), cursor.number("I")
-        if name in found or not 1 <= n_dims <= 4:
-            raise ValueError(f"tensor {name!r} comes twice, or has {n_dims} dims")
-        shape = tuple(cursor.number("Q") for _ in range(n_dims))[::-1]
-        kind = cursor.number("I")
-        found[name] = _Stored(kind, shape, cursor.number("Q"), _nbytes(name, kind, shape))
-    base = -(-cursor.place // alignment) * alignment
-    for name, each in found.items():
-        end = base + each.start + each.nbytes
-        if end > cursor.size:
-            raise ValueError(f"it has {cursor.size} bytes, and tensor {name!r} ends at {end}")
-        found[name] = each._replace(start=base + each.start)
-    return found
-
-
-def _nbytes(name: str, kind: int, shape: tuple[int, ...]) -> int:
-    if kind in _PLAIN:
-        return Spec(_PLAIN[kind], shape).nbytes
-    gguf = _library()
-    try:
-        quantised = gguf.GGMLQuantizationType(kind)
-        block, size = gguf.GGML_QUANT_SIZES[quantised]
-        gguf.quants.dequantize(np.zeros((1, size), np.uint8), quantised)
-    except (ValueError, KeyError, NotImplementedError):
-        raise ConfigError(f"tensor {name!r} has ggml type {kind}, which the `gguf` library cannot dequantise") from None
-    if shape[-1] % block or 0 in shape:
-        raise ValueError(f"tensor {name!r} of shape {list(shape)} does not divide into blocks of {block}")
-    return math.prod(shape) // block * size
-
-
-def _library() -> ModuleType:
-    try:
-        import gguf
+        from llmfoundry.hf.gguf_header import read_header
     except ImportError:
-        raise ConfigError(
-            "its weights are quantised: reading them needs the `gguf` package, pip install gguf"
-        ) from None
-    return gguf
-
-
-def _shortest(value: float) -> float:
-    """The decimal number that a float32 was made from, as far as 7 digits say it."""
-    short = float(f"{value:.7g}")
-    return short if np.float32(short) == np.float32(value) else value
+        raise ConfigError(f"{path}: reading GGUF files needs the `gguf` package, pip install gguf") from None
+    return read_header(path)
 
 
 def _their_name(name: str) -> str:
@@ -347,7 +204,7 @@ class _Said:
                 raise ConfigError(f"{self.path}: {name}={value!r} is not supported")
 
 
-def _config(said: _Said, tensors: Mapping[str, _Stored], divisors: Tensor | None) -> ConfigDict:
+def _config(said: _Said, tensors: Mapping[str, Placed], divisors: Tensor | None) -> ConfigDict:
     """What config.json would say."""
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
@@ -425,7 +282,7 @@ def _llama3(path: Path, theta: float, head_dim: int, divisors: Tensor) -> Config
     """
     device, found = torch.device("cpu"), divisors.double()
     plain = NoScaling().inv_freq(theta, head_dim, device)
-    factor = _shortest(float(found.max()))
+    factor = float(f"{float(found.max()):.7g}")
     between = (found > 1) & (found < found.max())
     if found.shape == plain.shape and int(between.sum()) >= 2 and bool((found >= 1).all()):
         turns = plain.double()[between] / (2 * math.pi)

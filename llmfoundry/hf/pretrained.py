@@ -35,6 +35,7 @@ from llmfoundry.hf.pieces import Copy, Kept, Part, Pieces, Source, Spec, fill, f
 from llmfoundry.hf.tokenizer import TOKENIZER_FILES, name_for_transformers_4, tokenizer_of
 from llmfoundry.layers.lora import is_adapter
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig, cast_parameters
+from llmfoundry.moe.layer import MoEConfig
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ def open_checkpoint(path_or_id: str | Path, once: bool = False) -> Checkpoint:
         data = json.loads(config_file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{config_file}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{config_file}: is no JSON: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{config_file}: must hold a mapping, found {type(data).__name__}")
@@ -155,6 +156,7 @@ def matched(path: Path, family: Family, config: CausalLMConfig, folder: Source) 
         ConfigError: a tensor is missing, left over or of another shape.
     """
     source = _with_prefix(folder, family)
+    _check_counts(path, config, source.specs)
     found = family.weights(source.specs, config)
     if config.tie_word_embeddings and family.head in found:  # some writers repeat the embedding under this name
         found.discard(family.head)
@@ -180,6 +182,18 @@ def matched(path: Path, family: Family, config: CausalLMConfig, folder: Source) 
     for spec in source.specs.values():
         sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
     return Checkpoint(path, family, config, source, pieces.reading(), max(sizes, key=sizes.__getitem__))
+
+
+def _check_counts(path: Path, config: CausalLMConfig, specs: Mapping[str, Spec]) -> None:
+    """Refuse numbers that the files cannot hold, before anything of that size is built."""
+    ffn = config.ffn(config.n_layers - 1)
+    n_experts = ffn.moe_num_experts if isinstance(ffn, MoEConfig) else 0
+    largest = max((max(spec.shape, default=0) for spec in specs.values()), default=0)  # where experts are stacked
+    if config.n_layers > len(specs) or n_experts > max(len(specs), largest):
+        raise ConfigError(
+            f"{path}: config.json says {config.n_layers} layers and {n_experts} experts, and the files hold "
+            f"{len(specs)} tensors"
+        )
 
 
 def load_weights(model: CausalLM, path_or_id: str | Path, allow: Collection[str] = ()) -> None:

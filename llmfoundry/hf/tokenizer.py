@@ -10,10 +10,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llmfoundry.hf import gguf
 
-# What makes a tokenizer; none of it is code.
+# What makes a tokenizer, as patterns; none of it is code. Named chat templates have a folder of their own.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
 )  # fmt: skip
 
 
@@ -24,9 +25,11 @@ def copy_tokenizer(source: Path, target: Path) -> bool:
         if tokenizer is not None:
             tokenizer.save_pretrained(target)
         return tokenizer is not None
-    found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    found = [file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()]
     for file in found:
-        shutil.copyfile(file, target / file.name)
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
     return bool(found)
 
 

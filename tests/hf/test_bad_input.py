@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,7 +102,40 @@ def lie(folder: Path) -> None:
     edit_index("model.nothing", file_with(folder, QUERIES).name)(folder)
 
 
+def edit_header(edit: Callable[[dict[str, dict[str, object]]], None]) -> Callable[[Path], None]:
+    """Another header before the same bytes of tensors."""
+
+    def change(folder: Path) -> None:
+        file = file_with(folder, QUERIES)
+        content = file.read_bytes()
+        end = 8 + int.from_bytes(content[:8], "little")
+        entries = json.loads(content[8:end])
+        edit(entries)
+        head = json.dumps(entries).replace("Infinity", "1e400").encode()
+        file.write_bytes(len(head).to_bytes(8, "little") + head + content[end:])
+
+    return change
+
+
+def same_bytes(entries: dict[str, dict[str, object]]) -> None:
+    other = next(name for name in entries if name not in (QUERIES, "__metadata__"))
+    (start, _), (first, last) = (entries[name]["data_offsets"] for name in (QUERIES, other))  # type: ignore[misc]
+    entries[other]["data_offsets"] = [start, start + last - first]
+
+
 BAD = {
+    "a place that is infinite": (
+        edit_header(lambda e: e[QUERIES].update(data_offsets=[0, math.inf])),
+        "malformed header",
+    ),
+    "a shape that is infinite": (edit_header(lambda e: e[QUERIES].update(shape=[math.inf, 32])), "malformed header"),
+    "a shape in fractions": (edit_header(lambda e: e[QUERIES].update(shape=[31.5, 32])), "malformed header"),
+    "a place below zero": (edit_header(lambda e: e[QUERIES].update(data_offsets=[-4096, 0])), "malformed header"),
+    "two tensors over the same bytes": (edit_header(same_bytes), "overlap"),
+    "layers beyond all tensors": (edit_config(num_hidden_layers=9_000), "config.json says 9000 layers and 4 experts"),
+    "layers beyond all memory": (edit_config(num_hidden_layers=10**12), "10000 is the most that is read"),
+    "experts beyond all tensors": (edit_config(num_local_experts=10**9), "and 1000000000 experts"),
+    "a config as deep as a well": (overwrite("config.json", b"[" * 100_000), "is no JSON"),
     "a missing tensor": (
         edit_tensors(lambda t: t.update({QUERIES.replace("q_proj", "q_prj"): t.pop(QUERIES)})),
         f"tensor {QUERIES!r} is missing; the nearest that is there is 'model.layers.0.self_attn.q_prj.weight'",

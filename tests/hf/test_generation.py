@@ -17,6 +17,7 @@ from llmfoundry.cli.train import train_main
 from llmfoundry.data.tokenizer import END_OF_TEXT, train_bpe
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+TOOLS = "{{ tools }}" + TEMPLATE
 STOPS = {"bos_token_id": 0, "eos_token_id": [1, 5, 9]}
 CHAT = {**STOPS, "pad_token_id": 5, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
 
@@ -30,7 +31,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token=END_OF_TEXT, extra_special_tokens=["<|im_start|>", "<|im_end|>"]
     )
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = {"default": TEMPLATE, "tool_use": TOOLS}
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -95,7 +96,7 @@ def test_stop_ids_and_template_survive_training_and_resuming(
     assert json.loads((out / "generation_config.json").read_text()) == expected
     assert GenerationConfig.from_pretrained(out).eos_token_id == expected["eos_token_id"]
     tokenizer = AutoTokenizer.from_pretrained(out)
-    assert tokenizer.chat_template == TEMPLATE
+    assert tokenizer.chat_template == {"default": TEMPLATE, "tool_use": TOOLS}
     assert {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.all_special_tokens)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 import weakref
 from pathlib import Path
@@ -295,7 +296,7 @@ def test_another_architecture_is_named_with_those_supported(tmp_path: Path) -> N
         (b"", "is no GGUF file"),
         (b"PK\x03\x04 and more", "is no GGUF file"),
         (b"GGUF", "is cut short or damaged"),
-        (b"GGUF\x01\0\0\0" + bytes(16), "has version 1"),
+        (b"GGUF\x01\0\0\0" + bytes(16), "appears to be version 1"),
         (b"GGUF\0\0\0\x03" + bytes(16), "is big-endian"),
         (b"GGUF\x03\0\0\0" + b"\xff" * 16, "is cut short or damaged"),
     ],
@@ -332,10 +333,55 @@ def test_a_damaged_header_is_never_more_than_an_error(tmp_path: Path) -> None:
     assert refused > 300
 
 
-def test_a_quantised_file_asks_for_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = write(CASES[0].build(), tmp_path / "plain.gguf")
-    quantised = write(CASES[0].build(), tmp_path / "model.gguf", "Q4_0")
+def test_a_file_asks_for_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(CASES[0].build(), tmp_path / "model.gguf")
+    monkeypatch.delitem(sys.modules, "llmfoundry.hf.gguf_header", raising=False)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    load(plain)
     with pytest.raises(ConfigError, match="model.gguf: .* needs the `gguf` package, pip install gguf"):
-        GGUFFile(quantised)
+        GGUFFile(path)
+
+
+def header(*fields: bytes, tensors: int = 0) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, len(fields)) + b"".join(fields)
+
+
+def field(name: bytes, kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q", len(name)) + name + struct.pack("<I", kind) + value
+
+
+def placed(name: bytes, *dims: int, kind: int = 0, start: int = 0) -> bytes:
+    shape = struct.pack(f"<I{len(dims)}Q", len(dims), *dims)
+    return struct.pack("<Q", len(name)) + name + shape + struct.pack("<IQ", kind, start)
+
+
+LIST, NUMBER, TEXT = 9, 4, 8
+HOSTILE = {
+    "numbers past the end": header(field(b"a", LIST, struct.pack("<IQ", 4, 2**60))),
+    "texts past the end": header(field(b"a", LIST, struct.pack("<IQ", TEXT, 2**60))),
+    "a text as long as all memory": header(field(b"a", TEXT, struct.pack("<Q", 2**63))),
+    "texts of such a length": header(field(b"a", LIST, struct.pack("<IQQ", TEXT, 2**40, 2**64 - 8))),
+    "lists in lists": header(field(b"a", LIST, struct.pack("<IQ", LIST, 1) * 10_000)),
+    "settings past the end": b"GGUF" + struct.pack("<IQQ", 3, 0, 2**60),
+    "tensors past the end": b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0),
+    "one setting twice": header(field(b"a", NUMBER, bytes(4)), field(b"a", NUMBER, bytes(4))),
+    "one tensor twice": header(tensors=2) + placed(b"a", 4) * 2 + bytes(99),
+    "two tensors over the same bytes": header(tensors=2) + placed(b"a", 4) + placed(b"b", 4, start=8) + bytes(99),
+    "a shape that wraps around": header(tensors=1) + placed(b"a", 2**32, 2**32) + bytes(99),
+    "a place that wraps around": header(tensors=1) + placed(b"a", 1, start=2**64 - 32) + bytes(99),
+    "too many dims": header(tensors=1) + struct.pack("<Q", 1) + b"a" + struct.pack("<I", 2**32 - 1) + bytes(99),
+    "a type that there is not": header(tensors=1) + placed(b"a", 4, kind=999) + bytes(99),
+    "an alignment of 0": header(field(b"general.alignment", NUMBER, bytes(4))),
+    "a name that is no text": header(field(b"\xff", NUMBER, bytes(4))),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error::ResourceWarning")
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_header_is_one_error_at_once(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(HOSTILE[name])
+    with pytest.raises(ConfigError, match="model.gguf: is cut short or damaged: ") as error:
+        GGUFFile(path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match="model.gguf: is cut short or damaged: "):
+        tokenizer_of(path)
