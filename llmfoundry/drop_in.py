@@ -51,7 +51,7 @@ class TheirExperts(Protocol):
     _apply_gate: Callable[[Tensor], Tensor]
 
 
-class Unit(NamedTuple):
+class Gate(NamedTuple):
     """What stands between the two products, in the words of `experts_ffn`."""
 
     activation: str
@@ -162,11 +162,11 @@ def _recognise(experts: TheirExperts) -> None:
 
 
 @torch.no_grad()
-def _match(experts: TheirExperts) -> Unit | None:
+def _match(experts: TheirExperts) -> Gate | None:
     if not experts.has_gate:
         found = experts.act_fn(_PROBE.clone())
         names = (name for name, act in ACTIVATIONS.items() if _same(act(_PROBE), found))
-        return next((Unit(name, False, None) for name in names), None)
+        return next((Gate(name, False, None) for name in names), None)
     gate, up = torch.meshgrid(_PROBE, _PROBE, indexing="ij")
     h = torch.cat([gate, up], dim=1)  # (24, 48): gate and up of every pair
     theirs = h if _concatenated(experts) else torch.stack([gate, up], dim=2).flatten(1)
@@ -175,7 +175,7 @@ def _match(experts: TheirExperts) -> Unit | None:
     for activation in GLU_ACTIVATIONS:
         for limit in limits:
             if (limit is None or isinstance(limit, int | float)) and _same(glu(h, activation, limit), found):
-                return Unit(activation, True, limit)
+                return Gate(activation, True, limit)
     return None
 
 

@@ -78,8 +78,8 @@ from llmfoundry.checkpoint.reading import (
 from llmfoundry.checkpoint.storage import StagedPlanner, TensorWriter
 from llmfoundry.checkpoint.tensors import (
     check_same_model,
+    empty_state,
     model_tensors,
-    optimizer_memory,
     optimizer_tensors,
     rng_room,
     rng_tensors,
@@ -236,7 +236,7 @@ class Checkpointer:
         model = model_tensors(state.model, frozen=contents.base is None)
         try:
             check_same_model(entries, model, exact_dtype=True)
-            memory = optimizer_memory(entries, state.model, state.optimizer)
+            memory = empty_state(entries, state.model, state.optimizer)
         except CheckpointError as error:
             raise CheckpointError(f"{contents.path}: {error}") from None
         if contents.base is not None:

@@ -36,7 +36,7 @@ from llmfoundry.config import ConfigError, check, dump
 from llmfoundry.hf.family import write_config
 from llmfoundry.hf.files import DTYPE_NAMES, FillBox, Placed, new_folder, shards, write_files
 from llmfoundry.hf.generation import GENERATION, read_generation
-from llmfoundry.hf.pieces import Copy, Kept, Part, Pieces, Source, Spec, box_of, fill, whole_of
+from llmfoundry.hf.pieces import Copy, Kept, Part, Pieces, Spec, TensorSource, box_of, fill, whole_of
 from llmfoundry.hf.pretrained import (
     Progress,
     open_checkpoint,
@@ -107,7 +107,7 @@ class HuggingFaceSource:
         yield Part((0,) * tensor.dim(), tensor)
 
 
-def _open_base(contents: Contents, config: CausalLMConfig) -> Source | None:
+def _open_base(contents: Contents, config: CausalLMConfig) -> TensorSource | None:
     if contents.base is None:
         return None
     path = find_base(contents.base, contents.path)
@@ -211,7 +211,7 @@ def grow(source: str | Path, out: Path, plan: Upcycling, seed: int, progress: Pr
         ConfigError: what is wrong with `source`, it is no dense model, or `out` is in use.
     """
     is_ours = (Path(source) / manifest.MANIFEST).exists() or (Path(source) / "checkpoints").is_dir()
-    values: Source
+    values: TensorSource
     copies: Mapping[str, list[Copy]]
     if is_ours:
         contents, config = _open(source)

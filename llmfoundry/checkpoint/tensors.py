@@ -21,7 +21,7 @@ from llmfoundry.checkpoint.manifest import CheckpointError
 from llmfoundry.checkpoint.storage import Entry
 
 
-class Memory(NamedTuple):
+class EmptyState(NamedTuple):
     """An empty tensor for one entry of an optimizer's state, not yet part of it."""
 
     parameter: nn.Parameter
@@ -51,7 +51,7 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer | None) -> dict[str
     }
 
 
-def optimizer_memory(entries: Mapping[str, Entry], model: nn.Module, optimizer: Optimizer | None) -> dict[str, Memory]:
+def empty_state(entries: Mapping[str, Entry], model: nn.Module, optimizer: Optimizer | None) -> dict[str, EmptyState]:
     """Empty tensors for the optimizer state that a checkpoint holds, sharded as the parameters are.
 
     Raises:
@@ -78,7 +78,7 @@ def optimizer_memory(entries: Mapping[str, Entry], model: nn.Module, optimizer: 
         else:  # torch keeps a step count on the CPU unless a fused or captured kernel reads it
             device = parameter.device if steps_on_device[parameter] else torch.device("cpu")
             room = torch.zeros(entry.shape, dtype=entry.dtype, device=device)
-        found[name] = Memory(parameter, key, room)
+        found[name] = EmptyState(parameter, key, room)
     return found
 
 

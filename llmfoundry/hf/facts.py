@@ -59,7 +59,7 @@ def differences(one: Facts, two: Facts) -> dict[str, tuple[object, object]]:
 
 
 def _attention(attention: AttentionConfig, d_model: int, n_heads: int) -> Facts:
-    said = _plain(attention)
+    said = _settings(attention)
     if isinstance(attention, GroupedQueryConfig):
         head_dim = attention.rotary_dim(d_model, n_heads)
         scale = attention.softmax_scale
@@ -71,14 +71,14 @@ def _attention(attention: AttentionConfig, d_model: int, n_heads: int) -> Facts:
             "clip_qkv_after_norm": attention.clip_qkv is not None and attention.clip_qkv_after_norm,
         }
     if attention.rope:
-        said["rope_scaling"] = _plain(attention.rope_scaling)
+        said["rope_scaling"] = _settings(attention.rope_scaling)
     else:
         del said["rope_theta"], said["rope_scaling"]
     return {f"attn_config.{key}": value for key, value in said.items()}
 
 
 def _ffn(ffn: FFNConfig) -> Facts:
-    said = _plain(ffn) | {"ffn_act_fn": ffn.ffn_act_fn.key}
+    said = _settings(ffn) | {"ffn_act_fn": ffn.ffn_act_fn.key}
     if isinstance(ffn, MoEConfig):
         shared = ffn.shared
         said["shared_expert_hidden_size"] = None if shared is None else shared.hidden_size
@@ -88,7 +88,7 @@ def _ffn(ffn: FFNConfig) -> Facts:
     return said
 
 
-def _plain(choice: Choice) -> Facts:
+def _settings(choice: Choice) -> Facts:
     """A block as data, under the first name of its kind; a kind with other defaults is the same kind."""
     said = {key: value for key, value in dump(choice).items() if key not in _NO_FUNCTION | _SAID_ELSEWHERE}
     named = [kind for kind in type(choice).__mro__ if issubclass(kind, Choice) and kind._names]

@@ -65,7 +65,7 @@ class Kept(Protocol):
         """A smaller box of the tensor, brought into memory part by part; what lies near may come along."""
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """Tensors that can be read piece by piece."""
 
     specs: Mapping[str, Spec]
@@ -190,7 +190,7 @@ def _bounds(side: Side, sizes: tuple[int, ...], n_dims: int) -> tuple[tuple[int,
 
 
 @torch.no_grad()
-def fill(out: Tensor, offsets: tuple[int, ...], copies: Iterable[Copy], source: Source) -> None:
+def fill(out: Tensor, offsets: tuple[int, ...], copies: Iterable[Copy], source: TensorSource) -> None:
     """Fill a box of a tensor, reading no more than what it takes.
 
     Args:
@@ -216,7 +216,7 @@ def fill(out: Tensor, offsets: tuple[int, ...], copies: Iterable[Copy], source: 
 
 
 @torch.no_grad()
-def fill_grown(out: LocalShard, copies: Iterable[Copy], source: Source, n_rows: int) -> None:
+def fill_grown(out: LocalShard, copies: Iterable[Copy], source: TensorSource, n_rows: int) -> None:
     """Fill this rank's part of a matrix that has more rows than its source: the new ones are the mean of the others.
 
     Args:

@@ -31,7 +31,7 @@ from llmfoundry.hf.family import ConfigDict, Family, read_config, write_config
 from llmfoundry.hf.files import Advance, Folder, boxes, new_folder, write_weights
 from llmfoundry.hf.generation import GENERATION, generation_of, read_generation, special_tokens
 from llmfoundry.hf.gguf import GGUFFile
-from llmfoundry.hf.pieces import Copy, Kept, Part, Pieces, Source, Spec, fill, fill_grown, values_of
+from llmfoundry.hf.pieces import Copy, Kept, Part, Pieces, Spec, TensorSource, fill, fill_grown, values_of
 from llmfoundry.hf.tokenizer import TOKENIZER_FILES, name_for_transformers_4, tokenizer_of
 from llmfoundry.layers.lora import is_adapter
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig, cast_parameters
@@ -62,7 +62,7 @@ class Checkpoint:
     path: Path
     family: Family
     config: CausalLMConfig
-    source: Source
+    source: TensorSource
     copies: Mapping[str, list[Copy]]
     dtype: torch.dtype
     generation: str | None = None
@@ -149,7 +149,7 @@ def open_checkpoint(path_or_id: str | Path, once: bool = False) -> Checkpoint:
     return replace(found, generation=read_generation(path) or generation_of(data))
 
 
-def matched(path: Path, family: Family, config: CausalLMConfig, folder: Source) -> Checkpoint:
+def matched(path: Path, family: Family, config: CausalLMConfig, folder: TensorSource) -> Checkpoint:
     """A checkpoint, once its tensors are found to be those that the family expects.
 
     Raises:
@@ -291,7 +291,7 @@ def save_pretrained(
 def write_checkpoint(
     folder: Path,
     config: CausalLMConfig,
-    source: Source,
+    source: TensorSource,
     *,
     dtype: torch.dtype | None = None,
     model_type: str | None = None,
@@ -326,7 +326,7 @@ def write_checkpoint(
         write_weights(folder, specs, lambda name, at, box: fill(box, at, copies[name], source), SHARD_BYTES, advance)
 
 
-def _their_specs(pieces: Pieces, source: Source, dtype: torch.dtype | None) -> dict[str, Spec]:
+def _their_specs(pieces: Pieces, source: TensorSource, dtype: torch.dtype | None) -> dict[str, Spec]:
     """Their tensors, in the dtype of ours that they are made from."""
     writing = pieces.writing()
     return {
@@ -340,7 +340,7 @@ def _nearest(name: str, known: set[str], what: str) -> str:
     return f"; the nearest that {what} is {close[0]!r}" if close else ""
 
 
-def _check_same(path: Path, source: Source, head: str, embedding: str) -> None:
+def _check_same(path: Path, source: TensorSource, head: str, embedding: str) -> None:
     """Raise ConfigError if a tied model's head is another matrix than its embedding: one of them would be lost."""
     same = embedding in source.specs and source.specs[head] == source.specs[embedding]
     if same:
@@ -356,7 +356,7 @@ def _check_same(path: Path, source: Source, head: str, embedding: str) -> None:
 class _Renamed:
     """A source under other names."""
 
-    def __init__(self, source: Source, names: Mapping[str, str]) -> None:
+    def __init__(self, source: TensorSource, names: Mapping[str, str]) -> None:
         self._source, self._names = source, names
         self.specs: Mapping[str, Spec] = {new: source.specs[old] for new, old in names.items()}
 
@@ -364,7 +364,7 @@ class _Renamed:
         return self._source.parts(self._names[name])
 
 
-def _with_prefix(source: Source, family: Family) -> Source:
+def _with_prefix(source: TensorSource, family: Family) -> TensorSource:
     """The tensors of a bare decoder under the names that they have in a language model."""
     if not family.prefix or any(name.startswith(family.prefix) for name in source.specs):
         return source

@@ -15,7 +15,6 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
 from typing import IO
@@ -23,6 +22,7 @@ from typing import IO
 import torch.distributed as dist
 
 from llmfoundry import runtime
+from llmfoundry.checkpoint.identity import Plain
 from llmfoundry.checkpoint.manifest import checkpoints
 from llmfoundry.config import ConfigError
 from llmfoundry.settings import write_resolved
@@ -35,8 +35,6 @@ _TRACES = {".lock", "config.yaml", "config.yaml.tmp", "metrics.jsonl", "wandb", 
 
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # what flock says of a lock that another process holds
 _PROBE, _PROBE_SECONDS = ".probe-", 20.0
-
-Plain = Mapping[str, object]
 
 
 class RunFolder:
@@ -118,7 +116,7 @@ class RunFolder:
 
         What cannot be written now (a full disk) is kept and written with a later line.
         """
-        line = json.dumps({key: _plain(value) for key, value in metrics.items()}) + "\n"
+        line = json.dumps({key: _finite(value) for key, value in metrics.items()}) + "\n"
         self._unwritten += line.encode()
         try:
             self._flush()
@@ -143,7 +141,7 @@ class RunFolder:
         """Write summary.json."""
         _write(
             self.path / "summary.json",
-            json.dumps({k: _plain(v) for k, v in summary.items()}, indent=2) + "\n",
+            json.dumps({k: _finite(v) for k, v in summary.items()}, indent=2) + "\n",
         )
 
 
@@ -218,9 +216,9 @@ def _leave_probe(path: Path) -> str:
     return probe.name
 
 
-def _plain(value: float | int | str | list[float] | None) -> object:
+def _finite(value: float | int | str | list[float] | None) -> object:
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -48,6 +48,10 @@ from llmfoundry.train.step import StepResult, train_step
 
 log = logging.getLogger(__name__)
 
+# By Kubernetes and Slurm; Ctrl-C; by `sbatch --signal`; by a terminal that closes.
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+SAME_REQUEST = 1.0  # seconds
+
 
 @dataclass(kw_only=True)
 class Trainer(Run):
@@ -304,18 +308,27 @@ class Trainer(Run):
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT finish the step or evaluation batch, save and stop; a second one ends at once."""
+        """A signal finishes the step or evaluation batch, saves and stops; a second one ends at once.
+
+        Launchers often send one twice: to the process group and to each rank. So a second one within a second counts as
+        the first.
+        """
+        first = 0.0
 
         def request(number: int, frame: FrameType | None) -> None:
+            nonlocal first
             if self.signalled:
+                if time.monotonic() - first < SAME_REQUEST:
+                    return
                 raise KeyboardInterrupt
+            first = time.monotonic()
             log.warning(
                 "%s: finishing this step, then saving to %s (send it again to quit at once)",
                 "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name, self.config.save_folder,
             )  # fmt: skip
             self.signalled = True
 
-        before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, request) for number in STOPPING}
         try:
             yield
         finally:

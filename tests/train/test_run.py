@@ -488,6 +488,42 @@ def test_a_signal_between_looking_and_saving_loses_nothing(
     assert (tmp_path / "run" / "checkpoints" / "step-5").is_dir()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP])
+def test_every_stopping_signal_saves_also_if_it_comes_twice_in_a_row(
+    recipe: Path, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmfoundry.train import trainer
+
+    real, calls = trainer.train_step, iter(range(1, 100))
+
+    def step_then_signals(*args, **kwargs):
+        if next(calls) == 3:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "train_step", step_then_signals)
+    assert train_main([str(recipe), "eval_interval=0ba"]) == 0
+    assert len(metrics_of(tmp_path / "run")) == 3 and (tmp_path / "run" / "checkpoints" / "step-3").is_dir()
+
+
+def test_a_second_signal_quits_at_once(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmfoundry.train import trainer
+
+    real, calls = trainer.train_step, iter(range(1, 100))
+
+    def step_then_signals(*args, **kwargs):
+        if next(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            monkeypatch.setattr(trainer, "SAME_REQUEST", 0.0)  # as if a second had passed
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "train_step", step_then_signals)
+    assert train_main([str(recipe), "eval_interval=0ba"]) == 1
+    assert len(metrics_of(tmp_path / "run")) == 2 and not (tmp_path / "run" / "checkpoints" / "step-3").exists()
+
+
 def test_a_plug_in_is_there_when_its_checkpoint_is_opened(recipe: Path, tmp_path: Path) -> None:
     plug_in = tmp_path / "my_block.py"
     plug_in.write_text(
