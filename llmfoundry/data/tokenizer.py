@@ -11,7 +11,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from llmfoundry.config import Config, ConfigError
 from llmfoundry.data.cache import made_once
 from llmfoundry.data.sources import DatasetConfig
+from llmfoundry.progress import progress
 from llmfoundry.runtime import cache_root
 
 log = logging.getLogger(__name__)
@@ -111,7 +112,9 @@ class TokenizerConfig(Config):
 
         def make(temporary: Path) -> None:
             log.info("training a byte-level BPE of %d entries on %s", size, source.title)
-            text = train_bpe(documents, size).to_str()
+            total = None if source.n_bytes is None else min(source.n_bytes, TRAIN_CHARACTERS)
+            with progress("reading text for the BPE", total, "bytes") as advance:
+                text = train_bpe(_counted(documents, advance), size).to_str()
             (temporary / "tokenizer.json").write_text(text, encoding="utf-8")
             (temporary / "tokenizer.sha256").write_text(_sha256(text), encoding="utf-8")
 
@@ -226,6 +229,12 @@ def pieces(document: str) -> Iterator[str]:
         yield document[start:cut]
         start = cut
     yield document[start:]
+
+
+def _counted(documents: Iterable[str], advance: Callable[[int], None]) -> Iterator[str]:
+    for document in documents:
+        yield document
+        advance(len(document))
 
 
 def _bounded(text: str) -> Iterator[str]:
