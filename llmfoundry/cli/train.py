@@ -70,8 +70,8 @@ def _train(config: RunConfig) -> None:
     from llmfoundry.callbacks.speed_monitor import SpeedMonitor, SpeedMonitorConfig
     from llmfoundry.train.trainer import build
 
-    log.info("%s", hf.export_note(config.model))
     trainer = build(config)
+    log.info("%s", hf.export_note(config.model))
     if not any(isinstance(callback, SpeedMonitor) for callback in trainer.callbacks):
         # Every run reports its speed, to its loggers too.
         trainer.callbacks.insert(0, SpeedMonitorConfig(name="speed_monitor").build())
