@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
+
+from llmfoundry.runtime import cache_root
 
 PROGRAM = """
 import atexit, sys
@@ -39,3 +43,29 @@ print(torch.cuda.memory_snapshot()[0]["is_expandable"])
     place = {key: value for key, value in os.environ.items() if key not in ("PYTORCH_ALLOC_CONF", "RANK")}
     done = subprocess.run([sys.executable, "-c", program], env=place, capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "expected"),
+    [
+        (None, {"HOME": "/home/someone"}, Path("/home/someone/.cache/llmfoundry")),
+        (None, {"HOME": "/home/someone", "LLMFOUNDRY_CACHE": "/big/cache"}, Path("/big/cache")),
+        ("/mine", {"HOME": "/home/someone", "LLMFOUNDRY_CACHE": "/big/cache"}, Path("/mine")),
+        (None, {"HOME": "/home/someone", "LLMFOUNDRY_CACHE": ""}, Path("/home/someone/.cache/llmfoundry")),
+    ],
+)
+def test_one_rule_says_where_caches_are(
+    given: str | None, environment: dict[str, str], expected: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LLMFOUNDRY_CACHE", raising=False)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    assert cache_root(given) == expected
+
+
+def test_a_user_without_a_home_has_a_cache_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container with a user id that the system does not know."""
+    for name in ("HOME", "LLMFOUNDRY_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 987_654)
+    assert cache_root() == Path(tempfile.gettempdir()).absolute() / "llmfoundry-987654"

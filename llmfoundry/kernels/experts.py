@@ -239,7 +239,7 @@ class _Unit(NamedTuple):
 
 
 class _ExpertRows(NamedTuple):
-    """An `Order` cut to R rows. ExpertInputs without an expert point at the last one, which is kept zero."""
+    """An `Order` cut to R rows. Slots without an expert point at the last one, which is kept zero."""
 
     expert_start: Tensor  # (E+1,)
     token: Tensor  # (R,)

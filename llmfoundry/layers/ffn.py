@@ -81,7 +81,10 @@ class FFNConfig(Choice, tag="ffn_type"):
         return self.n_params(d_model)
 
     def build(self, d_model: int, n_layers: int, layer_index: int) -> nn.Module:
-        """The module, whose forward is `(x (B, S, D), keys (B,) int64 | None) -> FFNOutput`."""
+        """The module, whose forward is `(x (B, S, D), keys (B,) int64 | None) -> FFNOutput`.
+
+        `keys` are the noise keys of the rows in this layer.
+        """
         raise NotImplementedError
 
 

@@ -25,6 +25,7 @@ from llmfoundry.layers.norm import NormConfig, NormType
 from llmfoundry.layers.rope import Rope, rope_table
 from llmfoundry.model.config import InitConfig, ModelConfig
 from llmfoundry.moe.layer import MoEConfig
+from llmfoundry.moe.router import layer_keys
 
 
 class Output(NamedTuple):
@@ -236,7 +237,7 @@ class Block(nn.Module):
             x: (B, S, D).
             rope: the rotary table of the S positions, or None.
             mask: for the window of this layer.
-            keys: (B,) int64 noise keys of the rows, for a router with jitter.
+            keys: (B,) int64 noise keys of the rows in this layer, for a router with jitter.
             cache: this layer's keys and values of earlier tokens; it is extended.
         """
         x = x + self.attn(self.norm_1(x), rope, mask, cache)  # (B, S, D)
@@ -324,7 +325,8 @@ class CausalLM(nn.Module):
         stats: list[RouterStats] = []
         for layer, block in enumerate(self.blocks):
             past = None if cache is None else cache.layers[layer]
-            x, router = block(x, rope, masks[self.config.window(layer)], keys, past)
+            noise = None if keys is None else layer_keys(keys, layer)
+            x, router = block(x, rope, masks[self.config.window(layer)], noise, past)
             if router is not None:
                 stats.append(router)
         x = self.norm_f(x[:, -1:] if last_only else x)  # (B, S, D), or (B, 1, D)

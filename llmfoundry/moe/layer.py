@@ -98,8 +98,8 @@ class MoEConfig(FFNConfig, RouterConfig, names=("moe",)):
         return _kind(d_model, self.expert.hidden_size, self.ffn_act_fn.key, bool(self.expert.bias), self.ffn_act_limit)
 
     def build(self, d_model: int, n_layers: int, layer_index: int) -> MoE:
-        """The block of layer `layer_index`, which the router's noise depends on."""
-        return MoE(self, d_model, layer_index)
+        """The mixture; it is the same in every layer."""
+        return MoE(self, d_model)
 
     @property
     def gated(self) -> bool:
@@ -203,13 +203,13 @@ class MoE(nn.Module):
     those from r * E / P on. None: this process holds all.
     """
 
-    def __init__(self, config: MoEConfig, d_model: int, layer_index: int) -> None:
+    def __init__(self, config: MoEConfig, d_model: int) -> None:
         super().__init__()
         self.n_experts = config.moe_num_experts
         self.capacity_factor = config.moe_capacity_factor
-        self.router = Router(config, d_model, layer_index)
+        self.router = Router(config, d_model)
         self.experts = Experts(config, d_model)
-        self.shared_expert = None if config.shared is None else config.shared.build(d_model, 0, layer_index)
+        self.shared_expert = None if config.shared is None else config.shared.build(d_model, 0, 0)
         self.shared_expert_gate = nn.Linear(d_model, 1, bias=False) if config.shared_expert_gate else None
         self.output_bias = nn.Parameter(torch.empty(d_model)) if config.has_output_bias else None
         self.expert_group: dist.ProcessGroup | None = None
@@ -219,7 +219,7 @@ class MoE(nn.Module):
 
         Args:
             x: (B, S, D).
-            keys: (B,) int64 noise keys of the rows; needed in training with `moe_jitter_eps`.
+            keys: (B,) int64 noise keys of the rows in this layer; needed in training with `moe_jitter_eps`.
         """
         routing = self.router(x, keys)
         weights = routing.weights

@@ -83,10 +83,9 @@ class RouterConfig(Config):
 class Router(nn.Module):
     """Token-choice top-k routing (Shazeer et al. 2017, arXiv:1701.06538)."""
 
-    def __init__(self, config: RouterConfig, d_model: int, layer_index: int) -> None:
+    def __init__(self, config: RouterConfig, d_model: int) -> None:
         super().__init__()
         self.config = config
-        self.layer_index = layer_index  # jitter differs by layer
         n_experts = config.moe_num_experts
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))  # (E, D)
         self.bias = nn.Parameter(torch.empty(n_experts)) if config.moe_router_bias else None  # (E,)
@@ -99,7 +98,7 @@ class Router(nn.Module):
 
         Args:
             x: (B, S, D) any float dtype.
-            keys: (B,) int64 noise keys of the rows, used by jitter alone.
+            keys: (B,) int64 noise keys of the rows in this layer (`layer_keys`), used by jitter alone.
 
         Raises:
             ValueError: jitter in training without keys.
@@ -108,7 +107,7 @@ class Router(nn.Module):
         if self.training and config.moe_jitter_eps is not None:
             if keys is None:
                 raise ValueError("moe_jitter_eps draws its noise from `keys`: hand them to the model's forward")
-            x = x * _jitter(x, keys, self.layer_index, config.moe_jitter_eps)
+            x = x * _jitter(x, keys, config.moe_jitter_eps)
         logits = router_logits(x.flatten(0, 1), self.weight, self.bias)  # (T, E)
         scores = logits.softmax(-1) if config.moe_score_fn == "softmax" else logits.sigmoid()
         experts = self._choose(scores.detach())  # (T, K)
@@ -199,6 +198,7 @@ def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 class _Context(FunctionCtx):
     saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
 
 
 class _UpcastLinear(torch.autograd.Function):
@@ -214,27 +214,38 @@ class _UpcastLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (x, weight), (need_x, need_weight) = ctx.saved_tensors, ctx.needs_input_grad
+        dx = dweight = None
         if grad.is_cuda and weight.dtype == x.dtype:
             # The float32 gradient as two bf16 numbers, 16 bits of its mantissa, for the bf16 tensor cores.
             high = grad.to(x.dtype)
             parts = torch.cat([high, (grad - high).to(x.dtype)], dim=1)  # (T, 2E)
-            dweight = torch.mm(parts.t(), x, out_dtype=torch.float32).view(2, *weight.shape).sum(0)
-            return parts @ weight.repeat(2, 1), dweight.to(weight.dtype)
-        return (grad @ weight.float()).to(x.dtype), (grad.t() @ x.float()).to(weight.dtype)
+            if need_x:
+                dx = parts @ weight.repeat(2, 1)
+            if need_weight:  # not for a frozen router
+                dweight = torch.mm(parts.t(), x, out_dtype=torch.float32).view(2, *weight.shape).sum(0)
+        else:
+            if need_x:
+                dx = (grad @ weight.float()).to(x.dtype)
+            if need_weight:
+                dweight = grad.t() @ x.float()
+        return dx, None if dweight is None else dweight.to(weight.dtype)
 
 
-def _jitter(x: Tensor, keys: Tensor, layer: int, eps: float) -> Tensor:
-    """(B, S, D) factors in [1 - eps, 1 + eps) in the dtype of `x`: a hash of (key, layer, position, channel).
+def layer_keys(keys: Tensor, layer: int) -> Tensor:
+    """The noise keys of rows, (B,) int64, in one layer. Made outside the block, whose graph all layers share."""
+    return keys + ((layer + 1) * 0x632BE59BD9B4E019) % 2**63
+
+
+def _jitter(x: Tensor, keys: Tensor, eps: float) -> Tensor:
+    """(B, S, D) factors in [1 - eps, 1 + eps) in the dtype of `x`: a hash of (key, position, channel).
 
     No generator: the same on every mesh, for every microbatch, and when a layer is computed again.
     """
     position = torch.arange(x.shape[1], device=x.device)
     channel = torch.arange(x.shape[2], device=x.device)
-    # As a tensor: a compiler makes one graph of all layers, in which `layer` is a symbol, and a symbol cannot wrap.
-    stream = (torch.full((), layer + 1, device=x.device) * 0x632BE59BD9B4E019) & (2**63 - 1)
-    row = _mix64(keys.to(x.device) + stream)  # (B,)
+    row = _mix64(keys.to(x.device))  # (B,)
     token = _mix64(row.unsqueeze(1) + position).int()  # (B, S), the low 32 bits
     bits = token.unsqueeze(2) ^ _mix64(~channel).int()  # (B, S, D)
     # murmur3's finalizer, whose constants are written as the int32 that they wrap to.

@@ -67,7 +67,7 @@ class MoE(layer.MoE):
         config = check(layer.MoEConfig, {"ffn_type": "moe"} | settings).filled(4 * d_model, bias=False)
         config.check_trainable()
         with torch.device("meta"):
-            super().__init__(config, d_model, layer_index=0)
+            super().__init__(config, d_model)
         self.config = config
         if expert_group is not None:
             self._keep_own_experts(expert_group)

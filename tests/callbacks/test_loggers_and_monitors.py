@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from llmfoundry.callbacks import sample_text
 from llmfoundry.cli.train import train_main
+from llmfoundry.model.transformer import CausalLMConfig
 
 STEPS = 4
 
@@ -58,6 +59,21 @@ def test_speed_and_learning_rate_are_in_every_line(recipe: Path, tmp_path: Path)
         tokens = 4 * 32 * line["throughput/batches_per_sec"]
         assert line["throughput/tokens_per_sec"] == pytest.approx(tokens)
         assert line["lr-AdamW/group0"] == line["lr"] == 0.01
+
+
+@pytest.mark.parametrize("adapters", ["", "model.lora={rank: 2, alpha: 2}"])
+def test_flops_are_counted_once_for_a_run(recipe: Path, adapters: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With adapters, counting builds the model."""
+    counted: list[int | None] = []
+    count = CausalLMConfig.flops_per_token
+
+    def watched(self: CausalLMConfig, seq_len: int | None = None) -> float:
+        counted.append(seq_len)
+        return count(self, seq_len)
+
+    monkeypatch.setattr(CausalLMConfig, "flops_per_token", watched)
+    assert train_main([str(recipe), *filter(None, [adapters])]) == 0
+    assert counted == [32]
 
 
 @pytest.mark.parametrize(("options", "window"), [([], 10), (["callbacks.speed_monitor.window_size=2"], 2)])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from llmfoundry.config import ConfigError, check
 from llmfoundry.hf.family import read_config
@@ -16,7 +17,7 @@ B, S, D, E = 3, 10, 16, 8
 
 
 def build(**settings: object) -> Router:
-    router = Router(RouterConfig.model_validate({"moe_num_experts": E, "moe_top_k": 2} | settings), D, 0)
+    router = Router(RouterConfig.model_validate({"moe_num_experts": E, "moe_top_k": 2} | settings), D)
     torch.nn.init.normal_(router.weight)
     return router
 
@@ -79,6 +80,22 @@ def test_the_gradient_of_low_precision_input_is_that_of_float32() -> None:
     assert copy.grad is not None and weight.grad is not None
     torch.testing.assert_close(x.grad, copy.grad.bfloat16())
     torch.testing.assert_close(router.weight.grad, weight.grad.bfloat16())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_frozen_router_costs_no_weight_gradient(device: str) -> None:
+    """With adapters, the gradient passes through the router, whose weight is not trained."""
+    router, x = build().bfloat16().to(device), inputs().bfloat16().to(device).requires_grad_()
+    flops, gradients = [], []
+    for trained in (True, False):
+        router.weight.requires_grad_(trained)
+        loss = router(x).logits.square().sum()
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        flops.append(counter.get_total_flops())
+        gradients.append(x.grad)
+        x.grad = router.weight.grad = None
+    assert torch.equal(*gradients) and flops[1] * 2 == flops[0] > 0
 
 
 def test_jitter_follows_the_row_wherever_it_is_computed() -> None:

@@ -1,0 +1,98 @@
+"""Compiled blocks: one function for each kind of block, so that every kind has a recompile limit of its own.
+
+torch.compile keeps its graphs by code object and runs a function eagerly after eight of them. All blocks share the code
+of `Block.forward`, and each kind of block needs several graphs: with and without gradient, in training and evaluation,
+for a batch of fixed and of any size. So each kind gets a copy of the code.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
+
+from llmfoundry.model.transformer import Block, BlockOutput, CausalLM
+from llmfoundry.moe.layer import MoE
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def compile_blocks(model: CausalLM) -> None:
+    """Compile each block as one graph, recompute inside; blocks of one kind share their graphs."""
+    runs: dict[object, Callable[..., BlockOutput]] = {}
+    for kind, block in _kinds(model):
+        if kind not in runs:
+            runs[kind] = torch.compile(_copy(_run, f"block_kind_{len(runs)}"))
+        block.forward = _dispatch(block.forward, functools.partial(runs[kind], block.forward))  # type: ignore[method-assign]
+
+
+def compile_parts(model: CausalLM) -> None:
+    """Compile what surrounds mixtures: attention, norms, shared experts, dense blocks.
+
+    A mixture itself stays eager, with all that it calls. Traced, its autograd nodes would become one, and the order of
+    the exchange, the weights' gradients and FSDP's hooks would be lost. Its router stays eager too, because recompute
+    has to see its choice.
+    """
+    copies: dict[object, Callable[..., BlockOutput]] = {}
+    for kind, block in _kinds(model):
+        mixture = block.ffn
+        if isinstance(mixture, MoE):
+            if mixture.shared_expert is not None:
+                shared = mixture.shared_expert
+                shared.forward = torch.compile(shared.forward)  # type: ignore[method-assign]
+            mixture.forward = torch.compiler.disable(mixture.forward)  # type: ignore[method-assign]
+        # A graph ends at the mixture, so the code that counts is that of `Block.forward` and not that of a caller.
+        copy = copies.setdefault(kind, _copy(Block.forward, f"block_kind_{len(copies)}"))
+        block.forward = _dispatch(block.forward, torch.compile(MethodType(copy, block)))  # type: ignore[method-assign]
+
+
+def _kinds(model: CausalLM) -> list[tuple[object, Block]]:
+    """Each block with its kind: all that a graph may depend on, except tensors' values and the inputs' sizes."""
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # `_dispatch` says what to do
+    found: list[tuple[object, Block]] = []
+    for layer, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
+        modules = tuple((name, type(module), _constants(module)) for name, module in block.named_modules())
+        tensors = tuple((name, value.shape, value.requires_grad) for name, value in block.named_parameters())
+        found.append(((model.config.window(layer), modules, tensors), block))
+    return found
+
+
+def _constants(module: nn.Module) -> tuple[tuple[str, object], ...]:
+    """The plain attributes of a module, which a graph holds as constants."""
+    plain = (bool, int, float, str)
+    return tuple((name, value) for name, value in sorted(vars(module).items()) if isinstance(value, plain))
+
+
+def _run(forward: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    return forward(*args, **kwargs)
+
+
+def _copy(function: Callable[P, R], name: str) -> Callable[P, R]:
+    """The same function with a code object of its own."""
+    assert isinstance(function, FunctionType)
+    code = function.__code__.replace(co_name=name)
+    return FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+
+
+def _dispatch(eager: Callable[..., BlockOutput], compiled: Callable[..., BlockOutput]) -> Callable[..., BlockOutput]:
+    """A block's forward that is compiled except in generation, where the cache has another length at every token."""
+
+    def forward(*args: object) -> BlockOutput:
+        if args[-1] is not None:  # the cache
+            return eager(*args)
+        try:
+            return compiled(*args)
+        except FailOnRecompileLimitHit as error:
+            raise RuntimeError(
+                "parallel.compile: torch needs more graphs for one kind of block than its limit of "
+                f"{torch._dynamo.config.recompile_limit}; TORCH_LOGS=recompiles says why; set parallel.compile: false"
+            ) from error
+
+    return forward
