@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from llmfoundry import runtime
 from llmfoundry.train.callback import Callback, Metrics, Run
+from llmfoundry.train.run import EVALUATED, is_evaluated
 
 
 class Console(Callback):
@@ -41,7 +42,7 @@ class Console(Callback):
         if self.progress is not None:
             self.progress.update(self.task, completed=step)
         due = trainer.timeline.due(trainer.config.console_log_interval, step)
-        if due or step == trainer.timeline.total_steps or "metrics/eval/LanguageCrossEntropy" in metrics:
+        if due or step == trainer.timeline.total_steps or is_evaluated(metrics):
             self.out.print(line(metrics, trainer.timeline.total_steps))
 
     def close(self) -> None:
@@ -63,4 +64,9 @@ def line(metrics: Metrics, total_steps: int) -> str:
         "metrics/eval/LanguageCrossEntropy": "validation {:.4f}",
         "metrics/eval/bits_per_byte": "{:.4f} bits/byte",
     }
-    return "  ".join(parts + [form.format(metrics[key]) for key, form in shown.items() if key in metrics])
+    parts += [form.format(metrics[key]) for key, form in shown.items() if key in metrics]
+    for key, value in metrics.items():  # of eval_loaders: metrics/eval/LABEL/LanguageCrossEntropy
+        label, _, name = key.removeprefix(EVALUATED).partition("/")
+        if key.startswith(EVALUATED) and name == "LanguageCrossEntropy":
+            parts.append(f"{label} {value:.4f}")
+    return "  ".join(parts)

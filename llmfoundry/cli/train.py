@@ -81,8 +81,9 @@ def prepare_data_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     args = parser.parse_intermixed_args(argv)
     config = read_config(args.yaml, args.overrides)
-    also = [config.eval_loader.dataset] if config.eval_loader is not None else []
-    check_apart(config.train_loader.dataset, *also)
+    also = [part.dataset for part in config.evaluations]
+    for dataset in also:
+        check_apart(config.train_loader.dataset, dataset)
     tokenizer = config.tokenizer.build(config.train_loader.dataset, also)
     for name, part in (("train_loader", config.train_loader), ("eval_loader", config.eval_loader)):
         if part is not None:

@@ -1,6 +1,8 @@
-"""Data, in the order it flows: sources (text_files > files, tables, split) > tokenizer > packing > loader."""
+"""Data, in the order it flows: sources (text_files > files, tables, split) > tokenizer > packing > rows
+(mixture > interleave) > loader."""
 
 from llmfoundry.data.loader import IGNORE, Batch, Loader, LoaderConfig, TextLoaderConfig
+from llmfoundry.data.mixture import MixtureConfig
 from llmfoundry.data.packing import TokenStream, pack, prepare
 from llmfoundry.data.sources import (
     DatasetConfig,
@@ -17,6 +19,7 @@ __all__ = [
     "DatasetConfig",
     "Loader",
     "LoaderConfig",
+    "MixtureConfig",
     "PythonStdlibConfig",
     "Source",
     "SyntheticConfig",

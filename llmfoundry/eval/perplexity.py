@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from llmfoundry import runtime
-from llmfoundry.data.loader import IGNORE, Loader
+from llmfoundry.data.loader import Loader
+from llmfoundry.data.rows import IGNORE
 
 
 class Perplexity(NamedTuple):
@@ -50,20 +51,20 @@ def evaluate(
     """
     nats = torch.zeros((), dtype=torch.float64, device=device)
     tokens = torch.zeros((), dtype=torch.float64, device=device)
-    complete = True
-    for i, batch in enumerate(loader.one_pass(rows * world, rank, world)):
+    complete = loader.limit is None or loader.limit >= loader.n_rows
+    for i, batch in enumerate(loader.one_pass(rows * world, rank, world, limit=loader.limit)):
         if stopped():
             return None
         if i == max_batches:
             complete = False
             break
         batch = batch.to(device)
-        nats += model(batch.tokens, batch.labels, sequence_ids=batch.sequence_ids).loss_sum
+        nats += model(batch.tokens, batch.labels, sequence_ids=batch.sequence_ids, positions=batch.positions).loss_sum
         tokens += (batch.labels != IGNORE).sum()
     runtime.all_reduce_sum(nats)
     runtime.all_reduce_sum(tokens)
     return Perplexity(
         nats_per_token=(nats / tokens).item(),
-        bits_per_byte=nats.item() / math.log(2) / loader.n_bytes if complete else None,
+        bits_per_byte=nats.item() / math.log(2) / loader.n_bytes if complete and loader.n_bytes else None,
         tokens=int(tokens.item()),
     )

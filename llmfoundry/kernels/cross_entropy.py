@@ -8,6 +8,8 @@ and nothing is recomputed. `cross_entropy_reference` is the plain operation.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,20 +28,29 @@ IGNORE = -100
 CHUNK_LOGITS = {"cuda": 2**28, "cpu": 2**20}
 
 
+class CrossEntropy(NamedTuple):
+    """The cost of labels in nats, float32 (float64 for float64 inputs)."""
+
+    total: Tensor  # ()
+    by_token: Tensor  # (T,) 0 where no label counts; no gradient
+
+
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
-    """Sum over tokens of the negative log-likelihood of `labels` under `softmax(x @ weight.T)`.
+    """Sum over tokens of the negative log-likelihood of `labels`: the `total` of `cross_entropy_of_tokens`."""
+    return cross_entropy_of_tokens(x, weight, labels, softcap).total
+
+
+def cross_entropy_of_tokens(x: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> CrossEntropy:
+    """The negative log-likelihood of `labels` under `softmax(x @ weight.T)`, summed and of each token.
 
     Args:
         x: (T, D).
         weight: (V, D), in the dtype of `x`.
         labels: (T,) int64; tokens with -100 do not count.
         softcap: logits become `softcap * tanh(logit / softcap)`.
-
-    Returns:
-        () nats, float32 (float64 for float64 inputs).
     """
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return _LinearCrossEntropy.apply(x, weight, labels, softcap, needs_grad)
+    return CrossEntropy(*_LinearCrossEntropy.apply(x, weight, labels, softcap, needs_grad))
 
 
 def cross_entropy_reference(x: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
@@ -66,23 +77,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         softcap: float | None,
         needs_grad: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(x.dtype, torch.float32)
         total = x.new_zeros((), dtype=dtype)
+        by_token = x.new_empty(x.shape[:1], dtype=dtype)
         dx = x.new_empty(x.shape if needs_grad else (0,), dtype=dtype)
         dw = weight.new_zeros(weight.shape if needs_grad else (0,), dtype=dtype)
         n_chunks = max(1, -(-x.shape[0] * weight.shape[0] // CHUNK_LOGITS.get(x.device.type, 2**20)))
         rows = max(1, -(-x.shape[0] // n_chunks))
         for start in range(0, x.shape[0], rows):
             chunk = slice(start, min(start + rows, x.shape[0]))
-            total += _chunk_loss(x[chunk], weight, labels[chunk], softcap, dx[chunk], dw, needs_grad)
+            by_token[chunk] = _chunk_loss(x[chunk], weight, labels[chunk], softcap, dx[chunk], dw, needs_grad)
+            total += by_token[chunk].sum()
         ctx.save_for_backward(dx, dw)
         ctx.dtypes = (x.dtype, weight.dtype)
-        return total
+        ctx.mark_non_differentiable(by_token)
+        return total, by_token
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw = ctx.saved_tensors
         grad_x = (dx * grad).to(ctx.dtypes[0]) if ctx.needs_input_grad[0] else None
         grad_w = (dw * grad).to(ctx.dtypes[1]) if ctx.needs_input_grad[1] else None
@@ -92,7 +106,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _chunk_loss(
     x: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, dx: Tensor, dw: Tensor, needs_grad: bool
 ) -> Tensor:
-    """The loss's sum over some tokens; dx is set and dw added to. The logits are gone when it returns."""
+    """The loss of some tokens, (N,); dx is set and dw added to. The logits are gone when it returns."""
     logits = _product(x, weight.T, dw.dtype)  # (N, V)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -102,7 +116,7 @@ def _chunk_loss(
             dlogits = (dlogits * (1 - (logits / softcap) ** 2)).to(x.dtype)
         dx.copy_(_product(dlogits, weight, dw.dtype))
         _add_product(dw, dlogits.T, x)
-    return loss.sum()
+    return loss
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -194,9 +194,9 @@ class Halt:
         self.read: list[int] = []  # batches of each evaluation
         real = Loader.one_pass
 
-        def one_pass(loader, *args):
+        def one_pass(loader, *args, **limit):
             self.read.append(0)
-            for batch in real(loader, *args):
+            for batch in real(loader, *args, **limit):
                 self.read[-1] += 1
                 if len(self.read) == evaluation and self.read[-1] == 2:
                     os.kill(os.getpid(), signal.SIGTERM)
