@@ -247,8 +247,8 @@ class Mixture:
             epochs, budget = n / order.rows_per_epoch, _budget(part, order)
             if part.max_epochs is not None and epochs > part.max_epochs:
                 raise ConfigError(
-                    f"datasets: {part.name}: the run would read it {epochs:.3g} times (max_epochs={part.max_epochs:g}); lower "
-                    "its weight, shorten max_duration, add text, or raise max_epochs"
+                    f"datasets: {part.name}: the run would read it {epochs:.3g} times (max_epochs={part.max_epochs:g}); "
+                    "lower its weight, shorten max_duration, add text, or raise max_epochs"
                 )
             if budget is not None and n >= budget + 1:
                 raise ConfigError(
