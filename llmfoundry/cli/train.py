@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 from llmfoundry import runtime
 from llmfoundry.callbacks.console import Console  # importing the package registers all monitors and loggers
@@ -15,7 +16,9 @@ from llmfoundry.callbacks.report import Report, ReportConfig
 from llmfoundry.callbacks.speed_monitor import SpeedMonitor, SpeedMonitorConfig
 from llmfoundry.cli.command import command, read_config
 from llmfoundry.config import ConfigError, dump
+from llmfoundry.data.loader import Loader
 from llmfoundry.data.packing import prepare
+from llmfoundry.data.show import shown
 from llmfoundry.data.sources import check_apart
 from llmfoundry.planning.hardware import GIB, GPU_MEMORY
 from llmfoundry.planning.report import describe
@@ -32,6 +35,7 @@ def train_main(argv: Sequence[str] | None = None) -> None:
         "overrides", nargs="*", default=[], metavar="key=value", help="put over the YAML, e.g. model.n_layers=2"
     )
     parser.add_argument("--dry-run", action="store_true", help="say what the run would be, and train nothing")
+    parser.add_argument("--show-batch", action="store_true", help="print the first batch decoded, before training")
     parser.add_argument("--gpus", type=int, default=None, help="for --dry-run: plan for so many GPUs")
     parser.add_argument(
         "--gpu-memory", type=float, default=None, metavar="GIB",
@@ -50,8 +54,17 @@ def train_main(argv: Sequence[str] | None = None) -> None:
         gpus = runtime.world_size() if args.gpus is None and runtime.world_size() > 1 else args.gpus
         for line in describe(config, gpus, GPU_MEMORY if args.gpu_memory is None else args.gpu_memory * GIB):
             print(line, flush=True)
+        if args.show_batch:
+            tokenizer = config.tokenizer.build(config.train_loader.dataset)
+            loader = config.train_loader.build(
+                tokenizer, seed=config.seed, max_seq_len=config.max_seq_len,
+                sequence_ids=config.model.attn_config.attn_uses_sequence_id,
+            )  # fmt: skip
+            _show_batch(config, loader, tokenizer)
         return
     trainer = build(config)
+    if args.show_batch and runtime.is_rank0():
+        _show_batch(config, trainer.loader, trainer.tokenizer)
     if not any(isinstance(callback, SpeedMonitor) for callback in trainer.callbacks):
         trainer.callbacks.insert(
             0, SpeedMonitorConfig(name="speed_monitor").build()
@@ -61,6 +74,11 @@ def train_main(argv: Sequence[str] | None = None) -> None:
     if config.log_to_console:
         trainer.callbacks.append(Console())
     trainer.fit()
+
+
+def _show_batch(config: RunConfig, loader: Loader, tokenizer: PreTrainedTokenizerBase) -> None:
+    for line in shown(loader.batch(0, config.global_train_batch_size), tokenizer, loader.labels):
+        print(line, flush=True)
 
 
 def _sizes(config: RunConfig) -> str:

@@ -1,4 +1,4 @@
-"""Which source the n-th row of a mixture is from: a fixed sequence that keeps every prefix within one row of its shares.
+"""Which source the n-th row of a mixture is from: a sequence that keeps every prefix within one row of its shares.
 
 After n rows, a source with share p has had between floor(n p) and ceil(n p) rows, for every source and every n. So its
 k-th row has a window: it is due at row ceil(k / p), and not before row floor((k - 1) / p) + 1. Taking the released row

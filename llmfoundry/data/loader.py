@@ -65,8 +65,18 @@ class LoaderConfig(Choice, tag="name"):
     @model_validator(mode="before")
     @classmethod
     def _mixture_is_a_dataset(cls, data: object) -> object:
-        """`datasets: [...]` beside the loader's own keys is short for a dataset of the kind `mixture`."""
-        if not isinstance(data, dict) or "datasets" not in data:
+        """`datasets: [...]` beside the loader's own keys is short for a dataset of the kind `mixture`.
+
+        A dataset without a name is what its loader or its keys say.
+        """
+        if not isinstance(data, dict):
+            return data
+        dataset = data.get("dataset")
+        if "datasets" not in data and isinstance(dataset, dict) and "name" not in dataset:
+            folders = {"local", "remote", "streams"} & dataset.keys()
+            kind = "chats" if data.get("name") == "finetuning" else "mds" if folders else None
+            return data if kind is None else data | {"dataset": {"name": kind} | dataset}
+        if "datasets" not in data:
             return data
         if data.get("dataset") is not None:
             raise ValueError("dataset and datasets are both given; keep one")
@@ -98,6 +108,10 @@ class LoaderConfig(Choice, tag="name"):
 
 class TextLoaderConfig(LoaderConfig, names=("text",)):
     """Documents joined by end-of-text tokens and cut into rows of max_seq_len, or rows that a dataset makes itself."""
+
+
+class FinetuningLoaderConfig(LoaderConfig, names=("finetuning",)):
+    """Conversations and instructions (data/chats.py); its dataset needs no name."""
 
 
 class Loader:

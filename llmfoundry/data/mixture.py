@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import Config, ConfigError
 from llmfoundry.data.interleave import Interleave, exact, shares_of
-from llmfoundry.data.rows import Block, How, Order, RowsConfig, open_order
+from llmfoundry.data.rows import Block, How, Order, RowsConfig, open_order, read_each
 from llmfoundry.data.sources import DatasetConfig, Source, fingerprint_of
 
 
@@ -247,7 +247,7 @@ class Mixture:
             epochs, budget = n / order.rows_per_epoch, _budget(part, order)
             if part.max_epochs is not None and epochs > part.max_epochs:
                 raise ConfigError(
-                    f"datasets: {part.name}: the run would read it {epochs:.3g} times (max_epochs={part.max_epochs:g}); "
+                    f"datasets: {part.name}: the run reads it {epochs:.3g} times (max_epochs={part.max_epochs:g}); "
                     "lower its weight, shorten max_duration, add text, or raise max_epochs"
                 )
             if budget is not None and n >= budget + 1:
@@ -277,16 +277,8 @@ class Mixture:
 
     def read(self, numbers: NDArray[np.int64]) -> Block:
         sources, places = self._where(numbers)
-        blocks = {i: self._orders[i].read(places[sources == i]) for i in np.unique(sources).tolist()}
-        order = np.argsort(np.argsort(sources, kind="stable"), kind="stable")  # from rows by source to rows as asked
-        found = list(blocks.values())
-        if any(block.positions is not None for block in found):
-            found = [block if block.positions is not None else _with_positions(block) for block in found]
-        tokens, labels, documents, positions = (
-            None if columns[0] is None else np.concatenate(columns)[order]
-            for columns in zip(*(block[:4] for block in found), strict=True)
-        )
-        return Block(tokens, labels, documents, positions, sources)
+        block = read_each(sources, lambda i, here: self._orders[i].read(places[here]))
+        return block._replace(sources=sources)
 
     def _where(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         sources, places = np.empty_like(numbers), np.empty_like(numbers)
@@ -298,7 +290,3 @@ class Mixture:
             sources[here] = segment.sources[found]
             places[here] = k + segment.before[sources[here]]
         return sources, places
-
-
-def _with_positions(block: Block) -> Block:
-    return block._replace(positions=np.broadcast_to(np.arange(block.tokens.shape[1]), block.tokens.shape))

@@ -9,6 +9,7 @@ mixes orders.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import NamedTuple, Protocol, Self
 
 import numpy as np
@@ -122,6 +123,28 @@ def open_order(dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, how: 
     return epochs_of(StreamRows(stream, source.title, how), dataset, how)
 
 
+def read_each(of: NDArray[np.int64], read: Callable[[int, NDArray[np.bool_]], Block]) -> Block:
+    """Rows from several places, in the order in which they were asked for.
+
+    Args:
+        of: (B,) the place of each row.
+        read: reads the rows of one place, given where they are among the B.
+    """
+    blocks = [read(i, of == i) for i in np.unique(of).tolist()]
+    if any(block.positions is not None for block in blocks):
+        blocks = [block if block.positions is not None else _with_positions(block) for block in blocks]
+    order = np.argsort(np.argsort(of, kind="stable"), kind="stable")
+    tokens, labels, documents, positions = (
+        None if columns[0] is None else np.concatenate(columns)[order]
+        for columns in zip(*(block[:4] for block in blocks), strict=True)
+    )
+    return Block(tokens, labels, documents, positions)
+
+
+def _with_positions(block: Block) -> Block:
+    return block._replace(positions=np.broadcast_to(np.arange(block.tokens.shape[1]), block.tokens.shape))
+
+
 class StreamRows:
     """A stream of packed tokens, cut every `length` tokens: row i is tokens [i*S, i*S + S + 1).
 
@@ -152,12 +175,13 @@ class StreamRows:
 
 
 def epochs_of(rows: Rows, dataset: DatasetConfig, how: How) -> Epochs:
-    """The order of a dataset's rows: the train split is shuffled unless told otherwise, others are not.
+    """The order of a dataset's rows: it is shuffled unless told otherwise, or named for evaluation.
 
     Raises:
         ConfigError: there is no whole row where one is needed.
     """
-    shuffled = dataset.split == "train" if dataset.shuffle is None else dataset.shuffle
+    held_out = dataset.split.startswith(("val", "test", "dev", "eval"))
+    shuffled = not held_out if dataset.shuffle is None else dataset.shuffle
     seed = how.seed if dataset.shuffle_seed is None else dataset.shuffle_seed
     return Epochs(rows, seed if shuffled else None, how.drop_last)
 

@@ -63,7 +63,9 @@ def _found(path: Path, key: str | None) -> Iterator[tuple[object, str]]:
     kind = kind_of(path)
     assert kind is not None
     if kind.format == "text":
-        raise ConfigError(f"dataset.path: {path}: is no table; rows are read from .jsonl, .json, .csv, .tsv and .parquet")
+        raise ConfigError(
+            f"dataset.path: {path}: is no table; rows are read from .jsonl, .json, .csv, .tsv and .parquet"
+        )
     read = {"lines": _lines, "json": _json, "csv": _csv, "tsv": _csv, "parquet": _parquet}[kind.format]
     row = 0
     try:

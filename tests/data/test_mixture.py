@@ -90,7 +90,7 @@ def test_reading_a_source_too_often_is_refused(cache: Path) -> None:
     loader = build([source(cache, 1, weight=0.9, max_epochs=2), source(cache, 2, weight=0.1)])
     rows = alone(source(cache, 1), source(cache, 1)).rows_per_epoch
     order_of(loader).check(int(2 * rows / 0.9))
-    with pytest.raises(ConfigError, match=r"s1: the run would read it 4 times \(max_epochs=2\); lower its weight"):
+    with pytest.raises(ConfigError, match=r"s1: the run reads it 4 times \(max_epochs=2\); lower its weight"):
         order_of(loader).check(int(4 * rows / 0.9))
 
 
