@@ -17,7 +17,9 @@ from llmfoundry.callbacks.speed_monitor import SpeedMonitor, SpeedMonitorConfig
 from llmfoundry.cli.command import command, read_config
 from llmfoundry.config import ConfigError, dump
 from llmfoundry.data.loader import Loader
+from llmfoundry.data.mds_write import write_rows
 from llmfoundry.data.packing import prepare
+from llmfoundry.data.rows import How, RowsConfig
 from llmfoundry.data.show import shown
 from llmfoundry.data.sources import check_apart
 from llmfoundry.planning.hardware import GIB, GPU_MEMORY
@@ -97,13 +99,32 @@ def prepare_data_main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="prepare_data.py", description="Tokenise a run's datasets ahead of it.")
     parser.add_argument("yaml")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
+    parser.add_argument("--format", choices=("tokens", "mds"), default="tokens", help="mds: also write MDS folders")
+    parser.add_argument("--out", help="for --format mds: where the folders train, validation, ... are written")
+    parser.add_argument("--compression", help="for --format mds: zstd[:level], gz, bz2, br or snappy")
     args = parser.parse_intermixed_args(argv)
+    if (args.format == "mds") != (args.out is not None) or (args.compression and args.format != "mds"):
+        raise ConfigError("--format mds and --out FOLDER belong together; --compression is for them")
     config = read_config(args.yaml, args.overrides)
+    documents = config.model.attn_config.attn_uses_sequence_id
     also = [part.dataset for part in config.evaluations]
     for dataset in also:
         check_apart(config.train_loader.dataset, dataset)
     tokenizer = config.tokenizer.build(config.train_loader.dataset, also)
-    for name, part in (("train_loader", config.train_loader), ("eval_loader", config.eval_loader)):
-        if part is not None:
-            stream = prepare(part.dataset, tokenizer)
-            print(f"{name}: {stream.n_tokens:,} tokens of {stream.n_bytes:,} bytes in {Path(stream.folder)}")
+    loaders = {"train_loader": config.train_loader}
+    loaders |= {f"eval_loaders.{part.label}" if part.label else "eval_loader": part for part in config.evaluations}
+    for name, part in loaders.items():
+        for number, dataset in enumerate(part.dataset.parts()):
+            where = f"{name}.{number}" if len(part.dataset.parts()) > 1 else name
+            how = How(dataset.max_seq_len or config.max_seq_len, config.seed, documents)
+            if isinstance(dataset, RowsConfig):
+                rows = dataset.order(tokenizer, how)
+                print(f"{where}: {rows.rows_per_epoch:,} rows of {rows.length:,} tokens")
+                continue
+            stream = prepare(dataset, tokenizer)
+            print(f"{where}: {stream.n_tokens:,} tokens of {stream.n_bytes:,} bytes in {Path(stream.folder)}")
+            if args.format == "mds":
+                folder = Path(args.out) / (dataset.split if where == name else f"{dataset.split}-{number}")
+                written = write_rows(stream, how.length, folder, args.compression)
+                print(f"{where}: {written.rows:,} rows of {how.length:,} tokens in {folder}; {written.left_out:,} tokens "
+                      "at the end fill no row")  # fmt: skip

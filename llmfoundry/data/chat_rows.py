@@ -17,7 +17,7 @@ from llmfoundry.config import ConfigError
 from llmfoundry.data.bins import best_fit
 from llmfoundry.data.chat_template import Renderer
 from llmfoundry.data.conversations import Example
-from llmfoundry.data.rows import IGNORE, Block, How
+from llmfoundry.data.rows import IGNORE, Block, How, Rows
 
 
 def write(folder: Path, examples: Iterable[Example], renderer: Renderer, how: How) -> None:
@@ -55,10 +55,10 @@ def write(folder: Path, examples: Iterable[Example], renderer: Renderer, how: Ho
     (folder / "index.json").write_text(json.dumps(counts))
 
 
-class ChatRows:
+class ChatRows(Rows):
     """Rows of whole examples; what is left of a row is filled with end-of-text tokens that nothing sees or learns."""
 
-    n_bytes = None  # templates and prompts are no text that is predicted
+    own_positions = True
 
     def __init__(self, folder: Path, title: str, fingerprint: str, eos_token_id: int, how: How) -> None:
         """Open a folder that `write` made.
@@ -67,9 +67,9 @@ class ChatRows:
             ConfigError: it is damaged.
         """
         self.title, self.fingerprint, self.length = title, fingerprint, how.length
-        self._eos, self._documents = eos_token_id, how.documents
+        self._eos, self.documents = eos_token_id, how.documents
         try:
-            self._starts, self._members, self._rows = (
+            self._starts, self._members, self._bounds = (
                 np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("starts", "members", "rows")
             )
             self._ids = np.memmap(folder / "ids.bin", "<u4", "r", shape=(int(self._starts[-1]),))
@@ -77,7 +77,7 @@ class ChatRows:
             counts = json.loads((folder / "index.json").read_text())
         except (OSError, ValueError, IndexError) as error:
             raise ConfigError(f"{folder}: is damaged ({error}); delete the folder, it is made again") from None
-        self.n_rows = self.n_full = len(self._rows) - 1
+        self.n_rows = self.n_full = len(self._bounds) - 1
         self.n_tokens = int(self._starts[-1])
         filled = self.n_tokens / (self.n_rows * self.length)
         self.summary = (
@@ -86,22 +86,24 @@ class ChatRows:
             "left out" + ("" if how.documents else "; model.attn_config.attn_uses_sequence_id: true would pack them")
         )
 
-    def read(self, numbers: NDArray[np.int64]) -> Block:
-        shape = (len(numbers), self.length)
-        tokens = np.full(shape, self._eos, dtype=np.int64)
-        labels = np.full(shape, IGNORE, dtype=np.int64)
-        documents = np.zeros(shape, dtype=np.int32)  # 0: what fills the row
-        positions = np.zeros(shape, dtype=np.int64)
-        for i, number in enumerate(numbers.tolist()):
-            if number >= self.n_rows:
-                continue
-            at = 0
-            for document, example in enumerate(self._members[self._rows[number] : self._rows[number + 1]], 1):
-                where = slice(int(self._starts[example]), int(self._starts[example + 1]))
-                ids, learned = self._ids[where].astype(np.int64), self._learned[where]
-                here, at = at, at + len(ids)
-                tokens[i, here:at] = ids
-                labels[i, here : at - 1] = np.where(learned[1:], ids[1:], IGNORE)
-                documents[i, here:at] = document
-                positions[i, here:at] = np.arange(len(ids))
-        return Block(tokens, labels, documents if self._documents else None, positions)
+    def fill(self, numbers: NDArray[np.int64], out: Block, at: NDArray[np.int64]) -> None:
+        assert out.positions is not None
+        out.tokens[at], out.labels[at], out.positions[at] = self._eos, IGNORE, 0
+        if out.documents is not None:
+            out.documents[at] = 0  # what fills the row
+        for i, number in zip(at.tolist(), numbers.tolist(), strict=True):
+            if number < self.n_rows:
+                self._fill(i, self._members[self._bounds[number] : self._bounds[number + 1]], out)
+
+    def _fill(self, i: int, examples: NDArray[np.int64], out: Block) -> None:
+        assert out.positions is not None
+        end = 0
+        for document, example in enumerate(examples.tolist(), 1):
+            where = slice(int(self._starts[example]), int(self._starts[example + 1]))
+            ids, learned = self._ids[where].astype(np.int64), self._learned[where]
+            start, end = end, end + len(ids)
+            out.tokens[i, start:end] = ids
+            out.labels[i, start : end - 1] = np.where(learned[1:], ids[1:], IGNORE)
+            out.positions[i, start:end] = np.arange(len(ids))
+            if out.documents is not None:
+                out.documents[i, start:end] = document

@@ -22,7 +22,7 @@ from llmfoundry.data.interleave import exact
 from llmfoundry.data.mds import MDSFolder, Sample
 from llmfoundry.data.mixture import Mixture, MixtureConfig, Part
 from llmfoundry.data.packing import pack
-from llmfoundry.data.rows import IGNORE, Block, How, Order, Rows, RowsConfig, StreamRows, epochs_of, read_each
+from llmfoundry.data.rows import IGNORE, Block, How, Order, Rows, RowsConfig, StreamRows, epochs_of
 from llmfoundry.data.sources import Source, fingerprint_of
 
 log = logging.getLogger(__name__)
@@ -202,14 +202,12 @@ def samples(folders: Sequence[MDSFolder]) -> Iterator[Sample]:
         yield from (folder.sample(number) for number in range(len(folder)))
 
 
-class _TokenRows:
+class _TokenRows(Rows):
     """Samples of max_seq_len tokens, each a row: the label of a token is the next one, and the last has none."""
-
-    n_bytes = None
 
     def __init__(self, folder: MDSFolder, config: MDSConfig, tokenizer: PreTrainedTokenizerBase, how: How) -> None:
         self.title, self.length = str(folder.folder), how.length
-        self._folder, self._how = folder, how
+        self._folder, self.documents = folder, how.documents
         self._dtype = np.dtype(config.token_encoding_type).newbyteorder("<")
         self._bos = config.bos_token_id
         self._eos = tokenizer.eos_token_id if config.eos_token_id is None else config.eos_token_id
@@ -219,19 +217,18 @@ class _TokenRows:
         self.n_rows = self.n_full = len(folder)
         self.n_tokens = len(folder) * (how.length - 1)
 
-    def read(self, numbers: NDArray[np.int64]) -> Block:
-        tokens = np.full((len(numbers), self.length), self._eos, dtype=np.int64)  # (B, S)
-        labels = np.full((len(numbers), self.length), IGNORE, dtype=np.int64)  # (B, S)
-        for i, number in enumerate(numbers.tolist()):
-            if number < self.n_rows:
-                tokens[i] = self._tokens(number)
-                labels[i, :-1] = tokens[i, 1:]
-        if not self._how.documents:
-            return Block(tokens, labels)
-        if self._bos is not None:
-            return Block(tokens, labels, np.cumsum(tokens == self._bos, axis=1, dtype=np.int32))
-        ended = np.cumsum(tokens == self._eos, axis=1, dtype=np.int32)
-        return Block(tokens, labels, np.concatenate([np.zeros_like(ended[:, :1]), ended[:, :-1]], axis=1))
+    def fill(self, numbers: NDArray[np.int64], out: Block, at: NDArray[np.int64]) -> None:
+        for i, number in zip(at.tolist(), numbers.tolist(), strict=True):
+            out.tokens[i] = self._tokens(number) if number < self.n_rows else self._eos
+            out.labels[i, :-1] = out.tokens[i, 1:] if number < self.n_rows else IGNORE
+            out.labels[i, -1] = IGNORE
+            if out.documents is None:
+                continue
+            if self._bos is not None:
+                np.cumsum(out.tokens[i] == self._bos, out=out.documents[i])
+            else:
+                out.documents[i, 0] = 0
+                np.cumsum(out.tokens[i, :-1] == self._eos, out=out.documents[i, 1:])
 
     def _tokens(self, number: int) -> NDArray[np.int64]:
         found = self._folder.sample(number)["tokens"]
@@ -257,19 +254,21 @@ class _TokenRows:
         return row
 
 
-class _Joined:
+class _Joined(Rows):
     """Several sets of rows, one after the other."""
 
     def __init__(self, parts: Sequence[Rows]) -> None:
         self._parts = parts
         self._starts = np.cumsum([0, *(part.n_rows for part in parts)])
-        self.title, self.length = parts[0].title, parts[0].length
+        self.title, self.length, self.documents = parts[0].title, parts[0].length, parts[0].documents
         self.fingerprint = (
             parts[0].fingerprint if len(parts) == 1 else fingerprint_of("joined/1", *(p.fingerprint for p in parts))
         )
         self.n_rows = self.n_full = int(self._starts[-1])
-        self.n_tokens, self.n_bytes = sum(part.n_tokens for part in parts), None
+        self.n_tokens = sum(part.n_tokens for part in parts)
 
-    def read(self, numbers: NDArray[np.int64]) -> Block:
+    def fill(self, numbers: NDArray[np.int64], out: Block, at: NDArray[np.int64]) -> None:
         of = np.clip(np.searchsorted(self._starts, numbers, side="right") - 1, 0, len(self._parts) - 1)
-        return read_each(of, lambda i, here: self._parts[i].read(numbers[here] - self._starts[i]))
+        for i in np.unique(of).tolist():
+            here = of == i
+            self._parts[i].fill(numbers[here] - self._starts[i], out, at[here])

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import Config, ConfigError
 from llmfoundry.data.interleave import Interleave, exact, shares_of
-from llmfoundry.data.rows import Block, How, Order, RowsConfig, open_order, read_each
+from llmfoundry.data.rows import Block, How, Order, RowsConfig, open_order
 from llmfoundry.data.sources import DatasetConfig, Source, fingerprint_of
 
 
@@ -189,14 +189,13 @@ class Segment(NamedTuple):
     before: NDArray[np.int64]  # (n_sources,) rows of each source before its start
 
 
-class Mixture:
+class Mixture(Order):
     """The order of the rows of a mixture."""
 
-    once = None  # a mixture has no end
-
     def __init__(self, config: MixtureConfig, orders: Sequence[Order]) -> None:
-        self.labels: tuple[str, ...] = tuple(config.labels)
-        self.length = orders[0].length
+        self.labels = tuple(config.labels)
+        self.length, self.documents = orders[0].length, orders[0].documents
+        self.own_positions = any(order.own_positions for order in orders)
         self._config, self._orders = config, list(orders)
         self._shares = config.shares(orders)
         phases = [str((phase.until, shares)) for phase, shares in zip(config.mixture, self._shares, strict=False)]
@@ -276,9 +275,13 @@ class Mixture:
         }
 
     def read(self, numbers: NDArray[np.int64]) -> Block:
+        return super().read(numbers)._replace(sources=self._where(numbers)[0])
+
+    def fill(self, numbers: NDArray[np.int64], out: Block, at: NDArray[np.int64]) -> None:
         sources, places = self._where(numbers)
-        block = read_each(sources, lambda i, here: self._orders[i].read(places[here]))
-        return block._replace(sources=sources)
+        for source in np.unique(sources).tolist():
+            here = sources == source
+            self._orders[source].fill(places[here], out, at[here])
 
     def _where(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         sources, places = np.empty_like(numbers), np.empty_like(numbers)

@@ -9,8 +9,7 @@ mixes orders.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +24,7 @@ from llmfoundry.runtime import seed_of
 
 log = logging.getLogger(__name__)
 
+_CHUNK = 1024  # rows whose place in an epoch is computed at once
 IGNORE = -100  # the label of a position that is not predicted
 
 
@@ -47,13 +47,43 @@ class How(NamedTuple):
     drop_last: bool = False  # leave out the last, partly filled row of an epoch
 
 
-class Rows(Protocol):
-    """A number of rows in the order of the data.
+class Numbered:
+    """Rows that are found by their number.
+
+    Attributes:
+        fingerprint: equal fingerprints, equal rows.
+        length: S, tokens.
+        documents: whether blocks contain the number of each token's document.
+        own_positions: whether positions start anew inside a row.
+    """
+
+    fingerprint: str
+    length: int
+    documents: bool = False
+    own_positions: bool = False
+
+    def fill(self, numbers: NDArray[np.int64], out: Block, at: NDArray[np.int64]) -> None:
+        """Write the rows with these numbers to the places `at` of a block."""
+        raise NotImplementedError
+
+    def read(self, numbers: NDArray[np.int64]) -> Block:
+        """The rows with these numbers."""
+        shape = (len(numbers), self.length)
+        out = Block(
+            np.empty(shape, dtype=np.int64),
+            np.empty(shape, dtype=np.int64),
+            np.empty(shape, dtype=np.int32) if self.documents else None,
+            np.tile(np.arange(self.length), (len(numbers), 1)) if self.own_positions else None,
+        )
+        self.fill(numbers, out, np.arange(len(numbers)))
+        return out
+
+
+class Rows(Numbered):
+    """A number of rows, in the order of the data; a number past the end is a row without labels.
 
     Attributes:
         title: in messages, e.g. "text_files-train".
-        fingerprint: equal fingerprints, equal rows.
-        length: S, tokens.
         n_rows: of one pass; the last may be partly filled.
         n_full: without a last one that is partly filled.
         n_tokens: labels of one pass, or the positions that may have one.
@@ -61,19 +91,13 @@ class Rows(Protocol):
     """
 
     title: str
-    fingerprint: str
-    length: int
     n_rows: int
     n_full: int
     n_tokens: int
-    n_bytes: int | None
-
-    def read(self, numbers: NDArray[np.int64]) -> Block:
-        """The rows with these numbers; a number past the end is a row without labels."""
-        ...
+    n_bytes: int | None = None
 
 
-class Order(Protocol):
+class Order(Numbered):
     """The endless sequence of rows of a run.
 
     Attributes:
@@ -82,15 +106,9 @@ class Order(Protocol):
         once: what one pass over the data reads; None for a mixture, which has no end.
     """
 
-    fingerprint: str
-    length: int
     rows_per_epoch: int
-    labels: tuple[str, ...]
-    once: Rows | None
-
-    def read(self, numbers: NDArray[np.int64]) -> Block:
-        """Rows of the run by their numbers."""
-        ...
+    labels: tuple[str, ...] = ()
+    once: Rows | None = None
 
 
 class RowsConfig(DatasetConfig):
@@ -123,55 +141,31 @@ def open_order(dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, how: 
     return epochs_of(StreamRows(stream, source.title, how), dataset, how)
 
 
-def read_each(of: NDArray[np.int64], read: Callable[[int, NDArray[np.bool_]], Block]) -> Block:
-    """Rows from several places, in the order in which they were asked for.
-
-    Args:
-        of: (B,) the place of each row.
-        read: reads the rows of one place, given where they are among the B.
-    """
-    blocks = [read(i, of == i) for i in np.unique(of).tolist()]
-    if any(block.positions is not None for block in blocks):
-        blocks = [block if block.positions is not None else _with_positions(block) for block in blocks]
-    order = np.argsort(np.argsort(of, kind="stable"), kind="stable")
-    tokens, labels, documents, positions = (
-        None if columns[0] is None else np.concatenate(columns)[order]
-        for columns in zip(*(block[:4] for block in blocks), strict=True)
-    )
-    return Block(tokens, labels, documents, positions)
-
-
-def _with_positions(block: Block) -> Block:
-    return block._replace(positions=np.broadcast_to(np.arange(block.tokens.shape[1]), block.tokens.shape))
-
-
-class StreamRows:
+class StreamRows(Rows):
     """A stream of packed tokens, cut every `length` tokens: row i is tokens [i*S, i*S + S + 1).
 
     Every token of the stream except the first is a label exactly once.
     """
 
     def __init__(self, stream: TokenStream, title: str, how: How) -> None:
-        self.title, self.length = title, how.length
+        self.title, self.length, self.documents = title, how.length, how.documents
         self.fingerprint = stream.fingerprint  # of the documents and the tokenizer
         self.n_tokens = stream.n_tokens - 1
         self.n_bytes = stream.n_bytes
         self.n_rows, self.n_full = -(-self.n_tokens // how.length), self.n_tokens // how.length
-        self.stream, self._documents = stream, how.documents
+        self.stream = stream
 
-    def read(self, numbers: NDArray[np.int64]) -> Block:
+    def fill(self, numbers: NDArray[np.int64], out: Block, at: NDArray[np.int64]) -> None:
         length, stream = self.length, self.stream
-        tokens = np.full((len(numbers), length), stream.eos_token_id, dtype=np.int64)  # (B, S)
-        labels = np.full((len(numbers), length), IGNORE, dtype=np.int64)  # (B, S)
-        for i, number in enumerate(numbers.tolist()):
+        for i, number in zip(at.tolist(), numbers.tolist(), strict=True):
             start = min(number * length, stream.n_tokens - 1)
             found = stream.read(start, min(start + length + 1, stream.n_tokens))
-            tokens[i, : len(found) - 1] = found[:-1]
-            labels[i, : len(found) - 1] = found[1:]
-        if not self._documents:
-            return Block(tokens, labels)
-        # eos opens a document: the document's first token is predicted from it and from nothing before it.
-        return Block(tokens, labels, np.cumsum(tokens == stream.eos_token_id, axis=1, dtype=np.int32))
+            n = len(found) - 1
+            out.tokens[i, :n], out.tokens[i, n:] = found[:-1], stream.eos_token_id
+            out.labels[i, :n], out.labels[i, n:] = found[1:], IGNORE
+            if out.documents is not None:
+                # eos opens a document: its first token is predicted from it and from nothing before it.
+                np.cumsum(out.tokens[i] == stream.eos_token_id, out=out.documents[i])
 
 
 def epochs_of(rows: Rows, dataset: DatasetConfig, how: How) -> Epochs:
@@ -186,10 +180,8 @@ def epochs_of(rows: Rows, dataset: DatasetConfig, how: How) -> Epochs:
     return Epochs(rows, seed if shuffled else None, how.drop_last)
 
 
-class Epochs:
+class Epochs(Order):
     """All rows again and again: row n is in epoch n // rows_per_epoch, at the place that a keyed permutation gives."""
-
-    labels: tuple[str, ...] = ()
 
     def __init__(self, rows: Rows, seed: int | None, drop_last: bool = False) -> None:
         """Order rows.
@@ -201,20 +193,39 @@ class Epochs:
         Raises:
             ConfigError: no row is left.
         """
-        self.fingerprint, self.length, self.once = rows.fingerprint, rows.length, rows
+        self.fingerprint, self.length, self.documents = rows.fingerprint, rows.length, rows.documents
+        self.own_positions, self.once, self._rows = rows.own_positions, rows, rows
         self.rows_per_epoch = rows.n_full if drop_last else rows.n_rows
         self._seed = seed
+        self._near: dict[tuple[int, int], NDArray[np.int64]] = {}  # images of places that lie together
         if self.rows_per_epoch == 0:
             raise ConfigError(
                 f"dataset {rows.title}: {rows.n_tokens} tokens do not fill one row of "
                 f"max_seq_len={rows.length}; lower max_seq_len, add text, or set drop_last: false"
             )
 
-    def read(self, numbers: NDArray[np.int64]) -> Block:
+    def fill(self, numbers: NDArray[np.int64], out: Block, at: NDArray[np.int64]) -> None:
+        if self._seed is None:
+            self._rows.fill(numbers % self.rows_per_epoch, out, at)
+            return
         epochs, places = np.divmod(numbers, self.rows_per_epoch)
-        if self._seed is not None:
-            for epoch in np.unique(epochs):
-                here = epochs == epoch
-                seed = seed_of(self._seed, "epoch", int(epoch))
-                places[here] = permuted(places[here], self.rows_per_epoch, seed)
-        return self.once.read(places)
+        chunks, within = np.divmod(places, _CHUNK)
+        if epochs[0] == epochs[-1] and chunks[0] == chunks[-1] and (np.diff(numbers) > 0).all():  # mostly
+            places = self._images(int(epochs[0]), int(chunks[0]))[within]
+        else:
+            for epoch, chunk in {*zip(epochs.tolist(), chunks.tolist(), strict=True)}:
+                here = (epochs == epoch) & (chunks == chunk)
+                places[here] = self._images(epoch, chunk)[within[here]]
+        self._rows.fill(places, out, at)
+
+    def _images(self, epoch: int, chunk: int) -> NDArray[np.int64]:
+        """The places in the data of _CHUNK rows of an epoch; the last few are kept, as rows are asked for in order."""
+        key = (epoch, chunk)
+        if key not in self._near:
+            while len(self._near) >= 4:
+                del self._near[next(iter(self._near))]
+            assert self._seed is not None
+            n = self.rows_per_epoch
+            rows = np.arange(chunk * _CHUNK, min((chunk + 1) * _CHUNK, n))
+            self._near[key] = permuted(rows, n, seed_of(self._seed, "epoch", epoch))
+        return self._near[key]
