@@ -126,5 +126,5 @@ def prepare_data_main(argv: Sequence[str] | None = None) -> None:
             if args.format == "mds":
                 folder = Path(args.out) / (dataset.split if where == name else f"{dataset.split}-{number}")
                 written = write_rows(stream, how.length, folder, args.compression)
-                print(f"{where}: {written.rows:,} rows of {how.length:,} tokens in {folder}; {written.left_out:,} tokens "
-                      "at the end fill no row")  # fmt: skip
+                left = f"{written.left_out:,} tokens at the end fill no row"
+                print(f"{where}: {written.rows:,} rows of {how.length:,} tokens in {folder}; {left}")

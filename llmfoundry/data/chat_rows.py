@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llmfoundry.config import ConfigError
 from llmfoundry.data.bins import best_fit
@@ -86,19 +85,15 @@ class ChatRows(Rows):
             "left out" + ("" if how.documents else "; model.attn_config.attn_uses_sequence_id: true would pack them")
         )
 
-    def fill(self, numbers: NDArray[np.int64], out: Block, at: NDArray[np.int64]) -> None:
+    def put(self, number: int, out: Block, i: int) -> None:
         assert out.positions is not None
-        out.tokens[at], out.labels[at], out.positions[at] = self._eos, IGNORE, 0
+        out.tokens[i], out.labels[i], out.positions[i] = self._eos, IGNORE, 0
         if out.documents is not None:
-            out.documents[at] = 0  # what fills the row
-        for i, number in zip(at.tolist(), numbers.tolist(), strict=True):
-            if number < self.n_rows:
-                self._fill(i, self._members[self._bounds[number] : self._bounds[number + 1]], out)
-
-    def _fill(self, i: int, examples: NDArray[np.int64], out: Block) -> None:
-        assert out.positions is not None
+            out.documents[i] = 0  # what fills the row
+        if number >= self.n_rows:
+            return
         end = 0
-        for document, example in enumerate(examples.tolist(), 1):
+        for document, example in enumerate(self._members[self._bounds[number] : self._bounds[number + 1]].tolist(), 1):
             where = slice(int(self._starts[example]), int(self._starts[example + 1]))
             ids, learned = self._ids[where].astype(np.int64), self._learned[where]
             start, end = end, end + len(ids)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -68,7 +68,7 @@ class Interleave:
         self._sources = np.empty(0, dtype=np.int16)  # (rows so far,) of one period
         self._ranks = np.empty(0, dtype=np.int32)  # (rows so far,) earlier rows of the same source in the period
         self._had = np.zeros(len(shares), dtype=np.int64)
-        self._following = _sequence(list(shares))
+        self._waiting: list[int] = []  # a heap of the rows that are released and not taken, as `_next` writes them
 
     def at(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The source of each row, and its number in that source's own order, both in the shape of `rows`."""
@@ -87,9 +87,9 @@ class Interleave:
     def _reach(self, place: int) -> None:
         """Extend the table to hold a place."""
         while place >= len(self._sources):
-            n = min(_STEP, self.period - len(self._sources))
-            new = np.fromiter(self._following, dtype=np.int16, count=n)
-            ranks = np.empty(n, dtype=np.int32)
+            first = len(self._sources)
+            new = self._next(first + 1, min(first + _STEP, self.period))
+            ranks = np.empty(len(new), dtype=np.int32)
             for source in np.unique(new):
                 mine = np.flatnonzero(new == source)
                 ranks[mine] = self._had[source] + np.arange(len(mine))
@@ -97,17 +97,21 @@ class Interleave:
             self._sources = np.concatenate([self._sources, new])
             self._ranks = np.concatenate([self._ranks, ranks])
 
-
-def _sequence(shares: list[int]) -> Iterator[int]:
-    """The sources of the rows of one period."""
-    period = sum(shares)
-    released: list[tuple[int, int, int]] = []  # (due, source, k), both counted from 1
-    waiting = [(1, source, 1) for source in range(len(shares))]  # (first row that may take it, source, k)
-    heapq.heapify(waiting)
-    for row in range(1, period + 1):
-        while waiting and waiting[0][0] <= row:
-            _, source, k = heapq.heappop(waiting)
-            heapq.heappush(released, (-(-k * period // shares[source]), source, k))
-        _, source, k = heapq.heappop(released)
-        yield source
-        heapq.heappush(waiting, (k * period // shares[source] + 1, source, k + 1))
+    def _next(self, first: int, last: int) -> NDArray[np.int16]:
+        """The sources of rows [first, last] of a period, counted from 1; earlier rows are in the table."""
+        n_sources, period, shares = len(self.shares), self.period, self.shares
+        # Source s has released ceil(row * share / period) rows by a row: those that are new here, by their release.
+        before, by_now = (-(-row * shares // period) for row in (first - 1, last))
+        source = np.repeat(np.arange(n_sources), by_now - before)
+        k = np.arange(len(source)) - np.repeat(np.cumsum(by_now - before) - by_now, by_now - before)  # from 0
+        release = k * period // shares[source] + 1
+        key = -(-(k + 1) * period // shares[source]) * n_sources + source  # by due date, then by source
+        order = np.argsort(release, kind="stable")
+        releases, keys = release[order].tolist(), key[order].tolist()
+        found, i, waiting = [], 0, self._waiting
+        for row in range(first, last + 1):
+            while i < len(releases) and releases[i] <= row:
+                heapq.heappush(waiting, keys[i])
+                i += 1
+            found.append(heapq.heappop(waiting) % n_sources)
+        return np.array(found, dtype=np.int16)

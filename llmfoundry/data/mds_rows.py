@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal, Self
 
@@ -158,9 +160,8 @@ class MDSConfig(Folders, names=("mds",)):
                 raise ConfigError("dataset.streams: proportion, repeat and choose count rows, and these streams hold "
                                   "text, which is packed into rows here; make each a dataset with a weight")  # fmt: skip
             source = self.build()
-            return epochs_of(
-                StreamRows(pack(source, tokenizer, cache_root(self.cache_dir)), source.title, how), self, how
-            )
+            stream = pack(source, tokenizer, cache_root(self.cache_dir))
+            return epochs_of(StreamRows(stream, source.title, how), self, how)
         each = [_TokenRows(folder, self, tokenizer, how) for folder in folders]
         if plain:
             return epochs_of(_Joined(each), self, how)
@@ -217,18 +218,16 @@ class _TokenRows(Rows):
         self.n_rows = self.n_full = len(folder)
         self.n_tokens = len(folder) * (how.length - 1)
 
-    def fill(self, numbers: NDArray[np.int64], out: Block, at: NDArray[np.int64]) -> None:
-        for i, number in zip(at.tolist(), numbers.tolist(), strict=True):
-            out.tokens[i] = self._tokens(number) if number < self.n_rows else self._eos
-            out.labels[i, :-1] = out.tokens[i, 1:] if number < self.n_rows else IGNORE
-            out.labels[i, -1] = IGNORE
-            if out.documents is None:
-                continue
-            if self._bos is not None:
-                np.cumsum(out.tokens[i] == self._bos, out=out.documents[i])
-            else:
-                out.documents[i, 0] = 0
-                np.cumsum(out.tokens[i, :-1] == self._eos, out=out.documents[i, 1:])
+    def put(self, number: int, out: Block, i: int) -> None:
+        tokens = out.tokens[i]
+        tokens[:] = self._tokens(number) if number < self.n_rows else self._eos
+        out.labels[i, :-1] = tokens[1:] if number < self.n_rows else IGNORE
+        out.labels[i, -1] = IGNORE
+        if out.documents is not None and self._bos is not None:
+            np.cumsum(tokens == self._bos, out=out.documents[i])
+        elif out.documents is not None:
+            out.documents[i, 0] = 0
+            np.cumsum(tokens[:-1] == self._eos, out=out.documents[i, 1:])
 
     def _tokens(self, number: int) -> NDArray[np.int64]:
         found = self._folder.sample(number)["tokens"]
@@ -259,16 +258,14 @@ class _Joined(Rows):
 
     def __init__(self, parts: Sequence[Rows]) -> None:
         self._parts = parts
-        self._starts = np.cumsum([0, *(part.n_rows for part in parts)])
+        self._starts = [0, *accumulate(part.n_rows for part in parts)]
         self.title, self.length, self.documents = parts[0].title, parts[0].length, parts[0].documents
         self.fingerprint = (
             parts[0].fingerprint if len(parts) == 1 else fingerprint_of("joined/1", *(p.fingerprint for p in parts))
         )
-        self.n_rows = self.n_full = int(self._starts[-1])
+        self.n_rows = self.n_full = self._starts[-1]
         self.n_tokens = sum(part.n_tokens for part in parts)
 
-    def fill(self, numbers: NDArray[np.int64], out: Block, at: NDArray[np.int64]) -> None:
-        of = np.clip(np.searchsorted(self._starts, numbers, side="right") - 1, 0, len(self._parts) - 1)
-        for i in np.unique(of).tolist():
-            here = of == i
-            self._parts[i].fill(numbers[here] - self._starts[i], out, at[here])
+    def put(self, number: int, out: Block, i: int) -> None:
+        part = min(bisect_right(self._starts, number) - 1, len(self._parts) - 1)
+        self._parts[part].put(number - self._starts[part], out, i)

@@ -255,6 +255,11 @@ class Mixture(Order):
                     f"{int(budget * order.length):,}; shorten max_duration, or raise the budgets"
                 )
 
+    @property
+    def period(self) -> int:
+        """Rows after which the sequence of sources repeats, in the last phase."""
+        return self._segments[-1].interleave.period
+
     def counts(self, n: int) -> NDArray[np.int64]:
         """(n_sources,) rows of each source among the first n of the run."""
         at = max(i for i, segment in enumerate(self._segments) if segment.start <= n or i == 0)
@@ -275,13 +280,11 @@ class Mixture(Order):
         }
 
     def read(self, numbers: NDArray[np.int64]) -> Block:
-        return super().read(numbers)._replace(sources=self._where(numbers)[0])
-
-    def fill(self, numbers: NDArray[np.int64], out: Block, at: NDArray[np.int64]) -> None:
         sources, places = self._where(numbers)
-        for source in np.unique(sources).tolist():
-            here = sources == source
-            self._orders[source].fill(places[here], out, at[here])
+        out = self.empty(len(numbers))._replace(sources=sources)
+        for i, (source, place) in enumerate(zip(sources.tolist(), places.tolist(), strict=True)):
+            self._orders[source].put(place, out, i)
+        return out
 
     def _where(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         sources, places = np.empty_like(numbers), np.empty_like(numbers)

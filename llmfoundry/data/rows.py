@@ -62,21 +62,26 @@ class Numbered:
     documents: bool = False
     own_positions: bool = False
 
-    def fill(self, numbers: NDArray[np.int64], out: Block, at: NDArray[np.int64]) -> None:
-        """Write the rows with these numbers to the places `at` of a block."""
+    def put(self, number: int, out: Block, i: int) -> None:
+        """Write the row with this number as row `i` of a block."""
         raise NotImplementedError
 
     def read(self, numbers: NDArray[np.int64]) -> Block:
         """The rows with these numbers."""
-        shape = (len(numbers), self.length)
-        out = Block(
+        out = self.empty(len(numbers))
+        for i, number in enumerate(numbers.tolist()):
+            self.put(number, out, i)
+        return out
+
+    def empty(self, n_rows: int) -> Block:
+        """A block to be filled; positions are those in the row."""
+        shape = (n_rows, self.length)
+        return Block(
             np.empty(shape, dtype=np.int64),
             np.empty(shape, dtype=np.int64),
             np.empty(shape, dtype=np.int32) if self.documents else None,
-            np.tile(np.arange(self.length), (len(numbers), 1)) if self.own_positions else None,
+            np.tile(np.arange(self.length), (n_rows, 1)) if self.own_positions else None,
         )
-        self.fill(numbers, out, np.arange(len(numbers)))
-        return out
 
 
 class Rows(Numbered):
@@ -155,17 +160,16 @@ class StreamRows(Rows):
         self.n_rows, self.n_full = -(-self.n_tokens // how.length), self.n_tokens // how.length
         self.stream = stream
 
-    def fill(self, numbers: NDArray[np.int64], out: Block, at: NDArray[np.int64]) -> None:
+    def put(self, number: int, out: Block, i: int) -> None:
         length, stream = self.length, self.stream
-        for i, number in zip(at.tolist(), numbers.tolist(), strict=True):
-            start = min(number * length, stream.n_tokens - 1)
-            found = stream.read(start, min(start + length + 1, stream.n_tokens))
-            n = len(found) - 1
-            out.tokens[i, :n], out.tokens[i, n:] = found[:-1], stream.eos_token_id
-            out.labels[i, :n], out.labels[i, n:] = found[1:], IGNORE
-            if out.documents is not None:
-                # eos opens a document: its first token is predicted from it and from nothing before it.
-                np.cumsum(out.tokens[i] == stream.eos_token_id, out=out.documents[i])
+        start = min(number * length, stream.n_tokens - 1)
+        found = stream.read(start, min(start + length + 1, stream.n_tokens))
+        n = len(found) - 1
+        out.tokens[i, :n], out.tokens[i, n:] = found[:-1], stream.eos_token_id
+        out.labels[i, :n], out.labels[i, n:] = found[1:], IGNORE
+        if out.documents is not None:
+            # eos opens a document: its first token is predicted from it and from nothing before it.
+            np.cumsum(out.tokens[i] == stream.eos_token_id, out=out.documents[i])
 
 
 def epochs_of(rows: Rows, dataset: DatasetConfig, how: How) -> Epochs:
@@ -204,19 +208,10 @@ class Epochs(Order):
                 f"max_seq_len={rows.length}; lower max_seq_len, add text, or set drop_last: false"
             )
 
-    def fill(self, numbers: NDArray[np.int64], out: Block, at: NDArray[np.int64]) -> None:
-        if self._seed is None:
-            self._rows.fill(numbers % self.rows_per_epoch, out, at)
-            return
-        epochs, places = np.divmod(numbers, self.rows_per_epoch)
-        chunks, within = np.divmod(places, _CHUNK)
-        if epochs[0] == epochs[-1] and chunks[0] == chunks[-1] and (np.diff(numbers) > 0).all():  # mostly
-            places = self._images(int(epochs[0]), int(chunks[0]))[within]
-        else:
-            for epoch, chunk in {*zip(epochs.tolist(), chunks.tolist(), strict=True)}:
-                here = (epochs == epoch) & (chunks == chunk)
-                places[here] = self._images(epoch, chunk)[within[here]]
-        self._rows.fill(places, out, at)
+    def put(self, number: int, out: Block, i: int) -> None:
+        epoch, row = divmod(number, self.rows_per_epoch)
+        place = row if self._seed is None else int(self._images(epoch, row // _CHUNK)[row % _CHUNK])
+        self._rows.put(place, out, i)
 
     def _images(self, epoch: int, chunk: int) -> NDArray[np.int64]:
         """The places in the data of _CHUNK rows of an epoch; the last few are kept, as rows are asked for in order."""
