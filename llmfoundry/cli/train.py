@@ -22,6 +22,7 @@ from llmfoundry.data.packing import prepare
 from llmfoundry.data.rows import How, RowsConfig
 from llmfoundry.data.show import shown
 from llmfoundry.data.sources import check_apart
+from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.planning.hardware import GIB, GPU_MEMORY
 from llmfoundry.planning.report import describe
 from llmfoundry.train.config import RunConfig
@@ -59,9 +60,8 @@ def train_main(argv: Sequence[str] | None = None) -> None:
         if args.show_batch:
             tokenizer = config.tokenizer.build(config.train_loader.dataset)
             loader = config.train_loader.build(
-                tokenizer, seed=config.seed, max_seq_len=config.max_seq_len,
-                sequence_ids=config.model.attn_config.attn_uses_sequence_id,
-            )  # fmt: skip
+                tokenizer, seed=config.seed, max_seq_len=config.max_seq_len, sequence_ids=_sees_documents(config)
+            )
             _show_batch(config, loader, tokenizer)
         return
     trainer = build(config)
@@ -76,6 +76,11 @@ def train_main(argv: Sequence[str] | None = None) -> None:
     if config.log_to_console:
         trainer.callbacks.append(Console())
     trainer.fit()
+
+
+def _sees_documents(config: RunConfig) -> bool:
+    assert isinstance(config.model, CausalLMConfig)
+    return config.model.attn_config.attn_uses_sequence_id
 
 
 def _show_batch(config: RunConfig, loader: Loader, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -106,7 +111,7 @@ def prepare_data_main(argv: Sequence[str] | None = None) -> None:
     if (args.format == "mds") != (args.out is not None) or (args.compression and args.format != "mds"):
         raise ConfigError("--format mds and --out FOLDER belong together; --compression is for them")
     config = read_config(args.yaml, args.overrides)
-    documents = config.model.attn_config.attn_uses_sequence_id
+    documents = _sees_documents(config)
     also = [part.dataset for part in config.evaluations]
     for dataset in also:
         check_apart(config.train_loader.dataset, dataset)

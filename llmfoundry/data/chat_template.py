@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 from jinja2.exceptions import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from llmfoundry.config import ConfigError
 from llmfoundry.data.conversations import Conversation, Example, Message
@@ -105,25 +106,27 @@ class Renderer:
 
     def _render(self, example: Conversation, messages: Sequence[Message], prompt: bool = False) -> str:
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    list(messages), tools=example.tools, chat_template=None if self._own else self.template,
-                    tokenize=False, add_generation_prompt=prompt, **example.template,
-                )
-            )  # fmt: skip
+            return self._rendered(example, messages, prompt)[0]
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"the chat template refuses it: {error}") from error
 
     def _marked(self, example: Conversation) -> list[Span]:
         """Where the template says that the assistant speaks, in characters."""
-        from transformers.utils.chat_template_utils import render_jinja_template
+        return self._rendered(example, example.messages, False, marks=True)[1]
 
-        _, spans = render_jinja_template(
-            [example.messages], tools=example.tools, return_assistant_tokens_mask=True,
-            chat_template=self.tokenizer.get_chat_template(None if self._own else self.template, example.tools),
-            **{**self.tokenizer.special_tokens_map, **example.template},
+    def _rendered(
+        self, example: Conversation, messages: Sequence[Message], prompt: bool, marks: bool = False
+    ) -> tuple[str, list[Span]]:
+        """What `tokenizer.apply_chat_template` renders, and with `marks` the spans that the template marks."""
+        tools: list[dict] | None = example.tools
+        template = self.tokenizer.get_chat_template(None if self._own else self.template, tools)
+        words: dict = {**self.tokenizer.special_tokens_map, **example.template}
+        rendered: object = render_jinja_template(  # (texts, spans of each), though it says str
+            [list(messages)], tools=list(tools) if tools else None, chat_template=template,
+            return_assistant_tokens_mask=marks, add_generation_prompt=prompt, **words,
         )  # fmt: skip
-        return [(start, end) for start, end in spans[0]]
+        texts, spans = cast(tuple[list[str], list[list[Span]]], rendered)
+        return texts[0], spans[0] if marks else []
 
     def _span(self, example: Conversation, text: str, turn: int) -> Span:
         """What the text gains by one turn of the assistant."""

@@ -181,7 +181,7 @@ class ChatsConfig(Folders, names=("chats", "finetuning")):
             return self._from_hub(self.hf_name, title)
         folders = self.folders()
         fingerprint = fingerprint_of("mds/1", *(folder.fingerprint for folder in folders))
-        return Table(title, fingerprint, samples(folders))  # type: ignore[arg-type]  # a sample is a row
+        return Table(title, fingerprint, samples(folders))
 
     def _from_files(self, where: str, title: str) -> Table:
         found, skipped = find(where)

@@ -9,6 +9,7 @@ import json
 import logging
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal, Self
@@ -79,7 +80,7 @@ class Folders(RowsConfig):
 
     def _open(self, stream: Stream, where: str) -> MDSFolder:
         split = self._split if stream.split is None else stream.split
-        tried = []
+        tried: list[str] = []
         for key, root in (("local", stream.local), ("remote", stream.remote)):
             if root is None:
                 continue
@@ -157,8 +158,10 @@ class MDSConfig(Folders, names=("mds",)):
         plain = all(s.proportion is None and s.repeat is None and s.choose is None for s in streams)
         if not tokens.pop():
             if not plain:
-                raise ConfigError("dataset.streams: proportion, repeat and choose count rows, and these streams hold "
-                                  "text, which is packed into rows here; make each a dataset with a weight")  # fmt: skip
+                raise ConfigError(
+                    "dataset.streams: proportion, repeat and choose count rows, and these streams hold text, which is "
+                    "packed into rows here; make each a dataset with a weight"
+                )
             source = self.build()
             stream = pack(source, tokenizer, cache_root(self.cache_dir))
             return epochs_of(StreamRows(stream, source.title, how), self, how)
@@ -179,11 +182,11 @@ class MDSConfig(Folders, names=("mds",)):
             if stream.proportion is not None:
                 chosen = exact(stream.proportion) / sum(map(exact, filter(None, proportions))) * total
             else:
-                chosen = stream.choose or exact(stream.repeat or 1.0) * each.n_rows
+                chosen = Fraction(stream.choose) if stream.choose else exact(stream.repeat or 1.0) * each.n_rows
             parts.append(Part(dataset=self, label=name, weight=float(chosen)))
             orders.append(epochs_of(each, self, how))
             counts.append(chosen)
-        mixture = Mixture(MixtureConfig(datasets=parts), orders)
+        mixture = Mixture(MixtureConfig(name="mixture", datasets=parts), orders)
         mixture.rows_per_epoch = int(sum(counts))
         return mixture
 

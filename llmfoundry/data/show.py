@@ -49,6 +49,6 @@ def _decoded(
         if not filled and document == 0:
             text += f"{_DIM}({len(places):,} positions are empty){_OFF}"
             continue
-        piece = tokenizer.decode([tokens[t] for t in places], clean_up_tokenization_spaces=False)
+        piece = str(tokenizer.decode([tokens[t] for t in places], clean_up_tokenization_spaces=False))
         text += f"{_LEARNED}{piece}{_OFF}" if green else piece
     return text

@@ -178,4 +178,5 @@ def _sum_over_ranks(ce: Tensor, total: Tensor, sources: Tensor, router: RouterSt
     parts = [ce, total, sources, *(router or ())]
     flat = runtime.all_reduce_sum(torch.cat([part.reshape(-1) for part in parts]))
     summed = [piece.view_as(part) for piece, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)]
-    return _Sums(*summed[:3], RouterStats(*summed[3:]) if router is not None else None)
+    ce, total, sources, *rest = summed
+    return _Sums(ce, total, sources, RouterStats(*rest) if router is not None else None)

@@ -139,10 +139,8 @@ def write_lines(path: Path, rows: list[object]) -> Path:
 def chats(n: int, seed: int = 0) -> list[dict[str, object]]:
     """Conversations whose lengths are spread as in real sets: many short ones, few long ones."""
     rng = random.Random(seed)
-    return [
-        {"messages": turns(f"number {i}", " ".join("abcdefgh"[rng.randrange(8)] for _ in range(int(rng.lognormvariate(2, 1)) + 1)))}
-        for i in range(n)
-    ]  # fmt: skip
+    words = [[rng.choice("abcdefgh") for _ in range(int(rng.lognormvariate(2, 1)) + 1)] for _ in range(n)]
+    return [{"messages": turns(f"number {i}", " ".join(said))} for i, said in enumerate(words)]
 
 
 def loader(tmp_path: Path, length: int = 64, *, documents: bool = True, template: str = CHATML, **dataset: object):
