@@ -135,8 +135,7 @@ def _shrunk_data(name: str, text: dict[str, object], folder: Path) -> dict[str, 
                 "eval_loaders": held_out}  # fmt: skip
     if name == "finetune":
         (folder / "chats").mkdir()
-        chats = [[{"role": "user", "content": f"{i} + 1"}, {"role": "assistant", "content": str(i)}] for i in range(40)]
-        lines = "".join(json.dumps({"messages": chat}) + "\n" for chat in chats)
+        lines = "".join(json.dumps({"prompt": f"{i} + 1 =", "response": f" {i + 1}"}) + "\n" for i in range(40))
         (folder / "chats" / "train.jsonl").write_text(lines)
         mine = {"path": str(folder / "chats"), "split": "train", "cache_dir": str(folder / "cache")}
         return {"train_loader.dataset": mine, "eval_loader": None, "load_path": None, "load_weights_only": False}

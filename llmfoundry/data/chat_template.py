@@ -67,7 +67,7 @@ class Renderer:
         own = tokenizer.chat_template
         if template is None and isinstance(own, dict):
             own = own.get("default")
-        self._own = template is None and own is not None  # tokenizers may keep one for tools beside the default
+        self.own = template is None and own is not None  # whether the template is the tokenizer's
         self.template = template or (own if isinstance(own, str) else CHATML)
         self._marks = _GENERATION.search(self.template) is not None
 
@@ -119,7 +119,7 @@ class Renderer:
     ) -> tuple[str, list[Span]]:
         """What `tokenizer.apply_chat_template` renders, and with `marks` the spans that the template marks."""
         tools: list[dict] | None = example.tools
-        template = self.tokenizer.get_chat_template(None if self._own else self.template, tools)
+        template = self.tokenizer.get_chat_template(None if self.own else self.template, tools)
         words: dict = {**self.tokenizer.special_tokens_map, **example.template}
         rendered: object = render_jinja_template(  # (texts, spans of each), though it says str
             [list(messages)], tools=list(tools) if tools else None, chat_template=template,

@@ -131,6 +131,10 @@ class ChatsConfig(Folders, names=("chats", "finetuning")):
         if table.summary:
             log.info("%s", table.summary)
         renderer = Renderer(tokenizer, targets, self._template())
+        if tokenizer.chat_template is None:
+            log.info("the tokenizer has no chat template; conversations are written in ChatML")
+        if not renderer.own:  # checkpoints and exports then carry the template that the model has learned
+            tokenizer.chat_template = renderer.template
         fingerprint = fingerprint_of(
             "chats/1", table.fingerprint, Encoder(tokenizer).fingerprint(), renderer.template, str(targets),
             code_of(self.preprocessing_fn),

@@ -105,6 +105,16 @@ def test_a_tokenizer_without_template_gets_chatml() -> None:
     assert learned(None, {"messages": turns("!s", "a", "b")}) == "b<|im_end|>"
 
 
+def test_a_template_that_is_given_stays_with_the_tokenizer(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "train.jsonl", chats(5))
+    config = check(LoaderConfig, {"name": "finetuning", "dataset": {"path": str(path), "chat_template": CHATML,
+                                                                   "cache_dir": str(tmp_path / "c")}})  # fmt: skip
+    own = tokenizer()
+    first = config.build(own, seed=0, max_seq_len=64, sequence_ids=True)
+    assert own.chat_template == CHATML, "checkpoints carry it"
+    assert config.build(own, seed=0, max_seq_len=64, sequence_ids=True).fingerprint == first.fingerprint
+
+
 def test_turns_that_are_rendered_otherwise_inside_are_refused() -> None:
     thinking = CHATML.replace("message['content']", "('(thought) ' if loop.last else '') + message['content']")
     last = CHATML.replace("{% for", "{{ messages | length }}{% for")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from llmfoundry.config import ConfigError, check, dump
 from llmfoundry.data import DatasetConfig, Loader, LoaderConfig, MixtureConfig, TokenizerConfig
@@ -173,3 +175,14 @@ def test_a_tokenizer_learns_from_all_sources(tmp_path: Path) -> None:
     parts = [whole | {"path": str(tmp_path / f"{name}.jsonl"), "weight": w} for name, w in (("a", 3.0), ("b", 1.0))]
     texts = list(check(LoaderConfig, {"datasets": parts}).dataset.build().documents())
     assert len(texts) == 200 and sum("a" in text for text in texts[:80]) == 60
+
+
+def test_the_yaml_of_the_page_on_data_is_accepted() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        data = yaml.safe_load(block)
+        check(LoaderConfig, data["train_loader"])
+        for part in data.get("eval_loaders", []):
+            check(LoaderConfig, part)
