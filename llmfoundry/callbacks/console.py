@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from llmfoundry import runtime
 from llmfoundry.train.callback import Callback, Metrics, Run
+from llmfoundry.train.run import EVALUATED, is_evaluated
 
 MUCH_EVALUATION = 0.25  # of the time of the run
 
@@ -51,7 +52,7 @@ class Console(Callback):
         if self.progress is not None:
             self.progress.update(self.task, completed=step)
         due = trainer.timeline.due(trainer.config.console_log_interval, step)
-        if due or step == trainer.timeline.total_steps or "metrics/eval/LanguageCrossEntropy" in metrics:
+        if due or step == trainer.timeline.total_steps or is_evaluated(metrics):
             seconds, steps = now - self.begun[0], step - self.begun[1]
             left = seconds / steps * (trainer.timeline.total_steps - step) if steps else None
             clock = "" if self.out.is_terminal else f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}  "
@@ -89,6 +90,10 @@ def line(metrics: Metrics, total_steps: int, seconds_left: float | None = None) 
         "metrics/eval/bits_per_byte": "{:.4f} bits/byte",
     }
     parts += [form.format(metrics[key]) for key, form in shown.items() if key in metrics]
+    for key, value in metrics.items():  # of eval_loaders: metrics/eval/LABEL/LanguageCrossEntropy
+        label, _, name = key.removeprefix(EVALUATED).partition("/")
+        if key.startswith(EVALUATED) and name == "LanguageCrossEntropy":
+            parts.append(f"{label} {value:.4f}")
     if seconds_left:
         parts.append(f"{datetime.timedelta(seconds=round(seconds_left))} left")
     return "  ".join(parts)

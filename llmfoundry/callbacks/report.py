@@ -21,6 +21,7 @@ from llmfoundry.report.page import write_report
 from llmfoundry.report.records import EXPERTS, PROBE
 from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
 from llmfoundry.train.duration import Duration
+from llmfoundry.train.run import is_evaluated
 
 log = logging.getLogger(__name__)
 SAMPLES = 400  # of the loads in a whole run, if no interval is given
@@ -58,7 +59,7 @@ class Report(Callback):
     def step_end(self, trainer: Run, metrics: Metrics) -> None:
         if not self.config.enabled:
             return
-        evaluated = "metrics/eval/LanguageCrossEntropy" in metrics
+        evaluated = is_evaluated(metrics)
         mixed = trainer.router is not None
         if mixed and (evaluated or self._due(trainer)):
             sample = self._sample(trainer)

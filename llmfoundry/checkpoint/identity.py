@@ -23,7 +23,7 @@ ROWS = (
     "train_loader.dataset.shuffle_seed", "train_loader.dataset.max_seq_len",
 )  # fmt: skip
 _RESUMED = (*ROWS, "global_train_batch_size", "optimizer.name")
-DATA, TOKENIZER = "data", "tokenizer"
+DATA, MIXTURE, TOKENIZER = "data", "mixture", "tokenizer"
 # How a run begins and where it leaves its files: no settings of the run itself.
 # What decides the tokens is compared by their fingerprint.
 _UNLISTED = (
@@ -114,10 +114,14 @@ def check_names(config: Config, model: CausalLMConfig, allow: Sequence[str]) -> 
     Raises:
         ConfigError: naming the first.
     """
-    known = {DATA, TOKENIZER, *_RESUMED, *_flat(_dumped(config))} | {f"model.{name}" for name in _named(facts(model))}
+    known = {DATA, MIXTURE, TOKENIZER, *_RESUMED, *_flat(_dumped(config))} | {
+        f"model.{name}" for name in _named(facts(model))
+    }
     for name in allow:
         if not any(is_allowed(each, [name]) for each in known):
-            raise ConfigError(f"load_allow: {name}: no such key; write data, tokenizer, or a key of this file in full")
+            raise ConfigError(
+                f"load_allow: {name}: no such key; write data, mixture, tokenizer, or a key of this file in full"
+            )
 
 
 def filled(config: Config, before: Plain) -> dict[str, object]:

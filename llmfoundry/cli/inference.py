@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 # The settings of a run that are read where its checkpoint is used: no other override could take effect.
 GENERATING = "code_paths", "model", "precision", "parallel", "load_path"  # load_path: where the base of adapters is now
-EVALUATING = (*GENERATING, "eval_loader", "max_seq_len", "device_eval_batch_size", "eval_subset_num_batches")
+EVALUATING = (
+    *GENERATING, "eval_loader", "eval_loaders", "max_seq_len", "device_eval_batch_size", "eval_subset_num_batches"
+)  # fmt: skip
 
 
 class Opened(NamedTuple):
@@ -178,26 +180,28 @@ def eval_main(argv: Sequence[str] | None = None) -> None:
     from llmfoundry import runtime
     from llmfoundry.eval.perplexity import evaluate
 
-    if config.eval_loader is None:
+    if not config.evaluations:
         raise ConfigError("eval_loader: is missing; give one, e.g. eval_loader.dataset.name=text_files")
-    loader = config.eval_loader.build(
-        tokenizer,
-        seed=config.seed,
-        max_seq_len=config.max_seq_len,
-        sequence_ids=model.config.attn_config.attn_uses_sequence_id,
-        special=special,
-    )
-    found = evaluate(
-        model,
-        loader,
-        rows=config.device_eval_batch_size,
-        device=runtime.device(),
-        max_batches=config.eval_subset_num_batches,
-        rank=mesh.data_rank,
-        world=mesh.data_ranks,
-        bar=launch.is_rank0(),
-    )
-    assert found is not None
-    bits = f", {found.bits_per_byte:.4f} bits per byte" if found.bits_per_byte is not None else ""
-    if launch.is_rank0():
-        print(f"{found.nats_per_token:.4f} nats per token{bits} over {found.tokens:,} tokens")
+    for part in config.evaluations:
+        loader = part.build(
+            tokenizer,
+            seed=config.seed,
+            max_seq_len=config.max_seq_len,
+            sequence_ids=model.config.attn_config.attn_uses_sequence_id,
+            special=special,
+        )
+        found = evaluate(
+            model,
+            loader,
+            rows=config.device_eval_batch_size,
+            device=runtime.device(),
+            max_batches=config.eval_subset_num_batches,
+            rank=mesh.data_rank,
+            world=mesh.data_ranks,
+            bar=launch.is_rank0(),
+        )
+        assert found is not None
+        bits = f", {found.bits_per_byte:.4f} bits per byte" if found.bits_per_byte is not None else ""
+        label = f"{part.label}: " if part.label else ""
+        if launch.is_rank0():
+            print(f"{label}{found.nats_per_token:.4f} nats per token{bits} over {found.tokens:,} tokens")

@@ -16,6 +16,9 @@ from llmfoundry.planning.hardware import GIB, GPU_MEMORY
 from llmfoundry.settings import write_resolved
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llmfoundry.data.loader import Loader
     from llmfoundry.train.config import RunConfig
 
 log = logging.getLogger(__name__)
@@ -30,6 +33,7 @@ def train_main(argv: Sequence[str] | None = None) -> None:
         "overrides", nargs="*", default=[], metavar="key=value", help="put over the YAML, e.g. model.n_layers=2"
     )
     parser.add_argument("--dry-run", action="store_true", help="say what the run would be, and train nothing")
+    parser.add_argument("--show-batch", action="store_true", help="print the first batch decoded, before training")
     parser.add_argument("--gpus", type=int, default=None, help="for --dry-run: plan for so many GPUs")
     parser.add_argument(
         "--gpu-memory", type=float, default=None, metavar="GIB",
@@ -44,8 +48,21 @@ def train_main(argv: Sequence[str] | None = None) -> None:
     config.model.check_trainable()
     if args.dry_run:
         _dry_run(config, args.gpus, GPU_MEMORY if args.gpu_memory is None else args.gpu_memory * GIB)
+        if args.show_batch:
+            tokenizer = config.tokenizer.build(config.train_loader.dataset)
+            _show_batch(
+                config,
+                config.train_loader.build(
+                    tokenizer,
+                    seed=config.seed,
+                    max_seq_len=config.max_seq_len,
+                    sequence_ids=_sees_documents(config),
+                    special=config.tokenizer.special_tokens(tokenizer),
+                ),
+                tokenizer,
+            )
     else:
-        _train(config)
+        _train(config, args.show_batch)
 
 
 def _dry_run(config: RunConfig, gpus: int | None, gpu_memory: float) -> None:
@@ -63,7 +80,7 @@ def _dry_run(config: RunConfig, gpus: int | None, gpu_memory: float) -> None:
         print(line, flush=True)
 
 
-def _train(config: RunConfig) -> None:
+def _train(config: RunConfig, show_batch: bool) -> None:
     from llmfoundry import hf
     from llmfoundry.callbacks.console import Console
     from llmfoundry.callbacks.report import Report, ReportConfig
@@ -72,6 +89,8 @@ def _train(config: RunConfig) -> None:
 
     trainer = build(config)
     log.info("%s", hf.export_note(config.model))
+    if show_batch and launch.is_rank0():
+        _show_batch(config, trainer.loader, trainer.tokenizer)
     if not any(isinstance(callback, SpeedMonitor) for callback in trainer.callbacks):
         # Every run reports its speed, to its loggers too.
         trainer.callbacks.insert(0, SpeedMonitorConfig(name="speed_monitor").build())
@@ -86,7 +105,7 @@ def _evaluations(config: RunConfig) -> Iterator[str]:
     """How much of the time evaluation will take."""
     from llmfoundry.train.duration import Timeline
 
-    if config.eval_loader is None or not config.eval_interval.value:
+    if not config.evaluations or not config.eval_interval.value:
         return
     if config.eval_subset_num_batches == -1:
         yield f"evaluation: all rows of eval_loader every {config.eval_interval}; eval_subset_num_batches limits them"
@@ -97,6 +116,20 @@ def _evaluations(config: RunConfig) -> Iterator[str]:
                                tokens_per_row=config.max_seq_len, rows_per_epoch=0)  # fmt: skip
         share = f": up to {timeline.share_of_evaluation(rows, config.eval_interval):.1%} of the time"
     yield f"evaluation: at most {rows:,} rows every {config.eval_interval}{share}"
+
+
+def _sees_documents(config: RunConfig) -> bool:
+    from llmfoundry.model.transformer import CausalLMConfig
+
+    assert isinstance(config.model, CausalLMConfig)
+    return config.model.attn_config.attn_uses_sequence_id
+
+
+def _show_batch(config: RunConfig, loader: Loader, tokenizer: PreTrainedTokenizerBase) -> None:
+    from llmfoundry.data.show import shown
+
+    for line in shown(loader.batch(0, config.global_train_batch_size), tokenizer, loader.labels):
+        print(line, flush=True)
 
 
 def _sizes(config: RunConfig) -> str:
@@ -115,15 +148,38 @@ def prepare_data_main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="prepare_data.py", description="Tokenise a run's datasets ahead of it.")
     parser.add_argument("yaml")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
+    parser.add_argument("--format", choices=("tokens", "mds"), default="tokens", help="mds: also write MDS folders")
+    parser.add_argument("--out", help="for --format mds: where the folders train, validation, ... are written")
+    parser.add_argument("--compression", help="for --format mds: zstd[:level], gz, bz2, br or snappy")
     args = parser.parse_intermixed_args(argv)
+    if (args.format == "mds") != (args.out is not None) or (args.compression and args.format != "mds"):
+        raise ConfigError("--format mds and --out FOLDER belong together; --compression is for them")
     config = read_config(args.yaml, args.overrides)
+    from llmfoundry.data.mds_write import write_rows
     from llmfoundry.data.packing import prepare
+    from llmfoundry.data.rows import How, RowsConfig
     from llmfoundry.data.sources import check_apart
 
-    also = [config.evaluation.dataset] if config.evaluation is not None else []
-    check_apart(config.train_loader.dataset, *also)
+    documents = _sees_documents(config)
+    also = [part.dataset for part in config.due_evaluations]
+    for dataset in also:
+        check_apart(config.train_loader.dataset, dataset)
     tokenizer = config.tokenizer.build(config.train_loader.dataset, also)
-    for name, part in (("train_loader", config.train_loader), ("eval_loader", config.evaluation)):
-        if part is not None:
-            stream = prepare(part.dataset, tokenizer, config.tokenizer.special_tokens(tokenizer))
-            print(f"{name}: {stream.n_tokens:,} tokens of {stream.n_bytes:,} bytes in {Path(stream.folder)}")
+    special = config.tokenizer.special_tokens(tokenizer)
+    loaders = {"train_loader": config.train_loader}
+    loaders |= {f"eval_loaders.{part.label}" if part.label else "eval_loader": part for part in config.due_evaluations}
+    for name, part in loaders.items():
+        for number, dataset in enumerate(part.dataset.parts()):
+            where = f"{name}.{number}" if len(part.dataset.parts()) > 1 else name
+            how = How(dataset.max_seq_len or config.max_seq_len, config.seed, documents, special=special)
+            if isinstance(dataset, RowsConfig):
+                rows = dataset.order(tokenizer, how)
+                print(f"{where}: {rows.rows_per_epoch:,} rows of {rows.length:,} tokens")
+                continue
+            stream = prepare(dataset, tokenizer, special)
+            print(f"{where}: {stream.n_tokens:,} tokens of {stream.n_bytes:,} bytes in {Path(stream.folder)}")
+            if args.format == "mds":
+                folder = Path(args.out) / (dataset.split if where == name else f"{dataset.split}-{number}")
+                written = write_rows(stream, how.length, folder, args.compression)
+                left = f"{written.left_out:,} tokens at the end fill no row"
+                print(f"{where}: {written.rows:,} rows of {how.length:,} tokens in {folder}; {left}")

@@ -1,7 +1,12 @@
-"""Data, in the order it flows: sources (text_files > files, tables, split) > tokenizer > packing > loader."""
+"""Data, in the order it flows: sources (text_files > files, tables, split) > tokenizer > packing > rows
+(mixture > interleave) > loader."""
 
-from llmfoundry.data.loader import IGNORE, Batch, Loader, LoaderConfig, TextLoaderConfig
+from llmfoundry.data.chats import ChatsConfig
+from llmfoundry.data.loader import Batch, Loader, LoaderConfig, TextLoaderConfig
+from llmfoundry.data.mds_rows import MDSConfig
+from llmfoundry.data.mixture import MixtureConfig
 from llmfoundry.data.packing import TokenStream, pack, prepare
+from llmfoundry.data.rows import IGNORE
 from llmfoundry.data.sources import (
     DatasetConfig,
     PythonStdlibConfig,
@@ -14,9 +19,12 @@ from llmfoundry.data.tokenizer import TokenizerConfig
 __all__ = [
     "IGNORE",
     "Batch",
+    "ChatsConfig",
     "DatasetConfig",
     "Loader",
     "LoaderConfig",
+    "MDSConfig",
+    "MixtureConfig",
     "PythonStdlibConfig",
     "Source",
     "SyntheticConfig",

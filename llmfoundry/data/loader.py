@@ -1,36 +1,29 @@
-"""Token rows for training and evaluation, as a pure function of the row's number.
+"""Batches of token rows for training and evaluation, as a pure function of the rows' numbers.
 
 Shapes: B rows, S max_seq_len.
-Row n of a run depends only on (seed, n): it is in epoch n // rows_per_epoch, at the place that a keyed permutation
-gives to n % rows_per_epoch. So the order does not depend on ranks, workers or microbatches, the state of the loader is
-the number of rows consumed, and a batch may span two epochs. Row i of the data is tokens [i*S, i*S + S + 1) of the
-stream: every token of the stream except the first is a label exactly once per epoch.
+Row n of a run depends only on (seed, n); data/rows.py says how. So the order does not depend on ranks, workers or
+microbatches, the state of the loader is the number of rows consumed, and a batch may span two epochs.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from operator import itemgetter
-from typing import NamedTuple
+from threading import Lock
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import Choice, ConfigError
-from llmfoundry.data.packing import TokenStream, pack
-from llmfoundry.data.sources import DatasetConfig, Source
+from llmfoundry.data.rows import IGNORE, Block, How, Order, open_order
+from llmfoundry.data.sources import DatasetConfig
 from llmfoundry.data.tokenizer import PLAIN_TEXT, SpecialTokens
-from llmfoundry.runtime import cache_root, seed_of
-
-log = logging.getLogger(__name__)
-
-IGNORE = -100  # the label of a position that is not predicted
 
 
 class Batch(NamedTuple):
@@ -40,6 +33,8 @@ class Batch(NamedTuple):
     labels: Tensor  # (B, S) int64, IGNORE where nothing is predicted
     rows: Tensor  # (B,) int64, each row's number in the run
     sequence_ids: Tensor | None = None  # (B, S) int32, each token's document, counted from the row's start
+    positions: Tensor | None = None  # (B, S) int64, each token's place in its document; None: in its row
+    sources: Tensor | None = None  # (B,) int64, each row's source, by its place in a mixture
 
     @property
     def n_labels(self) -> Tensor:
@@ -55,8 +50,8 @@ class Batch(NamedTuple):
         return self._each(lambda part: part.to(device, non_blocking=True))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        ids = None if self.sequence_ids is None else change(self.sequence_ids)
-        return Batch(change(self.tokens), change(self.labels), change(self.rows), ids)
+        optional = (None if part is None else change(part) for part in self[3:])
+        return Batch(change(self.tokens), change(self.labels), change(self.rows), *optional)
 
 
 class LoaderConfig(Choice, tag="name"):
@@ -66,6 +61,34 @@ class LoaderConfig(Choice, tag="name"):
     dataset: DatasetConfig
     drop_last: bool = False  # training leaves out the last, partly filled row of an epoch; evaluation never does
     num_workers: int = Field(default=0, ge=0)  # 0: each batch is read on demand; more: a thread reads the next one
+    label: str | None = None  # of one of eval_loaders: its name in the metrics
+    rows: int | None = Field(default=None, ge=1)  # for evaluation: read so many rows at most; None: all
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _written_out(cls, data: object, check: ModelWrapValidatorHandler[Self]) -> Self:
+        return check(cls._without_shorthand(data))
+
+    @staticmethod
+    def _without_shorthand(data: object) -> object:
+        """`datasets: [...]` beside the loader's own keys is short for a dataset of the kind `mixture`.
+
+        A dataset without a name is what its loader or its keys say.
+        """
+        if not isinstance(data, dict):
+            return data
+        dataset = data.get("dataset")
+        if "datasets" not in data and isinstance(dataset, dict) and "name" not in dataset:
+            folders = {"local", "remote", "streams"} & dataset.keys()
+            kind = "chats" if data.get("name") == "finetuning" else "mds" if folders else None
+            return data if kind is None else data | {"dataset": {"name": kind} | dataset}
+        if "datasets" not in data:
+            return data
+        if data.get("dataset") is not None:
+            raise ValueError("dataset and datasets are both given; keep one")
+        of_mixture = {key: data[key] for key in ("datasets", "mixture", "temperature") if key in data}
+        rest = {key: value for key, value in data.items() if key not in of_mixture and key != "dataset"}
+        return rest | {"dataset": {"name": "mixture"} | of_mixture}
 
     def build(
         self,
@@ -84,76 +107,43 @@ class LoaderConfig(Choice, tag="name"):
             sequence_ids: whether batches contain the number of each token's document.
             special: the rule for special tokens.
         """
-        raise NotImplementedError
+        length = self.dataset.max_seq_len or max_seq_len
+        if length is None:
+            raise ConfigError("dataset.max_seq_len: is missing; set it here or at the top of the file")
+        order = open_order(self.dataset, tokenizer, How(length, seed, sequence_ids, self.drop_last, special))
+        return Loader(order, read_ahead=self.num_workers > 0, label=self.label, limit=self.rows)
 
 
 class TextLoaderConfig(LoaderConfig, names=("text",)):
-    """Documents joined by end-of-text tokens and cut into rows of max_seq_len."""
+    """Documents joined by end-of-text tokens and cut into rows of max_seq_len, or rows that a dataset makes itself."""
 
-    def build(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        seed: int,
-        max_seq_len: int | None = None,
-        sequence_ids: bool = False,
-        special: SpecialTokens = PLAIN_TEXT,
-    ) -> Loader:
-        dataset = self.dataset
-        length = dataset.max_seq_len or max_seq_len
-        if length is None:
-            raise ConfigError("dataset.max_seq_len: is missing; set it here or at the top of the file")
-        source = dataset.build()
-        if source.summary:
-            log.info("%s", source.summary)
-        shuffled = dataset.split == "train" if dataset.shuffle is None else dataset.shuffle
-        shuffle_seed = seed if dataset.shuffle_seed is None else dataset.shuffle_seed
-        return Loader(
-            pack(source, tokenizer, cache_root(dataset.cache_dir), special),
-            source,
-            max_seq_len=length,
-            shuffle_seed=shuffle_seed if shuffled else None,
-            drop_last=self.drop_last,
-            read_ahead=self.num_workers > 0,
-            sequence_ids=sequence_ids,
-        )
+
+class FinetuningLoaderConfig(LoaderConfig, names=("finetuning",)):
+    """Conversations and instructions (data/chats.py); its dataset needs no name."""
 
 
 class Loader:
     """Serves any rows of an endless sequence of epochs, or one pass over the data. It has no state."""
 
     def __init__(
-        self,
-        stream: TokenStream,
-        source: Source,
-        *,
-        max_seq_len: int,
-        shuffle_seed: int | None = None,
-        drop_last: bool = False,
-        read_ahead: bool = False,
-        sequence_ids: bool = False,
+        self, order: Order, *, read_ahead: bool = False, label: str | None = None, limit: int | None = None
     ) -> None:
-        """Serve rows of `max_seq_len` tokens of a stream.
+        """Serve the rows of an order.
 
         Args:
-            shuffle_seed: None keeps the order of the data.
-
-        Raises:
-            ConfigError: there are too few tokens for one row.
+            read_ahead: a thread reads the next batch while this one is used.
+            label: its name in the metrics of an evaluation.
+            limit: rows that one pass reads; None: all.
         """
-        self.max_seq_len = max_seq_len
-        self.fingerprint = stream.fingerprint  # of the documents and the tokenizer
-        self.n_tokens = stream.n_tokens - 1  # labels in one pass
-        self.n_bytes = stream.n_bytes  # of the documents as UTF-8
-        self.n_rows = -(-self.n_tokens // max_seq_len)  # of one pass; the last may be partly filled
-        self.rows_per_epoch = self.n_tokens // max_seq_len if drop_last else self.n_rows
-        if self.rows_per_epoch == 0:
-            raise ConfigError(
-                f"dataset {source.title}: {self.n_tokens} tokens do not fill one row of "
-                f"max_seq_len={max_seq_len}; lower max_seq_len, add text, or set drop_last: false"
-            )
-        self._stream = stream
-        self._seed, self._sequence_ids = shuffle_seed, sequence_ids
+        self.label, self.limit = label, limit
+        self.order = order
+        self.max_seq_len, self.fingerprint = order.length, order.fingerprint
+        self.rows_per_epoch, self.labels = order.rows_per_epoch, order.labels
+        once = order.once
+        self.n_rows = once.n_rows if once is not None else 0  # of one pass; the last may be partly filled
+        self.n_tokens = once.n_tokens if once is not None else 0  # labels in one pass
+        self.n_bytes = once.n_bytes if once is not None else None  # of the text as UTF-8
+        self._reading = Lock()  # orders keep what they have computed: one thread at a time
         self._thread = ThreadPoolExecutor(1, "read-ahead") if read_ahead else None
         self._ahead: tuple[tuple[int, int, int, int], Future[Batch]] | None = None
 
@@ -184,63 +174,27 @@ class Loader:
         """
         if n_rows % world:
             raise ValueError(f"n_rows={n_rows} is not a multiple of world={world}")
+        once = self.order.once
+        assert once is not None, "a mixture has no end"
         share, stop = n_rows // world, self.n_rows if limit is None else min(limit, self.n_rows)
         for start in range(0, stop, n_rows):
             rows = np.arange(share) + start + rank * share
-            yield self._gather(rows, np.where(rows < stop, rows, self.n_rows))
+            with self._reading:
+                block = once.read(np.where(rows < stop, rows, self.n_rows))
+            yield _batch_of(rows, block)
 
     def _batch(self, start_row: int, n_rows: int, rank: int, world: int) -> Batch:
-        rows = np.arange(start_row + n_rows * rank // world, start_row + n_rows * (rank + 1) // world)
-        epochs, places = np.divmod(rows, self.rows_per_epoch)
-        if self._seed is not None:
-            for epoch in np.unique(epochs):
-                here = epochs == epoch
-                seed = seed_of(self._seed, "epoch", int(epoch))
-                places[here] = permuted(places[here], self.rows_per_epoch, seed)
-        return self._gather(rows, places)
+        return self._gather(np.arange(start_row + n_rows * rank // world, start_row + n_rows * (rank + 1) // world))
 
-    def _gather(self, rows: NDArray[np.int64], places: NDArray[np.int64]) -> Batch:
-        """Read rows at `places` of the data; a place past the end is a row without labels."""
-        length, stream = self.max_seq_len, self._stream
-        tokens = np.full((len(rows), length), stream.eos_token_id, dtype=np.int64)  # (B, S)
-        labels = np.full((len(rows), length), IGNORE, dtype=np.int64)  # (B, S)
-        for i, place in enumerate(places.tolist()):
-            start = min(place * length, stream.n_tokens - 1)
-            found = stream.read(start, min(start + length + 1, stream.n_tokens))
-            tokens[i, : len(found) - 1] = found[:-1]
-            labels[i, : len(found) - 1] = found[1:]
-        batch = Batch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(rows))
-        if not self._sequence_ids:
-            return batch
-        # The document's first token is predicted from the token that opens it, and from nothing before that.
-        documents = np.cumsum(tokens == stream.opening_token_id, axis=1, dtype=np.int32)  # (B, S)
-        return batch._replace(sequence_ids=torch.from_numpy(documents))
+    def _gather(self, rows: NDArray[np.int64]) -> Batch:
+        with self._reading:
+            return _batch_of(rows, self.order.read(rows))
 
 
-def permuted(places: NDArray[np.int64], n: int, seed: int) -> NDArray[np.int64]:
-    """The images of `places` in [0, n) under a random permutation of [0, n) that is not stored.
-
-    A Feistel network permutes the smallest 2^(2k) >= n; an image outside [0, n) is permuted again until it is inside
-    (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
-    """
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    keys = [np.uint64(seed_of(seed, "round", i)) for i in range(6)]
-    out = _feistel(places.astype(np.uint64), half, keys)
-    while (outside := out >= n).any():
-        out[outside] = _feistel(out[outside], half, keys)
-    return out.astype(np.int64)
-
-
-def _feistel(x: NDArray[np.uint64], half: np.uint64, keys: list[np.uint64]) -> NDArray[np.uint64]:
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    left, right = x >> half, x & mask
-    for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
-    return (left << half) | right
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of MurmurHash3: every input bit reaches every output bit."""
-    for multiplier in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
-        x = (x ^ (x >> np.uint64(33))) * np.uint64(multiplier)
-    return x ^ (x >> np.uint64(33))
+def _batch_of(rows: NDArray[np.int64], block: Block) -> Batch:
+    first = (block.tokens, block.labels, rows)
+    optional = (block.documents, block.positions, block.sources)
+    return Batch(
+        *(torch.from_numpy(part) for part in first),
+        *(None if part is None else torch.from_numpy(part) for part in optional),
+    )

@@ -11,7 +11,7 @@ import json
 import os
 import sysconfig
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -85,6 +85,15 @@ class DatasetConfig(Choice, tag="name"):
         """Names the text that both splits are taken from: equal for two datasets that read the same."""
         return json.dumps(self.model_dump(mode="json", exclude=set(DatasetConfig.model_fields) - {"name"}))
 
+    def parts(self) -> list[DatasetConfig]:
+        """The datasets of a mixture; any other is its own only part."""
+        return [self]
+
+    def with_parts(self, parts: Sequence[DatasetConfig]) -> DatasetConfig:
+        """The same with other parts."""
+        (only,) = parts
+        return only
+
     def of_split(self, split: Split) -> Self:
         """The same dataset's other (or same) split."""
         return self.model_copy(update={"split": split})
@@ -133,6 +142,22 @@ def paired(train: DatasetConfig, evaluation: DatasetConfig | None) -> tuple[Data
     return train._holding_out(stated), evaluation._holding_out(stated if other is None else other)
 
 
+def paired_run(train: DatasetConfig, evaluations: Sequence[DatasetConfig]) -> tuple[DatasetConfig, list[DatasetConfig]]:
+    """The same for each dataset of a mixture, and any number of datasets for evaluation."""
+    parts, others = train.parts(), []
+    shared = set()
+    for evaluation in evaluations:
+        same = next((i for i, part in enumerate(parts) if part.heap() == evaluation.heap()), None)
+        pair = paired(parts[same or 0], evaluation)
+        if same is not None:
+            parts[same] = pair[0]
+            shared.add(same)
+        assert pair[1] is not None
+        others.append(pair[1])
+    parts = [part if i in shared else paired(part, None)[0] for i, part in enumerate(parts)]
+    return train.with_parts(parts), others
+
+
 def _as_evaluation(dataset: DatasetConfig) -> DatasetConfig:
     return dataset if "split" in dataset.model_fields_set else dataset.of_split("validation")
 
@@ -144,6 +169,10 @@ def check_apart(train: DatasetConfig, evaluation: DatasetConfig | None = None) -
         ConfigError: the two hold the same documents, or read the same file.
     """
     if evaluation is None:
+        return
+    if train.parts() != [train]:
+        for part in train.parts():
+            check_apart(part, evaluation)
         return
     one, other = train.build(), evaluation.build()
     if one.fingerprint == other.fingerprint:

@@ -10,7 +10,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast
 
 from llmfoundry.config import ConfigError
 from llmfoundry.data.files import LINE_BYTES, UNREADABLE, kind_of, unpacked
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 BATCH_ROWS = 256  # of .parquet, decoded at once
+
+
+Row = dict[str, object]  # values by column
 
 
 class BadRow(NamedTuple):
@@ -41,19 +44,37 @@ def read_table(path: Path, text_key: str) -> Iterator[str | BadRow]:
     Raises:
         ConfigError: the file itself cannot be read.
     """
+    for found, at in _found(path, text_key):
+        yield BadRow(f"{at}: {found}") if isinstance(found, _Broken) else cast(str, found)
+
+
+def read_rows(path: Path) -> Iterator[Row | BadRow]:
+    """The whole rows of one file, streamed.
+
+    Raises:
+        ConfigError: the file itself cannot be read.
+    """
+    for found, at in _found(path, None):
+        yield BadRow(f"{at}: {found}") if isinstance(found, _Broken) else cast(Row, found)
+
+
+def _found(path: Path, key: str | None) -> Iterator[tuple[object, str]]:
+    """What a reader finds, and where. `key` is the column with the text; None: whole rows."""
     kind = kind_of(path)
     assert kind is not None
+    if kind.format == "text":
+        raise ConfigError(
+            f"dataset.path: {path}: is no table; rows are read from .jsonl, .json, .csv, .tsv and .parquet"
+        )
     read = {"lines": _lines, "json": _json, "csv": _csv, "tsv": _csv, "parquet": _parquet}[kind.format]
     row = 0
     try:
-        for found, line in read(path, text_key):
+        for found, line in read(path, key):
             if isinstance(found, str) and (surrogate := _lone_surrogate(found)):
-                found = _Broken(f"{text_key!r} has a lone surrogate, {surrogate!r}, which is no character")
-            if isinstance(found, str):
-                yield found
-            else:
-                at = f" (line {line})" if line else ""
-                yield BadRow(f"{path}: row {row}: {found}{at}")
+                found = _Broken(f"{key!r} has a lone surrogate, {surrogate!r}, which is no character")
+            if isinstance(found, _Broken) and line:
+                found = _Broken(f"{found} (line {line})")
+            yield found, f"{path}: row {row}"
             row += 1
     except (*UNREADABLE, ValueError, NotImplementedError, csv.Error, RecursionError) as error:
         if isinstance(error, ConfigError):
@@ -62,7 +83,7 @@ def read_table(path: Path, text_key: str) -> Iterator[str | BadRow]:
         raise ConfigError(f"dataset.path: {path}: row {row}: cannot be read: {why}") from error
 
 
-Rows = Iterator[tuple[str | _Broken, int | None]]  # a text or what is wrong, and the line where it ends
+Rows = Iterator[tuple[object, int | None]]  # a text, a row, or what is wrong with it; and the line where it ends
 
 
 def _lone_surrogate(text: str) -> str | None:
@@ -73,10 +94,13 @@ def _lone_surrogate(text: str) -> str | None:
     return None
 
 
-def _text_of(row: object, key: str) -> str | _Broken:
-    """The text in a decoded row."""
+def _text_of(row: object, key: str | None) -> object:
+    """The text in a decoded row, or the row."""
     if not isinstance(row, dict):
-        return _Broken(f"is a {type(row).__name__}, not a mapping with {key!r}: {row!r:.80}")
+        has = "of columns" if key is None else f"with {key!r}"
+        return _Broken(f"is a {type(row).__name__}, not a mapping {has}: {row!r:.80}")
+    if key is None:
+        return row
     try:
         text = _look(row, key)
     except KeyError:
@@ -124,7 +148,7 @@ def _bounded_lines(file: BinaryIO) -> Iterator[bytes | None]:
         yield None
 
 
-def _lines(path: Path, key: str) -> Rows:
+def _lines(path: Path, key: str | None) -> Rows:
     """JSON, a value per line; empty lines are passed over."""
     with path.open("rb") as raw:
         for number, line in enumerate(_bounded_lines(_open(path, raw)), 1):
@@ -137,7 +161,7 @@ def _lines(path: Path, key: str) -> Rows:
                     yield _Broken(f"cannot be read: {_why(error)}"), number
 
 
-def _json(path: Path, key: str) -> Rows:
+def _json(path: Path, key: str | None) -> Rows:
     """One array, or values one after the other; a value per line is read as .jsonl is."""
     with path.open("rb") as raw:
         start = next(filter(bytes.strip, map(bytes, filter(None, _bounded_lines(_open(path, raw))))), b"")
@@ -204,7 +228,7 @@ def _values(file: io.TextIOBase) -> Iterator[object]:
         raise ValueError(f"text after the array: {peek()!r}")
 
 
-def _csv(path: Path, key: str) -> Rows:
+def _csv(path: Path, key: str | None) -> Rows:
     """A header and rows, with commas or (.tsv) tabs between the cells."""
     kind = kind_of(path)
     assert kind is not None
@@ -238,12 +262,16 @@ def check_parquet(path: Path) -> None:
         raise ConfigError(f"dataset.path: {path}: cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _parquet(path: Path, key: str) -> Rows:
+def _parquet(path: Path, key: str | None) -> Rows:
     """One column, a part of a row group at a time. Text may be stored as bytes without the mark of UTF-8."""
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
         if not file.metadata.num_rows:
+            return
+        if key is None:
+            for batch in file.iter_batches(BATCH_ROWS):
+                yield from ((row, None) for row in batch.to_pylist())
             return
         where = _column(file.schema_arrow, key)
         if where is None:

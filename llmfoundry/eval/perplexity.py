@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 
 from llmfoundry import runtime
-from llmfoundry.data.loader import IGNORE, Loader
+from llmfoundry.data.loader import Loader
+from llmfoundry.data.rows import IGNORE
 from llmfoundry.eval.generate import check_ids
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.progress import progress
@@ -57,7 +58,8 @@ def evaluate(
     """
     nats = torch.zeros((), dtype=torch.float64, device=device)
     tokens = torch.zeros((), dtype=torch.float64, device=device)
-    n_rows = loader.n_rows if max_batches == -1 else min(loader.n_rows, max_batches * rows)
+    n_rows = loader.n_rows if loader.limit is None else min(loader.n_rows, loader.limit)
+    n_rows = n_rows if max_batches == -1 else min(n_rows, max_batches * rows)
     complete = n_rows == loader.n_rows
     with progress("evaluating", n_rows * loader.max_seq_len, "tokens", bar=bar) as advance:
         for batch in loader.one_pass(rows * world, rank, world, limit=n_rows):
@@ -65,13 +67,14 @@ def evaluate(
                 return None
             check_ids(int(batch.tokens.max()), model.config.vocab_size)
             batch = batch.to(device)
-            nats += model(batch.tokens, batch.labels, sequence_ids=batch.sequence_ids).loss_sum
+            out = model(batch.tokens, batch.labels, sequence_ids=batch.sequence_ids, positions=batch.positions)
+            nats += out.loss_sum
             tokens += (batch.labels != IGNORE).sum()
             advance(rows * world * loader.max_seq_len)
     runtime.all_reduce_sum(nats)
     runtime.all_reduce_sum(tokens)
     return Perplexity(
         nats_per_token=(nats / tokens).item(),
-        bits_per_byte=nats.item() / math.log(2) / loader.n_bytes if complete else None,
+        bits_per_byte=nats.item() / math.log(2) / loader.n_bytes if complete and loader.n_bytes else None,
         tokens=int(tokens.item()),
     )

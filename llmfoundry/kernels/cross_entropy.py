@@ -8,7 +8,7 @@ and nothing is recomputed. `cross_entropy_reference` is the plain operation.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,20 +28,29 @@ IGNORE = -100
 CHUNK_LOGITS = {"cuda": 2**28, "cpu": 2**20}
 
 
+class CrossEntropy(NamedTuple):
+    """The cost of labels in nats, float32 (float64 for float64 inputs)."""
+
+    total: Tensor  # ()
+    by_token: Tensor  # (T,) 0 where no label counts; no gradient
+
+
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
-    """Sum over tokens of the negative log-likelihood of `labels` under `softmax(x @ weight.T)`.
+    """Sum over tokens of the negative log-likelihood of `labels`: the `total` of `cross_entropy_of_tokens`."""
+    return cross_entropy_of_tokens(x, weight, labels, softcap).total
+
+
+def cross_entropy_of_tokens(x: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> CrossEntropy:
+    """The negative log-likelihood of `labels` under `softmax(x @ weight.T)`, summed and of each token.
 
     Args:
         x: (T, D).
         weight: (V, D), in the dtype of `x`.
         labels: (T,) int64; tokens with -100 do not count.
         softcap: logits become `softcap * tanh(logit / softcap)`.
-
-    Returns:
-        () nats, float32 (float64 for float64 inputs).
     """
     needs = torch.is_grad_enabled() and x.requires_grad, torch.is_grad_enabled() and weight.requires_grad
-    return _LinearCrossEntropy.apply(x, weight, labels, softcap, needs)
+    return CrossEntropy(*_LinearCrossEntropy.apply(x, weight, labels, softcap, needs))
 
 
 def cross_entropy_reference(x: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
@@ -67,9 +76,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         softcap: float | None,
         needs: tuple[bool, bool],
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(x.dtype, torch.float32)
         total = x.new_zeros((), dtype=dtype)
+        by_token = x.new_empty(x.shape[:1], dtype=dtype)
         dx = x.new_empty(x.shape, dtype=dtype) if needs[0] else None
         dw = weight.new_zeros(weight.shape, dtype=dtype) if needs[1] else None
         n_chunks = max(1, -(-x.shape[0] * weight.shape[0] // CHUNK_LOGITS.get(x.device.type, 2**20)))
@@ -77,14 +87,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, x.shape[0], rows):
             chunk = slice(start, min(start + rows, x.shape[0]))
             here = None if dx is None else dx[chunk]
-            total += _chunk_loss(x[chunk], weight, labels[chunk], softcap, here, dw, dtype)
+            by_token[chunk] = _chunk_loss(x[chunk], weight, labels[chunk], softcap, here, dw, dtype)
+            total += by_token[chunk].sum()
         ctx.save_for_backward(*cast(tuple[Tensor, Tensor], (dx, dw)))  # None may be saved, which torch's stub forgets
         ctx.dtypes = (x.dtype, weight.dtype)
-        return total
+        ctx.mark_non_differentiable(by_token)
+        return total, by_token
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw = ctx.saved_tensors
         grad_x = (dx * grad).to(ctx.dtypes[0]) if dx is not None else None
         grad_w = (dw * grad).to(ctx.dtypes[1]) if dw is not None else None
@@ -100,7 +112,7 @@ def _chunk_loss(
     dw: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The loss's sum over some tokens; dx is set and dw added to. The logits are freed when it returns."""
+    """The loss of some tokens, (N,); dx is set and dw added to. The logits are freed when it returns."""
     logits = _product(x, weight.T, dtype)  # (N, V)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -112,7 +124,7 @@ def _chunk_loss(
             dx.copy_(_product(dlogits, weight, dtype))
         if dw is not None:  # not for a frozen head
             _add_product(dw, dlogits.T, x)
-    return loss.sum()
+    return loss
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

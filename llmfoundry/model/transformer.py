@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import llmfoundry.layers.latent_attention  # noqa: F401  registers its attn_type
 from llmfoundry.config import ConfigError
-from llmfoundry.kernels.cross_entropy import linear_cross_entropy
+from llmfoundry.kernels.cross_entropy import CrossEntropy, cross_entropy_of_tokens
 from llmfoundry.layers.attention import FULL, AttentionConfig, GroupedQueryConfig, KVCache, Mask, attention_mask
 from llmfoundry.layers.ffn import FFNConfig, MLPConfig, RouterStats
 from llmfoundry.layers.lora import LoRAConfig, adapters, add_adapters
@@ -33,6 +33,7 @@ class Output(NamedTuple):
 
     logits: Tensor | None  # (B, S, V)
     loss_sum: Tensor | None  # () nats, float32, summed over labels that are not -100
+    nats: Tensor | None  # (B, S) of each label, without a gradient
     router: RouterStats | None  # stacked over MoE layers, (Lm, E) or (Lm,); None for a dense model
 
 
@@ -252,12 +253,12 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
 
-    def forward(self, x: Tensor, labels: Tensor | None, softcap: float | None) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor | None, softcap: float | None) -> Tensor | CrossEntropy:
         """As `logits_or_loss`, with this weight."""
         return logits_or_loss(x, self.weight, labels, softcap)
 
 
-def logits_or_loss(x: Tensor, weight: Tensor, labels: Tensor | None, softcap: float | None) -> Tensor:
+def logits_or_loss(x: Tensor, weight: Tensor, labels: Tensor | None, softcap: float | None) -> Tensor | CrossEntropy:
     """Logits of hidden states, or with labels their loss.
 
     Args:
@@ -267,10 +268,10 @@ def logits_or_loss(x: Tensor, weight: Tensor, labels: Tensor | None, softcap: fl
         softcap: logits become `softcap * tanh(logit / softcap)`.
 
     Returns:
-        (B, S, V) in the dtype of `x`, or () nats summed over labels that are not -100.
+        (B, S, V) in the dtype of `x`, or the cost of the labels that are not -100.
     """
     if labels is not None:
-        return linear_cross_entropy(x.flatten(0, 1), weight, labels.flatten(), softcap)
+        return cross_entropy_of_tokens(x.flatten(0, 1), weight, labels.flatten(), softcap)
     logits = F.linear(x, weight)  # (B, S, V)
     if softcap is not None:
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -306,6 +307,7 @@ class CausalLM(nn.Module):
         labels: Tensor | None = None,
         *,
         sequence_ids: Tensor | None = None,
+        positions: Tensor | None = None,
         keys: Tensor | None = None,
         cache: Cache | None = None,
         last_only: bool = False,
@@ -316,12 +318,14 @@ class CausalLM(nn.Module):
             tokens: (B, S) int64.
             labels: (B, S) int64, the token that follows each, -100 where nothing is learned; None: return logits.
             sequence_ids: (B, S) int32 document numbers; used if attn_config.attn_uses_sequence_id.
+            positions: (B, S) int64, of learned position embeddings; None: in the row. Rotary positions and ALiBi know
+                only differences, which are the same in the row and in a document.
             keys: (B,) int64 noise keys of the rows, for routers with jitter.
             cache: keys and values of the tokens before these; it is extended.
             last_only: logits of the last token only, (B, 1, V), which is all that sampling needs.
         """
         offset = 0 if cache is None else cache.length
-        x, rope, masks = self._prepare(tokens, sequence_ids, offset, cache is not None)  # x (B, S, D)
+        x, rope, masks = self._prepare(tokens, sequence_ids, positions, offset, cache is not None)  # x (B, S, D)
         stats: list[RouterStats] = []
         for layer, block in enumerate(self.blocks):
             past = None if cache is None else cache.layers[layer]
@@ -336,10 +340,12 @@ class CausalLM(nn.Module):
         else:
             y = self.lm_head(x, labels, softcap)
         router = RouterStats(*(torch.stack(field) for field in zip(*stats, strict=True))) if stats else None
-        return Output(y, None, router) if labels is None else Output(None, y, router)
+        if isinstance(y, Tensor):
+            return Output(y, None, None, router)
+        return Output(None, y.total, y.by_token.view_as(tokens), router)
 
     def _prepare(
-        self, tokens: Tensor, sequence_ids: Tensor | None, offset: int, cached: bool
+        self, tokens: Tensor, sequence_ids: Tensor | None, learned: Tensor | None, offset: int, cached: bool
     ) -> tuple[Tensor, Rope | None, dict[int, Mask]]:
         """What the blocks share: embeddings (B, S, D), the rotary table, and the mask of each window."""
         config, length = self.config, tokens.shape[1]
@@ -353,7 +359,7 @@ class CausalLM(nn.Module):
         if self.wpe is not None:
             if offset + length > config.max_seq_len:
                 raise ValueError(f"{offset + length} tokens exceed the {config.max_seq_len} learned positions")
-            x = x + self.wpe(positions)
+            x = x + self.wpe(positions if learned is None else learned)
         rope = None
         if attention.rope:
             dim = attention.rotary_dim(config.d_model, config.n_heads)

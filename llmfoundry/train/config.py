@@ -14,7 +14,8 @@ from pydantic import Field, field_validator, model_validator
 import llmfoundry.model.transformer  # noqa: F401  registers its model
 from llmfoundry.config import Choice, Config, ConfigError, LocalPath, keyed, local_path
 from llmfoundry.data.loader import LoaderConfig
-from llmfoundry.data.sources import paired
+from llmfoundry.data.mixture import MixtureConfig
+from llmfoundry.data.sources import paired_run
 from llmfoundry.data.tokenizer import TokenizerConfig
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.parallel.mesh import ParallelConfig
@@ -105,6 +106,7 @@ class RunConfig(Config):
     tokenizer: TokenizerConfig
     train_loader: LoaderConfig
     eval_loader: LoaderConfig | None = None
+    eval_loaders: list[LoaderConfig] = []  # more of them, each with a label: metrics/eval/LABEL/...
 
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig
@@ -145,6 +147,15 @@ class RunConfig(Config):
 
     @model_validator(mode="before")
     @classmethod
+    def _several_evaluations(cls, data: object) -> object:
+        """LLM Foundry writes a list under eval_loader."""
+        if not isinstance(data, dict) or not isinstance(data.get("eval_loader"), list):
+            return data
+        rest = {key: value for key, value in data.items() if key != "eval_loader"}
+        return rest | {"eval_loaders": [*data["eval_loader"], *data.get("eval_loaders", [])]}
+
+    @model_validator(mode="before")
+    @classmethod
     def _name_run(cls, data: Any) -> Any:
         """Fill `{run_name}` into the paths of a run, and name a run without a name after its folder."""
         if not isinstance(data, dict):
@@ -173,8 +184,9 @@ class RunConfig(Config):
         micro = self.device_train_microbatch_size
         if isinstance(micro, int) and micro < 1:
             raise ValueError(f"device_train_microbatch_size={micro} is not a number of rows; write 1 or more, or auto")
-        if self.eval_first and self.eval_loader is None:
+        if self.eval_first and not self.evaluations:
             raise ValueError("eval_first=true has no text to evaluate on; add an eval_loader")
+        self._check_labels()
         keep, batches = self.save_num_checkpoints_to_keep, self.eval_subset_num_batches
         if keep == 0 or keep < -1:
             raise ValueError(
@@ -187,20 +199,47 @@ class RunConfig(Config):
             )
         return self
 
+    def _check_labels(self) -> None:
+        labels = [part.label for part in self.eval_loaders]
+        for number, label in enumerate(labels):
+            if not label or "/" in label:
+                raise ValueError(
+                    f"eval_loaders.{number}.label: {label!r} is no name for metrics; write e.g. label: wiki"
+                )
+            if labels.count(label) > 1:
+                raise ValueError(f"eval_loaders.{number}.label: {label!r} is there twice")
+        if any(isinstance(part.dataset, MixtureConfig) for part in self.evaluations):
+            raise ValueError(
+                "eval_loader.datasets: a mixture has no end; list its datasets in eval_loaders, with labels"
+            )
+        if isinstance(self.train_loader.dataset, MixtureConfig):
+            for number, phase in enumerate(self.train_loader.dataset.mixture):
+                if phase.until is not None:
+                    try:
+                        Duration.parse(phase.until)
+                    except ValueError as error:
+                        raise ValueError(f"train_loader.mixture.{number}.until: {error}") from None
+
     @model_validator(mode="after")
     def _datasets_paired(self) -> Self:
         """Write out what each dataset holds out, which depends on the other: config.yaml then says what was read."""
-        train, evaluation = self.train_loader, self.eval_loader
-        one, other = paired(train.dataset, evaluation.dataset if evaluation is not None else None)
-        update = {"train_loader": train.model_copy(update={"dataset": one})}
-        if evaluation is not None:
-            update["eval_loader"] = evaluation.model_copy(update={"dataset": other})
-        return self.model_copy(update=update)
+        train, evaluations = self.train_loader, self.evaluations
+        one, others = paired_run(train.dataset, [part.dataset for part in evaluations])
+        update: dict[str, object] = {"train_loader": train.model_copy(update={"dataset": one})}
+        found = [part.model_copy(update={"dataset": other}) for part, other in zip(evaluations, others, strict=True)]
+        if self.eval_loader is not None:
+            update["eval_loader"] = found.pop(0)
+        return self.model_copy(update=update | {"eval_loaders": found})
 
     @property
-    def evaluation(self) -> LoaderConfig | None:
-        """`eval_loader`, if an evaluation is ever due: else its data is not needed."""
-        return self.eval_loader if self.eval_first or self.eval_interval.value > 0 else None
+    def evaluations(self) -> list[LoaderConfig]:
+        """`eval_loader` and all of `eval_loaders`."""
+        return [*([self.eval_loader] if self.eval_loader is not None else []), *self.eval_loaders]
+
+    @property
+    def due_evaluations(self) -> list[LoaderConfig]:
+        """The same if an evaluation is ever due: else their data is not needed."""
+        return self.evaluations if self.eval_first or self.eval_interval.value > 0 else []
 
     def precision_on(self, device_type: str) -> Precision:
         """The precision of the run on a kind of device.

@@ -20,6 +20,7 @@ from llmfoundry import runtime
 from llmfoundry.checkpoint.checkpointer import Checkpointer
 from llmfoundry.checkpoint.identity import (
     DATA,
+    MIXTURE,
     ROWS,
     TOKENIZER,
     Comparison,
@@ -147,7 +148,7 @@ def build_tokenizer(config: RunConfig, start: Start) -> PreTrainedTokenizerBase:
         ConfigError: another one is asked for, and `load_allow` does not name it.
     """
     wanted, dataset = config.tokenizer, config.train_loader.dataset
-    others = [config.evaluation.dataset] if config.evaluation is not None else []
+    others = [part.dataset for part in config.due_evaluations]
     folder = _tokenizer_of(start)
     if folder is None or is_allowed(TOKENIZER, config.load_allow):
         return wanted.build(dataset, others)
@@ -222,8 +223,11 @@ def generation_for(start: Start, tokenizer: PreTrainedTokenizerBase) -> str | No
     return start.generation if same else None
 
 
-def check_data(start: Start, fingerprint: str, allow: list[str]) -> Start:
+def check_data(start: Start, fingerprint: str, allow: list[str], mixed: bool = False) -> Start:
     """Compare the data of a run with that of the checkpoint that it continues: wherever it lies, its tokens count.
+
+    Args:
+        mixed: whether the data is a mixture, which `load_allow: [mixture]` lets go on where its sources are.
 
     Returns:
         `start`, with `rows_anew` set if the data is new.
@@ -234,10 +238,13 @@ def check_data(start: Start, fingerprint: str, allow: list[str]) -> Start:
     contents = start.contents
     if contents is None or start.how == "weights" or contents.trainer.get("data") == fingerprint:
         return start
+    if mixed and is_allowed(MIXTURE, allow):
+        return start
     if not is_allowed(DATA, allow):
+        mixture = "read each source of the new mixture on from where it is: load_allow=[mixture]; or " if mixed else ""
         raise ConfigError(
             f"{contents.path}: was trained on other data or with another tokenizer (changed files count too); "
-            "restore them; or go on with the new data from its first row, and the optimizer as it is: "
+            f"restore them; or {mixture}go on with the new data from its first row, and the optimizer as it is: "
             "load_allow=[data]; or begin a new run from its weights with load_path and load_weights_only=true"
         )
     return start._replace(rows_anew=True)

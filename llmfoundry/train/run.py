@@ -19,6 +19,12 @@ from llmfoundry.train.duration import Timeline
 from llmfoundry.train.schedule import Schedule
 
 Metrics = dict[str, float | int | list[float]]
+EVALUATED = "metrics/eval/"
+
+
+def is_evaluated(metrics: Metrics) -> bool:
+    """Whether an evaluation is among the metrics of a step."""
+    return any(key.startswith(EVALUATED) for key in metrics)
 
 
 @dataclass
@@ -43,6 +49,7 @@ class Run:
     special: SpecialTokens
     loader: Loader
     eval_loader: Loader | None
+    eval_loaders: list[Loader]  # the others, which have labels
     model: CausalLM
     optimizer: Optimizer
     schedule: Schedule

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from llmfoundry import runtime
 from llmfoundry.data.loader import Batch
+from llmfoundry.data.rows import IGNORE
 from llmfoundry.layers.ffn import RouterStats
 from llmfoundry.model.transformer import CausalLM, Output
 from llmfoundry.moe.balance import Balance, load_balance_loss, update_expert_bias, z_loss
@@ -30,6 +31,7 @@ class StepResult(NamedTuple):
     grad_norm: Tensor  # () before clipping
     router: RouterStats | None  # (L, E), (L, E), (L,), (L,) sums over the global batch
     updated: bool  # False: some gradient was not finite, and nothing was changed
+    sources: Tensor  # (2, n_sources) nats and labels of each source of a mixture
 
 
 def train_step(
@@ -41,6 +43,7 @@ def train_step(
     max_grad_norm: float | None,
     balance: Balance | None,
     noise_seed: int = 0,
+    n_sources: int = 0,
 ) -> StepResult:
     """Run forward and backward over microbatches, then clip and update.
 
@@ -54,6 +57,7 @@ def train_step(
         max_grad_norm: None does not clip.
         balance: how the experts' load is balanced; None for a dense model.
         noise_seed: for routers with jitter, whose noise depends only on it and on each row's number.
+        n_sources: how many a mixture has; 0 for rows of a single one.
     """
     batch = batch._replace(rows=batch.rows + runtime.seed_of("noise", noise_seed) // 2)  # // 2: far from overflow
     own = torch.stack([batch.n_labels, torch.full_like(batch.n_labels, batch.tokens.numel())])
@@ -62,11 +66,13 @@ def train_step(
 
     ce = torch.zeros((), dtype=torch.float32, device=batch.labels.device)
     total = torch.zeros_like(ce)
+    sources = ce.new_zeros(2, n_sources)
     router: RouterStats | None = None
     for i, (out, load) in enumerate(_forwards(model, microbatches, balance)):
         assert out.loss_sum is not None
         loss = out.loss_sum / n_labels
         ce += loss.detach()
+        _add_sources(sources, out, microbatches[i])
         if balance is not None and out.router is not None:
             loss = loss + _auxiliary(out.router, load, balance) / n_tokens
             stats = RouterStats(*(part.detach() for part in out.router))
@@ -77,18 +83,20 @@ def train_step(
 
     grad_norm = clip_by_global_norm(model.parameters(), max_grad_norm)
     updated = bool(torch.isfinite(grad_norm))  # the same on every rank, because the norm is global
-    ce, total, router = _sum_over_ranks(ce, total, router)
+    ce, total, sources, router = _sum_over_ranks(ce, total, sources, router)
     if updated:
         optimizer.step()
         if balance is not None and router is not None:
             update_expert_bias(model, router.load, balance)
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(ce, total, grad_norm, router, updated)
+    return StepResult(ce, total, grad_norm, router, updated, sources)
 
 
 def forward(model: CausalLM, batch: Batch) -> Output:
     """The model on a batch's rows, with its loss."""
-    return model(batch.tokens, batch.labels, sequence_ids=batch.sequence_ids, keys=batch.rows)
+    return model(
+        batch.tokens, batch.labels, sequence_ids=batch.sequence_ids, positions=batch.positions, keys=batch.rows
+    )
 
 
 def _forwards(
@@ -116,7 +124,15 @@ def _forwards(
         kept = len(microbatches) if balance.accumulation == "keep" else 1
         with torch.no_grad():  # last_only: a count needs no logits
             counts = [
-                _load(model(micro.tokens, sequence_ids=micro.sequence_ids, keys=micro.rows, last_only=True))
+                _load(
+                    model(
+                        micro.tokens,
+                        sequence_ids=micro.sequence_ids,
+                        positions=micro.positions,
+                        keys=micro.rows,
+                        last_only=True,
+                    )
+                )
                 for micro in microbatches[kept:]
             ]
         outputs = deque(forward(model, micro) for micro in microbatches[:kept])
@@ -140,9 +156,27 @@ def _auxiliary(stats: RouterStats, load: Tensor | None, balance: Balance) -> Ten
     return loss + balance.loss_weight * load_balance_loss(stats.score_sum, load, balance.together)
 
 
-def _sum_over_ranks(ce: Tensor, total: Tensor, router: RouterStats | None) -> tuple[Tensor, Tensor, RouterStats | None]:
+def _add_sources(sources: Tensor, out: Output, batch: Batch) -> None:
+    """Add the nats and labels of a microbatch to those of the sources of its rows."""
+    if batch.sources is not None:
+        assert out.nats is not None
+        sources[0].index_add_(0, batch.sources, out.nats.sum(1, dtype=sources.dtype))
+        sources[1].index_add_(0, batch.sources, (batch.labels != IGNORE).sum(1, dtype=sources.dtype))
+
+
+class _Sums(NamedTuple):
+    """What is summed over ranks."""
+
+    ce: Tensor
+    total: Tensor
+    sources: Tensor
+    router: RouterStats | None
+
+
+def _sum_over_ranks(ce: Tensor, total: Tensor, sources: Tensor, router: RouterStats | None) -> _Sums:
     """All of a step's sums in one all-reduce."""
-    parts = [ce, total, *(router or ())]
+    parts = [ce, total, sources, *(router or ())]
     flat = runtime.all_reduce_sum(torch.cat([part.reshape(-1) for part in parts]))
     summed = [piece.view_as(part) for piece, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)]
-    return summed[0], summed[1], RouterStats(*summed[2:]) if router is not None else None
+    ce, total, sources, *rest = summed
+    return _Sums(ce, total, sources, RouterStats(*rest) if router is not None else None)

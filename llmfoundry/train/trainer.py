@@ -16,8 +16,11 @@ import torch
 
 from llmfoundry import hf, runtime
 from llmfoundry.checkpoint.checkpointer import Checkpointer, CheckpointState
+from llmfoundry.checkpoint.identity import MIXTURE, is_allowed
 from llmfoundry.checkpoint.reading import Contents, Json, load_model_only
 from llmfoundry.config import ConfigError, dump
+from llmfoundry.data.loader import Loader
+from llmfoundry.data.mixture import Mixture, MixtureConfig
 from llmfoundry.data.sources import check_apart
 from llmfoundry.eval.perplexity import evaluate
 from llmfoundry.kernels.experts import resolve_backend
@@ -30,6 +33,7 @@ from llmfoundry.parallel.mesh import Mesh, build_mesh
 from llmfoundry.train.callback import Callback
 from llmfoundry.train.config import RunConfig
 from llmfoundry.train.duration import Timeline
+from llmfoundry.train.mixing import Joined, row_ends, take_up, to_save
 from llmfoundry.train.optim import set_learning_rate
 from llmfoundry.train.outputs import RunFolder, check_free, check_shared, read_summary
 from llmfoundry.train.resume import (
@@ -42,7 +46,7 @@ from llmfoundry.train.resume import (
     train_state,
     with_rule_of,
 )
-from llmfoundry.train.run import Metrics, Run
+from llmfoundry.train.run import EVALUATED, Metrics, Run
 from llmfoundry.train.saving import Saver
 from llmfoundry.train.step import StepResult, train_step
 
@@ -61,6 +65,7 @@ class Trainer(Run):
     saver: Saver
     callbacks: list[Callback]
     generation: str | None = None  # generation_config.json of what the run began from
+    joined: Joined = Joined()  # of a mixture
     folder: RunFolder | None = None  # of rank 0, from `fit` on
     unevaluated: Metrics = field(default_factory=dict)  # of the last step, if a signal cut its evaluation short
     signalled: bool = False  # this rank was asked to stop
@@ -149,7 +154,7 @@ class Trainer(Run):
         if self.state.step < self.timeline.total_steps or not self.config.autoresume:
             return False
         summary = read_summary(Path(self.config.save_folder))
-        evaluated = not self._evaluates or "validation/nats_per_token" in summary
+        evaluated = not self._evaluates or any(key.startswith("validation/") for key in summary)
         return evaluated and summary.get("steps") == self.state.step
 
     def _stopped(self) -> bool:
@@ -176,24 +181,41 @@ class Trainer(Run):
             max_grad_norm=clipping.clipping_threshold if clipping else None,
             balance=self.balance,
             noise_seed=self.config.seed,
+            n_sources=len(self.loader.labels),
         )
         state.step += 1
         state.rows += rows
         state.tokens += rows * self.loader.max_seq_len
         self._count_skip(result)
         self.router = result.router
+        ce, total, grad_norm, *sources = torch.cat(
+            [torch.stack([result.ce, result.total, result.grad_norm]), result.sources.flatten()]
+        ).tolist()  # all at once: the host waits for the device here
         metrics: Metrics = {
             "step": state.step,
             "tokens": state.tokens,
             "epoch": state.rows // self.loader.rows_per_epoch,
         }
-        metrics |= {"loss/train/ce": result.ce.item(), "loss/train/total": result.total.item()}
-        metrics |= {"lr": rate, "grad_norm": result.grad_norm.item(), "skipped_steps": state.skipped_steps}
+        metrics |= {"loss/train/ce": ce, "loss/train/total": total}
+        metrics |= self._by_source(sources)
+        metrics |= {"lr": rate, "grad_norm": grad_norm, "skipped_steps": state.skipped_steps}
         if result.router is not None and self.balance is not None:
             metrics |= summary(result.router, rows * self.loader.max_seq_len, self.balance)
         seconds = time.perf_counter() - start
         self.train_seconds += seconds
         return metrics | {"time/step_seconds": seconds}
+
+    def _by_source(self, sums: list[float]) -> Metrics:
+        """Of a mixture: the loss of each source that was in the batch, and the tokens of it so far."""
+        found: Metrics = {}
+        if isinstance(self.loader.order, Mixture):
+            labels = self.loader.labels
+            for label, nats, n in zip(labels, sums[: len(labels)], sums[len(labels) :], strict=True):
+                if n:
+                    found[f"loss/train/{label}"] = nats / n
+            for label, rows in self.loader.order.taken(self.state.rows).items():
+                found[f"tokens/{label}"] = rows * self.loader.max_seq_len
+        return found
 
     def _count_skip(self, result: StepResult) -> None:
         state = self.state
@@ -210,7 +232,7 @@ class Trainer(Run):
 
     @property
     def _evaluates(self) -> bool:
-        return self.eval_loader is not None and self.config.eval_interval.value > 0
+        return bool(self.config.evaluations) and self.config.eval_interval.value > 0
 
     def _due_evaluation(self) -> bool:
         last = self.state.step == self.timeline.total_steps
@@ -218,25 +240,27 @@ class Trainer(Run):
 
     def _evaluate(self) -> Metrics:
         """Nothing if a signal cut it short."""
-        assert self.eval_loader is not None
+        self.evaluation = {}
         self.model.eval()
-        found = evaluate(
-            self.model,
-            self.eval_loader,
-            rows=self.config.device_eval_batch_size,
-            device=self.device,
-            max_batches=self.config.eval_subset_num_batches,
-            rank=self.mesh.data_rank,
-            world=self.mesh.data_ranks,
-            stopped=self._stopped,
-        )
+        for loader in [*([self.eval_loader] if self.eval_loader is not None else []), *self.eval_loaders]:
+            found = evaluate(
+                self.model,
+                loader,
+                rows=self.config.device_eval_batch_size,
+                device=self.device,
+                max_batches=self.config.eval_subset_num_batches,
+                rank=self.mesh.data_rank,
+                world=self.mesh.data_ranks,
+                stopped=self._stopped,
+            )
+            if found is None:  # the older one is not of this step either
+                self.evaluation = {}
+                break
+            name = f"{EVALUATED}{loader.label}/" if loader in self.eval_loaders else EVALUATED
+            self.evaluation[f"{name}LanguageCrossEntropy"] = found.nats_per_token
+            if found.bits_per_byte is not None:
+                self.evaluation[f"{name}bits_per_byte"] = found.bits_per_byte
         self.model.train()
-        if found is None:  # the older one is not of this step either
-            self.evaluation = {}
-            return {}
-        self.evaluation = {"metrics/eval/LanguageCrossEntropy": found.nats_per_token}
-        if found.bits_per_byte is not None:
-            self.evaluation["metrics/eval/bits_per_byte"] = found.bits_per_byte
         return dict(self.evaluation)
 
     def _load(self) -> None:
@@ -284,12 +308,17 @@ class Trainer(Run):
                 "data": self.loader.fingerprint,
                 "seconds": self.train_seconds,
                 "unevaluated": cast(dict[str, Json], self.unevaluated),
+                **self._mixture(),
             },
             config=dump(self.config),
             tokenizer=self.tokenizer,
             generation=self.generation,
             base=self.start.base,
         )
+
+    def _mixture(self) -> dict[str, Json]:
+        order = self.loader.order
+        return {"mixture": to_save(order, self.state.rows, self.joined)} if isinstance(order, Mixture) else {}
 
     def _summary(self) -> Metrics:
         model = self.config.model
@@ -304,7 +333,10 @@ class Trainer(Run):
             "peak_memory_bytes": runtime.peak_memory_bytes(self.device),
         }
         names = {"LanguageCrossEntropy": "nats_per_token", "bits_per_byte": "bits_per_byte"}
-        return result | {f"validation/{names[k.rsplit('/', 1)[1]]}": v for k, v in self.evaluation.items()}
+        for key, value in self.evaluation.items():
+            label, _, name = key.removeprefix(EVALUATED).rpartition("/")
+            result["/".join(filter(None, ("validation", label, names[name])))] = value
+        return result
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -360,7 +392,8 @@ def build(config: RunConfig) -> Trainer:
         asynchronous=device.type == "cuda" if config.save_async == "auto" else config.save_async,
     )
     start = find_start(config, checkpointer)
-    check_apart(config.train_loader.dataset, config.evaluation.dataset if config.evaluation is not None else None)
+    for part in config.due_evaluations:
+        check_apart(config.train_loader.dataset, part.dataset)
     tokenizer = build_tokenizer(config, start)
     n_ids = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
     if n_ids > config.model.vocab_size:
@@ -374,25 +407,24 @@ def build(config: RunConfig) -> Trainer:
     config = config.model_copy(update={"tokenizer": config.tokenizer.model_copy(update=settled)})
     assert isinstance(config.model, CausalLMConfig)
     documents = config.model.attn_config.attn_uses_sequence_id
-    loader, eval_loader = (
+    loader, *eval_loaders = (
         part.build(tokenizer, seed=config.seed, max_seq_len=config.max_seq_len, sequence_ids=documents, special=special)
-        if part
-        else None
-        for part in (config.train_loader, config.evaluation)
+        for part in (config.train_loader, *config.due_evaluations)
     )
-    assert loader is not None
-    start = check_data(start, loader.fingerprint, config.load_allow)
-    for part in (loader, eval_loader):
-        if part is not None and part.max_seq_len > config.model.max_seq_len:
+    start = check_data(start, loader.fingerprint, config.load_allow, isinstance(loader.order, Mixture))
+    for each in (loader, *eval_loaders):
+        if each.max_seq_len > config.model.max_seq_len:
             raise ConfigError(
-                f"dataset.max_seq_len={part.max_seq_len} exceeds model.max_seq_len={config.model.max_seq_len}"
+                f"dataset.max_seq_len={each.max_seq_len} exceeds model.max_seq_len={config.model.max_seq_len}"
             )
+    eval_loader = eval_loaders.pop(0) if eval_loaders and config.eval_loader is not None else None
     timeline = Timeline.of(
         config.max_duration,
         rows_per_step=config.global_train_batch_size,
         tokens_per_row=loader.max_seq_len,
         rows_per_epoch=loader.rows_per_epoch,
     )
+    joined = _mix(config, loader, timeline, start)
     schedule = config.scheduler.build(timeline)
     with torch.device("meta"):  # shapes only: no rank ever holds the whole model
         model = config.model.build()
@@ -407,6 +439,7 @@ def build(config: RunConfig) -> Trainer:
         special=special,
         loader=loader,
         eval_loader=eval_loader,
+        eval_loaders=eval_loaders,
         model=model,
         optimizer=config.optimizer.build(model),
         schedule=schedule,
@@ -416,7 +449,23 @@ def build(config: RunConfig) -> Trainer:
         saver=Saver(checkpointer, config.save_failures_allowed),
         generation=generation_for(start, tokenizer),
         callbacks=callbacks,
+        joined=joined,
     )
+
+
+def _mix(config: RunConfig, loader: Loader, timeline: Timeline, start: Start) -> Joined:
+    """Arrange the mixture of a run, if it reads one."""
+    mixture, dataset = loader.order, config.train_loader.dataset
+    if not isinstance(mixture, Mixture):
+        return Joined()
+    assert isinstance(dataset, MixtureConfig)
+    contents = None if start.how in ("new", "weights") or start.rows_anew else start.contents
+    rows = train_state(contents).rows if contents is not None else 0
+    ends = row_ends(dataset.mixture, timeline)
+    joined = take_up(mixture, ends, contents, rows, is_allowed(MIXTURE, config.load_allow))
+    mixture.check(timeline.total_steps * timeline.rows_per_step)
+    log.info("mixture: %s", ", ".join(f"{label} {share}" for label, share in mixture.describe().items()))
+    return joined
 
 
 def _callbacks(config: RunConfig) -> list[Callback]:

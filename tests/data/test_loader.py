@@ -11,7 +11,7 @@ import torch
 
 from llmfoundry.config import ConfigError, check
 from llmfoundry.data import IGNORE, Batch, DatasetConfig, Loader, LoaderConfig, TokenizerConfig, TokenStream
-from llmfoundry.data.loader import permuted
+from llmfoundry.data.permutation import permuted
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def build(cache: Path, *, seed: int = 0, sequence_ids: bool = False, **keys: obj
 
 
 def stream_of(loader: Loader) -> list[int]:
-    stream: TokenStream = loader._stream
+    stream: TokenStream = loader.order.once.stream
     return stream.read(0, stream.n_tokens).tolist()
 
 

@@ -1,0 +1,38 @@
+"""Which examples share a row: best fit, the longest first, within a bounded number of examples at a time."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+BUFFER = 2**14  # examples that are fitted together
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Put examples into rows, so that few positions are left over.
+
+    The result depends on the lengths and their order alone.
+
+    Args:
+        lengths: of the examples, in tokens, none above the capacity.
+        capacity: tokens of a row.
+
+    Returns:
+        The numbers of the examples of each row.
+    """
+    rows: list[list[int]] = []
+    for start in range(0, len(lengths), BUFFER):
+        space: list[tuple[int, int]] = []  # (tokens left, row), sorted
+        inside = range(start, min(start + BUFFER, len(lengths)))
+        for i in sorted(inside, key=lambda i: (-lengths[i], i)):
+            at = bisect_left(space, (lengths[i], -1))
+            if at == len(space):
+                rows.append([i])
+                left, row = capacity - lengths[i], len(rows) - 1
+            else:
+                left, row = space.pop(at)
+                left -= lengths[i]
+                rows[row].append(i)
+            if left:
+                insort(space, (left, row))
+    return rows

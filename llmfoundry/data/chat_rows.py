@@ -1,0 +1,104 @@
+"""Tokenised examples on disk, and rows of them.
+
+A folder holds all tokens one after the other (`ids`), which of them are learned, where each example begins (`starts`),
+and for each row the examples in it (`members`, from `rows[i]` to `rows[i + 1]`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from llmfoundry.config import ConfigError
+from llmfoundry.data.bins import best_fit
+from llmfoundry.data.chat_template import Renderer
+from llmfoundry.data.conversations import Example
+from llmfoundry.data.rows import IGNORE, Block, How, Rows
+
+
+def write(folder: Path, examples: Iterable[Example], renderer: Renderer, how: How) -> None:
+    """Tokenise examples into a folder. One that is longer than a row is cut at its end.
+
+    Raises:
+        ConfigError: the chat template refuses an example, or nothing can be learned from any.
+    """
+    lengths: list[int] = []
+    cut = unlearned = n = 0
+    with (folder / "ids.bin").open("wb") as ids, (folder / "learned.bin").open("wb") as learned:
+        for n, example in enumerate(examples, 1):
+            try:
+                found = renderer.tokens(example)
+            except ValueError as error:
+                raise ConfigError(f"dataset: example {n - 1}: {error}") from None
+            kept = found.ids[: how.length]
+            marks = found.learned[: how.length]
+            cut += len(kept) < len(found.ids)
+            if not marks[1:].any():  # the first token is never a label
+                unlearned += 1
+                continue
+            ids.write(kept.astype("<u4").tobytes())
+            learned.write(marks.tobytes())
+            lengths.append(len(kept))
+    if not lengths:
+        raise ConfigError(
+            f"dataset: in none of {n} examples is there anything to learn within max_seq_len={how.length}"
+        )
+    members = best_fit(lengths, how.length) if how.documents else [[i] for i in range(len(lengths))]
+    np.save(folder / "starts.npy", np.cumsum([0, *lengths]))
+    np.save(folder / "members.npy", np.array([i for row in members for i in row], dtype=np.int64))
+    np.save(folder / "rows.npy", np.cumsum([0, *map(len, members)]))
+    counts = {"examples": n, "cut": cut, "unlearned": unlearned, "packed": how.documents}
+    (folder / "index.json").write_text(json.dumps(counts))
+
+
+class ChatRows(Rows):
+    """Rows of whole examples; what is left of a row is filled with end-of-text tokens that nothing sees or learns."""
+
+    own_positions = True
+
+    def __init__(self, folder: Path, title: str, fingerprint: str, eos_token_id: int, how: How) -> None:
+        """Open a folder that `write` made.
+
+        Raises:
+            ConfigError: it is damaged.
+        """
+        self.title, self.fingerprint, self.length = title, fingerprint, how.length
+        self._eos, self.documents = eos_token_id, how.documents
+        try:
+            self._starts, self._members, self._bounds = (
+                np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("starts", "members", "rows")
+            )
+            self._ids = np.memmap(folder / "ids.bin", "<u4", "r", shape=(int(self._starts[-1]),))
+            self._learned = np.memmap(folder / "learned.bin", np.bool_, "r", shape=(int(self._starts[-1]),))
+            counts = json.loads((folder / "index.json").read_text())
+        except (OSError, ValueError, IndexError) as error:
+            raise ConfigError(f"{folder}: is damaged ({error}); delete the folder, it is made again") from None
+        self.n_rows = self.n_full = len(self._bounds) - 1
+        self.n_tokens = int(self._starts[-1])
+        filled = self.n_tokens / (self.n_rows * self.length)
+        self.summary = (
+            f"{title}: {counts['examples']:,} examples in {self.n_rows:,} rows, {filled:.1%} of the positions filled; "
+            f"{counts['cut']:,} were cut at max_seq_len={self.length}, {counts['unlearned']:,} with nothing to learn "
+            "left out" + ("" if how.documents else "; model.attn_config.attn_uses_sequence_id: true would pack them")
+        )
+
+    def put(self, number: int, out: Block, i: int) -> None:
+        assert out.positions is not None
+        out.tokens[i], out.labels[i], out.positions[i] = self._eos, IGNORE, 0
+        if out.documents is not None:
+            out.documents[i] = 0  # what fills the row
+        if number >= self.n_rows:
+            return
+        end = 0
+        for document, example in enumerate(self._members[self._bounds[number] : self._bounds[number + 1]].tolist(), 1):
+            where = slice(int(self._starts[example]), int(self._starts[example + 1]))
+            ids, learned = self._ids[where].astype(np.int64), self._learned[where]
+            start, end = end, end + len(ids)
+            out.tokens[i, start:end] = ids
+            out.labels[i, start : end - 1] = np.where(learned[1:], ids[1:], IGNORE)
+            out.positions[i, start:end] = np.arange(len(ids))
+            if out.documents is not None:
+                out.documents[i, start:end] = document

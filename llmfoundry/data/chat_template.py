@@ -1,0 +1,155 @@
+"""Conversations to tokens, with a mark on each token that is learned.
+
+The tokenizer's own chat template renders the messages (transformers runs it in jinja's sandbox). Where the template
+marks what the assistant says (`{% generation %}`), those marks count. Where it does not, each turn of the assistant is
+what the rendered text gains by it: the texts up to each turn must be prefixes of the whole, or the example is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, cast
+
+import numpy as np
+from jinja2.exceptions import TemplateError
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from llmfoundry.config import ConfigError
+from llmfoundry.data.conversations import Conversation, Example, Message
+
+# Of a tokenizer without a template.
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}"
+    "{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+Responses = Literal["all", "last"]
+Span = tuple[int, int]
+
+
+class Tokens(NamedTuple):
+    """A tokenised example."""
+
+    ids: NDArray[np.int64]  # (n,)
+    learned: NDArray[np.bool_]  # (n,) whether the token is a label
+
+
+class Targets(NamedTuple):
+    """What is learned of an example."""
+
+    responses: Responses = "all"
+    prompts: int | None = None  # prompts of so many tokens or more are learned too; None: never
+
+
+class Renderer:
+    """Makes tokens of examples with a tokenizer.
+
+    Args:
+        template: used in place of the tokenizer's own; ChatML if both are missing.
+        bos: opens a prompt that no template renders.
+
+    Raises:
+        ConfigError: the tokenizer cannot say which characters a token stands for.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, targets: Targets, template: str | None = None, bos: int | None = None
+    ) -> None:
+        if not tokenizer.is_fast:
+            raise ConfigError(
+                f"tokenizer: {type(tokenizer).__name__} cannot say which characters a token stands for, as finetuning "
+                "needs; use one with a tokenizer.json"
+            )
+        self.tokenizer, self.targets, self._bos = tokenizer, targets, bos
+        own = tokenizer.chat_template
+        if template is None and isinstance(own, dict):
+            own = own.get("default")
+        self.own = template is None and own is not None  # whether the template is the tokenizer's
+        self.template = template or (own if isinstance(own, str) else CHATML)
+        self._marks = _GENERATION.search(self.template) is not None
+
+    def tokens(self, example: Example) -> Tokens:
+        """The tokens of an example.
+
+        Raises:
+            ValueError: the template refuses it, or does not render turns one after the other.
+        """
+        if isinstance(example, Conversation):
+            return self._conversation(example)
+        tokenizer = self.tokenizer
+        prompt = tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
+        prompt = prompt if self._bos is None else [self._bos, *prompt]
+        response = tokenizer(example.response, add_special_tokens=False)["input_ids"]
+        response = [*response, tokenizer.eos_token_id]
+        least = self.targets.prompts
+        learns = least is not None and len(prompt) >= least
+        return Tokens(
+            np.array([*prompt, *response]), np.array([learns] * len(prompt) + [True] * len(response), dtype=np.bool_)
+        )
+
+    def _conversation(self, example: Conversation) -> Tokens:
+        text = self._render(example, example.messages)
+        turns = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
+        spans = self._marked(example) if self._marks else [self._span(example, text, i) for i in turns]
+        if len(spans) == len(turns):  # a template may mark several spans in a turn, and then weights are not known
+            spans = [span for span, i in zip(spans, turns, strict=True) if example.messages[i].get("weight", 1)]
+        if self.targets.responses == "last":
+            spans = spans[-1:]
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        learned = _overlaps(offsets, spans)
+        if self.targets.prompts is not None and int((~learned).sum()) >= self.targets.prompts:
+            learned = np.ones_like(learned)
+        return Tokens(np.array(encoded["input_ids"], dtype=np.int64), learned)
+
+    def _render(self, example: Conversation, messages: Sequence[Message], prompt: bool = False) -> str:
+        try:
+            return self._rendered(example, messages, prompt)[0]
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"the chat template refuses it: {error}") from error
+
+    def _marked(self, example: Conversation) -> list[Span]:
+        """Where the template says that the assistant speaks, in characters."""
+        return self._rendered(example, example.messages, False, marks=True)[1]
+
+    def _rendered(
+        self, example: Conversation, messages: Sequence[Message], prompt: bool, marks: bool = False
+    ) -> tuple[str, list[Span]]:
+        """What `tokenizer.apply_chat_template` renders, and with `marks` the spans that the template marks."""
+        tools: list[dict] | None = example.tools
+        template = self.tokenizer.get_chat_template(None if self.own else self.template, tools)
+        words: dict = {**self.tokenizer.special_tokens_map, **example.template}
+        rendered: object = render_jinja_template(  # (texts, spans of each), though it says str
+            [list(messages)], tools=list(tools) if tools else None, chat_template=template,
+            return_assistant_tokens_mask=marks, add_generation_prompt=prompt, **words,
+        )  # fmt: skip
+        texts, spans = cast(tuple[list[str], list[list[Span]]], rendered)
+        return texts[0], spans[0] if marks else []
+
+    def _span(self, example: Conversation, text: str, turn: int) -> Span:
+        """What the text gains by one turn of the assistant."""
+        before = self._render(example, example.messages[:turn], prompt=True) if turn else ""
+        upto = self._render(example, example.messages[: turn + 1])
+        if not text.startswith(upto):  # some templates close a conversation that asks for no answer by an eos
+            upto = upto.removesuffix(str(self.tokenizer.eos_token))
+        if not (upto.startswith(before) and text.startswith(upto)):
+            raise ValueError(
+                f"the chat template does not render message {turn} at the end as it does inside the conversation, so "
+                "what the assistant says cannot be found; give a template with {% generation %} in "
+                "dataset.chat_template"
+            )
+        return len(before), len(upto)
+
+
+def _overlaps(offsets: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool_]:
+    """Which tokens stand for a character of a span."""
+    found = np.zeros(len(offsets), dtype=np.bool_)
+    for start, end in spans:
+        found |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
+    return found

@@ -1,0 +1,247 @@
+"""`finetuning`: conversations and instructions as a dataset, each a document of its own.
+
+    rows of a table (local files, the hub, MDS) > conversations.py > chat_template.py > tokens on disk, once > rows
+
+Where attention keeps documents apart (`attn_uses_sequence_id`), examples share rows (data/bins.py), and positions start
+anew in each. Else each has a row of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple, Self
+
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
+from transformers import PreTrainedTokenizerBase
+
+from llmfoundry.config import ConfigError
+from llmfoundry.data.cache import made_once
+from llmfoundry.data.chat_rows import ChatRows, write
+from llmfoundry.data.chat_template import Renderer, Responses, Targets
+from llmfoundry.data.conversations import Conversation, Example, code_of, example_of, preprocess
+from llmfoundry.data.files import checked_digest, find, kind_of, said_of
+from llmfoundry.data.mds_rows import Folders, samples, without_tuning
+from llmfoundry.data.rows import How, Order, epochs_of
+from llmfoundry.data.sources import Source, fingerprint_of
+from llmfoundry.data.split import keeps, select
+from llmfoundry.data.tables import BadRow, Row, read_rows
+from llmfoundry.data.tokenizer import Encoder
+from llmfoundry.runtime import cache_root
+
+log = logging.getLogger(__name__)
+
+_READERS = ("json", "csv", "parquet")  # names under which `datasets` reads files
+_AT_LEAST = re.compile(r"length>=(\d+)")
+
+
+class Table(NamedTuple):
+    """Rows, before anything is made of them."""
+
+    title: str
+    fingerprint: str
+    rows: Iterator[Row | BadRow]
+    summary: str = ""
+    files: frozenset[Path] = frozenset()
+
+
+class ChatsConfig(Folders, names=("chats",)):
+    """Examples from local files (`path`), the hub (`hf_name`) or MDS (`local`, `remote`, `streams`)."""
+
+    path: str | None = None  # a folder, a glob or one file: .jsonl, .json, .csv, .tsv, .parquet
+    hf_name: str | None = None  # a dataset of the hub or a folder; or json, csv, parquet with hf_kwargs.data_files
+    hf_kwargs: dict[str, str | list[str] | dict[str, str | list[str]]] = {}  # to datasets.load_dataset
+    # `package.module:function`, which makes of a row one of a known format; or a mapping from our columns to the
+    # data's, e.g. {prompt: question, response: answer}
+    preprocessing_fn: str | dict[str, str] | None = None
+    chat_template: str | None = None  # in place of the tokenizer's: a file, or the template itself
+    target_responses: Responses = "all"  # of a conversation: learn all turns of the assistant, or the last
+    target_prompts: str = "none"  # `all`, or length>=N: learn what is no response too, where it has N tokens or more
+    skip_bad_rows: int = Field(default=0, ge=0)  # rows without a readable example that are skipped and counted
+    # Words of LLM Foundry for what is always so here: examples share rows where attention keeps them apart.
+    packing_ratio: float | Literal["auto"] | None = None
+    decoder_only_format: Literal[True] = True
+    allow_pad_trimming: bool = False
+    pad_to_longest: bool = False
+    safe_load: bool = True
+    eos_token_id: int | None = None
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _tuning(cls, data: object, check: ModelWrapValidatorHandler[Self]) -> Self:
+        return check(without_tuning(data))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        keys = ("path", "hf_name", "local", "remote", "streams")
+        given = [key for key in keys if getattr(self, key) is not None]
+        if not given or (len(given) > 1 and given != ["local", "remote"]):
+            raise ValueError(f"write one of path, hf_name, local or streams; found {' and '.join(given) or 'none'}")
+        self._targets()
+        return self
+
+    def _targets(self) -> Targets:
+        at_least = _AT_LEAST.fullmatch(self.target_prompts)
+        if self.target_prompts not in ("none", "all") and at_least is None:
+            raise ValueError(f"target_prompts: {self.target_prompts!r} is none of none, all, length>=N")
+        least = 0 if self.target_prompts == "all" else int(at_least[1]) if at_least else None
+        return Targets(self.target_responses, least)
+
+    def of_split(self, split: str) -> Self:
+        return self.model_copy(update={"split": split}) if self._where is not None else self
+
+    def heap(self) -> str:
+        where = {"path", "hf_name", "hf_kwargs", "local", "remote", "streams"}
+        return json.dumps(
+            self.model_dump(mode="json", include=where | (set() if self._where is not None else {"split"}))
+        )
+
+    @property
+    def _where(self) -> str | None:
+        """Local files; None for other places."""
+        if self.path is not None or self.hf_name is None:
+            return self.path
+        if self.hf_name in _READERS:
+            files = self.hf_kwargs.get("data_files", self.hf_kwargs.get("data_dir"))
+            if isinstance(files, dict):
+                files = files.get(self.split)
+            if isinstance(files, list):
+                files = files[0] if len(files) == 1 else None
+            if files is None:
+                raise ConfigError(
+                    f"dataset.hf_kwargs: hf_name={self.hf_name} needs data_dir, or data_files with one file, folder or "
+                    f"glob for the split {self.split}"
+                )
+            return files
+        return self.hf_name if Path(self.hf_name).expanduser().is_dir() else None
+
+    def build(self) -> Source:
+        """What is said in the examples: the text that a tokenizer learns from."""
+        table = self._table()
+        return Source(
+            table.title, table.fingerprint, lambda: _texts(self._examples(self._table())), files=table.files,
+            summary=table.summary,
+        )  # fmt: skip
+
+    def order(self, tokenizer: PreTrainedTokenizerBase, how: How) -> Order:
+        table, targets = self._table(), self._targets()
+        if table.summary:
+            log.info("%s", table.summary)
+        renderer = Renderer(tokenizer, targets, self._template(), how.special.bos)
+        if tokenizer.chat_template is None:
+            log.info("the tokenizer has no chat template; conversations are written in ChatML")
+        if not renderer.own:  # checkpoints and exports then carry the template that the model has learned
+            tokenizer.chat_template = renderer.template
+        encoder = Encoder(tokenizer, how.special).fingerprint()
+        fingerprint = fingerprint_of(
+            "chats/1", table.fingerprint, encoder, renderer.template, str(targets),
+            code_of(self.preprocessing_fn),
+            json.dumps(tokenizer.special_tokens_map, sort_keys=True), how.length, how.documents, self.skip_bad_rows,
+        )  # fmt: skip
+        folder = cache_root(self.cache_dir) / "chats" / f"{table.title}-{fingerprint[:24]}"
+        made_once(folder, lambda temporary: write(temporary, self._examples(table), renderer, how))
+        rows = ChatRows(folder, table.title, fingerprint, tokenizer.eos_token_id, how)
+        log.info("%s", rows.summary)
+        return epochs_of(rows, self, how)
+
+    def _template(self) -> str | None:
+        given = self.chat_template
+        if given is None or "{" in given:
+            return given
+        try:
+            return Path(given).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"dataset.chat_template: {given}: cannot be read: {error}") from None
+
+    def _examples(self, table: Table) -> Iterator[Example]:
+        """The examples of a table; a row that is none is skipped or refused."""
+        prepare = preprocess(self.preprocessing_fn)
+        bad, first = 0, ""
+        for number, row in enumerate(table.rows):
+            if isinstance(row, BadRow):
+                why = row.message
+            else:
+                try:
+                    yield example_of(prepare(row))
+                    continue
+                except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+                    named = f"no {error}" if isinstance(error, KeyError) else str(error)
+                    why = f"{table.title}: row {number}: {named}"
+            bad, first = bad + 1, first or why
+            if bad > self.skip_bad_rows:
+                raise ConfigError(f"dataset: {why}; skip_bad_rows: N skips up to N such rows")
+        if bad:
+            log.warning(
+                "%s: skipped %d of at most %d bad rows; the first: %s", table.title, bad, self.skip_bad_rows, first
+            )
+
+    def _table(self) -> Table:
+        title = f"chats-{self.split or 'all'}"
+        if self._where is not None:
+            return self._from_files(self._where, title)
+        if self.hf_name is not None:
+            return self._from_hub(self.hf_name, title)
+        folders = self.folders()
+        fingerprint = fingerprint_of("mds/1", *(folder.fingerprint for folder in folders))
+        return Table(title, fingerprint, samples(folders))
+
+    def _from_files(self, where: str, title: str) -> Table:
+        found, skipped = find(where)
+        files = {name: path for name, path in found.items() if _is_table(path)}
+        if not files:
+            raise ConfigError(f"dataset.path: {where}: holds no .jsonl, .json, .csv, .tsv or .parquet")
+        side: Literal["train", "validation"] = "train" if self.split.startswith("train") else "validation"
+        whole = self._fraction == (0.0 if side == "train" else 1.0)
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        by_name = select(sizes, side, given_for_validation=side == "validation" and whole)
+        kept = {name: files[name] for name in (by_name.kept if by_name is not None else files)}
+        fraction = None if whole or by_name is not None else self._fraction
+        digests = [
+            checked_digest(path, lenient=self.skip_bad_rows > 0, advance=lambda n: None) for path in kept.values()
+        ]
+
+        def rows() -> Iterator[Row | BadRow]:
+            for path in kept.values():
+                for row in read_rows(path):
+                    if fraction is None or isinstance(row, BadRow) or keeps(_key(row), side, fraction):
+                        yield row
+
+        rule = ("whole",) if fraction is None else (side, str(fraction))
+        return Table(
+            title, fingerprint_of("chat-files/1", *rule, *digests), rows(),
+            f"{title}: reads {len(kept)} files of {where}{said_of(skipped)}",
+            frozenset(path.resolve() for path in kept.values()),
+        )  # fmt: skip
+
+    def _from_hub(self, name: str, title: str) -> Table:
+        try:
+            datasets = importlib.import_module("datasets")
+        except ImportError:
+            raise ConfigError(f"dataset.hf_name: {name}: needs datasets: pip install datasets") from None
+        try:
+            found = datasets.load_dataset(name, split=self.split, **self.hf_kwargs)
+        except Exception as error:  # the hub and its scripts fail in many ways
+            why = " ".join(str(error).split())[:300]
+            raise ConfigError(f"dataset.hf_name: {name}: cannot be loaded: {type(error).__name__}: {why}") from error
+        return Table(title, fingerprint_of("hub/1", name, self.split, found._fingerprint), iter(found))
+
+
+def _is_table(path: Path) -> bool:
+    kind = kind_of(path)
+    return kind is not None and kind.format != "text"
+
+
+def _key(row: Row) -> str:
+    return json.dumps(row, sort_keys=True, default=str)
+
+
+def _texts(examples: Iterator[Example]) -> Iterator[str]:
+    for example in examples:
+        if isinstance(example, Conversation):
+            yield "\n".join(str(message["content"]) for message in example.messages if message.get("content"))
+        else:
+            yield f"{example.prompt}{example.response}"

@@ -1,0 +1,197 @@
+"""Rows of a table as conversations: the formats in which chats and instructions are published.
+
+A row is turned into messages in OpenAI's form, which the tokenizer's chat template renders, or into a prompt and its
+response, which are joined as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from llmfoundry.config import ConfigError
+from llmfoundry.data.tables import Row
+
+Message = dict[str, object]  # role, content, and what else the template reads
+
+# ShareGPT's names of the speakers.
+_SPEAKERS = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
+    "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "system": "system", "developer": "developer",
+    "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool", "ipython": "tool",
+}  # fmt: skip
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+# Columns by which a format is known, in the order in which they are looked for.
+FORMATS = {
+    "messages": ("messages",),
+    "ShareGPT": ("conversations",),
+    "prompt and response": ("prompt", "response"),
+    "prompt and completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "dolly": ("instruction", "response"),
+}
+
+
+class Conversation(NamedTuple):
+    """What one example is made of."""
+
+    messages: list[Message]
+    tools: list[Row] | None = None  # JSON schemas
+    template: Row = {}  # more arguments of the chat template
+
+
+class Pair(NamedTuple):
+    """A prompt and its response, which are joined as they are."""
+
+    prompt: str
+    response: str
+
+
+Example = Conversation | Pair
+Preprocess = Callable[[Row], Row]
+
+
+def example_of(row: Row) -> Example:
+    """The example in a row.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    present = {key: value for key, value in row.items() if value is not None}
+    for columns in FORMATS.values():
+        if all(column in present for column in columns):
+            return _of_format(columns, present)
+    known = "; ".join(f"{name}: {', '.join(columns)}" for name, columns in FORMATS.items())
+    raise ValueError(
+        f"has the columns {', '.join(row)}, which are none of a known format ({known}); name them in preprocessing_fn"
+    )
+
+
+def _of_format(columns: tuple[str, ...], row: Row) -> Example:
+    first, second = row[columns[0]], row[columns[-1]]
+    if columns[0] == "messages":
+        return _conversation(_messages(first), row)
+    if columns[0] == "conversations":
+        return _conversation([_of_speaker(turn) for turn in _turns(first)], row)
+    if columns[0] == "prompt" and not (isinstance(first, str) and isinstance(second, str)):
+        return _conversation([*_messages(_as_turns(first, "user")), *_messages(_as_turns(second, "assistant"))], row)
+    if columns[0] == "prompt":
+        return Pair(cast(str, first), cast(str, second))
+    task, more = str(first), row.get("input") or row.get("context") or ""
+    user = f"{task}\n\n{more}" if more else task
+    return _conversation([{"role": "user", "content": user}, {"role": "assistant", "content": str(second)}], row)
+
+
+def _as_turns(value: object, role: str) -> object:
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
+
+
+def _conversation(messages: list[Message], row: Row) -> Conversation:
+    system = row.get("system")
+    if isinstance(system, str) and system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError("has no turn of the assistant, so there is nothing to learn")
+    template = row.get("chat_template_kwargs")
+    return Conversation(messages, _tools(row.get("tools")), template if isinstance(template, dict) else {})
+
+
+def _tools(tools: object) -> list[Row] | None:
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except ValueError:
+            raise ValueError(f"tools: is not JSON: {tools!r:.60}") from None
+    if tools is not None and not isinstance(tools, list):
+        raise ValueError(f"tools: is a {type(tools).__name__}, not a list of JSON schemas")
+    return tools or None
+
+
+def _turns(turns: object) -> list[Row]:
+    if isinstance(turns, str):
+        try:
+            turns = json.loads(turns)  # a cell of .csv, or a column of JSON
+        except ValueError:
+            raise ValueError(f"is a text, not a list of turns: {turns!r:.60}") from None
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"must be a list of turns, found {turns!r:.80}")
+    return turns
+
+
+def _messages(turns: object) -> list[Message]:
+    messages = [{key: value for key, value in turn.items() if value is not None} for turn in _turns(turns)]
+    for number, message in enumerate(messages):
+        if message.get("role") not in ROLES:
+            raise ValueError(f"message {number}: role {message.get('role')!r} is none of {', '.join(ROLES)}")
+        if "content" not in message and "tool_calls" not in message:
+            raise ValueError(f"message {number}: has neither content nor tool_calls")
+    return messages
+
+
+def _of_speaker(turn: Row) -> Message:
+    speaker, said = turn.get("from"), turn.get("value")
+    role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
+    if role is None or not isinstance(said, str):
+        known = ", ".join(_SPEAKERS)
+        raise ValueError(f"a turn must have from ({known}) and value, found {turn!r:.80}")
+    kept = {key: turn[key] for key in ("weight",) if turn.get(key) is not None}
+    return {"role": role, "content": said} | kept
+
+
+def preprocess(given: str | Mapping[str, str] | None) -> Preprocess:
+    """What `preprocessing_fn` names: a mapping from our columns to the data's, or `package.module:function`.
+
+    The function is looked for in the working directory and in the files of `code_paths` too.
+
+    Raises:
+        ConfigError: there is no such function.
+    """
+    if given is None:
+        return lambda row: row
+    if isinstance(given, str):
+        return _imported(given)
+    names = dict(given)
+
+    def rename(row: Row) -> Row:
+        missing = next((name for name in names.values() if name not in row), None)
+        if missing is not None:
+            raise ValueError(f"has no column {missing!r}, which preprocessing_fn names; it has {', '.join(row)}")
+        return {key: value for key, value in row.items() if key not in names.values()} | {
+            key: row[name] for key, name in names.items()
+        }
+
+    return rename
+
+
+def code_of(given: str | Mapping[str, str] | None) -> str:
+    """What decides the result of `preprocess`: the mapping, or the file in which the function is."""
+    if not isinstance(given, str):
+        return json.dumps(given)
+    file = inspect.getsourcefile(_imported(given))
+    return f"{given} {hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ''}"
+
+
+def _imported(name: str) -> Preprocess:
+    module_name, _, function = name.partition(":")
+    where = f"preprocessing_fn: {name}"
+    if not function:
+        raise ConfigError(f"{where}: write package.module:function, or a mapping such as {{prompt: question}}")
+    module = sys.modules.get(f"llmfoundry_plugin_{module_name}")  # a file of code_paths
+    if module is None:
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        try:
+            module = importlib.import_module(module_name)
+        except Exception as error:  # the user's code may fail in any way
+            raise ConfigError(f"{where}: cannot be imported: {type(error).__name__}: {error}") from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise ConfigError(f"{where}: {module_name} has no function {function}")
+    return cast(Preprocess, found)

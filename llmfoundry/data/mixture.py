@@ -1,0 +1,298 @@
+"""`datasets: [...]`: several datasets as one, in fixed shares of the rows, which may change in the course of a run.
+
+Row n of a run is row k of one source, and both are functions of n alone (data/interleave.py); row k of the source is
+then what it would be if that source were the whole run. All rows have max_seq_len tokens, so shares of rows are shares
+of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
+from transformers import PreTrainedTokenizerBase
+
+from llmfoundry.config import Config, ConfigError
+from llmfoundry.data.interleave import Interleave, exact, shares_of
+from llmfoundry.data.rows import Block, How, Order, RowsConfig, open_order
+from llmfoundry.data.sources import DatasetConfig, Source, fingerprint_of
+
+
+class Part(Config):
+    """A source of a mixture: the keys of its dataset, and beside them how much of it is read."""
+
+    dataset: DatasetConfig
+    label: str | None = None  # its name in metrics and phases; None: of its folder or file
+    weight: float | None = Field(default=None, gt=0)  # share of the tokens, relative to the others' weights
+    tokens: float | None = Field(default=None, gt=0)  # or: how many tokens of it the run reads
+    epochs: float | None = Field(default=None, gt=0)  # or: how many times the run reads it
+    max_epochs: float | None = Field(default=None, gt=0)  # a run that would read it more often is refused
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _written_out(cls, data: object, check: ModelWrapValidatorHandler[Self]) -> Self:
+        """The dataset's keys may stand beside those of the part."""
+        if not isinstance(data, dict) or "dataset" in data:
+            return check(data)
+        own = {key: value for key, value in data.items() if key in cls.model_fields}
+        return check(own | {"dataset": {key: value for key, value in data.items() if key not in own}})
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Self:
+        given = [key for key in ("weight", "tokens", "epochs") if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} both say how much of it is read; keep one")
+        if isinstance(self.dataset, MixtureConfig):
+            raise ValueError("is a mixture itself; list its datasets here")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The label, or what stands for it."""
+        if self.label is not None:
+            return self.label
+        where = next((found for key in ("path", "local", "hf_name") if (found := getattr(self.dataset, key, None))), "")
+        return Path(where).name.partition(".")[0] or self.dataset.name
+
+
+class Phase(Config):
+    """Weights that hold for a part of the run."""
+
+    until: str | None = None  # a time of the run, e.g. 0.8dur or 5e9tok; the last phase has none
+    weights: dict[str, float]  # by label; what is not named is not read
+
+
+class MixtureConfig(RowsConfig, names=("mixture",)):
+    """Several datasets, interleaved. `train_loader.datasets: [...]` is short for it."""
+
+    datasets: list[Part] = Field(min_length=1)
+    mixture: list[Phase] = []  # in the order of time; empty: the weights of the datasets hold for the whole run
+    temperature: float = Field(default=1.0, gt=0)  # weights become weight ** (1 / temperature): above 1 evens them out
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        labels = self.labels
+        twice = next((label for label in labels if labels.count(label) > 1), None)
+        if twice is not None:
+            raise ValueError(f"datasets: two are called {twice!r}; give each a label")
+        bad = next((label for label in labels if not label or "/" in label), None)
+        if bad is not None:
+            raise ValueError(f"datasets: {bad!r} cannot be a label; it needs a name without /")
+        weighted = [part.name for part in self.datasets if part.weight is not None]
+        measured = [part.name for part in self.datasets if part.tokens is not None or part.epochs is not None]
+        for some, key in ((weighted, "weight"), (measured, "tokens or epochs")):
+            missing = next((label for label in labels if label not in some), None)
+            if some and missing is not None and not self.mixture:
+                raise ValueError(f"datasets: {some[0]} has {key} and {missing} has not; give it to all, or to none")
+        self._check_phases()
+        return self
+
+    def _check_phases(self) -> None:
+        for number, phase in enumerate(self.mixture):
+            unknown = next((label for label in phase.weights if label not in self.labels), None)
+            if unknown is not None:
+                raise ValueError(
+                    f"mixture.{number}.weights: {unknown!r} is no dataset; known: {', '.join(self.labels)}"
+                )
+            if not any(phase.weights.values()) or min(phase.weights.values()) < 0:
+                raise ValueError(f"mixture.{number}.weights: must be positive numbers, or 0 for what is not read")
+            if (phase.until is None) != (number == len(self.mixture) - 1):
+                raise ValueError(f"mixture.{number}.until: every phase but the last has one")
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the sources."""
+        return [part.name for part in self.datasets]
+
+    def parts(self) -> list[DatasetConfig]:
+        return [part.dataset for part in self.datasets]
+
+    def with_parts(self, parts: Sequence[DatasetConfig]) -> Self:
+        both = zip(self.datasets, parts, strict=True)
+        return self.model_copy(update={"datasets": [part.model_copy(update={"dataset": each}) for part, each in both]})
+
+    def build(self) -> Source:
+        """The texts of all sources, in the ratio of their weights: what a tokenizer learns from."""
+        sources = [part.dataset.build() for part in self.datasets]
+        weights = [part.weight or 1.0 for part in self.datasets]
+        return Source(
+            self.name,
+            fingerprint_of("mixture/1", *(source.fingerprint for source in sources), *weights),
+            lambda: _in_ratio([source.documents() for source in sources], weights),
+            sum(source.n_bytes or 0 for source in sources) or None,
+            files=frozenset().union(*(source.files for source in sources)),
+        )
+
+    def order(self, tokenizer: PreTrainedTokenizerBase, how: How) -> Mixture:
+        orders = []
+        for part in self.datasets:
+            orders.append(open_order(part.dataset, tokenizer, how))
+            if orders[-1].length != how.length:
+                raise ConfigError(
+                    f"datasets: {part.name}: max_seq_len={orders[-1].length}, and other sources have {how.length}; "
+                    "all rows of a mixture have one length"
+                )
+        return Mixture(self, orders)
+
+    def shares(self, orders: Sequence[Order]) -> list[list[int]]:
+        """The integer shares of all sources in each phase, 0 for what is not read."""
+        if not self.mixture:
+            return [self._integers([self._weight(*both) for both in zip(self.datasets, orders, strict=True)])]
+        return [
+            self._integers([exact(phase.weights.get(label, 0.0)) for label in self.labels]) for phase in self.mixture
+        ]
+
+    def _weight(self, part: Part, order: Order) -> Fraction:
+        if part.weight is not None:
+            return exact(part.weight)
+        budget = _budget(part, order)
+        return Fraction(order.rows_per_epoch) if budget is None else budget
+
+    def _integers(self, weights: Sequence[Fraction]) -> list[int]:
+        if self.temperature != 1.0:
+            weights = [exact(float(weight) ** (1 / self.temperature)) if weight else weight for weight in weights]
+        positive = iter(shares_of([weight for weight in weights if weight]))
+        return [next(positive) if weight else 0 for weight in weights]
+
+
+def _budget(part: Part, order: Order) -> Fraction | None:
+    """Rows that a run may read of a source; None: any number."""
+    if part.tokens is not None:
+        return exact(part.tokens) / order.length
+    return None if part.epochs is None else exact(part.epochs) * order.rows_per_epoch
+
+
+def _in_ratio(texts: list[Iterator[str]], weights: Sequence[float]) -> Iterator[str]:
+    """Documents of all, so that characters are in the ratio of the weights as long as none has ended."""
+    read = dict.fromkeys(range(len(texts)), 0.0)
+    while read:
+        least = min(read, key=lambda i: read[i] / weights[i])
+        text = next(texts[least], None)
+        if text is None:
+            del read[least]
+        else:
+            read[least] += len(text)
+            yield text
+
+
+class Segment(NamedTuple):
+    """A part of the run in which the shares stay the same."""
+
+    start: int  # its first row
+    sources: NDArray[np.int64]  # (n read,) places of the sources that are read
+    interleave: Interleave
+    before: NDArray[np.int64]  # (n_sources,) rows of each source before its start
+
+
+class Mixture(Order):
+    """The order of the rows of a mixture."""
+
+    def __init__(self, config: MixtureConfig, orders: Sequence[Order]) -> None:
+        self.labels = tuple(config.labels)
+        self.length, self.documents = orders[0].length, orders[0].documents
+        self.own_positions = any(order.own_positions for order in orders)
+        self._config, self._orders = config, list(orders)
+        self._shares = config.shares(orders)
+        phases = [str((phase.until, shares)) for phase, shares in zip(config.mixture, self._shares, strict=False)]
+        self.data = {label: order.fingerprint for label, order in zip(self.labels, orders, strict=True)}
+        orders_of = [str((part.dataset.shuffle, part.dataset.shuffle_seed)) for part in config.datasets]
+        shares = phases or [str(self._shares[0])]
+        self.fingerprint = fingerprint_of("mixture/1", *self.data.items(), *orders_of, *shares)
+        budgets = [_budget(part, order) for part, order in zip(config.datasets, orders, strict=True)]
+        whole = [order.rows_per_epoch if budget is None else budget
+                 for order, budget in zip(orders, budgets, strict=True)]  # fmt: skip
+        self.rows_per_epoch = int(sum(whole))  # what the sources hold, or what their budgets say, all together
+        self._segments: list[Segment] = []
+        self.arrange([])
+
+    def arrange(self, ends: Sequence[int], start: int = 0, before: Sequence[int] | None = None) -> None:
+        """Say when the phases end.
+
+        Args:
+            ends: the rows at which all phases but the last end, in order.
+            start: the first row that is taken from this mixture, where a run came to it later.
+            before: rows of each source that were taken by then.
+        """
+        taken = np.array(before if before is not None else [0] * len(self.labels), dtype=np.int64)
+        self._segments = []
+        for number, shares in enumerate(self._shares):
+            end = ends[number] if number < len(ends) else None
+            if end is not None and end <= start:
+                continue
+            read = np.flatnonzero(shares)
+            interleave = Interleave([shares[i] for i in read])
+            self._segments.append(Segment(start, read, interleave, taken))
+            if end is None:
+                break
+            taken = taken.copy()
+            taken[read] += interleave.counts(end - start)
+            start = end
+
+    def check(self, rows: int) -> None:
+        """Refuse a run that would read a source more often than it may.
+
+        Args:
+            rows: of the whole run.
+
+        Raises:
+            ConfigError: naming the source, and how often it would be read.
+        """
+        for part, order, n in zip(self._config.datasets, self._orders, self.counts(rows).tolist(), strict=True):
+            epochs, budget = n / order.rows_per_epoch, _budget(part, order)
+            if part.max_epochs is not None and epochs > part.max_epochs:
+                raise ConfigError(
+                    f"datasets: {part.name}: the run reads it {epochs:.3g} times (max_epochs={part.max_epochs:g}); "
+                    "lower its weight, shorten max_duration, add text, or raise max_epochs"
+                )
+            if budget is not None and n >= budget + 1:
+                raise ConfigError(
+                    f"datasets: {part.name}: the run would read {n * order.length:,} tokens of it, and its budget is "
+                    f"{int(budget * order.length):,}; shorten max_duration, or raise the budgets"
+                )
+
+    @property
+    def period(self) -> int:
+        """Rows after which the sequence of sources repeats, in the last phase."""
+        return self._segments[-1].interleave.period
+
+    def counts(self, n: int) -> NDArray[np.int64]:
+        """(n_sources,) rows of each source among the first n of the run."""
+        at = max(i for i, segment in enumerate(self._segments) if segment.start <= n or i == 0)
+        segment = self._segments[at]
+        counts = segment.before.copy()
+        counts[segment.sources] += segment.interleave.counts(max(n - segment.start, 0))
+        return counts
+
+    def taken(self, n: int) -> dict[str, int]:
+        """The same by label."""
+        return dict(zip(self.labels, self.counts(n).tolist(), strict=True))
+
+    def describe(self) -> Mapping[str, str]:
+        """The share of each source over the phases, for the log."""
+        return {
+            label: " -> ".join(f"{shares[i] / sum(shares):.4%}" for shares in self._shares)
+            for i, label in enumerate(self.labels)
+        }
+
+    def read(self, numbers: NDArray[np.int64]) -> Block:
+        sources, places = self._where(numbers)
+        out = self.empty(len(numbers))._replace(sources=sources)
+        for i, (source, place) in enumerate(zip(sources.tolist(), places.tolist(), strict=True)):
+            self._orders[source].put(place, out, i)
+        return out
+
+    def _where(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        sources, places = np.empty_like(numbers), np.empty_like(numbers)
+        starts = [segment.start for segment in self._segments]
+        of = np.maximum(np.searchsorted(starts, numbers, side="right") - 1, 0)
+        for i in np.unique(of).tolist():
+            segment, here = self._segments[i], of == i
+            found, k = segment.interleave.at(numbers[here] - segment.start)
+            sources[here] = segment.sources[found]
+            places[here] = k + segment.before[sources[here]]
+        return sources, places

@@ -1,0 +1,40 @@
+"""A random order of any number of places that is not stored: a keyed permutation.
+
+A place is computed from the key, so that every rank and every restart finds the same one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmfoundry.runtime import seed_of
+
+
+def permuted(places: NDArray[np.int64], n: int, seed: int) -> NDArray[np.int64]:
+    """The images of `places` in [0, n) under a random permutation of [0, n) that is not stored.
+
+    A Feistel network permutes the smallest 2^(2k) >= n; an image outside [0, n) is permuted again until it is inside
+    (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    keys = [np.uint64(seed_of(seed, "round", i)) for i in range(6)]
+    out = _feistel(places.astype(np.uint64), half, keys)
+    while (outside := out >= n).any():
+        out[outside] = _feistel(out[outside], half, keys)
+    return out.astype(np.int64)
+
+
+def _feistel(x: NDArray[np.uint64], half: np.uint64, keys: list[np.uint64]) -> NDArray[np.uint64]:
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = x >> half, x & mask
+    for key in keys:
+        left, right = right, left ^ (_mix(right ^ key) & mask)
+    return (left << half) | right
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of MurmurHash3: every input bit reaches every output bit."""
+    for multiplier in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        x = (x ^ (x >> np.uint64(33))) * np.uint64(multiplier)
+    return x ^ (x >> np.uint64(33))

@@ -1,0 +1,227 @@
+"""What the loader serves: rows of one length, by their number.
+
+Shapes: B rows, S max_seq_len.
+`Rows` are finite and in the order of the data; each kind of data has its own. An `Order` is what a run reads: row n of
+it is a function of (seed, n) alone, without end. `Epochs` is the order of one set of rows; data/mixture.py
+mixes orders.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from llmfoundry.config import ConfigError
+from llmfoundry.data.packing import TokenStream, pack
+from llmfoundry.data.permutation import permuted
+from llmfoundry.data.sources import DatasetConfig
+from llmfoundry.data.tokenizer import PLAIN_TEXT, SpecialTokens
+from llmfoundry.runtime import cache_root, seed_of
+
+log = logging.getLogger(__name__)
+
+_CHUNK = 1024  # rows whose place in an epoch is computed at once
+IGNORE = -100  # the label of a position that is not predicted
+
+
+class Block(NamedTuple):
+    """Some rows, in the order in which they were asked for."""
+
+    tokens: NDArray[np.int64]  # (B, S)
+    labels: NDArray[np.int64]  # (B, S), IGNORE where nothing is predicted
+    documents: NDArray[np.int32] | None = None  # (B, S) each token's document, counted from the row's start
+    positions: NDArray[np.int64] | None = None  # (B, S) in its document; None: in the row
+    sources: NDArray[np.int64] | None = None  # (B,) the source of each row, by its place in a mixture
+
+
+class How(NamedTuple):
+    """How a run wants its rows."""
+
+    length: int  # S
+    seed: int  # of the run
+    documents: bool = False  # whether blocks contain the number of each token's document
+    drop_last: bool = False  # leave out the last, partly filled row of an epoch
+    special: SpecialTokens = PLAIN_TEXT  # the rule for special tokens
+
+
+class Numbered:
+    """Rows that are found by their number.
+
+    Attributes:
+        fingerprint: equal fingerprints, equal rows.
+        length: S, tokens.
+        documents: whether blocks contain the number of each token's document.
+        own_positions: whether positions start anew inside a row.
+    """
+
+    fingerprint: str
+    length: int
+    documents: bool = False
+    own_positions: bool = False
+
+    def put(self, number: int, out: Block, i: int) -> None:
+        """Write the row with this number as row `i` of a block."""
+        raise NotImplementedError
+
+    def read(self, numbers: NDArray[np.int64]) -> Block:
+        """The rows with these numbers."""
+        out = self.empty(len(numbers))
+        for i, number in enumerate(numbers.tolist()):
+            self.put(number, out, i)
+        return out
+
+    def empty(self, n_rows: int) -> Block:
+        """A block to be filled; positions are those in the row."""
+        shape = (n_rows, self.length)
+        return Block(
+            np.empty(shape, dtype=np.int64),
+            np.empty(shape, dtype=np.int64),
+            np.empty(shape, dtype=np.int32) if self.documents else None,
+            np.tile(np.arange(self.length), (n_rows, 1)) if self.own_positions else None,
+        )
+
+
+class Rows(Numbered):
+    """A number of rows, in the order of the data; a number past the end is a row without labels.
+
+    Attributes:
+        title: in messages, e.g. "text_files-train".
+        n_rows: of one pass; the last may be partly filled.
+        n_full: without a last one that is partly filled.
+        n_tokens: labels of one pass, or the positions that may have one.
+        n_bytes: of the text as UTF-8; None if it is not known.
+    """
+
+    title: str
+    n_rows: int
+    n_full: int
+    n_tokens: int
+    n_bytes: int | None = None
+
+
+class Order(Numbered):
+    """The endless sequence of rows of a run.
+
+    Attributes:
+        rows_per_epoch: rows after which a new epoch begins.
+        labels: names of the sources of a mixture; empty for a single one.
+        once: what one pass over the data reads; None for a mixture, which has no end.
+    """
+
+    rows_per_epoch: int
+    labels: tuple[str, ...] = ()
+    once: Rows | None = None
+
+
+class RowsConfig(DatasetConfig):
+    """Root of the datasets that are more than text to be packed: they make their own rows."""
+
+    split: str = "train"  # type: ignore[assignment]  # any name
+
+    def order(self, tokenizer: PreTrainedTokenizerBase, how: How) -> Order:
+        """Open the rows, making them first if they are not in the cache."""
+        raise NotImplementedError
+
+    def of_split(self, split: str) -> Self:
+        """The same: other data is only read where the YAML names it."""
+        return self
+
+
+def open_order(dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, how: How) -> Order:
+    """The order in which a run reads a dataset. `dataset.max_seq_len` takes precedence over the run's.
+
+    Raises:
+        ConfigError: the data cannot be read, or does not fill one row.
+    """
+    how = how._replace(length=dataset.max_seq_len or how.length)
+    if isinstance(dataset, RowsConfig):
+        return dataset.order(tokenizer, how)
+    source = dataset.build()
+    if source.summary:
+        log.info("%s", source.summary)
+    stream = pack(source, tokenizer, cache_root(dataset.cache_dir), how.special)
+    return epochs_of(StreamRows(stream, source.title, how), dataset, how)
+
+
+class StreamRows(Rows):
+    """A stream of packed tokens, cut every `length` tokens: row i is tokens [i*S, i*S + S + 1).
+
+    Every token of the stream except the first is a label exactly once.
+    """
+
+    def __init__(self, stream: TokenStream, title: str, how: How) -> None:
+        self.title, self.length, self.documents = title, how.length, how.documents
+        self.fingerprint = stream.fingerprint  # of the documents and the tokenizer
+        self.n_tokens = stream.n_tokens - 1
+        self.n_bytes = stream.n_bytes
+        self.n_rows, self.n_full = -(-self.n_tokens // how.length), self.n_tokens // how.length
+        self.stream = stream
+
+    def put(self, number: int, out: Block, i: int) -> None:
+        length, stream = self.length, self.stream
+        start = min(number * length, stream.n_tokens - 1)
+        found = stream.read(start, min(start + length + 1, stream.n_tokens))
+        n = len(found) - 1
+        out.tokens[i, :n], out.tokens[i, n:] = found[:-1], stream.eos_token_id
+        out.labels[i, :n], out.labels[i, n:] = found[1:], IGNORE
+        if out.documents is not None:
+            # A document's first token is predicted from the token that opens it, and from nothing before that.
+            np.cumsum(out.tokens[i] == stream.opening_token_id, out=out.documents[i])
+
+
+def epochs_of(rows: Rows, dataset: DatasetConfig, how: How) -> Epochs:
+    """The order of a dataset's rows: it is shuffled unless told otherwise, or named for evaluation.
+
+    Raises:
+        ConfigError: there is no whole row where one is needed.
+    """
+    held_out = dataset.split.startswith(("val", "test", "dev", "eval"))
+    shuffled = not held_out if dataset.shuffle is None else dataset.shuffle
+    seed = how.seed if dataset.shuffle_seed is None else dataset.shuffle_seed
+    return Epochs(rows, seed if shuffled else None, how.drop_last)
+
+
+class Epochs(Order):
+    """All rows again and again: row n is in epoch n // rows_per_epoch, at the place that a keyed permutation gives."""
+
+    def __init__(self, rows: Rows, seed: int | None, drop_last: bool = False) -> None:
+        """Order rows.
+
+        Args:
+            seed: of the permutations; None keeps the order of the data.
+            drop_last: leave out a partly filled row.
+
+        Raises:
+            ConfigError: no row is left.
+        """
+        self.fingerprint, self.length, self.documents = rows.fingerprint, rows.length, rows.documents
+        self.own_positions, self.once, self._rows = rows.own_positions, rows, rows
+        self.rows_per_epoch = rows.n_full if drop_last else rows.n_rows
+        self._seed = seed
+        self._near: dict[tuple[int, int], NDArray[np.int64]] = {}  # images of places that lie together
+        if self.rows_per_epoch == 0:
+            raise ConfigError(
+                f"dataset {rows.title}: {rows.n_tokens} tokens do not fill one row of "
+                f"max_seq_len={rows.length}; lower max_seq_len, add text, or set drop_last: false"
+            )
+
+    def put(self, number: int, out: Block, i: int) -> None:
+        epoch, row = divmod(number, self.rows_per_epoch)
+        place = row if self._seed is None else int(self._images(epoch, row // _CHUNK)[row % _CHUNK])
+        self._rows.put(place, out, i)
+
+    def _images(self, epoch: int, chunk: int) -> NDArray[np.int64]:
+        """The places in the data of _CHUNK rows of an epoch; the last few are kept, as rows are asked for in order."""
+        key = (epoch, chunk)
+        if key not in self._near:
+            while len(self._near) >= 4:
+                del self._near[next(iter(self._near))]
+            assert self._seed is not None
+            n = self.rows_per_epoch
+            rows = np.arange(chunk * _CHUNK, min((chunk + 1) * _CHUNK, n))
+            self._near[key] = permuted(rows, n, seed_of(self._seed, "epoch", epoch))
+        return self._near[key]

@@ -1,0 +1,99 @@
+"""Where a run is in a mixture of datasets: when its phases end, and what was read before the mixture was changed.
+
+A checkpoint holds, beside the number of rows, how many rows of each source it has read. A run that resumes with another
+mixture (`load_allow: [mixture]`) reads each source on from there, and new sources from their first row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+from llmfoundry.checkpoint.reading import Contents, Json
+from llmfoundry.config import ConfigError
+from llmfoundry.data.mixture import Mixture, Phase
+from llmfoundry.train.duration import Duration, Timeline
+
+
+class Joined(NamedTuple):
+    """Where a run came to its present mixture."""
+
+    row: int = 0
+    before: dict[str, int] = {}  # rows of each source that it had read by then
+
+
+class _Saved(NamedTuple):
+    """What a checkpoint says of its mixture."""
+
+    taken: dict[str, int]  # rows by label
+    data: dict[str, str]  # fingerprints by label
+    joined: Joined
+
+
+def row_ends(phases: list[Phase], timeline: Timeline) -> list[int]:
+    """The rows at which all phases but the last end.
+
+    Raises:
+        ConfigError: one does not end after the one before it.
+    """
+    ends: list[int] = []
+    for number, phase in enumerate(phases[:-1]):
+        assert phase.until is not None
+        end = timeline.steps(Duration.parse(phase.until)) * timeline.rows_per_step
+        if end <= (ends[-1] if ends else 0):
+            raise ConfigError(f"train_loader.mixture.{number}.until: {phase.until} is not after the phase before it")
+        ends.append(end)
+    return ends
+
+
+def take_up(mixture: Mixture, ends: list[int], contents: Contents | None, rows: int, allowed: bool) -> Joined:
+    """Arrange a mixture for a run, from its first row or from a checkpoint.
+
+    Args:
+        ends: as `row_ends` gives them.
+        contents: the checkpoint that the run continues.
+        rows: how many it has read.
+        allowed: whether another mixture than its own may be taken from here on.
+
+    Returns:
+        What the checkpoints of this run have to remember.
+
+    Raises:
+        ConfigError: the phases end at other rows than before, so that other rows would have been read.
+    """
+    if contents is None:
+        mixture.arrange(ends)
+        return Joined()
+    saved = _saved(contents, rows)
+    if contents.trainer.get("data") == mixture.fingerprint:
+        mixture.arrange(ends, saved.joined.row, [saved.joined.before.get(label, 0) for label in mixture.labels])
+        if mixture.taken(rows) == saved.taken:
+            return saved.joined
+        if not allowed:
+            raise ConfigError(
+                f"{contents.path}: had read other rows by then, as train_loader.mixture ends its phases at other times "
+                "now; restore max_duration and until, or go on with the new times from here: load_allow=[mixture]"
+            )
+    before = {label: saved.taken.get(label, 0) for label in mixture.labels if saved.data.get(label)}
+    for label, fingerprint in mixture.data.items():
+        if saved.data.get(label) != fingerprint:
+            same = (saved.taken[other] for other, data in saved.data.items() if data == fingerprint)
+            before[label] = next(same, 0)
+    mixture.arrange(ends, rows, [before[label] for label in mixture.labels])
+    return Joined(rows, before)
+
+
+def _saved(contents: Contents, rows: int) -> _Saved:
+    found = contents.trainer.get("mixture")
+    if not isinstance(found, dict):  # of a run on a single dataset
+        return _Saved({"": rows}, {"": str(contents.trainer.get("data"))}, Joined())
+    joined = cast(dict[str, Json], found["joined"])
+    return _Saved(
+        cast(dict[str, int], found["taken"]), cast(dict[str, str], found["data"]),
+        Joined(cast(int, joined["row"]), cast(dict[str, int], joined["before"])),
+    )  # fmt: skip
+
+
+def to_save(mixture: Mixture, rows: int, joined: Joined) -> Json:
+    """What a checkpoint says of a mixture after `rows` rows."""
+    return {"taken": cast(Json, mixture.taken(rows)), "data": cast(Json, mixture.data),
+            "joined": {"row": joined.row, "before": cast(Json, joined.before)}}  # fmt: skip

@@ -1,0 +1,108 @@
+"""Tokens per second of the loader, with 1 and with 50 sources: python scripts/bench/loader.py.
+
+Rows come from shards in the page cache, in batches as a run takes them, in one thread. The two loaders take turns, so
+that both see the same machine. What 50 sources cost is taken from the least time of the processor, which other
+processes change little.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from llmfoundry.data import Loader, MixtureConfig, Source, SyntheticConfig, TokenStream
+from llmfoundry.data.mixture import Mixture, Part
+from llmfoundry.data.packing import _write
+from llmfoundry.data.rows import How, StreamRows, epochs_of
+
+RESULTS = Path(__file__).parent / "results" / "loader.json"
+LENGTH, ROWS, BATCHES, PASSES, TOKENS = 2048, 512, 16, 9, 10**8
+NEEDED = 8 * 110_000  # tokens per second that eight GPUs take
+
+
+class Words:
+    """Stands for a tokenizer: a document is the number of tokens that are made up for it."""
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        rng = np.random.default_rng(len(texts))
+        return [rng.integers(1, 50_000, int(text)).tolist() for text in texts]
+
+
+def build(n_sources: int, folder: Path) -> Loader:
+    """A loader over TOKENS tokens of made-up documents."""
+    how = How(LENGTH, seed=0, documents=True)
+    rng = np.random.default_rng(0)
+    parts, orders = [], []
+    for i in range(n_sources):
+        shard = folder / f"{n_sources}-{i}"
+        shard.mkdir()
+        documents = [str(n) for n in rng.integers(100, 2000, TOKENS // 1050 // n_sources)]
+        source = Source(f"source-{i}", str(i), lambda documents=documents: iter(documents))
+        _write(shard, source, Words(), 0, np.dtype("<u2"), f"{n_sources}-{i}")  # type: ignore[arg-type]
+        dataset = SyntheticConfig(name="synthetic")
+        parts.append(Part(dataset=dataset, label=f"s{i}", weight=round(float(rng.uniform(0.2, 2.0)), 3)))
+        orders.append(epochs_of(StreamRows(TokenStream(shard), source.title, how), dataset, how))
+    return Loader(orders[0] if n_sources == 1 else Mixture(MixtureConfig(datasets=parts), orders))
+
+
+class Speed(NamedTuple):
+    """Of a number of batches."""
+
+    per_second: float  # tokens
+    processor_seconds: float  # per batch
+
+
+def measure(loader: Loader, start: int) -> Speed:
+    """Read BATCHES batches from row `start` on."""
+    begin, used = time.perf_counter(), time.process_time()
+    for i in range(BATCHES):
+        loader.batch(start + i * ROWS, ROWS)
+    seconds, used = time.perf_counter() - begin, time.process_time() - used
+    return Speed(BATCHES * ROWS * LENGTH / seconds, used / BATCHES)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        loaders = {n: build(n, Path(folder)) for n in (1, 50)}
+        for loader in loaders.values():
+            measure(loader, 0)  # warm-up: files into the page cache
+        table = time.process_time()
+        mixture = loaders[50].order
+        assert isinstance(mixture, Mixture)
+        mixture.counts(mixture.period - 1)  # the table of the mixture, which is made once
+        table = time.process_time() - table
+        found: dict[int, list[Speed]] = {n: [] for n in loaders}
+        for i in range(1, PASSES + 1):
+            for n, loader in loaders.items():
+                found[n].append(measure(loader, i * BATCHES * ROWS))
+    rate = {n: statistics.median(speed.per_second for speed in speeds) for n, speeds in found.items()}
+    used = {n: min(speed.processor_seconds for speed in speeds) for n, speeds in found.items()}
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    result = {
+        "git_sha": git.stdout.strip() or "unknown",
+        "machine": platform.platform(),
+        "torch": torch.__version__,
+        "config": {"max_seq_len": LENGTH, "rows_per_batch": ROWS, "batches": BATCHES, "passes": PASSES,
+                   "tokens": TOKENS, "sequence_ids": True, "threads": 1},
+        "tokens_per_second": {str(n): round(each) for n, each in rate.items()},
+        "table_seconds_once": round(table, 3),
+        "processor_ms_per_batch": {str(n): round(1e3 * each, 3) for n, each in used.items()},
+        "cost_of_50_sources": round(used[50] / used[1] - 1, 4),
+        "needed_by_8_gpus": NEEDED,
+        "times_what_is_needed": round(rate[50] / NEEDED, 1),
+    }  # fmt: skip
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+"""Finetuning: labels as TRL's, formats, packing, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llmfoundry.config import ConfigError, check
+from llmfoundry.data import IGNORE, ChatsConfig, LoaderConfig
+from llmfoundry.data.bins import BUFFER, best_fit
+from llmfoundry.data.chat_template import Renderer, Targets
+from llmfoundry.data.conversations import Conversation, Pair, example_of
+from llmfoundry.data.mds import MDSWriter
+from tests.data.chat_tokenizer import PLAIN, TOOLS, WITH_TOOLS, tokenizer, turns
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def labels_of_trl(template: str, chats: list[object], tools: object, folder: Path) -> list[tuple[list[int], list[int]]]:
+    """Token ids and labels of TRL's assistant_only_loss."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    own = tokenizer(template)
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    args = trl.SFTConfig(str(folder), assistant_only_loss=True, max_length=None, use_cpu=True, report_to=[])
+    rows = [{"messages": chat} | ({"tools": tools} if tools else {}) for chat in chats]
+    trainer = trl.SFTTrainer(
+        LlamaForCausalLM(LlamaConfig(vocab_size=len(own), **shape)), args, train_dataset=Dataset.from_list(rows),
+        processing_class=own,
+    )  # fmt: skip
+    return [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
+
+
+# Templates with {% generation %}, and (llama3, phi3) without.
+@pytest.mark.parametrize("name", ["qwen2_5_training", "qwen3_training", "llama3", "llama3_training", "phi3"])
+@pytest.mark.parametrize("with_tools", [False, True])
+def test_labels_are_those_of_trl(name: str, with_tools: bool, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    chats, tools = (WITH_TOOLS, TOOLS) if with_tools else (PLAIN, None)
+    theirs = labels_of_trl(template, list(chats.values()), tools, tmp_path)
+    renderer = Renderer(tokenizer(template), Targets())
+    for chat, (ids, labels) in zip(chats.values(), theirs, strict=True):
+        ours = renderer.tokens(example_of({"messages": chat, "tools": tools}))
+        assert ours.ids.tolist() == ids
+        assert np.where(ours.learned, ours.ids, IGNORE).tolist() == labels
+
+
+def learned(template: str | None, example: object, **targets: object) -> str:
+    own = tokenizer(template)
+    found = Renderer(own, Targets(**targets)).tokens(example_of(example))
+    return own.decode(found.ids[found.learned])
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"messages": turns("a", "b", "c", "d")}, "b<|im_end|>\nd<|im_end|>\n"),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, "b<|im_end|>\n"),
+        ({"conversations": [{"from": "system", "value": "s"}, {"from": "user", "value": "a"},
+                            {"from": "assistant", "value": "b"}], "id": 7}, "b<|im_end|>\n"),
+        ({"instruction": "Add", "input": "1 2", "output": "3"}, "3<|im_end|>\n"),
+        ({"instruction": "Add", "context": "1 2", "response": "3", "category": "x"}, "3<|im_end|>\n"),
+        ({"prompt": "1 + 1 =", "response": " 2"}, " 2<|endoftext|>"),
+        ({"prompt": "1 + 1 =", "completion": " 2"}, " 2<|endoftext|>"),
+        ({"prompt": turns("a", "b", "c"), "completion": [{"role": "assistant", "content": "d"}]},
+         "b<|im_end|>\nd<|im_end|>\n"),
+        ({"messages": json.dumps(turns("a", "b"))}, "b<|im_end|>\n"),
+        ({"messages": [*turns("a", "b", "c"), {"role": "assistant", "content": "d", "weight": 0}]}, "b<|im_end|>\n"),
+    ],
+)  # fmt: skip
+def test_every_format_learns_the_answers(row: dict[str, object], text: str) -> None:
+    assert learned(CHATML, row) == text
+
+
+def test_instructions_and_their_input_are_one_message() -> None:
+    alpaca = example_of({"instruction": "Add", "input": "1 2", "output": "3"})
+    without = example_of({"instruction": "Add", "input": "", "output": "3", "system": "Be brief."})
+    assert isinstance(alpaca, Conversation) and alpaca.messages[0]["content"] == "Add\n\n1 2"
+    assert isinstance(without, Conversation)
+    assert [message["content"] for message in without.messages] == ["Be brief.", "Add", "3"]
+    assert example_of({"prompt": "a", "response": "b", "messages": None}) == Pair("a", "b")
+
+
+def test_what_is_learned_can_be_chosen() -> None:
+    chat = {"messages": turns("first words", "b", "c", "d")}
+    assert learned(CHATML, chat, responses="last") == "d<|im_end|>\n"
+    everything = learned(CHATML, chat, prompts=0)
+    assert everything.startswith("<|im_start|>user\nfirst words") and everything.endswith("d<|im_end|>\n")
+    assert learned(CHATML, chat, prompts=1000) == learned(CHATML, chat)
+    assert learned(CHATML, {"prompt": "a b c", "response": "d"}, prompts=1) == "a b cd<|endoftext|>"
+
+
+def test_a_tokenizer_without_template_gets_chatml() -> None:
+    assert learned(None, {"messages": turns("!s", "a", "b")}) == "b<|im_end|>"
+
+
+def test_a_template_that_is_given_stays_with_the_tokenizer(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "train.jsonl", chats(5))
+    config = check(LoaderConfig, {"name": "finetuning", "dataset": {"path": str(path), "chat_template": CHATML,
+                                                                   "cache_dir": str(tmp_path / "c")}})  # fmt: skip
+    own = tokenizer()
+    first = config.build(own, seed=0, max_seq_len=64, sequence_ids=True)
+    assert own.chat_template == CHATML, "checkpoints carry it"
+    assert config.build(own, seed=0, max_seq_len=64, sequence_ids=True).fingerprint == first.fingerprint
+
+
+def test_turns_that_are_rendered_otherwise_inside_are_refused() -> None:
+    thinking = CHATML.replace("message['content']", "('(thought) ' if loop.last else '') + message['content']")
+    last = CHATML.replace("{% for", "{{ messages | length }}{% for")
+    for template in (thinking, last):
+        with pytest.raises(ValueError, match="does not render message 1 at the end as it does inside the conversation"):
+            learned(template, {"messages": turns("a", "b", "c", "d")})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "x"}, "has the columns text, which are none of a known format"),
+        ({"messages": turns("only the user")}, "has no turn of the assistant"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "role 'robot' is none of system, developer, user"),
+        ({"messages": []}, "must be a list of turns"),
+        ({"messages": [{"role": "user"}]}, "message 0: has neither content nor tool_calls"),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, "a turn must have from"),
+        ({"messages": turns("a", "b"), "tools": "{"}, "tools: is not JSON"),
+    ],
+)
+def test_rows_without_an_example_are_named(row: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        example_of(row)
+
+
+def write_lines(path: Path, rows: list[object]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def chats(n: int, seed: int = 0) -> list[dict[str, object]]:
+    """Conversations whose lengths are spread as in real sets: many short ones, few long ones."""
+    rng = random.Random(seed)
+    words = [[rng.choice("abcdefgh") for _ in range(int(rng.lognormvariate(2, 1)) + 1)] for _ in range(n)]
+    return [{"messages": turns(f"number {i}", " ".join(said))} for i, said in enumerate(words)]
+
+
+def loader(tmp_path: Path, length: int = 64, *, documents: bool = True, template: str = CHATML, **dataset: object):
+    whole = {"cache_dir": str(tmp_path / "c"), "validation_fraction": 0.0 if dataset.get("split") != "test" else 1.0}
+    config = check(LoaderConfig, {"name": "finetuning", "dataset": whole | dataset})
+    return config.build(tokenizer(template), seed=0, max_seq_len=length, sequence_ids=documents)
+
+
+def test_packed_rows_hold_every_example_once_and_apart(tmp_path: Path) -> None:
+    rows = chats(300)
+    path = write_lines(tmp_path / "train.jsonl", rows)
+    found = loader(tmp_path, path=str(path), shuffle=False)
+    renderer = Renderer(tokenizer(CHATML), Targets())
+    expected = sorted(
+        (example.ids[:64].tolist(), np.where(example.learned, example.ids, IGNORE)[:64].tolist())
+        for example in (renderer.tokens(example_of(row)) for row in rows)
+    )
+    batch = found.batch(0, found.rows_per_epoch)
+    assert batch.sequence_ids is not None and batch.positions is not None
+    seen = []
+    for tokens, labels, ids, positions in zip(
+        batch.tokens, batch.labels, batch.sequence_ids, batch.positions, strict=True
+    ):
+        for document in range(1, int(ids.max()) + 1):
+            here = ids == document
+            n = int(here.sum())
+            assert torch.equal(positions[here], torch.arange(n))
+            own = labels[here].tolist()
+            assert own[-1] == IGNORE, "nothing is predicted across examples"
+            seen.append((tokens[here].tolist(), [IGNORE, *own[:-1]]))
+        assert (labels[ids == 0] == IGNORE).all()
+    assert sorted(seen) == expected
+
+
+def test_little_of_the_rows_is_empty(tmp_path: Path) -> None:
+    found = loader(tmp_path, 512, path=str(write_lines(tmp_path / "train.jsonl", chats(2000))))
+    batch = found.batch(0, found.rows_per_epoch)
+    assert batch.sequence_ids is not None
+    assert (batch.sequence_ids > 0).float().mean() >= 0.98
+
+
+def test_without_document_masks_each_example_has_a_row(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "train.jsonl", chats(20))
+    found = loader(tmp_path, documents=False, path=str(path))
+    assert found.rows_per_epoch == 20 and found.batch(0, 20).sequence_ids is None
+
+
+def test_long_examples_are_cut_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"messages": turns("a", "b " * 100)}, {"messages": turns("c " * 100, "d")}, {"messages": turns("e", "f")}]
+    with caplog.at_level("INFO"):
+        found = loader(tmp_path, path=str(write_lines(tmp_path / "train.jsonl", rows)))
+    assert (
+        "3 examples in 2 rows" in caplog.text and "2 were cut at max_seq_len=64, 1 with nothing to learn" in caplog.text
+    )
+    assert (found.batch(0, 2).labels != IGNORE).any(1).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_best_fit_fills_rows_and_forgets_none(seed: int) -> None:
+    rng = random.Random(seed)
+    lengths = [min(512, 1 + int(rng.lognormvariate(4, 1))) for _ in range(BUFFER + 777)]
+    rows = best_fit(lengths, 512)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert max(sum(lengths[i] for i in row) for row in rows) <= 512
+    assert sum(lengths) / (512 * len(rows)) > 0.98
+    assert best_fit(lengths, 512) == rows
+    assert best_fit([3, 3], 3) == [[0], [1]] and best_fit([], 5) == []
+
+
+def test_files_of_a_folder_are_split_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    write_lines(folder / "train.jsonl", chats(30))
+    write_lines(folder / "test.jsonl", chats(5, seed=1))
+    both = [loader(tmp_path, documents=False, path=str(folder), split=split) for split in ("train", "test")]
+    assert [found.rows_per_epoch for found in both] == [30, 5]
+    theirs = [
+        loader(tmp_path, documents=False, hf_name="json", hf_kwargs={"data_dir": str(folder)}, split=split)
+        for split in ("train", "test")
+    ]
+    assert [found.fingerprint for found in both] == [found.fingerprint for found in theirs]
+
+
+@pytest.mark.parametrize("ending", ["json", "csv", "parquet", "jsonl.gz"])
+def test_tables_of_every_kind_give_the_same_rows(tmp_path: Path, ending: str) -> None:
+    import csv
+    import gzip
+
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"prompt": f"{i} + 1 =", "response": f" {i + 1}"} for i in range(9)]
+    path = tmp_path / f"train.{ending}"
+    if ending == "json":
+        path.write_text(json.dumps(rows))
+    elif ending == "csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["prompt", "response"])
+            writer.writeheader()
+            writer.writerows(rows)
+    elif ending == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    expected = loader(tmp_path, path=str(write_lines(tmp_path / "same" / "train.jsonl", rows)), shuffle=False)
+    found = loader(tmp_path, path=str(path), shuffle=False)
+    assert torch.equal(found.batch(0, 2).tokens, expected.batch(0, 2).tokens)
+
+
+@pytest.mark.parametrize("columns", [("prompt", "response"), ("messages",)])
+def test_mds_holds_examples_too(tmp_path: Path, columns: tuple[str, ...]) -> None:
+    with MDSWriter(
+        tmp_path / "mds" / "train", dict.fromkeys(columns, "json" if len(columns) == 1 else "str")
+    ) as writer:
+        for i in range(6):
+            writer.write({"messages": turns(f"{i}", "b")} if len(columns) == 1 else {"prompt": f"{i}", "response": "b"})
+    streams = {"mine": {"local": str(tmp_path / "mds"), "split": "train"}}
+    found = loader(tmp_path, streams=streams, shuffle=True, documents=False, decoder_only_format=True)
+    assert found.rows_per_epoch == 6
+
+
+def test_own_columns_by_mapping_or_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_lines(tmp_path / "train.jsonl", [{"question": "a", "answer": "b"}])
+    (tmp_path / "my_chats.py").write_text(
+        "def fn(row):\n    return {'prompt': row['question'], 'response': row['answer']}\n"
+        "def bad(row):\n    return {'prompt': row['nothing']}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    by_name = loader(tmp_path, path=str(path), preprocessing_fn={"prompt": "question", "response": "answer"})
+    by_function = loader(tmp_path, path=str(path), preprocessing_fn="my_chats:fn")
+    assert torch.equal(by_name.batch(0, 1).tokens, by_function.batch(0, 1).tokens)
+    with pytest.raises(ConfigError, match="chats-train: row 0: no 'nothing'; skip_bad_rows"):
+        loader(tmp_path, path=str(path), preprocessing_fn="my_chats:bad")
+    with pytest.raises(ConfigError, match="preprocessing_fn: my_chats:gone: my_chats has no function gone"):
+        loader(tmp_path, path=str(path), preprocessing_fn="my_chats:gone")
+    with pytest.raises(ConfigError, match="has no column 'q', which preprocessing_fn names; it has question, answer"):
+        loader(tmp_path, path=str(path), preprocessing_fn={"prompt": "q"})
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ({}, "write one of path, hf_name, local or streams; found none"),
+        ({"path": "a", "hf_name": "b"}, "found path and hf_name"),
+        ({"path": "a", "decoder_only_format": False}, "decoder_only_format"),
+        ({"path": "a", "target_prompts": "some"}, "target_prompts: 'some' is none of none, all, length>=N"),
+        ({"path": "a", "target_responses": "first"}, "target_responses"),
+    ],
+)
+def test_mistakes_are_named(dataset: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(LoaderConfig, {"name": "finetuning", "dataset": dataset})
+
+
+def test_bad_rows_are_skipped_up_to_a_number(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_lines(tmp_path / "train.jsonl", [*chats(3), {"text": "x"}, {"messages": 5}])
+    with pytest.raises(ConfigError, match="row 3: has the columns text"):
+        loader(tmp_path, path=str(path))
+    assert loader(tmp_path, path=str(path), skip_bad_rows=2, documents=False).rows_per_epoch == 3
+    assert "skipped 2 of at most 2 bad rows" in caplog.text
+
+
+def test_words_of_llm_foundry_are_known() -> None:
+    theirs = {"hf_name": "mosaicml/dolly_hhrlhf", "split": "train", "max_seq_len": 512, "allow_pad_trimming": False,
+              "decoder_only_format": True, "packing_ratio": "auto", "eos_token_id": 0, "shuffle": True}  # fmt: skip
+    assert isinstance(check(LoaderConfig, {"name": "finetuning", "dataset": theirs}).dataset, ChatsConfig)
