@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import ConfigError
@@ -69,10 +69,10 @@ class ChatsConfig(Folders, names=("chats", "finetuning")):
     safe_load: bool = True
     eos_token_id: int | None = None
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _tuning(cls, data: object) -> object:
-        return without_tuning(data)
+    def _tuning(cls, data: object, check: ModelWrapValidatorHandler[Self]) -> Self:
+        return check(without_tuning(data))
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from operator import itemgetter
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -62,9 +62,13 @@ class LoaderConfig(Choice, tag="name"):
     label: str | None = None  # of one of eval_loaders: its name in the metrics
     rows: int | None = Field(default=None, ge=1)  # for evaluation: read so many rows at most; None: all
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _mixture_is_a_dataset(cls, data: object) -> object:
+    def _written_out(cls, data: object, check: ModelWrapValidatorHandler[Self]) -> Self:
+        return check(cls._without_shorthand(data))
+
+    @staticmethod
+    def _without_shorthand(data: object) -> object:
         """`datasets: [...]` beside the loader's own keys is short for a dataset of the kind `mixture`.
 
         A dataset without a name is what its loader or its keys say.

@@ -16,7 +16,7 @@ from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import Config, ConfigError
@@ -48,10 +48,10 @@ class Stream(Config):
     repeat: float | None = Field(default=None, gt=0)  # how often an epoch reads each of its rows
     choose: int | None = Field(default=None, ge=1)  # rows of it in an epoch
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _tuning(cls, data: object) -> object:
-        return without_tuning(data)
+    def _tuning(cls, data: object, check: ModelWrapValidatorHandler[Self]) -> Self:
+        return check(without_tuning(data))
 
     @model_validator(mode="after")
     def _one_measure(self) -> Self:
@@ -124,10 +124,10 @@ class MDSConfig(Folders, names=("mds",)):
     eos_token_id: int | None = None  # ends documents inside rows of tokens; None: the tokenizer's
     bos_token_id: int | None = None  # or: begins them
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _tuning(cls, data: object) -> object:
-        return without_tuning(data)
+    def _tuning(cls, data: object, check: ModelWrapValidatorHandler[Self]) -> Self:
+        return check(without_tuning(data))
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -14,7 +14,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import Config, ConfigError
@@ -33,14 +33,14 @@ class Part(Config):
     epochs: float | None = Field(default=None, gt=0)  # or: how many times the run reads it
     max_epochs: float | None = Field(default=None, gt=0)  # a run that would read it more often is refused
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _flat(cls, data: object) -> object:
+    def _written_out(cls, data: object, check: ModelWrapValidatorHandler[Self]) -> Self:
         """The dataset's keys may stand beside those of the part."""
         if not isinstance(data, dict) or "dataset" in data:
-            return data
+            return check(data)
         own = {key: value for key, value in data.items() if key in cls.model_fields}
-        return own | {"dataset": {key: value for key, value in data.items() if key not in own}}
+        return check(own | {"dataset": {key: value for key, value in data.items() if key not in own}})
 
     @model_validator(mode="after")
     def _one_measure(self) -> Self:

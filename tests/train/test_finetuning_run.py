@@ -12,7 +12,7 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmfoundry.cli.train import train_main
-from llmfoundry.config import check, load_yaml
+from llmfoundry.config import check
 from llmfoundry.data import IGNORE
 from llmfoundry.data.loader import LoaderConfig
 from tests.data.chat_tokenizer import PLAIN, tokenizer
@@ -65,7 +65,7 @@ def losses_of_transformers(recipe: Path, folder: Path) -> list[float]:
     """The same rows, each conversation a sequence of its own, in a plain loop."""
     model = LlamaForCausalLM.from_pretrained(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
-    data = load_yaml(recipe)
+    data = yaml.safe_load(recipe.read_text())
     data["train_loader"]["dataset"]["validation_fraction"] = 0.0
     loader = check(LoaderConfig, data["train_loader"]).build(
         tokenizer(CHATML), seed=17, max_seq_len=LENGTH, sequence_ids=True
