@@ -48,7 +48,7 @@ class Table(NamedTuple):
     files: frozenset[Path] = frozenset()
 
 
-class ChatsConfig(Folders, names=("chats", "finetuning")):
+class ChatsConfig(Folders, names=("chats",)):
     """Examples from local files (`path`), the hub (`hf_name`) or MDS (`local`, `remote`, `streams`)."""
 
     path: str | None = None  # a folder, a glob or one file: .jsonl, .json, .csv, .tsv, .parquet
