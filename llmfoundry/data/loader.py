@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from operator import itemgetter
+from threading import Lock
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -139,6 +140,7 @@ class Loader:
         self.n_rows = once.n_rows if once is not None else 0  # of one pass; the last may be partly filled
         self.n_tokens = once.n_tokens if once is not None else 0  # labels in one pass
         self.n_bytes = once.n_bytes if once is not None else None  # of the text as UTF-8
+        self._reading = Lock()  # orders keep what they have computed: one thread at a time
         self._thread = ThreadPoolExecutor(1, "read-ahead") if read_ahead else None
         self._ahead: tuple[tuple[int, int, int, int], Future[Batch]] | None = None
 
@@ -174,13 +176,16 @@ class Loader:
         share, stop = n_rows // world, self.n_rows if limit is None else min(limit, self.n_rows)
         for start in range(0, stop, n_rows):
             rows = np.arange(share) + start + rank * share
-            yield _batch_of(rows, once.read(np.where(rows < stop, rows, self.n_rows)))
+            with self._reading:
+                block = once.read(np.where(rows < stop, rows, self.n_rows))
+            yield _batch_of(rows, block)
 
     def _batch(self, start_row: int, n_rows: int, rank: int, world: int) -> Batch:
         return self._gather(np.arange(start_row + n_rows * rank // world, start_row + n_rows * (rank + 1) // world))
 
     def _gather(self, rows: NDArray[np.int64]) -> Batch:
-        return _batch_of(rows, self.order.read(rows))
+        with self._reading:
+            return _batch_of(rows, self.order.read(rows))
 
 
 def _batch_of(rows: NDArray[np.int64], block: Block) -> Batch:
