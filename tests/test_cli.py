@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmfoundry.cli.command import Command, read_config
+from llmfoundry.cli.command import Command, read_run_config
 from llmfoundry.cli.train import prepare_data_main, train_main
 from llmfoundry.config import dump
 
@@ -157,13 +157,13 @@ def test_paths_and_names_that_mean_something_else_are_refused(
 
 def test_run_name_is_filled_in_and_else_the_folders_name(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RUN_NAME", raising=False)
-    config = read_config(str(recipe), [f"save_folder={recipe.parent}/runs/{{run_name}}", "run_name=a"])
+    config = read_run_config(str(recipe), [f"save_folder={recipe.parent}/runs/{{run_name}}", "run_name=a"])
     assert config.save_folder == f"{recipe.parent}/runs/a"
-    config = read_config(str(recipe), ["loggers.tensorboard.log_dir=tb/{run_name}", "load_path=x/{run_name}"])
+    config = read_run_config(str(recipe), ["loggers.tensorboard.log_dir=tb/{run_name}", "load_path=x/{run_name}"])
     assert config.run_name == "run" and config.load_path == "x/run"
     assert dump(config)["loggers"]["tensorboard"]["log_dir"] == "tb/run"
     monkeypatch.setenv("RUN_NAME", "from-slurm")
-    assert read_config(str(recipe), ["save_folder=runs/{run_name}"]).save_folder == "runs/from-slurm"
+    assert read_run_config(str(recipe), ["save_folder=runs/{run_name}"]).save_folder == "runs/from-slurm"
 
 
 def test_dry_run_says_what_evaluation_costs(recipe: Path, capsys: pytest.CaptureFixture) -> None:

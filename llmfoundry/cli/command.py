@@ -79,7 +79,7 @@ def _tell_torchrun(why: str) -> None:
         time.sleep(1.0)
 
 
-def read_config(path: str, overrides: list[str]) -> RunConfig:
+def read_run_config(path: str, overrides: list[str]) -> RunConfig:
     """A YAML file as a checked config; LLM Foundry's legacy words are translated, with a note each."""
     settings = load_settings(path, overrides)
     # Only now is torch imported: all mistakes in the file's form have been reported.

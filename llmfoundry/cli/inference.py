@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from llmfoundry import launch
-from llmfoundry.cli.command import command, read_config
+from llmfoundry.cli.command import command, read_run_config
 from llmfoundry.config import ConfigError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _open_checkpoint(folder: str, overrides: list[str], keys: Sequence[str]) -> 
     contents = read(folder)
     # What a conversion wrote is for editing; the settings of its weights are on record beside it.
     settings = CONVERTED if CONVERTED in contents.files else CONFIG
-    config = read_config(str(contents.path / settings), overrides)
+    config = read_run_config(str(contents.path / settings), overrides)
     assert isinstance(config.model, CausalLMConfig)
     check_device(config.model, place, config.precision_on(place.type))
     tokenizer = tokenizer_of(contents.tokenizer) if contents.tokenizer is not None else None

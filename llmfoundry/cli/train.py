@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmfoundry import launch
-from llmfoundry.cli.command import command, read_config
+from llmfoundry.cli.command import command, read_run_config
 from llmfoundry.config import ConfigError, dump
 from llmfoundry.planning.hardware import GIB, GPU_MEMORY
 from llmfoundry.settings import write_resolved
@@ -44,7 +44,7 @@ def train_main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"--gpus {args.gpus}: is for --dry-run, and 1 or more")
     if args.gpu_memory is not None and (not math.isfinite(args.gpu_memory) or not args.dry_run):
         raise ConfigError(f"--gpu-memory {args.gpu_memory:g}: is for --dry-run, and a number of GiB")
-    config = read_config(args.yaml, args.overrides)
+    config = read_run_config(args.yaml, args.overrides)
     config.model.check_trainable()
     if args.dry_run:
         _dry_run(config, args.gpus, GPU_MEMORY if args.gpu_memory is None else args.gpu_memory * GIB)
@@ -154,7 +154,7 @@ def prepare_data_main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
     if (args.format == "mds") != (args.out is not None) or (args.compression and args.format != "mds"):
         raise ConfigError("--format mds and --out FOLDER belong together; --compression is for them")
-    config = read_config(args.yaml, args.overrides)
+    config = read_run_config(args.yaml, args.overrides)
     from llmfoundry.data.mds_write import write_rows
     from llmfoundry.data.packing import prepare
     from llmfoundry.data.rows import How, RowsConfig

@@ -35,7 +35,7 @@ SHARD_TOKENS = 2**27
 BATCH_CHARACTERS = 2**22
 
 
-class Shard(NamedTuple):
+class ShardFile(NamedTuple):
     """One file of the stream."""
 
     tokens: int
@@ -59,7 +59,7 @@ class TokenStream:
         self.eos_token_id: int = index["eos_token_id"]
         self.opening_token_id: int = index.get("bos_token_id", self.eos_token_id)  # the first of each document
         self._shard_tokens: int = index["shard_tokens"]
-        self._shards = [Shard(*shard) for shard in index["shards"]]
+        self._shards = [ShardFile(*shard) for shard in index["shards"]]
         dtype = np.dtype(index["dtype"])
         self._maps = [self._open(number, shard, dtype) for number, shard in enumerate(self._shards)]
 
@@ -90,7 +90,7 @@ class TokenStream:
                 expected = shard.sha256[:12]
                 raise ConfigError(f"{path}: checksum {found[:12]}, expected {expected}; {self._remedy()}")
 
-    def _open(self, number: int, shard: Shard, dtype: np.dtype) -> NDArray:
+    def _open(self, number: int, shard: ShardFile, dtype: np.dtype) -> NDArray:
         path = self.folder / _shard_name(number)
         expected = shard.tokens * dtype.itemsize
         actual = path.stat().st_size if path.is_file() else None
@@ -199,7 +199,7 @@ class _ShardWriter:
 
     def __init__(self, folder: Path, dtype: np.dtype) -> None:
         self._folder, self._dtype = folder, dtype
-        self._shards: list[Shard] = []
+        self._shards: list[ShardFile] = []
         self._file: BinaryIO | None = None
 
     def write(self, ids: NDArray) -> None:
@@ -214,7 +214,7 @@ class _ShardWriter:
             if self._tokens == SHARD_TOKENS:
                 self._close()
 
-    def finish(self) -> list[Shard]:
+    def finish(self) -> list[ShardFile]:
         self._close()
         return self._shards
 
@@ -222,7 +222,7 @@ class _ShardWriter:
         if self._file is not None:
             self._file.close()
             self._file = None
-            self._shards.append(Shard(self._tokens, self._sha.hexdigest()))
+            self._shards.append(ShardFile(self._tokens, self._sha.hexdigest()))
 
 
 def _shard_name(number: int) -> str:

@@ -31,7 +31,7 @@ from llmfoundry.kernels.activations import (
     glu,
 )
 from llmfoundry.kernels.late import LateGradients
-from llmfoundry.kernels.routing import Order, sort_by_expert, sum_rows
+from llmfoundry.kernels.routing import Order, sort_by_expert, sum_rows_torch
 
 Backend = Literal["reference", "grouped_mm", "triton"]
 TRITON_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
@@ -338,7 +338,7 @@ class _GroupedExperts(torch.autograd.Function):
             out[-1] = 0
         ctx.save_for_backward(x, weights, w1, w2, b1, b2, h, *rows)
         ctx.unit, ctx.late = unit, late
-        return sum_rows(out, rows.of_slot)
+        return sum_rows_torch(out, rows.of_slot)
 
     @staticmethod
     @once_differentiable
@@ -364,7 +364,7 @@ class _GroupedExperts(torch.autograd.Function):
             dx_rows = _times_weights(dh, w1, start)  # (R, D)
             if rows.valid is not None:
                 dx_rows[-1] = 0
-            dx = sum_rows(dx_rows, rows.of_slot)
+            dx = sum_rows_torch(dx_rows, rows.of_slot)
         a = a.mul_(scale).to(dy.dtype) if needs[1] else a  # a'
         compute_by_name = {
             "w1": lambda: _weight_gradient(dh, x.index_select(0, rows.token), start),

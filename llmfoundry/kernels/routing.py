@@ -42,7 +42,7 @@ def sort_by_expert(experts: Tensor, n_experts: int) -> Order:
     )
 
 
-def sum_rows(rows: Tensor, of_token: Tensor) -> Tensor:
+def sum_rows_torch(rows: Tensor, of_token: Tensor) -> Tensor:
     """Sum rows into tokens, in a fixed order, accumulating in float32.
 
     `embedding_bag` is this very sum; unlike gather and sum, it makes no (T, K, D).

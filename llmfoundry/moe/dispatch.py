@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from llmfoundry.kernels.routing import sum_rows
+from llmfoundry.kernels.routing import sum_rows_torch
 
 
 class Exchange(NamedTuple):
@@ -140,7 +140,7 @@ class _Send(torch.autograd.Function):
         assert ctx.transfer.back is not None
         (returned, work), ctx.transfer.back = ctx.transfer.back, None
         work.wait()
-        return sum_rows(returned, ctx.transfer.plan.rows_of_token), None
+        return sum_rows_torch(returned, ctx.transfer.plan.rows_of_token), None
 
 
 class _Wait(torch.autograd.Function):
@@ -170,7 +170,7 @@ class _ReturnRows(torch.autograd.Function):
         ctx.plan = plan
         returned, work = _start_to_tokens(y, plan)
         work.wait()
-        return sum_rows(returned, plan.rows_of_token)
+        return sum_rows_torch(returned, plan.rows_of_token)
 
     @staticmethod
     @once_differentiable
@@ -188,7 +188,7 @@ def _start_to_experts(x: Tensor, plan: Exchange) -> tuple[Tensor, dist.Work]:
 
 
 def _start_to_tokens(rows: Tensor, plan: Exchange) -> tuple[Tensor, dist.Work]:
-    """(R, X) -> (N + 1, X), for `sum_rows` to sum what each token's ranks return; the last row stands for "no row"."""
+    """(R, X) -> (N + 1, X), whose rows `sum_rows_torch` sums per token; the last row stands for "no row"."""
     n_sent = sum(plan.n_sent)
     returned = rows.new_empty(n_sent + 1, rows.shape[1])
     returned[n_sent] = 0

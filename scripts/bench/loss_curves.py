@@ -18,7 +18,7 @@ import torch
 from train_step import described, machine
 
 from llmfoundry import runtime
-from llmfoundry.cli.command import read_config
+from llmfoundry.cli.command import read_run_config
 from llmfoundry.train.trainer import build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +28,7 @@ BACKENDS = ("reference", "grouped_mm", "triton")
 def curve(yaml: str, overrides: list[str], steps: int) -> tuple[list[float], dict[str, object]]:
     """The cross-entropy of each step, nats per token, and what was trained."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build(read_config(yaml, [*overrides, f"save_folder={folder}", "autoresume=false"]))
+        trainer = build(read_run_config(yaml, [*overrides, f"save_folder={folder}", "autoresume=false"]))
         losses = [float(str(trainer.take_step()["loss/train/ce"])) for _ in range(steps)]
         return losses, machine(trainer.device) | described(trainer.config)
 

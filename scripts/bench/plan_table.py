@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llmfoundry.callbacks import console  # noqa: F401  registers the callbacks that the YAMLs name
-from llmfoundry.cli.command import read_config
+from llmfoundry.cli.command import read_run_config
 from llmfoundry.planning import hardware
 from llmfoundry.planning.hardware import GIB
 from llmfoundry.planning.job import Job
@@ -65,7 +65,7 @@ def job_of(setting: Setting) -> Job:
         f"parallel.recompute={setting.recompute}",
         f"parallel.reduce_once_a_step={str(setting.reduce_once_a_step).lower()}",
     ]
-    return Job.of(read_config(str(ROOT / "yamls" / f"{yaml}.yaml"), overrides))
+    return Job.of(read_run_config(str(ROOT / "yamls" / f"{yaml}.yaml"), overrides))
 
 
 def planned(job: Job, setting: Setting) -> tuple[Plan, Memory]:
@@ -145,7 +145,7 @@ def measured() -> str:
         return ""
     lines = []
     for name, row in json.loads(TRAIN_STEP.read_text(encoding="utf-8"))["rows"].items():
-        job, gpus = Job.of(read_config(str(ROOT / row["yaml"]), row["overrides"])), row["devices"]
+        job, gpus = Job.of(read_run_config(str(ROOT / row["yaml"]), row["overrides"])), row["devices"]
         degrees = job.degrees(gpus)
         found, planned_peak = plan(job, degrees), memory(job, degrees).total / GIB
         speed, peak = row["tokens_per_second_per_device"], row["peak_gib"]

@@ -22,7 +22,7 @@ import torch
 
 from llmfoundry import runtime
 from llmfoundry.callbacks import console  # noqa: F401  registers the callbacks that the YAMLs name
-from llmfoundry.cli.command import read_config
+from llmfoundry.cli.command import read_run_config
 from llmfoundry.planning.hardware import GIB
 from llmfoundry.planning.job import Job
 from llmfoundry.planning.memory import memory
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "bench" / "results" / "train_step.json")
     args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
-        config = read_config(args.yaml, [*args.overrides, f"save_folder={folder}", "autoresume=false"])
+        config = read_run_config(args.yaml, [*args.overrides, f"save_folder={folder}", "autoresume=false"])
         plan_of_run = planned(config)
         trainer = build(config)
         seconds = timed_steps(trainer, args.warmup, args.steps)

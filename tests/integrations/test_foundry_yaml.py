@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmfoundry.cli.command import read_config
+from llmfoundry.cli.command import read_run_config
 from llmfoundry.config import ConfigError, check
 from llmfoundry.integrations.foundry_yaml import translate
 from llmfoundry.model.config import ModelConfig
@@ -99,7 +99,7 @@ def test_a_whole_file_is_understood_and_says_what_it_changed(tmp_path: Path, cap
     path = tmp_path / "mpt.yaml"
     path.write_text(yaml.safe_dump(FOUNDRY))
     caplog.set_level(logging.INFO)
-    config = read_config(str(path), [])
+    config = read_run_config(str(path), [])
     assert config.model.n_params() > 0
     assert config.parallel.recompute == "full" and config.parallel.expert == 1
     for said in ("moe_world_size", "fsdp_config", "init_device", "runtime_estimator", "rope_impl"):

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llmfoundry.callbacks import console  # noqa: F401  registers the callbacks that the YAMLs name
-from llmfoundry.cli.command import read_config
+from llmfoundry.cli.command import read_run_config
 from llmfoundry.parallel.apply import parallelize
 from llmfoundry.parallel.expert import n_experts
 from llmfoundry.parallel.mesh import Degrees, build_mesh
@@ -41,7 +41,7 @@ def _no_graphs_are_left() -> Iterator[None]:
 
 
 def of_yaml(name: str, *overrides: str) -> Job:
-    return Job.of(read_config(str(ROOT / "yamls" / f"{name}.yaml"), list(overrides)))
+    return Job.of(read_run_config(str(ROOT / "yamls" / f"{name}.yaml"), list(overrides)))
 
 
 @pytest.mark.skipif(not simulation.HAS_TRITON, reason="the peaks are those of the Triton kernels")

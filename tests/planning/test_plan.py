@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llmfoundry.callbacks import console  # noqa: F401  registers the callbacks that the YAMLs name
-from llmfoundry.cli.command import read_config
+from llmfoundry.cli.command import read_run_config
 from llmfoundry.config import ConfigError
 from llmfoundry.parallel.mesh import Degrees
 from llmfoundry.planning import hardware
@@ -33,7 +33,7 @@ def _no_graphs_are_left() -> Iterator[None]:
 
 
 def job_of(name: str, *overrides: str) -> Job:
-    return Job.of(read_config(str(ROOT / "yamls" / f"{name}.yaml"), list(overrides)))
+    return Job.of(read_run_config(str(ROOT / "yamls" / f"{name}.yaml"), list(overrides)))
 
 
 def one_row(name: str, *overrides: str) -> Job:
@@ -129,7 +129,7 @@ MEASURED = json.loads((ROOT / "scripts" / "bench" / "results" / "train_step.json
 def test_the_plan_is_near_a_measured_step(name: str) -> None:
     """OLMoE on one and two H100."""
     row = MEASURED[name]
-    job = Job.of(read_config(str(ROOT / row["yaml"]), row["overrides"]))
+    job = Job.of(read_run_config(str(ROOT / row["yaml"]), row["overrides"]))
     assert job.model.n_params() == row["parameters"]
     degrees = job.degrees(row["devices"])
     assert plan(job, degrees).tokens_per_second == pytest.approx(row["tokens_per_second_per_device"], rel=0.12)
@@ -140,7 +140,7 @@ SMALL = ("model.n_layers=2", "model.vocab_size=8192", "parallel.compile=false", 
 
 
 def lines_of(*overrides: str, gpus: int | None = None, gib: float = 79) -> Iterator[str]:
-    config = read_config(str(ROOT / "yamls" / "olmoe-1b-7b.yaml"), [*SMALL, *overrides])
+    config = read_run_config(str(ROOT / "yamls" / "olmoe-1b-7b.yaml"), [*SMALL, *overrides])
     return describe(config, gpus, gib * GIB)
 
 
