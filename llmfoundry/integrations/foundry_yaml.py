@@ -90,7 +90,6 @@ def translate(data: Tree) -> tuple[Tree, list[str]]:
 
 _RENAMED_VALUES = {
     "model.attn_config.attn_impl": {"flash": "auto", "torch": "sdpa"},
-    "model.name": {"mpt_causal_lm": "causal_lm"},
 }
 
 
