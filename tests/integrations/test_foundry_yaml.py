@@ -180,3 +180,53 @@ def test_learned_positions_without_alibi_or_rope_stay_as_they_are(learned: bool)
     data, notes = translate({"model": SIZES | {"learned_pos_emb": learned}})
     assert check(ModelConfig, data["model"]).has_learned_positions == learned
     assert not any("learned_pos_emb" in note for note in notes)
+
+
+def test_all_mistakes_come_in_one_round() -> None:
+    tree = changed("model.resid_pdrop", 0.1)
+    tree["tp_config"] = {"strategy": "ffn"}
+    tree["fsdp_config"] = {"mixed_precision": "FULL"}
+    with pytest.raises(ConfigError) as error:
+        translate(tree)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3 and [line.split(":")[0] for line in lines] == [
+        "model.resid_pdrop", "tp_config", "fsdp_config.mixed_precision"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "ours"), [(1, "1ep"), (0, "0ep"), ("7iter", "7ba"), ("5ba", "5ba"), (True, True)])
+def test_durations_in_composers_other_spellings(value: object, ours: object) -> None:
+    data, notes = translate({"eval_interval": value})
+    assert data["eval_interval"] == ours and len(notes) == (value != ours)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "there", "ours"),
+    [
+        ("compile_config", {}, "compile", True),
+        ("fsdp_config", {"data_parallel_shard_degree": 2}, "shard", 2),
+        ("fsdp_config", {"data_parallel_replicate_degree": 4}, "replicate", 4),
+    ],
+)
+def test_equivalents_become_keys_of_the_mesh(path: str, value: object, there: str, ours: object) -> None:
+    assert translate({path: value})[0] == {"parallel": {there: ours}}
+
+
+@pytest.mark.parametrize(
+    ("path", "default", "other"),
+    [("save_weights_only", False, True), ("train_subset_num_batches", -1, 4), ("load_strict_model_weights", True, False)],
+)
+def test_a_key_at_its_default_is_accepted_and_another_value_refused(path: str, default: object, other: object) -> None:
+    assert translate({path: default})[0] == {}
+    with pytest.raises(ConfigError, match=path):
+        translate({path: other})
+
+
+def test_an_encoder_decoder_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="hf_t5: encoder-decoder"):
+        translate({"model": {"name": "hf_t5", "pretrained": True}})
+
+
+def test_what_pure_reduces_in_is_said() -> None:
+    assert any("bfloat16" in note for note in translate({"fsdp_config": {"mixed_precision": "PURE"}})[1])
+    assert translate({"precision": "fp32", "fsdp_config": {"mixed_precision": "FULL"}})[0] == {"precision": "fp32"}
