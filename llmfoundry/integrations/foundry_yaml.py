@@ -7,8 +7,11 @@ change is a line of notes, and whatever would alter the result without an equiva
 from __future__ import annotations
 
 import copy
+import os
 import re
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 from llmfoundry.config import ConfigError
 
@@ -145,9 +148,30 @@ def translate(data: Tree) -> tuple[Tree, list[str]]:
                 notes += [f"{path}={value!r}: is now {new}" for new in apply(data, value)]
             except ConfigError as error:
                 mistakes.append(str(error))
+    if (notes or mistakes) and data.get("save_folder") is None:
+        try:
+            notes.append(_temporary_folder(data))
+        except ConfigError as error:
+            mistakes.append(str(error))
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     return data, notes
+
+
+def _temporary_folder(data: Tree) -> str:
+    """Set the save folder of a file that has none to one that all ranks of this node agree on.
+
+    Raises:
+        ConfigError: the run has several nodes, which share no temporary folder.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > int(os.environ.get("LOCAL_WORLD_SIZE", world)):
+        raise ConfigError("save_folder: is missing; several nodes need one that all of them see: write save_folder=...")
+    launched_by = os.getppid() if world > 1 else os.getpid()  # ranks of a node have one parent, the launcher
+    folder = Path(tempfile.gettempdir()) / f"llmfoundry-{launched_by}"
+    data["save_folder"] = str(folder)
+    data["save_interval"] = "0ba"
+    return f"save_folder: is missing; the last checkpoint and the logs go to {folder}: write save_folder=... to keep them"
 
 
 def _duration(value: object) -> str | None:
@@ -198,7 +222,7 @@ def _loss_group(data: Tree, value: object) -> list[str]:
     if value == "global_group":
         return [_put(data, "model.ffn_config.moe_lbl_scope", "global_batch")]
     if value in (None, "none", "expert_group"):
-        return ["left out, each microbatch is balanced by itself"]
+        return ["left out; moe_lbl_scope says over which tokens the load is counted"]
     raise ConfigError(f"model.ffn_config.lbl_process_group: unknown {value!r}; write global_group, or leave it out")
 
 

@@ -119,8 +119,8 @@ def changed(path: str, value: object) -> dict[str, object]:
 
 def test_workers_of_an_evaluation_are_said_to_go_if_there_are_any() -> None:
     for workers, n_notes in ((8, 1), (0, 0)):
-        data, notes = translate({"eval_loader": {"num_workers": workers}})
-        assert data == {"eval_loader": {}} and len(notes) == n_notes
+        data, notes = translate({"eval_loader": {"num_workers": workers}, "save_folder": "runs"})
+        assert data == {"eval_loader": {}, "save_folder": "runs"} and len(notes) == n_notes
 
 
 def test_expert_parallelism_becomes_a_mesh_axis() -> None:
@@ -196,7 +196,7 @@ def test_all_mistakes_come_in_one_round() -> None:
 
 @pytest.mark.parametrize(("value", "ours"), [(1, "1ep"), (0, "0ep"), ("7iter", "7ba"), ("5ba", "5ba"), (True, True)])
 def test_durations_in_composers_other_spellings(value: object, ours: object) -> None:
-    data, notes = translate({"eval_interval": value})
+    data, notes = translate({"eval_interval": value, "save_folder": "runs"})
     assert data["eval_interval"] == ours and len(notes) == (value != ours)
 
 
@@ -209,7 +209,7 @@ def test_durations_in_composers_other_spellings(value: object, ours: object) -> 
     ],
 )
 def test_equivalents_become_keys_of_the_mesh(path: str, value: object, there: str, ours: object) -> None:
-    assert translate({path: value})[0] == {"parallel": {there: ours}}
+    assert translate({path: value, "save_folder": "runs"})[0] == {"parallel": {there: ours}, "save_folder": "runs"}
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_equivalents_become_keys_of_the_mesh(path: str, value: object, there: st
     [("save_weights_only", False, True), ("train_subset_num_batches", -1, 4), ("load_strict_model_weights", True, False)],
 )
 def test_a_key_at_its_default_is_accepted_and_another_value_refused(path: str, default: object, other: object) -> None:
-    assert translate({path: default})[0] == {}
+    assert translate({path: default, "save_folder": "runs"})[0] == {"save_folder": "runs"}
     with pytest.raises(ConfigError, match=path):
         translate({path: other})
 
@@ -229,4 +229,21 @@ def test_an_encoder_decoder_is_refused_by_name() -> None:
 
 def test_what_pure_reduces_in_is_said() -> None:
     assert any("bfloat16" in note for note in translate({"fsdp_config": {"mixed_precision": "PURE"}})[1])
-    assert translate({"precision": "fp32", "fsdp_config": {"mixed_precision": "FULL"}})[0] == {"precision": "fp32"}
+    assert "FULL" in translate({"precision": "fp32", "fsdp_config": {"mixed_precision": "FULL"}})[1][0]
+
+
+@pytest.mark.parametrize("blank", [{}, {"save_folder": None}])
+def test_without_a_save_folder_a_temporary_one_is_said(blank: dict[str, object]) -> None:
+    data, notes = translate({"fsdp_config": None, **blank})
+    assert str(data["save_folder"]) in notes[-1] and data["save_interval"] == "0ba"
+
+
+def test_several_nodes_need_a_save_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="several nodes"):
+        translate({"fsdp_config": None})
+
+
+def test_a_file_in_our_own_words_is_left_alone() -> None:
+    assert translate({"seed": 1}) == ({"seed": 1}, [])
