@@ -148,30 +148,45 @@ def translate(data: Tree) -> tuple[Tree, list[str]]:
                 notes += [f"{path}={value!r}: is now {new}" for new in apply(data, value)]
             except ConfigError as error:
                 mistakes.append(str(error))
-    if (notes or mistakes) and data.get("save_folder") is None:
-        try:
-            notes.append(_temporary_folder(data))
-        except ConfigError as error:
-            mistakes.append(str(error))
+    if notes or mistakes:
+        for fill in (_made_up_name, _temporary_folder):
+            try:
+                notes += fill(data)
+            except ConfigError as error:
+                mistakes.append(str(error))
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     return data, notes
 
 
-def _temporary_folder(data: Tree) -> str:
-    """Set the save folder of a file that has none to one that all ranks of this node agree on.
+def _made_up_name(data: Tree) -> list[str]:
+    """Name a run without a name whose save folder holds `{run_name}`."""
+    folder = data.get("save_folder")
+    if data.get("run_name") is not None or "RUN_NAME" in os.environ or "{run_name}" not in str(folder):
+        return []
+    data["run_name"] = f"run-{_launcher('run_name')}"
+    return [f"run_name: is missing; made up {data['run_name']}: write run_name=... to resume this run later"]
+
+
+def _temporary_folder(data: Tree) -> list[str]:
+    """Set the save folder of a file that has none to one that all ranks of this node agree on."""
+    if data.get("save_folder") is not None:
+        return []
+    folder = Path(tempfile.gettempdir()) / f"llmfoundry-{_launcher('save_folder')}"
+    data |= {"save_folder": str(folder), "save_interval": "0ba"}
+    return [f"save_folder: is missing; the last checkpoint and the logs go to {folder}: write save_folder=... instead"]
+
+
+def _launcher(key: str) -> int:
+    """A number that all ranks of this node agree on: the process that started them.
 
     Raises:
-        ConfigError: the run has several nodes, which share no temporary folder.
+        ConfigError: the run has several nodes, which have none in common.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > int(os.environ.get("LOCAL_WORLD_SIZE", world)):
-        raise ConfigError("save_folder: is missing; several nodes need one that all of them see: write save_folder=...")
-    launched_by = os.getppid() if world > 1 else os.getpid()  # ranks of a node have one parent, the launcher
-    folder = Path(tempfile.gettempdir()) / f"llmfoundry-{launched_by}"
-    data["save_folder"] = str(folder)
-    data["save_interval"] = "0ba"
-    return f"save_folder: is missing; the last checkpoint and the logs go to {folder}: write save_folder=... to keep them"
+        raise ConfigError(f"{key}: is missing, and several nodes must agree on it; write {key}=...")
+    return os.getppid() if world > 1 else os.getpid()
 
 
 def _duration(value: object) -> str | None:
@@ -191,7 +206,9 @@ _RENAMED_VALUES = {
 def _mixed_precision(data: Tree, value: object) -> list[str]:
     """What FSDP computes and reduces in there; here parameters are cast by `precision` and sums are float32."""
     if value == "FULL" and data.get("precision") != "fp32":
-        raise ConfigError("fsdp_config.mixed_precision: FULL computes in float32; write precision: fp32 and leave it out")
+        raise ConfigError(
+            "fsdp_config.mixed_precision: FULL computes in float32; write precision: fp32 and leave it out"
+        )
     if value not in ("PURE", "DEFAULT", "FULL"):
         raise ConfigError(f"fsdp_config.mixed_precision: {value!r} is not supported; write PURE or DEFAULT")
     return ["left out; gradients are summed in float32 (PURE sums them in bfloat16 there)"]

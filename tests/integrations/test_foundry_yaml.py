@@ -214,7 +214,11 @@ def test_equivalents_become_keys_of_the_mesh(path: str, value: object, there: st
 
 @pytest.mark.parametrize(
     ("path", "default", "other"),
-    [("save_weights_only", False, True), ("train_subset_num_batches", -1, 4), ("load_strict_model_weights", True, False)],
+    [
+        ("save_weights_only", False, True),
+        ("train_subset_num_batches", -1, 4),
+        ("load_strict_model_weights", True, False),
+    ],
 )
 def test_a_key_at_its_default_is_accepted_and_another_value_refused(path: str, default: object, other: object) -> None:
     assert translate({path: default, "save_folder": "runs"})[0] == {"save_folder": "runs"}
@@ -247,3 +251,12 @@ def test_several_nodes_need_a_save_folder(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_file_in_our_own_words_is_left_alone() -> None:
     assert translate({"seed": 1}) == ({"seed": 1}, [])
+
+
+def test_a_run_without_a_name_gets_one_where_a_path_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RUN_NAME", raising=False)
+    tree = {"fsdp_config": None, "run_name": None, "save_folder": "./{run_name}/checkpoints"}
+    data, notes = translate(tree)
+    assert str(data["run_name"]) in notes[-1]
+    monkeypatch.setenv("RUN_NAME", "named")
+    assert translate(tree)[0]["run_name"] is None
