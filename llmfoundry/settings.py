@@ -75,10 +75,25 @@ def load_settings(path: str | Path, overrides: list[str] | None = None) -> Setti
     config = OmegaConf.create(loaded)
     for override in parsed:
         _apply(config, override)
-    data = _resolved(config, str(path))
+    borrowed = _borrow_variables(config)
+    data = {key: value for key, value in _resolved(config, str(path)).items() if key not in borrowed}
     file = data if not parsed else {key: value for key, value in loaded.items() if key != "variables"}
     given = {path for override in parsed if override.kind != "~" for path, _ in leaves(override.value, override.key)}
     return Settings(data, file, frozenset(given))
+
+
+def _borrow_variables(config: DictConfig) -> set[str]:
+    """Let `${name}` stand for `${variables.name}` where the top level has no such key; returns the names."""
+    variables = OmegaConf.select(config, "variables")
+    if not OmegaConf.is_dict(variables):
+        return set()
+    raw = OmegaConf.to_container(config, resolve=False)
+    texts = [value for _, value in leaves(raw) if isinstance(value, str)]
+    names = {name.partition(".")[0] for text in texts for dots, name in _REFERENCE.findall(text) if not dots}
+    borrowed = {name for name in names if name not in config and name in variables}
+    for name in borrowed:
+        config[name] = f"${{variables.{name}}}"
+    return borrowed
 
 
 def from_dotlist(items: list[str]) -> dict[str, object]:

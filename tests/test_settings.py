@@ -195,3 +195,10 @@ def test_a_choice_switched_by_an_override_drops_the_keys_of_the_other(
         found = found[part]
     assert found == block
     assert notes == ([f"{path}: left out {left_out}, which the new choice does not have"] if left_out else [])
+
+
+def test_a_missing_key_is_looked_up_in_the_variables(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("variables: {global_seed: 17, a: {b: 2}, seed: 3}\nseed: ${global_seed}\nx: ${a.b}\ny: ${seed}\n")
+    assert load_yaml(path) == {"seed": 17, "x": 2, "y": 17}
+    assert load_yaml(path, ["variables.global_seed=5"]) == {"seed": 5, "x": 2, "y": 5}

@@ -7,7 +7,11 @@ change is a line of notes, and whatever would alter the result without an equiva
 from __future__ import annotations
 
 import copy
+import os
+import re
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 from llmfoundry.config import ConfigError
 
@@ -28,10 +32,32 @@ _GONE = {
     "model.ffn_config.moe_zloss_in_fp32": "the z-loss is always float32",
     "model.ffn_config.memory_optimized_mlp": "only the layer's input and hidden activations are kept",
     "model.ffn_config.return_bias": "",
-    "train_loader.pin_memory": "",
-    "train_loader.prefetch_factor": "",
-    "train_loader.persistent_workers": "",
-    "train_loader.timeout": "",
+    "model.use_train_metrics": "the training loss is always logged",
+    "model.additional_train_metrics": "the training loss is always logged",
+    "model.activation_checkpointing_target": "parallel.recompute names what is computed again",
+    "model.attn_config.fused_qkv": "one matrix in any case",
+    "model.init_config.init_nonlinearity": "",
+    "model.ffn_config.remat_act_fn": "",
+    "model.ffn_config.fp16": "precision says it",
+    "model.ffn_config.bf16": "precision says it",
+    "model.ffn_config.device": "",
+    "model.ffn_config.quantize_inputs_num_bits": "",
+    "model.ffn_config.quantize_rematerialize_num_bits": "",
+    "model.ffn_config.quantize_scatter_num_bits": "",
+    "callbacks.oom_observer": "an out-of-memory error says what was allocated",
+    "callbacks.env_logging": "the run's report names the environment",
+    "callbacks.eval_output_logging": "callbacks.sample_text writes text",
+    "callbacks.mbmoe_tok_per_expert": "the load of each expert is logged as moe/load by callbacks.expert_load",
+    "tokenizer.kwargs.trust_remote_code": "code of a hub repository is never run",
+    "save_overwrite": "a run never writes over another's checkpoints",
+    "log_config": "config.yaml is always written",
+    "cuda_load_lazy": "",
+    "device_train_grad_accum": "device_train_microbatch_size says it",
+    **{
+        f"{loader}.{key}": ""
+        for loader in ("train_loader", "eval_loader")
+        for key in ("pin_memory", "prefetch_factor", "persistent_workers", "timeout")
+    },
 }
 # Keys that do change values, with the only value that means what we do.
 _ONLY = {
@@ -47,8 +73,34 @@ _ONLY = {
     "model.use_pad_tok_in_ffn": (True,),
     "model.ffn_config.moe_weight_parallelism": (False,),
     "model.ffn_config.moe_expert_model_parallelism": (True, False),
-    "fsdp_config.mixed_precision": ("PURE", "DEFAULT", "FULL"),
+    "model.embedding_fraction": (1, 1.0),
+    "model.block_overrides": (None,),
+    "model.head_dim": (None,),
+    "model.init_config.emb_init_uniform_lim": (None,),
+    "model.attn_config.nope": (False,),
+    "model.attn_config.kv_dim": (None,),
+    "model.attn_config.attn_temperature_tuning": (None, False),
+    "model.ffn_config.expert_parallel_group": (None,),
+    "model.ffn_config.pipeline_model_parallel_size": (1,),
+    "model.ffn_config.num_layers_per_virtual_pipeline_stage": (None,),
+    "model.ffn_config.shared_expert_weighted_sum": (False,),
+    "save_filename": ("ep{epoch}-ba{batch}-rank{rank}.pt",),
+    "save_latest_filename": ("latest-rank{rank}.pt",),
+    "save_weights_only": (False,),
+    "load_strict_model_weights": (True,),
+    "load_ignore_keys": (None,),
+    "only_hf_checkpoint": (False,),
+    "only_composer_checkpoint": (False,),
+    "accumulate_train_batch_on_tokens": (True,),
+    "spin_dataloaders": (True,),
+    "train_subset_num_batches": (-1,),
+    "profiler": (None,),
+    "tp_config": (None,),
 }
+# Keys of the top level that only serve `${...}`: the file's references are already resolved.
+_VARIABLES = ("dataset", "global_seed", "icl_seq_len", "icl_max_seq_len")
+_DURATIONS = ("max_duration", "eval_interval", "save_interval", "console_log_interval")
+_SCHEDULE = ("t_warmup", "t_max", "t_scale", "t_cooldown")
 
 
 def translate(data: Tree) -> tuple[Tree, list[str]]:
@@ -61,36 +113,133 @@ def translate(data: Tree) -> tuple[Tree, list[str]]:
         The same run in our words, and a line for each thing that was translated.
 
     Raises:
-        ConfigError: a legacy key asks for what this framework does not do.
+        ConfigError: a line for each legacy key that asks for what this framework does not do.
     """
-    data, notes = copy.deepcopy(data), []
+    data, notes, mistakes = copy.deepcopy(data), [], []
     for path, allowed in _ONLY.items():
         value, present = _look(data, path)
-        if present and value not in allowed:
-            raise ConfigError(f"{path}: {value!r} is not supported; remove it, or write {allowed[0]!r}")
-        if present:
-            _take(data, path)
+        if not present:
+            continue
+        _take(data, path)
+        if any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
             notes.append(f"{path}={value!r}: left out, it is what this framework does")
+        else:
+            mistakes.append(f"{path}: {value!r} is not supported; remove it, or write {allowed[0]!r}")
     for path, why in _GONE.items():
         if _look(data, path)[1]:
             value = _take(data, path)
             notes.append(f"{path}={value!r}: left out, it changes no value" + (f"; {why}" if why else ""))
+    for path in (path for path in _VARIABLES if path in data):
+        notes.append(f"{path}={_take(data, path)!r}: left out, it only serves references")
     for path, values in _RENAMED_VALUES.items():
         value, present = _look(data, path)
         if present and isinstance(value, str) and value in values:
             _put(data, path, values[value])
             notes.append(f"{path}: {value} is now {values[value]}")
+    for path in (*_DURATIONS, *(f"scheduler.{key}" for key in _SCHEDULE)):
+        value, present = _look(data, path)
+        if present and (new := _duration(value)) is not None:
+            notes.append(f"{path}={value!r}: is now {_put(data, path, new)}")
     for path, apply in _MOVED.items():
         value, present = _look(data, path)
         if present:
             _take(data, path)
-            notes += [f"{path}={value!r}: is now {new}" for new in apply(data, value)]
+            try:
+                notes += [f"{path}={value!r}: is now {new}" for new in apply(data, value)]
+            except ConfigError as error:
+                mistakes.append(str(error))
+    if notes or mistakes:
+        for fill in (_made_up_name, _temporary_folder):
+            try:
+                notes += fill(data)
+            except ConfigError as error:
+                mistakes.append(str(error))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
     return data, notes
+
+
+def _made_up_name(data: Tree) -> list[str]:
+    """Name a run without a name whose save folder holds `{run_name}`."""
+    folder = data.get("save_folder")
+    if data.get("run_name") is not None or "RUN_NAME" in os.environ or "{run_name}" not in str(folder):
+        return []
+    data["run_name"] = f"run-{_launcher('run_name')}"
+    return [f"run_name: is missing; made up {data['run_name']}: write run_name=... to resume this run later"]
+
+
+def _temporary_folder(data: Tree) -> list[str]:
+    """Set the save folder of a file that has none to one that all ranks of this node agree on."""
+    if data.get("save_folder") is not None:
+        return []
+    folder = Path(tempfile.gettempdir()) / f"llmfoundry-{_launcher('save_folder')}"
+    data |= {"save_folder": str(folder), "save_interval": "0ba"}
+    return [f"save_folder: is missing; the last checkpoint and the logs go to {folder}: write save_folder=... instead"]
+
+
+def _launcher(key: str) -> int:
+    """A number that all ranks of this node agree on: the process that started them.
+
+    Raises:
+        ConfigError: the run has several nodes, which have none in common.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > int(os.environ.get("LOCAL_WORLD_SIZE", world)):
+        raise ConfigError(f"{key}: is missing, and several nodes must agree on it; write {key}=...")
+    return os.getppid() if world > 1 else os.getpid()
+
+
+def _duration(value: object) -> str | None:
+    """Composer's other spellings of a duration, in ours: a number counts epochs, `iter` are steps here."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return f"{value}ep"
+    match = re.fullmatch(r"(\d+)iter", value) if isinstance(value, str) else None
+    return f"{match[1]}ba" if match else None
 
 
 _RENAMED_VALUES = {
     "model.attn_config.attn_impl": {"flash": "auto", "torch": "sdpa"},
 }
+
+
+def _mixed_precision(data: Tree, value: object) -> list[str]:
+    """What FSDP computes and reduces in there; here parameters are cast by `precision` and sums are float32."""
+    if value == "FULL" and data.get("precision") != "fp32":
+        raise ConfigError(
+            "fsdp_config.mixed_precision: FULL computes in float32; write precision: fp32 and leave it out"
+        )
+    if value not in ("PURE", "DEFAULT", "FULL"):
+        raise ConfigError(f"fsdp_config.mixed_precision: {value!r} is not supported; write PURE or DEFAULT")
+    return ["left out; gradients are summed in float32 (PURE sums them in bfloat16 there)"]
+
+
+def _encoder_decoder(data: Tree, value: object) -> list[str]:
+    """`model.name`, for the one family that nothing here can train."""
+    if value == "hf_t5":
+        _put(data, "model", {"name": "causal_lm"})
+        raise ConfigError("model.name: hf_t5: encoder-decoder models are not trained here; choose a causal model")
+    _put(data, "model.name", value)
+    return []
+
+
+def _compile(data: Tree, value: object) -> list[str]:
+    if value is None:
+        return ["left out, nothing is compiled"]
+    if value != {}:
+        raise ConfigError(f"compile_config: {value!r} is not supported; write parallel: {{compile: true}}")
+    return [_put(data, "parallel.compile", True)]
+
+
+def _renamed(path: str) -> Callable[[Tree, object], list[str]]:
+    return lambda data, value: [_put(data, path, value)]
+
+
+def _loss_group(data: Tree, value: object) -> list[str]:
+    if value == "global_group":
+        return [_put(data, "model.ffn_config.moe_lbl_scope", "global_batch")]
+    if value in (None, "none", "expert_group"):
+        return ["left out; moe_lbl_scope says over which tokens the load is counted"]
+    raise ConfigError(f"model.ffn_config.lbl_process_group: unknown {value!r}; write global_group, or leave it out")
 
 
 def _fsdp(data: Tree, value: object) -> list[str]:
@@ -100,6 +249,9 @@ def _fsdp(data: Tree, value: object) -> list[str]:
     if not isinstance(value, dict):
         raise ConfigError(f"fsdp_config: must be a mapping, found {value!r}")
     said, rest = [], dict(value)
+    for theirs, ours in (("data_parallel_shard_degree", "shard"), ("data_parallel_replicate_degree", "replicate")):
+        if theirs in rest:
+            said.append(_put(data, f"parallel.{ours}", rest.pop(theirs)))
     strategy = rest.pop("sharding_strategy", "FULL_SHARD")
     if strategy not in ("FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"):
         raise ConfigError(f"fsdp_config.sharding_strategy: unknown {strategy!r}")
@@ -169,6 +321,11 @@ _MOVED: dict[str, Callable[[Tree, object], list[str]]] = {
     "model.attn_config.rope_hf_config": _rope_hf,
     "model.learned_pos_emb": _learned_pos_emb,
     "eval_loader.num_workers": _eval_workers,
+    "model.name": _encoder_decoder,
+    "model.attention_bias": _renamed("model.attn_config.bias"),
+    "model.ffn_config.lbl_process_group": _loss_group,
+    "compile_config": _compile,
+    "fsdp_config.mixed_precision": _mixed_precision,
     "fsdp_config": _fsdp,
 }
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 import llmfoundry.model.transformer  # noqa: F401  registers its model
+import llmfoundry.train.lion  # noqa: F401  registers its optimizer
 from llmfoundry.config import Choice, Config, ConfigError, LocalPath, keyed, local_path
 from llmfoundry.data.loader import LoaderConfig
 from llmfoundry.data.mixture import MixtureConfig

@@ -1,15 +1,16 @@
 """Learning-rate schedules: the factor on the learning rate as a pure function of the completed steps.
 
-Nothing is stored, so a resumed run needs the step and no more. Names and keys are Composer's and LLM
-Foundry's, and so are the curves: with a warm-up, the very first step has factor 0. `wsd`
-(warmup-stable-decay) is new.
+Nothing is stored, so a resumed run needs the step and no more. Names, keys and formulas are Composer's and LLM
+Foundry's: with a warm-up, the very first step has factor 0. Composer sets the factor before it counts the step, so its
+second step has the first one's factor again and every later one lags by a step; `composer_step: true` does the same.
+`wsd` (warmup-stable-decay) is new.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pydantic import Field
@@ -25,9 +26,11 @@ class Schedule:
     warmup: int
     shape: Callable[[int], float]
     peak: float = 1.0  # also where nothing comes after the warm-up
+    lag: int = 0  # steps that the curve is late by
 
     def multiplier(self, step: int) -> float:
         """The factor on the learning rate of the step that follows `step` completed steps."""
+        step = max(0, step - self.lag)
         if step < self.warmup:
             return step / self.warmup * self.peak
         return self.shape(step)
@@ -39,6 +42,7 @@ class SchedulerConfig(Choice, tag="name"):
     name: str
     t_warmup: Duration = Duration.parse("0ba")
     t_max: Duration = Duration.parse("1dur")
+    composer_step: bool = False  # one step late, as Composer is
 
     def build(self, timeline: Timeline) -> Schedule:
         """The schedule of a run.
@@ -46,6 +50,10 @@ class SchedulerConfig(Choice, tag="name"):
         Raises:
             ValueError: the parts (`t_warmup`, a decay or cool-down) are longer than `t_max`.
         """
+        curve = self._curve(timeline)
+        return replace(curve, lag=1) if self.composer_step else curve
+
+    def _curve(self, timeline: Timeline) -> Schedule:
         raise NotImplementedError
 
     def _warmup_and_end(self, timeline: Timeline) -> tuple[int, int]:
@@ -63,7 +71,7 @@ class ConstantConfig(SchedulerConfig, names=("constant_with_warmup",)):
 
     alpha: float = Field(1.0, ge=0)
 
-    def build(self, timeline: Timeline) -> Schedule:
+    def _curve(self, timeline: Timeline) -> Schedule:
         warmup, _ = self._warmup_and_end(timeline)
         return Schedule(warmup, lambda step: self.alpha, self.alpha)
 
@@ -74,7 +82,7 @@ class LinearConfig(SchedulerConfig, names=("linear_decay_with_warmup",)):
     alpha_i: float = Field(1.0, ge=0)
     alpha_f: float = Field(0.0, ge=0)
 
-    def build(self, timeline: Timeline) -> Schedule:
+    def _curve(self, timeline: Timeline) -> Schedule:
         warmup, end = self._warmup_and_end(timeline)
 
         def shape(step: int) -> float:
@@ -91,7 +99,7 @@ class CosineConfig(SchedulerConfig, names=("cosine_with_warmup",)):
 
     alpha_f: float = Field(0.0, ge=0)
 
-    def build(self, timeline: Timeline) -> Schedule:
+    def _curve(self, timeline: Timeline) -> Schedule:
         warmup, end = self._warmup_and_end(timeline)
 
         def shape(step: int) -> float:
@@ -111,7 +119,7 @@ class InverseSquareRootConfig(SchedulerConfig, names=("inv_sqrt_with_warmup",)):
     alpha_f_decay: float = Field(0.0, ge=0)
     alpha_f_cooldown: float = Field(0.0, ge=0)
 
-    def build(self, timeline: Timeline) -> Schedule:
+    def _curve(self, timeline: Timeline) -> Schedule:
         warmup, end = self._warmup_and_end(timeline)
         scale = timeline.steps(self.t_scale)
         if scale < 1:
@@ -141,7 +149,7 @@ class WarmupStableDecayConfig(SchedulerConfig, names=("wsd",)):
     alpha_f: float = Field(0.0, ge=0)
     decay: Literal["linear", "1-sqrt"] = "linear"
 
-    def build(self, timeline: Timeline) -> Schedule:
+    def _curve(self, timeline: Timeline) -> Schedule:
         warmup, end = self._warmup_and_end(timeline)
         start = _tail_start("t_decay", self.t_decay, timeline, warmup, end)
 

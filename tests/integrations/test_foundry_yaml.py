@@ -119,8 +119,8 @@ def changed(path: str, value: object) -> dict[str, object]:
 
 def test_workers_of_an_evaluation_are_said_to_go_if_there_are_any() -> None:
     for workers, n_notes in ((8, 1), (0, 0)):
-        data, notes = translate({"eval_loader": {"num_workers": workers}})
-        assert data == {"eval_loader": {}} and len(notes) == n_notes
+        data, notes = translate({"eval_loader": {"num_workers": workers}, "save_folder": "runs"})
+        assert data == {"eval_loader": {}, "save_folder": "runs"} and len(notes) == n_notes
 
 
 def test_expert_parallelism_becomes_a_mesh_axis() -> None:
@@ -180,3 +180,83 @@ def test_learned_positions_without_alibi_or_rope_stay_as_they_are(learned: bool)
     data, notes = translate({"model": SIZES | {"learned_pos_emb": learned}})
     assert check(ModelConfig, data["model"]).has_learned_positions == learned
     assert not any("learned_pos_emb" in note for note in notes)
+
+
+def test_all_mistakes_come_in_one_round() -> None:
+    tree = changed("model.resid_pdrop", 0.1)
+    tree["tp_config"] = {"strategy": "ffn"}
+    tree["fsdp_config"] = {"mixed_precision": "FULL"}
+    with pytest.raises(ConfigError) as error:
+        translate(tree)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3 and [line.split(":")[0] for line in lines] == [
+        "model.resid_pdrop", "tp_config", "fsdp_config.mixed_precision"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "ours"), [(1, "1ep"), (0, "0ep"), ("7iter", "7ba"), ("5ba", "5ba"), (True, True)])
+def test_durations_in_composers_other_spellings(value: object, ours: object) -> None:
+    data, notes = translate({"eval_interval": value, "save_folder": "runs"})
+    assert data["eval_interval"] == ours and len(notes) == (value != ours)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "there", "ours"),
+    [
+        ("compile_config", {}, "compile", True),
+        ("fsdp_config", {"data_parallel_shard_degree": 2}, "shard", 2),
+        ("fsdp_config", {"data_parallel_replicate_degree": 4}, "replicate", 4),
+    ],
+)
+def test_equivalents_become_keys_of_the_mesh(path: str, value: object, there: str, ours: object) -> None:
+    assert translate({path: value, "save_folder": "runs"})[0] == {"parallel": {there: ours}, "save_folder": "runs"}
+
+
+@pytest.mark.parametrize(
+    ("path", "default", "other"),
+    [
+        ("save_weights_only", False, True),
+        ("train_subset_num_batches", -1, 4),
+        ("load_strict_model_weights", True, False),
+    ],
+)
+def test_a_key_at_its_default_is_accepted_and_another_value_refused(path: str, default: object, other: object) -> None:
+    assert translate({path: default, "save_folder": "runs"})[0] == {"save_folder": "runs"}
+    with pytest.raises(ConfigError, match=path):
+        translate({path: other})
+
+
+def test_an_encoder_decoder_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="hf_t5: encoder-decoder"):
+        translate({"model": {"name": "hf_t5", "pretrained": True}})
+
+
+def test_what_pure_reduces_in_is_said() -> None:
+    assert any("bfloat16" in note for note in translate({"fsdp_config": {"mixed_precision": "PURE"}})[1])
+    assert "FULL" in translate({"precision": "fp32", "fsdp_config": {"mixed_precision": "FULL"}})[1][0]
+
+
+@pytest.mark.parametrize("blank", [{}, {"save_folder": None}])
+def test_without_a_save_folder_a_temporary_one_is_said(blank: dict[str, object]) -> None:
+    data, notes = translate({"fsdp_config": None, **blank})
+    assert str(data["save_folder"]) in notes[-1] and data["save_interval"] == "0ba"
+
+
+def test_several_nodes_need_a_save_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="several nodes"):
+        translate({"fsdp_config": None})
+
+
+def test_a_file_in_our_own_words_is_left_alone() -> None:
+    assert translate({"seed": 1}) == ({"seed": 1}, [])
+
+
+def test_a_run_without_a_name_gets_one_where_a_path_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RUN_NAME", raising=False)
+    tree = {"fsdp_config": None, "run_name": None, "save_folder": "./{run_name}/checkpoints"}
+    data, notes = translate(tree)
+    assert str(data["run_name"]) in notes[-1]
+    monkeypatch.setenv("RUN_NAME", "named")
+    assert translate(tree)[0]["run_name"] is None

@@ -84,3 +84,17 @@ def test_an_unknown_schedule_names_the_nearest_known_one() -> None:
         build(name="cosine_warmup")
     with pytest.raises(ConfigError, match="scheduler.t_warmup: .*is not a valid duration"):
         build(name="cosine_with_warmup", t_warmup=100)
+
+
+@pytest.mark.parametrize(
+    ("settings", "first_five"),
+    [
+        ({"name": "constant_with_warmup", "t_warmup": "3ba"}, [0, 0, 1 / 3, 2 / 3, 1]),
+        ({"name": "linear_decay_with_warmup", "t_max": "4ba"}, [1, 1, 0.75, 0.5, 0.25]),
+        ({"name": "cosine_with_warmup", "t_warmup": "1ba", "t_max": "3ba"}, [0, 0, 1, 0.5, 0]),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "",
+)
+def test_composers_curve_is_one_step_late(settings: dict[str, str], first_five: list[float]) -> None:
+    assert curve(**settings, composer_step=True)[:5] == pytest.approx(first_five)
+    assert curve(**settings)[:4] == pytest.approx(first_five[1:])

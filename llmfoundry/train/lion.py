@@ -1,0 +1,71 @@
+"""Lion with decoupled weight decay, as LLM Foundry means it: one moment, and steps of one size.
+
+Source: Chen et al. 2023, Symbolic Discovery of Optimization Algorithms, arXiv:2302.06675.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Annotated, overload
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from llmfoundry.dtensor import local_part
+from llmfoundry.train.optim import Beta, OptimizerConfig, decays
+
+
+class DecoupledLionWConfig(OptimizerConfig, names=("decoupled_lionw",)):
+    """Each step takes `(lr / initial_lr) * weight_decay` of the weight away, and `lr` times a sign."""
+
+    lr: float = Field(1.0e-4, gt=0)
+    betas: Annotated[list[Beta], Field(min_length=2, max_length=2)] = [0.9, 0.99]
+    weight_decay: float = Field(0.0, ge=0)
+    decay_embeddings: bool = True  # whether weight decay is for embeddings too
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        groups: dict[bool, list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault(decays(name, parameter, embeddings=self.decay_embeddings), []).append(parameter)
+        settings: list[dict[str, object]] = [
+            {"params": members, "weight_decay": self.weight_decay if decayed else 0.0, "initial_lr": self.lr}
+            for decayed, members in groups.items()
+        ]
+        return DecoupledLionW(settings, lr=self.lr, betas=(self.betas[0], self.betas[1]))
+
+
+class DecoupledLionW(torch.optim.Optimizer):
+    """`p *= 1 - lr / initial_lr * weight_decay; p -= lr * sign(b1 * m + (1 - b1) * g); m = b2 * m + (1 - b2) * g`.
+
+    Every operation is element by element, so each rank updates its part of a sharded parameter and nothing is sent.
+    """
+
+    def __init__(self, params: Iterable[dict[str, object]], lr: float, betas: tuple[float, float]) -> None:
+        super().__init__(params, {"lr": lr, "initial_lr": lr, "betas": betas, "weight_decay": 0.0})
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            keep = 1 - group["lr"] / group["initial_lr"] * group["weight_decay"]
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                weight, grad = local_part(parameter), local_part(parameter.grad)
+                moment = local_part(state["exp_avg"])
+                weight.mul_(keep).sub_(torch.lerp(grad, moment, beta1).sign_(), alpha=group["lr"])
+                moment.lerp_(grad, 1 - beta2)
+        return loss
