@@ -115,6 +115,7 @@ def translate(data: Tree) -> tuple[Tree, list[str]]:
     Raises:
         ConfigError: a line for each legacy key that asks for what this framework does not do.
     """
+    theirs = _is_theirs(data)
     data, notes, mistakes = copy.deepcopy(data), [], []
     for path, allowed in _ONLY.items():
         value, present = _look(data, path)
@@ -148,7 +149,7 @@ def translate(data: Tree) -> tuple[Tree, list[str]]:
                 notes += [f"{path}={value!r}: is now {new}" for new in apply(data, value)]
             except ConfigError as error:
                 mistakes.append(str(error))
-    if notes or mistakes:
+    if theirs:  # in a file of ours, a missing save_folder is a mistake
         for fill in (_made_up_name, _temporary_folder):
             try:
                 notes += fill(data)
@@ -157,6 +158,13 @@ def translate(data: Tree) -> tuple[Tree, list[str]]:
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     return data, notes
+
+
+def _is_theirs(data: Tree) -> bool:
+    """Whether a file is one of LLM Foundry's, and not one of ours with some of their words."""
+    model = data.get("model")
+    name = model.get("name") if isinstance(model, dict) else None
+    return "fsdp_config" in data or name in ("mpt_causal_lm", "hf_causal_lm", "hf_t5")
 
 
 def _made_up_name(data: Tree) -> list[str]:

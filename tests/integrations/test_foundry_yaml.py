@@ -251,6 +251,7 @@ def test_several_nodes_need_a_save_folder(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_file_in_our_own_words_is_left_alone() -> None:
     assert translate({"seed": 1}) == ({"seed": 1}, [])
+    assert "save_folder" not in translate({"eval_interval": 1, "model": {"name": "causal_lm"}})[0], "it is a mistake"
 
 
 def test_a_run_without_a_name_gets_one_where_a_path_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
