@@ -130,7 +130,7 @@ def test_wandb_without_a_login_is_refused_before_anything_is_written(recipe: Pat
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("server", ["http://127.0.0.1:9", "http://no-such-host.invalid"])
+@pytest.mark.parametrize("server", ["http://127.0.0.1:9"])
 def test_a_wandb_server_out_of_reach_is_found_before_anything_is_written(
     recipe: Path, tmp_path: Path, server: str
 ) -> None:
