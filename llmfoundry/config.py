@@ -317,10 +317,13 @@ def drop_replaced(
         cls, block, before = _at(root, result, file, parent.split("."))
         if cls is None or not isinstance(block, dict) or not isinstance(before, dict):
             continue
-        foreign = [key for key in block if key in cls.keys(before) - cls.keys(block) and f"{parent}.{key}" not in given]
-        for key in foreign if cls.keys(block) else ():
+        now = cls.keys(block)
+        if not now:  # an unknown choice, which is reported as that
+            continue
+        foreign = [key for key in block if key in cls.keys(before) - now and f"{parent}.{key}" not in given]
+        for key in foreign:
             del block[key]
-        if foreign and cls.keys(block):
+        if foreign:
             notes.append(f"{parent}: left out {', '.join(foreign)}, which the new choice does not have")
     return result, notes
 

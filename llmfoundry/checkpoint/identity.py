@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from llmfoundry.config import Choice, Config, ConfigError, check
-from llmfoundry.hf.facts import differences, facts
+from llmfoundry.hf.facts import differences, facts, weight_differences
 from llmfoundry.model.transformer import CausalLMConfig
 
 # Beside the model's function. Names that `load_allow` takes too, for what is compared elsewhere.
@@ -154,9 +154,7 @@ def _model_differences(model: CausalLMConfig, before: Plain, weights_only: bool)
         return []
     known = _without_unknown(model, filled(model, old)) if _is_of_kind(model, old) else old
     was = check(CausalLMConfig, known, where="the checkpoint's model")
-    differing = differences(facts(was), facts(model))
-    if weights_only and was.vocab_size < model.vocab_size:
-        differing.pop("vocab_size")  # rows are added to the embedding
+    differing = weight_differences(was, model) if weights_only else differences(facts(was), facts(model))
     found = [Difference(f"model.{key}", *both) for key, both in differing.items()]
     # Adapters begin on a base that has none.
     if was.lora != model.lora and not (weights_only and (was.lora is None or model.lora is None)):

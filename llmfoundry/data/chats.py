@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
-from pydantic import Field, ModelWrapValidatorHandler, model_validator
+from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import ConfigError
@@ -25,7 +25,7 @@ from llmfoundry.data.chat_rows import ChatRows, write
 from llmfoundry.data.chat_template import Renderer, Responses, Targets
 from llmfoundry.data.conversations import Conversation, Example, code_of, example_of, preprocess
 from llmfoundry.data.files import checked_digest, find, kind_of, said_of
-from llmfoundry.data.mds_rows import Folders, samples, without_tuning
+from llmfoundry.data.mds_rows import Folders, samples
 from llmfoundry.data.rows import How, Order, epochs_of
 from llmfoundry.data.sources import Source, fingerprint_of
 from llmfoundry.data.split import keeps, select
@@ -69,11 +69,6 @@ class ChatsConfig(Folders, names=("chats",)):
     pad_to_longest: bool = False
     safe_load: bool = True
     eos_token_id: int | None = None
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _tuning(cls, data: object, check: ModelWrapValidatorHandler[Self]) -> Self:
-        return check(without_tuning(data))
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

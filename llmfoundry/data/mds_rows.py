@@ -68,6 +68,11 @@ class Folders(RowsConfig):
     remote: str | None = None
     streams: dict[str, Stream] | None = None
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _tuning(cls, data: object, check: ModelWrapValidatorHandler[Self]) -> Self:
+        return check(without_tuning(data))
+
     def folders(self) -> list[MDSFolder]:
         """The folders, opened.
 
@@ -123,11 +128,6 @@ class MDSConfig(Folders, names=("mds",)):
     token_encoding_type: Literal["int64", "int32", "int16", "uint16", "uint32"] = "int64"  # of a column of bytes
     eos_token_id: int | None = None  # ends documents inside rows of tokens; None: the tokenizer's
     bos_token_id: int | None = None  # or: begins them
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _tuning(cls, data: object, check: ModelWrapValidatorHandler[Self]) -> Self:
-        return check(without_tuning(data))
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

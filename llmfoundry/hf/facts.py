@@ -58,6 +58,17 @@ def differences(one: Facts, two: Facts) -> dict[str, tuple[object, object]]:
     return found
 
 
+def weight_differences(stored: CausalLMConfig, model: CausalLMConfig) -> dict[str, tuple[object, object]]:
+    """Facts in which a model differs from that whose weights it takes over.
+
+    A larger vocabulary is no difference: rows are added to the embedding.
+    """
+    found = differences(facts(stored), facts(model))
+    if stored.vocab_size < model.vocab_size:
+        del found["vocab_size"]
+    return found
+
+
 def _attention(attention: AttentionConfig, d_model: int, n_heads: int) -> Facts:
     said = _settings(attention)
     if isinstance(attention, GroupedQueryConfig):

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from llmfoundry import runtime
 from llmfoundry.config import ConfigError
 from llmfoundry.dtensor import local_shard, whole
-from llmfoundry.hf.facts import differences, facts
+from llmfoundry.hf.facts import weight_differences
 from llmfoundry.hf.family import ConfigDict, Family, read_config, write_config
 from llmfoundry.hf.files import Advance, Folder, boxes, new_folder, write_weights
 from llmfoundry.hf.generation import GENERATION, generation_of, read_generation, special_tokens
@@ -216,8 +216,8 @@ def load_weights(model: CausalLM, path_or_id: str | Path, allow: Collection[str]
         added = model.config.vocab_size - stored.vocab_size
         log.info("%s: %d rows are added to the embedding, each the mean of the others", checkpoint.path, added)
         stored = stored.model_copy(update={"vocab_size": model.config.vocab_size})
-    other = differences(facts(model.config), facts(stored))
-    for name, (ours, theirs) in other.items():
+    other = weight_differences(stored, model.config)
+    for name, (theirs, ours) in other.items():
         if not any(f"model.{name}.".startswith(f"{each}.") for each in allow):
             raise ConfigError(f"model.{name}: is {ours!r}, but {theirs!r} in {checkpoint.path}")
     if other and our_shapes(model.config) != our_shapes(stored):

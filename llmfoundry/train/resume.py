@@ -32,8 +32,8 @@ from llmfoundry.checkpoint.identity import (
 )
 from llmfoundry.checkpoint.reading import HUGGING_FACE, Base, Contents, base_of, find_base, read
 from llmfoundry.config import ConfigError, dump
-from llmfoundry.data.tokenizer import TokenizerConfig
-from llmfoundry.hf.facts import differences, facts
+from llmfoundry.data.tokenizer import SpecialTokens, TokenizerConfig
+from llmfoundry.hf.facts import weight_differences
 from llmfoundry.hf.generation import read_generation
 from llmfoundry.hf.pretrained import locate, open_checkpoint
 from llmfoundry.hf.tokenizer import TOKENIZER_FILES, tokenizer_of
@@ -118,9 +118,7 @@ def _from_ours(
 
 def _from_hugging_face(config: RunConfig, model: CausalLMConfig, name: str) -> Start:
     theirs = open_checkpoint(name)
-    found = differences(facts(theirs.config), facts(model))
-    if theirs.config.vocab_size < model.vocab_size:
-        del found["vocab_size"]  # rows are added to the embedding
+    found = weight_differences(theirs.config, model)
     comparison = Comparison([Difference(f"model.{key}", *both) for key, both in found.items()], [])
     check_allowed(comparison, config.load_allow, name, "convert.py from-hf writes a config.yaml with its settings")
     return Start(
@@ -166,6 +164,26 @@ def build_tokenizer(config: RunConfig, start: Start) -> PreTrainedTokenizerBase:
     if asked.get_vocab() != own.get_vocab() or asked.eos_token_id != own.eos_token_id:
         raise _another_tokenizer(f"{wanted.name} of {len(asked)} entries", folder, own)
     return asked
+
+
+def settle_tokenizer(config: RunConfig, start: Start) -> tuple[RunConfig, PreTrainedTokenizerBase, SpecialTokens]:
+    """The tokenizer of the run and the rule for special tokens, which the config that is returned has on record.
+
+    Raises:
+        ConfigError: as `build_tokenizer`, or the model's vocabulary is too small for it.
+    """
+    tokenizer = build_tokenizer(config, start)
+    n_ids = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
+    assert isinstance(config.model, CausalLMConfig)
+    if n_ids > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size} is below the tokenizer's {n_ids} ids; write "
+            f"model.vocab_size={n_ids} or more (weights that are loaded get rows that are the mean of the others)"
+        )
+    special = with_rule_of(config.tokenizer, start.contents).special_tokens(tokenizer)
+    settled = {"add_bos": special.bos is not None, "parse_special_tokens": special.parse}
+    config = config.model_copy(update={"tokenizer": config.tokenizer.model_copy(update=settled)})
+    return config, tokenizer, special
 
 
 def with_rule_of(wanted: TokenizerConfig, contents: Contents | None) -> TokenizerConfig:

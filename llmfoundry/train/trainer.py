@@ -38,13 +38,12 @@ from llmfoundry.train.optim import set_learning_rate
 from llmfoundry.train.outputs import RunFolder, check_free, check_shared, read_summary
 from llmfoundry.train.resume import (
     Start,
-    build_tokenizer,
     check_data,
     command_to_continue,
     find_start,
     generation_for,
+    settle_tokenizer,
     train_state,
-    with_rule_of,
 )
 from llmfoundry.train.run import EVALUATED, Metrics, Run
 from llmfoundry.train.saving import Saver
@@ -394,17 +393,7 @@ def build(config: RunConfig) -> Trainer:
     start = find_start(config, checkpointer)
     for part in config.due_evaluations:
         check_apart(config.train_loader.dataset, part.dataset)
-    tokenizer = build_tokenizer(config, start)
-    n_ids = max(tokenizer.get_vocab().values()) + 1  # ids may have gaps
-    if n_ids > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size} is below the tokenizer's {n_ids} ids; write "
-            f"model.vocab_size={n_ids} or more (weights that are loaded get rows that are the mean of the others)"
-        )
-    rule = with_rule_of(config.tokenizer, start.contents)
-    special = rule.special_tokens(tokenizer)
-    settled = {"add_bos": special.bos is not None, "parse_special_tokens": special.parse}
-    config = config.model_copy(update={"tokenizer": config.tokenizer.model_copy(update=settled)})
+    config, tokenizer, special = settle_tokenizer(config, start)
     assert isinstance(config.model, CausalLMConfig)
     documents = config.model.attn_config.attn_uses_sequence_id
     loader, *eval_loaders = (
