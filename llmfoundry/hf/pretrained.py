@@ -322,8 +322,14 @@ def write_checkpoint(
     if text is not None:
         (folder / GENERATION).write_text(text, encoding="utf-8")
     copies = pieces.writing()
+
+    def fill_box(name: str, at: tuple[int, ...], box: Tensor) -> None:
+        if name in pieces.left:
+            box.zero_()
+        fill(box, at, copies[name], source)
+
     with progress(sum(spec.nbytes for spec in specs.values())) as advance:
-        write_weights(folder, specs, lambda name, at, box: fill(box, at, copies[name], source), SHARD_BYTES, advance)
+        write_weights(folder, specs, fill_box, SHARD_BYTES, advance)
 
 
 def _their_specs(pieces: Pieces, source: TensorSource, dtype: torch.dtype | None) -> dict[str, Spec]:
