@@ -348,16 +348,22 @@ def dump(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
+_NO_URL = "{} is a URL, and only paths of this machine can be used; copy it to or from a folder here"
+
+
+def is_url(path: str) -> bool:
+    """Whether a path names another machine or a store: `s3://bucket/folder`."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path) is not None
+
+
 def local_path(path: str) -> str:
     """The path with `~` expanded.
 
     Raises:
         ValueError: it is a URL, or has a placeholder that nothing fills in.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path):
-        raise ValueError(
-            f"{path} is a URL, and only paths of this machine can be used; copy it to or from a folder here"
-        )
+    if is_url(path):
+        raise ValueError(_NO_URL.format(path))
     if found := re.search(r"\{\w*\}", path):
         raise ValueError(f"{path} has the placeholder {found[0]}, which is not known here; known: {{run_name}}")
     return os.path.expanduser(path)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from llmfoundry import launch
 from llmfoundry.cli.command import command, read_run_config
-from llmfoundry.config import ConfigError, dump
+from llmfoundry.config import ConfigError, dump, is_url
 from llmfoundry.planning.hardware import GIB, GPU_MEMORY
 from llmfoundry.settings import write_resolved
 
@@ -72,6 +72,8 @@ def _dry_run(config: RunConfig, gpus: int | None, gpu_memory: float) -> None:
     print(write_resolved(dump(config)))
     print(_sizes(config))
     print(hf.export_note(config.model))
+    if config.load_path is not None and is_url(config.load_path):
+        print(f"load_path: {config.load_path} is a URL; copy it to a folder of this machine before the run starts")
     for line in _evaluations(config):
         print(line)
     if gpus is None and launch.world_size() > 1:

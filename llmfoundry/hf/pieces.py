@@ -343,8 +343,11 @@ class Pieces:
 
     def check(self) -> None:
         """Assert that the values of both sides are as many as the pieces have: none is left out or comes twice."""
-        sides = ((self.reading(), self.shapes, {}), (self.writing(), self.their_shapes(), self.left))
-        for copies, shapes, left in sides:
+        nothing: dict[str, int] = {}
+        for copies, shapes, left in (
+            (self.reading(), self.shapes, nothing),
+            (self.writing(), self.their_shapes(), self.left),
+        ):
             for name, shape in shapes.items():
                 covered = sum(math.prod(copy.sizes) for copy in copies.get(name, ()))
                 covered += left.get(name, 0) * math.prod(shape[1:])

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 import llmfoundry.model.transformer  # noqa: F401  registers its model
 import llmfoundry.train.lion  # noqa: F401  registers its optimizer
-from llmfoundry.config import Choice, Config, ConfigError, LocalPath, keyed, local_path
+from llmfoundry.config import Choice, Config, ConfigError, LocalPath, is_url, keyed, local_path
 from llmfoundry.data.loader import LoaderConfig
 from llmfoundry.data.mixture import MixtureConfig
 from llmfoundry.data.sources import paired_run
@@ -176,7 +176,7 @@ class RunConfig(Config):
             return path
         if path.startswith("hf://"):
             raise ValueError(f"{path}: write hf:{path.removeprefix('hf://')}")
-        return local_path(path)
+        return path if is_url(path) else local_path(path)  # a URL is refused when the run starts: a plan can be made
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

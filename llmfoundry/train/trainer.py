@@ -20,7 +20,7 @@ from llmfoundry.checkpoint.identity import MIXTURE, is_allowed
 from llmfoundry.checkpoint.reading import Contents, Json, load_model_only
 from llmfoundry.config import ConfigError, dump
 from llmfoundry.data.loader import Loader
-from llmfoundry.data.mixture import Mixture, MixtureConfig
+from llmfoundry.data.mixture import Mixture
 from llmfoundry.data.sources import check_apart
 from llmfoundry.eval.perplexity import evaluate
 from llmfoundry.kernels.experts import resolve_backend
@@ -444,13 +444,12 @@ def build(config: RunConfig) -> Trainer:
 
 def _mix(config: RunConfig, loader: Loader, timeline: Timeline, start: Start) -> Joined:
     """Arrange the mixture of a run, if it reads one."""
-    mixture, dataset = loader.order, config.train_loader.dataset
+    mixture = loader.order
     if not isinstance(mixture, Mixture):
         return Joined()
-    assert isinstance(dataset, MixtureConfig)
     contents = None if start.how in ("new", "weights") or start.rows_anew else start.contents
     rows = train_state(contents).rows if contents is not None else 0
-    ends = row_ends(dataset.mixture, timeline)
+    ends = row_ends(mixture.phases, timeline)
     joined = take_up(mixture, ends, contents, rows, is_allowed(MIXTURE, config.load_allow))
     mixture.check(timeline.total_steps * timeline.rows_per_step)
     log.info("mixture: %s", ", ".join(f"{label} {share}" for label, share in mixture.describe().items()))
