@@ -10,6 +10,8 @@ import torch
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
+from llmfoundry import runtime
+from llmfoundry.config import PLACEHOLDERS
 from llmfoundry.data.loader import Loader
 from llmfoundry.data.tokenizer import SpecialTokens
 from llmfoundry.layers.ffn import RouterStats
@@ -70,6 +72,7 @@ class Run:
     state: TrainState = field(default_factory=TrainState)
     router: RouterStats | None = None  # of the last step, (L, E) and (L,) sums over the global batch, on the device
     evaluation: Metrics = field(default_factory=dict)  # of the last evaluation
+    generation: str | None = None  # generation_config.json of what the run began from
     train_seconds: float = 0.0  # in steps alone, over all processes that the run has had
     signalled: bool = False  # this rank was asked to stop
 
@@ -82,6 +85,22 @@ class Run:
         """End the run with this step, as if `max_duration` ended here. Every rank has to ask at the same step."""
         log.info("step %d: %s; the run ends here", self.state.step, why)
         self.timeline = replace(self.timeline, total_steps=self.state.step)
+
+    def filled(self, pattern: str) -> str:
+        """A name with its placeholders (`config.PLACEHOLDERS`) filled in, as of this step."""
+        values: dict[str, str | int | None] = {
+            "run_name": self.config.run_name,
+            "rank": runtime.rank(),
+            "local_rank": runtime.local_rank(),
+            "world_size": runtime.world_size(),
+            "epoch": self.state.rows // self.loader.rows_per_epoch,
+            "batch": self.state.step,
+            "token": self.state.tokens,
+            "sample": self.state.rows,
+        }
+        for name in PLACEHOLDERS:
+            pattern = pattern.replace(f"{{{name}}}", str(values[name]))
+        return pattern
 
     def log_table(self, table: Table) -> None:
         """Hand a table to every logger; all ranks call it."""

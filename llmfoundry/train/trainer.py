@@ -64,7 +64,6 @@ class Trainer(Run):
     saver: Saver
     callbacks: list[Callback]
     named: dict[str, Callback] = field(default_factory=dict)  # those that the YAML asked for
-    generation: str | None = None  # generation_config.json of what the run began from
     joined: Joined = Joined()  # of a mixture
     folder: RunFolder | None = None  # of rank 0, from `fit` on
     unevaluated: Metrics = field(default_factory=dict)  # of the last step, if a signal cut its evaluation short
