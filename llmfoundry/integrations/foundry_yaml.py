@@ -317,6 +317,14 @@ def _learned_pos_emb(data: Tree, value: object) -> list[str]:
     return []
 
 
+def _wandb_name(data: Tree, value: object) -> list[str]:
+    """There it names the run; here `name` is the logger's own, as config.yaml writes it out."""
+    if value == "wandb":
+        _put(data, "loggers.wandb.name", value)
+        return []
+    return [_put(data, "loggers.wandb.run_name", value)]
+
+
 def _eval_workers(data: Tree, value: object) -> list[str]:
     return ["0, evaluation reads as it goes"] if value else []
 
@@ -327,6 +335,7 @@ _MOVED: dict[str, Callable[[Tree, object], list[str]]] = {
     "model.attn_config.rope_hf_config": _rope_hf,
     "model.learned_pos_emb": _learned_pos_emb,
     "eval_loader.num_workers": _eval_workers,
+    "loggers.wandb.name": _wandb_name,
     "model.name": _encoder_decoder,
     "model.attention_bias": _renamed("model.attn_config.bias"),
     "model.ffn_config.lbl_process_group": _loss_group,
