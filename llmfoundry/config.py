@@ -17,6 +17,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Set
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypeVar, get_args
 
@@ -348,28 +349,37 @@ def dump(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-_NO_URL = "{} is a URL, and only paths of this machine can be used; copy it to or from a folder here"
-
-
 def is_url(path: str) -> bool:
     """Whether a path names another machine or a store: `s3://bucket/folder`."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path) is not None
 
 
-def local_path(path: str) -> str:
+# What a name of a file or folder may hold; `Run.filled` puts the values in.
+PLACEHOLDERS = ("run_name", "rank", "local_rank", "world_size", "epoch", "batch", "token", "sample")
+
+
+def local_path(path: str, placeholders: tuple[str, ...] = ()) -> str:
     """The path with `~` expanded.
+
+    Args:
+        placeholders: those that are filled in later, beside `{run_name}`, which already is.
 
     Raises:
         ValueError: it is a URL, or has a placeholder that nothing fills in.
     """
     if is_url(path):
-        raise ValueError(_NO_URL.format(path))
-    if found := re.search(r"\{\w*\}", path):
-        raise ValueError(f"{path} has the placeholder {found[0]}, which is not known here; known: {{run_name}}")
+        raise ValueError(
+            f"{path} is a URL, and only paths of this machine can be used; copy it to or from a folder here"
+        )
+    for found in re.findall(r"\{(\w*)\}", path):
+        if found not in placeholders:
+            known = ", ".join(f"{{{name}}}" for name in placeholders or ("run_name",))
+            raise ValueError(f"{path} has the placeholder {{{found}}}, which is not known here; known: {known}")
     return os.path.expanduser(path)
 
 
 LocalPath = Annotated[str, AfterValidator(local_path)]  # of a file or folder; `~` is the home directory
+PathPattern = Annotated[str, AfterValidator(partial(local_path, placeholders=PLACEHOLDERS))]  # it may differ by step
 
 
 def import_code(paths: list[str]) -> None:

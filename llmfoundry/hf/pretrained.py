@@ -274,6 +274,7 @@ def save_pretrained(
     *,
     dtype: torch.dtype | None = None,
     model_type: str | None = None,
+    generation: str | None = None,
 ) -> None:
     """Write a model as a Hugging Face checkpoint. All ranks of a sharded one call this; the first one writes.
 
@@ -281,6 +282,7 @@ def save_pretrained(
         folder: must not exist, or be empty; it appears when it is complete.
         dtype: of the weights; None: as the model has them.
         model_type: the family; None: the first that can hold the model.
+        generation: a generation_config.json.
 
     Raises:
         ConfigError: no family can hold the model, or the folder is in use.
@@ -288,7 +290,10 @@ def save_pretrained(
     source = _Model(model)
     if runtime.is_rank0():
         with new_folder(Path(folder)) as temporary:
-            write_checkpoint(temporary, model.config, source, dtype=dtype, model_type=model_type, tokenizer=tokenizer)
+            write_checkpoint(
+                temporary, model.config, source, dtype=dtype, model_type=model_type, tokenizer=tokenizer,
+                generation=generation,
+            )  # fmt: skip
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
                 name_for_transformers_4(temporary)

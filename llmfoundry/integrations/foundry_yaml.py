@@ -23,7 +23,6 @@ _GONE = {
     "python_log_level": "logs are at level INFO",
     "max_split_size_mb": "set PYTORCH_ALLOC_CONF instead",
     "expandable_segments": "set PYTORCH_ALLOC_CONF instead",
-    "callbacks.runtime_estimator": "the console shows the time that is left",
     "callbacks.scheduled_gc": "collections are not forced",
     "model.init_device": "models are always built on meta",
     "model.fc_type": "linear layers are torch's",
@@ -48,7 +47,6 @@ _GONE = {
     "callbacks.oom_observer": "an out-of-memory error says what was allocated",
     "callbacks.env_logging": "the run's report names the environment",
     "callbacks.eval_output_logging": "callbacks.sample_text writes text",
-    "callbacks.mbmoe_tok_per_expert": "the load of each expert is logged as moe/load by callbacks.expert_load",
     "tokenizer.kwargs.trust_remote_code": "code of a hub repository is never run",
     "save_overwrite": "a run never writes over another's checkpoints",
     "log_config": "config.yaml is always written",
@@ -341,6 +339,14 @@ def _learned_pos_emb(data: Tree, value: object) -> list[str]:
     return []
 
 
+def _wandb_name(data: Tree, value: object) -> list[str]:
+    """There it names the run; here `name` is the logger's own, as config.yaml writes it out."""
+    if value == "wandb":
+        _put(data, "loggers.wandb.name", value)
+        return []
+    return [_put(data, "loggers.wandb.run_name", value)]
+
+
 def _eval_workers(data: Tree, value: object) -> list[str]:
     return ["0, evaluation reads as it goes"] if value else []
 
@@ -355,6 +361,7 @@ _MOVED: dict[str, Callable[[Tree, object], list[str]]] = {
     "model.attn_config.rope_hf_config": _rope_hf,
     "model.learned_pos_emb": _learned_pos_emb,
     "eval_loader.num_workers": _eval_workers,
+    "loggers.wandb.name": _wandb_name,
     "model.name": _model,
     "model.attention_bias": _renamed("model.attn_config.bias"),
     "model.ffn_config.lbl_process_group": _loss_group,

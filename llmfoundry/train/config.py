@@ -49,6 +49,9 @@ class CallbackConfig(Choice, tag="name"):
         """The `Callback`, before there is a trainer and before any data is prepared: mistakes are refused here."""
         raise NotImplementedError
 
+    def check_run(self, run: RunConfig) -> None:
+        """Refuse a run that this callback cannot watch, before anything is written; raises ConfigError."""
+
 
 class LoggerConfig(Choice, tag="name"):
     """Root of the family of destinations for metrics: the YAML's `loggers`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, NamedTuple
 
 import torch
@@ -159,3 +159,25 @@ def _squared_norm(group: _GradientGroup) -> Tensor:
         total = total.to(group.device_type)  # NCCL reduces on the GPU, also for gradients offloaded to the CPU
         dist.all_reduce(total, group=axis)
     return total
+
+
+def l2_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of each tensor over all ranks: (n,) on the CPU, the same on every rank, which all call this.
+
+    One all-reduce for each way of splitting tensors over ranks, whatever their number; the host waits once.
+    """
+    groups: dict[tuple[object, ...], tuple[_GradientGroup, list[int]]] = {}
+    for number, tensor in enumerate(tensors):
+        shards = _shards(tensor)
+        key = (tensor.device, *(axis.group_name for axis in shards.axes))
+        group, numbers = groups.setdefault(key, (shards._replace(grads=[]), []))
+        group.grads.extend(shards.grads)
+        numbers.append(number)
+    found = torch.zeros(len(tensors), dtype=torch.float64)
+    for group, numbers in groups.values():
+        squares = torch.stack([norm.double() for norm in torch._foreach_norm(group.grads, 2.0)]).square()
+        for axis in group.axes:
+            squares = squares.to(group.device_type)
+            dist.all_reduce(squares, group=axis)
+        found[numbers] = squares.sqrt().cpu()
+    return found

@@ -31,7 +31,7 @@ from llmfoundry.parallel.apply import materialize, parallelize
 from llmfoundry.parallel.expert import n_experts
 from llmfoundry.parallel.mesh import Mesh, build_mesh
 from llmfoundry.train.callback import Callback
-from llmfoundry.train.config import RunConfig
+from llmfoundry.train.config import CallbackConfig, RunConfig
 from llmfoundry.train.duration import Timeline
 from llmfoundry.train.mixing import Joined, row_ends, take_up, to_save
 from llmfoundry.train.optim import set_learning_rate
@@ -45,7 +45,7 @@ from llmfoundry.train.resume import (
     settle_tokenizer,
     train_state,
 )
-from llmfoundry.train.run import EVALUATED, Metrics, Run
+from llmfoundry.train.run import EVALUATED, Metrics, Run, Table, is_evaluated
 from llmfoundry.train.saving import Saver
 from llmfoundry.train.step import StepResult, train_step
 
@@ -63,11 +63,10 @@ class Trainer(Run):
     start: Start
     saver: Saver
     callbacks: list[Callback]
-    generation: str | None = None  # generation_config.json of what the run began from
+    named: dict[str, Callback] = field(default_factory=dict)  # those that the YAML asked for
     joined: Joined = Joined()  # of a mixture
     folder: RunFolder | None = None  # of rank 0, from `fit` on
     unevaluated: Metrics = field(default_factory=dict)  # of the last step, if a signal cut its evaluation short
-    signalled: bool = False  # this rank was asked to stop
 
     def fit(self) -> None:
         """Train until `max_duration`, or until a signal asks to stop."""
@@ -111,6 +110,8 @@ class Trainer(Run):
                     self.unevaluated = {} if found else dict(metrics)
                     metrics |= found
                 self._record(metrics)
+                if self.state.step == self.timeline.total_steps and not is_evaluated(metrics):
+                    self.evaluation = {}  # a callback ended the run: what there is, is of an earlier step
                 stopped = self._stopped()
                 done = stopped or self.state.step == self.timeline.total_steps
                 if done:
@@ -136,6 +137,10 @@ class Trainer(Run):
             callback.step_end(self, metrics)
         if self.folder is not None:
             self.folder.write_metrics(metrics)
+
+    def log_table(self, table: Table) -> None:
+        for callback in self.callbacks:
+            callback.table(self, table)
 
     def _take_folder(self) -> None:
         self.folder = RunFolder.claim(Path(self.config.save_folder))
@@ -294,6 +299,11 @@ class Trainer(Run):
         seconds = trainer.get("seconds")
         self.train_seconds = float(seconds) if isinstance(seconds, int | float) else 0.0
         self.unevaluated = cast(Metrics, trainer.get("unevaluated", {}))
+        states = trainer.get("callbacks")
+        for name, callback in self.named.items():
+            kept = states.get(name) if isinstance(states, dict) else None
+            if isinstance(kept, dict):
+                callback.load_state_dict(kept)
         if self.unevaluated:  # monitors read the rate of that step
             set_learning_rate(self.optimizer, self.schedule.multiplier(self.state.step - 1))
 
@@ -307,6 +317,7 @@ class Trainer(Run):
                 "data": self.loader.fingerprint,
                 "seconds": self.train_seconds,
                 "unevaluated": cast(dict[str, Json], self.unevaluated),
+                "callbacks": {name: kept for name, each in self.named.items() if (kept := each.state_dict())},
                 **self._mixture(),
             },
             config=dump(self.config),
@@ -437,7 +448,8 @@ def build(config: RunConfig) -> Trainer:
         start=start,
         saver=Saver(checkpointer, config.save_failures_allowed),
         generation=generation_for(start, tokenizer),
-        callbacks=callbacks,
+        callbacks=list(callbacks.values()),
+        named=callbacks,
         joined=joined,
     )
 
@@ -456,13 +468,16 @@ def _mix(config: RunConfig, loader: Loader, timeline: Timeline, start: Start) ->
     return joined
 
 
-def _callbacks(config: RunConfig) -> list[Callback]:
-    found = []
-    for name, part in (*config.callbacks.items(), *config.loggers.items()):
+def _callbacks(config: RunConfig) -> dict[str, Callback]:
+    found = {}
+    parts = {f"callbacks.{name}": part for name, part in config.callbacks.items()}
+    for name, part in (parts | {f"loggers.{name}": part for name, part in config.loggers.items()}).items():
         built = part.build()
         if not isinstance(built, Callback):  # a plug-in's mistake
             raise ConfigError(f"{name}: build() must return a Callback, found {type(built).__name__}")
-        found.append(built)
+        if isinstance(part, CallbackConfig):
+            part.check_run(config)
+        found[name] = built
     return found
 
 
