@@ -145,7 +145,8 @@ def translate(data: Tree) -> tuple[Tree, list[str]]:
         if present:
             _take(data, path)
             try:
-                notes += [f"{path}={value!r}: is now {new}" for new in apply(data, value)]
+                for new in apply(data, value):
+                    notes.append(f"{path}={value!r}: {new if new.startswith('left out') else f'is now {new}'}")
             except ConfigError as error:
                 mistakes.append(str(error))
     if theirs:  # in a file of ours, a missing save_folder is a mistake
