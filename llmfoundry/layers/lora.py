@@ -1,20 +1,18 @@
 """Low-rank adapters (LoRA): what is trained in place of a frozen weight W is B A, of rank r, added to it.
 
 Shapes: D in, N out, r rank, E experts.
-A linear layer runs its adapter beside itself: y = W x + s B (A x). Stacked experts add it to their weights before the
-grouped kernels see them: W_e + s B_e A_e, as peft does for stacked parameters. So every kernel backend, FSDP and expert
-parallelism work as they are, at the price of one more copy of a layer's experts while it runs; and as the sum has the
-weights' dtype, in bf16 a change below 1/256 of a weight is lost on experts, not on linear layers.
+The adapter runs beside the weight: y = W x + s B (A x). Those of stacked experts do so inside the experts' kernels
+(kernels/low_rank.py).
 
 The adapters are parameters beside their weight (`wqkv.lora_A`, `experts.w1_lora_A`), so no name of the base model
 changes, and whatever reads or writes base weights by name needs to know nothing of them. A module that can adapt
-stacked parameters has empty slots of those names and a `lora_scale`.
+stacked parameters has empty slots of those names and `set_adapters`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +58,12 @@ class Adapter(NamedTuple):
     name: str  # of the weight in the model, without `.weight`
     a: nn.Parameter  # (r, D), or (E, r, D)
     b: nn.Parameter  # (N, r), or (E, N, r)
+
+
+class _Stacked(Protocol):
+    """A module that can adapt stacked parameters."""
+
+    def set_adapters(self, scale: float, dropout: float) -> None: ...
 
 
 class LoRALinear(nn.Linear):
@@ -125,7 +129,7 @@ def add_adapters(model: nn.Module, blocks: nn.Module, config: LoRAConfig) -> Non
         for side, (rows, columns) in zip(_SIDES, ((config.rank, weight.shape[2]), (weight.shape[1], config.rank)),
                                          strict=True):  # fmt: skip
             module.register_parameter(f"{leaf}_{side}", nn.Parameter(weight.new_zeros(weight.shape[0], rows, columns)))
-        module.lora_scale = config.scale  # type: ignore[assignment]
+        cast(_Stacked, module).set_adapters(config.scale, config.dropout)
 
 
 def adapters(model: nn.Module) -> Iterator[Adapter]:
