@@ -109,7 +109,7 @@ def file_texts(where: str) -> Iterator[str]:
     Raises:
         ConfigError: there is none, or a row has no text.
     """
-    source = check(DatasetConfig, {"name": "text_files", "path": where}).build()
+    source = check(DatasetConfig, {"name": "text_files", "path": where, "validation_fraction": 0.0}).build()
     return source.documents()
 
 
