@@ -57,6 +57,7 @@ class _AdapterParams(NamedTuple):
 
     all: int
     active: int
+    of_experts: int
 
 
 class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
@@ -189,9 +190,14 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
             add_adapters(model, model.blocks, self.lora)
         return model
 
+    @property
+    def adapts_experts(self) -> bool:
+        """Whether experts have adapters."""
+        return self._adapter_params().of_experts > 0
+
     def _adapter_params(self) -> _AdapterParams:
         """Parameters of all adapters, and the active ones, counted on the meta device."""
-        total = active = 0
+        total = active = of_experts = 0
         if self.lora is not None:
             with torch.device("meta"):
                 model = self.build()
@@ -199,8 +205,9 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
                 ffn = self.ffn(int(name.split(".")[1]))
                 n = a.numel() + b.numel()
                 total += n
+                of_experts += n if a.dim() == 3 else 0
                 active += n // a.shape[0] * ffn.moe_top_k if a.dim() == 3 and isinstance(ffn, MoEConfig) else n
-        return _AdapterParams(total, active)
+        return _AdapterParams(total, active, of_experts)
 
     def _shared_params(self) -> int:
         """All but the feed-forward blocks."""

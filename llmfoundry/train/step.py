@@ -6,7 +6,7 @@ Shapes: B rows, S sequence, T tokens of the global batch, L MoE layers, E expert
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -43,6 +43,7 @@ def train_step(
     max_grad_norm: float | None,
     balance: Balance | None,
     noise_seed: int = 0,
+    step: int = 0,
     n_sources: int = 0,
 ) -> StepResult:
     """Run forward and backward over microbatches, then clip and update.
@@ -56,7 +57,8 @@ def train_step(
         microbatch_rows: rows of one forward; the last microbatch may be smaller.
         max_grad_norm: None does not clip.
         balance: how the experts' load is balanced; None for a dense model.
-        noise_seed: for routers with jitter, whose noise depends only on it and on each row's number.
+        noise_seed: for routers with jitter, whose noise depends only on it and on each row's number, and for dropout.
+        step: how many steps came before this one, for dropout.
         n_sources: how many a mixture has; 0 for rows of a single one.
     """
     batch = batch._replace(rows=batch.rows + runtime.seed_of("noise", noise_seed) // 2)  # // 2: far from overflow
@@ -68,7 +70,7 @@ def train_step(
     total = torch.zeros_like(ce)
     sources = ce.new_zeros(2, n_sources)
     router: RouterStats | None = None
-    for i, (out, load) in enumerate(_forwards(model, microbatches, balance)):
+    for i, (out, load) in enumerate(_forwards(model, microbatches, balance, _seeding(model, noise_seed, step))):
         assert out.loss_sum is not None
         loss = out.loss_sum / n_labels
         ce += loss.detach()
@@ -99,48 +101,65 @@ def forward(model: CausalLM, batch: Batch) -> Output:
     )
 
 
+def _seeding(model: CausalLM, seed: int, step: int) -> Callable[[int], object]:
+    """What is called before each forward of a microbatch, with its number: dropout then depends on nothing earlier."""
+    lora = model.config.lora
+    if lora is None or lora.dropout == 0:
+        return lambda number: None
+    return lambda number: torch.manual_seed(runtime.seed_of("dropout", seed, step, runtime.rank(), number))
+
+
 def _forwards(
-    model: CausalLM, microbatches: list[Batch], balance: Balance | None
+    model: CausalLM,
+    microbatches: list[Batch],
+    balance: Balance | None,
+    seeding: Callable[[int], object] = lambda number: None,
 ) -> Iterator[tuple[Output, Tensor | None]]:
     """Each microbatch's output, and the (L, E) loads for its balance loss (None: there is no such loss).
 
     The caller runs the backward of one before it asks for the next. `Balance` says what the modes mean.
     """
+
+    def run(number: int) -> Output:
+        seeding(number)
+        return forward(model, microbatches[number])
+
+    numbers = range(len(microbatches))
     if balance is None or balance.loss_weight == 0:
-        yield from ((forward(model, micro), None) for micro in microbatches)
+        yield from ((run(i), None) for i in numbers)
     elif balance.scope == "microbatch":
-        for micro in microbatches:
-            out = forward(model, micro)
+        for i in numbers:
+            out = run(i)
             yield out, _load(out)
     elif balance.accumulation == "running":
         load: Tensor | None = None
-        for micro in microbatches:
-            out = forward(model, micro)
+        for i in numbers:
+            out = run(i)
             seen = runtime.all_reduce_sum(_load(out).clone())
             load = seen if load is None else load + seen
             yield out, load
     else:
         # The loads of the whole batch have to be known before the first backward.
         kept = len(microbatches) if balance.accumulation == "keep" else 1
-        with torch.no_grad():  # last_only: a count needs no logits
-            counts = [
-                _load(
-                    model(
-                        micro.tokens,
-                        sequence_ids=micro.sequence_ids,
-                        positions=micro.positions,
-                        keys=micro.rows,
-                        last_only=True,
-                    )
-                )
-                for micro in microbatches[kept:]
-            ]
-        outputs = deque(forward(model, micro) for micro in microbatches[:kept])
+        counts = []
+        for i in numbers[kept:]:
+            seeding(i)
+            counts.append(_count(model, microbatches[i]))
+        outputs = deque(run(i) for i in numbers[:kept])
         load = runtime.all_reduce_sum(torch.stack([*counts, *map(_load, outputs)]).sum(0))
         while outputs:
             yield outputs.popleft(), load
-        for micro in microbatches[kept:]:
-            yield forward(model, micro), load
+        for i in numbers[kept:]:
+            yield run(i), load
+
+
+@torch.no_grad()
+def _count(model: CausalLM, batch: Batch) -> Tensor:
+    """The (L, E) loads of a microbatch; a count needs no logits but those of the last token."""
+    out: Output = model(
+        batch.tokens, sequence_ids=batch.sequence_ids, positions=batch.positions, keys=batch.rows, last_only=True
+    )
+    return _load(out)
 
 
 def _load(out: Output) -> Tensor:

@@ -180,6 +180,7 @@ class Trainer(Run):
             max_grad_norm=clipping.clipping_threshold if clipping else None,
             balance=self.balance,
             noise_seed=self.config.seed,
+            step=state.step,
             n_sources=len(self.loader.labels),
         )
         state.step += 1
@@ -489,8 +490,9 @@ def check_device(model: CausalLMConfig, device: torch.device, precision: str) ->
         raise ConfigError(f"model.attn_config.attn_impl=flex needs a CUDA device, found {device.type}; use auto")
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     blocks = (model.ffn(layer) for layer in range(model.n_layers))
+    drops = model.lora is not None and model.lora.dropout > 0 and model.adapts_experts
     for impl, kind in {(b.moe_impl, b.kind(model.d_model)) for b in blocks if isinstance(b, MoEConfig)}:
         try:
-            resolve_backend(impl, kind, device, dtype)
+            resolve_backend(impl, kind._replace(dropout=drops), device, dtype)
         except ValueError as error:
             raise ConfigError(f"model.ffn_config.{error}") from None
