@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar, NamedTuple, Protocol, cast
 
 import torch
@@ -92,6 +93,12 @@ class _Stacked(Protocol):
     def set_adapters(self, scale: float, dropout: float) -> None: ...
 
 
+class _Switched(Protocol):
+    """A module whose adapters can be off."""
+
+    lora_off: bool
+
+
 class LoRALinear(nn.Linear):
     """A linear layer with an adapter. It takes over the parameters of the layer that it replaces."""
 
@@ -99,12 +106,14 @@ class LoRALinear(nn.Linear):
         nn.Module.__init__(self)  # not nn.Linear's, which would allocate and draw a weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.lora_scale, self.lora_dropout = config.scale, config.dropout
+        self.lora_scale, self.lora_dropout, self.lora_off = config.scale, config.dropout, False
         self.lora_A = nn.Parameter(self.weight.new_zeros(config.rank, self.in_features))
         self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, config.rank))
 
     def forward(self, input: Tensor) -> Tensor:
         """`W x + b + s B (A x)`."""
+        if self.lora_off:
+            return super().forward(input)
         seen = F.dropout(input, self.lora_dropout, self.training) if self.lora_dropout else input
         added = self.lora_scale * F.linear(F.linear(seen, self.lora_A), self.lora_B)
         if not rounds_once(input.dtype):
@@ -165,6 +174,19 @@ def adapters(model: nn.Module) -> Iterator[Adapter]:
     for name, a in named.items():
         if name.endswith(_SIDES[0]):
             yield Adapter(name[: -len(_SIDES[0]) - 1], a, named[name[: -len(_SIDES[0])] + _SIDES[1]])
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes what its frozen weights do."""
+    adapting = [cast(_Switched, module) for module in model.modules() if hasattr(module, "lora_off")]
+    for module in adapting:
+        module.lora_off = True
+    try:
+        yield
+    finally:
+        for module in adapting:
+            module.lora_off = False
 
 
 def is_adapter(name: str) -> bool:

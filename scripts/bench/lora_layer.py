@@ -1,6 +1,6 @@
 """Time the experts of a MoE layer with adapters beside their weights, in one process with the frozen layer.
 
-Providers: `frozen` (no adapter: the gradient of x and of the routing weights alone), `beside` (ours), `merged` (adapters
+Providers: `frozen` (no adapter: gradients of x and of the routing weights alone), `beside` (ours), `merged` (adapters
 added to a copy of the weights, whose gradient is computed whole: what peft does for stacked parameters), each by the
 Triton kernels; `beside_grouped_mm`, the same adapters in the other backend.
 
