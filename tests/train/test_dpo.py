@@ -137,7 +137,10 @@ def _metrics(recipe: Path) -> list[dict[str, float]]:  # noqa: F811
 @pytest.mark.parametrize("lora", [True, False])
 def test_a_run_learns_to_prefer_the_chosen(recipe: Path, lora: bool) -> None:  # noqa: F811
     path = _preferences(recipe)
-    assert train_main([str(path), *(["+model.lora.rank=4", "+model.lora.alpha=8.0"] if lora else [])]) in (0, None)
+    config = yaml.safe_load(path.read_text())
+    config["model"] |= {"lora": {"rank": 4, "alpha": 8.0}} if lora else {}
+    path.write_text(yaml.safe_dump(config))
+    assert train_main([str(path)]) in (0, None)
     lines = _metrics(recipe)
     assert lines[0]["loss/train/total"] == pytest.approx(0.6931, abs=1e-3), "nothing is preferred yet"
     assert lines[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
