@@ -54,12 +54,15 @@ class Config(BaseModel):
         allow_inf_nan=False,  # a nan passes no comparison, so it would slip by every bound that is written as one
     )
 
-    SYNONYMS: ClassVar[dict[str, str]] = {}  # other frameworks' words for a key, and its dotted path
+    SYNONYMS: ClassVar[dict[str, str]] = {}  # other frameworks' words for a key, and its dotted path: for hints
+    ALIASES: ClassVar[dict[str, str]] = {}  # other words for keys of this block, which are accepted
 
     @model_validator(mode="wrap")
     @classmethod
     def _name_unknown_keys(cls, data: Any, check: ModelWrapValidatorHandler[Self]) -> Self:
         """Report unknown keys together with all other mistakes."""
+        if isinstance(data, dict):
+            data = cls._in_own_words(data)
         unknown = [key for key in data if key not in cls.model_fields] if isinstance(data, dict) else []
         if not unknown:
             return check(data)
@@ -69,6 +72,13 @@ class Config(BaseModel):
         except ValidationError as error:
             mistakes += _mistakes(error)
         raise PydanticCustomError("several", "several mistakes", {"mistakes": mistakes})
+
+    @classmethod
+    def _in_own_words(cls, data: dict[str, object]) -> dict[str, object]:
+        for alias, own in cls.ALIASES.items():
+            if alias in data and own in data:
+                raise ValueError(f"{alias} and {own} are the same; keep one")
+        return {cls.ALIASES.get(key, key): value for key, value in data.items()}
 
     @classmethod
     def keys(cls, data: Mapping[str, object]) -> Set[str]:

@@ -1,6 +1,6 @@
-"""Adapters of stacked experts, computed beside the frozen weight: y = x W^T + s (x A^T) B^T.
+"""Adapters computed beside a frozen weight: y = x W^T + s (x A^T) B^T.
 
-Shapes: E experts, J inner width of a weight, N its outputs, r rank; W (E, N, J), A (E, r, J), B (E, N, r).
+Shapes: T tokens, E experts, J inner width of a weight, N its outputs, r rank; W (E, N, J), A (E, r, J), B (E, N, r).
 Added to the weight instead, in bf16 a change below 1/256 of a weight is lost. Added to x W^T after that was rounded,
 the same share of it is lost: the sum rounds back to where it was. So x A^T is a product of its own, r columns wide, and
 its product with B^T goes into the float32 accumulator of the frozen product: the sum is rounded once.
@@ -8,11 +8,12 @@ its product with B^T goes into the float32 accumulator of the frozen product: th
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from llmfoundry.kernels.late import LateGradients
 
@@ -70,3 +71,43 @@ class ExpertAdapters(NamedTuple):
         a, b = pair.a, pair.b if self.scale == 1 else pair.b * self.scale
         missing = -a.shape[1] % step
         return (F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))) if missing else (a, b)
+
+
+@torch.library.custom_op("llmfoundry::frozen_linear_plus", mutates_args=())
+def frozen_linear_plus(x: Tensor, weight: Tensor, addend: Tensor) -> Tensor:
+    """`x W^T + addend`, rounded once: an operator of its own, as a compiler would take the sum apart.
+
+    Args:
+        x: (T, J).
+        weight: (N, J), which gets no gradient.
+        addend: (T, N), what an adapter adds.
+    """
+    return torch.addmm(addend, x, weight.t())
+
+
+@frozen_linear_plus.register_fake
+def _(x: Tensor, weight: Tensor, addend: Tensor) -> Tensor:
+    return torch.empty_like(addend)
+
+
+class _Context(Protocol):
+    saved_tensors: tuple[Tensor]
+    needs_input_grad: tuple[bool, bool, bool]
+
+    def save_for_backward(self, weight: Tensor) -> None: ...
+
+
+def _keep_weight(ctx: _Context, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, None, Tensor]:
+    return grad @ ctx.saved_tensors[0] if ctx.needs_input_grad[0] else None, None, grad
+
+
+frozen_linear_plus.register_autograd(_backward, setup_context=_keep_weight)
+
+
+@register_flop_formula(torch.ops.llmfoundry.frozen_linear_plus)
+def _flops(x: tuple[int, int], weight: tuple[int, int], *args: object, out_shape: object = None, **_: object) -> int:
+    return 2 * x[0] * weight[0] * weight[1]

@@ -170,7 +170,7 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(n_experts, d_model, expert.hidden_size))  # (E, D, F)
         self.b1 = nn.Parameter(torch.empty(n_experts, expert.rows)) if expert.bias else None  # (E, 2F)
         self.b2 = nn.Parameter(torch.empty(n_experts, d_model)) if expert.bias else None  # (E, D)
-        self.lora_scale = self.lora_dropout = 0.0
+        self.lora_scale, self.lora_dropout, self.lora_off = 0.0, 0.0, False
         for slot in ("w1_lora_A", "w1_lora_B", "w2_lora_A", "w2_lora_B"):  # layers/lora.py fills them
             self.register_parameter(slot, None)
 
@@ -186,7 +186,7 @@ class Experts(nn.Module):
     def forward(self, tokens: ExpertInputs | InFlight) -> Tensor:
         """`experts_ffn` with these weights, on tokens that are here or on their way here; (T, D) or (R, D)."""
         w1, w2, b1, b2 = local_part(self.w1), local_part(self.w2), local_part(self.b1), local_part(self.b2)
-        adapters = ExpertAdapters(
+        adapters = ExpertAdapters() if self.lora_off else ExpertAdapters(
             _pair(self.w1_lora_A, self.w1_lora_B), _pair(self.w2_lora_A, self.w2_lora_B),
             self.lora_scale, self.lora_dropout if self.training else 0.0,
         )  # fmt: skip
