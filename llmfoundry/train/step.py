@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from llmfoundry.data.rows import IGNORE
 from llmfoundry.layers.ffn import RouterStats
 from llmfoundry.model.transformer import CausalLM, Output
 from llmfoundry.moe.balance import Balance, load_balance_loss, update_expert_bias, z_loss
-from llmfoundry.parallel.fsdp import accumulating
+from llmfoundry.parallel.fsdp import accumulating, forget_step
 from llmfoundry.train.optim import clip_by_global_norm
 
 
@@ -44,6 +45,7 @@ def train_step(
     balance: Balance | None,
     noise_seed: int = 0,
     n_sources: int = 0,
+    together: bool = False,
 ) -> StepResult:
     """Run forward and backward over microbatches, then clip and update.
 
@@ -58,13 +60,46 @@ def train_step(
         balance: how the experts' load is balanced; None for a dense model.
         noise_seed: for routers with jitter, whose noise depends only on it and on each row's number.
         n_sources: how many a mixture has; 0 for rows of a single one.
+        together: when some rank runs out of memory before the update, all of them drop the step.
+
+    Raises:
+        runtime.OutOfMemory: `together`, and some rank ran out of memory; nothing has changed.
     """
     batch = batch._replace(rows=batch.rows + runtime.seed_of("noise", noise_seed) // 2)  # // 2: far from overflow
     own = torch.stack([batch.n_labels, torch.full_like(batch.n_labels, batch.tokens.numel())])
     n_labels, n_tokens = runtime.all_reduce_sum(own).unbind()
     microbatches = batch.split(microbatch_rows)
+    accumulate = partial(_accumulate, model, microbatches, balance, n_labels, n_tokens, n_sources)
+    if together:
+        try:
+            ce, total, sources, router = runtime.together(accumulate)
+        except runtime.OutOfMemory:
+            forget_step(model)
+            raise
+    else:
+        ce, total, sources, router = accumulate()
 
-    ce = torch.zeros((), dtype=torch.float32, device=batch.labels.device)
+    grad_norm = clip_by_global_norm(model.parameters(), max_grad_norm)
+    updated = bool(torch.isfinite(grad_norm))  # the same on every rank, because the norm is global
+    ce, total, sources, router = _sum_over_ranks(ce, total, sources, router)
+    if updated:
+        optimizer.step()
+        if balance is not None and router is not None:
+            update_expert_bias(model, router.load, balance)
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(ce, total, grad_norm, router, updated, sources)
+
+
+def _accumulate(
+    model: CausalLM,
+    microbatches: list[Batch],
+    balance: Balance | None,
+    n_labels: Tensor,
+    n_tokens: Tensor,
+    n_sources: int,
+) -> _Sums:
+    """Forward and backward of every microbatch: gradients, and this rank's sums."""
+    ce = torch.zeros((), dtype=torch.float32, device=n_labels.device)
     total = torch.zeros_like(ce)
     sources = ce.new_zeros(2, n_sources)
     router: RouterStats | None = None
@@ -80,16 +115,7 @@ def train_step(
         with accumulating(model, last=i == len(microbatches) - 1):
             loss.backward()
         total += loss.detach()
-
-    grad_norm = clip_by_global_norm(model.parameters(), max_grad_norm)
-    updated = bool(torch.isfinite(grad_norm))  # the same on every rank, because the norm is global
-    ce, total, sources, router = _sum_over_ranks(ce, total, sources, router)
-    if updated:
-        optimizer.step()
-        if balance is not None and router is not None:
-            update_expert_bias(model, router.load, balance)
-    optimizer.zero_grad(set_to_none=True)
-    return StepResult(ce, total, grad_norm, router, updated, sources)
+    return _Sums(ce, total, sources, router)
 
 
 def forward(model: CausalLM, batch: Batch) -> Output:
