@@ -42,6 +42,10 @@ class ConfigError(ValueError):
     """A mistake of the user's: shown as it is, without a traceback, with exit code 2."""
 
 
+class ResourceError(RuntimeError):
+    """The machine is too small for the run: shown as it is, without a traceback, with exit code 1."""
+
+
 class Config(BaseModel):
     """A frozen block of settings. Unknown keys and wrong types are errors, never repaired."""
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from llmfoundry import launch
-from llmfoundry.config import ConfigError, check, drop_replaced, import_code
+from llmfoundry.config import ConfigError, ResourceError, check, drop_replaced, import_code
 from llmfoundry.integrations.foundry_yaml import translate
 from llmfoundry.settings import load_settings
 
@@ -52,12 +52,17 @@ def command(run: Callable[[Sequence[str] | None], None]) -> Command:
                 time.sleep(HEAD_START)
             _tell_torchrun(f"error: {error}")
             return 2
+        except ResourceError as error:
+            print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+            _tell_torchrun(f"error: {error}")
+            return 1
         except KeyboardInterrupt:
             print(f"{rank}interrupted", file=sys.stderr)
             return 1
-        except Exception:
-            print(f"{rank}{traceback.format_exc()}", file=sys.stderr, flush=True)
-            _tell_torchrun(traceback.format_exc())
+        except Exception as error:
+            why = _out_of_memory(error) or traceback.format_exc()
+            print(f"{rank}{why}", file=sys.stderr, flush=True)
+            _tell_torchrun(why)
             return 1
         if "torch" in sys.modules:
             from llmfoundry import runtime
@@ -66,6 +71,13 @@ def command(run: Callable[[Sequence[str] | None], None]) -> Command:
         return 0
 
     return main
+
+
+def _out_of_memory(error: Exception) -> str:
+    """One line for a device whose memory is full; empty for any other error."""
+    torch = sys.modules.get("torch")
+    is_full = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return f"error: out of memory: {' '.join(str(error).split())}" if is_full else ""
 
 
 def _tell_torchrun(why: str) -> None:

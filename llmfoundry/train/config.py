@@ -120,7 +120,8 @@ class RunConfig(Config):
     algorithms: Algorithms = Algorithms()
     max_duration: Duration
     global_train_batch_size: int = Field(gt=0)  # rows a step, over all ranks
-    device_train_microbatch_size: int | Literal["auto"] = "auto"  # rows; need not divide; auto: all of the rank's
+    # Rows of a forward; need not divide. auto: all of the rank's, and half as many each time that they do not fit.
+    device_train_microbatch_size: int | Literal["auto"] = "auto"
     max_skipped_steps: int = Field(10, ge=0)  # updates skipped in a row for a gradient that is not finite
 
     eval_interval: Duration = Duration.parse("1ep")  # 0ba: never

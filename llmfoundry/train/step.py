@@ -19,7 +19,7 @@ from llmfoundry.data.rows import IGNORE
 from llmfoundry.layers.ffn import RouterStats
 from llmfoundry.model.transformer import CausalLM, Output
 from llmfoundry.moe.balance import Balance, load_balance_loss, update_expert_bias, z_loss
-from llmfoundry.parallel.fsdp import accumulating
+from llmfoundry.parallel.fsdp import accumulating, forget_step
 from llmfoundry.train.loss import Loss
 from llmfoundry.train.optim import clip_by_global_norm
 
@@ -50,6 +50,7 @@ def train_step(
     step: int = 0,
     n_sources: int = 0,
     objective: Loss = CROSS_ENTROPY,
+    together: bool = False,
 ) -> StepResult:
     """Run forward and backward over microbatches, then clip and update.
 
@@ -66,41 +67,77 @@ def train_step(
         step: how many steps came before this one, for dropout.
         n_sources: how many a mixture has; 0 for rows of a single one.
         objective: what is minimised.
+        together: when some rank runs out of memory before the update, all of them drop the step.
+
+    Raises:
+        runtime.OutOfMemory: `together`, and some rank ran out of memory; nothing has changed.
     """
     batch = batch._replace(rows=batch.rows + runtime.seed_of("noise", noise_seed) // 2)  # // 2: far from overflow
     own = torch.stack([*objective.units(batch), torch.full_like(batch.n_labels, batch.tokens.numel())])
-    n_units, n_labels, n_tokens = runtime.all_reduce_sum(own).unbind()
+    counts = _Counts(*runtime.all_reduce_sum(own).unbind())
     microbatches = objective.microbatches(batch, microbatch_rows)
-    references = [objective.reference(model, micro) for micro in microbatches]
-
-    ce = torch.zeros((), dtype=torch.float32, device=batch.labels.device)
-    total = torch.zeros_like(ce)
-    sources, metrics = ce.new_zeros(2, n_sources), ce.new_zeros(len(objective.metrics))
-    router: RouterStats | None = None
     seeding = _seeding(model, noise_seed, step)
-    for i, (out, load) in enumerate(_forwards(model, microbatches, balance, objective, seeding)):
-        parts = objective.parts(out, microbatches[i], references[i])
-        loss = parts.loss / n_units
-        ce += parts.nats / n_labels
-        metrics += parts.metrics / n_units
-        _add_sources(sources, out, microbatches[i])
-        if balance is not None and out.router is not None:
-            loss = loss + _auxiliary(out.router, load, balance) / n_tokens
-            stats = RouterStats(*(part.detach() for part in out.router))
-            router = stats if router is None else RouterStats(*(a + b for a, b in zip(router, stats, strict=True)))
-        with accumulating(model, last=i == len(microbatches) - 1):
-            loss.backward()
-        total += loss.detach()
+
+    def accumulate() -> _Sums:
+        return _accumulate(model, microbatches, balance, objective, counts, n_sources, seeding)
+
+    if together:
+        try:
+            sums = runtime.together(accumulate)
+        except runtime.OutOfMemory:
+            forget_step(model)
+            raise
+    else:
+        sums = accumulate()
 
     grad_norm = clip_by_global_norm(model.parameters(), max_grad_norm)
     updated = bool(torch.isfinite(grad_norm))  # the same on every rank, because the norm is global
-    ce, total, sources, metrics, router = _sum_over_ranks(_Sums(ce, total, sources, metrics, router))
+    ce, total, sources, metrics, router = _sum_over_ranks(sums)
     if updated:
         optimizer.step()
         if balance is not None and router is not None:
             update_expert_bias(model, router.load, balance)
     optimizer.zero_grad(set_to_none=True)
     return StepResult(ce, total, grad_norm, router, updated, sources, metrics)
+
+
+class _Counts(NamedTuple):
+    """Of the global batch."""
+
+    units: Tensor  # () what the loss is a sum over
+    labels: Tensor  # ()
+    tokens: Tensor  # ()
+
+
+def _accumulate(
+    model: CausalLM,
+    microbatches: list[Batch],
+    balance: Balance | None,
+    objective: Loss,
+    counts: _Counts,
+    n_sources: int,
+    seeding: Callable[[int], object],
+) -> _Sums:
+    """Forward and backward of every microbatch: gradients, and this rank's sums."""
+    references = [objective.reference(model, micro) for micro in microbatches]
+    ce = torch.zeros((), dtype=torch.float32, device=counts.labels.device)
+    total = torch.zeros_like(ce)
+    sources, metrics = ce.new_zeros(2, n_sources), ce.new_zeros(len(objective.metrics))
+    router: RouterStats | None = None
+    for i, (out, load) in enumerate(_forwards(model, microbatches, balance, objective, seeding)):
+        parts = objective.parts(out, microbatches[i], references[i])
+        loss = parts.loss / counts.units
+        ce += parts.nats / counts.labels
+        metrics += parts.metrics / counts.units
+        _add_sources(sources, out, microbatches[i])
+        if balance is not None and out.router is not None:
+            loss = loss + _auxiliary(out.router, load, balance) / counts.tokens
+            stats = RouterStats(*(part.detach() for part in out.router))
+            router = stats if router is None else RouterStats(*(a + b for a, b in zip(router, stats, strict=True)))
+        with accumulating(model, last=i == len(microbatches) - 1):
+            loss.backward()
+        total += loss.detach()
+    return _Sums(ce, total, sources, metrics, router)
 
 
 def _seeding(model: CausalLM, seed: int, step: int) -> Callable[[int], object]:

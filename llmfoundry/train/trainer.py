@@ -29,11 +29,13 @@ from llmfoundry.moe.balance import Balance, summary
 from llmfoundry.moe.layer import MoEConfig
 from llmfoundry.parallel.apply import materialize, parallelize
 from llmfoundry.parallel.expert import n_experts
+from llmfoundry.parallel.fsdp import meet_before_collectives
 from llmfoundry.parallel.mesh import Mesh, build_mesh
 from llmfoundry.train.callback import Callback
 from llmfoundry.train.config import CallbackConfig, Precision, RunConfig
 from llmfoundry.train.duration import Timeline
 from llmfoundry.train.loss import Loss
+from llmfoundry.train.microbatch import Microbatches
 from llmfoundry.train.mixing import Joined, row_ends, take_up, to_save
 from llmfoundry.train.optim import set_learning_rate
 from llmfoundry.train.outputs import RunFolder, check_free, check_shared, read_summary
@@ -63,6 +65,7 @@ class Trainer(Run):
 
     start: Start
     saver: Saver
+    microbatches: Microbatches
     callbacks: list[Callback]
     named: dict[str, Callback] = field(default_factory=dict)  # those that the YAML asked for
     joined: Joined = Joined()  # of a mixture
@@ -178,30 +181,32 @@ class Trainer(Run):
         state, rows = self.state, self.config.global_train_batch_size
         batch = self.loader.batch(state.rows, rows, self.mesh.data_rank, self.mesh.data_ranks).to(self.device)
         rate = set_learning_rate(self.optimizer, self.schedule.multiplier(state.step))
-        micro = self.config.device_train_microbatch_size
         clipping = self.config.algorithms.gradient_clipping
-        result = train_step(
-            self.model,
-            self.optimizer,
-            batch,
-            microbatch_rows=len(batch.rows) if micro == "auto" else micro,
-            max_grad_norm=clipping.clipping_threshold if clipping else None,
-            balance=self.balance,
-            noise_seed=self.config.seed,
-            step=state.step,
-            n_sources=len(self.loader.labels),
-            objective=self.objective,
+        result = self.microbatches.run(
+            lambda micro, together: train_step(
+                self.model,
+                self.optimizer,
+                batch,
+                microbatch_rows=micro,
+                max_grad_norm=clipping.clipping_threshold if clipping else None,
+                balance=self.balance,
+                noise_seed=self.config.seed,
+                step=state.step,
+                n_sources=len(self.loader.labels),
+                objective=self.objective,
+                together=together,
+            )
         )
         state.step += 1
         state.rows += rows
         state.tokens += rows * self.loader.max_seq_len
         self._count_skip(result)
         self.router = result.router
-        of_loss = dict.fromkeys(self.objective.metrics, 0.0)
+        names = self.objective.metrics
         ce, total, grad_norm, *rest = torch.cat(
             [torch.stack([result.ce, result.total, result.grad_norm]), result.metrics, result.sources.flatten()]
         ).tolist()  # all at once: the host waits for the device here
-        of_loss, sources = dict(zip(of_loss, rest, strict=False)), rest[len(of_loss) :]
+        of_loss, sources = dict(zip(names, rest, strict=False)), rest[len(names) :]
         metrics: Metrics = {
             "step": state.step,
             "tokens": state.tokens,
@@ -412,7 +417,7 @@ def build(config: RunConfig) -> Trainer:
     mesh = build_mesh(config.parallel, device.type, n_experts(config.model))
     path = Path(config.save_folder)
     runtime.on_rank0(lambda: check_free(path, config.autoresume))
-    _check_rows(config, mesh)
+    microbatches = _microbatches(config, mesh)
     callbacks = _callbacks(config)
     checkpointer = Checkpointer(
         path / "checkpoints",
@@ -462,6 +467,7 @@ def build(config: RunConfig) -> Trainer:
         timeline=timeline,
         balance=Balance.of(config.model),
         start=start,
+        microbatches=microbatches,
         saver=Saver(checkpointer, config.save_failures_allowed),
         generation=generation_for(start, tokenizer),
         callbacks=list(callbacks.values()),
@@ -477,6 +483,8 @@ def _build_model(config: RunConfig, mesh: Mesh, precision: Precision) -> CausalL
         model = config.model.build()
     assert isinstance(model, CausalLM)
     model = parallelize(model, mesh, config.parallel, precision)
+    if config.device_train_microbatch_size == "auto":
+        meet_before_collectives(model)
     return materialize(model, config.parallel, config.seed)  # the same values on every mesh
 
 
@@ -507,7 +515,7 @@ def _callbacks(config: RunConfig) -> dict[str, Callback]:
     return found
 
 
-def _check_rows(config: RunConfig, mesh: Mesh) -> None:
+def _microbatches(config: RunConfig, mesh: Mesh) -> Microbatches:
     """Refuse a global batch that would give ranks different numbers of microbatches: they must meet in each."""
     rows, ranks, micro = config.global_train_batch_size, mesh.data_ranks, config.device_train_microbatch_size
     if rows < ranks:
@@ -521,6 +529,7 @@ def _check_rows(config: RunConfig, mesh: Mesh) -> None:
             f"device_train_microbatch_size={micro} cuts into different numbers of microbatches; make it a multiple of "
             f"{ranks}, or the microbatch larger"
         )
+    return Microbatches(micro, least, most)
 
 
 def check_device(model: CausalLMConfig, device: torch.device, precision: str) -> None:
