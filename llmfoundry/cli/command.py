@@ -84,6 +84,7 @@ def read_run_config(path: str, overrides: list[str]) -> RunConfig:
     settings = load_settings(path, overrides)
     # Only now is torch imported: all mistakes in the file's form have been reported.
     import llmfoundry.callbacks  # noqa: F401  registers all monitors and loggers
+    from llmfoundry.eval.icl import with_tasks_read
     from llmfoundry.train.config import RunConfig
 
     paths = settings.data.get("code_paths") or []
@@ -92,6 +93,7 @@ def read_run_config(path: str, overrides: list[str]) -> RunConfig:
     import_code(paths)
     data, dropped = drop_replaced(RunConfig, *settings)
     data, notes = translate(data)
+    data = with_tasks_read(data, Path(path).parent)
     for note in (*dropped, *notes):
         log.info("%s", note)
     return check(RunConfig, data)

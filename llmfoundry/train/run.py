@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.data.loader import Loader
 from llmfoundry.data.tokenizer import SpecialTokens
+from llmfoundry.eval.icl import PREFIX, Task
 from llmfoundry.layers.ffn import RouterStats
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.moe.balance import Balance
@@ -24,7 +25,7 @@ EVALUATED = "metrics/eval/"
 
 def is_evaluated(metrics: Metrics) -> bool:
     """Whether an evaluation is among the metrics of a step."""
-    return any(key.startswith(EVALUATED) for key in metrics)
+    return any(key.startswith(PREFIX) for key in metrics)
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Run:
     loader: Loader
     eval_loader: Loader | None
     eval_loaders: list[Loader]  # the others, which have labels
+    tasks: list[Task]  # of icl_tasks
     model: CausalLM
     optimizer: Optimizer
     schedule: Schedule
