@@ -3,7 +3,8 @@
     callbacks:
       hf_checkpointer: {save_folder: runs/{run_name}, save_interval: 1000ba, precision: bfloat16}
 
-Writes `save_folder/huggingface/ba1000` and so on, each with the tokenizer, as `convert.py to-hf` would. Training waits.
+Writes `save_folder/huggingface/ba1000` and so on, each with the tokenizer, as `convert.py to-hf` would; with
+`model.lora` the adapters alone, as peft reads them. Training waits.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ import torch
 from pydantic import field_validator
 
 from llmfoundry import hf, runtime
+from llmfoundry.checkpoint.reading import HUGGING_FACE
 from llmfoundry.config import ConfigError, PathPattern
+from llmfoundry.hf.adapters import peft_names
+from llmfoundry.hf.family import write_config
+from llmfoundry.model.adapters import save_peft
 from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
 from llmfoundry.train.config import RunConfig
@@ -59,10 +64,7 @@ class HFCheckpointerConfig(CallbackConfig, names=("hf_checkpointer",)):
         """Refuse at once what could not be written after hours."""
         model = run.model
         if isinstance(model, CausalLMConfig) and model.lora is not None:
-            raise ConfigError(
-                "callbacks.hf_checkpointer: adapters (model.lora) are exported by `convert.py to-hf` from the run's "
-                "checkpoints; leave it out"
-            )
+            model = model.model_copy(update={"lora": None})
         if (note := hf.export_note(model)).startswith("no "):
             raise ConfigError(f"callbacks.hf_checkpointer: {note}")
 
@@ -90,11 +92,23 @@ class HFCheckpointer(Callback):
         target = runtime.on_rank0(lambda: self._target(folder))
         if target is None:
             return
-        hf.save_pretrained(
-            trainer.model, trainer.tokenizer, target, dtype=DTYPES[self.config.precision], generation=trainer.generation
-        )
+        if trainer.model.config.lora is not None:
+            self._write_adapters(trainer, target)
+        else:
+            dtype = DTYPES[self.config.precision]
+            hf.save_pretrained(trainer.model, trainer.tokenizer, target, dtype=dtype, generation=trainer.generation)
         runtime.on_rank0(lambda: _put(target, folder))
         log.info("step %d: written for transformers to %s", trainer.state.step, folder)
+
+    def _write_adapters(self, trainer: Run, target: Path) -> None:
+        """With `model.lora`: the adapters alone, as peft reads them; the folder of their base stays where it was."""
+        base = trainer.model.config.model_copy(update={"lora": None})
+        family, _ = write_config(base)
+        source = trainer.config.load_path or ""
+        name = source.removeprefix(HUGGING_FACE) if source.startswith(HUGGING_FACE) else None
+        save_peft(trainer.model, target, peft_names(family, base), name)
+        if runtime.is_rank0():
+            trainer.tokenizer.save_pretrained(target)
 
     def _target(self, folder: Path) -> Path | None:
         """Where the new folder is written; None if an older one is to be kept."""

@@ -115,6 +115,7 @@ def read_translated(path: str, overrides: list[str]) -> Translated:
     settings = load_settings(path, overrides)
     # Only now is torch imported: all mistakes in the file's form have been reported.
     import llmfoundry.callbacks  # noqa: F401  registers all monitors and loggers
+    from llmfoundry.eval.icl import with_tasks_read
     from llmfoundry.train.config import RunConfig
 
     paths = settings.data.get("code_paths") or []
@@ -123,6 +124,7 @@ def read_translated(path: str, overrides: list[str]) -> Translated:
     import_code(paths)
     data, dropped = drop_replaced(RunConfig, *settings)
     data, notes = translate(data)
+    data = with_tasks_read(data, Path(path).parent)
     return Translated(settings.data, data, [*dropped, *notes])
 
 

@@ -97,7 +97,7 @@ _ONLY = {
     "tp_config": (None,),
 }
 # Keys of the top level that only serve `${...}`: the file's references are already resolved.
-_VARIABLES = ("dataset", "global_seed", "icl_seq_len", "icl_max_seq_len")
+_VARIABLES = ("dataset", "global_seed", "icl_max_seq_len")
 _DURATIONS = ("max_duration", "eval_interval", "save_interval", "console_log_interval")
 _SCHEDULE = ("t_warmup", "t_max", "t_scale", "t_cooldown")
 

@@ -327,6 +327,7 @@ class CausalLM(nn.Module):
         cache: Cache | None = None,
         last_only: bool = False,
         by_token: bool = False,
+        at: Tensor | None = None,
     ) -> Output:
         """Logits of the next tokens, or with labels the loss.
 
@@ -340,6 +341,7 @@ class CausalLM(nn.Module):
             cache: keys and values of the tokens before these; it is extended.
             by_token: whether each label's loss has a gradient.
             last_only: logits of the last token only, (B, 1, V), which is all that sampling needs.
+            at: (N,) int64 places among the B * S tokens: logits of these only, (1, N, V).
         """
         offset = 0 if cache is None else cache.length
         x, rope, masks = self._prepare(tokens, sequence_ids, positions, offset, cache is not None)  # x (B, S, D)
@@ -350,6 +352,8 @@ class CausalLM(nn.Module):
             x, router = block(x, rope, masks[self.config.window(layer)], noise, past)
             if router is not None:
                 stats.append(router)
+        if at is not None:
+            x = x.flatten(0, 1)[at].unsqueeze(0)  # (1, N, D)
         x = self.norm_f(x[:, -1:] if last_only else x)  # (B, S, D), or (B, 1, D)
         softcap = self.config.final_logit_softcapping
         if self.lm_head is None:

@@ -19,6 +19,8 @@ from llmfoundry.data.mixture import MixtureConfig
 from llmfoundry.data.preferences import PreferencesConfig
 from llmfoundry.data.sources import paired_run
 from llmfoundry.data.tokenizer import TokenizerConfig
+from llmfoundry.eval.gauntlet import GauntletConfig
+from llmfoundry.eval.icl_tasks import TaskConfig
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.parallel.mesh import ParallelConfig
 from llmfoundry.train.duration import Duration
@@ -129,6 +131,11 @@ class RunConfig(Config):
     # Of device_eval_batch_size rows each, over all ranks together; -1: all the data
     eval_subset_num_batches: int = 256
     device_eval_batch_size: int = Field(16, gt=0)  # rows
+    # Tasks with few solved examples, at each evaluation: metrics/LABEL/N-shot/METRIC. A list, or a file that has one.
+    icl_tasks: list[TaskConfig] = []
+    eval_gauntlet: GauntletConfig | None = None  # their summary: icl/metrics/eval_gauntlet/NAME. Or a file that has one
+    icl_seq_len: int = Field(1024, gt=1)  # tokens of a question with its examples: the beginning of a longer one goes
+    icl_subset_num_batches: int | None = Field(None, ge=-1)  # of each task, over all ranks together; None, -1: all
 
     precision: Precision | Literal["auto"] = "auto"  # auto: amp_bf16 on a GPU, fp32 on a CPU
     parallel: ParallelConfig = ParallelConfig()
@@ -192,8 +199,12 @@ class RunConfig(Config):
         micro = self.device_train_microbatch_size
         if isinstance(micro, int) and micro < 1:
             raise ValueError(f"device_train_microbatch_size={micro} is not a number of rows; write 1 or more, or auto")
-        if self.eval_first and not self.evaluations:
-            raise ValueError("eval_first=true has no text to evaluate on; add an eval_loader")
+        if self.eval_first and not self.evaluations and not self.icl_tasks:
+            raise ValueError("eval_first=true has no text to evaluate on; add an eval_loader, or icl_tasks")
+        if self.icl_subset_num_batches == 0:
+            raise ValueError("icl_subset_num_batches=0 asks nothing; write -1 for all questions, or 1 or more")
+        if self.eval_gauntlet is not None and not self.icl_tasks:
+            raise ValueError("eval_gauntlet: summarises icl_tasks, and there are none; add some, or leave it out")
         self._check_labels()
         keep, batches = self.save_num_checkpoints_to_keep, self.eval_subset_num_batches
         if keep == 0 or keep < -1:

@@ -14,6 +14,7 @@ from llmfoundry import runtime
 from llmfoundry.config import PLACEHOLDERS
 from llmfoundry.data.loader import Loader
 from llmfoundry.data.tokenizer import SpecialTokens
+from llmfoundry.eval.icl import PREFIX, Task
 from llmfoundry.layers.ffn import RouterStats
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.moe.balance import Balance
@@ -38,7 +39,7 @@ class Table(NamedTuple):
 
 def is_evaluated(metrics: Metrics) -> bool:
     """Whether an evaluation is among the metrics of a step."""
-    return any(key.startswith(EVALUATED) for key in metrics)
+    return any(key.startswith(PREFIX) for key in metrics)
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Run:
     loader: Loader
     eval_loader: Loader | None
     eval_loaders: list[Loader]  # the others, which have labels
+    tasks: list[Task]  # of icl_tasks
     model: CausalLM
     optimizer: Optimizer
     schedule: Schedule

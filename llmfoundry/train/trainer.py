@@ -22,6 +22,8 @@ from llmfoundry.config import ConfigError, dump
 from llmfoundry.data.loader import Loader
 from llmfoundry.data.mixture import Mixture
 from llmfoundry.data.sources import check_apart
+from llmfoundry.eval.icl import PREFIX, Task, build_tasks, evaluate_tasks
+from llmfoundry.eval.icl_questions import Reader
 from llmfoundry.eval.perplexity import evaluate
 from llmfoundry.kernels.experts import resolve_backend
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig
@@ -164,7 +166,7 @@ class Trainer(Run):
         if self.state.step < self.timeline.total_steps or not self.config.autoresume:
             return False
         summary = read_summary(Path(self.config.save_folder))
-        evaluated = not self._evaluates or any(key.startswith("validation/") for key in summary)
+        evaluated = not self._evaluates or any(key.startswith(("validation/", PREFIX)) for key in summary)
         return evaluated and summary.get("steps") == self.state.step
 
     def _stopped(self) -> bool:
@@ -249,7 +251,7 @@ class Trainer(Run):
 
     @property
     def _evaluates(self) -> bool:
-        return bool(self.config.evaluations) and self.config.eval_interval.value > 0
+        return bool(self.config.evaluations or self.tasks) and self.config.eval_interval.value > 0
 
     def _due_evaluation(self) -> bool:
         last = self.state.step == self.timeline.total_steps
@@ -257,8 +259,18 @@ class Trainer(Run):
 
     def _evaluate(self) -> Metrics:
         """Nothing if a signal cut it short."""
-        self.evaluation = {}
+        self.evaluation = {}  # the older one is not of this step
         self.model.eval()
+        texts = self._evaluate_texts()
+        tasks = self._evaluate_tasks() if texts is not None else None
+        self.model.train()
+        if texts is not None and tasks is not None:
+            self.evaluation = texts | tasks
+        return dict(self.evaluation)
+
+    def _evaluate_texts(self) -> Metrics | None:
+        """Metrics of the eval loaders; None if a signal cut it short."""
+        metrics: Metrics = {}
         for loader in [*([self.eval_loader] if self.eval_loader is not None else []), *self.eval_loaders]:
             found = evaluate(
                 self.model,
@@ -270,15 +282,24 @@ class Trainer(Run):
                 world=self.mesh.data_ranks,
                 stopped=self._stopped,
             )
-            if found is None:  # the older one is not of this step either
-                self.evaluation = {}
-                break
+            if found is None:
+                return None
             name = f"{EVALUATED}{loader.label}/" if loader in self.eval_loaders else EVALUATED
-            self.evaluation[f"{name}LanguageCrossEntropy"] = found.nats_per_token
+            metrics[f"{name}LanguageCrossEntropy"] = found.nats_per_token
             if found.bits_per_byte is not None:
-                self.evaluation[f"{name}bits_per_byte"] = found.bits_per_byte
-        self.model.train()
-        return dict(self.evaluation)
+                metrics[f"{name}bits_per_byte"] = found.bits_per_byte
+        return metrics
+
+    def _evaluate_tasks(self) -> Metrics | None:
+        """Metrics of `icl_tasks` and their gauntlet; None if a signal cut it short."""
+        scores = evaluate_tasks(
+            self.model, self.tasks, rank=self.mesh.data_rank, world=self.mesh.data_ranks, stopped=self._stopped
+        )
+        if scores is None:
+            return None
+        gauntlet = self.config.eval_gauntlet
+        metrics: Metrics = {name: score.value for name, score in scores.items()}
+        return metrics | (gauntlet.composite(scores, self.tasks) if gauntlet is not None else {})
 
     def _load(self) -> None:
         """Load what `find_start` has found."""
@@ -368,7 +389,8 @@ class Trainer(Run):
         names = {"LanguageCrossEntropy": "nats_per_token", "bits_per_byte": "bits_per_byte"}
         for key, value in self.evaluation.items():
             label, _, name = key.removeprefix(EVALUATED).rpartition("/")
-            result["/".join(filter(None, ("validation", label, names[name])))] = value
+            is_text = key.startswith(EVALUATED)
+            result["/".join(filter(None, ("validation", label, names[name]))) if is_text else key] = value
         return result
 
     @contextmanager
@@ -440,6 +462,7 @@ def build(config: RunConfig) -> Trainer:
         if length > config.model.max_seq_len:
             raise ConfigError(f"dataset.max_seq_len={length} exceeds model.max_seq_len={config.model.max_seq_len}")
     eval_loader = eval_loaders.pop(0) if eval_loaders and config.eval_loader is not None else None
+    tasks = _tasks(config, Reader(tokenizer, special))
     timeline = Timeline.of(
         config.max_duration,
         rows_per_step=config.global_train_batch_size,
@@ -461,6 +484,7 @@ def build(config: RunConfig) -> Trainer:
         loader=loader,
         eval_loader=eval_loader,
         eval_loaders=eval_loaders,
+        tasks=tasks,
         model=model,
         optimizer=config.optimizer.build(model),
         schedule=schedule,
@@ -500,6 +524,23 @@ def _mix(config: RunConfig, loader: Loader, timeline: Timeline, start: Start) ->
     mixture.check(timeline.total_steps * timeline.rows_per_step)
     log.info("mixture: %s", ", ".join(f"{label} {share}" for label, share in mixture.describe().items()))
     return joined
+
+
+def _tasks(config: RunConfig, reader: Reader) -> list[Task]:
+    """The tasks of a run, if an evaluation is ever due."""
+    if not config.eval_first and config.eval_interval.value == 0:
+        return []
+    batches = config.icl_subset_num_batches
+    tasks = build_tasks(
+        config.icl_tasks,
+        reader,
+        max_seq_len=config.icl_seq_len,
+        batch_size=config.device_eval_batch_size,
+        max_batches=-1 if batches is None else batches,
+    )
+    if config.eval_gauntlet is not None:
+        config.eval_gauntlet.warn_of_missing(tasks)
+    return tasks
 
 
 def _callbacks(config: RunConfig) -> dict[str, Callback]:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmfoundry import hf
 from llmfoundry.callbacks.generate_callback import FILE
 from llmfoundry.checkpoint.reading import load_model_only, read
+from llmfoundry.cli.command import read_run_config
 from llmfoundry.cli.train import train_main
 
 # A model that a family of transformers holds.
@@ -36,6 +38,28 @@ def test_transformers_reads_what_the_run_had(tiny: Path, tmp_path: Path) -> None
         torch.testing.assert_close(model(ids).logits, ours(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_adapters_are_written_alone_as_peft_reads_them(tiny: Path, tmp_path: Path) -> None:
+    base = tmp_path / "out" / "huggingface" / "ba4"
+    folder = f"callbacks.hf_checkpointer={{save_folder: {tmp_path}/out, save_interval: 4ba}}"
+    assert train_main([str(tiny), *MIXTRAL, folder]) == 0
+    lora = [
+        "model.lora={rank: 2, alpha: 2, target_modules: [wqkv]}", f"load_path=hf:{base}", "load_weights_only=true",
+        f"save_folder={tmp_path}/adapted", "optimizer.lr=0.1", f"callbacks.hf_checkpointer.save_folder={tmp_path}/two",
+    ]  # fmt: skip
+    assert train_main([str(tiny), *MIXTRAL, folder, *lora]) == 0
+    out = tmp_path / "two" / "huggingface" / "ba4"
+    settings = json.loads((out / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(base) and not (out / "model.safetensors").exists()
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out)
+    ids = torch.tensor([AutoTokenizer.from_pretrained(out).encode("to be or not")])
+    ours = read_run_config(str(tmp_path / "adapted" / "config.yaml"), []).model.build()
+    load_model_only(read(tmp_path / "adapted", "model"), ours)
+    with torch.no_grad():
+        found, plain = ours(ids).logits, hf.from_pretrained(base).model(ids).logits
+        torch.testing.assert_close(adapted(ids).logits, found, rtol=1e-4, atol=1e-4)
+    assert (found - plain).abs().max() > 1e-2, "the adapters have learned something"
+
+
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_a_folder_that_is_there(tiny: Path, tmp_path: Path, overwrite: bool) -> None:
     there = tmp_path / "out" / "huggingface" / "epoch0-step4"
@@ -58,10 +82,6 @@ def test_a_folder_that_is_there(tiny: Path, tmp_path: Path, overwrite: bool) -> 
         (["callbacks.hf_checkpointer={save_folder: s3://x, save_interval: 1ba}"], "is a URL"),
         (["callbacks.hf_checkpointer={save_folder: 'x{step}', save_interval: 1ba}"], "known: {run_name}, {rank}"),
         (["callbacks.hf_checkpointer={save_folder: x, save_interval: 1ba, final_register_only: true}"], "MLflow"),
-        (
-            ["callbacks.hf_checkpointer={save_folder: x, save_interval: 1ba}", "model.lora={rank: 2, alpha: 2}"],
-            "adapters",
-        ),
         (
             [
                 "callbacks.hf_checkpointer={save_folder: x, save_interval: 1ba}",

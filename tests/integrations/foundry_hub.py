@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -74,7 +75,30 @@ def build(root: Path) -> Path:
         with MDSWriter(root / "my_data" / split, {"prompt": "str", "response": "str"}) as examples:
             for text in TEXTS:
                 examples.write({"prompt": f"{split}: {text}", "response": text[::-1]})
+    _tasks(root / "eval" / "yamls")
     return root
+
+
+def _tasks(folder: Path) -> None:
+    """A task and a gauntlet, under every name that a YAML of theirs or ours gives them."""
+    rows: list[dict[str, object]] = [
+        {"query": t, "choices": ["one", "two"], "gold": i % 2} for i, t in enumerate(TEXTS)
+    ]
+    _jsonl(folder / "choices.jsonl", rows)
+    task = {
+        "label": "choices", "dataset_uri": "choices.jsonl", "num_fewshot": [0], "icl_task_type": "multiple_choice",
+        "continuation_delimiter": " ",
+    }  # fmt: skip
+    gauntlet = {
+        "weighting": "EQUAL", "subtract_random_baseline": True, "rescale_accuracy": True,
+        "categories": [
+            {"name": "all", "benchmarks": [{"name": "choices", "num_fewshot": 0, "random_baseline": 0.5}]}
+        ],
+    }  # fmt: skip
+    for name in ("tasks.yaml", "tasks_v0.2.yaml"):
+        (folder / name).write_text(yaml.safe_dump({"icl_tasks": [task]}))
+    for name in ("eval_gauntlet.yaml", "eval_gauntlet_v0.2.yaml"):
+        (folder / name).write_text(yaml.safe_dump({"eval_gauntlet": gauntlet}))
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

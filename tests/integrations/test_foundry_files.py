@@ -60,6 +60,8 @@ def shrunk(path: Path, out: Path) -> list[str]:
         said += [f"model.{key}={value}" for key, value in SMALL.items()]
         if "kv_n_heads" in model.get("attn_config", {}):
             said.append("model.attn_config.kv_n_heads=2")
+    if isinstance(data.get("icl_tasks"), list):  # its user is to name the data
+        said.append("icl_tasks:=eval/yamls/tasks.yaml")
     if data.get("load_path") is not None:
         said.append("load_path=null")
     for loader in ("train_loader", "eval_loader"):
