@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,10 @@ def test_wandb_takes_composers_keys(tiny: Path, tmp_path: Path) -> None:
     own = "name: mine, entity: us, group: g, tags: [a], init_kwargs: {notes: hello, mode: offline}"
     assert train_main([str(tiny), f"loggers.wandb={{project: test, {own}, rank_zero_only: true}}", TEXTS]) == 0
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
-    held = records(file)
+    held, deadline = b"", time.monotonic() + 30
+    while b"generations" not in held and time.monotonic() < deadline:  # W&B's own process writes the file
+        held = records(file)
+        time.sleep(0.1)
     assert b"mine" in held and b"hello" in held and b"generations" in held
     config = read_run_config(str(tmp_path / "run" / "config.yaml"), [])
     assert config.loggers["wandb"].run_name == "mine", "config.yaml reads as it was written"
@@ -99,6 +103,7 @@ print(json.dumps({"name": run.info.run_name, "status": run.info.status, "tags": 
 """
 RUN = """
 import sys
+import time
 sys.path.append(sys.argv.pop(1))
 from llmfoundry.cli.train import train_main
 sys.exit(train_main(sys.argv[1:]))
