@@ -189,12 +189,18 @@ class _Reduce(_Allocates, ReduceScatter):
         return dist.reduce_scatter_tensor(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
 
 
-def meet_before_collectives(model: nn.Module) -> None:
-    """Let ranks leave a forward or backward together (`runtime.together`)."""
+def meet_before_collectives(model: nn.Module) -> bool:
+    """Let ranks leave a forward or backward together (`runtime.together`); whether they can.
+
+    Before torch 2.13, FSDP2 cannot go on after an error in the middle of a step.
+    """
+    if isinstance(model, FSDPModule) and not hasattr(model, "reset_iter_state"):
+        return False
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_custom_all_gather(_Gather())
             module.set_custom_reduce_scatter(_Reduce())
+    return True
 
 
 def forget_step(model: nn.Module) -> None:

@@ -436,7 +436,7 @@ def build(config: RunConfig) -> Trainer:
     assert isinstance(model, CausalLM)
     model = parallelize(model, mesh, config.parallel, precision)
     if config.device_train_microbatch_size == "auto":
-        meet_before_collectives(model)
+        microbatches.can_retry = meet_before_collectives(model)
     model = materialize(model, config.parallel, config.seed)  # the same values on every mesh
     return Trainer(
         config=config,
