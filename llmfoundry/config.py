@@ -58,12 +58,15 @@ class Config(BaseModel):
         allow_inf_nan=False,  # a nan passes no comparison, so it would slip by every bound that is written as one
     )
 
-    SYNONYMS: ClassVar[dict[str, str]] = {}  # other frameworks' words for a key, and its dotted path
+    SYNONYMS: ClassVar[dict[str, str]] = {}  # other frameworks' words for a key, and its dotted path: for hints
+    ALIASES: ClassVar[dict[str, str]] = {}  # other words for keys of this block, which are accepted
 
     @model_validator(mode="wrap")
     @classmethod
     def _name_unknown_keys(cls, data: Any, check: ModelWrapValidatorHandler[Self]) -> Self:
         """Report unknown keys together with all other mistakes."""
+        if isinstance(data, dict):
+            data = cls._in_own_words(data)
         unknown = [key for key in data if key not in cls.model_fields] if isinstance(data, dict) else []
         if not unknown:
             return check(data)
@@ -73,6 +76,13 @@ class Config(BaseModel):
         except ValidationError as error:
             mistakes += _mistakes(error)
         raise PydanticCustomError("several", "several mistakes", {"mistakes": mistakes})
+
+    @classmethod
+    def _in_own_words(cls, data: dict[str, object]) -> dict[str, object]:
+        for alias, own in cls.ALIASES.items():
+            if alias in data and own in data:
+                raise ValueError(f"{alias} and {own} are the same; keep one")
+        return {cls.ALIASES.get(key, key): value for key, value in data.items()}
 
     @classmethod
     def keys(cls, data: Mapping[str, object]) -> Set[str]:
@@ -353,6 +363,11 @@ def dump(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
+def is_url(path: str) -> bool:
+    """Whether a path names another machine or a store: `s3://bucket/folder`."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path) is not None
+
+
 # What a name of a file or folder may hold; `Run.filled` puts the values in.
 PLACEHOLDERS = ("run_name", "rank", "local_rank", "world_size", "epoch", "batch", "token", "sample")
 
@@ -366,7 +381,7 @@ def local_path(path: str, placeholders: tuple[str, ...] = ()) -> str:
     Raises:
         ValueError: it is a URL, or has a placeholder that nothing fills in.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path):
+    if is_url(path):
         raise ValueError(
             f"{path} is a URL, and only paths of this machine can be used; copy it to or from a folder here"
         )

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from llmfoundry import launch
 from llmfoundry.config import ConfigError, ResourceError, check, drop_replaced, import_code
@@ -91,8 +91,27 @@ def _tell_torchrun(why: str) -> None:
         time.sleep(1.0)
 
 
-def read_run_config(path: str, overrides: list[str]) -> RunConfig:
-    """A YAML file as a checked config; LLM Foundry's legacy words are translated, with a note each."""
+def program(name: str, script: str | None = None) -> str:
+    """What a command is called in its own messages: `llmfoundry train`, or `train.py` as a script."""
+    return f"llmfoundry {name}" if Path(sys.argv[0]).name == "llmfoundry" else script or f"{name}.py"
+
+
+class Translated(NamedTuple):
+    """A YAML file in our words, not yet checked.
+
+    Attributes:
+        given: the file with its overrides, as they were written.
+        data: the same in our words.
+        notes: a line for each thing that was translated or left out, which begins by its dotted path.
+    """
+
+    given: dict[str, object]
+    data: dict[str, object]
+    notes: list[str]
+
+
+def read_translated(path: str, overrides: list[str]) -> Translated:
+    """A YAML file in our words; LLM Foundry's are translated, with a note each."""
     settings = load_settings(path, overrides)
     # Only now is torch imported: all mistakes in the file's form have been reported.
     import llmfoundry.callbacks  # noqa: F401  registers all monitors and loggers
@@ -104,6 +123,14 @@ def read_run_config(path: str, overrides: list[str]) -> RunConfig:
     import_code(paths)
     data, dropped = drop_replaced(RunConfig, *settings)
     data, notes = translate(data)
-    for note in (*dropped, *notes):
+    return Translated(settings.data, data, [*dropped, *notes])
+
+
+def read_run_config(path: str, overrides: list[str]) -> RunConfig:
+    """A YAML file as a checked config; LLM Foundry's legacy words are translated, with a note each."""
+    translated = read_translated(path, overrides)
+    from llmfoundry.train.config import RunConfig
+
+    for note in translated.notes:
         log.info("%s", note)
-    return check(RunConfig, data)
+    return check(RunConfig, translated.data)

@@ -13,7 +13,8 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from llmfoundry.checkpoint import convert
-from llmfoundry.cli.command import command
+from llmfoundry.cli.command import command, program
+from llmfoundry.cli.foundry import convert_words
 from llmfoundry.config import check
 from llmfoundry.hf.upcycle import Upcycling
 from llmfoundry.settings import from_dotlist
@@ -22,7 +23,7 @@ from llmfoundry.settings import from_dotlist
 @command
 def convert_main(argv: Sequence[str] | None = None) -> None:
     """`convert.py from-hf | to-hf | upcycle SOURCE OUT`: between Hugging Face folders and checkpoints of ours."""
-    parser = argparse.ArgumentParser(prog="convert.py", description="Convert checkpoints, as streams.")
+    parser = argparse.ArgumentParser(prog=program("convert"), description="Convert checkpoints, as streams.")
     ways = parser.add_subparsers(dest="way", required=True)
     into = ways.add_parser("from-hf", help="a Hugging Face folder or hub id, as a checkpoint of ours")
     back = ways.add_parser("to-hf", help="a checkpoint of ours, as a Hugging Face folder")
@@ -36,7 +37,7 @@ def convert_main(argv: Sequence[str] | None = None) -> None:
     back.add_argument("--base-model", help="for --adapters: what they adapt")
     grow_.add_argument("--seed", type=int, default=17)
     grow_.add_argument("plan", nargs="+", metavar="key=value", help="moe_num_experts=8 moe_top_k=2 granularity=1 ...")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(convert_words(argv))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on two shared cores, two threads copied 2 to 4 times more slowly
     try:

@@ -82,10 +82,13 @@ class Loaded(NamedTuple):
     tokenizer: PreTrainedTokenizerBase | None
 
 
-def locate(path_or_id: str | Path) -> Path:
+def locate(path_or_id: str | Path, *, settings_only: bool = False) -> Path:
     """The folder of a checkpoint: a local one, or that of a hub id, downloaded at first use.
 
     Only weights, JSON and tokenizers are fetched: no code, no pickles.
+
+    Args:
+        settings_only: of a hub id, fetch config.json alone.
 
     Raises:
         ConfigError: it is neither.
@@ -95,7 +98,7 @@ def locate(path_or_id: str | Path) -> Path:
         return path
     patterns = ["config.json", GENERATION, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
     try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
+        return Path(snapshot_download(str(path_or_id), allow_patterns=patterns[:1] if settings_only else patterns))
     except HFValidationError:
         raise ConfigError(f"{path_or_id}: no such folder") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -135,7 +138,19 @@ def open_checkpoint(path_or_id: str | Path, once: bool = False) -> Checkpoint:
         found = matched(Path(path_or_id), family, config, file)
         return replace(found, generation=generation_of(file.config))
     path = locate(path_or_id)
-    config_file = path / "config.json"
+    data = read_settings(path)
+    family, config = read_config(data, str(path / "config.json"))
+    found = matched(path, family, config, Folder(path, once))
+    return replace(found, generation=read_generation(path) or generation_of(data))
+
+
+def read_settings(folder: Path) -> ConfigDict:
+    """The config.json of a folder.
+
+    Raises:
+        ConfigError: it is missing, or does not hold a mapping.
+    """
+    config_file = folder / "config.json"
     try:
         data = json.loads(config_file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -144,9 +159,7 @@ def open_checkpoint(path_or_id: str | Path, once: bool = False) -> Checkpoint:
         raise ConfigError(f"{config_file}: is no JSON: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{config_file}: must hold a mapping, found {type(data).__name__}")
-    family, config = read_config(data, str(config_file))
-    found = matched(path, family, config, Folder(path, once))
-    return replace(found, generation=read_generation(path) or generation_of(data))
+    return data
 
 
 def matched(path: Path, family: Family, config: CausalLMConfig, folder: TensorSource) -> Checkpoint:
@@ -327,8 +340,14 @@ def write_checkpoint(
     if text is not None:
         (folder / GENERATION).write_text(text, encoding="utf-8")
     copies = pieces.writing()
+
+    def fill_box(name: str, at: tuple[int, ...], box: Tensor) -> None:
+        if name in pieces.left:
+            box.zero_()
+        fill(box, at, copies[name], source)
+
     with progress(sum(spec.nbytes for spec in specs.values())) as advance:
-        write_weights(folder, specs, lambda name, at, box: fill(box, at, copies[name], source), SHARD_BYTES, advance)
+        write_weights(folder, specs, fill_box, SHARD_BYTES, advance)
 
 
 def _their_specs(pieces: Pieces, source: TensorSource, dtype: torch.dtype | None) -> dict[str, Spec]:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llmfoundry.config import ConfigError
+from llmfoundry.integrations.hf_causal_lm import hugging_face_model
 
 Tree = dict[str, object]
 
@@ -144,11 +145,12 @@ def translate(data: Tree) -> tuple[Tree, list[str]]:
         if present:
             _take(data, path)
             try:
-                notes += [f"{path}={value!r}: is now {new}" for new in apply(data, value)]
+                for new in apply(data, value):
+                    notes.append(f"{path}={value!r}: {new if new.startswith('left out') else f'is now {new}'}")
             except ConfigError as error:
                 mistakes.append(str(error))
     if theirs:  # in a file of ours, a missing save_folder is a mistake
-        for fill in (_made_up_name, _temporary_folder):
+        for fill in (_made_up_name, _temporary_folder, _packed):
             try:
                 notes += fill(data)
             except ConfigError as error:
@@ -181,6 +183,15 @@ def _temporary_folder(data: Tree) -> list[str]:
     folder = Path(tempfile.gettempdir()) / f"llmfoundry-{_launcher('save_folder')}"
     data |= {"save_folder": str(folder), "save_interval": "0ba"}
     return [f"save_folder: is missing; the last checkpoint and the logs go to {folder}: write save_folder=... instead"]
+
+
+def _packed(data: Tree) -> list[str]:
+    """Keep examples that share a row apart, which is what packing means here."""
+    ratio = _look(data, "train_loader.dataset.packing_ratio")[0]
+    if ratio is None or _look(data, "model.attn_config.attn_uses_sequence_id")[0] is True:
+        return []
+    said = _put(data, "model.attn_config.attn_uses_sequence_id", True)
+    return [f"train_loader.dataset.packing_ratio={ratio!r}: is now {said}; examples that share a row are kept apart"]
 
 
 def _launcher(key: str) -> int:
@@ -219,13 +230,13 @@ def _mixed_precision(data: Tree, value: object) -> list[str]:
     return ["left out; gradients are summed in float32 (PURE sums them in bfloat16 there)"]
 
 
-def _encoder_decoder(data: Tree, value: object) -> list[str]:
-    """`model.name`, for the one family that nothing here can train."""
+def _model(data: Tree, value: object) -> list[str]:
+    """`model.name`: models of Hugging Face, and the one family that nothing here can train."""
     if value == "hf_t5":
         _put(data, "model", {"name": "causal_lm"})
         raise ConfigError("model.name: hf_t5: encoder-decoder models are not trained here; choose a causal model")
     _put(data, "model.name", value)
-    return []
+    return hugging_face_model(data) if value == "hf_causal_lm" else []
 
 
 def _compile(data: Tree, value: object) -> list[str]:
@@ -295,6 +306,18 @@ def _capacity(data: Tree, value: object) -> list[str]:
     return []
 
 
+def _off_at_zero(path: str) -> Callable[[Tree, object], list[str]]:
+    """A key whose 0 means the same as leaving it out there."""
+
+    def moved(data: Tree, value: object) -> list[str]:
+        if isinstance(value, (int, float)) and value == 0:
+            return ["left out: 0 is off"]
+        _put(data, path, value)
+        return []
+
+    return moved
+
+
 def _rope_hf(data: Tree, value: object) -> list[str]:
     if not isinstance(value, dict):
         raise ConfigError(f"model.attn_config.rope_hf_config: must be a mapping, found {value!r}")
@@ -332,11 +355,15 @@ def _eval_workers(data: Tree, value: object) -> list[str]:
 _MOVED: dict[str, Callable[[Tree, object], list[str]]] = {
     "model.ffn_config.moe_world_size": _moe_world_size,
     "model.ffn_config.moe_capacity_factor": _capacity,
+    **{
+        path: _off_at_zero(path)
+        for path in ("model.ffn_config.moe_jitter_eps", "model.ffn_config.moe_normalize_expert_weights")
+    },
     "model.attn_config.rope_hf_config": _rope_hf,
     "model.learned_pos_emb": _learned_pos_emb,
     "eval_loader.num_workers": _eval_workers,
     "loggers.wandb.name": _wandb_name,
-    "model.name": _encoder_decoder,
+    "model.name": _model,
     "model.attention_bias": _renamed("model.attn_config.bias"),
     "model.ffn_config.lbl_process_group": _loss_group,
     "compile_config": _compile,

@@ -19,8 +19,8 @@ from llmfoundry.dtensor import local_part
 from llmfoundry.kernels.activations import ACTIVATIONS
 from llmfoundry.kernels.experts import Backend, ExpertKind, experts_ffn, resolve_backend
 from llmfoundry.kernels.late import LateGradients
+from llmfoundry.kernels.low_rank import ExpertAdapters, LowRank
 from llmfoundry.layers.ffn import Activation, FFNConfig, FFNOutput, GLUConfig, MLPConfig
-from llmfoundry.layers.lora import adapted
 from llmfoundry.moe.dispatch import ExpertInputs, InFlight, plan_exchange, return_rows, send
 from llmfoundry.moe.router import Router, RouterConfig, statistics, within_capacity
 
@@ -170,9 +170,14 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(n_experts, d_model, expert.hidden_size))  # (E, D, F)
         self.b1 = nn.Parameter(torch.empty(n_experts, expert.rows)) if expert.bias else None  # (E, 2F)
         self.b2 = nn.Parameter(torch.empty(n_experts, d_model)) if expert.bias else None  # (E, D)
-        self.lora_scale = 0.0
+        self.lora_scale, self.lora_dropout, self.lora_off = 0.0, 0.0, False
         for slot in ("w1_lora_A", "w1_lora_B", "w2_lora_A", "w2_lora_B"):  # layers/lora.py fills them
             self.register_parameter(slot, None)
+
+    def set_adapters(self, scale: float, dropout: float) -> None:
+        """Called when adapters have been put into the slots."""
+        self.lora_scale, self.lora_dropout = scale, dropout
+        self.kind = _kind(*self.kind._replace(dropout=dropout > 0))
 
     def backend(self, device: torch.device, dtype: torch.dtype) -> Backend:
         """What `moe_impl` stands for there."""
@@ -180,20 +185,28 @@ class Experts(nn.Module):
 
     def forward(self, tokens: ExpertInputs | InFlight) -> Tensor:
         """`experts_ffn` with these weights, on tokens that are here or on their way here; (T, D) or (R, D)."""
-        w1 = adapted(local_part(self.w1), local_part(self.w1_lora_A), local_part(self.w1_lora_B), self.lora_scale)
-        w2 = adapted(local_part(self.w2), local_part(self.w2_lora_A), local_part(self.w2_lora_B), self.lora_scale)
-        b1, b2 = local_part(self.b1), local_part(self.b2)
+        w1, w2, b1, b2 = local_part(self.w1), local_part(self.w2), local_part(self.b1), local_part(self.b2)
+        adapters = ExpertAdapters() if self.lora_off else ExpertAdapters(
+            _pair(self.w1_lora_A, self.w1_lora_B), _pair(self.w2_lora_A, self.w2_lora_B),
+            self.lora_scale, self.lora_dropout if self.training else 0.0,
+        )  # fmt: skip
         late = None
         if isinstance(tokens, InFlight):
             late = LateGradients()
             w1, w2 = late.weight("w1", w1), late.weight("w2", w2)
             b1, b2 = late.weight("b1", b1), late.weight("b2", b2)
+            adapters = adapters.deferred(late)
             tokens = tokens.wait()
         return experts_ffn(
             tokens.x, tokens.weights, tokens.experts, w1, w2, b1=b1, b2=b2,
             activation=self.activation, gated=self.gated, limit=self.limit,
             backend=self.backend(tokens.x.device, tokens.x.dtype), n_rows=tokens.n_slots, late=late,
+            adapters=adapters,
         )  # fmt: skip
+
+
+def _pair(a: Tensor | None, b: Tensor | None) -> LowRank | None:
+    return None if a is None or b is None else LowRank(local_part(a), local_part(b))
 
 
 class MoE(nn.Module):

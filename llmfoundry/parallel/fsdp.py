@@ -189,24 +189,23 @@ class _Reduce(_Allocates, ReduceScatter):
         return dist.reduce_scatter_tensor(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
 
 
-def meet_before_collectives(model: nn.Module) -> bool:
-    """Let ranks leave a forward or backward together (`runtime.together`); whether they can.
+def can_leave(model: nn.Module) -> bool:
+    """Whether a step can be left in the middle and another one taken; before torch 2.13, FSDP2 could not."""
+    return not isinstance(model, FSDPModule) or hasattr(model, "reset_iter_state")
 
-    Before torch 2.13, FSDP2 cannot go on after an error in the middle of a step.
-    """
-    if isinstance(model, FSDPModule) and not hasattr(model, "reset_iter_state"):
-        return False
+
+def meet_before_collectives(model: nn.Module) -> None:
+    """Let ranks leave a forward or backward together (`runtime.together`)."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_custom_all_gather(_Gather())
             module.set_custom_reduce_scatter(_Reduce())
-    return True
 
 
 def forget_step(model: nn.Module) -> None:
     """Make a model ready for another forward after one that was left, or its backward."""
     model.zero_grad(set_to_none=True)
-    if not isinstance(model, FSDPModule):
+    if not isinstance(model, FSDPModule) or model._get_fsdp_state()._is_root is None:  # None: before the first forward
         return
     model.reset_iter_state()
     for module in model.modules():

@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_iter
 
 from llmfoundry import runtime
 from llmfoundry.data.loader import Batch
-from llmfoundry.kernels import activations, cross_entropy, experts
+from llmfoundry.kernels import activations, cross_entropy, experts, experts_grouped
 from llmfoundry.layers import attention, norm
 from llmfoundry.model import transformer
 from llmfoundry.model.transformer import CausalLM
@@ -263,7 +263,7 @@ def _as_on_a_gpu(ledger: Ledger) -> Iterator[None]:
         patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         patch.object(FakeTensor, "is_cuda", property(lambda self: True), create=True),
         patch.object(layer, "resolve_backend", lambda choice, kind, _, dtype: resolve(choice, kind, _GPU, dtype)),
-        patch.object(experts, "_on_gpu", lambda _: True),
+        patch.object(experts_grouped, "_on_gpu", lambda _: True),
         patch.object(experts, "_say_once", _say_once),  # so that a run in this process still warns
         patch.object(activations, "_BLOCK_VALUES", 2**62),  # only a CPU cuts rows into blocks
         patch.object(layer, "plan_exchange", _even_exchange),

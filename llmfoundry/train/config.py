@@ -13,14 +13,16 @@ from pydantic import Field, field_validator, model_validator
 
 import llmfoundry.model.transformer  # noqa: F401  registers its model
 import llmfoundry.train.lion  # noqa: F401  registers its optimizer
-from llmfoundry.config import Choice, Config, ConfigError, LocalPath, keyed, local_path
+from llmfoundry.config import Choice, Config, ConfigError, LocalPath, is_url, keyed, local_path
 from llmfoundry.data.loader import LoaderConfig
 from llmfoundry.data.mixture import MixtureConfig
+from llmfoundry.data.preferences import PreferencesConfig
 from llmfoundry.data.sources import paired_run
 from llmfoundry.data.tokenizer import TokenizerConfig
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.parallel.mesh import ParallelConfig
 from llmfoundry.train.duration import Duration
+from llmfoundry.train.loss import CrossEntropyConfig, LossConfig
 from llmfoundry.train.optim import OptimizerConfig
 from llmfoundry.train.schedule import SchedulerConfig
 
@@ -114,6 +116,7 @@ class RunConfig(Config):
 
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig
+    loss: LossConfig = CrossEntropyConfig()  # or {name: dpo, beta: 0.1}, on preferences
     algorithms: Algorithms = Algorithms()
     max_duration: Duration
     global_train_batch_size: int = Field(gt=0)  # rows a step, over all ranks
@@ -180,7 +183,7 @@ class RunConfig(Config):
             return path
         if path.startswith("hf://"):
             raise ValueError(f"{path}: write hf:{path.removeprefix('hf://')}")
-        return local_path(path)
+        return path if is_url(path) else local_path(path)  # a URL is refused when the run starts: a plan can be made
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -202,6 +205,28 @@ class RunConfig(Config):
                 f"eval_subset_num_batches={batches} evaluates on nothing; write -1 for all, or 1 or more "
                 "(eval_interval: 0ba never evaluates)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _loss_fits_data(self) -> Self:
+        parts = self.train_loader.dataset.parts()
+        if any(isinstance(part, PreferencesConfig) != self.loss.pairs for part in parts):
+            needed = "name: preferences" if self.loss.pairs else "other data, or loss: {name: dpo}"
+            raise ValueError(f"loss={self.loss.name} does not fit the data of train_loader; it needs {needed}")
+        if self.loss.pairs and isinstance(self.train_loader.dataset, MixtureConfig):
+            raise ValueError(f"train_loader.datasets: loss={self.loss.name} reads one dataset, not a mixture")
+        if any(isinstance(part, PreferencesConfig) for each in self.evaluations for part in each.dataset.parts()):
+            raise ValueError(
+                "eval_loader: preferences are for training; evaluate on the chosen answers as finetuning data, with "
+                "preprocessing_fn: {response: chosen}"
+            )
+        if self.loss.pairs and getattr(self.model, "lora", None) is None:
+            if self.load_path is None:
+                raise ValueError(
+                    f"loss={self.loss.name} needs load_path, whose weights are the reference, or model.lora"
+                )
+            if not self.load_path.startswith("hf:") and not self.load_weights_only:
+                raise ValueError(f"loss={self.loss.name}: load_path is the reference; write load_weights_only=true")
         return self
 
     def _check_labels(self) -> None:

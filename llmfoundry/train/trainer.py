@@ -17,10 +17,10 @@ import torch
 from llmfoundry import hf, runtime
 from llmfoundry.checkpoint.checkpointer import Checkpointer, CheckpointState
 from llmfoundry.checkpoint.identity import MIXTURE, is_allowed
-from llmfoundry.checkpoint.reading import Contents, Json, load_model_only
+from llmfoundry.checkpoint.reading import HUGGING_FACE, Contents, Json, load_model_only, read
 from llmfoundry.config import ConfigError, dump
 from llmfoundry.data.loader import Loader
-from llmfoundry.data.mixture import Mixture, MixtureConfig
+from llmfoundry.data.mixture import Mixture
 from llmfoundry.data.sources import check_apart
 from llmfoundry.eval.perplexity import evaluate
 from llmfoundry.kernels.experts import resolve_backend
@@ -29,11 +29,12 @@ from llmfoundry.moe.balance import Balance, summary
 from llmfoundry.moe.layer import MoEConfig
 from llmfoundry.parallel.apply import materialize, parallelize
 from llmfoundry.parallel.expert import n_experts
-from llmfoundry.parallel.fsdp import meet_before_collectives
+from llmfoundry.parallel.fsdp import can_leave, meet_before_collectives
 from llmfoundry.parallel.mesh import Mesh, build_mesh
 from llmfoundry.train.callback import Callback
-from llmfoundry.train.config import CallbackConfig, RunConfig
+from llmfoundry.train.config import CallbackConfig, Precision, RunConfig
 from llmfoundry.train.duration import Timeline
+from llmfoundry.train.loss import Loss
 from llmfoundry.train.microbatch import Microbatches
 from llmfoundry.train.mixing import Joined, row_ends, take_up, to_save
 from llmfoundry.train.optim import set_learning_rate
@@ -49,7 +50,7 @@ from llmfoundry.train.resume import (
 )
 from llmfoundry.train.run import EVALUATED, Metrics, Run, Table, is_evaluated
 from llmfoundry.train.saving import Saver
-from llmfoundry.train.step import StepResult, train_step
+from llmfoundry.train.step import CROSS_ENTROPY, StepResult, train_step
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ class Trainer(Run):
     callbacks: list[Callback]
     named: dict[str, Callback] = field(default_factory=dict)  # those that the YAML asked for
     joined: Joined = Joined()  # of a mixture
+    objective: Loss = CROSS_ENTROPY
+    reference: CausalLM | None = None  # a frozen model beside the one that is trained, where the loss needs it
     folder: RunFolder | None = None  # of rank 0, from `fit` on
     unevaluated: Metrics = field(default_factory=dict)  # of the last step, if a signal cut its evaluation short
 
@@ -188,7 +191,9 @@ class Trainer(Run):
                 max_grad_norm=clipping.clipping_threshold if clipping else None,
                 balance=self.balance,
                 noise_seed=self.config.seed,
+                step=state.step,
                 n_sources=len(self.loader.labels),
+                objective=self.objective,
                 together=together,
             )
         )
@@ -197,15 +202,18 @@ class Trainer(Run):
         state.tokens += rows * self.loader.max_seq_len
         self._count_skip(result)
         self.router = result.router
-        ce, total, grad_norm, *sources = torch.cat(
-            [torch.stack([result.ce, result.total, result.grad_norm]), result.sources.flatten()]
+        names = self.objective.metrics
+        ce, total, grad_norm, *rest = torch.cat(
+            [torch.stack([result.ce, result.total, result.grad_norm]), result.metrics, result.sources.flatten()]
         ).tolist()  # all at once: the host waits for the device here
+        of_loss, sources = dict(zip(names, rest, strict=False)), rest[len(names) :]
         metrics: Metrics = {
             "step": state.step,
             "tokens": state.tokens,
             "epoch": state.rows // self.loader.rows_per_epoch,
         }
         metrics |= {"loss/train/ce": ce, "loss/train/total": total}
+        metrics |= of_loss
         metrics |= self._by_source(sources)
         metrics |= {"lr": rate, "grad_norm": grad_norm, "skipped_steps": state.skipped_steps}
         if result.router is not None and self.balance is not None:
@@ -277,6 +285,8 @@ class Trainer(Run):
         start, contents = self.start, self.start.contents
         if start.base is not None:
             log.info("checkpoints hold the adapters alone; keep %s, or set save_frozen_weights=true", start.base.path)
+        if self.reference is not None:
+            self._load_reference(self.reference)
         if start.hugging_face is not None:
             hf.load_weights(self.model, start.hugging_face, allow=self.config.load_allow)
         elif contents is not None and start.how == "weights":
@@ -286,6 +296,14 @@ class Trainer(Run):
             changes = "".join(f"\n  {change}" for change in start.changes)
             log.info("continuing from %s at step %d%s", contents.path, self.state.step,
                      f", with other settings:{changes}" if changes else "")  # fmt: skip
+
+    def _load_reference(self, model: CausalLM) -> None:
+        path = self.config.load_path
+        assert path is not None  # the config has seen to it
+        if path.startswith(HUGGING_FACE):
+            hf.load_weights(model, path.removeprefix(HUGGING_FACE), allow=self.config.load_allow)
+        else:
+            load_model_only(read(path, "model"), model)
 
     def _load_all(self, contents: Contents) -> None:
         """Take up a run: weights, optimizer, and how far it was."""
@@ -418,10 +436,9 @@ def build(config: RunConfig) -> Trainer:
     )
     start = check_data(start, loader.fingerprint, config.load_allow, isinstance(loader.order, Mixture))
     for each in (loader, *eval_loaders):
-        if each.max_seq_len > config.model.max_seq_len:
-            raise ConfigError(
-                f"dataset.max_seq_len={each.max_seq_len} exceeds model.max_seq_len={config.model.max_seq_len}"
-            )
+        length = each.max_seq_len // each.order.sequences
+        if length > config.model.max_seq_len:
+            raise ConfigError(f"dataset.max_seq_len={length} exceeds model.max_seq_len={config.model.max_seq_len}")
     eval_loader = eval_loaders.pop(0) if eval_loaders and config.eval_loader is not None else None
     timeline = Timeline.of(
         config.max_duration,
@@ -431,13 +448,11 @@ def build(config: RunConfig) -> Trainer:
     )
     joined = _mix(config, loader, timeline, start)
     schedule = config.scheduler.build(timeline)
-    with torch.device("meta"):  # shapes only: no rank ever holds the whole model
-        model = config.model.build()
-    assert isinstance(model, CausalLM)
-    model = parallelize(model, mesh, config.parallel, precision)
-    if config.device_train_microbatch_size == "auto":
-        microbatches.can_retry = meet_before_collectives(model)
-    model = materialize(model, config.parallel, config.seed)  # the same values on every mesh
+    model = _build_model(config, mesh, precision)
+    microbatches.can_retry = can_leave(model)
+    reference = None
+    if config.loss.pairs and config.model.lora is None:
+        reference = _build_model(config, mesh, precision).requires_grad_(False).eval()
     return Trainer(
         config=config,
         mesh=mesh,
@@ -459,18 +474,29 @@ def build(config: RunConfig) -> Trainer:
         callbacks=list(callbacks.values()),
         named=callbacks,
         joined=joined,
+        objective=config.loss.build(reference),
+        reference=reference,
     )
+
+
+def _build_model(config: RunConfig, mesh: Mesh, precision: Precision) -> CausalLM:
+    with torch.device("meta"):  # shapes only: no rank ever holds the whole model
+        model = config.model.build()
+    assert isinstance(model, CausalLM)
+    model = parallelize(model, mesh, config.parallel, precision)
+    if config.device_train_microbatch_size == "auto" and can_leave(model):
+        meet_before_collectives(model)
+    return materialize(model, config.parallel, config.seed)  # the same values on every mesh
 
 
 def _mix(config: RunConfig, loader: Loader, timeline: Timeline, start: Start) -> Joined:
     """Arrange the mixture of a run, if it reads one."""
-    mixture, dataset = loader.order, config.train_loader.dataset
+    mixture = loader.order
     if not isinstance(mixture, Mixture):
         return Joined()
-    assert isinstance(dataset, MixtureConfig)
     contents = None if start.how in ("new", "weights") or start.rows_anew else start.contents
     rows = train_state(contents).rows if contents is not None else 0
-    ends = row_ends(dataset.mixture, timeline)
+    ends = row_ends(mixture.phases, timeline)
     joined = take_up(mixture, ends, contents, rows, is_allowed(MIXTURE, config.load_allow))
     mixture.check(timeline.total_steps * timeline.rows_per_step)
     log.info("mixture: %s", ", ".join(f"{label} {share}" for label, share in mixture.describe().items()))
@@ -513,8 +539,9 @@ def check_device(model: CausalLMConfig, device: torch.device, precision: str) ->
         raise ConfigError(f"model.attn_config.attn_impl=flex needs a CUDA device, found {device.type}; use auto")
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     blocks = (model.ffn(layer) for layer in range(model.n_layers))
+    drops = model.lora is not None and model.lora.dropout > 0 and model.adapts_experts
     for impl, kind in {(b.moe_impl, b.kind(model.d_model)) for b in blocks if isinstance(b, MoEConfig)}:
         try:
-            resolve_backend(impl, kind, device, dtype)
+            resolve_backend(impl, kind._replace(dropout=drops), device, dtype)
         except ValueError as error:
             raise ConfigError(f"model.ffn_config.{error}") from None
