@@ -3,7 +3,8 @@
     callbacks:
       hf_checkpointer: {save_folder: runs/{run_name}, save_interval: 1000ba, precision: bfloat16}
 
-Writes `save_folder/huggingface/ba1000` and so on, each with the tokenizer, as `convert.py to-hf` would. Training waits.
+Writes `save_folder/huggingface/ba1000` and so on, each with the tokenizer, as `convert.py to-hf` would; of
+a model with adapters (`model.lora`) only these, in peft's format and in float32. Training waits.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import torch
 from pydantic import field_validator
 
 from llmfoundry import hf, runtime
+from llmfoundry.checkpoint.convert import peft_names
 from llmfoundry.config import ConfigError, PathPattern
+from llmfoundry.model.adapters import save_peft
 from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
 from llmfoundry.train.config import RunConfig
@@ -58,11 +61,8 @@ class HFCheckpointerConfig(CallbackConfig, names=("hf_checkpointer",)):
     def check_run(self, run: RunConfig) -> None:
         """Refuse at once what could not be written after hours."""
         model = run.model
-        if isinstance(model, CausalLMConfig) and model.lora is not None:
-            raise ConfigError(
-                "callbacks.hf_checkpointer: adapters (model.lora) are exported by `convert.py to-hf` from the run's "
-                "checkpoints; leave it out"
-            )
+        if isinstance(model, CausalLMConfig):
+            model = model.model_copy(update={"lora": None})
         if (note := hf.export_note(model)).startswith("no "):
             raise ConfigError(f"callbacks.hf_checkpointer: {note}")
 
@@ -90,17 +90,24 @@ class HFCheckpointer(Callback):
         target = runtime.on_rank0(lambda: self._target(folder))
         if target is None:
             return
-        hf.save_pretrained(
-            trainer.model, trainer.tokenizer, target, dtype=DTYPES[self.config.precision], generation=trainer.generation
-        )
+        if trainer.model.config.lora is None:
+            hf.save_pretrained(
+                trainer.model,
+                trainer.tokenizer,
+                target,
+                dtype=DTYPES[self.config.precision],
+                generation=trainer.generation,
+            )
+        else:
+            base = (trainer.config.load_path or "").partition("hf:")[2] or None
+            save_peft(trainer.model, target, peft_names(trainer.model.config), base)
+            runtime.on_rank0(lambda: trainer.tokenizer.save_pretrained(target))
         runtime.on_rank0(lambda: _put(target, folder))
         log.info("step %d: written for transformers to %s", trainer.state.step, folder)
 
     def _target(self, folder: Path) -> Path | None:
         """Where the new folder is written; None if an older one is to be kept."""
-        if not folder.exists():
-            return folder
-        if not self.config.overwrite:
+        if folder.exists() and not self.config.overwrite:
             log.warning("hf_checkpointer: %s is there and is kept (overwrite: false)", folder)
             return None
         target = folder.with_name(f"{folder.name}.new")
@@ -109,7 +116,7 @@ class HFCheckpointer(Callback):
 
 
 def _put(written: Path, folder: Path) -> None:
-    """Replace the older folder by what was written."""
-    if written != folder:
+    """Give what was written its name, which an older folder may have."""
+    if folder.exists():
         shutil.rmtree(folder)
-        written.rename(folder)
+    written.rename(folder)

@@ -47,7 +47,7 @@ from llmfoundry.hf.pretrained import (
 from llmfoundry.hf.tokenizer import copy_tokenizer, name_for_transformers_4, tokenizer_of
 from llmfoundry.hf.upcycle import Upcycling, upcycle, upcycled_config
 from llmfoundry.layers.lora import adapted
-from llmfoundry.model.adapters import PeftPart, save_peft
+from llmfoundry.model.adapters import Names, PeftPart, save_peft
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.settings import write_resolved
@@ -167,18 +167,12 @@ def _to_hf(path: Path, out: Path, progress: Progress, dtype: torch.dtype | None,
             name_for_transformers_4(folder)
 
 
-def adapters_to_peft(source: str | Path, out: Path, base_model: str | None = None) -> None:
-    """The adapters of a checkpoint of ours as a folder that `peft` reads.
-
-    Args:
-        base_model: the hub id or folder of the model that they adapt.
+def peft_names(config: CausalLMConfig) -> Names:
+    """Where the weights of a model stand in the Hugging Face model that its adapters are written for.
 
     Raises:
-        ConfigError: there are no adapters, or they stand where `peft` cannot have any.
+        ConfigError: no family can hold the model; of the result: `peft` cannot adapt a weight.
     """
-    contents, config = _open(source)
-    if config.lora is None:
-        raise ConfigError(f"{contents.path}: has no adapters (model.lora)")
     family, _ = write_config(_base(config))
     copies = pieces_of(family, _base(config), "stacked" if "stacked" in family.layouts else family.layouts[0]).reading()
 
@@ -193,6 +187,22 @@ def adapters_to_peft(source: str | Path, out: Path, base_model: str | None = Non
             found.append(PeftPart(copy.source.name.removesuffix(".weight"), slice(rows.start, rows.start + size)))
         return found
 
+    return names
+
+
+def adapters_to_peft(source: str | Path, out: Path, base_model: str | None = None) -> None:
+    """The adapters of a checkpoint of ours as a folder that `peft` reads.
+
+    Args:
+        base_model: the hub id or folder of the model that they adapt.
+
+    Raises:
+        ConfigError: there are no adapters, or they stand where `peft` cannot have any.
+    """
+    contents, config = _open(source)
+    if config.lora is None:
+        raise ConfigError(f"{contents.path}: has no adapters (model.lora)")
+    names = peft_names(config)
     with torch.device("meta"):
         model = config.build()
     model = model.to_empty(device="cpu")

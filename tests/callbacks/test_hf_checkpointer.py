@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmfoundry import hf
 from llmfoundry.callbacks.generate_callback import FILE
+from llmfoundry.checkpoint.convert import adapters_to_peft
 from llmfoundry.checkpoint.reading import load_model_only, read
 from llmfoundry.cli.train import train_main
 
@@ -59,10 +61,6 @@ def test_a_folder_that_is_there(tiny: Path, tmp_path: Path, overwrite: bool) -> 
         (["callbacks.hf_checkpointer={save_folder: 'x{step}', save_interval: 1ba}"], "known: {run_name}, {rank}"),
         (["callbacks.hf_checkpointer={save_folder: x, save_interval: 1ba, final_register_only: true}"], "MLflow"),
         (
-            ["callbacks.hf_checkpointer={save_folder: x, save_interval: 1ba}", "model.lora={rank: 2, alpha: 2}"],
-            "adapters",
-        ),
-        (
             [
                 "callbacks.hf_checkpointer={save_folder: x, save_interval: 1ba}",
                 "model.ffn_config.moe_normalize_expert_weights=null",
@@ -78,6 +76,20 @@ def test_what_cannot_be_written_is_refused_at_once(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: callbacks.hf_checkpointer") and said in line
     assert not (tmp_path / "run").exists()
+
+
+def test_adapters_are_written_as_peft_reads_them(tiny: Path, tmp_path: Path) -> None:
+    lora = "model.lora={rank: 2, alpha: 2, target_modules: [wqkv]}"
+    folder = f"callbacks.hf_checkpointer={{save_folder: {tmp_path}/out, save_interval: 2ba}}"
+    assert train_main([str(tiny), *MIXTRAL, lora, folder]) == 0
+    out = tmp_path / "out" / "huggingface"
+    assert sorted(path.name for path in out.iterdir()) == ["ba2", "ba4"]
+    adapters_to_peft(tmp_path / "run", tmp_path / "peft")
+    ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (out / "ba4", tmp_path / "peft"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    before = load_file(out / "ba2" / "adapter_model.safetensors")
+    assert any(not torch.equal(ours[name], before[name]) for name in ours)
+    assert (out / "ba4" / "adapter_config.json").is_file() and (out / "ba4" / "tokenizer.json").is_file()
 
 
 def test_generations_are_written_at_the_interval_and_at_the_end(tiny: Path, tmp_path: Path) -> None:
