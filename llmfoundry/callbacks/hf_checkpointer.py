@@ -112,9 +112,7 @@ class HFCheckpointer(Callback):
 
     def _target(self, folder: Path) -> Path | None:
         """Where the new folder is written; None if an older one is to be kept."""
-        if not folder.exists():
-            return folder
-        if not self.config.overwrite:
+        if folder.exists() and not self.config.overwrite:
             log.warning("hf_checkpointer: %s is there and is kept (overwrite: false)", folder)
             return None
         target = folder.with_name(f"{folder.name}.new")
@@ -123,7 +121,7 @@ class HFCheckpointer(Callback):
 
 
 def _put(written: Path, folder: Path) -> None:
-    """Replace the older folder by what was written."""
-    if written != folder:
+    """Give what was written its name, which an older folder may have."""
+    if folder.exists():
         shutil.rmtree(folder)
-        written.rename(folder)
+    written.rename(folder)

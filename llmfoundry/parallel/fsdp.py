@@ -189,6 +189,11 @@ class _Reduce(_Allocates, ReduceScatter):
         return dist.reduce_scatter_tensor(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
 
 
+def can_leave(model: nn.Module) -> bool:
+    """Whether a step can be left in the middle and another one taken; before torch 2.13, FSDP2 could not."""
+    return not isinstance(model, FSDPModule) or hasattr(model, "reset_iter_state")
+
+
 def meet_before_collectives(model: nn.Module) -> None:
     """Let ranks leave a forward or backward together (`runtime.together`)."""
     for module in model.modules():
@@ -200,7 +205,7 @@ def meet_before_collectives(model: nn.Module) -> None:
 def forget_step(model: nn.Module) -> None:
     """Make a model ready for another forward after one that was left, or its backward."""
     model.zero_grad(set_to_none=True)
-    if not isinstance(model, FSDPModule):
+    if not isinstance(model, FSDPModule) or model._get_fsdp_state()._is_root is None:  # None: before the first forward
         return
     model.reset_iter_state()
     for module in model.modules():

@@ -42,6 +42,7 @@ class Loss:
 
     metrics: tuple[str, ...] = ()  # means over units, by name
     sequences = 1  # of a row
+    other: CausalLM | None = None  # a model beside the one that is trained
 
     def microbatches(self, batch: Batch, rows: int) -> list[Batch]:
         """A batch in parts of at most `rows` rows, as the model sees them."""

@@ -30,6 +30,9 @@ class Microbatches:
         asked: what the YAML says.
         least: rows of the rank with the fewest.
         most: rows of the rank with the most.
+
+    Attributes:
+        can_retry: whether the model can go on after a step that was left in the middle.
     """
 
     def __init__(self, asked: int | Literal["auto"], least: int, most: int) -> None:
@@ -37,6 +40,7 @@ class Microbatches:
         self._auto = asked == "auto"
         self._least, self._most = least, most
         self._watched = WATCHED_STEPS  # steps to come
+        self.can_retry = True
 
     def run(self, attempt: Callable[[int, bool], StepResult]) -> StepResult:
         """Take a step, with fewer rows at once if they do not fit.
@@ -48,7 +52,7 @@ class Microbatches:
             ResourceError: not even the smallest microbatch fits, or memory ran out where nothing can be tried again.
         """
         while True:
-            together = self._auto and (self._watched > 0 or runtime.world_size() == 1)
+            together = self._auto and self.can_retry and (self._watched > 0 or runtime.world_size() == 1)
             try:
                 result = attempt(self.rows, together)
             except runtime.OutOfMemory as error:

@@ -85,7 +85,8 @@ def train_step(
         try:
             sums = runtime.together(accumulate)
         except runtime.OutOfMemory:
-            forget_step(model)
+            for each in filter(None, (model, objective.other)):
+                forget_step(each)
             raise
     else:
         sums = accumulate()

@@ -31,7 +31,7 @@ from llmfoundry.moe.balance import Balance, summary
 from llmfoundry.moe.layer import MoEConfig
 from llmfoundry.parallel.apply import materialize, parallelize
 from llmfoundry.parallel.expert import n_experts
-from llmfoundry.parallel.fsdp import meet_before_collectives
+from llmfoundry.parallel.fsdp import can_leave, meet_before_collectives
 from llmfoundry.parallel.mesh import Mesh, build_mesh
 from llmfoundry.train.callback import Callback
 from llmfoundry.train.config import CallbackConfig, Precision, RunConfig
@@ -472,6 +472,7 @@ def build(config: RunConfig) -> Trainer:
     joined = _mix(config, loader, timeline, start)
     schedule = config.scheduler.build(timeline)
     model = _build_model(config, mesh, precision)
+    microbatches.can_retry = can_leave(model)
     reference = None
     if config.loss.pairs and config.model.lora is None:
         reference = _build_model(config, mesh, precision).requires_grad_(False).eval()
@@ -507,7 +508,7 @@ def _build_model(config: RunConfig, mesh: Mesh, precision: Precision) -> CausalL
         model = config.model.build()
     assert isinstance(model, CausalLM)
     model = parallelize(model, mesh, config.parallel, precision)
-    if config.device_train_microbatch_size == "auto":
+    if config.device_train_microbatch_size == "auto" and can_leave(model):
         meet_before_collectives(model)
     return materialize(model, config.parallel, config.seed)  # the same values on every mesh
 

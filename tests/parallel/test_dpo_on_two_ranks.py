@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,12 @@ from test_adapters_on_every_mesh import _config as with_adapters
 from tiny import Case
 from torch import Tensor
 
+from llmfoundry import runtime
 from llmfoundry.data.loader import Batch
 from llmfoundry.layers.lora import is_adapter
+from llmfoundry.model.transformer import CausalLM
 from llmfoundry.moe.balance import Balance
+from llmfoundry.parallel.fsdp import meet_before_collectives
 from llmfoundry.train.loss import DPO
 from llmfoundry.train.step import train_step
 
@@ -26,6 +31,8 @@ CASES = [
     Case("reference, shard 2", microbatch=3),
     Case("reference, shard 2, expert 2", {"expert": 2}, microbatch=2),
 ]
+# Rank 1 runs out of memory in the reference, before the model has run at all; then the step is taken again.
+FULL = Case("reference, shard 2, expert 2, left once", {"expert": 2}, microbatch=2)
 
 
 def _pairs() -> Batch:
@@ -57,16 +64,35 @@ def _learn(case: Case, as_case: str) -> dict[str, Tensor]:
                 found[name] = tiny.full(parameter.grad)
 
     optimizer.register_step_pre_hook(keep)
-    result = train_step(
-        model, optimizer, _pairs(), microbatch_rows=case.microbatch, max_grad_norm=None,
-        balance=Balance.of(model.config), noise_seed=tiny.SEED, objective=DPO(0.3, reference),
+    step = partial(
+        train_step, model, optimizer, _pairs(), microbatch_rows=case.microbatch, max_grad_norm=None,
+        balance=Balance.of(model.config), noise_seed=tiny.SEED, objective=DPO(0.3, reference), together=True,
     )  # fmt: skip
+    if case is FULL:
+        assert reference is not None
+        _leave_once(model, reference, step)
+    result = step()
     return found | {"total": result.total.double(), "metrics": result.metrics.double(), "ce": result.ce.double()}
+
+
+def _leave_once(model: CausalLM, reference: CausalLM, step: Callable[[], object]) -> None:
+    """A step that one rank cannot take, for want of memory in the last block of the reference."""
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    for each in (model, reference):
+        meet_before_collectives(each)
+    hook = reference.blocks[-1].register_forward_pre_hook(full) if torch.distributed.get_rank() == 1 else None
+    with pytest.raises(runtime.OutOfMemory):
+        step()
+    if hook is not None:
+        hook.remove()
 
 
 def job(folder: Path) -> None:
     """What each process does; the first one writes what they found."""
-    for case in CASES:
+    for case in (*CASES, FULL):
         found = _learn(case, case.name)
         if torch.distributed.get_rank() == 0:
             torch.save(found, folder / f"{case.name}.pt")
@@ -79,7 +105,7 @@ def spread(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+@pytest.mark.parametrize("case", [*CASES, FULL], ids=lambda case: case.name)
 def test_preferences_are_learned_the_same_on_every_mesh(case: Case, spread: Path) -> None:
     true, ours = _learn(Case("alone"), case.name), torch.load(spread / f"{case.name}.pt", weights_only=True)
     assert true.keys() == ours.keys() and true["metrics"].abs().max() > 0.01
