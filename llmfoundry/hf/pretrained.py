@@ -33,7 +33,7 @@ from llmfoundry.hf.generation import GENERATION, generation_of, read_generation,
 from llmfoundry.hf.gguf import GGUFFile
 from llmfoundry.hf.pieces import Copy, Kept, Part, Pieces, Spec, TensorSource, fill, fill_grown, values_of
 from llmfoundry.hf.tokenizer import TOKENIZER_FILES, name_for_transformers_4, tokenizer_of
-from llmfoundry.layers.lora import is_adapter
+from llmfoundry.layers.lora import frozen_weights, is_adapter
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig, cast_parameters
 from llmfoundry.moe.layer import MoEConfig
 
@@ -109,8 +109,8 @@ def locate(path_or_id: str | Path, *, settings_only: bool = False) -> Path:
 def our_shapes(config: CausalLMConfig) -> dict[str, tuple[int, ...]]:
     """The tensors of a model, adapters left out."""
     with torch.device("meta"):
-        state = config.build().state_dict()
-    return {name: tuple(tensor.shape) for name, tensor in state.items() if not is_adapter(name)}
+        state = config.model_copy(update={"lora": None}).build().state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def pieces_of(family: Family, config: CausalLMConfig, layout: str) -> Pieces:
@@ -243,6 +243,10 @@ def load_weights(model: CausalLM, path_or_id: str | Path, allow: Collection[str]
             fill_grown(shard, checkpoint.copies[name], checkpoint.source, checkpoint.config.vocab_size)
         else:
             fill(shard.local, shard.offsets, checkpoint.copies[name], checkpoint.source)
+    for name, frozen in frozen_weights(model):  # one whole weight at a time
+        weight = torch.empty(frozen.shape, dtype=checkpoint.dtype, device=frozen.codes.device)
+        fill(weight, (0,) * weight.dim(), checkpoint.copies[name], checkpoint.source)
+        frozen.quantize_(weight)
 
 
 def from_pretrained(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar, NamedTuple, Protocol, cast
+from typing import ClassVar, Literal, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from llmfoundry.config import Config
 from llmfoundry.kernels.low_rank import frozen_linear_plus, rounds_once
+from llmfoundry.layers.nf4 import NF4Weight, fits
 
 _SIDES = ("lora_A", "lora_B")
 # peft's target_modules in the names of Hugging Face models; those of one entry are one weight here.
@@ -55,6 +56,9 @@ class LoRAConfig(Config):
     # The part of what an adapter sees that is dropped in training. With adapters of experts, the Triton kernels cannot:
     # moe_impl: auto takes grouped_mm then.
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    # nf4: the frozen weights of the blocks' linear layers and experts are kept in 4 bits (QLoRA), quantised as
+    # load_path is read, and made anew in each layer's forward. In one process, with parallel.recompute.
+    quantize: Literal["nf4"] | None = None
     # A list: ends of our names (wqkv, out_proj, ffn.w1, experts.w2, ...), or Hugging Face's (q_proj, k_proj, v_proj,
     # ...), where those that are one weight here stand together. A string: a pattern that matches a whole name, such as
     # blocks\.[0-3]\.attn\..*; or all-linear: every linear layer of the blocks and the experts, but not the router,
@@ -99,35 +103,59 @@ class _Switched(Protocol):
     lora_off: bool
 
 
+class FrozenLinear(nn.Linear):
+    """A linear layer whose weight is kept in NF4. It takes over the bias of the layer that it replaces."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's, which would allocate and draw a weight
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.frozen, self.bias = NF4Weight(linear.weight), linear.bias
+        self.register_parameter("weight", None)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`W x + b`."""
+        return F.linear(input, self.frozen(input.dtype), self.bias)
+
+
 class LoRALinear(nn.Linear):
     """A linear layer with an adapter. It takes over the parameters of the layer that it replaces."""
+
+    frozen: NF4Weight | None  # in place of the weight
 
     def __init__(self, linear: nn.Linear, config: LoRAConfig) -> None:
         nn.Module.__init__(self)  # not nn.Linear's, which would allocate and draw a weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.lora_scale, self.lora_dropout, self.lora_off = config.scale, config.dropout, False
+        self.frozen = None
         self.lora_A = nn.Parameter(self.weight.new_zeros(config.rank, self.in_features))
         self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, config.rank))
 
     def forward(self, input: Tensor) -> Tensor:
         """`W x + b + s B (A x)`."""
+        weight = self.weight if self.frozen is None else self.frozen(input.dtype)
         if self.lora_off:
-            return super().forward(input)
+            return F.linear(input, weight, self.bias)
         seen = F.dropout(input, self.lora_dropout, self.training) if self.lora_dropout else input
         added = self.lora_scale * F.linear(F.linear(seen, self.lora_A), self.lora_B)
         if not rounds_once(input.dtype):
-            return super().forward(input) + added
-        y = frozen_linear_plus(input.flatten(0, -2), self.weight, added.flatten(0, -2)).view_as(added)
+            return F.linear(input, weight, self.bias) + added
+        y = frozen_linear_plus(input.flatten(0, -2), weight, added.flatten(0, -2)).view_as(added)
         # Last: added to the bias first, what the adapter adds would be lost to rounding.
         return cast(Tensor, y if self.bias is None else y + self.bias)
 
 
-def effective_weight(linear: nn.Linear) -> Tensor:
-    """The weight (N, D) that a linear layer amounts to, its adapter included."""
+def effective_weight(linear: nn.Linear, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight (N, D) that a linear layer amounts to, its adapter included.
+
+    Args:
+        dtype: of a weight that is kept in NF4.
+    """
+    frozen = linear.frozen if isinstance(linear, LoRALinear | FrozenLinear) else None
+    weight = linear.weight if frozen is None else frozen(dtype)
     if not isinstance(linear, LoRALinear):
-        return linear.weight
-    return adapted(linear.weight, linear.lora_A, linear.lora_B, linear.lora_scale)
+        return weight
+    return adapted(weight, linear.lora_A, linear.lora_B, linear.lora_scale)
 
 
 def adapted(weight: Tensor, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
@@ -166,6 +194,34 @@ def add_adapters(model: nn.Module, blocks: nn.Module, config: LoRAConfig) -> Non
                                          strict=True):  # fmt: skip
             module.register_parameter(f"{leaf}_{side}", nn.Parameter(weight.new_zeros(weight.shape[0], rows, columns)))
         cast(_Stacked, module).set_adapters(config.scale, config.dropout)
+
+
+def quantize_frozen(blocks: nn.Module) -> None:
+    """Give the frozen weights of linear layers and stacked experts in `blocks` their place in NF4, in place.
+
+    A weight that is no whole number of blocks of 64 values stays as it is.
+    """
+    for path, module in list(blocks.named_modules()):
+        if isinstance(module, LoRALinear):
+            if fits(module.weight):
+                module.frozen = NF4Weight(module.weight)
+                module.register_parameter("weight", None)
+        elif isinstance(module, nn.Linear) and fits(module.weight):
+            parent, _, leaf = path.rpartition(".")
+            setattr(blocks.get_submodule(parent), leaf, FrozenLinear(module))
+        for leaf, slot in [(name[7:], name) for name in vars(module).get("_modules", {}) if name.startswith("frozen_")]:
+            weight = cast(Tensor, getattr(module, leaf))
+            if fits(weight):
+                setattr(module, slot, NF4Weight(weight))
+                module.register_parameter(leaf, None)
+
+
+def frozen_weights(model: nn.Module) -> Iterator[tuple[str, NF4Weight]]:
+    """The weights in NF4, by the names that they have in the base model."""
+    for path, module in model.named_modules():
+        if isinstance(module, NF4Weight):
+            owner, _, slot = path.rpartition(".")
+            yield f"{owner}.weight" if slot == "frozen" else f"{owner}.{slot.removeprefix('frozen_')}", module
 
 
 def adapters(model: nn.Module) -> Iterator[Adapter]:

@@ -20,7 +20,7 @@ from llmfoundry.config import ConfigError
 from llmfoundry.kernels.cross_entropy import CrossEntropy, cross_entropy_by_token, cross_entropy_of_tokens
 from llmfoundry.layers.attention import FULL, AttentionConfig, GroupedQueryConfig, KVCache, Mask, attention_mask
 from llmfoundry.layers.ffn import FFNConfig, MLPConfig, RouterStats
-from llmfoundry.layers.lora import LoRAConfig, adapters, add_adapters
+from llmfoundry.layers.lora import LoRAConfig, adapters, add_adapters, quantize_frozen
 from llmfoundry.layers.norm import NormConfig, NormType
 from llmfoundry.layers.rope import Rope, rope_table
 from llmfoundry.model.config import InitConfig, ModelConfig
@@ -188,6 +188,8 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
         model = CausalLM(self)
         if self.lora is not None:
             add_adapters(model, model.blocks, self.lora)
+            if self.lora.quantize is not None:
+                quantize_frozen(model.blocks)
         return model
 
     @property

@@ -21,6 +21,7 @@ from llmfoundry.kernels.experts import Backend, ExpertKind, experts_ffn, resolve
 from llmfoundry.kernels.late import LateGradients
 from llmfoundry.kernels.low_rank import ExpertAdapters, LowRank
 from llmfoundry.layers.ffn import Activation, FFNConfig, FFNOutput, GLUConfig, MLPConfig
+from llmfoundry.layers.nf4 import NF4Weight
 from llmfoundry.moe.dispatch import ExpertInputs, InFlight, plan_exchange, return_rows, send
 from llmfoundry.moe.router import Router, RouterConfig, statistics, within_capacity
 
@@ -156,6 +157,8 @@ _kind = cache(ExpertKind)
 class Experts(nn.Module):
     """All experts' weights, stacked, and what they compute. Under expert parallelism, this rank's only."""
 
+    frozen_w1: NF4Weight | None  # in place of w1 and w2, with lora.quantize
+    frozen_w2: NF4Weight | None
     w1_lora_A: nn.Parameter | None  # (E, r, D); the low-rank adapters of w1 and w2, where the model has them
     w1_lora_B: nn.Parameter | None  # (E, 2F, r)
     w2_lora_A: nn.Parameter | None  # (E, r, F)
@@ -168,6 +171,8 @@ class Experts(nn.Module):
         self.limit, self.impl, self.kind = config.ffn_act_limit, config.moe_impl, config.kind(d_model)
         self.w1 = nn.Parameter(torch.empty(n_experts, expert.rows, d_model))  # (E, 2F, D): gate, then up rows
         self.w2 = nn.Parameter(torch.empty(n_experts, d_model, expert.hidden_size))  # (E, D, F)
+        self.register_module("frozen_w1", None)
+        self.register_module("frozen_w2", None)
         self.b1 = nn.Parameter(torch.empty(n_experts, expert.rows)) if expert.bias else None  # (E, 2F)
         self.b2 = nn.Parameter(torch.empty(n_experts, d_model)) if expert.bias else None  # (E, D)
         self.lora_scale, self.lora_dropout, self.lora_off = 0.0, 0.0, False
@@ -185,7 +190,9 @@ class Experts(nn.Module):
 
     def forward(self, tokens: ExpertInputs | InFlight) -> Tensor:
         """`experts_ffn` with these weights, on tokens that are here or on their way here; (T, D) or (R, D)."""
-        w1, w2, b1, b2 = local_part(self.w1), local_part(self.w2), local_part(self.b1), local_part(self.b2)
+        b1, b2, dtype = local_part(self.b1), local_part(self.b2), tokens.x.dtype
+        w1 = local_part(self.w1) if self.frozen_w1 is None else self.frozen_w1(dtype)
+        w2 = local_part(self.w2) if self.frozen_w2 is None else self.frozen_w2(dtype)
         adapters = ExpertAdapters() if self.lora_off else ExpertAdapters(
             _pair(self.w1_lora_A, self.w1_lora_B), _pair(self.w2_lora_A, self.w2_lora_B),
             self.lora_scale, self.lora_dropout if self.training else 0.0,

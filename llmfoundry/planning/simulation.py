@@ -90,23 +90,30 @@ def simulate(job: Job, degrees: Degrees) -> Step:
         mesh = build_mesh(job.parallel, "cpu", n_experts(job.model))
         with torch.device("meta"):
             model = job.model.build()
+            beside = job.model.build() if job.loss.pairs and job.model.lora is None else None
         with _as_on_a_gpu(ledger):
             with patch.object(runtime, "device", lambda: torch.device("cuda")):
                 model = parallelize(model, mesh, job.parallel, job.precision)
+                if beside is not None:
+                    beside = parallelize(beside, mesh, job.parallel, job.precision).requires_grad_(False)
             with FakeTensorMode(allow_non_fake_inputs=True), ledger:
                 model.to_empty(device="cpu")
+                if beside is not None:
+                    beside.to_empty(device="cpu")
                 ledger.parameters = list(model.parameters())
                 ledger.kind = OPTIMIZER
                 optimizer = job.optimizer.build(model)
                 _make_state(optimizer)
                 _mark_moments(model, ledger)
-                tokens = torch.zeros(rows, work.seq_len, dtype=torch.int64)
-                batch = Batch(tokens, tokens.clone(), torch.zeros(rows, dtype=torch.int64))
+                objective = job.loss.build(beside)
+                n = objective.sequences
+                tokens = torch.zeros(rows // n, n * work.seq_len, dtype=torch.int64)
+                batch = Batch(tokens, tokens.clone(), torch.zeros(rows // n, dtype=torch.int64))
                 ledger.enter(Moment("forward", -1), ACTIVATIONS)
                 ledger.restart()
                 train_step(
-                    model, optimizer, batch, microbatch_rows=work.micro_rows, max_grad_norm=1.0,
-                    balance=Balance.of(job.model),
+                    model, optimizer, batch, microbatch_rows=work.micro_rows // n, max_grad_norm=1.0,
+                    balance=Balance.of(job.model), objective=objective,
                 )  # fmt: skip
         return Step(ledger.held, ledger.received)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:

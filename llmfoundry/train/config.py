@@ -219,6 +219,17 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _base_is_quantized(self) -> Self:
+        lora = getattr(self.model, "lora", None)
+        if lora is None or lora.quantize is None:
+            return self
+        if self.load_path is None or not self.load_path.startswith("hf:"):
+            raise ValueError(f"model.lora.quantize={lora.quantize} needs load_path: hf:..., whose weights it quantises")
+        if self.save_frozen_weights:
+            raise ValueError(f"save_frozen_weights: not with model.lora.quantize={lora.quantize}; leave one out")
+        return self
+
+    @model_validator(mode="after")
     def _loss_fits_data(self) -> Self:
         parts = self.train_loader.dataset.parts()
         if any(isinstance(part, PreferencesConfig) != self.loss.pairs for part in parts):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,27 @@ def test_a_run_learns_to_prefer_the_chosen(recipe: Path, lora: bool) -> None:  #
     assert lines[-1]["rewards/margins"] == pytest.approx(
         lines[-1]["rewards/chosen"] - lines[-1]["rewards/rejected"], abs=1e-4
     )
+
+
+def test_a_run_with_a_reference_of_its_own_resumes_bitwise_and_evaluates(recipe: Path) -> None:  # noqa: F811
+    held_out = recipe.parent / "held_out.jsonl"
+    held_out.write_text(json.dumps({"prompt": "say e", "chosen": "e yes", "rejected": "e no"}) + "\n")
+    evaluation = {"path": str(held_out), "split": "validation", "preprocessing_fn": {"response": "chosen"},
+                  "cache_dir": str(recipe.parent / "c")}  # fmt: skip
+    path = str(_preferences(recipe, eval_loader={"name": "finetuning", "dataset": evaluation}, eval_interval="6ba"))
+    assert train_main([path]) == 0
+    whole = _metrics(recipe)
+    assert whole[-1]["metrics/eval/LanguageCrossEntropy"] > 0
+    assert train_main([path, f"save_folder={recipe.parent / 'parts'}", "save_interval=5ba"]) == 0
+    checkpoints = recipe.parent / "parts" / "checkpoints"
+    for later in checkpoints.glob("step-1*"):  # as if it had been killed after step 5
+        shutil.rmtree(later)
+    (checkpoints / "latest").unlink()
+    (checkpoints / "latest").symlink_to("step-5")
+    assert train_main([path, f"save_folder={recipe.parent / 'parts'}", "save_interval=5ba", "autoresume=true"]) == 0
+    again = [json.loads(line) for line in (recipe.parent / "parts" / "metrics.jsonl").read_text().splitlines()]
+    for name in ("loss/train/total", "rewards/margins"):
+        assert [line[name] for line in again] == [line[name] for line in whole], name
 
 
 @pytest.mark.parametrize(
