@@ -12,14 +12,16 @@ from collections.abc import Sequence
 
 from llmfoundry import launch
 from llmfoundry.cli.command import command, program
+from llmfoundry.cli.evaluation import TaskOptions, evaluate_by_tasks, evaluate_opened, evaluate_yaml
 from llmfoundry.cli.foundry import generate_words
-from llmfoundry.cli.opening import open_checkpoint
+from llmfoundry.cli.opening import Opened, open_checkpoint
 from llmfoundry.config import ConfigError
 
 # The settings of a run that are read where its checkpoint is used: no other override could take effect.
 GENERATING = "code_paths", "model", "precision", "parallel", "load_path"  # load_path: where the base of adapters is now
 EVALUATING = (
-    *GENERATING, "eval_loader", "eval_loaders", "max_seq_len", "device_eval_batch_size", "eval_subset_num_batches"
+    *GENERATING, "eval_loader", "eval_loaders", "max_seq_len", "device_eval_batch_size", "eval_subset_num_batches",
+    "icl_tasks", "eval_gauntlet", "icl_seq_len", "icl_subset_num_batches",
 )  # fmt: skip
 CHECKPOINT = "a checkpoint, a run's save_folder (its newest), a Hugging Face folder or GGUF file, or hf:<hub id>"
 
@@ -49,21 +51,21 @@ def generate_main(argv: Sequence[str] | None = None) -> None:
     from llmfoundry.eval.generate import generate
     from llmfoundry.hf.generation import stop_tokens
 
-    parse = args.parse_special
+    ready, parse = opened.ready, args.parse_special
     if parse is None:
-        parse = opened.special.parse or not opened.trained
+        parse = ready.special.parse or not opened.trained
     for number, prompt in enumerate(args.prompt):
         if number and launch.is_rank0():
             _write("\n")  # an empty line between texts
         generate(
-            opened.model,
-            opened.tokenizer,
+            ready.model,
+            ready.tokenizer,
             prompt,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             top_p=args.top_p,
             seed=args.seed,
-            special=opened.special._replace(parse=parse),
+            special=ready.special._replace(parse=parse),
             stop=stop_tokens(opened.folder),
             emit=_write if launch.is_rank0() else None,
         )
@@ -78,27 +80,54 @@ def _write(text: str) -> None:
 
 @command
 def eval_main(argv: Sequence[str] | None = None) -> None:
-    """`eval.py --checkpoint DIR [key=value ...]`: validation loss of a checkpoint, on its own or another dataset.
+    """`eval.py --checkpoint DIR [key=value ...]`, or `eval.py YAML [key=value ...]` with several models.
 
-    Overrides of `model` take effect as far as the weights fit: another backend, longer contexts, fewer experts per
-    token.
+    What a run evaluates is evaluated: the loss on its texts, and its tasks; or the tasks of a file, or of
+    EleutherAI's lm-evaluation-harness. Overrides of `model` take effect as far as the weights fit: another backend,
+    longer contexts, fewer experts per token.
     """
-    parser = argparse.ArgumentParser(prog=program("eval"), description="Validation loss of a checkpoint.")
-    parser.add_argument("--checkpoint", required=True, help=CHECKPOINT)
+    parser = argparse.ArgumentParser(prog=program("eval"), description="Loss and scores of checkpoints.")
+    parser.add_argument("--checkpoint", help=CHECKPOINT)
     parser.add_argument(
         "overrides",
         nargs="*",
         default=[],
         metavar="key=value",
-        help="e.g. eval_loader.dataset.name=text_files eval_loader.dataset.path=texts/",
+        help="e.g. eval_loader.dataset.name=text_files eval_loader.dataset.path=texts/; "
+        "without --checkpoint, a YAML that lists models comes first",
     )
+    parser.add_argument("--icl-tasks", metavar="FILE", help="a YAML with icl_tasks")
+    parser.add_argument("--gauntlet", metavar="FILE", help="a YAML with eval_gauntlet, for --icl-tasks")
+    parser.add_argument("--tasks", help="tasks of lm-evaluation-harness (pip install lm-eval), e.g. hellaswag,arc_easy")
+    parser.add_argument("--num-fewshot", type=int, help="for --tasks: solved examples; default: each task's own")
+    parser.add_argument("--limit", type=int, help="for --tasks: the first so many questions of each")
+    parser.add_argument("--include-path", metavar="DIR", help="for --tasks: a folder with more of them")
+    parser.add_argument("--output", metavar="FILE", help="also write the scores as JSON")
     args = parser.parse_intermixed_args(argv)
-    config, _, model, mesh, tokenizer, special, _ = open_checkpoint(args.checkpoint, args.overrides, EVALUATING)
+    options = TaskOptions(
+        args.icl_tasks, args.gauntlet, args.tasks, args.num_fewshot, args.limit, args.include_path, args.output
+    )
+    options.check()
+    if args.checkpoint is None:
+        if not args.overrides or not args.overrides[0].endswith((".yaml", ".yml")):
+            parser.error("the following arguments are required: --checkpoint, or a YAML that lists models")
+        evaluate_yaml(args.overrides[0], args.overrides[1:], options)
+    elif options.icl_tasks or options.tasks:
+        evaluate_by_tasks(args.checkpoint, args.overrides, EVALUATING, options)
+    else:
+        opened = open_checkpoint(args.checkpoint, args.overrides, EVALUATING)
+        if not opened.config.evaluations and not opened.config.icl_tasks:
+            raise ConfigError("eval_loader: is missing; give one, e.g. eval_loader.dataset.name=text_files")
+        _evaluate_texts(opened)
+        if opened.config.icl_tasks:
+            evaluate_opened(opened, options)
+
+
+def _evaluate_texts(opened: Opened) -> None:
     from llmfoundry import runtime
     from llmfoundry.eval.perplexity import evaluate
 
-    if not config.evaluations:
-        raise ConfigError("eval_loader: is missing; give one, e.g. eval_loader.dataset.name=text_files")
+    config, (model, mesh, tokenizer, special) = opened.config, opened.ready
     for part in config.evaluations:
         loader = part.build(
             tokenizer,

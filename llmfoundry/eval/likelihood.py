@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llmfoundry import runtime
 from llmfoundry.config import ConfigError
+from llmfoundry.data.rows import IGNORE
 from llmfoundry.eval.generate import check_ids
 from llmfoundry.model.transformer import Cache, CausalLM
 
@@ -66,12 +67,10 @@ def likelihood(model: CausalLM, continuations: Sequence[Continuation], ranks: Ra
         if ranks.stopped():
             return None
         items = [continuations[number] for number in numbers] or [Continuation([0, 0], 1)]
-        length = max(len(item.ids) for item in items) - 1  # the last token is judged and not read
-        tokens = torch.zeros(len(items), length, dtype=torch.int64)  # (B, S)
-        for row, item in enumerate(items):
-            tokens[row, : len(item.ids) - 1] = torch.tensor(item.ids[:-1])
+        tokens = _padded(items).to(place)  # (B, S)
+        length = tokens.shape[1]
         at = [row * length + len(item.ids) - 1 - i for row, item in enumerate(items) for i in range(item.n, 0, -1)]
-        logits = model(tokens.to(place), at=torch.tensor(at, device=place)).logits[0].float()  # (J, V)
+        logits = model(tokens, at=torch.tensor(at, device=place)).logits[0].float()  # (J, V)
         targets = torch.tensor([token for item in items for token in item.ids[-item.n :]], device=place)  # (J,)
         log_p = logits.log_softmax(-1)
         nats = -log_p.gather(1, targets[:, None])[:, 0]  # (J,)
@@ -84,6 +83,37 @@ def likelihood(model: CausalLM, continuations: Sequence[Continuation], ranks: Ra
             values = nats[own].double().sum(), hit, top[own].min().exp(), (-nats[own]).exp().mean()
             found[:, number] = torch.stack([value.double() for value in values])
     return Likelihood(*runtime.all_reduce_sum(found).cpu())
+
+
+@torch.no_grad()
+def nats_of(model: CausalLM, continuations: Sequence[Continuation], ranks: Ranks) -> Tensor | None:
+    """`Likelihood.nats` alone, (N,) float64, for long continuations: no logits are kept.
+
+    Args and errors as `likelihood`.
+    """
+    place = next(model.parameters()).device
+    found = torch.zeros(len(continuations), dtype=torch.float64, device=place)
+    check_rows(model, [item.ids for item in continuations], 0)
+    for numbers in _batches([len(item.ids) for item in continuations], ranks):
+        if ranks.stopped():
+            return None
+        items = [continuations[number] for number in numbers] or [Continuation([0, 0], 1)]
+        tokens = _padded(items)  # (B, S)
+        labels = torch.full_like(tokens, IGNORE)  # (B, S)
+        for row, item in enumerate(items):
+            end = len(item.ids) - 1
+            labels[row, end - item.n : end] = torch.tensor(item.ids[-item.n :])
+        nats = model(tokens.to(place), labels.to(place)).nats.double().sum(1)  # (B,)
+        found[numbers] = nats[: len(numbers)]
+    return runtime.all_reduce_sum(found).cpu()
+
+
+def _padded(items: Sequence[Continuation]) -> Tensor:
+    """(B, S) int64: all but the last token of each, which is judged and not read."""
+    tokens = torch.zeros(len(items), max(len(item.ids) for item in items) - 1, dtype=torch.int64)
+    for row, item in enumerate(items):
+        tokens[row, : len(item.ids) - 1] = torch.tensor(item.ids[:-1])
+    return tokens
 
 
 class Prompt(NamedTuple):
