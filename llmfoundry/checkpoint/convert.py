@@ -131,7 +131,7 @@ def from_hf(source: str | Path, out: Path, progress: Progress) -> CausalLMConfig
     """
     theirs = open_checkpoint(source, once=True)
     with new_folder(out) as folder:
-        _write(
+        write_ours(
             folder, out, theirs.config, theirs.our_specs(), theirs.path, theirs.generation, progress,
             lambda name, at, box: fill(box, at, theirs.copies[name], theirs.source),
         )  # fmt: skip
@@ -235,7 +235,7 @@ def grow(source: str | Path, out: Path, plan: Upcycling, seed: int, progress: Pr
 
     with new_folder(out) as folder:
         made = {name: Spec(dtype, shape) for name, shape in our_shapes(grown).items()}
-        _write(folder, out, grown, made, tokenizer, generation, progress, fill_box)
+        write_ours(folder, out, grown, made, tokenizer, generation, progress, fill_box)
     return grown
 
 
@@ -280,7 +280,7 @@ def _base(config: CausalLMConfig) -> CausalLMConfig:
     return config.model_copy(update={"lora": None})
 
 
-def _write(
+def write_ours(
     folder: Path,
     out: Path,
     config: CausalLMConfig,

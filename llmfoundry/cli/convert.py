@@ -1,4 +1,4 @@
-"""`convert.py from-hf | to-hf | upcycle SOURCE OUT`: between Hugging Face folders and checkpoints of ours."""
+"""`convert.py from-hf | from-composer | to-hf | upcycle SOURCE OUT`: between others' checkpoints and ours."""
 
 from __future__ import annotations
 
@@ -17,20 +17,23 @@ from llmfoundry.cli.command import command, program
 from llmfoundry.cli.foundry import convert_words
 from llmfoundry.config import check
 from llmfoundry.hf.upcycle import Upcycling
+from llmfoundry.integrations.composer_checkpoint import from_composer
 from llmfoundry.settings import from_dotlist
 
 
 @command
 def convert_main(argv: Sequence[str] | None = None) -> None:
-    """`convert.py from-hf | to-hf | upcycle SOURCE OUT`: between Hugging Face folders and checkpoints of ours."""
+    """`convert.py from-hf | from-composer | to-hf | upcycle SOURCE OUT`: between others' checkpoints and ours."""
     parser = argparse.ArgumentParser(prog=program("convert"), description="Convert checkpoints, as streams.")
     ways = parser.add_subparsers(dest="way", required=True)
     into = ways.add_parser("from-hf", help="a Hugging Face folder or hub id, as a checkpoint of ours")
+    composer = ways.add_parser("from-composer", help="a checkpoint of LLM Foundry or Composer, as one of ours")
     back = ways.add_parser("to-hf", help="a checkpoint of ours, as a Hugging Face folder")
     grow_ = ways.add_parser("upcycle", help="a dense checkpoint, theirs or ours, as a mixture of experts")
-    for each in (into, back, grow_):
+    for each in (into, composer, back, grow_):
         each.add_argument("source")
         each.add_argument("out", type=Path, help="a folder that does not exist, or is empty")
+    composer.add_argument("--config", metavar="YAML", help="its training YAML; else the config that it has stored")
     back.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights; else as stored")
     back.add_argument("--model-type", help="the family, e.g. mixtral; else the first that can hold the model")
     back.add_argument("--adapters", action="store_true", help="only the adapters (LoRA), in peft's format")
@@ -50,6 +53,8 @@ def convert_main(argv: Sequence[str] | None = None) -> None:
 def _convert(args: argparse.Namespace) -> None:
     if args.way == "from-hf":
         config = convert.from_hf(args.source, args.out, _progress)
+    elif args.way == "from-composer":
+        config = from_composer(args.source, args.out, args.config, _progress)
     elif args.way == "upcycle":
         plan = check(Upcycling, from_dotlist(args.plan))
         config = convert.grow(args.source, args.out, plan, args.seed, _progress)

@@ -78,7 +78,7 @@ _ONLY = {
     "model.init_config.emb_init_uniform_lim": (None,),
     "model.attn_config.nope": (False,),
     "model.attn_config.kv_dim": (None,),
-    "model.attn_config.attn_temperature_tuning": (None, False),
+    "model.attn_config.attn_temperature_tuning": (None, False, {"floor_scale": 8192, "attn_scale": 0.0}),
     "model.ffn_config.expert_parallel_group": (None,),
     "model.ffn_config.pipeline_model_parallel_size": (1,),
     "model.ffn_config.num_layers_per_virtual_pipeline_stage": (None,),

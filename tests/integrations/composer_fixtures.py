@@ -1,0 +1,131 @@
+"""Checkpoints in LLM Foundry's layout, as Composer writes them, made with plain torch from models of ours.
+
+The names and layouts are written out here a second time, as loops over experts, so that they check the rules.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import random
+from pathlib import Path
+
+import numpy
+import torch
+import torch.distributed.checkpoint as dcp
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from llmfoundry.integrations.composer_checkpoint import model_config
+from llmfoundry.model.transformer import CausalLM
+
+TOKENS = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(1))
+BASE = {
+    "name": "mpt_causal_lm", "d_model": 16, "n_heads": 2, "n_layers": 2, "expansion_ratio": 2, "vocab_size": 50,
+    "max_seq_len": 16,
+}  # fmt: skip
+EXPERTS = {"moe_num_experts": 4, "moe_top_k": 2}
+MODELS: dict[str, dict[str, object]] = {
+    "dense": BASE,
+    "glu": {
+        **BASE, "no_bias": True, "tie_word_embeddings": False, "norm_type": "low_precision_rmsnorm",
+        "attn_config": {"attn_type": "grouped_query_attention", "kv_n_heads": 1, "rope": True, "qk_ln": True},
+        "ffn_config": {"ffn_type": "mptglu", "ffn_act_fn": {"name": "silu"}},
+    },
+    "dmoe": {**BASE, "attn_config": {"alibi": True}, "ffn_config": {"ffn_type": "mb_dmoe", **EXPERTS}},
+    "dmoe_glu": {
+        **BASE, "no_bias": True,
+        "ffn_config": {
+            "ffn_type": "mb_dmoe", "mlp_type": "glu", "shared_expert": True, "shared_expert_hidden_size": 8, **EXPERTS
+        },
+    },
+    "moe": {**BASE, "ffn_config": {"ffn_type": "mb_moe", "moe_capacity_factor": 0, **EXPERTS}},
+}  # fmt: skip
+
+
+def build(model: dict[str, object]) -> CausalLM:
+    """A model of ours with random weights, all of them."""
+    made = model_config(model, "test").build()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return made.eval()
+
+
+def logits(model: CausalLM) -> Tensor:
+    with torch.no_grad():
+        found = model(TOKENS).logits
+    assert found is not None
+    return found
+
+
+def theirs(model: CausalLM, stacked: bool = True) -> dict[str, Tensor]:
+    """The weights under the names of LLM Foundry's MPT.
+
+    Args:
+        stacked: experts as MegaBlocks' dMoE has them, (E F, D); else as its MoE, (E, D, F) and (E, F, D).
+    """
+    found: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        name = name.replace("attn.wqkv", "attn.Wqkv").replace("attn.q_norm", "attn.q_ln")
+        name = name.replace("attn.k_norm", "attn.k_ln").replace("ffn.router.", "ffn.router.layer.")
+        name = name.replace("ffn.output_bias", "ffn.experts.bias")
+        block, _, last = name.rpartition(".ffn.")
+        if last == "experts.w2":
+            found[f"{block}.ffn.experts.mlp.w2"] = _stack([w.t() for w in value], stacked)
+        elif last == "experts.w1":
+            gated = model.config.ffn(0).gated
+            halves = [w.chunk(2) if gated else (w,) for w in value]
+            for i, matrix in enumerate(("w1", "v1") if gated else ("w1",)):
+                parts = [half[i] for half in halves]
+                found[f"{block}.ffn.experts.mlp.{matrix}"] = _stack(
+                    parts if stacked else [p.t() for p in parts], stacked
+                )
+        elif "w1." in last:
+            parts = value.chunk(2) if model.config.ffn(0).gated else (value,)
+            for matrix, part in zip(("up_proj",) if len(parts) == 1 else ("gate_proj", "up_proj"), parts, strict=True):
+                found[name.replace("w1", matrix)] = part.clone()
+        else:
+            found[name.replace(".w2.", ".down_proj.")] = value
+    return {f"model.{'' if name.startswith('lm_head') else 'transformer.'}{name}": v for name, v in found.items()}
+
+
+def _stack(parts: list[Tensor], stacked: bool) -> Tensor:
+    return torch.cat(parts) if stacked else torch.stack(parts)
+
+
+def composer_state(weights: dict[str, Tensor], integrations: dict[str, object] | None = None) -> dict[str, object]:
+    """What Composer saves around the weights, with one of each kind of object that it leaves in there."""
+    about = {"torch_version": torch.torch_version.TorchVersion(torch.__version__), "world_size": 1}
+    return {
+        "state": {
+            "model": weights,
+            "optimizers": {"DecoupledAdamW": {"state": {}, "param_groups": []}},
+            "timestamp": {"Timestamp": {"batch": 2, "total_wct": datetime.timedelta(seconds=3)}},
+            "algorithms": [("GradientClipping", {"repr": "GradientClipping()"})],
+            "callbacks": {},
+            "integrations": integrations or {},
+            "metadata": about,
+        },
+        "rng": [{"python": random.getstate(), "numpy": numpy.random.get_state(), "torch": torch.get_rng_state()}],
+    }
+
+
+def write_sharded(folder: Path, state: dict[str, object]) -> Path:
+    """A folder as FSDP's sharded checkpoints are, from one process."""
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+    return folder
+
+
+def tokenizer_files(folder: Path) -> dict[str, dict[str, object]]:
+    """A tiny tokenizer as Composer stores one: JSON parsed, text in lines."""
+    words = {"<end>": 0} | {chr(33 + i): 1 + i for i in range(45)}
+    plain = Tokenizer(models.WordLevel(words, unk_token="<end>"))
+    plain.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<end>").save_pretrained(folder)
+    return {
+        file.name: {"file_extension": file.suffix, "content": json.loads(file.read_text())}
+        for file in folder.glob("*.json")
+    }
