@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from rich.console import Console as RichConsole
@@ -62,10 +63,23 @@ def _convert(args: argparse.Namespace) -> None:
         convert.adapters_to_peft(args.source, args.out, args.base_model)
     else:
         dtype = getattr(torch, args.dtype) if args.dtype else None
-        convert.to_hf(args.source, args.out, _progress, dtype, args.model_type)
+        with _ours(args.source) as source:
+            convert.to_hf(source, args.out, _progress, dtype, args.model_type)
     if args.way != "to-hf":
         print(f"{config.n_params():,} parameters, {config.n_active_params():,} active; to go on from them:")
         print(f"  train.py {args.out / 'config.yaml'} load_path={args.out} load_weights_only=true")
+
+
+@contextmanager
+def _ours(source: str) -> Iterator[str]:
+    """A checkpoint of ours: the source itself, or what a checkpoint of Composer becomes for the time being."""
+    path = Path(source)
+    if not path.is_file() and not (path / ".metadata").is_file():
+        yield source
+        return
+    with TemporaryDirectory(dir=path.parent) as folder:
+        from_composer(path, Path(folder) / "ours", None, _progress)
+        yield str(Path(folder) / "ours")
 
 
 @contextmanager
