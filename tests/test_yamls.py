@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import llmfoundry.callbacks  # noqa: F401  registers those that the YAMLs name
 from llmfoundry.cli.train import train_main
 from llmfoundry.config import check
 from llmfoundry.settings import load_yaml

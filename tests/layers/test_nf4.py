@@ -14,6 +14,7 @@ from llmfoundry.config import check
 from llmfoundry.layers import nf4
 from llmfoundry.layers.lora import adapters, frozen_weights
 from llmfoundry.layers.nf4 import LEVELS, NF4Weight, dequantize, quantize
+from llmfoundry.model.adapters import folded
 from llmfoundry.model.init import init_weights
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 from llmfoundry.parallel.recompute import recompute_blocks
@@ -103,4 +104,7 @@ def test_a_quantized_model_is_the_model_of_its_weights(recompute: str) -> None:
         model(tokens).logits.square().mean().backward()
     assert torch.equal(plain(tokens).logits, quantized(tokens).logits)
     theirs, ours = ({n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in (plain, quantized))
+    merged = [dict(folded(model)) for model in (plain, quantized)]
+    assert merged[0].keys() == merged[1].keys()
+    assert all(torch.equal(value, merged[1][name]) for name, value in merged[0].items())
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in theirs)

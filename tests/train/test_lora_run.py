@@ -7,6 +7,9 @@ import pytest
 import torch
 from test_run import metrics_of, recipe, weights_of  # noqa: F401
 
+import llmfoundry.hf as hf
+from llmfoundry.cli.convert import convert_main
+from llmfoundry.cli.inference import generate_main
 from llmfoundry.cli.train import train_main
 from llmfoundry.config import ConfigError, check
 from llmfoundry.layers.lora import is_adapter
@@ -66,6 +69,12 @@ def test_a_run_on_a_base_in_nf4_learns_and_resumes_bitwise(llama_recipe: Path, t
     (parts / "checkpoints" / "latest").symlink_to("step-5")
     assert train_main([*begin, f"save_folder={parts}", "save_interval=5ba", "autoresume=true"]) == 0
     assert all(torch.equal(after[name], value) for name, value in weights_of(parts).items())
+
+    assert convert_main(["to-hf", str(whole), str(tmp_path / "out")]) == 0  # the base in full, with the adapters added
+    theirs, base = (hf.from_pretrained(path).model for path in (tmp_path / "out", llama_recipe.parent / "llama"))
+    moved = [name for name, value in theirs.state_dict().items() if not torch.equal(value, base.state_dict()[name])]
+    assert moved and all(name.startswith("blocks.") for name in moved)
+    assert generate_main(["--checkpoint", str(whole), "--prompt", "a", "--max-new-tokens", "2"]) == 0  # in NF4
 
 
 def test_what_nf4_cannot_do_is_refused_in_one_line(
