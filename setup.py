@@ -58,6 +58,7 @@ setup(
         ],
         "mds": ["cramjam>=2.8"],  # MDS shards compressed by Brotli or Snappy
         "gguf": ["gguf>=0.18"],  # llama.cpp's files in
+        "lm-eval": ["lm-eval>=0.4.13"],  # eval.py --tasks
         # For a torch that came without Triton (CPU builds): the kernels' tests then run in Triton's
         # interpreter, which fails on numpy >= 2.4. A CUDA build of torch brings its own Triton.
         "triton": ['triton==3.6.0; sys_platform == "linux"', "numpy<2.4"],

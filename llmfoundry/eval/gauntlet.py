@@ -56,15 +56,12 @@ class GauntletConfig(Config):
         if self.rescale_accuracy and not self.subtract_random_baseline:
             raise ValueError("rescale_accuracy=true needs subtract_random_baseline=true; write both or neither")
         names = [category.name for category in self.categories]
-        for average, members in (self.averages or {}).items():
-            if average in names:
-                raise ValueError(f"averages.{average}: is the name of a category too; rename one")
-            if unknown := sorted(set(members) - set(names)):
-                raise ValueError(f"averages.{average}: unknown category {unknown[0]!r}; known: {', '.join(names)}")
+        if both := sorted(set(self.averages or {}) & set(names)):
+            raise ValueError(f"averages.{both[0]}: is the name of a category too; rename one")
         return self
 
     def warn_of_missing(self, tasks: Sequence[Task]) -> None:
-        """Say which categories have no score, because a task of theirs is not evaluated."""
+        """Say which categories count in no average: a task of theirs is not evaluated, or they do not exist."""
         for category in self.categories:
             missing = [each.task for each in category.benchmarks if not _of(each, {task.name for task in tasks})]
             if missing:
@@ -72,6 +69,10 @@ class GauntletConfig(Config):
                     "eval_gauntlet: %s has no score and counts in no average: icl_tasks has no %s",
                     category.name, ", ".join(missing),
                 )  # fmt: skip
+        names = {category.name for category in self.categories}
+        for average, members in (self.averages or {}).items():
+            if unknown := sorted(set(members) - names):
+                log.warning("eval_gauntlet.averages.%s: there is no category %s", average, ", ".join(unknown))
 
     def composite(self, scores: Mapping[str, Score], tasks: Sequence[Task]) -> dict[str, float]:
         """The scores of categories and averages, by the names of their metrics."""

@@ -15,6 +15,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.tasks import TaskManager
 
+from llmfoundry import runtime
 from llmfoundry.config import ConfigError
 from llmfoundry.eval.icl import Score
 from llmfoundry.eval.icl_questions import Reader
@@ -206,16 +207,20 @@ def evaluate_harness(
     found = simple_evaluate(
         model=lm, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False
     )
-    assert found is not None
-    counts = found.get("n-samples", {})
+    return runtime.on_rank0(lambda: _scores(found or {}))  # the harness gives its results to rank 0 alone
+
+
+def _scores(found: Mapping[str, Mapping[str, Mapping[str, object]]]) -> dict[str, Score]:
+    """The harness's results by `TASK/METRIC`."""
     scores: dict[str, Score] = {}
     for task, metrics in found["results"].items():
-        n = int(counts.get(task, {}).get("effective", 0))
+        counted = found.get("n-samples", {}).get(task, {}).get("effective", 0)
         for key, value in metrics.items():
             metric, _, chosen = key.partition(",")
             if not isinstance(value, int | float) or metric.endswith("_stderr") or not chosen:
                 continue
             error = metrics.get(f"{metric}_stderr,{chosen}")
             name = metric if chosen == "none" else key
+            n = counted if isinstance(counted, int) else 0
             scores[f"{task}/{name}"] = Score(float(value), error if isinstance(error, float) else None, n)
     return scores

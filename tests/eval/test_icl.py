@@ -173,7 +173,7 @@ GAUNTLET = {
         ]},
         {"name": "lost", "benchmarks": [{"name": "c", "num_fewshot": 0, "random_baseline": 0}]},
     ],
-    "averages": {"all": ["mind", "lost"]},
+    "averages": {"all": ["mind", "lost", "code"]},
 }  # fmt: skip
 
 
@@ -206,6 +206,7 @@ def test_a_gauntlet_is_weighted_above_its_baselines(
     assert found == pytest.approx({f"icl/metrics/eval_gauntlet/{name}": mind for name in ("mind", "all")})
     gauntlet.warn_of_missing(tasks)
     assert "lost has no score and counts in no average: icl_tasks has no c/0-shot" in caplog.text
+    assert "averages.all: there is no category code" in caplog.text
 
 
 def test_tasks_and_gauntlet_may_have_files_of_their_own(tmp_path: Path) -> None:
