@@ -32,10 +32,12 @@ from torchmetrics import Metric
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry import runtime
+from llmfoundry.checkpoint.reading import HUGGING_FACE, load_model_only, read
 from llmfoundry.config import ConfigError, dump
 from llmfoundry.data.loader import Batch, Loader, LoaderConfig
 from llmfoundry.data.rows import IGNORE
 from llmfoundry.hf.facts import weight_differences
+from llmfoundry.hf.pretrained import load_weights
 from llmfoundry.integrations.composer_checkpoint import SETTINGS, model_config
 from llmfoundry.model.init import init_weights
 from llmfoundry.model.transformer import Block, CausalLM, CausalLMConfig, Output
@@ -209,8 +211,7 @@ class LLMFoundrySettings(Callback):
         """Refuse the checkpoint of a model that computes something else."""
         saved = state["model"]
         assert isinstance(saved, dict)
-        for key, (before, now) in weight_differences(model_config(saved, "load_path: model"), self.config).items():
-            raise ConfigError(f"model.{key}: is {now!r}, but {before!r} in the checkpoint")
+        _check_same("the checkpoint", saved, self.config)
 
 
 assert LLMFoundrySettings.__name__ == SETTINGS
@@ -351,6 +352,7 @@ def composer_parts(
         rows_per_epoch=loader.rows_per_epoch,
     )
     model = _model(config, model_settings, shard)
+    _load(config, model)
     micro = config.device_train_microbatch_size
     clipping = config.algorithms.gradient_clipping
     evaluator = None
@@ -382,7 +384,13 @@ def composer_schedule(schedule: Schedule) -> Callable[[State, float], float]:
 
     Our trainer does the same with `scheduler.composer_step: true`.
     """
-    return lambda state, ssr=1.0: schedule.multiplier(int(state.timestamp.batch))
+
+    def factor(state: State, ssr: float = 1.0) -> float:
+        if ssr != 1.0:
+            raise ConfigError("scale_schedule_ratio: a schedule of ours ends with max_duration; change that instead")
+        return schedule.multiplier(int(state.timestamp.batch))
+
+    return factor
 
 
 def _model(config: RunConfig, settings: CausalLMConfig, shard: bool) -> CausalLM:
@@ -400,6 +408,32 @@ def _model(config: RunConfig, settings: CausalLMConfig, shard: bool) -> CausalLM
     assert isinstance(model, CausalLM)
     model = parallelize(model, mesh, config.parallel, config.precision_on(place.type))
     return materialize(model, config.parallel, config.seed)
+
+
+def _load(config: RunConfig, model: CausalLM) -> None:
+    """Fill in the weights of `load_path`: a checkpoint of ours, or a Hugging Face one."""
+    path = config.load_path
+    if path is None:
+        return
+    if path.startswith(HUGGING_FACE):
+        load_weights(model, path.removeprefix(HUGGING_FACE), allow=config.load_allow)
+        return
+    if not config.load_weights_only:
+        raise ConfigError(
+            f"load_path: {path}: Composer cannot take up a run of ours, only begin from its weights: "
+            "load_weights_only=true; a checkpoint that Composer saved goes to its Trainer's own load_path"
+        )
+    contents = read(path)
+    saved = contents.config["model"]
+    assert isinstance(saved, dict)
+    _check_same(str(contents.path), saved, model.config)
+    load_model_only(contents, model)
+
+
+def _check_same(where: str, saved: dict[str, object], config: CausalLMConfig) -> None:
+    """Refuse weights of a model that computes something else."""
+    for key, (before, now) in weight_differences(model_config(saved, f"{where}: model"), config).items():
+        raise ConfigError(f"model.{key}: is {now!r}, but {before!r} in {where}")
 
 
 def _is_unit(module: nn.Module) -> bool:

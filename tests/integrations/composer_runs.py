@@ -26,17 +26,16 @@ from llmfoundry.train.config import RunConfig
 from llmfoundry.train.trainer import build
 
 STEPS = 8
-WAYS = ("plain", "their_schedule", "microbatches", "masked", "ddp", "fsdp2", "presharded", "resumed")
 
 
-def run_config(folder: Path, way: str) -> RunConfig:
+def run_config(folder: Path, way: str, **more: object) -> RunConfig:
     """A tiny mixture with all that routing can ask of a loop: noise, a bias that moves, both losses, clipping."""
-    parallel = {"expert": 2} if way == "presharded" else {}
+    parallel = {"expert": 2} if way.startswith("presharded") else {}
     data: dict[str, object] = {
         "max_seq_len": 16,
         "model": {
             "name": "causal_lm", "d_model": 16, "n_heads": 2, "n_layers": 2, "vocab_size": 320, "max_seq_len": 16,
-            "norm_type": "rmsnorm", "no_bias": True, "tie_word_embeddings": way != "fsdp2",
+            "norm_type": "rmsnorm", "no_bias": True, "tie_word_embeddings": not way.startswith("fsdp2"),
             "attn_config": {"rope": True},
             "ffn_config": {
                 "ffn_type": "moe", "ffn_act_fn": {"name": "silu"}, "ffn_hidden_size": 16, "moe_num_experts": 4,
@@ -61,7 +60,7 @@ def run_config(folder: Path, way: str) -> RunConfig:
         "save_folder": str(folder / "ours" / way),
         "log_to_console": False,
     }  # fmt: skip
-    return check(RunConfig, data)
+    return check(RunConfig, data | more)
 
 
 def loader(path: Path, way: str) -> dict[str, object]:
@@ -85,7 +84,7 @@ def trainer(made: ComposerParts, way: str, folder: Path, watch: Watch, **more: o
     parts["callbacks"] = [*made.callbacks, watch]
     if way == "their_schedule":
         parts["schedulers"] = CosineAnnealingWithWarmupScheduler("2ba", alpha_f=0.1)
-    if way == "fsdp2":
+    if way.startswith("fsdp2"):
         more["parallelism_config"] = {"fsdp": {"state_dict_type": "sharded"}}
     saving = {"save_folder": str(folder / "theirs" / way), "save_interval": "4ba", "save_overwrite": True}
     device = {"device": "cpu", "progress_bar": False, "log_to_console": False}
@@ -96,13 +95,14 @@ def run(folder: Path, way: str) -> dict[str, object]:
     """One way under Composer."""
     watch = Watch()
     config = run_config(folder, way)
-    if way == "resumed":
-        first = composer_parts(config)._replace(max_duration="4ba")
+    sharded = way.startswith("presharded")
+    if way.endswith("resumed"):
+        first = composer_parts(config, shard=sharded)._replace(max_duration="4ba")
         one = trainer(first, way, folder, watch, run_name="r", autoresume=True)
         one.fit()
         one.close()
-    made = composer_parts(config, shard=way == "presharded")
-    more = {"run_name": "r", "autoresume": True} if way == "resumed" else {}
+    made = composer_parts(config, shard=sharded)
+    more = {"run_name": "r", "autoresume": True} if way.endswith("resumed") else {}
     made_trainer = trainer(made, way, folder, watch, **more)
     made_trainer.fit()
     metric = made_trainer.state.eval_metrics["eval"]["LanguageCrossEntropy"].compute()
@@ -112,8 +112,8 @@ def run(folder: Path, way: str) -> dict[str, object]:
 
 def ours(folder: Path, way: str) -> dict[str, object]:
     """The same by our trainer, in one process; its weights are saved."""
-    made = build(run_config(folder, "plain" if way == "presharded" else way).model_copy(
-        update={"save_folder": str(folder / "ours" / way)}))  # fmt: skip
+    one_process = {"parallel": {}, "save_folder": str(folder / "ours" / way)}
+    made = build(run_config(folder, way, **one_process))
     made.fit()
     lines = [json.loads(line) for line in (folder / "ours" / way / "metrics.jsonl").read_text().splitlines()]
     return {
