@@ -1,4 +1,4 @@
-# Everything by one word: make setup | train | test | check | test-gpu | bench | format.
+# Everything by one word: make setup | train | test | check | test-gpu | bench | format; setup-composer | test-composer.
 # Every word installs what it needs first; a second call installs nothing.
 
 PYTHON ?= python3
@@ -10,10 +10,14 @@ ARGS ?=
 
 PY := .venv/bin/python
 # Named after TORCH: another TORCH is another installation.
-STAMP := .venv/.installed-$(subst /,-,$(subst =,-,$(firstword $(TORCH))))
+BUILD := $(subst /,-,$(subst =,-,$(firstword $(TORCH))))
+STAMP := .venv/.installed-$(BUILD)
+# Composer's pins conflict with ours, so it has an environment of its own.
+COMPOSER_PY := .venv-composer/bin/python
+COMPOSER_STAMP := .venv-composer/.installed-$(BUILD)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check test-gpu bench format
+.PHONY: help setup train test check test-gpu bench format setup-composer test-composer
 
 help:
 	@sed -n '1,2p' Makefile
@@ -51,3 +55,16 @@ format: setup
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(PY) scripts/bench/render_readme.py
+
+setup-composer: $(COMPOSER_STAMP)
+
+$(COMPOSER_STAMP): composer-requirements.txt setup.py Makefile
+	rm -f .venv-composer/.installed-*
+	test -x $(COMPOSER_PY) || $(PYTHON) -m venv .venv-composer
+	$(COMPOSER_PY) -m pip install --disable-pip-version-check $(TORCH)
+	$(COMPOSER_PY) -m pip install --disable-pip-version-check -e . pytest
+	$(COMPOSER_PY) -m pip install --disable-pip-version-check --no-deps -r composer-requirements.txt
+	touch $@
+
+test-composer: setup-composer
+	$(COMPOSER_PY) -m pytest tests/integrations/test_composer.py
