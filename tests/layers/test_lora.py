@@ -67,7 +67,7 @@ def _moved(model: CausalLM) -> CausalLM:
         (r"blocks\.[01]\.attn\..*", {f"{i}.attn.{leaf}" for i in range(2) for leaf in ("wqkv", "out_proj")}),
         (r".*\.experts\..*", {f"{i}.ffn.experts.{leaf}" for i in (1, 2) for leaf in ("w1", "w2")}),
     ],
-    ids=str,
+    ids=["their names", "one of their names", "end of our name", "pattern", "pattern of experts"],
 )
 def test_targets_by_ends_by_their_names_and_by_pattern(targets: object, names: set[str]) -> None:
     config = _config(CASES["mixture"] | {"lora": LORA | {"target_modules": targets}})
