@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from llmfoundry.config import Choice, Config, ConfigError, check
 from llmfoundry.hf.facts import differences, facts, weight_differences
+from llmfoundry.model.config import ModelConfig
 from llmfoundry.model.transformer import CausalLMConfig
 
 # Beside the model's function. Names that `load_allow` takes too, for what is compared elsewhere.
@@ -134,7 +135,7 @@ def filled(config: Config, before: Plain) -> dict[str, object]:
             if isinstance(now, Config) and isinstance(old, dict) and _is_of_kind(now, old):
                 old = filled(now, old)
             result[name] = old
-        elif not field.is_required():
+        elif not field.is_required() and not field.exclude:
             default = field.get_default(call_default_factory=True)
             result[name] = config.model_copy(update={name: default}).model_dump(mode="json", include={name})[name]
     return result
@@ -153,7 +154,8 @@ def _model_differences(model: CausalLMConfig, before: Plain, weights_only: bool)
     if not isinstance(old, dict):
         return []
     known = _without_unknown(model, filled(model, old)) if _is_of_kind(model, old) else old
-    was = check(CausalLMConfig, known, where="the checkpoint's model")
+    was = check(ModelConfig, known, where="the checkpoint's model")
+    assert isinstance(was, CausalLMConfig)
     differing = weight_differences(was, model) if weights_only else differences(facts(was), facts(model))
     found = [Difference(f"model.{key}", *both) for key, both in differing.items()]
     # Adapters begin on a base that has none.

@@ -174,7 +174,9 @@ def build_model(config: CausalLMConfig, parallel: ParallelConfig, precision: Pre
     if launch.world_size() == 1:
         if precision == "amp_bf16":  # weights are saved in float32; a GPU computes as in the run
             cast_parameters(model, torch.bfloat16)
-        return model.to_empty(device=place), build_mesh(ParallelConfig(), place.type, experts)
+        model = model.to_empty(device=place)
+        model.init_buffers()
+        return model, build_mesh(ParallelConfig(), place.type, experts)
     update = {"compile": False, "recompute": "none", "recompute_save": None, "cpu_offload": False}
     parallel = parallel.model_copy(update=update)
     try:
@@ -182,4 +184,6 @@ def build_model(config: CausalLMConfig, parallel: ParallelConfig, precision: Pre
     except ConfigError:  # the run had another number of processes
         parallel = ParallelConfig(compile=False)
     mesh = build_mesh(parallel, place.type, experts)
-    return parallelize(model, mesh, parallel, precision).to_empty(device=place), mesh
+    model = parallelize(model, mesh, parallel, precision).to_empty(device=place)
+    model.init_buffers()
+    return model, mesh

@@ -26,6 +26,8 @@ _SAID_ELSEWHERE = {"sliding_window_size", "first_k_dense", "moe_layer_freq", "de
 
 def facts(config: CausalLMConfig) -> Facts:
     """The facts of a model, by dotted name."""
+    if isinstance(settings := getattr(config, "hf_config", None), dict):  # a module of transformers
+        return {f"hf_config.{key}": value for key, value in settings.items()} | {"vocab_size": config.vocab_size}
     found: Facts = {
         "d_model": config.d_model,
         "n_heads": config.n_heads,

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import ClassVar, cast
 
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
@@ -114,6 +115,20 @@ class Family:
         """The inverse of `sizes_of`."""
         return {name: getattr(config, ours) for ours, name in self.sizes.items()}
 
+    def read(self, data: Mapping[str, object], where: str) -> CausalLMConfig:
+        """Our config of a config.json.
+
+        Raises:
+            ConfigError: a setting is not supported.
+        """
+        try:
+            theirs = Theirs(CONFIG_MAPPING[self.model_type].from_dict(copy.deepcopy(dict(data))), where)
+        except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
+        config = self.to_ours(theirs)
+        theirs.check_all_read()
+        return config
+
     def to_ours(self, theirs: Theirs) -> CausalLMConfig:
         """Our config of a model of theirs."""
         raise NotImplementedError
@@ -135,25 +150,40 @@ def known_families() -> dict[str, Family]:
     return {name: kind() for name, kind in sorted(Family._known.items())}
 
 
-def family_of(model_type: object) -> Family:
-    """The family of a `model_type`.
+def family_of(model_type: object, as_it_is: bool = False) -> Family:
+    """The family of a `model_type`; one that our model cannot express is the module of `transformers` as it is.
+
+    Args:
+        as_it_is: take the module in any case.
 
     Raises:
-        ConfigError: none has it.
+        ConfigError: `transformers` has no causal model of this type.
     """
-    known = known_families()
-    if not isinstance(model_type, str) or model_type not in known:
-        raise ConfigError(f"model_type {model_type!r} is not supported; supported are {', '.join(known)}")
-    return known[model_type]
+    known, module = known_families(), importlib.import_module("llmfoundry.hf.module")
+    if not as_it_is and isinstance(model_type, str) and model_type in known:
+        return known[model_type]
+    if not module.is_known(model_type):
+        raise ConfigError(
+            f"model_type {model_type!r} is not supported; supported are {', '.join(known)}, and all causal models of "
+            f"transformers {transformers.__version__}"
+        )
+    found = module.AsItIs(model_type)
+    assert isinstance(found, Family)
+    return found
 
 
-def read_config(data: Mapping[str, object], where: str = "config.json") -> tuple[Family, CausalLMConfig]:
+def read_config(
+    data: Mapping[str, object], where: str = "config.json", as_it_is: bool = False
+) -> tuple[Family, CausalLMConfig]:
     """A config.json as a family and our config.
+
+    Args:
+        as_it_is: as the module of `transformers`, also where our model could express it.
 
     Raises:
         ConfigError: the model type or a setting is not supported.
     """
-    family = family_of(data.get("model_type"))
+    family = family_of(data.get("model_type"), as_it_is)
     if data.get("quantization_config"):
         raise ConfigError(
             f"{where}: quantization_config is set: these weights are quantised; save them unquantised first, "
@@ -162,13 +192,7 @@ def read_config(data: Mapping[str, object], where: str = "config.json") -> tuple
     n_layers = data.get(family.sizes["n_layers"])
     if isinstance(n_layers, int) and n_layers > _MOST_LAYERS:  # `transformers` makes a list of them
         raise ConfigError(f"{where}: {family.sizes['n_layers']}={n_layers}; {_MOST_LAYERS} is the most that is read")
-    try:
-        theirs = Theirs(CONFIG_MAPPING[family.model_type].from_dict(copy.deepcopy(dict(data))), where)
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
-    config = family.to_ours(theirs)
-    theirs.check_all_read()
-    return family, config
+    return family, family.read(data, where)
 
 
 def write_config(config: CausalLMConfig, model_type: str | None = None) -> tuple[Family, ConfigDict]:
@@ -203,6 +227,10 @@ def export_note(config: ModelConfig) -> str:
 
 def _closest(config: CausalLMConfig, model_type: str | None = None) -> tuple[Family, ConfigDict, list[str]]:
     """The first family that lacks nothing of a model, or else the nearest; its config.json; what it lacks."""
+    settings = getattr(config, "hf_config", None)
+    if isinstance(settings, dict) and model_type in (None, settings.get("model_type")):
+        family = family_of(settings.get("model_type"), as_it_is=True)
+        return family, {"architectures": [family.architecture], **family.to_theirs(config)}, []
     candidates = list(known_families().values()) if model_type is None else [family_of(model_type)]
     found = []
     for family in candidates:

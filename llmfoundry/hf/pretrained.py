@@ -121,12 +121,13 @@ def pieces_of(family: Family, config: CausalLMConfig, layout: str) -> Pieces:
     return pieces
 
 
-def open_checkpoint(path_or_id: str | Path, once: bool = False) -> Checkpoint:
+def open_checkpoint(path_or_id: str | Path, once: bool = False, as_it_is: bool = False) -> Checkpoint:
     """Open a checkpoint; weights are read later.
 
     Args:
         path_or_id: a folder, a GGUF file or a hub id.
         once: each tensor will be read but once, and by this process alone.
+        as_it_is: as the module of `transformers`, also where our model could express it.
 
     Raises:
         ConfigError: a file is missing, damaged or points outside; the model or a setting is not supported; a tensor is
@@ -139,7 +140,7 @@ def open_checkpoint(path_or_id: str | Path, once: bool = False) -> Checkpoint:
         return replace(found, generation=generation_of(file.config))
     path = locate(path_or_id)
     data = read_settings(path)
-    family, config = read_config(data, str(path / "config.json"))
+    family, config = read_config(data, str(path / "config.json"), as_it_is)
     found = matched(path, family, config, Folder(path, once))
     return replace(found, generation=read_generation(path) or generation_of(data))
 
@@ -223,7 +224,7 @@ def load_weights(model: CausalLM, path_or_id: str | Path, allow: Collection[str]
     Raises:
         ConfigError: as `open_checkpoint`, or the model is another one; nothing has changed then.
     """
-    checkpoint = open_checkpoint(path_or_id)
+    checkpoint = open_checkpoint(path_or_id, as_it_is=not model.own_blocks)
     stored = checkpoint.config
     if grown := stored.vocab_size < model.config.vocab_size:
         added = model.config.vocab_size - stored.vocab_size
@@ -266,6 +267,7 @@ def from_pretrained(
         model = checkpoint.config.build()
     cast_parameters(model, dtype or checkpoint.dtype)
     model = model.to_empty(device=device)
+    model.init_buffers()
     for name, tensor in model.state_dict().items():
         fill(tensor, (0,) * tensor.dim(), checkpoint.copies[name], checkpoint.source)
     return Loaded(model.eval(), tokenizer_of(checkpoint.path))

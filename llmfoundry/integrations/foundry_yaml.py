@@ -190,6 +190,9 @@ def _packed(data: Tree) -> list[str]:
     ratio = _look(data, "train_loader.dataset.packing_ratio")[0]
     if ratio is None or _look(data, "model.attn_config.attn_uses_sequence_id")[0] is True:
         return []
+    if _look(data, "model.name")[0] == "transformers":
+        return [f"train_loader.dataset.packing_ratio={ratio!r}: left out; each example has a row of its own, for the "
+                "module of transformers keeps no documents apart"]  # fmt: skip
     said = _put(data, "model.attn_config.attn_uses_sequence_id", True)
     return [f"train_loader.dataset.packing_ratio={ratio!r}: is now {said}; examples that share a row are kept apart"]
 

@@ -114,12 +114,24 @@ def _our_model(name: str, overrides: Tree, peft: object) -> tuple[Tree, list[str
 
     settings = read_settings(locate(name, settings_only=True))
     where = f"{name}/config.json"
-    family, stored = read_config(settings, where)
-    notes = [
-        f"model: {key}={settings[key]} of {name} is not applied: no dropout here, as in evaluation"
-        for key in _DROPOUTS
-        if settings.get(key)
-    ]
+    notes: list[str] = []
+    try:
+        family, stored = read_config(settings, where)
+    except ConfigError as error:  # a setting that our model has no words for
+        family, stored = read_config(settings, where, as_it_is=True)
+        notes.append(f"model: {error}")
+    as_it_is = stored.name == "transformers"
+    if as_it_is:
+        notes.append(
+            f"model: {name} is trained as the module of transformers ({settings.get('model_type')}): FSDP, checkpoints "
+            "and adapters as always, none of our kernels"
+        )
+    else:
+        notes += [
+            f"model: {key}={settings[key]} of {name} is not applied: no dropout here, as in evaluation"
+            for key in _DROPOUTS
+            if settings.get(key)
+        ]
     attention = overrides.pop("attn_config", None) or {}
     documents = attention.pop("attn_uses_sequence_id", None) if isinstance(attention, dict) else None
     if attention:
@@ -133,15 +145,15 @@ def _our_model(name: str, overrides: Tree, peft: object) -> tuple[Tree, list[str
     for key in overrides:
         if key not in settings and key not in family.sizes.values():
             raise ConfigError(f"model.config_overrides.{key}: {name} has no such setting")
-    _, config = read_config(_merged(settings, overrides), where)
-    if documents is not None:
+    _, config = read_config(_merged(settings, overrides), where, as_it_is)
+    if documents is not None and not as_it_is:
         attn = config.attn_config.model_copy(update={"attn_uses_sequence_id": documents})
         config = config.model_copy(update={"attn_config": attn})
     model = dump(config)
     assert isinstance(model, dict)
     if peft:
         assert isinstance(peft, dict)
-        model["lora"], said = _lora(peft, lambda wanted: targets_of(family, config, wanted))
+        model["lora"], said = _lora(peft, lambda wanted: wanted if as_it_is else targets_of(family, config, wanted))
         notes += said
     allow = [f"model.{key}" for key in weight_differences(stored, config)]
     return model, allow, notes

@@ -40,10 +40,10 @@ def init_weights(model: CausalLM, seed: int) -> None:
             if parameter.dim() >= 2 and not name.endswith((".b1", ".b2")):
                 std = config.init_config.std(name, shard.shape, config.d_model, config.n_layers)
                 draw_weight(shard, std, config.init_config.uniform, seed, name, threads)
-            else:
+            elif model.own_blocks or name.endswith(".bias"):
                 shard.local.fill_(1.0 if _is_norm_weight(name) else 0.0)
     init_adapters(model, seed)
-    for buffer in model.buffers():
+    for buffer in model.buffers() if model.own_blocks else ():  # a module of transformers has set its own
         local_shard(buffer).local.zero_()
 
 

@@ -45,6 +45,7 @@ class Cache:
 
     def __init__(self, n_layers: int, capacity: int = 0) -> None:
         self.layers = [KVCache(capacity) for _ in range(n_layers)]
+        self.theirs: object | None = None  # a cache of transformers, of a module of theirs
 
     @property
     def length(self) -> int:
@@ -52,7 +53,7 @@ class Cache:
         return self.layers[0].length
 
 
-class _AdapterParams(NamedTuple):
+class AdapterParams(NamedTuple):
     """Parameters of a model's adapters."""
 
     all: int
@@ -197,7 +198,7 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
         """Whether experts have adapters."""
         return self._adapter_params().of_experts > 0
 
-    def _adapter_params(self) -> _AdapterParams:
+    def _adapter_params(self) -> AdapterParams:
         """Parameters of all adapters, and the active ones, counted on the meta device."""
         total = active = of_experts = 0
         if self.lora is not None:
@@ -209,7 +210,7 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
                 total += n
                 of_experts += n if a.dim() == 3 else 0
                 active += n // a.shape[0] * ffn.moe_top_k if a.dim() == 3 and isinstance(ffn, MoEConfig) else n
-        return _AdapterParams(total, active, of_experts)
+        return AdapterParams(total, active, of_experts)
 
     def _shared_params(self) -> int:
         """All but the feed-forward blocks."""
@@ -308,6 +309,8 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
 class CausalLM(nn.Module):
     """A decoder-only language model."""
 
+    own_blocks = True  # whether `blocks` are `Block`s
+
     def __init__(self, config: CausalLMConfig) -> None:
         super().__init__()
         self.config = config
@@ -366,6 +369,9 @@ class CausalLM(nn.Module):
         if isinstance(y, Tensor):
             return Output(y, None, None, router)
         return Output(None, y.total, y.by_token.view_as(tokens), router)
+
+    def init_buffers(self) -> None:
+        """Give buffers that are no weights their values, after `to_empty`; there are none here."""
 
     def _prepare(
         self, tokens: Tensor, sequence_ids: Tensor | None, learned: Tensor | None, offset: int, cached: bool

@@ -35,6 +35,9 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
     _check_quantized(model, mesh, config)
     divide_experts(model, mesh)
     compiled = config.compile is True or (config.compile == "auto" and runtime.device().type == "cuda")
+    if config.compile is True and not model.own_blocks:
+        raise ConfigError("parallel.compile: modules of transformers are not compiled; leave it out")
+    compiled = compiled and model.own_blocks
     one_graph = compiled and mesh.experts is None and not _reads_on_host(model, precision)
     by_itself = single_process(config, mesh.degrees)
     casts = precision == "amp_bf16" and by_itself
@@ -83,5 +86,6 @@ def materialize(model: CausalLM, config: ParallelConfig, seed: int) -> CausalLM:
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(place))
+    model.init_buffers()
     init_weights(model, seed)
     return model

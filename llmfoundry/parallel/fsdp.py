@@ -73,8 +73,7 @@ def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: str) -
 
     again = config.reshard_after_forward
     for block in model.blocks:
-        assert isinstance(block, Block)
-        if mesh.expert_shards is not None and isinstance(block.ffn, MoE):
+        if mesh.expert_shards is not None and isinstance(block, Block) and isinstance(block.ffn, MoE):
             unit(block.ffn.experts, mesh.expert_shards, EXPERT_SHARD, again)
         unit(block, mesh.dense, SHARD, again)
     if model.lm_head is not None:  # untied; a tied embedding is needed first and last, so the root keeps it
@@ -121,8 +120,8 @@ def _set_prefetch(model: CausalLM, ahead: int) -> None:
         return
     units = []
     for block in model.blocks:
-        assert isinstance(block, Block)
-        units.append(_sharded(block, block.ffn.experts if isinstance(block.ffn, MoE) else None))
+        mixture = isinstance(block, Block) and isinstance(block.ffn, MoE)
+        units.append(_sharded(block, cast(MoE, block.ffn).experts if mixture else None))
     head, root = _sharded(model.lm_head), _sharded(model)
     first, last = (_sharded(model.wte) or root)[0], (head or root)[0]
 

@@ -56,6 +56,9 @@ def describe(config: RunConfig, gpus: int | None, gpu_memory: float = hardware.G
     Raises:
         ConfigError: the mesh does not fit the GPUs or the model, or `gpu_memory` is not more than the reserve.
     """
+    if config.model.name == "transformers":
+        yield "memory and time are not planned for modules of transformers"
+        return
     card, job = GPU(gpu_memory), Job.of(config)
     if not card.usable > 0:
         raise ConfigError(

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+import llmfoundry.hf.module  # noqa: F401  registers modules of transformers as a model
 import llmfoundry.model.transformer  # noqa: F401  registers its model
 import llmfoundry.train.lion  # noqa: F401  registers its optimizer
 from llmfoundry.config import Choice, Config, ConfigError, LocalPath, is_url, keyed, local_path

@@ -119,7 +119,7 @@ def _from_ours(
 
 
 def _from_hugging_face(config: RunConfig, model: CausalLMConfig, name: str) -> Start:
-    theirs = open_checkpoint(name)
+    theirs = open_checkpoint(name, as_it_is=model.name == "transformers")
     found = weight_differences(theirs.config, model)
     comparison = Comparison([Difference(f"model.{key}", *both) for key, both in found.items()], [])
     check_allowed(comparison, config.load_allow, name, "convert.py from-hf writes a config.yaml with its settings")
