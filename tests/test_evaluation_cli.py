@@ -105,6 +105,31 @@ def test_a_yaml_of_llm_foundry_lists_models(
         assert says in capsys.readouterr().err
 
 
+def test_the_loss_on_texts_is_told_by_position(
+    recipe: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    assert train_main([str(recipe)]) == 0
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("some words of a text " * 40)
+    dataset = ["eval_loader.dataset.name=text_files", f"eval_loader.dataset.path={texts}",
+               "eval_loader.dataset.validation_fraction=0"]  # fmt: skip
+    capsys.readouterr()
+    command = ["--checkpoint", str(tmp_path / "run"), "--by-position", "3", "--output", str(tmp_path / "out.json")]
+    assert eval_main([*command, *dataset]) == 0
+    (found,) = json.loads((tmp_path / "out.json").read_text()).values()
+    whole, *parts = (score for name, score in found["metrics"].items() if "bits" not in name)
+    assert [name for name in found["metrics"] if "tokens" in name] == [
+        f"metrics/eval/tokens {places}" for places in ("1 to 10", "11 to 21", "22 to 32")
+    ]
+    assert sum(part["n"] for part in parts) == whole["n"]
+    mean = sum(part["value"] * part["n"] for part in parts) / whole["n"]
+    assert mean == pytest.approx(whole["value"], rel=1e-5)
+    assert f"tokens 11 to 21: {parts[1]['value']:.4f} nats per token" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

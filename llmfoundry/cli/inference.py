@@ -9,12 +9,16 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from llmfoundry import launch
 from llmfoundry.cli.command import command
 from llmfoundry.cli.evaluation import TaskOptions, evaluate_by_tasks, evaluate_opened, evaluate_yaml
 from llmfoundry.cli.opening import Opened, open_checkpoint
 from llmfoundry.config import ConfigError
+
+if TYPE_CHECKING:
+    from llmfoundry.eval.icl import Score
 
 # The settings of a run that are read where its checkpoint is used: no other override could take effect.
 GENERATING = "code_paths", "model", "precision", "parallel", "load_path"  # load_path: where the base of adapters is now
@@ -98,12 +102,17 @@ def eval_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-fewshot", type=int, help="for --tasks: solved examples; default: each task's own")
     parser.add_argument("--limit", type=int, help="for --tasks: the first so many questions of each")
     parser.add_argument("--include-path", metavar="DIR", help="for --tasks: a folder with more of them")
+    parser.add_argument(
+        "--by-position", type=int, metavar="N", help="loss on texts in N ranges of the places of a row, too"
+    )
     parser.add_argument("--output", metavar="FILE", help="also write the scores as JSON")
     args = parser.parse_intermixed_args(argv)
     options = TaskOptions(
         args.icl_tasks, args.gauntlet, args.tasks, args.num_fewshot, args.limit, args.include_path, args.output
     )
     options.check()
+    if args.by_position is not None and args.by_position < 1:
+        raise ConfigError("--by-position must be 1 or more ranges")
     if args.checkpoint is None:
         if not args.overrides or not args.overrides[0].endswith((".yaml", ".yml")):
             parser.error("the following arguments are required: --checkpoint, or a YAML that lists models")
@@ -114,16 +123,18 @@ def eval_main(argv: Sequence[str] | None = None) -> None:
         opened = open_checkpoint(args.checkpoint, args.overrides, EVALUATING)
         if not opened.config.evaluations and not opened.config.icl_tasks:
             raise ConfigError("eval_loader: is missing; give one, e.g. eval_loader.dataset.name=text_files")
-        _evaluate_texts(opened)
-        if opened.config.icl_tasks:
-            evaluate_opened(opened, options)
+        evaluate_opened(opened, _evaluate_texts(opened, args.by_position), options)
 
 
-def _evaluate_texts(opened: Opened) -> None:
+def _evaluate_texts(opened: Opened, n_ranges: int | None) -> dict[str, Score]:
+    """Print the loss on each text of a run; returns it under the names that training logs."""
     from llmfoundry import runtime
+    from llmfoundry.eval.icl import Score
     from llmfoundry.eval.perplexity import evaluate
+    from llmfoundry.train.run import EVALUATED
 
     config, (model, mesh, tokenizer, special) = opened.config, opened.ready
+    scores: dict[str, Score] = {}
     for part in config.evaluations:
         loader = part.build(
             tokenizer,
@@ -147,3 +158,13 @@ def _evaluate_texts(opened: Opened) -> None:
         label = f"{part.label}: " if part.label else ""
         if launch.is_rank0():
             print(f"{label}{found.nats_per_token:.4f} nats per token{bits} over {found.tokens:,} tokens")
+        name = EVALUATED + (f"{part.label}/" if part.label else "")
+        scores[f"{name}LanguageCrossEntropy"] = Score(found.nats_per_token, None, found.tokens)
+        if found.bits_per_byte is not None:
+            scores[f"{name}bits_per_byte"] = Score(found.bits_per_byte, None, found.tokens)
+        for places, nats in found.by_position(n_ranges) if n_ranges is not None else ():
+            where = f"tokens {places.start + 1} to {places.stop}"
+            if launch.is_rank0():
+                print(f"{label}{where}: {nats:.4f} nats per token")
+            scores[f"{name}{where}"] = Score(nats, None, int(found.position_tokens[places.start : places.stop].sum()))
+    return scores
