@@ -114,7 +114,7 @@ def test_folders_may_be_at_home(recipe: Path, capsys: pytest.CaptureFixture, mon
 
 def test_hints_find_the_place_of_a_key(recipe: Path, capsys: pytest.CaptureFixture) -> None:
     mistakes = {
-        "lr=1e-3": "lr: unknown key (did you mean optimizer.lr?)",
+        "lr=1e-3": "lr: unknown key (did you mean optimizer.lr or optimizer.param_groups.lr?)",
         "learning_rate=1e-3": "learning_rate: unknown key (did you mean optimizer.lr?)",
         "t_warmup=1ba": "t_warmup: unknown key (did you mean scheduler.t_warmup?)",
         "moe_top_k=2": "moe_top_k: unknown key (did you mean model.ffn_config.moe_top_k?)",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
+from llmfoundry.cli.convert import convert_main
 from llmfoundry.cli.inference import eval_main
 from llmfoundry.cli.train import train_main
 from llmfoundry.config import dump
@@ -105,6 +108,73 @@ def test_a_yaml_of_llm_foundry_lists_models(
         assert says in capsys.readouterr().err
 
 
+PAGE = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
+
+
+def _blocks(kind: str) -> list[str]:
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, flags=re.M | re.S)
+    return [text for found, text in fences if found == kind]
+
+
+def test_what_the_page_says_runs(
+    recipe: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """Every file and every command of docs/evaluation.md, but lm-evaluation-harness's."""
+    monkeypatch.chdir(tmp_path)
+    tasks, gauntlet, training, models = _blocks("yaml")
+    capitals = next(block for block in _blocks("") if block.startswith("{"))
+    files = {"capitals.jsonl": capitals, "tasks.yaml": tasks, "gauntlet.yaml": gauntlet, "models.yaml": models}
+    for name, text in files.items():
+        Path(name).write_text(text)
+    Path("texts").mkdir()
+    Path("texts/a.txt").write_text("some words of a text " * 40)
+    config = yaml.safe_load(recipe.read_text()) | yaml.safe_load(training) | {"save_folder": "runs/moe"}
+    config["eval_loader"] = {"dataset": config["train_loader"]["dataset"] | {"split": "validation"}}
+    config["model"] |= {"norm_type": "rmsnorm", "no_bias": True, "attn_config": {"rope": True}, "max_seq_len": 2048}
+    config["model"] |= {"ffn_config": {"ffn_type": "mptglu", "ffn_act_fn": {"name": "silu"}}}
+    recipe.write_text(yaml.safe_dump(config))
+    assert train_main([str(recipe)]) == 0
+    assert convert_main(["to-hf", "runs/moe", "out/moe"]) == 0
+    listed = re.findall(r"`python scripts/eval.py ([^`]*)`", PAGE)
+    listed += [line for block in _blocks("") for line in re.findall(
+        r"^python scripts/eval.py (.*)$", block.replace("\\\n", " "), flags=re.M)]  # fmt: skip
+    commands = [shlex.split(line) for line in listed if "--tasks" not in line]
+    assert len(commands) == 6
+    for command in commands:
+        capsys.readouterr()
+        assert eval_main(command) == 0, command
+        printed = capsys.readouterr().out
+        assert "| capitals/2-shot |" in printed or "nats per token" in printed
+
+
+def test_the_loss_on_texts_is_told_by_position(
+    recipe: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    assert train_main([str(recipe)]) == 0
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("some words of a text " * 40)
+    dataset = ["eval_loader.dataset.name=text_files", f"eval_loader.dataset.path={texts}",
+               "eval_loader.dataset.validation_fraction=0"]  # fmt: skip
+    capsys.readouterr()
+    command = ["--checkpoint", str(tmp_path / "run"), "--by-position", "3", "--output", str(tmp_path / "out.json")]
+    assert eval_main([*command, *dataset]) == 0
+    (found,) = json.loads((tmp_path / "out.json").read_text()).values()
+    whole, *parts = (score for name, score in found["metrics"].items() if "bits" not in name)
+    assert [name for name in found["metrics"] if "tokens" in name] == [
+        f"metrics/eval/tokens {places}" for places in ("1 to 10", "11 to 21", "22 to 32")
+    ]
+    assert sum(part["n"] for part in parts) == whole["n"]
+    mean = sum(part["value"] * part["n"] for part in parts) / whole["n"]
+    assert mean == pytest.approx(whole["value"], rel=1e-5)
+    assert f"tokens 11 to 21: {parts[1]['value']:.4f} nats per token" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -113,7 +183,6 @@ def test_a_yaml_of_llm_foundry_lists_models(
         (["--limit", "3"], "--limit 3: is for --tasks NAMES"),
         (["--tasks", "piqa", "--limit", "0"], "--limit must be 1 or more"),
         (["--tasks", "piqa", "--include-path", "no/where"], "--include-path no/where: no such folder"),
-        ([], "--checkpoint hf:x: name what to evaluate by"),
         (["--icl-tasks", "no.yaml"], "icl_tasks: no.yaml: no such file"),
     ],
 )

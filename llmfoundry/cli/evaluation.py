@@ -77,18 +77,29 @@ def evaluate_by_tasks(checkpoint: str, overrides: list[str], keys: Sequence[str]
         opened = open_checkpoint(checkpoint, overrides, keys)
         ready = opened.ready
         settings = check(TaskSettings, _with_files(_settings_of(opened), options))
-    _show({checkpoint: _evaluated(ready, settings, options)}, options)
+    results = {checkpoint: _evaluated(ready, settings, options)}
+    _show(results)
+    _write(results, options)
 
 
-def evaluate_opened(opened: Opened, options: TaskOptions) -> None:
-    """Evaluate a checkpoint by the tasks of its own run."""
+def evaluate_opened(opened: Opened, texts: dict[str, Score], options: TaskOptions) -> None:
+    """Evaluate a checkpoint by the tasks of its own run, if it has some.
+
+    Args:
+        texts: what the evaluation of its texts gave, for `--output`.
+    """
     from llmfoundry.cli.evaluation_yaml import TaskSettings
 
-    config = opened.config
+    config, name = opened.config, str(opened.folder)
+    if not config.icl_tasks:
+        _write({name: Results(texts, {})}, options)
+        return
     settings = check(TaskSettings, _settings_of(opened)).model_copy(
         update={"icl_tasks": config.icl_tasks, "eval_gauntlet": config.eval_gauntlet}
     )
-    _show({str(opened.folder): _evaluated(opened.ready, settings, options)}, options)
+    found = _evaluated(opened.ready, settings, options)
+    _show({name: found})
+    _write({name: Results(texts | found.scores, found.composites)}, options)
 
 
 def evaluate_yaml(path: str, overrides: list[str], options: TaskOptions) -> None:
@@ -106,7 +117,8 @@ def evaluate_yaml(path: str, overrides: list[str], options: TaskOptions) -> None
     results: dict[str, Results] = {}
     for model in config.models:
         results[model.model_name] = _evaluated(model.open(config.precision_here()), config, options)
-    _show(results, options)
+    _show(results)
+    _write(results, options)
 
 
 def _settings_of(opened: Opened) -> dict[str, object]:
@@ -171,27 +183,27 @@ def _evaluated(ready: Ready, settings: TaskSettings, options: TaskOptions) -> Re
     return Results(scores, gauntlet.composite(scores, tasks) if gauntlet is not None else {})
 
 
-def _show(results: Mapping[str, Results], options: TaskOptions) -> None:
-    """Print a table, and write the file of `--output`; on rank 0."""
+def _show(results: Mapping[str, Results]) -> None:
+    """Print a table; on rank 0."""
     from llmfoundry.eval.icl import table
 
-    if not launch.is_rank0():
+    if launch.is_rank0():
+        scores = {name: found.scores for name, found in results.items()}
+        print(table(scores, {name: found.composites for name, found in results.items()}))
+
+
+def _write(results: Mapping[str, Results], options: TaskOptions) -> None:
+    """Write the file of `--output`; on rank 0."""
+    if not launch.is_rank0() or options.output is None:
         return
-    print(
-        table(
-            {name: found.scores for name, found in results.items()},
-            {name: found.composites for name, found in results.items()},
-        )
-    )
-    if options.output is not None:
-        data = {
-            name: {
-                "metrics": {key: score._asdict() for key, score in found.scores.items()},
-                "gauntlet": found.composites,
-            }
-            for name, found in results.items()
+    data = {
+        name: {
+            "metrics": {key: score._asdict() for key, score in found.scores.items()},
+            "gauntlet": found.composites,
         }
-        try:
-            Path(options.output).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--output {options.output}: {(error.strerror or str(error)).lower()}") from None
+        for name, found in results.items()
+    }
+    try:
+        Path(options.output).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output {options.output}: {(error.strerror or str(error)).lower()}") from None

@@ -53,7 +53,7 @@ def generate_words(argv: Sequence[str] | None) -> list[str]:
             log.info("--%s: left out, it changes no token here", key)
     sampled = args.do_sample.lower() in ("yes", "true", "t", "y", "1")
     return [
-        "--checkpoint", our_checkpoint(args.name_or_path), "--prompt", *args.prompts,
+        "--checkpoint", our_checkpoint(args.name_or_path), *(f"--prompt={prompt}" for prompt in args.prompts),
         "--max-new-tokens", args.max_new_tokens, "--temperature", args.temperature if sampled else "0",
         "--top-p", args.top_p, "--seed", args.seed,
     ]  # fmt: skip

@@ -9,6 +9,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from llmfoundry import launch
 from llmfoundry.cli.command import command, program
@@ -16,6 +17,9 @@ from llmfoundry.cli.evaluation import TaskOptions, evaluate_by_tasks, evaluate_o
 from llmfoundry.cli.foundry import generate_words
 from llmfoundry.cli.opening import Opened, open_checkpoint
 from llmfoundry.config import ConfigError
+
+if TYPE_CHECKING:
+    from llmfoundry.eval.icl import Score
 
 # The settings of a run that are read where its checkpoint is used: no other override could take effect.
 GENERATING = "code_paths", "model", "precision", "parallel", "load_path"  # load_path: where the base of adapters is now
@@ -34,7 +38,7 @@ def generate_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="e.g. model.ffn_config.moe_impl=auto"
     )
-    parser.add_argument("--prompt", nargs="+", default=[""], metavar="TEXT", help="what to continue; several in turn")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="what to continue; may be given again")
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     parser.add_argument("--top-p", type=float, default=0.95)
@@ -54,7 +58,7 @@ def generate_main(argv: Sequence[str] | None = None) -> None:
     ready, parse = opened.ready, args.parse_special
     if parse is None:
         parse = ready.special.parse or not opened.trained
-    for number, prompt in enumerate(args.prompt):
+    for number, prompt in enumerate(args.prompt or [""]):
         if number and launch.is_rank0():
             _write("\n")  # an empty line between texts
         generate(
@@ -102,12 +106,17 @@ def eval_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-fewshot", type=int, help="for --tasks: solved examples; default: each task's own")
     parser.add_argument("--limit", type=int, help="for --tasks: the first so many questions of each")
     parser.add_argument("--include-path", metavar="DIR", help="for --tasks: a folder with more of them")
+    parser.add_argument(
+        "--by-position", type=int, metavar="N", help="loss on texts in N ranges of the places of a row, too"
+    )
     parser.add_argument("--output", metavar="FILE", help="also write the scores as JSON")
     args = parser.parse_intermixed_args(argv)
     options = TaskOptions(
         args.icl_tasks, args.gauntlet, args.tasks, args.num_fewshot, args.limit, args.include_path, args.output
     )
     options.check()
+    if args.by_position is not None and args.by_position < 1:
+        raise ConfigError("--by-position must be 1 or more ranges")
     if args.checkpoint is None:
         if not args.overrides or not args.overrides[0].endswith((".yaml", ".yml")):
             parser.error("the following arguments are required: --checkpoint, or a YAML that lists models")
@@ -118,16 +127,18 @@ def eval_main(argv: Sequence[str] | None = None) -> None:
         opened = open_checkpoint(args.checkpoint, args.overrides, EVALUATING)
         if not opened.config.evaluations and not opened.config.icl_tasks:
             raise ConfigError("eval_loader: is missing; give one, e.g. eval_loader.dataset.name=text_files")
-        _evaluate_texts(opened)
-        if opened.config.icl_tasks:
-            evaluate_opened(opened, options)
+        evaluate_opened(opened, _evaluate_texts(opened, args.by_position), options)
 
 
-def _evaluate_texts(opened: Opened) -> None:
+def _evaluate_texts(opened: Opened, n_ranges: int | None) -> dict[str, Score]:
+    """Print the loss on each text of a run; returns it under the names that training logs."""
     from llmfoundry import runtime
+    from llmfoundry.eval.icl import Score
     from llmfoundry.eval.perplexity import evaluate
+    from llmfoundry.train.run import EVALUATED
 
     config, (model, mesh, tokenizer, special) = opened.config, opened.ready
+    scores: dict[str, Score] = {}
     for part in config.evaluations:
         loader = part.build(
             tokenizer,
@@ -151,3 +162,13 @@ def _evaluate_texts(opened: Opened) -> None:
         label = f"{part.label}: " if part.label else ""
         if launch.is_rank0():
             print(f"{label}{found.nats_per_token:.4f} nats per token{bits} over {found.tokens:,} tokens")
+        name = EVALUATED + (f"{part.label}/" if part.label else "")
+        scores[f"{name}LanguageCrossEntropy"] = Score(found.nats_per_token, None, found.tokens)
+        if found.bits_per_byte is not None:
+            scores[f"{name}bits_per_byte"] = Score(found.bits_per_byte, None, found.tokens)
+        for places, nats in found.by_position(n_ranges) if n_ranges is not None else ():
+            where = f"tokens {places.start + 1} to {places.stop}"
+            if launch.is_rank0():
+                print(f"{label}{where}: {nats:.4f} nats per token")
+            scores[f"{name}{where}"] = Score(nats, None, int(found.position_tokens[places.start : places.stop].sum()))
+    return scores

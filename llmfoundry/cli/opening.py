@@ -94,7 +94,8 @@ def _open_theirs(name: str, overrides: list[str]) -> Opened:
         config = read_run_config(file.name, overrides)
     assert isinstance(config.model, CausalLMConfig)
     precision = config.precision_on(runtime.start().type)
-    ready = open_hugging_face(name, precision, config=config.model if overrides else None)
+    # What an override of the model changes is asked for; shapes must fit.
+    ready = open_hugging_face(name, precision, config=config.model if overrides else None, allow=["model"])
     return Opened(config, folder, False, ready)
 
 
@@ -130,12 +131,14 @@ def open_hugging_face(
     precision: Precision,
     tokenizer: PreTrainedTokenizerBase | None = None,
     config: CausalLMConfig | None = None,
+    allow: Sequence[str] = (),
 ) -> Ready:
     """Load a folder or hub id of Hugging Face's as a model of ours; all ranks together.
 
     Args:
         tokenizer: another one than its own.
         config: its settings, with other implementations maybe; the weights must fit.
+        allow: settings in which `config` may differ from the folder's.
     """
     from llmfoundry import hf, runtime
     from llmfoundry.data.tokenizer import TokenizerConfig
@@ -151,7 +154,7 @@ def open_hugging_face(
     if tokenizer is None:
         raise ConfigError(f"{found.path}: holds no tokenizer")
     model, mesh = build_model(config, ParallelConfig(compile=False), precision)
-    hf.load_weights(model, name, allow=["model"])  # what an override changes is asked for; shapes must fit
+    hf.load_weights(model, name, allow)
     # A text that spells a special token means it, as in transformers.
     special = TokenizerConfig(parse_special_tokens=True).special_tokens(tokenizer)
     return Ready(model.eval(), mesh, tokenizer, special)

@@ -132,6 +132,9 @@ def _evaluations(config: RunConfig) -> Iterator[str]:
     """How much of the time evaluation will take."""
     from llmfoundry.train.duration import Timeline
 
+    if config.icl_tasks and config.eval_interval.value:
+        n = sum(len(task.num_fewshot) for task in config.icl_tasks)
+        yield f"evaluation: {n} tasks every {config.eval_interval}; icl_subset_num_batches limits their questions"
     if not config.evaluations or not config.eval_interval.value:
         return
     if config.eval_subset_num_batches == -1:

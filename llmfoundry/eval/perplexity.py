@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from llmfoundry import runtime
 from llmfoundry.data.loader import Loader
@@ -25,6 +27,19 @@ class Perplexity(NamedTuple):
     nats_per_token: float  # end-of-text tokens included
     bits_per_byte: float | None  # over the UTF-8 bytes of the whole text; None if only a part was read
     tokens: int
+    position_nats: Tensor  # (S,) float64, summed over the rows, of the label at each place of a row
+    position_tokens: Tensor  # (S,) float64, labels at that place
+
+    def by_position(self, n_ranges: int) -> list[tuple[range, float]]:
+        """Nats per token in ranges of places of a row, as equal as they can be; a range without labels is left out."""
+        length = len(self.position_nats)
+        bounds = [length * i // n_ranges for i in range(n_ranges + 1)]
+        found = []
+        for start, stop in pairwise(bounds):
+            n = self.position_tokens[start:stop].sum().item()
+            if n:
+                found.append((range(start, stop), self.position_nats[start:stop].sum().item() / n))
+        return found
 
 
 @torch.no_grad()
@@ -58,6 +73,7 @@ def evaluate(
     """
     nats = torch.zeros((), dtype=torch.float64, device=device)
     tokens = torch.zeros((), dtype=torch.float64, device=device)
+    places = torch.zeros(2, loader.max_seq_len, dtype=torch.float64, device=device)  # nats and labels of each
     n_rows = loader.n_rows if loader.limit is None else min(loader.n_rows, loader.limit)
     n_rows = n_rows if max_batches == -1 else min(n_rows, max_batches * rows)
     complete = n_rows == loader.n_rows
@@ -69,12 +85,17 @@ def evaluate(
             batch = batch.to(device)
             out = model(batch.tokens, batch.labels, sequence_ids=batch.sequence_ids, positions=batch.positions)
             nats += out.loss_sum
-            tokens += (batch.labels != IGNORE).sum()
+            counted = batch.labels != IGNORE  # (B, S)
+            tokens += counted.sum()
+            places += torch.stack([out.nats.double().sum(0), counted.sum(0)])
             advance(rows * world * loader.max_seq_len)
     runtime.all_reduce_sum(nats)
     runtime.all_reduce_sum(tokens)
+    position_nats, position_tokens = runtime.all_reduce_sum(places).cpu()
     return Perplexity(
         nats_per_token=(nats / tokens).item(),
         bits_per_byte=nats.item() / math.log(2) / loader.n_bytes if complete and loader.n_bytes else None,
         tokens=int(tokens.item()),
+        position_nats=position_nats,
+        position_tokens=position_tokens,
     )

@@ -22,9 +22,8 @@ from llmfoundry.config import ConfigError, dump
 from llmfoundry.data.loader import Loader
 from llmfoundry.data.mixture import Mixture
 from llmfoundry.data.sources import check_apart
-from llmfoundry.eval.icl import PREFIX, Task, build_tasks, evaluate_tasks
+from llmfoundry.eval.icl import PREFIX
 from llmfoundry.eval.icl_questions import Reader
-from llmfoundry.eval.perplexity import evaluate
 from llmfoundry.kernels.experts import resolve_backend
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 from llmfoundry.moe.balance import Balance, summary
@@ -36,6 +35,7 @@ from llmfoundry.parallel.mesh import Mesh, build_mesh
 from llmfoundry.train.callback import Callback
 from llmfoundry.train.config import CallbackConfig, Precision, RunConfig
 from llmfoundry.train.duration import Timeline
+from llmfoundry.train.evaluating import evaluate_by_tasks, evaluate_texts, tasks_of
 from llmfoundry.train.loss import Loss
 from llmfoundry.train.microbatch import Microbatches
 from llmfoundry.train.mixing import Joined, row_ends, take_up, to_save
@@ -261,45 +261,12 @@ class Trainer(Run):
         """Nothing if a signal cut it short."""
         self.evaluation = {}  # the older one is not of this step
         self.model.eval()
-        texts = self._evaluate_texts()
-        tasks = self._evaluate_tasks() if texts is not None else None
+        texts = evaluate_texts(self, self._stopped)
+        tasks = evaluate_by_tasks(self, self._stopped) if texts is not None else None
         self.model.train()
         if texts is not None and tasks is not None:
             self.evaluation = texts | tasks
         return dict(self.evaluation)
-
-    def _evaluate_texts(self) -> Metrics | None:
-        """Metrics of the eval loaders; None if a signal cut it short."""
-        metrics: Metrics = {}
-        for loader in [*([self.eval_loader] if self.eval_loader is not None else []), *self.eval_loaders]:
-            found = evaluate(
-                self.model,
-                loader,
-                rows=self.config.device_eval_batch_size,
-                device=self.device,
-                max_batches=self.config.eval_subset_num_batches,
-                rank=self.mesh.data_rank,
-                world=self.mesh.data_ranks,
-                stopped=self._stopped,
-            )
-            if found is None:
-                return None
-            name = f"{EVALUATED}{loader.label}/" if loader in self.eval_loaders else EVALUATED
-            metrics[f"{name}LanguageCrossEntropy"] = found.nats_per_token
-            if found.bits_per_byte is not None:
-                metrics[f"{name}bits_per_byte"] = found.bits_per_byte
-        return metrics
-
-    def _evaluate_tasks(self) -> Metrics | None:
-        """Metrics of `icl_tasks` and their gauntlet; None if a signal cut it short."""
-        scores = evaluate_tasks(
-            self.model, self.tasks, rank=self.mesh.data_rank, world=self.mesh.data_ranks, stopped=self._stopped
-        )
-        if scores is None:
-            return None
-        gauntlet = self.config.eval_gauntlet
-        metrics: Metrics = {name: score.value for name, score in scores.items()}
-        return metrics | (gauntlet.composite(scores, self.tasks) if gauntlet is not None else {})
 
     def _load(self) -> None:
         """Load what `find_start` has found."""
@@ -462,7 +429,7 @@ def build(config: RunConfig) -> Trainer:
         if length > config.model.max_seq_len:
             raise ConfigError(f"dataset.max_seq_len={length} exceeds model.max_seq_len={config.model.max_seq_len}")
     eval_loader = eval_loaders.pop(0) if eval_loaders and config.eval_loader is not None else None
-    tasks = _tasks(config, Reader(tokenizer, special))
+    tasks = tasks_of(config, Reader(tokenizer, special))
     timeline = Timeline.of(
         config.max_duration,
         rows_per_step=config.global_train_batch_size,
@@ -525,23 +492,6 @@ def _mix(config: RunConfig, loader: Loader, timeline: Timeline, start: Start) ->
     mixture.check(timeline.total_steps * timeline.rows_per_step)
     log.info("mixture: %s", ", ".join(f"{label} {share}" for label, share in mixture.describe().items()))
     return joined
-
-
-def _tasks(config: RunConfig, reader: Reader) -> list[Task]:
-    """The tasks of a run, if an evaluation is ever due."""
-    if not config.eval_first and config.eval_interval.value == 0:
-        return []
-    batches = config.icl_subset_num_batches
-    tasks = build_tasks(
-        config.icl_tasks,
-        reader,
-        max_seq_len=config.icl_seq_len,
-        batch_size=config.device_eval_batch_size,
-        max_batches=-1 if batches is None else batches,
-    )
-    if config.eval_gauntlet is not None:
-        config.eval_gauntlet.warn_of_missing(tasks)
-    return tasks
 
 
 def _callbacks(config: RunConfig) -> dict[str, Callback]:

@@ -7,10 +7,11 @@ import random
 from pathlib import Path
 
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from llmfoundry.config import check
-from llmfoundry.data.tokenizer import train_bpe
+from llmfoundry.data.tokenizer import END_OF_TEXT, train_bpe
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 
 WORDS = (
@@ -74,11 +75,15 @@ def write_tasks(folder: Path) -> list[dict[str, object]]:
     ]  # fmt: skip
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A BPE that has learned the words."""
+def tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
+    """A BPE that has learned the words, and opens each text by a token of its own if asked to."""
     dice = random.Random(1)
     trained = train_bpe([sentence(dice, 50) + "\nQuestion: x\nAnswer: y\n" for _ in range(20)], 400)
-    return PreTrainedTokenizerFast(tokenizer_object=trained, eos_token="<|endoftext|>")
+    if not bos:
+        return PreTrainedTokenizerFast(tokenizer_object=trained, eos_token=END_OF_TEXT)
+    trained.add_special_tokens(["<s>"])
+    trained.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", trained.token_to_id("<s>"))])
+    return PreTrainedTokenizerFast(tokenizer_object=trained, eos_token=END_OF_TEXT, bos_token="<s>")
 
 
 def model(vocab_size: int, max_seq_len: int = 256, experts: bool = True) -> CausalLM:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from llmfoundry.eval.icl import Score, Task, accuracy, build_tasks, calibration_
 from llmfoundry.eval.icl_questions import Judged, Judging, LikelihoodQuestions, Questions, Reader, normalized
 from llmfoundry.eval.icl_tasks import TaskConfig
 from llmfoundry.eval.likelihood import Continuation, Prompt, Ranks, continue_greedily, likelihood
+from llmfoundry.hf.pretrained import save_pretrained
 from llmfoundry.model.transformer import CausalLM
 from tests.eval import tasks as small
 
@@ -225,7 +228,6 @@ def test_tasks_and_gauntlet_may_have_files_of_their_own(tmp_path: Path) -> None:
     ("change", "says"),
     [
         ({"icl_task_type": "multi_choice"}, "unknown icl_task_type 'multi_choice' (did you mean 'multiple_choice'?)"),
-        ({"dataset_uri": None}, "dataset_uri: input should be a valid string, found None"),
         ({"dataset_uri": "s3://b/a.jsonl"}, "s3://b/a.jsonl is a URL"),
         ({"num_fewshot": [1, 1]}, "must list different numbers"),
         ({"metric_names": ["Accuracy"]}, "unknown 'Accuracy'; language_modeling has InContextLearningLMAccuracy"),
@@ -281,3 +283,30 @@ def test_texts_longer_than_learned_positions_are_refused(tokenizer: PreTrainedTo
         likelihood(made, [Continuation([1] * 10, 1)], ONE)
     with pytest.raises(ConfigError, match="a text of 9 tokens is longer"):
         continue_greedily(made, [Prompt([1] * 7, 3)], ONE, stop=())
+
+
+@pytest.mark.skipif(
+    not {"FOUNDRY_SOURCE", "FOUNDRY_PYTHON"} <= os.environ.keys(),
+    reason="set FOUNDRY_SOURCE to a checkout of LLM Foundry, FOUNDRY_PYTHON to one for scores_by_foundry.py",
+)
+@pytest.mark.parametrize(("length", "bos"), [(200, False), (24, False), (200, True)])
+def test_scores_are_those_of_llm_foundry(tmp_path: Path, length: int, bos: bool) -> None:
+    """Prompts, spans and metrics of every kind of task, whole and cut, with and without a token that opens them."""
+    tokenizer = small.tokenizer(bos)
+    made = small.teach(small.model(len(tokenizer), experts=False), tokenizer, steps=60)
+    save_pretrained(made, tokenizer, tmp_path / "hf")
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump({"icl_tasks": small.write_tasks(tmp_path)}))
+    configs = check(File, with_tasks_read({"icl_tasks": "tasks.yaml"}, tmp_path)).icl_tasks
+    special = SpecialTokens(tokenizer.bos_token_id, parse=True)
+    tasks = build_tasks(configs, Reader(tokenizer, special), max_seq_len=length, batch_size=4)
+    scores = evaluate_tasks(made, tasks)
+    assert scores is not None and len(scores) > 20
+    script = Path(__file__).with_name("scores_by_foundry.py")
+    ran = subprocess.run(
+        [os.environ["FOUNDRY_PYTHON"], script, os.environ["FOUNDRY_SOURCE"], "hf", "tasks.yaml", str(length)],
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    theirs = json.loads(ran.stdout.splitlines()[-1])
+    assert {name: score.value for name, score in scores.items()} == pytest.approx(theirs, abs=1e-6)

@@ -80,6 +80,14 @@ SERVED = {
     "gpt2": _TOP | {
         "n_embd", "n_head", "n_layer", "n_positions", "n_ctx", "n_inner", "activation_function", "layer_norm_epsilon",
     },
+    "gpt_neo": _TOP | {
+        "hidden_size", "num_heads", "num_layers", "max_position_embeddings", "attention_types", "attention_layers",
+        "window_size", "intermediate_size", "activation_function", "layer_norm_epsilon",
+    },
+    "opt": _TOP | {
+        "hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings", "ffn_dim",
+        "word_embed_proj_dim", "activation_function", "init_std",
+    },
     "mpt": _TOP | {
         "d_model", "n_heads", "n_layers", "max_seq_len", "expansion_ratio", "no_bias", "norm_type", "attn_config",
         "embedding_fraction", "logit_scale", "layer_norm_epsilon",

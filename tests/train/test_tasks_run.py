@@ -51,6 +51,8 @@ def test_a_run_is_evaluated_by_tasks(
 
 
 def test_wrong_settings_are_named(with_tasks: Path, capsys: pytest.CaptureFixture) -> None:
+    assert train_main([str(with_tasks), "--dry-run"]) == 0
+    assert "evaluation: 9 tasks every 2ba" in capsys.readouterr().out
     for override, says in (
         ("icl_tasks=nowhere.yaml", "icl_tasks: nowhere.yaml: no such file"),
         ("icl_tasks=[]", "eval_gauntlet: summarises icl_tasks, and there are none"),

@@ -1,0 +1,67 @@
+"""What an evaluation of a run measures: the loss on its texts, and its tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llmfoundry.eval.icl import Task, build_tasks, evaluate_tasks
+from llmfoundry.eval.icl_questions import Reader
+from llmfoundry.eval.perplexity import evaluate
+from llmfoundry.train.config import RunConfig
+from llmfoundry.train.run import EVALUATED, Metrics, Run
+
+Stopped = Callable[[], bool]  # asked before each batch, with the same answer on every rank; true ends the evaluation
+
+
+def tasks_of(config: RunConfig, reader: Reader) -> list[Task]:
+    """The tasks of a run; none if no evaluation is ever due.
+
+    Raises:
+        ConfigError: as `build_tasks`.
+    """
+    if not config.eval_first and config.eval_interval.value == 0:
+        return []
+    batches = config.icl_subset_num_batches
+    tasks = build_tasks(
+        config.icl_tasks,
+        reader,
+        max_seq_len=config.icl_seq_len,
+        batch_size=config.device_eval_batch_size,
+        max_batches=-1 if batches is None else batches,
+    )
+    if config.eval_gauntlet is not None:
+        config.eval_gauntlet.warn_of_missing(tasks)
+    return tasks
+
+
+def evaluate_texts(run: Run, stopped: Stopped) -> Metrics | None:
+    """Metrics of the eval loaders; None if it was stopped. The model is in evaluation mode; every rank calls this."""
+    metrics: Metrics = {}
+    for loader in [*([run.eval_loader] if run.eval_loader is not None else []), *run.eval_loaders]:
+        found = evaluate(
+            run.model,
+            loader,
+            rows=run.config.device_eval_batch_size,
+            device=run.device,
+            max_batches=run.config.eval_subset_num_batches,
+            rank=run.mesh.data_rank,
+            world=run.mesh.data_ranks,
+            stopped=stopped,
+        )
+        if found is None:
+            return None
+        name = f"{EVALUATED}{loader.label}/" if loader in run.eval_loaders else EVALUATED
+        metrics[f"{name}LanguageCrossEntropy"] = found.nats_per_token
+        if found.bits_per_byte is not None:
+            metrics[f"{name}bits_per_byte"] = found.bits_per_byte
+    return metrics
+
+
+def evaluate_by_tasks(run: Run, stopped: Stopped) -> Metrics | None:
+    """Metrics of `icl_tasks` and their gauntlet, as `evaluate_texts`."""
+    mesh, gauntlet = run.mesh, run.config.eval_gauntlet
+    scores = evaluate_tasks(run.model, run.tasks, rank=mesh.data_rank, world=mesh.data_ranks, stopped=stopped)
+    if scores is None:
+        return None
+    metrics: Metrics = {name: score.value for name, score in scores.items()}
+    return metrics | (gauntlet.composite(scores, run.tasks) if gauntlet is not None else {})
