@@ -83,6 +83,7 @@ def saved(folder: Path, way: str) -> Path:
 
 def close(found: dict[str, object], expected: dict[str, object]) -> None:
     assert found["losses"] == pytest.approx(expected["losses"], abs=TOLERANCE)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)  # Adam and clipping hide a wrong scale
     assert len(expected["losses"]) == STEPS  # type: ignore[arg-type]
     assert found["eval"] == pytest.approx(expected["eval"], abs=TOLERANCE)
 
