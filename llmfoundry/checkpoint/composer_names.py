@@ -10,18 +10,43 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
 
-from llmfoundry.checkpoint.composer_files import ComposerFiles
+from llmfoundry.checkpoint.composer_files import METADATA, ComposerFiles, open_composer
 from llmfoundry.checkpoint.manifest import CheckpointError
-from llmfoundry.hf.pieces import Copy, Pieces, Spec
+from llmfoundry.dtensor import local_shard
+from llmfoundry.hf.pieces import Copy, Pieces, Spec, fill
 from llmfoundry.hf.pretrained import our_shapes
-from llmfoundry.model.transformer import CausalLMConfig
+from llmfoundry.layers.lora import is_adapter
+from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 
 _ROOT = "transformer."  # of every tensor of theirs but an untied head
 _HEAD = "lm_head.weight"
 _ATTENTION = {
     "attn.wqkv": "attn.Wqkv", "attn.out_proj": "attn.out_proj", "attn.q_norm": "attn.q_ln", "attn.k_norm": "attn.k_ln"
 }  # fmt: skip
+
+
+def is_composer(path: str) -> bool:
+    """Whether a `load_path` means a checkpoint of Composer's: FILE.pt, or a sharded folder."""
+    return path.endswith(".pt") or (Path(path) / METADATA).is_file()
+
+
+def load_composer(path: str, model: CausalLM) -> None:
+    """Fill a model with the weights of a checkpoint; each rank of a sharded one reads what it holds.
+
+    Args:
+        model: materialised, on any device and mesh. Its adapters are left as they are.
+
+    Raises:
+        CheckpointError: what is wrong with the checkpoint, or it is of another model; nothing has changed then.
+    """
+    files = open_composer(Path(path))
+    copies = copies_from(files, model.config)
+    for name, tensor in model.state_dict().items():
+        if not is_adapter(name):
+            shard = local_shard(tensor)
+            fill(shard.local, shard.offsets, copies[name], files)
 
 
 def copies_from(files: ComposerFiles, config: CausalLMConfig) -> dict[str, list[Copy]]:

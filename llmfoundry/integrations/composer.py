@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry import runtime
+from llmfoundry.checkpoint.composer_names import is_composer, load_composer
 from llmfoundry.checkpoint.reading import HUGGING_FACE, load_model_only, read
 from llmfoundry.config import ConfigError
 from llmfoundry.data.loader import Loader, LoaderConfig
@@ -190,7 +191,7 @@ def _model(config: RunConfig, settings: CausalLMConfig, shard: bool) -> CausalLM
 
 
 def _load(config: RunConfig, model: CausalLM) -> None:
-    """Fill in the weights of `load_path`: a checkpoint of ours, or a Hugging Face one."""
+    """Fill in the weights of `load_path`: ours, Hugging Face's, or Composer's in LLM Foundry's names or ours."""
     path = config.load_path
     if path is None:
         return
@@ -199,9 +200,12 @@ def _load(config: RunConfig, model: CausalLM) -> None:
         return
     if not config.load_weights_only:
         raise ConfigError(
-            f"load_path: {path}: Composer cannot take up a run of ours, only begin from its weights: "
-            "load_weights_only=true; a checkpoint that Composer saved goes to its Trainer's own load_path"
+            f"load_path: {path}: Composer cannot take up a run of ours, only begin from weights: "
+            "load_weights_only=true; to take up a run of Composer's, use its Trainer's own load_path"
         )
+    if is_composer(path):
+        load_composer(path, model)
+        return
     contents = read(path)
     saved = contents.config["model"]
     assert isinstance(saved, dict)

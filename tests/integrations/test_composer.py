@@ -111,6 +111,9 @@ def test_their_checkpoint_becomes_ours(folder: Path, tmp_path: Path) -> None:
     running.close()
     assert convert_main(["from-composer", str(saved(folder, "converted")), str(tmp_path / "out")]) == 0
     trained = made.model.model.state_dict()
+    again = run_config(folder, "plain", load_path=str(saved(folder, "converted")), load_weights_only=True)
+    loaded = composer_parts(again).model.model.state_dict()
+    assert all(torch.equal(trained[name], value) for name, value in loaded.items())
     converted = weights(tmp_path / "out")
     assert trained.keys() == converted.keys()
     assert all(torch.equal(trained[name], value) for name, value in converted.items())

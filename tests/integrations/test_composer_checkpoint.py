@@ -29,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmfoundry.checkpoint.reading import load_model_only, read
 from llmfoundry.cli.convert import convert_main
+from llmfoundry.cli.train import train_main
 from llmfoundry.config import check
 from llmfoundry.hf.tokenizer import tokenizer_of
 from llmfoundry.model.config import ModelConfig
@@ -283,6 +284,52 @@ def test_another_config_is_refused(
     config = [] if model is None else ["--config", write_yaml(tmp_path / "their.yaml", model)]
     assert convert_main(["from-composer", str(tmp_path / "a.pt"), str(tmp_path / "out"), *config]) == 2
     assert message in capsys.readouterr().err
+
+
+def run_from(folder: Path, model: dict[str, object], load_path: Path) -> list[str]:
+    """A run of one step that moves nothing, as arguments of train.py."""
+    (folder / "texts").mkdir()
+    (folder / "texts" / "a.txt").write_text("the cat sat on a mat and the dog lay on a log " * 20)
+    data = {
+        "max_seq_len": 16, "model": model, "tokenizer": {"name": "bpe", "vocab_size": 300},
+        "train_loader": {"dataset": {"name": "text_files", "path": str(folder / "texts")}},
+        "optimizer": {"name": "adamw", "lr": 1e-30, "weight_decay": 0.0}, "scheduler": {"name": "constant_with_warmup"},
+        "max_duration": "1ba", "global_train_batch_size": 2, "save_folder": str(folder / "run"),
+        "load_path": str(load_path), "log_to_console": False,
+    }  # fmt: skip
+    (folder / "run.yaml").write_text(yaml.safe_dump(data))
+    return [str(folder / "run.yaml")]
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["file", "folder"])
+def test_a_run_begins_from_their_weights(sharded: bool, tmp_path: Path) -> None:
+    model = {**MODELS["dmoe_glu"], "vocab_size": 320}
+    source = build(model)
+    path = tmp_path / ("ep0-ba2" if sharded else "ep0-ba2-rank0.pt")
+    if sharded:
+        write_sharded(path, composer_state(theirs(source)))
+    else:
+        torch.save(composer_state(theirs(source)), path)
+    assert train_main([*run_from(tmp_path, model, path), "load_weights_only=true"]) == 0
+    trained = converted(tmp_path / "run")
+    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in source.state_dict().items())
+
+
+REFUSED = [
+    ([], "of a checkpoint of Composer's only the weights can be taken over"),
+    (["load_weights_only=true", "model.n_layers=1"], "has no place in a model of this config"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_a_run_that_cannot_begin_there_is_refused(
+    overrides: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = {**BASE, "vocab_size": 320}
+    torch.save(composer_state(theirs(build(model))), tmp_path / "a.pt")
+    assert train_main([*run_from(tmp_path, model, tmp_path / "a.pt"), *overrides]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def _save_on_two_ranks(rank: int, folder: Path) -> None:
