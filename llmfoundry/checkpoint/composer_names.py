@@ -84,6 +84,11 @@ def _add(pieces: Pieces, name: str, specs: Mapping[str, Spec]) -> None:
     parts = name.split(".")
     if name == _HEAD:
         pieces.add(name, name)
+    elif apart := _apart(name, pieces.shapes[name], specs):
+        start = 0
+        for theirs, rows in apart.items():
+            pieces.add(name, theirs, (slice(start, start + rows),))
+            start += rows
     elif parts[0] != "blocks" or parts[2] != "ffn":
         pieces.add(name, _ROOT + _renamed(name))
     elif parts[3] == "experts":
@@ -94,6 +99,15 @@ def _add(pieces: Pieces, name: str, specs: Mapping[str, Spec]) -> None:
         pieces.add(name, f"{_ROOT}blocks.{parts[1]}.ffn.experts.bias")
     else:  # a dense block: the layer's own, or the shared expert
         _add_dense(pieces, name, specs)
+
+
+def _apart(name: str, shape: tuple[int, ...], specs: Mapping[str, Spec]) -> dict[str, int]:
+    """Their matrices of queries, keys and values with the rows of each, where `fused_qkv: false` keeps them apart."""
+    if ".attn.wqkv." not in name:
+        return {}
+    names = [_ROOT + name.replace("wqkv", matrix) for matrix in ("Wq", "Wk", "Wv")]
+    rows = {each: specs[each].shape[0] for each in names if each in specs and specs[each].shape}
+    return rows if sum(rows.values()) == shape[0] and all(rows.values()) else {}
 
 
 def _renamed(name: str) -> str:

@@ -133,6 +133,20 @@ def test_a_model_of_transformers_inside_composer(tmp_path: Path) -> None:
     assert torch.allclose(logits(converted(tmp_path / "out")), expected, atol=1e-5)  # other order of float32 sums
 
 
+def test_queries_keys_and_values_may_be_apart(tmp_path: Path) -> None:
+    source = build(MODELS["glu"])  # of 16, 8 and 8 rows
+    weights = theirs(source)
+    for name in [name for name in weights if "Wqkv" in name]:
+        parts = weights.pop(name).split([16, 8, 8])
+        weights |= {
+            name.replace("Wqkv", each): part.clone() for each, part in zip(("Wq", "Wk", "Wv"), parts, strict=True)
+        }
+    torch.save(composer_state(weights), tmp_path / "a.pt")
+    config = write_yaml(tmp_path / "their.yaml", MODELS["glu"])
+    assert convert_main(["from-composer", str(tmp_path / "a.pt"), str(tmp_path / "out"), "--config", config]) == 0
+    assert torch.equal(logits(converted(tmp_path / "out")), logits(source))
+
+
 def test_names_of_wrappers_and_buffers_are_no_obstacle(tmp_path: Path) -> None:
     source = build(BASE)
     weights = {
@@ -238,6 +252,20 @@ def _outside(folder: Path) -> Path:
     return made
 
 
+def _without_a_part(folder: Path) -> Path:
+    made = write_sharded(folder / "made", composer_state(theirs(build(BASE))))
+    about = pickle.loads((made / ".metadata").read_bytes())
+    assert isinstance(about, Metadata)
+    about.state_dict_metadata["state.model.model.transformer.wte.weight"].chunks.clear()
+    (made / ".metadata").write_bytes(pickle.dumps(about))
+    return made
+
+
+def _not_of_torch(folder: Path) -> Path:
+    (folder / "a.pt").write_bytes(pickle.dumps(Payload(folder / "ran")))
+    return folder / "a.pt"
+
+
 def _other_dtype(folder: Path) -> Path:
     weights = {name: value.to(torch.int8) for name, value in theirs(build(BASE)).items()}
     torch.save(composer_state(weights), folder / "a.pt")
@@ -250,6 +278,8 @@ MISTAKES = [
     (_short_shard, "ends before byte"),
     (_parent_of_a_folder, "name one of ep0-ba2 in it"),
     (_outside, "is outside of the folder"),
+    (_without_a_part, "are not all of it"),
+    (_not_of_torch, "not an uncompressed file of torch.save"),
     (_other_dtype, "has dtype torch.int8"),
     (lambda folder: folder / "nowhere.pt", "is neither a FILE.pt nor a sharded folder"),
 ]
@@ -263,7 +293,7 @@ def test_mistakes_are_one_line(make: object, message: str, tmp_path: Path, capsy
     assert convert_main(["from-composer", str(source), str(tmp_path / "out"), "--config", config]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error and error.startswith("error: ")
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "ran").exists()
 
 
 CONFIGS: list[tuple[dict[str, object] | None, str]] = [
