@@ -17,6 +17,7 @@ from llmfoundry.checkpoint.manifest import CheckpointError
 from llmfoundry.dtensor import local_shard
 from llmfoundry.hf.pieces import Copy, Pieces, Spec, fill
 from llmfoundry.hf.pretrained import our_shapes
+from llmfoundry.layers.attention import GroupedQueryConfig
 from llmfoundry.layers.lora import is_adapter
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 
@@ -53,10 +54,12 @@ def copies_from(files: ComposerFiles, config: CausalLMConfig) -> dict[str, list[
     """What leads to each tensor of a model of ours.
 
     Raises:
-        CheckpointError: a tensor is missing, left over or of another shape.
+        CheckpointError: a tensor is missing, left over or of another shape, or LLM Foundry's code means another model.
     """
     pieces = Pieces(our_shapes(config))
     theirs = any(name.startswith(_ROOT) for name in files.specs)
+    if theirs:
+        _check_norms(config, files.path)
     for name in pieces.shapes:
         if theirs:
             _add(pieces, name, files.specs)
@@ -77,6 +80,18 @@ def copies_from(files: ComposerFiles, config: CausalLMConfig) -> dict[str, list[
         raise CheckpointError(f"{files.path}: tensor {name!r} has no place in a model of this config")
     pieces.check()
     return pieces.reading()
+
+
+def _check_norms(config: CausalLMConfig, path: Path) -> None:
+    """Refuse norms of queries and keys that are other ones there: LayerNorm of eps 1e-5, whatever the model's are."""
+    attention = config.attention
+    if not isinstance(attention, GroupedQueryConfig) or not attention.qk_ln:
+        return
+    if config.norm.is_rms or config.norm_eps != 1e-5:
+        raise CheckpointError(
+            f"{path}: model.attn_config.qk_ln: LLM Foundry normalises queries and keys by a LayerNorm of eps 1e-5, "
+            f"whatever norm_type={config.norm_type} and norm_eps={config.norm_eps} say; a model with both is not supported"
+        )
 
 
 def _add(pieces: Pieces, name: str, specs: Mapping[str, Spec]) -> None:

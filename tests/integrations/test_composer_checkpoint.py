@@ -53,7 +53,8 @@ def write_yaml(path: Path, model: dict[str, object]) -> str:
 def foundry_config(model: dict[str, object]) -> dict[str, object]:
     """A config.json as LLM Foundry's MPTConfig writes it: its defaults filled in, and what `transformers` adds."""
     defaults = {
-        "model_type": "mpt", "architectures": ["MPTForCausalLM"], "transformers_version": "4.51.0", "dtype": "float32",
+        "model_type": "mpt", "architectures": ["MPTForCausalLM"], "transformers_version": "4.51.3",
+        "_attn_implementation_autoset": True, "torch_dtype": "float32", "is_decoder": False, "return_dict": True,
         "resid_pdrop": 0.0, "emb_pdrop": 0.0, "learned_pos_emb": True, "init_device": "meta", "logit_scale": None,
         "no_bias": False, "embedding_fraction": 1.0, "norm_type": "low_precision_layernorm", "norm_eps": 1e-5,
         "use_cache": False, "fc_type": {"name": "torch"}, "use_pad_tok_in_ffn": True, "block_overrides": None,
@@ -145,6 +146,17 @@ def test_queries_keys_and_values_may_be_apart(tmp_path: Path) -> None:
     config = write_yaml(tmp_path / "their.yaml", MODELS["glu"])
     assert convert_main(["from-composer", str(tmp_path / "a.pt"), str(tmp_path / "out"), "--config", config]) == 0
     assert torch.equal(logits(converted(tmp_path / "out")), logits(source))
+
+
+@pytest.mark.parametrize("norm", [{"norm_type": "rmsnorm"}, {"norm_eps": 1e-6}], ids=["rmsnorm", "eps"])
+def test_norms_of_queries_that_are_others_there_are_refused(
+    norm: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = {**MODELS["glu"], **norm}
+    torch.save(composer_state(theirs(build(model))), tmp_path / "a.pt")
+    config = write_yaml(tmp_path / "their.yaml", model)
+    assert convert_main(["from-composer", str(tmp_path / "a.pt"), str(tmp_path / "out"), "--config", config]) == 2
+    assert "LLM Foundry normalises queries and keys by a LayerNorm of eps 1e-5" in capsys.readouterr().err
 
 
 def test_names_of_wrappers_and_buffers_are_no_obstacle(tmp_path: Path) -> None:
