@@ -90,7 +90,7 @@ def _check_norms(config: CausalLMConfig, path: Path) -> None:
     if config.norm.is_rms or config.norm_eps != 1e-5:
         raise CheckpointError(
             f"{path}: model.attn_config.qk_ln: LLM Foundry normalises queries and keys by a LayerNorm of eps 1e-5, "
-            f"whatever norm_type={config.norm_type} and norm_eps={config.norm_eps} say; a model with both is not supported"
+            f"whatever norm_type={config.norm_type} and norm_eps={config.norm_eps} say; this framework cannot have both"
         )
 
 
