@@ -24,6 +24,7 @@ setup(
     ],
     packages=find_packages(include=["llmfoundry", "llmfoundry.*"]),
     package_data={"llmfoundry.report": ["assets/*"]},
+    entry_points={"console_scripts": ["llmfoundry = llmfoundry.cli.main:run"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
@@ -33,11 +34,13 @@ setup(
         "pyyaml>=6.0",
         "pydantic>=2.7",
         "transformers>=5.0",
+        "datasets>=3",
         "tokenizers>=0.22",
         "pyarrow>=17",
         "zstandard>=0.22",
         "safetensors>=0.5",
         "rich>=13",
+        "click>=8.1",
         "wandb>=0.19",
         "tensorboard>=2.18",
     ],
@@ -55,6 +58,7 @@ setup(
         ],
         "mds": ["cramjam>=2.8"],  # MDS shards compressed by Brotli or Snappy
         "gguf": ["gguf>=0.18"],  # llama.cpp's files in
+        "lm-eval": ["lm-eval>=0.4.13"],  # eval.py --tasks
         # For a torch that came without Triton (CPU builds): the kernels' tests then run in Triton's
         # interpreter, which fails on numpy >= 2.4. A CUDA build of torch brings its own Triton.
         "triton": ['triton==3.6.0; sys_platform == "linux"', "numpy<2.4"],

@@ -17,6 +17,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Set
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypeVar, get_args
 
@@ -41,6 +42,10 @@ class ConfigError(ValueError):
     """A mistake of the user's: shown as it is, without a traceback, with exit code 2."""
 
 
+class ResourceError(RuntimeError):
+    """The machine is too small for the run: shown as it is, without a traceback, with exit code 1."""
+
+
 class Config(BaseModel):
     """A frozen block of settings. Unknown keys and wrong types are errors, never repaired."""
 
@@ -53,12 +58,15 @@ class Config(BaseModel):
         allow_inf_nan=False,  # a nan passes no comparison, so it would slip by every bound that is written as one
     )
 
-    SYNONYMS: ClassVar[dict[str, str]] = {}  # other frameworks' words for a key, and its dotted path
+    SYNONYMS: ClassVar[dict[str, str]] = {}  # other frameworks' words for a key, and its dotted path: for hints
+    ALIASES: ClassVar[dict[str, str]] = {}  # other words for keys of this block, which are accepted
 
     @model_validator(mode="wrap")
     @classmethod
     def _name_unknown_keys(cls, data: Any, check: ModelWrapValidatorHandler[Self]) -> Self:
         """Report unknown keys together with all other mistakes."""
+        if isinstance(data, dict):
+            data = cls._in_own_words(data)
         unknown = [key for key in data if key not in cls.model_fields] if isinstance(data, dict) else []
         if not unknown:
             return check(data)
@@ -68,6 +76,13 @@ class Config(BaseModel):
         except ValidationError as error:
             mistakes += _mistakes(error)
         raise PydanticCustomError("several", "several mistakes", {"mistakes": mistakes})
+
+    @classmethod
+    def _in_own_words(cls, data: dict[str, object]) -> dict[str, object]:
+        for alias, own in cls.ALIASES.items():
+            if alias in data and own in data:
+                raise ValueError(f"{alias} and {own} are the same; keep one")
+        return {cls.ALIASES.get(key, key): value for key, value in data.items()}
 
     @classmethod
     def keys(cls, data: Mapping[str, object]) -> Set[str]:
@@ -348,22 +363,37 @@ def dump(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def local_path(path: str) -> str:
+def is_url(path: str) -> bool:
+    """Whether a path names another machine or a store: `s3://bucket/folder`."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path) is not None
+
+
+# What a name of a file or folder may hold; `Run.filled` puts the values in.
+PLACEHOLDERS = ("run_name", "rank", "local_rank", "world_size", "epoch", "batch", "token", "sample")
+
+
+def local_path(path: str, placeholders: tuple[str, ...] = ()) -> str:
     """The path with `~` expanded.
+
+    Args:
+        placeholders: those that are filled in later, beside `{run_name}`, which already is.
 
     Raises:
         ValueError: it is a URL, or has a placeholder that nothing fills in.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path):
+    if is_url(path):
         raise ValueError(
             f"{path} is a URL, and only paths of this machine can be used; copy it to or from a folder here"
         )
-    if found := re.search(r"\{\w*\}", path):
-        raise ValueError(f"{path} has the placeholder {found[0]}, which is not known here; known: {{run_name}}")
+    for found in re.findall(r"\{(\w*)\}", path):
+        if found not in placeholders:
+            known = ", ".join(f"{{{name}}}" for name in placeholders or ("run_name",))
+            raise ValueError(f"{path} has the placeholder {{{found}}}, which is not known here; known: {known}")
     return os.path.expanduser(path)
 
 
 LocalPath = Annotated[str, AfterValidator(local_path)]  # of a file or folder; `~` is the home directory
+PathPattern = Annotated[str, AfterValidator(partial(local_path, placeholders=PLACEHOLDERS))]  # it may differ by step
 
 
 def import_code(paths: list[str]) -> None:

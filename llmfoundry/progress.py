@@ -15,7 +15,7 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-Unit = Literal["bytes", "tokens"]
+Unit = Literal["bytes", "tokens", "samples"]
 SECONDS_BETWEEN_LINES = 10.0
 
 

@@ -105,9 +105,56 @@ def barrier() -> None:
         dist.barrier()
 
 
+class OutOfMemory(RuntimeError):
+    """Some rank ran out of memory in `together`; raised on all of them."""
+
+
+class _Elsewhere(RuntimeError):
+    """Another rank has run out of memory, and does not come to the collective that this one is about to begin."""
+
+
+_meeting = False
+
+
+def meet() -> None:
+    """Called before each collective of a forward or backward. Inside `together`, all ranks leave it here if one has to.
+
+    It costs a reduction on the host, but only inside `together`.
+    """
+    if _meeting and any_rank(False):
+        raise _Elsewhere
+
+
+def together(run: Callable[[], T]) -> T:
+    """Run a forward and backward that all ranks leave together when one runs out of memory.
+
+    Every collective in it must be preceded by `meet` on every rank, so that none waits for a rank that has left.
+
+    Raises:
+        OutOfMemory: on every rank. What `run` held is free by then.
+    """
+    global _meeting
+    _meeting, why, told = world_size() > 1, "", False
+    try:
+        result = run()
+    except torch.OutOfMemoryError as error:
+        why = str(error)
+    except _Elsewhere:
+        why, told = "on another rank", True
+    finally:
+        _meeting = False
+    # Out of the handlers, where the traceback would keep every tensor of the frames.
+    if not told and any_rank(bool(why)):
+        why = why or "on another rank"
+    if why:
+        raise OutOfMemory(why)
+    return result
+
+
 def all_reduce_sum(tensor: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """Sum `tensor` over the ranks of `group` (None: all ranks), in place; in a single process it stays as it is."""
     if dist.is_initialized():
+        meet()
         dist.all_reduce(tensor, group=group)
     return tensor
 

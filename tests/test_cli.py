@@ -70,7 +70,7 @@ def test_dry_run_says_whether_it_fits(recipe: Path, capsys: pytest.CaptureFixtur
         ("model.expansion_ratio=.inf", "model.expansion_ratio: input should be a finite number, found inf"),
         ("parallel.recompute_save=[aten.mm]", "recompute_save is for recompute: selective, not none"),
         ("train_loader=[]", "train_loader=[]: does not fit the value that is there"),
-        ("eval_first=true", "eval_first=true has no text to evaluate on; add an eval_loader"),
+        ("eval_first=true", "eval_first=true has no text to evaluate on; add an eval_loader, or icl_tasks"),
         ("precision=bf16", "precision: input should be 'fp32' or 'amp_bf16' or 'auto', found 'bf16'"),
         (
             "device_train_microbatch_size=all",

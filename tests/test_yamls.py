@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import llmfoundry.callbacks  # noqa: F401  registers those that the YAMLs name
 from llmfoundry.cli.train import train_main
 from llmfoundry.config import check
 from llmfoundry.settings import load_yaml
@@ -123,7 +124,9 @@ def test_two_steps_shrunk(path: Path, tmp_path: Path) -> None:
     assert train_main([str(tmp_path / path.name)]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     costs = [value for key, value in summary.items() if key.endswith("nats_per_token")]
-    assert summary["steps"] == 2 and all(map(math.isfinite, costs)) and (costs or path.stem == "finetune")
+    assert (
+        summary["steps"] == 2 and all(map(math.isfinite, costs)) and (costs or path.stem in ("finetune", "lora", "dpo"))
+    )
 
 
 def _shrunk_data(name: str, text: dict[str, object], folder: Path) -> dict[str, object]:
@@ -134,7 +137,14 @@ def _shrunk_data(name: str, text: dict[str, object], folder: Path) -> dict[str, 
                     for part in parts]  # fmt: skip
         return {"train_loader.dataset": None, "train_loader.datasets": parts, "eval_loader": None,
                 "eval_loaders": held_out}  # fmt: skip
-    if name == "finetune":
+    if name == "dpo":
+        (folder / "pairs").mkdir()
+        pairs = [{"prompt": f"{i} + 1 =", "chosen": f" {i + 1}", "rejected": f" {i}"} for i in range(40)]
+        (folder / "pairs" / "train.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        pairs_here = {"path": str(folder / "pairs"), "split": "train", "cache_dir": str(folder / "cache")}
+        return {"train_loader.dataset": pairs_here, "load_path": None, "load_weights_only": False,
+                "eval_loader": None}  # fmt: skip
+    if name in ("finetune", "lora"):
         (folder / "chats").mkdir()
         lines = "".join(json.dumps({"prompt": f"{i} + 1 =", "response": f" {i + 1}"}) + "\n" for i in range(40))
         (folder / "chats" / "train.jsonl").write_text(lines)

@@ -1,31 +1,7 @@
 """Monitors and loggers: one file each. Importing this package registers them; nobody imports them singly."""
 
-from llmfoundry.callbacks import (
-    console,
-    expert_load,
-    lr_monitor,
-    memory_monitor,
-    memory_snapshot,
-    nan_monitor,
-    profiler,
-    report,
-    sample_text,
-    speed_monitor,
-    tensorboard,
-    wandb,
-)
+import importlib
+import pkgutil
 
-__all__ = [
-    "console",
-    "expert_load",
-    "lr_monitor",
-    "memory_monitor",
-    "memory_snapshot",
-    "nan_monitor",
-    "profiler",
-    "report",
-    "sample_text",
-    "speed_monitor",
-    "tensorboard",
-    "wandb",
-]
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_file.name}")

@@ -10,6 +10,8 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from llmfoundry import runtime
+from llmfoundry.eval.gauntlet import COMPOSITE
+from llmfoundry.eval.icl import PREFIX
 from llmfoundry.train.callback import Callback, Metrics, Run
 from llmfoundry.train.run import EVALUATED, is_evaluated
 
@@ -74,6 +76,16 @@ class Console(Callback):
             self.progress.stop()
 
 
+def tasks_line(metrics: Metrics) -> list[str]:
+    """Of tasks: what the gauntlet makes of them, or without one the accuracy of each, categories left out."""
+    found = {key.removeprefix(COMPOSITE): value for key, value in metrics.items() if key.startswith(COMPOSITE)}
+    for key, value in metrics.items() if not found else ():
+        task, _, metric = key.removeprefix(PREFIX).rpartition("/")
+        if key.startswith(PREFIX) and metric.endswith("Accuracy") and task.count("/") == 1:
+            found[task] = value
+    return [f"{name} {value:.4f}" for name, value in found.items()]
+
+
 def line(metrics: Metrics, total_steps: int, seconds_left: float | None = None) -> str:
     """The few numbers of a step that one wants to see go by."""
     parts = [f"step {metrics['step']:>{len(str(total_steps))}}/{total_steps}"]
@@ -94,6 +106,7 @@ def line(metrics: Metrics, total_steps: int, seconds_left: float | None = None) 
         label, _, name = key.removeprefix(EVALUATED).partition("/")
         if key.startswith(EVALUATED) and name == "LanguageCrossEntropy":
             parts.append(f"{label} {value:.4f}")
+    parts += tasks_line(metrics)
     if seconds_left:
         parts.append(f"{datetime.timedelta(seconds=round(seconds_left))} left")
     return "  ".join(parts)

@@ -13,9 +13,9 @@ class LRMonitorConfig(CallbackConfig, names=("lr_monitor",)):
 
 
 class LRMonitor(Callback):
-    """Adds `lr-AdamW/group0` and so on; `lr`, of the first group, is always there."""
+    """Adds `lr-DecoupledAdamW/group0` and so on: 1 is the first of `optimizer.param_groups`, 0 is the rest."""
 
     def step_end(self, trainer: Run, metrics: Metrics) -> None:
         name = type(trainer.optimizer).__name__
         for i, group in enumerate(trainer.optimizer.param_groups if "lr" in metrics else ()):
-            metrics[f"lr-{name}/group{i}"] = group["lr"]
+            metrics[f"lr-{name}/group{group.get('number', i)}"] = group["lr"]

@@ -3,27 +3,65 @@
 from __future__ import annotations
 
 import torch
+from pydantic import Field
 
+from llmfoundry import runtime
 from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
+
+KEYS = {
+    "allocated_bytes.all.current": "current_allocated_mem",
+    "active_bytes.all.current": "current_active_mem",
+    "inactive_split_bytes.all.current": "current_inactive_mem",
+    "reserved_bytes.all.current": "current_reserved_mem",
+    "allocated_bytes.all.peak": "peak_allocated_mem",
+    "active_bytes.all.peak": "peak_active_mem",
+    "inactive_split_bytes.all.peak": "peak_inactive_mem",
+    "reserved_bytes.all.peak": "peak_reserved_mem",
+    "num_alloc_retries": "alloc_retries",
+}
 
 
 class MemoryMonitorConfig(CallbackConfig, names=("memory_monitor",)):
-    """Of rank 0."""
+    """Of rank 0, and of all ranks now and then."""
+
+    memory_keys: dict[str, str] | None = None  # torch.cuda.memory_stats' names, and ours; None: all that are below
+    dist_aggregate_batch_interval: int | None = Field(None, ge=1)  # steps: ..._avg, _min and _max over the ranks
 
     def build(self) -> MemoryMonitor:
-        return MemoryMonitor()
+        return MemoryMonitor(self)
 
 
 class MemoryMonitor(Callback):
     """Adds `memory/...` in GB (1e9 bytes), and how often the allocator had to start over."""
 
+    def __init__(self, config: MemoryMonitorConfig) -> None:
+        self.config = config
+
     def step_end(self, trainer: Run, metrics: Metrics) -> None:
         if trainer.device.type != "cuda":
             return
-        stats = torch.cuda.memory_stats(trainer.device)
-        metrics |= {
-            "memory/current_allocated_mem": stats["allocated_bytes.all.current"] / 1e9,
-            "memory/peak_allocated_mem": stats["allocated_bytes.all.peak"] / 1e9,
-            "memory/peak_reserved_mem": stats["reserved_bytes.all.peak"] / 1e9,
-            "memory/alloc_retries": stats["num_alloc_retries"],
-        }
+        found = report(torch.cuda.memory_stats(trainer.device), self.config.memory_keys or KEYS)
+        every = self.config.dist_aggregate_batch_interval
+        if every is not None and trainer.state.step % every == 0:
+            found |= over_ranks(found)
+        metrics |= {f"memory/{name}": value for name, value in found.items()}
+
+
+def report(stats: dict[str, float], keys: dict[str, str]) -> dict[str, float]:
+    """The statistics that are there under our names, those in bytes in GB."""
+    return {
+        name: stats[key] / 1e9 if "bytes" in key else stats[key] for key, name in keys.items() if key in stats
+    }  # fmt: skip
+
+
+def over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """`NAME_avg`, `NAME_min` and `NAME_max` over all ranks, which call this together."""
+    rows = torch.zeros(runtime.world_size(), len(values), dtype=torch.float64)
+    rows[runtime.rank()] = torch.tensor(list(values.values()), dtype=torch.float64)
+    runtime.all_reduce_sum(rows)
+    found: dict[str, float] = {}
+    for name, column in zip(values, rows.T, strict=True):
+        found |= {
+            f"{name}_avg": float(column.mean()), f"{name}_min": float(column.min()), f"{name}_max": float(column.max()),
+        }  # fmt: skip
+    return found

@@ -3,6 +3,8 @@
 callbacks:
   memory_snapshot: {interval: 100ba}   # `save_folder/memory/step-100-rank-0.pickle`; without an interval, only
                                        # `out-of-memory-rank-R.pickle` when an allocation fails
+
+Composer's keys name other files: {folder: "{run_name}/torch_traces", filename: "rank{rank}.{batch}.memory_snapshot"}.
 """
 
 from __future__ import annotations
@@ -11,11 +13,11 @@ import logging
 from pathlib import Path
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from llmfoundry import runtime
+from llmfoundry.config import PathPattern
 from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
-from llmfoundry.train.duration import Duration
+from llmfoundry.train.duration import Interval
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +25,20 @@ log = logging.getLogger(__name__)
 class MemorySnapshotConfig(CallbackConfig, names=("memory_snapshot", "oom_observer")):
     """Records every allocation with its stack; a few percent slower. Does nothing on a CPU."""
 
-    interval: Duration | None = None  # None: only when memory runs out
+    interval: Interval | None = None  # None: only when memory runs out
+    skip_batches: int = Field(0, ge=0)  # steps before the first file
+    folder: PathPattern | None = None  # None: save_folder/memory
+    filename: PathPattern | None = None  # {rank}, {batch} and others are filled in
+    remote_file_name: str | None = None  # not supported: files stay here
+    overwrite: bool = False  # not needed: each step has its own file
     max_entries: int = Field(100_000, ge=1)  # allocations kept
+
+    @field_validator("remote_file_name")
+    @classmethod
+    def _stays_here(cls, value: str | None) -> str | None:
+        if value:
+            raise ValueError("files are not uploaded here; leave it out")
+        return value
 
     def build(self) -> MemorySnapshot:
         return MemorySnapshot(self)
@@ -42,7 +56,7 @@ class MemorySnapshot(Callback):
             return
         torch.cuda.memory._record_memory_history(max_entries=self.config.max_entries)
         self._recording = True
-        path = self._path(trainer, "out-of-memory")
+        path = self.path(trainer, "out-of-memory")
 
         def out_of_memory(device: int, asked: int, total: int, free: int) -> None:
             log.error("out of memory: %.2f GiB asked for, %.2f GiB free of %.2f; who held it: %s",
@@ -52,21 +66,24 @@ class MemorySnapshot(Callback):
         torch._C._cuda_attach_out_of_memory_observer(out_of_memory)  # type: ignore[attr-defined]
 
     def step_end(self, trainer: Run, metrics: Metrics) -> None:
-        due = self.config.interval is not None and trainer.timeline.due(self.config.interval, trainer.state.step)
-        if self._recording and due:
-            self._dump(self._path(trainer, f"step-{trainer.state.step}"))
+        step = trainer.state.step
+        due = self.config.interval is not None and trainer.timeline.due(self.config.interval, step)
+        if self._recording and due and step > self.config.skip_batches:
+            self._dump(self.path(trainer, f"step-{step}", self.config.filename))
 
     def close(self) -> None:
         if self._recording:
             torch.cuda.memory._record_memory_history(enabled=None)
             self._recording = False
 
-    def _path(self, trainer: Run, name: str) -> Path:
-        return Path(trainer.config.save_folder) / "memory" / f"{name}-rank-{runtime.rank()}.pickle"
+    def path(self, trainer: Run, name: str, pattern: str | None = None) -> Path:
+        """Where a file goes."""
+        folder = self.config.folder or str(Path(trainer.config.save_folder) / "memory")
+        return Path(trainer.filled(folder)) / trainer.filled(pattern or f"{name}-rank-{{rank}}.pickle")
 
     def _dump(self, path: Path) -> None:
         try:
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.cuda.memory._dump_snapshot(str(path))
         except OSError as error:
             log.warning("%s cannot be written: %s; the run goes on", path, error.strerror)

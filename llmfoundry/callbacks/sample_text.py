@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
+from typing import NamedTuple
 
 from pydantic import Field
 
@@ -50,20 +51,44 @@ class SampleText(Callback):
 
     def _sample(self, trainer: Run) -> str:
         config = self.config
-        n_prompt = len(encoded(trainer.tokenizer, config.prompt, trainer.special))
-        room = trainer.config.max_seq_len - n_prompt
-        if room < 1:
-            return f"(none: the prompt has {n_prompt} tokens, and max_seq_len is {trainer.config.max_seq_len})"
-        return generate(
-            trainer.model,
-            trainer.tokenizer,
-            config.prompt,
-            max_new_tokens=min(config.max_new_tokens, room),
-            temperature=config.temperature,
-            top_p=config.top_p,
-            seed=trainer.config.seed,
-            special=trainer.special,
+        return "".join(
+            written(
+                trainer,
+                config.prompt,
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                top_p=config.top_p,
+            )
         )
+
+
+class Written(NamedTuple):
+    """A text of the model's."""
+
+    prompt: str  # as its tokens read
+    continuation: str
+
+
+def written(trainer: Run, prompt: str, *, max_new_tokens: int, temperature: float, top_p: float) -> Written:
+    """What the model writes after a prompt, up to max_seq_len. All ranks call this; the seed is the run's."""
+    n_prompt = len(encoded(trainer.tokenizer, prompt, trainer.special))
+    room = trainer.config.max_seq_len - n_prompt
+    if room < 1:
+        why = f"(none: the prompt has {n_prompt} tokens, and max_seq_len is {trainer.config.max_seq_len})"
+        return Written("", why)
+    pieces: list[str] = []
+    generate(
+        trainer.model,
+        trainer.tokenizer,
+        prompt,
+        max_new_tokens=min(max_new_tokens, room),
+        temperature=temperature,
+        top_p=top_p,
+        seed=trainer.config.seed,
+        special=trainer.special,
+        emit=pieces.append,
+    )
+    return Written(pieces[0], "".join(pieces[1:]))
 
 
 def _compressed(dataset: DatasetConfig) -> str:

@@ -6,10 +6,12 @@ Every run of the command line has one; the YAML sets its window.
 from __future__ import annotations
 
 from collections import deque
+from typing import Literal
 
 from pydantic import Field
 
 from llmfoundry import runtime
+from llmfoundry.callbacks.runtime_estimator import SECONDS
 from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
 
 
@@ -18,13 +20,14 @@ class SpeedMonitorConfig(CallbackConfig, names=("speed_monitor",)):
 
     window_size: int = Field(10, ge=1)
     gpu_flops_available: float | None = Field(None, gt=0)  # FLOP/s of one device; None: from the built-in table
+    time_unit: Literal["seconds", "minutes", "hours", "days"] = "hours"  # of time/train
 
     def build(self) -> SpeedMonitor:
         return SpeedMonitor(self)
 
 
 class SpeedMonitor(Callback):
-    """Adds `throughput/...`, in tokens, steps and model FLOPs per second, in total and per device."""
+    """Adds `throughput/...`: steps, rows, tokens and model FLOPs per second, in total and per device."""
 
     def __init__(self, config: SpeedMonitorConfig) -> None:
         self.config = config
@@ -45,8 +48,12 @@ class SpeedMonitor(Callback):
         flops = tokens * self.flops_per_token
         devices = runtime.world_size()
         metrics |= {
+            "time/train": trainer.train_seconds / SECONDS[self.config.time_unit],
             "throughput/batches_per_sec": steps,
+            "throughput/samples_per_sec": steps * trainer.config.global_train_batch_size,
             "throughput/tokens_per_sec": tokens,
+            "throughput/device/batches_per_sec": steps / devices,
+            "throughput/device/samples_per_sec": steps * trainer.config.global_train_batch_size / devices,
             "throughput/device/tokens_per_sec": tokens / devices,
             "throughput/flops_per_sec": flops,
             "throughput/device/flops_per_sec": flops / devices,

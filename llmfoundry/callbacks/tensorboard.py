@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import Field, field_validator
 from torch.utils.tensorboard import SummaryWriter
 
 from llmfoundry import runtime
 from llmfoundry.config import ConfigError, LocalPath
-from llmfoundry.train.callback import Callback, LoggerConfig, Metrics, Run
+from llmfoundry.train.callback import Callback, LoggerConfig, Metrics, Run, Table
 
 
 class TensorboardConfig(LoggerConfig, names=("tensorboard",)):
     """Where the event files go."""
 
     log_dir: LocalPath | None = None
+    flush_interval: int = Field(100, ge=1)  # steps; what is not on disk yet is not shown
+    rank_zero_only: bool = True  # not supported otherwise: metrics are of all ranks, and rank 0 logs them
+
+    @field_validator("rank_zero_only")
+    @classmethod
+    def _one_rank_logs(cls, value: bool) -> bool:
+        if not value:
+            raise ValueError("metrics are of all ranks, and rank 0 logs them; write true")
+        return value
 
     def build(self) -> Tensorboard:
         runtime.on_rank0(self._make_folder)
@@ -47,6 +57,14 @@ class Tensorboard(Callback):
             for key, value in metrics.items():
                 if key != "step" and not isinstance(value, list):
                     self.writer.add_scalar(key, value, trainer.state.step)
+            if trainer.state.step % self.config.flush_interval == 0:
+                self.writer.flush()
+
+    def table(self, trainer: Run, table: Table) -> None:
+        if self.writer is not None:
+            head = ["| " + " | ".join(table.columns) + " |", "|---" * len(table.columns) + "|"]
+            body = ["| " + " | ".join(cell.replace("\n", " ") for cell in row) + " |" for row in table.rows]
+            self.writer.add_text(table.name, "\n".join(head + body), trainer.state.step)
 
     def close(self) -> None:
         if self.writer is not None:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import urllib.error
-import urllib.request
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import field_validator
+
 from llmfoundry import runtime
+from llmfoundry.callbacks.reach import why_unreachable
 from llmfoundry.config import ConfigError, dump
-from llmfoundry.train.callback import Callback, LoggerConfig, Metrics, Run
+from llmfoundry.train.callback import Callback, LoggerConfig, Metrics, Run, Table
 
 if TYPE_CHECKING:
     import wandb
 
 OFFLINE = "or log without an account: WANDB_MODE=offline before the command"
-SECONDS_TO_REACH = 10.0
 RUN_ID = "wandb-run-id"  # a file in the save_folder
 
 
@@ -25,9 +25,27 @@ class WandbConfig(LoggerConfig, names=("wandb",)):
 
     project: str | None = None
     entity: str | None = None
+    run_name: str | None = None  # in W&B (LLM Foundry's `name`); None: that of the run
     group: str | None = None
     tags: list[str] = []
+    init_kwargs: dict[str, object] = {}  # other arguments of wandb.init, e.g. {notes: ..., job_type: ...}
+    log_artifacts: bool = False  # not supported: checkpoints are not uploaded
+    rank_zero_only: bool = True  # not supported otherwise: metrics are of all ranks, and rank 0 logs them
     mode: Literal["online", "offline", "disabled"] | None = None  # None: as $WANDB_MODE says
+
+    @field_validator("log_artifacts")
+    @classmethod
+    def _uploads_nothing(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("checkpoints are not uploaded here; write false, and copy save_folder/checkpoints")
+        return value
+
+    @field_validator("rank_zero_only")
+    @classmethod
+    def _one_rank_logs(cls, value: bool) -> bool:
+        if not value:
+            raise ValueError("metrics are of all ranks, and rank 0 logs them; write true")
+        return value
 
     def build(self) -> Wandb:
         runtime.on_rank0(self._log_in)
@@ -56,15 +74,8 @@ class WandbConfig(LoggerConfig, names=("wandb",)):
                 f"loggers.wandb: {' '.join(str(error).split())} (run `wandb login` once, {OFFLINE})"
             ) from None
         server = wandb.setup().settings.base_url
-        try:
-            urllib.request.urlopen(server, timeout=SECONDS_TO_REACH).close()
-        except urllib.error.HTTPError:
-            pass  # it answers
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            raise ConfigError(
-                f"loggers.wandb: {server} cannot be reached: {reason} (mend the connection, {OFFLINE})"
-            ) from None
+        if reason := why_unreachable(server):
+            raise ConfigError(f"loggers.wandb: {server} cannot be reached: {reason} (mend the connection, {OFFLINE})")
 
 
 class Wandb(Callback):
@@ -79,18 +90,34 @@ class Wandb(Callback):
             return
         import wandb
 
-        self.run = wandb.init(
-            project=self.config.project,
-            entity=self.config.entity,
-            group=self.config.group,
-            tags=self.config.tags or None,
-            mode=self.config.mode,
-            name=trainer.config.run_name,
-            id=_run_id(Path(trainer.config.save_folder) / RUN_ID),
-            resume="allow" if self.config.is_online() else None,
-            dir=trainer.config.save_folder,
-            config=dump(trainer.config),
-        )
+        own: dict[str, object] = {
+            "project": self.config.project,
+            "entity": self.config.entity,
+            "group": self.config.group,
+            "tags": self.config.tags,
+            "mode": self.config.mode,
+            "name": self.config.run_name,
+        }
+        settings: dict[str, object] = {
+            "name": trainer.config.run_name,
+            "id": _run_id(Path(trainer.config.save_folder) / RUN_ID),
+            "resume": "allow" if self.config.is_online() else None,
+            "dir": trainer.config.save_folder,
+            "config": dump(trainer.config),
+        }
+        given = {key: value for key, value in own.items() if value}
+        self.run = wandb.init(**settings | self.config.init_kwargs | given)  # type: ignore[arg-type]
+
+    def table(self, trainer: Run, table: Table) -> None:
+        if self.run is not None:
+            import wandb
+
+            # Before the metrics of the same step, which complete it.
+            self.run.log(
+                {table.name: wandb.Table(columns=list(table.columns), data=table.rows)},
+                step=trainer.state.step,
+                commit=False,
+            )
 
     def step_end(self, trainer: Run, metrics: Metrics) -> None:
         if self.run is not None:

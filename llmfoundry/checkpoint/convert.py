@@ -33,6 +33,7 @@ from llmfoundry.checkpoint.reading import (
     read,
 )
 from llmfoundry.config import ConfigError, check, dump
+from llmfoundry.hf.adapters import peft_names
 from llmfoundry.hf.family import write_config
 from llmfoundry.hf.files import DTYPE_NAMES, FillBox, Placed, new_folder, shards, write_files
 from llmfoundry.hf.generation import GENERATION, read_generation
@@ -41,13 +42,12 @@ from llmfoundry.hf.pretrained import (
     Progress,
     open_checkpoint,
     our_shapes,
-    pieces_of,
     write_checkpoint,
 )
 from llmfoundry.hf.tokenizer import copy_tokenizer, name_for_transformers_4, tokenizer_of
 from llmfoundry.hf.upcycle import Upcycling, upcycle, upcycled_config
 from llmfoundry.layers.lora import adapted
-from llmfoundry.model.adapters import PeftPart, save_peft
+from llmfoundry.model.adapters import save_peft
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.settings import write_resolved
@@ -180,19 +180,7 @@ def adapters_to_peft(source: str | Path, out: Path, base_model: str | None = Non
     if config.lora is None:
         raise ConfigError(f"{contents.path}: has no adapters (model.lora)")
     family, _ = write_config(_base(config))
-    copies = pieces_of(family, _base(config), "stacked" if "stacked" in family.layouts else family.layouts[0]).reading()
-
-    def names(name: str) -> list[PeftPart]:
-        """Where a weight of ours stands, in the names of the live model: rows of theirs are rows of ours."""
-        found = []
-        for copy in copies[name if name in copies else f"{name}.weight"]:
-            rows = copy.target.axes[-2]
-            if [axis.dim for axis in copy.source.axes] != sorted(axis.dim for axis in copy.source.axes):
-                raise ConfigError(f"{family.model_type}: {name} is stored transposed there; peft cannot adapt it so")
-            size = copy.sizes[len(copy.sizes) - 2]
-            found.append(PeftPart(copy.source.name.removesuffix(".weight"), slice(rows.start, rows.start + size)))
-        return found
-
+    names = peft_names(family, _base(config))
     with torch.device("meta"):
         model = config.build()
     model = model.to_empty(device="cpu")

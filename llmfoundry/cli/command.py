@@ -17,10 +17,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from llmfoundry import launch
-from llmfoundry.config import ConfigError, check, drop_replaced, import_code
+from llmfoundry.config import ConfigError, ResourceError, check, drop_replaced, import_code
 from llmfoundry.integrations.foundry_yaml import translate
 from llmfoundry.settings import load_settings
 
@@ -52,12 +52,17 @@ def command(run: Callable[[Sequence[str] | None], None]) -> Command:
                 time.sleep(HEAD_START)
             _tell_torchrun(f"error: {error}")
             return 2
+        except ResourceError as error:
+            print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+            _tell_torchrun(f"error: {error}")
+            return 1
         except KeyboardInterrupt:
             print(f"{rank}interrupted", file=sys.stderr)
             return 1
-        except Exception:
-            print(f"{rank}{traceback.format_exc()}", file=sys.stderr, flush=True)
-            _tell_torchrun(traceback.format_exc())
+        except Exception as error:
+            why = _out_of_memory(error) or traceback.format_exc()
+            print(f"{rank}{why}", file=sys.stderr, flush=True)
+            _tell_torchrun(why)
             return 1
         if "torch" in sys.modules:
             from llmfoundry import runtime
@@ -66,6 +71,13 @@ def command(run: Callable[[Sequence[str] | None], None]) -> Command:
         return 0
 
     return main
+
+
+def _out_of_memory(error: Exception) -> str:
+    """One line for a device whose memory is full; empty for any other error."""
+    torch = sys.modules.get("torch")
+    is_full = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return f"error: out of memory: {' '.join(str(error).split())}" if is_full else ""
 
 
 def _tell_torchrun(why: str) -> None:
@@ -79,11 +91,31 @@ def _tell_torchrun(why: str) -> None:
         time.sleep(1.0)
 
 
-def read_run_config(path: str, overrides: list[str]) -> RunConfig:
-    """A YAML file as a checked config; LLM Foundry's legacy words are translated, with a note each."""
+def program(name: str, script: str | None = None) -> str:
+    """What a command is called in its own messages: `llmfoundry train`, or `train.py` as a script."""
+    return f"llmfoundry {name}" if Path(sys.argv[0]).name == "llmfoundry" else script or f"{name}.py"
+
+
+class Translated(NamedTuple):
+    """A YAML file in our words, not yet checked.
+
+    Attributes:
+        given: the file with its overrides, as they were written.
+        data: the same in our words.
+        notes: a line for each thing that was translated or left out, which begins by its dotted path.
+    """
+
+    given: dict[str, object]
+    data: dict[str, object]
+    notes: list[str]
+
+
+def read_translated(path: str, overrides: list[str]) -> Translated:
+    """A YAML file in our words; LLM Foundry's are translated, with a note each."""
     settings = load_settings(path, overrides)
     # Only now is torch imported: all mistakes in the file's form have been reported.
     import llmfoundry.callbacks  # noqa: F401  registers all monitors and loggers
+    from llmfoundry.eval.icl import with_tasks_read
     from llmfoundry.train.config import RunConfig
 
     paths = settings.data.get("code_paths") or []
@@ -92,6 +124,15 @@ def read_run_config(path: str, overrides: list[str]) -> RunConfig:
     import_code(paths)
     data, dropped = drop_replaced(RunConfig, *settings)
     data, notes = translate(data)
-    for note in (*dropped, *notes):
+    data = with_tasks_read(data, Path(path).parent)
+    return Translated(settings.data, data, [*dropped, *notes])
+
+
+def read_run_config(path: str, overrides: list[str]) -> RunConfig:
+    """A YAML file as a checked config; LLM Foundry's legacy words are translated, with a note each."""
+    translated = read_translated(path, overrides)
+    from llmfoundry.train.config import RunConfig
+
+    for note in translated.notes:
         log.info("%s", note)
-    return check(RunConfig, data)
+    return check(RunConfig, translated.data)

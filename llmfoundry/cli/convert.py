@@ -7,13 +7,15 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from llmfoundry.checkpoint import convert
-from llmfoundry.cli.command import command
+from llmfoundry.cli.command import command, program
+from llmfoundry.cli.foundry import convert_words
 from llmfoundry.config import check
 from llmfoundry.hf.upcycle import Upcycling
 from llmfoundry.integrations.composer_checkpoint import from_composer
@@ -23,7 +25,7 @@ from llmfoundry.settings import from_dotlist
 @command
 def convert_main(argv: Sequence[str] | None = None) -> None:
     """`convert.py from-hf | from-composer | to-hf | upcycle SOURCE OUT`: between others' checkpoints and ours."""
-    parser = argparse.ArgumentParser(prog="convert.py", description="Convert checkpoints, as streams.")
+    parser = argparse.ArgumentParser(prog=program("convert"), description="Convert checkpoints, as streams.")
     ways = parser.add_subparsers(dest="way", required=True)
     into = ways.add_parser("from-hf", help="a Hugging Face folder or hub id, as a checkpoint of ours")
     composer = ways.add_parser("from-composer", help="a checkpoint of LLM Foundry or Composer, as one of ours")
@@ -39,7 +41,7 @@ def convert_main(argv: Sequence[str] | None = None) -> None:
     back.add_argument("--base-model", help="for --adapters: what they adapt")
     grow_.add_argument("--seed", type=int, default=17)
     grow_.add_argument("plan", nargs="+", metavar="key=value", help="moe_num_experts=8 moe_top_k=2 granularity=1 ...")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(convert_words(argv))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on two shared cores, two threads copied 2 to 4 times more slowly
     try:
@@ -61,10 +63,23 @@ def _convert(args: argparse.Namespace) -> None:
         convert.adapters_to_peft(args.source, args.out, args.base_model)
     else:
         dtype = getattr(torch, args.dtype) if args.dtype else None
-        convert.to_hf(args.source, args.out, _progress, dtype, args.model_type)
+        with _ours(args.source) as source:
+            convert.to_hf(source, args.out, _progress, dtype, args.model_type)
     if args.way != "to-hf":
         print(f"{config.n_params():,} parameters, {config.n_active_params():,} active; to go on from them:")
         print(f"  train.py {args.out / 'config.yaml'} load_path={args.out} load_weights_only=true")
+
+
+@contextmanager
+def _ours(source: str) -> Iterator[str]:
+    """A checkpoint of ours: the source itself, or what a checkpoint of Composer becomes for the time being."""
+    path = Path(source)
+    if not path.is_file() and not (path / ".metadata").is_file():
+        yield source
+        return
+    with TemporaryDirectory(dir=path.parent) as folder:
+        from_composer(path, Path(folder) / "ours", None, _progress)
+        yield str(Path(folder) / "ours")
 
 
 @contextmanager

@@ -7,117 +7,34 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
 
 from llmfoundry import launch
-from llmfoundry.cli.command import command, read_run_config
+from llmfoundry.cli.command import command, program
+from llmfoundry.cli.evaluation import TaskOptions, evaluate_by_tasks, evaluate_opened, evaluate_yaml
+from llmfoundry.cli.foundry import generate_words
+from llmfoundry.cli.opening import Opened, open_checkpoint
 from llmfoundry.config import ConfigError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from llmfoundry.checkpoint.reading import Contents
-    from llmfoundry.data.tokenizer import SpecialTokens
-    from llmfoundry.model.transformer import CausalLM, CausalLMConfig
-    from llmfoundry.parallel.mesh import Mesh
-    from llmfoundry.train.config import RunConfig
 
 # The settings of a run that are read where its checkpoint is used: no other override could take effect.
 GENERATING = "code_paths", "model", "precision", "parallel", "load_path"  # load_path: where the base of adapters is now
 EVALUATING = (
-    *GENERATING, "eval_loader", "eval_loaders", "max_seq_len", "device_eval_batch_size", "eval_subset_num_batches"
+    *GENERATING, "eval_loader", "eval_loaders", "max_seq_len", "device_eval_batch_size", "eval_subset_num_batches",
+    "icl_tasks", "eval_gauntlet", "icl_seq_len", "icl_subset_num_batches",
 )  # fmt: skip
-
-
-class Opened(NamedTuple):
-    """A checkpoint, ready for inference on this process's device."""
-
-    config: RunConfig
-    contents: Contents
-    model: CausalLM
-    mesh: Mesh
-    tokenizer: PreTrainedTokenizerBase
-    special: SpecialTokens
-
-
-def _open_checkpoint(folder: str, overrides: list[str], keys: Sequence[str]) -> Opened:
-    """Load a checkpoint's model and tokenizer; all ranks together.
-
-    Args:
-        overrides: applied to its config; the weights must still fit the model.
-        keys: what may be overridden.
-    """
-    from llmfoundry import runtime
-    from llmfoundry.checkpoint.manifest import CONFIG, CONVERTED
-    from llmfoundry.checkpoint.reading import load_model_only, read
-    from llmfoundry.hf.pretrained import tokenizer_of
-    from llmfoundry.model.transformer import CausalLMConfig
-    from llmfoundry.train.config import RunConfig
-    from llmfoundry.train.resume import with_rule_of
-    from llmfoundry.train.trainer import check_device
-
-    for item in overrides:
-        key = re.split(r"[.:=[]", item.removeprefix("~"), maxsplit=1)[0]
-        if key not in keys and key in RunConfig.model_fields:
-            raise ConfigError(f"{item}: cannot be changed here; you can change: {', '.join(keys)}")
-    place = runtime.start()
-    contents = read(folder)
-    # What a conversion wrote is for editing; the settings of its weights are on record beside it.
-    settings = CONVERTED if CONVERTED in contents.files else CONFIG
-    config = read_run_config(str(contents.path / settings), overrides)
-    assert isinstance(config.model, CausalLMConfig)
-    check_device(config.model, place, config.precision_on(place.type))
-    tokenizer = tokenizer_of(contents.tokenizer) if contents.tokenizer is not None else None
-    if tokenizer is None:
-        raise ConfigError(f"{contents.path}: holds no tokenizer")
-    special = with_rule_of(config.tokenizer, contents).special_tokens(tokenizer)
-    model, mesh = _build(config, config.model)
-    moved = config.load_path if config.load_path != contents.config.get("load_path") else None
-    load_model_only(contents, model, base_path=moved)
-    return Opened(config, contents, model.eval(), mesh, tokenizer, special)
-
-
-def _build(config: RunConfig, model_config: CausalLMConfig) -> tuple[CausalLM, Mesh]:
-    """The model without its weights: whole in one process, sharded over several."""
-    import torch
-
-    from llmfoundry import runtime
-    from llmfoundry.model.transformer import cast_parameters
-    from llmfoundry.parallel.apply import parallelize
-    from llmfoundry.parallel.expert import n_experts
-    from llmfoundry.parallel.mesh import ParallelConfig, build_mesh, plan_mesh
-
-    place = runtime.device()
-    precision = config.precision_on(place.type)
-    experts = n_experts(model_config)
-    with torch.device("meta"):
-        model = model_config.build()
-    if launch.world_size() == 1:
-        if precision == "amp_bf16":  # weights are saved in float32; a GPU computes as in the run
-            cast_parameters(model, torch.bfloat16)
-        return model.to_empty(device=place), build_mesh(ParallelConfig(), place.type, experts)
-    update = {"compile": False, "recompute": "none", "recompute_save": None, "cpu_offload": False}
-    parallel = config.parallel.model_copy(update=update)
-    try:
-        plan_mesh(parallel, launch.world_size(), experts)
-    except ConfigError:  # the run had another number of processes
-        parallel = ParallelConfig(compile=False)
-    mesh = build_mesh(parallel, place.type, experts)
-    return parallelize(model, mesh, parallel, precision).to_empty(device=place), mesh
+CHECKPOINT = "a checkpoint, a run's save_folder (its newest), a Hugging Face folder or GGUF file, or hf:<hub id>"
 
 
 @command
 def generate_main(argv: Sequence[str] | None = None) -> None:
     """`generate.py --checkpoint DIR --prompt TEXT [key=value ...]`."""
-    parser = argparse.ArgumentParser(prog="generate.py", description="Write text with a trained model.")
-    parser.add_argument("--checkpoint", required=True, help="a checkpoint, or the save_folder of a run (its newest)")
+    parser = argparse.ArgumentParser(prog=program("generate"), description="Write text with a trained model.")
+    parser.add_argument("--checkpoint", required=True, help=CHECKPOINT)
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="e.g. model.ffn_config.moe_impl=auto"
     )
-    parser.add_argument("--prompt", default="", help="what to continue")
+    parser.add_argument("--prompt", nargs="+", default=[""], metavar="TEXT", help="what to continue; several in turn")
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     parser.add_argument("--top-p", type=float, default=0.95)
@@ -127,31 +44,33 @@ def generate_main(argv: Sequence[str] | None = None) -> None:
         help="read special tokens that the prompt spells as such; default: as in training, and for a converted "
         "checkpoint that was not trained here, yes",
     )  # fmt: skip
-    args = parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(generate_words(argv))
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
         raise ConfigError("--temperature must be a number of 0 or more, --top-p in (0, 1], --max-new-tokens 1 or more")
-    opened = _open_checkpoint(args.checkpoint, args.overrides, GENERATING)
+    opened = open_checkpoint(args.checkpoint, args.overrides, GENERATING)
     from llmfoundry.eval.generate import generate
     from llmfoundry.hf.generation import stop_tokens
-    from llmfoundry.train.resume import is_trained
 
-    parse = args.parse_special
+    ready, parse = opened.ready, args.parse_special
     if parse is None:
-        parse = opened.special.parse or not is_trained(opened.contents)
-    generate(
-        opened.model,
-        opened.tokenizer,
-        args.prompt,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-        special=opened.special._replace(parse=parse),
-        stop=stop_tokens(opened.contents.path),
-        emit=_write if launch.is_rank0() else None,
-    )
-    if launch.is_rank0():
-        _write("\n")
+        parse = ready.special.parse or not opened.trained
+    for number, prompt in enumerate(args.prompt):
+        if number and launch.is_rank0():
+            _write("\n")  # an empty line between texts
+        generate(
+            ready.model,
+            ready.tokenizer,
+            prompt,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed,
+            special=ready.special._replace(parse=parse),
+            stop=stop_tokens(opened.folder),
+            emit=_write if launch.is_rank0() else None,
+        )
+        if launch.is_rank0():
+            _write("\n")
 
 
 def _write(text: str) -> None:
@@ -161,27 +80,54 @@ def _write(text: str) -> None:
 
 @command
 def eval_main(argv: Sequence[str] | None = None) -> None:
-    """`eval.py --checkpoint DIR [key=value ...]`: validation loss of a checkpoint, on its own or another dataset.
+    """`eval.py --checkpoint DIR [key=value ...]`, or `eval.py YAML [key=value ...]` with several models.
 
-    Overrides of `model` take effect as far as the weights fit: another backend, longer contexts, fewer experts per
-    token.
+    What a run evaluates is evaluated: the loss on its texts, and its tasks; or the tasks of a file, or of
+    EleutherAI's lm-evaluation-harness. Overrides of `model` take effect as far as the weights fit: another backend,
+    longer contexts, fewer experts per token.
     """
-    parser = argparse.ArgumentParser(prog="eval.py", description="Validation loss of a checkpoint.")
-    parser.add_argument("--checkpoint", required=True, help="a checkpoint, or the save_folder of a run (its newest)")
+    parser = argparse.ArgumentParser(prog=program("eval"), description="Loss and scores of checkpoints.")
+    parser.add_argument("--checkpoint", help=CHECKPOINT)
     parser.add_argument(
         "overrides",
         nargs="*",
         default=[],
         metavar="key=value",
-        help="e.g. eval_loader.dataset.name=text_files eval_loader.dataset.path=texts/",
+        help="e.g. eval_loader.dataset.name=text_files eval_loader.dataset.path=texts/; "
+        "without --checkpoint, a YAML that lists models comes first",
     )
+    parser.add_argument("--icl-tasks", metavar="FILE", help="a YAML with icl_tasks")
+    parser.add_argument("--gauntlet", metavar="FILE", help="a YAML with eval_gauntlet, for --icl-tasks")
+    parser.add_argument("--tasks", help="tasks of lm-evaluation-harness (pip install lm-eval), e.g. hellaswag,arc_easy")
+    parser.add_argument("--num-fewshot", type=int, help="for --tasks: solved examples; default: each task's own")
+    parser.add_argument("--limit", type=int, help="for --tasks: the first so many questions of each")
+    parser.add_argument("--include-path", metavar="DIR", help="for --tasks: a folder with more of them")
+    parser.add_argument("--output", metavar="FILE", help="also write the scores as JSON")
     args = parser.parse_intermixed_args(argv)
-    config, _, model, mesh, tokenizer, special = _open_checkpoint(args.checkpoint, args.overrides, EVALUATING)
+    options = TaskOptions(
+        args.icl_tasks, args.gauntlet, args.tasks, args.num_fewshot, args.limit, args.include_path, args.output
+    )
+    options.check()
+    if args.checkpoint is None:
+        if not args.overrides or not args.overrides[0].endswith((".yaml", ".yml")):
+            parser.error("the following arguments are required: --checkpoint, or a YAML that lists models")
+        evaluate_yaml(args.overrides[0], args.overrides[1:], options)
+    elif options.icl_tasks or options.tasks:
+        evaluate_by_tasks(args.checkpoint, args.overrides, EVALUATING, options)
+    else:
+        opened = open_checkpoint(args.checkpoint, args.overrides, EVALUATING)
+        if not opened.config.evaluations and not opened.config.icl_tasks:
+            raise ConfigError("eval_loader: is missing; give one, e.g. eval_loader.dataset.name=text_files")
+        _evaluate_texts(opened)
+        if opened.config.icl_tasks:
+            evaluate_opened(opened, options)
+
+
+def _evaluate_texts(opened: Opened) -> None:
     from llmfoundry import runtime
     from llmfoundry.eval.perplexity import evaluate
 
-    if not config.evaluations:
-        raise ConfigError("eval_loader: is missing; give one, e.g. eval_loader.dataset.name=text_files")
+    config, (model, mesh, tokenizer, special) = opened.config, opened.ready
     for part in config.evaluations:
         loader = part.build(
             tokenizer,

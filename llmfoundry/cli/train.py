@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmfoundry import launch
-from llmfoundry.cli.command import command, read_run_config
-from llmfoundry.config import ConfigError, dump
+from llmfoundry.cli.command import command, program, read_run_config, read_translated
+from llmfoundry.config import ConfigError, check, dump, is_url
 from llmfoundry.planning.hardware import GIB, GPU_MEMORY
 from llmfoundry.settings import write_resolved
 
@@ -27,12 +27,13 @@ log = logging.getLogger(__name__)
 @command
 def train_main(argv: Sequence[str] | None = None) -> None:
     """`train.py YAML [--dry-run] [--gpus N] [--gpu-memory GIB] [key=value ...]`."""
-    parser = argparse.ArgumentParser(prog="train.py", description="Train a model.")
+    parser = argparse.ArgumentParser(prog=program("train"), description="Train a model.")
     parser.add_argument("yaml", help="the run, e.g. yamls/moe.yaml")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="put over the YAML, e.g. model.n_layers=2"
     )
     parser.add_argument("--dry-run", action="store_true", help="say what the run would be, and train nothing")
+    parser.add_argument("--explain", action="store_true", help="say what each key became, and train nothing")
     parser.add_argument("--show-batch", action="store_true", help="print the first batch decoded, before training")
     parser.add_argument("--gpus", type=int, default=None, help="for --dry-run: plan for so many GPUs")
     parser.add_argument(
@@ -44,6 +45,9 @@ def train_main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"--gpus {args.gpus}: is for --dry-run, and 1 or more")
     if args.gpu_memory is not None and (not math.isfinite(args.gpu_memory) or not args.dry_run):
         raise ConfigError(f"--gpu-memory {args.gpu_memory:g}: is for --dry-run, and a number of GiB")
+    if args.explain:
+        _explain(args.yaml, args.overrides)
+        return
     config = read_run_config(args.yaml, args.overrides)
     config.model.check_trainable()
     if args.dry_run:
@@ -65,6 +69,27 @@ def train_main(argv: Sequence[str] | None = None) -> None:
         _train(config, args.show_batch)
 
 
+def plan_main(argv: Sequence[str] | None = None) -> int:
+    """`plan YAML [--gpus N] [--gpu-memory GIB] [key=value ...]`: `train --dry-run`."""
+    return train_main(["--dry-run", *(argv or [])])
+
+
+def explain_main(argv: Sequence[str] | None = None) -> int:
+    """`explain YAML [key=value ...]`: `train --explain`."""
+    return train_main(["--explain", *(argv or [])])
+
+
+def _explain(path: str, overrides: list[str]) -> None:
+    from llmfoundry.integrations.explain import explained
+
+    given, data, notes = read_translated(path, overrides)
+    for line in explained(given, notes):
+        print(line)
+    from llmfoundry.train.config import RunConfig
+
+    check(RunConfig, data)  # its mistakes come last
+
+
 def _dry_run(config: RunConfig, gpus: int | None, gpu_memory: float) -> None:
     from llmfoundry import hf
     from llmfoundry.planning.report import describe
@@ -72,6 +97,8 @@ def _dry_run(config: RunConfig, gpus: int | None, gpu_memory: float) -> None:
     print(write_resolved(dump(config)))
     print(_sizes(config))
     print(hf.export_note(config.model))
+    if config.load_path is not None and is_url(config.load_path):
+        print(f"load_path: {config.load_path} is a URL; copy it to a folder of this machine before the run starts")
     for line in _evaluations(config):
         print(line)
     if gpus is None and launch.world_size() > 1:
@@ -145,7 +172,9 @@ def _sizes(config: RunConfig) -> str:
 @command
 def prepare_data_main(argv: Sequence[str] | None = None) -> None:
     """`prepare_data.py YAML [key=value ...]`: tokenise a run's datasets ahead of it, on a machine without GPUs."""
-    parser = argparse.ArgumentParser(prog="prepare_data.py", description="Tokenise a run's datasets ahead of it.")
+    parser = argparse.ArgumentParser(
+        prog=program("prepare", "prepare_data.py"), description="Tokenise a run's datasets ahead of it."
+    )
     parser.add_argument("yaml")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--format", choices=("tokens", "mds"), default="tokens", help="mds: also write MDS folders")

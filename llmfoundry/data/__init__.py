@@ -6,6 +6,7 @@ from llmfoundry.data.loader import Batch, Loader, LoaderConfig, TextLoaderConfig
 from llmfoundry.data.mds_rows import MDSConfig
 from llmfoundry.data.mixture import MixtureConfig
 from llmfoundry.data.packing import TokenStream, pack, prepare
+from llmfoundry.data.preferences import PreferencesConfig
 from llmfoundry.data.rows import IGNORE
 from llmfoundry.data.sources import (
     DatasetConfig,
@@ -25,6 +26,7 @@ __all__ = [
     "LoaderConfig",
     "MDSConfig",
     "MixtureConfig",
+    "PreferencesConfig",
     "PythonStdlibConfig",
     "Source",
     "SyntheticConfig",

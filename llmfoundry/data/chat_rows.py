@@ -66,7 +66,7 @@ class ChatRows(Rows):
             ConfigError: it is damaged.
         """
         self.title, self.fingerprint, self.length = title, fingerprint, how.length
-        self._eos, self.documents = eos_token_id, how.documents
+        self.eos_token_id, self.documents = eos_token_id, how.documents
         try:
             self._starts, self._members, self._bounds = (
                 np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("starts", "members", "rows")
@@ -78,27 +78,39 @@ class ChatRows(Rows):
             raise ConfigError(f"{folder}: is damaged ({error}); delete the folder, it is made again") from None
         self.n_rows = self.n_full = len(self._bounds) - 1
         self.n_tokens = int(self._starts[-1])
+        self._counts = counts
         filled = self.n_tokens / (self.n_rows * self.length)
+        apart = "" if how.documents else "; model.attn_config.attn_uses_sequence_id: true would pack them"
         self.summary = (
             f"{title}: {counts['examples']:,} examples in {self.n_rows:,} rows, {filled:.1%} of the positions filled; "
-            f"{counts['cut']:,} were cut at max_seq_len={self.length}, {counts['unlearned']:,} with nothing to learn "
-            "left out" + ("" if how.documents else "; model.attn_config.attn_uses_sequence_id: true would pack them")
+            f"{self.said_of_lengths(how.length)}{apart}"
         )
+
+    def said_of_lengths(self, length: int) -> str:
+        """How many examples `length` tokens were too few for."""
+        cut, unlearned = self._counts["cut"], self._counts["unlearned"]
+        return f"{cut:,} were cut at max_seq_len={length}, {unlearned:,} with nothing to learn left out"
 
     def put(self, number: int, out: Block, i: int) -> None:
         assert out.positions is not None
-        out.tokens[i], out.labels[i], out.positions[i] = self._eos, IGNORE, 0
+        out.tokens[i], out.labels[i], out.positions[i] = self.eos_token_id, IGNORE, 0
         if out.documents is not None:
             out.documents[i] = 0  # what fills the row
         if number >= self.n_rows:
             return
         end = 0
         for document, example in enumerate(self._members[self._bounds[number] : self._bounds[number + 1]].tolist(), 1):
-            where = slice(int(self._starts[example]), int(self._starts[example + 1]))
-            ids, learned = self._ids[where].astype(np.int64), self._learned[where]
-            start, end = end, end + len(ids)
-            out.tokens[i, start:end] = ids
-            out.labels[i, start : end - 1] = np.where(learned[1:], ids[1:], IGNORE)
-            out.positions[i, start:end] = np.arange(len(ids))
+            start, end = end, self.put_example(example, out, i, end)
             if out.documents is not None:
                 out.documents[i, start:end] = document
+
+    def put_example(self, example: int, out: Block, i: int, start: int) -> int:
+        """Write an example into row `i` from a position on; returns the position after it."""
+        assert out.positions is not None
+        where = slice(int(self._starts[example]), int(self._starts[example + 1]))
+        ids, learned = self._ids[where].astype(np.int64), self._learned[where]
+        end = start + len(ids)
+        out.tokens[i, start:end] = ids
+        out.labels[i, start : end - 1] = np.where(learned[1:], ids[1:], IGNORE)
+        out.positions[i, start:end] = np.arange(len(ids))
+        return end

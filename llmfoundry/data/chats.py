@@ -12,9 +12,9 @@ import importlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
@@ -34,6 +34,7 @@ from llmfoundry.data.tokenizer import Encoder
 from llmfoundry.runtime import cache_root
 
 log = logging.getLogger(__name__)
+Made = TypeVar("Made")
 
 _READERS = ("json", "csv", "parquet")  # names under which `datasets` reads files
 _AT_LEAST = re.compile(r"length>=(\d+)")
@@ -51,6 +52,8 @@ class Table(NamedTuple):
 
 class ChatsConfig(Folders, names=("chats",)):
     """Examples from local files (`path`), the hub (`hf_name`) or MDS (`local`, `remote`, `streams`)."""
+
+    KIND: ClassVar[str] = "chats/1"  # of the tokenised rows: others are made anew
 
     path: str | None = None  # a folder, a glob or one file: .jsonl, .json, .csv, .tsv, .parquet
     hf_name: str | None = None  # a dataset of the hub or a folder; or json, csv, parquet with hf_kwargs.data_files
@@ -118,9 +121,17 @@ class ChatsConfig(Folders, names=("chats",)):
         """What is said in the examples: the text that a tokenizer learns from."""
         table = self._table()
         return Source(
-            table.title, table.fingerprint, lambda: _texts(self._examples(self._table())), files=table.files,
-            summary=table.summary,
+            table.title, table.fingerprint, self._texts, files=table.files, summary=table.summary
         )  # fmt: skip
+
+    def _texts(self) -> Iterator[str]:
+        return map(text_of, self._read(self._table(), example_of))
+
+    def _write(self, folder: Path, table: Table, renderer: Renderer, how: How) -> None:
+        write(folder, self._read(table, example_of), renderer, how)
+
+    def _opened(self, folder: Path, title: str, fingerprint: str, eos_token_id: int, how: How) -> ChatRows:
+        return ChatRows(folder, title, fingerprint, eos_token_id, how)
 
     def order(self, tokenizer: PreTrainedTokenizerBase, how: How) -> Order:
         table, targets = self._table(), self._targets()
@@ -133,13 +144,13 @@ class ChatsConfig(Folders, names=("chats",)):
             tokenizer.chat_template = renderer.template
         encoder = Encoder(tokenizer, how.special).fingerprint()
         fingerprint = fingerprint_of(
-            "chats/1", table.fingerprint, encoder, renderer.template, str(targets),
+            self.KIND, table.fingerprint, encoder, renderer.template, str(targets),
             code_of(self.preprocessing_fn),
             json.dumps(tokenizer.special_tokens_map, sort_keys=True), how.length, how.documents, self.skip_bad_rows,
         )  # fmt: skip
         folder = cache_root(self.cache_dir) / "chats" / f"{table.title}-{fingerprint[:24]}"
-        made_once(folder, lambda temporary: write(temporary, self._examples(table), renderer, how))
-        rows = ChatRows(folder, table.title, fingerprint, tokenizer.eos_token_id, how)
+        made_once(folder, lambda temporary: self._write(temporary, table, renderer, how))
+        rows = self._opened(folder, table.title, fingerprint, tokenizer.eos_token_id, how)
         log.info("%s", rows.summary)
         return epochs_of(rows, self, how)
 
@@ -152,8 +163,8 @@ class ChatsConfig(Folders, names=("chats",)):
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"dataset.chat_template: {given}: cannot be read: {error}") from None
 
-    def _examples(self, table: Table) -> Iterator[Example]:
-        """The examples of a table; a row that is none is skipped or refused."""
+    def _read(self, table: Table, meaning: Callable[[Row], Made]) -> Iterator[Made]:
+        """What is made of the rows of a table; a row that is none is skipped or refused."""
         prepare = preprocess(self.preprocessing_fn)
         bad, first = 0, ""
         for number, row in enumerate(table.rows):
@@ -161,7 +172,7 @@ class ChatsConfig(Folders, names=("chats",)):
                 why = row.message
             else:
                 try:
-                    yield example_of(prepare(row))
+                    yield meaning(prepare(row))
                     continue
                 except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
                     named = f"no {error}" if isinstance(error, KeyError) else str(error)
@@ -234,9 +245,8 @@ def _key(row: Row) -> str:
     return json.dumps(row, sort_keys=True, default=str)
 
 
-def _texts(examples: Iterator[Example]) -> Iterator[str]:
-    for example in examples:
-        if isinstance(example, Conversation):
-            yield "\n".join(str(message["content"]) for message in example.messages if message.get("content"))
-        else:
-            yield f"{example.prompt}{example.response}"
+def text_of(example: Example) -> str:
+    """What is said in an example."""
+    if isinstance(example, Conversation):
+        return "\n".join(str(message["content"]) for message in example.messages if message.get("content"))
+    return f"{example.prompt}{example.response}"

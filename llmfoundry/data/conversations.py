@@ -77,23 +77,28 @@ def example_of(row: Row) -> Example:
 def _of_format(columns: tuple[str, ...], row: Row) -> Example:
     first, second = row[columns[0]], row[columns[-1]]
     if columns[0] == "messages":
-        return _conversation(_messages(first), row)
+        return conversation(messages_of(first), row)
     if columns[0] == "conversations":
-        return _conversation([_of_speaker(turn) for turn in _turns(first)], row)
+        return conversation([_of_speaker(turn) for turn in _turns(first)], row)
     if columns[0] == "prompt" and not (isinstance(first, str) and isinstance(second, str)):
-        return _conversation([*_messages(_as_turns(first, "user")), *_messages(_as_turns(second, "assistant"))], row)
+        return conversation([*messages_of(_as_turns(first, "user")), *messages_of(_as_turns(second, "assistant"))], row)
     if columns[0] == "prompt":
         return Pair(cast(str, first), cast(str, second))
     task, more = str(first), row.get("input") or row.get("context") or ""
     user = f"{task}\n\n{more}" if more else task
-    return _conversation([{"role": "user", "content": user}, {"role": "assistant", "content": str(second)}], row)
+    return conversation([{"role": "user", "content": user}, {"role": "assistant", "content": str(second)}], row)
 
 
 def _as_turns(value: object, role: str) -> object:
     return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 
-def _conversation(messages: list[Message], row: Row) -> Conversation:
+def conversation(messages: list[Message], row: Row) -> Conversation:
+    """A conversation with what else the row says of it.
+
+    Raises:
+        ValueError: it has no turn of the assistant.
+    """
     system = row.get("system")
     if isinstance(system, str) and system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
@@ -125,7 +130,7 @@ def _turns(turns: object) -> list[Row]:
     return turns
 
 
-def _messages(turns: object) -> list[Message]:
+def messages_of(turns: object) -> list[Message]:
     messages = [{key: value for key, value in turn.items() if value is not None} for turn in _turns(turns)]
     for number, message in enumerate(messages):
         if message.get("role") not in ROLES:

@@ -80,7 +80,8 @@ class LoaderConfig(Choice, tag="name"):
         dataset = data.get("dataset")
         if "datasets" not in data and isinstance(dataset, dict) and "name" not in dataset:
             folders = {"local", "remote", "streams"} & dataset.keys()
-            kind = "chats" if data.get("name") == "finetuning" else "mds" if folders else None
+            kinds = {"finetuning": "chats", "preferences": "preferences"}
+            kind = kinds.get(str(data.get("name")), "mds" if folders else None)
             return data if kind is None else data | {"dataset": {"name": kind} | dataset}
         if "datasets" not in data:
             return data
@@ -120,6 +121,10 @@ class TextLoaderConfig(LoaderConfig, names=("text",)):
 
 class FinetuningLoaderConfig(LoaderConfig, names=("finetuning",)):
     """Conversations and instructions (data/chats.py); its dataset needs no name."""
+
+
+class PreferencesLoaderConfig(LoaderConfig, names=("preferences",)):
+    """Pairs of answers (data/preferences.py); its dataset needs no name."""
 
 
 class Loader:

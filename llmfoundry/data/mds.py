@@ -36,8 +36,20 @@ _ARRAY_CODES = {
     64: "uint64", 65: "int64", 66: "float64",
 }  # fmt: skip
 _SHAPE_DTYPES = ("uint8", "uint16", "uint32", "uint64")
+_SAMPLED = 16 * 1024  # bytes
 _OPEN_SHARDS = 16  # kept mapped
 REFUSED = ("pkl", "pil", "jpeg", "png", "jpeg_array", "jpegarray", "list[pil]", "list[jpeg]", "list[png]")
+
+
+def _sampled(path: Path) -> bytes:
+    """Some of the bytes of a file: of its start, its middle and its end."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        found = []
+        for start in (0, size // 2, max(0, size - _SAMPLED)):
+            file.seek(start)
+            found.append(file.read(_SAMPLED))
+    return b"".join(found)
 
 
 class Shard(NamedTuple):
@@ -67,7 +79,6 @@ class MDSFolder:
     def __init__(self, folder: Path, cache: Path, check_hashes: bool = False) -> None:
         self.folder, self._cache, self._check_hashes = folder, cache, check_hashes
         text, index = _read_index(folder)
-        self.fingerprint = hashlib.sha256(text).hexdigest()  # the index names every shard's size, mostly its hashes too
         try:
             entries = index["shards"]
             first = entries[0] if entries else {"column_names": [], "column_encodings": []}
@@ -82,6 +93,7 @@ class MDSFolder:
             if encoding in REFUSED:
                 raise ConfigError(f"{folder}: column {name!r} is {encoding}, which is not read here (code or images)")
         self._decoders = [_decoder(encoding, self.folder) for encoding in self.columns.values()]
+        self.fingerprint = self._fingerprint(text)
         self._starts = np.cumsum([0, *(shard.samples for shard in self.shards)])
         self._open: OrderedDict[int, tuple[NDArray[np.uint8], NDArray[np.uint32]]] = OrderedDict()
 
@@ -107,6 +119,16 @@ class MDSFolder:
             raise ConfigError(
                 f"{self.folder / self.shards[at].name}: sample {within} is damaged: {type(error).__name__}: {error}"
             ) from None
+
+    def _fingerprint(self, text: bytes) -> str:
+        """Of the index, which names every shard's size and mostly its hashes; of a shard without, a part is read."""
+        digest = hashlib.sha256(text)
+        for shard in self.shards:
+            if not shard.hashes and not shard.packed_hashes:
+                names = [name for name in (shard.name, shard.packed) if name is not None]
+                found = next((path for name in names if (path := self.folder / name).is_file()), None)
+                digest.update(b"" if found is None else _sampled(found))
+        return digest.hexdigest()
 
     def _decode(self, row: bytes) -> Sample:
         variable = [size for size, _ in self._decoders if size is None]

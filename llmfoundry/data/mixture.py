@@ -210,6 +210,11 @@ class Mixture(Order):
         self._segments: list[Segment] = []
         self.arrange([])
 
+    @property
+    def phases(self) -> list[Phase]:
+        """Those that the YAML names."""
+        return self._config.mixture
+
     def arrange(self, ends: Sequence[int], start: int = 0, before: Sequence[int] | None = None) -> None:
         """Say when the phases end.
 

@@ -56,12 +56,14 @@ class Numbered:
         length: S, tokens.
         documents: whether blocks contain the number of each token's document.
         own_positions: whether positions start anew inside a row.
+        sequences: equal parts of a row that the model sees apart: 2 for pairs (data/preferences.py).
     """
 
     fingerprint: str
     length: int
     documents: bool = False
     own_positions: bool = False
+    sequences: int = 1
 
     def put(self, number: int, out: Block, i: int) -> None:
         """Write the row with this number as row `i` of a block."""
@@ -199,7 +201,7 @@ class Epochs(Order):
             ConfigError: no row is left.
         """
         self.fingerprint, self.length, self.documents = rows.fingerprint, rows.length, rows.documents
-        self.own_positions, self.once, self._rows = rows.own_positions, rows, rows
+        self.own_positions, self.sequences, self.once, self._rows = rows.own_positions, rows.sequences, rows, rows
         self.rows_per_epoch = rows.n_full if drop_last else rows.n_rows
         self._seed = seed
         self._near: dict[tuple[int, int], NDArray[np.int64]] = {}  # images of places that lie together

@@ -77,7 +77,7 @@ class TokenizerConfig(Config):
         Raises:
             ConfigError: no such tokenizer, it has no end-of-text token, or there is no text to train it on.
         """
-        tokenizer = self._trained(dataset, also) if self.name == "bpe" else self._loaded()
+        tokenizer = self._trained(dataset, also) if self.name == "bpe" else self.loaded()
         if tokenizer.eos_token_id is None:
             raise ConfigError(
                 f"tokenizer.name: {self.name}: has no end-of-text token, which parts documents; "
@@ -131,7 +131,7 @@ class TokenizerConfig(Config):
             **{"eos_token": END_OF_TEXT, "clean_up_tokenization_spaces": False} | self.kwargs,
         )
 
-    def _loaded(self) -> PreTrainedTokenizerBase:
+    def loaded(self) -> PreTrainedTokenizerBase:
         folder = Path(self.name).expanduser()
         looks_local = folder.is_dir() or self.name.startswith(("/", ".", "~")) or self.name.count("/") > 1
         if looks_local and not folder.is_dir():

@@ -268,6 +268,11 @@ class Pieces:
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.pieces: list[Piece] = []
+        self.left: dict[str, int] = {}  # rows by tensor of theirs, see `leave`
+
+    def leave(self, theirs: str, rows: int) -> None:
+        """Say that the first rows of a matrix of theirs mean nothing here: unread, and written as zeros."""
+        self.left[theirs] = rows
 
     def add(
         self,
@@ -338,7 +343,12 @@ class Pieces:
 
     def check(self) -> None:
         """Assert that the values of both sides are as many as the pieces have: none is left out or comes twice."""
-        for copies, shapes in ((self.reading(), self.shapes), (self.writing(), self.their_shapes())):
+        nothing: dict[str, int] = {}
+        for copies, shapes, left in (
+            (self.reading(), self.shapes, nothing),
+            (self.writing(), self.their_shapes(), self.left),
+        ):
             for name, shape in shapes.items():
                 covered = sum(math.prod(copy.sizes) for copy in copies.get(name, ()))
+                covered += left.get(name, 0) * math.prod(shape[1:])
                 assert covered == math.prod(shape), f"{name}: the pieces cover {covered} values of {shape}"

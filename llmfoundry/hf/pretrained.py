@@ -33,7 +33,7 @@ from llmfoundry.hf.generation import GENERATION, generation_of, read_generation,
 from llmfoundry.hf.gguf import GGUFFile
 from llmfoundry.hf.pieces import Copy, Kept, Part, Pieces, Spec, TensorSource, fill, fill_grown, values_of
 from llmfoundry.hf.tokenizer import TOKENIZER_FILES, name_for_transformers_4, tokenizer_of
-from llmfoundry.layers.lora import is_adapter
+from llmfoundry.layers.lora import frozen_weights, is_adapter
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig, cast_parameters
 from llmfoundry.moe.layer import MoEConfig
 
@@ -82,10 +82,13 @@ class Loaded(NamedTuple):
     tokenizer: PreTrainedTokenizerBase | None
 
 
-def locate(path_or_id: str | Path) -> Path:
+def locate(path_or_id: str | Path, *, settings_only: bool = False) -> Path:
     """The folder of a checkpoint: a local one, or that of a hub id, downloaded at first use.
 
     Only weights, JSON and tokenizers are fetched: no code, no pickles.
+
+    Args:
+        settings_only: of a hub id, fetch config.json alone.
 
     Raises:
         ConfigError: it is neither.
@@ -95,7 +98,7 @@ def locate(path_or_id: str | Path) -> Path:
         return path
     patterns = ["config.json", GENERATION, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
     try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
+        return Path(snapshot_download(str(path_or_id), allow_patterns=patterns[:1] if settings_only else patterns))
     except HFValidationError:
         raise ConfigError(f"{path_or_id}: no such folder") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -106,8 +109,8 @@ def locate(path_or_id: str | Path) -> Path:
 def our_shapes(config: CausalLMConfig) -> dict[str, tuple[int, ...]]:
     """The tensors of a model, adapters left out."""
     with torch.device("meta"):
-        state = config.build().state_dict()
-    return {name: tuple(tensor.shape) for name, tensor in state.items() if not is_adapter(name)}
+        state = config.model_copy(update={"lora": None}).build().state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def pieces_of(family: Family, config: CausalLMConfig, layout: str) -> Pieces:
@@ -135,7 +138,19 @@ def open_checkpoint(path_or_id: str | Path, once: bool = False) -> Checkpoint:
         found = matched(Path(path_or_id), family, config, file)
         return replace(found, generation=generation_of(file.config))
     path = locate(path_or_id)
-    config_file = path / "config.json"
+    data = read_settings(path)
+    family, config = read_config(data, str(path / "config.json"))
+    found = matched(path, family, config, Folder(path, once))
+    return replace(found, generation=read_generation(path) or generation_of(data))
+
+
+def read_settings(folder: Path) -> ConfigDict:
+    """The config.json of a folder.
+
+    Raises:
+        ConfigError: it is missing, or does not hold a mapping.
+    """
+    config_file = folder / "config.json"
     try:
         data = json.loads(config_file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -144,9 +159,7 @@ def open_checkpoint(path_or_id: str | Path, once: bool = False) -> Checkpoint:
         raise ConfigError(f"{config_file}: is no JSON: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{config_file}: must hold a mapping, found {type(data).__name__}")
-    family, config = read_config(data, str(config_file))
-    found = matched(path, family, config, Folder(path, once))
-    return replace(found, generation=read_generation(path) or generation_of(data))
+    return data
 
 
 def matched(path: Path, family: Family, config: CausalLMConfig, folder: TensorSource) -> Checkpoint:
@@ -230,6 +243,10 @@ def load_weights(model: CausalLM, path_or_id: str | Path, allow: Collection[str]
             fill_grown(shard, checkpoint.copies[name], checkpoint.source, checkpoint.config.vocab_size)
         else:
             fill(shard.local, shard.offsets, checkpoint.copies[name], checkpoint.source)
+    for name, frozen in frozen_weights(model):  # one whole weight at a time
+        weight = torch.empty(frozen.shape, dtype=checkpoint.dtype, device=frozen.codes.device)
+        fill(weight, (0,) * weight.dim(), checkpoint.copies[name], checkpoint.source)
+        frozen.quantize_(weight)
 
 
 def from_pretrained(
@@ -261,6 +278,7 @@ def save_pretrained(
     *,
     dtype: torch.dtype | None = None,
     model_type: str | None = None,
+    generation: str | None = None,
 ) -> None:
     """Write a model as a Hugging Face checkpoint. All ranks of a sharded one call this; the first one writes.
 
@@ -268,6 +286,7 @@ def save_pretrained(
         folder: must not exist, or be empty; it appears when it is complete.
         dtype: of the weights; None: as the model has them.
         model_type: the family; None: the first that can hold the model.
+        generation: a generation_config.json.
 
     Raises:
         ConfigError: no family can hold the model, or the folder is in use.
@@ -275,7 +294,10 @@ def save_pretrained(
     source = _Model(model)
     if runtime.is_rank0():
         with new_folder(Path(folder)) as temporary:
-            write_checkpoint(temporary, model.config, source, dtype=dtype, model_type=model_type, tokenizer=tokenizer)
+            write_checkpoint(
+                temporary, model.config, source, dtype=dtype, model_type=model_type, tokenizer=tokenizer,
+                generation=generation,
+            )  # fmt: skip
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
                 name_for_transformers_4(temporary)
@@ -322,8 +344,14 @@ def write_checkpoint(
     if text is not None:
         (folder / GENERATION).write_text(text, encoding="utf-8")
     copies = pieces.writing()
+
+    def fill_box(name: str, at: tuple[int, ...], box: Tensor) -> None:
+        if name in pieces.left:
+            box.zero_()
+        fill(box, at, copies[name], source)
+
     with progress(sum(spec.nbytes for spec in specs.values())) as advance:
-        write_weights(folder, specs, lambda name, at, box: fill(box, at, copies[name], source), SHARD_BYTES, advance)
+        write_weights(folder, specs, fill_box, SHARD_BYTES, advance)
 
 
 def _their_specs(pieces: Pieces, source: TensorSource, dtype: torch.dtype | None) -> dict[str, Spec]:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llmfoundry.config import ConfigError
+from llmfoundry.integrations.hf_causal_lm import hugging_face_model
 
 Tree = dict[str, object]
 
@@ -22,7 +23,6 @@ _GONE = {
     "python_log_level": "logs are at level INFO",
     "max_split_size_mb": "set PYTORCH_ALLOC_CONF instead",
     "expandable_segments": "set PYTORCH_ALLOC_CONF instead",
-    "callbacks.runtime_estimator": "the console shows the time that is left",
     "callbacks.scheduled_gc": "collections are not forced",
     "model.init_device": "models are always built on meta",
     "model.fc_type": "linear layers are torch's",
@@ -47,7 +47,6 @@ _GONE = {
     "callbacks.oom_observer": "an out-of-memory error says what was allocated",
     "callbacks.env_logging": "the run's report names the environment",
     "callbacks.eval_output_logging": "callbacks.sample_text writes text",
-    "callbacks.mbmoe_tok_per_expert": "the load of each expert is logged as moe/load by callbacks.expert_load",
     "tokenizer.kwargs.trust_remote_code": "code of a hub repository is never run",
     "save_overwrite": "a run never writes over another's checkpoints",
     "log_config": "config.yaml is always written",
@@ -98,7 +97,7 @@ _ONLY = {
     "tp_config": (None,),
 }
 # Keys of the top level that only serve `${...}`: the file's references are already resolved.
-_VARIABLES = ("dataset", "global_seed", "icl_seq_len", "icl_max_seq_len")
+_VARIABLES = ("dataset", "global_seed", "icl_max_seq_len")
 _DURATIONS = ("max_duration", "eval_interval", "save_interval", "console_log_interval")
 _SCHEDULE = ("t_warmup", "t_max", "t_scale", "t_cooldown")
 
@@ -146,11 +145,12 @@ def translate(data: Tree) -> tuple[Tree, list[str]]:
         if present:
             _take(data, path)
             try:
-                notes += [f"{path}={value!r}: is now {new}" for new in apply(data, value)]
+                for new in apply(data, value):
+                    notes.append(f"{path}={value!r}: {new if new.startswith('left out') else f'is now {new}'}")
             except ConfigError as error:
                 mistakes.append(str(error))
     if theirs:  # in a file of ours, a missing save_folder is a mistake
-        for fill in (_made_up_name, _temporary_folder):
+        for fill in (_made_up_name, _temporary_folder, _packed):
             try:
                 notes += fill(data)
             except ConfigError as error:
@@ -183,6 +183,15 @@ def _temporary_folder(data: Tree) -> list[str]:
     folder = Path(tempfile.gettempdir()) / f"llmfoundry-{_launcher('save_folder')}"
     data |= {"save_folder": str(folder), "save_interval": "0ba"}
     return [f"save_folder: is missing; the last checkpoint and the logs go to {folder}: write save_folder=... instead"]
+
+
+def _packed(data: Tree) -> list[str]:
+    """Keep examples that share a row apart, which is what packing means here."""
+    ratio = _look(data, "train_loader.dataset.packing_ratio")[0]
+    if ratio is None or _look(data, "model.attn_config.attn_uses_sequence_id")[0] is True:
+        return []
+    said = _put(data, "model.attn_config.attn_uses_sequence_id", True)
+    return [f"train_loader.dataset.packing_ratio={ratio!r}: is now {said}; examples that share a row are kept apart"]
 
 
 def _launcher(key: str) -> int:
@@ -221,13 +230,13 @@ def _mixed_precision(data: Tree, value: object) -> list[str]:
     return ["left out; gradients are summed in float32 (PURE sums them in bfloat16 there)"]
 
 
-def _encoder_decoder(data: Tree, value: object) -> list[str]:
-    """`model.name`, for the one family that nothing here can train."""
+def _model(data: Tree, value: object) -> list[str]:
+    """`model.name`: models of Hugging Face, and the one family that nothing here can train."""
     if value == "hf_t5":
         _put(data, "model", {"name": "causal_lm"})
         raise ConfigError("model.name: hf_t5: encoder-decoder models are not trained here; choose a causal model")
     _put(data, "model.name", value)
-    return []
+    return hugging_face_model(data) if value == "hf_causal_lm" else []
 
 
 def _compile(data: Tree, value: object) -> list[str]:
@@ -297,6 +306,18 @@ def _capacity(data: Tree, value: object) -> list[str]:
     return []
 
 
+def _off_at_zero(path: str) -> Callable[[Tree, object], list[str]]:
+    """A key whose 0 means the same as leaving it out there."""
+
+    def moved(data: Tree, value: object) -> list[str]:
+        if isinstance(value, (int, float)) and value == 0:
+            return ["left out: 0 is off"]
+        _put(data, path, value)
+        return []
+
+    return moved
+
+
 def _rope_hf(data: Tree, value: object) -> list[str]:
     if not isinstance(value, dict):
         raise ConfigError(f"model.attn_config.rope_hf_config: must be a mapping, found {value!r}")
@@ -319,6 +340,14 @@ def _learned_pos_emb(data: Tree, value: object) -> list[str]:
     return []
 
 
+def _wandb_name(data: Tree, value: object) -> list[str]:
+    """There it names the run; here `name` is the logger's own, as config.yaml writes it out."""
+    if value == "wandb":
+        _put(data, "loggers.wandb.name", value)
+        return []
+    return [_put(data, "loggers.wandb.run_name", value)]
+
+
 def _eval_workers(data: Tree, value: object) -> list[str]:
     return ["0, evaluation reads as it goes"] if value else []
 
@@ -326,10 +355,15 @@ def _eval_workers(data: Tree, value: object) -> list[str]:
 _MOVED: dict[str, Callable[[Tree, object], list[str]]] = {
     "model.ffn_config.moe_world_size": _moe_world_size,
     "model.ffn_config.moe_capacity_factor": _capacity,
+    **{
+        path: _off_at_zero(path)
+        for path in ("model.ffn_config.moe_jitter_eps", "model.ffn_config.moe_normalize_expert_weights")
+    },
     "model.attn_config.rope_hf_config": _rope_hf,
     "model.learned_pos_emb": _learned_pos_emb,
     "eval_loader.num_workers": _eval_workers,
-    "model.name": _encoder_decoder,
+    "loggers.wandb.name": _wandb_name,
+    "model.name": _model,
     "model.attention_bias": _renamed("model.attn_config.bias"),
     "model.ffn_config.lbl_process_group": _loss_group,
     "compile_config": _compile,

@@ -53,6 +53,11 @@ def cross_entropy_of_tokens(x: Tensor, weight: Tensor, labels: Tensor, softcap: 
     return CrossEntropy(*_LinearCrossEntropy.apply(x, weight, labels, softcap, needs))
 
 
+def cross_entropy_by_token(x: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
+    """The same of each token, (T,), for a caller who weighs tokens: backward makes each chunk's logits again."""
+    return cast(Tensor, _TokenCrossEntropy.apply(x, weight, labels, softcap))
+
+
 def cross_entropy_reference(x: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
     """The same value and gradients from one (T, V) matrix of logits."""
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -82,10 +87,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         by_token = x.new_empty(x.shape[:1], dtype=dtype)
         dx = x.new_empty(x.shape, dtype=dtype) if needs[0] else None
         dw = weight.new_zeros(weight.shape, dtype=dtype) if needs[1] else None
-        n_chunks = max(1, -(-x.shape[0] * weight.shape[0] // CHUNK_LOGITS.get(x.device.type, 2**20)))
-        rows = max(1, -(-x.shape[0] // n_chunks))
-        for start in range(0, x.shape[0], rows):
-            chunk = slice(start, min(start + rows, x.shape[0]))
+        for chunk in _chunks(x, weight):
             here = None if dx is None else dx[chunk]
             by_token[chunk] = _chunk_loss(x[chunk], weight, labels[chunk], softcap, here, dw, dtype)
             total += by_token[chunk].sum()
@@ -103,6 +105,43 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_x, grad_w, None, None, None
 
 
+class _TokenContext(torch.autograd.function.FunctionCtx):
+    saved_tensors: tuple[Tensor, Tensor, Tensor]
+    needs_input_grad: tuple[bool, ...]
+    softcap: float | None
+
+
+class _TokenCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _TokenContext, x: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        by_token = x.new_empty(x.shape[:1], dtype=dtype)
+        for chunk in _chunks(x, weight):
+            by_token[chunk] = _chunk_loss(x[chunk], weight, labels[chunk], softcap, None, None, dtype)
+        ctx.save_for_backward(x, weight, labels)
+        ctx.softcap = softcap
+        return by_token
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: _TokenContext, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, labels = ctx.saved_tensors
+        dtype = grad.dtype
+        dx = x.new_empty(x.shape, dtype=dtype) if ctx.needs_input_grad[0] else None
+        dw = weight.new_zeros(weight.shape, dtype=dtype) if ctx.needs_input_grad[1] else None
+        for chunk in _chunks(x, weight):
+            here = None if dx is None else dx[chunk]
+            _chunk_loss(x[chunk], weight, labels[chunk], ctx.softcap, here, dw, dtype, grad[chunk])
+        return None if dx is None else dx.to(x.dtype), None if dw is None else dw.to(weight.dtype), None, None
+
+
+def _chunks(x: Tensor, weight: Tensor) -> list[slice]:
+    """Tokens whose logits are made at once."""
+    n_chunks = max(1, -(-x.shape[0] * weight.shape[0] // CHUNK_LOGITS.get(x.device.type, 2**20)))
+    rows = max(1, -(-x.shape[0] // n_chunks))
+    return [slice(start, min(start + rows, x.shape[0])) for start in range(0, x.shape[0], rows)]
+
+
 def _chunk_loss(
     x: Tensor,
     weight: Tensor,
@@ -111,8 +150,12 @@ def _chunk_loss(
     dx: Tensor | None,
     dw: Tensor | None,
     dtype: torch.dtype,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """The loss of some tokens, (N,); dx is set and dw added to. The logits are freed when it returns."""
+    """The loss of some tokens, (N,); dx is set and dw added to, of the sum or by `weights` (N,) of tokens.
+
+    The logits are freed when it returns.
+    """
     logits = _product(x, weight.T, dtype)  # (N, V)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -120,6 +163,8 @@ def _chunk_loss(
     if dlogits is not None:
         if softcap is not None:
             dlogits = (dlogits * (1 - (logits / softcap) ** 2)).to(x.dtype)
+        if weights is not None:
+            dlogits = (dlogits * weights.unsqueeze(1)).to(x.dtype)
         if dx is not None:
             dx.copy_(_product(dlogits, weight, dtype))
         if dw is not None:  # not for a frozen head

@@ -1,11 +1,12 @@
 """The experts of a MoE layer in Triton: the operators for forward and backward, which launch the kernels.
 
-Shapes: T tokens, D d_model, F ffn hidden size, E experts, K top_k, R rows in expert order.
+Shapes: T tokens, D d_model, F ffn hidden size, E experts, K top_k, R rows in expert order, r rank of adapters.
 Forward: gather, up projection with activation, down projection, sum per token. Backward: gather, gradients of
 activation and routing weights, gradient of x, sum per token; then the weight gradients dw2 and dw1, in operators of
 their own so that a collective can start before them. Forward keeps x, the pre-activation h and int32 indices; backward
-computes a' = s * a and the gathered rows again. The host reads nothing, so a CUDA graph can capture both, and the
-routing may change between replays.
+computes a' = s * a and the gathered rows again. Adapters put a narrow product before each wide one, which adds the
+second narrow one in its accumulator; forward keeps the results, u = x A^T and a' A^T, too. The host reads nothing, so a
+CUDA graph can capture both, and the routing may change between replays.
 """
 
 from __future__ import annotations
@@ -22,14 +23,18 @@ from torch.utils.flop_counter import register_flop_formula
 from llmfoundry.kernels.gather import gather, slot_sums, sum_rows
 from llmfoundry.kernels.grouped import grouped
 from llmfoundry.kernels.late import LateGradients
+from llmfoundry.kernels.low_rank import ExpertAdapters
 from llmfoundry.kernels.routing import Order
 from llmfoundry.kernels.routing_triton import sort_by_expert_triton
-from llmfoundry.kernels.tiles import tile_rows
+from llmfoundry.kernels.tiles import Beside, Tiles, tile_rows
 from llmfoundry.kernels.tune import (
     DOWN,
     DW1,
     DW2,
     DX,
+    DX_ADAPTED,
+    NARROW,
+    NARROW_GRAD,
     UP,
     UP_BACKWARD,
     Problem,
@@ -51,11 +56,14 @@ def experts_ffn_triton(
     gated: bool,
     n_rows: int | None = None,
     late: LateGradients | None = None,
+    adapters: ExpertAdapters | None = None,
 ) -> Tensor:
     """`experts.experts_ffn` by the Triton kernels; arguments as there, checked there. There must be a token."""
+    operands = (adapters or ExpertAdapters()).operands()
     bound = experts.numel() if n_rows is None else min(n_rows, experts.numel())
     inputs = (
         x.contiguous(), weights.contiguous(), w1.contiguous(), w2.contiguous(),
+        *(None if tensor is None else tensor.contiguous() for tensor in operands),
         *_order(experts.contiguous(), w2.shape[0]), activation, gated, max(bound, 1),
     )  # fmt: skip
     if late is not None:
@@ -74,33 +82,48 @@ def _(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return experts.new_empty(n_experts + 1, dtype=torch.int32), row_slot, slot_row
 
 
+class _Rows(NamedTuple):
+    """The output, and what backward needs of it; u is empty where there is no adapter."""
+
+    y: Tensor  # (T, D)
+    h: Tensor  # (R, 2F) or (R, F)
+    u_up: Tensor  # (R, r)
+    u_down: Tensor  # (R, r)
+
+
 @torch.library.custom_op("llmfoundry::experts_forward", mutates_args=())
 def _forward(
     x: Tensor,
     weights: Tensor,
     w1: Tensor,
     w2: Tensor,
+    up_a: Tensor | None,
+    up_b: Tensor | None,
+    down_a: Tensor | None,
+    down_b: Tensor | None,
     expert_start: Tensor,
     row_slot: Tensor,
     slot_row: Tensor,
     activation: str,
     gated: bool,
     n_rows: int,
-) -> tuple[Tensor, Tensor]:
-    """y (T, D), and h (R, 2F) or (R, F)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_Rows`, as a tuple, which is what operators return."""
     order = Order(expert_start, row_slot, slot_row)
     problem = _problem(w1, w2, n_rows)
     tiles = tile_rows(expert_start, n_rows)
     x_rows = gather(x, order, n_rows)  # (R, D)
+    u_up, beside = _narrow(x_rows, up_a, up_b, tiles, problem)
     h, a = pick(
         UP,
         problem,
-        partial(up, x_rows, weights, row_slot, tiles, w1, activation=activation, gated=gated),
+        partial(up, x_rows, weights, row_slot, tiles, w1, activation=activation, gated=gated, beside=beside),
     )
     del x_rows
-    y_rows = pick(DOWN, problem, partial(grouped, a, w2, tiles))  # (R, D)
+    u_down, beside = _narrow(a, down_a, down_b, tiles, problem)
+    y_rows = pick(DOWN, problem, partial(grouped, a, w2, tiles, beside=beside))  # (R, D)
     y = sum_rows(y_rows, order, weights.shape[1])
-    return y, h
+    return _Rows(y, h, u_up, u_down)
 
 
 @_forward.register_fake
@@ -109,14 +132,33 @@ def _(
     weights: Tensor,
     w1: Tensor,
     w2: Tensor,
+    up_a: Tensor | None,
+    up_b: Tensor | None,
+    down_a: Tensor | None,
+    down_b: Tensor | None,
     expert_start: Tensor,
     row_slot: Tensor,
     slot_row: Tensor,
     activation: str,
     gated: bool,
     n_rows: int,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(n_rows, w1.shape[1])
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    h = x.new_empty(n_rows, w1.shape[1])
+    return _Rows(torch.empty_like(x), h, *(_empty_u(x, a, n_rows) for a in (up_a, down_a)))
+
+
+def _empty_u(x: Tensor, a: Tensor | None, n_rows: int) -> Tensor:
+    return x.new_empty(0) if a is None else x.new_empty(n_rows, a.shape[1])
+
+
+def _narrow(
+    rows: Tensor, first: Tensor | None, second: Tensor | None, tiles: Tiles, problem: Problem, transposed: bool = False
+) -> tuple[Tensor, Beside | None]:
+    """An adapter's first product (R, r), and what is left for the wide kernel to add; forward A, B, backward B, A."""
+    if first is None or second is None:
+        return rows.new_empty(0), None
+    u = pick(NARROW, problem, partial(grouped, rows, first, tiles, transposed=transposed))
+    return u, Beside(u, second)
 
 
 class _RowGradients(NamedTuple):
@@ -127,6 +169,8 @@ class _RowGradients(NamedTuple):
     dy_rows: Tensor  # (R, D)
     dh: Tensor  # (R, 2F) or (R, F)
     a: Tensor  # (R, F), a' = s * a
+    du_up: Tensor  # (R, r); empty without an adapter
+    du_down: Tensor  # (R, r); empty without an adapter
 
 
 @torch.library.custom_op("llmfoundry::experts_backward_rows", mutates_args=())
@@ -137,6 +181,10 @@ def _backward_rows(
     h: Tensor,
     w1: Tensor,
     w2: Tensor,
+    up_a: Tensor | None,
+    up_b: Tensor | None,
+    down_a: Tensor | None,
+    down_b: Tensor | None,
     expert_start: Tensor,
     row_slot: Tensor,
     slot_row: Tensor,
@@ -145,24 +193,29 @@ def _backward_rows(
     n_rows: int,
     need_x: bool,
     need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`_RowGradients`, as a tuple, which is what operators return."""
     order = Order(expert_start, row_slot, slot_row)
     problem = _problem(w1, w2, n_rows)
     tiles = tile_rows(expert_start, n_rows)
     none = x.new_empty(0)
     dy_rows = gather(dy, order, n_rows)  # (R, D)
+    du_down, beside = _narrow(dy_rows, down_b, down_a, tiles, problem, transposed=True)
     dh, a, ds = pick(
         UP_BACKWARD,
         problem,
-        partial(up_backward, dy_rows, h, weights, row_slot, tiles, w2, activation=activation, gated=gated),
+        partial(
+            up_backward, dy_rows, h, weights, row_slot, tiles, w2, activation=activation, gated=gated, beside=beside
+        ),
     )
     dweights = slot_sums(ds, order).view(weights.shape) if need_weights else none
+    du_up, beside = _narrow(dh, up_b, up_a, tiles, problem, transposed=True)
     dx = none
     if need_x:
-        dx_rows = pick(DX, problem, partial(grouped, dh, w1, tiles, transposed=True))  # (R, D)
+        candidates = DX if beside is None else DX_ADAPTED
+        dx_rows = pick(candidates, problem, partial(grouped, dh, w1, tiles, transposed=True, beside=beside))  # (R, D)
         dx = sum_rows(dx_rows, order, weights.shape[1])
-    return _RowGradients(dx, dweights, dy_rows, dh, a)
+    return _RowGradients(dx, dweights, dy_rows, dh, a, du_up, du_down)
 
 
 @_backward_rows.register_fake
@@ -173,6 +226,10 @@ def _(
     h: Tensor,
     w1: Tensor,
     w2: Tensor,
+    up_a: Tensor | None,
+    up_b: Tensor | None,
+    down_a: Tensor | None,
+    down_b: Tensor | None,
     expert_start: Tensor,
     row_slot: Tensor,
     slot_row: Tensor,
@@ -181,11 +238,12 @@ def _(
     n_rows: int,
     need_x: bool,
     need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dx, dweights = (
         torch.empty_like(t) if need else x.new_empty(0) for t, need in ((x, need_x), (weights, need_weights))
     )
-    return _RowGradients(dx, dweights, *(x.new_empty(n_rows, w) for w in (x.shape[1], w1.shape[1], w2.shape[2])))
+    rows = (x.new_empty(n_rows, width) for width in (x.shape[1], w1.shape[1], w2.shape[2]))
+    return _RowGradients(dx, dweights, *rows, *(_empty_u(x, a, n_rows) for a in (up_a, down_a)))
 
 
 @torch.library.custom_op("llmfoundry::experts_weight_gradient", mutates_args=())
@@ -200,12 +258,18 @@ def _weight_gradient(
     slot_row: Tensor,
     n_rows: int,
 ) -> Tensor:
-    """The gradient of the weight of this name: of w2 from dy_rows and a, of w1 from dh and x."""
+    """The gradient of the matrix of this name, from the gradient of its output (R, N) and its input (R, J).
+
+    The input of w1 and up_a is given as x (T, D). That of an adapter's matrix is computed with the wide side first.
+    """
     problem = _problem(w1, w2, n_rows)
     tiles = tile_rows(expert_start, n_rows)
-    if name == "w1":
+    if name in ("w1", "up_a"):
         right = gather(right, Order(expert_start, row_slot, slot_row), n_rows)
-    return pick(DW1 if name == "w1" else DW2, problem, partial(weight_grad, left, right, tiles))
+    if name in ("up_a", "down_a"):
+        return pick(NARROW_GRAD, problem, partial(weight_grad, right, left, tiles)).transpose(1, 2).contiguous()
+    candidates = {"w1": DW1, "w2": DW2}.get(name, NARROW_GRAD)
+    return pick(candidates, problem, partial(weight_grad, left, right, tiles))
 
 
 @_weight_gradient.register_fake
@@ -220,7 +284,7 @@ def _(
     slot_row: Tensor,
     n_rows: int,
 ) -> Tensor:
-    return torch.empty_like(w1 if name == "w1" else w2)
+    return left.new_empty(w1.shape[0], left.shape[1], right.shape[1])
 
 
 class _Context(Protocol):
@@ -231,43 +295,51 @@ class _Context(Protocol):
     unit: tuple[str, bool, int]
     late: LateGradients
 
-    def save_for_backward(self, *tensors: Tensor) -> None: ...
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
     def set_materialize_grads(self, value: bool) -> None: ...
 
 
 Deferred = dict[str, Callable[[], Tensor]]
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, str, bool, int]
+Adapter = tuple[Tensor | None, Tensor | None]
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, *Adapter, *Adapter, Tensor, Tensor, Tensor, str, bool, int]
+WEIGHTS = ("w1", "w2", "up_a", "up_b", "down_a", "down_b")
 
 
-def _setup(ctx: _Context, inputs: Inputs, output: tuple[Tensor, Tensor]) -> None:
-    x, weights, w1, w2, *order, activation, gated, n_rows = inputs
-    ctx.save_for_backward(x, weights, w1, w2, *order, output[1])
-    ctx.set_materialize_grads(False)  # h is an output for this alone: no zeros as its gradient
+def _setup(ctx: _Context, inputs: Inputs, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    *tensors, activation, gated, n_rows = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.set_materialize_grads(False)  # h and u are outputs for this alone: no zeros as their gradients
     ctx.unit = (activation, gated, n_rows)
 
 
 def _gradients(ctx: _Context, needs: tuple[bool, ...], dy: Tensor) -> tuple[Tensor | None, Tensor | None, Deferred]:
-    """The gradients of x and weights, and functions that compute those of w1 and w2."""
-    x, weights, w1, w2, *order, h = ctx.saved_tensors
-    need_x, need_weights, need_w1, need_w2 = needs
-    dx, dweights, dy_rows, dh, a = _backward_rows(
-        dy.contiguous(), x, weights, h, w1, w2, *order, *ctx.unit, need_x, need_weights
+    """The gradients of x and weights, and functions that compute those of the matrices."""
+    x, weights, w1, w2, *operands_and_order, h, u_up, u_down = ctx.saved_tensors
+    need_x, need_weights, *need_by_weight = needs
+    dx, dweights, dy_rows, dh, a, du_up, du_down = _backward_rows(
+        dy.contiguous(), x, weights, h, w1, w2, *operands_and_order, *ctx.unit, need_x, need_weights
     )
-    n_rows = ctx.unit[-1]
-    deferred: Deferred = {}
-    if need_w2:
-        deferred["w2"] = partial(_weight_gradient, "w2", dy_rows, a, w1, w2, *order, n_rows)
-    if need_w1:
-        deferred["w1"] = partial(_weight_gradient, "w1", dh, x, w1, w2, *order, n_rows)
+    # Of output and input. In this order each frees as much as it can before the next.
+    sides = {
+        "w2": (dy_rows, a), "down_b": (dy_rows, u_down), "down_a": (du_down, a),
+        "w1": (dh, x), "up_b": (dh, u_up), "up_a": (du_up, x),
+    }  # fmt: skip
+    needed = dict(zip(WEIGHTS, need_by_weight, strict=True))
+    order, n_rows = operands_and_order[4:], ctx.unit[-1]
+    deferred: Deferred = {
+        name: partial(_weight_gradient, name, *both, w1, w2, *order, n_rows)
+        for name, both in sides.items()
+        if needed[name]
+    }
     return dx if need_x else None, dweights if need_weights else None, deferred
 
 
-def _autograd(ctx: _Context, dy: Tensor, _dh: None) -> tuple[Tensor | None, ...]:
-    dx, dweights, deferred = _gradients(ctx, ctx.needs_input_grad[:4], dy)
-    # `pop` frees what only dw2 needs before dw1 is computed.
-    dw2, dw1 = (deferred.pop(name)() if name in deferred else None for name in ("w2", "w1"))
-    return dx, dweights, dw1, dw2, *[None] * 6
+def _autograd(ctx: _Context, dy: Tensor, *_unused: None) -> tuple[Tensor | None, ...]:
+    dx, dweights, deferred = _gradients(ctx, ctx.needs_input_grad[:8], dy)
+    # `pop` frees what only the first need before the next are computed.
+    grads = {name: deferred.pop(name)() for name in list(deferred)}
+    return dx, dweights, *(grads.get(name) for name in WEIGHTS), *[None] * 6
 
 
 _forward.register_autograd(_autograd, setup_context=_setup)
@@ -286,10 +358,10 @@ class _LateExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: _Context, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dweights, deferred = _gradients(ctx, ctx.needs_input_grad[1:5], dy)
+        dx, dweights, deferred = _gradients(ctx, ctx.needs_input_grad[1:9], dy)
         for name, compute in deferred.items():
             ctx.late.defer(name, compute)
-        return None, dx, dweights, *[None] * 8
+        return None, dx, dweights, *[None] * 12
 
 
 Shape = tuple[int, ...]
@@ -299,8 +371,10 @@ Shape = tuple[int, ...]
 def _forward_flops(
     x: Shape, weights: Shape, w1: Shape, w2: Shape, *args: object, out_shape: object = None, **_: object
 ) -> int:
-    """Two FLOPs a row and a weight of its expert: 6*T*K*D*F when gated."""
-    return 2 * weights[0] * weights[1] * (w1[1] * w1[2] + w2[1] * w2[2])
+    """Two FLOPs a row and a weight of its expert: 6*T*K*D*F when gated, without adapters."""
+    adapters = cast(tuple[Shape | None, ...], args[:4])
+    met = sum(each[1] * each[2] for each in (w1, w2, *adapters) if each is not None)
+    return 2 * weights[0] * weights[1] * met
 
 
 @register_flop_formula(torch.ops.llmfoundry.experts_backward_rows)
@@ -308,7 +382,7 @@ def _backward_rows_flops(
     dy: Shape, x: Shape, weights: Shape, h: Shape, w1: Shape, w2: Shape, *args: object,
     out_shape: object = None, **_: object,
 ) -> int:  # fmt: skip
-    return _forward_flops(x, weights, w1, w2)
+    return _forward_flops(x, weights, w1, w2, *args)
 
 
 @register_flop_formula(torch.ops.llmfoundry.experts_weight_gradient)

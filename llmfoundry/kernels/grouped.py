@@ -1,6 +1,7 @@
 """Rows times their expert's matrix: the down projection, and the gradients of a' and x on the way back.
 
 Shapes: M rows in expert order, N output width, J inner width, E experts; w (E, N, J) or, transposed, (E, J, N).
+An adapter of the matrices (rank R) is one more product into the same accumulator.
 """
 
 from __future__ import annotations
@@ -12,7 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmfoundry.kernels.tiles import TILE_ROWS, Tiles, my_tiles, n_programs, place, plain, ragged, turns, write_ragged
+from llmfoundry.kernels.tiles import (
+    RANK_STEP,
+    TILE_ROWS,
+    Beside,
+    Tiles,
+    my_tiles,
+    n_programs,
+    place,
+    plain,
+    ragged,
+    turns,
+    write_ragged,
+)
 
 
 class GroupedConfig(NamedTuple):
@@ -29,9 +42,10 @@ class GroupedConfig(NamedTuple):
 
 @triton.jit
 def grouped_kernel(
-    rows_desc, w_desc, out_desc, start_ptr, expert_ptr, row_ptr, count_ptr,
+    rows_desc, w_desc, out_desc, u_desc, v_desc, start_ptr, expert_ptr, row_ptr, count_ptr,
     J, N: tl.constexpr, TRANSPOSED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, PROGRAMS: tl.constexpr, TURNS: tl.constexpr, FLATTEN: tl.constexpr, PIECES: tl.constexpr,
+    RANK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     COLUMN_TILES: tl.constexpr = (N + BN - 1) // BN
     n_row_tiles = tl.load(count_ptr)
@@ -48,6 +62,14 @@ def grouped_kernel(
             else:
                 w = w_desc.load([e, j * BN, k]).reshape([BN, BK]).T
             acc = tl.dot(a, w, acc, input_precision="tf32x3")
+        if RANK > 0:
+            for r in tl.range(0, RANK, BR, num_stages=1):
+                u = u_desc.load([row, r])
+                if TRANSPOSED:
+                    v = v_desc.load([e, r, j * BN]).reshape([BR, BN])
+                else:
+                    v = v_desc.load([e, j * BN, r]).reshape([BN, BR]).T
+                acc = tl.dot(u, v, acc, input_precision="tf32x3")
         start = tl.load(start_ptr + e)
         size = tl.load(start_ptr + e + 1) - start
         dtype: tl.constexpr = out_desc.dtype
@@ -60,13 +82,20 @@ def grouped_kernel(
 
 
 def grouped(
-    rows: Tensor, w: Tensor, tiles: Tiles, *, transposed: bool = False, config: GroupedConfig = GroupedConfig()
+    rows: Tensor,
+    w: Tensor,
+    tiles: Tiles,
+    *,
+    transposed: bool = False,
+    beside: Beside | None = None,
+    config: GroupedConfig = GroupedConfig(),
 ) -> Tensor:
     """Each row times its expert's matrix.
 
     Args:
         rows: (M, J) in expert order.
         w: (E, N, J), applied as `rows @ w[e].T`; or `transposed` (E, J, N), as `rows @ w[e]`.
+        beside: the product of an adapter, laid out as `w` is; it is added.
 
     Returns:
         (M, N) in the dtype of `rows`; rows behind the last expert are unset.
@@ -74,23 +103,30 @@ def grouped(
     n_rows, inner = rows.shape
     width = w.shape[2] if transposed else w.shape[1]
     c = config
+    columns = min(c.columns, max(16, triton.next_power_of_2(width)))
     out = rows.new_empty(n_rows, width)
-    block = [1, c.depth, c.columns] if transposed else [1, c.columns, c.depth]
+    block = [columns, c.depth] if not transposed else [c.depth, columns]
+    rank = 0 if beside is None else beside.u.shape[1]
     programs = n_programs(rows.device)
     grouped_kernel[(programs * turns(),)](
         plain(rows, [TILE_ROWS, c.depth]),
-        plain(w, block),
-        ragged(out, [TILE_ROWS, c.columns // c.pieces]),
+        plain(w, [1, *block]),
+        ragged(out, [TILE_ROWS, columns // c.pieces]),
+        None if beside is None else plain(beside.u, [TILE_ROWS, RANK_STEP]),
+        None if beside is None else plain(beside.v, [1, RANK_STEP, columns] if transposed else [1, columns, RANK_STEP]),
         tiles.expert_start, tiles.expert, tiles.row, tiles.n_tiles,
-        inner, N=width, TRANSPOSED=transposed, BM=TILE_ROWS, BN=c.columns, BK=c.depth, GROUP=c.group,
-        PROGRAMS=programs, TURNS=turns(), FLATTEN=c.flatten, PIECES=c.pieces,
+        inner, N=width, TRANSPOSED=transposed, BM=TILE_ROWS, BN=columns, BK=c.depth, GROUP=c.group,
+        PROGRAMS=programs, TURNS=turns(), FLATTEN=c.flatten, PIECES=c.pieces, RANK=rank, BR=RANK_STEP,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     return out
 
 
-def grouped_reference(rows: Tensor, w: Tensor, tiles: Tiles, *, transposed: bool = False) -> Tensor:
+def grouped_reference(
+    rows: Tensor, w: Tensor, tiles: Tiles, *, transposed: bool = False, beside: Beside | None = None
+) -> Tensor:
     """`grouped` in plain PyTorch, expert by expert."""
     start = tiles.expert_start.tolist()
-    spans = zip(start[:-1], start[1:], strict=True)
-    return torch.cat([rows[a:b] @ (w[e] if transposed else w[e].T) for e, (a, b) in enumerate(spans)])
+    spans = list(zip(start[:-1], start[1:], strict=True))
+    out = torch.cat([rows[a:b] @ (w[e] if transposed else w[e].T) for e, (a, b) in enumerate(spans)])
+    return out if beside is None else out + grouped_reference(beside.u, beside.v, tiles, transposed=transposed)

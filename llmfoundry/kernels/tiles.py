@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+RANK_STEP = 16  # columns of an adapter's rank per product: 32 would not fit beside the large tiles
 TILE_ROWS = 128  # the height of a row tile: two warp groups of 64, the widest that Hopper's registers hold
 
 
@@ -124,6 +125,13 @@ def tile_rows_reference(expert_start: Tensor, n_rows: int) -> Tiles:
     expert, row = ([t[i] for t in tiles] for i in (0, 1))
     as_int = lambda values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
     return Tiles(expert_start, as_int(by_load), as_int(expert), as_int(row), as_int([len(tiles)]))
+
+
+class Beside(NamedTuple):
+    """A low-rank product that is added to a grouped one: `u @ v[e].T`, or `u @ v[e]` where the grouped one is so."""
+
+    u: Tensor  # (M, r) in expert order, r a multiple of 16
+    v: Tensor  # (E, N, r), or (E, r, N)
 
 
 @triton.jit

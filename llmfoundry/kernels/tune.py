@@ -73,6 +73,11 @@ DX = Candidates(
     (GroupedConfig(pieces=2, num_stages=4, group=4, flatten=True), GroupedConfig(pieces=2, num_stages=4, flatten=True)),
     GroupedConfig(columns=64, depth=32, num_warps=4, num_stages=2),
 )
+DX_ADAPTED = Candidates(  # an adapter's operands take the place of a stage
+    "dx_adapted",
+    tuple(config._replace(num_stages=3) for config in DX.large),
+    DX.small,
+)
 UP_BACKWARD = Candidates(
     "up_backward",
     (
@@ -87,6 +92,17 @@ DW1 = Candidates(
     WeightGradConfig(height=64, width=64, depth=32, num_warps=4, num_stages=2),
 )
 DW2 = Candidates("dw2", DW1.large, DW1.small)
+# Of adapters: products as wide as the rank, which only read; the columns are cut to it.
+NARROW = Candidates(
+    "narrow",
+    (GroupedConfig(columns=128, depth=128, group=1, num_warps=4, num_stages=4, flatten=True),),
+    GroupedConfig(columns=64, depth=32, num_warps=4, num_stages=2),
+)
+NARROW_GRAD = Candidates(
+    "narrow_grad",
+    (WeightGradConfig(height=128, width=128, depth=128, group=1, num_warps=4, num_stages=4, flatten=True),),
+    WeightGradConfig(height=64, width=64, depth=32, num_warps=4, num_stages=2),
+)
 
 
 def pick(candidates: Candidates[Config], problem: Problem, run: Callable[..., Result]) -> Result:

@@ -4,6 +4,7 @@ Shapes: T tokens, D d_model, F ffn hidden size, E experts, M rows in expert orde
 up rows, or (E, F, D). s is each row's routing weight.
 A tile's 256 rows of w1 are 128 gate rows and their 128 up rows, one TMA box each step, so one wgmma of N = 256
 leaves both halves of a column pair in the same thread: the gated unit costs no exchange.
+An adapter of w1 (rank R) is one more product into the same accumulator, before the activation.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from llmfoundry.kernels.activations import activate
 from llmfoundry.kernels.tiles import (
+    RANK_STEP,
     TILE_ROWS,
+    Beside,
     Tiles,
     my_tiles,
     n_programs,
@@ -44,11 +47,11 @@ class UpConfig(NamedTuple):
 
 @triton.jit
 def up_kernel(
-    x_desc, w1_desc, h_desc, a_desc, weights_ptr, row_slot_ptr,
+    x_desc, w1_desc, h_desc, a_desc, u_desc, v_desc, weights_ptr, row_slot_ptr,
     start_ptr, expert_ptr, row_ptr, count_ptr,
     D, F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, TURNS: tl.constexpr, FLATTEN: tl.constexpr,
+    PROGRAMS: tl.constexpr, TURNS: tl.constexpr, FLATTEN: tl.constexpr, RANK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     HALVES: tl.constexpr = 2 if GATED else 1
     COLUMN_TILES: tl.constexpr = (F + BN - 1) // BN
@@ -63,6 +66,11 @@ def up_kernel(
             x = x_desc.load([row, k])
             w = w1_desc.load([e * HALVES, j * BN, k]).reshape([HALVES * BN, BK])
             acc = tl.dot(x, w.T, acc, input_precision="tf32x3")
+        if RANK > 0:
+            for r in tl.range(0, RANK, BR, num_stages=1):
+                u = u_desc.load([row, r])
+                v = v_desc.load([e * HALVES, j * BN, r]).reshape([HALVES * BN, BR])
+                acc = tl.dot(u, v.T, acc, input_precision="tf32x3")
         start = tl.load(start_ptr + e)
         size = tl.load(start_ptr + e + 1) - start
         rows = row + tl.arange(0, BM)
@@ -90,6 +98,7 @@ def up(
     *,
     activation: str,
     gated: bool,
+    beside: Beside | None = None,
     config: UpConfig = UpConfig(),
 ) -> tuple[Tensor, Tensor]:
     """Pre-activations and weighted activations of every row.
@@ -98,6 +107,7 @@ def up(
         x_rows: (M, D) in expert order.
         weights: (T, K) float32, looked up by slot.
         row_slot: (M,) int32.
+        beside: the product of an adapter of w1, with v (E, 2F, r) or (E, F, r); it is added to h.
 
     Returns:
         h (M, 2F) or (M, F), and a' (M, F). Rows behind the last expert are unset.
@@ -109,15 +119,19 @@ def up(
     c = config
     h = x_rows.new_empty(n_rows, halves * hidden)
     a = x_rows.new_empty(n_rows, hidden)
+    rank = 0 if beside is None else beside.u.shape[1]
     programs = n_programs(x_rows.device)
     up_kernel[(programs * turns(),)](
         plain(x_rows, [TILE_ROWS, c.depth]),
         plain(w1.view(n_experts * halves, hidden, d_model), [halves, c.columns, c.depth]),
         ragged(h.view(-1, halves, hidden), [TILE_ROWS, 1, c.columns]),
         ragged(a, [TILE_ROWS, c.columns]),
+        None if beside is None else plain(beside.u, [TILE_ROWS, RANK_STEP]),
+        None if beside is None else plain(beside.v.view(-1, hidden, rank), [halves, c.columns, RANK_STEP]),
         weights, row_slot, tiles.expert_start, tiles.expert, tiles.row, tiles.n_tiles,
         d_model, F=hidden, GATED=gated, ACTIVATION=activation, BM=TILE_ROWS,
         BN=c.columns, BK=c.depth, GROUP=c.group, PROGRAMS=programs, TURNS=turns(), FLATTEN=c.flatten,
+        RANK=rank, BR=RANK_STEP,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     return h, a
@@ -132,9 +146,13 @@ def up_reference(
     *,
     activation: str,
     gated: bool,
+    beside: Beside | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`up` in plain PyTorch, expert by expert."""
     start = tiles.expert_start.tolist()
-    h = torch.cat([x_rows[a:b] @ w1[e].T for e, (a, b) in enumerate(zip(start[:-1], start[1:], strict=True))])
+    spans = list(zip(start[:-1], start[1:], strict=True))
+    h = torch.cat([x_rows[a:b] @ w1[e].T for e, (a, b) in enumerate(spans)])
+    if beside is not None:
+        h = h + torch.cat([beside.u[a:b] @ beside.v[e].T for e, (a, b) in enumerate(spans)])
     s = weights.reshape(-1)[row_slot[: h.shape[0]].long()].unsqueeze(1)
     return h, (activate(h, activation, gated) * s).to(x_rows.dtype)

@@ -5,6 +5,7 @@ With da' = dy @ w2 (M, F): a = act(h) computed again, ds = rowsum(da' * a), dh t
 a' = s * a for the gradient of w2. Neither a nor the experts' outputs were kept.
 The epilogue walks the accumulator in column slices: whole, it spills 1.2 KB a thread. It is most of a tile's time, and
 sixteen warps wait for h together where eight wait one after the other.
+An adapter of w2 (rank R) is one more product into the accumulator of da'.
 """
 
 from __future__ import annotations
@@ -17,7 +18,18 @@ import triton.language as tl
 from torch import Tensor
 
 from llmfoundry.kernels.activations import activate, activate_backward
-from llmfoundry.kernels.tiles import TILE_ROWS, Tiles, my_tiles, n_programs, place, plain, turns, value_and_slope
+from llmfoundry.kernels.tiles import (
+    RANK_STEP,
+    TILE_ROWS,
+    Beside,
+    Tiles,
+    my_tiles,
+    n_programs,
+    place,
+    plain,
+    turns,
+    value_and_slope,
+)
 
 
 class UpBackwardConfig(NamedTuple):
@@ -60,11 +72,11 @@ def _slice_backward(
 
 @triton.jit
 def up_backward_kernel(
-    dy_desc, w2_desc, h_ptr, dh_ptr, a_ptr, ds_ptr, weights_ptr, row_slot_ptr,
+    dy_desc, w2_desc, u_desc, v_desc, h_ptr, dh_ptr, a_ptr, ds_ptr, weights_ptr, row_slot_ptr,
     start_ptr, expert_ptr, row_ptr, count_ptr,
     D, M, F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, TURNS: tl.constexpr, FLATTEN: tl.constexpr,
+    PROGRAMS: tl.constexpr, TURNS: tl.constexpr, FLATTEN: tl.constexpr, RANK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     COLUMN_TILES: tl.constexpr = (F + BN - 1) // BN
     SLICE: tl.constexpr = BN // SLICES
@@ -79,6 +91,11 @@ def up_backward_kernel(
             dy = dy_desc.load([row, k])
             w = w2_desc.load([e, k, j * BN]).reshape([BK, BN])
             acc = tl.dot(dy, w, acc, input_precision="tf32x3")
+        if RANK > 0:
+            for r in tl.range(0, RANK, BR, num_stages=1):
+                u = u_desc.load([row, r])
+                v = v_desc.load([e, r, j * BN]).reshape([BR, BN])
+                acc = tl.dot(u, v, acc, input_precision="tf32x3")
         end = tl.load(start_ptr + e + 1)
         rows = row + tl.arange(0, BM)
         slot = tl.load(row_slot_ptr + rows, mask=rows < end, other=0)
@@ -116,6 +133,7 @@ def up_backward(
     *,
     activation: str,
     gated: bool,
+    beside: Beside | None = None,
     config: UpBackwardConfig = UpBackwardConfig(),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients at the pre-activation and at the routing weights.
@@ -125,6 +143,7 @@ def up_backward(
         h: (M, 2F) or (M, F) pre-activations.
         weights: (T, K) float32, looked up by slot.
         w2: (E, D, F).
+        beside: the product of an adapter of w2, with v (E, r, F); it is added to the gradient of a'.
 
     Returns:
         dh like `h`; a' (M, F); ds (column tiles, M) float32 parts, to be summed in order. Rows behind the
@@ -136,13 +155,17 @@ def up_backward(
     dh = torch.empty_like(h)
     a = dy_rows.new_empty(n_rows, hidden)
     ds = torch.empty(triton.cdiv(hidden, c.columns), n_rows, dtype=torch.float32, device=h.device)
+    rank = 0 if beside is None else beside.u.shape[1]
     programs = n_programs(h.device)
     up_backward_kernel[(programs * turns(),)](
         plain(dy_rows, [TILE_ROWS, c.depth]),
         plain(w2, [1, c.depth, c.columns]),
+        None if beside is None else plain(beside.u, [TILE_ROWS, RANK_STEP]),
+        None if beside is None else plain(beside.v, [1, RANK_STEP, c.columns]),
         h, dh, a, ds, weights, row_slot, tiles.expert_start, tiles.expert, tiles.row, tiles.n_tiles,
         d_model, n_rows, F=hidden, GATED=gated, ACTIVATION=activation, BM=TILE_ROWS, BN=c.columns, BK=c.depth,
         SLICES=c.slices, GROUP=c.group, PROGRAMS=programs, TURNS=turns(), FLATTEN=c.flatten,
+        RANK=rank, BR=RANK_STEP,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     return dh, a, ds
@@ -158,11 +181,14 @@ def up_backward_reference(
     *,
     activation: str,
     gated: bool,
+    beside: Beside | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`up_backward` in plain PyTorch, expert by expert."""
     start = tiles.expert_start.tolist()
-    spans = zip(start[:-1], start[1:], strict=True)
+    spans = list(zip(start[:-1], start[1:], strict=True))
     da = torch.cat([dy_rows[a:b] @ w2[e] for e, (a, b) in enumerate(spans)]).float()
+    if beside is not None:
+        da = da + torch.cat([beside.u[a:b] @ beside.v[e] for e, (a, b) in enumerate(spans)])
     h = h[: da.shape[0]]
     s = weights.reshape(-1)[row_slot[: da.shape[0]].long()].unsqueeze(1)
     a = activate(h, activation, gated)

@@ -71,14 +71,15 @@ def weight_grad(left: Tensor, right: Tensor, tiles: Tiles, *, config: WeightGrad
     """
     n_experts = tiles.expert_start.numel() - 1
     c = config
+    width = min(c.width, max(16, triton.next_power_of_2(right.shape[1])))
     out = left.new_empty(n_experts, left.shape[1], right.shape[1])
     programs = n_programs(left.device)
     weight_grad_kernel[(programs * turns(),)](
         ragged(left, [c.depth, c.height]),
-        ragged(right, [c.depth, c.width]),
-        plain(out, [1, c.height, c.width // c.pieces]),
+        ragged(right, [c.depth, width]),
+        plain(out, [1, c.height, width // c.pieces]),
         tiles.expert_start, tiles.by_load, n_experts, P=left.shape[1], N=right.shape[1],
-        BM=c.height, BN=c.width, BK=c.depth, GROUP=c.group, PROGRAMS=programs, TURNS=turns(), FLATTEN=c.flatten,
+        BM=c.height, BN=width, BK=c.depth, GROUP=c.group, PROGRAMS=programs, TURNS=turns(), FLATTEN=c.flatten,
         PIECES=c.pieces,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip

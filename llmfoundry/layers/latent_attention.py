@@ -168,7 +168,7 @@ class LatentAttention(nn.Module):
         `q . (W_k c) = (W_k^T q) . c`, and `sum_p a_p (W_v c_p) = W_v (sum_p a_p c_p)`: no latent is expanded.
         """
         config = self.config
-        weight = effective_weight(self.wkv_b).unflatten(0, (self.n_heads, -1))  # (H, N + V, R)
+        weight = effective_weight(self.wkv_b, latent.dtype).unflatten(0, (self.n_heads, -1))  # (H, N + V, R)
         w_k, w_v = weight.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)  # (H, N, R), (H, V, R)
         scores = (q_nope @ w_k) @ latent.transpose(-1, -2) + q_rope @ k_rope.transpose(-1, -2)  # (B, H, 1, P)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * config.scale

@@ -1,20 +1,20 @@
 """Low-rank adapters (LoRA): what is trained in place of a frozen weight W is B A, of rank r, added to it.
 
 Shapes: D in, N out, r rank, E experts.
-A linear layer runs its adapter beside itself: y = W x + s B (A x). Stacked experts add it to their weights before the
-grouped kernels see them: W_e + s B_e A_e, as peft does for stacked parameters. So every kernel backend, FSDP and expert
-parallelism work as they are, at the price of one more copy of a layer's experts while it runs; and as the sum has the
-weights' dtype, in bf16 a change below 1/256 of a weight is lost on experts, not on linear layers.
+The adapter runs beside the weight: y = W x + s B (A x). Those of stacked experts do so inside the experts' kernels
+(kernels/low_rank.py).
 
 The adapters are parameters beside their weight (`wqkv.lora_A`, `experts.w1_lora_A`), so no name of the base model
 changes, and whatever reads or writes base weights by name needs to know nothing of them. A module that can adapt
-stacked parameters has empty slots of those names and a `lora_scale`.
+stacked parameters has empty slots of those names and `set_adapters`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, cast
+from contextlib import contextmanager
+from typing import ClassVar, Literal, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,36 +22,65 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from llmfoundry.config import Config
+from llmfoundry.kernels.low_rank import frozen_linear_plus, rounds_once
+from llmfoundry.layers.nf4 import NF4Weight, fits
 
 _SIDES = ("lora_A", "lora_B")
+# peft's target_modules in the names of Hugging Face models; those of one entry are one weight here.
+_THEIRS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "wqkv": (("q_proj", "k_proj", "v_proj"),),
+    "out_proj": (("o_proj",),),
+    "w1": (("gate_proj", "up_proj"), ("gate_up_proj",)),
+    "w2": (("down_proj",),),
+    "wq": (("q_proj",),),
+    "wq_a": (("q_a_proj",),),
+    "wq_b": (("q_b_proj",),),
+    "wkv_a": (("kv_a_proj_with_mqa",),),
+    "wkv_b": (("kv_b_proj",),),
+}
 
 
 class LoRAConfig(Config):
-    """`lora` in the model's block of the YAML, in peft's words.
+    """`lora` in the model's block of the YAML; peft's names (r, lora_alpha, lora_dropout) are accepted.
 
     It stands there, not beside the optimizer, because adapters are parameters: they are built, counted, sharded, drawn
     and saved with the model, and a checkpoint's config has to say that they are there. Which weights are trained
     follows from it alone. Source: Hu et al. 2021, arXiv:2106.09685.
     """
 
+    ALIASES: ClassVar[dict[str, str]] = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+
     rank: int = Field(ge=1)
-    alpha: float = Field(gt=0)  # the adapter is scaled by alpha / rank
-    dropout: float = Field(default=0.0, ge=0, le=0)  # none: it cannot be had for an expert's effective weight
-    # Ends of our names (wqkv, out_proj, ffn.w1, experts.w2, ...); all-linear: every linear layer of the blocks and the
-    # experts, but not the router, the embedding and the head.
-    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    alpha: float = Field(gt=0)  # the adapter is scaled by alpha / rank,
+    use_rslora: bool = False  # or by alpha / sqrt(rank): Kalajdzievski 2023, arXiv:2312.03732
+    # The part of what an adapter sees that is dropped in training. With adapters of experts, the Triton kernels cannot:
+    # moe_impl: auto takes grouped_mm then.
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    # nf4: the frozen weights of the blocks' linear layers and experts are kept in 4 bits (QLoRA), quantised as
+    # load_path is read, and made anew in each layer's forward. In one process, with parallel.recompute.
+    quantize: Literal["nf4"] | None = None
+    # A list: ends of our names (wqkv, out_proj, ffn.w1, experts.w2, ...), or Hugging Face's (q_proj, k_proj, v_proj,
+    # ...), where those that are one weight here stand together. A string: a pattern that matches a whole name, such as
+    # blocks\.[0-3]\.attn\..*; or all-linear: every linear layer of the blocks and the experts, but not the router,
+    # the embedding and the head.
+    target_modules: str | list[str] = "all-linear"
 
     @field_validator("target_modules")
     @classmethod
     def _some_targets(cls, targets: str | list[str]) -> str | list[str]:
         if not targets:
             raise ValueError("target_modules is empty: nothing would be trained; name some, or write all-linear")
+        if isinstance(targets, str):
+            try:
+                re.compile(targets)
+            except re.error as error:
+                raise ValueError(f"target_modules: {targets!r} is not a valid pattern: {error}") from None
         return targets
 
     @property
     def scale(self) -> float:
         """What B A is multiplied by."""
-        return self.alpha / self.rank
+        return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
 
 
 class Adapter(NamedTuple):
@@ -62,27 +91,71 @@ class Adapter(NamedTuple):
     b: nn.Parameter  # (N, r), or (E, N, r)
 
 
+class _Stacked(Protocol):
+    """A module that can adapt stacked parameters."""
+
+    def set_adapters(self, scale: float, dropout: float) -> None: ...
+
+
+class _Switched(Protocol):
+    """A module whose adapters can be off."""
+
+    lora_off: bool
+
+
+class FrozenLinear(nn.Linear):
+    """A linear layer whose weight is kept in NF4. It takes over the bias of the layer that it replaces."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's, which would allocate and draw a weight
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.frozen, self.bias = NF4Weight(linear.weight), linear.bias
+        self.register_parameter("weight", None)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`W x + b`."""
+        return F.linear(input, self.frozen(input.dtype), self.bias)
+
+
 class LoRALinear(nn.Linear):
     """A linear layer with an adapter. It takes over the parameters of the layer that it replaces."""
+
+    frozen: NF4Weight | None  # in place of the weight
 
     def __init__(self, linear: nn.Linear, config: LoRAConfig) -> None:
         nn.Module.__init__(self)  # not nn.Linear's, which would allocate and draw a weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.lora_scale = config.scale
+        self.lora_scale, self.lora_dropout, self.lora_off = config.scale, config.dropout, False
+        self.frozen = None
         self.lora_A = nn.Parameter(self.weight.new_zeros(config.rank, self.in_features))
         self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, config.rank))
 
     def forward(self, input: Tensor) -> Tensor:
         """`W x + b + s B (A x)`."""
-        return super().forward(input) + self.lora_scale * F.linear(F.linear(input, self.lora_A), self.lora_B)
+        weight = self.weight if self.frozen is None else self.frozen(input.dtype)
+        if self.lora_off:
+            return F.linear(input, weight, self.bias)
+        seen = F.dropout(input, self.lora_dropout, self.training) if self.lora_dropout else input
+        added = self.lora_scale * F.linear(F.linear(seen, self.lora_A), self.lora_B)
+        if not rounds_once(input.dtype):
+            return F.linear(input, weight, self.bias) + added
+        y = frozen_linear_plus(input.flatten(0, -2), weight, added.flatten(0, -2)).view_as(added)
+        # Last: added to the bias first, what the adapter adds would be lost to rounding.
+        return cast(Tensor, y if self.bias is None else y + self.bias)
 
 
-def effective_weight(linear: nn.Linear) -> Tensor:
-    """The weight (N, D) that a linear layer amounts to, its adapter included."""
+def effective_weight(linear: nn.Linear, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight (N, D) that a linear layer amounts to, its adapter included.
+
+    Args:
+        dtype: of a weight that is kept in NF4.
+    """
+    frozen = linear.frozen if isinstance(linear, LoRALinear | FrozenLinear) else None
+    weight = linear.weight if frozen is None else frozen(dtype)
     if not isinstance(linear, LoRALinear):
-        return linear.weight
-    return adapted(linear.weight, linear.lora_A, linear.lora_B, linear.lora_scale)
+        return weight
+    return adapted(weight, linear.lora_A, linear.lora_B, linear.lora_scale)
 
 
 def adapted(weight: Tensor, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
@@ -107,13 +180,8 @@ def add_adapters(model: nn.Module, blocks: nn.Module, config: LoRAConfig) -> Non
         ValueError: a target matches nothing.
     """
     targets = list(_targets(blocks))
-    wanted = config.target_modules
-    if wanted != "all-linear":
-        missing = [target for target in wanted if not any(_matches(name, target) for name, _ in targets)]
-        if missing:
-            known = sorted({".".join(name.split(".")[2:]) for name, _ in targets})
-            raise ValueError(f"target_modules: nothing is called {missing[0]!r}; known: {', '.join(known)}")
-        targets = [found for found in targets if any(_matches(found[0], target) for target in wanted)]
+    chosen = _chosen([name for name, _ in targets], config.target_modules)
+    targets = [found for found in targets if found[0] in chosen]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, module in targets:
@@ -125,7 +193,35 @@ def add_adapters(model: nn.Module, blocks: nn.Module, config: LoRAConfig) -> Non
         for side, (rows, columns) in zip(_SIDES, ((config.rank, weight.shape[2]), (weight.shape[1], config.rank)),
                                          strict=True):  # fmt: skip
             module.register_parameter(f"{leaf}_{side}", nn.Parameter(weight.new_zeros(weight.shape[0], rows, columns)))
-        module.lora_scale = config.scale  # type: ignore[assignment]
+        cast(_Stacked, module).set_adapters(config.scale, config.dropout)
+
+
+def quantize_frozen(blocks: nn.Module) -> None:
+    """Give the frozen weights of linear layers and stacked experts in `blocks` their place in NF4, in place.
+
+    A weight that is no whole number of blocks of 64 values stays as it is.
+    """
+    for path, module in list(blocks.named_modules()):
+        if isinstance(module, LoRALinear):
+            if fits(module.weight):
+                module.frozen = NF4Weight(module.weight)
+                module.register_parameter("weight", None)
+        elif isinstance(module, nn.Linear) and fits(module.weight):
+            parent, _, leaf = path.rpartition(".")
+            setattr(blocks.get_submodule(parent), leaf, FrozenLinear(module))
+        for leaf, slot in [(name[7:], name) for name in vars(module).get("_modules", {}) if name.startswith("frozen_")]:
+            weight = cast(Tensor, getattr(module, leaf))
+            if fits(weight):
+                setattr(module, slot, NF4Weight(weight))
+                module.register_parameter(leaf, None)
+
+
+def frozen_weights(model: nn.Module) -> Iterator[tuple[str, NF4Weight]]:
+    """The weights in NF4, by the names that they have in the base model."""
+    for path, module in model.named_modules():
+        if isinstance(module, NF4Weight):
+            owner, _, slot = path.rpartition(".")
+            yield f"{owner}.weight" if slot == "frozen" else f"{owner}.{slot.removeprefix('frozen_')}", module
 
 
 def adapters(model: nn.Module) -> Iterator[Adapter]:
@@ -134,6 +230,19 @@ def adapters(model: nn.Module) -> Iterator[Adapter]:
     for name, a in named.items():
         if name.endswith(_SIDES[0]):
             yield Adapter(name[: -len(_SIDES[0]) - 1], a, named[name[: -len(_SIDES[0])] + _SIDES[1]])
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes what its frozen weights do."""
+    adapting = [cast(_Switched, module) for module in model.modules() if hasattr(module, "lora_off")]
+    for module in adapting:
+        module.lora_off = True
+    try:
+        yield
+    finally:
+        for module in adapting:
+            module.lora_off = False
 
 
 def is_adapter(name: str) -> bool:
@@ -149,6 +258,40 @@ def _targets(blocks: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 3 and hasattr(module, f"{leaf}_{_SIDES[0]}"):
                 yield f"{path}.{leaf}", module
+
+
+def _chosen(names: list[str], wanted: str | list[str]) -> set[str]:
+    """Which names `target_modules` means."""
+    if wanted == "all-linear":
+        return set(names)
+    known = ", ".join(sorted({".".join(name.split(".")[2:]) for name in names}))
+    if isinstance(wanted, str):
+        found = {name for name in names if re.fullmatch(wanted, name)}
+        if not found:
+            raise ValueError(f"target_modules: {wanted!r} matches no whole name, such as {names[0]}; known: {known}")
+        return found
+    return {name for target in _in_our_names(names, wanted, known) for name in names if _matches(name, target)}
+
+
+def _in_our_names(names: list[str], wanted: list[str], known: str) -> list[str]:
+    """The targets, with those in Hugging Face's names replaced by what holds them here."""
+    leaves = {name.rpartition(".")[2] for name in names}
+    ours = [target for target in wanted if any(_matches(name, target) for name in names)]
+    rest = [target for target in wanted if target not in ours]
+    for leaf, groups in _THEIRS.items():
+        for group in groups:
+            if leaf in leaves and set(group) <= set(wanted):
+                ours.append(leaf)
+                rest = [target for target in rest if target not in group]
+    for target in rest:
+        for leaf, groups in _THEIRS.items():
+            for group in groups:
+                if target in group and leaf in leaves:
+                    raise ValueError(
+                        f"target_modules: {target!r} is a part of {leaf}; name {', '.join(group)}, or {leaf}"
+                    )
+        raise ValueError(f"target_modules: nothing is called {target!r}; known: {known}")
+    return ours
 
 
 def _matches(name: str, target: str) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from llmfoundry import runtime
 from llmfoundry.dtensor import local_shard, whole
-from llmfoundry.layers.lora import LoRAConfig, adapted, adapters, is_adapter
+from llmfoundry.layers.lora import LoRAConfig, adapted, adapters, frozen_weights, is_adapter
 from llmfoundry.model.transformer import CausalLM
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -121,7 +122,8 @@ def folded(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
     Every rank of a sharded model has to go through all of them.
     """
     found = {name: (a, b) for name, a, b in adapters(model)}
-    for name, value in model.state_dict().items():
+    unpacked = ((name, frozen(torch.float32)) for name, frozen in frozen_weights(model))
+    for name, value in chain(model.state_dict().items(), unpacked):
         if is_adapter(name):
             continue
         a, b = found.get(name.removesuffix(".weight"), (None, None))
@@ -161,10 +163,10 @@ def _peft_config(config: LoRAConfig, entries: list[_Entry], mixture: bool, base_
         "base_model_name_or_path": base_model,
         "r": config.rank,
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": config.dropout,
         "bias": "none",
         "fan_in_fan_out": False,
-        "use_rslora": False,
+        "use_rslora": config.use_rslora,
         "use_dora": False,
         "init_lora_weights": True,
         "inference_mode": True,

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 import llmfoundry.layers.latent_attention  # noqa: F401  registers its attn_type
 from llmfoundry.config import ConfigError
-from llmfoundry.kernels.cross_entropy import CrossEntropy, cross_entropy_of_tokens
+from llmfoundry.kernels.cross_entropy import CrossEntropy, cross_entropy_by_token, cross_entropy_of_tokens
 from llmfoundry.layers.attention import FULL, AttentionConfig, GroupedQueryConfig, KVCache, Mask, attention_mask
 from llmfoundry.layers.ffn import FFNConfig, MLPConfig, RouterStats
-from llmfoundry.layers.lora import LoRAConfig, adapters, add_adapters
+from llmfoundry.layers.lora import LoRAConfig, adapters, add_adapters, quantize_frozen
 from llmfoundry.layers.norm import NormConfig, NormType
 from llmfoundry.layers.rope import Rope, rope_table
 from llmfoundry.model.config import InitConfig, ModelConfig
@@ -33,7 +33,7 @@ class Output(NamedTuple):
 
     logits: Tensor | None  # (B, S, V)
     loss_sum: Tensor | None  # () nats, float32, summed over labels that are not -100
-    nats: Tensor | None  # (B, S) of each label, without a gradient
+    nats: Tensor | None  # (B, S) of each label; with a gradient if asked for `by_token`
     router: RouterStats | None  # stacked over MoE layers, (Lm, E) or (Lm,); None for a dense model
 
 
@@ -57,6 +57,7 @@ class _AdapterParams(NamedTuple):
 
     all: int
     active: int
+    of_experts: int
 
 
 class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
@@ -187,11 +188,18 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
         model = CausalLM(self)
         if self.lora is not None:
             add_adapters(model, model.blocks, self.lora)
+            if self.lora.quantize is not None:
+                quantize_frozen(model.blocks)
         return model
+
+    @property
+    def adapts_experts(self) -> bool:
+        """Whether experts have adapters."""
+        return self._adapter_params().of_experts > 0
 
     def _adapter_params(self) -> _AdapterParams:
         """Parameters of all adapters, and the active ones, counted on the meta device."""
-        total = active = 0
+        total = active = of_experts = 0
         if self.lora is not None:
             with torch.device("meta"):
                 model = self.build()
@@ -199,8 +207,9 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
                 ffn = self.ffn(int(name.split(".")[1]))
                 n = a.numel() + b.numel()
                 total += n
+                of_experts += n if a.dim() == 3 else 0
                 active += n // a.shape[0] * ffn.moe_top_k if a.dim() == 3 and isinstance(ffn, MoEConfig) else n
-        return _AdapterParams(total, active)
+        return _AdapterParams(total, active, of_experts)
 
     def _shared_params(self) -> int:
         """All but the feed-forward blocks."""
@@ -253,12 +262,16 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
 
-    def forward(self, x: Tensor, labels: Tensor | None, softcap: float | None) -> Tensor | CrossEntropy:
+    def forward(
+        self, x: Tensor, labels: Tensor | None, softcap: float | None, by_token: bool = False
+    ) -> Tensor | CrossEntropy:
         """As `logits_or_loss`, with this weight."""
-        return logits_or_loss(x, self.weight, labels, softcap)
+        return logits_or_loss(x, self.weight, labels, softcap, by_token)
 
 
-def logits_or_loss(x: Tensor, weight: Tensor, labels: Tensor | None, softcap: float | None) -> Tensor | CrossEntropy:
+def logits_or_loss(
+    x: Tensor, weight: Tensor, labels: Tensor | None, softcap: float | None, by_token: bool = False
+) -> Tensor | CrossEntropy:
     """Logits of hidden states, or with labels their loss.
 
     Args:
@@ -266,10 +279,14 @@ def logits_or_loss(x: Tensor, weight: Tensor, labels: Tensor | None, softcap: fl
         weight: (V, D).
         labels: (B, S) int64, or None for logits.
         softcap: logits become `softcap * tanh(logit / softcap)`.
+        by_token: the loss of each label has a gradient too, at the price of one more product with the weight.
 
     Returns:
         (B, S, V) in the dtype of `x`, or the cost of the labels that are not -100.
     """
+    if labels is not None and by_token:
+        nats = cross_entropy_by_token(x.flatten(0, 1), weight, labels.flatten(), softcap)
+        return CrossEntropy(nats.sum(), nats)
     if labels is not None:
         return cross_entropy_of_tokens(x.flatten(0, 1), weight, labels.flatten(), softcap)
     logits = F.linear(x, weight)  # (B, S, V)
@@ -311,6 +328,8 @@ class CausalLM(nn.Module):
         keys: Tensor | None = None,
         cache: Cache | None = None,
         last_only: bool = False,
+        by_token: bool = False,
+        at: Tensor | None = None,
     ) -> Output:
         """Logits of the next tokens, or with labels the loss.
 
@@ -322,7 +341,9 @@ class CausalLM(nn.Module):
                 only differences, which are the same in the row and in a document.
             keys: (B,) int64 noise keys of the rows, for routers with jitter.
             cache: keys and values of the tokens before these; it is extended.
+            by_token: whether each label's loss has a gradient.
             last_only: logits of the last token only, (B, 1, V), which is all that sampling needs.
+            at: (N,) int64 places among the B * S tokens: logits of these only, (1, N, V).
         """
         offset = 0 if cache is None else cache.length
         x, rope, masks = self._prepare(tokens, sequence_ids, positions, offset, cache is not None)  # x (B, S, D)
@@ -333,12 +354,14 @@ class CausalLM(nn.Module):
             x, router = block(x, rope, masks[self.config.window(layer)], noise, past)
             if router is not None:
                 stats.append(router)
+        if at is not None:
+            x = x.flatten(0, 1)[at].unsqueeze(0)  # (1, N, D)
         x = self.norm_f(x[:, -1:] if last_only else x)  # (B, S, D), or (B, 1, D)
         softcap = self.config.final_logit_softcapping
         if self.lm_head is None:
-            y = logits_or_loss(x, self.wte.weight, labels, softcap)
+            y = logits_or_loss(x, self.wte.weight, labels, softcap, by_token)
         else:
-            y = self.lm_head(x, labels, softcap)
+            y = self.lm_head(x, labels, softcap, by_token)
         router = RouterStats(*(torch.stack(field) for field in zip(*stats, strict=True))) if stats else None
         if isinstance(y, Tensor):
             return Output(y, None, None, router)

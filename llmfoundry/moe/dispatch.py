@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from llmfoundry import runtime
 from llmfoundry.kernels.routing import sum_rows_torch
 
 
@@ -86,6 +87,7 @@ def plan_exchange(experts: Tensor, n_local: int, group: dist.ProcessGroup) -> Ex
     goes = (slots > 0).t()  # (P, T)
     sent = torch.stack([goes.sum(1), slots.sum(0)], dim=1)  # (P, 2) rows and slots for each rank
     received = torch.empty_like(sent)
+    runtime.meet()
     dist.all_to_all_single(received, sent, group=group)
 
     # While the counts are on their way: row numbers by rank, then token. What goes nowhere shares a place.
@@ -198,4 +200,5 @@ def _start_to_tokens(rows: Tensor, plan: Exchange) -> tuple[Tensor, dist.Work]:
 def _exchange(
     received: Tensor, sent: Tensor, n_received: list[int], n_sent: list[int], group: dist.ProcessGroup
 ) -> dist.Work:
+    runtime.meet()
     return dist.all_to_all_single(received, sent, n_received, n_sent, group, async_op=True)

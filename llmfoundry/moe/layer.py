@@ -19,8 +19,9 @@ from llmfoundry.dtensor import local_part
 from llmfoundry.kernels.activations import ACTIVATIONS
 from llmfoundry.kernels.experts import Backend, ExpertKind, experts_ffn, resolve_backend
 from llmfoundry.kernels.late import LateGradients
+from llmfoundry.kernels.low_rank import ExpertAdapters, LowRank
 from llmfoundry.layers.ffn import Activation, FFNConfig, FFNOutput, GLUConfig, MLPConfig
-from llmfoundry.layers.lora import adapted
+from llmfoundry.layers.nf4 import NF4Weight
 from llmfoundry.moe.dispatch import ExpertInputs, InFlight, plan_exchange, return_rows, send
 from llmfoundry.moe.router import Router, RouterConfig, statistics, within_capacity
 
@@ -156,6 +157,8 @@ _kind = cache(ExpertKind)
 class Experts(nn.Module):
     """All experts' weights, stacked, and what they compute. Under expert parallelism, this rank's only."""
 
+    frozen_w1: NF4Weight | None  # in place of w1 and w2, with lora.quantize
+    frozen_w2: NF4Weight | None
     w1_lora_A: nn.Parameter | None  # (E, r, D); the low-rank adapters of w1 and w2, where the model has them
     w1_lora_B: nn.Parameter | None  # (E, 2F, r)
     w2_lora_A: nn.Parameter | None  # (E, r, F)
@@ -168,11 +171,18 @@ class Experts(nn.Module):
         self.limit, self.impl, self.kind = config.ffn_act_limit, config.moe_impl, config.kind(d_model)
         self.w1 = nn.Parameter(torch.empty(n_experts, expert.rows, d_model))  # (E, 2F, D): gate, then up rows
         self.w2 = nn.Parameter(torch.empty(n_experts, d_model, expert.hidden_size))  # (E, D, F)
+        self.register_module("frozen_w1", None)
+        self.register_module("frozen_w2", None)
         self.b1 = nn.Parameter(torch.empty(n_experts, expert.rows)) if expert.bias else None  # (E, 2F)
         self.b2 = nn.Parameter(torch.empty(n_experts, d_model)) if expert.bias else None  # (E, D)
-        self.lora_scale = 0.0
+        self.lora_scale, self.lora_dropout, self.lora_off = 0.0, 0.0, False
         for slot in ("w1_lora_A", "w1_lora_B", "w2_lora_A", "w2_lora_B"):  # layers/lora.py fills them
             self.register_parameter(slot, None)
+
+    def set_adapters(self, scale: float, dropout: float) -> None:
+        """Called when adapters have been put into the slots."""
+        self.lora_scale, self.lora_dropout = scale, dropout
+        self.kind = _kind(*self.kind._replace(dropout=dropout > 0))
 
     def backend(self, device: torch.device, dtype: torch.dtype) -> Backend:
         """What `moe_impl` stands for there."""
@@ -180,20 +190,30 @@ class Experts(nn.Module):
 
     def forward(self, tokens: ExpertInputs | InFlight) -> Tensor:
         """`experts_ffn` with these weights, on tokens that are here or on their way here; (T, D) or (R, D)."""
-        w1 = adapted(local_part(self.w1), local_part(self.w1_lora_A), local_part(self.w1_lora_B), self.lora_scale)
-        w2 = adapted(local_part(self.w2), local_part(self.w2_lora_A), local_part(self.w2_lora_B), self.lora_scale)
-        b1, b2 = local_part(self.b1), local_part(self.b2)
+        b1, b2, dtype = local_part(self.b1), local_part(self.b2), tokens.x.dtype
+        w1 = local_part(self.w1) if self.frozen_w1 is None else self.frozen_w1(dtype)
+        w2 = local_part(self.w2) if self.frozen_w2 is None else self.frozen_w2(dtype)
+        adapters = ExpertAdapters() if self.lora_off else ExpertAdapters(
+            _pair(self.w1_lora_A, self.w1_lora_B), _pair(self.w2_lora_A, self.w2_lora_B),
+            self.lora_scale, self.lora_dropout if self.training else 0.0,
+        )  # fmt: skip
         late = None
         if isinstance(tokens, InFlight):
             late = LateGradients()
             w1, w2 = late.weight("w1", w1), late.weight("w2", w2)
             b1, b2 = late.weight("b1", b1), late.weight("b2", b2)
+            adapters = adapters.deferred(late)
             tokens = tokens.wait()
         return experts_ffn(
             tokens.x, tokens.weights, tokens.experts, w1, w2, b1=b1, b2=b2,
             activation=self.activation, gated=self.gated, limit=self.limit,
             backend=self.backend(tokens.x.device, tokens.x.dtype), n_rows=tokens.n_slots, late=late,
+            adapters=adapters,
         )  # fmt: skip
+
+
+def _pair(a: Tensor | None, b: Tensor | None) -> LowRank | None:
+    return None if a is None or b is None else LowRank(local_part(a), local_part(b))
 
 
 class MoE(nn.Module):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from llmfoundry import runtime
+from llmfoundry.config import ConfigError
 from llmfoundry.kernels.experts import reads_on_host
 from llmfoundry.model.init import init_weights
 from llmfoundry.model.transformer import CausalLM
@@ -31,6 +32,7 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
     Returns:
         The same model, still on the meta device; `materialize` gives it storage.
     """
+    _check_quantized(model, mesh, config)
     divide_experts(model, mesh)
     compiled = config.compile is True or (config.compile == "auto" and runtime.device().type == "cuda")
     one_graph = compiled and mesh.experts is None and not _reads_on_host(model, precision)
@@ -52,6 +54,17 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
     if not by_itself:
         shard(model, mesh, config, precision)
     return model
+
+
+def _check_quantized(model: CausalLM, mesh: Mesh, config: ParallelConfig) -> None:
+    lora = model.config.lora
+    if lora is None or lora.quantize is None:
+        return
+    key = f"model.lora.quantize={lora.quantize}"
+    if not single_process(config, mesh.degrees):
+        raise ConfigError(f"{key} runs in one process, without FSDP; leave it out on more")
+    if config.recompute == "none":
+        raise ConfigError(f"{key} needs parallel.recompute: full, or backward would find every weight unpacked")
 
 
 def _reads_on_host(model: CausalLM, precision: str) -> bool:

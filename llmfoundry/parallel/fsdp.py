@@ -12,12 +12,13 @@ their gradients come out ep times too big, and no loss curve shows it (Adam does
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -26,8 +27,10 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter  # what set_custom_... take
 from torch.distributed.tensor import Shard
 
+from llmfoundry import runtime
 from llmfoundry.model.transformer import Block, CausalLM
 from llmfoundry.moe.layer import MoE
 from llmfoundry.parallel.expert import mixtures
@@ -152,3 +155,64 @@ def accumulating(model: nn.Module, last: bool) -> Iterator[None]:
         model.set_requires_gradient_sync(last or getattr(model, _EVERY_MICROBATCH))
         model.set_requires_all_reduce(last)
     yield
+
+
+class _Allocates:
+    """As FSDP2 does by itself."""
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class _Gather(_Allocates, AllGather):
+    """FSDP2's own all-gather, after a meeting."""
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        runtime.meet()
+        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class _Reduce(_Allocates, ReduceScatter):
+    """FSDP2's own reduce-scatter, after a meeting."""
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp | dist.ReduceOp.RedOpType,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        runtime.meet()
+        return dist.reduce_scatter_tensor(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
+
+
+def can_leave(model: nn.Module) -> bool:
+    """Whether a step can be left in the middle and another one taken; before torch 2.13, FSDP2 could not."""
+    return not isinstance(model, FSDPModule) or hasattr(model, "reset_iter_state")
+
+
+def meet_before_collectives(model: nn.Module) -> None:
+    """Let ranks leave a forward or backward together (`runtime.together`)."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_all_gather(_Gather())
+            module.set_custom_reduce_scatter(_Reduce())
+
+
+def forget_step(model: nn.Module) -> None:
+    """Make a model ready for another forward after one that was left, or its backward."""
+    model.zero_grad(set_to_none=True)
+    if not isinstance(model, FSDPModule) or model._get_fsdp_state()._is_root is None:  # None: before the first forward
+        return
+    model.reset_iter_state()
+    for module in model.modules():
+        # Gradients of earlier microbatches, not summed over ranks yet. torch keeps them, and has no public way to them.
+        for group in module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else ():
+            for parameter in group.fsdp_params:
+                parameter.unsharded_accumulated_grad = None
+                if hasattr(parameter, "_unsharded_param"):  # not before the first forward
+                    parameter._unsharded_param.grad = None
+    model.zero_grad(set_to_none=True)

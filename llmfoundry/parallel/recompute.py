@@ -29,6 +29,7 @@ DEAR = (
     "aten.addmm",
     "aten.mm",
     "higher_order.flex_attention",
+    "llmfoundry.frozen_linear_plus",
 )
 
 
@@ -123,11 +124,12 @@ def recompute_blocks(
     kept = operators([*CHOICE, *((DEAR if save is None else save) if mode == "selective" else ())])
     contexts = create_selective_checkpoint_contexts if in_graph else _contexts
     for block in blocks:
-        # Nothing in a block draws from torch's generators, so there is no state to keep.
+        # Only dropout draws from torch's generators, whose state is kept then: the second time drops the same.
+        draws = any(getattr(module, "lora_dropout", 0) for module in block.modules())
         block.forward = functools.partial(
             checkpoint,
             block.forward,
             use_reentrant=False,
-            preserve_rng_state=False,
+            preserve_rng_state=draws,
             context_fn=functools.partial(contexts, kept),
         )

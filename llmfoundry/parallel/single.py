@@ -39,12 +39,12 @@ def _casting(
     def cast_forward(*args: P.args, **kwargs: P.kwargs) -> R:
         kept = [parameters[name] for parameters, name in slots]
         copies: dict[int, Tensor] = {}
-        for (parameters, name), parameter in zip(slots, kept, strict=True):
-            assert parameter is not None
-            if id(parameter) not in copies:
-                copies[id(parameter)] = parameter.to(dtype)
-            parameters[name] = copies[id(parameter)]  # type: ignore[assignment]
-        try:
+        try:  # also around the copies: memory may run out among them
+            for (parameters, name), parameter in zip(slots, kept, strict=True):
+                assert parameter is not None
+                if id(parameter) not in copies:
+                    copies[id(parameter)] = parameter.to(dtype)
+                parameters[name] = copies[id(parameter)]  # type: ignore[assignment]
             return forward(*args, **kwargs)
         finally:
             for (parameters, name), parameter in zip(slots, kept, strict=True):

@@ -9,6 +9,7 @@ from llmfoundry.moe.balance import Balance
 from llmfoundry.parallel.expert import n_experts
 from llmfoundry.parallel.mesh import Degrees, ParallelConfig, plan_mesh
 from llmfoundry.train.config import Precision, RunConfig
+from llmfoundry.train.loss import CrossEntropyConfig, LossConfig
 from llmfoundry.train.optim import OptimizerConfig
 
 
@@ -38,22 +39,25 @@ class Job(NamedTuple):
     parallel: ParallelConfig
     optimizer: OptimizerConfig
     precision: Precision
-    global_rows: int
+    global_rows: int  # sequences: a pair of preferences is two
     micro_rows: int | Literal["auto"]
     seq_len: int
+    loss: LossConfig = CrossEntropyConfig()
 
     @classmethod
     def of(cls, config: RunConfig) -> Job:
         """The run of a YAML, on GPUs."""
         assert isinstance(config.model, CausalLMConfig)
+        sequences, micro = 2 if config.loss.pairs else 1, config.device_train_microbatch_size
         return cls(
             config.model,
             config.parallel,
             config.optimizer,
             config.precision_on("cuda"),
-            config.global_train_batch_size,
-            config.device_train_microbatch_size,
+            config.global_train_batch_size * sequences,
+            micro if micro == "auto" else micro * sequences,
             config.max_seq_len,
+            config.loss,
         )
 
     @property

@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_iter
 
 from llmfoundry import runtime
 from llmfoundry.data.loader import Batch
-from llmfoundry.kernels import activations, cross_entropy, experts
+from llmfoundry.kernels import activations, cross_entropy, experts, experts_grouped
 from llmfoundry.layers import attention, norm
 from llmfoundry.model import transformer
 from llmfoundry.model.transformer import CausalLM
@@ -90,23 +90,30 @@ def simulate(job: Job, degrees: Degrees) -> Step:
         mesh = build_mesh(job.parallel, "cpu", n_experts(job.model))
         with torch.device("meta"):
             model = job.model.build()
+            beside = job.model.build() if job.loss.pairs and job.model.lora is None else None
         with _as_on_a_gpu(ledger):
             with patch.object(runtime, "device", lambda: torch.device("cuda")):
                 model = parallelize(model, mesh, job.parallel, job.precision)
+                if beside is not None:
+                    beside = parallelize(beside, mesh, job.parallel, job.precision).requires_grad_(False)
             with FakeTensorMode(allow_non_fake_inputs=True), ledger:
                 model.to_empty(device="cpu")
+                if beside is not None:
+                    beside.to_empty(device="cpu")
                 ledger.parameters = list(model.parameters())
                 ledger.kind = OPTIMIZER
                 optimizer = job.optimizer.build(model)
                 _make_state(optimizer)
                 _mark_moments(model, ledger)
-                tokens = torch.zeros(rows, work.seq_len, dtype=torch.int64)
-                batch = Batch(tokens, tokens.clone(), torch.zeros(rows, dtype=torch.int64))
+                objective = job.loss.build(beside)
+                n = objective.sequences
+                tokens = torch.zeros(rows // n, n * work.seq_len, dtype=torch.int64)
+                batch = Batch(tokens, tokens.clone(), torch.zeros(rows // n, dtype=torch.int64))
                 ledger.enter(Moment("forward", -1), ACTIVATIONS)
                 ledger.restart()
                 train_step(
-                    model, optimizer, batch, microbatch_rows=work.micro_rows, max_grad_norm=1.0,
-                    balance=Balance.of(job.model),
+                    model, optimizer, batch, microbatch_rows=work.micro_rows // n, max_grad_norm=1.0,
+                    balance=Balance.of(job.model), objective=objective,
                 )  # fmt: skip
         return Step(ledger.held, ledger.received)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -263,7 +270,7 @@ def _as_on_a_gpu(ledger: Ledger) -> Iterator[None]:
         patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         patch.object(FakeTensor, "is_cuda", property(lambda self: True), create=True),
         patch.object(layer, "resolve_backend", lambda choice, kind, _, dtype: resolve(choice, kind, _GPU, dtype)),
-        patch.object(experts, "_on_gpu", lambda _: True),
+        patch.object(experts_grouped, "_on_gpu", lambda _: True),
         patch.object(experts, "_say_once", _say_once),  # so that a run in this process still warns
         patch.object(activations, "_BLOCK_VALUES", 2**62),  # only a CPU cuts rows into blocks
         patch.object(layer, "plan_exchange", _even_exchange),

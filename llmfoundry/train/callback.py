@@ -6,10 +6,11 @@ A callback is a config with a class: adding one touches one file in callbacks/ a
 
 from __future__ import annotations
 
+from llmfoundry.checkpoint.reading import Json
 from llmfoundry.train.config import CallbackConfig, LoggerConfig
-from llmfoundry.train.run import Metrics, Run
+from llmfoundry.train.run import Metrics, Run, Table
 
-__all__ = ["Callback", "CallbackConfig", "LoggerConfig", "Metrics", "Run"]
+__all__ = ["Callback", "CallbackConfig", "Json", "LoggerConfig", "Metrics", "Run", "Table"]
 
 
 class Callback:
@@ -24,6 +25,16 @@ class Callback:
 
         Monitors add to `metrics`, loggers write them; this is called once per step.
         """
+
+    def table(self, trainer: Run, table: Table) -> None:
+        """A callback has made a table at this step; loggers write it."""
+
+    def state_dict(self) -> dict[str, Json]:
+        """What a checkpoint keeps of this callback; the same on every rank."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Json]) -> None:
+        """Take up what `state_dict` gave, before `fit_start`; not called where there is none."""
 
     def fit_end(self, trainer: Run) -> None:
         """The last checkpoint is safe."""

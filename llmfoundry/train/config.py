@@ -13,14 +13,18 @@ from pydantic import Field, field_validator, model_validator
 
 import llmfoundry.model.transformer  # noqa: F401  registers its model
 import llmfoundry.train.lion  # noqa: F401  registers its optimizer
-from llmfoundry.config import Choice, Config, ConfigError, LocalPath, keyed, local_path
+from llmfoundry.config import Choice, Config, ConfigError, LocalPath, is_url, keyed, local_path
 from llmfoundry.data.loader import LoaderConfig
 from llmfoundry.data.mixture import MixtureConfig
+from llmfoundry.data.preferences import PreferencesConfig
 from llmfoundry.data.sources import paired_run
 from llmfoundry.data.tokenizer import TokenizerConfig
+from llmfoundry.eval.gauntlet import GauntletConfig
+from llmfoundry.eval.icl_tasks import TaskConfig
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.parallel.mesh import ParallelConfig
 from llmfoundry.train.duration import Duration
+from llmfoundry.train.loss import CrossEntropyConfig, LossConfig
 from llmfoundry.train.optim import OptimizerConfig
 from llmfoundry.train.schedule import SchedulerConfig
 
@@ -48,6 +52,9 @@ class CallbackConfig(Choice, tag="name"):
     def build(self) -> object:
         """The `Callback`, before there is a trainer and before any data is prepared: mistakes are refused here."""
         raise NotImplementedError
+
+    def check_run(self, run: RunConfig) -> None:
+        """Refuse a run that this callback cannot watch, before anything is written; raises ConfigError."""
 
 
 class LoggerConfig(Choice, tag="name"):
@@ -111,10 +118,12 @@ class RunConfig(Config):
 
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig
+    loss: LossConfig = CrossEntropyConfig()  # or {name: dpo, beta: 0.1}, on preferences
     algorithms: Algorithms = Algorithms()
     max_duration: Duration
     global_train_batch_size: int = Field(gt=0)  # rows a step, over all ranks
-    device_train_microbatch_size: int | Literal["auto"] = "auto"  # rows; need not divide; auto: all of the rank's
+    # Rows of a forward; need not divide. auto: all of the rank's, and half as many each time that they do not fit.
+    device_train_microbatch_size: int | Literal["auto"] = "auto"
     max_skipped_steps: int = Field(10, ge=0)  # updates skipped in a row for a gradient that is not finite
 
     eval_interval: Duration = Duration.parse("1ep")  # 0ba: never
@@ -122,6 +131,11 @@ class RunConfig(Config):
     # Of device_eval_batch_size rows each, over all ranks together; -1: all the data
     eval_subset_num_batches: int = 256
     device_eval_batch_size: int = Field(16, gt=0)  # rows
+    # Tasks with few solved examples, at each evaluation: metrics/LABEL/N-shot/METRIC. A list, or a file that has one.
+    icl_tasks: list[TaskConfig] = []
+    eval_gauntlet: GauntletConfig | None = None  # their summary: icl/metrics/eval_gauntlet/NAME. Or a file that has one
+    icl_seq_len: int = Field(1024, gt=1)  # tokens of a question with its examples: the beginning of a longer one goes
+    icl_subset_num_batches: int | None = Field(None, ge=-1)  # of each task, over all ranks together; None, -1: all
 
     precision: Precision | Literal["auto"] = "auto"  # auto: amp_bf16 on a GPU, fp32 on a CPU
     parallel: ParallelConfig = ParallelConfig()
@@ -177,7 +191,7 @@ class RunConfig(Config):
             return path
         if path.startswith("hf://"):
             raise ValueError(f"{path}: write hf:{path.removeprefix('hf://')}")
-        return local_path(path)
+        return path if is_url(path) else local_path(path)  # a URL is refused when the run starts: a plan can be made
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -186,8 +200,12 @@ class RunConfig(Config):
         micro = self.device_train_microbatch_size
         if isinstance(micro, int) and micro < 1:
             raise ValueError(f"device_train_microbatch_size={micro} is not a number of rows; write 1 or more, or auto")
-        if self.eval_first and not self.evaluations:
-            raise ValueError("eval_first=true has no text to evaluate on; add an eval_loader")
+        if self.eval_first and not self.evaluations and not self.icl_tasks:
+            raise ValueError("eval_first=true has no text to evaluate on; add an eval_loader, or icl_tasks")
+        if self.icl_subset_num_batches == 0:
+            raise ValueError("icl_subset_num_batches=0 asks nothing; write -1 for all questions, or 1 or more")
+        if self.eval_gauntlet is not None and not self.icl_tasks:
+            raise ValueError("eval_gauntlet: summarises icl_tasks, and there are none; add some, or leave it out")
         self._check_labels()
         keep, batches = self.save_num_checkpoints_to_keep, self.eval_subset_num_batches
         if keep == 0 or keep < -1:
@@ -199,6 +217,39 @@ class RunConfig(Config):
                 f"eval_subset_num_batches={batches} evaluates on nothing; write -1 for all, or 1 or more "
                 "(eval_interval: 0ba never evaluates)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _base_is_quantized(self) -> Self:
+        lora = getattr(self.model, "lora", None)
+        if lora is None or lora.quantize is None:
+            return self
+        if self.load_path is None or not self.load_path.startswith("hf:"):
+            raise ValueError(f"model.lora.quantize={lora.quantize} needs load_path: hf:..., whose weights it quantises")
+        if self.save_frozen_weights:
+            raise ValueError(f"save_frozen_weights: not with model.lora.quantize={lora.quantize}; leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _loss_fits_data(self) -> Self:
+        parts = self.train_loader.dataset.parts()
+        if any(isinstance(part, PreferencesConfig) != self.loss.pairs for part in parts):
+            needed = "name: preferences" if self.loss.pairs else "other data, or loss: {name: dpo}"
+            raise ValueError(f"loss={self.loss.name} does not fit the data of train_loader; it needs {needed}")
+        if self.loss.pairs and isinstance(self.train_loader.dataset, MixtureConfig):
+            raise ValueError(f"train_loader.datasets: loss={self.loss.name} reads one dataset, not a mixture")
+        if any(isinstance(part, PreferencesConfig) for each in self.evaluations for part in each.dataset.parts()):
+            raise ValueError(
+                "eval_loader: preferences are for training; evaluate on the chosen answers as finetuning data, with "
+                "preprocessing_fn: {response: chosen}"
+            )
+        if self.loss.pairs and getattr(self.model, "lora", None) is None:
+            if self.load_path is None:
+                raise ValueError(
+                    f"loss={self.loss.name} needs load_path, whose weights are the reference, or model.lora"
+                )
+            if not self.load_path.startswith("hf:") and not self.load_weights_only:
+                raise ValueError(f"loss={self.loss.name}: load_path is the reference; write load_weights_only=true")
         return self
 
     def _check_labels(self) -> None:

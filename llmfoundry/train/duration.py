@@ -11,9 +11,9 @@ import math
 import re
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Literal, cast, get_args
+from typing import Annotated, Literal, cast, get_args
 
-from pydantic import GetCoreSchemaHandler
+from pydantic import BeforeValidator, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from llmfoundry.config import ConfigError
@@ -61,6 +61,14 @@ class Duration:
         return core_schema.no_info_plain_validator_function(
             cls.parse, serialization=core_schema.plain_serializer_function_ser_schema(str)
         )
+
+
+def _of_epochs(value: object) -> object:
+    is_number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return Duration.parse(f"{value}ep") if is_number else value
+
+
+Interval = Annotated[Duration, BeforeValidator(_of_epochs)]  # where Composer takes a number too: it counts epochs
 
 
 @dataclass(frozen=True)

@@ -6,34 +6,26 @@ Source: Chen et al. 2023, Symbolic Discovery of Optimization Algorithms, arXiv:2
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Annotated, overload
+from typing import overload
 
 import torch
 from pydantic import Field
 from torch import nn
 
 from llmfoundry.dtensor import local_part
-from llmfoundry.train.optim import Beta, OptimizerConfig, decays
+from llmfoundry.train.groups import Betas
+from llmfoundry.train.optim import GroupedOptimizerConfig
 
 
-class DecoupledLionWConfig(OptimizerConfig, names=("decoupled_lionw",)):
+class DecoupledLionWConfig(GroupedOptimizerConfig, names=("decoupled_lionw",)):
     """Each step takes `(lr / initial_lr) * weight_decay` of the weight away, and `lr` times a sign."""
 
     lr: float = Field(1.0e-4, gt=0)
-    betas: Annotated[list[Beta], Field(min_length=2, max_length=2)] = [0.9, 0.99]
+    betas: Betas = [0.9, 0.99]
     weight_decay: float = Field(0.0, ge=0)
-    decay_embeddings: bool = True  # whether weight decay is for embeddings too
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        groups: dict[bool, list[nn.Parameter]] = {}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                groups.setdefault(decays(name, parameter, embeddings=self.decay_embeddings), []).append(parameter)
-        settings: list[dict[str, object]] = [
-            {"params": members, "weight_decay": self.weight_decay if decayed else 0.0, "initial_lr": self.lr}
-            for decayed, members in groups.items()
-        ]
-        return DecoupledLionW(settings, lr=self.lr, betas=(self.betas[0], self.betas[1]))
+        return DecoupledLionW(self.settings(model), lr=self.lr, betas=(self.betas[0], self.betas[1]))
 
 
 class DecoupledLionW(torch.optim.Optimizer):

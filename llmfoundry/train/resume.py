@@ -33,7 +33,7 @@ from llmfoundry.checkpoint.identity import (
     is_allowed,
 )
 from llmfoundry.checkpoint.reading import HUGGING_FACE, Base, Contents, base_of, find_base, read
-from llmfoundry.config import ConfigError, dump
+from llmfoundry.config import ConfigError, dump, is_url
 from llmfoundry.data.tokenizer import SpecialTokens, TokenizerConfig
 from llmfoundry.hf.facts import weight_differences
 from llmfoundry.hf.generation import read_generation
@@ -92,6 +92,8 @@ def find_start(config: RunConfig, checkpointer: Checkpointer) -> Start:
         return Start("new")
     if config.load_path.startswith(HUGGING_FACE):
         return _from_hugging_face(config, model, config.load_path.removeprefix(HUGGING_FACE))
+    if is_url(config.load_path):
+        raise ConfigError(f"load_path: {config.load_path} is a URL; copy it to a folder of this machine and name that")
     if is_composer(config.load_path):
         return _from_composer(config.load_path, model, config.load_weights_only)
     if config.load_weights_only:

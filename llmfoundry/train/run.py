@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import logging
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
+from llmfoundry import runtime
+from llmfoundry.config import PLACEHOLDERS
 from llmfoundry.data.loader import Loader
 from llmfoundry.data.tokenizer import SpecialTokens
+from llmfoundry.eval.icl import PREFIX, Task
 from llmfoundry.layers.ffn import RouterStats
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.moe.balance import Balance
@@ -18,13 +23,23 @@ from llmfoundry.train.config import RunConfig
 from llmfoundry.train.duration import Timeline
 from llmfoundry.train.schedule import Schedule
 
+log = logging.getLogger(__name__)
+
 Metrics = dict[str, float | int | list[float]]
 EVALUATED = "metrics/eval/"
 
 
+class Table(NamedTuple):
+    """Text that a callback shows beside the metrics of a step."""
+
+    name: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
 def is_evaluated(metrics: Metrics) -> bool:
     """Whether an evaluation is among the metrics of a step."""
-    return any(key.startswith(EVALUATED) for key in metrics)
+    return any(key.startswith(PREFIX) for key in metrics)
 
 
 @dataclass
@@ -40,7 +55,7 @@ class TrainState:
 
 @dataclass(kw_only=True)
 class Run:
-    """A run, built. Nothing but the trainer changes it."""
+    """A run, built. Nothing but the trainer changes it; callbacks may ask it to end."""
 
     config: RunConfig
     mesh: Mesh
@@ -50,6 +65,7 @@ class Run:
     loader: Loader
     eval_loader: Loader | None
     eval_loaders: list[Loader]  # the others, which have labels
+    tasks: list[Task]  # of icl_tasks
     model: CausalLM
     optimizer: Optimizer
     schedule: Schedule
@@ -58,4 +74,36 @@ class Run:
     state: TrainState = field(default_factory=TrainState)
     router: RouterStats | None = None  # of the last step, (L, E) and (L,) sums over the global batch, on the device
     evaluation: Metrics = field(default_factory=dict)  # of the last evaluation
+    generation: str | None = None  # generation_config.json of what the run began from
     train_seconds: float = 0.0  # in steps alone, over all processes that the run has had
+    signalled: bool = False  # this rank was asked to stop
+
+    def stop(self, why: str) -> None:
+        """Save and stop after this step, as for a signal: the same command continues. One rank may ask for all."""
+        log.info("step %d: %s", self.state.step, why)
+        self.signalled = True
+
+    def finish(self, why: str) -> None:
+        """End the run with this step, as if `max_duration` ended here. Every rank has to ask at the same step."""
+        log.info("step %d: %s; the run ends here", self.state.step, why)
+        self.timeline = replace(self.timeline, total_steps=self.state.step)
+
+    def filled(self, pattern: str) -> str:
+        """A name with its placeholders (`config.PLACEHOLDERS`) filled in, as of this step."""
+        values: dict[str, str | int | None] = {
+            "run_name": self.config.run_name,
+            "rank": runtime.rank(),
+            "local_rank": runtime.local_rank(),
+            "world_size": runtime.world_size(),
+            "epoch": self.state.rows // self.loader.rows_per_epoch,
+            "batch": self.state.step,
+            "token": self.state.tokens,
+            "sample": self.state.rows,
+        }
+        for name in PLACEHOLDERS:
+            pattern = pattern.replace(f"{{{name}}}", str(values[name]))
+        return pattern
+
+    def log_table(self, table: Table) -> None:
+        """Hand a table to every logger; all ranks call it."""
+        raise NotImplementedError

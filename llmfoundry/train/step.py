@@ -6,7 +6,7 @@ Shapes: B rows, S sequence, T tokens of the global batch, L MoE layers, E expert
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,19 +19,23 @@ from llmfoundry.data.rows import IGNORE
 from llmfoundry.layers.ffn import RouterStats
 from llmfoundry.model.transformer import CausalLM, Output
 from llmfoundry.moe.balance import Balance, load_balance_loss, update_expert_bias, z_loss
-from llmfoundry.parallel.fsdp import accumulating
+from llmfoundry.parallel.fsdp import accumulating, forget_step
+from llmfoundry.train.loss import Loss
 from llmfoundry.train.optim import clip_by_global_norm
+
+CROSS_ENTROPY = Loss()
 
 
 class StepResult(NamedTuple):
     """What a step did, the same on every rank. Only `updated` was read from the device."""
 
-    ce: Tensor  # () nats per label, mean over the global batch
+    ce: Tensor  # () nats per label, mean over the global batch; of DPO: of the chosen answers
     total: Tensor  # () with the auxiliary losses: what was differentiated
     grad_norm: Tensor  # () before clipping
     router: RouterStats | None  # (L, E), (L, E), (L,), (L,) sums over the global batch
     updated: bool  # False: some gradient was not finite, and nothing was changed
     sources: Tensor  # (2, n_sources) nats and labels of each source of a mixture
+    metrics: Tensor  # of the loss, in the order of its `metrics`
 
 
 def train_step(
@@ -43,11 +47,14 @@ def train_step(
     max_grad_norm: float | None,
     balance: Balance | None,
     noise_seed: int = 0,
+    step: int = 0,
     n_sources: int = 0,
+    objective: Loss = CROSS_ENTROPY,
+    together: bool = False,
 ) -> StepResult:
     """Run forward and backward over microbatches, then clip and update.
 
-    The loss is a sum over labels divided by the labels of the whole global batch, and gradients are summed over
+    The loss is a sum over units (labels) divided by the units of the whole global batch, and gradients are summed over
     ranks. So the gradient is the same for every microbatch size, packing and number of ranks.
 
     Args:
@@ -56,91 +63,144 @@ def train_step(
         microbatch_rows: rows of one forward; the last microbatch may be smaller.
         max_grad_norm: None does not clip.
         balance: how the experts' load is balanced; None for a dense model.
-        noise_seed: for routers with jitter, whose noise depends only on it and on each row's number.
+        noise_seed: for routers with jitter, whose noise depends only on it and on each row's number, and for dropout.
+        step: how many steps came before this one, for dropout.
         n_sources: how many a mixture has; 0 for rows of a single one.
+        objective: what is minimised.
+        together: when some rank runs out of memory before the update, all of them drop the step.
+
+    Raises:
+        runtime.OutOfMemory: `together`, and some rank ran out of memory; nothing has changed.
     """
     batch = batch._replace(rows=batch.rows + runtime.seed_of("noise", noise_seed) // 2)  # // 2: far from overflow
-    own = torch.stack([batch.n_labels, torch.full_like(batch.n_labels, batch.tokens.numel())])
-    n_labels, n_tokens = runtime.all_reduce_sum(own).unbind()
-    microbatches = batch.split(microbatch_rows)
+    own = torch.stack([*objective.units(batch), torch.full_like(batch.n_labels, batch.tokens.numel())])
+    counts = _Counts(*runtime.all_reduce_sum(own).unbind())
+    microbatches = objective.microbatches(batch, microbatch_rows)
+    seeding = _seeding(model, noise_seed, step)
 
-    ce = torch.zeros((), dtype=torch.float32, device=batch.labels.device)
-    total = torch.zeros_like(ce)
-    sources = ce.new_zeros(2, n_sources)
-    router: RouterStats | None = None
-    for i, (out, load) in enumerate(_forwards(model, microbatches, balance)):
-        assert out.loss_sum is not None
-        loss = out.loss_sum / n_labels
-        ce += loss.detach()
-        _add_sources(sources, out, microbatches[i])
-        if balance is not None and out.router is not None:
-            loss = loss + _auxiliary(out.router, load, balance) / n_tokens
-            stats = RouterStats(*(part.detach() for part in out.router))
-            router = stats if router is None else RouterStats(*(a + b for a, b in zip(router, stats, strict=True)))
-        with accumulating(model, last=i == len(microbatches) - 1):
-            loss.backward()
-        total += loss.detach()
+    def accumulate() -> _Sums:
+        return _accumulate(model, microbatches, balance, objective, counts, n_sources, seeding)
+
+    if together:
+        try:
+            sums = runtime.together(accumulate)
+        except runtime.OutOfMemory:
+            for each in filter(None, (model, objective.other)):
+                forget_step(each)
+            raise
+    else:
+        sums = accumulate()
 
     grad_norm = clip_by_global_norm(model.parameters(), max_grad_norm)
     updated = bool(torch.isfinite(grad_norm))  # the same on every rank, because the norm is global
-    ce, total, sources, router = _sum_over_ranks(ce, total, sources, router)
+    ce, total, sources, metrics, router = _sum_over_ranks(sums)
     if updated:
         optimizer.step()
         if balance is not None and router is not None:
             update_expert_bias(model, router.load, balance)
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(ce, total, grad_norm, router, updated, sources)
+    return StepResult(ce, total, grad_norm, router, updated, sources, metrics)
 
 
-def forward(model: CausalLM, batch: Batch) -> Output:
-    """The model on a batch's rows, with its loss."""
-    return model(
-        batch.tokens, batch.labels, sequence_ids=batch.sequence_ids, positions=batch.positions, keys=batch.rows
-    )
+class _Counts(NamedTuple):
+    """Of the global batch."""
+
+    units: Tensor  # () what the loss is a sum over
+    labels: Tensor  # ()
+    tokens: Tensor  # ()
+
+
+def _accumulate(
+    model: CausalLM,
+    microbatches: list[Batch],
+    balance: Balance | None,
+    objective: Loss,
+    counts: _Counts,
+    n_sources: int,
+    seeding: Callable[[int], object],
+) -> _Sums:
+    """Forward and backward of every microbatch: gradients, and this rank's sums."""
+    references = [objective.reference(model, micro) for micro in microbatches]
+    ce = torch.zeros((), dtype=torch.float32, device=counts.labels.device)
+    total = torch.zeros_like(ce)
+    sources, metrics = ce.new_zeros(2, n_sources), ce.new_zeros(len(objective.metrics))
+    router: RouterStats | None = None
+    for i, (out, load) in enumerate(_forwards(model, microbatches, balance, objective, seeding)):
+        parts = objective.parts(out, microbatches[i], references[i])
+        loss = parts.loss / counts.units
+        ce += parts.nats / counts.labels
+        metrics += parts.metrics / counts.units
+        _add_sources(sources, out, microbatches[i])
+        if balance is not None and out.router is not None:
+            loss = loss + _auxiliary(out.router, load, balance) / counts.tokens
+            stats = RouterStats(*(part.detach() for part in out.router))
+            router = stats if router is None else RouterStats(*(a + b for a, b in zip(router, stats, strict=True)))
+        with accumulating(model, last=i == len(microbatches) - 1):
+            loss.backward()
+        total += loss.detach()
+    return _Sums(ce, total, sources, metrics, router)
+
+
+def _seeding(model: CausalLM, seed: int, step: int) -> Callable[[int], object]:
+    """What is called before each forward of a microbatch, with its number: dropout then depends on nothing earlier."""
+    lora = model.config.lora
+    if lora is None or lora.dropout == 0:
+        return lambda number: None
+    return lambda number: torch.manual_seed(runtime.seed_of("dropout", seed, step, runtime.rank(), number))
 
 
 def _forwards(
-    model: CausalLM, microbatches: list[Batch], balance: Balance | None
+    model: CausalLM,
+    microbatches: list[Batch],
+    balance: Balance | None,
+    objective: Loss = CROSS_ENTROPY,
+    seeding: Callable[[int], object] = lambda number: None,
 ) -> Iterator[tuple[Output, Tensor | None]]:
     """Each microbatch's output, and the (L, E) loads for its balance loss (None: there is no such loss).
 
     The caller runs the backward of one before it asks for the next. `Balance` says what the modes mean.
     """
+
+    def run(number: int) -> Output:
+        seeding(number)
+        return objective.forward(model, microbatches[number])
+
+    numbers = range(len(microbatches))
     if balance is None or balance.loss_weight == 0:
-        yield from ((forward(model, micro), None) for micro in microbatches)
+        yield from ((run(i), None) for i in numbers)
     elif balance.scope == "microbatch":
-        for micro in microbatches:
-            out = forward(model, micro)
+        for i in numbers:
+            out = run(i)
             yield out, _load(out)
     elif balance.accumulation == "running":
         load: Tensor | None = None
-        for micro in microbatches:
-            out = forward(model, micro)
+        for i in numbers:
+            out = run(i)
             seen = runtime.all_reduce_sum(_load(out).clone())
             load = seen if load is None else load + seen
             yield out, load
     else:
         # The loads of the whole batch have to be known before the first backward.
         kept = len(microbatches) if balance.accumulation == "keep" else 1
-        with torch.no_grad():  # last_only: a count needs no logits
-            counts = [
-                _load(
-                    model(
-                        micro.tokens,
-                        sequence_ids=micro.sequence_ids,
-                        positions=micro.positions,
-                        keys=micro.rows,
-                        last_only=True,
-                    )
-                )
-                for micro in microbatches[kept:]
-            ]
-        outputs = deque(forward(model, micro) for micro in microbatches[:kept])
+        counts = []
+        for i in numbers[kept:]:
+            seeding(i)
+            counts.append(_count(model, microbatches[i]))
+        outputs = deque(run(i) for i in numbers[:kept])
         load = runtime.all_reduce_sum(torch.stack([*counts, *map(_load, outputs)]).sum(0))
         while outputs:
             yield outputs.popleft(), load
-        for micro in microbatches[kept:]:
-            yield forward(model, micro), load
+        for i in numbers[kept:]:
+            yield run(i), load
+
+
+@torch.no_grad()
+def _count(model: CausalLM, batch: Batch) -> Tensor:
+    """The (L, E) loads of a microbatch; a count needs no logits but those of the last token."""
+    out: Output = model(
+        batch.tokens, sequence_ids=batch.sequence_ids, positions=batch.positions, keys=batch.rows, last_only=True
+    )
+    return _load(out)
 
 
 def _load(out: Output) -> Tensor:
@@ -170,13 +230,14 @@ class _Sums(NamedTuple):
     ce: Tensor
     total: Tensor
     sources: Tensor
+    metrics: Tensor
     router: RouterStats | None
 
 
-def _sum_over_ranks(ce: Tensor, total: Tensor, sources: Tensor, router: RouterStats | None) -> _Sums:
+def _sum_over_ranks(own: _Sums) -> _Sums:
     """All of a step's sums in one all-reduce."""
-    parts = [ce, total, sources, *(router or ())]
+    parts = [*own[:4], *(own.router or ())]
     flat = runtime.all_reduce_sum(torch.cat([part.reshape(-1) for part in parts]))
     summed = [piece.view_as(part) for piece, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)]
-    ce, total, sources, *rest = summed
-    return _Sums(ce, total, sources, RouterStats(*rest) if router is not None else None)
+    ce, total, sources, metrics = summed[:4]
+    return _Sums(ce, total, sources, metrics, RouterStats(*summed[4:]) if own.router is not None else None)

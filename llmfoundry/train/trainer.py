@@ -18,11 +18,13 @@ from llmfoundry import hf, runtime
 from llmfoundry.checkpoint.checkpointer import Checkpointer, CheckpointState
 from llmfoundry.checkpoint.composer_names import load_composer
 from llmfoundry.checkpoint.identity import MIXTURE, is_allowed
-from llmfoundry.checkpoint.reading import Contents, Json, load_model_only
+from llmfoundry.checkpoint.reading import HUGGING_FACE, Contents, Json, load_model_only, read
 from llmfoundry.config import ConfigError, dump
 from llmfoundry.data.loader import Loader
-from llmfoundry.data.mixture import Mixture, MixtureConfig
+from llmfoundry.data.mixture import Mixture
 from llmfoundry.data.sources import check_apart
+from llmfoundry.eval.icl import PREFIX, Task, build_tasks, evaluate_tasks
+from llmfoundry.eval.icl_questions import Reader
 from llmfoundry.eval.perplexity import evaluate
 from llmfoundry.kernels.experts import resolve_backend
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig
@@ -30,10 +32,13 @@ from llmfoundry.moe.balance import Balance, summary
 from llmfoundry.moe.layer import MoEConfig
 from llmfoundry.parallel.apply import materialize, parallelize
 from llmfoundry.parallel.expert import n_experts
+from llmfoundry.parallel.fsdp import can_leave, meet_before_collectives
 from llmfoundry.parallel.mesh import Mesh, build_mesh
 from llmfoundry.train.callback import Callback
-from llmfoundry.train.config import RunConfig
+from llmfoundry.train.config import CallbackConfig, Precision, RunConfig
 from llmfoundry.train.duration import Timeline
+from llmfoundry.train.loss import Loss
+from llmfoundry.train.microbatch import Microbatches
 from llmfoundry.train.mixing import Joined, row_ends, take_up, to_save
 from llmfoundry.train.optim import set_learning_rate
 from llmfoundry.train.outputs import RunFolder, check_free, check_shared, read_summary
@@ -46,9 +51,9 @@ from llmfoundry.train.resume import (
     settle_tokenizer,
     train_state,
 )
-from llmfoundry.train.run import EVALUATED, Metrics, Run
+from llmfoundry.train.run import EVALUATED, Metrics, Run, Table, is_evaluated
 from llmfoundry.train.saving import Saver
-from llmfoundry.train.step import StepResult, train_step
+from llmfoundry.train.step import CROSS_ENTROPY, StepResult, train_step
 
 log = logging.getLogger(__name__)
 
@@ -63,12 +68,14 @@ class Trainer(Run):
 
     start: Start
     saver: Saver
+    microbatches: Microbatches
     callbacks: list[Callback]
-    generation: str | None = None  # generation_config.json of what the run began from
+    named: dict[str, Callback] = field(default_factory=dict)  # those that the YAML asked for
     joined: Joined = Joined()  # of a mixture
+    objective: Loss = CROSS_ENTROPY
+    reference: CausalLM | None = None  # a frozen model beside the one that is trained, where the loss needs it
     folder: RunFolder | None = None  # of rank 0, from `fit` on
     unevaluated: Metrics = field(default_factory=dict)  # of the last step, if a signal cut its evaluation short
-    signalled: bool = False  # this rank was asked to stop
 
     def fit(self) -> None:
         """Train until `max_duration`, or until a signal asks to stop."""
@@ -112,6 +119,8 @@ class Trainer(Run):
                     self.unevaluated = {} if found else dict(metrics)
                     metrics |= found
                 self._record(metrics)
+                if self.state.step == self.timeline.total_steps and not is_evaluated(metrics):
+                    self.evaluation = {}  # a callback ended the run: what there is, is of an earlier step
                 stopped = self._stopped()
                 done = stopped or self.state.step == self.timeline.total_steps
                 if done:
@@ -138,6 +147,10 @@ class Trainer(Run):
         if self.folder is not None:
             self.folder.write_metrics(metrics)
 
+    def log_table(self, table: Table) -> None:
+        for callback in self.callbacks:
+            callback.table(self, table)
+
     def _take_folder(self) -> None:
         self.folder = RunFolder.claim(Path(self.config.save_folder))
         self.saver.checkpointer.tidy()
@@ -154,7 +167,7 @@ class Trainer(Run):
         if self.state.step < self.timeline.total_steps or not self.config.autoresume:
             return False
         summary = read_summary(Path(self.config.save_folder))
-        evaluated = not self._evaluates or any(key.startswith("validation/") for key in summary)
+        evaluated = not self._evaluates or any(key.startswith(("validation/", PREFIX)) for key in summary)
         return evaluated and summary.get("steps") == self.state.step
 
     def _stopped(self) -> bool:
@@ -171,32 +184,39 @@ class Trainer(Run):
         state, rows = self.state, self.config.global_train_batch_size
         batch = self.loader.batch(state.rows, rows, self.mesh.data_rank, self.mesh.data_ranks).to(self.device)
         rate = set_learning_rate(self.optimizer, self.schedule.multiplier(state.step))
-        micro = self.config.device_train_microbatch_size
         clipping = self.config.algorithms.gradient_clipping
-        result = train_step(
-            self.model,
-            self.optimizer,
-            batch,
-            microbatch_rows=len(batch.rows) if micro == "auto" else micro,
-            max_grad_norm=clipping.clipping_threshold if clipping else None,
-            balance=self.balance,
-            noise_seed=self.config.seed,
-            n_sources=len(self.loader.labels),
+        result = self.microbatches.run(
+            lambda micro, together: train_step(
+                self.model,
+                self.optimizer,
+                batch,
+                microbatch_rows=micro,
+                max_grad_norm=clipping.clipping_threshold if clipping else None,
+                balance=self.balance,
+                noise_seed=self.config.seed,
+                step=state.step,
+                n_sources=len(self.loader.labels),
+                objective=self.objective,
+                together=together,
+            )
         )
         state.step += 1
         state.rows += rows
         state.tokens += rows * self.loader.max_seq_len
         self._count_skip(result)
         self.router = result.router
-        ce, total, grad_norm, *sources = torch.cat(
-            [torch.stack([result.ce, result.total, result.grad_norm]), result.sources.flatten()]
+        names = self.objective.metrics
+        ce, total, grad_norm, *rest = torch.cat(
+            [torch.stack([result.ce, result.total, result.grad_norm]), result.metrics, result.sources.flatten()]
         ).tolist()  # all at once: the host waits for the device here
+        of_loss, sources = dict(zip(names, rest, strict=False)), rest[len(names) :]
         metrics: Metrics = {
             "step": state.step,
             "tokens": state.tokens,
             "epoch": state.rows // self.loader.rows_per_epoch,
         }
         metrics |= {"loss/train/ce": ce, "loss/train/total": total}
+        metrics |= of_loss
         metrics |= self._by_source(sources)
         metrics |= {"lr": rate, "grad_norm": grad_norm, "skipped_steps": state.skipped_steps}
         if result.router is not None and self.balance is not None:
@@ -232,7 +252,7 @@ class Trainer(Run):
 
     @property
     def _evaluates(self) -> bool:
-        return bool(self.config.evaluations) and self.config.eval_interval.value > 0
+        return bool(self.config.evaluations or self.tasks) and self.config.eval_interval.value > 0
 
     def _due_evaluation(self) -> bool:
         last = self.state.step == self.timeline.total_steps
@@ -240,8 +260,18 @@ class Trainer(Run):
 
     def _evaluate(self) -> Metrics:
         """Nothing if a signal cut it short."""
-        self.evaluation = {}
+        self.evaluation = {}  # the older one is not of this step
         self.model.eval()
+        texts = self._evaluate_texts()
+        tasks = self._evaluate_tasks() if texts is not None else None
+        self.model.train()
+        if texts is not None and tasks is not None:
+            self.evaluation = texts | tasks
+        return dict(self.evaluation)
+
+    def _evaluate_texts(self) -> Metrics | None:
+        """Metrics of the eval loaders; None if a signal cut it short."""
+        metrics: Metrics = {}
         for loader in [*([self.eval_loader] if self.eval_loader is not None else []), *self.eval_loaders]:
             found = evaluate(
                 self.model,
@@ -253,21 +283,32 @@ class Trainer(Run):
                 world=self.mesh.data_ranks,
                 stopped=self._stopped,
             )
-            if found is None:  # the older one is not of this step either
-                self.evaluation = {}
-                break
+            if found is None:
+                return None
             name = f"{EVALUATED}{loader.label}/" if loader in self.eval_loaders else EVALUATED
-            self.evaluation[f"{name}LanguageCrossEntropy"] = found.nats_per_token
+            metrics[f"{name}LanguageCrossEntropy"] = found.nats_per_token
             if found.bits_per_byte is not None:
-                self.evaluation[f"{name}bits_per_byte"] = found.bits_per_byte
-        self.model.train()
-        return dict(self.evaluation)
+                metrics[f"{name}bits_per_byte"] = found.bits_per_byte
+        return metrics
+
+    def _evaluate_tasks(self) -> Metrics | None:
+        """Metrics of `icl_tasks` and their gauntlet; None if a signal cut it short."""
+        scores = evaluate_tasks(
+            self.model, self.tasks, rank=self.mesh.data_rank, world=self.mesh.data_ranks, stopped=self._stopped
+        )
+        if scores is None:
+            return None
+        gauntlet = self.config.eval_gauntlet
+        metrics: Metrics = {name: score.value for name, score in scores.items()}
+        return metrics | (gauntlet.composite(scores, self.tasks) if gauntlet is not None else {})
 
     def _load(self) -> None:
         """Load what `find_start` has found."""
         start, contents = self.start, self.start.contents
         if start.base is not None:
             log.info("checkpoints hold the adapters alone; keep %s, or set save_frozen_weights=true", start.base.path)
+        if self.reference is not None:
+            self._load_reference(self.reference)
         if start.hugging_face is not None:
             hf.load_weights(self.model, start.hugging_face, allow=self.config.load_allow)
         elif start.composer is not None:
@@ -279,6 +320,14 @@ class Trainer(Run):
             changes = "".join(f"\n  {change}" for change in start.changes)
             log.info("continuing from %s at step %d%s", contents.path, self.state.step,
                      f", with other settings:{changes}" if changes else "")  # fmt: skip
+
+    def _load_reference(self, model: CausalLM) -> None:
+        path = self.config.load_path
+        assert path is not None  # the config has seen to it
+        if path.startswith(HUGGING_FACE):
+            hf.load_weights(model, path.removeprefix(HUGGING_FACE), allow=self.config.load_allow)
+        else:
+            load_model_only(read(path, "model"), model)
 
     def _load_all(self, contents: Contents) -> None:
         """Take up a run: weights, optimizer, and how far it was."""
@@ -297,6 +346,11 @@ class Trainer(Run):
         seconds = trainer.get("seconds")
         self.train_seconds = float(seconds) if isinstance(seconds, int | float) else 0.0
         self.unevaluated = cast(Metrics, trainer.get("unevaluated", {}))
+        states = trainer.get("callbacks")
+        for name, callback in self.named.items():
+            kept = states.get(name) if isinstance(states, dict) else None
+            if isinstance(kept, dict):
+                callback.load_state_dict(kept)
         if self.unevaluated:  # monitors read the rate of that step
             set_learning_rate(self.optimizer, self.schedule.multiplier(self.state.step - 1))
 
@@ -310,6 +364,7 @@ class Trainer(Run):
                 "data": self.loader.fingerprint,
                 "seconds": self.train_seconds,
                 "unevaluated": cast(dict[str, Json], self.unevaluated),
+                "callbacks": {name: kept for name, each in self.named.items() if (kept := each.state_dict())},
                 **self._mixture(),
             },
             config=dump(self.config),
@@ -337,7 +392,8 @@ class Trainer(Run):
         names = {"LanguageCrossEntropy": "nats_per_token", "bits_per_byte": "bits_per_byte"}
         for key, value in self.evaluation.items():
             label, _, name = key.removeprefix(EVALUATED).rpartition("/")
-            result["/".join(filter(None, ("validation", label, names[name])))] = value
+            is_text = key.startswith(EVALUATED)
+            result["/".join(filter(None, ("validation", label, names[name]))) if is_text else key] = value
         return result
 
     @contextmanager
@@ -386,7 +442,7 @@ def build(config: RunConfig) -> Trainer:
     mesh = build_mesh(config.parallel, device.type, n_experts(config.model))
     path = Path(config.save_folder)
     runtime.on_rank0(lambda: check_free(path, config.autoresume))
-    _check_rows(config, mesh)
+    microbatches = _microbatches(config, mesh)
     callbacks = _callbacks(config)
     checkpointer = Checkpointer(
         path / "checkpoints",
@@ -405,11 +461,11 @@ def build(config: RunConfig) -> Trainer:
     )
     start = check_data(start, loader.fingerprint, config.load_allow, isinstance(loader.order, Mixture))
     for each in (loader, *eval_loaders):
-        if each.max_seq_len > config.model.max_seq_len:
-            raise ConfigError(
-                f"dataset.max_seq_len={each.max_seq_len} exceeds model.max_seq_len={config.model.max_seq_len}"
-            )
+        length = each.max_seq_len // each.order.sequences
+        if length > config.model.max_seq_len:
+            raise ConfigError(f"dataset.max_seq_len={length} exceeds model.max_seq_len={config.model.max_seq_len}")
     eval_loader = eval_loaders.pop(0) if eval_loaders and config.eval_loader is not None else None
+    tasks = _tasks(config, Reader(tokenizer, special))
     timeline = Timeline.of(
         config.max_duration,
         rows_per_step=config.global_train_batch_size,
@@ -418,11 +474,11 @@ def build(config: RunConfig) -> Trainer:
     )
     joined = _mix(config, loader, timeline, start)
     schedule = config.scheduler.build(timeline)
-    with torch.device("meta"):  # shapes only: no rank ever holds the whole model
-        model = config.model.build()
-    assert isinstance(model, CausalLM)
-    model = parallelize(model, mesh, config.parallel, precision)
-    model = materialize(model, config.parallel, config.seed)  # the same values on every mesh
+    model = _build_model(config, mesh, precision)
+    microbatches.can_retry = can_leave(model)
+    reference = None
+    if config.loss.pairs and config.model.lora is None:
+        reference = _build_model(config, mesh, precision).requires_grad_(False).eval()
     return Trainer(
         config=config,
         mesh=mesh,
@@ -432,45 +488,79 @@ def build(config: RunConfig) -> Trainer:
         loader=loader,
         eval_loader=eval_loader,
         eval_loaders=eval_loaders,
+        tasks=tasks,
         model=model,
         optimizer=config.optimizer.build(model),
         schedule=schedule,
         timeline=timeline,
         balance=Balance.of(config.model),
         start=start,
+        microbatches=microbatches,
         saver=Saver(checkpointer, config.save_failures_allowed),
         generation=generation_for(start, tokenizer),
-        callbacks=callbacks,
+        callbacks=list(callbacks.values()),
+        named=callbacks,
         joined=joined,
+        objective=config.loss.build(reference),
+        reference=reference,
     )
+
+
+def _build_model(config: RunConfig, mesh: Mesh, precision: Precision) -> CausalLM:
+    with torch.device("meta"):  # shapes only: no rank ever holds the whole model
+        model = config.model.build()
+    assert isinstance(model, CausalLM)
+    model = parallelize(model, mesh, config.parallel, precision)
+    if config.device_train_microbatch_size == "auto" and can_leave(model):
+        meet_before_collectives(model)
+    return materialize(model, config.parallel, config.seed)  # the same values on every mesh
 
 
 def _mix(config: RunConfig, loader: Loader, timeline: Timeline, start: Start) -> Joined:
     """Arrange the mixture of a run, if it reads one."""
-    mixture, dataset = loader.order, config.train_loader.dataset
+    mixture = loader.order
     if not isinstance(mixture, Mixture):
         return Joined()
-    assert isinstance(dataset, MixtureConfig)
     contents = None if start.how in ("new", "weights") or start.rows_anew else start.contents
     rows = train_state(contents).rows if contents is not None else 0
-    ends = row_ends(dataset.mixture, timeline)
+    ends = row_ends(mixture.phases, timeline)
     joined = take_up(mixture, ends, contents, rows, is_allowed(MIXTURE, config.load_allow))
     mixture.check(timeline.total_steps * timeline.rows_per_step)
     log.info("mixture: %s", ", ".join(f"{label} {share}" for label, share in mixture.describe().items()))
     return joined
 
 
-def _callbacks(config: RunConfig) -> list[Callback]:
-    found = []
-    for name, part in (*config.callbacks.items(), *config.loggers.items()):
+def _tasks(config: RunConfig, reader: Reader) -> list[Task]:
+    """The tasks of a run, if an evaluation is ever due."""
+    if not config.eval_first and config.eval_interval.value == 0:
+        return []
+    batches = config.icl_subset_num_batches
+    tasks = build_tasks(
+        config.icl_tasks,
+        reader,
+        max_seq_len=config.icl_seq_len,
+        batch_size=config.device_eval_batch_size,
+        max_batches=-1 if batches is None else batches,
+    )
+    if config.eval_gauntlet is not None:
+        config.eval_gauntlet.warn_of_missing(tasks)
+    return tasks
+
+
+def _callbacks(config: RunConfig) -> dict[str, Callback]:
+    found = {}
+    parts = {f"callbacks.{name}": part for name, part in config.callbacks.items()}
+    for name, part in (parts | {f"loggers.{name}": part for name, part in config.loggers.items()}).items():
         built = part.build()
         if not isinstance(built, Callback):  # a plug-in's mistake
             raise ConfigError(f"{name}: build() must return a Callback, found {type(built).__name__}")
-        found.append(built)
+        if isinstance(part, CallbackConfig):
+            part.check_run(config)
+        found[name] = built
     return found
 
 
-def _check_rows(config: RunConfig, mesh: Mesh) -> None:
+def _microbatches(config: RunConfig, mesh: Mesh) -> Microbatches:
     """Refuse a global batch that would give ranks different numbers of microbatches: they must meet in each."""
     rows, ranks, micro = config.global_train_batch_size, mesh.data_ranks, config.device_train_microbatch_size
     if rows < ranks:
@@ -484,6 +574,7 @@ def _check_rows(config: RunConfig, mesh: Mesh) -> None:
             f"device_train_microbatch_size={micro} cuts into different numbers of microbatches; make it a multiple of "
             f"{ranks}, or the microbatch larger"
         )
+    return Microbatches(micro, least, most)
 
 
 def check_device(model: CausalLMConfig, device: torch.device, precision: str) -> None:
@@ -492,8 +583,9 @@ def check_device(model: CausalLMConfig, device: torch.device, precision: str) ->
         raise ConfigError(f"model.attn_config.attn_impl=flex needs a CUDA device, found {device.type}; use auto")
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     blocks = (model.ffn(layer) for layer in range(model.n_layers))
+    drops = model.lora is not None and model.lora.dropout > 0 and model.adapts_experts
     for impl, kind in {(b.moe_impl, b.kind(model.d_model)) for b in blocks if isinstance(b, MoEConfig)}:
         try:
-            resolve_backend(impl, kind, device, dtype)
+            resolve_backend(impl, kind._replace(dropout=drops), device, dtype)
         except ValueError as error:
             raise ConfigError(f"model.ffn_config.{error}") from None

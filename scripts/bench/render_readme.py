@@ -15,11 +15,12 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from foundry_table import foundry_changed, foundry_diff, foundry_gone, foundry_only
 from plan_table import measured, planning, rates
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "scripts" / "bench" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "planning.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "planning.md", ROOT / "docs" / "from-llm-foundry.md")
 
 
 def yaml_diff() -> str:
@@ -230,6 +231,10 @@ PARTS: dict[str, Callable[[], str]] = {
     "measured": measured,
     "planning": planning,
     "rates": rates,
+    "foundry-changed": foundry_changed,
+    "foundry-diff": foundry_diff,
+    "foundry-gone": foundry_gone,
+    "foundry-only": foundry_only,
 }
 
 

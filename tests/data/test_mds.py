@@ -163,3 +163,12 @@ def test_the_writer_takes_only_an_empty_folder(tmp_path: Path) -> None:
         MDSWriter(tmp_path / "data", COLUMNS)
     with pytest.raises(ConfigError, match="compression 'lz4' is not known"):
         MDSWriter(tmp_path / "new", COLUMNS, "lz4")
+
+
+def test_two_folders_of_one_index_are_told_apart_by_their_shards(tmp_path: Path) -> None:
+    for name, value in (("one", 1), ("two", 2), ("again", 1)):
+        with MDSWriter(tmp_path / name, {"t": "ndarray:int32"}) as writer:
+            writer.write({"t": np.full(100_000, value, dtype=np.int32)})
+    assert (tmp_path / "one/index.json").read_bytes() == (tmp_path / "two/index.json").read_bytes()
+    one, two, again = (MDSFolder(tmp_path / name, tmp_path / "cache").fingerprint for name in ("one", "two", "again"))
+    assert one != two and one == again

@@ -33,6 +33,14 @@ GPT2 = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+OPT = {
+    "vocab_size": VOCAB, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 1,
+}  # fmt: skip
+GPT_NEO = {
+    "vocab_size": VOCAB, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 64,
+    "attention_types": [[["global", "local"], 1]], "window_size": 5, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 DBRX = {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "vocab_size": VOCAB,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}  # fmt: skip
 MPT = {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": VOCAB, "max_seq_len": 64}
@@ -62,6 +70,8 @@ class Case(NamedTuple):
                 is_norm = leaf == "weight" and ("norm" in module.rpartition(".")[2] or ".ln_" in name)
                 centre = 1.0 if is_norm else 0.0
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + centre)
+                if name.endswith("embed_positions.weight"):
+                    parameter[:2] = 0.0  # OPT's rows for padding, which are written as zeros
             for name, buffer in model.named_buffers():
                 if name.endswith("e_score_correction_bias"):  # moves the choice of experts
                     buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
@@ -169,6 +179,18 @@ CASES = [
         "tied": {},
         "untied, narrow": {"tie_word_embeddings": False, "n_inner": 40},
         "relu": {"activation_function": "relu", "n_head": 2},
+    }),
+    *_cases("opt", OPT, {
+        "tied": {},
+        "untied, wide": {"tie_word_embeddings": False, "ffn_dim": 128},
+        "gelu": {"activation_function": "gelu", "num_attention_heads": 2},
+    }),
+    *_cases("gpt_neo", GPT_NEO, {
+        "every other layer windowed, tied": {},
+        "untied, narrow": {"tie_word_embeddings": False, "intermediate_size": 40},
+        "three layers, the last one windowed": {
+            "num_layers": 3, "attention_types": [[["global"], 2], [["local"], 1]], "window_size": 3,
+        },
     }),
     # At most 8 heads (or 6, of 8's slopes): slopes are powers of two then, exact in the float32 that they are kept in.
     *_cases("mpt", MPT, {

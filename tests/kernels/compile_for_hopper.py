@@ -20,8 +20,19 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from llmfoundry.kernels.grouped import GroupedConfig, grouped_kernel  # noqa: E402
-from llmfoundry.kernels.tiles import TILE_ROWS  # noqa: E402
-from llmfoundry.kernels.tune import DOWN, DW1, DX, UP, UP_BACKWARD, Candidates, Config  # noqa: E402
+from llmfoundry.kernels.tiles import RANK_STEP, TILE_ROWS  # noqa: E402
+from llmfoundry.kernels.tune import (  # noqa: E402
+    DOWN,
+    DW1,
+    DX,
+    DX_ADAPTED,
+    NARROW,
+    NARROW_GRAD,
+    UP,
+    UP_BACKWARD,
+    Candidates,
+    Config,
+)
 from llmfoundry.kernels.up import UpConfig, up_kernel  # noqa: E402
 from llmfoundry.kernels.up_backward import UpBackwardConfig, up_backward_kernel  # noqa: E402
 from llmfoundry.kernels.weight_grad import WeightGradConfig, weight_grad_kernel  # noqa: E402
@@ -30,6 +41,7 @@ SHAPES = {"qwen30b": (2048, 768), "dbrx": (6144, 10752)}  # D, F
 PROGRAMS = 132  # SMs of an H100
 DTYPE = sys.argv[2]  # bf16 or fp32
 TURNS = int(sys.argv[3])
+RANK = int(sys.argv[4])  # of adapters; 0: none
 TILES = {"start_ptr": "*i32", "expert_ptr": "*i32", "row_ptr": "*i32", "count_ptr": "*i32"}
 
 
@@ -52,20 +64,30 @@ def up(d: int, f: int, c: UpConfig) -> None:
         "row_slot_ptr": "*i32",
         "D": "i32",
     }
-    constants = {"F": f, "GATED": True, "ACTIVATION": "silu", "BM": TILE_ROWS,
+    types |= beside([2, c.columns, RANK_STEP]) if RANK else {}
+    constants = {"F": f, "GATED": True, "ACTIVATION": "silu", "BM": TILE_ROWS, "RANK": RANK, "BR": RANK_STEP,
                  "BN": c.columns, "BK": c.depth, "GROUP": c.group, "PROGRAMS": PROGRAMS, "TURNS": TURNS,
                  "FLATTEN": c.flatten}  # fmt: skip
     report("up", up_kernel, types | TILES, constants, c.num_warps, c.num_stages)
 
 
-def grouped(name: str, width: int, c: GroupedConfig, transposed: bool) -> None:
+def beside(block: list[int]) -> dict[str, str]:
+    """The operands of an adapter."""
+    return {"u_desc": descriptor(TILE_ROWS, RANK_STEP), "v_desc": descriptor(*block)}
+
+
+def grouped(name: str, width: int, c: GroupedConfig, transposed: bool, narrow: bool = False) -> None:
     types = {
         "rows_desc": descriptor(TILE_ROWS, c.depth),
         "w_desc": descriptor(1, c.depth, c.columns) if transposed else descriptor(1, c.columns, c.depth),
         "out_desc": ragged(TILE_ROWS, c.columns // c.pieces),
         "J": "i32",
     }
-    constants = {"N": width, "TRANSPOSED": transposed, "BM": TILE_ROWS, "BN": c.columns, "BK": c.depth,
+    block = [1, RANK_STEP, c.columns] if transposed else [1, c.columns, RANK_STEP]
+    types |= beside(block) if RANK and not narrow else {}
+    rank = 0 if narrow else RANK
+    constants = {"N": width, "RANK": rank, "BR": RANK_STEP, "TRANSPOSED": transposed, "BM": TILE_ROWS,
+                 "BN": c.columns, "BK": c.depth,
                  "GROUP": c.group, "PROGRAMS": PROGRAMS, "TURNS": TURNS, "FLATTEN": c.flatten,
                  "PIECES": c.pieces}  # fmt: skip
     report(name, grouped_kernel, types | TILES, constants, c.num_warps, c.num_stages)
@@ -84,9 +106,10 @@ def up_backward(d: int, f: int, c: UpBackwardConfig) -> None:
         "D": "i32",
         "M": "i32",
     }
+    types |= beside([1, RANK_STEP, c.columns]) if RANK else {}
     constants = {"F": f, "GATED": True, "ACTIVATION": "silu", "BM": TILE_ROWS, "BN": c.columns, "BK": c.depth,
-                 "SLICES": c.slices, "GROUP": c.group, "PROGRAMS": PROGRAMS, "TURNS": TURNS,
-                 "FLATTEN": c.flatten}  # fmt: skip
+                 "RANK": RANK, "BR": RANK_STEP, "SLICES": c.slices, "GROUP": c.group, "PROGRAMS": PROGRAMS,
+                 "TURNS": TURNS, "FLATTEN": c.flatten}  # fmt: skip
     report("up_backward", up_backward_kernel, types | TILES, constants, c.num_warps, c.num_stages)
 
 
@@ -142,13 +165,20 @@ def main() -> None:
         up(d, f, config)
     for config in configs(DOWN):
         grouped("down", d, config, transposed=False)
-    for config in configs(DX):
+    for config in configs(DX_ADAPTED if RANK else DX):
         grouped("dx", d, config, transposed=True)
     for config in configs(UP_BACKWARD):
         up_backward(d, f, config)
     for config in configs(DW1):
         weight_grad(2 * f, d, config)
         weight_grad(d, f, config)
+    if RANK:
+        for config in configs(NARROW):
+            cut = config._replace(columns=min(config.columns, RANK))
+            grouped("narrow", RANK, cut, transposed=False, narrow=True)
+            grouped("narrow", RANK, cut, transposed=True, narrow=True)
+        for config in configs(NARROW_GRAD):
+            weight_grad(d, RANK, config._replace(width=min(config.width, RANK)))
 
 
 if __name__ == "__main__":

@@ -17,25 +17,34 @@ REGISTERS = 65536  # of an SM
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("shape", "dtype", "turns"),
-    [("qwen30b", "bf16", 5), ("dbrx", "bf16", 1), ("qwen30b", "fp32", 1)],
+    ("shape", "dtype", "turns", "rank"),
+    [
+        ("qwen30b", "bf16", 5, 0),
+        ("dbrx", "bf16", 1, 0),
+        ("qwen30b", "fp32", 1, 0),
+        ("qwen30b", "bf16", 1, 16),
+        ("qwen30b", "bf16", 5, 64),
+        ("qwen30b", "fp32", 1, 16),
+    ],
 )
-def test_kernels_fit_a_hopper_gpu(shape: str, dtype: str, turns: int, tmp_path: Path) -> None:
+def test_kernels_fit_a_hopper_gpu(shape: str, dtype: str, turns: int, rank: int, tmp_path: Path) -> None:
     script = Path(__file__).with_name("compile_for_hopper.py")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(script), shape, dtype, str(turns)],
+        [sys.executable, str(script), shape, dtype, str(turns), str(rank)],
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {row["kernel"] for row in rows} == {"up", "down", "dx", "up_backward", "weight_grad"}
+    narrow = {"narrow"} if rank else set()
+    assert {row["kernel"] for row in rows} == {"up", "down", "dx", "up_backward", "weight_grad"} | narrow
     for row in rows:
         assert row["shared"] <= SHARED, row
         assert row["warps"] * 32 * row["registers"] <= REGISTERS, row
         # One TF32 product would leave 10 of float32's 23 bits; three leave 21.
         assert row["precision"] == ["tf32x3"], row
         # 256 columns by 16 warps spill 24 bytes, and were measured to beat 128 columns, which spill none.
-        assert row["spilled"] <= (24 if row["kernel"] == "up_backward" else 0), row
+        allowed = {0: 24, 16: 32, 64: 72}[rank] if row["kernel"] == "up_backward" else 0
+        assert row["spilled"] <= allowed, row

@@ -18,6 +18,7 @@ from llmfoundry.kernels import grouped, tune, up, up_backward, weight_grad  # no
 from llmfoundry.kernels.experts import experts_ffn  # noqa: E402
 from llmfoundry.kernels.experts_triton import experts_ffn_triton  # noqa: E402
 from llmfoundry.kernels.late import LateGradients  # noqa: E402
+from llmfoundry.kernels.low_rank import ExpertAdapters, LowRank  # noqa: E402
 from llmfoundry.kernels.routing import sort_by_expert  # noqa: E402
 from llmfoundry.kernels.routing_triton import sort_by_expert_triton  # noqa: E402
 from llmfoundry.kernels.tiles import tile_rows, tile_rows_reference, turns  # noqa: E402
@@ -79,6 +80,79 @@ def test_float32_kernels_equal_reference(case, device: str) -> None:
     for name, a, b in zip(("y", "x", "weights", "w1", "w2"), out, ref, strict=True):
         # float32 sums of a few dozen products: 1e-5 leaves a factor of ten. TF32 alone would be at 1e-3.
         assert relative(a, b) < 1e-5, name
+
+
+def draw_adapters(tensors: list[torch.Tensor], rank: int, sides: str = "up down") -> ExpertAdapters:
+    """Adapters that get gradients, on the device and in the dtype of the weights."""
+    pairs = []
+    for side, w in (("up", tensors[3]), ("down", tensors[4])):
+        e, n, j = w.shape
+        g = torch.Generator().manual_seed(5)
+        a, b = torch.randn(e, rank, j, generator=g) / j**0.5, torch.randn(e, n, rank, generator=g) / rank**0.5
+        pairs.append(LowRank(*(v.to(w).requires_grad_() for v in (a, b))) if side in sides else None)
+    return ExpertAdapters(*pairs, scale=0.5)
+
+
+def run_adapted(tensors, adapters: ExpertAdapters, *, late: bool = False, **kwargs) -> dict[str, torch.Tensor]:
+    """The output and gradients with frozen weights: of x, of the routing weights and of the adapters."""
+    x, weights, experts, w1, w2 = tensors
+    x, weights = (v.detach().clone().requires_grad_() for v in (x, weights))
+    owed = LateGradients() if late else None
+    used = adapters if owed is None else adapters.deferred(owed)
+    y = experts_ffn(x, weights, experts, w1, w2, adapters=used, late=owed, **kwargs)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y))
+    found = {"y": y.detach(), "x": x.grad, "weights": weights.grad}
+    for i, tensor in enumerate(tensor for pair in adapters.pairs for tensor in pair):
+        found[f"adapters.{i}"], tensor.grad = tensor.grad, None
+    return found
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("rank", "sides"), [(3, "up down"), (16, "up"), (40, "down")])
+@pytest.mark.parametrize("case", CASES[:4], ids=str)
+def test_adapters_in_float32_equal_reference(case, rank: int, sides: str, device: str) -> None:
+    if ON_GPU and device == "cpu":
+        pytest.skip("the interpreter's own test")
+    t, d, f, e, k, gated, activation, routing = case
+    tensors = [v.to(device) for v in draw(t, d, f, e, k, gated, routing)]
+    kwargs = {"activation": activation, "gated": gated}
+    found = run_adapted(tensors, draw_adapters(tensors, rank, sides), backend="triton", **kwargs)
+    tensors64 = [v.double() if v.is_floating_point() else v for v in tensors]
+    true = run_adapted(tensors64, draw_adapters(tensors64, rank, sides), backend="reference", **kwargs)
+    assert found.keys() == true.keys() and len(found) == 3 + 2 * len(sides.split())
+    for name, value in true.items():
+        assert relative(found[name], value) < 1e-5, name
+
+
+def test_late_gradients_of_adapters_are_the_same() -> None:
+    tensors = [v.to(DEVICE) for v in draw(40, 32, 16, 4, 2, True, "none")]
+    for backend in ("triton", "grouped_mm", "reference"):
+        kwargs = {"activation": "silu", "gated": True, "backend": backend}
+        at_once = run_adapted(tensors, draw_adapters(tensors, 3), **kwargs)
+        late = run_adapted(tensors, draw_adapters(tensors, 3), late=True, **kwargs)
+        for name, value in at_once.items():  # another backend's ranks are filled up to 16, which rounds otherwise
+            assert torch.equal(value, late[name]) if backend == "triton" else relative(late[name], value) < 1e-6, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [8, 16, 64])
+@pytest.mark.parametrize("shape", [(2048, 2048, 768, 32, 8), (1000, 512, 256, 8, 2)])
+def test_adapters_in_bf16_err_as_grouped_mm_does(
+    shape: tuple[int, ...], rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The large tiles, with an adapter beside every product."""
+    monkeypatch.setenv("LLMFOUNDRY_AUTOTUNE", "0")
+    tensors = draw(*shape, True, "natural")
+    half = [v.to("cuda", torch.bfloat16) if i in (0, 3, 4) else v.cuda() for i, v in enumerate(tensors)]
+    kwargs = {"activation": "silu", "gated": True}
+    found = run_adapted(half, draw_adapters(half, rank), backend="triton", **kwargs)
+    peer = run_adapted(half, draw_adapters(half, rank), backend="grouped_mm", **kwargs)
+    whole = [v.double() if v.is_floating_point() else v for v in half]
+    adapters = draw_adapters(half, rank)
+    pairs = [LowRank(*(v.detach().double().requires_grad_() for v in pair)) for pair in adapters.pairs]
+    true = run_adapted(whole, ExpertAdapters(*pairs, adapters.scale), backend="reference", **kwargs)
+    for name, value in true.items():
+        assert relative(found[name], value) <= 1.5 * relative(peer[name], value) + 1e-6, name
 
 
 @pytest.mark.parametrize("t,k,e", [(1, 1, 1), (70, 2, 5), (300, 3, 33)])

@@ -29,7 +29,7 @@ from llmfoundry.kernels.gather import (  # noqa: E402
 )
 from llmfoundry.kernels.grouped import grouped, grouped_reference  # noqa: E402
 from llmfoundry.kernels.routing import Order, sort_by_expert  # noqa: E402
-from llmfoundry.kernels.tiles import Tiles, tile_rows, tile_rows_reference  # noqa: E402
+from llmfoundry.kernels.tiles import Beside, Tiles, tile_rows, tile_rows_reference  # noqa: E402
 from llmfoundry.kernels.up import up, up_reference  # noqa: E402
 from llmfoundry.kernels.up_backward import up_backward, up_backward_reference  # noqa: E402
 from llmfoundry.kernels.weight_grad import weight_grad, weight_grad_reference  # noqa: E402
@@ -154,6 +154,59 @@ def test_weight_gradients(device: str, routing: str) -> None:
     drawn = draw(device, routing)
     left, right = drawn.x_rows, drawn.x_rows[:, :24].contiguous()
     assert_close(weight_grad(left, right, drawn.tiles), weight_grad_reference(*whole(left, right), drawn.on_host))
+
+
+@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("routing", ["natural", "none"])
+@pytest.mark.parametrize("rank", [16, 48])
+def test_a_low_rank_product_is_added_before_rounding(device: str, routing: str, rank: int) -> None:
+    drawn, kind = draw(device, routing), {"activation": "silu", "gated": True}
+    n, x, h_rows = drawn.n_rows, drawn.x_rows, torch.cat([drawn.x_rows, drawn.x_rows], 1)
+    g = torch.Generator().manual_seed(3)
+    make = lambda *shape: torch.randn(*shape, generator=g).to(x)  # noqa: E731
+    (e, width, _), (_, d, f) = drawn.w1.shape, drawn.w2.shape
+    u, h_rows = make(len(x), rank), h_rows[:, :width].contiguous()
+    tables = {"up": make(e, width, rank), "down": make(e, d, rank), "dx": make(e, rank, d), "back": make(e, rank, f)}
+    ours = {name: Beside(u, v) for name, v in tables.items()}
+    true = {name: Beside(u.double(), v.double()) for name, v in tables.items()}
+    where = (drawn.weights, drawn.order.row_slot)
+    whole_where = (drawn.weights.double(), drawn.order.row_slot, drawn.on_host)
+
+    found = up(x, *where, drawn.tiles, drawn.w1, beside=ours["up"], **kind)
+    expected = up_reference(x.double(), *whole_where, drawn.w1.double(), beside=true["up"], **kind)
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, n)
+    a = found[1]
+    assert_close(
+        grouped(a, drawn.w2, drawn.tiles, beside=ours["down"]),
+        grouped_reference(*whole(a, drawn.w2), drawn.on_host, beside=true["down"]), n,
+    )  # fmt: skip
+    assert_close(
+        grouped(h_rows, drawn.w1, drawn.tiles, transposed=True, beside=ours["dx"]),
+        grouped_reference(*whole(h_rows, drawn.w1), drawn.on_host, transposed=True, beside=true["dx"]), n,
+    )  # fmt: skip
+    dh, _, ds = up_backward(x, found[0], *where, drawn.tiles, drawn.w2, beside=ours["back"], **kind)
+    true_dh, _, true_ds = up_backward_reference(
+        x.double(), found[0].double(), *whole_where, drawn.w2.double(), beside=true["back"], **kind
+    )
+    assert_close(dh, true_dh, n)
+    assert_close(ds.sum(0).to(x.dtype), true_ds.sum(0), n)
+
+
+@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("rank", [16, 48])
+def test_narrow_products(device: str, routing: str, rank: int) -> None:
+    drawn = draw(device, routing)
+    config = tune.NARROW.large[0] if device == "cuda" else tune.NARROW.small
+    a, b, narrow = drawn.w1[:, :rank], drawn.w1.transpose(1, 2)[..., :rank], drawn.x_rows[:, :rank].contiguous()
+    for w, transposed in ((a.contiguous(), False), (b.contiguous(), True)):
+        found = grouped(drawn.x_rows, w, drawn.tiles, transposed=transposed, config=config)
+        true = grouped_reference(*whole(drawn.x_rows, w), drawn.on_host, transposed=transposed)
+        assert_close(found, true, drawn.n_rows)
+    of_grad = tune.NARROW_GRAD.large[0] if device == "cuda" else tune.NARROW_GRAD.small
+    found = weight_grad(drawn.x_rows, narrow, drawn.tiles, config=of_grad)
+    assert_close(found, weight_grad_reference(*whole(drawn.x_rows, narrow), drawn.on_host))
 
 
 RUNS: dict[str, Callable[[Drawn, object], tuple[Tensor, ...]]] = {

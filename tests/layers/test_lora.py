@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmfoundry.config import ConfigError, check
-from llmfoundry.layers.lora import LoRALinear, adapted, adapters, effective_weight, is_adapter
+from llmfoundry.layers.lora import LoRAConfig, LoRALinear, adapted, adapters, effective_weight, is_adapter
 from llmfoundry.model.adapters import folded
 from llmfoundry.model.init import init_weights
 from llmfoundry.model.transformer import Cache, CausalLM, CausalLMConfig
+from llmfoundry.parallel.recompute import recompute_blocks
 
 SIZES = {
     "d_model": 16, "n_heads": 4, "n_layers": 3, "vocab_size": 61, "max_seq_len": 24, "norm_type": "rmsnorm",
@@ -55,6 +56,67 @@ def _moved(model: CausalLM) -> CausalLM:
             if is_adapter(name):
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
     return model
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        (["q_proj", "k_proj", "v_proj"], {f"{i}.attn.wqkv" for i in range(3)}),
+        (["down_proj"], {"0.ffn.w2", *(f"{i}.ffn.{of}.w2" for i in (1, 2) for of in ("experts", "shared_expert"))}),
+        (["experts.w1"], {"1.ffn.experts.w1", "2.ffn.experts.w1"}),
+        (r"blocks\.[01]\.attn\..*", {f"{i}.attn.{leaf}" for i in range(2) for leaf in ("wqkv", "out_proj")}),
+        (r".*\.experts\..*", {f"{i}.ffn.experts.{leaf}" for i in (1, 2) for leaf in ("w1", "w2")}),
+    ],
+    ids=["their names", "one of their names", "end of our name", "pattern", "pattern of experts"],
+)
+def test_targets_by_ends_by_their_names_and_by_pattern(targets: object, names: set[str]) -> None:
+    config = _config(CASES["mixture"] | {"lora": LORA | {"target_modules": targets}})
+    assert {adapter.name for adapter in adapters(_model(config))} == {f"blocks.{name}" for name in names}
+
+
+def test_the_names_of_peft_and_its_scales() -> None:
+    theirs = check(LoRAConfig, {"r": 16, "lora_alpha": 8.0, "lora_dropout": 0.25})
+    assert theirs == check(LoRAConfig, {"rank": 16, "alpha": 8.0, "dropout": 0.25}) and theirs.scale == 0.5
+    assert check(LoRAConfig, {"r": 16, "lora_alpha": 8.0, "use_rslora": True}).scale == 2.0
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_in_bf16_a_small_adapter_of_a_linear_layer_acts_as_much_as_it_should(bias: bool) -> None:
+    torch.manual_seed(1)
+    linear = nn.Linear(256, 64, bias=bias)
+    layer = LoRALinear(linear, check(LoRAConfig, {"rank": 8, "alpha": 8.0}))
+    with torch.no_grad():
+        layer.lora_A.normal_(), layer.lora_B.normal_()
+        layer.lora_B.mul_(1e-3 * linear.weight.std() / (layer.lora_B @ layer.lora_A).std())
+    layer, x = layer.bfloat16(), torch.randn(2, 4096, 256).bfloat16().requires_grad_()
+    y = layer(x)
+    y.backward(torch.ones_like(y))
+    exact = x.double() @ (layer.lora_B.double() @ layer.lora_A.double()).T
+    found = y.double() - F.linear(x, layer.weight, layer.bias).double()
+    assert abs(float((found * exact).sum() / exact.square().sum()) - 1) < 0.1, "0.5 is left of it after two roundings"
+    through = layer.weight.double().sum(0) + (layer.lora_B.double() @ layer.lora_A.double()).sum(0)
+    torch.testing.assert_close(x.grad[0, 0].double(), through, rtol=0.02, atol=0.02)
+    assert layer.weight.grad is None and layer.lora_A.grad is not None
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_recompute_drops_the_same(mode: str) -> None:
+    config = _config(CASES["mixture"] | {"lora": LORA | {"dropout": 0.3}})
+    tokens, gradients = torch.randint(0, 61, (2, 12)), []
+    for recompute in ("none", mode):
+        model = _model(config)
+        with torch.no_grad():
+            for _, _, b in adapters(model):
+                b.fill_(0.05)
+        recompute_blocks(model.blocks, recompute, None, in_graph=False)
+        torch.manual_seed(5)
+        model(tokens).logits.square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        with torch.no_grad():
+            quiet = model.eval()(tokens).logits
+    assert all(torch.equal(value, gradients[1][name]) for name, value in gradients[0].items())
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, quiet) and not torch.equal(model.train()(tokens).logits, quiet)
 
 
 @each_case
@@ -167,9 +229,13 @@ def test_training_changes_adapters_only_and_lowers_the_loss(keys: dict[str, obje
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"lora": LORA | {"target_modules": ["q_proj"]}}, "lora.target_modules: nothing is called 'q_proj'"),
+        ({"lora": LORA | {"target_modules": ["wqvk"]}}, "lora.target_modules: nothing is called 'wqvk'"),
+        ({"lora": LORA | {"target_modules": ["q_proj", "v_proj"]}}, "'q_proj' is a part of wqkv; name q_proj, k_proj"),
+        ({"lora": LORA | {"target_modules": "wqkv"}}, "'wqkv' matches no whole name, such as blocks.0.attn.wqkv"),
+        ({"lora": LORA | {"target_modules": "(wqkv"}}, "'\\(wqkv' is not a valid pattern"),
         ({"lora": LORA | {"target_modules": []}}, "target_modules is empty"),
-        ({"lora": LORA | {"dropout": 0.1}}, "lora.dropout"),
+        ({"lora": LORA | {"dropout": 1.0}}, "lora.dropout"),
+        ({"lora": LORA | {"r": 4}}, "r and rank are the same; keep one"),
         ({"ffn_config": MOE | {"moe_bias_update_rate": 0.01}}, "moe_bias_update_rate=0.01"),
     ],
 )

@@ -52,6 +52,18 @@ def test_simulated_memory_is_that_measured_on_a_gpu(row: dict) -> None:
     assert memory(job, Degrees(1, 1, 1)).total == pytest.approx(row["peak_bytes"], rel=0.02)
 
 
+def test_a_base_in_nf4_is_planned_with_its_bits() -> None:
+    lora = ("model.lora.rank=16", "model.lora.alpha=32.0", "parallel.recompute=full", "load_path=hf:some/model",
+            "parallel.expert=1", "global_train_batch_size=1")  # fmt: skip
+    plain, packed = (
+        simulate(of_yaml("qwen3-30b-a3b", "model.n_layers=2", *lora, *more), Degrees(1, 1, 1)).highest
+        for more in ((), ("model.lora.quantize=nf4",))
+    )
+    attention, experts = 2048 * 128 * (2 * 32 + 2 * 4), 128 * 3 * 2048 * 768
+    saved = 2 * (attention + experts) * (4 - 4.5 / 8)  # from float32, of two layers
+    assert plain.weights - packed.weights == pytest.approx(saved, rel=1e-3)
+
+
 ROWS = ("global_train_batch_size=64", "device_train_microbatch_size=1")
 LONG = [
     ("olmoe-1b-7b", 1, ("model.n_layers=7", "parallel.recompute=full", "global_train_batch_size=1")),

@@ -7,20 +7,34 @@ import pytest
 import torch
 from test_run import metrics_of, recipe, weights_of  # noqa: F401
 
+import llmfoundry.hf as hf
+from llmfoundry.cli.convert import convert_main
+from llmfoundry.cli.inference import generate_main
 from llmfoundry.cli.train import train_main
+from llmfoundry.config import ConfigError, check
 from llmfoundry.layers.lora import is_adapter
+from llmfoundry.settings import load_yaml
+from llmfoundry.train.config import RunConfig
+from tests.train.test_finetuning_run import recipe as llama_recipe  # noqa: F401
 
 LORA = ["model.lora.rank=2", "model.lora.alpha=8.0", "load_weights_only=true", "optimizer.lr=3.0e-2"]
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_adapters_begin_on_a_base_checkpoint_and_resume_bitwise(
     recipe: Path,  # noqa: F811
     tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    dropout: float,
 ) -> None:
     assert train_main([str(recipe)]) == 0
     base = tmp_path / "run"
-    begin = [str(recipe), *LORA, f"load_path={base / 'checkpoints' / 'latest'}", "max_duration=12ba"]
+    begin = [
+        str(recipe),
+        *LORA,
+        f"model.lora.dropout={dropout}",
+        f"load_path={base / 'checkpoints' / 'latest'}",
+        "max_duration=12ba",
+    ]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train_main([*begin, f"save_folder={whole}"]) == 0
     lines = metrics_of(whole)
@@ -37,3 +51,41 @@ def test_adapters_begin_on_a_base_checkpoint_and_resume_bitwise(
     (parts / "checkpoints" / "latest").symlink_to("step-5")
     assert train_main([*begin, f"save_folder={parts}", "save_interval=5ba", "autoresume=true"]) == 0
     assert all(torch.equal(after[name], value) for name, value in weights_of(parts).items())
+
+
+QLORA = ["model.lora.rank=2", "model.lora.alpha=8.0", "model.lora.quantize=nf4", "parallel.recompute=full"]
+
+
+def test_a_run_on_a_base_in_nf4_learns_and_resumes_bitwise(llama_recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+    begin, whole, parts = [str(llama_recipe), *QLORA], tmp_path / "whole", tmp_path / "parts"
+    assert train_main([*begin, f"save_folder={whole}"]) == 0
+    lines, after = metrics_of(whole), weights_of(whole)
+    assert lines[-1]["loss/train/ce"] < 0.95 * lines[0]["loss/train/ce"]
+    assert after and all(is_adapter(name) for name in after)
+    assert train_main([*begin, f"save_folder={parts}", "save_interval=5ba"]) == 0
+    for later in (parts / "checkpoints").glob("step-[12]?"):
+        shutil.rmtree(later)
+    (parts / "checkpoints" / "latest").unlink()
+    (parts / "checkpoints" / "latest").symlink_to("step-5")
+    assert train_main([*begin, f"save_folder={parts}", "save_interval=5ba", "autoresume=true"]) == 0
+    assert all(torch.equal(after[name], value) for name, value in weights_of(parts).items())
+
+    assert convert_main(["to-hf", str(whole), str(tmp_path / "out")]) == 0  # the base in full, with the adapters added
+    theirs, base = (hf.from_pretrained(path).model for path in (tmp_path / "out", llama_recipe.parent / "llama"))
+    moved = [name for name, value in theirs.state_dict().items() if not torch.equal(value, base.state_dict()[name])]
+    assert moved and all(name.startswith("blocks.") for name in moved)
+    assert generate_main(["--checkpoint", str(whole), "--prompt", "a", "--max-new-tokens", "2"]) == 0  # in NF4
+
+
+def test_what_nf4_cannot_do_is_refused_in_one_line(
+    llama_recipe: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert train_main([str(llama_recipe), *QLORA[:3]]) == 2
+    assert "model.lora.quantize=nf4 needs parallel.recompute: full" in capsys.readouterr().err
+    assert train_main([str(llama_recipe), *QLORA, "parallel.cpu_offload=true"]) == 2
+    assert "model.lora.quantize=nf4 runs in one process, without FSDP" in capsys.readouterr().err
+    keys = load_yaml(llama_recipe) | {"load_path": "runs/other"}
+    keys["model"] = keys["model"] | {"lora": {"rank": 2, "alpha": 8.0, "quantize": "nf4"}}
+    with pytest.raises(ConfigError, match="quantize=nf4 needs load_path: hf:"):
+        check(RunConfig, keys)

@@ -1,0 +1,84 @@
+"""`generate_callback`: what the model writes after some prompts, during training. The words are Composer's.
+
+    callbacks:
+      generate_callback: {prompts: ["The answer is"], interval: 500ba, max_new_tokens: 40, do_sample: true}
+
+Each time, loggers get a table `generations`, and `save_folder/generations.jsonl` a line for each prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from llmfoundry import runtime
+from llmfoundry.callbacks.sample_text import written
+from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run, Table
+from llmfoundry.train.duration import Interval
+
+log = logging.getLogger(__name__)
+
+FILE = "generations.jsonl"
+
+
+class GenerateConfig(CallbackConfig, names=("generate_callback",)):
+    """The prompts, when they are continued, and how. The seed of the draws is the run's."""
+
+    prompts: Annotated[list[str], Field(min_length=1)]
+    interval: Interval  # and after the last step
+    batch_size: int | None = Field(None, ge=1)  # prompts are continued one at a time, whatever this says
+    max_new_tokens: int = Field(20, ge=1)
+    do_sample: bool = False  # false: the likeliest token each time
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: Literal[0] | None = None  # not supported: all tokens count
+    use_cache: bool = True  # always so
+
+    def build(self) -> GenerateCallback:
+        return GenerateCallback(self)
+
+
+class GenerateCallback(Callback):
+    """Every rank generates, for the forward of a sharded model is collective; rank 0 writes."""
+
+    def __init__(self, config: GenerateConfig) -> None:
+        self.config = config
+        self._last = -1  # the step of the newest texts
+
+    def step_end(self, trainer: Run, metrics: Metrics) -> None:
+        step = trainer.state.step
+        if trainer.timeline.due(self.config.interval, step) or (step and step == trainer.timeline.total_steps):
+            self._write(trainer)
+
+    def fit_end(self, trainer: Run) -> None:
+        if self._last != trainer.state.step:  # another callback ended the run
+            self._write(trainer)
+
+    def _write(self, trainer: Run) -> None:
+        config = self.config
+        self._last = trainer.state.step
+        rows = []
+        for prompt in config.prompts:
+            text = written(
+                trainer,
+                prompt,
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature if config.do_sample else 0.0,
+                top_p=config.top_p,
+            )
+            rows.append([prompt, text.continuation])
+        trainer.log_table(Table("generations", ["prompt", "generation"], rows))
+        if not runtime.is_rank0():
+            return
+        path = Path(trainer.config.save_folder) / FILE
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                for prompt, text_after in rows:
+                    line = {"step": trainer.state.step, "prompt": prompt, "generation": text_after}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        except OSError as error:
+            log.warning("%s cannot be written: %s; the run goes on", path, error.strerror)

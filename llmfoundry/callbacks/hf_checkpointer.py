@@ -1,0 +1,127 @@
+"""`hf_checkpointer`: the model as a Hugging Face folder, every so often. The words are LLM Foundry's.
+
+    callbacks:
+      hf_checkpointer: {save_folder: runs/{run_name}, save_interval: 1000ba, precision: bfloat16}
+
+Writes `save_folder/huggingface/ba1000` and so on, each with the tokenizer, as `convert.py to-hf` would; with
+`model.lora` the adapters alone, as peft reads them. Training waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import field_validator
+
+from llmfoundry import hf, runtime
+from llmfoundry.checkpoint.reading import HUGGING_FACE
+from llmfoundry.config import ConfigError, PathPattern
+from llmfoundry.hf.adapters import peft_names
+from llmfoundry.hf.family import write_config
+from llmfoundry.model.adapters import save_peft
+from llmfoundry.model.transformer import CausalLMConfig
+from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
+from llmfoundry.train.config import RunConfig
+from llmfoundry.train.duration import Interval
+
+log = logging.getLogger(__name__)
+
+Precision = Literal["float32", "float16", "bfloat16"]
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SUBFOLDER = "huggingface"
+
+
+class HFCheckpointerConfig(CallbackConfig, names=("hf_checkpointer",)):
+    """Where, when and how; {run_name}, {epoch}, {batch} and others are filled in, in both names."""
+
+    save_folder: PathPattern
+    save_interval: Interval  # and after the last step
+    huggingface_folder_name: PathPattern = "ba{batch}"
+    precision: Precision = "float32"  # of the weights
+    overwrite: bool = True  # false: what is there is kept
+    flatten_imports: list[str] = ["llmfoundry"]  # no code is exported, so there is nothing to flatten
+    # Not supported: models are not registered with MLflow
+    mlflow_registered_model_name: str | None = None
+    mlflow_logging_config: dict[str, object] | None = None
+    final_register_only: bool = False
+    register_wait_seconds: int = 7200
+
+    @field_validator("mlflow_registered_model_name", "final_register_only")
+    @classmethod
+    def _registers_nothing(cls, value: str | bool | None) -> str | bool | None:
+        if value:
+            raise ValueError("models are not registered with MLflow here; leave it out, and register the folder")
+        return value
+
+    def build(self) -> HFCheckpointer:
+        return HFCheckpointer(self)
+
+    def check_run(self, run: RunConfig) -> None:
+        """Refuse at once what could not be written after hours."""
+        model = run.model
+        if isinstance(model, CausalLMConfig) and model.lora is not None:
+            model = model.model_copy(update={"lora": None})
+        if (note := hf.export_note(model)).startswith("no "):
+            raise ConfigError(f"callbacks.hf_checkpointer: {note}")
+
+
+class HFCheckpointer(Callback):
+    """All ranks gather the weights, tensor by tensor; rank 0 writes."""
+
+    def __init__(self, config: HFCheckpointerConfig) -> None:
+        self.config = config
+        self._last = -1  # the step that was written last
+
+    def step_end(self, trainer: Run, metrics: Metrics) -> None:
+        step = trainer.state.step
+        if trainer.timeline.due(self.config.save_interval, step) or (step and step == trainer.timeline.total_steps):
+            self._write(trainer)
+
+    def fit_end(self, trainer: Run) -> None:
+        if self._last != trainer.state.step:  # another callback ended the run
+            self._write(trainer)
+
+    def _write(self, trainer: Run) -> None:
+        self._last = trainer.state.step
+        name = trainer.filled(self.config.huggingface_folder_name)
+        folder = Path(trainer.filled(self.config.save_folder)) / SUBFOLDER / name
+        target = runtime.on_rank0(lambda: self._target(folder))
+        if target is None:
+            return
+        if trainer.model.config.lora is not None:
+            self._write_adapters(trainer, target)
+        else:
+            dtype = DTYPES[self.config.precision]
+            hf.save_pretrained(trainer.model, trainer.tokenizer, target, dtype=dtype, generation=trainer.generation)
+        runtime.on_rank0(lambda: _put(target, folder))
+        log.info("step %d: written for transformers to %s", trainer.state.step, folder)
+
+    def _write_adapters(self, trainer: Run, target: Path) -> None:
+        """With `model.lora`: the adapters alone, as peft reads them; the folder of their base stays where it was."""
+        base = trainer.model.config.model_copy(update={"lora": None})
+        family, _ = write_config(base)
+        source = trainer.config.load_path or ""
+        name = source.removeprefix(HUGGING_FACE) if source.startswith(HUGGING_FACE) else None
+        save_peft(trainer.model, target, peft_names(family, base), name)
+        if runtime.is_rank0():
+            trainer.tokenizer.save_pretrained(target)
+
+    def _target(self, folder: Path) -> Path | None:
+        """Where the new folder is written; None if an older one is to be kept."""
+        if folder.exists() and not self.config.overwrite:
+            log.warning("hf_checkpointer: %s is there and is kept (overwrite: false)", folder)
+            return None
+        target = folder.with_name(f"{folder.name}.new")
+        shutil.rmtree(target, ignore_errors=True)
+        return target
+
+
+def _put(written: Path, folder: Path) -> None:
+    """Give what was written its name, which an older folder may have."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    written.rename(folder)

@@ -1,0 +1,48 @@
+"""`runtime_estimator`: the time that is left, as the metric `time/remaining_estimate`. The words are Composer's."""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+from pydantic import Field
+
+from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
+
+SECONDS = {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86400}
+
+
+class RuntimeEstimatorConfig(CallbackConfig, names=("runtime_estimator",)):
+    """The console shows the same in any case."""
+
+    skip_batches: int = Field(1, ge=0)  # steps before the clock starts: the first ones compile
+    time_unit: Literal["seconds", "minutes", "hours", "days"] = "hours"
+
+    def build(self) -> RuntimeEstimator:
+        return RuntimeEstimator(self)
+
+
+class RuntimeEstimator(Callback):
+    """The mean time of a step so far, evaluations and checkpoints included, times the steps that are left."""
+
+    def __init__(self, config: RuntimeEstimatorConfig) -> None:
+        self.config = config
+        self._skip = config.skip_batches
+        self._begun: tuple[float, int] | None = None  # when the clock started, and after which step
+
+    def fit_start(self, trainer: Run) -> None:
+        if self._skip == 0:
+            self._begun = time.monotonic(), trainer.state.step
+
+    def step_end(self, trainer: Run, metrics: Metrics) -> None:
+        if not metrics["step"]:
+            return
+        now, step = time.monotonic(), trainer.state.step
+        if self._begun is None:
+            self._skip -= 1
+            if self._skip <= 0:
+                self._begun = now, step
+            return
+        begun, before = self._begun
+        left = (now - begun) / (step - before) * (trainer.timeline.total_steps - step)
+        metrics["time/remaining_estimate"] = left / SECONDS[self.config.time_unit]

@@ -1,0 +1,101 @@
+"""`system_metrics_monitor`: load of GPUs, CPU, memory, disk and network, under Composer's names.
+
+Of every GPU: `gpu_percentage` (time in which a kernel ran), `memory_percentage` (time in which its memory was read or
+written), `gpu_temperature_C`, `gpu_power_usage_W`; shown as the least and the most over the ranks, with their ranks, or
+with `log_all_data` of every rank. They need the package nvidia-ml-py. Of the node of rank 0: `cpu_percentage`,
+`cpu_memory_...`, `disk_memory_...` and `network_...`, in bytes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+
+import torch
+from pydantic import Field
+
+from llmfoundry import runtime
+from llmfoundry.config import ConfigError
+from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
+
+log = logging.getLogger(__name__)
+
+OF_GPU = ("gpu_percentage", "memory_percentage", "gpu_temperature_C", "gpu_power_usage_W")
+
+
+class SystemMetricsMonitorConfig(CallbackConfig, names=("system_metrics_monitor",)):
+    """What is shown of the GPUs, and how often."""
+
+    log_all_data: bool = False  # of every rank, not only the least and the most
+    interval: int = Field(1, ge=1)  # steps
+
+    def build(self) -> SystemMetricsMonitor:
+        if importlib.util.find_spec("psutil") is None:
+            raise ConfigError("callbacks.system_metrics_monitor: needs psutil (pip install psutil)")
+        return SystemMetricsMonitor(self)
+
+
+class SystemMetricsMonitor(Callback):
+    """Gathers four numbers of each rank if there are GPUs; without them, nothing is sent."""
+
+    def __init__(self, config: SystemMetricsMonitorConfig) -> None:
+        self.config = config
+        self._reads_gpu = False
+
+    def fit_start(self, trainer: Run) -> None:
+        has_reader = importlib.util.find_spec("pynvml") is not None
+        # The same on every rank, because they meet in a collective.
+        self._reads_gpu = trainer.device.type == "cuda" and not runtime.any_rank(not has_reader)
+        if trainer.device.type == "cuda" and not self._reads_gpu:
+            log.warning("system_metrics_monitor: nothing is read of GPUs (pip install nvidia-ml-py)")
+
+    def step_end(self, trainer: Run, metrics: Metrics) -> None:
+        if trainer.state.step % self.config.interval:
+            return
+        metrics |= of_system()
+        if self._reads_gpu:
+            metrics |= of_ranks(gathered(of_gpu(trainer.device)), self.config.log_all_data)
+
+
+def of_system() -> dict[str, float]:
+    """CPU, memory, disk and network of this node."""
+    import psutil  # optional
+
+    found: dict[str, float] = {"cpu_percentage": psutil.cpu_percent()}
+    network = psutil.net_io_counters()  # None on a node without a network
+    parts = {"cpu_memory": psutil.virtual_memory(), "disk_memory": psutil.disk_usage(os.sep), "network": network}
+    for name, values in parts.items():
+        if values is not None:
+            found |= {f"{name}_{key}": value for key, value in values._asdict().items()}
+    return found
+
+
+def of_gpu(device: torch.device) -> list[float]:
+    """The numbers of `OF_GPU`."""
+    return [
+        torch.cuda.utilization(device),
+        torch.cuda.memory_usage(device),
+        torch.cuda.temperature(device),
+        torch.cuda.power_draw(device) / 1000,  # in mW
+    ]
+
+
+def gathered(values: list[float]) -> list[list[float]]:
+    """The values of every rank, which all call this together."""
+    rows = torch.zeros(runtime.world_size(), len(values), dtype=torch.float64)
+    rows[runtime.rank()] = torch.tensor(values, dtype=torch.float64)
+    return [list(map(float, row)) for row in runtime.all_reduce_sum(rows)]
+
+
+def of_ranks(rows: list[list[float]], every: bool) -> dict[str, float]:
+    """The numbers of `OF_GPU` of all ranks under Composer's names: of every rank, or the least and the most."""
+    found: dict[str, float] = {}
+    for name, values in zip(OF_GPU, zip(*rows, strict=True), strict=True):
+        if every:
+            found |= {f"{name}_rank_{rank}": value for rank, value in enumerate(values)}
+            continue
+        least, most = min(values), max(values)
+        found[f"min_{name}_rank_{values.index(least)}"] = least
+        found[f"max_{name}_rank_{values.index(most)}"] = most
+    return found

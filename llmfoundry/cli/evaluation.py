@@ -1,0 +1,197 @@
+"""Evaluation by tasks from the command line: ours and LLM Foundry's YAMLs of models, and lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from llmfoundry import launch
+from llmfoundry.cli.opening import (
+    HUGGING_FACE,
+    Opened,
+    Ready,
+    is_hugging_face,
+    open_checkpoint,
+    open_hugging_face,
+)
+from llmfoundry.config import ConfigError, check, import_code
+from llmfoundry.settings import from_dotlist, load_yaml
+
+if TYPE_CHECKING:
+    from llmfoundry.cli.evaluation_yaml import TaskSettings
+    from llmfoundry.eval.icl import Score
+
+
+class TaskOptions(NamedTuple):
+    """The options of `eval.py` that are about tasks."""
+
+    icl_tasks: str | None
+    gauntlet: str | None
+    tasks: str | None
+    num_fewshot: int | None
+    limit: int | None
+    include_path: str | None
+    output: str | None
+
+    def check(self) -> None:
+        """Refuse options without what they are for; raises ConfigError."""
+        if self.gauntlet and not self.icl_tasks:
+            raise ConfigError(f"--gauntlet {self.gauntlet}: is for --icl-tasks FILE")
+        if self.icl_tasks and self.tasks:
+            raise ConfigError("--icl-tasks and --tasks: choose one")
+        for name, value in (
+            ("--num-fewshot", self.num_fewshot),
+            ("--limit", self.limit),
+            ("--include-path", self.include_path),
+        ):
+            if value is not None and not self.tasks:
+                raise ConfigError(f"{name} {value}: is for --tasks NAMES")
+        if self.limit is not None and self.limit < 1 or self.num_fewshot is not None and self.num_fewshot < 0:
+            raise ConfigError("--limit must be 1 or more, --num-fewshot 0 or more")
+        if self.include_path is not None and not Path(self.include_path).is_dir():
+            raise ConfigError(f"--include-path {self.include_path}: no such folder")
+
+
+class Results(NamedTuple):
+    """What one model has reached."""
+
+    scores: dict[str, Score]
+    composites: dict[str, float]  # of the gauntlet
+
+
+def evaluate_by_tasks(checkpoint: str, overrides: list[str], keys: Sequence[str], options: TaskOptions) -> None:
+    """Evaluate a checkpoint of ours, or `hf:` with a folder or hub id, by the tasks that options name.
+
+    Args:
+        overrides: of the run's settings; of a Hugging Face model, those of `TaskSettings`.
+        keys: what may be overridden of a run's settings.
+    """
+    from llmfoundry.cli.evaluation_yaml import TaskSettings
+
+    if is_hugging_face(checkpoint):
+        settings = check(TaskSettings, _with_files(from_dotlist(overrides), options))
+        ready = open_hugging_face(checkpoint.removeprefix(HUGGING_FACE), settings.precision_here())
+    else:
+        opened = open_checkpoint(checkpoint, overrides, keys)
+        ready = opened.ready
+        settings = check(TaskSettings, _with_files(_settings_of(opened), options))
+    _show({checkpoint: _evaluated(ready, settings, options)}, options)
+
+
+def evaluate_opened(opened: Opened, options: TaskOptions) -> None:
+    """Evaluate a checkpoint by the tasks of its own run."""
+    from llmfoundry.cli.evaluation_yaml import TaskSettings
+
+    config = opened.config
+    settings = check(TaskSettings, _settings_of(opened)).model_copy(
+        update={"icl_tasks": config.icl_tasks, "eval_gauntlet": config.eval_gauntlet}
+    )
+    _show({str(opened.folder): _evaluated(opened.ready, settings, options)}, options)
+
+
+def evaluate_yaml(path: str, overrides: list[str], options: TaskOptions) -> None:
+    """Evaluate the models that a YAML lists by its tasks."""
+    from llmfoundry.cli.evaluation_yaml import EvaluationConfig, translated
+    from llmfoundry.eval.icl import with_tasks_read
+
+    data = load_yaml(path, overrides)
+    paths = data.get("code_paths") or []
+    if not isinstance(paths, list) or not all(isinstance(item, str) for item in paths):
+        raise ConfigError(f"code_paths: must be a list of Python files, found {paths!r}")
+    import_code(paths)
+    data = _with_files(with_tasks_read(translated(data), Path(path).parent), options)
+    config = check(EvaluationConfig, data)
+    results: dict[str, Results] = {}
+    for model in config.models:
+        results[model.model_name] = _evaluated(model.open(config.precision_here()), config, options)
+    _show(results, options)
+
+
+def _settings_of(opened: Opened) -> dict[str, object]:
+    config = opened.config
+    return {
+        "device_eval_batch_size": config.device_eval_batch_size,
+        "icl_seq_len": config.icl_seq_len,
+        "icl_subset_num_batches": config.icl_subset_num_batches,
+    }
+
+
+def _with_files(data: Mapping[str, object], options: TaskOptions) -> dict[str, object]:
+    """Settings with the tasks and the gauntlet of the files that options name."""
+    from llmfoundry.eval.icl import with_tasks_read
+
+    if options.icl_tasks is None:
+        return dict(data)
+    files = {"icl_tasks": options.icl_tasks, "eval_gauntlet": options.gauntlet}
+    return {**data, **with_tasks_read(files, Path())}
+
+
+def _evaluated(ready: Ready, settings: TaskSettings, options: TaskOptions) -> Results:
+    """Put the tasks to a model."""
+    from llmfoundry.eval.icl import build_tasks, evaluate_tasks
+    from llmfoundry.eval.icl_questions import Reader
+
+    reader = Reader(ready.tokenizer, ready.special)
+    rank, world = ready.mesh.data_rank, ready.mesh.data_ranks
+    if options.tasks:
+        from llmfoundry.eval.likelihood import Ranks
+
+        try:
+            from llmfoundry.eval.lm_eval import FoundryLM, evaluate_harness
+        except ImportError as error:
+            raise ConfigError(f"--tasks: needs lm-evaluation-harness ({error}); pip install lm-eval") from None
+        ranks = Ranks(settings.device_eval_batch_size, rank, world)
+        length = min(settings.icl_seq_len, ready.model.config.max_seq_len)
+        lm = FoundryLM(ready.model, reader, ranks, length)
+        return Results(
+            evaluate_harness(
+                lm,
+                options.tasks.split(","),
+                num_fewshot=options.num_fewshot,
+                limit=options.limit,
+                include_path=options.include_path,
+            ),
+            {},
+        )
+    batches = settings.icl_subset_num_batches
+    tasks = build_tasks(
+        settings.icl_tasks,
+        reader,
+        max_seq_len=settings.icl_seq_len,
+        batch_size=settings.device_eval_batch_size,
+        max_batches=-1 if batches is None else batches,
+    )
+    gauntlet = settings.eval_gauntlet
+    if gauntlet is not None:
+        gauntlet.warn_of_missing(tasks)
+    scores = evaluate_tasks(ready.model, tasks, rank=rank, world=world, report=True)
+    assert scores is not None
+    return Results(scores, gauntlet.composite(scores, tasks) if gauntlet is not None else {})
+
+
+def _show(results: Mapping[str, Results], options: TaskOptions) -> None:
+    """Print a table, and write the file of `--output`; on rank 0."""
+    from llmfoundry.eval.icl import table
+
+    if not launch.is_rank0():
+        return
+    print(
+        table(
+            {name: found.scores for name, found in results.items()},
+            {name: found.composites for name, found in results.items()},
+        )
+    )
+    if options.output is not None:
+        data = {
+            name: {
+                "metrics": {key: score._asdict() for key, score in found.scores.items()},
+                "gauntlet": found.composites,
+            }
+            for name, found in results.items()
+        }
+        try:
+            Path(options.output).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--output {options.output}: {(error.strerror or str(error)).lower()}") from None

@@ -1,0 +1,178 @@
+"""The YAML of `eval.py`: models, and what they are evaluated by, in LLM Foundry's words."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+import llmfoundry.model.transformer  # noqa: F401  registers its model
+from llmfoundry import runtime
+from llmfoundry.checkpoint.reading import load_model_only, read
+from llmfoundry.cli.opening import HUGGING_FACE, Ready, build_model, open_checkpoint, open_hugging_face
+from llmfoundry.config import Config, ConfigError, check
+from llmfoundry.data.tokenizer import TokenizerConfig
+from llmfoundry.eval.gauntlet import GauntletConfig
+from llmfoundry.eval.icl_tasks import TaskConfig
+from llmfoundry.hf.tokenizer import tokenizer_of
+from llmfoundry.integrations.foundry_yaml import translate
+from llmfoundry.model.config import ModelConfig
+from llmfoundry.model.transformer import CausalLMConfig
+from llmfoundry.parallel.mesh import ParallelConfig
+from llmfoundry.train.config import Precision
+from llmfoundry.train.resume import with_rule_of
+from llmfoundry.train.trainer import check_device
+
+log = logging.getLogger(__name__)
+
+# Keys of theirs that change no value here.
+_GONE = (
+    "seed", "run_name", "fsdp_config", "python_log_level", "log_config", "console_log_interval", "metadata",
+    "dist_timeout", "callbacks", "loggers", "eval_subset_num_batches",
+)  # fmt: skip
+_GONE_OF_MODELS = (
+    "name", "pretrained", "init_device", "use_auth_token", "trust_remote_code", "use_flash_attention_2",
+    "attn_implementation", "use_train_metrics", "additional_train_metrics",
+)  # fmt: skip
+_LENGTHS = ("max_seq_len", "n_positions", "max_position_embeddings")
+
+
+class TaskSettings(Config):
+    """How tasks are put to a model."""
+
+    icl_tasks: list[TaskConfig] = []
+    eval_gauntlet: GauntletConfig | None = None
+    icl_seq_len: int = Field(1024, gt=1)  # tokens of a row
+    icl_subset_num_batches: int | None = Field(None, ge=-1)  # of each task, over all ranks together; None, -1: all
+    device_eval_batch_size: int = Field(16, gt=0)  # rows of a forward on one rank
+    precision: Precision | Literal["auto"] = "auto"
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.icl_subset_num_batches == 0:
+            raise ValueError("icl_subset_num_batches=0 asks nothing; write -1 for all questions, or 1 or more")
+        return self
+
+    def precision_here(self) -> Precision:
+        """The precision on this machine; raises ConfigError if it is not to be had."""
+        kind = runtime.device().type
+        if self.precision == "auto":
+            return "amp_bf16" if kind == "cuda" else "fp32"
+        if self.precision == "amp_bf16" and kind != "cuda":
+            raise ConfigError("precision: amp_bf16 needs a GPU and there is none; write precision=fp32")
+        return self.precision
+
+
+class EvaluatedModel(Config):
+    """An entry of `models`: a checkpoint of ours by `load_path` (its `model` may be left out), or a Hugging Face
+    folder or hub id, as load_path `hf:NAME` or as a model `hf_causal_lm`."""
+
+    model_name: str  # in the results
+    load_path: str | None = None
+    model: ModelConfig | None = None
+    tokenizer: TokenizerConfig | None = None  # None: the checkpoint's own
+
+    @model_validator(mode="after")
+    def _has_weights(self) -> Self:
+        if self.load_path is None:
+            raise ValueError("load_path: is missing; name the checkpoint that holds the model's weights")
+        return self
+
+    def open(self, precision: Precision) -> Ready:
+        """Load it; all ranks together."""
+        assert self.load_path is not None
+        named = self.tokenizer if self.tokenizer is not None and self.tokenizer.name != "bpe" else None
+        if self.load_path.startswith(HUGGING_FACE):
+            tokenizer = named.loaded() if named is not None else None
+            assert self.model is None or isinstance(self.model, CausalLMConfig)
+            return open_hugging_face(self.load_path.removeprefix(HUGGING_FACE), precision, tokenizer, self.model)
+        if self.model is None:
+            ready = open_checkpoint(self.load_path, [f"precision={precision}"], ("precision",)).ready
+            return ready if named is None else ready._replace(tokenizer=named.loaded())
+        assert isinstance(self.model, CausalLMConfig)
+        place = runtime.start()
+        check_device(self.model, place, precision)
+        contents = read(self.load_path)
+        own = tokenizer_of(contents.tokenizer) if contents.tokenizer is not None else None
+        tokenizer = named.loaded() if named is not None else own
+        if tokenizer is None:
+            raise ConfigError(f"{contents.path}: holds no tokenizer; name one: tokenizer: {{name: ...}}")
+        special = with_rule_of(self.tokenizer or TokenizerConfig(), contents).special_tokens(tokenizer)
+        model, mesh = build_model(self.model, ParallelConfig(compile=False), precision)
+        load_model_only(contents, model)
+        return Ready(model.eval(), mesh, tokenizer, special)
+
+
+class EvaluationConfig(TaskSettings):
+    """The whole file."""
+
+    models: list[EvaluatedModel] = Field(min_length=1)
+    code_paths: list[str] = []  # Python files that register plug-ins
+
+
+def translated(data: dict[str, object]) -> dict[str, object]:
+    """A file of LLM Foundry's in our words: `max_seq_len` is `icl_seq_len`, models in the words of training.
+
+    Raises:
+        ConfigError: a key asks for what is not done here.
+    """
+    data = dict(data)
+    for key in _GONE:
+        if data.pop(key, None) is not None:
+            log.info("%s: left out, it changes no score", key)
+    for key in ("eval_loader", "eval_loaders"):
+        if data.pop(key, None) is not None:
+            raise ConfigError(f"{key}: a file of models is evaluated by tasks; for texts: eval.py --checkpoint DIR")
+    if "max_seq_len" in data:
+        data.setdefault("icl_seq_len", data["max_seq_len"])
+        del data["max_seq_len"]
+    if "model" in data:  # one model, in the words of training
+        if "models" in data:
+            raise ConfigError("model: models is there too; keep one")
+        one = {key: data.pop(key) for key in ("model", "tokenizer", "load_path", "model_name") if key in data}
+        name = one["model"].get("name", "model") if isinstance(one["model"], dict) else "model"
+        data["models"] = [{"model_name": name} | one]
+    models = data.get("models")
+    if isinstance(models, list):
+        data["models"] = [_model(f"models.{number}", entry) for number, entry in enumerate(models)]
+    return data
+
+
+def _model(where: str, entry: object) -> object:
+    """An entry of `models` in our words."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("model"), dict):
+        return entry
+    model = entry["model"]
+    if model.get("name") == "hf_causal_lm":
+        return _hugging_face(where, entry, dict(model))
+    try:
+        # The parts of a run that have nothing to do with the model are there only for their words to be accepted.
+        ours = translate({"model": model, "run_name": "eval", "save_folder": "eval"})[0]["model"]
+        assert isinstance(ours, dict)
+        return entry | {"model": check(ModelConfig, ours, f"{where}.model")}
+    except ConfigError as error:
+        raise ConfigError("\n".join(_placed(where, line) for line in str(error).splitlines())) from None
+
+
+def _placed(where: str, line: str) -> str:
+    return line if line.startswith(where) else f"{where}.{line}"
+
+
+def _hugging_face(where: str, entry: dict[str, object], model: dict[str, object]) -> dict[str, object]:
+    """A model `hf_causal_lm` as a load_path."""
+    name = model.pop("pretrained_model_name_or_path", None)
+    if not isinstance(name, str):
+        raise ConfigError(f"{where}.model.pretrained_model_name_or_path: is missing; name a folder or hub id")
+    if model.get("pretrained") is False:
+        raise ConfigError(f"{where}.model.pretrained: false gives random weights, which have nothing to show")
+    overrides = model.pop("config_overrides", None) or {}
+    if not isinstance(overrides, dict) or overrides.keys() - set(_LENGTHS):
+        raise ConfigError(f"{where}.model.config_overrides: only {', '.join(_LENGTHS)} may be there, which are ignored")
+    for key in (key for key in list(model) if key in _GONE_OF_MODELS or model[key] in (None, False)):
+        del model[key]
+    if model:
+        raise ConfigError(f"{where}.model.{min(model)}: is not supported here; leave it out")
+    rest = {key: value for key, value in entry.items() if key != "model"}
+    path = rest.get("load_path")
+    return rest if path is not None else rest | {"load_path": f"{HUGGING_FACE}{name}"}

@@ -1,0 +1,91 @@
+"""`llmfoundry COMMAND ...`: every command by one name; scripts/*.py are doors to the same ones.
+
+A command is imported when it is called, so `--help` and the completion of a shell answer at once. What stands after
+the command's name is the command's own: `llmfoundry train --help` lists its arguments.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import click
+
+from llmfoundry.launch import leave
+
+
+class _Entry(NamedTuple):
+    """A command: where its function is, and what `--help` says of it."""
+
+    module: str
+    function: str
+    about: str
+
+
+_ENTRIES = {
+    "train": _Entry("llmfoundry.cli.train", "train_main", "Train a model from a YAML file."),
+    "plan": _Entry("llmfoundry.cli.train", "plan_main", "Say what a run would be: size, memory, speed, mesh."),
+    "explain": _Entry("llmfoundry.cli.train", "explain_main", "Say what each key of a YAML file became."),
+    "prepare": _Entry("llmfoundry.cli.train", "prepare_data_main", "Tokenize a run's datasets ahead of it."),
+    "generate": _Entry("llmfoundry.cli.inference", "generate_main", "Continue a prompt with a trained model."),
+    "eval": _Entry("llmfoundry.cli.inference", "eval_main", "Measure a checkpoint on text or on tasks."),
+    "convert": _Entry("llmfoundry.cli.convert", "convert_main", "Convert to and from Hugging Face folders; upcycle."),
+    "data_prep": _Entry("llmfoundry.cli.foundry", "data_prep_main", "Write MDS, by LLM Foundry's command lines."),
+    "report": _Entry("llmfoundry.cli.report", "report_main", "Draw the page of a run, or compare runs."),
+    "doctor": _Entry("llmfoundry.cli.doctor", "doctor_main", "Say what this machine has, and what a YAML meets on it."),
+}
+
+
+class _Command(click.Command):
+    """Hands its arguments on as they are; they complete as paths."""
+
+    def __init__(self, name: str, entry: _Entry) -> None:
+        super().__init__(
+            name,
+            params=[click.Argument(["arguments"], nargs=-1, type=click.Path())],
+            help=entry.about,
+            add_help_option=False,
+            context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+        )
+        self._entry = entry
+
+    def invoke(self, ctx: click.Context) -> int:
+        main = getattr(importlib.import_module(self._entry.module), self._entry.function)
+        code = main(list(ctx.params["arguments"]))
+        assert isinstance(code, int)
+        return code
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog='Completion in bash: eval "$(_LLMFOUNDRY_COMPLETE=bash_source llmfoundry)"; zsh and fish likewise.',
+)
+@click.version_option(package_name="llmfoundry")
+def cli() -> None:
+    """Train mixture-of-experts language models: from a YAML file to a model that others can serve.
+
+    Begin with `llmfoundry train yamls/moe.yaml`; each command explains itself with --help.
+    """
+
+
+for _name, _entry in _ENTRIES.items():
+    cli.add_command(_Command(_name, _entry))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    try:
+        found = cli.main(args=list(argv) if argv is not None else None, prog_name="llmfoundry", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except click.Abort:
+        return 1
+    return found if isinstance(found, int) else 0
+
+
+def run() -> None:
+    """The console script."""
+    leave(main(sys.argv[1:]))

@@ -1,0 +1,185 @@
+"""Models ready for inference: a checkpoint of ours with its run's settings, or one of Hugging Face's.
+
+Under torchrun, the model is sharded over all processes, and its experts are divided as in the run if that fits.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from llmfoundry import launch
+from llmfoundry.cli.command import read_run_config
+from llmfoundry.config import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llmfoundry.data.tokenizer import SpecialTokens
+    from llmfoundry.model.transformer import CausalLM, CausalLMConfig
+    from llmfoundry.parallel.mesh import Mesh, ParallelConfig
+    from llmfoundry.train.config import Precision, RunConfig
+
+
+class Ready(NamedTuple):
+    """A model in evaluation mode on this process's device."""
+
+    model: CausalLM
+    mesh: Mesh
+    tokenizer: PreTrainedTokenizerBase
+    special: SpecialTokens  # the rule for texts
+
+
+HUGGING_FACE = "hf:"  # before a folder, or the id of a model of the hub
+
+
+class Opened(NamedTuple):
+    """A checkpoint, ready.
+
+    Attributes:
+        config: of the run that saved it; of a Hugging Face checkpoint, that of a run that would go on from it.
+        folder: where its generation_config.json is.
+        trained: whether a training run of ours saved it; else it was converted.
+    """
+
+    config: RunConfig
+    folder: Path
+    trained: bool
+    ready: Ready
+
+
+def is_hugging_face(path: str) -> bool:
+    """Whether a path names a Hugging Face checkpoint: a folder, a GGUF file, or `hf:` with a folder or hub id."""
+    return path.startswith(HUGGING_FACE) or path.endswith(".gguf") or (Path(path) / "config.json").is_file()
+
+
+def open_checkpoint(path: str, overrides: list[str], keys: Sequence[str]) -> Opened:
+    """Load a checkpoint's model and tokenizer; all ranks together.
+
+    Args:
+        path: a checkpoint or a run's save_folder; a Hugging Face folder or GGUF file; hf:<folder or hub id>.
+        overrides: applied to its config; the weights must still fit the model.
+        keys: what may be overridden.
+
+    Raises:
+        ConfigError: it is missing or damaged, or an override names something else.
+    """
+    from llmfoundry.train.config import RunConfig
+
+    for item in overrides:
+        key = re.split(r"[.:=[]", item.removeprefix("~"), maxsplit=1)[0]
+        if key not in keys and key in RunConfig.model_fields:
+            raise ConfigError(f"{item}: cannot be changed here; you can change: {', '.join(keys)}")
+    if is_hugging_face(path):
+        return _open_theirs(path.removeprefix(HUGGING_FACE), overrides)
+    return _open_ours(path, overrides)
+
+
+def _open_theirs(name: str, overrides: list[str]) -> Opened:
+    from llmfoundry import runtime
+    from llmfoundry.checkpoint.convert import recipe
+    from llmfoundry.hf.pretrained import open_checkpoint as opened
+    from llmfoundry.model.transformer import CausalLMConfig
+    from llmfoundry.settings import write_resolved
+
+    found = opened(name)
+    folder = found.path if found.path.is_dir() else found.path.parent
+    data = recipe(found.config, folder, has_tokenizer=True) | {"tokenizer": {"name": str(found.path)}}
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+        file.write(write_resolved(data))
+        file.flush()
+        config = read_run_config(file.name, overrides)
+    assert isinstance(config.model, CausalLMConfig)
+    precision = config.precision_on(runtime.start().type)
+    ready = open_hugging_face(name, precision, config=config.model if overrides else None)
+    return Opened(config, folder, False, ready)
+
+
+def _open_ours(folder: str, overrides: list[str]) -> Opened:
+    from llmfoundry import runtime
+    from llmfoundry.checkpoint.manifest import CONFIG, CONVERTED
+    from llmfoundry.checkpoint.reading import load_model_only, read
+    from llmfoundry.hf.pretrained import tokenizer_of
+    from llmfoundry.model.transformer import CausalLMConfig
+    from llmfoundry.train.resume import is_trained, with_rule_of
+    from llmfoundry.train.trainer import check_device
+
+    place = runtime.start()
+    contents = read(folder)
+    # What a conversion wrote is for editing; the settings of its weights are on record beside it.
+    settings = CONVERTED if CONVERTED in contents.files else CONFIG
+    config = read_run_config(str(contents.path / settings), overrides)
+    assert isinstance(config.model, CausalLMConfig)
+    precision = config.precision_on(place.type)
+    check_device(config.model, place, precision)
+    tokenizer = tokenizer_of(contents.tokenizer) if contents.tokenizer is not None else None
+    if tokenizer is None:
+        raise ConfigError(f"{contents.path}: holds no tokenizer")
+    special = with_rule_of(config.tokenizer, contents).special_tokens(tokenizer)
+    model, mesh = build_model(config.model, config.parallel, precision)
+    moved = config.load_path if config.load_path != contents.config.get("load_path") else None
+    load_model_only(contents, model, base_path=moved)
+    return Opened(config, contents.path, is_trained(contents), Ready(model.eval(), mesh, tokenizer, special))
+
+
+def open_hugging_face(
+    name: str,
+    precision: Precision,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    config: CausalLMConfig | None = None,
+) -> Ready:
+    """Load a folder or hub id of Hugging Face's as a model of ours; all ranks together.
+
+    Args:
+        tokenizer: another one than its own.
+        config: its settings, with other implementations maybe; the weights must fit.
+    """
+    from llmfoundry import hf, runtime
+    from llmfoundry.data.tokenizer import TokenizerConfig
+    from llmfoundry.hf.pretrained import open_checkpoint, tokenizer_of
+    from llmfoundry.parallel.mesh import ParallelConfig
+    from llmfoundry.train.trainer import check_device
+
+    place = runtime.start()
+    found = open_checkpoint(name)
+    config = config or found.config
+    check_device(config, place, precision)
+    tokenizer = tokenizer or tokenizer_of(found.path)
+    if tokenizer is None:
+        raise ConfigError(f"{found.path}: holds no tokenizer")
+    model, mesh = build_model(config, ParallelConfig(compile=False), precision)
+    hf.load_weights(model, name, allow=["model"])  # what an override changes is asked for; shapes must fit
+    # A text that spells a special token means it, as in transformers.
+    special = TokenizerConfig(parse_special_tokens=True).special_tokens(tokenizer)
+    return Ready(model.eval(), mesh, tokenizer, special)
+
+
+def build_model(config: CausalLMConfig, parallel: ParallelConfig, precision: Precision) -> tuple[CausalLM, Mesh]:
+    """The model without its weights: whole in one process, sharded over several."""
+    import torch
+
+    from llmfoundry import runtime
+    from llmfoundry.model.transformer import cast_parameters
+    from llmfoundry.parallel.apply import parallelize
+    from llmfoundry.parallel.expert import n_experts
+    from llmfoundry.parallel.mesh import ParallelConfig, build_mesh, plan_mesh
+
+    place = runtime.device()
+    experts = n_experts(config)
+    with torch.device("meta"):
+        model = config.build()
+    if launch.world_size() == 1:
+        if precision == "amp_bf16":  # weights are saved in float32; a GPU computes as in the run
+            cast_parameters(model, torch.bfloat16)
+        return model.to_empty(device=place), build_mesh(ParallelConfig(), place.type, experts)
+    update = {"compile": False, "recompute": "none", "recompute_save": None, "cpu_offload": False}
+    parallel = parallel.model_copy(update=update)
+    try:
+        plan_mesh(parallel, launch.world_size(), experts)
+    except ConfigError:  # the run had another number of processes
+        parallel = ParallelConfig(compile=False)
+    mesh = build_mesh(parallel, place.type, experts)
+    return parallelize(model, mesh, parallel, precision).to_empty(device=place), mesh

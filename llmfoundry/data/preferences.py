@@ -1,0 +1,145 @@
+"""Preferences: a prompt, the answer that was chosen and the one that was rejected.
+
+Shapes: S max_seq_len. A row is one pair, (2 S,): the chosen sequence in its first half, the rejected one in its second,
+each filled up on its own. So whatever orders, splits and counts rows never parts a pair.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from llmfoundry.config import ConfigError
+from llmfoundry.data.chat_rows import ChatRows
+from llmfoundry.data.chat_template import Renderer, Tokens
+from llmfoundry.data.chats import ChatsConfig, Table, text_of
+from llmfoundry.data.conversations import Conversation, Example, Message, Pair, conversation, messages_of
+from llmfoundry.data.loader import Batch
+from llmfoundry.data.rows import IGNORE, Block, How
+from llmfoundry.data.tables import Row
+
+
+class Preference(NamedTuple):
+    """Two answers to one prompt, each an example of its own."""
+
+    chosen: Example
+    rejected: Example
+
+
+class PreferencesConfig(ChatsConfig, names=("preferences",)):
+    """Preferences from the places of `finetuning` data, for `loss: dpo`; its keys are those of `chats`.
+
+    Columns: `prompt`, `chosen` and `rejected`, of text or messages; or `chosen` and `rejected` alone, as whole
+    conversations, whose common beginning is the prompt. Answers alone are learned from.
+    """
+
+    KIND = "preferences/1"
+
+    def _texts(self) -> Iterator[str]:
+        for each in self._read(self._table(), preference_of):
+            yield from map(text_of, each)
+
+    def _write(self, folder: Path, table: Table, renderer: Renderer, how: How) -> None:
+        write(folder, self._read(table, preference_of), renderer, how)
+
+    def _opened(self, folder: Path, title: str, fingerprint: str, eos_token_id: int, how: How) -> ChatRows:
+        return PreferenceRows(folder, title, fingerprint, eos_token_id, how)
+
+
+def preference_of(row: Row) -> Preference:
+    """The preference in a row.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    missing = [column for column in ("chosen", "rejected") if row.get(column) is None]
+    if missing:
+        raise ValueError(f"has the columns {', '.join(row)}, and no {missing[0]}; name it in preprocessing_fn")
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if isinstance(chosen, str) and isinstance(rejected, str) and (prompt is None or isinstance(prompt, str)):
+        if prompt is None:
+            raise ValueError("has chosen and rejected as text, and no prompt")
+        return Preference(Pair(prompt, chosen), Pair(prompt, rejected))
+    first, second = (_turns(answer) for answer in (chosen, rejected))
+    if first[0]["role"] == "assistant":
+        if prompt is None:
+            raise ValueError("has answers that begin with the assistant, and no prompt")
+        before = messages_of([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+        first, second = [*before, *first], [*before, *second]
+    common = 0
+    while common < min(len(first), len(second)) and first[common] == second[common]:
+        common += 1
+    if common == len(first) == len(second):
+        raise ValueError("chosen and rejected are the same")
+    return Preference(*(_answered(messages, common, row) for messages in (first, second)))
+
+
+def _turns(answer: object) -> list[Message]:
+    return messages_of([{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer)
+
+
+def _answered(messages: list[Message], common: int, row: Row) -> Conversation:
+    """A conversation of which only what comes after the common beginning is learned."""
+    silent = [message | {"weight": 0} if message["role"] == "assistant" else message for message in messages[:common]]
+    return conversation([*silent, *messages[common:]], row)
+
+
+def write(folder: Path, preferences: Iterable[Preference], renderer: Renderer, how: How) -> None:
+    """Tokenise preferences into a folder of `ChatRows`, the examples 2i and 2i + 1 being row i.
+
+    Raises:
+        ConfigError: the chat template refuses one, or no pair fits into a row.
+    """
+    lengths: list[int] = []
+    cut = unlearned = n = 0
+    with (folder / "ids.bin").open("wb") as ids, (folder / "learned.bin").open("wb") as learned:
+        for n, preference in enumerate(preferences, 1):
+            try:
+                found = [renderer.tokens(example) for example in preference]
+            except ValueError as error:
+                raise ConfigError(f"dataset: preference {n - 1}: {error}") from None
+            kept = [Tokens(each.ids[: how.length], each.learned[: how.length]) for each in found]
+            cut += any(len(each.ids) > how.length for each in found)
+            if not all(each.learned[1:].any() for each in kept):
+                unlearned += 1
+                continue
+            for each in kept:
+                ids.write(each.ids.astype("<u4").tobytes())
+                learned.write(each.learned.tobytes())
+                lengths.append(len(each.ids))
+    if not lengths:
+        raise ConfigError(f"dataset: of none of {n} preferences do both answers begin within max_seq_len={how.length}")
+    np.save(folder / "starts.npy", np.cumsum([0, *lengths]))
+    np.save(folder / "members.npy", np.arange(len(lengths), dtype=np.int64))
+    np.save(folder / "rows.npy", np.arange(0, len(lengths) + 1, 2))
+    counts = {"examples": n, "cut": cut, "unlearned": unlearned, "packed": False}
+    (folder / "index.json").write_text(json.dumps(counts))
+
+
+class PreferenceRows(ChatRows):
+    """Rows of pairs."""
+
+    sequences = 2
+
+    def __init__(self, folder: Path, title: str, fingerprint: str, eos_token_id: int, how: How) -> None:
+        super().__init__(folder, title, fingerprint, eos_token_id, how._replace(length=2 * how.length, documents=False))
+        self.summary = f"{title}: {self.n_rows:,} pairs; {self.said_of_lengths(how.length)}"
+
+    def put(self, number: int, out: Block, i: int) -> None:
+        assert out.positions is not None
+        out.tokens[i], out.labels[i], out.positions[i] = self.eos_token_id, IGNORE, 0
+        if number < self.n_rows:
+            for half in (0, 1):
+                self.put_example(2 * number + half, out, i, half * (self.length // 2))
+
+
+def apart(batch: Batch) -> Batch:
+    """The sequences of pairs (B, 2 S), each in a row of its own: (2 B, S), a chosen one, then the rejected one."""
+    halves = (batch.tokens, batch.labels, batch.positions)
+    tokens, labels, positions = (None if t is None else t.view(2 * t.shape[0], -1) for t in halves)
+    assert tokens is not None and labels is not None
+    return Batch(tokens, labels, batch.rows.repeat_interleave(2), None, positions)

@@ -1,0 +1,218 @@
+"""Questions to a model as token ids, asked and judged: by the likelihood of given answers, or by what the model writes.
+
+LLM Foundry's rules, so that numbers are comparable. Special tokens stand before a prompt alone.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import string
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from llmfoundry.config import ConfigError
+from llmfoundry.data.tokenizer import Encoder, SpecialTokens
+from llmfoundry.eval.likelihood import Continuation, Prompt, Ranks, continue_greedily, likelihood
+from llmfoundry.model.transformer import CausalLM
+
+_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " "))
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+class Judged(NamedTuple):
+    """How one question went."""
+
+    correct: bool
+    # Of its answer by mean probability, 0 to 1, and whether that one is right: what the calibration error compares.
+    confidence: float = 0.0
+    surest_correct: bool = False
+
+
+class Reader:
+    """Texts as tokens, by the rule for special tokens that the model was trained with."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens) -> None:
+        self.tokenizer, self.special = tokenizer, special
+        self._encoder = Encoder(tokenizer, special)
+        # Whether " a" is one token: a continuation then begins with a space.
+        self.prefix_space = len(self._encoder.encode([" a"])[0]) == 1
+
+    def ids(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of parts of a text."""
+        return self._encoder.encode(texts)
+
+    def openings(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of texts that begin a document."""
+        bos, found = self.special.bos, self.ids(texts)
+        return found if bos is None else [ids if ids[:1] == [bos] else [bos, *ids] for ids in found]
+
+    def spaced(self, text: str) -> str:
+        """A continuation as it follows its context."""
+        return f" {text}" if self.prefix_space and not text.startswith(" ") else text
+
+
+class Questions(ABC):
+    """The questions of a task, ready to be asked as often as there are models."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many there are."""
+
+    @abstractmethod
+    def ask(self, model: CausalLM, ranks: Ranks) -> list[Judged] | None:
+        """Ask a model, all ranks together: the same on every rank, or None if it was stopped."""
+
+
+class WithAnswers(NamedTuple):
+    """A question and the answers that may follow it, as text.
+
+    Attributes:
+        prompt: solved examples, or nothing.
+        asked: a context and its continuation for each possible answer; one of several is right, or the only one.
+        gold: which is right.
+        where: the file and line that it is from.
+    """
+
+    prompt: str
+    asked: list[tuple[str, str]]
+    gold: int
+    where: str
+
+
+class LikelihoodQuestions(Questions):
+    """Given answers, of which the model finds one the likeliest per token; or the only one, which it has to find the
+    likeliest text there is."""
+
+    def __init__(self, questions: Sequence[WithAnswers], choose: bool, reader: Reader, max_seq_len: int) -> None:
+        self._choose = choose
+        self._gold = [question.gold for question in questions]
+        self._spans: list[range] = []  # the continuations of each question
+        self.continuations: list[Continuation] = []
+        prompts = reader.openings([question.prompt for question in questions])
+        asked = [pair for question in questions for pair in question.asked]
+        contexts = iter(reader.ids([context for context, _ in asked]))
+        answers = iter(reader.ids([reader.spaced(answer) for _, answer in asked]))
+        for question, prompt in zip(questions, prompts, strict=True):
+            start = len(self.continuations)
+            for _ in question.asked:
+                context, answer = prompt + next(contexts), next(answers)
+                if not context or not 0 < len(answer) < max_seq_len:
+                    raise ConfigError(
+                        f"{question.where}: {'nothing stands before the answer' if not context else 'the answer'} "
+                        f"({len(answer)} tokens) cannot be judged in rows of {max_seq_len} tokens"
+                    )
+                self.continuations.append(Continuation((context + answer)[-max_seq_len:], len(answer)))
+            self._spans.append(range(start, len(self.continuations)))
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def ask(self, model: CausalLM, ranks: Ranks) -> list[Judged] | None:
+        """As `Questions.ask`. The confidence is the largest mean probability as a share of those of all answers; of an
+        only answer, the lowest of the probabilities of the likeliest tokens."""
+        found = likelihood(model, self.continuations, ranks)
+        if found is None:
+            return None
+        lengths = [item.n for item in self.continuations]
+        nats, greedy, lowest_top, mean = (values.tolist() for values in found)
+        if not self._choose:
+            return [
+                Judged(bool(greedy[own.start]), lowest_top[own.start], bool(greedy[own.start])) for own in self._spans
+            ]
+        judged = []
+        for own, gold in zip(self._spans, self._gold, strict=True):
+            costs = [nats[i] / lengths[i] for i in own]
+            means = [mean[i] for i in own]
+            surest = means.index(max(means))
+            judged.append(Judged(costs.index(min(costs)) == gold, means[surest] / (sum(means) or 1.0), surest == gold))
+        return judged
+
+
+class ToWrite(NamedTuple):
+    """A question whose answer the model writes."""
+
+    prompt: str  # solved examples, or nothing
+    context: str
+    answers: list[str]  # any of which is right
+
+
+class Judging(NamedTuple):
+    """What of a written text is the answer, and when it is right."""
+
+    stops: list[str]  # the answer ends before the first of them
+    after: str  # the answer comes after the last of these; "": all is answer
+    normalize: bool  # compare lower case words, without articles and punctuation
+
+    def is_right(self, text: str, answers: Sequence[str]) -> bool:
+        """Whether a text begins with one of the answers."""
+        if self.stops:
+            text = re.split("|".join(map(re.escape, self.stops)), text)[0]
+        if self.after:
+            text = text.split(self.after)[-1]
+        clean = normalized if self.normalize else str.strip
+        return any(clean(text).startswith(clean(answer)) for answer in answers)
+
+
+class WrittenQuestions(Questions):
+    """Answers that the model writes, the likeliest token at a time."""
+
+    def __init__(
+        self, questions: Sequence[ToWrite], judging: Judging, reader: Reader, max_seq_len: int, max_new_tokens: int
+    ) -> None:
+        self._judging, self._reader = judging, reader
+        self._answers = [question.answers for question in questions]
+        keep = max(max_seq_len - max_new_tokens, 1)
+        prompts = reader.openings([question.prompt for question in questions])
+        contexts = reader.ids([question.context for question in questions])
+        self._prompts = [
+            Prompt((prompt + context)[-keep:] or [reader.tokenizer.eos_token_id], max_new_tokens)
+            for prompt, context in zip(prompts, contexts, strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def ask(self, model: CausalLM, ranks: Ranks) -> list[Judged] | None:
+        """As `Questions.ask`."""
+        written = continue_greedily(
+            model, self._prompts, ranks, stop={self._reader.tokenizer.eos_token_id}, done=self._is_done
+        )
+        if written is None:
+            return None
+        texts = (self._decoded(ids) for ids in written)
+        return [Judged(self._judging.is_right(text, own)) for text, own in zip(texts, self._answers, strict=True)]
+
+    def _is_done(self, number: int, ids: list[int]) -> bool:
+        return bool(self._judging.stops) and any(stop in self._decoded(ids) for stop in self._judging.stops)
+
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self._reader.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def normalized(text: str) -> str:
+    """Words in lower case without articles and punctuation: the form in which answers are compared.
+
+    Source: Joshi et al. 2017, TriviaQA, arXiv:1705.03551.
+    """
+    words = text.replace("_", " ").lower().translate(_PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", words).split())
+
+
+def draw_examples(n_rows: int, n_examples: int, asked: int, dice: random.Random) -> set[int]:
+    """The solved examples before a question, which is not one of them; the same draws as in LLM Foundry.
+
+    There are fewer than `n_examples` where there are not so many other rows. The order is that of the set.
+    """
+    if n_examples == 0:
+        return set()
+    drawn = set(dice.sample(range(n_rows), min(n_examples, n_rows - 1)))
+    if asked in drawn:
+        drawn.remove(asked)
+        while (other := dice.choice(range(n_rows))) in drawn or other == asked:
+            pass
+        drawn.add(other)
+    return drawn

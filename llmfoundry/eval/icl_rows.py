@@ -1,0 +1,133 @@
+"""The rows of a task, from a file of JSON lines or a dataset of the Hugging Face hub.
+
+Texts are stripped of white space at both ends, as LLM Foundry does; lists are left as they are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from llmfoundry.config import ConfigError
+
+HUB = "hf://"
+
+
+class Row:
+    """One line of a task's file, whose fields are asked for by name and kind.
+
+    Every method raises a ConfigError that names the line if the field is missing or of another kind.
+    """
+
+    def __init__(self, where: str, fields: Mapping[str, object]) -> None:
+        self.where = where
+        self._fields = {key: value.strip() if isinstance(value, str) else value for key, value in fields.items()}
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """A string."""
+        value = self._fields.get(key)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, str):
+            raise self._refused(key, value, "a text")
+        return value
+
+    def texts(self, key: str, default: list[str] | None = None) -> list[str]:
+        """A list of strings."""
+        value = self._fields.get(key)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self._refused(key, value, "a list of texts")
+        return value
+
+    def choices(self, key: str) -> list[str]:
+        """A list of strings, whose right one is the entry `gold`."""
+        found, gold = self.texts(key), self._fields.get("gold")
+        if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(found):
+            raise self._refused("gold", gold, f"the number of one of {len(found)} {key}, counted from 0")
+        return found
+
+    @property
+    def gold(self) -> int:
+        """Which of the `choices` is right."""
+        value = self._fields["gold"]
+        assert isinstance(value, int)
+        return value
+
+    def has(self, key: str) -> bool:
+        """Whether there is such a field."""
+        return self._fields.get(key) is not None
+
+    def _refused(self, key: str, value: object, wanted: str) -> ConfigError:
+        found = "is missing" if value is None else f"is {str(value)[:80]!r}"
+        return ConfigError(f"{self.where}: {key!r} {found}; it must be {wanted}")
+
+
+def read_rows(uri: str, loading: Mapping[str, object], parsing: Mapping[str, list[str]]) -> list[Row]:
+    """All rows of a task.
+
+    Args:
+        uri: a file of JSON lines, or `hf://` with the name of a dataset.
+        loading: of a dataset: what else to give to `datasets.load_dataset`, e.g. {split: test, name: main}.
+        parsing: of a dataset: for each field the columns whose texts make it, joined by a space; empty: the columns
+            as they are.
+
+    Raises:
+        ConfigError: there is none, or it is malformed.
+    """
+    rows = _from_hub(uri.removeprefix(HUB), loading, parsing) if uri.startswith(HUB) else _from_file(Path(uri))
+    if not rows:
+        raise ConfigError(f"dataset_uri: {uri}: holds no rows")
+    return rows
+
+
+def _from_file(path: Path) -> list[Row]:
+    rows = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    rows.append(_parsed(f"{path}:{number}", line))
+    except OSError as error:
+        raise ConfigError(f"dataset_uri: {path}: {(error.strerror or str(error)).lower()}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"dataset_uri: {path}: is not UTF-8: {error.reason}") from None
+    return rows
+
+
+def _parsed(where: str, line: str) -> Row:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{where}: must be a JSON object, found {str(fields)[:80]}")
+    return Row(where, fields)
+
+
+def _from_hub(name: str, loading: Mapping[str, object], parsing: Mapping[str, list[str]]) -> list[Row]:
+    try:
+        load: Callable[..., Iterable[dict[str, object]]] = importlib.import_module("datasets").load_dataset
+    except ImportError:
+        raise ConfigError(f"dataset_uri: {HUB}{name}: needs the package datasets; pip install datasets") from None
+    try:
+        found = load(name, **loading)
+    except Exception as error:  # of many kinds: no network, no such dataset, files that do not fit
+        raise ConfigError(f"dataset_uri: {HUB}{name}: cannot be had: {' '.join(str(error).split())[:300]}") from None
+    if isinstance(found, dict):
+        raise ConfigError(
+            f"dataset_uri: {HUB}{name}: has the splits {', '.join(found)}; "
+            f"choose one by hf_loading_vars: {{split: {next(iter(found))}}}"
+        )
+    rows = []
+    for number, fields in enumerate(found):
+        where = f"{HUB}{name} row {number}"
+        if missing := {column for columns in parsing.values() for column in columns} - fields.keys():
+            raise ConfigError(f"{where}: has no column {min(missing)!r}, which hf_parsing_map names")
+        if parsing:
+            fields = {key: " ".join(str(fields[column]) for column in columns) for key, columns in parsing.items()}
+        rows.append(Row(where, fields))
+    return rows

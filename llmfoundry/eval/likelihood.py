@@ -1,0 +1,214 @@
+"""How likely a model finds given continuations, and its greedy continuations: what all evaluation by tasks is made of.
+
+Rows are sorted by length, dealt to the ranks in turn and padded on the right, which changes nothing for a causal model.
+Every rank runs the same number of forwards, for the ranks of experts or of sharded weights must meet in each: where it
+has no row left, it runs one of a single token. Results are summed over the ranks, so each has all of them.
+
+Shapes: N continuations, B rows of a forward, S tokens, J continuation tokens of a forward, V vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmfoundry import runtime
+from llmfoundry.config import ConfigError
+from llmfoundry.data.rows import IGNORE
+from llmfoundry.eval.generate import check_ids
+from llmfoundry.model.transformer import Cache, CausalLM
+
+
+class Continuation(NamedTuple):
+    """Token ids, of which the last `n` are judged, each by what stands before it: n is below their number."""
+
+    ids: list[int]
+    n: int
+
+
+class Likelihood(NamedTuple):
+    """Of N continuations, each (N,) float64 on the CPU; every rank has the same."""
+
+    nats: Tensor  # summed over the tokens
+    greedy: Tensor  # 1 if each token is the likeliest one there, else 0
+    lowest_top: Tensor  # probability of the likeliest token, at the token where that is lowest
+    mean: Tensor  # probability of the tokens, averaged
+
+
+class Ranks(NamedTuple):
+    """This process's share of the rows, and how many it takes at once."""
+
+    rows: int  # of one forward
+    rank: int = 0
+    world: int = 1
+    stopped: Callable[[], bool] = lambda: False  # asked before each forward, with the same answer on every rank
+
+
+@torch.no_grad()
+def likelihood(model: CausalLM, continuations: Sequence[Continuation], ranks: Ranks) -> Likelihood | None:
+    """How likely continuations are.
+
+    Args:
+        model: in evaluation mode, sharded or not; every rank calls this.
+
+    Returns:
+        The same on every rank; None if it was stopped.
+
+    Raises:
+        ConfigError: a token has no row in the embedding, or a row has more tokens than positions were learned.
+    """
+    place = next(model.parameters()).device
+    found = torch.zeros(len(Likelihood._fields), len(continuations), dtype=torch.float64, device=place)
+    check_rows(model, [item.ids for item in continuations], 0)
+    for numbers in _batches([len(item.ids) for item in continuations], ranks):
+        if ranks.stopped():
+            return None
+        items = [continuations[number] for number in numbers] or [Continuation([0, 0], 1)]
+        tokens = _padded(items).to(place)  # (B, S)
+        length = tokens.shape[1]
+        at = [row * length + len(item.ids) - 1 - i for row, item in enumerate(items) for i in range(item.n, 0, -1)]
+        logits = model(tokens, at=torch.tensor(at, device=place)).logits[0].float()  # (J, V)
+        targets = torch.tensor([token for item in items for token in item.ids[-item.n :]], device=place)  # (J,)
+        log_p = logits.log_softmax(-1)
+        nats = -log_p.gather(1, targets[:, None])[:, 0]  # (J,)
+        top, best = log_p.max(-1)
+        first = 0
+        for number, item in zip(numbers, items, strict=False):  # without the row of a rank that has none
+            own = slice(first, first + item.n)
+            first += item.n
+            hit = (best[own] == targets[own]).all()
+            values = nats[own].double().sum(), hit, top[own].min().exp(), (-nats[own]).exp().mean()
+            found[:, number] = torch.stack([value.double() for value in values])
+    return Likelihood(*runtime.all_reduce_sum(found).cpu())
+
+
+@torch.no_grad()
+def nats_of(model: CausalLM, continuations: Sequence[Continuation], ranks: Ranks) -> Tensor | None:
+    """`Likelihood.nats` alone, (N,) float64, for long continuations: no logits are kept.
+
+    Args and errors as `likelihood`.
+    """
+    place = next(model.parameters()).device
+    found = torch.zeros(len(continuations), dtype=torch.float64, device=place)
+    check_rows(model, [item.ids for item in continuations], 0)
+    for numbers in _batches([len(item.ids) for item in continuations], ranks):
+        if ranks.stopped():
+            return None
+        items = [continuations[number] for number in numbers] or [Continuation([0, 0], 1)]
+        tokens = _padded(items)  # (B, S)
+        labels = torch.full_like(tokens, IGNORE)  # (B, S)
+        for row, item in enumerate(items):
+            end = len(item.ids) - 1
+            labels[row, end - item.n : end] = torch.tensor(item.ids[-item.n :])
+        nats = model(tokens.to(place), labels.to(place)).nats.double().sum(1)  # (B,)
+        found[numbers] = nats[: len(numbers)]
+    return runtime.all_reduce_sum(found).cpu()
+
+
+def _padded(items: Sequence[Continuation]) -> Tensor:
+    """(B, S) int64: all but the last token of each, which is judged and not read."""
+    tokens = torch.zeros(len(items), max(len(item.ids) for item in items) - 1, dtype=torch.int64)
+    for row, item in enumerate(items):
+        tokens[row, : len(item.ids) - 1] = torch.tensor(item.ids[:-1])
+    return tokens
+
+
+class Prompt(NamedTuple):
+    """What to continue, and for how long."""
+
+    ids: list[int]  # one at least
+    max_new_tokens: int
+
+
+@torch.no_grad()
+def continue_greedily(
+    model: CausalLM,
+    prompts: Sequence[Prompt],
+    ranks: Ranks,
+    *,
+    stop: Collection[int],
+    done: Callable[[int, list[int]], bool] = lambda number, ids: False,
+) -> list[list[int]] | None:
+    """The likeliest token again and again, until a stop token, `max_new_tokens`, or `done`.
+
+    Rows of different lengths share a forward: all are read up to the end of the shortest, and from there on token by
+    token, a longer one its own tokens first. So no row is padded, and none depends on the others.
+
+    Args:
+        model: in evaluation mode, sharded or not; every rank calls this.
+        stop: ids that end a text, and are not part of it.
+        done: whether a text is complete, from the number of its prompt and its new ids.
+
+    Returns:
+        The new ids of each prompt, the same on every rank; None if it was stopped.
+
+    Raises:
+        ConfigError: as `likelihood`.
+    """
+    place = next(model.parameters()).device
+    longest = max((prompt.max_new_tokens for prompt in prompts), default=0)
+    check_rows(model, [prompt.ids for prompt in prompts], longest)
+    written = torch.zeros(len(prompts), longest, dtype=torch.int64, device=place)  # ids + 1; 0: none
+    for numbers in _batches([len(prompt.ids) for prompt in prompts], ranks):
+        if ranks.stopped():
+            return None
+        texts = _write(model, [(number, prompts[number]) for number in numbers], stop, done)
+        for number, text in zip(numbers, texts, strict=True):
+            written[number, : len(text)] = torch.tensor(text, dtype=torch.int64, device=place) + 1
+    return [[token - 1 for token in row if token] for row in runtime.all_reduce_sum(written).tolist()]
+
+
+def _write(
+    model: CausalLM,
+    prompts: list[tuple[int, Prompt]],
+    stop: Collection[int],
+    done: Callable[[int, list[int]], bool],
+) -> list[list[int]]:
+    """The new ids of the prompts of one batch, which may be none: other ranks may have some."""
+    place = next(model.parameters()).device
+    rows = [list(prompt.ids) for _, prompt in prompts] or [[0]]
+    texts: list[list[int]] = [[] for _ in prompts]
+    active = {row for row, (_, prompt) in enumerate(prompts) if prompt.max_new_tokens > 0}
+    cache, read, end = Cache(model.config.n_layers), 0, min(len(row) for row in rows)
+    while runtime.any_rank(bool(active)):
+        fresh = torch.tensor([row[read:end] for row in rows], device=place)  # (B, S) tokens that the cache has not seen
+        best = model(fresh, cache=cache, last_only=True).logits[:, -1].argmax(-1).tolist()  # B ids
+        read, end = end, end + 1
+        for row, token in enumerate(best):
+            if len(rows[row]) > read:  # still in its prompt
+                continue
+            rows[row].append(token if row in active else 0)
+            if row in active:
+                number, prompt = prompts[row]
+                if token not in stop:
+                    texts[row].append(token)
+                if token in stop or len(texts[row]) == prompt.max_new_tokens or done(number, texts[row]):
+                    active.remove(row)
+        if not active and model.config.has_learned_positions and end > model.config.max_seq_len:
+            # Other ranks still write: this one goes on with a row that has positions left.
+            rows, cache, read, end = [[0]], Cache(model.config.n_layers), 0, 1
+    return texts
+
+
+def check_rows(model: CausalLM, rows: Sequence[list[int]], max_new_tokens: int) -> None:
+    """Refuse rows that the model cannot read; raises ConfigError."""
+    config = model.config
+    check_ids(max((max(ids) for ids in rows), default=0), config.vocab_size)
+    longest = max(map(len, rows), default=0) + max_new_tokens - 1  # the last token is not read
+    if config.has_learned_positions and longest > config.max_seq_len:
+        raise ConfigError(
+            f"a text of {longest} tokens is longer than the {config.max_seq_len} positions that the model has learned "
+            "(model.max_seq_len); lower icl_seq_len, or take fewer examples (num_fewshot)"
+        )
+
+
+def _batches(lengths: Sequence[int], ranks: Ranks) -> Iterator[list[int]]:
+    """The numbers of this rank's rows in batches, the longest first: as many batches on every rank, some empty."""
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    own = order[ranks.rank :: ranks.world]
+    most = -(-len(order) // ranks.world)  # rows of the rank that has most
+    for start in range(0, most, ranks.rows):
+        yield own[start : start + ranks.rows]

@@ -1,0 +1,226 @@
+"""EleutherAI's lm-evaluation-harness over models of ours: its tasks, prompts and metrics, our forwards.
+
+The harness runs whole on every rank with the same requests; each request is answered by one rank and told to all
+(eval/likelihood.py). Importing this needs the package `lm-eval`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.tasks import TaskManager
+
+from llmfoundry import runtime
+from llmfoundry.config import ConfigError
+from llmfoundry.eval.icl import Score
+from llmfoundry.eval.icl_questions import Reader
+from llmfoundry.eval.likelihood import Continuation, Prompt, Ranks, continue_greedily, likelihood, nats_of
+from llmfoundry.model.transformer import CausalLM
+
+MAX_NEW_TOKENS = 256  # of a request that does not say it, as in the harness
+_NEW_TOKENS = (
+    "max_gen_toks",
+    "max_new_tokens",
+    "max_tokens",
+    "max_completion_tokens",
+)  # its words, the first one first
+Encoded = tuple[tuple[str, str], list[int], list[int]]  # a request, its context and its continuation
+
+
+class Length(NamedTuple):
+    """What a request to write asks for."""
+
+    stops: list[str]
+    max_new_tokens: int
+
+
+@register_model("llmfoundry")
+class FoundryLM(TemplateLM):  # type: ignore[misc, unused-ignore]  # its class where it is installed
+    """A model of ours as the harness asks it."""
+
+    def __init__(self, model: CausalLM, reader: Reader, ranks: Ranks, max_length: int) -> None:
+        """Args:
+        model: in evaluation mode, sharded or not; every rank calls this.
+        max_length: tokens that a forward reads at most; the beginning of a longer text goes.
+        """
+        super().__init__()
+        self.tokenizer = reader.tokenizer  # whose chat template the harness asks for
+        self.max_length = max_length
+        self._model, self._reader, self._ranks = model, reader, ranks
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end of a text."""
+        return int(self._reader.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What opens a document: the token that a text without a context follows."""
+        bos = self._reader.special.bos
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the harness's caches of requests."""
+        return str(self._reader.tokenizer.name_or_path).replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A chat as text."""
+        return str(
+            self._reader.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
+        """The ids of a text that begins a document, or of a part of one (`add_special_tokens=False`)."""
+        (ids,) = self._reader.ids([string]) if add_special_tokens is False else self._reader.openings([string])
+        return ids
+
+    def _loglikelihood_tokens(self, requests: list[Encoded], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        items = [
+            Continuation((context + continuation)[-self.max_length - 1 :], len(continuation))
+            for _, context, continuation in requests
+        ]
+        for (texts, _, _), item in zip(requests, items, strict=True):
+            if not 0 < item.n < len(item.ids):
+                raise ConfigError(
+                    f"--tasks: the continuation {texts[1][:80]!r} has {item.n} tokens, which cannot be judged in rows "
+                    f"of {self.max_length}; raise icl_seq_len"
+                )
+        found = likelihood(self._model, items, self._ranks)
+        assert found is not None
+        return [(-nats, bool(greedy)) for nats, greedy in zip(found.nats.tolist(), found.greedy.tolist(), strict=True)]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihoods of whole texts, each token judged once, in windows of `max_length` tokens."""
+        items: list[Continuation] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            for window in windows(self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length):
+                items.append(window)
+                owners.append(number)
+        found = nats_of(self._model, items, self._ranks)
+        assert found is not None
+        sums = [0.0] * len(requests)
+        for number, nats in zip(owners, found.tolist(), strict=True):
+            sums[number] -= nats
+        return sums
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Greedy texts up to the first of the strings that end them."""
+        lengths = [_length(request.args[1]) for request in requests]
+        contexts = self._reader.openings([request.args[0] for request in requests])
+        prompts = []
+        for ids, length in zip(contexts, lengths, strict=True):
+            keep = self.max_length - length.max_new_tokens
+            if keep < 1:
+                raise ConfigError(
+                    f"--tasks: a text of {length.max_new_tokens} tokens is to be written, and rows have "
+                    f"{self.max_length}; raise icl_seq_len"
+                )
+            prompts.append(Prompt(ids[-keep:] or [self.prefix_token_id], length.max_new_tokens))
+
+        def is_done(number: int, ids: list[int]) -> bool:
+            stops = lengths[number].stops
+            return bool(stops) and any(stop in self._decoded(ids) for stop in stops)
+
+        written = continue_greedily(self._model, prompts, self._ranks, stop={self.eot_token_id}, done=is_done)
+        assert written is not None
+        return [_cut(self._decoded(ids), length.stops) for ids, length in zip(written, lengths, strict=True)]
+
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self._reader.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def windows(ids: Sequence[int], prefix: int, size: int) -> list[Continuation]:
+    """A text in windows of which each token is judged once, after as much of the text as fits before it.
+
+    The first window begins with `prefix`; the last one judges what is left. The harness's windows are the same.
+    """
+    text = [prefix, *ids]
+    found, judged = [], 1
+    while judged < len(text):
+        end = min(judged + size, len(text))
+        found.append(Continuation(text[max(end - size - 1, 0) : end], end - judged))
+        judged = end
+    return found
+
+
+def _length(wanted: Mapping[str, object]) -> Length:
+    """What `gen_kwargs` ask for.
+
+    Raises:
+        ConfigError: sampling, which would give other texts each time.
+    """
+    temperature = wanted.get("temperature")
+    if wanted.get("do_sample") and temperature != 0:
+        raise ConfigError("--tasks: a task asks for sampled texts (do_sample), and only greedy ones are written here")
+    until = wanted.get("until") or []
+    stops = [until] if isinstance(until, str) else list(until) if isinstance(until, list | tuple) else []
+    numbers = (wanted[key] for key in _NEW_TOKENS if isinstance(wanted.get(key), int))
+    most = next(numbers, MAX_NEW_TOKENS)
+    assert isinstance(most, int)
+    return Length([str(stop) for stop in stops if stop], most)
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    for stop in stops:
+        text = text.split(stop)[0]
+    return text
+
+
+def evaluate_harness(
+    lm: FoundryLM,
+    tasks: Sequence[str],
+    *,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    include_path: str | None = None,
+) -> dict[str, Score]:
+    """Run tasks of the harness; every rank calls this, and gets the same.
+
+    Args:
+        tasks: names of tasks or groups.
+        num_fewshot: solved examples; None: as each task has it.
+        limit: the first so many questions of each.
+        include_path: a folder with more tasks.
+
+    Returns:
+        Scores by `TASK/METRIC`, with the filter in the metric where there are several: `exact_match,strict-match`.
+
+    Raises:
+        ConfigError: a task is unknown, or its data cannot be had.
+    """
+    manager = TaskManager(include_path=include_path)
+    known = set(manager.all_tasks)
+    if unknown := [task for task in tasks if task not in known]:
+        raise ConfigError(f"--tasks: unknown {unknown[0]!r}; `lm-eval ls tasks` lists them, --include-path adds some")
+    found = simple_evaluate(
+        model=lm, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False
+    )
+    return runtime.on_rank0(lambda: _scores(found or {}))  # the harness gives its results to rank 0 alone
+
+
+def _scores(found: Mapping[str, Mapping[str, Mapping[str, object]]]) -> dict[str, Score]:
+    """The harness's results by `TASK/METRIC`."""
+    scores: dict[str, Score] = {}
+    for task, metrics in found["results"].items():
+        counted = found.get("n-samples", {}).get(task, {}).get("effective", 0)
+        for key, value in metrics.items():
+            metric, _, chosen = key.partition(",")
+            if not isinstance(value, int | float) or metric.endswith("_stderr") or not chosen:
+                continue
+            error = metrics.get(f"{metric}_stderr,{chosen}")
+            name = metric if chosen == "none" else key
+            n = counted if isinstance(counted, int) else 0
+            scores[f"{task}/{name}"] = Score(float(value), error if isinstance(error, float) else None, n)
+    return scores

@@ -1,0 +1,86 @@
+"""Adapters between peft's names and ours: a linear layer of ours may hold several of theirs, or be a part of one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from llmfoundry.config import ConfigError
+from llmfoundry.hf.family import Family
+from llmfoundry.hf.pieces import Copy
+from llmfoundry.hf.pretrained import pieces_of
+from llmfoundry.model.adapters import Names, PeftPart
+from llmfoundry.model.transformer import CausalLMConfig
+
+
+def peft_names(family: Family, config: CausalLMConfig) -> Names:
+    """Where each weight of ours stands in the names of the live Hugging Face model, for `save_peft` and `load_peft`.
+
+    Args:
+        config: the model in our words, without adapters.
+
+    Raises:
+        ConfigError: from the result, where a weight is stored transposed, which peft cannot adapt.
+    """
+    copies = _copies(family, config)
+
+    def names(name: str) -> list[PeftPart]:
+        found = []
+        for copy in copies[name if name in copies else f"{name}.weight"]:
+            rows = copy.target.axes[-2]  # rows of theirs are rows of ours
+            if [axis.dim for axis in copy.source.axes] != sorted(axis.dim for axis in copy.source.axes):
+                raise ConfigError(f"{family.model_type}: {name} is stored transposed there; peft cannot adapt it so")
+            size = copy.sizes[len(copy.sizes) - 2]
+            found.append(PeftPart(copy.source.name.removesuffix(".weight"), slice(rows.start, rows.start + size)))
+        return found
+
+    return names
+
+
+def _copies(family: Family, config: CausalLMConfig) -> dict[str, list[Copy]]:
+    """What leads to each of our tensors, from those of the live model."""
+    return pieces_of(family, config, "stacked" if "stacked" in family.layouts else family.layouts[0]).reading()
+
+
+def targets_of(family: Family, config: CausalLMConfig, wanted: str | Sequence[str]) -> str | list[str]:
+    """The linear layers of ours that peft's `target_modules` name.
+
+    Args:
+        family: of the Hugging Face model.
+        config: the model in our words, without adapters.
+        wanted: `all-linear`, a pattern that whole names match, or ends of names, e.g. [q_proj, k_proj, v_proj].
+
+    Returns:
+        `target_modules` of `model.lora`.
+
+    Raises:
+        ConfigError: nothing matches, or only a part of one of our layers does.
+    """
+    if wanted == "all-linear":
+        return wanted
+    found: list[str] = []
+    known: set[str] = set()
+    for name, copies in _copies(family, config).items():
+        if not name.startswith("blocks.") or len(copies[0].target.axes) < 2:  # vectors have no adapter
+            continue
+        theirs = sorted({copy.source.name.removesuffix(".weight") for copy in copies})
+        known |= {each.rpartition(".")[2] for each in theirs}
+        matched = [each for each in theirs if _matches(each, wanted)]
+        ours = name.removesuffix(".weight").split(".", 2)[2]
+        if matched and matched != theirs:
+            missing = sorted({each.rpartition(".")[2] for each in theirs} - {m.rpartition(".")[2] for m in matched})
+            raise ConfigError(
+                f"target_modules: {matched[0].rpartition('.')[2]} is a part of one matrix here ({ours}); "
+                f"name {', '.join(missing)} too"
+            )
+        if matched and ours not in found:
+            found.append(ours)
+    if not found:
+        raise ConfigError(f"target_modules: nothing is called {wanted!r}; known: {', '.join(sorted(known))}")
+    return found
+
+
+def _matches(name: str, wanted: str | Sequence[str]) -> bool:
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == each or name.endswith(f".{each}") for each in wanted)

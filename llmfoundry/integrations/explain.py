@@ -1,0 +1,49 @@
+"""What each key of a YAML file became: `llmfoundry explain YAML`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from llmfoundry.data.mds_rows import TUNING
+from llmfoundry.settings import leaves
+
+_SAME = "as it is"
+_TUNING = "left out, shards are neither fetched nor shuffled in blocks here"
+
+
+def explained(given: dict[str, object], notes: Sequence[str]) -> Iterator[str]:
+    """A line for each value of a file, and one for each thing that was added.
+
+    Args:
+        given: the file with its overrides, as they were written.
+        notes: of its translation; each begins by the dotted path that it is about.
+    """
+    by_path: dict[str, list[str]] = {}
+    for note in notes:
+        name, _, said = note.partition(": ")
+        by_path.setdefault(name.partition("=")[0], []).append(said)
+    values = dict(leaves(given))
+    width = min(60, max((len(_shown(*item)) for item in values.items()), default=0))
+    told: set[str] = set()
+    for path, value in values.items():
+        about = next((name for name in _above(path) if name in by_path), None)
+        same = _TUNING if ".dataset." in path and path.rpartition(".")[2] in TUNING else _SAME
+        said = same if about is None else "; ".join(by_path[about])
+        if about is not None and about in told and about != path:
+            said = f"see {about}"
+        told.add(about or "")
+        yield f"{_shown(path, value):<{width}}  {said}"
+    for name, said_of in by_path.items():
+        if name not in told:
+            yield f"{name:<{width}}  {'; '.join(said_of)}"
+
+
+def _shown(path: str, value: object) -> str:
+    return f"{path}: {value}"
+
+
+def _above(path: str) -> Iterator[str]:
+    """A path and all that it is in, the longest first."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]

@@ -1,0 +1,200 @@
+"""LLM Foundry's `model: {name: hf_causal_lm}`: a Hugging Face model by name, as a model of ours.
+
+Its config.json says the architecture, which becomes the `model` block; its weights, if they are wanted, are read by
+`load_path: hf:NAME`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+
+from llmfoundry.config import ConfigError
+
+Tree = dict[str, object]
+
+_WHERE = "model.pretrained_model_name_or_path"
+# Keys that tuned the loading of a module and change no value.
+_GONE = {
+    "init_device": "models are always built on meta",
+    "use_auth_token": "HF_TOKEN is read from the environment",
+    "trust_remote_code": "code of a hub repository is never run",
+    "use_flash_attention_2": "attention is flash on GPUs",
+    "attn_implementation": "attention is flash on GPUs",
+    "use_train_metrics": "the training loss is always logged",
+    "additional_train_metrics": "the training loss is always logged",
+    "additional_eval_metrics": "the loss of an evaluation is always logged",
+    "use_logits": "the loss is always computed from logits",
+    "shift_labels": "labels are always shifted",
+    "should_save_peft_only": "checkpoints hold what is trained",
+    "allow_embedding_resizing": "a larger model.vocab_size adds rows to the embedding",
+    "eos_token_id": "", "config_overrides.attn_config.attn_impl": "attention is flash on GPUs",
+    "config_overrides.use_cache": "",
+}  # fmt: skip
+_ONLY: dict[str, tuple[object, str]] = {
+    "load_in_8bit": (False, "weights are trained in the precision that `precision` says"),
+    "pretrained_lora_id_or_path": (None, "merge the adapter into its base first, with peft's merge_and_unload"),
+}
+_LENGTHS = ("max_seq_len", "n_positions", "max_position_embeddings", "n_ctx")
+_DROPOUTS = ("dropout", "resid_pdrop", "embd_pdrop", "emb_pdrop", "attn_pdrop", "resid_dropout", "embed_dropout",
+             "attention_dropout")  # fmt: skip
+_OURS = ("ffn_config", "attn_config", "lora", "vocab_size", "init_config")  # keys of ours that may stand beside
+
+
+def hugging_face_model(data: Tree) -> list[str]:
+    """Replace a block `model: {name: hf_causal_lm, ...}` by our own, in place.
+
+    Returns:
+        A line for each thing that was translated.
+
+    Raises:
+        ConfigError: a line for each mistake: the model cannot be found, no family of ours holds it, or a key asks for
+            what is not built.
+    """
+    block = copy.deepcopy(data["model"])
+    assert isinstance(block, dict)
+    notes: list[str] = []
+    mistakes = _take_settings(block, notes)
+    name = block.pop("pretrained_model_name_or_path", None)
+    pretrained = block.pop("pretrained", True)
+    overrides = block.pop("config_overrides", None) or {}
+    peft = block.pop("peft_config", None)
+    beside = {key: block.pop(key) for key in _OURS if key in block}
+    block.pop("name")
+    mistakes += [f"model.{key}: unknown key of hf_causal_lm" for key in block]
+    if not isinstance(name, str):
+        mistakes.append(f"{_WHERE}: must name a folder or a model of the hub, found {name!r}")
+    if not isinstance(pretrained, bool):
+        mistakes.append(f"model.pretrained: must be true or false, found {pretrained!r}")
+    for key, value in (("config_overrides", overrides), ("peft_config", peft or {})):
+        if not isinstance(value, Mapping):
+            mistakes.append(f"model.{key}: must be a mapping, found {value!r}")
+    if pretrained and "ffn_config" in beside:
+        mistakes.append(
+            "model.ffn_config: these weights are of another block; make a mixture of them first with "
+            f"`convert.py upcycle {name} OUT moe_num_experts=8 moe_top_k=2`, and set load_path to it"
+        )
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    assert isinstance(name, str) and isinstance(overrides, dict)
+    model, allow, said = _our_model(name, overrides, peft)
+    notes += said
+    data["model"] = _merged(model, beside)
+    notes.append(f"model: is that of {name}, written out in config.yaml")
+    if pretrained:
+        notes += _weights_of(data, name, allow)
+    else:
+        notes.append("model.pretrained=False: training begins from random weights, drawn as model.init_config says")
+    return notes
+
+
+def _take_settings(block: Tree, notes: list[str]) -> list[str]:
+    """Remove what changes no value; returns mistakes."""
+    for path, why in _GONE.items():
+        parent, _, key = path.rpartition(".")
+        node: object = block
+        for part in parent.split(".") if parent else ():
+            node = node.get(part) if isinstance(node, dict) else None
+        if isinstance(node, dict) and key in node:
+            notes.append(f"model.{path}={node.pop(key)!r}: left out, it changes no value" + (f"; {why}" if why else ""))
+    return [
+        f"model.{key}: {block.pop(key)!r} is not supported; {why}"
+        for key, (allowed, why) in _ONLY.items()
+        if block.get(key, allowed) != allowed or block.pop(key, None)
+    ]
+
+
+def _our_model(name: str, overrides: Tree, peft: object) -> tuple[Tree, list[str], list[str]]:
+    """The model block; the settings in which it differs from the checkpoint, for `load_allow`; notes."""
+    from llmfoundry.config import dump
+    from llmfoundry.hf.adapters import targets_of
+    from llmfoundry.hf.facts import weight_differences
+    from llmfoundry.hf.family import read_config
+    from llmfoundry.hf.pretrained import locate, read_settings
+
+    settings = read_settings(locate(name, settings_only=True))
+    where = f"{name}/config.json"
+    family, stored = read_config(settings, where)
+    notes = [
+        f"model: {key}={settings[key]} of {name} is not applied: no dropout here, as in evaluation"
+        for key in _DROPOUTS
+        if settings.get(key)
+    ]
+    attention = overrides.pop("attn_config", None) or {}
+    documents = attention.pop("attn_uses_sequence_id", None) if isinstance(attention, dict) else None
+    if attention:
+        overrides["attn_config"] = attention
+    for key in [key for key in overrides if key in _LENGTHS]:
+        length = overrides.pop(key)
+        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+            raise ConfigError(f"model.config_overrides.{key}: must be a number of tokens, found {length!r}")
+        overrides[family.sizes["max_seq_len"]] = length
+        notes.append(f"model.config_overrides.{key}={length}: is now model.max_seq_len")
+    for key in overrides:
+        if key not in settings and key not in family.sizes.values():
+            raise ConfigError(f"model.config_overrides.{key}: {name} has no such setting")
+    _, config = read_config(_merged(settings, overrides), where)
+    if documents is not None:
+        attn = config.attn_config.model_copy(update={"attn_uses_sequence_id": documents})
+        config = config.model_copy(update={"attn_config": attn})
+    model = dump(config)
+    assert isinstance(model, dict)
+    if peft:
+        assert isinstance(peft, dict)
+        model["lora"], said = _lora(peft, lambda wanted: targets_of(family, config, wanted))
+        notes += said
+    allow = [f"model.{key}" for key in weight_differences(stored, config)]
+    return model, allow, notes
+
+
+def _lora(peft: Tree, targets: Callable[[str | list[str]], str | list[str]]) -> tuple[Tree, list[str]]:
+    """`peft_config` as `model.lora`."""
+    rest = dict(peft)
+    kinds = str(rest.pop("peft_type", "LORA")).upper(), str(rest.pop("task_type", "CAUSAL_LM")).upper()
+    if kinds != ("LORA", "CAUSAL_LM"):
+        raise ConfigError(f"model.peft_config: peft_type {kinds[0]}, task_type {kinds[1]}: only LORA of CAUSAL_LM is")
+    for key in ("inference_mode", "bias", "fan_in_fan_out", "init_lora_weights", "base_model_name_or_path"):
+        value = rest.pop(key, None)
+        if value not in (None, False, True, "none") and key != "base_model_name_or_path":
+            raise ConfigError(f"model.peft_config.{key}: {value!r} is not supported; leave it out")
+    rank, alpha = rest.pop("r", 8), rest.pop("lora_alpha", 8)  # peft's defaults
+    wanted = rest.pop("target_modules", "all-linear")
+    if not isinstance(wanted, str) and not (isinstance(wanted, list) and all(isinstance(each, str) for each in wanted)):
+        raise ConfigError(f"model.peft_config.target_modules: must be names, found {wanted!r}")
+    try:
+        lora: Tree = {"rank": rank, "alpha": alpha, "target_modules": targets(wanted)}
+    except ConfigError as error:
+        raise ConfigError(f"model.peft_config.{error}") from None
+    if dropout := rest.pop("lora_dropout", 0.0):
+        lora["dropout"] = dropout
+    if rest.pop("use_rslora", False):
+        lora["use_rslora"] = True
+    if rest:
+        raise ConfigError(f"model.peft_config.{min(rest)}: is not supported; leave it out")
+    return lora, [f"model.peft_config: is now model.lora: {lora}"]
+
+
+def _weights_of(data: Tree, name: str, allow: list[str]) -> list[str]:
+    """Begin from the weights of a Hugging Face checkpoint, unless another one is to be loaded over them."""
+    if data.get("load_path") is not None:
+        return [f"model.pretrained=True: left out, load_path={data['load_path']} brings the weights"]
+    tokenizer = data.get("tokenizer")
+    if isinstance(tokenizer, dict) and tokenizer.get("name") != name:
+        allow = [*allow, "tokenizer"]  # the YAML names another one
+    data |= {"load_path": f"hf:{name}", "load_weights_only": True}
+    said = ""
+    if allow:
+        before = data.get("load_allow")
+        data["load_allow"] = [*(before if isinstance(before, list) else []), *allow]
+        said = f"; load_allow: {allow}"
+    return [f"model.pretrained=True: is now load_path: hf:{name}, load_weights_only: true{said}"]
+
+
+def _merged(base: Mapping[str, object], over: Mapping[str, object]) -> Tree:
+    """Nested mappings, the second over the first."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        is_pair = isinstance(old, Mapping) and isinstance(value, Mapping) and key != "ffn_config"
+        merged[key] = _merged(old, value) if is_pair else value  # type: ignore[arg-type]
+    return merged

@@ -1,0 +1,108 @@
+"""`hf_checkpointer` and `generate_callback` in real runs; `transformers` reads what is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmfoundry import hf
+from llmfoundry.callbacks.generate_callback import FILE
+from llmfoundry.checkpoint.reading import load_model_only, read
+from llmfoundry.cli.command import read_run_config
+from llmfoundry.cli.train import train_main
+
+# A model that a family of transformers holds.
+MIXTRAL = [
+    "model.norm_type=rmsnorm", "model.no_bias=true", "model.attn_config.rope=true", "model.learned_pos_emb=false",
+    "model.ffn_config={ffn_type: moe, ffn_hidden_size: 32, moe_num_experts: 4, moe_top_k: 2, "
+    "moe_normalize_expert_weights: 1, ffn_act_fn: {name: silu}}",
+]  # fmt: skip
+
+
+def test_transformers_reads_what_the_run_had(tiny: Path, tmp_path: Path) -> None:
+    folder = f"callbacks.hf_checkpointer={{save_folder: '{tmp_path}/out/{{run_name}}', save_interval: 3ba}}"
+    assert train_main([str(tiny), *MIXTRAL, folder, "run_name=first"]) == 0
+    out = tmp_path / "out" / "first" / "huggingface"
+    assert sorted(path.name for path in out.iterdir()) == ["ba3", "ba4"], "every three steps, and the last one"
+    model = AutoModelForCausalLM.from_pretrained(out / "ba4")
+    tokenizer = AutoTokenizer.from_pretrained(out / "ba4")
+    ours = hf.from_pretrained(out / "ba4").model
+    load_model_only(read(tmp_path / "run", "model"), ours)
+    ids = torch.tensor([tokenizer.encode("to be or not")])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, ours(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_are_written_alone_as_peft_reads_them(tiny: Path, tmp_path: Path) -> None:
+    base = tmp_path / "out" / "huggingface" / "ba4"
+    folder = f"callbacks.hf_checkpointer={{save_folder: {tmp_path}/out, save_interval: 4ba}}"
+    assert train_main([str(tiny), *MIXTRAL, folder]) == 0
+    lora = [
+        "model.lora={rank: 2, alpha: 2, target_modules: [wqkv]}", f"load_path=hf:{base}", "load_weights_only=true",
+        f"save_folder={tmp_path}/adapted", "optimizer.lr=0.1", f"callbacks.hf_checkpointer.save_folder={tmp_path}/two",
+    ]  # fmt: skip
+    assert train_main([str(tiny), *MIXTRAL, folder, *lora]) == 0
+    out = tmp_path / "two" / "huggingface" / "ba4"
+    settings = json.loads((out / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(base) and not (out / "model.safetensors").exists()
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out)
+    ids = torch.tensor([AutoTokenizer.from_pretrained(out).encode("to be or not")])
+    ours = read_run_config(str(tmp_path / "adapted" / "config.yaml"), []).model.build()
+    load_model_only(read(tmp_path / "adapted", "model"), ours)
+    with torch.no_grad():
+        found, plain = ours(ids).logits, hf.from_pretrained(base).model(ids).logits
+        torch.testing.assert_close(adapted(ids).logits, found, rtol=1e-4, atol=1e-4)
+    assert (found - plain).abs().max() > 1e-2, "the adapters have learned something"
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_folder_that_is_there(tiny: Path, tmp_path: Path, overwrite: bool) -> None:
+    there = tmp_path / "out" / "huggingface" / "epoch0-step4"
+    there.mkdir(parents=True)
+    (there / "old").write_text("")
+    settings = (
+        f"{{save_folder: {tmp_path}/out, save_interval: 1ep, precision: bfloat16, "
+        f"overwrite: {str(overwrite).lower()}, huggingface_folder_name: 'epoch{{epoch}}-step{{batch}}'}}"
+    )
+    assert train_main([str(tiny), *MIXTRAL, f"callbacks.hf_checkpointer={settings}"]) == 0
+    assert (there / "old").exists() is not overwrite
+    assert [path.name for path in there.parent.iterdir()] == [there.name]
+    if overwrite:
+        assert AutoModelForCausalLM.from_pretrained(there).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["callbacks.hf_checkpointer={save_folder: s3://x, save_interval: 1ba}"], "is a URL"),
+        (["callbacks.hf_checkpointer={save_folder: 'x{step}', save_interval: 1ba}"], "known: {run_name}, {rank}"),
+        (["callbacks.hf_checkpointer={save_folder: x, save_interval: 1ba, final_register_only: true}"], "MLflow"),
+        (
+            [
+                "callbacks.hf_checkpointer={save_folder: x, save_interval: 1ba}",
+                "model.ffn_config.moe_normalize_expert_weights=null",
+            ],
+            "lacks",
+        ),
+    ],
+)
+def test_what_cannot_be_written_is_refused_at_once(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    assert train_main([str(tiny), *MIXTRAL, *options]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: callbacks.hf_checkpointer") and said in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_generations_are_written_at_the_interval_and_at_the_end(tiny: Path, tmp_path: Path) -> None:
+    settings = "{prompts: [to be, ''], interval: 3ba, max_new_tokens: 4, do_sample: true, top_p: 0.9, batch_size: 1}"
+    assert train_main([str(tiny), f"callbacks.generate_callback={settings}"]) == 0
+    found = [json.loads(line) for line in (tmp_path / "run" / FILE).read_text().splitlines()]
+    assert [(line["step"], line["prompt"]) for line in found] == [(3, "to be"), (3, ""), (4, "to be"), (4, "")]
+    assert all(line["generation"] for line in found)

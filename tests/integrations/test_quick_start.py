@@ -1,0 +1,129 @@
+"""The five commands of LLM Foundry's README, in their order, from an empty folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from foundry_hub import TEXTS, build
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmfoundry.cli.foundry import our_checkpoint
+from llmfoundry.cli.main import main
+from llmfoundry.data.mds import MDSFolder
+
+SCRIPT = Path(sys.executable).with_name("llmfoundry")
+YAML = Path(__file__).parent / "foundry" / "pretrain_mpt.yaml"
+ROWS = 64  # tokens
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer and a dataset called c4."""
+    root = build(tmp_path_factory.mktemp("quick"))
+    for split in ("train", "validation"):
+        path = root / "c4" / f"{split}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(
+            "".join(json.dumps({"text": f"{split} {i}: {text}"}) + "\n" for i, text in enumerate(TEXTS * 20))
+        )
+    return root
+
+
+def run(folder: Path, *words: str) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
+    found = subprocess.run([str(SCRIPT), *words], cwd=folder, capture_output=True, text=True, env=environment)
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+def test_their_quick_start(folder: Path) -> None:
+    said = run(
+        folder, "data_prep", "convert_dataset_hf", "--dataset", "./c4", "--out_root", "quick-c4",
+        "--splits", "train_small", "val_small", "--concat_tokens", str(ROWS),
+        "--tokenizer", "EleutherAI/gpt-neox-20b", "--eos_text", "<|endoftext|>",
+    )  # fmt: skip
+    assert said.count(f"rows of {ROWS} tokens written to quick-c4/") == 2
+    run(
+        folder, "train", str(YAML), "variables.data_local=quick-c4", "train_loader.dataset.split=train_small",
+        "eval_loader.dataset.split=val_small", "max_duration=4ba", "eval_interval=0", "save_folder=mpt-125m",
+        f"variables.max_seq_len={ROWS}", "global_train_batch_size=2", "precision=fp32", "scheduler.t_warmup=1ba",
+        "model.d_model=32", "model.n_heads=4", "model.vocab_size=300", "model.no_bias=true",
+        "model.attn_config.alibi=true",
+    )  # fmt: skip
+    run(
+        folder, "convert", "--composer_path", "mpt-125m/ep0-ba4-rank0.pt", "--hf_output_path", "mpt-125m-hf",
+        "--output_precision", "bf16",
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(folder / "mpt-125m-hf")
+    assert model.config.model_type == "mpt" and len(AutoTokenizer.from_pretrained(folder / "mpt-125m-hf")) > 256
+    said = run(
+        folder, "generate", "--name_or_path", "mpt-125m-hf", "--max_new_tokens", "8", "--prompts",
+        "The answer to life is", "Here's a quick recipe:",
+    )  # fmt: skip
+    assert said.startswith("The answer to life is") and "\n\nHere's a quick recipe:" in said
+
+
+def test_rows_of_tokens_are_cut_as_theirs(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(folder)
+    words = ["data_prep", "convert_dataset_json", "--path", "c4/train.jsonl", "--out_root", str(tmp_path / "mds")]
+    more = ["--concat_tokens", "16", "--tokenizer", "gpt2", "--eos_text", "<|endoftext|>", "--compression", "zstd"]
+    assert main([*words, *more]) == 0
+    tokenizer = AutoTokenizer.from_pretrained("gpt2")
+    ids: list[int] = []
+    for line in Path("c4/train.jsonl").read_text().splitlines():
+        ids += tokenizer(json.loads(line)["text"])["input_ids"] + [tokenizer.eos_token_id]
+    found = MDSFolder(tmp_path / "mds" / "train", tmp_path / "cache")
+    assert len(found) == len(ids) // 16
+    assert [list(found.sample(i)["tokens"]) for i in range(len(found))] == [
+        ids[i * 16 : (i + 1) * 16] for i in range(len(found))
+    ]
+
+
+def test_texts_begin_rows_of_their_own_without_wrap(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(folder)
+    words = ["data_prep", "convert_text_to_mds", "--input_folder", "c4/train.jsonl", "--output_folder"]
+    more = ["--concat_tokens", "8", "--tokenizer", "gpt2", "--use_tokenizer_eos", "--no_wrap"]
+    assert main([*words, str(tmp_path / "mds"), *more]) == 0
+    tokenizer = AutoTokenizer.from_pretrained("gpt2")
+    lines = [json.loads(line)["text"] for line in Path("c4/train.jsonl").read_text().splitlines()]
+    starts = [tokenizer(text)["input_ids"][:8] for text in lines]
+    found = MDSFolder(tmp_path / "mds", tmp_path / "cache")
+    assert list(found.sample(0)["tokens"]) == starts[0] and list(found.sample(1)["tokens"]) == starts[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["data_prep", "convert_dataset_json", "--path", "x", "--out_root", "y", "--concat_tokens", "4"],
+            "--tokenizer",
+        ),
+        (["data_prep", "convert_dataset_json", "--path", "no-such", "--out_root", "y"], "no such file or folder"),
+        (["data_prep", "convert_dataset_hf", "--dataset", "./no-such", "--splits", "a", "--out_root", "y"], "no-such"),
+        (["generate", "-n", "x", "-p", "y", "--top_k", "50"], "--top_k 50: is not supported"),
+        (["convert", "--composer_path", "x", "--hf_output_path", "y", "--hf_repo_for_upload", "z"], "upload z y"),
+    ],
+)
+def test_mistakes_are_one_line(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(words) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert says in line
+
+
+def test_composers_names_lead_to_our_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    found = our_checkpoint(f"{tmp_path}/ep0-ba10-rank0.pt")
+    assert found == f"{tmp_path}/checkpoints/step-10"
+    assert our_checkpoint(f"{tmp_path}/latest-rank{{rank}}.pt") == str(tmp_path)
+    assert our_checkpoint("elsewhere/ep0-ba10-rank0.pt") == "elsewhere/ep0-ba10-rank0.pt"

@@ -1,0 +1,91 @@
+"""The console script `llmfoundry`: every command by one name."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llmfoundry.cli.main import _ENTRIES, main
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = Path(sys.executable).with_name("llmfoundry")
+
+
+def run(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(SCRIPT), *words], cwd=cwd, capture_output=True, text=True, env=os.environ | environment)
+
+
+def test_help_lists_every_command_at_once() -> None:
+    start = time.monotonic()
+    found = run("--help")
+    assert time.monotonic() - start < 2  # 0.15 s where nothing else runs: torch is not imported
+    assert found.returncode == 0
+    assert all(f"\n  {name} " in found.stdout for name in _ENTRIES)
+
+
+@pytest.mark.parametrize("name", _ENTRIES)
+def test_every_command_is_there_and_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    entry = _ENTRIES[name]
+    function = getattr(importlib.import_module(entry.module), entry.function)
+    with pytest.raises(SystemExit) as ended:
+        function(["--help"])
+    assert ended.value.code == 0
+    assert "usage: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["nope"], ["--nope"]])
+def test_a_wrong_command_is_the_users_mistake(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert "nope" in capsys.readouterr().err
+
+
+def test_a_command_keeps_its_exit_code() -> None:
+    found = run("train", "no-such.yaml")
+    assert found.returncode == 2
+    assert found.stderr.splitlines()[-1].startswith("error: no-such.yaml")
+
+
+def test_a_shell_completes_commands() -> None:
+    found = run(COMP_WORDS="llmfoundry tr", COMP_CWORD="1", _LLMFOUNDRY_COMPLETE="bash_complete")
+    assert "plain,train" in found.stdout
+
+
+def test_doctor_reads_the_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--folder", str(tmp_path)]) == 0
+    found = capsys.readouterr().out
+    for name in ("system", "torch", "GPU", "memory", "disk", "file locks", "open files", "Hugging Face hub"):
+        assert f" {name}" in found, name
+    assert "MiB/s" in found and list(tmp_path.iterdir()) == []
+
+
+def test_doctor_says_what_a_run_will_meet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--folder", str(tmp_path), "yamls/dense.yaml"]) == 0
+    assert "yamls/dense.yaml on this machine:" in capsys.readouterr().out
+    assert main(["doctor", "--folder", str(tmp_path), "yamls/dense.yaml", "model.d_model=-1"]) == 2
+    assert "error: model.d_model" in capsys.readouterr().err
+
+
+def test_doctor_prints_no_token(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert main(["doctor", "--folder", str(tmp_path)]) == 0
+    found = capsys.readouterr().out
+    assert "a token is set" in found and "hf_secret" not in found
+
+
+def test_explain_says_what_each_key_became(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "tests/integrations/foundry/pretrain_moe.yaml"]) == 0
+    lines = {re.split("[: ]", line)[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert lines["model.d_model"].endswith("as it is")
+    assert "left out, it changes no value" in lines["model.init_device"]
+    assert "left out: 0 is off" in lines["model.ffn_config.moe_jitter_eps"]
+    assert "left out" in lines["train_loader.dataset.predownload"]
+    assert "is missing" in lines["save_folder"]

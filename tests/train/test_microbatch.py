@@ -1,0 +1,126 @@
+"""`device_train_microbatch_size: auto`: fewer rows at once when memory runs out, on all ranks, with the same gradients.
+
+Memory runs out in a block of the real model: a plug-in raises what torch raises above a number of rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llmfoundry.train.microbatch import fitting
+from tests.callbacks.conftest import tiny_run
+
+ROOT = Path(__file__).resolve().parents[2]
+PLUG_IN = """
+import torch
+from llmfoundry import runtime
+from llmfoundry.model.transformer import Block
+
+ROWS, RANK, WHEN, CALLS = {rows}, {rank}, "{when}", {calls}
+real, seen = Block.forward, []
+
+def full(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has none. And so on.")
+
+def forward(block, x, *args, **kwargs):
+    if runtime.rank() == RANK and torch.is_grad_enabled():
+        seen.append(x.shape[0])
+    # Two rows fit for some calls: then a step is left in the middle.
+    is_full = runtime.rank() == RANK and (x.shape[0] > 2 or x.shape[0] > ROWS and seen.count(x.shape[0]) > CALLS)
+    if is_full and WHEN == "forward":
+        full()
+    out = real(block, x, *args, **kwargs)
+    if is_full and torch.is_grad_enabled():
+        hidden = out[0] if isinstance(out, tuple) else out
+        hidden.register_hook(full)
+    return out
+
+Block.forward = forward
+"""
+
+
+def run(
+    folder: Path, name: str, ranks: int, micro: int | str, plug_in: dict[str, object] | None, **more: object
+) -> subprocess.CompletedProcess[str]:
+    """A run of 8 rows a step in processes of its own."""
+    config = tiny_run(folder) | {
+        "save_folder": str(folder / name), "global_train_batch_size": 8, "eval_interval": "0ba",
+        "device_train_microbatch_size": micro, "max_duration": "2ba",
+    } | more  # fmt: skip
+    if plug_in is not None:
+        (folder / f"{name}.py").write_text(PLUG_IN.format(**({"rank": ranks - 1, "calls": 0} | plug_in)))
+        config["code_paths"] = [str(folder / f"{name}.py")]
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(config))
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run(
+        [*start, str(ROOT / "scripts" / "train.py"), str(file)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+
+
+def steps(folder: Path) -> list[dict[str, object]]:
+    """metrics.jsonl without times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(("throughput/", "time/"))} for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_one_process_goes_on_with_what_fits(tmp_path: Path, when: str) -> None:
+    done = run(tmp_path, "auto", 1, "auto", {"rows": 2, "when": when})
+    assert done.returncode == 0, done.stderr
+    assert "out of memory with 8 rows at once: going on with 4" in done.stderr
+    assert "out of memory with 4 rows at once: going on with 2" in done.stderr
+    assert run(tmp_path, "two", 1, 2, None).returncode == 0
+    assert steps(tmp_path / "auto") == steps(tmp_path / "two"), "bit by bit what two rows at once give"
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("when", "calls", "parallel"),
+    [
+        ("forward", 0, {"expert": 2}),
+        ("backward", 2, {"expert": 2, "reduce_once_a_step": True}),
+        ("backward", 0, {"shard": 2}),
+    ],
+)
+def test_two_ranks_go_on_together_when_one_is_full(
+    tmp_path: Path, when: str, calls: int, parallel: dict[str, int]
+) -> None:
+    """In the middle of a block's collectives; also after whole microbatches whose gradients must not count twice."""
+    done = run(tmp_path, "auto", 2, "auto", {"rows": 1, "when": when, "calls": calls}, parallel=parallel)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("going on with") == 2 and "going on with 1 (" in done.stderr, done.stderr
+    assert run(tmp_path, "one", 2, 1, None, parallel=parallel).returncode == 0
+    assert steps(tmp_path / "auto") == steps(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("micro", "said"),
+    [("auto", "error: out of memory with 1 row at once; parallel.recompute=full"),
+     (4, "error: out of memory with 4 rows at once; a smaller device_train_microbatch_size")],
+)  # fmt: skip
+def test_what_fits_in_no_way_ends_in_one_line(tmp_path: Path, micro: int | str, said: str) -> None:
+    done = run(tmp_path, "auto", 1, micro, {"rows": 0, "when": "forward"})
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith(said)
+    assert done.stderr.rstrip().endswith("(CUDA out of memory. Tried to allocate 9.00 GiB)")
+
+
+def test_every_rank_has_equally_many_microbatches() -> None:
+    assert fitting(4, 8, 8) == 4
+    assert fitting(2, 3, 4) == 2
+    assert fitting(2, 4, 5) == 0, "4 rows are 2 microbatches or 4, 5 are 3 or 5"
+    assert fitting(3, 4, 5) == 3
