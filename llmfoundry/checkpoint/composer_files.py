@@ -9,6 +9,7 @@ records and nothing else. Any other name in a file is an error before the file i
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import re
 import zipfile
@@ -156,10 +157,10 @@ class Sharded:
     def parts(self, name: str) -> list[Chunk]:
         """The boxes that ranks have saved of a tensor."""
         fqn, about = self._named[name]
-        return [
-            Chunk(tuple(chunk.offsets), tuple(chunk.sizes), self, metadata.MetadataIndex(fqn, chunk.offsets))
-            for chunk in about.chunks
-        ]
+        boxes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in about.chunks}  # replicas save the same ones
+        if sum(map(math.prod, boxes.values())) != math.prod(about.size):
+            raise CheckpointError(f"{self.path / METADATA}: the parts of {fqn} are not all of it")
+        return [Chunk(at, shape, self, metadata.MetadataIndex(fqn, at)) for at, shape in boxes.items()]
 
     def said(self, *keys: str) -> Plain:
         """As in `ComposerFiles`."""
@@ -238,7 +239,8 @@ def _damaged(where: str, error: BaseException) -> CheckpointError:
 
 def _refuse(where: str, name: str) -> NoReturn:
     raise CheckpointError(
-        f"{where}: refers to {name}, which no checkpoint of Composer's needs and which may run code; it was not loaded"
+        f"{where}: refers to {name[:200]!r}, which no checkpoint of Composer's needs and which may run code; "
+        "it was not loaded"
     )
 
 
@@ -262,8 +264,8 @@ class _MetadataUnpickler(pickle.Unpickler):
         """The record of that name."""
         if (module, name) in self._RECORDS:
             return self._RECORDS[module, name]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
+        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):  # vars: getattr would import modules
+            return vars(torch)[name]
         if module in ("pathlib", "pathlib._local"):
             return Inert
         _refuse(self._file, f"{module}.{name}")

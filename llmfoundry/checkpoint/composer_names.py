@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
 
-from llmfoundry.checkpoint.composer_files import ComposerFiles
+from llmfoundry.checkpoint.composer_files import METADATA, ComposerFiles, open_composer
 from llmfoundry.checkpoint.manifest import CheckpointError
-from llmfoundry.hf.pieces import Copy, Pieces, Spec
+from llmfoundry.dtensor import local_shard
+from llmfoundry.hf.pieces import Copy, Pieces, Spec, fill
 from llmfoundry.hf.pretrained import our_shapes
-from llmfoundry.model.transformer import CausalLMConfig
+from llmfoundry.layers.attention import GroupedQueryConfig
+from llmfoundry.layers.lora import is_adapter
+from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 
 _ROOT = "transformer."  # of every tensor of theirs but an untied head
 _HEAD = "lm_head.weight"
@@ -24,14 +28,38 @@ _ATTENTION = {
 }  # fmt: skip
 
 
+def is_composer(path: str) -> bool:
+    """Whether a `load_path` means a checkpoint of Composer's: FILE.pt, or a sharded folder."""
+    return path.endswith(".pt") or (Path(path) / METADATA).is_file()
+
+
+def load_composer(path: str, model: CausalLM) -> None:
+    """Fill a model with the weights of a checkpoint; each rank of a sharded one reads what it holds.
+
+    Args:
+        model: materialised, on any device and mesh. Its adapters are left as they are.
+
+    Raises:
+        CheckpointError: what is wrong with the checkpoint, or it is of another model; nothing has changed then.
+    """
+    files = open_composer(Path(path))
+    copies = copies_from(files, model.config)
+    for name, tensor in model.state_dict().items():
+        if not is_adapter(name):
+            shard = local_shard(tensor)
+            fill(shard.local, shard.offsets, copies[name], files)
+
+
 def copies_from(files: ComposerFiles, config: CausalLMConfig) -> dict[str, list[Copy]]:
     """What leads to each tensor of a model of ours.
 
     Raises:
-        CheckpointError: a tensor is missing, left over or of another shape.
+        CheckpointError: a tensor is missing, left over or of another shape, or LLM Foundry's code means another model.
     """
     pieces = Pieces(our_shapes(config))
     theirs = any(name.startswith(_ROOT) for name in files.specs)
+    if theirs:
+        _check_norms(config, files.path)
     for name in pieces.shapes:
         if theirs:
             _add(pieces, name, files.specs)
@@ -54,11 +82,28 @@ def copies_from(files: ComposerFiles, config: CausalLMConfig) -> dict[str, list[
     return pieces.reading()
 
 
+def _check_norms(config: CausalLMConfig, path: Path) -> None:
+    """Refuse norms of queries and keys that are other ones there: LayerNorm of eps 1e-5, whatever the model's are."""
+    attention = config.attention
+    if not isinstance(attention, GroupedQueryConfig) or not attention.qk_ln:
+        return
+    if config.norm.is_rms or config.norm_eps != 1e-5:
+        raise CheckpointError(
+            f"{path}: model.attn_config.qk_ln: LLM Foundry normalises queries and keys by a LayerNorm of eps 1e-5, "
+            f"whatever norm_type={config.norm_type} and norm_eps={config.norm_eps} say; this framework cannot have both"
+        )
+
+
 def _add(pieces: Pieces, name: str, specs: Mapping[str, Spec]) -> None:
     """Add what a tensor of ours is made of in LLM Foundry's MPT."""
     parts = name.split(".")
     if name == _HEAD:
         pieces.add(name, name)
+    elif apart := _apart(name, pieces.shapes[name], specs):
+        start = 0
+        for theirs, rows in apart.items():
+            pieces.add(name, theirs, (slice(start, start + rows),))
+            start += rows
     elif parts[0] != "blocks" or parts[2] != "ffn":
         pieces.add(name, _ROOT + _renamed(name))
     elif parts[3] == "experts":
@@ -69,6 +114,15 @@ def _add(pieces: Pieces, name: str, specs: Mapping[str, Spec]) -> None:
         pieces.add(name, f"{_ROOT}blocks.{parts[1]}.ffn.experts.bias")
     else:  # a dense block: the layer's own, or the shared expert
         _add_dense(pieces, name, specs)
+
+
+def _apart(name: str, shape: tuple[int, ...], specs: Mapping[str, Spec]) -> dict[str, int]:
+    """Their matrices of queries, keys and values with the rows of each, where `fused_qkv: false` keeps them apart."""
+    if ".attn.wqkv." not in name:
+        return {}
+    names = [_ROOT + name.replace("wqkv", matrix) for matrix in ("Wq", "Wk", "Wv")]
+    rows = {each: specs[each].shape[0] for each in names if each in specs and specs[each].shape}
+    return rows if sum(rows.values()) == shape[0] and all(rows.values()) else {}
 
 
 def _renamed(name: str) -> str:

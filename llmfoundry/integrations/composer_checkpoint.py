@@ -14,6 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+from transformers import PreTrainedConfig
+
 from llmfoundry.checkpoint.composer_files import ComposerFiles, Plain, open_composer
 from llmfoundry.checkpoint.composer_names import copies_from
 from llmfoundry.checkpoint.convert import write_ours
@@ -33,12 +35,13 @@ log = logging.getLogger(__name__)
 SETTINGS = "LLMFoundrySettings"  # the callback of integrations/composer.py whose state is the config of the run
 _HUGGING_FACE = ("integrations", "huggingface")
 
-# Of a config.json of LLM Foundry's MPT: what `transformers` adds, which says nothing of the model.
-_NOT_THE_MODELS = {
-    "architectures", "auto_map", "model_type", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "name",
-    "tokenizer_name", "return_dict", "output_hidden_states", "output_attentions", "is_encoder_decoder", "id2label",
-    "label2id", "problem_type", "bos_token_id", "eos_token_id", "pad_token_id", "chunk_size_feed_forward",
-    "use_return_dict", "initializer_range", "layer_norm_epsilon", "verbose",
+# Of a config.json of LLM Foundry's MPT: what `transformers` adds, whose versions differ, and what names no setting.
+_NOT_THE_MODELS = PreTrainedConfig().to_dict().keys() - {"tie_word_embeddings"} | {
+    "architectures", "auto_map", "model_type", "transformers_version", "torch_dtype", "dtype", "name", "verbose",
+    "tokenizer_name", "tokenizer_class", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
+    "decoder_start_token_id", "is_decoder", "is_encoder_decoder", "add_cross_attention", "cross_attention_hidden_size",
+    "tie_encoder_decoder", "torchscript", "pruned_heads", "use_bfloat16", "tf_legacy_loss", "use_return_dict", "prefix",
+    "finetuning_task", "task_specific_params", "initializer_range",
 }  # fmt: skip
 
 
@@ -101,7 +104,7 @@ def find_model(files: ComposerFiles, yaml: str | Path | None = None) -> Found:
     if not isinstance(content, dict):
         raise ConfigError(f"{files.path}: stores no config of its model; name the YAML that trained it: --config YAML")
     if content.get("model_type") == "mpt" and "layer_norm_epsilon" not in content:  # not `transformers`' own MPT
-        own: Tree = {key: value for key, value in content.items() if key not in _NOT_THE_MODELS}
+        own: Tree = {k: v for k, v in content.items() if k not in _NOT_THE_MODELS and not k.startswith("_")}
         config = model_config(own | {"name": "mpt_causal_lm"}, f"{files.path}: config of the model")
         return Found(config, files, copies_from(files, config))
     family, config = read_config(content, f"{files.path}: config of the model")
@@ -116,8 +119,8 @@ def model_config(model: Tree, where: str) -> CausalLMConfig:
         ConfigError: it asks for what this framework does not do.
     """
     data, notes = translate({"model": model, "save_folder": "none"})
-    for note in notes:
-        log.info("%s", note)
+    for note in notes:  # a stored config says all of its defaults
+        log.debug("%s", note)
     translated = data["model"]
     assert isinstance(translated, dict)
     config = check(ModelConfig, translated, where=where)

@@ -149,7 +149,8 @@ class RunConfig(Config):
     save_failures_allowed: int = Field(3, ge=0)  # saves that fail in a row before the run stops with an error
     save_frozen_weights: bool = False  # with model.lora: also the weights that load_path brought and nothing changes
     autoresume: bool = False
-    load_path: str | None = None  # a checkpoint folder of ours, or hf:<folder or hub id> for its weights
+    # A checkpoint folder of ours; for weights alone also hf:<folder or hub id>, or Composer's FILE.pt or sharded folder
+    load_path: str | None = None
     load_weights_only: bool = False  # start a new run from its weights instead of continuing it
     # What may differ from the checkpoint although it changes what its state means: tokenizer, data, or full keys, e.g.
     # [data, seed, model.attn_config.rope_theta]. With other data, seed or max_seq_len, rows are counted from the first.

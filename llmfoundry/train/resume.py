@@ -18,6 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from llmfoundry import runtime
 from llmfoundry.checkpoint.checkpointer import Checkpointer
+from llmfoundry.checkpoint.composer_files import open_composer
+from llmfoundry.checkpoint.composer_names import copies_from, is_composer
 from llmfoundry.checkpoint.identity import (
     DATA,
     MIXTURE,
@@ -56,6 +58,7 @@ class Start(NamedTuple):
             in another folder. resume: the same in the run's own folder.
         contents: a checkpoint of ours.
         hugging_face: a folder or hub id; weights only.
+        composer: a FILE.pt or sharded folder of Composer's; weights only.
         base: what checkpoints of this run leave out, as it is there already.
         changes: settings that differ from the checkpoint's, and are taken.
         generation: a generation_config.json.
@@ -65,6 +68,7 @@ class Start(NamedTuple):
     how: Literal["new", "weights", "continue", "resume"]
     contents: Contents | None = None
     hugging_face: str | None = None
+    composer: str | None = None
     base: Base | None = None
     changes: tuple[Difference, ...] = ()
     generation: str | None = None
@@ -90,6 +94,8 @@ def find_start(config: RunConfig, checkpointer: Checkpointer) -> Start:
         return _from_hugging_face(config, model, config.load_path.removeprefix(HUGGING_FACE))
     if is_url(config.load_path):
         raise ConfigError(f"load_path: {config.load_path} is a URL; copy it to a folder of this machine and name that")
+    if is_composer(config.load_path):
+        return _from_composer(config.load_path, model, config.load_weights_only)
     if config.load_weights_only:
         return _from_ours(config, model, "weights", read(config.load_path, "model"))
     return _from_ours(config, model, "continue", read(config.load_path, "everything"))
@@ -128,6 +134,17 @@ def _from_hugging_face(config: RunConfig, model: CausalLMConfig, name: str) -> S
         base=base_of(name) if model.lora is not None and not config.save_frozen_weights else None,
         generation=theirs.generation,
     )  # fmt: skip
+
+
+def _from_composer(path: str, model: CausalLMConfig, weights_only: bool) -> Start:
+    if not weights_only:
+        raise ConfigError(
+            f"load_path: {path}: of a checkpoint of Composer's only the weights can be taken over; begin a new run "
+            "from them: load_weights_only=true"
+        )
+    copies_from(open_composer(Path(path)), model)  # looked at before anything is built
+    log.info("%s: all tensors fit the model; its settings are those of this YAML, and were not compared", path)
+    return Start("weights", composer=path)
 
 
 def _check_same_folder(config: RunConfig, model: CausalLMConfig) -> None:

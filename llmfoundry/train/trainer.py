@@ -16,6 +16,7 @@ import torch
 
 from llmfoundry import hf, runtime
 from llmfoundry.checkpoint.checkpointer import Checkpointer, CheckpointState
+from llmfoundry.checkpoint.composer_names import load_composer
 from llmfoundry.checkpoint.identity import MIXTURE, is_allowed
 from llmfoundry.checkpoint.reading import HUGGING_FACE, Contents, Json, load_model_only, read
 from llmfoundry.config import ConfigError, dump
@@ -277,6 +278,8 @@ class Trainer(Run):
             self._load_reference(self.reference)
         if start.hugging_face is not None:
             hf.load_weights(self.model, start.hugging_face, allow=self.config.load_allow)
+        elif start.composer is not None:
+            load_composer(start.composer, self.model)
         elif contents is not None and start.how == "weights":
             load_model_only(contents, self.model)
         elif contents is not None:

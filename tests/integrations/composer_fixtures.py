@@ -29,10 +29,11 @@ EXPERTS = {"moe_num_experts": 4, "moe_top_k": 2}
 MODELS: dict[str, dict[str, object]] = {
     "dense": BASE,
     "glu": {
-        **BASE, "no_bias": True, "tie_word_embeddings": False, "norm_type": "low_precision_rmsnorm",
+        **BASE, "no_bias": True, "tie_word_embeddings": False,
         "attn_config": {"attn_type": "grouped_query_attention", "kv_n_heads": 1, "rope": True, "qk_ln": True},
         "ffn_config": {"ffn_type": "mptglu", "ffn_act_fn": {"name": "silu"}},
     },
+    "rms": {**BASE, "norm_type": "low_precision_rmsnorm", "norm_eps": 1e-6},
     "dmoe": {**BASE, "attn_config": {"alibi": True}, "ffn_config": {"ffn_type": "mb_dmoe", **EXPERTS}},
     "dmoe_glu": {
         **BASE, "no_bias": True,

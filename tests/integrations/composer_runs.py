@@ -14,8 +14,7 @@ import llmfoundry.integrations.torchvision_operators  # noqa: F401  before compo
 # isort: split
 import composer
 import torch
-from composer.core import Callback, State
-from composer.loggers import Logger
+from composer.loggers import LoggerDestination
 from composer.optim import CosineAnnealingWithWarmupScheduler
 
 import llmfoundry.callbacks  # noqa: F401
@@ -69,19 +68,23 @@ def loader(path: Path, way: str) -> dict[str, object]:
     return {"dataset": {"name": "text_files", "path": str(path)}}
 
 
-class Watch(Callback):
+class Watch(LoggerDestination):
     """Each step's loss and gradient norm."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
+        self.norms: list[float] = []
 
-    def batch_end(self, state: State, logger: Logger) -> None:
-        self.losses.append(state.total_loss_dict["loss/train/total"])
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if "grad_norm" in metrics:
+            self.norms.append(metrics["grad_norm"])
+        if "loss/train/total" in metrics:
+            self.losses.append(metrics["loss/train/total"])
 
 
 def trainer(made: ComposerParts, way: str, folder: Path, watch: Watch, **more: object) -> composer.Trainer:
     parts = made._asdict()
-    parts["callbacks"] = [*made.callbacks, watch]
+    parts["loggers"] = [watch]
     if way == "their_schedule":
         parts["schedulers"] = CosineAnnealingWithWarmupScheduler("2ba", alpha_f=0.1)
     if way.startswith("fsdp2"):
@@ -107,7 +110,7 @@ def run(folder: Path, way: str) -> dict[str, object]:
     made_trainer.fit()
     metric = made_trainer.state.eval_metrics["eval"]["LanguageCrossEntropy"].compute()
     made_trainer.close()
-    return {"losses": watch.losses, "eval": float(metric)}
+    return {"losses": watch.losses, "norms": watch.norms, "eval": float(metric)}
 
 
 def ours(folder: Path, way: str) -> dict[str, object]:
@@ -118,6 +121,7 @@ def ours(folder: Path, way: str) -> dict[str, object]:
     lines = [json.loads(line) for line in (folder / "ours" / way / "metrics.jsonl").read_text().splitlines()]
     return {
         "losses": [line["loss/train/total"] for line in lines],
+        "norms": [line["grad_norm"] for line in lines],
         "eval": lines[-1]["metrics/eval/LanguageCrossEntropy"],
     }
 

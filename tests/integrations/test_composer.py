@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ import llmfoundry.integrations.torchvision_operators  # noqa: F401  before compo
 
 pytest.importorskip("composer", reason="Composer's environment: make setup-composer")
 
+from composer.algorithms import EMA, SAM, SWA, LayerFreezing
+from composer.callbacks import EarlyStopper, LRMonitor, NaNMonitor, OptimizerMonitor, SpeedMonitor
+from composer.core import Algorithm
 from composer_runs import STEPS, Watch, composer_parts, ours, run, run_config, trainer
 from safetensors.torch import load_file
 from torch import Tensor
@@ -83,6 +87,7 @@ def saved(folder: Path, way: str) -> Path:
 
 def close(found: dict[str, object], expected: dict[str, object]) -> None:
     assert found["losses"] == pytest.approx(expected["losses"], abs=TOLERANCE)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)  # Adam and clipping hide a wrong scale
     assert len(expected["losses"]) == STEPS  # type: ignore[arg-type]
     assert found["eval"] == pytest.approx(expected["eval"], abs=TOLERANCE)
 
@@ -106,6 +111,9 @@ def test_their_checkpoint_becomes_ours(folder: Path, tmp_path: Path) -> None:
     running.close()
     assert convert_main(["from-composer", str(saved(folder, "converted")), str(tmp_path / "out")]) == 0
     trained = made.model.model.state_dict()
+    again = run_config(folder, "plain", load_path=str(saved(folder, "converted")), load_weights_only=True)
+    loaded = composer_parts(again).model.model.state_dict()
+    assert all(torch.equal(trained[name], value) for name, value in loaded.items())
     converted = weights(tmp_path / "out")
     assert trained.keys() == converted.keys()
     assert all(torch.equal(trained[name], value) for name, value in converted.items())
@@ -136,6 +144,47 @@ def test_what_composer_cannot_do_is_refused(folder: Path) -> None:
     )
     with pytest.raises(ConfigError, match=r"model.norm_eps: is 0.001, but 1e-05"):
         composer_parts(wider)
+
+
+def test_a_balance_that_their_loop_does_not_know_is_refused(folder: Path) -> None:
+    config = run_config(folder, "plain", device_train_microbatch_size=2)
+    with pytest.raises(ConfigError, match="does not know the load of the batch before the first backward"):
+        composer_parts(config)
+
+
+def test_a_mixture_of_datasets_is_refused(folder: Path) -> None:
+    part = {"name": "text_files", "path": str(folder / "texts"), "label": "texts"}
+    config = run_config(folder, "plain", train_loader={"datasets": [part, {**part, "label": "again"}]})
+    with pytest.raises(ConfigError, match="mixtures are not read under Composer"):
+        composer_parts(config)
+
+
+def test_several_evaluations_have_their_labels(folder: Path) -> None:
+    part = {"dataset": {"name": "text_files", "path": str(folder / "held-out")}}
+    more = [{**part, "label": "one"}, {**part, "label": "two", "rows": 1}]
+    made = composer_parts(run_config(folder, "plain", eval_loader=None, eval_loaders=more))
+    running = trainer(made, "evaluated", folder, Watch())
+    running.eval()
+    running.close()
+    losses = {
+        label: float(metrics["LanguageCrossEntropy"].compute()) for label, metrics in running.state.eval_metrics.items()
+    }
+    assert losses.keys() == {"one", "two"} and losses["one"] != losses["two"]
+
+
+CALLBACKS = [SpeedMonitor(), LRMonitor(), NaNMonitor(), OptimizerMonitor()]
+CALLBACKS += [EarlyStopper("LanguageCrossEntropy", dataloader_label="eval", patience="9ba")]
+
+
+@pytest.mark.parametrize("algorithm", [EMA(half_life="2ba"), SWA(swa_start="0.5dur"), SAM(), LayerFreezing()], ids=repr)
+def test_their_callbacks_and_algorithms_run(algorithm: Algorithm, folder: Path) -> None:
+    watch = Watch()
+    made = composer_parts(run_config(folder, "plain"))
+    made = made._replace(algorithms=[*made.algorithms, algorithm], callbacks=[*made.callbacks, *deepcopy(CALLBACKS)])
+    running = trainer(made, type(algorithm).__name__, folder, watch)
+    running.fit()
+    running.close()
+    assert watch.losses[-1] < watch.losses[0] - 0.2
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(folder: Path) -> None:

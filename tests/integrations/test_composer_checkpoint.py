@@ -29,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmfoundry.checkpoint.reading import load_model_only, read
 from llmfoundry.cli.convert import convert_main
+from llmfoundry.cli.train import train_main
 from llmfoundry.config import check
 from llmfoundry.hf.tokenizer import tokenizer_of
 from llmfoundry.model.config import ModelConfig
@@ -52,7 +53,8 @@ def write_yaml(path: Path, model: dict[str, object]) -> str:
 def foundry_config(model: dict[str, object]) -> dict[str, object]:
     """A config.json as LLM Foundry's MPTConfig writes it: its defaults filled in, and what `transformers` adds."""
     defaults = {
-        "model_type": "mpt", "architectures": ["MPTForCausalLM"], "transformers_version": "4.51.0", "dtype": "float32",
+        "model_type": "mpt", "architectures": ["MPTForCausalLM"], "transformers_version": "4.51.3",
+        "_attn_implementation_autoset": True, "torch_dtype": "float32", "is_decoder": False, "return_dict": True,
         "resid_pdrop": 0.0, "emb_pdrop": 0.0, "learned_pos_emb": True, "init_device": "meta", "logit_scale": None,
         "no_bias": False, "embedding_fraction": 1.0, "norm_type": "low_precision_layernorm", "norm_eps": 1e-5,
         "use_cache": False, "fc_type": {"name": "torch"}, "use_pad_tok_in_ffn": True, "block_overrides": None,
@@ -130,6 +132,31 @@ def test_a_model_of_transformers_inside_composer(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = source(TOKENS).logits
     assert torch.allclose(logits(converted(tmp_path / "out")), expected, atol=1e-5)  # other order of float32 sums
+
+
+def test_queries_keys_and_values_may_be_apart(tmp_path: Path) -> None:
+    source = build(MODELS["glu"])  # of 16, 8 and 8 rows
+    weights = theirs(source)
+    for name in [name for name in weights if "Wqkv" in name]:
+        parts = weights.pop(name).split([16, 8, 8])
+        weights |= {
+            name.replace("Wqkv", each): part.clone() for each, part in zip(("Wq", "Wk", "Wv"), parts, strict=True)
+        }
+    torch.save(composer_state(weights), tmp_path / "a.pt")
+    config = write_yaml(tmp_path / "their.yaml", MODELS["glu"])
+    assert convert_main(["from-composer", str(tmp_path / "a.pt"), str(tmp_path / "out"), "--config", config]) == 0
+    assert torch.equal(logits(converted(tmp_path / "out")), logits(source))
+
+
+@pytest.mark.parametrize("norm", [{"norm_type": "rmsnorm"}, {"norm_eps": 1e-6}], ids=["rmsnorm", "eps"])
+def test_norms_of_queries_that_are_others_there_are_refused(
+    norm: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = {**MODELS["glu"], **norm}
+    torch.save(composer_state(theirs(build(model))), tmp_path / "a.pt")
+    config = write_yaml(tmp_path / "their.yaml", model)
+    assert convert_main(["from-composer", str(tmp_path / "a.pt"), str(tmp_path / "out"), "--config", config]) == 2
+    assert "LLM Foundry normalises queries and keys by a LayerNorm of eps 1e-5" in capsys.readouterr().err
 
 
 def test_names_of_wrappers_and_buffers_are_no_obstacle(tmp_path: Path) -> None:
@@ -237,6 +264,20 @@ def _outside(folder: Path) -> Path:
     return made
 
 
+def _without_a_part(folder: Path) -> Path:
+    made = write_sharded(folder / "made", composer_state(theirs(build(BASE))))
+    about = pickle.loads((made / ".metadata").read_bytes())
+    assert isinstance(about, Metadata)
+    about.state_dict_metadata["state.model.model.transformer.wte.weight"].chunks.clear()
+    (made / ".metadata").write_bytes(pickle.dumps(about))
+    return made
+
+
+def _not_of_torch(folder: Path) -> Path:
+    (folder / "a.pt").write_bytes(pickle.dumps(Payload(folder / "ran")))
+    return folder / "a.pt"
+
+
 def _other_dtype(folder: Path) -> Path:
     weights = {name: value.to(torch.int8) for name, value in theirs(build(BASE)).items()}
     torch.save(composer_state(weights), folder / "a.pt")
@@ -249,6 +290,8 @@ MISTAKES = [
     (_short_shard, "ends before byte"),
     (_parent_of_a_folder, "name one of ep0-ba2 in it"),
     (_outside, "is outside of the folder"),
+    (_without_a_part, "are not all of it"),
+    (_not_of_torch, "not an uncompressed file of torch.save"),
     (_other_dtype, "has dtype torch.int8"),
     (lambda folder: folder / "nowhere.pt", "is neither a FILE.pt nor a sharded folder"),
 ]
@@ -262,7 +305,7 @@ def test_mistakes_are_one_line(make: object, message: str, tmp_path: Path, capsy
     assert convert_main(["from-composer", str(source), str(tmp_path / "out"), "--config", config]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error and error.startswith("error: ")
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "ran").exists()
 
 
 CONFIGS: list[tuple[dict[str, object] | None, str]] = [
@@ -283,6 +326,52 @@ def test_another_config_is_refused(
     config = [] if model is None else ["--config", write_yaml(tmp_path / "their.yaml", model)]
     assert convert_main(["from-composer", str(tmp_path / "a.pt"), str(tmp_path / "out"), *config]) == 2
     assert message in capsys.readouterr().err
+
+
+def run_from(folder: Path, model: dict[str, object], load_path: Path) -> list[str]:
+    """A run of one step that moves nothing, as arguments of train.py."""
+    (folder / "texts").mkdir()
+    (folder / "texts" / "a.txt").write_text("the cat sat on a mat and the dog lay on a log " * 20)
+    data = {
+        "max_seq_len": 16, "model": model, "tokenizer": {"name": "bpe", "vocab_size": 300},
+        "train_loader": {"dataset": {"name": "text_files", "path": str(folder / "texts")}},
+        "optimizer": {"name": "adamw", "lr": 1e-30, "weight_decay": 0.0}, "scheduler": {"name": "constant_with_warmup"},
+        "max_duration": "1ba", "global_train_batch_size": 2, "save_folder": str(folder / "run"),
+        "load_path": str(load_path), "log_to_console": False,
+    }  # fmt: skip
+    (folder / "run.yaml").write_text(yaml.safe_dump(data))
+    return [str(folder / "run.yaml")]
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["file", "folder"])
+def test_a_run_begins_from_their_weights(sharded: bool, tmp_path: Path) -> None:
+    model = {**MODELS["dmoe_glu"], "vocab_size": 320}
+    source = build(model)
+    path = tmp_path / ("ep0-ba2" if sharded else "ep0-ba2-rank0.pt")
+    if sharded:
+        write_sharded(path, composer_state(theirs(source)))
+    else:
+        torch.save(composer_state(theirs(source)), path)
+    assert train_main([*run_from(tmp_path, model, path), "load_weights_only=true"]) == 0
+    trained = converted(tmp_path / "run")
+    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in source.state_dict().items())
+
+
+REFUSED = [
+    ([], "of a checkpoint of Composer's only the weights can be taken over"),
+    (["load_weights_only=true", "model.n_layers=1"], "has no place in a model of this config"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_a_run_that_cannot_begin_there_is_refused(
+    overrides: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = {**BASE, "vocab_size": 320}
+    torch.save(composer_state(theirs(build(model))), tmp_path / "a.pt")
+    assert train_main([*run_from(tmp_path, model, tmp_path / "a.pt"), *overrides]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def _save_on_two_ranks(rank: int, folder: Path) -> None:
