@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from typing import ClassVar, cast
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
 
 from llmfoundry.config import ConfigError
 from llmfoundry.hf import families
@@ -37,6 +37,13 @@ _HARMLESS = {
 }  # fmt: skip
 
 _MOST_LAYERS = 10_000
+
+
+def said_of_any_model() -> set[str]:
+    """Keys of a config.json that say nothing of what its model computes, in any family."""
+    own = {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"tie_word_embeddings"}
+    old = {"model_type", "torch_dtype", "transformers_version", "auto_map", "_name_or_path", "torchscript"}
+    return own | old | _HARMLESS | set(GenerationConfig().to_dict())
 
 
 class Theirs:
@@ -95,12 +102,31 @@ class Family:
     sizes: ClassVar[dict[str, str]]  # names of theirs, by ours, of settings that have one meaning in both
     layouts: ClassVar[tuple[str, ...]] = ("",)  # that tensors come in; the first is what `transformers` writes
     buffers: ClassVar[str] = r".*\.rotary_emb\.inv_freq"  # pattern of tensors that are no weights
+    chosen: ClassVar[bool] = True  # whether a model may leave as this one although nobody asked for it by name
     _known: ClassVar[dict[str, type[Family]]] = {}
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "model_type" in vars(cls):
             Family._known[cls.model_type] = cls
+
+    def reads(self, data: Mapping[str, object]) -> bool:
+        """Whether a config.json is of this family."""
+        return data.get("model_type") == self.model_type
+
+    def read(self, data: Mapping[str, object], where: str) -> CausalLMConfig:
+        """A config.json as our config: by way of the class of `transformers`, which fills in what it leaves out.
+
+        Raises:
+            ConfigError: a setting is not supported.
+        """
+        try:
+            theirs = Theirs(CONFIG_MAPPING[self.model_type].from_dict(copy.deepcopy(dict(data))), where)
+        except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
+        config = self.to_ours(theirs)
+        theirs.check_all_read()
+        return config
 
     def weights(self, names: Iterable[str], config: CausalLMConfig) -> set[str]:
         """Of the names of a checkpoint's tensors those that are weights of the model, not what their code computes."""
@@ -153,7 +179,8 @@ def read_config(data: Mapping[str, object], where: str = "config.json") -> tuple
     Raises:
         ConfigError: the model type or a setting is not supported.
     """
-    family = family_of(data.get("model_type"))
+    readers = [family for family in known_families().values() if family.reads(data)]
+    family = readers[0] if readers else family_of(data.get("model_type"))
     if data.get("quantization_config"):
         raise ConfigError(
             f"{where}: quantization_config is set: these weights are quantised; save them unquantised first, "
@@ -162,13 +189,7 @@ def read_config(data: Mapping[str, object], where: str = "config.json") -> tuple
     n_layers = data.get(family.sizes["n_layers"])
     if isinstance(n_layers, int) and n_layers > _MOST_LAYERS:  # `transformers` makes a list of them
         raise ConfigError(f"{where}: {family.sizes['n_layers']}={n_layers}; {_MOST_LAYERS} is the most that is read")
-    try:
-        theirs = Theirs(CONFIG_MAPPING[family.model_type].from_dict(copy.deepcopy(dict(data))), where)
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
-    config = family.to_ours(theirs)
-    theirs.check_all_read()
-    return family, config
+    return family, family.read(data, where)
 
 
 def write_config(config: CausalLMConfig, model_type: str | None = None) -> tuple[Family, ConfigDict]:
@@ -203,7 +224,8 @@ def export_note(config: ModelConfig) -> str:
 
 def _closest(config: CausalLMConfig, model_type: str | None = None) -> tuple[Family, ConfigDict, list[str]]:
     """The first family that lacks nothing of a model, or else the nearest; its config.json; what it lacks."""
-    candidates = list(known_families().values()) if model_type is None else [family_of(model_type)]
+    all_of_them = [family for family in known_families().values() if family.chosen]
+    candidates = all_of_them if model_type is None else [family_of(model_type)]
     found = []
     for family in candidates:
         data, lacking = _written(family, config)
