@@ -102,7 +102,10 @@ class Family:
     sizes: ClassVar[dict[str, str]]  # names of theirs, by ours, of settings that have one meaning in both
     layouts: ClassVar[tuple[str, ...]] = ("",)  # that tensors come in; the first is what `transformers` writes
     buffers: ClassVar[str] = r".*\.rotary_emb\.inv_freq"  # pattern of tensors that are no weights
-    chosen: ClassVar[bool] = True  # whether a model may leave as this one although nobody asked for it by name
+    turn: ClassVar[int | None] = (
+        0  # lower ones are tried first for a model that leaves; None: only if asked for by name
+    )
+    code: ClassVar[str] = ""  # file of this package that is written beside the weights, to be run by `transformers`
     _known: ClassVar[dict[str, type[Family]]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -219,13 +222,16 @@ def export_note(config: ModelConfig) -> str:
     family, _, lacking = _closest(config)
     if lacking:
         return f"no Hugging Face family holds this: {family.title}, the nearest, lacks {', '.join(lacking)}"
+    if family.code:
+        return "exports with a modelling file of its own; load with trust_remote_code=True"
     return f"exports as {family.title}"
 
 
 def _closest(config: CausalLMConfig, model_type: str | None = None) -> tuple[Family, ConfigDict, list[str]]:
     """The first family that lacks nothing of a model, or else the nearest; its config.json; what it lacks."""
-    all_of_them = [family for family in known_families().values() if family.chosen]
-    candidates = all_of_them if model_type is None else [family_of(model_type)]
+    by_turn = [(family.turn, family) for family in known_families().values() if family.turn is not None]
+    in_turn = [family for _, family in sorted(by_turn, key=lambda each: each[0])]
+    candidates = in_turn if model_type is None else [family_of(model_type)]
     found = []
     for family in candidates:
         data, lacking = _written(family, config)

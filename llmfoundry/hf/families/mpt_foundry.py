@@ -61,7 +61,7 @@ class FoundryMPT(Family):
     buffers = r".*\.rotary_embedding\.(inv_freq|scale)|.*\.rotary_emb\.inv_freq|.*\.attn_bias"
     sizes = {key: key for key in _SIZES}
     layouts = ("", "split")  # split: three matrices for queries, keys and values
-    chosen = False
+    turn = None
 
     def reads(self, data: Mapping[str, object]) -> bool:
         """Those that say LLM Foundry's class."""
