@@ -57,9 +57,10 @@ LLAMA3: Settings = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "hi
 CASES: dict[str, tuple[Settings, Settings, Settings, Settings]] = {
     "learned positions, biases": ({}, {}, {"ffn_type": "mptmlp"}, {"learned_pos_emb": True}),
     "grouped, learned, untied, rms": (
-        {"no_bias": True, "attention_bias": False, "norm_type": "rmsnorm", "tie_word_embeddings": False},
+        {"no_bias": True, "attention_bias": False, "norm_type": "rmsnorm", "norm_eps": 1e-6,
+         "tie_word_embeddings": False},
         GQA, {"ffn_type": "mptmlp", "ffn_act_fn": {"name": "gelu", "approximate": "tanh"}},
-        {"no_bias": True, "norm_type": "rmsnorm", "tie_word_embeddings": False, "attn_config": GQA,
+        {"no_bias": True, "norm_type": "rmsnorm", "norm_eps": 1e-6, "tie_word_embeddings": False, "attn_config": GQA,
          "ffn_config": {"ffn_type": "mptmlp", "ffn_act_fn": {"name": "gelu", "approximate": "tanh"}}},
     ),
     "rope, one key head, gated, biases": (
@@ -71,11 +72,11 @@ CASES: dict[str, tuple[Settings, Settings, Settings, Settings]] = {
          "ffn_config": {"ffn_type": "mptglu", "ffn_act_fn": {"name": "silu"}, "ffn_hidden_size": 40}},
     ),
     "llama3 rope, norms over all heads, three matrices, window": (
-        {"no_bias": True, "attention_bias": True, "norm_eps": 1e-6},
+        {"no_bias": True, "attention_bias": True},
         GQA | {"rope": True, "rope_impl": "hf", "rope_hf_config": LLAMA3, "qk_ln": True, "fused_qkv": False,
                "sliding_window_size": 5},
         {"ffn_type": "mptmlp"},
-        {"no_bias": True, "norm_eps": 1e-6,
+        {"no_bias": True,
          "attn_config": GQA | {"rope": True, "rope_scaling": LLAMA3, "qk_ln": True, "bias": True,
                                "sliding_window_size": 5}},
     ),
@@ -228,6 +229,8 @@ MISTAKES: dict[str, Settings] = {
     "ffn_type='mb_moe' is not supported": {"ffn_config": {"ffn_type": "mb_moe", "moe_num_experts": 4}},
     "ffn_act_fn.name": {"ffn_config": {"ffn_act_fn": {"name": "quick_gelu"}}},
     "norm_type": {"norm_type": "low_precision_groupnorm"},
+    "norm_type='rmsnorm' with norm_eps=1e-05 is not": {"norm_type": "rmsnorm", "attn_config": {"qk_ln": True}},
+    "with norm_eps=1e-06 is not": {"norm_eps": 1e-6, "attn_config": {"qk_gn": True}},
     "surprise": {"surprise": 1},
 }  # fmt: skip
 

@@ -43,6 +43,7 @@ _NEUTRAL_ATTENTION: dict[str, tuple[Value, ...]] = {
     "reuse_kv_layer_idx": (None,), "reuse_kv_x_layer_idx": (None,),
 }  # fmt: skip
 _NEUTRAL_FFN: dict[str, tuple[Value, ...]] = {"shared_expert_weighted_sum": (None, False)}
+_QK_NORMS, _QK_EPS = ("layernorm", "low_precision_layernorm"), 1e-5  # their blocks hand attention neither of the two
 _NORM_NAMES = {"triton_rmsnorm": "rmsnorm"}
 _DENSE = "mptmlp", "mptglu"
 _MIXTURES = "mb_dmoe", "torch_dmoe"
@@ -83,6 +84,12 @@ class FoundryMPT(Family):
             raise ConfigError(f"{where}: head_dim={head_dim} is not supported, only d_model / n_heads")
         norm_type = str(said.get("norm_type", "low_precision_layernorm")).lower()
         attention = _attention(attention, f"{where}: attn_config")
+        own = said.get("norm_eps", _QK_EPS) == _QK_EPS and norm_type in _QK_NORMS
+        if (attention.get("qk_ln") or attention.get("qk_norm")) and not own:
+            raise ConfigError(
+                f"{where}: attn_config: qk_ln and qk_gn are layernorm with eps 1e-5 there, whatever the model's norms: "
+                f"norm_type={norm_type!r} with norm_eps={said.get('norm_eps', _QK_EPS)} is not supported beside them"
+            )
         positions = bool(attention.get("alibi") or attention.get("rope"))
         learned = said.pop("learned_pos_emb", True)
         ours = {
