@@ -359,7 +359,7 @@ class LLMFoundryForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: a setting that would change what is returned.
         """
         for key, value in others.items():
-            if value and key not in ("cache_position", "return_dict"):
+            if key not in ("cache_position", "return_dict") and value is not None and value is not False:
                 raise ValueError(f"{key} is not supported by this model; leave it out")
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds  # (B, S, D)
         cache = past_key_values if cache is None else cache

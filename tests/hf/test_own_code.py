@@ -95,7 +95,7 @@ def greedy(model: CausalLM, tokens: Tensor) -> list[list[int]]:
 THEIRS = """
 import json, sys
 sys.modules["llmfoundry"] = None
-import torch
+import torch, transformers
 from transformers import AutoModelForCausalLM
 found, new = {}, NEW
 for folder, tokens in json.load(open(sys.argv[1])).items():
@@ -115,18 +115,20 @@ for folder, tokens in json.load(open(sys.argv[1])).items():
         "padded": model.generate(padded, attention_mask=mask, **settings)[:, 3:].tolist(),
         "again": again(tokens).logits.tolist(),
         "module": type(model).__module__,
+        "version": transformers.__version__,
     }
 json.dump(found, open(sys.argv[2], "w"))
 """.replace("NEW", str(NEW))  # fmt: skip
 
 
-def run_theirs(folders: dict[Path, Tensor], work: Path, python: str = sys.executable) -> dict[str, Settings]:
-    """What `transformers` makes of folders, in a process of its own."""
+def run_theirs(folders: dict[Path, Tensor], work: Path, packages: str | None) -> dict[str, Settings]:
+    """What `transformers` makes of folders, alone in a process; `packages`: a folder with another version of it."""
     (work / "in.json").write_text(json.dumps({str(folder): tokens.tolist() for folder, tokens in folders.items()}))
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    kept |= {"PYTHONPATH": packages} if packages else {}
     offline = {"HF_HOME": str(work / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [python, "-c", THEIRS, str(work / "in.json"), str(work / "out.json")],
+        [sys.executable, "-c", THEIRS, str(work / "in.json"), str(work / "out.json")],
         cwd=work, env=kept | offline, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -134,14 +136,19 @@ def run_theirs(folders: dict[Path, Tensor], work: Path, python: str = sys.execut
     return found
 
 
-def test_transformers_alone_computes_and_generates_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", ["5", "4"])
+def test_transformers_alone_computes_and_generates_the_same(version: str, tmp_path: Path) -> None:
+    packages = os.environ.get("TRANSFORMERS4")
+    if version == "4" and not packages:
+        pytest.skip("TRANSFORMERS4 names no folder with transformers 4.57")
     models = {tmp_path / str(n): model_of(about) for n, about in enumerate(CASES)}
     for folder, model in models.items():
         save_pretrained(model, None, folder)
-    found = run_theirs(dict.fromkeys(models, TOKENS), tmp_path)
+    found = run_theirs(dict.fromkeys(models, TOKENS), tmp_path, packages if version == "4" else None)
     for (folder, model), about in zip(models.items(), CASES, strict=True):
         theirs, true = found[str(folder)], logits_of(model, TOKENS)
-        assert "transformers_modules" in str(theirs["module"]) and true.std() > 0.1, about
+        assert str(theirs["version"]).startswith(version) and "transformers_modules" in str(theirs["module"]), about
+        assert true.std() > 0.1, about
         torch.testing.assert_close(torch.tensor(theirs["logits"]), true, rtol=0.0, atol=1e-5, msg=about)
         loss = torch.nn.functional.cross_entropy(true[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
         assert theirs["loss"] == pytest.approx(loss.item(), abs=1e-5), about
