@@ -18,7 +18,7 @@ from typing import ClassVar, cast
 
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
 
 from llmfoundry.config import ConfigError
 from llmfoundry.hf import families
@@ -38,6 +38,13 @@ _HARMLESS = {
 }  # fmt: skip
 
 _MOST_LAYERS = 10_000
+
+
+def said_of_any_model() -> set[str]:
+    """Keys of a config.json that say nothing of what its model computes, in any family."""
+    own = {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"tie_word_embeddings"}
+    old = {"model_type", "torch_dtype", "transformers_version", "auto_map", "_name_or_path", "torchscript"}
+    return own | old | _HARMLESS | set(GenerationConfig().to_dict())
 
 
 class Theirs:
@@ -96,12 +103,34 @@ class Family:
     sizes: ClassVar[dict[str, str]]  # names of theirs, by ours, of settings that have one meaning in both
     layouts: ClassVar[tuple[str, ...]] = ("",)  # that tensors come in; the first is what `transformers` writes
     buffers: ClassVar[str] = r".*\.rotary_emb\.inv_freq"  # pattern of tensors that are no weights
+    turn: ClassVar[int | None] = (
+        0  # lower ones are tried first for a model that leaves; None: only if asked for by name
+    )
+    code: ClassVar[str] = ""  # file of this package that is written beside the weights, to be run by `transformers`
     _known: ClassVar[dict[str, type[Family]]] = {}
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "model_type" in vars(cls):
             Family._known[cls.model_type] = cls
+
+    def reads(self, data: Mapping[str, object]) -> bool:
+        """Whether a config.json is of this family."""
+        return data.get("model_type") == self.model_type
+
+    def read(self, data: Mapping[str, object], where: str) -> CausalLMConfig:
+        """A config.json as our config: by way of the class of `transformers`, which fills in what it leaves out.
+
+        Raises:
+            ConfigError: a setting is not supported.
+        """
+        try:
+            theirs = Theirs(CONFIG_MAPPING[self.model_type].from_dict(copy.deepcopy(dict(data))), where)
+        except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
+        config = self.to_ours(theirs)
+        theirs.check_all_read()
+        return config
 
     def weights(self, names: Iterable[str], config: CausalLMConfig) -> set[str]:
         """Of the names of a checkpoint's tensors those that are weights of the model, not what their code computes."""
@@ -114,20 +143,6 @@ class Family:
     def sizes_to(self, config: CausalLMConfig) -> ConfigDict:
         """The inverse of `sizes_of`."""
         return {name: getattr(config, ours) for ours, name in self.sizes.items()}
-
-    def read(self, data: Mapping[str, object], where: str) -> CausalLMConfig:
-        """Our config of a config.json.
-
-        Raises:
-            ConfigError: a setting is not supported.
-        """
-        try:
-            theirs = Theirs(CONFIG_MAPPING[self.model_type].from_dict(copy.deepcopy(dict(data))), where)
-        except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-            raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
-        config = self.to_ours(theirs)
-        theirs.check_all_read()
-        return config
 
     def to_ours(self, theirs: Theirs) -> CausalLMConfig:
         """Our config of a model of theirs."""
@@ -183,7 +198,8 @@ def read_config(
     Raises:
         ConfigError: the model type or a setting is not supported.
     """
-    family = family_of(data.get("model_type"), as_it_is)
+    readers = [family for family in known_families().values() if family.reads(data)]
+    family = readers[0] if readers and not as_it_is else family_of(data.get("model_type"), as_it_is)
     if data.get("quantization_config"):
         raise ConfigError(
             f"{where}: quantization_config is set: these weights are quantised; save them unquantised first, "
@@ -222,6 +238,8 @@ def export_note(config: ModelConfig) -> str:
     family, _, lacking = _closest(config)
     if lacking:
         return f"no Hugging Face family holds this: {family.title}, the nearest, lacks {', '.join(lacking)}"
+    if family.code:
+        return "exports with a modelling file of its own; load with trust_remote_code=True"
     return f"exports as {family.title}"
 
 
@@ -231,7 +249,9 @@ def _closest(config: CausalLMConfig, model_type: str | None = None) -> tuple[Fam
     if isinstance(settings, dict) and model_type in (None, settings.get("model_type")):
         family = family_of(settings.get("model_type"), as_it_is=True)
         return family, {"architectures": [family.architecture], **family.to_theirs(config)}, []
-    candidates = list(known_families().values()) if model_type is None else [family_of(model_type)]
+    by_turn = [(family.turn, family) for family in known_families().values() if family.turn is not None]
+    in_turn = [family for _, family in sorted(by_turn, key=lambda each: each[0])]
+    candidates = in_turn if model_type is None else [family_of(model_type)]
     found = []
     for family in candidates:
         data, lacking = _written(family, config)

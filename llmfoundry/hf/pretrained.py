@@ -342,6 +342,8 @@ def write_checkpoint(
         **special_tokens(generation, tokenizer),
     }
     (folder / "config.json").write_text(json.dumps(data | said, indent=2) + "\n", encoding="utf-8")
+    if family.code:
+        (folder / family.code).write_text(Path(__file__).with_name(family.code).read_text(encoding="utf-8"), "utf-8")
     text = generation or generation_of(said)
     if text is not None:
         (folder / GENERATION).write_text(text, encoding="utf-8")

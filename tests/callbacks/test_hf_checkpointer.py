@@ -85,7 +85,7 @@ def test_a_folder_that_is_there(tiny: Path, tmp_path: Path, overwrite: bool) -> 
         (
             [
                 "callbacks.hf_checkpointer={save_folder: x, save_interval: 1ba}",
-                "model.ffn_config.moe_normalize_expert_weights=null",
+                "model.ffn_config.uniform_expert_assignment=true",
             ],
             "lacks",
         ),

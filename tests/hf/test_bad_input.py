@@ -215,13 +215,14 @@ def test_a_failure_half_way_leaves_nothing(failure: type[BaseException], tmp_pat
 def test_a_model_that_no_family_can_hold_is_named_with_what_is_lacking(tmp_path: Path) -> None:
     data = {
         "d_model": 32, "n_heads": 4, "n_layers": 1, "vocab_size": 50, "norm_type": "rmsnorm", "no_bias": True,
-        "final_logit_softcapping": 30.0, "attn_config": {"rope": True},
-        "ffn_config": {"ffn_type": "mptglu", "ffn_act_fn": {"name": "silu"}},
+        "attn_config": {"rope": True},
+        "ffn_config": {"ffn_type": "moe", "moe_num_experts": 4, "ffn_act_fn": {"name": "silu"},
+                       "moe_capacity_factor": 1.5},
     }  # fmt: skip
     config = check(CausalLMConfig, data)
-    with pytest.raises(ConfigError, match=r"no supported family can hold .* lacks final_logit_softcapping=30.0"):
+    with pytest.raises(ConfigError, match=r"no supported family can hold .* lacks .*moe_capacity_factor=1.5"):
         write_config(config)
-    with pytest.raises(ConfigError, match="final_logit_softcapping"):
+    with pytest.raises(ConfigError, match="moe_capacity_factor"):
         save_pretrained(config.build(), None, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -196,10 +196,14 @@ NOTES = {
     "mixtral": ({}, "exports as Mixtral"),
     "sigmoid": (
         {"ffn_config": {"moe_score_fn": "sigmoid", "moe_n_groups": 2}},
-        "no Hugging Face family holds this: Mixtral, the nearest, lacks ",
+        "exports with a modelling file of its own",
     ),
-    "alibi": ({"attn_config": {"rope": False, "alibi": True}}, "no Hugging Face family holds this: "),
-    "soft cap": ({"final_logit_softcapping": 30.0}, "no Hugging Face family holds this: "),
+    "alibi": ({"attn_config": {"rope": False, "alibi": True}}, "exports with a modelling file of its own; load with "),
+    "soft cap": ({"final_logit_softcapping": 30.0}, "exports with a modelling file of its own"),
+    "experts in turn": (
+        {"ffn_config": {"uniform_expert_assignment": True}},
+        "no Hugging Face family holds this: Mixtral, the nearest, lacks ffn_config.uniform_expert_assignment=True",
+    ),
 }
 
 
@@ -334,7 +338,7 @@ def test_a_folder_in_use_is_not_written_to(llama: Path, tmp_path: Path, capsys: 
 
 def test_what_no_family_can_hold_is_said(mixtral: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = model_of(mixtral, tmp_path)
-    model["ffn_config"] |= {"moe_score_fn": "sigmoid", "moe_n_groups": 2}
+    model["ffn_config"] |= {"uniform_expert_assignment": True}
     assert train_main([str(recipe(tmp_path, model, mixtral))]) == 0
     assert convert_main(["to-hf", str(tmp_path / "run"), str(tmp_path / "out")]) == 2
     assert "no supported family can hold this model" in capsys.readouterr().err

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llmfoundry.config import check
 from llmfoundry.layers.ffn import MLP, GLUConfig, MLPConfig
+from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.layer import MoE, MoEConfig
 
 B, S, D, F = 2, 9, 16, 24
@@ -109,3 +111,14 @@ def test_parameters_are_counted_without_building(settings: dict[str, object]) ->
     assert sum(parameter.numel() for parameter in built.parameters()) == block.n_params(D)
     one_expert = block.expert.n_params(D)
     assert block.n_params(D) - block.n_active_params(D) == 6 * one_expert
+
+
+def test_llm_foundrys_own_mixture_has_exact_gelu_and_no_biases() -> None:
+    """As its code builds it, which scripts/bench/foundry_parity.py runs; MegaBlocks' kinds have other defaults."""
+    sizes = {"d_model": 16, "n_heads": 2, "n_layers": 1, "vocab_size": 32}
+    found = {}
+    for kind in ("torch_dmoe", "mb_dmoe"):
+        ffn = check(CausalLMConfig, {**sizes, "ffn_config": {"ffn_type": kind, "moe_num_experts": 4}}).ffn(0)
+        assert isinstance(ffn, MoEConfig)
+        found[kind] = (ffn.ffn_act_fn.key, bool(ffn.bias), ffn.has_output_bias)
+    assert found == {"torch_dmoe": ("gelu", False, False), "mb_dmoe": ("gelu_tanh", True, True)}

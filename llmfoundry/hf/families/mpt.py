@@ -1,11 +1,13 @@
 """MPT: ALiBi, LayerNorm, no biases, and tensors that are named and laid out as ours are.
 
 `transformers` reads little of what an MPT config can say: here a setting that it passes over must have the value that
-it works by.
+it works by. What LLM Foundry itself has written is read in full, by mpt_foundry.py.
 Source: MosaicML 2023, MPT-7B; Press et al. 2021, arXiv:2108.12409.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from llmfoundry.config import ConfigError, check
 from llmfoundry.hf.decoder import init_of
@@ -27,6 +29,15 @@ _SIZES = "d_model", "n_heads", "n_layers", "vocab_size", "max_seq_len", "tie_wor
 _NORMS = "low_precision_layernorm", "layernorm"  # one and the same there
 
 
+def is_foundrys(data: Mapping[str, object]) -> bool:
+    """Whether a config.json was written by LLM Foundry: it names a class of its own, and none of `transformers`."""
+    if data.get("model_type") != "mpt":
+        return False
+    architectures = data.get("architectures")
+    names = architectures if isinstance(architectures, list) else []
+    return MPT.architecture not in names and ("MPTForCausalLM" in names or bool(data.get("auto_map")))
+
+
 class MPT(Family):
     """A dense model."""
 
@@ -36,6 +47,10 @@ class MPT(Family):
     prefix = "transformer."
     embedding = "transformer.wte.weight"
     sizes = {key: key for key in _SIZES} | {"norm_eps": "layer_norm_epsilon"}
+
+    def reads(self, data: Mapping[str, object]) -> bool:
+        """Those that say `transformers`' class, or none."""
+        return super().reads(data) and not is_foundrys(data)
 
     def to_ours(self, theirs: Theirs) -> CausalLMConfig:
         """Our config."""
