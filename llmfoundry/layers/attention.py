@@ -1,4 +1,4 @@
-"""Causal self-attention: grouped queries, rotary positions or ALiBi, windows, documents, and the key-value cache.
+"""Causal self-attention: grouped queries, rotary positions or ALiBi, windows and documents.
 
 Shapes: B rows, S sequence (queries of this call), P keys seen (P = S without a cache), D d_model, H query
 heads, G kv heads, C head_dim.
@@ -10,7 +10,6 @@ Otherwise it is a FlexAttention `BlockMask` on CUDA and a boolean tensor elsewhe
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Literal, ParamSpec, Self, TypeVar
 
@@ -27,8 +26,10 @@ from torch.nn.attention.flex_attention import (
 )
 
 from llmfoundry.config import Choice
+from llmfoundry.layers.kv_cache import KVCache
 from llmfoundry.layers.norm import NormConfig
 from llmfoundry.layers.rope import NoScaling, Rope, RopeScaling, rotate
+from llmfoundry.layers.scores import alibi_bias, alibi_slopes, plain_attention
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -40,40 +41,6 @@ FULL = -1  # the window that sees every earlier token
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """Compile at first use: doing so at import would cost every command seconds."""
     return torch.compile(function)
-
-
-class KVCache:
-    """Keys and values of one layer's earlier tokens (or their latents), in buffers that grow by doubling."""
-
-    def __init__(self, capacity: int = 0) -> None:
-        self.capacity = capacity
-        self.length = 0
-        self._buffers: tuple[Tensor, Tensor] | None = None
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the newest keys and values.
-
-        Args:
-            k: (B, G, S, C).
-            v: (B, G, S, C); its C may differ from that of `k`.
-
-        Returns:
-            All keys and values so far, (B, G, P, C) each; views of buffers that the next call extends.
-        """
-        end = self.length + k.shape[2]
-        if self._buffers is None or end > self.capacity:
-            self.capacity = max(end, self.capacity if self._buffers is None else 2 * self.capacity)
-            self._buffers = (self._grown(k, 0), self._grown(v, 1))
-        for buffer, new in zip(self._buffers, (k, v), strict=True):
-            buffer[:, :, self.length : end] = new
-        self.length = end
-        return self._buffers[0][:, :, :end], self._buffers[1][:, :, :end]
-
-    def _grown(self, new: Tensor, which: int) -> Tensor:
-        buffer = new.new_empty(new.shape[0], new.shape[1], self.capacity, new.shape[3])
-        if self._buffers is not None:
-            buffer[:, :, : self.length] = self._buffers[which][:, :, : self.length]
-        return buffer
 
 
 class AttentionConfig(Choice, tag="attn_type"):
@@ -307,67 +274,6 @@ class Attention(nn.Module):
         if self.sinks is not None and aux.lse is not None:  # lse (B, H, S); a sink shrinks all weights
             y = (y * torch.sigmoid(aux.lse - self.sinks.float()[:, None])[..., None]).to(q.dtype)
         return y
-
-
-def plain_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """Attention step by step, with float32 scores: the reference, and what modified scores use off CUDA.
-
-    Args:
-        q: (B, H, S, C).
-        k: (B, G, P, C).
-        v: (B, G, P, C).
-        mask: boolean, broadcast to (B, H, S, P), True where seen; None: all seen.
-        softcap: scores become `softcap * tanh(score / softcap)`.
-        sinks: (H,) one score per head that joins the softmax and has no value.
-        bias: broadcast to (B, H, S, P), added to the scores after the cap.
-
-    Returns:
-        (B, H, S, C) in the dtype of `q`.
-    """
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, H, P, C)
-    scores = (q.to(dtype) @ k.to(dtype).transpose(-1, -2)) * scale  # (B, H, S, P)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if bias is not None:
-        scores = scores + bias
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    if sinks is not None:
-        column = sinks.to(dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)  # (B, H, S, 1)
-        weights = torch.cat((scores, column), dim=-1).softmax(-1)[..., :-1]
-    else:
-        weights = scores.softmax(-1)
-    return (weights @ v.to(dtype)).to(q.dtype)
-
-
-def alibi_slopes(n_heads: int, bias_max: int, device: torch.device) -> Tensor:
-    """How fast each head's scores fall, (H,) float32: 2^-(bias_max (h + 1) / H) for H a power of two.
-
-    For any other H, as in MPT: the slopes of the next power of two, every second one first. The operations are those of
-    `transformers`, so that the bits are the same.
-    """
-    power = 2 ** math.ceil(math.log2(n_heads))
-    exponents = torch.arange(1, power + 1, dtype=torch.float32, device=device) * (bias_max / power)
-    slopes = 1.0 / torch.pow(2, exponents)
-    return slopes if power == n_heads else torch.cat((slopes[1::2], slopes[::2]))[:n_heads]
-
-
-def alibi_bias(slopes: Tensor, n_queries: int, n_keys: int) -> Tensor:
-    """Bias on the scores, (H, S, P) float32: minus slope times distance; the last query is at the last key."""
-    i = torch.arange(n_keys - n_queries, n_keys, device=slopes.device)[:, None]  # (S, 1)
-    j = torch.arange(n_keys, device=slopes.device)  # (P,)
-    return slopes[:, None, None] * (j - i)
 
 
 def attention_mask(

@@ -18,7 +18,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from llmfoundry.layers.attention import AttentionConfig, KVCache, Mask, compiled
+from llmfoundry.layers.attention import AttentionConfig, Mask, compiled
+from llmfoundry.layers.kv_cache import KVCache
 from llmfoundry.layers.lora import effective_weight
 from llmfoundry.layers.norm import NormConfig, RMSNorm
 from llmfoundry.layers.rope import Rope, YarnScaling, rotate, yarn_magnitude

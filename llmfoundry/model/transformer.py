@@ -18,8 +18,9 @@ from torch import Tensor, nn
 import llmfoundry.layers.latent_attention  # noqa: F401  registers its attn_type
 from llmfoundry.config import ConfigError
 from llmfoundry.kernels.cross_entropy import CrossEntropy, cross_entropy_by_token, cross_entropy_of_tokens
-from llmfoundry.layers.attention import FULL, AttentionConfig, GroupedQueryConfig, KVCache, Mask, attention_mask
+from llmfoundry.layers.attention import FULL, AttentionConfig, GroupedQueryConfig, Mask, attention_mask
 from llmfoundry.layers.ffn import FFNConfig, MLPConfig, RouterStats
+from llmfoundry.layers.kv_cache import KVCache
 from llmfoundry.layers.lora import LoRAConfig, adapters, add_adapters, quantize_frozen
 from llmfoundry.layers.norm import NormConfig, NormType
 from llmfoundry.layers.rope import Rope, rope_table

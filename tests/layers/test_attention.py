@@ -8,14 +8,12 @@ from llmfoundry.layers.attention import (
     Attention,
     AttentionConfig,
     GroupedQueryConfig,
-    KVCache,
-    alibi_bias,
-    alibi_slopes,
     attention_mask,
-    plain_attention,
 )
+from llmfoundry.layers.kv_cache import KVCache
 from llmfoundry.layers.norm import NormConfig
 from llmfoundry.layers.rope import NoScaling, rope_table
+from llmfoundry.layers.scores import alibi_bias, alibi_slopes, plain_attention
 
 CPU = torch.device("cpu")
 D, H = 48, 6
