@@ -36,6 +36,7 @@ def facts(config: CausalLMConfig) -> Facts:
         "norm_bias": config.norm.bias and not config.norm.is_rms,
         "tie_word_embeddings": config.tie_word_embeddings,
         "final_logit_softcapping": config.final_logit_softcapping,
+        "logit_scale": config.logits_factor,
         "learned_positions": config.max_seq_len if config.has_learned_positions else None,
         "windows": [config.window(layer) for layer in range(config.n_layers)],
     }

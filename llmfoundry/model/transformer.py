@@ -8,7 +8,7 @@ meshes, recompute or compile: those are applied to `blocks[i]` from outside.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +75,10 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
     learned_pos_emb: bool | None = None  # None: exactly when attn_config has neither rope nor alibi
     tie_word_embeddings: bool = True
     final_logit_softcapping: float | None = Field(default=None, gt=0)
+    # What logits are multiplied by, before they are capped; inv_sqrt_d_model: 1 / sqrt(d_model).
+    logit_scale: Annotated[float, Field(gt=0)] | Literal["inv_sqrt_d_model"] | None = None
+    # What the gradient of embeddings is multiplied by (GLM-130B: Zeng et al. 2022, arXiv:2210.02414).
+    embedding_fraction: float = Field(default=1.0, gt=0, le=1)
     # Windows of the layers in turn, e.g. [127, -1]: layer i has entry i modulo the length. None: the same for
     # all, attn_config.sliding_window_size.
     attn_window_pattern: list[int] | None = None
@@ -127,6 +131,11 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
     def has_learned_positions(self) -> bool:
         """Whether there is a `wpe`."""
         return not self.attn_config.has_positions if self.learned_pos_emb is None else self.learned_pos_emb
+
+    @property
+    def logits_factor(self) -> float:
+        """What logits are multiplied by."""
+        return self.d_model**-0.5 if self.logit_scale == "inv_sqrt_d_model" else self.logit_scale or 1.0
 
     @property
     def norm(self) -> NormConfig:
@@ -358,6 +367,8 @@ class CausalLM(nn.Module):
         if at is not None:
             x = x.flatten(0, 1)[at].unsqueeze(0)  # (1, N, D)
         x = self.norm_f(x[:, -1:] if last_only else x)  # (B, S, D), or (B, 1, D)
+        if self.config.logits_factor != 1:
+            x = x * self.config.logits_factor
         softcap = self.config.final_logit_softcapping
         if self.lm_head is None:
             y = logits_or_loss(x, self.wte.weight, labels, softcap, by_token)
@@ -384,6 +395,9 @@ class CausalLM(nn.Module):
             if offset + length > config.max_seq_len:
                 raise ValueError(f"{offset + length} tokens exceed the {config.max_seq_len} learned positions")
             x = x + self.wpe(positions if learned is None else learned)
+        if config.embedding_fraction != 1:
+            still = x.detach()
+            x = still + config.embedding_fraction * (x - still)  # the same values, bit for bit
         rope = None
         if attention.rope:
             dim = attention.rotary_dim(config.d_model, config.n_heads)
