@@ -9,6 +9,7 @@ from __future__ import annotations
 from llmfoundry.config import Choice, dump
 from llmfoundry.layers.attention import AttentionConfig, GroupedQueryConfig
 from llmfoundry.layers.ffn import FFNConfig
+from llmfoundry.layers.norm import NormConfig
 from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.layer import MoEConfig
 
@@ -16,7 +17,7 @@ Facts = dict[str, object]
 
 # Of attention and feed-forward blocks: speed, or training alone.
 _NO_FUNCTION = {
-    "attn_impl", "attn_uses_sequence_id",
+    "attn_impl", "attn_uses_sequence_id", "attn_pdrop",
     "moe_impl", "mlp_impl", "moe_loss_weight", "moe_zloss_weight", "moe_lbl_scope", "moe_lbl_accumulation",
     "moe_lbl_layers", "moe_jitter_eps",
 }  # fmt: skip
@@ -40,7 +41,7 @@ def facts(config: CausalLMConfig) -> Facts:
         "learned_positions": config.max_seq_len if config.has_learned_positions else None,
         "windows": [config.window(layer) for layer in range(config.n_layers)],
     }
-    found |= _attention(config.attention, config.d_model, config.n_heads)
+    found |= _attention(config.attention, config.d_model, config.n_heads, config.norm)
     for layer in range(config.n_layers):
         found |= {f"ffn_config[layer {layer}].{key}": value for key, value in _ffn(config.ffn(layer)).items()}
     return found
@@ -70,7 +71,7 @@ def weight_differences(stored: CausalLMConfig, model: CausalLMConfig) -> dict[st
     return found
 
 
-def _attention(attention: AttentionConfig, d_model: int, n_heads: int) -> Facts:
+def _attention(attention: AttentionConfig, d_model: int, n_heads: int, norm: NormConfig) -> Facts:
     said = _settings(attention)
     if isinstance(attention, GroupedQueryConfig):
         head_dim = attention.rotary_dim(d_model, n_heads)
@@ -82,6 +83,9 @@ def _attention(attention: AttentionConfig, d_model: int, n_heads: int) -> Facts:
             "softmax_scale": head_dim**-0.5 if scale is None else scale,
             "clip_qkv_after_norm": attention.clip_qkv is not None and attention.clip_qkv_after_norm,
         }
+        own = attention.head_norm(norm)
+        said |= {"norm_type": None if own.is_rms == norm.is_rms else own.norm_type}
+        said |= {"norm_eps": None if own.eps == norm.eps else own.eps}
     if attention.rope:
         said["rope_scaling"] = _settings(attention.rope_scaling)
     else:

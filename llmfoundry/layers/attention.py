@@ -27,7 +27,7 @@ from torch.nn.attention.flex_attention import (
 
 from llmfoundry.config import Choice
 from llmfoundry.layers.kv_cache import KVCache
-from llmfoundry.layers.norm import NormConfig
+from llmfoundry.layers.norm import NormConfig, NormType
 from llmfoundry.layers.rope import NoScaling, Rope, RopeScaling, rotate
 from llmfoundry.layers.scores import alibi_bias, alibi_slopes, plain_attention
 
@@ -73,6 +73,11 @@ class AttentionConfig(Choice, tag="attn_type"):
         """Whether the scores are modified, which torch's fused kernels cannot do without a mask."""
         return False
 
+    @property
+    def dropout(self) -> float:
+        """The part of the weights that is dropped in training, which FlexAttention cannot."""
+        return 0.0
+
     def check(self, d_model: int, n_heads: int) -> None:
         """Raise ValueError where the sizes do not fit the model's."""
         raise NotImplementedError
@@ -104,9 +109,14 @@ class GroupedQueryConfig(
     softmax_scale: float | None = None  # None: 1 / sqrt(head_dim)
     qk_norm: bool = False  # normalise each head of queries and keys, as Qwen3
     qk_ln: bool = False  # normalise all heads of queries (of keys) together, as OLMoE
+    norm_type: NormType | None = None  # of qk_norm and qk_ln; None: the model's
+    norm_eps: float | None = Field(default=None, gt=0)
     clip_qkv: float | None = Field(default=None, gt=0)
     clip_qkv_after_norm: bool = False  # as OLMoE in `transformers`; LLM Foundry and OLMo clip first
     attn_logit_softcapping: float | None = Field(default=None, gt=0)
+    # The part of the attention weights that is dropped in training. With windows, documents or ALiBi on a GPU, it takes
+    # a dense mask in place of FlexAttention.
+    attn_pdrop: float = Field(default=0.0, ge=0, lt=1)
     sinks: bool = False  # a learned score per head that joins the softmax and has no value, as gpt-oss
     alibi: bool = False  # scores fall with distance, one slope per head (Press et al. 2021, arXiv:2108.12409)
     alibi_bias_max: int = Field(default=8, ge=1)  # the smallest slope is 2^-alibi_bias_max
@@ -125,6 +135,17 @@ class GroupedQueryConfig(
     def needs_plain(self) -> bool:
         """Whether the scores are modified in a way that no mask can express."""
         return self.attn_logit_softcapping is not None or self.sinks
+
+    @property
+    def dropout(self) -> float:
+        """The part of the weights that is dropped in training, which FlexAttention cannot."""
+        return self.attn_pdrop
+
+    def head_norm(self, norm: NormConfig) -> NormConfig:
+        """The norm of queries and keys, given the model's."""
+        return norm.model_copy(
+            update={"norm_type": self.norm_type or norm.norm_type, "eps": self.norm_eps or norm.eps},
+        )
 
     def check(self, d_model: int, n_heads: int) -> None:
         """Raise ValueError where the sizes do not fit the model's."""
@@ -148,6 +169,10 @@ class GroupedQueryConfig(
             raise ValueError("attn_config.rope and attn_config.alibi are both on; keep one")
         if self.attn_impl == "sdpa" and self.needs_plain:
             raise ValueError("attn_impl=sdpa can neither softcap scores nor add sinks; use auto")
+        if self.attn_impl == "flex" and self.dropout:
+            raise ValueError(f"attn_impl=flex cannot drop weights (attn_pdrop={self.attn_pdrop}); use auto")
+        if (self.norm_type or self.norm_eps) and not (self.qk_norm or self.qk_ln):
+            raise ValueError("norm_type and norm_eps are of qk_norm or qk_ln, which are both off; set the model's")
 
     def kv_heads(self, n_heads: int) -> int:
         """Key-value heads, G."""
@@ -168,6 +193,7 @@ class GroupedQueryConfig(
         head, kv = self.rotary_dim(d_model, n_heads), self.kv_heads(n_heads)
         rows, columns = (n_heads + 2 * kv) * head, n_heads * head
         biases = (rows if self.bias else 0) + (d_model if self.out_bias else 0)
+        norm = self.head_norm(norm)
         norms = 2 * norm.n_params(head) if self.qk_norm else 0
         if self.qk_ln:
             norms = norm.n_params(n_heads * head) + norm.n_params(kv * head)
@@ -191,10 +217,11 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(d_model, rows, bias=bool(config.bias))
         self.out_proj = nn.Linear(n_heads * self.head_dim, d_model, bias=bool(config.out_bias))
         if config.qk_norm or config.qk_ln:
-            each = not config.qk_ln
+            each, norm = not config.qk_ln, config.head_norm(norm)
             self.q_norm = norm.build(self.head_dim if each else n_heads * self.head_dim)
             self.k_norm = norm.build(self.head_dim if each else self.kv_heads * self.head_dim)
         self.sinks = nn.Parameter(torch.zeros(n_heads)) if config.sinks else None
+        self.dropout = config.dropout
 
     def forward(self, x: Tensor, rope: Rope | None, mask: Mask, cache: KVCache | None = None) -> Tensor:
         """Attend from each token of `x` to those before it.
@@ -212,13 +239,14 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, S, C), (B, G, S, C) twice
         if cache is not None:
             k, v = cache.append(k, v)  # (B, G, P, C)
-        bias = None
+        bias, drop = None, self.dropout if self.training else 0.0
         if self.config.alibi and not isinstance(mask, BlockMask):
             bias = alibi_bias(self._slopes(q.device), q.shape[2], k.shape[2])  # (H, S, P)
         if isinstance(mask, BlockMask):
             y = self._flex(q, k, v, mask)  # (B, H, S, C)
         elif self.config.needs_plain:
-            y = plain_attention(q, k, v, mask, self.scale, self.config.attn_logit_softcapping, self.sinks, bias)
+            softcap = self.config.attn_logit_softcapping
+            y = plain_attention(q, k, v, mask, self.scale, softcap, self.sinks, bias, drop)
         else:
             if bias is not None:
                 mask = (bias if mask is None else bias.masked_fill(~mask, float("-inf"))).to(q.dtype)
@@ -227,7 +255,9 @@ class Attention(nn.Module):
                 k, v = (each.repeat_interleave(self.n_heads // self.kv_heads, dim=1) for each in (k, v))  # (B, H, P, C)
                 grouped = False
             causal = mask is None and q.shape[2] > 1  # one query sees all keys
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=grouped)
+            y = F.scaled_dot_product_attention(
+                q, k, v, mask, dropout_p=drop, is_causal=causal, scale=self.scale, enable_gqa=grouped
+            )
         return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, S, H C) -> (B, S, D)
 
     def _project(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -305,7 +335,7 @@ def attention_mask(
     fused = config.attn_impl != "flex" and not config.needs_scores
     if plain and (n_queries == 1 or (offset == 0 and fused)):
         return None
-    if device.type == "cuda" and config.attn_impl != "sdpa" and offset == 0:
+    if device.type == "cuda" and config.attn_impl != "sdpa" and offset == 0 and not config.dropout:
         return _block_mask(window if windowed else n_queries, n_queries, sequence_ids, device)
     i = torch.arange(offset, offset + n_queries, device=device)[:, None]  # (S, 1)
     j = torch.arange(offset + n_queries, device=device)  # (P,)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -20,6 +21,7 @@ def plain_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Attention step by step, with float32 scores: the reference, and what modified scores use off CUDA.
 
@@ -31,6 +33,7 @@ def plain_attention(
         softcap: scores become `softcap * tanh(score / softcap)`.
         sinks: (H,) one score per head that joins the softmax and has no value.
         bias: broadcast to (B, H, S, P), added to the scores after the cap.
+        dropout: the part of the weights that is dropped; the others grow by 1 / (1 - dropout).
 
     Returns:
         (B, H, S, C) in the dtype of `q`.
@@ -50,6 +53,8 @@ def plain_attention(
         weights = torch.cat((scores, column), dim=-1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)
+    if dropout:
+        weights = F.dropout(weights, dropout)
     return (weights @ v.to(dtype)).to(q.dtype)
 
 

@@ -79,6 +79,10 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
     logit_scale: Annotated[float, Field(gt=0)] | Literal["inv_sqrt_d_model"] | None = None
     # What the gradient of embeddings is multiplied by (GLM-130B: Zeng et al. 2022, arXiv:2210.02414).
     embedding_fraction: float = Field(default=1.0, gt=0, le=1)
+    # The part that is dropped in training: of what attention and feed-forward blocks add to the residual stream, and of
+    # the embeddings. Weights of attention: attn_config.attn_pdrop.
+    resid_pdrop: float = Field(default=0.0, ge=0, lt=1)
+    emb_pdrop: float = Field(default=0.0, ge=0, lt=1)
     # Windows of the layers in turn, e.g. [127, -1]: layer i has entry i modulo the length. None: the same for
     # all, attn_config.sliding_window_size.
     attn_window_pattern: list[int] | None = None
@@ -131,6 +135,12 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
     def has_learned_positions(self) -> bool:
         """Whether there is a `wpe`."""
         return not self.attn_config.has_positions if self.learned_pos_emb is None else self.learned_pos_emb
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether a forward in training draws random numbers."""
+        adapters = 0.0 if self.lora is None else self.lora.dropout
+        return max(self.resid_pdrop, self.emb_pdrop, self.attn_config.dropout, adapters) > 0
 
     @property
     def logits_factor(self) -> float:
@@ -247,6 +257,7 @@ class Block(nn.Module):
         self.attn = config.attention.build(config.d_model, config.n_heads, config.norm)
         self.norm_2 = config.norm.build(config.d_model)
         self.ffn = config.ffn(layer).build(config.d_model, config.n_layers, layer)
+        self.dropout = config.resid_pdrop
 
     def forward(
         self, x: Tensor, rope: Rope | None, mask: Mask, keys: Tensor | None, cache: KVCache | None
@@ -260,9 +271,12 @@ class Block(nn.Module):
             keys: (B,) int64 noise keys of the rows in this layer, for a router with jitter.
             cache: this layer's keys and values of earlier tokens; it is extended.
         """
-        x = x + self.attn(self.norm_1(x), rope, mask, cache)  # (B, S, D)
+        x = x + self._kept(self.attn(self.norm_1(x), rope, mask, cache))  # (B, S, D)
         y, router = self.ffn(self.norm_2(x), keys)  # (B, S, D)
-        return BlockOutput(x + y, router)
+        return BlockOutput(x + self._kept(y), router)
+
+    def _kept(self, y: Tensor) -> Tensor:
+        return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
 
 class Head(nn.Module):
@@ -398,6 +412,8 @@ class CausalLM(nn.Module):
         if config.embedding_fraction != 1:
             still = x.detach()
             x = still + config.embedding_fraction * (x - still)  # the same values, bit for bit
+        if config.emb_pdrop:
+            x = F.dropout(x, config.emb_pdrop, self.training)
         rope = None
         if attention.rope:
             dim = attention.rotary_dim(config.d_model, config.n_heads)

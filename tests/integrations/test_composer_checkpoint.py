@@ -271,7 +271,7 @@ CONFIGS: list[tuple[dict[str, object] | None, str]] = [
     ({**BASE, "n_layers": 3}, "'transformer.blocks.2.norm_1.weight' is missing"),
     ({**BASE, "n_layers": 1}, "'transformer.blocks.1.attn.Wqkv.bias' has no place"),
     (MODELS["dmoe"], "ffn.experts.bias' is missing"),
-    ({**BASE, "resid_pdrop": 0.5}, "model.resid_pdrop: 0.5 is not supported"),
+    ({**BASE, "use_pad_tok_in_ffn": False}, "model.use_pad_tok_in_ffn: False is not supported"),
 ]
 
 
