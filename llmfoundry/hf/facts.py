@@ -39,12 +39,18 @@ def facts(config: CausalLMConfig) -> Facts:
         "final_logit_softcapping": config.final_logit_softcapping,
         "logit_scale": config.logits_factor,
         "learned_positions": config.max_seq_len if config.has_learned_positions else None,
+        "attn_position_pattern": _if_any([config.encodes_positions(layer) for layer in range(config.n_layers)], True),
+        "attn_reuse_kv_pattern": _if_any([config.kv_source(layer) for layer in range(config.n_layers)], None),
         "windows": [config.window(layer) for layer in range(config.n_layers)],
     }
     found |= _attention(config.attention, config.d_model, config.n_heads, config.norm)
     for layer in range(config.n_layers):
         found |= {f"ffn_config[layer {layer}].{key}": value for key, value in _ffn(config.ffn(layer)).items()}
     return found
+
+
+def _if_any(by_layer: list[bool] | list[int | None], usual: bool | None) -> object:
+    return None if all(value == usual for value in by_layer) else by_layer
 
 
 def differences(one: Facts, two: Facts) -> dict[str, tuple[object, object]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Literal, ParamSpec, Self, TypeVar
+from typing import Literal, NamedTuple, ParamSpec, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -86,15 +86,15 @@ class AttentionConfig(Choice, tag="attn_type"):
         """Dims of a head that rotate."""
         raise NotImplementedError
 
-    def n_params(self, d_model: int, n_heads: int, norm: NormConfig) -> int:
-        """Parameters of one layer."""
+    def n_params(self, d_model: int, n_heads: int, norm: NormConfig, reuses_kv: bool = False) -> int:
+        """Parameters of one layer, which may reuse keys and values of another."""
         raise NotImplementedError
 
     def score_dims(self, d_model: int, n_heads: int) -> float:
         """Mean of score dims and value dims, summed over heads: what one pair of query and key costs."""
         raise NotImplementedError
 
-    def build(self, d_model: int, n_heads: int, norm: NormConfig) -> nn.Module:
+    def build(self, d_model: int, n_heads: int, norm: NormConfig, reuses_kv: bool = False) -> nn.Module:
         """The module, whose forward is `(x, rope, mask, cache) -> (B, S, D)`."""
         raise NotImplementedError
 
@@ -188,38 +188,62 @@ class GroupedQueryConfig(
         """As in `AttentionConfig`: H * C."""
         return n_heads * self.rotary_dim(d_model, n_heads)
 
-    def n_params(self, d_model: int, n_heads: int, norm: NormConfig) -> int:
-        """Parameters of one layer."""
-        head, kv = self.rotary_dim(d_model, n_heads), self.kv_heads(n_heads)
+    def n_params(self, d_model: int, n_heads: int, norm: NormConfig, reuses_kv: bool = False) -> int:
+        """Parameters of one layer, which may reuse keys and values of another."""
+        head, kv = self.rotary_dim(d_model, n_heads), 0 if reuses_kv else self.kv_heads(n_heads)
         rows, columns = (n_heads + 2 * kv) * head, n_heads * head
         biases = (rows if self.bias else 0) + (d_model if self.out_bias else 0)
         norm = self.head_norm(norm)
-        norms = 2 * norm.n_params(head) if self.qk_norm else 0
+        norms = (1 if reuses_kv else 2) * norm.n_params(head) if self.qk_norm else 0
         if self.qk_ln:
             norms = norm.n_params(n_heads * head) + norm.n_params(kv * head)
         return (rows + columns) * d_model + biases + norms + (n_heads if self.sinks else 0)
 
-    def build(self, d_model: int, n_heads: int, norm: NormConfig) -> Attention:
+    def build(self, d_model: int, n_heads: int, norm: NormConfig, reuses_kv: bool = False) -> Attention:
         """The module."""
-        return Attention(self, d_model, n_heads, norm)
+        return Attention(self, d_model, n_heads, norm, reuses_kv)
+
+
+class KeysAndValues(NamedTuple):
+    """What queries attend to, for layers that share it: normalised, clipped and rotated."""
+
+    k: Tensor  # (B, G, P, C)
+    v: Tensor  # (B, G, P, C)
+
+
+class Attended(NamedTuple):
+    """The output of attention, and what it attended to."""
+
+    y: Tensor  # (B, S, D)
+    kv: KeysAndValues
 
 
 class Attention(nn.Module):
-    """Grouped-query attention. `wqkv` holds the rows of queries, then keys, then values."""
+    """Grouped-query attention. `wqkv` holds the rows of queries, then keys, then values.
 
-    def __init__(self, config: GroupedQueryConfig, d_model: int, n_heads: int, norm: NormConfig) -> None:
+    One that reuses the keys and values of an earlier layer has `wq` in its place.
+    """
+
+    def __init__(
+        self, config: GroupedQueryConfig, d_model: int, n_heads: int, norm: NormConfig, reuses_kv: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
         self.n_heads, self.kv_heads = n_heads, config.kv_heads(n_heads)
         self.head_dim = config.rotary_dim(d_model, n_heads)
         self.scale = self.head_dim**-0.5 if config.softmax_scale is None else config.softmax_scale
-        rows = (n_heads + 2 * self.kv_heads) * self.head_dim
-        self.wqkv = nn.Linear(d_model, rows, bias=bool(config.bias))
+        self.reuses_kv = reuses_kv
+        rows = (n_heads + (0 if reuses_kv else 2 * self.kv_heads)) * self.head_dim
+        if reuses_kv:
+            self.wq = nn.Linear(d_model, rows, bias=bool(config.bias))
+        else:
+            self.wqkv = nn.Linear(d_model, rows, bias=bool(config.bias))
         self.out_proj = nn.Linear(n_heads * self.head_dim, d_model, bias=bool(config.out_bias))
         if config.qk_norm or config.qk_ln:
             each, norm = not config.qk_ln, config.head_norm(norm)
             self.q_norm = norm.build(self.head_dim if each else n_heads * self.head_dim)
-            self.k_norm = norm.build(self.head_dim if each else self.kv_heads * self.head_dim)
+            if not reuses_kv:
+                self.k_norm = norm.build(self.head_dim if each else self.kv_heads * self.head_dim)
         self.sinks = nn.Parameter(torch.zeros(n_heads)) if config.sinks else None
         self.dropout = config.dropout
 
@@ -235,10 +259,25 @@ class Attention(nn.Module):
         Returns:
             (B, S, D).
         """
-        q, k, v = self._project(x, rope)  # (B, S, H, C), (B, S, G, C) twice
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, S, C), (B, G, S, C) twice
-        if cache is not None:
-            k, v = cache.append(k, v)  # (B, G, P, C)
+        return self.attend(x, rope, mask, cache, None).y
+
+    def attend(
+        self, x: Tensor, rope: Rope | None, mask: Mask, cache: KVCache | None, kv: KeysAndValues | None
+    ) -> Attended:
+        """As `forward`, for layers that share keys and values.
+
+        Args:
+            kv: those of the layer that this one reuses, earlier tokens included; the cache is left alone then.
+        """
+        q, own = self._project(x, rope)  # (B, H, S, C), (B, G, S, C) twice
+        if kv is None:
+            assert own is not None
+            kv = own if cache is None else KeysAndValues(*cache.append(own.k, own.v))  # (B, G, P, C)
+        return Attended(self.out_proj(self._weighted(q, kv, mask)), kv)
+
+    def _weighted(self, q: Tensor, kv: KeysAndValues, mask: Mask) -> Tensor:
+        """(B, H, S, C) -> (B, S, H C), the weighted values of all heads."""
+        k, v = kv
         bias, drop = None, self.dropout if self.training else 0.0
         if self.config.alibi and not isinstance(mask, BlockMask):
             bias = alibi_bias(self._slopes(q.device), q.shape[2], k.shape[2])  # (H, S, P)
@@ -258,25 +297,33 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(
                 q, k, v, mask, dropout_p=drop, is_causal=causal, scale=self.scale, enable_gqa=grouped
             )
-        return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, S, H C) -> (B, S, D)
+        return y.transpose(1, 2).flatten(2)  # (B, S, H C)
 
-    def _project(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, normalised, clipped and rotated as the config says."""
+    def _project(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, KeysAndValues | None]:
+        """Queries, and keys and values unless reused, normalised, clipped and rotated as the config says."""
         config, clip = self.config, self.config.clip_qkv
-        qkv = self.wqkv(x)  # (B, S, (H + 2G) C)
+        qkv = self.wq(x) if self.reuses_kv else self.wqkv(x)  # (B, S, (H + 2G) C)
         if clip is not None and not config.clip_qkv_after_norm:
             qkv = qkv.clamp(-clip, clip)
         heads = qkv.unflatten(-1, (-1, self.head_dim))  # (B, S, H + 2G, C)
+        if self.reuses_kv:
+            return self._finished(heads, "q_norm", rope), None
         q, k, v = heads.split((self.n_heads, self.kv_heads, self.kv_heads), dim=2)  # (B, S, H, C), (B, S, G, C) twice
-        if config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if config.qk_ln:
-            q, k = self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
         if clip is not None and config.clip_qkv_after_norm:
-            q, k, v = q.clamp(-clip, clip), k.clamp(-clip, clip), v.clamp(-clip, clip)
-        if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
-        return q, k, v
+            v = v.clamp(-clip, clip)
+        k = self._finished(k, "k_norm", rope)  # (B, G, S, C)
+        return self._finished(q, "q_norm", rope), KeysAndValues(k, v.transpose(1, 2))
+
+    def _finished(self, heads: Tensor, norm: str, rope: Rope | None) -> Tensor:
+        """Queries or keys (B, S, H, C), normalised, clipped if that comes after, and rotated: (B, H, S, C)."""
+        config, clip = self.config, self.config.clip_qkv
+        if config.qk_norm:
+            heads = getattr(self, norm)(heads)
+        if config.qk_ln:
+            heads = getattr(self, norm)(heads.flatten(2)).view_as(heads)
+        if clip is not None and config.clip_qkv_after_norm:
+            heads = heads.clamp(-clip, clip)
+        return (heads if rope is None else rotate(heads, rope)).transpose(1, 2)
 
     def _slopes(self, device: torch.device) -> Tensor:  # (H,)
         return alibi_slopes(self.n_heads, self.config.alibi_bias_max, device)

@@ -72,8 +72,8 @@ class LatentConfig(AttentionConfig, names=("multihead_latent_attention",)):
         """Mean of score dims and value dims, summed over heads, in training, where latents are expanded."""
         return n_heads * (self.qk_head_dim + self.v_head_dim) / 2
 
-    def n_params(self, d_model: int, n_heads: int, norm: NormConfig) -> int:
-        """Parameters of one layer."""
+    def n_params(self, d_model: int, n_heads: int, norm: NormConfig, reuses_kv: bool = False) -> int:
+        """Parameters of one layer; none reuses keys and values."""
         rank, q_rank = self.kv_lora_rank, self.q_lora_rank
         q_rows, down = n_heads * self.qk_head_dim, rank + self.qk_rope_head_dim
         keys_and_values = down * d_model + rank + rank * n_heads * (self.qk_nope_head_dim + self.v_head_dim)
@@ -82,7 +82,7 @@ class LatentConfig(AttentionConfig, names=("multihead_latent_attention",)):
         out = n_heads * self.v_head_dim * d_model + (d_model if self.out_bias else 0)
         return queries + keys_and_values + biases + out
 
-    def build(self, d_model: int, n_heads: int, norm: NormConfig) -> LatentAttention:
+    def build(self, d_model: int, n_heads: int, norm: NormConfig, reuses_kv: bool = False) -> LatentAttention:
         """The module."""
         return LatentAttention(self, d_model, n_heads)
 

@@ -1,5 +1,7 @@
 """What LLM Foundry's MPT can do beyond the MPT of `transformers`, against its formulas written out."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,8 @@ from llmfoundry.config import ConfigError, check
 from llmfoundry.hf.family import write_config
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.model.init import init_weights
-from llmfoundry.model.transformer import CausalLM, CausalLMConfig
+from llmfoundry.model.transformer import Cache, CausalLM, CausalLMConfig
+from llmfoundry.parallel.compile import compile_blocks
 from llmfoundry.parallel.recompute import recompute_blocks
 
 SMALL = {"d_model": 48, "n_heads": 4, "n_layers": 3, "vocab_size": 101, "max_seq_len": 32}
@@ -46,7 +49,16 @@ def test_a_fraction_of_the_gradient_reaches_embeddings() -> None:
     assert torch.equal(part.blocks[0].attn.wqkv.weight.grad, whole.blocks[0].attn.wqkv.weight.grad)
 
 
-@pytest.mark.parametrize("keys", [{"logit_scale": 0.5}, {"logit_scale": "inv_sqrt_d_model"}], ids=str)
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"logit_scale": 0.5},
+        {"logit_scale": "inv_sqrt_d_model"},
+        {"attn_reuse_kv_pattern": [0, -1, -1]},
+        {"attn_position_pattern": [True, False]},
+    ],
+    ids=str,
+)
 def test_no_family_exports_what_it_cannot_say(keys: dict[str, object]) -> None:
     base = {"no_bias": True, "attn_config": {"alibi": True}}
     config = check(ModelConfig, SMALL | base | keys)
@@ -126,3 +138,104 @@ def test_the_norm_of_heads_may_be_another_than_the_models() -> None:
         check(ModelConfig, SMALL | {"attn_config": own})
     with pytest.raises(ConfigError, match="lacks .*norm_type"):
         write_config(check(ModelConfig, SMALL | keys | {"attn_config": {"rope": True, "qk_ln": True} | own}))
+
+
+def _by_hand(model: CausalLM, tokens: torch.Tensor, layers: list[dict[str, int | bool]]) -> torch.Tensor:
+    """LLM Foundry's forward with `block_overrides`: each layer has its window, source of keys, and ALiBi or not."""
+    config, x = model.config, model.wte(tokens)
+    length, heads = tokens.shape[1], config.n_heads
+    far = torch.arange(length)[:, None] - torch.arange(length)  # (S, S) how far back
+    slopes = 2.0 ** (-8 / heads * torch.arange(1, heads + 1))
+    made: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for block, layer in zip(model.blocks, layers, strict=True):
+        attention, h = block.attn, block.norm_1(x)
+        rows = (attention.wq if layer["reuse"] else attention.wqkv)(h).unflatten(-1, (-1, config.d_model // heads))
+        rows = rows.clamp(-0.5, 0.5).transpose(1, 2)  # (B, H [+ 2G], S, C)
+        q = attention.q_norm(rows[:, :heads].transpose(1, 2).flatten(2)).unflatten(-1, (heads, -1)).transpose(1, 2)
+        if layer["reuse"]:
+            k, v = made[len(made) + layer["reuse"]]
+        else:
+            k, v = rows[:, heads:].chunk(2, dim=1)  # (B, G, S, C)
+            k = attention.k_norm(k.transpose(1, 2).flatten(2)).unflatten(-1, (2, -1)).transpose(1, 2)
+        made.append((k, v))
+        k, v = (each.repeat_interleave(heads // 2, dim=1) for each in (k, v))
+        scores = q @ k.transpose(-1, -2) * (config.d_model // heads) ** -0.5
+        if layer["positions"]:
+            scores = scores - slopes[:, None, None] * far
+        seen = (far >= 0) & ((far <= layer["window"]) if layer["window"] != -1 else True)
+        y = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v
+        x = x + attention.out_proj(y.transpose(1, 2).flatten(2))
+        x = x + block.ffn(block.norm_2(x)).y
+    return F.linear(model.norm_f(x), model.wte.weight)
+
+
+LAYERS = {
+    "n_layers": 6,
+    "attn_window_pattern": [-1, 4, 4],
+    "attn_reuse_kv_pattern": [0, 0, -1, -1, 0, -2],  # so layers 2 and 3 take those of 1, and 5 those of 1 again
+    "attn_position_pattern": [True, True, False, True, False, True],
+}
+ALIBI = {"attn_type": "grouped_query_attention", "kv_n_heads": 2, "alibi": True, "qk_ln": True, "clip_qkv": 0.5}
+
+
+def test_layers_reuse_keys_skip_positions_and_have_windows_of_their_own() -> None:
+    model, tokens = _model(**LAYERS, attn_config=ALIBI), _tokens(2, 14)
+    config = model.config
+    assert [config.kv_source(layer) for layer in range(6)] == [None, None, 1, 1, None, 1]
+    assert config.n_params() == sum(p.numel() for p in model.parameters())
+    layers = [
+        {
+            "window": config.window(i),
+            "reuse": 0 if source is None else source - i,
+            "positions": config.encodes_positions(i),
+        }
+        for i, source in enumerate(map(config.kv_source, range(6)))
+    ]
+    torch.testing.assert_close(model(tokens).logits, _by_hand(model, tokens, layers), rtol=1e-6, atol=1e-6)
+    saved = check(CausalLMConfig, SMALL | LAYERS | {"attn_reuse_kv_pattern": None, "attn_config": ALIBI}).n_params()
+    assert saved - config.n_params() == 3 * (2 * 2 * 12 * (48 + 1) + 2 * 24), "keys, values, and the norm of keys"
+
+
+@pytest.mark.parametrize("attention", [ALIBI, {"rope": True}], ids=["alibi", "rope"])
+@pytest.mark.parametrize("chunks", [(10,) + (1,) * 4, (1,) * 14, (6, 8)])
+def test_the_cache_serves_layers_that_reuse_it(attention: dict[str, object], chunks: tuple[int, ...]) -> None:
+    model, tokens, cache = _model(**LAYERS, attn_config=attention), _tokens(2, 14), Cache(6)
+    with torch.no_grad():
+        parts = [model(part, cache=cache).logits for part in tokens.split(chunks, dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens).logits, rtol=0, atol=1e-11)
+    assert [layer.length for layer in cache.layers] == [14, 14, 0, 0, 14, 0] and cache.length == 14
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_layers_that_share_learn_the_same_when_computed_again(mode: str, compiled: bool) -> None:
+    keys = LAYERS | {"attn_config": {"rope": True}}
+    tokens, found = _tokens(2, 12), []
+    for changed in (False, True):
+        model = _model(**keys)
+        if changed:
+            recompute_blocks(model.blocks, mode, None, in_graph=compiled)
+            if compiled:
+                torch._dynamo.reset()
+                with pytest.MonkeyPatch.context() as patch:  # no code: the graphs
+                    patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+                    compile_blocks(model)
+        model(tokens, tokens).loss_sum.backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-9, atol=1e-10, msg=name)
+        assert gradient.any(), name
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"attn_reuse_kv_pattern": [-1]}, "must lead to earlier layers"),
+        ({"attn_reuse_kv_pattern": [0, 1]}, "must lead to earlier layers"),
+        ({"attn_reuse_kv_pattern": []}, "must lead to earlier layers"),
+        ({"attn_position_pattern": [False]}, "turns off rope or alibi, and neither is on"),
+    ],
+)
+def test_patterns_without_meaning_are_refused(keys: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        check(ModelConfig, SMALL | keys)
