@@ -69,3 +69,94 @@ def _layer_norm(model: Tree) -> list[str]:
         attention["norm_eps"] = _LAYER_NORM_EPS
         said.append(f"model.attn_config.norm_eps: {_LAYER_NORM_EPS}")
     return said
+
+
+def rope_impl(model: Tree, value: object) -> list[str]:
+    """Which code rotates: `dail` reads rope_dail_config alone, `hf` reads rope_hf_config alone."""
+    if value not in ("dail", "hf"):
+        raise ConfigError(f"model.attn_config.rope_impl: {value!r} is not supported; write dail or hf")
+    attention = attention_of(model)
+    other = "rope_hf_config" if value == "dail" else "rope_dail_config"
+    if attention.pop(other, None) is None:
+        return ["left out: both rotate alike"]
+    return [f"left out, with {other}, which {value} does not read"]
+
+
+def rope_dail(model: Tree, value: object) -> list[str]:
+    """Its type `xpos` is another rotation; the rest tunes."""
+    kind = value.get("type", "original") if isinstance(value, dict) else value
+    if kind not in (None, "original"):
+        raise ConfigError(f"model.attn_config.rope_dail_config.type: {kind!r} is not supported; write original")
+    return ["left out: it changes no value"]
+
+
+def block_overrides(model: Tree, value: object) -> list[str]:
+    """Layers that differ: windows, whose keys they reuse, and positions, each as a pattern of all layers."""
+    if value is None:
+        return ["left out: all layers are alike"]
+    where = "model.block_overrides"
+    if not isinstance(value, dict) or not isinstance(value.get("order"), list):
+        raise ConfigError(f"{where}: must hold order, a list, and overrides, found {value!r}")
+    overrides = value.get("overrides")
+    if not isinstance(overrides, dict) or "default" in overrides:
+        raise ConfigError(f"{where}.overrides: must map names to settings, and `default` is the layer without any")
+    if unknown := value.keys() - {"order", "overrides", "repeat"}:
+        raise ConfigError(f"{where}.{min(unknown)}: unknown key")
+    names = _expanded(value["order"], f"{where}.order") * _repeats(value, where)
+    if len(names) != model.get("n_layers"):
+        raise ConfigError(f"{where}: order and repeat give {len(names)} layers, n_layers is {model.get('n_layers')!r}")
+    if lost := set(names) - {"default", *overrides}:
+        raise ConfigError(f"{where}.order: {min(lost)!r} is not in overrides; it holds {', '.join(sorted(overrides))}")
+    settings = {name: _override(override, f"{where}.overrides.{name}") for name, override in overrides.items()}
+    attention, said = attention_of(model), []
+    usual = {"sliding_window_size": attention.get("sliding_window_size", -1), "reuse_kv_layer_idx": 0, "nope": False}
+    for key, ours in (
+        ("sliding_window_size", "attn_window_pattern"),
+        ("reuse_kv_layer_idx", "attn_reuse_kv_pattern"),
+        ("nope", "attn_position_pattern"),
+    ):
+        by_layer = [settings.get(name, {}).get(key, usual[key]) for name in names]
+        if all(each == usual[key] for each in by_layer):
+            continue
+        model[ours] = [not each for each in by_layer] if key == "nope" else by_layer
+        said.append(f"model.{ours}: {model[ours]}")
+        attention.pop(key, None)
+    return said or ["left out: all layers are alike"]
+
+
+def _expanded(order: object, where: str) -> list[str]:
+    """The names of an order of names and orders, each as often as it is repeated."""
+    names: list[str] = []
+    for item in order if isinstance(order, list) else [order]:
+        if not isinstance(item, dict) or ("name" in item) == ("order" in item):
+            raise ConfigError(f"{where}: each item has either a name or an order, found {item!r}")
+        if unknown := item.keys() - {"name", "order", "repeat"}:
+            raise ConfigError(f"{where}.{min(unknown)}: unknown key")
+        inner = [str(item["name"])] if "name" in item else _expanded(item["order"], where)
+        names += inner * _repeats(item, where)
+    return names
+
+
+def _repeats(block: Tree, where: str) -> int:
+    repeat = block.get("repeat", 1)
+    if not isinstance(repeat, int) or isinstance(repeat, bool) or repeat < 1:
+        raise ConfigError(f"{where}.repeat: must be a whole number, 1 or more, found {repeat!r}")
+    return repeat
+
+
+def _override(override: object, where: str) -> Tree:
+    """The settings of attention in one kind of layer."""
+    if not isinstance(override, dict) or override.keys() - {"attn_config"}:
+        raise ConfigError(f"{where}: only attn_config can differ between layers, found {override!r}")
+    settings = override.get("attn_config") or {}
+    for key in settings if isinstance(settings, dict) else ["attn_config"]:
+        if key not in ("sliding_window_size", "reuse_kv_layer_idx", "nope"):
+            raise ConfigError(
+                f"{where}.attn_config.{key}: is not supported; sliding_window_size, reuse_kv_layer_idx and nope are"
+            )
+    step = settings.get("reuse_kv_layer_idx", -1)
+    if not isinstance(step, int) or step >= 0:
+        raise ConfigError(
+            f"{where}.attn_config.reuse_kv_layer_idx: must be negative, how many layers before, found {step!r}"
+        )
+    return settings

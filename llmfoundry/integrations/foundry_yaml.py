@@ -27,7 +27,6 @@ _GONE = {
     "callbacks.scheduled_gc": "collections are not forced",
     "model.init_device": "models are always built on meta",
     "model.fc_type": "linear layers are torch's",
-    "model.attn_config.rope_dail_config": "",
     "model.ffn_config.fc_type": "linear layers are torch's",
     "model.ffn_config.moe_lbl_in_fp32": "the balance loss is always float32",
     "model.ffn_config.moe_zloss_in_fp32": "the z-loss is always float32",
@@ -60,14 +59,12 @@ _GONE = {
 }
 # Keys that do change values, with the only value that means what we do.
 _ONLY = {
-    "model.attn_config.rope_impl": ("dail", "hf"),
     "model.attn_config.prefix_lm": (False,),
     "model.loss_fn": ("fused_crossentropy", "torch_crossentropy"),
     "model.use_cache": (True, False),
     "model.use_pad_tok_in_ffn": (True,),
     "model.ffn_config.moe_weight_parallelism": (False,),
     "model.ffn_config.moe_expert_model_parallelism": (True, False),
-    "model.block_overrides": (None,),
     "model.attn_config.nope": (False,),
     "model.attn_config.attn_temperature_tuning": (None, False, {"floor_scale": 8192, "attn_scale": 0.0}),
     "model.ffn_config.expert_parallel_group": (None,),
@@ -368,8 +365,11 @@ _MOVED: dict[str, Callable[[Tree, object], list[str]]] = {
         path: _off_at_zero(path)
         for path in ("model.ffn_config.moe_jitter_eps", "model.ffn_config.moe_normalize_expert_weights")
     },
+    "model.attn_config.rope_impl": _of_model(foundry_model.rope_impl),  # before those that it may take away
+    "model.attn_config.rope_dail_config": _of_model(foundry_model.rope_dail),
     "model.attn_config.rope_hf_config": _rope_hf,
     "model.learned_pos_emb": _learned_pos_emb,
+    "model.block_overrides": _of_model(foundry_model.block_overrides),
     "model.head_dim": _of_model(foundry_model.head_dim),
     "model.attn_config.qk_gn": _of_model(foundry_model.group_norm),
     "model.attn_config.kv_dim": _of_model(foundry_model.kv_dim),

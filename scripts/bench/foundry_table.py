@@ -29,6 +29,7 @@ _CHANGED = {
     "compile_config": [{}, None],
     "model.attention_bias": [True],
     "model.head_dim": [128],
+    "model.attn_config.rope_impl": ["dail"],
     "model.norm_type": ["triton_rmsnorm"],
     "model.attn_config.qk_gn": [True],
     "model.attn_config.attn_impl": ["flash", "torch"],
