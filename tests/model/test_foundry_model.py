@@ -207,9 +207,10 @@ def test_the_cache_serves_layers_that_reuse_it(attention: dict[str, object], chu
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_layers_that_share_learn_the_same_when_computed_again(mode: str, compiled: bool) -> None:
-    keys = LAYERS | {"attn_config": {"rope": True}}
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+@pytest.mark.parametrize("drops", [0.0, 0.2])
+def test_layers_that_share_learn_the_same_when_computed_again(mode: str, compiled: bool, drops: float) -> None:
+    keys = LAYERS | {"attn_config": {"rope": True, "attn_pdrop": drops}, "resid_pdrop": drops, "emb_pdrop": drops}
     tokens, found = _tokens(2, 12), []
     for changed in (False, True):
         model = _model(**keys)
@@ -220,6 +221,7 @@ def test_layers_that_share_learn_the_same_when_computed_again(mode: str, compile
                 with pytest.MonkeyPatch.context() as patch:  # no code: the graphs
                     patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
                     compile_blocks(model)
+        torch.manual_seed(3)
         model(tokens, tokens).loss_sum.backward()
         found.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in found[0].items():
@@ -239,3 +241,54 @@ def test_layers_that_share_learn_the_same_when_computed_again(mode: str, compile
 def test_patterns_without_meaning_are_refused(keys: dict[str, object], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         check(ModelConfig, SMALL | keys)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+@pytest.mark.parametrize("alibi", [False, True], ids=["rope", "alibi"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_on_a_gpu_the_gradient_is_that_of_what_was_dropped(
+    compiled: bool, mode: str, alibi: bool, packed: bool
+) -> None:
+    """By differences of the loss along the gradient, for each way to run has its own random numbers."""
+    attention = {"alibi": alibi, "rope": not alibi, "attn_pdrop": 0.4, "attn_uses_sequence_id": packed}
+    shape = {"d_model": 64, "max_seq_len": 128, "n_layers": 3, "attn_reuse_kv_pattern": [0, -1, 0]}
+    model = _model(**shape, attn_config=attention, resid_pdrop=0.4, emb_pdrop=0.4).float().cuda()
+    recompute_blocks(model.blocks, mode, None, in_graph=compiled)
+    if compiled:
+        torch._dynamo.reset()
+        compile_blocks(model)
+    tokens, ids = _tokens(4, 128).cuda(), (torch.arange(128, device="cuda") // 50).int().expand(4, -1)
+
+    def loss() -> torch.Tensor:
+        torch.manual_seed(3)
+        return model(tokens, tokens, sequence_ids=ids).loss_sum
+
+    loss().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    norm = torch.stack([g.norm() for g in gradients]).norm().item()
+    step, found = 0.5 / norm, []  # the loss changes by about 0.5 of some 2,000 nats, each side
+    for sign in (1, -2):
+        with torch.no_grad():
+            for p, g in zip(model.parameters(), gradients, strict=True):
+                p.add_(g, alpha=sign * step / norm)
+        found.append(loss().item())
+    assert (found[0] - found[1]) / (2 * step) == pytest.approx(norm, rel=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", [ALIBI, {"rope": True}], ids=["alibi", "rope"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_layers_that_share_are_the_same_on_a_gpu(attention: dict[str, object], compiled: bool) -> None:
+    keys = LAYERS | {"d_model": 64, "max_seq_len": 128, "attn_config": attention}
+    model, tokens = _model(**keys), _tokens(2, 128)
+    model(tokens, tokens).loss_sum.backward()
+    true = {name: p.grad for name, p in model.named_parameters()}
+    model = _model(**keys).float().cuda()
+    if compiled:
+        torch._dynamo.reset()
+        compile_blocks(model)
+    model(tokens.cuda(), tokens.cuda()).loss_sum.backward()
+    for name, p in model.named_parameters():  # torch's Triton template may use TF32, whose mantissa has 10 bits
+        assert (p.grad.double().cpu() - true[name]).norm() <= 2e-2 * true[name].norm(), name
