@@ -20,7 +20,8 @@ from llmfoundry.model.transformer import CausalLMConfig
 _ROOT = "transformer."  # of every tensor of theirs but an untied head
 _HEAD = "lm_head.weight"
 _ATTENTION = {
-    "attn.wqkv": "attn.Wqkv", "attn.out_proj": "attn.out_proj", "attn.q_norm": "attn.q_ln", "attn.k_norm": "attn.k_ln"
+    "attn.wqkv": "attn.Wqkv", "attn.wq": "attn.Wq", "attn.out_proj": "attn.out_proj", "attn.q_norm": "attn.q_ln",
+    "attn.k_norm": "attn.k_ln",
 }  # fmt: skip
 
 
@@ -59,6 +60,8 @@ def _add(pieces: Pieces, name: str, specs: Mapping[str, Spec]) -> None:
     parts = name.split(".")
     if name == _HEAD:
         pieces.add(name, name)
+    elif parts[0] == "blocks" and parts[3] == "wqkv" and f"{_ROOT}blocks.{parts[1]}.attn.Wk.{parts[-1]}" in specs:
+        _add_unfused(pieces, name, f"{_ROOT}blocks.{parts[1]}.attn", specs)
     elif parts[0] != "blocks" or parts[2] != "ffn":
         pieces.add(name, _ROOT + _renamed(name))
     elif parts[3] == "experts":
@@ -75,6 +78,16 @@ def _renamed(name: str) -> str:
     for ours, theirs in _ATTENTION.items():
         name = name.replace(f".{ours}.", f".{theirs}.")
     return name
+
+
+def _add_unfused(pieces: Pieces, name: str, theirs: str, specs: Mapping[str, Spec]) -> None:
+    """`attn_config.fused_qkv: false` keeps queries, keys and values apart."""
+    kind, start = name.rsplit(".", 1)[1], 0
+    for part in ("Wq", "Wk", "Wv"):
+        spec = specs.get(f"{theirs}.{part}.{kind}")
+        rows = 0 if spec is None else spec.shape[0]
+        pieces.add(name, f"{theirs}.{part}.{kind}", (slice(start, start + rows),))
+        start += rows
 
 
 def _add_dense(pieces: Pieces, name: str, specs: Mapping[str, Spec]) -> None:

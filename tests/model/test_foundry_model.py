@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from llmfoundry.config import ConfigError, check
 from llmfoundry.hf.family import write_config
+from llmfoundry.layers.lora import adapters
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.model.init import init_weights
 from llmfoundry.model.transformer import Cache, CausalLM, CausalLMConfig
@@ -229,6 +230,25 @@ def test_layers_that_share_learn_the_same_when_computed_again(mode: str, compile
         assert gradient.any(), name
 
 
+def test_adapters_of_queries_reach_layers_that_have_nothing_else() -> None:
+    lora = {"rank": 2, "alpha": 4.0, "target_modules": ["q_proj", "k_proj", "v_proj"]}
+    model = _model(**LAYERS, attn_config=ALIBI, lora=lora)
+    adapted = {name for name, _, _ in adapters(model)}
+    assert adapted == {f"blocks.{i}.attn.{'wq' if i in (2, 3, 5) else 'wqkv'}" for i in range(6)}
+
+
+@pytest.mark.parametrize("attention", [{"alibi": True}, {}, {"rope": True}], ids=["alibi", "learned", "rope"])
+def test_documents_of_a_row_are_told_apart_and_their_positions_are_the_rows(attention: dict[str, bool]) -> None:
+    """As in LLM Foundry, whose sequence_id changes the mask alone: only learned positions then tell where a row was."""
+    model, tokens = _model(attn_config=attention | {"attn_uses_sequence_id": True}), _tokens(1, 20)
+    ids = (torch.arange(20) >= 8).int()[None]
+    packed = model(tokens, sequence_ids=ids).logits[:, 8:]
+    alone = model(tokens[:, 8:]).logits
+    assert torch.allclose(packed, alone, rtol=0, atol=1e-4) == bool(attention)
+    shifted = model(tokens[:, 8:], positions=torch.arange(8, 20)[None]).logits
+    torch.testing.assert_close(packed, shifted, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
@@ -290,5 +310,8 @@ def test_layers_that_share_are_the_same_on_a_gpu(attention: dict[str, object], c
         torch._dynamo.reset()
         compile_blocks(model)
     model(tokens.cuda(), tokens.cuda()).loss_sum.backward()
-    for name, p in model.named_parameters():  # torch's Triton template may use TF32, whose mantissa has 10 bits
-        assert (p.grad.double().cpu() - true[name]).norm() <= 2e-2 * true[name].norm(), name
+    # torch's Triton template may use TF32, whose mantissa has 10 bits. The bias of keys moves all scores of a query by
+    # as much: its gradient is 0 but for rounding.
+    least = 1e-4 * max(gradient.norm().item() for gradient in true.values())
+    for name, p in model.named_parameters():
+        assert (p.grad.double().cpu() - true[name]).norm() <= 2e-2 * true[name].norm() + least, name
