@@ -24,7 +24,8 @@ from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 _ROOT = "transformer."  # of every tensor of theirs but an untied head
 _HEAD = "lm_head.weight"
 _ATTENTION = {
-    "attn.wqkv": "attn.Wqkv", "attn.out_proj": "attn.out_proj", "attn.q_norm": "attn.q_ln", "attn.k_norm": "attn.k_ln"
+    "attn.wqkv": "attn.Wqkv", "attn.wq": "attn.Wq", "attn.out_proj": "attn.out_proj", "attn.q_norm": "attn.q_ln",
+    "attn.k_norm": "attn.k_ln",
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from llmfoundry.config import Choice, dump
 from llmfoundry.layers.attention import AttentionConfig, GroupedQueryConfig
 from llmfoundry.layers.ffn import FFNConfig
+from llmfoundry.layers.norm import NormConfig
 from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.layer import MoEConfig
 
@@ -16,7 +17,7 @@ Facts = dict[str, object]
 
 # Of attention and feed-forward blocks: speed, or training alone.
 _NO_FUNCTION = {
-    "attn_impl", "attn_uses_sequence_id",
+    "attn_impl", "attn_uses_sequence_id", "attn_pdrop",
     "moe_impl", "mlp_impl", "moe_loss_weight", "moe_zloss_weight", "moe_lbl_scope", "moe_lbl_accumulation",
     "moe_lbl_layers", "moe_jitter_eps",
 }  # fmt: skip
@@ -38,13 +39,20 @@ def facts(config: CausalLMConfig) -> Facts:
         "norm_bias": config.norm.bias and not config.norm.is_rms,
         "tie_word_embeddings": config.tie_word_embeddings,
         "final_logit_softcapping": config.final_logit_softcapping,
+        "logit_scale": config.logits_factor,
         "learned_positions": config.max_seq_len if config.has_learned_positions else None,
+        "attn_position_pattern": _if_any([config.encodes_positions(layer) for layer in range(config.n_layers)], True),
+        "attn_reuse_kv_pattern": _if_any([config.kv_source(layer) for layer in range(config.n_layers)], None),
         "windows": [config.window(layer) for layer in range(config.n_layers)],
     }
-    found |= _attention(config.attention, config.d_model, config.n_heads)
+    found |= _attention(config.attention, config.d_model, config.n_heads, config.norm)
     for layer in range(config.n_layers):
         found |= {f"ffn_config[layer {layer}].{key}": value for key, value in _ffn(config.ffn(layer)).items()}
     return found
+
+
+def _if_any(by_layer: list[bool] | list[int | None], usual: bool | None) -> object:
+    return None if all(value == usual for value in by_layer) else by_layer
 
 
 def differences(one: Facts, two: Facts) -> dict[str, tuple[object, object]]:
@@ -71,7 +79,7 @@ def weight_differences(stored: CausalLMConfig, model: CausalLMConfig) -> dict[st
     return found
 
 
-def _attention(attention: AttentionConfig, d_model: int, n_heads: int) -> Facts:
+def _attention(attention: AttentionConfig, d_model: int, n_heads: int, norm: NormConfig) -> Facts:
     said = _settings(attention)
     if isinstance(attention, GroupedQueryConfig):
         head_dim = attention.rotary_dim(d_model, n_heads)
@@ -83,6 +91,9 @@ def _attention(attention: AttentionConfig, d_model: int, n_heads: int) -> Facts:
             "softmax_scale": head_dim**-0.5 if scale is None else scale,
             "clip_qkv_after_norm": attention.clip_qkv is not None and attention.clip_qkv_after_norm,
         }
+        own = attention.head_norm(norm)
+        said |= {"norm_type": None if own.is_rms == norm.is_rms else own.norm_type}
+        said |= {"norm_eps": None if own.eps == norm.eps else own.eps}
     if attention.rope:
         said["rope_scaling"] = _settings(attention.rope_scaling)
     else:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llmfoundry.config import ConfigError
+from llmfoundry.integrations import foundry_model
 from llmfoundry.integrations.hf_causal_lm import hugging_face_model
 
 Tree = dict[str, object]
@@ -26,7 +27,6 @@ _GONE = {
     "callbacks.scheduled_gc": "collections are not forced",
     "model.init_device": "models are always built on meta",
     "model.fc_type": "linear layers are torch's",
-    "model.attn_config.rope_dail_config": "",
     "model.ffn_config.fc_type": "linear layers are torch's",
     "model.ffn_config.moe_lbl_in_fp32": "the balance loss is always float32",
     "model.ffn_config.moe_zloss_in_fp32": "the z-loss is always float32",
@@ -36,7 +36,6 @@ _GONE = {
     "model.additional_train_metrics": "the training loss is always logged",
     "model.activation_checkpointing_target": "parallel.recompute names what is computed again",
     "model.attn_config.fused_qkv": "one matrix in any case",
-    "model.init_config.init_nonlinearity": "",
     "model.ffn_config.remat_act_fn": "",
     "model.ffn_config.fp16": "precision says it",
     "model.ffn_config.bf16": "precision says it",
@@ -60,24 +59,13 @@ _GONE = {
 }
 # Keys that do change values, with the only value that means what we do.
 _ONLY = {
-    "model.attn_config.attn_pdrop": (0, 0.0),
-    "model.attn_config.rope_impl": ("dail", "hf"),
     "model.attn_config.prefix_lm": (False,),
-    "model.attn_config.qk_gn": (False,),
-    "model.resid_pdrop": (0, 0.0),
-    "model.emb_pdrop": (0, 0.0),
-    "model.logit_scale": (None,),
     "model.loss_fn": ("fused_crossentropy", "torch_crossentropy"),
     "model.use_cache": (True, False),
     "model.use_pad_tok_in_ffn": (True,),
     "model.ffn_config.moe_weight_parallelism": (False,),
     "model.ffn_config.moe_expert_model_parallelism": (True, False),
-    "model.embedding_fraction": (1, 1.0),
-    "model.block_overrides": (None,),
-    "model.head_dim": (None,),
-    "model.init_config.emb_init_uniform_lim": (None,),
     "model.attn_config.nope": (False,),
-    "model.attn_config.kv_dim": (None,),
     "model.attn_config.attn_temperature_tuning": (None, False, {"floor_scale": 8192, "attn_scale": 0.0}),
     "model.ffn_config.expert_parallel_group": (None,),
     "model.ffn_config.pipeline_model_parallel_size": (1,),
@@ -150,7 +138,7 @@ def translate(data: Tree) -> tuple[Tree, list[str]]:
             except ConfigError as error:
                 mistakes.append(str(error))
     if theirs:  # in a file of ours, a missing save_folder is a mistake
-        for fill in (_made_up_name, _temporary_folder, _packed):
+        for fill in (_made_up_name, _temporary_folder, _packed, _head_norms):
             try:
                 notes += fill(data)
             except ConfigError as error:
@@ -197,6 +185,12 @@ def _packed(data: Tree) -> list[str]:
     return [f"train_loader.dataset.packing_ratio={ratio!r}: is now {said}; examples that share a row are kept apart"]
 
 
+def _head_norms(data: Tree) -> list[str]:
+    """Give queries and keys the norm that they have there."""
+    model = data.get("model")
+    return foundry_model.layer_norm(model) if isinstance(model, dict) else []
+
+
 def _launcher(key: str) -> int:
     """A number that all ranks of this node agree on: the process that started them.
 
@@ -219,6 +213,7 @@ def _duration(value: object) -> str | None:
 
 _RENAMED_VALUES = {
     "model.attn_config.attn_impl": {"flash": "auto", "torch": "sdpa"},
+    "model.norm_type": {"triton_rmsnorm": "rmsnorm"},
 }
 
 
@@ -355,6 +350,17 @@ def _eval_workers(data: Tree, value: object) -> list[str]:
     return ["0, evaluation reads as it goes"] if value else []
 
 
+def _of_model(apply: Callable[[Tree, object], list[str]]) -> Callable[[Tree, object], list[str]]:
+    """A change of the block `model`."""
+
+    def moved(data: Tree, value: object) -> list[str]:
+        model = data["model"]
+        assert isinstance(model, dict)
+        return apply(model, value)
+
+    return moved
+
+
 _MOVED: dict[str, Callable[[Tree, object], list[str]]] = {
     "model.ffn_config.moe_world_size": _moe_world_size,
     "model.ffn_config.moe_capacity_factor": _capacity,
@@ -362,8 +368,15 @@ _MOVED: dict[str, Callable[[Tree, object], list[str]]] = {
         path: _off_at_zero(path)
         for path in ("model.ffn_config.moe_jitter_eps", "model.ffn_config.moe_normalize_expert_weights")
     },
+    "model.attn_config.rope_impl": _of_model(foundry_model.rope_impl),  # before those that it may take away
+    "model.attn_config.rope_dail_config": _of_model(foundry_model.rope_dail),
     "model.attn_config.rope_hf_config": _rope_hf,
     "model.learned_pos_emb": _learned_pos_emb,
+    "model.block_overrides": _of_model(foundry_model.block_overrides),
+    "model.head_dim": _of_model(foundry_model.head_dim),
+    "model.attn_config.qk_gn": _of_model(foundry_model.group_norm),
+    "model.attn_config.kv_dim": _of_model(foundry_model.kv_dim),
+    "model.attn_config.clip_qkv": _off_at_zero("model.attn_config.clip_qkv"),
     "eval_loader.num_workers": _eval_workers,
     "loggers.wandb.name": _wandb_name,
     "model.name": _model,

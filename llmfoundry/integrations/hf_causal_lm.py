@@ -36,8 +36,16 @@ _ONLY: dict[str, tuple[object, str]] = {
     "pretrained_lora_id_or_path": (None, "merge the adapter into its base first, with peft's merge_and_unload"),
 }
 _LENGTHS = ("max_seq_len", "n_positions", "max_position_embeddings", "n_ctx")
-_DROPOUTS = ("dropout", "resid_pdrop", "embd_pdrop", "emb_pdrop", "attn_pdrop", "resid_dropout", "embed_dropout",
-             "attention_dropout")  # fmt: skip
+_WEIGHTS, _RESIDUAL, _EMBEDDINGS = "attn_config.attn_pdrop", "resid_pdrop", "emb_pdrop"
+# What a config.json drops in training, and our keys for it; those of all families, and of some.
+_DROPOUT = {"attention_dropout": (_WEIGHTS,)}
+_DROPOUT_OF: dict[str, dict[str, tuple[str, ...]]] = {
+    "dbrx": {"resid_pdrop": (_RESIDUAL,), "attn_config.attn_pdrop": (_WEIGHTS,)},
+    "gpt2": {"resid_pdrop": (_RESIDUAL,), "embd_pdrop": (_EMBEDDINGS,), "attn_pdrop": (_WEIGHTS,)},
+    "gpt_neo": {"resid_dropout": (_RESIDUAL,), "embed_dropout": (_EMBEDDINGS,)},
+    "mpt": {"attn_config.attn_pdrop": (_WEIGHTS, _RESIDUAL)},  # theirs uses the one for both
+    "opt": {"dropout": (_RESIDUAL,)},
+}
 _OURS = ("ffn_config", "attn_config", "lora", "vocab_size", "init_config")  # keys of ours that may stand beside
 
 
@@ -126,12 +134,6 @@ def _our_model(name: str, overrides: Tree, peft: object) -> tuple[Tree, list[str
             f"model: {name} is trained as the module of transformers ({settings.get('model_type')}): FSDP, checkpoints "
             "and adapters as always, none of our kernels"
         )
-    else:
-        notes += [
-            f"model: {key}={settings[key]} of {name} is not applied: no dropout here, as in evaluation"
-            for key in _DROPOUTS
-            if settings.get(key)
-        ]
     attention = overrides.pop("attn_config", None) or {}
     documents = attention.pop("attn_uses_sequence_id", None) if isinstance(attention, dict) else None
     if attention:
@@ -151,12 +153,43 @@ def _our_model(name: str, overrides: Tree, peft: object) -> tuple[Tree, list[str
         config = config.model_copy(update={"attn_config": attn})
     model = dump(config)
     assert isinstance(model, dict)
+    if not as_it_is:
+        notes += _add_dropout(model, name, _merged(settings, overrides))
     if peft:
         assert isinstance(peft, dict)
         model["lora"], said = _lora(peft, lambda wanted: wanted if as_it_is else targets_of(family, config, wanted))
         notes += said
     allow = [f"model.{key}" for key in weight_differences(stored, config)]
     return model, allow, notes
+
+
+def _add_dropout(model: Tree, name: str, settings: Tree) -> list[str]:
+    """Give a model the dropout that a config.json asks for, in place; returns notes."""
+    from transformers import CONFIG_MAPPING
+
+    kind = str(settings["model_type"])
+    theirs: Tree = CONFIG_MAPPING[kind]().to_dict() | settings  # with the defaults of what it leaves out
+    notes = []
+    for path, ours in (_DROPOUT_OF.get(kind, {}) | _DROPOUT).items():
+        block, _, key = path.rpartition(".")
+        inner = theirs.get(block, {}) if block else theirs
+        value = inner.get(key) if isinstance(inner, dict) else None
+        if not value:
+            continue
+        targets = [target for target in ours if _put(model, target, value)]
+        said = f"is now {', '.join(f'model.{target}' for target in targets)}" if targets else "is not applied here"
+        notes.append(f"model: {path}={value} of {name} {said}")
+    return notes
+
+
+def _put(model: Tree, path: str, value: object) -> bool:
+    """Set a key of our model; False where the model has no such key."""
+    block, _, key = path.rpartition(".")
+    inner = model[block] if block else model
+    assert isinstance(inner, dict)
+    if key in inner:
+        inner[key] = value
+    return key in inner
 
 
 def _lora(peft: Tree, targets: Callable[[str | list[str]], str | list[str]]) -> tuple[Tree, list[str]]:

@@ -1,4 +1,4 @@
-"""Causal self-attention: grouped queries, rotary positions or ALiBi, windows, documents, and the key-value cache.
+"""Causal self-attention: grouped queries, rotary positions or ALiBi, windows and documents.
 
 Shapes: B rows, S sequence (queries of this call), P keys seen (P = S without a cache), D d_model, H query
 heads, G kv heads, C head_dim.
@@ -10,9 +10,8 @@ Otherwise it is a FlexAttention `BlockMask` on CUDA and a boolean tensor elsewhe
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
-from typing import Literal, ParamSpec, Self, TypeVar
+from typing import Literal, NamedTuple, ParamSpec, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +26,10 @@ from torch.nn.attention.flex_attention import (
 )
 
 from llmfoundry.config import Choice
-from llmfoundry.layers.norm import NormConfig
+from llmfoundry.layers.kv_cache import KVCache
+from llmfoundry.layers.norm import NormConfig, NormType
 from llmfoundry.layers.rope import NoScaling, Rope, RopeScaling, rotate
+from llmfoundry.layers.scores import alibi_bias, alibi_slopes, plain_attention
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -40,40 +41,6 @@ FULL = -1  # the window that sees every earlier token
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """Compile at first use: doing so at import would cost every command seconds."""
     return torch.compile(function)
-
-
-class KVCache:
-    """Keys and values of one layer's earlier tokens (or their latents), in buffers that grow by doubling."""
-
-    def __init__(self, capacity: int = 0) -> None:
-        self.capacity = capacity
-        self.length = 0
-        self._buffers: tuple[Tensor, Tensor] | None = None
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the newest keys and values.
-
-        Args:
-            k: (B, G, S, C).
-            v: (B, G, S, C); its C may differ from that of `k`.
-
-        Returns:
-            All keys and values so far, (B, G, P, C) each; views of buffers that the next call extends.
-        """
-        end = self.length + k.shape[2]
-        if self._buffers is None or end > self.capacity:
-            self.capacity = max(end, self.capacity if self._buffers is None else 2 * self.capacity)
-            self._buffers = (self._grown(k, 0), self._grown(v, 1))
-        for buffer, new in zip(self._buffers, (k, v), strict=True):
-            buffer[:, :, self.length : end] = new
-        self.length = end
-        return self._buffers[0][:, :, :end], self._buffers[1][:, :, :end]
-
-    def _grown(self, new: Tensor, which: int) -> Tensor:
-        buffer = new.new_empty(new.shape[0], new.shape[1], self.capacity, new.shape[3])
-        if self._buffers is not None:
-            buffer[:, :, : self.length] = self._buffers[which][:, :, : self.length]
-        return buffer
 
 
 class AttentionConfig(Choice, tag="attn_type"):
@@ -106,6 +73,11 @@ class AttentionConfig(Choice, tag="attn_type"):
         """Whether the scores are modified, which torch's fused kernels cannot do without a mask."""
         return False
 
+    @property
+    def dropout(self) -> float:
+        """The part of the weights that is dropped in training, which FlexAttention cannot."""
+        return 0.0
+
     def check(self, d_model: int, n_heads: int) -> None:
         """Raise ValueError where the sizes do not fit the model's."""
         raise NotImplementedError
@@ -114,15 +86,15 @@ class AttentionConfig(Choice, tag="attn_type"):
         """Dims of a head that rotate."""
         raise NotImplementedError
 
-    def n_params(self, d_model: int, n_heads: int, norm: NormConfig) -> int:
-        """Parameters of one layer."""
+    def n_params(self, d_model: int, n_heads: int, norm: NormConfig, reuses_kv: bool = False) -> int:
+        """Parameters of one layer, which may reuse keys and values of another."""
         raise NotImplementedError
 
     def score_dims(self, d_model: int, n_heads: int) -> float:
         """Mean of score dims and value dims, summed over heads: what one pair of query and key costs."""
         raise NotImplementedError
 
-    def build(self, d_model: int, n_heads: int, norm: NormConfig) -> nn.Module:
+    def build(self, d_model: int, n_heads: int, norm: NormConfig, reuses_kv: bool = False) -> nn.Module:
         """The module, whose forward is `(x, rope, mask, cache) -> (B, S, D)`."""
         raise NotImplementedError
 
@@ -137,9 +109,14 @@ class GroupedQueryConfig(
     softmax_scale: float | None = None  # None: 1 / sqrt(head_dim)
     qk_norm: bool = False  # normalise each head of queries and keys, as Qwen3
     qk_ln: bool = False  # normalise all heads of queries (of keys) together, as OLMoE
+    norm_type: NormType | None = None  # of qk_norm and qk_ln; None: the model's
+    norm_eps: float | None = Field(default=None, gt=0)
     clip_qkv: float | None = Field(default=None, gt=0)
     clip_qkv_after_norm: bool = False  # as OLMoE in `transformers`; LLM Foundry and OLMo clip first
     attn_logit_softcapping: float | None = Field(default=None, gt=0)
+    # The part of the attention weights that is dropped in training. With windows, documents or ALiBi on a GPU, it takes
+    # a dense mask in place of FlexAttention.
+    attn_pdrop: float = Field(default=0.0, ge=0, lt=1)
     sinks: bool = False  # a learned score per head that joins the softmax and has no value, as gpt-oss
     alibi: bool = False  # scores fall with distance, one slope per head (Press et al. 2021, arXiv:2108.12409)
     alibi_bias_max: int = Field(default=8, ge=1)  # the smallest slope is 2^-alibi_bias_max
@@ -158,6 +135,17 @@ class GroupedQueryConfig(
     def needs_plain(self) -> bool:
         """Whether the scores are modified in a way that no mask can express."""
         return self.attn_logit_softcapping is not None or self.sinks
+
+    @property
+    def dropout(self) -> float:
+        """The part of the weights that is dropped in training, which FlexAttention cannot."""
+        return self.attn_pdrop
+
+    def head_norm(self, norm: NormConfig) -> NormConfig:
+        """The norm of queries and keys, given the model's."""
+        return norm.model_copy(
+            update={"norm_type": self.norm_type or norm.norm_type, "eps": self.norm_eps or norm.eps},
+        )
 
     def check(self, d_model: int, n_heads: int) -> None:
         """Raise ValueError where the sizes do not fit the model's."""
@@ -181,6 +169,10 @@ class GroupedQueryConfig(
             raise ValueError("attn_config.rope and attn_config.alibi are both on; keep one")
         if self.attn_impl == "sdpa" and self.needs_plain:
             raise ValueError("attn_impl=sdpa can neither softcap scores nor add sinks; use auto")
+        if self.attn_impl == "flex" and self.dropout:
+            raise ValueError(f"attn_impl=flex cannot drop weights (attn_pdrop={self.attn_pdrop}); use auto")
+        if (self.norm_type or self.norm_eps) and not (self.qk_norm or self.qk_ln):
+            raise ValueError("norm_type and norm_eps are of qk_norm or qk_ln, which are both off; set the model's")
 
     def kv_heads(self, n_heads: int) -> int:
         """Key-value heads, G."""
@@ -196,38 +188,64 @@ class GroupedQueryConfig(
         """As in `AttentionConfig`: H * C."""
         return n_heads * self.rotary_dim(d_model, n_heads)
 
-    def n_params(self, d_model: int, n_heads: int, norm: NormConfig) -> int:
-        """Parameters of one layer."""
-        head, kv = self.rotary_dim(d_model, n_heads), self.kv_heads(n_heads)
+    def n_params(self, d_model: int, n_heads: int, norm: NormConfig, reuses_kv: bool = False) -> int:
+        """Parameters of one layer, which may reuse keys and values of another."""
+        head, kv = self.rotary_dim(d_model, n_heads), 0 if reuses_kv else self.kv_heads(n_heads)
         rows, columns = (n_heads + 2 * kv) * head, n_heads * head
         biases = (rows if self.bias else 0) + (d_model if self.out_bias else 0)
-        norms = 2 * norm.n_params(head) if self.qk_norm else 0
+        norm = self.head_norm(norm)
+        norms = (1 if reuses_kv else 2) * norm.n_params(head) if self.qk_norm else 0
         if self.qk_ln:
             norms = norm.n_params(n_heads * head) + norm.n_params(kv * head)
         return (rows + columns) * d_model + biases + norms + (n_heads if self.sinks else 0)
 
-    def build(self, d_model: int, n_heads: int, norm: NormConfig) -> Attention:
+    def build(self, d_model: int, n_heads: int, norm: NormConfig, reuses_kv: bool = False) -> Attention:
         """The module."""
-        return Attention(self, d_model, n_heads, norm)
+        return Attention(self, d_model, n_heads, norm, reuses_kv)
+
+
+class KeysAndValues(NamedTuple):
+    """What queries attend to, for layers that share it: normalised, clipped and rotated."""
+
+    k: Tensor  # (B, G, P, C)
+    v: Tensor  # (B, G, P, C)
+
+
+class Attended(NamedTuple):
+    """The output of attention, and what it attended to."""
+
+    y: Tensor  # (B, S, D)
+    kv: KeysAndValues
 
 
 class Attention(nn.Module):
-    """Grouped-query attention. `wqkv` holds the rows of queries, then keys, then values."""
+    """Grouped-query attention. `wqkv` holds the rows of queries, then keys, then values.
 
-    def __init__(self, config: GroupedQueryConfig, d_model: int, n_heads: int, norm: NormConfig) -> None:
+    One that reuses the keys and values of an earlier layer has `wq` in its place.
+    """
+
+    def __init__(
+        self, config: GroupedQueryConfig, d_model: int, n_heads: int, norm: NormConfig, reuses_kv: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
         self.n_heads, self.kv_heads = n_heads, config.kv_heads(n_heads)
         self.head_dim = config.rotary_dim(d_model, n_heads)
         self.scale = self.head_dim**-0.5 if config.softmax_scale is None else config.softmax_scale
-        rows = (n_heads + 2 * self.kv_heads) * self.head_dim
-        self.wqkv = nn.Linear(d_model, rows, bias=bool(config.bias))
+        self.reuses_kv = reuses_kv
+        rows = (n_heads + (0 if reuses_kv else 2 * self.kv_heads)) * self.head_dim
+        if reuses_kv:
+            self.wq = nn.Linear(d_model, rows, bias=bool(config.bias))
+        else:
+            self.wqkv = nn.Linear(d_model, rows, bias=bool(config.bias))
         self.out_proj = nn.Linear(n_heads * self.head_dim, d_model, bias=bool(config.out_bias))
         if config.qk_norm or config.qk_ln:
-            each = not config.qk_ln
+            each, norm = not config.qk_ln, config.head_norm(norm)
             self.q_norm = norm.build(self.head_dim if each else n_heads * self.head_dim)
-            self.k_norm = norm.build(self.head_dim if each else self.kv_heads * self.head_dim)
+            if not reuses_kv:
+                self.k_norm = norm.build(self.head_dim if each else self.kv_heads * self.head_dim)
         self.sinks = nn.Parameter(torch.zeros(n_heads)) if config.sinks else None
+        self.dropout = config.dropout
 
     def forward(self, x: Tensor, rope: Rope | None, mask: Mask, cache: KVCache | None = None) -> Tensor:
         """Attend from each token of `x` to those before it.
@@ -241,17 +259,33 @@ class Attention(nn.Module):
         Returns:
             (B, S, D).
         """
-        q, k, v = self._project(x, rope)  # (B, S, H, C), (B, S, G, C) twice
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, S, C), (B, G, S, C) twice
-        if cache is not None:
-            k, v = cache.append(k, v)  # (B, G, P, C)
-        bias = None
+        return self.attend(x, rope, mask, cache, None).y
+
+    def attend(
+        self, x: Tensor, rope: Rope | None, mask: Mask, cache: KVCache | None, kv: KeysAndValues | None
+    ) -> Attended:
+        """As `forward`, for layers that share keys and values.
+
+        Args:
+            kv: those of the layer that this one reuses, earlier tokens included; the cache is left alone then.
+        """
+        q, own = self._project(x, rope)  # (B, H, S, C), (B, G, S, C) twice
+        if kv is None:
+            assert own is not None
+            kv = own if cache is None else KeysAndValues(*cache.append(own.k, own.v))  # (B, G, P, C)
+        return Attended(self.out_proj(self._weighted(q, kv, mask)), kv)
+
+    def _weighted(self, q: Tensor, kv: KeysAndValues, mask: Mask) -> Tensor:
+        """(B, H, S, C) -> (B, S, H C), the weighted values of all heads."""
+        k, v = kv
+        bias, drop = None, self.dropout if self.training else 0.0
         if self.config.alibi and not isinstance(mask, BlockMask):
             bias = alibi_bias(self._slopes(q.device), q.shape[2], k.shape[2])  # (H, S, P)
         if isinstance(mask, BlockMask):
             y = self._flex(q, k, v, mask)  # (B, H, S, C)
         elif self.config.needs_plain:
-            y = plain_attention(q, k, v, mask, self.scale, self.config.attn_logit_softcapping, self.sinks, bias)
+            softcap = self.config.attn_logit_softcapping
+            y = plain_attention(q, k, v, mask, self.scale, softcap, self.sinks, bias, drop)
         else:
             if bias is not None:
                 mask = (bias if mask is None else bias.masked_fill(~mask, float("-inf"))).to(q.dtype)
@@ -260,26 +294,36 @@ class Attention(nn.Module):
                 k, v = (each.repeat_interleave(self.n_heads // self.kv_heads, dim=1) for each in (k, v))  # (B, H, P, C)
                 grouped = False
             causal = mask is None and q.shape[2] > 1  # one query sees all keys
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale, enable_gqa=grouped)
-        return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, S, H C) -> (B, S, D)
+            y = F.scaled_dot_product_attention(
+                q, k, v, mask, dropout_p=drop, is_causal=causal, scale=self.scale, enable_gqa=grouped
+            )
+        return y.transpose(1, 2).flatten(2)  # (B, S, H C)
 
-    def _project(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, normalised, clipped and rotated as the config says."""
+    def _project(self, x: Tensor, rope: Rope | None) -> tuple[Tensor, KeysAndValues | None]:
+        """Queries, and keys and values unless reused, normalised, clipped and rotated as the config says."""
         config, clip = self.config, self.config.clip_qkv
-        qkv = self.wqkv(x)  # (B, S, (H + 2G) C)
+        qkv = self.wq(x) if self.reuses_kv else self.wqkv(x)  # (B, S, (H + 2G) C)
         if clip is not None and not config.clip_qkv_after_norm:
             qkv = qkv.clamp(-clip, clip)
         heads = qkv.unflatten(-1, (-1, self.head_dim))  # (B, S, H + 2G, C)
+        if self.reuses_kv:
+            return self._finished(heads, "q_norm", rope), None
         q, k, v = heads.split((self.n_heads, self.kv_heads, self.kv_heads), dim=2)  # (B, S, H, C), (B, S, G, C) twice
-        if config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if config.qk_ln:
-            q, k = self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
         if clip is not None and config.clip_qkv_after_norm:
-            q, k, v = q.clamp(-clip, clip), k.clamp(-clip, clip), v.clamp(-clip, clip)
-        if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
-        return q, k, v
+            v = v.clamp(-clip, clip)
+        k = self._finished(k, "k_norm", rope)  # (B, G, S, C)
+        return self._finished(q, "q_norm", rope), KeysAndValues(k, v.transpose(1, 2))
+
+    def _finished(self, heads: Tensor, norm: str, rope: Rope | None) -> Tensor:
+        """Queries or keys (B, S, H, C), normalised, clipped if that comes after, and rotated: (B, H, S, C)."""
+        config, clip = self.config, self.config.clip_qkv
+        if config.qk_norm:
+            heads = getattr(self, norm)(heads)
+        if config.qk_ln:
+            heads = getattr(self, norm)(heads.flatten(2)).view_as(heads)
+        if clip is not None and config.clip_qkv_after_norm:
+            heads = heads.clamp(-clip, clip)
+        return (heads if rope is None else rotate(heads, rope)).transpose(1, 2)
 
     def _slopes(self, device: torch.device) -> Tensor:  # (H,)
         return alibi_slopes(self.n_heads, self.config.alibi_bias_max, device)
@@ -307,67 +351,6 @@ class Attention(nn.Module):
         if self.sinks is not None and aux.lse is not None:  # lse (B, H, S); a sink shrinks all weights
             y = (y * torch.sigmoid(aux.lse - self.sinks.float()[:, None])[..., None]).to(q.dtype)
         return y
-
-
-def plain_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """Attention step by step, with float32 scores: the reference, and what modified scores use off CUDA.
-
-    Args:
-        q: (B, H, S, C).
-        k: (B, G, P, C).
-        v: (B, G, P, C).
-        mask: boolean, broadcast to (B, H, S, P), True where seen; None: all seen.
-        softcap: scores become `softcap * tanh(score / softcap)`.
-        sinks: (H,) one score per head that joins the softmax and has no value.
-        bias: broadcast to (B, H, S, P), added to the scores after the cap.
-
-    Returns:
-        (B, H, S, C) in the dtype of `q`.
-    """
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, H, P, C)
-    scores = (q.to(dtype) @ k.to(dtype).transpose(-1, -2)) * scale  # (B, H, S, P)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if bias is not None:
-        scores = scores + bias
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    if sinks is not None:
-        column = sinks.to(dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)  # (B, H, S, 1)
-        weights = torch.cat((scores, column), dim=-1).softmax(-1)[..., :-1]
-    else:
-        weights = scores.softmax(-1)
-    return (weights @ v.to(dtype)).to(q.dtype)
-
-
-def alibi_slopes(n_heads: int, bias_max: int, device: torch.device) -> Tensor:
-    """How fast each head's scores fall, (H,) float32: 2^-(bias_max (h + 1) / H) for H a power of two.
-
-    For any other H, as in MPT: the slopes of the next power of two, every second one first. The operations are those of
-    `transformers`, so that the bits are the same.
-    """
-    power = 2 ** math.ceil(math.log2(n_heads))
-    exponents = torch.arange(1, power + 1, dtype=torch.float32, device=device) * (bias_max / power)
-    slopes = 1.0 / torch.pow(2, exponents)
-    return slopes if power == n_heads else torch.cat((slopes[1::2], slopes[::2]))[:n_heads]
-
-
-def alibi_bias(slopes: Tensor, n_queries: int, n_keys: int) -> Tensor:
-    """Bias on the scores, (H, S, P) float32: minus slope times distance; the last query is at the last key."""
-    i = torch.arange(n_keys - n_queries, n_keys, device=slopes.device)[:, None]  # (S, 1)
-    j = torch.arange(n_keys, device=slopes.device)  # (P,)
-    return slopes[:, None, None] * (j - i)
 
 
 def attention_mask(
@@ -399,7 +382,7 @@ def attention_mask(
     fused = config.attn_impl != "flex" and not config.needs_scores
     if plain and (n_queries == 1 or (offset == 0 and fused)):
         return None
-    if device.type == "cuda" and config.attn_impl != "sdpa" and offset == 0:
+    if device.type == "cuda" and config.attn_impl != "sdpa" and offset == 0 and not config.dropout:
         return _block_mask(window if windowed else n_queries, n_queries, sequence_ids, device)
     i = torch.arange(offset, offset + n_queries, device=device)[:, None]  # (S, 1)
     j = torch.arange(offset + n_queries, device=device)  # (P,)

@@ -18,7 +18,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from llmfoundry.layers.attention import AttentionConfig, KVCache, Mask, compiled
+from llmfoundry.layers.attention import AttentionConfig, Mask, compiled
+from llmfoundry.layers.kv_cache import KVCache
 from llmfoundry.layers.lora import effective_weight
 from llmfoundry.layers.norm import NormConfig, RMSNorm
 from llmfoundry.layers.rope import Rope, YarnScaling, rotate, yarn_magnitude
@@ -71,8 +72,8 @@ class LatentConfig(AttentionConfig, names=("multihead_latent_attention",)):
         """Mean of score dims and value dims, summed over heads, in training, where latents are expanded."""
         return n_heads * (self.qk_head_dim + self.v_head_dim) / 2
 
-    def n_params(self, d_model: int, n_heads: int, norm: NormConfig) -> int:
-        """Parameters of one layer."""
+    def n_params(self, d_model: int, n_heads: int, norm: NormConfig, reuses_kv: bool = False) -> int:
+        """Parameters of one layer; none reuses keys and values."""
         rank, q_rank = self.kv_lora_rank, self.q_lora_rank
         q_rows, down = n_heads * self.qk_head_dim, rank + self.qk_rope_head_dim
         keys_and_values = down * d_model + rank + rank * n_heads * (self.qk_nope_head_dim + self.v_head_dim)
@@ -81,7 +82,7 @@ class LatentConfig(AttentionConfig, names=("multihead_latent_attention",)):
         out = n_heads * self.v_head_dim * d_model + (d_model if self.out_bias else 0)
         return queries + keys_and_values + biases + out
 
-    def build(self, d_model: int, n_heads: int, norm: NormConfig) -> LatentAttention:
+    def build(self, d_model: int, n_heads: int, norm: NormConfig, reuses_kv: bool = False) -> LatentAttention:
         """The module."""
         return LatentAttention(self, d_model, n_heads)
 

@@ -9,6 +9,7 @@ same values. Blocks are drawn on as many threads as torch may use.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from llmfoundry.dtensor import LocalShard, local_shard
+from llmfoundry.layers.attention import GroupedQueryConfig
 from llmfoundry.layers.lora import is_adapter
-from llmfoundry.model.transformer import CausalLM
+from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 from llmfoundry.runtime import seed_of
 
 _BLOCK_VALUES = 2**18  # about 2 ms each; smaller ones cost Python's overhead, larger ones waste work at a shard's edges
@@ -28,18 +30,24 @@ _BLOCK_VALUES = 2**18  # about 2 ms each; smaller ones cost Python's overhead, l
 def init_weights(model: CausalLM, seed: int) -> None:
     """Give every parameter and buffer its initial value, in place.
 
-    Weights as `init_config` says; norms 1; biases, sinks and buffers 0. Call it after `to_empty`. Parameters may be
-    DTensors of any mesh.
+    Weights as `init_config` says; norms 1; biases, sinks and buffers 0, but biases of linear layers by `default_`. Call
+    it after `to_empty`. Parameters may be DTensors of any mesh.
     """
     config = model.config
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as threads:
         for name, parameter in model.named_parameters():
             shard = local_shard(parameter)
             if is_adapter(name):
                 continue
             if parameter.dim() >= 2 and not name.endswith((".b1", ".b2")):
-                std = config.init_config.std(name, shard.shape, config.d_model, config.n_layers)
-                draw_weight(shard, std, config.init_config.uniform, seed, name, threads)
+                fan_out = _fan_out(config, name, shapes)
+                draw = config.init_config.draw(name, shard.shape[-1], fan_out, config.d_model, config.n_layers)
+                draw_weight(shard, draw.std, draw.uniform, seed, name, threads, draw.mean)
+            elif config.init_config.name == "default_" and _is_linear_bias(name, shapes):
+                column = LocalShard(shard.local.unsqueeze(-1), torch.Size((*shard.shape, 1)), (*shard.offsets, 0))
+                fan_in = shapes[name.removesuffix("bias") + "weight"][-1]
+                draw_weight(column, 1 / math.sqrt(3 * fan_in), True, seed, name, threads)
             elif model.own_blocks or name.endswith(".bias"):
                 shard.local.fill_(1.0 if _is_norm_weight(name) else 0.0)
     init_adapters(model, seed)
@@ -59,19 +67,34 @@ def init_adapters(model: nn.Module, seed: int) -> None:
                 shard.local.zero_()
 
 
+def _fan_out(config: CausalLMConfig, name: str, shapes: dict[str, torch.Size]) -> int:
+    """Rows of a weight that are one layer: a head of queries, keys or values, or the gate or up of a gated block."""
+    if name.endswith((".wqkv.weight", ".wq.weight")) and isinstance(config.attention, GroupedQueryConfig):
+        return config.attention.rotary_dim(config.d_model, config.n_heads)
+    if name.endswith((".w1", ".w1.weight")):
+        down = shapes.get(re.sub(r"w1((\.weight)?)$", r"w2\1", name))
+        return shapes[name][-2] if down is None else down[-1]
+    return shapes[name][-2]
+
+
+def _is_linear_bias(name: str, shapes: dict[str, torch.Size]) -> bool:
+    module, _, leaf = name.rpartition(".")
+    return leaf == "bias" and len(shapes.get(f"{module}.weight", ())) == 2
+
+
 def _is_norm_weight(name: str) -> bool:
     *_, module, leaf = ("", *name.split("."))
     return leaf == "weight" and "norm" in module
 
 
 def draw_weight(
-    shard: LocalShard, std: float, uniform: bool, seed: int, name: str, threads: ThreadPoolExecutor
+    shard: LocalShard, std: float, uniform: bool, seed: int, name: str, threads: ThreadPoolExecutor, mean: float = 0.0
 ) -> None:
     """Fill a shard of two or more dims with its part of the parameter's values.
 
     Args:
         shard: this rank's part.
-        std: standard deviation; the mean is 0.
+        std: standard deviation.
         uniform: uniform instead of normal.
         seed: the run's.
         name: the parameter's name without wrappers.
@@ -91,9 +114,9 @@ def draw_weight(
             whole = block.skip == 0 and block.n == block.rows and n_columns == columns
             drawn = target if whole else torch.empty(block.rows, columns)
             if uniform:
-                drawn.uniform_(-math.sqrt(3) * std, math.sqrt(3) * std, generator=generator)
+                drawn.uniform_(mean - math.sqrt(3) * std, mean + math.sqrt(3) * std, generator=generator)
             else:
-                drawn.normal_(0.0, std, generator=generator)
+                drawn.normal_(mean, std, generator=generator)
             if not whole:
                 rows = drawn[block.skip : block.skip + block.n]
                 target.copy_(rows[:, first_column : first_column + n_columns])

@@ -8,7 +8,7 @@ meshes, recompute or compile: those are applied to `blocks[i]` from outside.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,22 @@ from torch import Tensor, nn
 
 import llmfoundry.layers.latent_attention  # noqa: F401  registers its attn_type
 from llmfoundry.config import ConfigError
-from llmfoundry.kernels.cross_entropy import CrossEntropy, cross_entropy_by_token, cross_entropy_of_tokens
-from llmfoundry.layers.attention import FULL, AttentionConfig, GroupedQueryConfig, KVCache, Mask, attention_mask
+from llmfoundry.layers.attention import (
+    FULL,
+    Attention,
+    AttentionConfig,
+    GroupedQueryConfig,
+    KeysAndValues,
+    Mask,
+    attention_mask,
+)
 from llmfoundry.layers.ffn import FFNConfig, MLPConfig, RouterStats
+from llmfoundry.layers.kv_cache import KVCache
 from llmfoundry.layers.lora import LoRAConfig, adapters, add_adapters, quantize_frozen
 from llmfoundry.layers.norm import NormConfig, NormType
 from llmfoundry.layers.rope import Rope, rope_table
 from llmfoundry.model.config import InitConfig, ModelConfig
+from llmfoundry.model.head import Head, logits_or_loss
 from llmfoundry.moe.layer import MoEConfig
 from llmfoundry.moe.router import layer_keys
 
@@ -75,9 +84,22 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
     learned_pos_emb: bool | None = None  # None: exactly when attn_config has neither rope nor alibi
     tie_word_embeddings: bool = True
     final_logit_softcapping: float | None = Field(default=None, gt=0)
+    # What logits are multiplied by, before they are capped; inv_sqrt_d_model: 1 / sqrt(d_model).
+    logit_scale: Annotated[float, Field(gt=0)] | Literal["inv_sqrt_d_model"] | None = None
+    # What the gradient of embeddings is multiplied by (GLM-130B: Zeng et al. 2022, arXiv:2210.02414).
+    embedding_fraction: float = Field(default=1.0, gt=0, le=1)
+    # The part that is dropped in training: of what attention and feed-forward blocks add to the residual stream, and of
+    # the embeddings. Weights of attention: attn_config.attn_pdrop.
+    resid_pdrop: float = Field(default=0.0, ge=0, lt=1)
+    emb_pdrop: float = Field(default=0.0, ge=0, lt=1)
     # Windows of the layers in turn, e.g. [127, -1]: layer i has entry i modulo the length. None: the same for
     # all, attn_config.sliding_window_size.
     attn_window_pattern: list[int] | None = None
+    # Whether the layers, in turn, encode positions: one with false has neither rope nor ALiBi. None: all.
+    attn_position_pattern: list[bool] | None = None
+    # Whose keys and values the layers, in turn, attend to: -1 those of the layer before, -2 of the one before that; 0
+    # their own. A layer that reuses projects queries only. If the other one reuses too, it is that one's source.
+    attn_reuse_kv_pattern: list[int] | None = None
     attn_config: AttentionConfig = GroupedQueryConfig()
     ffn_config: FFNConfig = MLPConfig()
     init_config: InitConfig = InitConfig()
@@ -100,9 +122,23 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
                     f"attn_window_pattern={pattern} and attn_config.sliding_window_size="
                     f"{self.attn_config.sliding_window_size} both set the windows; keep one"
                 )
+        self._check_patterns()
         if self.lora is not None:
             self._check_adapters()
         return self
+
+    def _check_patterns(self) -> None:
+        positions, reuse = self.attn_position_pattern, self.attn_reuse_kv_pattern
+        if positions is not None and not (positions and self.attn_config.has_positions):
+            raise ValueError(f"attn_position_pattern={positions} turns off rope or alibi, and neither is on")
+        if reuse is None:
+            return
+        if not reuse or max(reuse) > 0 or any(self._kv_step(layer) + layer < 0 for layer in range(self.n_layers)):
+            raise ValueError(
+                f"attn_reuse_kv_pattern={reuse} must lead to earlier layers: 0 (own), -1, ..., within them"
+            )
+        if not isinstance(self.attn_config, GroupedQueryConfig):
+            raise ValueError(f"attn_reuse_kv_pattern: attn_type={self.attn_config.attn_type} cannot share keys")
 
     def check_trainable(self) -> None:
         """As in `ModelConfig`; adapters never train the router."""
@@ -129,6 +165,17 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
         return not self.attn_config.has_positions if self.learned_pos_emb is None else self.learned_pos_emb
 
     @property
+    def has_dropout(self) -> bool:
+        """Whether a forward in training draws random numbers."""
+        adapters = 0.0 if self.lora is None else self.lora.dropout
+        return max(self.resid_pdrop, self.emb_pdrop, self.attn_config.dropout, adapters) > 0
+
+    @property
+    def logits_factor(self) -> float:
+        """What logits are multiplied by."""
+        return self.d_model**-0.5 if self.logit_scale == "inv_sqrt_d_model" else self.logit_scale or 1.0
+
+    @property
     def norm(self) -> NormConfig:
         """The config of every norm."""
         return NormConfig(norm_type=self.norm_type, eps=self.norm_eps, bias=not self.no_bias)
@@ -142,6 +189,31 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
         """Earlier tokens that a token sees in this layer; -1: all."""
         pattern = self.attn_window_pattern
         return pattern[layer % len(pattern)] if pattern else self.attn_config.sliding_window_size
+
+    def encodes_positions(self, layer: int) -> bool:
+        """Whether this layer has rope or ALiBi, where the model has."""
+        pattern = self.attn_position_pattern
+        return pattern is None or pattern[layer % len(pattern)]
+
+    def kv_source(self, layer: int) -> int | None:
+        """The layer whose keys and values this one attends to; None: its own."""
+        step = self._kv_step(layer)
+        if step == 0:
+            return None
+        source = self.kv_source(layer + step)
+        return layer + step if source is None else source
+
+    def _kv_step(self, layer: int) -> int:
+        pattern = self.attn_reuse_kv_pattern
+        return 0 if pattern is None else pattern[layer % len(pattern)]
+
+    def attention_of(self, layer: int) -> AttentionConfig:
+        """The attention of one layer."""
+        if self.encodes_positions(layer):
+            return self.attention
+        return self.attention.model_copy(
+            update={key: False for key in ("rope", "alibi") if hasattr(self.attention, key)}
+        )
 
     def ffn(self, layer: int) -> FFNConfig:
         """The feed-forward block of this layer, with the model's defaults filled in."""
@@ -218,8 +290,12 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
         embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
         if self.has_learned_positions:
             embeddings += self.max_seq_len * d
-        layer = self.attention.n_params(d, self.n_heads, norm) + 2 * norm.n_params(d)
-        return embeddings + self.n_layers * layer + norm.n_params(d)
+        attention = sum(self.attention_params(layer) for layer in range(self.n_layers))
+        return embeddings + attention + (2 * self.n_layers + 1) * norm.n_params(d)
+
+    def attention_params(self, layer: int) -> int:
+        """Parameters of one layer's attention."""
+        return self.attention.n_params(self.d_model, self.n_heads, self.norm, self.kv_source(layer) is not None)
 
 
 class BlockOutput(NamedTuple):
@@ -227,6 +303,7 @@ class BlockOutput(NamedTuple):
 
     x: Tensor  # (B, S, D)
     router: RouterStats | None
+    kv: KeysAndValues | None  # where later layers attend to them
 
 
 class Block(nn.Module):
@@ -235,12 +312,22 @@ class Block(nn.Module):
     def __init__(self, config: CausalLMConfig, layer: int) -> None:
         super().__init__()
         self.norm_1 = config.norm.build(config.d_model)
-        self.attn = config.attention.build(config.d_model, config.n_heads, config.norm)
+        self.encodes_positions = config.encodes_positions(layer)
+        self.gives_kv = layer in {config.kv_source(later) for later in range(layer + 1, config.n_layers)}
+        reuses_kv = config.kv_source(layer) is not None
+        self.attn = config.attention_of(layer).build(config.d_model, config.n_heads, config.norm, reuses_kv)
         self.norm_2 = config.norm.build(config.d_model)
         self.ffn = config.ffn(layer).build(config.d_model, config.n_layers, layer)
+        self.dropout = config.resid_pdrop
 
     def forward(
-        self, x: Tensor, rope: Rope | None, mask: Mask, keys: Tensor | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        rope: Rope | None,
+        mask: Mask,
+        keys: Tensor | None,
+        kv: KeysAndValues | None,
+        cache: KVCache | None,
     ) -> BlockOutput:
         """Apply the block.
 
@@ -249,52 +336,21 @@ class Block(nn.Module):
             rope: the rotary table of the S positions, or None.
             mask: for the window of this layer.
             keys: (B,) int64 noise keys of the rows in this layer, for a router with jitter.
+            kv: those of an earlier layer, where this one reuses them.
             cache: this layer's keys and values of earlier tokens; it is extended.
         """
-        x = x + self.attn(self.norm_1(x), rope, mask, cache)  # (B, S, D)
+        h, rope = self.norm_1(x), rope if self.encodes_positions else None
+        if kv is not None or self.gives_kv:
+            assert isinstance(self.attn, Attention)
+            y, kv = self.attn.attend(h, rope, mask, cache, kv)  # (B, S, D)
+        else:
+            y = self.attn(h, rope, mask, cache)  # (B, S, D)
+        x = x + self._kept(y)
         y, router = self.ffn(self.norm_2(x), keys)  # (B, S, D)
-        return BlockOutput(x + y, router)
+        return BlockOutput(x + self._kept(y), router, kv if self.gives_kv else None)
 
-
-class Head(nn.Module):
-    """An untied output head. It computes the loss inside its forward, where FSDP has gathered the weight."""
-
-    def __init__(self, vocab_size: int, d_model: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
-
-    def forward(
-        self, x: Tensor, labels: Tensor | None, softcap: float | None, by_token: bool = False
-    ) -> Tensor | CrossEntropy:
-        """As `logits_or_loss`, with this weight."""
-        return logits_or_loss(x, self.weight, labels, softcap, by_token)
-
-
-def logits_or_loss(
-    x: Tensor, weight: Tensor, labels: Tensor | None, softcap: float | None, by_token: bool = False
-) -> Tensor | CrossEntropy:
-    """Logits of hidden states, or with labels their loss.
-
-    Args:
-        x: (B, S, D).
-        weight: (V, D).
-        labels: (B, S) int64, or None for logits.
-        softcap: logits become `softcap * tanh(logit / softcap)`.
-        by_token: the loss of each label has a gradient too, at the price of one more product with the weight.
-
-    Returns:
-        (B, S, V) in the dtype of `x`, or the cost of the labels that are not -100.
-    """
-    if labels is not None and by_token:
-        nats = cross_entropy_by_token(x.flatten(0, 1), weight, labels.flatten(), softcap)
-        return CrossEntropy(nats.sum(), nats)
-    if labels is not None:
-        return cross_entropy_of_tokens(x.flatten(0, 1), weight, labels.flatten(), softcap)
-    logits = F.linear(x, weight)  # (B, S, V)
-    if softcap is not None:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        logits = (softcap * torch.tanh(logits.to(dtype) / softcap)).to(x.dtype)
-    return logits
+    def _kept(self, y: Tensor) -> Tensor:
+        return F.dropout(y, self.dropout, self.training) if self.dropout else y
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
@@ -351,15 +407,22 @@ class CausalLM(nn.Module):
         offset = 0 if cache is None else cache.length
         x, rope, masks = self._prepare(tokens, sequence_ids, positions, offset, cache is not None)  # x (B, S, D)
         stats: list[RouterStats] = []
+        shared: dict[int, KeysAndValues] = {}  # by layer
         for layer, block in enumerate(self.blocks):
             past = None if cache is None else cache.layers[layer]
             noise = None if keys is None else layer_keys(keys, layer)
-            x, router = block(x, rope, masks[self.config.window(layer)], noise, past)
+            source = self.config.kv_source(layer)
+            kv = None if source is None else shared[source]
+            x, router, kv = block(x, rope, masks[self.config.window(layer)], noise, kv, past)
+            if kv is not None:
+                shared[layer] = kv
             if router is not None:
                 stats.append(router)
         if at is not None:
             x = x.flatten(0, 1)[at].unsqueeze(0)  # (1, N, D)
         x = self.norm_f(x[:, -1:] if last_only else x)  # (B, S, D), or (B, 1, D)
+        if self.config.logits_factor != 1:
+            x = x * self.config.logits_factor
         softcap = self.config.final_logit_softcapping
         if self.lm_head is None:
             y = logits_or_loss(x, self.wte.weight, labels, softcap, by_token)
@@ -389,6 +452,11 @@ class CausalLM(nn.Module):
             if offset + length > config.max_seq_len:
                 raise ValueError(f"{offset + length} tokens exceed the {config.max_seq_len} learned positions")
             x = x + self.wpe(positions if learned is None else learned)
+        if config.embedding_fraction != 1:
+            still = x.detach()
+            x = still + config.embedding_fraction * (x - still)  # the same values, bit for bit
+        if config.emb_pdrop:
+            x = F.dropout(x, config.emb_pdrop, self.training)
         rope = None
         if attention.rope:
             dim = attention.rotary_dim(config.d_model, config.n_heads)

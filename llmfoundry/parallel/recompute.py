@@ -121,11 +121,14 @@ def recompute_blocks(
     """
     if mode == "none":
         return
-    kept = operators([*CHOICE, *((DEAR if save is None else save) if mode == "selective" else ())])
+    names = [*CHOICE, *((DEAR if save is None else save) if mode == "selective" else ())]
     contexts = create_selective_checkpoint_contexts if in_graph else _contexts
     for block in blocks:
         # Only dropout draws from torch's generators, whose state is kept then: the second time drops the same.
-        draws = any(getattr(module, "lora_dropout", 0) for module in block.modules())
+        # Attention that drops has to run again too, or what drops after it would find the generator where it began.
+        drops = bool(getattr(getattr(block, "attn", None), "dropout", 0))
+        kept = operators([name for name in names if in_graph or not drops or "dot_product_attention" not in name])
+        draws = any(getattr(module, name, 0) for module in block.modules() for name in ("dropout", "lora_dropout"))
         block.forward = functools.partial(
             checkpoint,
             block.forward,

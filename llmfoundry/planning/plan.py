@@ -200,6 +200,6 @@ def _params(model: CausalLMConfig) -> tuple[int, int]:
     for layer in range(model.n_layers):
         ffn = model.ffn(layer)
         routed = ffn.moe_num_experts * ffn.expert.n_params(d) if isinstance(ffn, MoEConfig) else 0
-        around = model.attention.n_params(d, model.n_heads, model.norm) + 2 * model.norm.n_params(d)
+        around = model.attention_params(layer) + 2 * model.norm.n_params(d)
         dense, experts = dense + around + ffn.n_params(d) - routed, experts + routed
     return dense, experts

@@ -7,7 +7,8 @@ are the same for every microbatch size and number of ranks.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -96,8 +97,10 @@ class DPO(Loss):
 
     @torch.no_grad()
     def reference(self, model: CausalLM, batch: Batch) -> Tensor:
-        with adapters_off(model) if self.other is None else nullcontext():
-            return _log_likelihoods(forward(self.other or model, batch))
+        if self.other is not None:
+            return _log_likelihoods(forward(self.other, batch))
+        with adapters_off(model), _without_dropout(model):
+            return _log_likelihoods(forward(model, batch))
 
     def forward(self, model: CausalLM, batch: Batch) -> Output:
         return forward(model, batch, by_token=True)
@@ -118,6 +121,18 @@ def forward(model: CausalLM, batch: Batch, by_token: bool = False) -> Output:
         by_token=by_token,
     )  # fmt: skip
     return out
+
+
+@contextmanager
+def _without_dropout(model: CausalLM) -> Iterator[None]:
+    drops = model.training and model.config.has_dropout
+    if drops:
+        model.eval()
+    try:
+        yield
+    finally:
+        if drops:
+            model.train()
 
 
 def _log_likelihoods(out: Output) -> Tensor:

@@ -143,8 +143,7 @@ def _accumulate(
 
 def _seeding(model: CausalLM, seed: int, step: int) -> Callable[[int], object]:
     """What is called before each forward of a microbatch, with its number: dropout then depends on nothing earlier."""
-    lora = model.config.lora
-    if lora is None or lora.dropout == 0:
+    if not model.config.has_dropout:
         return lambda number: None
     return lambda number: torch.manual_seed(runtime.seed_of("dropout", seed, step, runtime.rank(), number))
 

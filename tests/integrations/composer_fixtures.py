@@ -42,6 +42,16 @@ MODELS: dict[str, dict[str, object]] = {
         },
     },
     "moe": {**BASE, "ffn_config": {"ffn_type": "mb_moe", "moe_capacity_factor": 0, **EXPERTS}},
+    "unfused": {
+        **BASE, "attn_config": {"attn_type": "multiquery_attention", "rope": True, "qk_gn": True, "fused_qkv": False},
+    },
+    "reuse": {
+        **BASE, "attn_config": {"rope": True, "qk_ln": True}, "logit_scale": "inv_sqrt_d_model",
+        "block_overrides": {
+            "order": [{"name": "default"}, {"name": "reuse"}],
+            "overrides": {"reuse": {"attn_config": {"reuse_kv_layer_idx": -1, "sliding_window_size": 4}}},
+        },
+    },
 }  # fmt: skip
 
 
@@ -62,17 +72,24 @@ def logits(model: CausalLM) -> Tensor:
     return found
 
 
-def theirs(model: CausalLM, stacked: bool = True) -> dict[str, Tensor]:
+def theirs(model: CausalLM, stacked: bool = True, fused: bool = True) -> dict[str, Tensor]:
     """The weights under the names of LLM Foundry's MPT.
 
     Args:
         stacked: experts as MegaBlocks' dMoE has them, (E F, D); else as its MoE, (E, D, F) and (E, F, D).
+        fused: queries, keys and values as one matrix.
     """
     found: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
         name = name.replace("attn.wqkv", "attn.Wqkv").replace("attn.q_norm", "attn.q_ln")
         name = name.replace("attn.k_norm", "attn.k_ln").replace("ffn.router.", "ffn.router.layer.")
         name = name.replace("ffn.output_bias", "ffn.experts.bias")
+        name = name.replace("attn.wq.", "attn.Wq.")
+        if not fused and ".Wqkv." in name:
+            heads = value.shape[0] - 2 * 8  # one head of keys, one of values
+            for part, rows in zip("qkv", value.split((heads, 8, 8)), strict=True):
+                found[name.replace("Wqkv", f"W{part}")] = rows
+            continue
         block, _, last = name.rpartition(".ffn.")
         if last == "experts.w2":
             found[f"{block}.ffn.experts.mlp.w2"] = _stack([w.t() for w in value], stacked)

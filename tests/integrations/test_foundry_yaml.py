@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from llmfoundry.cli.command import read_run_config
-from llmfoundry.config import ConfigError, check
+from llmfoundry.config import ConfigError, check, dump
 from llmfoundry.integrations.foundry_yaml import translate
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.model.transformer import CausalLMConfig
@@ -142,8 +142,8 @@ def test_only_the_mixture_that_drops_tokens_takes_a_capacity(kind: str, kept: fl
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
-        ("model.attn_config.attn_pdrop", 0.1, "attn_pdrop: 0.1 is not supported"),
-        ("model.resid_pdrop", 0.1, "resid_pdrop: 0.1 is not supported"),
+        ("model.use_pad_tok_in_ffn", False, "use_pad_tok_in_ffn: False is not supported"),
+        ("model.attn_config.kv_dim", 7, "kv_dim: 7 is of cross-attention"),
         ("fsdp_config.sharding_strategy", "HYBRID_SHARD", "write parallel: {replicate:"),
         ("fsdp_config.activation_cpu_offload", True, "use parallel.recompute"),
         ("fsdp_config.typo", 1, "fsdp_config.typo: unknown key"),
@@ -183,14 +183,14 @@ def test_learned_positions_without_alibi_or_rope_stay_as_they_are(learned: bool)
 
 
 def test_all_mistakes_come_in_one_round() -> None:
-    tree = changed("model.resid_pdrop", 0.1)
+    tree = changed("model.use_pad_tok_in_ffn", False)
     tree["tp_config"] = {"strategy": "ffn"}
     tree["fsdp_config"] = {"mixed_precision": "FULL"}
     with pytest.raises(ConfigError) as error:
         translate(tree)
     lines = str(error.value).splitlines()
     assert len(lines) == 3 and [line.split(":")[0] for line in lines] == [
-        "model.resid_pdrop", "tp_config", "fsdp_config.mixed_precision"
+        "model.use_pad_tok_in_ffn", "tp_config", "fsdp_config.mixed_precision"
     ]  # fmt: skip
 
 
@@ -261,3 +261,120 @@ def test_a_run_without_a_name_gets_one_where_a_path_needs_it(monkeypatch: pytest
     assert str(data["run_name"]) in notes[-1]
     monkeypatch.setenv("RUN_NAME", "named")
     assert translate(tree)[0]["run_name"] is None
+
+
+def _translated(**keys: object) -> CausalLMConfig:
+    model = check(ModelConfig, translate({"model": SIZES | keys})[0]["model"])
+    assert isinstance(model, CausalLMConfig)
+    return model
+
+
+def test_dropout_scales_and_first_values_keep_their_words() -> None:
+    keys = {
+        "resid_pdrop": 0.1, "emb_pdrop": 0.2, "logit_scale": "inv_sqrt_d_model", "embedding_fraction": 0.1,
+        "init_config": {"name": "xavier_uniform_", "init_gain": 1.0, "emb_init_uniform_lim": [-0.1, 0.1]},
+    }  # fmt: skip
+    model = _translated(**keys, attn_config={"attn_pdrop": 0.3, "clip_qkv": 0})
+    assert (model.resid_pdrop, model.emb_pdrop, model.attn_config.dropout) == (0.1, 0.2, 0.3)
+    assert (model.logits_factor, model.embedding_fraction) == (0.25, 0.1)
+    assert model.init_config.emb_init_uniform_lim == [-0.1, 0.1] and model.attn_config.clip_qkv is None
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("qk_gn", "qk_norm"), ("qk_ln", "qk_ln")])
+def test_queries_and_keys_have_the_layernorm_that_they_have_there(theirs: str, ours: str) -> None:
+    """Of a model with RMSNorm too: LLM Foundry passes no norm to its attention, whose default is a LayerNorm."""
+    rms = {"norm_type": "low_precision_rmsnorm", "norm_eps": 1e-6}
+    model = _translated(**rms, attn_config={theirs: True})
+    assert getattr(model.attn_config, ours) and model.attn_config.head_norm(model.norm).norm_type == "layernorm"
+    assert model.attn_config.head_norm(model.norm).eps == 1e-5 and model.norm.is_rms
+    said = _translated(**rms, attn_config={theirs: True, "norm_type": "rmsnorm", "norm_eps": 1e-6})
+    assert said.attn_config.head_norm(said.norm).is_rms
+    assert _translated(attn_config={theirs: True}).attn_config.norm_type is None
+    assert _translated(**rms, attn_config={"qk_gn": False}).attn_config.norm_type is None
+    own = check(
+        ModelConfig,
+        translate({"model": SIZES | rms | {"name": "causal_lm", "attn_config": {"qk_ln": True}}})[0]["model"],
+    )
+    assert own.attn_config.norm_type is None, "a file in our words means what it says"
+
+
+def test_heads_of_another_size_keep_the_scale_of_theirs() -> None:
+    model = _translated(head_dim=8)
+    assert (model.attn_config.head_dim, model.attn_config.softmax_scale) == (8, 0.5)  # d_model / n_heads is 4
+    for keys in ({"head_dim": 4}, {"head_dim": None}, {"attn_config": {"kv_dim": 16}}):
+        assert _translated(**keys).attn_config.softmax_scale is None
+    assert _translated(head_dim=8, attn_config={"softmax_scale": 0.1}).attn_config.softmax_scale == 0.1
+
+
+CHARACTER = """
+order:
+- name: default
+- repeat: 2
+  order:
+  - name: near
+  - name: near_reuse
+  - name: near
+  - repeat: 2
+    name: near_reuse
+  - name: reuse
+overrides:
+  near: {attn_config: {sliding_window_size: 1024}}
+  near_reuse: {attn_config: {sliding_window_size: 1024, reuse_kv_layer_idx: -1}}
+  reuse: {attn_config: {reuse_kv_layer_idx: -6}}
+"""  # the example of LLM Foundry's documentation, with shorter names
+
+
+def test_overrides_of_blocks_become_patterns_of_layers() -> None:
+    keys = {"n_layers": 13, "attn_config": {"rope": True}, "block_overrides": yaml.safe_load(CHARACTER)}
+    model = _translated(**keys)
+    near = [1024] * 5 + [-1]
+    assert [model.window(layer) for layer in range(13)] == [-1, *near, *near]
+    # There -6 leads from layer 6 to layer 0, and from layer 12 to layer 6, which has none of its own: to layer 0.
+    expected = [None, None, 1, None, 3, 3, 0, None, 7, None, 9, 9, 0]
+    assert [model.kv_source(layer) for layer in range(13)] == expected
+    again = check(ModelConfig, translate({"model": dump(model)})[0]["model"])
+    assert again == model, "what a run writes out can be read again"
+
+
+def test_layers_without_positions_and_with_another_window_than_the_model() -> None:
+    overrides = {"far": {"attn_config": {"sliding_window_size": -1, "nope": True}}}
+    order = {"order": [{"name": "default", "repeat": 3}, {"name": "far"}], "repeat": 2, "overrides": overrides}
+    attention = {"rope": True, "sliding_window_size": 7}
+    model = _translated(n_layers=8, attn_config=attention, block_overrides=order)
+    assert [model.window(layer) for layer in range(8)] == [7, 7, 7, -1] * 2
+    assert [model.encodes_positions(layer) for layer in range(8)] == [True, True, True, False] * 2
+    assert model.attn_reuse_kv_pattern is None
+    plain = _translated(n_layers=2, block_overrides={"order": [{"name": "default", "repeat": 2}], "overrides": {}})
+    assert plain == _translated(n_layers=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"order": [{"name": "default"}]}, "give 1 layers, n_layers is 2"),
+        ({"order": [{"name": "lost", "repeat": 2}]}, "'lost' is not in overrides; it holds a"),
+        ({"order": [{"name": "a", "order": []}]}, "either a name or an order"),
+        ({"order": [{"name": "a", "repeat": 0}]}, "repeat: must be a whole number"),
+        ({"overrides": {"default": {}}}, "`default` is the layer without any"),
+        ({"overrides": {"a": {"ffn_config": {}}}}, "only attn_config can differ"),
+        ({"overrides": {"a": {"attn_config": {"reuse_kv_x_layer_idx": -1}}}}, "reuse_kv_x_layer_idx: is not supported"),
+        ({"overrides": {"a": {"attn_config": {"reuse_kv_layer_idx": 0}}}}, "must be negative"),
+        ({"more": 1}, "block_overrides.more: unknown key"),
+    ],
+)
+def test_overrides_that_cannot_be_are_refused(change: dict[str, object], says: str) -> None:
+    good = {"order": [{"name": "default"}, {"name": "a"}], "overrides": {"a": {"attn_config": {"nope": True}}}}
+    keys = SIZES | {"n_layers": 2, "attn_config": {"rope": True}}
+    check(ModelConfig, translate({"model": keys | {"block_overrides": good}})[0]["model"])
+    with pytest.raises(ConfigError, match=says):
+        translate({"model": keys | {"block_overrides": good | change}})
+
+
+def test_each_rope_reads_its_own_config_alone() -> None:
+    linear = {"rope": True, "rope_hf_config": {"type": "linear", "factor": 2.0}}
+    assert _translated(attn_config=linear | {"rope_impl": "hf"}).attn_config.rope_scaling.type == "linear"
+    assert _translated(attn_config=linear | {"rope_impl": "dail"}).attn_config.rope_scaling.type == "none"
+    xpos = {"rope": True, "rope_dail_config": {"type": "xpos", "xpos_scale_base": 512}}
+    with pytest.raises(ConfigError, match="rope_dail_config.type: 'xpos' is not supported"):
+        _translated(attn_config=xpos | {"rope_impl": "dail"})
+    assert _translated(attn_config=xpos | {"rope_impl": "hf"}).attn_config.rope

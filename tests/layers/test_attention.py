@@ -8,14 +8,12 @@ from llmfoundry.layers.attention import (
     Attention,
     AttentionConfig,
     GroupedQueryConfig,
-    KVCache,
-    alibi_bias,
-    alibi_slopes,
     attention_mask,
-    plain_attention,
 )
+from llmfoundry.layers.kv_cache import KVCache
 from llmfoundry.layers.norm import NormConfig
 from llmfoundry.layers.rope import NoScaling, rope_table
+from llmfoundry.layers.scores import alibi_bias, alibi_slopes, plain_attention
 
 CPU = torch.device("cpu")
 D, H = 48, 6
@@ -134,7 +132,7 @@ def test_alibi_slopes_have_the_bits_of_transformers(n_heads: int, bias_max: int)
 def test_alibi_through_sdpa_equals_the_plain_path() -> None:
     config = _config(alibi=True, kv_n_heads=2)
     module, x = _attention(config), torch.randn(2, 12, D, dtype=torch.float64)
-    q, k, v = (each.transpose(1, 2) for each in module._project(x, None))
+    q, (k, v) = module._project(x, None)
     causal = torch.ones(12, 12, dtype=torch.bool).tril()
     plain = plain_attention(q, k, v, causal, module.scale, bias=alibi_bias(alibi_slopes(H, 8, CPU), 12, 12))
     y = module(x, None, attention_mask(config, -1, 12, 0, None, CPU))
@@ -145,7 +143,7 @@ def test_clip_comes_before_the_norm_unless_said_otherwise() -> None:
     x = torch.randn(1, 3, D, dtype=torch.float64)
     for after in (False, True):
         module = _attention(_config(qk_ln=True, clip_qkv=0.1, clip_qkv_after_norm=after))
-        q, k, v = module._project(x, None)
+        q, (k, v) = module._project(x, None)
         assert v.abs().max() == 0.1
         assert (q.abs().max() <= 0.1) == (k.abs().max() <= 0.1) == after
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from llmfoundry.config import check
 from llmfoundry.layers import attention, latent_attention
-from llmfoundry.layers.attention import AttentionConfig, KVCache, attention_mask
+from llmfoundry.layers.attention import AttentionConfig, attention_mask
+from llmfoundry.layers.kv_cache import KVCache
 from llmfoundry.layers.latent_attention import LatentAttention, LatentConfig
 from llmfoundry.layers.norm import NormConfig
 from llmfoundry.layers.rope import NoScaling, rope_table

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor import Shard as ShardDim
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from llmfoundry.config import check
+from llmfoundry.config import ConfigError, check
 from llmfoundry.dtensor import LocalShard, local_shard
 from llmfoundry.model import init
 from llmfoundry.model.config import ModelConfig
@@ -126,6 +126,82 @@ def test_spread_is_the_rules(keys: dict[str, object], std: object, residual: flo
         assert abs(p.mean().item()) < 4 * expected / p.numel() ** 0.5, name
         if keys.get("name") == "kaiming_uniform_" and name.endswith("wqkv.weight"):
             assert p.abs().max() <= 3**0.5 * expected
+
+
+def _theirs(name: str, p: Tensor, module: nn.Module) -> None:
+    """LLM Foundry's rule by torch's own functions, on each head and each of gate and up by itself."""
+    rows = {"wqkv.weight": 12, "w1.weight": p.shape[0] // 2}
+    size = next((rows[end] for end in rows if name.endswith(end)), p.shape[0])
+    for part in p.split(size):
+        module.draw(part)  # type: ignore[operator]
+    if name.endswith(("out_proj.weight", "w2.weight")):
+        p /= 2  # sqrt(2 L)
+
+
+@pytest.mark.parametrize(
+    ("keys", "draw"),
+    [
+        ({"name": "xavier_normal_", "init_gain": 0.7}, lambda p: nn.init.xavier_normal_(p, 0.7)),
+        ({"name": "xavier_uniform_", "init_gain": 1.3}, lambda p: nn.init.xavier_uniform_(p, 1.3)),
+        ({"fan_mode": "fan_out"}, lambda p: nn.init.kaiming_normal_(p, mode="fan_out", nonlinearity="relu")),
+        ({"init_gain": 0.5}, lambda p: nn.init.kaiming_normal_(p, a=0.5, nonlinearity="relu")),
+        (
+            {"name": "kaiming_uniform_", "init_gain": 0.5, "init_nonlinearity": "leaky_relu"},
+            lambda p: nn.init.kaiming_uniform_(p, a=0.5),
+        ),
+        ({"init_nonlinearity": "linear"}, lambda p: nn.init.kaiming_normal_(p, nonlinearity="linear")),
+    ],
+)
+def test_spread_is_that_of_torchs_functions_on_each_layer(keys: dict[str, object], draw: object) -> None:
+    model, rule = _model(init_config=keys, ffn_config={"ffn_type": "mptglu"}), nn.Module()
+    rule.draw = draw  # type: ignore[assignment]
+    for name, p in model.named_parameters():
+        if p.dim() > 1:
+            expected = torch.empty_like(p)
+            with torch.no_grad():
+                _theirs(name, expected, rule)
+            # Four standard errors of the difference of two standard deviations.
+            assert p.std().item() == pytest.approx(expected.std().item(), rel=4 / p.numel() ** 0.5), name
+            if "uniform" in str(keys.get("name")):
+                assert p.abs().max().item() == pytest.approx(expected.abs().max().item(), rel=0.05), name
+
+
+@pytest.mark.parametrize(
+    ("limits", "low", "high"), [(0.4, -0.4, 0.4), ([-0.1, 0.5], -0.1, 0.5), ([0.2, 0.2], 0.2, 0.2)]
+)
+def test_embeddings_are_uniform_between_limits(limits: object, low: float, high: float) -> None:
+    model = _model(init_config={"emb_init_uniform_lim": limits})
+    for weight in (model.wte.weight, model.wpe.weight):
+        assert low - 1e-6 <= weight.min() <= low + 0.01 and high - 0.01 <= weight.max() <= high + 1e-6
+        assert abs(weight.mean().item() - (low + high) / 2) <= 4 * (high - low) / (12 * weight.numel()) ** 0.5 + 1e-6
+    assert model.lm_head.weight.std().item() == pytest.approx((2 / 48) ** 0.5, rel=0.05)
+
+
+def test_default_is_how_torch_draws_new_layers() -> None:
+    model = _model(init_config={"name": "default_"})
+    for name, p in model.named_parameters():
+        module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding):
+            assert p.std().item() == pytest.approx(1.0, rel=0.05), name
+        elif isinstance(module, nn.Linear):
+            new = nn.Linear(module.in_features, module.out_features)
+            assert p.std().item() == pytest.approx(getattr(new, leaf).std().item(), rel=4 / p.numel() ** 0.5), name
+            assert p.abs().max() <= module.in_features**-0.5 and p.any()
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"name": "xavier_normal_"}, "makes all weights 0; set it"),
+        ({"emb_init_uniform_lim": 0.1, "emb_init_std": 0.1}, "exclude each other"),
+        ({"emb_init_uniform_lim": [0.1]}, r"must be a limit, or \[low, high\]"),
+        ({"emb_init_uniform_lim": -0.1}, r"must be a limit, or \[low, high\]"),
+        ({"name": "default_", "emb_init_std": 0.1}, "does not use emb_init_std"),
+    ],
+)
+def test_rules_that_contradict_each_other_are_refused(keys: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        check(ModelConfig, SMALL | {"init_config": keys})
 
 
 class _Routed(nn.Module):

@@ -20,7 +20,8 @@ from torch.distributed.fsdp import FSDPModule
 pytestmark = pytest.mark.dist
 
 STEPS, CLIP = 3, 0.5
-ALONE = [Case("8 experts"), Case("6 experts", n_experts=6), Case("2 experts", n_experts=2), Case("tied", tied=True)]
+ALONE = [Case("8 experts"), Case("6 experts", n_experts=6), Case("2 experts", n_experts=2), Case("tied", tied=True),
+         Case("shared keys", shared_kv=True)]  # fmt: skip
 CASES = [
     Case("shard 4"),
     Case("shard 4, expert 2", {"expert": 2}),
@@ -39,6 +40,9 @@ CASES = [
     Case("tied head, kept weights", {"expert": 2, "reshard_after_forward": False, "prefetch": 0}, tied=True),
     Case("full recompute", {"expert": 2, "recompute": "full"}),
     Case("selective recompute", {"expert": 4, "recompute": "selective", "prefetch": 2}),
+    Case("shared keys", {"replicate": 2}, shared_kv=True),
+    Case("shared keys, accumulation 2, full recompute", {"expert": 2, "recompute": "full"}, microbatch=1,
+         shared_kv=True),
 ]  # fmt: skip
 WRONG = [Case("default divide factor, expert 2", {"expert": 2}), Case("default divide factor, expert 4", {"expert": 4})]
 
@@ -83,8 +87,8 @@ def spread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[tuple[int, bool], dict[str, Tensor]]:
-    return {(case.n_experts, case.tied): trained(case) for case in ALONE}
+def alone() -> dict[tuple[int, bool, bool], dict[str, Tensor]]:
+    return {(case.n_experts, case.tied, case.shared_kv): trained(case) for case in ALONE}
 
 
 def relative(found: Tensor, true: Tensor) -> float:
@@ -92,8 +96,9 @@ def relative(found: Tensor, true: Tensor) -> float:
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_spread_equals_alone(case: Case, spread: Path, alone: dict[tuple[int, bool], dict[str, Tensor]]) -> None:
-    true, found = alone[case.n_experts, case.tied], torch.load(spread / f"{case.name}.pt", weights_only=True)
+def test_spread_equals_alone(case: Case, spread: Path, alone: dict[tuple[int, bool, bool], dict[str, Tensor]]) -> None:
+    true = alone[case.n_experts, case.tied, case.shared_kv]
+    found = torch.load(spread / f"{case.name}.pt", weights_only=True)
     assert found.keys() == true.keys()
     assert true["norm"].min() > CLIP, "clipping has to do something"
     for name, value in true.items():

@@ -37,6 +37,7 @@ class Case(NamedTuple):
     microbatch: int = ROWS
     tied: bool = False
     n_dense: int = 1  # layers, before two mixtures
+    shared_kv: bool = False  # the last layers attend to the keys and values of those before
     accumulation: str = "count"  # how loads of the global batch are known with several microbatches
 
 
@@ -46,6 +47,7 @@ def model_config(case: Case) -> CausalLMConfig:
         {
             "d_model": 16, "n_heads": 4, "n_layers": case.n_dense + 2, "vocab_size": VOCAB, "max_seq_len": LENGTH,
             "norm_type": "rmsnorm", "tie_word_embeddings": case.tied,
+            "attn_reuse_kv_pattern": [0, -1, -1] if case.shared_kv else None,
             "attn_config": {
                 "attn_type": "grouped_query_attention", "kv_n_heads": 2, "rope": True, "qk_norm": True
             },

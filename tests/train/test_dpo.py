@@ -135,6 +135,16 @@ def _metrics(recipe: Path) -> list[dict[str, float]]:  # noqa: F811
     return [json.loads(line) for line in (recipe.parent / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_the_reference_drops_nothing() -> None:
+    plain, batch = _model(lora=True), _batch()
+    dropping = plain.config.model_copy(update={"resid_pdrop": 0.3}).build().double()
+    dropping.load_state_dict(plain.state_dict())
+    dpo = DPO(BETA)
+    (pairs,) = dpo.microbatches(batch, PAIRS)
+    assert torch.equal(dpo.reference(dropping, pairs), dpo.reference(plain, pairs)) and dropping.training
+    assert not torch.equal(dpo.forward(dropping, pairs).nats, dpo.forward(plain, pairs).nats)
+
+
 @pytest.mark.parametrize("lora", [True, False])
 def test_a_run_learns_to_prefer_the_chosen(recipe: Path, lora: bool) -> None:  # noqa: F811
     path = _preferences(recipe)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from llmfoundry import runtime
-from llmfoundry.config import check
+from llmfoundry.config import check, dump
 from llmfoundry.data.loader import Batch
+from llmfoundry.layers.ffn import FFNConfig
 from llmfoundry.model.init import init_weights
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 from llmfoundry.moe.balance import Balance
@@ -112,3 +113,26 @@ def test_balance_over_the_global_batch_costs_one_reduction(rows: int, monkeypatc
     gradients(config(), rows)
     assert [shape for shape in reduced if shape == (LAYERS, E)] == [(LAYERS, E)]
     assert len(reduced) == 3, "beside it: the labels and tokens of the batch, and the step's sums"
+
+
+def test_dropout_depends_on_seed_step_and_microbatch_alone() -> None:
+    drops = {"resid_pdrop": 0.2, "emb_pdrop": 0.2, "attn_config": {"attn_pdrop": 0.2}}
+    plain = config().model_copy(update={"ffn_config": check(FFNConfig, {"ffn_hidden_size": 24})})
+    dropping = check(CausalLMConfig, dump(plain) | drops)
+
+    def after(rows: int = 4, repeated: bool = False, model_config: CausalLMConfig = dropping, **keys: int) -> Tensor:
+        model, rows_of = model_config.build().double(), batch()
+        init_weights(model, seed=1)
+        torch.rand(torch.randint(1, 9, ()))  # whoever drew before
+        if repeated:  # both microbatches are the same rows
+            rows_of = Batch(*(None if part is None else torch.cat([part[:4]] * 2) for part in rows_of))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        train_step(model, optimizer, rows_of, microbatch_rows=rows, max_grad_norm=None, balance=None, **keys)
+        return model.wte.weight.detach()
+
+    assert torch.equal(after(), after()) and torch.equal(after(step=3, noise_seed=2), after(step=3, noise_seed=2))
+    different = [after(), after(step=1), after(noise_seed=1), after(rows=8), after(model_config=plain)]
+    assert all(not torch.allclose(a, b) for i, a in enumerate(different) for b in different[:i])
+    assert not torch.allclose(after(repeated=True), after(repeated=True, rows=8)), "each microbatch drops other values"
+    same = after(repeated=True, model_config=plain), after(repeated=True, rows=8, model_config=plain)
+    torch.testing.assert_close(*same, rtol=1e-10, atol=1e-12)
