@@ -17,6 +17,7 @@ from llmfoundry.train.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = json.loads((ROOT / "llmfoundry" / "schema.json").read_text(encoding="utf-8"))
+BLOCKS = [f"#/definitions/{name}" for name, block in SCHEMA["definitions"].items() if "properties" in block]
 YAMLS = sorted((ROOT / "yamls").glob("*.yaml"))
 each_yaml = pytest.mark.parametrize("path", YAMLS, ids=[path.stem for path in YAMLS])
 TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "null": type(None), "array": list,
@@ -81,6 +82,16 @@ def test_a_shipped_yaml_fits_and_names_the_schema(path: Path) -> None:
     assert fits(load_yaml(path), SCHEMA), "interpolations resolved"
     (named,) = re.findall(r"^# yaml-language-server: \$schema=(\S+)$", text, flags=re.M)
     assert (path.parent / named).resolve() == ROOT / "llmfoundry" / "schema.json"
+
+
+def test_every_key_says_what_it_means() -> None:
+    silent = [
+        f"{name}.{key}"
+        for name, block in SCHEMA["definitions"].items()
+        for key, said in block.get("properties", {}).items()
+        if not said.get("description") and not any(f"{other}'" in str(said) for other in BLOCKS)
+    ]
+    assert not silent, "write a comment beside these fields, then run scripts/reference/render.py"
 
 
 @each_yaml

@@ -79,11 +79,12 @@ class KVCache:
 class AttentionConfig(Choice, tag="attn_type"):
     """Root of the attention family: `attn_config` in the YAML, with the keys that all kinds share."""
 
-    attn_type: str = "multihead_attention"
+    attn_type: str = "multihead_attention"  # how keys and values are made
+    # Auto: torch's fused kernels, FlexAttention where a mask needs it; flex: CUDA only
     attn_impl: Literal["auto", "sdpa", "flex"] = "auto"
-    rope: bool = False
-    rope_theta: float = Field(10000.0, gt=0)
-    rope_scaling: RopeScaling = NoScaling()
+    rope: bool = False  # rotary positions
+    rope_theta: float = Field(10000.0, gt=0)  # base of the rotation's wavelengths
+    rope_scaling: RopeScaling = NoScaling()  # for contexts longer than those trained on
     # Earlier tokens that a token sees besides itself, as in LLM Foundry; -1: all. `transformers` counts the token
     # too: its sliding_window is this plus 1.
     sliding_window_size: int = Field(default=FULL, ge=FULL)
@@ -137,9 +138,9 @@ class GroupedQueryConfig(
     softmax_scale: float | None = None  # None: 1 / sqrt(head_dim)
     qk_norm: bool = False  # normalise each head of queries and keys, as Qwen3
     qk_ln: bool = False  # normalise all heads of queries (of keys) together, as OLMoE
-    clip_qkv: float | None = Field(default=None, gt=0)
+    clip_qkv: float | None = Field(default=None, gt=0)  # clamp queries, keys and values to -x ... x
     clip_qkv_after_norm: bool = False  # as OLMoE in `transformers`; LLM Foundry and OLMo clip first
-    attn_logit_softcapping: float | None = Field(default=None, gt=0)
+    attn_logit_softcapping: float | None = Field(default=None, gt=0)  # scores become c * tanh(score / c), as Gemma 2
     sinks: bool = False  # a learned score per head that joins the softmax and has no value, as gpt-oss
     alibi: bool = False  # scores fall with distance, one slope per head (Press et al. 2021, arXiv:2108.12409)
     alibi_bias_max: int = Field(default=8, ge=1)  # the smallest slope is 2^-alibi_bias_max

@@ -21,8 +21,8 @@ _EMBEDDING = ("wte.weight", "wpe.weight")
 class ModelConfig(Choice, tag="name"):
     """Root of the models: `model` in the YAML."""
 
-    name: str = "mpt_causal_lm"
-    max_seq_len: int = Field(default=2048, ge=1)
+    name: str = "mpt_causal_lm"  # the kind of model
+    max_seq_len: int = Field(default=2048, ge=1)  # the longest row, in tokens; sizes learned positions
 
     def n_params(self) -> int:
         """All parameters."""
@@ -59,11 +59,12 @@ class InitConfig(Config):
     small_init_ sqrt(2 / 5D); neox_init_ the same, but 2 / (L sqrt(D)) for residual outputs.
     """
 
+    # The rule of the standard deviations
     name: Literal[
         "kaiming_normal_", "kaiming_uniform_", "baseline_", "normal_", "small_init_", "neox_init_"
     ] = "kaiming_normal_"  # fmt: skip
-    init_std: float | None = Field(default=None, gt=0)
-    fan_mode: Literal["fan_in", "fan_out"] = "fan_in"
+    init_std: float | None = Field(default=None, gt=0)  # of baseline_ and normal_, which need it
+    fan_mode: Literal["fan_in", "fan_out"] = "fan_in"  # of kaiming_*
     init_gain: float = 0.0  # kaiming_* only: negative slope of the leaky ReLU that the gain is for
     init_div_is_residual: bool | float = True  # residual outputs divided by sqrt(2 L), or by this number
     emb_init_std: float | None = Field(default=None, ge=0)  # of embeddings; None: as for all other weights

@@ -63,17 +63,17 @@ class _AdapterParams(NamedTuple):
 class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
     """A pre-norm decoder. The keys and their defaults are LLM Foundry's."""
 
-    d_model: int = Field(ge=1)
-    n_heads: int = Field(ge=1)
-    n_layers: int = Field(ge=1)
-    vocab_size: int = Field(ge=1)
+    d_model: int = Field(ge=1)  # width of the residual stream
+    n_heads: int = Field(ge=1)  # query heads
+    n_layers: int = Field(ge=1)  # blocks
+    vocab_size: int = Field(ge=1)  # rows of the embedding; at least the tokenizer's
     expansion_ratio: float = Field(default=4.0, gt=0)  # ffn hidden size / d_model, where ffn_config gives no size
     no_bias: bool = False  # of every linear layer and norm, unless its own block says otherwise
-    norm_type: NormType = "layernorm"
-    norm_eps: float = Field(default=1e-5, gt=0)
+    norm_type: NormType = "layernorm"  # of every norm in the blocks and before the head
+    norm_eps: float = Field(default=1e-5, gt=0)  # added to a norm's mean square or variance
     learned_pos_emb: bool | None = None  # None: exactly when attn_config has neither rope nor alibi
-    tie_word_embeddings: bool = True
-    final_logit_softcapping: float | None = Field(default=None, gt=0)
+    tie_word_embeddings: bool = True  # the head's weight is the embedding's
+    final_logit_softcapping: float | None = Field(default=None, gt=0)  # logits become c * tanh(logit / c), as Gemma 2
     # Windows of the layers in turn, e.g. [127, -1]: layer i has entry i modulo the length. None: the same for
     # all, attn_config.sliding_window_size.
     attn_window_pattern: list[int] | None = None

@@ -71,7 +71,8 @@ def _block(cls: type[Config]) -> Schema:
     properties: Schema = {}
     for key, info in cls.model_fields.items():
         if issubclass(cls, Choice) and key == cls._tag:
-            properties[key] = {"anyOf": [{"enum": _names_of(cls)}, INTERPOLATION]}
+            names = [{"enum": _names_of(cls)}, INTERPOLATION]
+            properties[key] = {"description": comment_of(cls, key), "anyOf": names}
         else:
             properties[key] = _field(cls, key, info)
     required = [key for key, info in cls.model_fields.items() if info.is_required() and not _is_tag(cls, key)]
@@ -91,14 +92,15 @@ def _family(root: type[Choice], members: Iterable[type[Choice]]) -> Schema:
     """A root: which member's definition holds, by the tag."""
     tag, default = root._tag, root.model_fields[root._tag].default
     by_name = {name: member for member in members for name in _names_of(member)}
-    said = {key: value for key, value in (("description", comment_of(root, tag)),) if value}
     rules: list[Schema] = [
         {"if": {"required": [tag], "properties": {tag: {"enum": _names_of(member)}}},
          "then": {"$ref": f"#/definitions/{member.__name__}"}}
         for member in dict.fromkeys(by_name.values())
     ]  # fmt: skip
     family: Schema = {"description": summary_of(root), "type": "object"}
-    family["properties"] = {tag: said | {"anyOf": [{"enum": list(by_name)}, INTERPOLATION]}}
+    family["properties"] = {
+        tag: {"description": comment_of(root, tag), "anyOf": [{"enum": list(by_name)}, INTERPOLATION]}
+    }
     if default is PydanticUndefined:
         family["required"] = [tag]
     else:
