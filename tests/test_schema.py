@@ -28,7 +28,18 @@ BOUNDS = {
     "maximum": lambda value, bound: value <= bound,
     "exclusiveMaximum": lambda value, bound: value < bound,
 }
-SAYS_NOTHING = {"description", "default", "deprecated", "x-short", "$schema", "title", "definitions"}
+SAYS_NOTHING = {
+    "description",
+    "default",
+    "deprecated",
+    "x-short",
+    "x-alias",
+    "x-family",
+    "x-synonyms",
+    "$schema",
+    "title",
+    "definitions",
+}
 
 
 def fits(value: object, node: dict) -> bool:

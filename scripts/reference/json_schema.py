@@ -1,8 +1,9 @@
 """The JSON schema (draft 7) of a run's YAML, from the config classes: for editors, and for the check before torch.
 
 A concrete config is a definition of its own. A family's root is a definition that picks the member by its tag. In
-place of any value an interpolation (`${variables.d_model}`) may stand. What is accepted and not a field (other words,
-shorthands, LLM Foundry's keys) is marked `deprecated` or `x-short`.
+place of any value an interpolation (`${variables.d_model}`) may stand. What is accepted beside the fields is marked:
+`x-alias` another word for a field, `x-short` a shorthand, otherwise `deprecated`; `x-synonyms` serve hints. From the
+schema without what is marked, `llmfoundry/cli/quick_check.py` makes the classes again.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def _block(cls: type[Config]) -> Schema:
     required = [key for key, info in cls.model_fields.items() if info.is_required() and not _is_tag(cls, key)]
     block: Schema = {"description": summary_of(cls), "type": "object", "additionalProperties": False}
     for alias, own in cls.ALIASES.items():
-        properties[alias] = {**properties[own], "description": f"The same as {own}.", "deprecated": True}
+        properties[alias] = {**properties[own], "description": f"The same as {own}.", "deprecated": True,
+                             "x-alias": own}  # fmt: skip
     block["properties"] = properties
     others = {own: alias for alias, own in cls.ALIASES.items()}
     if plain := [key for key in required if key not in others]:
@@ -147,7 +149,7 @@ def _keyed(root: type[Choice]) -> Schema:
                "anyOf": [{"$ref": f"#/definitions/{cls.__name__}"}, {"type": "null"}, INTERPOLATION]}
         for name, cls in root._members.items()
     }  # fmt: skip
-    return {"type": "object", "additionalProperties": False, "properties": bodies}
+    return {"type": "object", "additionalProperties": False, "properties": bodies, "x-family": root.__name__}
 
 
 def _kinds(annotation: Any, metadata: Iterable[object] = ()) -> list[Schema]:
@@ -192,10 +194,13 @@ def _only(bounds: dict[str, object], ending: str) -> Schema:
 def _shorthands(found: dict[str, Schema]) -> None:
     """What validators of single classes accept beside the fields."""
     run = found["RunConfig"]["properties"]
-    run["variables"] = {"description": "Values that interpolations name: ${variables.NAME}.", "type": "object"}
-    run["eval_loader"]["anyOf"].append({"type": "array", "items": {"$ref": f"#/definitions/{LoaderConfig.__name__}"}})
+    run["variables"] = {"description": "Values that interpolations name: ${variables.NAME}.", "type": "object",
+                        "x-short": True}  # fmt: skip
+    loaders = {"type": "array", "items": {"$ref": f"#/definitions/{LoaderConfig.__name__}"}, "x-short": True}
+    run["eval_loader"]["anyOf"].append(loaders)
+    found["RunConfig"]["x-synonyms"] = RunConfig.SYNONYMS
     for key in ("icl_tasks", "eval_gauntlet"):
-        run[key]["anyOf"] = [*run[key]["anyOf"][:-1], {"type": "string"}, {"type": "null"}]
+        run[key]["anyOf"] = [*run[key]["anyOf"][:-1], {"type": ["string", "null"], "x-short": True}]
         run[f"{key}_str"] = {"description": f"A file that has {key}.", "type": ["string", "null"], "deprecated": True}
     mixture = found[MixtureConfig.__name__]["properties"]
     for member in _members_of(LoaderConfig):

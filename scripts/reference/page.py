@@ -73,7 +73,7 @@ class Page:
         below = []
         rows = ["", "| key | type | default | meaning |", "|---|---|---|---|"]
         for key, said in keys.items():
-            if said.get("deprecated") or "x-short" in said:
+            if said.get("deprecated") or (said.get("x-short") and key != "variables"):
                 continue
             at = f"{path}{key}"
             for name, place in self._named(said, at):
