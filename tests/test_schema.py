@@ -105,6 +105,17 @@ def test_every_key_says_what_it_means() -> None:
     assert not silent, "write a comment beside these fields, then run scripts/reference/render.py"
 
 
+def test_every_key_has_a_row_in_the_reference() -> None:
+    rows = re.findall(r"^\| `(?:\S+\.)?(\w+)` \|", (ROOT / "docs" / "reference.md").read_text(), flags=re.M)
+    keys = {
+        key
+        for block in SCHEMA["definitions"].values()
+        for key, said in block.get("properties", {}).items()
+        if not said.get("deprecated")
+    }
+    assert keys == set(rows)
+
+
 @each_yaml
 def test_a_config_with_all_defaults_written_out_fits(path: Path) -> None:
     assert fits(dump(check(RunConfig, load_yaml(path))), SCHEMA)

@@ -32,6 +32,15 @@ _BOUNDS = {
     "ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum",
     "min_length": "minItems", "max_length": "maxItems",
 }  # fmt: skip
+# Where the translation puts the values of LLM Foundry's keys that became another key.
+_BECOMES = {
+    "model.attention_bias": "model.attn_config.bias",
+    "model.attn_config.rope_hf_config": "model.attn_config.rope_scaling",
+    "model.ffn_config.moe_world_size": "parallel.expert",
+    "model.ffn_config.lbl_process_group": "model.ffn_config.moe_lbl_scope",
+    "compile_config": "parallel.compile",
+    "fsdp_config": "parallel",
+}
 INTERPOLATION = {"$ref": "#/definitions/interpolation"}
 
 
@@ -239,8 +248,10 @@ def _foreign_words(found: dict[str, Schema]) -> None:
         *parents, key = path.split(".")
         if path in _GONE:
             said = "left out here" + (f": {_GONE[path]}" if _GONE[path] else "")
+        elif path in _ONLY:
+            said = "accepted at the value that is done here"
         else:
-            said = "accepted at the value that is done here" if path in _ONLY else "translated"
+            said = f"now {_BECOMES[path]}" if path in _BECOMES else "translated"
         word = {"description": f"LLM Foundry's: {said}.", "deprecated": True}
         for block in _blocks_at(found, [{"$ref": "#/definitions/RunConfig"}], parents):
             block.setdefault(key, word)

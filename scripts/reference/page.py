@@ -38,6 +38,9 @@ mistakes in a file that has this line (the path is relative to the file):
 
     # yaml-language-server: $schema=../llmfoundry/schema.json
 
+By the same schema, `train.py` and `prepare_data.py` answer wrong keys, types and choices at once; rules that compare
+values are checked after that, and their mistakes follow.
+
 The schema does not know the names of plug-ins (`code_paths`). A block of several kinds has a table of the keys that
 all kinds share, then one for each kind. In place of any value an interpolation (`${variables.d_model}`) may stand.
 Durations are written `10ba` (steps), `1ep` (epochs), `5e9tok` (tokens), `100sp` (rows), `0.1dur` (share of the run)."""
@@ -71,23 +74,22 @@ class Page:
     def _keys(self, keys: Schema, required: list[str], path: str) -> None:
         """A table, then the blocks that begin in it."""
         below = []
-        rows = ["", "| key | type | default | meaning |", "|---|---|---|---|"]
         for key, said in keys.items():
-            if said.get("deprecated") or (said.get("x-short") and key != "variables"):
-                continue
-            at = f"{path}{key}"
-            for name, place in self._named(said, at):
+            for name, place in self._named(said, f"{path}{key}"):
                 if name not in self.where:
                     self.where[name] = place
                     below.append((name, place))
-            default = "**required**" if key in required else _default(said)
-            rows.append(f"| `{at}` | {self._type(said)} | {default} | {self._meaning(said)} |")
-        if len(rows) > 3:
-            self.lines += rows
-        if foreign := _foreign(keys):
-            self.lines += ["", foreign] if path else []
+        rows = [self._row(path, key, said, required) for key, said in keys.items() if not _is_extra(key, said)]
+        if rows:
+            self.lines += ["", "| key | type | default | meaning |", "|---|---|---|---|", *rows]
+        if path and (foreign := _foreign(keys)):
+            self.lines += ["", foreign]
         for name, place in below:
             self._block(name, place)
+
+    def _row(self, path: str, key: str, said: Schema, required: list[str]) -> str:
+        default = "**required**" if key in required else _default(said)
+        return f"| `{path}{key}` | {self._type(said)} | {default} | {self._meaning(said)} |"
 
     def _block(self, name: str, path: str) -> None:
         block = self.blocks[name]
@@ -96,21 +98,31 @@ class Page:
         if not members:
             is_keyed = path.startswith(("callbacks.", "loggers."))  # there the name is the key above
             keys = {key: said for key, said in block["properties"].items() if key != "name" or not is_keyed}
-            self._keys(keys, block.get("required", []), f"{path}.")
+            self._keys(keys, _required(block), f"{path}.")
             return
         ((tag, said),) = block["properties"].items()
         all_keys = [self.blocks[member]["properties"] for member in members]
         shared = {
             key: value
             for key, value in all_keys[0].items()
-            if len(members) > 1 and key != tag and all(keys.get(key) == value for keys in all_keys)
+            if len(members) > 1 and key != tag and all(_alike(keys.get(key), value) for keys in all_keys)
         }
-        self._keys({tag: said} | shared, block.get("required", []), f"{path}.")
+        required = [*_required(block), *_required(self.blocks[next(iter(members))])]
+        self._keys({tag: said} | shared, required, f"{path}.")
+        earlier: dict[str, Schema] = {}
         for member, names in members.items():
-            own = {key: value for key, value in self.blocks[member]["properties"].items() if key not in shared}
-            own.pop(tag)
+            own = {
+                key: value
+                for key, value in self.blocks[member]["properties"].items()
+                if key != tag and key not in shared
+            }
             self.lines += ["", f"**`{tag}: {'` or `'.join(names)}`.** {_sentence(self.blocks[member]['description'])}"]
-            self._keys(own, self.blocks[member].get("required", []), f"{path}.")
+            twin = next((name for name, keys in earlier.items() if own and keys.keys() == own.keys()), None)
+            earlier[names[0]] = own
+            if twin is not None:
+                own = {key: value for key, value in own.items() if not _alike(value, earlier[twin][key])}
+                self.lines[-1] += f" Keys as of `{tag}: {twin}`" + (", but:" if own else ".")
+            self._keys(own, _required(self.blocks[member]), f"{path}.")
 
     def _members(self, block: Schema) -> dict[str, list[str]]:
         return {
@@ -158,7 +170,7 @@ class Page:
         if isinstance(kind.get("additionalProperties"), dict):
             return f"mapping to {self._type(kind['additionalProperties'])}"
         signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-        bounds = ", ".join(f"{sign} {kind[word]:g}" for word, sign in signs.items() if word in kind)
+        bounds = ", ".join(f"{sign} {_bound(kind[word])}" for word, sign in signs.items() if word in kind)
         words = kind.get("type", "anything")
         names = {"object": "mapping", "integer": "whole number", "string": "text", "boolean": "true or false"}
         said = " or ".join(names.get(word, word) for word in ([words] if isinstance(words, str) else words))
@@ -169,13 +181,34 @@ def _name(node: Schema) -> str:
     return str(node.get("$ref", "")).rpartition("/")[2]
 
 
+def _is_extra(key: str, said: Schema) -> bool:
+    """Whether a key is another word or a shorthand; `variables` has no field, but a meaning of its own."""
+    return "deprecated" in said or ("x-short" in said and key != "variables")
+
+
+def _alike(one: Schema | None, other: Schema) -> bool:
+    """Whether two keys have the same row: what a shorthand stands for may differ."""
+    return one is not None and _without_else(one) == _without_else(other)
+
+
+def _without_else(said: Schema) -> Schema:
+    kinds = [{word: part for word, part in kind.items() if word != "else"} for kind in said.get("anyOf", [])]
+    return said | {"anyOf": kinds}
+
+
+def _required(block: Schema) -> list[str]:
+    """Keys that must be given, if not by another word."""
+    either = [rule["anyOf"][0]["required"][0] for rule in block.get("allOf", []) if "anyOf" in rule]
+    return [*block.get("required", []), *either]
+
+
 def _foreign(keys: Schema) -> str:
     """The other words that a block accepts, by what becomes of them."""
     words: dict[str, list[str]] = {}
     for key, said in keys.items():
         if said.get("deprecated"):
             words.setdefault(said["description"].rstrip("."), []).append(f"`{key}`")
-    said = (f"{', '.join(names)} ({why[:1].lower() + why[1:]})" for why, names in words.items())
+    said = (f"{', '.join(names)} ({_small(why)})" for why, names in words.items())
     return f"Also accepted: {_cell('; '.join(said))}." if words else ""
 
 
@@ -190,6 +223,15 @@ def _yaml(value: object) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_yaml, value)) + "]"
     return value if isinstance(value, str) and value.strip() and value == value.strip() else json.dumps(value)
+
+
+def _small(text: str) -> str:
+    """With a small first letter, unless the first word is an abbreviation."""
+    return text if text[:2].isupper() else text[:1].lower() + text[1:]
+
+
+def _bound(value: float) -> str:
+    return f"2^{value.bit_length() - 1}" if isinstance(value, int) and value >= 2**32 else f"{value:g}"
 
 
 def _sentence(text: str) -> str:
