@@ -144,11 +144,16 @@ def read_run_config(path: str, overrides: list[str]) -> RunConfig:
     Mistakes that can be seen without torch are printed before it is imported, which takes seconds; those that only the
     full check finds follow.
     """
-    if "torch" not in sys.modules and (lines := quick_mistakes(path, overrides)) and launch.local_rank() == 0:
-        _print_error(lines, f"[rank {launch.rank()}] " if launch.world_size() > 1 else "")
+    early: list[str] = []
+    if "torch" not in sys.modules and launch.local_rank() == 0:
+        early = quick_mistakes(path, overrides)
+        _print_error(early, f"[rank {launch.rank()}] " if launch.world_size() > 1 else "")
     translated = read_translated(path, overrides)
     from llmfoundry.train.config import RunConfig
 
     for note in translated.notes:
         log.info("%s", note)
-    return check(RunConfig, translated.data)
+    config = check(RunConfig, translated.data)
+    if early:
+        log.warning("no error after all: schema.json is older than the code; run scripts/reference/render.py")
+    return config

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from comments import comment_of, summary_of
+from pydantic import BeforeValidator, PlainValidator, WrapValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -24,7 +25,7 @@ from llmfoundry.data.mixture import MixtureConfig, Part
 from llmfoundry.eval.icl_tasks import TaskConfig
 from llmfoundry.integrations.foundry_yaml import _GONE, _MOVED, _ONLY
 from llmfoundry.train.config import RunConfig
-from llmfoundry.train.duration import _TIME_STRING, Duration
+from llmfoundry.train.duration import _TIME_STRING, Duration, _of_epochs
 
 Schema = dict[str, Any]
 _PLAIN = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
@@ -164,7 +165,8 @@ def _keyed(root: type[Choice]) -> Schema:
 def _kinds(annotation: Any, metadata: Iterable[object] = ()) -> list[Schema]:
     """What a value may be, one schema each, in the order of the annotation."""
     bounds = {word: getattr(each, name) for each in metadata for name, word in _BOUNDS.items() if hasattr(each, name)}
-    epochs = any(getattr(getattr(each, "func", None), "__name__", "") == "_of_epochs" for each in metadata)
+    changes = [each.func for each in metadata if isinstance(each, BeforeValidator | PlainValidator | WrapValidator)]
+    assert set(changes) <= {_of_epochs}, f"say here what {changes} accept"
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         first, *rest = parts
@@ -182,7 +184,7 @@ def _kinds(annotation: Any, metadata: Iterable[object] = ()) -> list[Schema]:
         is_number = annotation in (int, float)
         return [{"type": _PLAIN[annotation]} | (_only(bounds, "imum") if is_number else {})]
     if annotation is Duration:
-        return [{"$ref": "#/definitions/Duration"}, *([{"type": "integer", "minimum": 0}] if epochs else [])]
+        return [{"$ref": "#/definitions/Duration"}, *([{"type": "integer", "minimum": 0}] if changes else [])]
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return [{"$ref": f"#/definitions/{annotation.__name__}"}]
     assert annotation is object, f"no schema for {annotation}"
