@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import llmfoundry.callbacks  # noqa: F401  registers those that the YAMLs name
-from llmfoundry.cli.quick_check import mistakes_in, quick_mistakes
+from llmfoundry.cli.quick_check import SCHEMA, mistakes_in, quick_mistakes
 from llmfoundry.config import ConfigError, check, dump
 from llmfoundry.settings import load_yaml
 from llmfoundry.train.config import RunConfig
@@ -150,3 +151,23 @@ print(*sorted({{"torch", "transformers", "numpy"}} & sys.modules.keys()))
     first, second = full.stderr.splitlines()
     assert full.returncode == 2 and first == f"error: {quick.stdout.strip()}"
     assert second.startswith("error: model: ") and "kv_n_heads=3" in second
+
+
+def test_a_schema_older_than_the_code_stops_no_run(tmp_path: Path) -> None:
+    old = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    del old["definitions"]["RunConfig"]["properties"]["seed"]
+    (tmp_path / "schema.json").write_text(json.dumps(old))
+    program = f"""
+import logging
+from pathlib import Path
+from llmfoundry.cli import command, quick_check
+logging.basicConfig(format="%(message)s")
+quick_check.SCHEMA = Path({str(tmp_path / "schema.json")!r})
+print(command.read_run_config({str(MOE)!r}, []).seed)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert ran.returncode == 0 and ran.stdout == "17\n"
+    first, second = ran.stderr.splitlines()
+    assert first.startswith("error: seed: unknown key") and second.startswith(
+        "no error after all: schema.json is older"
+    )
