@@ -108,6 +108,7 @@ def test_each_line_is_one_of_the_full_check_where_defaults_are_written_out(name:
         ["model.lora={r: 0, alpha: 2}"],
         ["callbacks.lr_moniter={}"],
         ["~max_seq_len"],
+        ["save_folder=runs/{run_name}", "run_name=a", "seeed=1"],
     ],
 )
 def test_a_mistake_of_a_key_is_answered_in_the_same_words(overrides: list[str]) -> None:

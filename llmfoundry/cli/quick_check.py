@@ -1,9 +1,9 @@
 """A check of a run's YAML that answers before torch is imported: of keys, types, bounds and choices.
 
 The config classes stand beside the modules that they build, so importing them imports torch, which takes seconds. Here
-they are made again from `schema.json`: the same keys, types, defaults' absence and choices, without the rules that
-compare values. `config.py` checks by them and words the mistakes, so that each line is what the full check says too.
-It does find less; whatever it is not sure of, it accepts. The full check follows in any case.
+they are made again from `schema.json`: with the same keys, types, bounds and choices, without the rules that compare
+values. `config.py` checks by them and words the mistakes, so each line is one that the full check has too. What this
+check is not sure of, it accepts, so it can find less: the full check always follows.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from llmfoundry.train.duration import Duration, Interval
 
 SCHEMA = Path(__file__).resolve().parents[1] / "schema.json"
 Node = dict[str, Any]  # a part of the schema
+_RUN_NAME = "{run_name}"
 _PLAIN = {"integer": int, "number": float, "string": str, "boolean": bool, "null": None, "object": dict, "array": list}
 _BOUNDS = {
     "minimum": "ge", "exclusiveMinimum": "gt", "maximum": "le", "exclusiveMaximum": "lt",
@@ -57,12 +58,12 @@ def quick_mistakes(path: str, overrides: list[str]) -> list[str]:
 
 def mistakes_in(data: dict[str, object]) -> list[str]:
     """The same for data in our words."""
-    if "{run_name}" in str(data):
-        return []  # it is filled in first, or reported alone
+    if _RUN_NAME in str(data.get("save_folder")) and data.get("run_name") is None:
+        return []  # that is reported alone
     try:
         check(_schema().run, data)
-    except ConfigError as error:
-        return str(error).splitlines()
+    except ConfigError as error:  # a value in which the name is filled in is shown with it
+        return [line for line in str(error).split("\n") if _RUN_NAME not in line]
     return []
 
 
