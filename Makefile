@@ -43,6 +43,7 @@ check: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) scripts/bench/render_readme.py --check
+	$(PY) scripts/reference/render.py --check
 
 test-gpu: setup
 	$(PY) -m pytest -n 4 -m gpu
@@ -55,6 +56,7 @@ format: setup
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(PY) scripts/bench/render_readme.py
+	$(PY) scripts/reference/render.py
 
 setup-composer: $(COMPOSER_STAMP)
 

@@ -35,7 +35,8 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 C = TypeVar("C", bound="Config")
 MAX_LEVELS = 6  # of a dotted path that a hint may name
-_KIND = re.compile(r"int|float|bool|str|literal\[.*\]|list\[.*\]")  # what pydantic adds to the path of a union
+# What pydantic adds to the path of a union; with brackets it is no key of a user's.
+_KIND = re.compile(r"int|float|bool|str|(literal|list|dict|function-\w+)\[.*\]")
 
 
 class ConfigError(ValueError):
@@ -208,7 +209,8 @@ def _mistakes(error: ValidationError) -> Iterator[_Mistake]:
     """Every mistake that pydantic found, nested choices included."""
     kinds: dict[str, tuple[object, list[str]]] = {}  # of a value that may be of several: it, and what each asks for
     for item in error.errors():
-        path = ".".join(str(part) for part in item["loc"])
+        *above, last = (str(part) for part in item["loc"]) if item["loc"] else ("",)
+        path = ".".join([*(part for part in above if "[" not in part or not _KIND.fullmatch(part)), last])
         context = item.get("ctx", {})
         if item["type"] == "several":
             for below in context["mistakes"]:

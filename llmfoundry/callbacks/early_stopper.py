@@ -30,7 +30,7 @@ class EarlyStopperConfig(CallbackConfig, names=("early_stopper",)):
     # Which values are better; None: less for losses, errors, entropies, perplexities and bits; else greater
     comp: Literal["less", "lt", "greater", "gt"] | None = None
     min_delta: float = 0.0  # an improvement is larger than this
-    patience: Interval = Duration.parse("1ep")
+    patience: Interval = Duration.parse("1ep")  # stop when the metric has not improved for longer than this
 
     def build(self) -> EarlyStopper:
         return EarlyStopper(self)

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 class ExpertLoadConfig(CallbackConfig, names=("expert_load",)):
     """Experts starve when the least busy one of some layer stays below `starving_below` of an equal share."""
 
-    starving_below: float = Field(0.1, gt=0, lt=1)
+    starving_below: float = Field(0.1, gt=0, lt=1)  # share of an even load; a smaller one is too little
     patience: int = Field(100, ge=1)  # steps in a row
 
     def build(self) -> ExpertLoad:

@@ -28,13 +28,13 @@ FILE = "generations.jsonl"
 class GenerateConfig(CallbackConfig, names=("generate_callback",)):
     """The prompts, when they are continued, and how. The seed of the draws is the run's."""
 
-    prompts: Annotated[list[str], Field(min_length=1)]
+    prompts: Annotated[list[str], Field(min_length=1)]  # the texts to continue
     interval: Interval  # and after the last step
     batch_size: int | None = Field(None, ge=1)  # prompts are continued one at a time, whatever this says
-    max_new_tokens: int = Field(20, ge=1)
+    max_new_tokens: int = Field(20, ge=1)  # of one prompt, at most
     do_sample: bool = False  # false: the likeliest token each time
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
+    temperature: float = Field(1.0, gt=0)  # of sampling; lower is less random
+    top_p: float = Field(1.0, gt=0, le=1)  # sample from the most likely tokens that together have this probability
     top_k: Literal[0] | None = None  # not supported: all tokens count
     use_cache: bool = True  # always so
 

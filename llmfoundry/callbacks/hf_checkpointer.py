@@ -38,17 +38,17 @@ SUBFOLDER = "huggingface"
 class HFCheckpointerConfig(CallbackConfig, names=("hf_checkpointer",)):
     """Where, when and how; {run_name}, {epoch}, {batch} and others are filled in, in both names."""
 
-    save_folder: PathPattern
+    save_folder: PathPattern  # where the exports go
     save_interval: Interval  # and after the last step
-    huggingface_folder_name: PathPattern = "ba{batch}"
+    huggingface_folder_name: PathPattern = "ba{batch}"  # of one export, below save_folder
     precision: Precision = "float32"  # of the weights
     overwrite: bool = True  # false: what is there is kept
     flatten_imports: list[str] = ["llmfoundry"]  # no code is exported, so there is nothing to flatten
     # Not supported: models are not registered with MLflow
     mlflow_registered_model_name: str | None = None
-    mlflow_logging_config: dict[str, object] | None = None
-    final_register_only: bool = False
-    register_wait_seconds: int = 7200
+    mlflow_logging_config: dict[str, object] | None = None  # accepted, without effect
+    final_register_only: bool = False  # not supported: models are not registered
+    register_wait_seconds: int = 7200  # accepted, without effect
 
     @field_validator("mlflow_registered_model_name", "final_register_only")
     @classmethod

@@ -20,7 +20,7 @@ class KillLossSpikeConfig(CallbackConfig, names=("kill_loss_spike",)):
 
     log_only: bool = True  # warn; false: end the run with an error
     patience: int = Field(4, ge=0)  # steps
-    outlier_multiplier: float = Field(2.0, gt=1)
+    outlier_multiplier: float = Field(2.0, gt=1)  # a loss of this many times the window's mean is an outlier
     window_size: int | None = Field(None, ge=1)  # steps; None: 5 % of the run, 100 at least
     # Half of the window above it is a loss that is too high; None: the highest of the first window, 10 at most
     loss_cap: float | None = Field(None, gt=0)

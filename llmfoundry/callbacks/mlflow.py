@@ -43,7 +43,7 @@ class MLflowConfig(LoggerConfig, names=("mlflow",)):
     experiment_name: str | None = None  # None: $MLFLOW_EXPERIMENT_NAME, or my-mlflow-experiment
     run_name: str | None = None  # None: that of the run
     tracking_uri: str | None = None  # None: $MLFLOW_TRACKING_URI, or MLflow's own default
-    tags: dict[str, str | int | float | bool] = {}
+    tags: dict[str, str | int | float | bool] = {}  # of the MLflow run
     run_group: str | None = None  # a tag
     flush_interval: float = Field(10.0, ge=0)  # seconds between requests
     synchronous: bool = False  # true: training waits for the server
@@ -57,7 +57,7 @@ class MLflowConfig(LoggerConfig, names=("mlflow",)):
     rank_zero_only: bool = True  # not supported otherwise: metrics are of all ranks, and rank 0 logs them
     # Not supported: models are not registered
     model_registry_prefix: Literal[""] = ""
-    model_registry_uri: None = None
+    model_registry_uri: None = None  # not supported: models are not registered
 
     @field_validator("rank_zero_only")
     @classmethod

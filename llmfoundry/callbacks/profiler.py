@@ -50,7 +50,7 @@ class ProfilerConfig(CallbackConfig, names=("profiler",)):
     """Profiles `steps` steps from step `start` on."""
 
     start: int = Field(10, ge=2)  # the first step profiled; those before compile and tune
-    steps: int = Field(3, ge=1)
+    steps: int = Field(3, ge=1)  # how many steps are recorded
     all_ranks: bool = False  # else rank 0 alone
     shapes: bool = False  # of the operators' inputs, in the trace
     memory: bool = False  # allocations, in the trace

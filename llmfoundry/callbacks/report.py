@@ -31,7 +31,7 @@ class ReportConfig(CallbackConfig, names=("report",)):
     """`callbacks: {report: {enabled: false}}` writes no page."""
 
     name: str = "report"
-    enabled: bool = True
+    enabled: bool = True  # false: no page is written
     interval: Duration | None = None  # between samples of the loads; None: a 400th of the run
     probe_tokens: int = Field(4096, ge=1)  # of the text that is routed at each evaluation, rounded up to whole rows
 

@@ -16,7 +16,7 @@ class RuntimeEstimatorConfig(CallbackConfig, names=("runtime_estimator",)):
     """The console shows the same in any case."""
 
     skip_batches: int = Field(1, ge=0)  # steps before the clock starts: the first ones compile
-    time_unit: Literal["seconds", "minutes", "hours", "days"] = "hours"
+    time_unit: Literal["seconds", "minutes", "hours", "days"] = "hours"  # of the metric
 
     def build(self) -> RuntimeEstimator:
         return RuntimeEstimator(self)

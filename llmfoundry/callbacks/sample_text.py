@@ -20,10 +20,10 @@ COMPRESS_BYTES = 2**26  # xz -9 takes about half a minute for them
 class SampleTextConfig(CallbackConfig, names=("sample_text",)):
     """What is written; the seed is the run's."""
 
-    prompt: str = "def "
-    max_new_tokens: int = Field(120, ge=1)
-    temperature: float = Field(0.8, ge=0)
-    top_p: float = Field(0.95, gt=0, le=1)
+    prompt: str = "def "  # the text to continue
+    max_new_tokens: int = Field(120, ge=1)  # of one sample, at most
+    temperature: float = Field(0.8, ge=0)  # 0: the likeliest token each time
+    top_p: float = Field(0.95, gt=0, le=1)  # sample from the most likely tokens that together have this probability
     compressors: bool = True  # compress the validation text too, or the first 64 MiB of it
 
     def build(self) -> SampleText:

@@ -18,7 +18,7 @@ from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
 class SpeedMonitorConfig(CallbackConfig, names=("speed_monitor",)):
     """Averages over the last `window_size` steps; evaluation and checkpoints are not counted."""
 
-    window_size: int = Field(10, ge=1)
+    window_size: int = Field(10, ge=1)  # steps that an average covers
     gpu_flops_available: float | None = Field(None, gt=0)  # FLOP/s of one device; None: from the built-in table
     time_unit: Literal["seconds", "minutes", "hours", "days"] = "hours"  # of time/train
 

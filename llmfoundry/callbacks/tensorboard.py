@@ -15,7 +15,7 @@ from llmfoundry.train.callback import Callback, LoggerConfig, Metrics, Run, Tabl
 class TensorboardConfig(LoggerConfig, names=("tensorboard",)):
     """Where the event files go."""
 
-    log_dir: LocalPath | None = None
+    log_dir: LocalPath | None = None  # None: tensorboard in the save_folder
     flush_interval: int = Field(100, ge=1)  # steps; what is not on disk yet is not shown
     rank_zero_only: bool = True  # not supported otherwise: metrics are of all ranks, and rank 0 logs them
 

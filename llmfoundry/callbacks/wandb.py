@@ -23,11 +23,11 @@ RUN_ID = "wandb-run-id"  # a file in the save_folder
 class WandbConfig(LoggerConfig, names=("wandb",)):
     """The words of Composer's WandBLogger."""
 
-    project: str | None = None
-    entity: str | None = None
+    project: str | None = None  # None: W&B's own default
+    entity: str | None = None  # user or team; None: W&B's own default
     run_name: str | None = None  # in W&B (LLM Foundry's `name`); None: that of the run
-    group: str | None = None
-    tags: list[str] = []
+    group: str | None = None  # runs of one group stand together
+    tags: list[str] = []  # of the W&B run
     init_kwargs: dict[str, object] = {}  # other arguments of wandb.init, e.g. {notes: ..., job_type: ...}
     log_artifacts: bool = False  # not supported: checkpoints are not uploaded
     rank_zero_only: bool = True  # not supported otherwise: metrics are of all ranks, and rank 0 logs them

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from llmfoundry import launch
+from llmfoundry.cli.quick_check import quick_mistakes
 from llmfoundry.config import ConfigError, ResourceError, check, drop_replaced, import_code
 from llmfoundry.integrations.foundry_yaml import translate
 from llmfoundry.settings import load_settings
@@ -31,6 +32,7 @@ log = logging.getLogger("llmfoundry")
 # Seconds for local rank 0 to print a mistake before another rank exits, on which torchrun ends them all.
 HEAD_START = 5.0
 Command = Callable[[Sequence[str] | None], int]
+_said: set[str] = set()  # lines of an error that are printed
 
 
 def command(run: Callable[[Sequence[str] | None], None]) -> Command:
@@ -47,9 +49,10 @@ def command(run: Callable[[Sequence[str] | None], None]) -> Command:
             run(argv)
         except ConfigError as error:
             if launch.local_rank() == 0:  # most mistakes are every rank's
-                print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+                _print_error(str(error).split("\n"), rank)
             else:
                 time.sleep(HEAD_START)
+            _said.clear()
             _tell_torchrun(f"error: {error}")
             return 2
         except ResourceError as error:
@@ -71,6 +74,13 @@ def command(run: Callable[[Sequence[str] | None], None]) -> Command:
         return 0
 
     return main
+
+
+def _print_error(lines: list[str], rank: str) -> None:
+    """Print those lines of an error that the quick check has not printed already."""
+    if new := [line for line in lines if line not in _said]:
+        print(f"{rank}error: " + "\n".join(new), file=sys.stderr, flush=True)
+        _said.update(new)
 
 
 def _out_of_memory(error: Exception) -> str:
@@ -129,10 +139,21 @@ def read_translated(path: str, overrides: list[str]) -> Translated:
 
 
 def read_run_config(path: str, overrides: list[str]) -> RunConfig:
-    """A YAML file as a checked config; LLM Foundry's legacy words are translated, with a note each."""
+    """A YAML file as a checked config; LLM Foundry's legacy words are translated, with a note each.
+
+    Mistakes that can be seen without torch are printed before it is imported, which takes seconds; those that only the
+    full check finds follow.
+    """
+    early: list[str] = []
+    if "torch" not in sys.modules and launch.local_rank() == 0:
+        early = quick_mistakes(path, overrides)
+        _print_error(early, f"[rank {launch.rank()}] " if launch.world_size() > 1 else "")
     translated = read_translated(path, overrides)
     from llmfoundry.train.config import RunConfig
 
     for note in translated.notes:
         log.info("%s", note)
-    return check(RunConfig, translated.data)
+    config = check(RunConfig, translated.data)
+    if early:
+        log.warning("no error after all: schema.json is older than the code; run scripts/reference/render.py")
+    return config

@@ -67,11 +67,11 @@ class ChatsConfig(Folders, names=("chats",)):
     skip_bad_rows: int = Field(default=0, ge=0)  # rows without a readable example that are skipped and counted
     # Words of LLM Foundry for what is always so here: examples share rows where attention keeps them apart.
     packing_ratio: float | Literal["auto"] | None = None
-    decoder_only_format: Literal[True] = True
-    allow_pad_trimming: bool = False
-    pad_to_longest: bool = False
-    safe_load: bool = True
-    eos_token_id: int | None = None
+    decoder_only_format: Literal[True] = True  # always so: models are decoders
+    allow_pad_trimming: bool = False  # accepted, without effect
+    pad_to_longest: bool = False  # accepted, without effect
+    safe_load: bool = True  # always so: no code of a dataset is run
+    eos_token_id: int | None = None  # accepted, without effect
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -57,8 +57,8 @@ class Batch(NamedTuple):
 class LoaderConfig(Choice, tag="name"):
     """A dataset and how its rows are read. `name: text` may be left out."""
 
-    name: str = "text"
-    dataset: DatasetConfig
+    name: str = "text"  # the kind of rows
+    dataset: DatasetConfig  # what is read; its name may be left out where the loader's name or its keys say it
     drop_last: bool = False  # training leaves out the last, partly filled row of an epoch; evaluation never does
     num_workers: int = Field(default=0, ge=0)  # 0: each batch is read on demand; more: a thread reads the next one
     label: str | None = None  # of one of eval_loaders: its name in the metrics

@@ -41,8 +41,8 @@ TUNING = (
 class Stream(Config):
     """One folder of a dataset of several. Of the last three keys, one may be given."""
 
-    local: str | None = None
-    remote: str | None = None
+    local: str | None = None  # a folder of MDS shards, or of one folder per split
+    remote: str | None = None  # looked at where local has no shards; a folder of this machine
     split: str | None = None  # None: the dataset's
     proportion: float | None = Field(default=None, gt=0)  # of the rows of an epoch
     repeat: float | None = Field(default=None, gt=0)  # how often an epoch reads each of its rows
@@ -64,9 +64,9 @@ class Stream(Config):
 class Folders(RowsConfig):
     """Root of the datasets that can be read from MDS folders; the keys are mosaicml-streaming's."""
 
-    local: str | None = None
-    remote: str | None = None
-    streams: dict[str, Stream] | None = None
+    local: str | None = None  # a folder of MDS shards, or of one folder per split
+    remote: str | None = None  # looked at where local has no shards; a folder of this machine
+    streams: dict[str, Stream] | None = None  # several folders, by name, in place of local and remote
 
     @model_validator(mode="wrap")
     @classmethod

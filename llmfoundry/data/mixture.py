@@ -26,7 +26,7 @@ from llmfoundry.data.sources import DatasetConfig, Source, fingerprint_of
 class Part(Config):
     """A source of a mixture: the keys of its dataset, and beside them how much of it is read."""
 
-    dataset: DatasetConfig
+    dataset: DatasetConfig  # its keys may stand beside those of this block instead
     label: str | None = None  # its name in metrics and phases; None: of its folder or file
     weight: float | None = Field(default=None, gt=0)  # share of the tokens, relative to the others' weights
     tokens: float | None = Field(default=None, gt=0)  # or: how many tokens of it the run reads
@@ -70,7 +70,7 @@ class Phase(Config):
 class MixtureConfig(RowsConfig, names=("mixture",)):
     """Several datasets, interleaved. `train_loader.datasets: [...]` is short for it."""
 
-    datasets: list[Part] = Field(min_length=1)
+    datasets: list[Part] = Field(min_length=1)  # the sources
     mixture: list[Phase] = []  # in the order of time; empty: the weights of the datasets hold for the whole run
     temperature: float = Field(default=1.0, gt=0)  # weights become weight ** (1 / temperature): above 1 evens them out
 

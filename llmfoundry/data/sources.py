@@ -67,7 +67,7 @@ class Source:
 class DatasetConfig(Choice, tag="name"):
     """A dataset: which documents, which of its two splits, and how its rows are served."""
 
-    name: str
+    name: str  # the kind of data
     split: Split = "train"  # of an eval_loader, if left out: validation
     # The share that is held out where train_loader and eval_loader read the same text (None: 0.05), or where a
     # train_loader asks for it. Names of splits (train/, val-00000.parquet) go before it.
@@ -225,7 +225,7 @@ class SyntheticConfig(DatasetConfig, names=("synthetic",)):
 
     vocab_size: int = Field(default=64, ge=2)  # different words
     n_documents: int = Field(default=2000, ge=1)  # both splits together
-    document_words: int = Field(default=200, ge=1)
+    document_words: int = Field(default=200, ge=1)  # words of one document
     seed: int = 0  # of the rule and of the text
 
     def build(self) -> Source:

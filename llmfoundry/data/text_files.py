@@ -44,7 +44,7 @@ class TextFilesConfig(DatasetConfig, names=("text_files",)):
     All but .parquet may be compressed. docs/data.md says which part of it a split is given.
     """
 
-    path: LocalPath
+    path: LocalPath  # a folder, a glob or one file
     text_key: str = "text"  # the column of a table that holds the text; `doc.text` for a nested one
     skip_bad_rows: int = Field(default=0, ge=0)  # rows without a readable text that are skipped, counted and reported
 

@@ -25,7 +25,7 @@ class Benchmark(Config):
     """A task with a number of examples."""
 
     name: str  # label of the task
-    num_fewshot: int = Field(ge=0)
+    num_fewshot: int = Field(ge=0)  # which of the task's numbers of solved examples counts
     random_baseline: float = Field(ge=0, lt=1)  # accuracy of guesses
 
     @property
@@ -37,8 +37,8 @@ class Benchmark(Config):
 class Category(Config):
     """Benchmarks of one ability."""
 
-    name: str
-    benchmarks: list[Benchmark]
+    name: str  # of the average in the metrics
+    benchmarks: list[Benchmark]  # tasks of icl_tasks, by label
 
 
 class GauntletConfig(Config):
@@ -46,9 +46,9 @@ class GauntletConfig(Config):
 
     # Of the benchmarks of a category: the same for all, rows of the data, or log2 of them.
     weighting: Literal["EQUAL", "SAMPLE_SZ", "LOG_SAMPLE_SZ"] = "EQUAL"
-    subtract_random_baseline: bool = True
+    subtract_random_baseline: bool = True  # take away what guessing would score
     rescale_accuracy: bool = True  # divide by 1 - random_baseline
-    categories: list[Category]
+    categories: list[Category]  # each has an average of its own
     averages: dict[str, list[str]] | None = None  # of categories, by name; None: default_average, of all
 
     @model_validator(mode="after")

@@ -42,7 +42,7 @@ class TaskConfig(Choice, tag="icl_task_type"):
     METRICS: ClassVar[tuple[str, ...]]  # that this kind has; the first is the default
     CONTEXT: ClassVar[str] = "context"  # the field with the question
 
-    icl_task_type: str
+    icl_task_type: str  # how a question is put and scored
     label: str  # of its metrics: metrics/LABEL/N-shot/METRIC
     # A file of JSON lines, relative to the current folder or the YAML's; or hf://NAME of a dataset. Without one a run
     # can be planned.
@@ -51,7 +51,7 @@ class TaskConfig(Choice, tag="icl_task_type"):
     metric_names: list[str] = []  # empty: the accuracy of its kind
     batch_size: int | None = Field(default=None, gt=0)  # rows of a forward on one rank; None: device_eval_batch_size
     max_seq_len: int | None = Field(default=None, gt=0)  # tokens of a row; None: icl_seq_len
-    fewshot_random_seed: int = 1234
+    fewshot_random_seed: int = 1234  # picks the solved examples
     prompt_string: str = ""  # before everything else
     example_delimiter: str = "\n"  # between examples
     continuation_delimiter: str = " "  # between a question and its answer
@@ -234,9 +234,9 @@ class GenerationKwargs(Config):
     """`generation_kwargs`: texts are always the greedy ones."""
 
     max_new_tokens: int | None = Field(default=None, gt=0)  # None: the longest answer in the data
-    do_sample: Literal[False] = False
-    num_beams: Literal[1] = 1
-    use_cache: bool = True
+    do_sample: Literal[False] = False  # always so: the likeliest token each time
+    num_beams: Literal[1] = 1  # always so
+    use_cache: bool = True  # accepted, without effect
 
 
 class GenerationTaskConfig(TaskConfig, names=("generation_task_with_answers",)):
@@ -248,7 +248,7 @@ class GenerationTaskConfig(TaskConfig, names=("generation_task_with_answers",)):
     cot_delimiter: str = ""  # between a chain of thought and the answer
     do_normalization: bool = True  # compare words in lower case, without articles and punctuation
     early_stopping_criteria: list[str] | None = None  # texts that end an answer
-    generation_kwargs: GenerationKwargs = GenerationKwargs()
+    generation_kwargs: GenerationKwargs = GenerationKwargs()  # how answers are generated
 
     def answer(self, row: Row) -> str:
         """The answer, after its chain of thought."""

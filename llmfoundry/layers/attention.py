@@ -46,11 +46,12 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
 class AttentionConfig(Choice, tag="attn_type"):
     """Root of the attention family: `attn_config` in the YAML, with the keys that all kinds share."""
 
-    attn_type: str = "multihead_attention"
+    attn_type: str = "multihead_attention"  # how keys and values are made
+    # auto: torch's fused kernels, FlexAttention where a mask needs it; flex: CUDA only
     attn_impl: Literal["auto", "sdpa", "flex"] = "auto"
-    rope: bool = False
-    rope_theta: float = Field(10000.0, gt=0)
-    rope_scaling: RopeScaling = NoScaling()
+    rope: bool = False  # rotary positions
+    rope_theta: float = Field(10000.0, gt=0)  # base of the rotation's wavelengths
+    rope_scaling: RopeScaling = NoScaling()  # for contexts longer than those trained on
     # Earlier tokens that a token sees besides itself, as in LLM Foundry; -1: all. `transformers` counts the token
     # too: its sliding_window is this plus 1.
     sliding_window_size: int = Field(default=FULL, ge=FULL)
@@ -110,10 +111,10 @@ class GroupedQueryConfig(
     qk_norm: bool = False  # normalise each head of queries and keys, as Qwen3
     qk_ln: bool = False  # normalise all heads of queries (of keys) together, as OLMoE
     norm_type: NormType | None = None  # of qk_norm and qk_ln; None: the model's
-    norm_eps: float | None = Field(default=None, gt=0)
-    clip_qkv: float | None = Field(default=None, gt=0)
+    norm_eps: float | None = Field(default=None, gt=0)  # of these norms; None: the model's
+    clip_qkv: float | None = Field(default=None, gt=0)  # clamp queries, keys and values to -x ... x
     clip_qkv_after_norm: bool = False  # as OLMoE in `transformers`; LLM Foundry and OLMo clip first
-    attn_logit_softcapping: float | None = Field(default=None, gt=0)
+    attn_logit_softcapping: float | None = Field(default=None, gt=0)  # scores become c * tanh(score / c), as Gemma 2
     # The part of the attention weights that is dropped in training. With windows, documents or ALiBi on a GPU, it takes
     # a dense mask in place of FlexAttention.
     attn_pdrop: float = Field(default=0.0, ge=0, lt=1)

@@ -39,6 +39,7 @@ class FFNOutput(NamedTuple):
 class Activation(Config):
     """`ffn_act_fn`, in LLM Foundry's words: `{name: gelu, approximate: tanh}`."""
 
+    # The function; swiglu_oss is gpt-oss's
     name: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oss"] = "gelu"
     approximate: Literal["none", "tanh"] = "none"  # gelu only
 
@@ -54,9 +55,9 @@ class FFNConfig(Choice, tag="ffn_type"):
     `ffn_hidden_size` and `bias` may be left out: the model fills them in (`filled`) before it counts or builds.
     """
 
-    ffn_type: str = "mptmlp"
+    ffn_type: str = "mptmlp"  # the kind of block
     ffn_hidden_size: int | None = Field(None, ge=1)  # F; None: the model's expansion_ratio * d_model
-    ffn_act_fn: Activation = Activation()
+    ffn_act_fn: Activation = Activation()  # the activation
     bias: bool | None = None  # None: as the model's no_bias says
 
     def filled(self, ffn_hidden_size: int, bias: bool) -> Self:

@@ -34,13 +34,13 @@ class LatentConfig(AttentionConfig, names=("multihead_latent_attention",)):
     `transformers`. The projections up from the latents have none, nor has a query projection without a latent.
     """
 
-    rope: bool = True
+    rope: bool = True  # rotary positions
     rope_interleaved: bool = True  # neighbouring dims rotate together, as in the checkpoints; False: i and i + C/2
     q_lora_rank: int | None = Field(default=None, ge=1)  # of the queries' latent; None: queries from x directly
-    kv_lora_rank: int = Field(ge=1)
-    qk_nope_head_dim: int = Field(ge=1)
-    qk_rope_head_dim: int = Field(ge=2)
-    v_head_dim: int = Field(ge=1)
+    kv_lora_rank: int = Field(ge=1)  # of the latent of keys and values
+    qk_nope_head_dim: int = Field(ge=1)  # of a query or key: dims without positions
+    qk_rope_head_dim: int = Field(ge=2)  # of a query or key: dims that rotate
+    v_head_dim: int = Field(ge=1)  # of a value
     # None: 1 / sqrt(N + C), times the square of yarn's magnitude for mscale_all_dim, where that is set.
     softmax_scale: float | None = Field(default=None, gt=0)
 

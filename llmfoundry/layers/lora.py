@@ -50,9 +50,9 @@ class LoRAConfig(Config):
 
     ALIASES: ClassVar[dict[str, str]] = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 
-    rank: int = Field(ge=1)
-    alpha: float = Field(gt=0)  # the adapter is scaled by alpha / rank,
-    use_rslora: bool = False  # or by alpha / sqrt(rank): Kalajdzievski 2023, arXiv:2312.03732
+    rank: int = Field(ge=1)  # of the two matrices of an adapter
+    alpha: float = Field(gt=0)  # the adapter is scaled by alpha / rank
+    use_rslora: bool = False  # scale by alpha / sqrt(rank) instead: Kalajdzievski 2023, arXiv:2312.03732
     # The part of what an adapter sees that is dropped in training. With adapters of experts, the Triton kernels cannot:
     # moe_impl: auto takes grouped_mm then.
     dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -28,7 +28,7 @@ class Rope(NamedTuple):
 class RopeScaling(Choice, tag="type"):
     """Root of the scalings: `rope_scaling` in the YAML."""
 
-    type: str = "none"
+    type: str = "none"  # how the wavelengths change
 
     def inv_freq(self, theta: float, dim: int, device: torch.device) -> Tensor:
         """(C/2,) float32, radians per position."""
@@ -56,7 +56,7 @@ class NoScaling(RopeScaling, names=("none", "default", "no_scaling")):
 class LinearScaling(RopeScaling, names=("linear",)):
     """Positions divided by `factor` (Chen et al. 2023, arXiv:2306.15595)."""
 
-    factor: float = Field(gt=0)
+    factor: float = Field(gt=0)  # new context length / original one
 
     def inv_freq(self, theta: float, dim: int, device: torch.device) -> Tensor:
         """(C/2,) float32, radians per position."""
@@ -66,10 +66,10 @@ class LinearScaling(RopeScaling, names=("linear",)):
 class Llama3Scaling(RopeScaling, names=("llama3",)):
     """Long wavelengths divided by `factor`, short ones kept, those between blended (Llama 3.1)."""
 
-    factor: float = Field(gt=0)
-    low_freq_factor: float = Field(gt=0)
-    high_freq_factor: float = Field(gt=0)
-    original_max_position_embeddings: int = Field(gt=0)
+    factor: float = Field(gt=0)  # new context length / original one
+    low_freq_factor: float = Field(gt=0)  # wavelengths above original length / this are divided by factor
+    high_freq_factor: float = Field(gt=0)  # wavelengths below original length / this are kept
+    original_max_position_embeddings: int = Field(gt=0)  # tokens that the model was first trained on
 
     @model_validator(mode="after")
     def _check_range(self) -> Llama3Scaling:
@@ -94,13 +94,13 @@ class Llama3Scaling(RopeScaling, names=("llama3",)):
 class YarnScaling(RopeScaling, names=("yarn",)):
     """Dims of low frequency are interpolated, others kept (Peng et al. 2023, arXiv:2309.00071)."""
 
-    factor: float = Field(gt=0)
-    original_max_position_embeddings: int = Field(gt=0)
+    factor: float = Field(gt=0)  # new context length / original one
+    original_max_position_embeddings: int = Field(gt=0)  # tokens that the model was first trained on
     beta_fast: float = Field(32.0, gt=0)  # a dim with more turns over the original length is kept
     beta_slow: float = Field(1.0, gt=0)  # a dim with fewer turns is interpolated in full
     attention_factor: float | None = Field(None, gt=0)  # None: from `factor`, or from the two mscales
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
+    mscale: float | None = None  # DeepSeek's; with mscale_all_dim it sets attention_factor
+    mscale_all_dim: float | None = None  # DeepSeek's, see mscale
     truncate: bool = True  # round the blended range outwards to whole dims; gpt-oss does not
 
     @property

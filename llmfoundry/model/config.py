@@ -20,8 +20,8 @@ _EMBEDDING = ("wte.weight", "wpe.weight")
 class ModelConfig(Choice, tag="name"):
     """Root of the models: `model` in the YAML."""
 
-    name: str = "mpt_causal_lm"
-    max_seq_len: int = Field(default=2048, ge=1)
+    name: str = "mpt_causal_lm"  # the kind of model
+    max_seq_len: int = Field(default=2048, ge=1)  # the longest row, in tokens; sizes learned positions
 
     def n_params(self) -> int:
         """All parameters."""
@@ -68,12 +68,13 @@ class InitConfig(Config):
     biases uniform in +-1 / sqrt(fan_in), embeddings 1. Each head and each of gate and up is a layer of its own.
     """
 
+    # The rule of the standard deviations
     name: Literal[
         "kaiming_normal_", "kaiming_uniform_", "xavier_normal_", "xavier_uniform_", "baseline_", "normal_",
         "small_init_", "neox_init_", "default_",
     ] = "kaiming_normal_"  # fmt: skip
-    init_std: float | None = Field(default=None, gt=0)
-    fan_mode: Literal["fan_in", "fan_out"] = "fan_in"
+    init_std: float | None = Field(default=None, gt=0)  # of baseline_ and normal_, which need it
+    fan_mode: Literal["fan_in", "fan_out"] = "fan_in"  # of kaiming_*
     init_nonlinearity: Literal["relu", "leaky_relu", "linear", "sigmoid", "tanh", "selu"] = "relu"  # kaiming_* only
     init_gain: float = 0.0  # kaiming_*: negative slope, for leaky_relu; xavier_*: the gain itself
     init_div_is_residual: bool | float = True  # residual outputs divided by sqrt(2 L), or by this number

@@ -73,17 +73,17 @@ class AdapterParams(NamedTuple):
 class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
     """A pre-norm decoder. The keys and their defaults are LLM Foundry's."""
 
-    d_model: int = Field(ge=1)
-    n_heads: int = Field(ge=1)
-    n_layers: int = Field(ge=1)
-    vocab_size: int = Field(ge=1)
+    d_model: int = Field(ge=1)  # width of the residual stream
+    n_heads: int = Field(ge=1)  # query heads
+    n_layers: int = Field(ge=1)  # blocks
+    vocab_size: int = Field(ge=1)  # rows of the embedding; at least the tokenizer's
     expansion_ratio: float = Field(default=4.0, gt=0)  # ffn hidden size / d_model, where ffn_config gives no size
     no_bias: bool = False  # of every linear layer and norm, unless its own block says otherwise
-    norm_type: NormType = "layernorm"
-    norm_eps: float = Field(default=1e-5, gt=0)
+    norm_type: NormType = "layernorm"  # of every norm in the blocks and before the head
+    norm_eps: float = Field(default=1e-5, gt=0)  # added to a norm's mean square or variance
     learned_pos_emb: bool | None = None  # None: exactly when attn_config has neither rope nor alibi
-    tie_word_embeddings: bool = True
-    final_logit_softcapping: float | None = Field(default=None, gt=0)
+    tie_word_embeddings: bool = True  # the head's weight is the embedding's
+    final_logit_softcapping: float | None = Field(default=None, gt=0)  # logits become c * tanh(logit / c), as Gemma 2
     # What logits are multiplied by, before they are capped; inv_sqrt_d_model: 1 / sqrt(d_model).
     logit_scale: Annotated[float, Field(gt=0)] | Literal["inv_sqrt_d_model"] | None = None
     # What the gradient of embeddings is multiplied by (GLM-130B: Zeng et al. 2022, arXiv:2210.02414).
@@ -91,7 +91,7 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
     # The part that is dropped in training: of what attention and feed-forward blocks add to the residual stream, and of
     # the embeddings. Weights of attention: attn_config.attn_pdrop.
     resid_pdrop: float = Field(default=0.0, ge=0, lt=1)
-    emb_pdrop: float = Field(default=0.0, ge=0, lt=1)
+    emb_pdrop: float = Field(default=0.0, ge=0, lt=1)  # of the embeddings
     # Windows of the layers in turn, e.g. [127, -1]: layer i has entry i modulo the length. None: the same for
     # all, attn_config.sliding_window_size.
     attn_window_pattern: list[int] | None = None

@@ -32,12 +32,12 @@ class MoEConfig(FFNConfig, RouterConfig, names=("moe",)):
     `ffn_hidden_size` and `ffn_act_fn` are each expert's.
     """
 
-    mlp_type: Literal["mlp", "glu"] = "glu"
+    mlp_type: Literal["mlp", "glu"] = "glu"  # of an expert: with a gate (glu), or without
     # Where the biases are, with `bias`. experts: one for each matrix of each expert. output: one vector of d_model for
     # the layer, added to the weighted sum, as in MegaBlocks; our kernels then run without biases.
     moe_bias: Literal["experts", "output"] = "experts"
     ffn_act_limit: float | None = Field(None, gt=0)  # clamp of gate and up; swiglu_oss has 7 of its own
-    moe_impl: Literal["auto", "triton", "grouped_mm", "reference"] = "auto"
+    moe_impl: Literal["auto", "triton", "grouped_mm", "reference"] = "auto"  # auto: the fastest that works here
     mlp_impl: Literal["grouped", "sparse"] = "grouped"  # LLM Foundry's; accepted, without effect
     # Above 0: an expert takes at most this many times its even share of the slots of one call, in token order, and
     # drops the rest (their weight becomes 0). null or 0: dropless.
@@ -53,9 +53,11 @@ class MoEConfig(FFNConfig, RouterConfig, names=("moe",)):
     shared_expert: bool = False  # a dense block beside the routed ones, met by every token
     shared_expert_hidden_size: int | None = Field(None, ge=1)  # None: ffn_hidden_size
     shared_expert_gate: bool = False  # scale it by sigmoid(x @ gate), as Qwen2-MoE
-    first_k_dense: int = Field(0, ge=0)  # this many dense blocks come first,
-    moe_layer_freq: int = Field(1, ge=1)  # then every n-th block is a mixture, starting with one
-    dense_ffn_hidden_size: int | None = Field(None, ge=1)  # of those; None: the model's expansion_ratio * d_model
+    first_k_dense: int = Field(0, ge=0)  # this many dense blocks come first
+    moe_layer_freq: int = Field(1, ge=1)  # after them every n-th block is a mixture, starting with one
+    dense_ffn_hidden_size: int | None = Field(
+        None, ge=1
+    )  # of the dense blocks; None: the model's expansion_ratio * d_model
 
     @model_validator(mode="after")
     def _check_experts(self) -> Self:
@@ -136,8 +138,8 @@ class MegaBlocksConfig(MoEConfig, names=("mb_dmoe", "torch_dmoe", "mb_moe")):
     Source: `megablocks.layers.arguments.Arguments`, as LLM Foundry v0.22 fills it in.
     """
 
-    mlp_type: Literal["mlp", "glu"] = "mlp"
-    ffn_act_fn: Activation = Activation(name="gelu", approximate="tanh")
+    mlp_type: Literal["mlp", "glu"] = "mlp"  # of an expert: with a gate (glu), or without
+    ffn_act_fn: Activation = Activation(name="gelu", approximate="tanh")  # the activation
     moe_bias: Literal["experts", "output"] = "output"
     moe_loss_weight: float = Field(0.1, ge=0)
 

@@ -33,9 +33,9 @@ class RouterOutput(NamedTuple):
 class RouterConfig(Config):
     """The router's keys in `ffn_config`; LLM Foundry's words where it has them."""
 
-    moe_num_experts: int = Field(ge=1)
-    moe_top_k: int = Field(1, ge=1)
-    moe_score_fn: Literal["softmax", "sigmoid"] = "softmax"
+    moe_num_experts: int = Field(ge=1)  # routed experts of a layer
+    moe_top_k: int = Field(1, ge=1)  # experts of a token
+    moe_score_fn: Literal["softmax", "sigmoid"] = "softmax"  # makes scores of the router's logits
     # Divide a token's weights by their p-norm: 1 makes them sum to 1 (Mixtral), null leaves them (OLMoE).
     moe_normalize_expert_weights: float | None = Field(None, gt=0)
     moe_routed_scaling: float = Field(1.0, gt=0)  # multiplies the weights last
@@ -43,8 +43,8 @@ class RouterConfig(Config):
     # Loss-free balance: experts are chosen by score + bias, and the bias moves by this much a step towards
     # even load. null: no bias; 0: a bias that stays (a finished model's).
     moe_bias_update_rate: float | None = Field(None, ge=0)
-    moe_n_groups: int = Field(1, ge=1)  # experts stand in this many groups, and a token may use
-    moe_topk_groups: int | None = Field(None, ge=1)  # only the best of these; null: all
+    moe_n_groups: int = Field(1, ge=1)  # experts stand in this many groups
+    moe_topk_groups: int | None = Field(None, ge=1)  # a token uses only the best so many groups; null: all
     moe_router_bias: bool = False  # a learned bias on the logits (gpt-oss)
     uniform_expert_assignment: bool = False  # benchmarks only: experts in turn, whatever the scores
 

@@ -35,20 +35,20 @@ Precision = Literal["fp32", "amp_bf16"]
 class GradientClipping(Config):
     """`algorithms.gradient_clipping`: scale all gradients so that their global L2 norm stays below a threshold."""
 
-    clipping_type: Literal["norm"] = "norm"
-    clipping_threshold: float = Field(1.0, gt=0)
+    clipping_type: Literal["norm"] = "norm"  # of the global L2 norm
+    clipping_threshold: float = Field(1.0, gt=0)  # the largest norm that is left as it is
 
 
 class Algorithms(Config):
     """What is done to the gradients between backward and update."""
 
-    gradient_clipping: GradientClipping | None = None
+    gradient_clipping: GradientClipping | None = None  # None: gradients are not clipped
 
 
 class CallbackConfig(Choice, tag="name"):
     """Root of the family of monitors and other callbacks: the YAML's `callbacks`."""
 
-    name: str
+    name: str  # in a YAML, the key under callbacks
 
     def build(self) -> object:
         """The `Callback`, before there is a trainer and before any data is prepared: mistakes are refused here."""
@@ -61,7 +61,7 @@ class CallbackConfig(Choice, tag="name"):
 class LoggerConfig(Choice, tag="name"):
     """Root of the family of destinations for metrics: the YAML's `loggers`."""
 
-    name: str
+    name: str  # in a YAML, the key under loggers
 
     def build(self) -> object:
         """The logger, as `CallbackConfig.build`."""
@@ -108,20 +108,20 @@ class RunConfig(Config):
 
     run_name: str | None = None  # for loggers, and for {run_name} in paths; None: $RUN_NAME, or the save_folder's name
     code_paths: list[str] = []  # Python files that register plug-ins
-    seed: int = Field(17, ge=0, lt=2**63)
-    max_seq_len: int = Field(gt=0)
+    seed: int = Field(17, ge=0, lt=2**63)  # of initial weights, order of the data and dropout
+    max_seq_len: int = Field(gt=0)  # tokens per row
 
     model: ModelConfig
     tokenizer: TokenizerConfig
     train_loader: LoaderConfig
-    eval_loader: LoaderConfig | None = None
+    eval_loader: LoaderConfig | None = None  # text to evaluate on; a list is read as eval_loaders
     eval_loaders: list[LoaderConfig] = []  # more of them, each with a label: metrics/eval/LABEL/...
 
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig
     loss: LossConfig = CrossEntropyConfig()  # or {name: dpo, beta: 0.1}, on preferences
-    algorithms: Algorithms = Algorithms()
-    max_duration: Duration
+    algorithms: Algorithms = Algorithms()  # what is done to the gradients
+    max_duration: Duration  # the length of the run
     global_train_batch_size: int = Field(gt=0)  # rows a step, over all ranks
     # Rows of a forward; need not divide. auto: all of the rank's, and half as many each time that they do not fit.
     device_train_microbatch_size: int | Literal["auto"] = "auto"
@@ -148,7 +148,7 @@ class RunConfig(Config):
     save_async: bool | Literal["auto"] = "auto"  # a thread writes while the next steps run; auto: on GPUs
     save_failures_allowed: int = Field(3, ge=0)  # saves that fail in a row before the run stops with an error
     save_frozen_weights: bool = False  # with model.lora: also the weights that load_path brought and nothing changes
-    autoresume: bool = False
+    autoresume: bool = False  # continue from the newest checkpoint in save_folder, if there is one
     # A checkpoint folder of ours; for weights alone also hf:<folder or hub id>, or Composer's FILE.pt or sharded folder
     load_path: str | None = None
     load_weights_only: bool = False  # start a new run from its weights instead of continuing it
@@ -156,11 +156,13 @@ class RunConfig(Config):
     # [data, seed, model.attn_config.rope_theta]. With other data, seed or max_seq_len, rows are counted from the first.
     load_allow: list[str] = []
 
+    # Monitors and more, {NAME: {its keys}}; a body may be empty.
     callbacks: keyed(CallbackConfig) = {}  # type: ignore[valid-type]
+    # Where metrics go besides metrics.jsonl, {NAME: {its keys}}
     loggers: keyed(LoggerConfig) = {}  # type: ignore[valid-type]
     progress_bar: bool = True  # on a terminal
-    log_to_console: bool = True
-    console_log_interval: Duration = Duration.parse("1ba")
+    log_to_console: bool = True  # false: no lines and no bar
+    console_log_interval: Duration = Duration.parse("1ba")  # between two lines
 
     @model_validator(mode="before")
     @classmethod

@@ -40,11 +40,11 @@ Betas = Annotated[list[Beta], Field(min_length=2, max_length=2)]
 class ParamGroup(Config):
     """What is other for the parameters that match; what is left out is the optimizer's."""
 
-    param_str_match: Pattern
-    lr: float | None = Field(None, gt=0)
+    param_str_match: Pattern  # a regular expression, looked for in parameters' names
+    lr: float | None = Field(None, gt=0)  # None: the optimizer's
     weight_decay: float | None = Field(None, ge=0)  # given, it is for norms and biases of the group too
-    betas: Betas | None = None
-    eps: float | None = Field(None, gt=0)
+    betas: Betas | None = None  # None: the optimizer's
+    eps: float | None = Field(None, gt=0)  # None: the optimizer's
 
 
 class Member(NamedTuple):

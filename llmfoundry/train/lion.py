@@ -20,9 +20,9 @@ from llmfoundry.train.optim import GroupedOptimizerConfig
 class DecoupledLionWConfig(GroupedOptimizerConfig, names=("decoupled_lionw",)):
     """Each step takes `(lr / initial_lr) * weight_decay` of the weight away, and `lr` times a sign."""
 
-    lr: float = Field(1.0e-4, gt=0)
-    betas: Betas = [0.9, 0.99]
-    weight_decay: float = Field(0.0, ge=0)
+    lr: float = Field(1.0e-4, gt=0)  # the highest learning rate; the scheduler multiplies it
+    betas: Betas = [0.9, 0.99]  # of the update's direction, and of the momentum
+    weight_decay: float = Field(0.0, ge=0)  # each step takes (lr / initial lr) * weight_decay of the weight away
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         return DecoupledLionW(self.settings(model), lr=self.lr, betas=(self.betas[0], self.betas[1]))

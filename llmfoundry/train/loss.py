@@ -148,7 +148,7 @@ def _of_chosen(sequences: Batch) -> Batch:
 class LossConfig(Choice, tag="name"):
     """Root of the losses: the YAML's `loss`."""
 
-    name: str = "cross_entropy"
+    name: str = "cross_entropy"  # which loss
 
     @property
     def pairs(self) -> bool:
@@ -174,7 +174,7 @@ class CrossEntropyConfig(LossConfig, names=("cross_entropy",)):
 class DPOConfig(LossConfig, names=("dpo",)):
     """Preferences. With `model.lora` the reference is the model without adapters; else a frozen copy of load_path."""
 
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(0.1, gt=0)  # how strongly the model is held to the reference
 
     @property
     def pairs(self) -> bool:

@@ -39,9 +39,9 @@ class Schedule:
 class SchedulerConfig(Choice, tag="name"):
     """Family root: `scheduler: {name: cosine_with_warmup, t_warmup: 100ba, alpha_f: 0.1}`."""
 
-    name: str
-    t_warmup: Duration = Duration.parse("0ba")
-    t_max: Duration = Duration.parse("1dur")
+    name: str  # the shape of the curve
+    t_warmup: Duration = Duration.parse("0ba")  # the learning rate rises from 0
+    t_max: Duration = Duration.parse("1dur")  # where the curve ends
     composer_step: bool = False  # one step late, as Composer is
 
     def build(self, timeline: Timeline) -> Schedule:
@@ -69,7 +69,7 @@ class SchedulerConfig(Choice, tag="name"):
 class ConstantConfig(SchedulerConfig, names=("constant_with_warmup",)):
     """Warm-up to `alpha`, then constant."""
 
-    alpha: float = Field(1.0, ge=0)
+    alpha: float = Field(1.0, ge=0)  # times the optimizer's lr, after warm-up
 
     def _curve(self, timeline: Timeline) -> Schedule:
         warmup, _ = self._warmup_and_end(timeline)
@@ -79,8 +79,8 @@ class ConstantConfig(SchedulerConfig, names=("constant_with_warmup",)):
 class LinearConfig(SchedulerConfig, names=("linear_decay_with_warmup",)):
     """Warm-up to `alpha_i`, then a straight line to `alpha_f` at `t_max`."""
 
-    alpha_i: float = Field(1.0, ge=0)
-    alpha_f: float = Field(0.0, ge=0)
+    alpha_i: float = Field(1.0, ge=0)  # times the optimizer's lr, after warm-up
+    alpha_f: float = Field(0.0, ge=0)  # times the optimizer's lr, at the end
 
     def _curve(self, timeline: Timeline) -> Schedule:
         warmup, end = self._warmup_and_end(timeline)
@@ -97,7 +97,7 @@ class CosineConfig(SchedulerConfig, names=("cosine_with_warmup",)):
     Source: Loshchilov & Hutter 2016, SGDR, arXiv:1608.03983.
     """
 
-    alpha_f: float = Field(0.0, ge=0)
+    alpha_f: float = Field(0.0, ge=0)  # times the optimizer's lr, at the end
 
     def _curve(self, timeline: Timeline) -> Schedule:
         warmup, end = self._warmup_and_end(timeline)
@@ -114,10 +114,10 @@ class InverseSquareRootConfig(SchedulerConfig, names=("inv_sqrt_with_warmup",)):
     The last `t_cooldown` before `t_max` is a straight line from there to `alpha_f_cooldown`.
     """
 
-    t_scale: Duration
-    t_cooldown: Duration = Duration.parse("0ba")
-    alpha_f_decay: float = Field(0.0, ge=0)
-    alpha_f_cooldown: float = Field(0.0, ge=0)
+    t_scale: Duration  # time in which the curve falls to 1 / sqrt(2) after warm-up
+    t_cooldown: Duration = Duration.parse("0ba")  # length of the straight line at the end
+    alpha_f_decay: float = Field(0.0, ge=0)  # times the optimizer's lr: what the curve tends to
+    alpha_f_cooldown: float = Field(0.0, ge=0)  # times the optimizer's lr, at the end
 
     def _curve(self, timeline: Timeline) -> Schedule:
         warmup, end = self._warmup_and_end(timeline)
@@ -145,9 +145,9 @@ class WarmupStableDecayConfig(SchedulerConfig, names=("wsd",)):
     (Haegele et al. 2024, arXiv:2405.18392: the better of the two there).
     """
 
-    t_decay: Duration
-    alpha_f: float = Field(0.0, ge=0)
-    decay: Literal["linear", "1-sqrt"] = "linear"
+    t_decay: Duration  # length of the decay at the end
+    alpha_f: float = Field(0.0, ge=0)  # times the optimizer's lr, at the end
+    decay: Literal["linear", "1-sqrt"] = "linear"  # its shape
 
     def _curve(self, timeline: Timeline) -> Schedule:
         warmup, end = self._warmup_and_end(timeline)
