@@ -182,7 +182,7 @@ def test_the_tokenizer_has_names_that_transformers_4_knows(tmp_path: Path, token
 READ = """
 import sys, torch
 from pathlib import Path
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, __version__
+from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
 assert __version__.startswith("4."), __version__
 tokens = torch.tensor(eval(sys.argv[1]))
 for folder in map(Path, sys.argv[2:]):
