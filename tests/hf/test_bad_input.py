@@ -156,8 +156,8 @@ BAD = {
     "the same tensor twice": (twice, "has it too"),
     "a config that is a list": (overwrite("config.json", b"[]"), "must hold a mapping"),
     "an unknown model type": (
-        edit_config(model_type="bert"),
-        "model_type 'bert' is not supported; supported are dbrx, ",
+        edit_config(model_type="vit"),
+        "model_type 'vit' is not supported; supported are dbrx, ",
     ),
     "part of a head rotates": (
         edit_config(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
