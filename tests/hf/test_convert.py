@@ -305,7 +305,7 @@ MISTAKES = {
     "outside": (lambda f: index(f, "../elsewhere.safetensors"), "which is outside of this folder"),
     "gone": (lambda f: index(f, "model-00001-of-00002.safetensors"), "is missing"),
     "pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "is a pickle"),
-    "type": (lambda f: settings(f, model_type="bloom"), "model_type 'bloom' is not supported; supported are "),
+    "type": (lambda f: settings(f, model_type="vit"), "model_type 'vit' is not supported; supported are "),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
     "no json": (lambda f: (f / "config.json").write_text("{"), "config.json: is no JSON"),
     "quantised": (lambda f: settings(f, quantization_config={"quant_method": "fp8"}), "these weights are quantised"),

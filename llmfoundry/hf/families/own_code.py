@@ -66,6 +66,16 @@ class OwnCode(Family):
 
 def _check_code(config: CausalLMConfig) -> None:
     """Raise ConfigError for what the modelling file does not compute."""
+    attention = config.attention
+    said = {
+        "logit_scale": config.logit_scale, "attn_reuse_kv_pattern": config.attn_reuse_kv_pattern,
+        "attn_position_pattern": config.attn_position_pattern,
+        "attn_config.norm_type": getattr(attention, "norm_type", None),
+        "attn_config.norm_eps": getattr(attention, "norm_eps", None),
+    }  # fmt: skip
+    for key, value in said.items():
+        if value is not None:
+            raise ConfigError(f"{key}={value!r}")
     if type(config.attn_config) is not GroupedQueryConfig:
         raise ConfigError(f"attn_config.attn_type={config.attn_config.attn_type!r}")
     ffn = config.ffn_config
