@@ -12,7 +12,7 @@ import random
 import resource
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -157,6 +157,13 @@ def all_reduce_sum(tensor: Tensor, group: ProcessGroup | None = None) -> Tensor:
         meet()
         dist.all_reduce(tensor, group=group)
     return tensor
+
+
+def of_ranks(values: Sequence[float]) -> Tensor:
+    """The values of every rank, which all call this together: (ranks, n) float64."""
+    rows = torch.zeros(world_size(), len(values), dtype=torch.float64)
+    rows[rank()] = torch.tensor(values, dtype=torch.float64)
+    return all_reduce_sum(rows)
 
 
 def any_rank(flag: bool) -> bool:

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from llmfoundry import runtime
 from llmfoundry.callbacks.sample_text import written
-from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run, Table
+from llmfoundry.train.callback import AtIntervals, CallbackConfig, Run, Table
 from llmfoundry.train.duration import Interval
 
 log = logging.getLogger(__name__)
@@ -42,25 +42,15 @@ class GenerateConfig(CallbackConfig, names=("generate_callback",)):
         return GenerateCallback(self)
 
 
-class GenerateCallback(Callback):
+class GenerateCallback(AtIntervals):
     """Every rank generates, for the forward of a sharded model is collective; rank 0 writes."""
 
     def __init__(self, config: GenerateConfig) -> None:
+        super().__init__(config.interval)
         self.config = config
-        self._last = -1  # the step of the newest texts
 
-    def step_end(self, trainer: Run, metrics: Metrics) -> None:
-        step = trainer.state.step
-        if trainer.timeline.due(self.config.interval, step) or (step and step == trainer.timeline.total_steps):
-            self._write(trainer)
-
-    def fit_end(self, trainer: Run) -> None:
-        if self._last != trainer.state.step:  # another callback ended the run
-            self._write(trainer)
-
-    def _write(self, trainer: Run) -> None:
+    def act(self, trainer: Run) -> None:
         config = self.config
-        self._last = trainer.state.step
         rows = []
         for prompt in config.prompts:
             text = written(

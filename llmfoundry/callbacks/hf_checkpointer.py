@@ -24,7 +24,7 @@ from llmfoundry.hf.adapters import peft_names
 from llmfoundry.hf.family import write_config
 from llmfoundry.model.adapters import save_peft
 from llmfoundry.model.transformer import CausalLMConfig
-from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
+from llmfoundry.train.callback import AtIntervals, CallbackConfig, Run
 from llmfoundry.train.config import RunConfig
 from llmfoundry.train.duration import Interval
 
@@ -69,24 +69,14 @@ class HFCheckpointerConfig(CallbackConfig, names=("hf_checkpointer",)):
             raise ConfigError(f"callbacks.hf_checkpointer: {note}")
 
 
-class HFCheckpointer(Callback):
+class HFCheckpointer(AtIntervals):
     """All ranks gather the weights, tensor by tensor; rank 0 writes."""
 
     def __init__(self, config: HFCheckpointerConfig) -> None:
+        super().__init__(config.save_interval)
         self.config = config
-        self._last = -1  # the step that was written last
 
-    def step_end(self, trainer: Run, metrics: Metrics) -> None:
-        step = trainer.state.step
-        if trainer.timeline.due(self.config.save_interval, step) or (step and step == trainer.timeline.total_steps):
-            self._write(trainer)
-
-    def fit_end(self, trainer: Run) -> None:
-        if self._last != trainer.state.step:  # another callback ended the run
-            self._write(trainer)
-
-    def _write(self, trainer: Run) -> None:
-        self._last = trainer.state.step
+    def act(self, trainer: Run) -> None:
         name = trainer.filled(self.config.huggingface_folder_name)
         folder = Path(trainer.filled(self.config.save_folder)) / SUBFOLDER / name
         target = runtime.on_rank0(lambda: self._target(folder))

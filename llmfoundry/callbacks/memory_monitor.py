@@ -56,11 +56,8 @@ def report(stats: dict[str, float], keys: dict[str, str]) -> dict[str, float]:
 
 def over_ranks(values: dict[str, float]) -> dict[str, float]:
     """`NAME_avg`, `NAME_min` and `NAME_max` over all ranks, which call this together."""
-    rows = torch.zeros(runtime.world_size(), len(values), dtype=torch.float64)
-    rows[runtime.rank()] = torch.tensor(list(values.values()), dtype=torch.float64)
-    runtime.all_reduce_sum(rows)
     found: dict[str, float] = {}
-    for name, column in zip(values, rows.T, strict=True):
+    for name, column in zip(values, runtime.of_ranks(list(values.values())).T, strict=True):
         found |= {
             f"{name}_avg": float(column.mean()), f"{name}_min": float(column.min()), f"{name}_max": float(column.max()),
         }  # fmt: skip

@@ -19,12 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from llmfoundry import runtime
 from llmfoundry.callbacks.reach import why_unreachable
 from llmfoundry.config import ConfigError, dump
 from llmfoundry.train.callback import Callback, LoggerConfig, Metrics, Run, Table
+from llmfoundry.train.config import RankZeroOnly
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -54,17 +55,10 @@ class MLflowConfig(LoggerConfig, names=("mlflow",)):
     log_duplicated_metric_every_n_steps: int = Field(100, ge=1)  # a value that stays the same
     resume: bool = True  # a resumed run continues its MLflow run, whatever this says
     logging_buffer_seconds: float | None = None  # flush_interval says it
-    rank_zero_only: bool = True  # not supported otherwise: metrics are of all ranks, and rank 0 logs them
+    rank_zero_only: RankZeroOnly = True  # not supported otherwise: metrics are of all ranks, and rank 0 logs them
     # Not supported: models are not registered
     model_registry_prefix: Literal[""] = ""
     model_registry_uri: None = None  # not supported: models are not registered
-
-    @field_validator("rank_zero_only")
-    @classmethod
-    def _one_rank_logs(cls, value: bool) -> bool:
-        if not value:
-            raise ValueError("metrics are of all ranks, and rank 0 logs them; write true")
-        return value
 
     def build(self) -> MLflow:
         if importlib.util.find_spec("mlflow") is None:

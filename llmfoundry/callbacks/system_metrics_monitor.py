@@ -55,7 +55,7 @@ class SystemMetricsMonitor(Callback):
             return
         metrics |= of_system()
         if self._reads_gpu:
-            metrics |= of_ranks(gathered(of_gpu(trainer.device)), self.config.log_all_data)
+            metrics |= of_ranks(runtime.of_ranks(of_gpu(trainer.device)).tolist(), self.config.log_all_data)
 
 
 def of_system() -> dict[str, float]:
@@ -79,13 +79,6 @@ def of_gpu(device: torch.device) -> list[float]:
         torch.cuda.temperature(device),
         torch.cuda.power_draw(device) / 1000,  # in mW
     ]
-
-
-def gathered(values: list[float]) -> list[list[float]]:
-    """The values of every rank, which all call this together."""
-    rows = torch.zeros(runtime.world_size(), len(values), dtype=torch.float64)
-    rows[runtime.rank()] = torch.tensor(values, dtype=torch.float64)
-    return [list(map(float, row)) for row in runtime.all_reduce_sum(rows)]
 
 
 def of_ranks(rows: list[list[float]], every: bool) -> dict[str, float]:

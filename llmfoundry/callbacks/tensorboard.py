@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch.utils.tensorboard import SummaryWriter
 
 from llmfoundry import runtime
 from llmfoundry.config import ConfigError, LocalPath
 from llmfoundry.train.callback import Callback, LoggerConfig, Metrics, Run, Table
+from llmfoundry.train.config import RankZeroOnly
 
 
 class TensorboardConfig(LoggerConfig, names=("tensorboard",)):
@@ -17,14 +18,7 @@ class TensorboardConfig(LoggerConfig, names=("tensorboard",)):
 
     log_dir: LocalPath | None = None  # None: tensorboard in the save_folder
     flush_interval: int = Field(100, ge=1)  # steps; what is not on disk yet is not shown
-    rank_zero_only: bool = True  # not supported otherwise: metrics are of all ranks, and rank 0 logs them
-
-    @field_validator("rank_zero_only")
-    @classmethod
-    def _one_rank_logs(cls, value: bool) -> bool:
-        if not value:
-            raise ValueError("metrics are of all ranks, and rank 0 logs them; write true")
-        return value
+    rank_zero_only: RankZeroOnly = True  # not supported otherwise: metrics are of all ranks, and rank 0 logs them
 
     def build(self) -> Tensorboard:
         runtime.on_rank0(self._make_folder)

@@ -12,6 +12,7 @@ from llmfoundry import runtime
 from llmfoundry.callbacks.reach import why_unreachable
 from llmfoundry.config import ConfigError, dump
 from llmfoundry.train.callback import Callback, LoggerConfig, Metrics, Run, Table
+from llmfoundry.train.config import RankZeroOnly
 
 if TYPE_CHECKING:
     import wandb
@@ -30,7 +31,7 @@ class WandbConfig(LoggerConfig, names=("wandb",)):
     tags: list[str] = []  # of the W&B run
     init_kwargs: dict[str, object] = {}  # other arguments of wandb.init, e.g. {notes: ..., job_type: ...}
     log_artifacts: bool = False  # not supported: checkpoints are not uploaded
-    rank_zero_only: bool = True  # not supported otherwise: metrics are of all ranks, and rank 0 logs them
+    rank_zero_only: RankZeroOnly = True  # not supported otherwise: metrics are of all ranks, and rank 0 logs them
     mode: Literal["online", "offline", "disabled"] | None = None  # None: as $WANDB_MODE says
 
     @field_validator("log_artifacts")
@@ -38,13 +39,6 @@ class WandbConfig(LoggerConfig, names=("wandb",)):
     def _uploads_nothing(cls, value: bool) -> bool:
         if value:
             raise ValueError("checkpoints are not uploaded here; write false, and copy save_folder/checkpoints")
-        return value
-
-    @field_validator("rank_zero_only")
-    @classmethod
-    def _one_rank_logs(cls, value: bool) -> bool:
-        if not value:
-            raise ValueError("metrics are of all ranks, and rank 0 logs them; write true")
         return value
 
     def build(self) -> Wandb:

@@ -20,9 +20,9 @@ from llmfoundry.integrations.foundry_yaml import translate
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.parallel.mesh import ParallelConfig
-from llmfoundry.train.config import Precision
+from llmfoundry.train.build import check_device
+from llmfoundry.train.config import Precision, precision_on
 from llmfoundry.train.resume import with_rule_of
-from llmfoundry.train.trainer import check_device
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +56,7 @@ class TaskSettings(Config):
 
     def precision_here(self) -> Precision:
         """The precision on this machine; raises ConfigError if it is not to be had."""
-        kind = runtime.device().type
-        if self.precision == "auto":
-            return "amp_bf16" if kind == "cuda" else "fp32"
-        if self.precision == "amp_bf16" and kind != "cuda":
-            raise ConfigError("precision: amp_bf16 needs a GPU and there is none; write precision=fp32")
-        return self.precision
+        return precision_on(self.precision, runtime.device().type)
 
 
 class EvaluatedModel(Config):

@@ -112,7 +112,7 @@ def _train(config: RunConfig, show_batch: bool) -> None:
     from llmfoundry.callbacks.console import Console
     from llmfoundry.callbacks.report import Report, ReportConfig
     from llmfoundry.callbacks.speed_monitor import SpeedMonitor, SpeedMonitorConfig
-    from llmfoundry.train.trainer import build
+    from llmfoundry.train.build import build
 
     trainer = build(config)
     log.info("%s", hf.export_note(config.model))

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from llmfoundry.checkpoint.reading import Json
 from llmfoundry.train.config import CallbackConfig, LoggerConfig
+from llmfoundry.train.duration import Interval
 from llmfoundry.train.run import Metrics, Run, Table
 
-__all__ = ["Callback", "CallbackConfig", "Json", "LoggerConfig", "Metrics", "Run", "Table"]
+__all__ = ["AtIntervals", "Callback", "CallbackConfig", "Json", "LoggerConfig", "Metrics", "Run", "Table"]
 
 
 class Callback:
@@ -41,3 +42,28 @@ class Callback:
 
     def close(self) -> None:
         """Release terminals and files: called last in any case, also after an error."""
+
+
+class AtIntervals(Callback):
+    """A callback that acts every so often, and after the last step, whichever step that turns out to be."""
+
+    def __init__(self, interval: Interval) -> None:
+        self._interval = interval
+        self._last = -1  # the step of the newest time
+
+    def act(self, trainer: Run) -> None:
+        """What is done; every rank calls this."""
+        raise NotImplementedError
+
+    def step_end(self, trainer: Run, metrics: Metrics) -> None:
+        step = trainer.state.step
+        if trainer.timeline.due(self._interval, step) or (step and step == trainer.timeline.total_steps):
+            self._act(trainer)
+
+    def fit_end(self, trainer: Run) -> None:
+        if self._last != trainer.state.step:  # another callback ended the run
+            self._act(trainer)
+
+    def _act(self, trainer: Run) -> None:
+        self._last = trainer.state.step
+        self.act(trainer)

@@ -7,9 +7,9 @@ callback) is described where that part is built.
 from __future__ import annotations
 
 import os
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 import llmfoundry.hf.module  # noqa: F401  registers modules of transformers as a model
 import llmfoundry.model.transformer  # noqa: F401  registers its model
@@ -30,6 +30,19 @@ from llmfoundry.train.optim import OptimizerConfig
 from llmfoundry.train.schedule import SchedulerConfig
 
 Precision = Literal["fp32", "amp_bf16"]
+
+
+def precision_on(asked: Precision | Literal["auto"], device_type: str) -> Precision:
+    """What a key `precision` means on a kind of device.
+
+    Raises:
+        ConfigError: it was asked for and is not to be had there.
+    """
+    if asked == "auto":
+        return "amp_bf16" if device_type == "cuda" else "fp32"
+    if asked == "amp_bf16" and device_type != "cuda":
+        raise ConfigError("precision: amp_bf16 needs a GPU and there is none; write precision=fp32 or leave it out")
+    return asked
 
 
 class GradientClipping(Config):
@@ -56,6 +69,15 @@ class CallbackConfig(Choice, tag="name"):
 
     def check_run(self, run: RunConfig) -> None:
         """Refuse a run that this callback cannot watch, before anything is written; raises ConfigError."""
+
+
+def _one_rank_logs(value: bool) -> bool:
+    if not value:
+        raise ValueError("metrics are of all ranks, and rank 0 logs them; write true")
+    return value
+
+
+RankZeroOnly = Annotated[bool, AfterValidator(_one_rank_logs)]  # a key of Composer's loggers
 
 
 class LoggerConfig(Choice, tag="name"):
@@ -298,13 +320,5 @@ class RunConfig(Config):
         return self.evaluations if self.eval_first or self.eval_interval.value > 0 else []
 
     def precision_on(self, device_type: str) -> Precision:
-        """The precision of the run on a kind of device.
-
-        Raises:
-            ConfigError: it was asked for and is not to be had there.
-        """
-        if self.precision == "auto":
-            return "amp_bf16" if device_type == "cuda" else "fp32"
-        if self.precision == "amp_bf16" and device_type != "cuda":
-            raise ConfigError("precision: amp_bf16 needs a GPU and there is none; write precision=fp32 or leave it out")
-        return self.precision
+        """The precision of the run on a kind of device; raises ConfigError if it is not to be had there."""
+        return precision_on(self.precision, device_type)

@@ -1,4 +1,4 @@
-"""The whole life of a run: `build` shows how the parts meet, `Trainer.fit` what happens in which order."""
+"""The life of a run: `Trainer.fit` shows what happens in which order. `train/build.py` makes a trainer."""
 
 from __future__ import annotations
 
@@ -15,40 +15,24 @@ from typing import cast
 import torch
 
 from llmfoundry import hf, runtime
-from llmfoundry.checkpoint.checkpointer import Checkpointer, CheckpointState
+from llmfoundry.checkpoint.checkpointer import CheckpointState
 from llmfoundry.checkpoint.composer_names import load_composer
-from llmfoundry.checkpoint.identity import MIXTURE, is_allowed
 from llmfoundry.checkpoint.reading import HUGGING_FACE, Contents, Json, load_model_only, read
 from llmfoundry.config import ConfigError, dump
-from llmfoundry.data.loader import Loader
 from llmfoundry.data.mixture import Mixture
-from llmfoundry.data.sources import check_apart
 from llmfoundry.eval.icl import PREFIX
-from llmfoundry.eval.icl_questions import Reader
-from llmfoundry.kernels.experts import resolve_backend
-from llmfoundry.model.transformer import CausalLM, CausalLMConfig
-from llmfoundry.moe.balance import Balance, summary
-from llmfoundry.moe.layer import MoEConfig
-from llmfoundry.parallel.apply import materialize, parallelize
-from llmfoundry.parallel.expert import n_experts
-from llmfoundry.parallel.fsdp import can_leave, meet_before_collectives
-from llmfoundry.parallel.mesh import Mesh, build_mesh
+from llmfoundry.model.transformer import CausalLM
+from llmfoundry.moe.balance import summary
 from llmfoundry.train.callback import Callback
-from llmfoundry.train.config import CallbackConfig, Precision, RunConfig
-from llmfoundry.train.duration import Timeline
-from llmfoundry.train.evaluating import evaluate_by_tasks, evaluate_texts, tasks_of
+from llmfoundry.train.evaluating import evaluate_by_tasks, evaluate_texts
 from llmfoundry.train.loss import Loss
 from llmfoundry.train.microbatch import Microbatches
-from llmfoundry.train.mixing import Joined, row_ends, take_up, to_save
+from llmfoundry.train.mixing import Joined, to_save
 from llmfoundry.train.optim import set_learning_rate
-from llmfoundry.train.outputs import RunFolder, check_free, check_shared, read_summary
+from llmfoundry.train.outputs import RunFolder, check_shared, read_summary
 from llmfoundry.train.resume import (
     Start,
-    check_data,
     command_to_continue,
-    find_start,
-    generation_for,
-    settle_tokenizer,
     train_state,
 )
 from llmfoundry.train.run import EVALUATED, Metrics, Run, Table, is_evaluated
@@ -391,151 +375,3 @@ class Trainer(Run):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def build(config: RunConfig) -> Trainer:
-    """YAML in, trainer out. Read this to see how the parts meet.
-
-    Raises:
-        ConfigError: a mistake of the user's, found before anything is written to `save_folder`.
-    """
-    # In a single process, only FSDP can keep weights in host memory.
-    device = runtime.start(config.dist_timeout, group_of_one=config.parallel.cpu_offload)
-    runtime.seed_all(config.seed)
-    assert isinstance(config.model, CausalLMConfig)
-    config.model.check_trainable()
-    precision = config.precision_on(device.type)
-    check_device(config.model, device, precision)
-    mesh = build_mesh(config.parallel, device.type, n_experts(config.model))
-    path = Path(config.save_folder)
-    runtime.on_rank0(lambda: check_free(path, config.autoresume))
-    microbatches = _microbatches(config, mesh)
-    callbacks = _callbacks(config)
-    checkpointer = Checkpointer(
-        path / "checkpoints",
-        keep=config.save_num_checkpoints_to_keep,
-        asynchronous=device.type == "cuda" if config.save_async == "auto" else config.save_async,
-    )
-    start = find_start(config, checkpointer)
-    for part in config.due_evaluations:
-        check_apart(config.train_loader.dataset, part.dataset)
-    config, tokenizer, special = settle_tokenizer(config, start)
-    assert isinstance(config.model, CausalLMConfig)
-    documents = config.model.attn_config.attn_uses_sequence_id
-    loader, *eval_loaders = (
-        part.build(tokenizer, seed=config.seed, max_seq_len=config.max_seq_len, sequence_ids=documents, special=special)
-        for part in (config.train_loader, *config.due_evaluations)
-    )
-    start = check_data(start, loader.fingerprint, config.load_allow, isinstance(loader.order, Mixture))
-    for each in (loader, *eval_loaders):
-        length = each.max_seq_len // each.order.sequences
-        if length > config.model.max_seq_len:
-            raise ConfigError(f"dataset.max_seq_len={length} exceeds model.max_seq_len={config.model.max_seq_len}")
-    eval_loader = eval_loaders.pop(0) if eval_loaders and config.eval_loader is not None else None
-    tasks = tasks_of(config, Reader(tokenizer, special))
-    timeline = Timeline.of(
-        config.max_duration,
-        rows_per_step=config.global_train_batch_size,
-        tokens_per_row=loader.max_seq_len,
-        rows_per_epoch=loader.rows_per_epoch,
-    )
-    joined = _mix(config, loader, timeline, start)
-    schedule = config.scheduler.build(timeline)
-    model = _build_model(config, mesh, precision)
-    microbatches.can_retry = can_leave(model)
-    reference = None
-    if config.loss.pairs and config.model.lora is None:
-        reference = _build_model(config, mesh, precision).requires_grad_(False).eval()
-    return Trainer(
-        config=config,
-        mesh=mesh,
-        device=device,
-        tokenizer=tokenizer,
-        special=special,
-        loader=loader,
-        eval_loader=eval_loader,
-        eval_loaders=eval_loaders,
-        tasks=tasks,
-        model=model,
-        optimizer=config.optimizer.build(model),
-        schedule=schedule,
-        timeline=timeline,
-        balance=Balance.of(config.model),
-        start=start,
-        microbatches=microbatches,
-        saver=Saver(checkpointer, config.save_failures_allowed),
-        generation=generation_for(start, tokenizer),
-        callbacks=list(callbacks.values()),
-        named=callbacks,
-        joined=joined,
-        objective=config.loss.build(reference),
-        reference=reference,
-    )
-
-
-def _build_model(config: RunConfig, mesh: Mesh, precision: Precision) -> CausalLM:
-    with torch.device("meta"):  # shapes only: no rank ever holds the whole model
-        model = config.model.build()
-    assert isinstance(model, CausalLM)
-    model = parallelize(model, mesh, config.parallel, precision)
-    if config.device_train_microbatch_size == "auto" and can_leave(model):
-        meet_before_collectives(model)
-    return materialize(model, config.parallel, config.seed)  # the same values on every mesh
-
-
-def _mix(config: RunConfig, loader: Loader, timeline: Timeline, start: Start) -> Joined:
-    """Arrange the mixture of a run, if it reads one."""
-    mixture = loader.order
-    if not isinstance(mixture, Mixture):
-        return Joined()
-    contents = None if start.how in ("new", "weights") or start.rows_anew else start.contents
-    rows = train_state(contents).rows if contents is not None else 0
-    ends = row_ends(mixture.phases, timeline)
-    joined = take_up(mixture, ends, contents, rows, is_allowed(MIXTURE, config.load_allow))
-    mixture.check(timeline.total_steps * timeline.rows_per_step)
-    log.info("mixture: %s", ", ".join(f"{label} {share}" for label, share in mixture.describe().items()))
-    return joined
-
-
-def _callbacks(config: RunConfig) -> dict[str, Callback]:
-    found = {}
-    parts = {f"callbacks.{name}": part for name, part in config.callbacks.items()}
-    for name, part in (parts | {f"loggers.{name}": part for name, part in config.loggers.items()}).items():
-        built = part.build()
-        if not isinstance(built, Callback):  # a plug-in's mistake
-            raise ConfigError(f"{name}: build() must return a Callback, found {type(built).__name__}")
-        if isinstance(part, CallbackConfig):
-            part.check_run(config)
-        found[name] = built
-    return found
-
-
-def _microbatches(config: RunConfig, mesh: Mesh) -> Microbatches:
-    """Refuse a global batch that would give ranks different numbers of microbatches: they must meet in each."""
-    rows, ranks, micro = config.global_train_batch_size, mesh.data_ranks, config.device_train_microbatch_size
-    if rows < ranks:
-        raise ConfigError(
-            f"global_train_batch_size={rows} leaves some of {ranks} ranks without a row; write {ranks} or more"
-        )
-    least, most = rows // ranks, -(-rows // ranks)
-    if micro != "auto" and -(-least // micro) != -(-most // micro):
-        raise ConfigError(
-            f"global_train_batch_size={rows} over {ranks} ranks is {least} or {most} rows each, which "
-            f"device_train_microbatch_size={micro} cuts into different numbers of microbatches; make it a multiple of "
-            f"{ranks}, or the microbatch larger"
-        )
-    return Microbatches(micro, least, most)
-
-
-def check_device(model: CausalLMConfig, device: torch.device, precision: str) -> None:
-    """Refuse implementations that were asked for and cannot run here."""
-    if model.attn_config.attn_impl == "flex" and device.type != "cuda":
-        raise ConfigError(f"model.attn_config.attn_impl=flex needs a CUDA device, found {device.type}; use auto")
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    blocks = (model.ffn(layer) for layer in range(model.n_layers))
-    drops = model.lora is not None and model.lora.dropout > 0 and model.adapts_experts
-    for impl, kind in {(b.moe_impl, b.kind(model.d_model)) for b in blocks if isinstance(b, MoEConfig)}:
-        try:
-            resolve_backend(impl, kind._replace(dropout=drops), device, dtype)
-        except ValueError as error:
-            raise ConfigError(f"model.ffn_config.{error}") from None

@@ -19,7 +19,7 @@ from train_step import described, machine
 
 from llmfoundry import runtime
 from llmfoundry.cli.command import read_run_config
-from llmfoundry.train.trainer import build
+from llmfoundry.train.build import build
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = ("reference", "grouped_mm", "triton")

@@ -27,8 +27,9 @@ from llmfoundry.planning.hardware import GIB
 from llmfoundry.planning.job import Job
 from llmfoundry.planning.memory import memory
 from llmfoundry.planning.plan import plan
+from llmfoundry.train.build import build
 from llmfoundry.train.config import RunConfig
-from llmfoundry.train.trainer import Trainer, build
+from llmfoundry.train.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 Row = dict[str, object]

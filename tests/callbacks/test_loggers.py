@@ -16,8 +16,8 @@ from llmfoundry.callbacks.inmemory import InMemory
 from llmfoundry.cli.command import read_run_config
 from llmfoundry.cli.train import train_main
 from llmfoundry.config import check
+from llmfoundry.train.build import build
 from llmfoundry.train.config import RunConfig
-from llmfoundry.train.trainer import build
 from tests.callbacks.conftest import lines, tiny_run
 
 TEXTS = "callbacks.generate_callback={prompts: [to be], interval: 2ba, max_new_tokens: 3}"

@@ -12,9 +12,9 @@ from llmfoundry.callbacks.memory_snapshot import MemorySnapshot
 from llmfoundry.callbacks.system_metrics_monitor import OF_GPU, of_ranks
 from llmfoundry.cli.train import train_main
 from llmfoundry.config import check, dump
+from llmfoundry.train.build import build
 from llmfoundry.train.callback import Callback
 from llmfoundry.train.config import RunConfig
-from llmfoundry.train.trainer import build
 from tests.callbacks.conftest import lines, tiny_run
 
 

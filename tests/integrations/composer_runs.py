@@ -21,8 +21,8 @@ import llmfoundry.callbacks  # noqa: F401
 from llmfoundry import runtime
 from llmfoundry.config import check
 from llmfoundry.integrations.composer import ComposerParts, composer_parts
+from llmfoundry.train.build import build
 from llmfoundry.train.config import RunConfig
-from llmfoundry.train.trainer import build
 
 STEPS = 8
 

@@ -18,8 +18,8 @@ import llmfoundry.callbacks  # noqa: F401  registers what the YAML names
 from llmfoundry import runtime
 from llmfoundry.config import check
 from llmfoundry.settings import load_yaml
+from llmfoundry.train.build import build
 from llmfoundry.train.config import RunConfig
-from llmfoundry.train.trainer import build
 
 pytestmark = pytest.mark.dist
 
