@@ -14,9 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from llmfoundry import runtime
-from llmfoundry.moe.layer import MoEConfig
 from llmfoundry.moe.router import Router
-from llmfoundry.report.experts import churn, coactivation, route, tokens_of_experts
+from llmfoundry.report.experts import churn, coactivation, mixture_layers, route, tokens_of_experts
 from llmfoundry.report.page import write_report
 from llmfoundry.report.records import EXPERTS, PROBE
 from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
@@ -88,7 +87,7 @@ class Report(Callback):
             "step": trainer.state.step,
             "load": [[round(share, 5) for share in layer] for layer in load.tolist()],
             "entropy": [round(value, 5) for value in entropy.tolist()],
-            "layers": mixtures(trainer),
+            "layers": mixture_layers(trainer.model.config),
         }
         biases = [m.expert_bias for m in trainer.model.modules() if isinstance(m, Router) and m.expert_bias is not None]
         if biases:
@@ -146,9 +145,3 @@ class Report(Callback):
         if not self._failed:
             log.warning("%s cannot be written: %s; the run goes on", path, error.strerror)
         self._failed = True
-
-
-def mixtures(trainer: Run) -> list[int]:
-    """The layers that are mixtures of experts."""
-    model = trainer.model.config
-    return [layer for layer in range(model.n_layers) if isinstance(model.ffn(layer), MoEConfig)]

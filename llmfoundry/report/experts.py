@@ -16,9 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from llmfoundry.model.transformer import CausalLMConfig
+from llmfoundry.moe.layer import MoEConfig
 from llmfoundry.moe.router import Router, RouterOutput
 
 TOP_TOKENS = 20
+MOST_BYTES = 4  # of a character in UTF-8
 KINDS = ("word", "word part", "number", "punctuation", "space", "other")
 
 
@@ -26,6 +29,7 @@ class Routing(NamedTuple):
     """How a model routed a batch."""
 
     experts: Tensor  # (L, T, K) int16, on the CPU
+    weights: Tensor  # (L, T, K) float32, on the CPU: what each expert's output is multiplied by
     confidence: Tensor  # (L,) mean over tokens of the highest score, as a share of all scores
 
 
@@ -34,6 +38,11 @@ class ExpertTokens(NamedTuple):
 
     tokens: list[str]  # decoded, the most typical first, at most TOP_TOKENS
     kinds: list[float]  # share of each of KINDS among its slots
+
+
+def mixture_layers(config: CausalLMConfig) -> list[int]:
+    """The layers that are mixtures of experts, in the order of `Routing`."""
+    return [layer for layer in range(config.n_layers) if isinstance(config.ffn(layer), MoEConfig)]
 
 
 @torch.no_grad()
@@ -51,7 +60,8 @@ def route(model: nn.Module, tokens: Tensor, sequence_ids: Tensor | None = None) 
     model.train(training)
     experts = torch.stack([output.experts.to(torch.int16) for output in outputs])
     shares = [(output.scores / output.scores.sum(-1, keepdim=True)).amax(-1).mean() for output in outputs]
-    return Routing(experts.cpu(), torch.stack(shares).float().cpu())
+    weights = torch.stack([output.weights for output in outputs])
+    return Routing(experts.cpu(), weights.float().cpu(), torch.stack(shares).float().cpu())
 
 
 @contextmanager
@@ -145,3 +155,20 @@ def kind(text: str) -> str:
 def decoded(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Each token decoded by itself."""
     return [str(tokenizer.decode([token])) for token in tokens]
+
+
+def pieces(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text of each token in its place; together they are the text of all.
+
+    A character of several tokens is the text of the last of them, and the others have none. Each token is decoded
+    after the one before it, because some tokenizers drop a space at the start.
+    """
+    found, before, done = [], 0, 0
+    for end in range(1, len(tokens) + 1):
+        old = str(tokenizer.decode(list(tokens[before:done])))
+        new = str(tokenizer.decode(list(tokens[before:end])))
+        is_whole = end == len(tokens) or not new.endswith("\N{REPLACEMENT CHARACTER}") or end - done >= MOST_BYTES
+        found.append(new[len(old) :] if is_whole else "")
+        if is_whole:
+            before, done = done, end
+    return found
