@@ -138,6 +138,22 @@ def tokens_of_experts(
     return found
 
 
+def sources_of_experts(experts: Tensor, sources: Tensor, n_experts: int, n_sources: int) -> NDArray[np.float64]:
+    """How much more of each source an expert takes than its share of all slots would give.
+
+    Args:
+        experts: (T, K) ids of one layer.
+        sources: (T,) the source of each token.
+
+    Returns:
+        (E, n_sources), 1 for an expert that does not tell sources apart; 0 where there is nothing to compare.
+    """
+    slots = experts.long() * n_sources + sources.unsqueeze(1)  # (T, K)
+    counts = np.bincount(slots.flatten().numpy(), minlength=n_experts * n_sources).reshape(n_experts, n_sources)
+    expected = np.outer(counts.sum(1), counts.sum(0)) / max(1, counts.sum())
+    return np.divide(counts, expected, out=np.zeros(counts.shape), where=expected > 0)
+
+
 def kind(text: str) -> str:
     """Which of KINDS a decoded token is."""
     bare = text.strip()
