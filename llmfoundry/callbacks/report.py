@@ -7,6 +7,7 @@ anew; in a run that evaluates nothing, 20 times and after the last step.
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 from pathlib import Path
@@ -23,6 +24,7 @@ from llmfoundry.moe.router import Router
 from llmfoundry.report.experts import (
     churn,
     coactivation,
+    fingerprints,
     mixture_layers,
     route,
     sources_of_experts,
@@ -30,7 +32,7 @@ from llmfoundry.report.experts import (
 )
 from llmfoundry.report.page import write_report
 from llmfoundry.report.records import DEAD, EXPERTS, PROBE
-from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
+from llmfoundry.train.callback import Callback, CallbackConfig, Json, Metrics, Run
 from llmfoundry.train.duration import Duration
 from llmfoundry.train.run import is_evaluated
 
@@ -58,7 +60,7 @@ class Report(Callback):
     def __init__(self, config: ReportConfig) -> None:
         self.config = config
         self._text: Batch | None = None  # of the probe; of a mixture of experts alone
-        self._before: Tensor | None = None  # (L, T, K), what the last probe found
+        self._before: Tensor | None = None  # (L, T) fingerprints of what the last probe found
         self._failed = False
 
     def fit_start(self, trainer: Run) -> None:
@@ -84,6 +86,16 @@ class Report(Callback):
             self._write(trainer, sample)
         if probed:
             self._draw(trainer, metrics)
+
+    def state_dict(self) -> dict[str, Json]:
+        if self._before is None:
+            return {}
+        packed = base64.b64encode(self._before.numpy().tobytes()).decode()
+        return {"fingerprints": packed, "layers": len(self._before)}
+
+    def load_state_dict(self, state: dict[str, Json]) -> None:
+        flat = np.frombuffer(base64.b64decode(str(state["fingerprints"])), dtype=np.int32)
+        self._before = torch.from_numpy(flat.reshape(int(str(state["layers"])), -1).copy())
 
     def fit_end(self, trainer: Run) -> None:
         if self.config.enabled:
@@ -126,9 +138,10 @@ class Report(Callback):
         on_device = batch.to(trainer.device)
         routing = route(trainer.model, on_device.tokens, on_device.sequence_ids)
         found: dict[str, object] = {"confidence": [round(value, 5) for value in routing.confidence.tolist()]}
-        before, self._before = self._before, routing.experts
-        if before is not None:
-            found["churn"] = [round(value, 5) for value in churn(before, routing.experts)]
+        assert trainer.router is not None
+        before, self._before = self._before, fingerprints(routing.experts, trainer.router.load.shape[1])
+        if before is not None and before.shape == self._before.shape:  # else a resumed run probes another text
+            found["churn"] = [round(value, 5) for value in churn(before, self._before)]
         if runtime.is_rank0():
             self._write_probe(trainer, routing.experts, batch)
         return found

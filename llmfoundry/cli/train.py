@@ -123,7 +123,8 @@ def _train(config: RunConfig, show_batch: bool) -> None:
         trainer.callbacks.insert(0, SpeedMonitorConfig(name="speed_monitor").build())
     if not any(isinstance(callback, Report) for callback in trainer.callbacks):
         # Every run leaves a page. Before the loggers, for which it adds figures by layer.
-        trainer.callbacks.insert(1, ReportConfig().build())
+        trainer.named["callbacks.report"] = ReportConfig().build()
+        trainer.callbacks.insert(1, trainer.named["callbacks.report"])
     if config.log_to_console:
         trainer.callbacks.append(Console())
     trainer.fit()

@@ -26,6 +26,7 @@ from llmfoundry.data.sources import check_apart
 from llmfoundry.eval.icl import PREFIX
 from llmfoundry.eval.icl_questions import Reader
 from llmfoundry.kernels.experts import resolve_backend
+from llmfoundry.layers.ffn import RouterStats
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 from llmfoundry.moe.balance import Balance, summary
 from llmfoundry.moe.layer import MoEConfig
@@ -318,7 +319,9 @@ class Trainer(Run):
             kept = states.get(name) if isinstance(states, dict) else None
             if isinstance(kept, dict):
                 callback.load_state_dict(kept)
-        if self.unevaluated:  # monitors read the rate of that step
+        if self.unevaluated:  # monitors read the rate and the routing of that step
+            router = cast(list[object] | None, trainer.get("router"))
+            self.router = RouterStats(*(torch.tensor(part, device=self.device) for part in router)) if router else None
             set_learning_rate(self.optimizer, self.schedule.multiplier(self.state.step - 1))
 
     def _checkpoint(self) -> CheckpointState:
@@ -331,6 +334,8 @@ class Trainer(Run):
                 "data": self.loader.fingerprint,
                 "seconds": self.train_seconds,
                 "unevaluated": cast(dict[str, Json], self.unevaluated),
+                # What monitors read of a step that they have not seen yet.
+                "router": [part.tolist() for part in self.router] if self.unevaluated and self.router else None,
                 "callbacks": {name: kept for name, each in self.named.items() if (kept := each.state_dict())},
                 **self._mixture(),
             },

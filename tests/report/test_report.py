@@ -17,7 +17,7 @@ from llmfoundry.cli.report import report_main
 from llmfoundry.cli.train import train_main
 from llmfoundry.data.tokenizer import END_OF_TEXT, train_bpe
 from llmfoundry.report.alarms import alarms
-from llmfoundry.report.experts import KINDS, churn, coactivation, kind, tokens_of_experts
+from llmfoundry.report.experts import KINDS, churn, coactivation, fingerprints, kind, tokens_of_experts
 from llmfoundry.report.page import write_report
 from llmfoundry.report.records import heat, read_run
 from tests.test_cli import recipe  # noqa: F401  a fixture
@@ -49,7 +49,13 @@ ALL_PANELS = EXPERT_PANELS | {"bias", "drift", "sources"}  # of a run with loss-
 def test_churn_counts_tokens_whose_set_of_experts_changed() -> None:
     before = torch.tensor([[[0, 1], [2, 3], [1, 0], [0, 2]]])
     now = torch.tensor([[[1, 0], [2, 1], [1, 0], [3, 1]]])  # the first only in another order
-    assert churn(before, now) == [0.5]
+    assert churn(fingerprints(before, 4), fingerprints(now, 4)) == [0.5]
+
+
+def test_every_set_of_experts_has_a_fingerprint_of_its_own() -> None:
+    sets = torch.combinations(torch.arange(64), 3).unsqueeze(0)  # (1, 41664, 3)
+    assert len(fingerprints(sets, 64).unique()) == sets.shape[1]
+    assert torch.equal(fingerprints(sets, 64), fingerprints(sets.flip(-1), 64))
 
 
 def test_coactivation_is_one_for_independent_choices() -> None:
