@@ -13,6 +13,7 @@ from types import FrameType
 from typing import cast
 
 import torch
+from torch.profiler import record_function
 
 from llmfoundry import hf, runtime
 from llmfoundry.checkpoint.checkpointer import Checkpointer, CheckpointState
@@ -52,7 +53,7 @@ from llmfoundry.train.resume import (
     settle_tokenizer,
     train_state,
 )
-from llmfoundry.train.run import EVALUATED, Metrics, Run, Table, is_evaluated
+from llmfoundry.train.run import EVALUATED, STEP, Metrics, Run, Table, is_evaluated
 from llmfoundry.train.saving import Saver
 from llmfoundry.train.step import CROSS_ENTROPY, StepResult, train_step
 
@@ -114,7 +115,7 @@ class Trainer(Run):
                     self._record({"step": 0, "tokens": 0} | found)
             stopped = False
             while (self.unevaluated or self.state.step < self.timeline.total_steps) and not stopped:
-                metrics, self.unevaluated = self.unevaluated or self.take_step(), {}
+                metrics, self.unevaluated = self.unevaluated or self._step(), {}
                 if self._due_evaluation():
                     found = self._evaluate()
                     self.unevaluated = {} if found else dict(metrics)
@@ -178,6 +179,10 @@ class Trainer(Run):
     def _sync(self) -> None:
         if self.folder is not None:
             self.folder.sync()
+
+    def _step(self) -> Metrics:
+        with record_function(STEP):  # where a step begins and ends, for profiles
+            return self.take_step()
 
     def take_step(self) -> Metrics:
         """Take the next rows, update the weights, and say what happened."""
