@@ -1,7 +1,7 @@
 """Which part of a step each operator and kernel of a profile belongs to, and the time of each part.
 
 Three things decide, in this order: names that only one part has (our kernels, collectives); the module that ran, or for
-a backward the module whose forward made the node; names that hint at a part. Modules inside compiled blocks are not
+a backward the module whose forward made the node; names that hint at a part, its own or of what called it. Modules inside compiled blocks are not
 seen: products there are `dense products`, whichever module they are of. `parallel.compile: false` shows them.
 """
 
@@ -50,6 +50,8 @@ HINTS = _patterns(
     ("attention", r"attention|flash|fmha|sdpa|flex"),
     ("loss", r"cross_entropy|nll_loss|log_softmax|softmax_backward|LinearCrossEntropy"),
     ("update", r"optimizer|foreach"),
+)
+GENERIC = _patterns(
     ("dense products", r"gemm|cutlass|nvjet|xmma|cublas|aten::(mm|addmm|bmm|matmul|linear|_?mm)|mkldnn|onednn"),
     ("copies and casts", r"memcpy|memset|copy|convert|aten::(to|_to_copy|cat|contiguous|clone|zero_|fill_)"),
 )
@@ -114,7 +116,7 @@ def part_of(names: Sequence[str], backward_of: str | None = None) -> str:
         backward_of: the part whose forward made the node that it is the backward of.
     """
     scope = next((name.removeprefix(SCOPE) for name in names if name.startswith(SCOPE)), backward_of)
-    return _first(SURE, names) or scope or _first(HINTS, names) or OTHER
+    return _first(SURE, names) or scope or _first(HINTS, names) or _first(GENERIC, names) or OTHER
 
 
 def _first(patterns: tuple[tuple[str, re.Pattern[str]], ...], names: Sequence[str]) -> str | None:

@@ -64,6 +64,7 @@ def test_the_module_that_runs_decides_unless_the_name_is_sure() -> None:
     assert part_of(["aten::topk", SCOPE + "router"]) == "router"
     assert part_of(["aten::index_select", SCOPE + "experts"]) == "gather and dispatch"
     assert part_of(["aten::mm", BACKWARD + ": MmBackward0"], backward_of="loss") == "loss"
+    assert part_of(["aten::mm", "LinearCrossEntropyBackward"]) == "loss"
     assert part_of(["aten::mul", "Optimizer.step#AdamW.step"]) == "update"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import yaml
 from rich.console import Console
 
 from llmfoundry.cli.convert import convert_main
+from llmfoundry.cli.main import main
 from llmfoundry.cli.opening import open_checkpoint
 from llmfoundry.cli.train import train_main
 from llmfoundry.cli.xray import xray_main
@@ -22,6 +24,7 @@ from llmfoundry.report.xray import Xray, colour, show
 from tests.callbacks.conftest import tiny_run
 from tests.report.test_report import CHROMIUM, draw
 
+ROOT = Path(__file__).resolve().parents[2]
 TEXT = "naïve 日 text\n</script> 12"
 
 
@@ -149,3 +152,25 @@ def test_pieces_keep_spaces_that_a_tokenizer_drops_at_the_start() -> None:
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
     assert pieces([0, 1, 2, 1], tokenizer) == ["the", " cat", "s", " cat"]
+
+
+COMMANDS = [line for line in (ROOT / "docs" / "xray.md").read_text().splitlines()
+            if re.match("llmfoundry (xray|report) ", line)]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_commands_of_the_documentation_run(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    (tmp_path / "runs").mkdir()
+    for name, run in (("moe", runs["run"]), ("dense", runs["dense"])):
+        (tmp_path / "runs" / name).symlink_to(run)
+    (tmp_path / "README.md").write_text("A text.\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(line)[1:]) == 0
+    made = {path.name for path in tmp_path.glob("*.html")}
+    assert made == {word for word in line.split() if word.endswith(".html")}
+
+
+def test_the_documentation_has_commands() -> None:
+    assert len(COMMANDS) == 5
