@@ -1,8 +1,9 @@
 """Which part of a step each operator and kernel of a profile belongs to, and the time of each part.
 
 Three things decide, in this order: names that only one part has (our kernels, collectives); the module that ran, or for
-a backward the module whose forward made the node; names that hint at a part, its own or of what called it. Modules inside compiled blocks are not
-seen: products there are `dense products`, whichever module they are of. `parallel.compile: false` shows them.
+a backward the module whose forward made the node; names that hint at a part, its own or of what called it. Modules
+inside compiled blocks are not seen: products there are `dense products`, whichever module they are of.
+`parallel.compile: false` shows them.
 """
 
 from __future__ import annotations
