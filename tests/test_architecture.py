@@ -112,7 +112,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 FILE = re.compile(r"[\w./-]*\w\.(?:py|md|ya?ml|sh|toml)|(?:[\w-]+/)+|(?:[\w-]+/)*Dockerfile(?:\.\w+)?")
 OURS = re.compile(r"(?:scripts|yamls|docs|docker|tests|llmfoundry)/[\w./-]+\.\w+")
 NOT_HERE = {
-    "config.yaml", "checkpoints/", "checkpoints/step-N/",  # what a run writes
+    "config.yaml", "checkpoints/", "checkpoints/step-N/", "profile.md", "profile/",  # what a run writes
     "my_file.py", "tests/PACKAGE/test_FILE.py", "train/", "val/",  # examples
     "tasks.yaml", "gauntlet.yaml", "models.yaml",
 }  # fmt: skip

@@ -1,4 +1,7 @@
-"""The console: a progress bar on a terminal, plain lines elsewhere. `log_to_console: false` turns it off."""
+"""The console: lines, and on a terminal a live view below them (`progress_bar: false`: lines alone).
+
+`log_to_console: false` turns both off.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ import datetime
 import sys
 import time
 
+import torch
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from llmfoundry import runtime
+from llmfoundry.callbacks.live import LiveView, Now
 from llmfoundry.eval.gauntlet import COMPOSITE
 from llmfoundry.eval.icl import PREFIX
 from llmfoundry.train.callback import Callback, Metrics, Run
@@ -19,12 +23,13 @@ MUCH_EVALUATION = 0.25  # of the time of the run
 
 
 class Console(Callback):
-    """One line every `console_log_interval`, from rank 0; on a terminal a bar below the lines."""
+    """One line every `console_log_interval`, from rank 0; on a terminal a view below the lines."""
 
     def __init__(self) -> None:
         self.out = RichConsole(file=sys.stdout, highlight=False, soft_wrap=True)
-        self.progress: Progress | None = None
-        self.task = TaskID(0)
+        self.view: LiveView | None = None
+        self.gpu_memory: float | None = None  # bytes
+        self.validation: float | None = None  # of the last evaluation
         self.begun: tuple[float, int] | None = None  # when the first step of this process had ended, and which it was
 
     def fit_start(self, trainer: Run) -> None:
@@ -40,25 +45,47 @@ class Console(Callback):
             self._warn_of_evaluation(trainer, trainer.eval_loader.n_rows)
         if trainer.device.type == "cuda":
             self.out.print("the first step also compiles the model and times the kernels' tile sizes: about a minute")
-        if self.out.is_terminal and trainer.config.progress_bar:
-            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
-            self.progress = Progress(*columns, console=self.out, transient=True)
-            self.task = self.progress.add_task("train", total=total, completed=trainer.state.step)
-            self.progress.start()
+            self.gpu_memory = torch.cuda.get_device_properties(trainer.device).total_memory
+        # Not by `is_terminal` alone, which FORCE_COLOR sets for a pipe too.
+        if trainer.config.progress_bar and sys.stdout.isatty() and not self.out.is_dumb_terminal:
+            self.view = LiveView(self.out, trainer.config.run_name or "")
+            self.view.start()
+            self.view.draw(Now(trainer.state.step, total, None))
 
     def step_end(self, trainer: Run, metrics: Metrics) -> None:
         if not runtime.is_rank0():
             return
         step, now = trainer.state.step, time.monotonic()
         self.begun = self.begun or (now, step)  # the first step compiles, and says nothing about the others
-        if self.progress is not None:
-            self.progress.update(self.task, completed=step)
+        seconds, steps = now - self.begun[0], step - self.begun[1]
+        left = seconds / steps * (trainer.timeline.total_steps - step) if steps else None
         due = trainer.timeline.due(trainer.config.console_log_interval, step)
         if due or step == trainer.timeline.total_steps or is_evaluated(metrics):
-            seconds, steps = now - self.begun[0], step - self.begun[1]
-            left = seconds / steps * (trainer.timeline.total_steps - step) if steps else None
             clock = "" if self.out.is_terminal else f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}  "
-            self.out.print(clock + line(metrics, trainer.timeline.total_steps, left))
+            text = clock + line(metrics, trainer.timeline.total_steps, left)
+            if self.view is not None:
+                self.view.print(text)
+            else:
+                self.out.print(text)
+        if self.view is not None:
+            loss = metrics.get("loss/train/ce")
+            if isinstance(loss, float):
+                self.view.losses.add(loss)
+            validation = metrics.get(f"{EVALUATED}LanguageCrossEntropy")
+            if isinstance(validation, float):
+                self.validation = validation
+            if self.view.is_due() or step == trainer.timeline.total_steps:
+                self.view.draw(self._now(trainer, metrics, left))
+
+    def _now(self, trainer: Run, metrics: Metrics, left: float | None) -> Now:
+        found = {key: value for key, value in metrics.items() if not isinstance(value, list)}
+        load = metrics.get("moe/load", [])
+        return Now(
+            trainer.state.step, trainer.timeline.total_steps, left, found.get("loss/train/ce"), self.validation,
+            found.get("throughput/tokens_per_sec"), found.get("throughput/device/mfu"),
+            runtime.peak_memory_bytes(trainer.device), self.gpu_memory,
+            load if isinstance(load, list) else [], found.get("moe/min_load"), found.get("moe/max_load"),
+        )  # fmt: skip
 
     def _warn_of_evaluation(self, trainer: Run, rows: int) -> None:
         config = trainer.config
@@ -72,8 +99,8 @@ class Console(Callback):
             )
 
     def close(self) -> None:
-        if self.progress is not None:
-            self.progress.stop()
+        if self.view is not None:
+            self.view.stop()
 
 
 def tasks_line(metrics: Metrics) -> list[str]:

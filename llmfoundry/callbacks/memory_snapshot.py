@@ -4,12 +4,15 @@ callbacks:
   memory_snapshot: {interval: 100ba}   # `save_folder/memory/step-100-rank-0.pickle`; without an interval, only
                                        # `out-of-memory-rank-R.pickle` when an allocation fails
 
+On demand: `touch save_folder/memory/request` has every rank write one after its step.
+
 Composer's keys name other files: {folder: "{run_name}/torch_traces", filename: "rank{rank}.{batch}.memory_snapshot"}.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 import torch
@@ -20,12 +23,13 @@ from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
 from llmfoundry.train.duration import Interval
 
 log = logging.getLogger(__name__)
+REQUEST = "request"
 
 
 class MemorySnapshotConfig(CallbackConfig, names=("memory_snapshot", "oom_observer")):
     """Records every allocation with its stack; a few percent slower. Does nothing on a CPU."""
 
-    interval: Interval | None = None  # None: only when memory runs out
+    interval: Interval | None = None  # None: only when memory runs out, or on demand
     skip_batches: int = Field(0, ge=0)  # steps before the first file
     folder: PathPattern | None = None  # None: save_folder/memory
     filename: PathPattern | None = None  # {rank}, {batch} and others are filled in
@@ -50,6 +54,7 @@ class MemorySnapshot(Callback):
     def __init__(self, config: MemorySnapshotConfig) -> None:
         self.config = config
         self._recording = False
+        self._request, self._asked, self._looked = Path(), 0.0, 0.0  # the file, its last time, when that was read
 
     def fit_start(self, trainer: Run) -> None:
         if trainer.device.type != "cuda":
@@ -57,6 +62,9 @@ class MemorySnapshot(Callback):
         torch.cuda.memory._record_memory_history(max_entries=self.config.max_entries)
         self._recording = True
         path = self.path(trainer, "out-of-memory")
+        self._request = path.with_name(REQUEST)
+        self._request.parent.mkdir(parents=True, exist_ok=True)
+        self._asked = self._time_of_request()
 
         def out_of_memory(device: int, asked: int, total: int, free: int) -> None:
             log.error("out of memory: %.2f GiB asked for, %.2f GiB free of %.2f; who held it: %s",
@@ -68,8 +76,22 @@ class MemorySnapshot(Callback):
     def step_end(self, trainer: Run, metrics: Metrics) -> None:
         step = trainer.state.step
         due = self.config.interval is not None and trainer.timeline.due(self.config.interval, step)
-        if self._recording and due and step > self.config.skip_batches:
+        if self._recording and (self._is_asked() or (due and step > self.config.skip_batches)):
             self._dump(self.path(trainer, f"step-{step}", self.config.filename))
+
+    def _is_asked(self) -> bool:
+        """Whether the file of requests was touched; it is looked at once a second."""
+        if time.monotonic() - self._looked < 1.0:
+            return False
+        self._looked = time.monotonic()
+        before, self._asked = self._asked, self._time_of_request()
+        return self._asked > before
+
+    def _time_of_request(self) -> float:
+        try:
+            return self._request.stat().st_mtime
+        except OSError:
+            return 0.0
 
     def close(self) -> None:
         if self._recording:

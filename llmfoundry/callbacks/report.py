@@ -1,37 +1,52 @@
 """`report`: keeps `save_folder/report.html`, a page of the run's curves and of what its experts do.
 
-Every run has it. Every `interval` the loads of all experts go to experts.jsonl. At each evaluation a fixed sample of
-text is routed (experts.json, confidence, churn), and the page is written anew.
+Every run has it. Every `interval` the loads of all experts go to experts.jsonl, and figures of each layer to the
+loggers. At each evaluation a fixed sample of text is routed (experts.json, confidence, churn), and the page is written
+anew; in a run that evaluates nothing, 20 times and after the last step.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 from pathlib import Path
 
+import numpy as np
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from llmfoundry import runtime
-from llmfoundry.moe.layer import MoEConfig
+from llmfoundry.data.loader import Batch
+from llmfoundry.data.mixture import Mixture
 from llmfoundry.moe.router import Router
-from llmfoundry.report.experts import churn, coactivation, route, tokens_of_experts
+from llmfoundry.report.experts import (
+    churn,
+    coactivation,
+    fingerprints,
+    mixture_layers,
+    route,
+    sources_of_experts,
+    tokens_of_experts,
+)
 from llmfoundry.report.page import write_report
-from llmfoundry.report.records import EXPERTS, PROBE
-from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
+from llmfoundry.report.records import DEAD, EXPERTS, PROBE
+from llmfoundry.train.callback import Callback, CallbackConfig, Json, Metrics, Run
 from llmfoundry.train.duration import Duration
 from llmfoundry.train.run import is_evaluated
 
 log = logging.getLogger(__name__)
 SAMPLES = 400  # of the loads in a whole run, if no interval is given
+PROBES, PROBE_STEPS = 20, 50  # in a whole run that evaluates nothing, and at least so many steps apart
+SEARCHED = 4096  # first rows of a mixture, among which the probe looks for rows of each source
 
 
 class ReportConfig(CallbackConfig, names=("report",)):
     """`callbacks: {report: {enabled: false}}` writes no page."""
 
     name: str = "report"
-    enabled: bool = True  # false: no page is written
+    enabled: bool = True  # false: no page is written, and loggers get no figures by layer
     interval: Duration | None = None  # between samples of the loads; None: a 400th of the run
     probe_tokens: int = Field(4096, ge=1)  # of the text that is routed at each evaluation, rounded up to whole rows
 
@@ -40,15 +55,18 @@ class ReportConfig(CallbackConfig, names=("report",)):
 
 
 class Report(Callback):
-    """Writes on rank 0; the probe is routed on all ranks."""
+    """Writes on rank 0; the probe is routed on all ranks. Between samples nothing is read from the device."""
 
     def __init__(self, config: ReportConfig) -> None:
         self.config = config
-        self._before: Tensor | None = None  # (L, T, K), what the last probe found
+        self._text: Batch | None = None  # of the probe; of a mixture of experts alone
+        self._before: Tensor | None = None  # (L, T) fingerprints of what the last probe found
         self._failed = False
 
     def fit_start(self, trainer: Run) -> None:
         file = Path(trainer.config.save_folder) / EXPERTS
+        if self.config.enabled and trainer.balance is not None:
+            self._text = probe_batch(trainer, self.config.probe_tokens)
         if not self.config.enabled or not runtime.is_rank0() or not file.exists():
             return
         lines = file.read_text().splitlines(keepends=True)
@@ -59,15 +77,25 @@ class Report(Callback):
     def step_end(self, trainer: Run, metrics: Metrics) -> None:
         if not self.config.enabled:
             return
-        evaluated = is_evaluated(metrics)
-        mixed = trainer.router is not None
-        if mixed and (evaluated or self._due(trainer)):
+        probed = is_evaluated(metrics) or self._due_unevaluated(trainer)
+        if trainer.router is not None and (probed or self._due(trainer)):
             sample = self._sample(trainer)
-            if evaluated:
+            if probed:
                 sample |= self._probe(trainer)
+            metrics |= by_layer(sample)
             self._write(trainer, sample)
-        if evaluated:
-            self._draw(trainer)
+        if probed:
+            self._draw(trainer, metrics)
+
+    def state_dict(self) -> dict[str, Json]:
+        if self._before is None:
+            return {}
+        packed = base64.b64encode(self._before.numpy().tobytes()).decode()
+        return {"fingerprints": packed, "layers": len(self._before)}
+
+    def load_state_dict(self, state: dict[str, Json]) -> None:
+        flat = np.frombuffer(base64.b64decode(str(state["fingerprints"])), dtype=np.int32)
+        self._before = torch.from_numpy(flat.reshape(int(str(state["layers"])), -1).copy())
 
     def fit_end(self, trainer: Run) -> None:
         if self.config.enabled:
@@ -78,58 +106,71 @@ class Report(Callback):
             return trainer.timeline.due(self.config.interval, trainer.state.step)
         return trainer.state.step % max(1, trainer.timeline.total_steps // SAMPLES) == 0
 
+    def _due_unevaluated(self, trainer: Run) -> bool:
+        evaluates = (trainer.config.evaluations or trainer.tasks) and trainer.config.eval_interval.value
+        step, total = trainer.state.step, trainer.timeline.total_steps
+        return not evaluates and (step == total or step % max(PROBE_STEPS, total // PROBES) == 0)
+
     def _sample(self, trainer: Run) -> dict[str, object]:
-        """Loads and entropy of the last step, by layer; the one time that the host waits for them."""
+        """Loads, entropy and biases of the last step, by layer; read from the device all at once."""
         assert trainer.router is not None
         load = trainer.router.load / trainer.router.load.sum(1, keepdim=True)  # (L, E)
         tokens = trainer.config.global_train_batch_size * trainer.loader.max_seq_len
-        entropy = trainer.router.entropy_sum / tokens  # (L,)
+        routers = [module for module in trainer.model.modules() if isinstance(module, Router)]
+        biases = [router.expert_bias for router in routers if router.expert_bias is not None]
+        rows = [load, trainer.router.entropy_sum.unsqueeze(1) / tokens, torch.stack(biases) if biases else load[:, :0]]
+        columns = torch.cat([row.double() for row in rows], 1).tolist()  # (L, E + 1), or (L, 2 E + 1) with biases
+        n = load.shape[1]
         sample: dict[str, object] = {
             "step": trainer.state.step,
-            "load": [[round(share, 5) for share in layer] for layer in load.tolist()],
-            "entropy": [round(value, 5) for value in entropy.tolist()],
-            "layers": mixtures(trainer),
+            "load": [[round(share, 5) for share in layer[:n]] for layer in columns],
+            "entropy": [round(layer[n], 5) for layer in columns],
+            "layers": mixture_layers(trainer.model.config),
         }
-        biases = [m.expert_bias for m in trainer.model.modules() if isinstance(m, Router) and m.expert_bias is not None]
         if biases:
-            sample["bias"] = [[round(value, 6) for value in bias.tolist()] for bias in biases]
+            sample["bias"] = [[round(value, 6) for value in layer[n + 1 :]] for layer in columns]
         return sample
 
     def _probe(self, trainer: Run) -> dict[str, object]:
         """Route the sample of text; the details replace experts.json."""
-        loader = trainer.eval_loader or trainer.loader
-        rows = min(-(-self.config.probe_tokens // loader.max_seq_len), loader.rows_per_epoch)
-        batch = loader.batch(0, rows, 0, 1)
+        batch = self._text
+        assert batch is not None
         on_device = batch.to(trainer.device)
         routing = route(trainer.model, on_device.tokens, on_device.sequence_ids)
         found: dict[str, object] = {"confidence": [round(value, 5) for value in routing.confidence.tolist()]}
-        before, self._before = self._before, routing.experts
-        if before is not None:
-            found["churn"] = [round(value, 5) for value in churn(before, routing.experts)]
+        assert trainer.router is not None
+        before, self._before = self._before, fingerprints(routing.experts, trainer.router.load.shape[1])
+        if before is not None and before.shape == self._before.shape:  # else a resumed run probes another text
+            found["churn"] = [round(value, 5) for value in churn(before, self._before)]
         if runtime.is_rank0():
-            self._write_probe(trainer, routing.experts, batch.tokens.flatten())
+            self._write_probe(trainer, routing.experts, batch)
         return found
 
-    def _write_probe(self, trainer: Run, experts: Tensor, tokens: Tensor) -> None:
+    def _write_probe(self, trainer: Run, experts: Tensor, batch: Batch) -> None:
         assert trainer.router is not None
-        n_experts = trainer.router.load.shape[1]
+        n_experts, labels = trainer.router.load.shape[1], trainer.loader.labels
+        sources = None if batch.sources is None else batch.sources.repeat_interleave(batch.tokens.shape[1])  # (T,)
         layers = []
         for of_layer in experts:
-            taken = tokens_of_experts(of_layer, tokens, n_experts, trainer.tokenizer)
+            taken = tokens_of_experts(of_layer, batch.tokens.flatten(), n_experts, trainer.tokenizer)
             pairs = coactivation(of_layer, n_experts).round(2).tolist()
-            layers.append({"pairs": pairs, "tokens": [t.tokens for t in taken], "kinds": [t.kinds for t in taken]})
-        self._guarded(trainer, PROBE, json.dumps({"step": trainer.state.step, "layers": layers}), "w")
+            layer = {"pairs": pairs, "tokens": [t.tokens for t in taken], "kinds": [t.kinds for t in taken]}
+            if sources is not None:
+                layer["sources"] = sources_of_experts(of_layer, sources, n_experts, len(labels)).round(3).tolist()
+            layers.append(layer)
+        probe = {"step": trainer.state.step, "sources": list(labels), "layers": layers}
+        self._guarded(trainer, PROBE, json.dumps(probe), "w")
 
     def _write(self, trainer: Run, sample: dict[str, object]) -> None:
         if runtime.is_rank0():
             self._guarded(trainer, EXPERTS, json.dumps(sample) + "\n", "a")
 
-    def _draw(self, trainer: Run) -> None:
+    def _draw(self, trainer: Run, newest: Metrics | None = None) -> None:
         if not runtime.is_rank0():
             return
         folder = Path(trainer.config.save_folder)
         try:
-            write_report([folder], folder / "report.html")
+            write_report([folder], folder / "report.html", dict(newest) if newest is not None else None)
         except OSError as error:
             self._say(folder / "report.html", error)
 
@@ -148,7 +189,35 @@ class Report(Callback):
         self._failed = True
 
 
-def mixtures(trainer: Run) -> list[int]:
-    """The layers that are mixtures of experts."""
-    model = trainer.model.config
-    return [layer for layer in range(model.n_layers) if isinstance(model.ffn(layer), MoEConfig)]
+def probe_batch(trainer: Run, tokens: int) -> Batch:
+    """The fixed sample of text: of validation text, or of a mixture equally many rows of each source."""
+    loader = trainer.loader
+    if isinstance(loader.order, Mixture):
+        numbers = np.arange(min(SEARCHED, loader.rows_per_epoch))
+        sources = loader.order.sources(numbers)
+        each = max(1, -(-tokens // (loader.max_seq_len * len(loader.labels))))
+        found = [numbers[sources == source][:each] for source in range(len(loader.labels))]
+        return loader.gather(np.sort(np.concatenate(found)))
+    loader = trainer.eval_loader or loader
+    return loader.batch(0, min(-(-tokens // loader.max_seq_len), loader.rows_per_epoch))
+
+
+def by_layer(sample: dict[str, object]) -> Metrics:
+    """A sample as metrics: `moe/layerN/max_load` and others, N being the layer's number in the model."""
+    metrics: Metrics = {}
+    loads, layers = sample["load"], sample["layers"]
+    assert isinstance(loads, list) and isinstance(layers, list)
+    for i, (layer, load) in enumerate(zip(layers, loads, strict=True)):
+        even = 1 / len(load)
+        figures = {
+            "max_load": max(load) / even,
+            "min_load": min(load) / even,
+            "dead_experts": sum(share < DEAD * even for share in load),
+        }
+        for key, name in (("entropy", "router_entropy"), ("confidence", "confidence"), ("churn", "churn")):
+            if isinstance(found := sample.get(key), list):
+                figures[name] = found[i]
+        if isinstance(biases := sample.get("bias"), list):
+            figures["bias_range"] = max(biases[i]) - min(biases[i])
+        metrics |= {f"moe/layer{layer}/{name}": value for name, value in figures.items()}
+    return metrics

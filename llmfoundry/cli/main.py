@@ -34,6 +34,7 @@ _ENTRIES = {
     "convert": _Entry("llmfoundry.cli.convert", "convert_main", "Convert to and from Hugging Face folders; upcycle."),
     "data_prep": _Entry("llmfoundry.cli.foundry", "data_prep_main", "Write MDS, by LLM Foundry's command lines."),
     "report": _Entry("llmfoundry.cli.report", "report_main", "Draw the page of a run, or compare runs."),
+    "xray": _Entry("llmfoundry.cli.xray", "xray_main", "Show which expert takes which token of a text."),
     "doctor": _Entry("llmfoundry.cli.doctor", "doctor_main", "Say what this machine has, and what a YAML meets on it."),
 }
 

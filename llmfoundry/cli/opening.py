@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -56,13 +56,17 @@ def is_hugging_face(path: str) -> bool:
     return path.startswith(HUGGING_FACE) or path.endswith(".gguf") or (Path(path) / "config.json").is_file()
 
 
-def open_checkpoint(path: str, overrides: list[str], keys: Sequence[str]) -> Opened:
+Check = Callable[["CausalLMConfig"], None]
+
+
+def open_checkpoint(path: str, overrides: list[str], keys: Sequence[str], check: Check | None = None) -> Opened:
     """Load a checkpoint's model and tokenizer; all ranks together.
 
     Args:
         path: a checkpoint or a run's save_folder; a Hugging Face folder or GGUF file; hf:<folder or hub id>.
         overrides: applied to its config; the weights must still fit the model.
         keys: what may be overridden.
+        check: refuses a model by its config, before any weight is read.
 
     Raises:
         ConfigError: it is missing or damaged, or an override names something else.
@@ -74,11 +78,11 @@ def open_checkpoint(path: str, overrides: list[str], keys: Sequence[str]) -> Ope
         if key not in keys and key in RunConfig.model_fields:
             raise ConfigError(f"{item}: cannot be changed here; you can change: {', '.join(keys)}")
     if is_hugging_face(path):
-        return _open_theirs(path.removeprefix(HUGGING_FACE), overrides)
-    return _open_ours(path, overrides)
+        return _open_theirs(path.removeprefix(HUGGING_FACE), overrides, check)
+    return _open_ours(path, overrides, check)
 
 
-def _open_theirs(name: str, overrides: list[str]) -> Opened:
+def _open_theirs(name: str, overrides: list[str], check: Check | None) -> Opened:
     from llmfoundry import runtime
     from llmfoundry.checkpoint.convert import recipe
     from llmfoundry.hf.pretrained import open_checkpoint as opened
@@ -93,13 +97,15 @@ def _open_theirs(name: str, overrides: list[str]) -> Opened:
         file.flush()
         config = read_run_config(file.name, overrides)
     assert isinstance(config.model, CausalLMConfig)
+    if check is not None:
+        check(config.model)
     precision = config.precision_on(runtime.start().type)
     # What an override of the model changes is asked for; shapes must fit.
     ready = open_hugging_face(name, precision, config=config.model if overrides else None, allow=["model"])
     return Opened(config, folder, False, ready)
 
 
-def _open_ours(folder: str, overrides: list[str]) -> Opened:
+def _open_ours(folder: str, overrides: list[str], check: Check | None) -> Opened:
     from llmfoundry import runtime
     from llmfoundry.checkpoint.manifest import CONFIG, CONVERTED
     from llmfoundry.checkpoint.reading import load_model_only, read
@@ -114,6 +120,8 @@ def _open_ours(folder: str, overrides: list[str]) -> Opened:
     settings = CONVERTED if CONVERTED in contents.files else CONFIG
     config = read_run_config(str(contents.path / settings), overrides)
     assert isinstance(config.model, CausalLMConfig)
+    if check is not None:
+        check(config.model)
     precision = config.precision_on(place.type)
     check_device(config.model, place, precision)
     tokenizer = tokenizer_of(contents.tokenizer) if contents.tokenizer is not None else None

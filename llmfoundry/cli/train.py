@@ -122,7 +122,9 @@ def _train(config: RunConfig, show_batch: bool) -> None:
         # Every run reports its speed, to its loggers too.
         trainer.callbacks.insert(0, SpeedMonitorConfig(name="speed_monitor").build())
     if not any(isinstance(callback, Report) for callback in trainer.callbacks):
-        trainer.callbacks.append(ReportConfig().build())  # every run leaves a page
+        # Every run leaves a page. Before the loggers, for which it adds figures by layer.
+        trainer.named["callbacks.report"] = ReportConfig().build()
+        trainer.callbacks.insert(1, trainer.named["callbacks.report"])
     if config.log_to_console:
         trainer.callbacks.append(Console())
     trainer.fit()

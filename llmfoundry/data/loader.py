@@ -189,9 +189,10 @@ class Loader:
             yield _batch_of(rows, block)
 
     def _batch(self, start_row: int, n_rows: int, rank: int, world: int) -> Batch:
-        return self._gather(np.arange(start_row + n_rows * rank // world, start_row + n_rows * (rank + 1) // world))
+        return self.gather(np.arange(start_row + n_rows * rank // world, start_row + n_rows * (rank + 1) // world))
 
-    def _gather(self, rows: NDArray[np.int64]) -> Batch:
+    def gather(self, rows: NDArray[np.int64]) -> Batch:
+        """Any rows of the run, by their numbers."""
         with self._reading:
             return _batch_of(rows, self.order.read(rows))
 

@@ -284,6 +284,10 @@ class Mixture(Order):
             for i, label in enumerate(self.labels)
         }
 
+    def sources(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The source of each row, by its place among the labels, in the shape of `numbers`."""
+        return self._where(numbers)[0]
+
     def read(self, numbers: NDArray[np.int64]) -> Block:
         sources, places = self._where(numbers)
         out = self.empty(len(numbers))._replace(sources=sources)

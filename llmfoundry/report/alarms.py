@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
-from llmfoundry.report.records import Json
+from llmfoundry.report.records import DEAD, Json
 
-STARVING = 0.01  # of the even share
 PATIENCE = 5  # samples in a row
 CROWDED = 4.0  # times the even share
 COLLAPSED = 0.05  # of the highest possible entropy
+BIASED = 1.0  # scores are between 0 and 1
+RESTLESS = 0.5  # of the tokens
 
 
 def alarms(run: Json) -> list[str]:
@@ -48,11 +49,11 @@ def _of_experts(run: Json) -> list[str]:
     steps, loads, layers = experts["steps"], experts["load"], experts["layers"]
     for layer, load in zip(layers, loads, strict=True):
         recent = [row[-PATIENCE:] for row in load]
-        starving = [e for e, row in enumerate(recent) if len(row) == PATIENCE and max(row) < 1000 * STARVING]
+        starving = [e for e, row in enumerate(recent) if len(row) == PATIENCE and max(row) < 1000 * DEAD]
         since = steps[-1] - steps[-PATIENCE] if len(steps) >= PATIENCE else 0
         if starving:
             found.append(
-                f"Layer {layer}: {_named(starving)} got less than {STARVING:.0%} of an even share for {since} steps; "
+                f"Layer {layer}: {_named(starving)} got less than {DEAD:.0%} of an even share for {since} steps; "
                 "raise moe_loss_weight, or set moe_bias_update_rate: 0.001."
             )
         crowded = [e for e, row in enumerate(recent) if row and min(row) > 1000 * CROWDED]
@@ -68,6 +69,29 @@ def _of_experts(run: Json) -> list[str]:
                 f"Layer {layer}: the router's entropy is {entropy[-1]:.3f} of at most {highest:.2f} nats, so that it "
                 "hardly weighs its experts; lower optimizer.lr, or set moe_zloss_weight: 0.001."
             )
+        found += [f"Layer {layer}: {text}" for text in _of_router(experts, layers.index(layer))]
+    return found
+
+
+def _of_router(experts: Json, at: int) -> list[str]:
+    """What a layer's bias and its last probes say."""
+    found = []
+    bias, churn = experts["bias"], experts["churn"]
+    if isinstance(bias, dict):
+        last = [row[-1] for row in bias["values"][at] if row[-1] is not None]
+        reach = bias["scale"][at] * (max(last, default=0) - min(last, default=0)) / 1000
+        if reach > BIASED:
+            found.append(
+                f"the bias differs by {reach:.2f} between experts, and scores by less than {BIASED:g}: it alone "
+                "chooses. Lower moe_bias_update_rate."
+            )
+    assert isinstance(churn, list)
+    recent = [layers[at] for layers in churn[-PATIENCE:] if layers is not None]
+    if len(recent) == PATIENCE and min(recent) > RESTLESS:
+        found.append(
+            f"{recent[-1]:.0%} of the tokens have changed an expert since the last evaluation, and no fewer than "
+            f"{min(recent):.0%} in the last {PATIENCE}: routing does not settle; lower optimizer.lr or moe_loss_weight."
+        )
     return found
 
 

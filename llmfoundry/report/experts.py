@@ -16,9 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from llmfoundry.model.transformer import CausalLMConfig
+from llmfoundry.moe.layer import MoEConfig
 from llmfoundry.moe.router import Router, RouterOutput
 
 TOP_TOKENS = 20
+MOST_BYTES = 4  # of a character in UTF-8
 KINDS = ("word", "word part", "number", "punctuation", "space", "other")
 
 
@@ -26,6 +29,7 @@ class Routing(NamedTuple):
     """How a model routed a batch."""
 
     experts: Tensor  # (L, T, K) int16, on the CPU
+    weights: Tensor  # (L, T, K) float32, on the CPU: what each expert's output is multiplied by
     confidence: Tensor  # (L,) mean over tokens of the highest score, as a share of all scores
 
 
@@ -34,6 +38,11 @@ class ExpertTokens(NamedTuple):
 
     tokens: list[str]  # decoded, the most typical first, at most TOP_TOKENS
     kinds: list[float]  # share of each of KINDS among its slots
+
+
+def mixture_layers(config: CausalLMConfig) -> list[int]:
+    """The layers that are mixtures of experts, in the order of `Routing`."""
+    return [layer for layer in range(config.n_layers) if isinstance(config.ffn(layer), MoEConfig)]
 
 
 @torch.no_grad()
@@ -51,7 +60,8 @@ def route(model: nn.Module, tokens: Tensor, sequence_ids: Tensor | None = None) 
     model.train(training)
     experts = torch.stack([output.experts.to(torch.int16) for output in outputs])
     shares = [(output.scores / output.scores.sum(-1, keepdim=True)).amax(-1).mean() for output in outputs]
-    return Routing(experts.cpu(), torch.stack(shares).float().cpu())
+    weights = torch.stack([output.weights for output in outputs])
+    return Routing(experts.cpu(), weights.float().cpu(), torch.stack(shares).float().cpu())
 
 
 @contextmanager
@@ -70,10 +80,19 @@ def _kept(model: nn.Module) -> Iterator[list[RouterOutput]]:
             handle.remove()
 
 
+def fingerprints(experts: Tensor, n_experts: int) -> Tensor:
+    """A number for each token's set of experts, whatever their order: (L, T, K) ids -> (L, T) int32.
+
+    Each expert has a random number, and a set has their sum (Zobrist 1970). Two sets share one by a chance of 2^-32.
+    """
+    dice = torch.Generator().manual_seed(0)
+    numbers = torch.randint(-(2**31), 2**31, (n_experts,), generator=dice)  # int64
+    return numbers[experts.long()].sum(-1).to(torch.int32)
+
+
 def churn(before: Tensor, now: Tensor) -> list[float]:
-    """Share of tokens whose set of experts has changed, for each layer: (L, T, K), (L, T, K) -> L numbers."""
-    changed = (before.sort(-1).values != now.sort(-1).values).any(-1)  # (L, T)
-    return changed.double().mean(1).tolist()
+    """Share of tokens whose set of experts has changed, for each layer: fingerprints (L, T), (L, T) -> L numbers."""
+    return (before != now).double().mean(1).tolist()
 
 
 def coactivation(experts: Tensor, n_experts: int) -> NDArray[np.float64]:
@@ -128,6 +147,22 @@ def tokens_of_experts(
     return found
 
 
+def sources_of_experts(experts: Tensor, sources: Tensor, n_experts: int, n_sources: int) -> NDArray[np.float64]:
+    """How much more of each source an expert takes than its share of all slots would give.
+
+    Args:
+        experts: (T, K) ids of one layer.
+        sources: (T,) the source of each token.
+
+    Returns:
+        (E, n_sources), 1 for an expert that does not tell sources apart; 0 where there is nothing to compare.
+    """
+    slots = experts.long() * n_sources + sources.unsqueeze(1)  # (T, K)
+    counts = np.bincount(slots.flatten().numpy(), minlength=n_experts * n_sources).reshape(n_experts, n_sources)
+    expected = np.outer(counts.sum(1), counts.sum(0)) / max(1, counts.sum())
+    return np.divide(counts, expected, out=np.zeros(counts.shape), where=expected > 0)
+
+
 def kind(text: str) -> str:
     """Which of KINDS a decoded token is."""
     bare = text.strip()
@@ -145,3 +180,20 @@ def kind(text: str) -> str:
 def decoded(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Each token decoded by itself."""
     return [str(tokenizer.decode([token])) for token in tokens]
+
+
+def pieces(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text of each token in its place; together they are the text of all.
+
+    A character of several tokens is the text of the last of them, and the others have none. Each token is decoded
+    after the one before it, because some tokenizers drop a space at the start.
+    """
+    found, before, done = [], 0, 0
+    for end in range(1, len(tokens) + 1):
+        old = str(tokenizer.decode(list(tokens[before:done])))
+        new = str(tokenizer.decode(list(tokens[before:end])))
+        is_whole = end == len(tokens) or not new.endswith("\N{REPLACEMENT CHARACTER}") or end - done >= MOST_BYTES
+        found.append(new[len(old) :] if is_whole else "")
+        if is_whole:
+            before, done = done, end
+    return found

@@ -13,30 +13,31 @@ from pathlib import Path
 
 from llmfoundry.report.alarms import alarms
 from llmfoundry.report.experts import KINDS
-from llmfoundry.report.records import PANELS, Json, read_run
+from llmfoundry.report.records import PANELS, Json, differing_settings, read_run
 
 
-def write_report(folders: Sequence[Path], out: Path) -> Path:
+def write_report(folders: Sequence[Path], out: Path, newest: Json | None = None) -> Path:
     """Write the page of one run, or of several side by side.
 
     Args:
         folders: `save_folder`s of runs.
+        newest: metrics of the only run that are not yet in its metrics.jsonl.
 
     Raises:
         ConfigError: one of them is not a run's.
     """
-    page = render([read_run(folder) for folder in folders])
+    page = render([read_run(folder, newest) for folder in folders], differing_settings(folders))
     temporary = out.with_name(f"{out.name}.tmp")
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(out)
     return out
 
 
-def render(runs: list[Json]) -> str:
-    """The HTML of runs as `read_run` returns them."""
+def render(runs: list[Json], differing: list[list[str]]) -> str:
+    """The HTML of runs as `read_run` returns them, and of the settings in which they differ."""
     for run in runs:
         run["alarms"] = alarms(run)
-    data = {"runs": runs, "panels": PANELS, "kinds": KINDS}
+    data = {"runs": runs, "panels": PANELS, "kinds": KINDS, "differing": differing}
     assets = files("llmfoundry.report") / "assets"
     text = {name: (assets / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js")}
     plotly = (assets / "plotly-cartesian.min.js").read_text(encoding="utf-8")

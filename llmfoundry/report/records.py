@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from llmfoundry.config import ConfigError
+from llmfoundry.settings import leaves, read_resolved
 
 EXPERTS, PROBE = "experts.jsonl", "experts.json"
 CURVE_POINTS = 1500
-HEAT_CELLS = 150_000  # of all layers together
+HEAT_CELLS = 150_000  # of all layers together, loads and biases
+PROBE_POINTS = 300
+DEAD = 0.01  # of the even share: an expert with less is as good as dead
 
 # What is drawn, by panel: (title, unit of y, the metrics in it).
 PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -33,15 +36,18 @@ PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 Json = dict[str, object]
 
 
-def read_run(folder: Path) -> Json:
+def read_run(folder: Path, newest: Json | None = None) -> Json:
     """What the page needs of one run.
+
+    Args:
+        newest: a line that metrics.jsonl does not have yet.
 
     Raises:
         ConfigError: the folder holds no metrics.jsonl, or a line of it is not JSON.
     """
     if not (folder / "metrics.jsonl").is_file():
         raise ConfigError(f"{folder}: holds no metrics.jsonl; name the save_folder of a run")
-    metrics = _lines(folder / "metrics.jsonl")
+    metrics = [*_lines(folder / "metrics.jsonl"), *([newest] if newest is not None else [])]
     experts = _lines(folder / EXPERTS) if (folder / EXPERTS).is_file() else []
     probe = json.loads((folder / PROBE).read_text()) if (folder / PROBE).is_file() else None
     summary = json.loads((folder / "summary.json").read_text()) if (folder / "summary.json").is_file() else {}
@@ -96,7 +102,8 @@ def heat(samples: list[Json]) -> Json | None:
         return None
     loads = [sample["load"] for sample in samples]
     n_layers, n_experts = len(loads[-1]), len(loads[-1][0])  # type: ignore[index, arg-type]
-    stretches = min(len(samples), max(10, HEAT_CELLS // (n_layers * n_experts)))
+    biased = "bias" in samples[-1]
+    stretches = min(len(samples), max(10, HEAT_CELLS // (n_layers * n_experts * (1 + biased))))
     edges = [round(i * len(samples) / stretches) for i in range(stretches + 1)]
     spans = list(zip(edges[:-1], edges[1:], strict=True))
     by_layer = [
@@ -107,13 +114,34 @@ def heat(samples: list[Json]) -> Json | None:
         for layer in range(n_layers)
     ]
     probes = [sample for sample in samples if "confidence" in sample]
+    probes = probes[:: max(1, -(-len(probes) // PROBE_POINTS))]
     return {
         "steps": [samples[b - 1]["step"] for _, b in spans],
         "load": by_layer,
         "entropy": [samples[b - 1].get("entropy") for _, b in spans],
-        "bias": [samples[b - 1].get("bias") for _, b in spans] if "bias" in samples[-1] else None,
+        "bias": _biases([samples[b - 1].get("bias") for _, b in spans], n_layers, n_experts) if biased else None,
         "probe_steps": [sample["step"] for sample in probes],
         "confidence": [sample["confidence"] for sample in probes],
         "churn": [sample.get("churn") for sample in probes],
         "layers": samples[-1].get("layers", list(range(n_layers))),
     }
+
+
+def _biases(samples: list[object], n_layers: int, n_experts: int) -> Json:
+    """By layer, expert and stretch in thousandths of the layer's largest, which is `scale`; null if there is none."""
+    scale, values = [], []
+    for layer in range(n_layers):
+        rows = [[None if at is None else at[layer][e] for at in samples] for e in range(n_experts)]  # type: ignore[index]
+        largest = max((abs(value) for row in rows for value in row if value is not None), default=0.0) or 1.0
+        scale.append(largest)
+        values.append([[None if value is None else round(1000 * value / largest) for value in row] for row in rows])
+    return {"scale": scale, "values": values}
+
+
+def differing_settings(folders: Sequence[Path]) -> list[list[str]]:
+    """The keys whose values differ between runs, each followed by the value in every run (empty: not there)."""
+    runs = [dict(leaves(read_resolved(folder / "config.yaml"))) if (folder / "config.yaml").is_file() else {}
+            for folder in folders]  # fmt: skip
+    keys = dict.fromkeys(key for run in runs for key in run)
+    rows = [[key, *(str(run[key]) if key in run else "" for run in runs)] for key in keys]
+    return [row for row in rows if len(set(row[1:])) > 1]

@@ -182,8 +182,8 @@ class RunConfig(Config):
     callbacks: keyed(CallbackConfig) = {}  # type: ignore[valid-type]
     # Where metrics go besides metrics.jsonl, {NAME: {its keys}}
     loggers: keyed(LoggerConfig) = {}  # type: ignore[valid-type]
-    progress_bar: bool = True  # on a terminal
-    log_to_console: bool = True  # false: no lines and no bar
+    progress_bar: bool = True  # on a terminal, a live view below the lines; false: lines alone
+    log_to_console: bool = True  # false: no lines and no view
     console_log_interval: Duration = Duration.parse("1ba")  # between two lines
 
     @model_validator(mode="before")

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 Metrics = dict[str, float | int | list[float]]
 EVALUATED = "metrics/eval/"
+STEP = "training step"  # its name in a profile
 
 
 class Table(NamedTuple):

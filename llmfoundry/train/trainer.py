@@ -13,6 +13,7 @@ from types import FrameType
 from typing import cast
 
 import torch
+from torch.profiler import record_function
 
 from llmfoundry import hf, runtime
 from llmfoundry.checkpoint.checkpointer import CheckpointState
@@ -21,6 +22,7 @@ from llmfoundry.checkpoint.reading import HUGGING_FACE, Contents, Json, load_mod
 from llmfoundry.config import ConfigError, dump
 from llmfoundry.data.mixture import Mixture
 from llmfoundry.eval.icl import PREFIX
+from llmfoundry.layers.ffn import RouterStats
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.moe.balance import summary
 from llmfoundry.train.callback import Callback
@@ -35,7 +37,7 @@ from llmfoundry.train.resume import (
     command_to_continue,
     train_state,
 )
-from llmfoundry.train.run import EVALUATED, Metrics, Run, Table, is_evaluated
+from llmfoundry.train.run import EVALUATED, STEP, Metrics, Run, Table, is_evaluated
 from llmfoundry.train.saving import Saver
 from llmfoundry.train.step import CROSS_ENTROPY, StepResult, train_step
 
@@ -97,7 +99,7 @@ class Trainer(Run):
                     self._record({"step": 0, "tokens": 0} | found)
             stopped = False
             while (self.unevaluated or self.state.step < self.timeline.total_steps) and not stopped:
-                metrics, self.unevaluated = self.unevaluated or self.take_step(), {}
+                metrics, self.unevaluated = self.unevaluated or self._step(), {}
                 if self._due_evaluation():
                     found = self._evaluate()
                     self.unevaluated = {} if found else dict(metrics)
@@ -161,6 +163,10 @@ class Trainer(Run):
     def _sync(self) -> None:
         if self.folder is not None:
             self.folder.sync()
+
+    def _step(self) -> Metrics:
+        with record_function(STEP):  # where a step begins and ends, for profiles
+            return self.take_step()
 
     def take_step(self) -> Metrics:
         """Take the next rows, update the weights, and say what happened."""
@@ -302,7 +308,9 @@ class Trainer(Run):
             kept = states.get(name) if isinstance(states, dict) else None
             if isinstance(kept, dict):
                 callback.load_state_dict(kept)
-        if self.unevaluated:  # monitors read the rate of that step
+        if self.unevaluated:  # monitors read the rate and the routing of that step
+            router = cast(list[object] | None, trainer.get("router"))
+            self.router = RouterStats(*(torch.tensor(part, device=self.device) for part in router)) if router else None
             set_learning_rate(self.optimizer, self.schedule.multiplier(self.state.step - 1))
 
     def _checkpoint(self) -> CheckpointState:
@@ -315,6 +323,8 @@ class Trainer(Run):
                 "data": self.loader.fingerprint,
                 "seconds": self.train_seconds,
                 "unevaluated": cast(dict[str, Json], self.unevaluated),
+                # What monitors read of a step that they have not seen yet.
+                "router": [part.tolist() for part in self.router] if self.unevaluated and self.router else None,
                 "callbacks": {name: kept for name, each in self.named.items() if (kept := each.state_dict())},
                 **self._mixture(),
             },

@@ -162,9 +162,9 @@ def test_reading_ahead_changes_nothing(cache: Path) -> None:
 
 def test_next_batch_is_read_ahead_in_one_thread(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loader, names = build(cache, num_workers=4), []
-    gather = loader._gather
+    gather = loader.gather
     monkeypatch.setattr(
-        loader, "_gather", lambda *where: names.append(threading.current_thread().name) or gather(*where)
+        loader, "gather", lambda *where: names.append(threading.current_thread().name) or gather(*where)
     )
     for start in (0, 4, 8):
         loader.batch(start, 4, rank=1, world=2)

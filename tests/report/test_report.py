@@ -17,7 +17,7 @@ from llmfoundry.cli.report import report_main
 from llmfoundry.cli.train import train_main
 from llmfoundry.data.tokenizer import END_OF_TEXT, train_bpe
 from llmfoundry.report.alarms import alarms
-from llmfoundry.report.experts import KINDS, churn, coactivation, kind, tokens_of_experts
+from llmfoundry.report.experts import KINDS, churn, coactivation, fingerprints, kind, tokens_of_experts
 from llmfoundry.report.page import write_report
 from llmfoundry.report.records import heat, read_run
 from tests.test_cli import recipe  # noqa: F401  a fixture
@@ -43,12 +43,19 @@ def panels(document: str) -> set[str]:
 
 
 EXPERT_PANELS = {"load", "entropy", "dead", "confidence", "churn", "pairs", "kinds"}
+ALL_PANELS = EXPERT_PANELS | {"bias", "drift", "sources"}  # of a run with loss-free balance on a mixture of sources
 
 
 def test_churn_counts_tokens_whose_set_of_experts_changed() -> None:
     before = torch.tensor([[[0, 1], [2, 3], [1, 0], [0, 2]]])
     now = torch.tensor([[[1, 0], [2, 1], [1, 0], [3, 1]]])  # the first only in another order
-    assert churn(before, now) == [0.5]
+    assert churn(fingerprints(before, 4), fingerprints(now, 4)) == [0.5]
+
+
+def test_every_set_of_experts_has_a_fingerprint_of_its_own() -> None:
+    sets = torch.combinations(torch.arange(64), 3).unsqueeze(0)  # (1, 41664, 3)
+    assert len(fingerprints(sets, 64).unique()) == sets.shape[1]
+    assert torch.equal(fingerprints(sets, 64), fingerprints(sets.flip(-1), 64))
 
 
 def test_coactivation_is_one_for_independent_choices() -> None:
@@ -81,8 +88,16 @@ def test_typical_tokens_of_an_expert_come_first() -> None:
     assert first.kinds[KINDS.index("word part")] == 1.0
 
 
-def run_of(folder: Path, steps: int, layers: int, experts: int, dead: tuple[int, ...] = ()) -> Path:
-    """Files as a run leaves them, with made-up numbers."""
+def run_of(
+    folder: Path,
+    steps: int,
+    layers: int,
+    experts: int,
+    dead: tuple[int, ...] = (),
+    bias: float = 0.1,
+    churn: float = 0.1,
+) -> Path:
+    """Files as a run leaves them, with made-up numbers; the highest bias is `bias`."""
     folder.mkdir(parents=True)
     draw_from = random.Random(0)
     with (folder / "metrics.jsonl").open("w") as file:
@@ -98,11 +113,14 @@ def run_of(folder: Path, steps: int, layers: int, experts: int, dead: tuple[int,
             load = [[0.0 if e in dead else draw_from.random() for e in range(experts)] for _ in range(layers)]
             load = [[share / sum(layer) for share in layer] for layer in load]
             line = {"step": step, "load": load, "entropy": [1.0] * layers, "confidence": [0.3] * layers,
-                    "churn": [0.1] * layers, "layers": list(range(layers))}  # fmt: skip
+                    "churn": [churn] * layers, "layers": list(range(layers)),
+                    "bias": [[bias] + [round(draw_from.uniform(-0.1, 0.1), 6) for _ in range(experts - 1)]] * layers,
+                    }  # fmt: skip
             file.write(json.dumps(line) + "\n")
     of_layer = {"pairs": [[1.0] * experts] * experts, "tokens": [[" the", "</script>"] * 10] * experts,
-                "kinds": [[0.2] * len(KINDS)] * experts}  # fmt: skip
-    (folder / "experts.json").write_text(json.dumps({"step": steps, "layers": [of_layer] * layers}))
+                "kinds": [[0.2] * len(KINDS)] * experts, "sources": [[0.987, 1.013, 1.0]] * experts}  # fmt: skip
+    probe = {"step": steps, "sources": ["code", "prose", "maths"], "layers": [of_layer] * layers}
+    (folder / "experts.json").write_text(json.dumps(probe))
     return folder
 
 
@@ -112,7 +130,7 @@ def test_a_long_run_of_a_large_model_is_a_small_page_that_a_browser_draws(tmp_pa
     page = write_report([run_of(tmp_path / "run", 10_000, 16, 64)], tmp_path / "report.html")
     assert page.stat().st_size < 3_000_000
     drawn = panels(draw(page, tmp_path / "profile"))
-    assert drawn >= EXPERT_PANELS | {"curve-0", "curve-1", "curve-2", "curve-3"}
+    assert drawn >= ALL_PANELS | {"curve-0", "curve-1", "curve-2", "curve-3"}
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
@@ -144,10 +162,13 @@ def test_it_can_be_turned_off(recipe: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_runs_are_compared_on_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [run_of(tmp_path / name, 200, 2, 4) for name in ("one", "two")]
+    for run, rate in zip(runs, ("1.0e-3", "2.0e-3"), strict=True):
+        (run / "config.yaml").write_text(f"optimizer: {{name: adamw, lr: {rate}}}\nseed: 1\n")
     assert report_main([*map(str, runs), "--out", str(tmp_path / "both.html")]) == 0
     assert "both.html" in capsys.readouterr().out
     document = draw(tmp_path / "both.html", tmp_path / "profile")
     assert "one ce" in document and "two ce" in document
+    assert "<td>optimizer.lr</td><td>0.001</td><td>0.002</td>" in document and "<td>seed</td>" not in document
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,6 +181,19 @@ def test_alarms_name_layer_experts_and_cure(tmp_path: Path) -> None:
     said = alarms(read_run(run_of(tmp_path / "ill", 400, 2, 8, dead=(5, 7))))
     assert said[0].startswith("Layer 0: experts 5, 7 got less than 1% of an even share for 4 steps; raise moe_loss_we")
     assert len(said) == 2
+
+
+def test_alarms_tell_of_a_bias_that_outweighs_the_scores_and_of_routing_that_does_not_settle(tmp_path: Path) -> None:
+    said = alarms(read_run(run_of(tmp_path / "run", 400, 2, 8, bias=1.2, churn=0.7)))
+    assert len(said) == 4
+    assert said[0].startswith("Layer 0: the bias differs by 1.") and "Lower moe_bias_update_rate" in said[0]
+    assert said[3].startswith("Layer 1: 70% of the tokens have changed an expert since the last evaluation")
+
+
+def test_biases_keep_three_digits() -> None:
+    samples = [{"step": i, "load": [[0.5, 0.5]], "entropy": [0.5], "bias": [[0.002 * i, -0.01]]} for i in range(4)]
+    found = heat(samples)
+    assert found is not None and found["bias"] == {"scale": [0.01], "values": [[[0, 200, 400, 600], [-1000] * 4]]}
 
 
 def test_alarms_tell_of_skipped_steps_and_of_overfitting(tmp_path: Path) -> None:

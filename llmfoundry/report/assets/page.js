@@ -1,5 +1,5 @@
 "use strict";
-const { runs, panels, kinds } = JSON.parse(document.getElementById("data").textContent);
+const { runs, panels, kinds, differing } = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 const layout = (title, more = {}) => ({
   title: { text: title, font: { size: 13 }, x: 0.02, xanchor: "left" }, margin: { l: 56, r: 16, t: 36, b: 56 },
@@ -44,6 +44,19 @@ function facts() {
   }
 }
 
+function differences() {
+  if (differing.length === 0) return;
+  byId("differing").hidden = false;
+  const table = byId("settings"), head = table.insertRow();
+  for (const text of ["", ...runs.map((run) => run.name)]) {
+    head.append(Object.assign(document.createElement("th"), { textContent: text }));
+  }
+  for (const texts of differing) {
+    const row = table.insertRow();
+    for (const text of texts) row.insertCell().textContent = text;
+  }
+}
+
 function curves() {
   panels.forEach(([title, unit, names], i) => {
     const traces = runs.flatMap((run) => names.filter((name) => run.curves[name]).map((name) => ({
@@ -81,8 +94,12 @@ function experts(run, l) {
       "Share of tokens whose experts changed since the last evaluation", at);
   }
   if (found.bias) {
-    panel(place, "bias", [{ z: found.bias.at(-1)[l].map((_, e) => found.bias.map((at) => at[l][e])), x: found.steps,
-      type: "heatmap", colorscale: "RdBu", zmid: 0 }], `Layer ${layer}: bias of each expert`, { xaxis: steps });
+    const { scale, values } = found.bias, real = (v, k) => (v === null ? null : (v * scale[k]) / 1000);
+    panel(place, "bias", [{ z: values[l].map((row) => row.map((v) => real(v, l))), x: found.steps, type: "heatmap",
+      colorscale: "RdBu", zmid: 0 }], `Layer ${layer}: bias of each expert`, { xaxis: steps });
+    panel(place, "drift", values.map((rows, k) => ({ x: found.steps, name: `layer ${found.layers[k]}`, mode: "lines",
+      line: { width: 1.2 }, y: found.steps.map((_, t) => Math.max(...rows.map((row) => real(row[t], k)))
+        - Math.min(...rows.map((row) => real(row[t], k)))) })), "Drift of the bias: highest minus lowest", { xaxis: steps });
   }
   if (!run.probe) return;
   const probe = run.probe.layers[l];
@@ -90,6 +107,11 @@ function experts(run, l) {
     `Layer ${layer}: pairs that take the same token (1: by chance)`, {});
   panel(place, "kinds", [{ z: probe.kinds, x: kinds, type: "heatmap", colorscale: [[0, "#f7fbff"], [1, "#08306b"]] }],
     `Layer ${layer}: kinds of tokens of each expert`, { yaxis: { title: { text: "expert" } } });
+  if (probe.sources) {
+    panel(place, "sources", [{ z: probe.sources, x: run.probe.sources, type: "heatmap", zmin: 0, zmax: 2,
+      colorscale: "RdBu", reversescale: true }], `Layer ${layer}: sources of each expert's tokens (1: by chance)`,
+      { yaxis: { title: { text: "expert" } } });
+  }
   const table = byId("tokens");
   table.replaceChildren();
   probe.tokens.forEach((tokens, e) => {
@@ -110,6 +132,7 @@ function choose(select, labels, changed) {
 }
 
 facts();
+differences();
 curves();
 const mixed = runs.filter((run) => run.experts);
 if (mixed.length > 0) {
@@ -118,6 +141,8 @@ if (mixed.length > 0) {
   const layer = byId("layer");
   const draw = (chosen) => {
     run = mixed[chosen];
+    byId("experts").replaceChildren(); // another run may have other panels
+    byId("tokens").replaceChildren();
     layer.replaceChildren();
     choose(layer, run.experts.layers, (l) => experts(run, l));
     experts(run, 0);
