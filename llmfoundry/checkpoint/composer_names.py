@@ -9,6 +9,7 @@ Shapes: D d_model, F ffn hidden size, E experts.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 
 _ROOT = "transformer."  # of every tensor of theirs but an untied head
 _HEAD = "lm_head.weight"
+_FUSED = "norm_attn_norm"  # the module that holds a layer's norms and attention where `fuse_norm_attn_norm` is true
 _ATTENTION = {
     "attn.wqkv": "attn.Wqkv", "attn.wq": "attn.Wq", "attn.out_proj": "attn.out_proj", "attn.q_norm": "attn.q_ln",
     "attn.k_norm": "attn.k_ln",
@@ -106,7 +108,7 @@ def _add(pieces: Pieces, name: str, specs: Mapping[str, Spec]) -> None:
             pieces.add(name, theirs, (slice(start, start + rows),))
             start += rows
     elif parts[0] != "blocks" or parts[2] != "ffn":
-        pieces.add(name, _ROOT + _renamed(name))
+        pieces.add(name, _ROOT + _renamed(name, specs))
     elif parts[3] == "experts":
         _add_experts(pieces, name, f"{_ROOT}blocks.{parts[1]}.ffn.experts", specs)
     elif parts[3] == "router":
@@ -121,14 +123,16 @@ def _apart(name: str, shape: tuple[int, ...], specs: Mapping[str, Spec]) -> dict
     """Their matrices of queries, keys and values with the rows of each, where `fused_qkv: false` keeps them apart."""
     if ".attn.wqkv." not in name:
         return {}
-    names = [_ROOT + name.replace("wqkv", matrix) for matrix in ("Wq", "Wk", "Wv")]
+    names = [_ROOT + _renamed(name, specs).replace("Wqkv", matrix) for matrix in ("Wq", "Wk", "Wv")]
     rows = {each: specs[each].shape[0] for each in names if each in specs and specs[each].shape}
     return rows if sum(rows.values()) == shape[0] and all(rows.values()) else {}
 
 
-def _renamed(name: str) -> str:
+def _renamed(name: str, specs: Mapping[str, Spec]) -> str:
     for ours, theirs in _ATTENTION.items():
         name = name.replace(f".{ours}.", f".{theirs}.")
+    if f"{_ROOT}blocks.0.{_FUSED}.norm_1.weight" in specs:
+        return re.sub(r"^(blocks\.\d+)\.", rf"\1.{_FUSED}.", name)
     return name
 
 

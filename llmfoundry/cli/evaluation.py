@@ -104,10 +104,12 @@ def evaluate_opened(opened: Opened, texts: dict[str, Score], options: TaskOption
 
 def evaluate_yaml(path: str, overrides: list[str], options: TaskOptions) -> None:
     """Evaluate the models that a YAML lists by its tasks."""
-    from llmfoundry.cli.evaluation_yaml import EvaluationConfig, translated
+    from llmfoundry.cli.evaluation_yaml import VARIABLES, EvaluationConfig, translated
     from llmfoundry.eval.icl import with_tasks_read
 
-    data = load_yaml(path, overrides)
+    # LLM Foundry's README sets these at the top level, and its files read them under `variables`.
+    theirs = [f"variables.{item}" for item in overrides if item.partition("=")[0] in VARIABLES]
+    data = load_yaml(path, overrides + theirs)
     paths = data.get("code_paths") or []
     if not isinstance(paths, list) or not all(isinstance(item, str) for item in paths):
         raise ConfigError(f"code_paths: must be a list of Python files, found {paths!r}")

@@ -31,6 +31,7 @@ _GONE = (
     "seed", "run_name", "fsdp_config", "python_log_level", "log_config", "console_log_interval", "metadata",
     "dist_timeout", "callbacks", "loggers", "eval_subset_num_batches",
 )  # fmt: skip
+VARIABLES = ("model_name_or_path", "tokenizer_name")  # of the top level, that only serve `${...}`
 _GONE_OF_MODELS = (
     "name", "pretrained", "init_device", "use_auth_token", "trust_remote_code", "use_flash_attention_2",
     "attn_implementation", "use_train_metrics", "additional_train_metrics",
@@ -119,6 +120,8 @@ def translated(data: dict[str, object]) -> dict[str, object]:
     for key in ("eval_loader", "eval_loaders"):
         if data.pop(key, None) is not None:
             raise ConfigError(f"{key}: a file of models is evaluated by tasks; for texts: eval.py --checkpoint DIR")
+    for key in VARIABLES:
+        data.pop(key, None)
     if "max_seq_len" in data:
         data.setdefault("icl_seq_len", data["max_seq_len"])
         del data["max_seq_len"]

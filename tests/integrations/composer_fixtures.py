@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy
@@ -45,6 +46,10 @@ MODELS: dict[str, dict[str, object]] = {
     "unfused": {
         **BASE, "attn_config": {"attn_type": "multiquery_attention", "rope": True, "qk_gn": True, "fused_qkv": False},
     },
+    "wrapped": {  # as in LLM Foundry's YAMLs that evaluate DBRX
+        **BASE, "no_bias": True, "fuse_norm_attn_norm": True, "param_init_fn": "kaiming_normal_",
+        "init_nonlinearity": "relu", "ffn_config": {"ffn_type": "torch_dmoe", "mlp_type": "glu", **EXPERTS},
+    },
     "reuse": {
         **BASE, "attn_config": {"rope": True, "qk_ln": True}, "logit_scale": "inv_sqrt_d_model",
         "block_overrides": {
@@ -72,12 +77,13 @@ def logits(model: CausalLM) -> Tensor:
     return found
 
 
-def theirs(model: CausalLM, stacked: bool = True, fused: bool = True) -> dict[str, Tensor]:
+def theirs(model: CausalLM, stacked: bool = True, fused: bool = True, wrapped: bool = False) -> dict[str, Tensor]:
     """The weights under the names of LLM Foundry's MPT.
 
     Args:
         stacked: experts as MegaBlocks' dMoE has them, (E F, D); else as its MoE, (E, D, F) and (E, F, D).
         fused: queries, keys and values as one matrix.
+        wrapped: norms and attention of a layer in one module, as `fuse_norm_attn_norm` has them.
     """
     found: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
@@ -107,6 +113,10 @@ def theirs(model: CausalLM, stacked: bool = True, fused: bool = True) -> dict[st
                 found[name.replace("w1", matrix)] = part.clone()
         else:
             found[name.replace(".w2.", ".down_proj.")] = value
+    if wrapped:
+        found = {
+            re.sub(r"^(blocks\.\d+)\.(norm_|attn\.)", r"\1.norm_attn_norm.\2", name): v for name, v in found.items()
+        }
     return {f"model.{'' if name.startswith('lm_head') else 'transformer.'}{name}": v for name, v in found.items()}
 
 

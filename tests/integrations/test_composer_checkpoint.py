@@ -84,7 +84,7 @@ def foundry_config(model: dict[str, object]) -> dict[str, object]:
 @pytest.mark.parametrize("kind", MODELS)
 def test_logits_are_those_of_the_source(kind: str, sharded: bool, tmp_path: Path) -> None:
     source = build(MODELS[kind])
-    state = composer_state(theirs(source, stacked=kind != "moe", fused=kind != "unfused"))
+    state = composer_state(theirs(source, kind != "moe", kind != "unfused", kind == "wrapped"))
     path = tmp_path / "ep0-ba2"
     if sharded:
         write_sharded(path, state)

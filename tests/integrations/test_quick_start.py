@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from foundry_hub import TEXTS, build
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,7 +19,11 @@ from llmfoundry.data.mds import MDSFolder
 
 SCRIPT = Path(sys.executable).with_name("llmfoundry")
 YAML = Path(__file__).parent / "foundry" / "pretrain_mpt.yaml"
+EVAL_YAML = YAML.with_name("eval_hub_model.yaml")
 ROWS = 64  # tokens
+QUESTIONS = [
+    {"query": f"Line {i} ends because", "choices": [f"it is full {i}", "it rains"], "gold": i % 2} for i in range(4)
+]
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +36,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.write_text(
             "".join(json.dumps({"text": f"{split} {i}: {text}"}) + "\n" for i, text in enumerate(TEXTS * 20))
         )
+    (root / "sentences.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    task = {
+        "label": "sentences",
+        "dataset_uri": "sentences.jsonl",
+        "num_fewshot": [0],
+        "icl_task_type": "multiple_choice",
+    }
+    (root / "tasks.yaml").write_text(yaml.safe_dump({"icl_tasks": [task]}))
+    benchmark = {"name": "sentences", "num_fewshot": 0, "random_baseline": 0.5}
+    gauntlet = {
+        "weighting": "EQUAL", "subtract_random_baseline": True, "rescale_accuracy": True,
+        "categories": [{"name": "language", "benchmarks": [benchmark]}],
+    }  # fmt: skip
+    (root / "gauntlet.yaml").write_text(yaml.safe_dump({"eval_gauntlet": gauntlet}))
     return root
 
 
@@ -61,6 +80,12 @@ def test_their_quick_start(folder: Path) -> None:
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(folder / "mpt-125m-hf")
     assert model.config.model_type == "mpt" and len(AutoTokenizer.from_pretrained(folder / "mpt-125m-hf")) > 256
+    said = run(
+        folder, "eval", str(EVAL_YAML), "icl_tasks=tasks.yaml", "model_name_or_path=mpt-125m-hf", "--output",
+        "scores.json",
+    )  # fmt: skip
+    (score,) = json.loads((folder / "scores.json").read_text())["mpt-125m-hf"]["metrics"].values()
+    assert "sentences" in said and score["value"] in (0.0, 0.25, 0.5, 0.75, 1.0)
     said = run(
         folder, "generate", "--name_or_path", "mpt-125m-hf", "--max_new_tokens", "8", "--prompts",
         "The answer to life is", "Here's a quick recipe:",
