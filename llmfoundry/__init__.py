@@ -6,12 +6,29 @@ experts.
 
 from __future__ import annotations
 
+import sys
+import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llmfoundry.standalone.moe import MoE, MoEOutput
 
 __all__ = ["MoE", "MoEOutput"]
+
+
+def _warn_of_namesake() -> None:
+    """Name an installed `llm-foundry`: its package is called llmfoundry too."""
+    for folder in dict.fromkeys(sys.path):
+        for found in Path(folder).glob("llm_foundry-*.dist-info"):
+            warnings.warn(
+                f"{found}: LLM Foundry is installed too, and its package has the same name; this is {__file__}. "
+                "pip uninstall llm-foundry, or give each an environment of its own",
+                stacklevel=3,
+            )
+
+
+_warn_of_namesake()
 
 
 def __getattr__(name: str) -> object:

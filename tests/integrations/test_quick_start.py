@@ -152,3 +152,17 @@ def test_composers_names_lead_to_our_checkpoints(tmp_path: Path) -> None:
     assert found == f"{tmp_path}/checkpoints/step-10"
     assert our_checkpoint(f"{tmp_path}/latest-rank{{rank}}.pt") == str(tmp_path)
     assert our_checkpoint("elsewhere/ep0-ba10-rank0.pt") == "elsewhere/ep0-ba10-rank0.pt"
+
+
+def test_an_installed_llm_foundry_is_named_at_import(tmp_path: Path) -> None:
+    def said() -> str:
+        path = os.pathsep.join([str(tmp_path), *sys.path])
+        done = subprocess.run(
+            [sys.executable, "-c", "import llmfoundry"], capture_output=True, text=True, check=True,
+            env=os.environ | {"PYTHONPATH": path},
+        )  # fmt: skip
+        return done.stderr
+
+    assert said() == ""
+    (tmp_path / "llm_foundry-0.22.0.dist-info").mkdir()
+    assert "llm_foundry-0.22.0.dist-info: LLM Foundry is installed too" in said()
