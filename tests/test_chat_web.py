@@ -14,7 +14,6 @@ from llmfoundry.cli.chat import chat_main
 from llmfoundry.cli.chat_server import Server
 from llmfoundry.cli.opening import open_hugging_face
 from llmfoundry.config import ConfigError
-from llmfoundry.data.chat_template import CHATML
 from llmfoundry.eval.chat import Chat, Template
 from llmfoundry.eval.generate import Sampling
 from tests.browser import CHROMIUM, Browser
