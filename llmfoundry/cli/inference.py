@@ -39,18 +39,14 @@ def generate_main(argv: Sequence[str] | None = None) -> None:
         "overrides", nargs="*", default=[], metavar="key=value", help="e.g. model.ffn_config.moe_impl=auto"
     )
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="what to continue; may be given again")
-    parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    parser.add_argument("--top-p", type=float, default=0.95)
-    parser.add_argument("--seed", type=int, default=0)
+    add_sampling(parser, max_new_tokens=200)
     parser.add_argument(
         "--parse-special", action=argparse.BooleanOptionalAction, default=None,
         help="read special tokens that the prompt spells as such; default: as in training, and for a converted "
         "checkpoint that was not trained here, yes",
     )  # fmt: skip
     args = parser.parse_intermixed_args(generate_words(argv))
-    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
-        raise ConfigError("--temperature must be a number of 0 or more, --top-p in (0, 1], --max-new-tokens 1 or more")
+    check_sampling(args)
     opened = open_checkpoint(args.checkpoint, args.overrides, GENERATING)
     from llmfoundry.eval.generate import generate
     from llmfoundry.hf.generation import stop_tokens
@@ -75,6 +71,20 @@ def generate_main(argv: Sequence[str] | None = None) -> None:
         )
         if launch.is_rank0():
             _write("\n")
+
+
+def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """The options of sampling, which `check_sampling` checks."""
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def check_sampling(args: argparse.Namespace) -> None:
+    """Refuse options of sampling that are out of range; raises ConfigError."""
+    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
+        raise ConfigError("--temperature must be a number of 0 or more, --top-p in (0, 1], --max-new-tokens 1 or more")
 
 
 def _write(text: str) -> None:

@@ -30,6 +30,7 @@ _ENTRIES = {
     "explain": _Entry("llmfoundry.cli.train", "explain_main", "Say what each key of a YAML file became."),
     "prepare": _Entry("llmfoundry.cli.train", "prepare_data_main", "Tokenize a run's datasets ahead of it."),
     "generate": _Entry("llmfoundry.cli.inference", "generate_main", "Continue a prompt with a trained model."),
+    "chat": _Entry("llmfoundry.cli.chat", "chat_main", "Talk with a model, in the terminal or a browser."),
     "eval": _Entry("llmfoundry.cli.inference", "eval_main", "Measure a checkpoint on text or on tasks."),
     "convert": _Entry("llmfoundry.cli.convert", "convert_main", "Convert to and from Hugging Face folders; upcycle."),
     "data_prep": _Entry("llmfoundry.cli.foundry", "data_prep_main", "Write MDS, by LLM Foundry's command lines."),

@@ -27,6 +27,8 @@ CHATML = (
     "{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+# What a template's code raises for messages that it cannot render.
+REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Responses = Literal["all", "last"]
@@ -111,7 +113,7 @@ class Renderer:
     def _render(self, example: Conversation, messages: Sequence[Message], prompt: bool = False) -> str:
         try:
             return self._rendered(example, messages, prompt)[0]
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except REFUSALS as error:
             raise ValueError(f"the chat template refuses it: {error}") from error
 
     def _marked(self, example: Conversation) -> list[Span]:
@@ -122,15 +124,8 @@ class Renderer:
         self, example: Conversation, messages: Sequence[Message], prompt: bool, marks: bool = False
     ) -> tuple[str, list[Span]]:
         """What `tokenizer.apply_chat_template` renders, and with `marks` the spans that the template marks."""
-        tools: list[dict] | None = example.tools
-        template = self.tokenizer.get_chat_template(None if self.own else self.template, tools)
-        words: dict = {**self.tokenizer.special_tokens_map, **example.template}
-        rendered: object = render_jinja_template(  # (texts, spans of each), though it says str
-            [list(messages)], tools=list(tools) if tools else None, chat_template=template,
-            return_assistant_tokens_mask=marks, add_generation_prompt=prompt, **words,
-        )  # fmt: skip
-        texts, spans = cast(tuple[list[str], list[list[Span]]], rendered)
-        return texts[0], spans[0] if marks else []
+        template = self.tokenizer.get_chat_template(None if self.own else self.template, example.tools)
+        return rendered(self.tokenizer, template, example._replace(messages=list(messages)), prompt, marks)
 
     def _span(self, example: Conversation, text: str, turn: int) -> Span:
         """What the text gains by one turn of the assistant."""
@@ -145,6 +140,26 @@ class Renderer:
                 "dataset.chat_template"
             )
         return len(before), len(upto)
+
+
+def rendered(
+    tokenizer: PreTrainedTokenizerBase, template: str, example: Conversation, prompt: bool, marks: bool = False
+) -> tuple[str, list[Span]]:
+    """What `tokenizer.apply_chat_template` renders, and with `marks` the spans that the template marks.
+
+    Args:
+        prompt: whether the assistant's turn is opened at the end.
+
+    Raises:
+        TemplateError: the template refuses the messages; a TypeError or another of its code's errors likewise.
+    """
+    words: dict = {**tokenizer.special_tokens_map, **example.template}
+    found: object = render_jinja_template(  # (texts, spans of each), though it says str
+        [list(example.messages)], tools=list(example.tools) if example.tools else None, chat_template=template,
+        return_assistant_tokens_mask=marks, add_generation_prompt=prompt, **words,
+    )  # fmt: skip
+    texts, spans = cast(tuple[list[str], list[list[Span]]], found)
+    return texts[0], spans[0] if marks else []
 
 
 def _overlaps(offsets: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool_]:

@@ -5,8 +5,9 @@ Shapes: S tokens so far, V vocab.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,20 @@ from llmfoundry.data.tokenizer import PLAIN_TEXT, Encoder, SpecialTokens
 from llmfoundry.model.transformer import Cache, CausalLM
 
 
-@torch.no_grad()
+class Sampling(NamedTuple):
+    """How a text is continued."""
+
+    max_new_tokens: int
+    temperature: float = 1.0  # 0 takes the likeliest token
+    top_p: float = 1.0  # sample among the likeliest tokens whose probabilities reach this sum
+    seed: int = 0
+
+    def drawing(self, *what: str | int) -> Callable[[Tensor], int]:
+        """What chooses an id from (V,) logits; its draws depend on the seed and on `what` alone."""
+        return partial(sample, temperature=self.temperature, top_p=self.top_p,
+                       dice=runtime.generator("cpu", self.seed, "generate", *what))  # fmt: skip
+
+
 def generate(
     model: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -28,6 +42,7 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
+    number: int = 0,
     special: SpecialTokens = PLAIN_TEXT,
     stop: Collection[int] = (),
     emit: Callable[[str], object] | None = None,
@@ -41,6 +56,7 @@ def generate(
         top_p: sample among the likeliest tokens whose probabilities reach this sum (nucleus sampling,
             Holtzman et al. 2020, arXiv:1904.09751).
         seed: of the sampling; the draws are the same on every device.
+        number: of the prompt among several; each has draws of its own.
         special: the rule for special tokens that the model was trained with.
         stop: ids that end the text, beside the tokenizer's end of text.
         emit: given the text as it comes, first the prompt, in whole characters.
@@ -52,7 +68,6 @@ def generate(
         ConfigError: they may need more positions than the model has learned, or a token of the prompt has no row in
             the embedding.
     """
-    place = next(model.parameters()).device
     ids = encoded(tokenizer, prompt, special)
     check_ids(max(ids), model.config.vocab_size)
     positions = len(ids) + max_new_tokens - 1  # the last token is written and not read
@@ -61,26 +76,42 @@ def generate(
             f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones need {positions} positions, and the model "
             f"has learned {model.config.max_seq_len}; shorten the prompt or ask for fewer new tokens"
         )
-    stops = {tokenizer.eos_token_id, *stop}
-    stream = _Stream(tokenizer, ids, emit) if emit is not None else None
+    stream = Stream(tokenizer, ids, emit) if emit is not None else None
     cache = Cache(model.config.n_layers, capacity=len(ids) + max_new_tokens)
-    dice = runtime.generator("cpu", seed, "generate")
+    draw = Sampling(max_new_tokens, temperature, top_p, seed).drawing(number)
     was_training = model.training
     model.eval()
-    fresh = torch.tensor([ids], device=place)  # (1, S) tokens that the cache has not seen
-    for _ in range(max_new_tokens):
-        logits = model(fresh, cache=cache, last_only=True).logits[0, -1].float().cpu()  # (V,)
-        token = runtime.on_rank0(partial(sample, logits, temperature, top_p, dice))
-        if token in stops:
-            break
+    for token in new_tokens(model, ids.copy(), cache, max_new_tokens, draw, {tokenizer.eos_token_id, *stop}):
         ids.append(token)
         if stream is not None:
             stream.advance()
-        fresh = torch.tensor([[token]], device=place)
     model.train(was_training)
     if stream is not None:
         stream.advance(last=True)
     return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+@torch.no_grad()
+def new_tokens(
+    model: CausalLM, fresh: list[int], cache: Cache, limit: int, draw: Callable[[Tensor], int], stop: Collection[int]
+) -> Iterator[int]:
+    """The tokens that follow, one after the other, until a stop token or `limit`.
+
+    Args:
+        model: in evaluation mode; every rank of a sharded one must call this; rank 0 draws.
+        fresh: the tokens that the cache has not seen, one at least.
+        cache: is extended by all tokens but the last one.
+        stop: ids that end the text, and are not part of it.
+    """
+    place = next(model.parameters()).device
+    for _ in range(limit):
+        tokens = torch.tensor([fresh], device=place)  # (1, S)
+        logits = model(tokens, cache=cache, last_only=True).logits[0, -1].float().cpu()  # (V,)
+        token = runtime.on_rank0(partial(draw, logits))
+        if token in stop:
+            return
+        yield token
+        fresh = [token]
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, prompt: str, special: SpecialTokens = PLAIN_TEXT) -> list[int]:
@@ -110,11 +141,15 @@ def sample(logits: Tensor, temperature: float, top_p: float, dice: torch.Generat
     return int(order[torch.multinomial(probabilities, 1, generator=dice)])
 
 
-class _Stream:
+class Stream:
     """Decodes a growing list of ids piece by piece.
 
     A token may be a part of a character, and how it is decoded may depend on the one before it. So the tokens of the
     last piece are decoded again with the new ones, and a text that ends within a character waits.
+
+    Args:
+        ids: grows; what it holds now is given out first.
+        emit: given each piece.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, ids: list[int], emit: Callable[[str], object]) -> None:
@@ -123,6 +158,7 @@ class _Stream:
         emit(self._decode(0, len(ids)))
 
     def advance(self, last: bool = False) -> None:
+        """Give out what the new ids add; the last time, also what is no whole character."""
         old, new = self._decode(self._before, self._done), self._decode(self._before, len(self._ids))
         if len(new) > len(old) and (last or not new.endswith("\N{REPLACEMENT CHARACTER}")):
             self._emit(new[len(old) :])

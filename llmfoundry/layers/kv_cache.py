@@ -35,6 +35,10 @@ class KVCache:
         self.length = end
         return self._buffers[0][:, :, :end], self._buffers[1][:, :, :end]
 
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        self.length = min(self.length, length)
+
     def _grown(self, new: Tensor, which: int) -> Tensor:
         buffer = new.new_empty(new.shape[0], new.shape[1], self.capacity, new.shape[3])
         if self._buffers is not None:

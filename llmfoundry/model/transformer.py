@@ -61,6 +61,11 @@ class Cache:
         """Tokens held."""
         return self.layers[0].length
 
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        for layer in self.layers:
+            layer.truncate(length)
+
 
 class AdapterParams(NamedTuple):
     """Parameters of a model's adapters."""

@@ -1,0 +1,196 @@
+"""A model that answers conversations: the chat template, the end of a turn, and a cache that outlives the turn.
+
+Each answer renders the whole conversation, as `apply_chat_template` does, so its tokens are those of `transformers`.
+The cache keeps the tokens of the last conversation; those with which the next one begins are not read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from typing import Literal, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from llmfoundry.config import ConfigError
+from llmfoundry.data.chat_template import REFUSALS, rendered
+from llmfoundry.data.conversations import Conversation, Message
+from llmfoundry.eval.generate import Sampling, Stream, check_ids, new_tokens
+from llmfoundry.model.transformer import Cache, CausalLM
+
+_PROBE = "probe"  # stands for an answer, to see what a template writes after it
+
+Finish = Literal["stop", "length", "interrupted"]
+
+
+class Ending(NamedTuple):
+    """What ends the assistant's turn in a template."""
+
+    ids: frozenset[int]  # a special token
+    texts: tuple[str, ...]  # else what the template writes there
+
+
+class Answer(NamedTuple):
+    """What the model said."""
+
+    text: str
+    finish: Finish
+    prompt_tokens: int
+    reused: int  # of these, the tokens that the cache held
+    tokens: int  # new ones, without the one that stops
+
+
+class Template:
+    """A chat template with its tokenizer.
+
+    Args:
+        source: the template, in place of the tokenizer's own.
+
+    Raises:
+        ConfigError: there is none.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, source: str | None = None) -> None:
+        own = tokenizer.chat_template
+        own = own.get("default") if isinstance(own, dict) else own
+        source = source or own
+        if not isinstance(source, str):
+            raise ConfigError(
+                "the tokenizer has no chat template, so this may be a base model; name one by --template FILE, or "
+                "continue a text by `llmfoundry generate`"
+            )
+        self.tokenizer, self.source = tokenizer, source
+
+    def ids(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens of a conversation in which the assistant speaks next.
+
+        Raises:
+            ConfigError: the template refuses the messages.
+        """
+        text = self._render(messages, prompt=True)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise ConfigError("the chat template renders these messages as an empty text")
+        return ids
+
+    def ending(self) -> Ending:
+        """What the template writes after an answer: a token of its own, or else a text."""
+        turns: list[Message] = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": _PROBE}]
+        _, found, tail = self._render(turns, prompt=False).rpartition(_PROBE)
+        tail = tail.strip() if found else ""
+        spelled = {str(entry.content).strip(): token for token, entry in self.tokenizer.added_tokens_decoder.items()}
+        if begins := [text for text in spelled if text and tail.startswith(text)]:
+            return Ending(frozenset({spelled[max(begins, key=len)]}), ())
+        return Ending(frozenset(), (tail,) if tail else ())
+
+    def _render(self, messages: Sequence[Message], prompt: bool) -> str:
+        try:
+            return rendered(self.tokenizer, self.source, Conversation(list(messages)), prompt)[0]
+        except REFUSALS as error:
+            raise ConfigError(f"the chat template refuses the conversation: {error}") from error
+
+
+class Chat:
+    """Answers conversations, one at a time.
+
+    Args:
+        model: in evaluation mode, in one process.
+        stop: ids that end an answer, beside the tokenizer's end of text and the template's end of turn.
+    """
+
+    def __init__(self, model: CausalLM, template: Template, stop: Sequence[int] | set[int] = ()) -> None:
+        self._model, self._template = model, template
+        self._ending = template.ending()
+        self.stop = {template.tokenizer.eos_token_id, *stop, *self._ending.ids}
+        self._cache, self._held = Cache(0), list[int]()  # the ids that the cache has read
+
+    def answer(
+        self,
+        messages: Sequence[Message],
+        how: Sampling,
+        *,
+        emit: Callable[[str], object] = lambda piece: None,
+        until: Sequence[str] = (),
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> Answer:
+        """The assistant's next turn.
+
+        Args:
+            messages: the conversation, in OpenAI's form.
+            how: draws depend on its seed and on the number of messages.
+            emit: given the text as it comes, in whole characters.
+            until: texts that end the answer, and are not part of it.
+            interrupted: asked after each token; true ends the answer.
+
+        Raises:
+            ConfigError: the template refuses the conversation, or it is longer than the model can read.
+        """
+        ids = self._template.ids(messages)
+        limit = self._limit(ids, how.max_new_tokens)
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._held, ids[:-1], strict=False)))
+        if shared:
+            self._cache.truncate(shared)
+        else:
+            self._cache = Cache(self._model.config.n_layers, capacity=len(ids) + limit)
+        self._held = []  # until the forwards are through, an error may leave layers of different lengths
+        new: list[int] = []
+        text = Until([*self._ending.texts, *until], emit)
+        stream = Stream(self._template.tokenizer, new, text.add)
+        stopped = False
+        for token in new_tokens(self._model, ids[shared:], self._cache, limit, how.drawing(len(messages)), self.stop):
+            new.append(token)
+            stream.advance()
+            stopped = interrupted()
+            if text.ended or stopped:
+                break
+        stream.advance(last=True)
+        text.close()
+        self._held = [*ids, *new][: self._cache.length]
+        by_itself = text.ended or (len(new) < limit and not stopped)
+        finish: Finish = "stop" if by_itself else "interrupted" if stopped else "length"
+        return Answer(text.shown, finish, len(ids), shared, len(new))
+
+    def _limit(self, ids: list[int], max_new_tokens: int) -> int:
+        config = self._model.config
+        check_ids(max(ids), config.vocab_size)
+        if not config.has_learned_positions:
+            return max_new_tokens
+        room = config.max_seq_len - len(ids) + 1  # the last token is written and not read
+        if room < 1:
+            raise ConfigError(
+                f"the conversation has {len(ids)} tokens, and the model has learned {config.max_seq_len} positions; "
+                "begin a new one, or take turns back"
+            )
+        return min(max_new_tokens, room)
+
+
+class Until:
+    """Passes a growing text on up to the first of some endings. What may begin an ending waits."""
+
+    def __init__(self, endings: Sequence[str], emit: Callable[[str], object]) -> None:
+        self.shown, self.ended = "", False
+        self._endings, self._emit, self._waiting = [each for each in endings if each], emit, ""
+
+    def add(self, piece: str) -> None:
+        """Take the next piece."""
+        if self.ended:
+            return
+        text = self._waiting + piece
+        starts = [at for each in self._endings if (at := text.find(each)) >= 0]
+        self.ended = bool(starts)
+        self._show(text, min(starts) if starts else len(text) - self._may_begin(text))
+
+    def close(self) -> None:
+        """Pass on what waits: no more text comes."""
+        if not self.ended:
+            self._show(self._waiting, len(self._waiting))
+
+    def _show(self, text: str, end: int) -> None:
+        self._waiting = text[end:]
+        if end:
+            self.shown += text[:end]
+            self._emit(text[:end])
+
+    def _may_begin(self, text: str) -> int:
+        """Characters at the end of the text that begin an ending."""
+        return max((n for each in self._endings for n in range(1, len(each)) if text.endswith(each[:n])), default=0)
