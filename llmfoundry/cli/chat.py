@@ -18,6 +18,7 @@ from llmfoundry import launch
 from llmfoundry.cli.command import command, program
 from llmfoundry.cli.inference import CHECKPOINT, GENERATING, add_sampling, check_sampling
 from llmfoundry.cli.opening import open_checkpoint
+from llmfoundry.cli.prompts import read_template
 from llmfoundry.config import ConfigError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def chat_main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError("--port must be a port: 0 to 65535")
     if launch.world_size() > 1:
         raise ConfigError("chat runs in one process; start it without torchrun, or use generate --prompts FILE")
-    source = _read(args.template)
+    source = read_template(args.template)
     opened = open_checkpoint(args.checkpoint, args.overrides, GENERATING)
     from llmfoundry.eval.chat import Chat, Template
     from llmfoundry.eval.generate import Sampling
@@ -59,13 +60,6 @@ def chat_main(argv: Sequence[str] | None = None) -> None:
     how = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     chat = Chat(opened.ready.model, Template(opened.ready.tokenizer, source), stop_tokens(opened.folder))
     Talk(chat, how, args.system).run()
-
-
-def _read(template: Path | None) -> str | None:
-    try:
-        return template.read_text(encoding="utf-8") if template is not None else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--template: {template} cannot be read: {error}") from None
 
 
 class Talk:

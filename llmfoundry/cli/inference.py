@@ -9,6 +9,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmfoundry import launch
@@ -16,6 +17,7 @@ from llmfoundry.cli.command import command, program
 from llmfoundry.cli.evaluation import TaskOptions, evaluate_by_tasks, evaluate_opened, evaluate_yaml
 from llmfoundry.cli.foundry import generate_words
 from llmfoundry.cli.opening import Opened, open_checkpoint
+from llmfoundry.cli.prompts import Row, prompt_of, read_prompts, read_template, write_completions
 from llmfoundry.config import ConfigError
 
 if TYPE_CHECKING:
@@ -32,13 +34,20 @@ CHECKPOINT = "a checkpoint, a run's save_folder (its newest), a Hugging Face fol
 
 @command
 def generate_main(argv: Sequence[str] | None = None) -> None:
-    """`generate.py --checkpoint DIR --prompt TEXT [key=value ...]`."""
+    """`generate.py --checkpoint DIR --prompt TEXT [key=value ...]`, or `--prompts FILE --output FILE.jsonl`."""
     parser = argparse.ArgumentParser(prog=program("generate"), description="Write text with a trained model.")
     parser.add_argument("--checkpoint", required=True, help=CHECKPOINT)
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="e.g. model.ffn_config.moe_impl=auto"
     )
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="what to continue; may be given again")
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE",
+        help="a .txt with a prompt per line, or a .jsonl with `prompt` or `messages` in each",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write JSON lines: each prompt and its completion")
+    parser.add_argument("--template", type=Path, metavar="FILE", help="for `messages`: in place of the tokenizer's own")
+    parser.add_argument("--batch-size", type=int, default=16, help="of several prompts: rows of a forward per process")
     add_sampling(parser, max_new_tokens=200)
     parser.add_argument(
         "--parse-special", action=argparse.BooleanOptionalAction, default=None,
@@ -47,30 +56,41 @@ def generate_main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     args = parser.parse_intermixed_args(generate_words(argv))
     check_sampling(args)
+    if args.batch_size < 1:
+        raise ConfigError("--batch-size must be 1 or more")
+    rows: list[Row] = [{"prompt": text} for text in args.prompt or ([] if args.prompts else [""])]
+    if args.prompts is not None:
+        rows += read_prompts(args.prompts)
+    template = read_template(args.template)
     opened = open_checkpoint(args.checkpoint, args.overrides, GENERATING)
-    from llmfoundry.eval.generate import generate
+    from llmfoundry.eval.generate import Sampling, generate
+    from llmfoundry.eval.generate_many import generate_many, request_of
+    from llmfoundry.eval.likelihood import Ranks
     from llmfoundry.hf.generation import stop_tokens
 
-    ready, parse = opened.ready, args.parse_special
+    ready, parse, stop = opened.ready, args.parse_special, stop_tokens(opened.folder)
     if parse is None:
         parse = ready.special.parse or not opened.trained
-    for number, prompt in enumerate(args.prompt or [""]):
-        if number and launch.is_rank0():
-            _write("\n")  # an empty line between texts
+    special = ready.special._replace(parse=parse)
+    how = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    if len(rows) == 1 and args.prompts is None and args.output is None:
+        emit = _write if launch.is_rank0() else None
         generate(
-            ready.model,
-            ready.tokenizer,
-            prompt,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            seed=args.seed,
-            special=ready.special._replace(parse=parse),
-            stop=stop_tokens(opened.folder),
-            emit=_write if launch.is_rank0() else None,
+            ready.model, ready.tokenizer, str(rows[0]["prompt"]), **how._asdict(), special=special, stop=stop, emit=emit
         )
         if launch.is_rank0():
             _write("\n")
+        return
+    requests = [request_of(prompt_of(row), ready.tokenizer, special, template) for row in rows]
+    ranks = Ranks(args.batch_size, ready.mesh.data_rank, ready.mesh.data_ranks)
+    found = generate_many(ready.model, ready.tokenizer, requests, how, ranks, stop)
+    if not launch.is_rank0():
+        return
+    if args.output is not None:
+        write_completions(args.output, rows, found)
+        print(f"{len(found):,} completions written to {args.output}")
+    else:  # an empty line between texts
+        print("\n\n".join(request.shown + one.text for request, one in zip(requests, found, strict=True)))
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import ConfigError
 from llmfoundry.data.tokenizer import Encoder, SpecialTokens
-from llmfoundry.eval.likelihood import Continuation, Prompt, Ranks, continue_greedily, likelihood
+from llmfoundry.eval.likelihood import Continuation, Prompt, Ranks, continue_all, likelihood
 from llmfoundry.model.transformer import CausalLM
 
 _PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " "))
@@ -178,7 +178,7 @@ class WrittenQuestions(Questions):
 
     def ask(self, model: CausalLM, ranks: Ranks) -> list[Judged] | None:
         """As `Questions.ask`."""
-        written = continue_greedily(
+        written = continue_all(
             model, self._prompts, ranks, stop={self._reader.tokenizer.eos_token_id}, done=self._is_done
         )
         if written is None:

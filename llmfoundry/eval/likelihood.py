@@ -1,4 +1,4 @@
-"""How likely a model finds given continuations, and its greedy continuations: what all evaluation by tasks is made of.
+"""How likely a model finds given continuations, and its own continuations of many prompts.
 
 Rows are sorted by length, dealt to the ranks in turn and padded on the right, which changes nothing for a causal model.
 Every rank runs the same number of forwards, for the ranks of experts or of sharded weights must meet in each: where it
@@ -124,15 +124,16 @@ class Prompt(NamedTuple):
 
 
 @torch.no_grad()
-def continue_greedily(
+def continue_all(
     model: CausalLM,
     prompts: Sequence[Prompt],
     ranks: Ranks,
     *,
     stop: Collection[int],
     done: Callable[[int, list[int]], bool] = lambda number, ids: False,
+    draw: Callable[[int, Tensor], int] | None = None,
 ) -> list[list[int]] | None:
-    """The likeliest token again and again, until a stop token, `max_new_tokens`, or `done`.
+    """The likeliest token again and again, or one that is drawn, until a stop token, `max_new_tokens`, or `done`.
 
     Rows of different lengths share a forward: all are read up to the end of the shortest, and from there on token by
     token, a longer one its own tokens first. So no row is padded, and none depends on the others.
@@ -141,6 +142,7 @@ def continue_greedily(
         model: in evaluation mode, sharded or not; every rank calls this.
         stop: ids that end a text, and are not part of it.
         done: whether a text is complete, from the number of its prompt and its new ids.
+        draw: chooses an id, from the number of a prompt and (V,) float32 logits on the CPU; None: the likeliest one.
 
     Returns:
         The new ids of each prompt, the same on every rank; None if it was stopped.
@@ -155,7 +157,7 @@ def continue_greedily(
     for numbers in _batches([len(prompt.ids) for prompt in prompts], ranks):
         if ranks.stopped():
             return None
-        texts = _write(model, [(number, prompts[number]) for number in numbers], stop, done)
+        texts = _write(model, [(number, prompts[number]) for number in numbers], stop, done, draw)
         for number, text in zip(numbers, texts, strict=True):
             written[number, : len(text)] = torch.tensor(text, dtype=torch.int64, device=place) + 1
     return [[token - 1 for token in row if token] for row in runtime.all_reduce_sum(written).tolist()]
@@ -166,6 +168,7 @@ def _write(
     prompts: list[tuple[int, Prompt]],
     stop: Collection[int],
     done: Callable[[int, list[int]], bool],
+    draw: Callable[[int, Tensor], int] | None,
 ) -> list[list[int]]:
     """The new ids of the prompts of one batch, which may be none: other ranks may have some."""
     place = next(model.parameters()).device
@@ -175,11 +178,13 @@ def _write(
     cache, read, end = Cache(model.config.n_layers), 0, min(len(row) for row in rows)
     while runtime.any_rank(bool(active)):
         fresh = torch.tensor([row[read:end] for row in rows], device=place)  # (B, S) tokens that the cache has not seen
-        best = model(fresh, cache=cache, last_only=True).logits[:, -1].argmax(-1).tolist()  # B ids
-        read, end = end, end + 1
+        logits = model(fresh, cache=cache, last_only=True).logits[:, -1]  # (B, V)
+        best, read, end = logits.argmax(-1).tolist(), end, end + 1  # B ids
         for row, token in enumerate(best):
             if len(rows[row]) > read:  # still in its prompt
                 continue
+            if row in active and draw is not None:
+                token = draw(prompts[row][0], logits[row].float().cpu())
             rows[row].append(token if row in active else 0)
             if row in active:
                 number, prompt = prompts[row]

@@ -19,7 +19,7 @@ from llmfoundry import runtime
 from llmfoundry.config import ConfigError
 from llmfoundry.eval.icl import Score
 from llmfoundry.eval.icl_questions import Reader
-from llmfoundry.eval.likelihood import Continuation, Prompt, Ranks, continue_greedily, likelihood, nats_of
+from llmfoundry.eval.likelihood import Continuation, Prompt, Ranks, continue_all, likelihood, nats_of
 from llmfoundry.model.transformer import CausalLM
 
 MAX_NEW_TOKENS = 256  # of a request that does not say it, as in the harness
@@ -133,7 +133,7 @@ class FoundryLM(TemplateLM):  # type: ignore[misc, unused-ignore]  # its class w
             stops = lengths[number].stops
             return bool(stops) and any(stop in self._decoded(ids) for stop in stops)
 
-        written = continue_greedily(self._model, prompts, self._ranks, stop={self.eot_token_id}, done=is_done)
+        written = continue_all(self._model, prompts, self._ranks, stop={self.eot_token_id}, done=is_done)
         assert written is not None
         return [_cut(self._decoded(ids), length.stops) for ids, length in zip(written, lengths, strict=True)]
 

@@ -20,7 +20,7 @@ from llmfoundry.eval.gauntlet import GauntletConfig
 from llmfoundry.eval.icl import Score, Task, accuracy, build_tasks, calibration_error, evaluate_tasks, with_tasks_read
 from llmfoundry.eval.icl_questions import Judged, Judging, LikelihoodQuestions, Questions, Reader, normalized
 from llmfoundry.eval.icl_tasks import TaskConfig
-from llmfoundry.eval.likelihood import Continuation, Prompt, Ranks, continue_greedily, likelihood
+from llmfoundry.eval.likelihood import Continuation, Prompt, Ranks, continue_all, likelihood
 from llmfoundry.hf.pretrained import save_pretrained
 from llmfoundry.model.transformer import CausalLM
 from tests.eval import tasks as small
@@ -124,7 +124,7 @@ def test_likelihood_is_that_of_whole_forwards(model: CausalLM) -> None:
 def test_rows_of_different_lengths_are_continued_as_each_alone(model: CausalLM) -> None:
     dice = torch.Generator().manual_seed(1)
     wanted = [Prompt(torch.randint(0, 300, (n,), generator=dice).tolist(), 3 + n) for n in (1, 9, 4, 6, 2)]
-    written = continue_greedily(model, wanted, ONE, stop={7})
+    written = continue_all(model, wanted, ONE, stop={7})
     assert written is not None and len(set(map(tuple, written))) > 1
     for prompt, text in zip(wanted, written, strict=True):
         ids = list(prompt.ids)
@@ -282,7 +282,7 @@ def test_texts_longer_than_learned_positions_are_refused(tokenizer: PreTrainedTo
     with pytest.raises(ConfigError, match="a text of 9 tokens is longer than the 8 positions"):
         likelihood(made, [Continuation([1] * 10, 1)], ONE)
     with pytest.raises(ConfigError, match="a text of 9 tokens is longer"):
-        continue_greedily(made, [Prompt([1] * 7, 3)], ONE, stop=())
+        continue_all(made, [Prompt([1] * 7, 3)], ONE, stop=())
 
 
 @pytest.mark.skipif(

@@ -1,0 +1,81 @@
+"""The prompts of `generate`: from the command line and from files, and what comes of them in a file of JSON lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from llmfoundry.config import ConfigError
+
+if TYPE_CHECKING:
+    from llmfoundry.data.conversations import Message
+    from llmfoundry.eval.generate_many import Completion
+
+Row = dict[str, object]  # `prompt`, a text, or `messages`, a conversation; and what else the line holds
+
+
+def read_prompts(path: Path) -> list[Row]:
+    """The prompts of a file: a line of a .txt each, or a line of a .jsonl with `prompt` or `messages`.
+
+    Raises:
+        ConfigError: it cannot be read, or a line holds neither.
+    """
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ConfigError(f"--prompts: {path}: must be a .txt with a prompt per line, or a .jsonl")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompts: {path} cannot be read: {error}") from None
+    rows: list[Row] = []
+    for number, line in enumerate(lines, 1):
+        line = line.removesuffix("\r")
+        if line.strip():
+            rows.append({"prompt": line} if path.suffix == ".txt" else _row(line, f"--prompts: {path}, line {number}"))
+    if not rows:
+        raise ConfigError(f"--prompts: {path}: holds no prompt")
+    return rows
+
+
+def prompt_of(row: Row) -> str | list[Message]:
+    """The text or the conversation of a row."""
+    return cast("str | list[Message]", row["prompt"] if row.get("prompt") is not None else row["messages"])
+
+
+def read_template(path: Path | None) -> str | None:
+    """A chat template from a file; raises ConfigError if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8") if path is not None else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--template: {path} cannot be read: {error}") from None
+
+
+def _row(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{where}: is no JSON: {error}") from None
+    found = [key for key in ("prompt", "messages") if isinstance(row, dict) and row.get(key) is not None]
+    if len(found) != 1:
+        raise ConfigError(f"{where}: must be a mapping with either `prompt` or `messages`")
+    value = row[found[0]]
+    if found == ["prompt"] and not isinstance(value, str):
+        raise ConfigError(f"{where}: prompt must be a text")
+    if found == ["messages"] and not (isinstance(value, list) and value and all(isinstance(m, dict) for m in value)):
+        raise ConfigError(f"{where}: messages must be a list of mappings with role and content")
+    return row
+
+
+def write_completions(path: Path, rows: Sequence[Row], completions: Sequence[Completion]) -> None:
+    """Write each prompt's line with `completion`, `finish_reason` and `tokens` added.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    added = ({"completion": one.text, "finish_reason": one.finish, "tokens": one.tokens} for one in completions)
+    lines = (json.dumps(row | more, ensure_ascii=False) + "\n" for row, more in zip(rows, added, strict=True))
+    try:
+        path.write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output: {path} cannot be written: {error.strerror}") from None
