@@ -23,7 +23,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     packages=find_packages(include=["llmfoundry", "llmfoundry.*"]),
-    package_data={"llmfoundry": ["schema.json"], "llmfoundry.report": ["assets/*"]},
+    package_data={"llmfoundry": ["schema.json"], "llmfoundry.report": ["assets/*"], "llmfoundry.cli": ["assets/*"]},
     entry_points={"console_scripts": ["llmfoundry = llmfoundry.cli.main:run"]},
     python_requires=">=3.11",
     install_requires=[

@@ -59,7 +59,12 @@ def chat_main(argv: Sequence[str] | None = None) -> None:
 
     how = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     chat = Chat(opened.ready.model, Template(opened.ready.tokenizer, source), stop_tokens(opened.folder))
-    Talk(chat, how, args.system).run()
+    if args.web:
+        from llmfoundry.cli.chat_server import serve
+
+        serve(chat, how, args.system or "", name=args.checkpoint, port=args.port)
+    else:
+        Talk(chat, how, args.system).run()
 
 
 class Talk:

@@ -1,0 +1,99 @@
+"""A request to `/v1/chat/completions`: the fields of OpenAI's API that are honoured. Every other one is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llmfoundry.config import ConfigError
+from llmfoundry.data.conversations import Message
+from llmfoundry.eval.generate import Sampling
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class TextPart(_Strict):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Strict):
+    """A message; images, calls of tools and names of speakers are refused."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart]
+
+
+class StreamOptions(_Strict):
+    """What a stream tells besides the text."""
+
+    include_usage: bool = False
+
+
+class ChatRequest(_Strict):
+    """The body of a request."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    model: str | None = None  # the one that is served
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    temperature: float | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)  # the newer name
+    seed: int | None = None
+    stop: str | list[str] = []
+    n: Literal[1] = 1
+
+    @property
+    def conversation(self) -> list[Message]:
+        """The messages as a chat template takes them."""
+        return [
+            {"role": one.role, "content": one.content if isinstance(one.content, str) else "".join(
+                part.text for part in one.content)}
+            for one in self.messages
+        ]  # fmt: skip
+
+    @property
+    def endings(self) -> list[str]:
+        """Texts that end the answer."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    def sampling(self, default: Sampling) -> Sampling:
+        """How to sample; what the request leaves out is as `default` says."""
+        given = {
+            "max_new_tokens": self.max_completion_tokens or self.max_tokens, "temperature": self.temperature,
+            "top_p": self.top_p, "seed": self.seed,
+        }  # fmt: skip
+        return Sampling(**default._asdict() | {key: value for key, value in given.items() if value is not None})
+
+
+def parse_request(body: bytes) -> ChatRequest:
+    """A request from its JSON; fields that are null count as left out.
+
+    Raises:
+        ConfigError: it is no JSON, or a field is wrong or not supported; says which.
+    """
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError):
+        raise ConfigError("body: is no JSON") from None
+    if isinstance(data, dict):
+        data = {key: value for key, value in data.items() if value is not None}
+    try:
+        return ChatRequest.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_said(one["loc"], one["type"], one["msg"]) for one in error.errors())) from None
+
+
+def _said(where: tuple[int | str, ...], kind: str, message: str) -> str:
+    name = ".".join(map(str, where)) or "body"
+    if kind == "extra_forbidden":
+        return f"{name}: is not supported; supported are {', '.join(ChatRequest.model_fields)}"
+    return f"{name}: {message}"
