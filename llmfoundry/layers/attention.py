@@ -368,7 +368,7 @@ def attention_mask(
         window: earlier tokens seen besides the token itself; -1: all.
         n_queries: S.
         offset: tokens in the cache; query i is at position offset + i.
-        sequence_ids: (B, S) int32 document numbers, or None where tokens see other documents.
+        sequence_ids: (B, P) document numbers, or None where tokens see other documents.
 
     Returns:
         None, a `BlockMask`, or a boolean tensor that broadcasts to (B, H, S, P), True where seen.
@@ -391,8 +391,8 @@ def attention_mask(
     if windowed:
         seen = seen & (i - j <= window)
     if sequence_ids is not None:
-        seen = seen & (sequence_ids[:, :, None] == sequence_ids[:, None, :])  # (B, S, S)
-        return seen[:, None]  # (B, 1, S, S)
+        seen = seen & (sequence_ids[:, offset:, None] == sequence_ids[:, None, :])  # (B, S, P)
+        return seen[:, None]  # (B, 1, S, P)
     return seen[None, None]  # (1, 1, S, P)
 
 

@@ -19,7 +19,7 @@ from llmfoundry.config import Choice
 
 
 class Rope(NamedTuple):
-    """Cosines and sines of one forward's positions, each (S, 1, C/2) float32, broadcast over heads."""
+    """Cosines and sines of one forward's positions, (S, 1, C/2) or (B, S, 1, C/2) float32, broadcast over heads."""
 
     cos: Tensor
     sin: Tensor
@@ -144,13 +144,13 @@ def rope_table(scaling: RopeScaling, theta: float, dim: int, positions: Tensor) 
         scaling: of the frequencies.
         theta: the base of the frequencies.
         dim: C, even.
-        positions: (S,) int64.
+        positions: (S,) or (B, S) int64.
     """
-    angles = positions.to(torch.float32)[:, None] * scaling.inv_freq(theta, dim, positions.device)  # (S, C/2)
+    angles = positions.to(torch.float32)[..., None] * scaling.inv_freq(theta, dim, positions.device)  # (..., S, C/2)
     cos, sin = angles.cos(), angles.sin()
     if scaling.magnitude != 1.0:
         cos, sin = cos * scaling.magnitude, sin * scaling.magnitude
-    return Rope(cos[:, None], sin[:, None])
+    return Rope(cos.unsqueeze(-2), sin.unsqueeze(-2))
 
 
 def rotate(x: Tensor, rope: Rope, interleaved: bool = False) -> Tensor:
@@ -166,7 +166,7 @@ def rotate(x: Tensor, rope: Rope, interleaved: bool = False) -> Tensor:
         have the same order, and only their products matter.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = rope.cos.to(dtype), rope.sin.to(dtype)  # (S, 1, C/2)
+    cos, sin = rope.cos.to(dtype), rope.sin.to(dtype)  # (S, 1, C/2), or of each row
     x_up = x.to(dtype)
     a, b = (x_up[..., ::2], x_up[..., 1::2]) if interleaved else x_up.chunk(2, dim=-1)  # (B, S, N, C/2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

@@ -50,10 +50,15 @@ class Cache:
     """Keys and values during generation: pass the same cache to each forward, which extends it.
 
     All rows have the same length. The first forward allocates `capacity` tokens; after that, buffers double.
+
+    Args:
+        padding: (B,) int64, how many tokens at the beginning of each row stand for nothing; the others do not see them,
+            and the first that counts has position 0. None: no row is padded.
     """
 
-    def __init__(self, n_layers: int, capacity: int = 0) -> None:
+    def __init__(self, n_layers: int, capacity: int = 0, padding: Tensor | None = None) -> None:
         self.layers = [KVCache(capacity) for _ in range(n_layers)]
+        self.padding = padding
         self.theirs: object | None = None  # a cache of transformers, of a module of theirs
 
     @property
@@ -409,8 +414,7 @@ class CausalLM(nn.Module):
             last_only: logits of the last token only, (B, 1, V), which is all that sampling needs.
             at: (N,) int64 places among the B * S tokens: logits of these only, (1, N, V).
         """
-        offset = 0 if cache is None else cache.length
-        x, rope, masks = self._prepare(tokens, sequence_ids, positions, offset, cache is not None)  # x (B, S, D)
+        x, rope, masks = self._prepare(tokens, sequence_ids, positions, cache)  # x (B, S, D)
         stats: list[RouterStats] = []
         shared: dict[int, KeysAndValues] = {}  # by layer
         for layer, block in enumerate(self.blocks):
@@ -442,16 +446,20 @@ class CausalLM(nn.Module):
         """Give buffers that are no weights their values, after `to_empty`; there are none here."""
 
     def _prepare(
-        self, tokens: Tensor, sequence_ids: Tensor | None, learned: Tensor | None, offset: int, cached: bool
+        self, tokens: Tensor, sequence_ids: Tensor | None, learned: Tensor | None, cache: Cache | None
     ) -> tuple[Tensor, Rope | None, dict[int, Mask]]:
         """What the blocks share: embeddings (B, S, D), the rotary table, and the mask of each window."""
         config, length = self.config, tokens.shape[1]
-        attention = config.attention
+        attention, offset = config.attention, 0 if cache is None else cache.length
         if not attention.attn_uses_sequence_id:
             sequence_ids = None
-        if sequence_ids is not None and cached:
+        if sequence_ids is not None and cache is not None:
             raise ValueError("sequence_ids cannot be combined with a cache; generate from one document per row")
         positions = torch.arange(offset, offset + length, device=tokens.device)  # (S,)
+        if cache is not None and cache.padding is not None:  # padding is a document of its own
+            start = cache.padding[:, None]  # (B, 1)
+            sequence_ids = (torch.arange(offset + length, device=tokens.device) >= start).int()  # (B, P)
+            positions = (positions - start).clamp(min=0)  # (B, S)
         x = self.wte(tokens)  # (B, S, D)
         if self.wpe is not None:
             if offset + length > config.max_seq_len:

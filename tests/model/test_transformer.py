@@ -236,6 +236,28 @@ def test_decoding_with_a_cache_equals_one_forward(keys: dict[str, object], chunk
     torch.testing.assert_close(last, torch.cat(parts, dim=1)[:, -1:], rtol=0, atol=1e-11)
 
 
+PADDED = CACHED | {
+    "alibi": {"attn_config": {"alibi": True}, "attn_window_pattern": [-1, 4]},
+    "latent": {"attn_config": {"attn_type": "multihead_latent_attention", "kv_lora_rank": 8, "qk_nope_head_dim": 6,
+                               "qk_rope_head_dim": 4, "v_head_dim": 5}},
+    "mixture": {"ffn_config": {"ffn_type": "moe", "ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("keys", PADDED.values(), ids=PADDED.keys())
+def test_rows_padded_on_the_left_are_the_rows_alone(keys: dict[str, object]) -> None:
+    model, lengths, new = _model(**keys), [5, 12, 1], 6
+    rows = [torch.randint(0, 101, (1, length + new)) for length in lengths]
+    padding = torch.tensor([12 - length for length in lengths])
+    padded = torch.cat([F.pad(row, (12 + new - row.shape[1], 0)) for row in rows])  # (3, 18)
+    with torch.no_grad():
+        parts = [model(part, cache=cache).logits for cache in [Cache(3, padding=padding)]
+                 for part in padded.split((9, 3) + (1,) * new, dim=1)]  # fmt: skip
+        for row, found in zip(rows, torch.cat(parts, dim=1), strict=True):
+            torch.testing.assert_close(found[18 - row.shape[1] :], model(row).logits[0], rtol=0, atol=1e-11)
+    assert all(part.isfinite().all() for part in parts)
+
+
 def test_loss_is_the_sum_over_labels_that_count_with_its_gradients() -> None:
     for tied in (True, False):
         model, tokens = _model(tie_word_embeddings=tied), torch.randint(0, 101, (3, 20))
