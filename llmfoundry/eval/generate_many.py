@@ -14,7 +14,7 @@ from llmfoundry.config import ConfigError
 from llmfoundry.data.conversations import Message
 from llmfoundry.data.tokenizer import SpecialTokens
 from llmfoundry.eval.chat import Ending, Template
-from llmfoundry.eval.generate import Sampling, encoded
+from llmfoundry.eval.generate import Sampling, encoded, sample_rows
 from llmfoundry.eval.likelihood import Prompt, Ranks, continue_all
 from llmfoundry.model.transformer import CausalLM
 
@@ -63,6 +63,7 @@ def generate_many(
     how: Sampling,
     ranks: Ranks,
     stop: set[int],
+    first: int = 0,
 ) -> list[Completion]:
     """Continue many prompts.
 
@@ -70,6 +71,7 @@ def generate_many(
         model: in evaluation mode, sharded or not; every rank calls this.
         how: the draws of a row depend on the seed and its number alone, so they are the same on any number of ranks.
         stop: ids that end a text, beside the tokenizer's end of text.
+        first: the number of the first request.
 
     Returns:
         In the order of the requests, on every rank.
@@ -85,7 +87,7 @@ def generate_many(
                 f"prompt {number} of {len(request.ids)} tokens and {how.max_new_tokens} new ones need {positions} "
                 f"positions, and the model has learned {config.max_seq_len}; shorten it, or lower --max-new-tokens"
             )
-    dice = [how.drawing(number) for number in range(len(requests))] if how.temperature else []
+    dice = [how.dice(number) for number in range(first, first + len(requests))]
 
     def ended(number: int, new: list[int]) -> bool:
         return _end(tokenizer, requests[number].ending, new) is not None
@@ -96,7 +98,7 @@ def generate_many(
         ranks,
         stop={tokenizer.eos_token_id, *stop},
         done=ended,
-        draw=(lambda number, logits: dice[number](logits)) if dice else None,
+        draw=lambda numbers, logits: sample_rows(logits, how.temperature, how.top_p, [dice[i] for i in numbers]),
     )
     assert written is not None
     return [

@@ -6,16 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from llmfoundry.cli.inference import generate_main
 from llmfoundry.cli.opening import open_hugging_face
-from llmfoundry.config import ConfigError
+from llmfoundry.config import ConfigError, check
 from llmfoundry.data.chat_template import CHATML
 from llmfoundry.data.tokenizer import SpecialTokens
 from llmfoundry.eval.chat import Chat, Template
 from llmfoundry.eval.generate import Sampling, generate
 from llmfoundry.eval.generate_many import generate_many, request_of
-from llmfoundry.eval.likelihood import Ranks
+from llmfoundry.eval.likelihood import Prompt, Ranks, continue_all
+from llmfoundry.model.transformer import CausalLMConfig
 from tests.data.chat_tokenizer import tokenizer, turns
 from tests.hf.theirs import CASES, MOE, Case
 
@@ -43,9 +45,13 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(Case("mixtral", "", settings), tmp_path_factory.mktemp("mixtral"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+AS_IT_IS = Case("gpt_neox", "", {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                                 "num_attention_heads": 4, "max_position_embeddings": 64})  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*KINDS, AS_IT_IS.model_type])
 def test_each_row_is_what_it_is_alone(kind: str, tmp_path: Path) -> None:
-    (case,) = (case for case in CASES if (case.model_type, case.about) == (kind, KINDS[kind]))
+    (case,) = (case for case in [*CASES, AS_IT_IS] if (case.model_type, case.about) == (kind, KINDS.get(kind, "")))
     ready = open_hugging_face(str(saved(case, tmp_path)), "fp32")
     for how in (Sampling(20, temperature=0), Sampling(20, temperature=1.2, top_p=0.9, seed=3)):
         requests = [request_of(prompt, ready.tokenizer, PLAIN, None) for prompt in PROMPTS]
@@ -119,3 +125,15 @@ def test_a_prompt_longer_than_the_learned_positions_is_named(tmp_path: Path) -> 
     requests = [request_of(prompt, ready.tokenizer, PLAIN, None) for prompt in ("yes", "yes " * 50)]
     with pytest.raises(ConfigError, match=r"prompt 1 of \d+ tokens and 20 new ones need \d+ positions, .* learned 64"):
         generate_many(ready.model, ready.tokenizer, requests, Sampling(20), Ranks(4), set())
+
+
+def test_where_experts_drop_tokens_no_row_is_at_the_cost_of_another() -> None:
+    block = {"ffn_type": "mb_moe", "ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2,
+             "moe_capacity_factor": 1.0}  # fmt: skip
+    model = check(CausalLMConfig, {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 97, "max_seq_len": 64,
+                                   "ffn_config": block}).build().eval()  # fmt: skip
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    prompts = [Prompt(torch.randint(0, 97, (n,)).tolist(), 12) for n in (3, 9, 5, 14)]
+    together = continue_all(model, prompts, Ranks(4), stop=())
+    assert together == [text for prompt in prompts for text in continue_all(model, [prompt], Ranks(4), stop=()) or []]
