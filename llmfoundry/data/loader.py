@@ -62,7 +62,7 @@ class LoaderConfig(Choice, tag="name"):
     drop_last: bool = False  # training leaves out the last, partly filled row of an epoch; evaluation never does
     num_workers: int = Field(default=0, ge=0)  # 0: each batch is read on demand; more: a thread reads the next one
     label: str | None = None  # of one of eval_loaders: its name in the metrics
-    rows: int | None = Field(default=None, ge=1)  # for evaluation: read so many rows at most; None: all
+    rows: int | None = Field(default=None, ge=1)  # for evaluation: the largest number of rows to read; None: all
 
     @model_validator(mode="wrap")
     @classmethod

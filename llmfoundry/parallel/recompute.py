@@ -21,11 +21,14 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from llmfoundry.config import ConfigError
 from llmfoundry.kernels.top_k import CHOICE
 
-DEAR = (
+ATTENTION = (  # those that can drop
     "aten._scaled_dot_product_cudnn_attention",
     "aten._scaled_dot_product_efficient_attention",
     "aten._scaled_dot_product_flash_attention",
     "aten._scaled_dot_product_flash_attention_for_cpu",
+)
+DEAR = (
+    *ATTENTION,
     "aten.addmm",
     "aten.mm",
     "higher_order.flex_attention",
@@ -126,8 +129,12 @@ def recompute_blocks(
     for block in blocks:
         # Only dropout draws from torch's generators, whose state is kept then: the second time drops the same.
         # Attention that drops has to run again too, or what drops after it would find the generator where it began.
+        # In a graph it is kept instead: to run it again, torch gives it generators that no seed reaches.
         drops = bool(getattr(getattr(block, "attn", None), "dropout", 0))
-        kept = operators([name for name in names if in_graph or not drops or "dot_product_attention" not in name])
+        if drops and in_graph:
+            kept = operators(list(dict.fromkeys([*names, *ATTENTION])))
+        else:
+            kept = operators([name for name in names if not drops or name not in ATTENTION])
         draws = any(getattr(module, name, 0) for module in block.modules() for name in ("dropout", "lora_dropout"))
         block.forward = functools.partial(
             checkpoint,

@@ -144,7 +144,7 @@ class RunConfig(Config):
     loss: LossConfig = CrossEntropyConfig()  # or {name: dpo, beta: 0.1}, on preferences
     algorithms: Algorithms = Algorithms()  # what is done to the gradients
     max_duration: Duration  # the length of the run
-    global_train_batch_size: int = Field(gt=0)  # rows a step, over all ranks
+    global_train_batch_size: int = Field(gt=0)  # rows per step, over all ranks
     # Rows of a forward; need not divide. auto: all of the rank's, and half as many each time that they do not fit.
     device_train_microbatch_size: int | Literal["auto"] = "auto"
     max_skipped_steps: int = Field(10, ge=0)  # updates skipped in a row for a gradient that is not finite

@@ -29,9 +29,9 @@ from llmfoundry.callbacks.profile_parts import (
 )
 from llmfoundry.cli.command import read_run_config
 from llmfoundry.cli.train import train_main
+from llmfoundry.train.build import build
 from llmfoundry.train.callback import Metrics, Run
 from llmfoundry.train.run import STEP
-from llmfoundry.train.trainer import build
 from tests.test_cli import recipe  # noqa: F401  a fixture
 
 MIXTURE = "model.ffn_config={ffn_type: moe, moe_num_experts: 4, moe_top_k: 2, ffn_hidden_size: 32}"

@@ -19,7 +19,7 @@ from llmfoundry.data.mds import MDSFolder
 
 SCRIPT = Path(sys.executable).with_name("llmfoundry")
 YAML = Path(__file__).parent / "foundry" / "pretrain_mpt.yaml"
-EVAL_YAML = YAML.with_name("eval_hub_model.yaml")
+EVAL_YAML = Path(__file__).with_name("eval_hub_model.yaml")
 ROWS = 64  # tokens
 QUESTIONS = [
     {"query": f"Line {i} ends because", "choices": [f"it is full {i}", "it rains"], "gold": i % 2} for i in range(4)
