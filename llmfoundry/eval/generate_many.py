@@ -5,7 +5,7 @@ A prompt is a text to continue, or a conversation to answer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +19,7 @@ from llmfoundry.eval.likelihood import Prompt, Ranks, continue_all
 from llmfoundry.model.transformer import CausalLM
 
 NOTHING = Ending(frozenset(), ())
+BATCHES = 32  # of each rank, after which their texts are given out
 
 
 class Request(NamedTuple):
@@ -63,18 +64,16 @@ def generate_many(
     how: Sampling,
     ranks: Ranks,
     stop: set[int],
-    first: int = 0,
-) -> list[Completion]:
+) -> Iterator[Completion]:
     """Continue many prompts.
 
     Args:
         model: in evaluation mode, sharded or not; every rank calls this.
         how: the draws of a row depend on the seed and its number alone, so they are the same on any number of ranks.
         stop: ids that end a text, beside the tokenizer's end of text.
-        first: the number of the first request.
 
-    Returns:
-        In the order of the requests, on every rank.
+    Yields:
+        What was written, in the order of the requests, on every rank: every rank must take all of it.
 
     Raises:
         ConfigError: a prompt needs more positions than the model has learned, or has a token that it does not know.
@@ -87,6 +86,21 @@ def generate_many(
                 f"prompt {number} of {len(request.ids)} tokens and {how.max_new_tokens} new ones need {positions} "
                 f"positions, and the model has learned {config.max_seq_len}; shorten it, or lower --max-new-tokens"
             )
+    part = BATCHES * ranks.rows * ranks.world
+    for start in range(0, len(requests), part):
+        yield from _written(model, tokenizer, requests[start : start + part], how, ranks, stop, start)
+
+
+def _written(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    how: Sampling,
+    ranks: Ranks,
+    stop: set[int],
+    first: int,
+) -> Iterator[Completion]:
+    """The texts of some requests, of which the first has that number."""
     dice = [how.dice(number) for number in range(first, first + len(requests))]
 
     def ended(number: int, new: list[int]) -> bool:
@@ -101,9 +115,8 @@ def generate_many(
         draw=lambda numbers, logits: sample_rows(logits, how.temperature, how.top_p, [dice[i] for i in numbers]),
     )
     assert written is not None
-    return [
-        _completion(tokenizer, request, new, how.max_new_tokens) for request, new in zip(requests, written, strict=True)
-    ]
+    for request, new in zip(requests, written, strict=True):
+        yield _completion(tokenizer, request, new, how.max_new_tokens)
 
 
 def _end(tokenizer: PreTrainedTokenizerBase, ending: Ending, new: list[int]) -> str | None:
