@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from llmfoundry.cli.command import command, program
 from llmfoundry.cli.evaluation import TaskOptions, evaluate_by_tasks, evaluate_opened, evaluate_yaml
 from llmfoundry.cli.foundry import generate_words
 from llmfoundry.cli.opening import Opened, open_checkpoint
-from llmfoundry.cli.prompts import Row, prompt_of, read_prompts, read_template, write_completions
+from llmfoundry.cli.prompts import Row, check_output, prompt_of, read_prompts, read_template, write_completions
 from llmfoundry.config import ConfigError
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ def generate_main(argv: Sequence[str] | None = None) -> None:
     rows: list[Row] = [{"prompt": text} for text in args.prompt or ([] if args.prompts else [""])]
     if args.prompts is not None:
         rows += read_prompts(args.prompts)
+    if args.output is not None:
+        check_output(args.output)
     template = read_template(args.template)
     opened = open_checkpoint(args.checkpoint, args.overrides, GENERATING)
     from llmfoundry.eval.generate import Sampling, generate
@@ -85,12 +88,13 @@ def generate_main(argv: Sequence[str] | None = None) -> None:
     ranks = Ranks(args.batch_size, ready.mesh.data_rank, ready.mesh.data_ranks)
     found = generate_many(ready.model, ready.tokenizer, requests, how, ranks, stop)
     if not launch.is_rank0():
-        return
-    if args.output is not None:
+        deque(found, maxlen=0)  # take part in every forward
+    elif args.output is not None:
         write_completions(args.output, rows, found)
-        print(f"{len(found):,} completions written to {args.output}")
-    else:  # an empty line between texts
-        print("\n\n".join(request.shown + one.text for request, one in zip(requests, found, strict=True)))
+        print(f"{len(rows):,} completions written to {args.output}")
+    else:
+        for number, (request, one) in enumerate(zip(requests, found, strict=True)):
+            _write("\n" * (number > 0) + request.shown + one.text + "\n")  # an empty line between texts
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:

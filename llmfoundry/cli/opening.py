@@ -101,7 +101,8 @@ def _open_theirs(name: str, overrides: list[str], check: Check | None) -> Opened
         check(config.model)
     precision = config.precision_on(runtime.start().type)
     # What an override of the model changes is asked for; shapes must fit.
-    ready = open_hugging_face(name, precision, config=config.model if overrides else None, allow=["model"])
+    model = config.model if overrides else None
+    ready = open_hugging_face(name, precision, config=model, allow=["model"], parallel=config.parallel)
     return Opened(config, folder, False, ready)
 
 
@@ -140,6 +141,7 @@ def open_hugging_face(
     tokenizer: PreTrainedTokenizerBase | None = None,
     config: CausalLMConfig | None = None,
     allow: Sequence[str] = (),
+    parallel: ParallelConfig | None = None,
 ) -> Ready:
     """Load a folder or hub id of Hugging Face's as a model of ours; all ranks together.
 
@@ -147,11 +149,12 @@ def open_hugging_face(
         tokenizer: another one than its own.
         config: its settings, with other implementations maybe; the weights must fit.
         allow: settings in which `config` may differ from the folder's.
+        parallel: how it is divided over several processes; None: FSDP over all.
     """
     from llmfoundry import hf, runtime
     from llmfoundry.data.tokenizer import TokenizerConfig
     from llmfoundry.hf.pretrained import open_checkpoint, tokenizer_of
-    from llmfoundry.parallel.mesh import ParallelConfig
+    from llmfoundry.parallel.mesh import ParallelConfig as Parallel
     from llmfoundry.train.build import check_device
 
     place = runtime.start()
@@ -161,7 +164,7 @@ def open_hugging_face(
     tokenizer = tokenizer or tokenizer_of(found.path)
     if tokenizer is None:
         raise ConfigError(f"{found.path}: holds no tokenizer")
-    model, mesh = build_model(config, ParallelConfig(compile=False), precision)
+    model, mesh = build_model(config, parallel or Parallel(compile=False), precision)
     hf.load_weights(model, name, allow)
     # A text that spells a special token means it, as in transformers.
     special = TokenizerConfig(parse_special_tokens=True).special_tokens(tokenizer)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -12,6 +13,8 @@ from llmfoundry.config import ConfigError
 if TYPE_CHECKING:
     from llmfoundry.data.conversations import Message
     from llmfoundry.eval.generate_many import Completion
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, object]  # `prompt`, a text, or `messages`, a conversation; and what else the line holds
 
@@ -35,6 +38,8 @@ def read_prompts(path: Path) -> list[Row]:
             rows.append({"prompt": line} if path.suffix == ".txt" else _row(line, f"--prompts: {path}, line {number}"))
     if not rows:
         raise ConfigError(f"--prompts: {path}: holds no prompt")
+    if empty := len(lines) - len(rows) - (not lines[-1]):
+        log.info("%s: %d empty %s left out", path, empty, "line is" if empty == 1 else "lines are")
     return rows
 
 
@@ -67,15 +72,22 @@ def _row(line: str, where: str) -> Row:
     return row
 
 
-def write_completions(path: Path, rows: Sequence[Row], completions: Sequence[Completion]) -> None:
-    """Write each prompt's line with `completion`, `finish_reason` and `tokens` added.
+def check_output(path: Path) -> None:
+    """Refuse a file that cannot be written, before hours of work; raises ConfigError."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(f"--output: {path} cannot be written: {path.parent} must be a folder, and {path} a file")
+
+
+def write_completions(path: Path, rows: Sequence[Row], completions: Iterable[Completion]) -> None:
+    """Write each prompt's line with `completion`, `finish_reason` and `tokens` added, as they come.
 
     Raises:
         ConfigError: it cannot be written.
     """
-    added = ({"completion": one.text, "finish_reason": one.finish, "tokens": one.tokens} for one in completions)
-    lines = (json.dumps(row | more, ensure_ascii=False) + "\n" for row, more in zip(rows, added, strict=True))
     try:
-        path.write_text("".join(lines), encoding="utf-8")
+        with path.open("w", encoding="utf-8", buffering=1) as file:
+            for row, one in zip(rows, completions, strict=True):
+                added = {"completion": one.text, "finish_reason": one.finish, "tokens": one.tokens}
+                file.write(json.dumps(row | added, ensure_ascii=False) + "\n")
     except OSError as error:
         raise ConfigError(f"--output: {path} cannot be written: {error.strerror}") from None

@@ -1,11 +1,11 @@
 """Text from a model: one prompt, a key-value cache, temperature and top-p.
 
-Shapes: S tokens so far, V vocab.
+Shapes: B rows, S tokens so far, V vocab.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -27,10 +27,13 @@ class Sampling(NamedTuple):
     top_p: float = 1.0  # sample among the likeliest tokens whose probabilities reach this sum
     seed: int = 0
 
-    def drawing(self, *what: str | int) -> Callable[[Tensor], int]:
-        """What chooses an id from (V,) logits; its draws depend on the seed and on `what` alone."""
-        return partial(sample, temperature=self.temperature, top_p=self.top_p,
-                       dice=runtime.generator("cpu", self.seed, "generate", *what))  # fmt: skip
+    def dice(self, number: int) -> torch.Generator:
+        """What the draws for one of several texts come from: it depends on the seed and on that number alone."""
+        return runtime.generator("cpu", self.seed, "generate", number)
+
+    def drawing(self, number: int) -> Callable[[Tensor], int]:
+        """What chooses an id from (V,) logits."""
+        return partial(sample, temperature=self.temperature, top_p=self.top_p, dice=self.dice(number))
 
 
 def generate(
@@ -106,7 +109,7 @@ def new_tokens(
     place = next(model.parameters()).device
     for _ in range(limit):
         tokens = torch.tensor([fresh], device=place)  # (1, S)
-        logits = model(tokens, cache=cache, last_only=True).logits[0, -1].float().cpu()  # (V,)
+        logits = model(tokens, cache=cache, last_only=True).logits[0, -1]  # (V,)
         token = runtime.on_rank0(partial(draw, logits))
         if token in stop:
             return
@@ -132,13 +135,30 @@ def check_ids(largest: int, vocab_size: int) -> None:
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, dice: torch.Generator) -> int:
-    """Draw a token id from (V,) logits; `temperature` 0 takes the highest, the lowest id among equals."""
+    """Draw a token id from (V,) logits; see `sample_rows`."""
+    return sample_rows(logits[None], temperature, top_p, [dice])[0]
+
+
+def sample_rows(logits: Tensor, temperature: float, top_p: float, dice: Sequence[torch.Generator]) -> list[int]:
+    """Draw a token id for each row.
+
+    One number between 0 and 1 is drawn a row, and finds its token in the order of ids. In an order by probability, the
+    last bit of a logit, which may differ between batches, would decide which of two tokens has which place.
+
+    Args:
+        logits: (B, V), any float dtype, on any device.
+        temperature: 0 takes the highest, the lowest id among equals.
+        dice: B generators on the CPU.
+    """
     if temperature == 0:
-        return int(logits.argmax())
-    probabilities, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
+        return logits.argmax(-1).tolist()
+    probabilities, order = (logits.float() / temperature).softmax(-1).sort(descending=True, stable=True)
     # The first token past the sum stays in, so that there is always one.
-    probabilities[probabilities.cumsum(-1) - probabilities > top_p] = 0
-    return int(order[torch.multinomial(probabilities, 1, generator=dice)])
+    beyond = probabilities.cumsum(-1) - probabilities > top_p
+    kept = torch.zeros_like(probabilities).scatter_(-1, order, probabilities.masked_fill(beyond, 0))
+    sums = kept.double().cumsum(-1)  # (B, V)
+    drawn = [1 - torch.rand((), dtype=torch.float64, generator=each).item() for each in dice]  # in (0, 1]
+    return torch.searchsorted(sums, sums.new_tensor(drawn)[:, None] * sums[:, -1:])[:, 0].tolist()
 
 
 class Stream:

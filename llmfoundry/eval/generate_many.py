@@ -5,7 +5,7 @@ A prompt is a text to continue, or a conversation to answer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -14,11 +14,12 @@ from llmfoundry.config import ConfigError
 from llmfoundry.data.conversations import Message
 from llmfoundry.data.tokenizer import SpecialTokens
 from llmfoundry.eval.chat import Ending, Template
-from llmfoundry.eval.generate import Sampling, encoded
+from llmfoundry.eval.generate import Sampling, encoded, sample_rows
 from llmfoundry.eval.likelihood import Prompt, Ranks, continue_all
 from llmfoundry.model.transformer import CausalLM
 
 NOTHING = Ending(frozenset(), ())
+BATCHES = 32  # of each rank, after which their texts are given out
 
 
 class Request(NamedTuple):
@@ -63,7 +64,7 @@ def generate_many(
     how: Sampling,
     ranks: Ranks,
     stop: set[int],
-) -> list[Completion]:
+) -> Iterator[Completion]:
     """Continue many prompts.
 
     Args:
@@ -71,8 +72,8 @@ def generate_many(
         how: the draws of a row depend on the seed and its number alone, so they are the same on any number of ranks.
         stop: ids that end a text, beside the tokenizer's end of text.
 
-    Returns:
-        In the order of the requests, on every rank.
+    Yields:
+        What was written, in the order of the requests, on every rank: every rank must take all of it.
 
     Raises:
         ConfigError: a prompt needs more positions than the model has learned, or has a token that it does not know.
@@ -85,7 +86,22 @@ def generate_many(
                 f"prompt {number} of {len(request.ids)} tokens and {how.max_new_tokens} new ones need {positions} "
                 f"positions, and the model has learned {config.max_seq_len}; shorten it, or lower --max-new-tokens"
             )
-    dice = [how.drawing(number) for number in range(len(requests))] if how.temperature else []
+    part = BATCHES * ranks.rows * ranks.world
+    for start in range(0, len(requests), part):
+        yield from _written(model, tokenizer, requests[start : start + part], how, ranks, stop, start)
+
+
+def _written(
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    how: Sampling,
+    ranks: Ranks,
+    stop: set[int],
+    first: int,
+) -> Iterator[Completion]:
+    """The texts of some requests, of which the first has that number."""
+    dice = [how.dice(number) for number in range(first, first + len(requests))]
 
     def ended(number: int, new: list[int]) -> bool:
         return _end(tokenizer, requests[number].ending, new) is not None
@@ -96,12 +112,11 @@ def generate_many(
         ranks,
         stop={tokenizer.eos_token_id, *stop},
         done=ended,
-        draw=(lambda number, logits: dice[number](logits)) if dice else None,
+        draw=lambda numbers, logits: sample_rows(logits, how.temperature, how.top_p, [dice[i] for i in numbers]),
     )
     assert written is not None
-    return [
-        _completion(tokenizer, request, new, how.max_new_tokens) for request, new in zip(requests, written, strict=True)
-    ]
+    for request, new in zip(requests, written, strict=True):
+        yield _completion(tokenizer, request, new, how.max_new_tokens)
 
 
 def _end(tokenizer: PreTrainedTokenizerBase, ending: Ending, new: list[int]) -> str | None:

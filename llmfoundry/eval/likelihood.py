@@ -20,6 +20,7 @@ from llmfoundry.config import ConfigError
 from llmfoundry.data.rows import IGNORE
 from llmfoundry.eval.generate import check_ids
 from llmfoundry.model.transformer import Cache, CausalLM
+from llmfoundry.moe.layer import MoEConfig
 
 
 class Continuation(NamedTuple):
@@ -116,6 +117,14 @@ def _padded(items: Sequence[Continuation]) -> Tensor:
     return tokens
 
 
+# Chooses an id for each of n rows, from the numbers of their prompts and (n, V) logits; n may be 0.
+Draw = Callable[[list[int], Tensor], list[int]]
+
+
+def _likeliest(numbers: list[int], logits: Tensor) -> list[int]:
+    return logits.argmax(-1).tolist()
+
+
 class Prompt(NamedTuple):
     """What to continue, and for how long."""
 
@@ -131,18 +140,18 @@ def continue_all(
     *,
     stop: Collection[int],
     done: Callable[[int, list[int]], bool] = lambda number, ids: False,
-    draw: Callable[[int, Tensor], int] | None = None,
+    draw: Draw = _likeliest,
 ) -> list[list[int]] | None:
     """The likeliest token again and again, or one that is drawn, until a stop token, `max_new_tokens`, or `done`.
 
-    Rows of different lengths share a forward: all are read up to the end of the shortest, and from there on token by
-    token, a longer one its own tokens first. So no row is padded, and none depends on the others.
+    Rows of different lengths are padded on the left, and each is what it would be alone. Modules of `transformers` are
+    not asked to do that: their rows are read up to the end of the shortest, and from there on token by token, a longer
+    one its own tokens first. Where experts of limited capacity drop tokens, a row has the forward to itself.
 
     Args:
         model: in evaluation mode, sharded or not; every rank calls this.
         stop: ids that end a text, and are not part of it.
         done: whether a text is complete, from the number of its prompt and its new ids.
-        draw: chooses an id, from the number of a prompt and (V,) float32 logits on the CPU; None: the likeliest one.
 
     Returns:
         The new ids of each prompt, the same on every rank; None if it was stopped.
@@ -151,6 +160,8 @@ def continue_all(
         ConfigError: as `likelihood`.
     """
     place = next(model.parameters()).device
+    if isinstance(model.config.ffn_config, MoEConfig) and model.config.ffn_config.moe_capacity_factor:
+        ranks = ranks._replace(rows=1)
     longest = max((prompt.max_new_tokens for prompt in prompts), default=0)
     check_rows(model, [prompt.ids for prompt in prompts], longest)
     written = torch.zeros(len(prompts), longest, dtype=torch.int64, device=place)  # ids + 1; 0: none
@@ -168,30 +179,35 @@ def _write(
     prompts: list[tuple[int, Prompt]],
     stop: Collection[int],
     done: Callable[[int, list[int]], bool],
-    draw: Callable[[int, Tensor], int] | None,
+    draw: Draw,
 ) -> list[list[int]]:
     """The new ids of the prompts of one batch, which may be none: other ranks may have some."""
     place = next(model.parameters()).device
     rows = [list(prompt.ids) for _, prompt in prompts] or [[0]]
     texts: list[list[int]] = [[] for _ in prompts]
     active = {row for row, (_, prompt) in enumerate(prompts) if prompt.max_new_tokens > 0}
-    cache, read, end = Cache(model.config.n_layers), 0, min(len(row) for row in rows)
+    padding = [max(map(len, rows)) - len(row) for row in rows]
+    if model.own_blocks and any(padding):
+        rows = [[0] * n + row for n, row in zip(padding, rows, strict=True)]
+        cache = Cache(model.config.n_layers, padding=torch.tensor(padding, device=place))
+    else:
+        cache = Cache(model.config.n_layers)
+    read, end = 0, min(map(len, rows))
     while runtime.any_rank(bool(active)):
         fresh = torch.tensor([row[read:end] for row in rows], device=place)  # (B, S) tokens that the cache has not seen
         logits = model(fresh, cache=cache, last_only=True).logits[:, -1]  # (B, V)
-        best, read, end = logits.argmax(-1).tolist(), end, end + 1  # B ids
-        for row, token in enumerate(best):
-            if len(rows[row]) > read:  # still in its prompt
-                continue
-            if row in active and draw is not None:
-                token = draw(prompts[row][0], logits[row].float().cpu())
-            rows[row].append(token if row in active else 0)
-            if row in active:
-                number, prompt = prompts[row]
-                if token not in stop:
-                    texts[row].append(token)
-                if token in stop or len(texts[row]) == prompt.max_new_tokens or done(number, texts[row]):
-                    active.remove(row)
+        read, end = end, end + 1
+        writing = [row for row in sorted(active) if len(rows[row]) == read]  # the others are still in their prompts
+        drawn = draw([prompts[row][0] for row in writing], logits[writing])
+        for row, token in zip(writing, drawn, strict=True):
+            number, prompt = prompts[row]
+            rows[row].append(token)
+            if token not in stop:
+                texts[row].append(token)
+            if token in stop or len(texts[row]) == prompt.max_new_tokens or done(number, texts[row]):
+                active.remove(row)
+        for ids in rows:
+            ids.extend([0] * (end - len(ids)))  # of a text that has ended
         if not active and model.config.has_learned_positions and end > model.config.max_seq_len:
             # Other ranks still write: this one goes on with a row that has positions left.
             rows, cache, read, end = [[0]], Cache(model.config.n_layers), 0, 1
