@@ -186,28 +186,29 @@ if triton is not None:
         GRAD: tl.constexpr, MOMENT: tl.constexpr, TENSORS: tl.constexpr, ALIGNED: tl.constexpr, LOOPS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):  # fmt: skip
-        # Rows of the table: a tensor's first program, four pointers, how many values, and its Place.
+        # Rows of the table: a tensor's first program, four pointers, how many values, its position, and its Place.
         if tl.load(skip_ptr) != 0:
             return
         pid = tl.program_id(0)
         row = tl.arange(0, TENSORS)
-        first = tl.load(table_ptr + row * 10, row < n_tensors, other=1 << 62)
+        first = tl.load(table_ptr + row * 11, row < n_tensors, other=1 << 62)
         t = tl.sum((first <= pid).to(tl.int32), 0) - 1
-        of = table_ptr + t * 10
+        of = table_ptr + t * 11
         at = (pid - tl.load(of)) * (LOOPS * BLOCK)
         weight, grad, mean, square = tl.load(of + 1), tl.load(of + 2), tl.load(of + 3), tl.load(of + 4)
-        if ALIGNED:
-            weight, grad = tl.multiple_of(weight, 16), tl.multiple_of(grad, 16)
-            mean, square = tl.multiple_of(mean, 16), tl.multiple_of(square, 16)
+        n, position = tl.load(of + 5), tl.load(of + 6)
         w_ptr = weight.to(tl.pointer_type(tl.float32))
         g_ptr = grad.to(tl.pointer_type(GRAD))
         m_ptr = mean.to(tl.pointer_type(MOMENT))
         v_ptr = square.to(tl.pointer_type(MOMENT))
-        n = tl.load(of + 5)
+        if ALIGNED:
+            w_ptr, g_ptr = tl.multiple_of(w_ptr, 16), tl.multiple_of(g_ptr, 16)
+            m_ptr, v_ptr = tl.multiple_of(m_ptr, 16), tl.multiple_of(v_ptr, 16)
+            n = tl.multiple_of(n, 8)
         scale = 1 / tl.load(divisor_ptr)
-        size, root = lr / tl.load(factors_ptr + 2 * t), tl.load(factors_ptr + 2 * t + 1)
-        number, start, inner, step = tl.load(of + 6), tl.load(of + 7), tl.load(of + 8), tl.load(of + 9)
-        key = _hash((tl.load(steps_ptr + t).to(tl.int64) ^ (number * 0x9E3779B1)).to(tl.uint32))
+        size, root = lr / tl.load(factors_ptr + 2 * position), tl.load(factors_ptr + 2 * position + 1)
+        number, start, inner, step = tl.load(of + 7), tl.load(of + 8), tl.load(of + 9), tl.load(of + 10)
+        key = _hash((tl.load(steps_ptr + position).to(tl.int64) ^ (number * 0x9E3779B1)).to(tl.uint32))
         for j in tl.range(LOOPS):
             begin = at + j * BLOCK
             i = begin + tl.arange(0, BLOCK)
@@ -248,20 +249,25 @@ def adamw_triton(
     eps: float,
     decay: float,
 ) -> None:
-    """`adamw_` by the kernel: one launch for all tensors."""
+    """`adamw_` by the kernel: one launch for all tensors, and one more for those that no 16 bytes fit into evenly."""
     device, chunk = weights[0].device, _BLOCK * _LOOPS
     grads = [grad.contiguous() for grad in grads]
-    programs = [-(-w.numel() // chunk) for w in weights]
-    firsts = [0, *accumulate(programs)]
-    pointers = [[t.data_ptr() for t in each] for each in zip(weights, grads, exp_avgs, exp_avg_sqs, strict=True)]
-    rows = [[firsts[i], *pointers[i], weights[i].numel(), *places[i]] for i in range(len(weights))]
-    # Pinned, so that the copy does not make the host wait.
-    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
     types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
-    adamw_kernel[(firsts[-1],)](
-        table, steps, corrections(steps, beta1, beta2), divisor, skip, len(weights),
-        lr, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * decay,
-        GRAD=types[grads[0].dtype], MOMENT=types[exp_avgs[0].dtype], TENSORS=triton.next_power_of_2(len(weights)),
-        ALIGNED=all(pointer % 16 == 0 for four in pointers for pointer in four), LOOPS=_LOOPS, BLOCK=_BLOCK,
-        num_warps=8,
-    )  # fmt: skip
+    factors = corrections(steps, beta1, beta2)
+    by_alignment: dict[bool, list[list[int]]] = {True: [], False: []}
+    for i, tensors in enumerate(zip(weights, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        pointers, n = [tensor.data_ptr() for tensor in tensors], tensors[0].numel()
+        aligned = n % 8 == 0 and all(pointer % 16 == 0 for pointer in pointers)
+        by_alignment[aligned].append([*pointers, n, i, *places[i]])
+    for aligned, rows in by_alignment.items():
+        firsts = [0, *accumulate(-(-row[4] // chunk) for row in rows)]
+        if not rows:
+            continue
+        # Pinned, so that the copy does not make the host wait.
+        table = torch.tensor([[first, *row] for first, row in zip(firsts, rows, strict=False)], dtype=torch.int64,
+                             pin_memory=device.type == "cuda").to(device, non_blocking=True)  # fmt: skip
+        adamw_kernel[(firsts[-1],)](
+            table, steps, factors, divisor, skip, len(rows), lr, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * decay,
+            GRAD=types[grads[0].dtype], MOMENT=types[exp_avgs[0].dtype], TENSORS=triton.next_power_of_2(len(rows)),
+            ALIGNED=aligned, LOOPS=_LOOPS, BLOCK=_BLOCK, num_warps=8,
+        )  # fmt: skip

@@ -6,13 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+import llmfoundry.train.lion  # noqa: F401  registers its optimizer
 from llmfoundry.config import check
 from llmfoundry.model.init import init_weights
 from llmfoundry.model.transformer import CausalLM
-from llmfoundry.moe.balance import Balance, named, summary
 from llmfoundry.train.optim import OptimizerConfig
 from llmfoundry.train.step import StepResult, train_step
 from tests.train.test_step import ROWS, batch, config
