@@ -4,6 +4,7 @@
 from llmfoundry.data.chats import ChatsConfig
 from llmfoundry.data.loader import Batch, Loader, LoaderConfig, TextLoaderConfig
 from llmfoundry.data.mds_rows import MDSConfig
+from llmfoundry.data.megatron_rows import MegatronConfig
 from llmfoundry.data.mixture import MixtureConfig
 from llmfoundry.data.packing import TokenStream, pack, prepare
 from llmfoundry.data.preferences import PreferencesConfig
@@ -25,6 +26,7 @@ __all__ = [
     "Loader",
     "LoaderConfig",
     "MDSConfig",
+    "MegatronConfig",
     "MixtureConfig",
     "PreferencesConfig",
     "PythonStdlibConfig",
