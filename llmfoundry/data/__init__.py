@@ -2,6 +2,7 @@
 (mixture > interleave) > loader."""
 
 from llmfoundry.data.chats import ChatsConfig
+from llmfoundry.data.hub import HubTextConfig
 from llmfoundry.data.loader import Batch, Loader, LoaderConfig, TextLoaderConfig
 from llmfoundry.data.mds_rows import MDSConfig
 from llmfoundry.data.megatron_rows import MegatronConfig
@@ -23,6 +24,7 @@ __all__ = [
     "Batch",
     "ChatsConfig",
     "DatasetConfig",
+    "HubTextConfig",
     "Loader",
     "LoaderConfig",
     "MDSConfig",
