@@ -41,10 +41,10 @@ class HubTextConfig(DatasetConfig, names=("hub", "hf_text")):
         try:
             builder = datasets.load_dataset_builder(self.hf_name, self.subset, revision=self.revision)
             # `datasets` takes what it once stored of a folder for what the folder holds now.
-            mode = "force_redownload" if Path(self.hf_name).is_dir() else "reuse_dataset_if_exists"
+            anew = {"download_mode": "force_redownload", "verification_mode": "no_checks"}
+            how = anew if Path(self.hf_name).is_dir() else {}
             rows = datasets.load_dataset(
-                self.hf_name, self.subset, split=self.split, revision=self.revision, streaming=self.streaming,
-                download_mode=mode,
+                self.hf_name, self.subset, split=self.split, revision=self.revision, streaming=self.streaming, **how,
             )  # fmt: skip
         except Exception as error:  # the hub and its readers fail in many ways
             why = " ".join(str(error).split())[:300]
