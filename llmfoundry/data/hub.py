@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from llmfoundry.config import ConfigError
-from llmfoundry.data.sources import DatasetConfig, Source, fingerprint_of
+from llmfoundry.data.sources import Source, fingerprint_of
+from llmfoundry.data.texts import TextsConfig
 
 if TYPE_CHECKING:
     import datasets
 
 
-class HubTextConfig(DatasetConfig, names=("hub", "hf_text")):
+class HubTextConfig(TextsConfig, names=("hub", "hf_text")):
     """A dataset of the Hugging Face hub, or a folder that `datasets` can read, of texts to be packed."""
 
     hf_name: str  # e.g. allenai/c4, or a folder
@@ -35,7 +36,7 @@ class HubTextConfig(DatasetConfig, names=("hub", "hf_text")):
     def heap(self) -> str:
         return json.dumps(["hub", self.hf_name, self.subset, self.revision, self.split])
 
-    def build(self) -> Source:
+    def found(self) -> Source:
         import datasets  # here, because it takes long to import and most runs do not need it
 
         try:

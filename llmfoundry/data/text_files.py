@@ -7,6 +7,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +16,10 @@ from pydantic import Field
 from llmfoundry.config import ConfigError, LocalPath
 from llmfoundry.data.cache import made_once
 from llmfoundry.data.files import checked_digest, find, kind_of, said_of, unpacked
-from llmfoundry.data.sources import DatasetConfig, Source, fingerprint_of
+from llmfoundry.data.sources import Piece, Source, fingerprint_of
 from llmfoundry.data.split import cut, filling_both, keeps, select, share
 from llmfoundry.data.tables import BadRow, check_parquet, read_table
+from llmfoundry.data.texts import TextsConfig
 from llmfoundry.progress import progress
 from llmfoundry.runtime import cache_root
 
@@ -38,7 +40,7 @@ class _Part(NamedTuple):
     text: float | None = None  # the fraction that is held out at the end of each text
 
 
-class TextFilesConfig(DatasetConfig, names=("text_files",)):
+class TextFilesConfig(TextsConfig, names=("text_files",)):
     """A folder, a glob or one file: .txt and .md (a document each), .jsonl, .json, .csv, .tsv, .parquet (one per row).
 
     All but .parquet may be compressed. docs/data.md says which part of it a split is given.
@@ -51,7 +53,7 @@ class TextFilesConfig(DatasetConfig, names=("text_files",)):
     def heap(self) -> str:
         return os.path.realpath(self.path)
 
-    def build(self) -> Source:
+    def found(self) -> Source:
         files, skipped = find(self.path)
         sizes = {name: path.stat().st_size for name, path in files.items()}
         part = self._part(files, sizes)
@@ -72,6 +74,7 @@ class TextFilesConfig(DatasetConfig, names=("text_files",)):
             n_bytes,
             f"{title}: reads {self.path} ({counts}; {n_bytes:,} bytes){part.how}{said_of(skipped)}",
             frozenset(path.resolve() for path in chosen.values()),
+            tuple(Piece(sizes[name], partial(self._read, {name: path}, part, title)) for name, path in chosen.items()),
         )
 
     def _part(self, files: dict[str, Path], sizes: dict[str, int]) -> _Part:

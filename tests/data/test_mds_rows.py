@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 
-from llmfoundry.cli.train import prepare_data_main, train_main
+from llmfoundry.cli.prepare import prepare_data_main
+from llmfoundry.cli.train import train_main
 from llmfoundry.config import ConfigError, check
 from llmfoundry.data import IGNORE, Loader, LoaderConfig, MDSConfig
 from llmfoundry.data.mds import MDSFolder, MDSWriter
