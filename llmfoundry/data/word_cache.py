@@ -24,7 +24,8 @@ _LLAMA3 = (
 _QWEN = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _IN_ASCII = ((r"[^\s\p{L}\p{N}]", r"[^ \t\n\v\f\rA-Za-z0-9]"), (r"\p{L}\p{N}", "A-Za-z0-9"), (r"\p{L}", "[A-Za-z]"),
              (r"\p{N}", "[0-9]"), (r"\s", r"[ \t\n\v\f\r]"), (r"\S", r"[^ \t\n\v\f\r]"))  # fmt: skip
-_CUT = re.compile(r"(?= [A-Za-z])")
+_CUT = re.compile(r" [A-Za-z]")
+_OTHER = re.compile(r"[^\x00-\x7f]+")
 _LONG = 64  # characters of the longest word that is kept
 _MOST = 2**20  # words that are kept, some 150 MB
 
@@ -71,7 +72,24 @@ class WordCache:
             return [text]
         if text.isascii():
             return self._words(text)
-        return [text] if self._normalizes and self._spelled else _CUT.split(text)
+        return [text] if self._normalizes and self._spelled else self._mixed(text)
+
+    def _mixed(self, text: str) -> list[str]:
+        """Words in ASCII, and between them what other letters are in, from one cut to another."""
+        found: list[str] = []
+        done = 0
+        for other in _OTHER.finditer(text):
+            if other.start() < done:
+                continue
+            start = other.start()
+            while (start := text.rfind(" ", done, start)) >= 0 and not _CUT.match(text, start):
+                pass
+            start = max(start, done)
+            end = cut.start() if (cut := _CUT.search(text, other.end())) else len(text)
+            found += self._words(text[done:start])
+            found.append(text[start:end])
+            done = end
+        return found + self._words(text[done:])
 
 
 def _pattern_of(pre_tokenizer: dict | None) -> str | None:
