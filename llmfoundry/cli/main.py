@@ -29,6 +29,7 @@ _ENTRIES = {
     "plan": _Entry("llmfoundry.cli.train", "plan_main", "Say what a run would be: size, memory, speed, mesh."),
     "explain": _Entry("llmfoundry.cli.train", "explain_main", "Say what each key of a YAML file became."),
     "prepare": _Entry("llmfoundry.cli.prepare", "prepare_data_main", "Tokenize a run's datasets ahead of it."),
+    "data": _Entry("llmfoundry.cli.data", "data_main", "Show what a model will read, and numbers of it."),
     "generate": _Entry("llmfoundry.cli.inference", "generate_main", "Continue a prompt with a trained model."),
     "eval": _Entry("llmfoundry.cli.inference", "eval_main", "Measure a checkpoint on text or on tasks."),
     "convert": _Entry("llmfoundry.cli.convert", "convert_main", "Convert to and from Hugging Face folders; upcycle."),

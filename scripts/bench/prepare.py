@@ -68,9 +68,11 @@ def corpus(path: Path, size: int) -> int:
 def by_map(lines: Path, folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """As its documentation shows: batched, without the columns that are not needed; ids alone."""
     found = datasets.load_dataset("json", data_files=str(lines), split="train", cache_dir=str(folder))
-    tokenizer.backend_tokenizer.encode_special_tokens = True  # as ours: what a text spells stays text
     ids = found.map(
-        lambda rows: {"input_ids": tokenizer(rows["text"], add_special_tokens=False)["input_ids"]},
+        # As ours: special tokens that a text spells stay text.
+        lambda rows: {
+            "input_ids": tokenizer(rows["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        },
         batched=True, remove_columns=found.column_names,
     )  # fmt: skip
     column = ids.data.column("input_ids").combine_chunks().values.to_numpy()
