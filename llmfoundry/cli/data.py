@@ -7,7 +7,6 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from llmfoundry.cli.command import command, read_run_config
@@ -40,18 +39,19 @@ class _Opened(NamedTuple):
 def data_main(argv: Sequence[str] | None = None) -> None:
     """`data show|stats PATH|YAML [--tokenizer NAME] [--json] [key=value ...]`."""
     parser = argparse.ArgumentParser(prog="llmfoundry data", description="Look at data before a model reads it.")
-    ways = parser.add_subparsers(dest="way", required=True)
-    show = ways.add_parser("show", help="the first rows, decoded, with their documents and what is learned")
-    stats = ways.add_parser("stats", help="documents and rows: their numbers, lengths and duplicates")
-    for each in (show, stats):
-        each.add_argument("target", help="the YAML of a run; or a file, folder or glob of data")
-        each.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="of the YAML, or of the dataset")
-        each.add_argument("--tokenizer", help="a folder or hub id; of a YAML its own")
-        each.add_argument("--max-seq-len", type=int, default=2048, help="tokens of a row; of a YAML its own")
-        each.add_argument("--json", action="store_true", help="one JSON object per row or dataset")
-    show.add_argument("--rows", type=int, default=4, help="how many (4)")
-    stats.add_argument("--limit", type=int, help="read the first so many documents or rows of each dataset")
-    args = parser.parse_args(argv)
+    parser.add_argument(
+        "way", choices=("show", "stats"),
+        help="show: the first rows, decoded, with their documents and what is learned; stats: of documents and rows, "
+        "their numbers, lengths and duplicates",
+    )  # fmt: skip
+    parser.add_argument("target", help="the YAML of a run; or a file, folder, glob or URL of data")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="of the YAML or the dataset")
+    parser.add_argument("--tokenizer", help="a folder or hub id; a YAML has its own")
+    parser.add_argument("--max-seq-len", type=int, default=2048, help="tokens of a row; a YAML has its own")
+    parser.add_argument("--rows", type=int, default=4, help="for show: how many (4)")
+    parser.add_argument("--limit", type=int, help="for stats: the first so many documents or rows of each dataset")
+    parser.add_argument("--json", action="store_true", help="one JSON object per row or dataset")
+    args = parser.parse_intermixed_args(argv)
     opened = _of_yaml(args) if args.target.endswith((".yaml", ".yml")) else _of_path(args)
     if args.way == "show":
         _show(opened, args.rows, args.json)
@@ -93,9 +93,9 @@ def _plain() -> SpecialTokens:
 
 def _show(opened: _Opened, rows: int, as_json: bool) -> None:
     from llmfoundry.data.rows import RowsConfig
-    from llmfoundry.data.show import as_data, shown
+    from llmfoundry.data.show import PLAIN, TERMINAL, as_data, shown
 
-    colour = sys.stdout.isatty() and not as_json
+    marks = TERMINAL if sys.stdout.isatty() else PLAIN
     for name, loader in opened.loaders.items():
         if opened.tokenizer is None:
             if isinstance(loader.dataset, RowsConfig):
@@ -112,7 +112,7 @@ def _show(opened: _Opened, rows: int, as_json: bool) -> None:
                 print(json.dumps({"loader": name} | each))
             continue
         print(f"{name}:")
-        for line in shown(batch, opened.tokenizer, built.labels, most=rows, colour=colour):
+        for line in shown(batch, opened.tokenizer, built.labels, rows, marks):
             print(line)
 
 
@@ -172,7 +172,7 @@ def _table(found: Sequence[Statistics]) -> None:
     for each in found:
         first = "" if each.complete else "the first "
         table = Table(
-            title=f"{each.name}: {first}{each.count:,} {each.kind}, {each.empty:,} empty, "
+            title=f"{each.name}: {first}{each.number:,} {each.kind}, {each.empty:,} empty, "
             f"{each.duplicates:,} equal to an earlier one",
             caption=each.summary,
         )

@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from llmfoundry.config import ConfigError, LocalPath
+from llmfoundry.config import ConfigError, is_url
 from llmfoundry.data.megatron import MegatronFile
+from llmfoundry.data.remote import DataPath
 from llmfoundry.data.rows import IGNORE, Block, How, Order, Rows, RowsConfig, epochs_of
 from llmfoundry.data.sources import Source, fingerprint_of
 
@@ -30,14 +31,14 @@ _ENDINGS = (".bin", ".idx")
 class MegatronConfig(RowsConfig, names=("megatron",)):
     """Megatron-LM's `.bin` and `.idx` files. Where both loaders read the same, the last documents are held out."""
 
-    path: LocalPath  # the common prefix of a .bin and an .idx, or a folder or a glob of such pairs
+    path: DataPath  # the common prefix of a .bin and an .idx, or a folder or a glob of such pairs; also a URL
     eos_token_id: int | None = None  # the id after which a document begins; None: the tokenizer's end of text
 
     def of_split(self, split: str) -> Self:
         return self.model_copy(update={"split": split})
 
     def heap(self) -> str:
-        return json.dumps(["megatron", str(Path(self.path).resolve())])
+        return json.dumps(["megatron", self.path if is_url(self.path) else str(Path(self.path).resolve())])
 
     def opened(self) -> Joined:
         """The part of the files that is of this split.
@@ -45,6 +46,8 @@ class MegatronConfig(RowsConfig, names=("megatron",)):
         Raises:
             ConfigError: there is none, or one is damaged.
         """
+        if is_url(self.path):
+            return Joined(self._fetched(), self._held_out())
         path = Path(self.path)
         found = [path, *path.rglob("*.idx")] if path.is_dir() else [path, *map(Path, glob.glob(self.path))]
         prefixes = {each.with_suffix("") if each.suffix in _ENDINGS else each for each in found}
@@ -52,6 +55,20 @@ class MegatronConfig(RowsConfig, names=("megatron",)):
         if not pairs:
             raise ConfigError(f"dataset.path: {self.path}: finds no .bin and .idx")
         return Joined([MegatronFile(Path(f"{each}.idx"), Path(f"{each}.bin")) for each in pairs], self._held_out())
+
+    def _fetched(self) -> list[MegatronFile]:
+        store, url = self.store(), self.path
+        for ending in _ENDINGS:
+            url = url.removesuffix(ending)
+        try:
+            found = store.find(url)  # a folder
+        except ConfigError:
+            found = store.find(f"{url}.*")
+        pairs = sorted(name.removesuffix(".idx") for name in found if name.endswith(".idx"))
+        missing = next((name for name in pairs if f"{name}.bin" not in found), None)
+        if missing is not None or not pairs:
+            raise ConfigError(f"dataset.path: {self.path}: finds no {missing or ''}.bin beside an .idx")
+        return [MegatronFile(store.fetch(found[f"{name}.idx"]), store.fetch(found[f"{name}.bin"])) for name in pairs]
 
     def _held_out(self) -> tuple[float, float]:
         """The part of the text that is read, as fractions of it."""

@@ -14,15 +14,16 @@ import tokenize
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Annotated, NamedTuple, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from llmfoundry.config import Choice, ConfigError, LocalPath
+from llmfoundry.data.remote import Store, n_bytes
 from llmfoundry.data.sieve import Sieve
 from llmfoundry.data.split import Split, keeps
-from llmfoundry.runtime import seed_of
+from llmfoundry.runtime import cache_root, seed_of
 
 HELD_OUT = 0.05  # of the text that both loaders read
 
@@ -83,6 +84,11 @@ class Source:
         return bytes(text)
 
 
+def _a_size(size: int | str | None) -> int | str | None:
+    n_bytes(size)
+    return size
+
+
 class DatasetConfig(Choice, tag="name"):
     """A dataset: which documents, which of its two splits, and how its rows are served."""
 
@@ -95,10 +101,16 @@ class DatasetConfig(Choice, tag="name"):
     shuffle: bool | None = None  # None: the train split is shuffled, the validation split is not
     shuffle_seed: int | None = None  # None: the run's seed
     cache_dir: LocalPath | None = None  # None: $LLMFOUNDRY_CACHE, or ~/.cache/llmfoundry
+    # Of files that are fetched from elsewhere, the bytes that are kept here, e.g. 50gb; None: 100gb.
+    cache_limit: Annotated[int | str | None, AfterValidator(_a_size)] = None
 
     def build(self) -> Source:
         """Find the documents; reads them once for their fingerprint and writes at most that fingerprint."""
         raise NotImplementedError
+
+    def store(self) -> Store:
+        """Fetches files from elsewhere."""
+        return Store(cache_root(self.cache_dir), n_bytes(self.cache_limit))
 
     def heap(self) -> str:
         """Names the text that both splits are taken from: equal for two datasets that read the same."""

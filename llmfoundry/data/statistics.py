@@ -31,7 +31,7 @@ class Statistics(NamedTuple):
 
     name: str
     kind: str  # "documents" or "rows"
-    count: int
+    number: int  # of them
     empty: int  # documents without text, or rows without a label
     duplicates: int  # equal to an earlier one
     lengths: list[Lengths]
@@ -109,7 +109,7 @@ def lines(found: Sequence[Statistics]) -> Iterable[str]:
             yield f"{each.name}: {each.summary}"
         first = "" if each.complete else "the first "
         yield (
-            f"{each.name}: {first}{each.count:,} {each.kind}; {each.empty:,} empty, "
+            f"{each.name}: {first}{each.number:,} {each.kind}; {each.empty:,} empty, "
             f"{each.duplicates:,} equal to an earlier one"
         )
         for lengths in each.lengths:
