@@ -92,7 +92,8 @@ def test_a_yaml_is_read_as_a_run_reads_it(home: Path, capsys: pytest.CaptureFixt
     config = {
         "max_seq_len": 16,
         "model": {"name": "causal_lm", "d_model": 16, "n_heads": 2, "n_layers": 1, "vocab_size": 300},
-        "tokenizer": {"name": "tok"}, "train_loader": {"datasets": [text, made]}, "optimizer": {"name": "adamw", "lr": 0.1},
+        "tokenizer": {"name": "tok"}, "train_loader": {"datasets": [text, made]},
+        "optimizer": {"name": "adamw", "lr": 0.1},
         "scheduler": {"name": "constant_with_warmup", "t_warmup": "0ba"}, "max_duration": "2ba",
         "global_train_batch_size": 4, "save_folder": "run",
     }  # fmt: skip
