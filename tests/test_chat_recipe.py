@@ -1,4 +1,4 @@
-"""From a folder of chats to a chatting, evaluated, exported model: the commands of docs/generation.md, word for word."""
+"""From chats to a chatting, evaluated, exported model: the commands of docs/generation.md, word for word."""
 
 from __future__ import annotations
 
