@@ -188,6 +188,12 @@ class Segment(NamedTuple):
     interleave: Interleave
     before: NDArray[np.int64]  # (n_sources,) rows of each source before its start
 
+    def at(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The source of each row of the run, and which of that source's rows it is."""
+        found, k = self.interleave.at(numbers - self.start)
+        sources = self.sources[found]
+        return sources, k + self.before[sources]
+
 
 class Mixture(Order):
     """The order of the rows of a mixture."""
@@ -296,12 +302,12 @@ class Mixture(Order):
         return out
 
     def _where(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        sources, places = np.empty_like(numbers), np.empty_like(numbers)
         starts = [segment.start for segment in self._segments]
+        if len(starts) == 1 or not len(numbers) or numbers.min() >= starts[-1]:  # nearly always: no phase ends here
+            return self._segments[-1].at(numbers)
+        sources, places = np.empty_like(numbers), np.empty_like(numbers)
         of = np.maximum(np.searchsorted(starts, numbers, side="right") - 1, 0)
         for i in np.unique(of).tolist():
-            segment, here = self._segments[i], of == i
-            found, k = segment.interleave.at(numbers[here] - segment.start)
-            sources[here] = segment.sources[found]
-            places[here] = k + segment.before[sources[here]]
+            here = of == i
+            sources[here], places[here] = self._segments[i].at(numbers[here])
         return sources, places

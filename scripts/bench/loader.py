@@ -1,13 +1,14 @@
 """Tokens per second of the loader, with 1 and with 50 sources: python scripts/bench/loader.py.
 
-Rows come from shards in the page cache, in batches as a run takes them, in one thread. The two loaders take turns, in
-changing order, so that both see the same machine. What 50 sources cost is taken from the processor's time (median),
-which other processes change less than the clock's.
+Rows come from shards in the page cache, in batches as a run takes them, in one thread. The two loaders take turns batch
+by batch, in changing order, so that both see the same machine. What 50 sources cost is taken from the processor's time
+(median), which other processes change less than the clock's.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -27,7 +28,7 @@ from llmfoundry.data.rows import How, StreamRows, epochs_of
 from llmfoundry.data.tokenizer import PLAIN_TEXT
 
 RESULTS = Path(__file__).parent / "results" / "loader.json"
-LENGTH, ROWS, BATCHES, PASSES, TOKENS = 2048, 512, 16, 16, 10**8
+LENGTH, ROWS, BATCHES, WARM_UP, TOKENS = 2048, 512, 400, 16, 10**8
 NEEDED = 8 * 110_000  # tokens per second that eight GPUs take
 
 
@@ -62,47 +63,52 @@ def build(n_sources: int, folder: Path) -> Loader:
 
 
 class Speed(NamedTuple):
-    """Of a number of batches."""
+    """Of one batch."""
 
-    per_second: float  # tokens
-    processor_seconds: float  # per batch
+    seconds: float  # by the clock
+    processor_seconds: float
 
 
-def measure(loader: Loader, start: int) -> Speed:
-    """Read BATCHES batches from row `start` on."""
+def measure(loader: Loader, number: int) -> Speed:
+    """Read one batch, by its number."""
     begin, used = time.perf_counter(), time.process_time()
-    for i in range(BATCHES):
-        loader.batch(start + i * ROWS, ROWS)
-    seconds, used = time.perf_counter() - begin, time.process_time() - used
-    return Speed(BATCHES * ROWS * LENGTH / seconds, used / BATCHES)
+    loader.batch(number * ROWS, ROWS)
+    return Speed(time.perf_counter() - begin, time.process_time() - used)
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         loaders = {n: build(n, Path(folder)) for n in (1, 50)}
-        for loader in loaders.values():
-            measure(loader, 0)  # warm-up
+        for i in range(WARM_UP):
+            for loader in loaders.values():
+                measure(loader, i)
         table = time.process_time()
         mixture = loaders[50].order
         assert isinstance(mixture, Mixture)
         mixture.counts(mixture.period - 1)  # the table of the mixture, which is made once
         table = time.process_time() - table
         found: dict[int, list[Speed]] = {n: [] for n in loaders}
-        for i in range(1, PASSES + 1):
+        for i in range(WARM_UP, WARM_UP + BATCHES):
             for n, loader in list(loaders.items())[:: 1 if i % 2 else -1]:
-                found[n].append(measure(loader, i * BATCHES * ROWS))
-    rate = {n: statistics.median(speed.per_second for speed in speeds) for n, speeds in found.items()}
+                found[n].append(measure(loader, i))
+        load = os.getloadavg()[0]
+    rate = {n: ROWS * LENGTH / statistics.median(speed.seconds for speed in speeds) for n, speeds in found.items()}
     used = {n: statistics.median(speed.processor_seconds for speed in speeds) for n, speeds in found.items()}
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     result = {
         "git_sha": git.stdout.strip() or "unknown",
         "machine": platform.platform(),
         "torch": torch.__version__,
-        "config": {"max_seq_len": LENGTH, "rows_per_batch": ROWS, "batches": BATCHES, "passes": PASSES,
+        "config": {"max_seq_len": LENGTH, "rows_per_batch": ROWS, "batches": BATCHES, "warm_up": WARM_UP,
                    "tokens": TOKENS, "sequence_ids": True, "threads": 1},
+        "load_average": round(load, 2),
         "tokens_per_second": {str(n): round(each) for n, each in rate.items()},
         "table_seconds_once": round(table, 3),
         "processor_ms_per_batch": {str(n): round(1e3 * each, 3) for n, each in used.items()},
+        "processor_ms_quartiles": {
+            str(n): [round(1e3 * q, 3) for q in statistics.quantiles(speed.processor_seconds for speed in speeds)]
+            for n, speeds in found.items()
+        },
         "cost_of_50_sources": round(used[50] / used[1] - 1, 4),
         "needed_by_8_gpus": NEEDED,
         "times_what_is_needed": round(rate[50] / NEEDED, 1),
