@@ -35,6 +35,7 @@ setup(
         "pydantic>=2.7",
         "transformers>=5.0",
         "datasets>=3",
+        "fsspec>=2024.6",
         "tokenizers>=0.22",
         "pyarrow>=17",
         "zstandard>=0.22",
@@ -56,6 +57,7 @@ setup(
             "cramjam>=2.8",
             "hypothesis>=6.100",
         ],
+        "s3": ["s3fs>=2024.6"],  # s3:// paths of data; gs:// needs gcsfs, hf:// nothing more
         "mds": ["cramjam>=2.8"],  # MDS shards compressed by Brotli or Snappy
         "gguf": ["gguf>=0.18"],  # llama.cpp's files in
         "lm-eval": ["lm-eval>=0.4.13"],  # eval.py --tasks

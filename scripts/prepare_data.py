@@ -1,6 +1,6 @@
 """Tokenize a data set into shards ahead of a run: python scripts/prepare_data.py --help."""
 
-from llmfoundry.cli.train import prepare_data_main
+from llmfoundry.cli.prepare import prepare_data_main
 from llmfoundry.launch import leave
 
 if __name__ == "__main__":

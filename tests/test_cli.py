@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from llmfoundry.cli.command import Command, read_run_config
-from llmfoundry.cli.train import prepare_data_main, train_main
+from llmfoundry.cli.prepare import prepare_data_main
+from llmfoundry.cli.train import train_main
 from llmfoundry.config import dump
 
 
@@ -120,7 +121,7 @@ def test_hints_find_the_place_of_a_key(recipe: Path, capsys: pytest.CaptureFixtu
         "moe_top_k=2": "moe_top_k: unknown key (did you mean model.ffn_config.moe_top_k?)",
         "max_seqlen=8": "max_seqlen: unknown key (did you mean 'max_seq_len'?)",
         "train_loader.dataset.path=x":
-            "train_loader.dataset.path: unknown key (a key of chats, preferences, text_files: set name)",
+            "train_loader.dataset.path: unknown key (a key of chats, megatron, preferences, text_files: set name)",
         "model.ffn_config.moe_num_experts=8":
             "model.ffn_config.moe_num_experts: unknown key (a key of mb_dmoe, mb_moe, moe, torch_dmoe: set ffn_type)",
         "optimizer.weight_decays=0": "optimizer.weight_decays: unknown key (did you mean 'weight_decay'?)",

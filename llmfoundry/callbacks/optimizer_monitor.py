@@ -36,6 +36,7 @@ class OptimizerMonitor(Callback):
         self.config = config
         self._found: Metrics = {}
         self._before: dict[str, Tensor] = {}  # weights
+        self._grads: Tensor | None = None  # (n,) norms of the gradients
 
     def fit_start(self, trainer: Run) -> None:
         # The trainer counts a step when it is complete.
@@ -43,8 +44,13 @@ class OptimizerMonitor(Callback):
             return (trainer.state.step + 1) % self.config.batch_log_interval == 0
 
         def before(optimizer: Optimizer, *_: object) -> None:
-            if is_due() and self.config.log_optimizer_metrics and not self.config.only_global:
-                self._before = {name: each.detach().clone() for name, each in _with_gradient(trainer).items()}
+            if is_due():
+                parameters = _with_gradient(trainer)
+                # Now, for some optimizers scale the gradients in place and others do not.
+                divisor = getattr(optimizer, "grad_scale", torch.ones(())).cpu()
+                self._grads = l2_norms([_grad(each) for each in parameters.values()]) / divisor
+                if self.config.log_optimizer_metrics and not self.config.only_global:
+                    self._before = {name: each.detach().clone() for name, each in parameters.items()}
 
         def after(optimizer: Optimizer, *_: object) -> None:
             if is_due():
@@ -59,23 +65,27 @@ class OptimizerMonitor(Callback):
 
     @torch.no_grad()
     def _measure(self, trainer: Run, optimizer: Optimizer) -> None:
+        assert self._grads is not None
+        norms, before, self._grads, self._before = self._grads, self._before, None, {}
+        if not norms.isfinite().all():  # the step was skipped
+            return
         parameters = _with_gradient(trainer)
-        grads: dict[str, Tensor] = {}
-        for name, parameter in parameters.items():
-            assert parameter.grad is not None
-            grads[name] = parameter.grad
-        tensors = {f"l2_norm/grad/{name}": grad for name, grad in grads.items()}
-        if self._before:
-            for name, parameter in parameters.items():
-                tensors[f"l2_norm/param/{name}"] = parameter.detach()
-                tensors[f"l2_norm/update/{name}"] = self._before.pop(name).sub_(parameter.detach())
-                moment = optimizer.state[parameter].get(MOMENT)
-                if isinstance(moment, Tensor):
-                    tensors[f"l2_norm/moment/{name}"] = moment
-        norms = l2_norms(list(tensors.values()))
-        self._found = {"l2_norm/grad/global": float(norms[: len(grads)].square().sum().sqrt())}
+        self._found = {"l2_norm/grad/global": float(norms.square().sum().sqrt())}
         if not self.config.only_global:
-            self._found |= dict(zip(tensors, norms.tolist(), strict=True))
+            self._found |= {f"l2_norm/grad/{name}": norm for name, norm in zip(parameters, norms.tolist(), strict=True)}
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in parameters.items() if before else ():
+            tensors[f"l2_norm/param/{name}"] = parameter.detach()
+            tensors[f"l2_norm/update/{name}"] = before.pop(name).sub_(parameter.detach())
+            moment = optimizer.state[parameter].get(MOMENT)
+            if isinstance(moment, Tensor):
+                tensors[f"l2_norm/moment/{name}"] = moment.to(parameter.dtype)
+        self._found |= dict(zip(tensors, l2_norms(list(tensors.values())).tolist(), strict=True))
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def _with_gradient(trainer: Run) -> dict[str, torch.nn.Parameter]:

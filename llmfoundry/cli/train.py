@@ -1,4 +1,4 @@
-"""`train.py YAML [--dry-run] [key=value ...]` and `prepare_data.py YAML`: train a model, or prepare its data ahead."""
+"""`train.py YAML [--dry-run] [key=value ...]`: train a model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmfoundry import launch
@@ -60,7 +59,7 @@ def train_main(argv: Sequence[str] | None = None) -> None:
                     tokenizer,
                     seed=config.seed,
                     max_seq_len=config.max_seq_len,
-                    sequence_ids=_sees_documents(config),
+                    sequence_ids=sees_documents(config),
                     special=config.tokenizer.special_tokens(tokenizer),
                 ),
                 tokenizer,
@@ -150,7 +149,8 @@ def _evaluations(config: RunConfig) -> Iterator[str]:
     yield f"evaluation: at most {rows:,} rows every {config.eval_interval}{share}"
 
 
-def _sees_documents(config: RunConfig) -> bool:
+def sees_documents(config: RunConfig) -> bool:
+    """Whether attention keeps documents apart."""
     from llmfoundry.model.transformer import CausalLMConfig
 
     assert isinstance(config.model, CausalLMConfig)
@@ -172,48 +172,3 @@ def _sizes(config: RunConfig) -> str:
         f"active parameters: {model.n_active_params():,} ({model.n_active_params() / 1e9:.3f} B)\n"
         f"training FLOPs per token: {flops:.4g} (sequences of {config.max_seq_len} tokens)"
     )
-
-
-@command
-def prepare_data_main(argv: Sequence[str] | None = None) -> None:
-    """`prepare_data.py YAML [key=value ...]`: tokenise a run's datasets ahead of it, on a machine without GPUs."""
-    parser = argparse.ArgumentParser(
-        prog=program("prepare", "prepare_data.py"), description="Tokenise a run's datasets ahead of it."
-    )
-    parser.add_argument("yaml")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
-    parser.add_argument("--format", choices=("tokens", "mds"), default="tokens", help="mds: also write MDS folders")
-    parser.add_argument("--out", help="for --format mds: where the folders train, validation, ... are written")
-    parser.add_argument("--compression", help="for --format mds: zstd[:level], gz, bz2, br or snappy")
-    args = parser.parse_intermixed_args(argv)
-    if (args.format == "mds") != (args.out is not None) or (args.compression and args.format != "mds"):
-        raise ConfigError("--format mds and --out FOLDER belong together; --compression is for them")
-    config = read_run_config(args.yaml, args.overrides)
-    from llmfoundry.data.mds_write import write_rows
-    from llmfoundry.data.packing import prepare
-    from llmfoundry.data.rows import How, RowsConfig
-    from llmfoundry.data.sources import check_apart
-
-    documents = _sees_documents(config)
-    also = [part.dataset for part in config.due_evaluations]
-    for dataset in also:
-        check_apart(config.train_loader.dataset, dataset)
-    tokenizer = config.tokenizer.build(config.train_loader.dataset, also)
-    special = config.tokenizer.special_tokens(tokenizer)
-    loaders = {"train_loader": config.train_loader}
-    loaders |= {f"eval_loaders.{part.label}" if part.label else "eval_loader": part for part in config.due_evaluations}
-    for name, part in loaders.items():
-        for number, dataset in enumerate(part.dataset.parts()):
-            where = f"{name}.{number}" if len(part.dataset.parts()) > 1 else name
-            how = How(dataset.max_seq_len or config.max_seq_len, config.seed, documents, special=special)
-            if isinstance(dataset, RowsConfig):
-                rows = dataset.order(tokenizer, how)
-                print(f"{where}: {rows.rows_per_epoch:,} rows of {rows.length:,} tokens")
-                continue
-            stream = prepare(dataset, tokenizer, special)
-            print(f"{where}: {stream.n_tokens:,} tokens of {stream.n_bytes:,} bytes in {Path(stream.folder)}")
-            if args.format == "mds":
-                folder = Path(args.out) / (dataset.split if where == name else f"{dataset.split}-{number}")
-                written = write_rows(stream, how.length, folder, args.compression)
-                left = f"{written.left_out:,} tokens at the end fill no row"
-                print(f"{where}: {written.rows:,} rows of {how.length:,} tokens in {folder}; {left}")

@@ -2,8 +2,10 @@
 (mixture > interleave) > loader."""
 
 from llmfoundry.data.chats import ChatsConfig
+from llmfoundry.data.hub import HubTextConfig
 from llmfoundry.data.loader import Batch, Loader, LoaderConfig, TextLoaderConfig
 from llmfoundry.data.mds_rows import MDSConfig
+from llmfoundry.data.megatron_rows import MegatronConfig
 from llmfoundry.data.mixture import MixtureConfig
 from llmfoundry.data.packing import TokenStream, pack, prepare
 from llmfoundry.data.preferences import PreferencesConfig
@@ -22,9 +24,11 @@ __all__ = [
     "Batch",
     "ChatsConfig",
     "DatasetConfig",
+    "HubTextConfig",
     "Loader",
     "LoaderConfig",
     "MDSConfig",
+    "MegatronConfig",
     "MixtureConfig",
     "PreferencesConfig",
     "PythonStdlibConfig",

@@ -24,7 +24,7 @@ from llmfoundry.data.cache import made_once
 from llmfoundry.data.chat_rows import ChatRows, write
 from llmfoundry.data.chat_template import Renderer, Responses, Targets
 from llmfoundry.data.conversations import Conversation, Example, code_of, example_of, preprocess
-from llmfoundry.data.files import checked_digest, find, kind_of, said_of
+from llmfoundry.data.files import ahead, checked_digest, find, kind_of, said_of
 from llmfoundry.data.mds_rows import Folders, samples
 from llmfoundry.data.rows import How, Order, epochs_of
 from llmfoundry.data.sources import Source, fingerprint_of
@@ -55,7 +55,7 @@ class ChatsConfig(Folders, names=("chats",)):
 
     KIND: ClassVar[str] = "chats/1"  # of the tokenised rows: others are made anew
 
-    path: str | None = None  # a folder, a glob or one file: .jsonl, .json, .csv, .tsv, .parquet
+    path: str | None = None  # a folder, a glob or one file, also by URL: .jsonl, .json, .csv, .tsv, .parquet
     hf_name: str | None = None  # a dataset of the hub or a folder; or json, csv, parquet with hf_kwargs.data_files
     hf_kwargs: dict[str, str | list[str] | dict[str, str | list[str]]] = {}  # to datasets.load_dataset
     # `package.module:function`, which makes of a row one of a known format; or a mapping from our columns to the
@@ -196,22 +196,23 @@ class ChatsConfig(Folders, names=("chats",)):
         return Table(title, fingerprint, samples(folders))
 
     def _from_files(self, where: str, title: str) -> Table:
-        found, skipped = find(where)
-        files = {name: path for name, path in found.items() if _is_table(path)}
+        found, skipped = find(where, self.store())
+        files = {name: file for name, file in found.items() if _is_table(file.path)}
         if not files:
             raise ConfigError(f"dataset.path: {where}: holds no .jsonl, .json, .csv, .tsv or .parquet")
         side: Literal["train", "validation"] = "train" if self.split.startswith("train") else "validation"
         whole = self._fraction == (0.0 if side == "train" else 1.0)
-        sizes = {name: path.stat().st_size for name, path in files.items()}
+        sizes = {name: file.size for name, file in files.items()}
         by_name = select(sizes, side, given_for_validation=side == "validation" and whole)
         kept = {name: files[name] for name in (by_name.kept if by_name is not None else files)}
         fraction = None if whole or by_name is not None else self._fraction
         digests = [
-            checked_digest(path, lenient=self.skip_bad_rows > 0, advance=lambda n: None) for path in kept.values()
+            checked_digest(path, lenient=self.skip_bad_rows > 0, advance=lambda n: None)
+            for path in ahead(kept.values())
         ]
 
         def rows() -> Iterator[Row | BadRow]:
-            for path in kept.values():
+            for path in ahead(kept.values()):
                 for row in read_rows(path):
                     if fraction is None or isinstance(row, BadRow) or keeps(_key(row), side, fraction):
                         yield row
@@ -220,7 +221,7 @@ class ChatsConfig(Folders, names=("chats",)):
         return Table(
             title, fingerprint_of("chat-files/1", *rule, *digests), rows(),
             f"{title}: reads {len(kept)} files of {where}{said_of(skipped)}",
-            frozenset(path.resolve() for path in kept.values()),
+            frozenset(file.real for file in kept.values()),
         )  # fmt: skip
 
     def _from_hub(self, name: str, title: str) -> Table:

@@ -6,17 +6,11 @@ response, which are joined as they are.
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import inspect
 import json
-import os
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import NamedTuple, cast
 
-from llmfoundry.config import ConfigError
+from llmfoundry.data import functions
 from llmfoundry.data.tables import Row
 
 Message = dict[str, object]  # role, content, and what else the template reads
@@ -161,7 +155,7 @@ def preprocess(given: str | Mapping[str, str] | None) -> Preprocess:
     if given is None:
         return lambda row: row
     if isinstance(given, str):
-        return _imported(given)
+        return functions.imported(given, "preprocessing_fn")
     names = dict(given)
 
     def rename(row: Row) -> Row:
@@ -179,24 +173,4 @@ def code_of(given: str | Mapping[str, str] | None) -> str:
     """What decides the result of `preprocess`: the mapping, or the file in which the function is."""
     if not isinstance(given, str):
         return json.dumps(given)
-    file = inspect.getsourcefile(_imported(given))
-    return f"{given} {hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ''}"
-
-
-def _imported(name: str) -> Preprocess:
-    module_name, _, function = name.partition(":")
-    where = f"preprocessing_fn: {name}"
-    if not function:
-        raise ConfigError(f"{where}: write package.module:function, or a mapping such as {{prompt: question}}")
-    module = sys.modules.get(f"llmfoundry_plugin_{module_name}")  # a file of code_paths
-    if module is None:
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())
-        try:
-            module = importlib.import_module(module_name)
-        except Exception as error:  # the user's code may fail in any way
-            raise ConfigError(f"{where}: cannot be imported: {type(error).__name__}: {error}") from error
-    found = getattr(module, function, None)
-    if not callable(found):
-        raise ConfigError(f"{where}: {module_name} has no function {function}")
-    return cast(Preprocess, found)
+    return functions.code_of(given, "preprocessing_fn")

@@ -12,18 +12,23 @@ import glob
 import gzip
 import hashlib
 import io
+import json
 import lzma
 import os
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol, cast
 
 import zstandard
 from typing_extensions import Buffer
 
-from llmfoundry.config import ConfigError
+from llmfoundry.config import ConfigError, is_url
+from llmfoundry.data.remote import Store
 
 # Endings of files, and how each kind is read: whole as one document, or as a table with a document per row.
 FORMATS = {
@@ -51,10 +56,24 @@ class Kind(NamedTuple):
         return FORMATS[self.ending]
 
 
+class File(NamedTuple):
+    """A file of a dataset, here or elsewhere."""
+
+    path: Path  # here; of one elsewhere what is after `://`, for its ending and for messages
+    size: int  # bytes
+    stamp: str  # changes with its contents
+    real: Path  # equal paths, equal files
+    remote: Callable[[], Path] | None = None  # fetches it
+
+    def here(self) -> Path:
+        """Where it is on this machine, fetched first if need be."""
+        return self.path if self.remote is None else self.remote()
+
+
 class Found(NamedTuple):
     """Files below a path."""
 
-    files: dict[str, Path]  # by name relative to the folder, sorted
+    files: dict[str, File]  # by name relative to the folder, sorted
     skipped: dict[str, list[str]]  # names of files that are not read, by their ending
 
 
@@ -72,12 +91,35 @@ def kind_of(path: Path) -> Kind | None:
     return Kind(first, last) if last in COMPRESSIONS and FORMATS.get(first, "parquet") != "parquet" else None
 
 
-def find(where: str) -> Found:
+def file_at(path: Path) -> File:
+    """A file of this machine."""
+    stat = path.stat()
+    return File(path, stat.st_size, str(stat.st_mtime_ns), path.resolve())
+
+
+def ahead(files: Iterable[File]) -> Iterator[Path]:
+    """Where the files are; while one is read, the next is fetched."""
+    with ThreadPoolExecutor(1, "fetch-ahead") as thread:
+        following: Future[Path] | None = None
+        for file, after in pairwise([*files, None]):
+            assert file is not None
+            path = file.here() if following is None else following.result()
+            following = thread.submit(after.here) if after is not None and after.remote is not None else None
+            yield path
+
+
+def find(where: str, store: Store) -> Found:
     """Files below a folder, of a glob, or one file; what begins with a dot is left out, and README.md of a folder.
+
+    Args:
+        where: a path or a URL.
+        store: fetches what is elsewhere.
 
     Raises:
         ConfigError: there is none that is read, or a link leads nowhere.
     """
+    if is_url(where):
+        return _elsewhere(where, store)
     path = Path(where).expanduser()
     listed: list[Path] = []
     if path.is_dir():
@@ -103,7 +145,28 @@ def find(where: str) -> Found:
         has = "holds" if path.is_dir() else "finds"
         empty = f"{has} no files that end in {KNOWN}{said_of(skipped)}"
         raise ConfigError(f"dataset.path: {path}: {empty if listed or path.is_dir() else 'no such file or folder'}")
-    return Found({name: files[name] for name in sorted(files)}, dict(skipped))
+    return Found({name: file_at(files[name]) for name in sorted(files)}, dict(skipped))
+
+
+def _elsewhere(url: str, store: Store) -> Found:
+    """The same of a URL."""
+    found = store.find(url)
+    files: dict[str, File] = {}
+    skipped: dict[str, list[str]] = defaultdict(list)
+    for name, file in found.items():
+        path = Path(file.url.partition("://")[2])
+        if any(part.startswith(".") for part in Path(name).parts):
+            continue
+        if len(found) > 1 and path.name.casefold() == "readme.md":
+            skipped["README.md"].append(name)
+        elif kind_of(path) is None:
+            skipped[path.suffix.casefold() or "without ending"].append(name)
+        else:
+            stamp = json.dumps([file.url, file.version])
+            files[name] = File(path, file.size, stamp, Path(file.url), partial(store.fetch, file))
+    if not files:
+        raise ConfigError(f"dataset.path: {url}: holds no files that end in {KNOWN}{said_of(skipped)}")
+    return Found(dict(sorted(files.items())), dict(skipped))
 
 
 def said_of(skipped: dict[str, list[str]]) -> str:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from llmfoundry.config import ConfigError
 from llmfoundry.data.cache import made_once
+from llmfoundry.data.remote import Store
 
 Value = str | bytes | int | float | NDArray | object  # of one column
 Sample = dict[str, Value]
@@ -71,14 +72,19 @@ class MDSFolder:
         folder: holds index.json.
         cache: where compressed shards are unpacked.
         check_hashes: read each shard whole before its first use, and compare the hashes that the index has.
+        remote: the folder's URL, and what fetches its files; `folder` is then for messages.
 
     Raises:
         ConfigError: index.json is missing or malformed, or has columns that would need code or images.
     """
 
-    def __init__(self, folder: Path, cache: Path, check_hashes: bool = False) -> None:
+    def __init__(
+        self, folder: Path, cache: Path, check_hashes: bool = False, remote: tuple[str, Store] | None = None
+    ) -> None:
         self.folder, self._cache, self._check_hashes = folder, cache, check_hashes
-        text, index = _read_index(folder)
+        self._store = None if remote is None else remote[1]
+        self._elsewhere = {} if remote is None else remote[1].find(remote[0])
+        text, index = _read_index(self._here("index.json") or folder / "index.json", folder / "index.json")
         try:
             entries = index["shards"]
             first = entries[0] if entries else {"column_names": [], "column_encodings": []}
@@ -120,14 +126,29 @@ class MDSFolder:
                 f"{self.folder / self.shards[at].name}: sample {within} is damaged: {type(error).__name__}: {error}"
             ) from None
 
+    def _has(self, name: str) -> bool:
+        return name in self._elsewhere if self._store is not None else (self.folder / name).is_file()
+
+    def _here(self, name: str) -> Path | None:
+        """A file of the folder, fetched if it is elsewhere; None if there is no such file."""
+        if not self._has(name):
+            return None
+        return self.folder / name if self._store is None else self._store.fetch(self._elsewhere[name])
+
     def _fingerprint(self, text: bytes) -> str:
-        """Of the index, which names every shard's size and mostly its hashes; of a shard without, a part is read."""
+        """Of the index, which names every shard's size and mostly its hashes; of a shard without, a part is read.
+
+        Of a shard elsewhere it is the store's word for its version.
+        """
         digest = hashlib.sha256(text)
         for shard in self.shards:
-            if not shard.hashes and not shard.packed_hashes:
-                names = [name for name in (shard.name, shard.packed) if name is not None]
-                found = next((path for name in names if (path := self.folder / name).is_file()), None)
-                digest.update(b"" if found is None else _sampled(found))
+            if shard.hashes or shard.packed_hashes:
+                continue
+            found = next((name for name in (shard.name, shard.packed) if name is not None and self._has(name)), None)
+            if found is not None and self._store is not None:
+                digest.update(self._elsewhere[found].version.encode())
+            elif found is not None:
+                digest.update(_sampled(self.folder / found))
         return digest.hexdigest()
 
     def _decode(self, row: bytes) -> Sample:
@@ -163,9 +184,7 @@ class MDSFolder:
         return data, offsets
 
     def _mapped(self, shard: Shard) -> NDArray[np.uint8]:
-        path = self.folder / shard.name
-        if not path.is_file():
-            path = self._unpacked(shard)
+        path = self._here(shard.name) or self._unpacked(shard)
         try:
             data = np.memmap(path, np.uint8, "r")
         except (OSError, ValueError) as error:
@@ -178,23 +197,28 @@ class MDSFolder:
 
     def _unpacked(self, shard: Shard) -> Path:
         """The shard without its compression, from the cache."""
-        if shard.packed is None or not (self.folder / shard.packed).is_file():
+        name = shard.packed
+        if name is None or not self._has(name):
             raise ConfigError(f"{self.folder / shard.name}: is missing")
-        packed = self.folder / shard.packed
 
-        def make(temporary: Path) -> None:
+        def write(target: Path) -> None:
+            packed = self._here(name)
+            assert packed is not None
             content = packed.read_bytes()
             if self._check_hashes:
                 _check_hashes(packed, content, shard.packed_hashes)
-            (temporary / "shard.mds").write_bytes(_unpack(packed, content, shard))
+            target.write_bytes(_unpack(packed, content, shard))
 
-        return made_once(self._cache / f"{self.fingerprint[:24]}-{shard.name}", make) / "shard.mds"
+        if self._store is not None:
+            return self._store.keep(f"unpacked {self.fingerprint} {name}", shard.name, shard.n_bytes, write)
+        folder = self._cache / f"{self.fingerprint[:24]}-{shard.name}"
+        return made_once(folder, lambda temporary: write(temporary / "shard.mds")) / "shard.mds"
 
 
-def _read_index(folder: Path) -> tuple[bytes, dict]:
-    path = folder / "index.json"
+def _read_index(file: Path, path: Path) -> tuple[bytes, dict]:
+    """The index in a file; `path` is its place, for messages."""
     try:
-        text = path.read_bytes()
+        text = file.read_bytes()
         index = json.loads(text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None

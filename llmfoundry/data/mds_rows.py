@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import Field, ModelWrapValidatorHandler, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from llmfoundry.config import Config, ConfigError
+from llmfoundry.config import Config, ConfigError, is_url
 from llmfoundry.data.interleave import exact
 from llmfoundry.data.mds import MDSFolder, Sample
 from llmfoundry.data.mixture import Mixture, MixtureConfig, Part
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 # Keys of mosaicml-streaming that tune how shards are fetched and shuffled, which is not done here.
 TUNING = (
-    "shuffle_algo", "shuffle_block_size", "num_canonical_nodes", "predownload", "cache_limit", "partition_algo",
+    "shuffle_algo", "shuffle_block_size", "num_canonical_nodes", "predownload", "partition_algo",
     "sampling_method", "sampling_granularity", "batching_method", "download_retry", "download_timeout",
     "validate_hash", "keep_zip", "epoch_size", "allow_unsafe_types", "replication", "stream_name", "stream_config",
 )  # fmt: skip
@@ -42,7 +42,7 @@ class Stream(Config):
     """One folder of a dataset of several. Of the last three keys, one may be given."""
 
     local: str | None = None  # a folder of MDS shards, or of one folder per split
-    remote: str | None = None  # looked at where local has no shards; a folder of this machine
+    remote: str | None = None  # looked at where local has no shards; a folder, or a URL whose shards are fetched
     split: str | None = None  # None: the dataset's
     proportion: float | None = Field(default=None, gt=0)  # of the rows of an epoch
     repeat: float | None = Field(default=None, gt=0)  # how often an epoch reads each of its rows
@@ -65,7 +65,7 @@ class Folders(RowsConfig):
     """Root of the datasets that can be read from MDS folders; the keys are mosaicml-streaming's."""
 
     local: str | None = None  # a folder of MDS shards, or of one folder per split
-    remote: str | None = None  # looked at where local has no shards; a folder of this machine
+    remote: str | None = None  # looked at where local has no shards; a folder, or a URL whose shards are fetched
     streams: dict[str, Stream] | None = None  # several folders, by name, in place of local and remote
 
     @model_validator(mode="wrap")
@@ -89,12 +89,12 @@ class Folders(RowsConfig):
         for key, root in (("local", stream.local), ("remote", stream.remote)):
             if root is None:
                 continue
-            if "://" in root:
-                if key == "local" or not tried:
-                    raise ConfigError(
-                        f"{where}.{key}: {root}: object stores are not read yet; copy it here and name it in local"
-                    )
-                continue
+            if is_url(root) and key == "local":
+                raise ConfigError(f"{where}.local: {root}: is a URL; name it in remote")
+            if is_url(root):
+                url, cache = "/".join([root.rstrip("/"), *([split] if split else [])]), cache_root(self.cache_dir)
+                place = (url, self.store())
+                return MDSFolder(Path(url.partition("://")[2]), cache / "mds", check_hashes=True, remote=place)
             folder = Path(root).expanduser() / split
             if (folder / "index.json").is_file():
                 return MDSFolder(folder, cache_root(self.cache_dir) / "mds", check_hashes=True)

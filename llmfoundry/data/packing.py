@@ -12,34 +12,31 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+import shutil
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import reduce
+from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import ConfigError
 from llmfoundry.data.cache import made_once
+from llmfoundry.data.parts import SHARD_TOKENS, Shard, Share, read_state, shard_name, write_part
+from llmfoundry.data.sieve import Counts
 from llmfoundry.data.sources import DatasetConfig, Source
-from llmfoundry.data.tokenizer import PLAIN_TEXT, Encoder, SpecialTokens, pieces
+from llmfoundry.data.tokenizer import PLAIN_TEXT, Encoder, SpecialTokens
 from llmfoundry.progress import progress
 from llmfoundry.runtime import cache_root
 
 log = logging.getLogger(__name__)
 
-SHARD_TOKENS = 2**27
-# Characters handed to the tokenizer at a time: enough to keep all cores busy, little enough to stay in
-# memory.
-BATCH_CHARACTERS = 2**22
-
-
-class ShardFile(NamedTuple):
-    """One file of the stream."""
-
-    tokens: int
-    sha256: str
+_OPEN_SHARDS = 256  # kept mapped, as a process may only have so many files open
 
 
 class TokenStream:
@@ -58,22 +55,26 @@ class TokenStream:
         self.n_bytes: int = index["n_bytes"]  # of the documents as UTF-8, without any eos
         self.eos_token_id: int = index["eos_token_id"]
         self.opening_token_id: int = index.get("bos_token_id", self.eos_token_id)  # the first of each document
-        self._shard_tokens: int = index["shard_tokens"]
-        self._shards = [ShardFile(*shard) for shard in index["shards"]]
-        dtype = np.dtype(index["dtype"])
-        self._maps = [self._open(number, shard, dtype) for number, shard in enumerate(self._shards)]
+        self.counts = Counts(*index["counts"]) if "counts" in index else None  # of the documents, read and left out
+        self._shards = [Shard(*shard) for shard in index["shards"]]
+        self.n_shards = len(self._shards)
+        self._starts = [0, *accumulate(shard.tokens for shard in self._shards)]
+        self._dtype = np.dtype(index["dtype"])
+        self._maps: OrderedDict[int, NDArray] = OrderedDict()
+        for number, shard in enumerate(self._shards):
+            self._check_size(number, shard)
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """Tokens [start, stop) of the stream."""
         if not 0 <= start <= stop <= self.n_tokens:
             raise ValueError(f"tokens [{start}, {stop}) of a stream of {self.n_tokens}")
         out = np.empty(stop - start, dtype=np.int64)
-        done = start
+        done, number = start, bisect_right(self._starts, start) - 1
         while done < stop:
-            number, offset = divmod(done, self._shard_tokens)
-            part = self._maps[number][offset : offset + stop - done]
+            offset = done - self._starts[number]
+            part = self._map(number)[offset : offset + stop - done]
             out[done - start : done - start + len(part)] = part
-            done += len(part)
+            done, number = done + len(part), number + 1
         return out
 
     def verify(self) -> None:
@@ -83,21 +84,30 @@ class TokenStream:
             ConfigError: a shard is not what was written.
         """
         for number, shard in enumerate(self._shards):
-            path = self.folder / _shard_name(number)
+            path = self.folder / shard_name(number)
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != shard.sha256:
                 expected = shard.sha256[:12]
                 raise ConfigError(f"{path}: checksum {found[:12]}, expected {expected}; {self._remedy()}")
 
-    def _open(self, number: int, shard: ShardFile, dtype: np.dtype) -> NDArray:
-        path = self.folder / _shard_name(number)
-        expected = shard.tokens * dtype.itemsize
+    def _check_size(self, number: int, shard: Shard) -> None:
+        path = self.folder / shard_name(number)
+        expected = shard.tokens * self._dtype.itemsize
         actual = path.stat().st_size if path.is_file() else None
         if actual != expected:
             found = "is missing" if actual is None else f"has {actual} bytes"
             raise ConfigError(f"{path}: {found}, expected {expected} bytes; {self._remedy()}")
-        return np.memmap(path, dtype=dtype, mode="r", shape=(shard.tokens,))
+
+    def _map(self, number: int) -> NDArray:
+        found = self._maps.get(number)
+        if found is None:
+            # As a plain array, which is sliced three times faster than a memmap.
+            found = np.asarray(np.memmap(self.folder / shard_name(number), dtype=self._dtype, mode="r"))
+            self._maps[number] = found
+            if len(self._maps) > _OPEN_SHARDS:
+                self._maps.popitem(last=False)
+        return found
 
     def _remedy(self) -> str:
         return f"delete the folder {self.folder}, it is made again"
@@ -114,119 +124,122 @@ def pack(
         cache: the cache folder (see `cache_root`).
         special: the rule for special tokens.
     """
+    stream = pack_part(source, tokenizer, cache, special, Share())
+    assert stream is not None
+    return stream
+
+
+def pack_part(
+    source: Source, tokenizer: PreTrainedTokenizerBase, cache: Path, special: SpecialTokens, share: Share,
+    workers: int = 0,
+) -> TokenStream | None:  # fmt: skip
+    """Tokenise a part of a source, unless that was done before; the last part makes the stream.
+
+    The stream does not depend on the number of parts and workers.
+
+    Args:
+        share: which part.
+        workers: see data/encoding.py.
+
+    Returns:
+        The stream; None while other parts are missing.
+    """
     encoder = Encoder(tokenizer, special)
     eos = tokenizer.eos_token_id
     key = ["tokens/1", source.fingerprint, encoder.fingerprint(), eos]
     fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     folder = cache / "tokens" / f"{source.title}-{fingerprint[:24]}"
-    if not folder.exists():
+    if folder.exists():
+        return TokenStream(folder)
+    if share.of == 1:
         next(source.documents())  # no data, or unreadable: refused before the cache is touched
-        # len(), because vocab_size leaves added tokens out; max(), because ids may have gaps.
-        largest = max(len(tokenizer) - 1, *tokenizer.get_vocab().values())
-        dtype = np.dtype("<u2" if largest < 2**16 else "<u4")
-        made_once(folder, lambda temporary: _write(temporary, source, encoder, eos, dtype, fingerprint))
+    # len(), because vocab_size leaves added tokens out; max(), because ids may have gaps.
+    largest = max(len(tokenizer) - 1, *tokenizer.get_vocab().values())
+    dtype = np.dtype("<u2" if largest < 2**16 else "<u4")
+    parts = [folder.with_name(f"{folder.name}.part-{i}-of-{share.of}") for i in range(1, share.of + 1)]
+    bos = {} if special.bos is None else {"bos_token_id": special.bos}
+    index = {"source": source.title, "fingerprint": fingerprint, "dtype": dtype.str, "eos_token_id": eos, **bos}
+
+    def write() -> None:
+        log.info("tokenizing %s%s", source.title, f", part {share}" if share.of > 1 else "")
+        size = source.n_bytes if share.of == 1 or source.n_bytes is None else source.n_bytes // share.of
+        with progress(f"tokenizing {source.title}", size, "bytes") as advance:
+            write_part(parts[share.number - 1], source, share, encoder, eos, dtype, workers, advance)
+
+    def make(temporary: Path) -> None:
+        if share.of == 1:
+            write()
+        counts = reduce(Counts.plus, (read_state(part).counts for part in parts))
+        if not counts.kept:
+            raise source.nothing()
+        assemble(temporary, parts, index, counts)
+        log.info("%s: %s", source.title, counts)
+
+    if share.of > 1:
+        parts[0].parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(_lock_of(parts[share.number - 1])):
+            write()
+        if not all(read_state(part).done for part in parts):
+            return None
+    made_once(folder, make)
+    for part in parts:
+        shutil.rmtree(part, ignore_errors=True)
+        _lock_of(part).unlink(missing_ok=True)
     return TokenStream(folder)
 
 
 def prepare(
-    dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens = PLAIN_TEXT
+    dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens = PLAIN_TEXT, workers: int = 0
 ) -> TokenStream:
     """Tokenise a dataset ahead of time, so that a run only opens it; shards already there are verified.
 
     Run it once per dataset of a YAML (`train_loader.dataset`, `eval_loader.dataset`) with the run's
     tokenizer.
     """
-    source = dataset.build()
-    if source.summary:
-        log.info("%s", source.summary)
-    stream = pack(source, tokenizer, cache_root(dataset.cache_dir), special)
-    stream.verify()
+    stream = prepare_part(dataset, tokenizer, special, Share(), workers)
+    assert stream is not None
     return stream
 
 
-def _write(folder: Path, source: Source, encoder: Encoder, eos: int, dtype: np.dtype, fingerprint: str) -> None:
-    log.info("tokenizing %s", source.title)
-    writer = _ShardWriter(folder, dtype)
-    bos = encoder.special.bos
-    opening = [eos] if bos is None else [bos]  # what the next piece begins with
-    n_documents = n_bytes = 0
-    with progress(f"tokenizing {source.title}", source.n_bytes, "bytes") as advance:
-        for batch in _batches(source):
-            ids = encoder.encode([text for text, _ in batch])
-            for (text, ends_document), piece in zip(batch, ids, strict=True):
-                closing = [eos] if ends_document else []
-                writer.write(np.array([*opening, *piece, *closing], dtype=dtype))
-                opening = [bos] if ends_document and bos is not None else []
-                n_bytes += (size := len(text.encode()))
-                n_documents += ends_document
-                advance(size)
-    shards = writer.finish()
-    index = {
-        "format": 1,
-        "source": source.title,
-        "fingerprint": fingerprint,
-        "dtype": dtype.str,
-        "eos_token_id": eos,
-        **({} if bos is None else {"bos_token_id": bos}),
+def prepare_part(
+    dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens, share: Share, workers: int
+) -> TokenStream | None:
+    """The same for a part of it; None while other parts are missing."""
+    source = dataset.build()
+    if source.summary:
+        log.info("%s", source.summary)
+    stream = pack_part(source, tokenizer, cache_root(dataset.cache_dir), special, share, workers)
+    if stream is not None:
+        stream.verify()
+    return stream
+
+
+def assemble(folder: Path, parts: Sequence[Path], index: dict, counts: Counts) -> None:
+    """Put the shards of all parts into one folder; a shard is linked, not copied, where the file system can."""
+    shards: list[Shard] = []
+    for part in parts:
+        for number, shard in enumerate(read_state(part).shards):
+            source, target = part / shard_name(number), folder / shard_name(len(shards))
+            try:
+                target.hardlink_to(source)
+            except OSError:
+                shutil.copyfile(source, target)
+            shards.append(shard)
+    uniform = all(shard.tokens == SHARD_TOKENS for shard in shards[:-1])
+    index |= {
+        "format": 1 if uniform else 2,  # 2: shards differ in length
         "n_tokens": sum(shard.tokens for shard in shards),
-        "n_bytes": n_bytes,
-        "n_documents": n_documents,
+        "n_bytes": counts.kept_bytes,
+        "n_documents": counts.kept,
+        "counts": counts,
         "shard_tokens": SHARD_TOKENS,
         "shards": shards,
     }
     (folder / "index.json").write_text(json.dumps(index | {"checksum": _checksum(index)}, indent=1))
-    log.info("%s: %d documents, %d bytes, %d tokens", source.title, n_documents, n_bytes, index["n_tokens"])
 
 
-def _batches(source: Source) -> Iterator[list[tuple[str, bool]]]:
-    """Pieces of documents with whether each ends its document, in batches of bounded size."""
-    batch: list[tuple[str, bool]] = []
-    characters = 0
-    for document in source.documents():
-        parts = list(pieces(document))
-        for number, piece in enumerate(parts):
-            batch.append((piece, number == len(parts) - 1))
-            characters += len(piece)
-            if characters >= BATCH_CHARACTERS:
-                yield batch
-                batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-class _ShardWriter:
-    """Cuts a stream of ids into files of SHARD_TOKENS."""
-
-    def __init__(self, folder: Path, dtype: np.dtype) -> None:
-        self._folder, self._dtype = folder, dtype
-        self._shards: list[ShardFile] = []
-        self._file: BinaryIO | None = None
-
-    def write(self, ids: NDArray) -> None:
-        while len(ids):
-            if self._file is None:
-                self._file = (self._folder / _shard_name(len(self._shards))).open("wb")
-                self._sha, self._tokens = hashlib.sha256(), 0
-            part, ids = np.split(ids, [SHARD_TOKENS - self._tokens])
-            self._file.write(part.tobytes())
-            self._sha.update(part.tobytes())
-            self._tokens += len(part)
-            if self._tokens == SHARD_TOKENS:
-                self._close()
-
-    def finish(self) -> list[ShardFile]:
-        self._close()
-        return self._shards
-
-    def _close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-            self._shards.append(ShardFile(self._tokens, self._sha.hexdigest()))
-
-
-def _shard_name(number: int) -> str:
-    return f"tokens-{number:05d}.bin"
+def _lock_of(part: Path) -> Path:
+    return part.with_name(f"{part.name}.lock")
 
 
 def _checksum(index: dict) -> str:
@@ -237,7 +250,7 @@ def _read_index(folder: Path) -> dict:
     path = folder / "index.json"
     try:
         index = json.loads(path.read_text())
-        intact = index.pop("checksum") == _checksum(index) and index["format"] == 1
+        intact = index.pop("checksum") == _checksum(index) and index["format"] in (1, 2)
     except (OSError, ValueError, KeyError, AttributeError):
         intact = False
     if not intact:

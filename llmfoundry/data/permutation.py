@@ -19,8 +19,14 @@ def permuted(places: NDArray[np.int64], n: int, seed: int) -> NDArray[np.int64]:
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     keys = [np.uint64(seed_of(seed, "round", i)) for i in range(6)]
+    if 2 * len(places) >= n:  # all images are then found at once, as the last walks are long and hold few places
+        table = _feistel(np.arange(1 << 2 * int(half), dtype=np.uint64), half, keys).astype(np.int64)
+        images = table[places]
+        while len(outside := np.flatnonzero(images >= n)):
+            images[outside] = table[images[outside]]
+        return images
     out = _feistel(places.astype(np.uint64), half, keys)
-    while (outside := out >= n).any():
+    while len(outside := np.flatnonzero(out >= n)):
         out[outside] = _feistel(out[outside], half, keys)
     return out.astype(np.int64)
 

@@ -24,7 +24,7 @@ from llmfoundry.runtime import cache_root, seed_of
 
 log = logging.getLogger(__name__)
 
-_CHUNK = 1024  # rows whose place in an epoch is computed at once
+_CHUNK = 4096  # rows whose place in an epoch is computed at once
 IGNORE = -100  # the label of a position that is not predicted
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,44 +12,105 @@ from llmfoundry.data.loader import Batch
 from llmfoundry.data.rows import IGNORE
 
 ROWS = 8  # shown of a batch
-_LEARNED, _OFF, _DIM = "\x1b[32m", "\x1b[0m", "\x1b[2m"
 
 
-def shown(batch: Batch, tokenizer: PreTrainedTokenizerBase, sources: Sequence[str] = ()) -> Iterator[str]:
-    """The first rows of a batch, as lines for a terminal.
+class Marks(NamedTuple):
+    """What is put around parts of a text."""
+
+    learned: str
+    off: str  # after what is learned
+    dim: str
+    undim: str
+    said: str  # how what is learned looks
+
+
+TERMINAL = Marks("\x1b[32m", "\x1b[0m", "\x1b[2m", "\x1b[0m", "\x1b[32mgreen\x1b[0m")
+PLAIN = Marks("«", "»", "", "", "in «»")
+
+
+def shown(
+    batch: Batch,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[str] = (),
+    most: int = ROWS,
+    marks: Marks = TERMINAL,
+) -> Iterator[str]:
+    """The first rows of a batch, as lines.
 
     Args:
         sources: names of the sources of a mixture.
+        most: rows that are shown.
+        marks: for a terminal or plain.
     """
     n_rows, length = batch.tokens.shape
-    yield f"the first batch: {n_rows:,} rows of {length:,} tokens; what is learned is {_LEARNED}green{_OFF}"
-    for i, number in enumerate(batch.rows[:ROWS].tolist()):
-        labels = batch.labels[i].tolist()
-        learned = [False, *(label != IGNORE for label in labels[:-1])]
-        filled = batch.positions is None or batch.sequence_ids is None  # else document 0 is what fills the row
-        ids = [1] * len(labels) if batch.sequence_ids is None else batch.sequence_ids[i].tolist()
-        documents = len({each for each in ids if each or filled})
+    yield f"the first batch: {n_rows:,} rows of {length:,} tokens; what is learned is {marks.said}"
+    for i, number in enumerate(batch.rows[:most].tolist()):
+        row = _row(batch, i)
         source = f", {sources[int(batch.sources[i])]}" if batch.sources is not None else ""
-        n_labels = sum(label != IGNORE for label in labels)
-        kind = "documents" if filled else "examples"
-        examples = "" if batch.sequence_ids is None else f" in {documents} {kind}"
-        yield f"{_DIM}--- row {number}{source}: {n_labels:,} of {len(labels):,} tokens learned{examples} ---{_OFF}"
-        yield _decoded(batch.tokens[i].tolist(), learned, ids, filled, tokenizer)
-    if len(batch.rows) > ROWS:
-        yield f"{_DIM}--- and {len(batch.rows) - ROWS:,} more rows ---{_OFF}"
+        kind = "documents" if row.filled else "examples"
+        examples = "" if batch.sequence_ids is None else f" in {row.n_documents} {kind}"
+        said = f"{row.n_labels:,} of {length:,} tokens learned{examples}"
+        yield f"{marks.dim}--- row {number}{source}: {said} ---{marks.undim}"
+        yield _decoded(row, tokenizer, marks)
+    if n_rows > most:
+        yield f"{marks.dim}--- and {n_rows - most:,} more rows ---{marks.undim}"
 
 
-def _decoded(
-    tokens: list[int], learned: list[bool], documents: list[int], filled: bool, tokenizer: PreTrainedTokenizerBase
-) -> str:
-    text, before = "", documents[0]
-    for (document, green), group in groupby(range(len(tokens)), key=lambda t: (documents[t], learned[t])):
-        places = list(group)
+def as_data(
+    batch: Batch, tokenizer: PreTrainedTokenizerBase, sources: Sequence[str] = ()
+) -> Iterator[dict[str, object]]:
+    """The rows of a batch for JSON: pieces of text in order, each of one document and learned or not."""
+    for i, number in enumerate(batch.rows.tolist()):
+        row = _row(batch, i)
+        pieces = [
+            {"document": document, "learned": learned, "tokens": len(tokens), "text": _text(tokens, tokenizer)}
+            for document, learned, tokens in row.pieces()
+            if row.filled or document
+        ]
+        source = {} if batch.sources is None else {"source": sources[int(batch.sources[i])]}
+        yield {"row": number, **source, "tokens": len(row.tokens), "labels": row.n_labels, "pieces": pieces}
+
+
+class _Row(NamedTuple):
+    """A row of a batch."""
+
+    tokens: list[int]
+    learned: list[bool]  # whether each is predicted from the one before
+    documents: list[int]
+    filled: bool  # else document 0 is what fills the row
+    n_labels: int  # that of the last token included
+
+    @property
+    def n_documents(self) -> int:
+        return len({each for each in self.documents if each or self.filled})
+
+    def pieces(self) -> Iterator[tuple[int, bool, list[int]]]:
+        """Document, whether it is learned, and tokens, in order."""
+        places = range(len(self.tokens))
+        for (document, learned), group in groupby(places, key=lambda t: (self.documents[t], self.learned[t])):
+            yield document, learned, [self.tokens[t] for t in group]
+
+
+def _row(batch: Batch, i: int) -> _Row:
+    labels = batch.labels[i].tolist()
+    filled = batch.positions is None or batch.sequence_ids is None
+    ids = [1] * len(labels) if batch.sequence_ids is None else batch.sequence_ids[i].tolist()
+    learned = [label != IGNORE for label in labels]
+    return _Row(batch.tokens[i].tolist(), [False, *learned[:-1]], ids, filled, sum(learned))
+
+
+def _text(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+
+
+def _decoded(row: _Row, tokenizer: PreTrainedTokenizerBase, marks: Marks) -> str:
+    text, before = "", row.documents[0]
+    for document, learned, tokens in row.pieces():
         if document != before:
-            text, before = f"{text}\n{_DIM}|{_OFF}\n", document
-        if not filled and document == 0:
-            text += f"{_DIM}({len(places):,} positions are empty){_OFF}"
+            text, before = f"{text}\n{marks.dim}|{marks.undim}\n", document
+        if not row.filled and document == 0:
+            text += f"{marks.dim}({len(tokens):,} positions are empty){marks.undim}"
             continue
-        piece = str(tokenizer.decode([tokens[t] for t in places], clean_up_tokenization_spaces=False))
-        text += f"{_LEARNED}{piece}{_OFF}" if green else piece
+        piece = _text(tokens, tokenizer)
+        text += f"{marks.learned}{piece}{marks.off}" if learned else piece
     return text

@@ -14,16 +14,25 @@ import tokenize
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Annotated, NamedTuple, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from llmfoundry.config import Choice, ConfigError, LocalPath
+from llmfoundry.data.remote import Store, n_bytes
+from llmfoundry.data.sieve import Sieve
 from llmfoundry.data.split import Split, keeps
-from llmfoundry.runtime import seed_of
+from llmfoundry.runtime import cache_root, seed_of
 
 HELD_OUT = 0.05  # of the text that both loaders read
+
+
+class Piece(NamedTuple):
+    """A part of a source that can be read on its own: a file."""
+
+    n_bytes: int
+    read: Callable[[], Iterator[str]]
 
 
 @dataclass(frozen=True)
@@ -36,23 +45,34 @@ class Source:
     n_bytes: int | None = None  # about how long the text is, for estimates of time; None: unknown
     summary: str = ""  # what is read, skipped and held out, for the log
     files: frozenset[Path] = frozenset()  # real paths of the files that are read
+    pieces: tuple[Piece, ...] = ()  # the same documents file by file, where there are files
+    dedup: bool = False  # of equal documents only the first is kept
+    keep: Callable[[str], bool] | None = None  # whether a document is kept; None: all are
 
     def documents(self) -> Iterator[str]:
-        """Every document that is not empty.
+        """Every document that is kept; none is empty.
 
         Raises:
             ConfigError: there is none.
         """
         empty = True
-        for document in self.read():
-            if document:
-                empty = False
-                yield document
+        for document, _ in self.sieve().through(self.read()):
+            empty = False
+            yield document
         if empty:
-            raise ConfigError(
-                f"dataset {self.title}: holds no text; add documents, raise or lower validation_fraction, "
-                "or give this split its own path"
-            )
+            raise self.nothing()
+
+    def sieve(self) -> Sieve:
+        """A new one, by this source's rules."""
+        return Sieve(self.dedup, self.keep)
+
+    def nothing(self) -> ConfigError:
+        """What to say where no document is kept."""
+        rules = ", or check dedup and filter" if self.dedup or self.keep is not None else ""
+        return ConfigError(
+            f"dataset {self.title}: holds no text; add documents, raise or lower validation_fraction, "
+            f"or give this split its own path{rules}"
+        )
 
     def text_bytes(self, limit: int | None = None) -> bytes:
         """All documents as UTF-8, joined, or their first `limit` bytes: the input of a compressor."""
@@ -62,6 +82,11 @@ class Source:
             if limit is not None and len(text) >= limit:
                 return bytes(text[:limit])
         return bytes(text)
+
+
+def _a_size(size: int | str | None) -> int | str | None:
+    n_bytes(size)
+    return size
 
 
 class DatasetConfig(Choice, tag="name"):
@@ -76,10 +101,16 @@ class DatasetConfig(Choice, tag="name"):
     shuffle: bool | None = None  # None: the train split is shuffled, the validation split is not
     shuffle_seed: int | None = None  # None: the run's seed
     cache_dir: LocalPath | None = None  # None: $LLMFOUNDRY_CACHE, or ~/.cache/llmfoundry
+    # Of files that are fetched from elsewhere, the bytes that are kept here, e.g. 50gb; None: 100gb.
+    cache_limit: Annotated[int | str | None, AfterValidator(_a_size)] = None
 
     def build(self) -> Source:
         """Find the documents; reads them once for their fingerprint and writes at most that fingerprint."""
         raise NotImplementedError
+
+    def store(self) -> Store:
+        """Fetches files from elsewhere."""
+        return Store(cache_root(self.cache_dir), n_bytes(self.cache_limit))
 
     def heap(self) -> str:
         """Names the text that both splits are taken from: equal for two datasets that read the same."""

@@ -7,17 +7,20 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import Field
 
-from llmfoundry.config import ConfigError, LocalPath
+from llmfoundry.config import ConfigError, is_url
 from llmfoundry.data.cache import made_once
-from llmfoundry.data.files import checked_digest, find, kind_of, said_of, unpacked
-from llmfoundry.data.sources import DatasetConfig, Source, fingerprint_of
+from llmfoundry.data.files import File, ahead, checked_digest, find, kind_of, said_of, unpacked
+from llmfoundry.data.remote import DataPath
+from llmfoundry.data.sources import Piece, Source, fingerprint_of
 from llmfoundry.data.split import cut, filling_both, keeps, select, share
 from llmfoundry.data.tables import BadRow, check_parquet, read_table
+from llmfoundry.data.texts import TextsConfig
 from llmfoundry.progress import progress
 from llmfoundry.runtime import cache_root
 
@@ -38,27 +41,27 @@ class _Part(NamedTuple):
     text: float | None = None  # the fraction that is held out at the end of each text
 
 
-class TextFilesConfig(DatasetConfig, names=("text_files",)):
+class TextFilesConfig(TextsConfig, names=("text_files",)):
     """A folder, a glob or one file: .txt and .md (a document each), .jsonl, .json, .csv, .tsv, .parquet (one per row).
 
     All but .parquet may be compressed. docs/data.md says which part of it a split is given.
     """
 
-    path: LocalPath  # a folder, a glob or one file
+    path: DataPath  # a folder, a glob or one file; also a URL: s3://bucket/folder
     text_key: str = "text"  # the column of a table that holds the text; `doc.text` for a nested one
     skip_bad_rows: int = Field(default=0, ge=0)  # rows without a readable text that are skipped, counted and reported
 
     def heap(self) -> str:
-        return os.path.realpath(self.path)
+        return self.path if is_url(self.path) else os.path.realpath(self.path)
 
-    def build(self) -> Source:
-        files, skipped = find(self.path)
-        sizes = {name: path.stat().st_size for name, path in files.items()}
+    def found(self) -> Source:
+        files, skipped = find(self.path, self.store())
+        sizes = {name: file.size for name, file in files.items()}
         part = self._part(files, sizes)
         title = f"{self.name}-{self.split}"
         chosen = {name: files[name] for name in part.files}
         digests = self._digests(chosen)
-        contents = [(_reader(chosen[name]), digest) for name, digest in digests if sizes[name]]
+        contents = [(_reader(chosen[name].path), digest) for name, digest in digests if sizes[name]]
         tables = any(not reader.startswith("text") for reader, _ in contents)
         hashed = part.rows is not None and tables
         rule = (self.split, part.rows or 0.0, part.text or 0.0) if hashed or part.text is not None else ("whole",)
@@ -71,10 +74,11 @@ class TextFilesConfig(DatasetConfig, names=("text_files",)):
             lambda: self._read(chosen, part, title),
             n_bytes,
             f"{title}: reads {self.path} ({counts}; {n_bytes:,} bytes){part.how}{said_of(skipped)}",
-            frozenset(path.resolve() for path in chosen.values()),
+            frozenset(file.real for file in chosen.values()),
+            tuple(Piece(sizes[name], partial(self._read, {name: file}, part, title)) for name, file in chosen.items()),
         )
 
-    def _part(self, files: dict[str, Path], sizes: dict[str, int]) -> _Part:
+    def _part(self, files: dict[str, File], sizes: dict[str, int]) -> _Part:
         """What of the files this split is given, by their names or else by `validation_fraction`."""
         given = self.split == "validation" and self._is_whole
         by_name = select(sizes, self.split, given_for_validation=given)
@@ -85,14 +89,16 @@ class TextFilesConfig(DatasetConfig, names=("text_files",)):
             return _Part(list(files), "")
         return self._by_hash(files, sizes)
 
-    def _by_hash(self, files: dict[str, Path], sizes: dict[str, int]) -> _Part:
+    def _by_hash(self, files: dict[str, File], sizes: dict[str, int]) -> _Part:
         """Hold out `validation_fraction` of the documents: by the name of a file of one, by the text of a row."""
         fraction, said = self._fraction, "; held out for validation: "
         filled = [name for name in files if sizes[name]]
-        plain = [name for name in filled if _is_plain(files[name])]
-        tables = [name for name in filled if not _is_plain(files[name])]
+        plain = [name for name in filled if _is_plain(files[name].path)]
+        tables = [name for name in filled if not _is_plain(files[name].path)]
         if 0 < fraction < 1 and sum(sizes[name] for name in tables) <= FEW_BYTES:
-            rows = (row for name in tables for row in read_table(files[name], self.text_key) if isinstance(row, str))
+            rows = (
+                row for name in tables for row in read_table(files[name].here(), self.text_key) if isinstance(row, str)
+            )
             shares = {share(key) for keys in (plain, rows) for key in keys if key}
             if len(shares) == 1:
                 return _Part(filled, f"{said}the last {fraction:.3g} of its text", text=fraction)
@@ -105,9 +111,9 @@ class TextFilesConfig(DatasetConfig, names=("text_files",)):
         kept = {*tables, *(held_out if self.split == "validation" else set(plain) - set(held_out))}
         return _Part([name for name in filled if name in kept], said, rows=fraction)
 
-    def _read(self, files: dict[str, Path], part: _Part, title: str) -> Iterator[str]:
+    def _read(self, files: dict[str, File], part: _Part, title: str) -> Iterator[str]:
         first, bad = "", 0
-        for path in files.values():
+        for path in ahead(files.values()):
             for row in _documents(path, self.text_key):
                 if isinstance(row, BadRow):
                     first, bad = first or row.message, bad + 1
@@ -125,18 +131,19 @@ class TextFilesConfig(DatasetConfig, names=("text_files",)):
             return ConfigError(f"dataset.text_key: {row.message}; skip_bad_rows: N skips up to N such rows")
         return ConfigError(f"dataset.skip_bad_rows: {row.message}; this is bad row {count}; raise it, or mend the data")
 
-    def _digests(self, files: dict[str, Path]) -> list[tuple[str, str]]:
+    def _digests(self, files: dict[str, File]) -> list[tuple[str, str]]:
         """(name, SHA-256) of each file; remembered for big data, so that only its first use reads it all."""
-        stats = {name: path.stat() for name, path in files.items()}
-        total = sum(s.st_size for s in stats.values())
+        total = sum(file.size for file in files.values())
 
         def digests() -> list[tuple[str, str]]:
             with progress(f"checking {self.path}", total, "bytes") as advance:
-                return [(name, _checked(path, self.skip_bad_rows > 0, advance)) for name, path in files.items()]
+                paths = zip(files, ahead(files.values()), strict=True)
+                return [(name, _checked(path, self.skip_bad_rows > 0, advance)) for name, path in paths]
 
-        if total < REMEMBER_BYTES:
+        # What is elsewhere is not fetched a second time for its digest.
+        if total < REMEMBER_BYTES and not is_url(self.path):
             return digests()
-        listing = [(name, str(files[name].absolute()), s.st_size, s.st_mtime_ns) for name, s in stats.items()]
+        listing = [(name, str(file.path.absolute()), file.size, file.stamp) for name, file in files.items()]
         known = cache_root(self.cache_dir) / "listings" / fingerprint_of("listing/1", *listing)[:24]
         if not known.exists():
             log.info("checking %d files of %s, %.1f GB; once, until one of them changes", len(files), self.path,

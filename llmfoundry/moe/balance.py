@@ -122,32 +122,31 @@ def updated_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
 
 
 @torch.no_grad()
-def update_expert_bias(model: nn.Module, load: Tensor, balance: Balance) -> None:
+def update_expert_bias(model: nn.Module, load: Tensor, balance: Balance, updated: Tensor | None = None) -> None:
     """Update the bias of every router in place, once per step, from the loads of the global batch.
 
     Args:
         model: its MoE layers have the order of `load`.
         load: (L, E) slots over the global batch, the same on every rank.
+        updated: () bool, False leaves biases as they are; None: True.
     """
     if not balance.bias_update_rate:
         return
     routers = [module for module in model.modules() if isinstance(module, Router)]
     for router, of_layer in zip(routers, load, strict=True):
         if router.expert_bias is not None:
-            router.expert_bias.copy_(updated_bias(router.expert_bias, of_layer, balance.bias_update_rate))
+            new = updated_bias(router.expert_bias, of_layer, balance.bias_update_rate)
+            router.expert_bias.copy_(new if updated is None else torch.where(updated, new, router.expert_bias))
 
 
-def summary(stats: RouterStats, tokens: int, balance: Balance) -> dict[str, float | list[float]]:
-    """The metrics of routing for one step. Reads from the device once.
+def summary(stats: RouterStats, tokens: int, balance: Balance) -> Tensor:
+    """The metrics of routing for one step, on the device; `named` says what they are.
 
     Args:
         stats: (L, E), (L, E), (L,), (L,) sums over `tokens` tokens.
 
     Returns:
-        `moe/load_balance_loss` and `moe/z_loss` (unweighted, per token, mean over layers);
-        `moe/router_entropy` (nats per token, mean over layers); `moe/max_load` and `moe/min_load` (the highest and the
-        lowest load of any expert of any layer, divided by the mean load); `moe/load` (each expert's share of the slots,
-        mean over layers).
+        (5 + E,) float64.
     """
     load, score_sum, z_sum, entropy_sum = (part.detach().double() for part in stats)
     share = load / (tokens * balance.top_k)  # (L, E)
@@ -160,7 +159,21 @@ def summary(stats: RouterStats, tokens: int, balance: Balance) -> dict[str, floa
             share.min() * share.shape[1],
         ]
     )
-    values = torch.cat([shown, share.mean(0)]).tolist()
+    return torch.cat([shown, share.mean(0)])
+
+
+def named(values: list[float]) -> dict[str, float | list[float]]:
+    """The metrics of routing by name.
+
+    Args:
+        values: of `summary`, read from the device.
+
+    Returns:
+        `moe/load_balance_loss` and `moe/z_loss` (unweighted, per token, mean over layers);
+        `moe/router_entropy` (nats per token, mean over layers); `moe/max_load` and `moe/min_load` (the highest and the
+        lowest load of any expert of any layer, divided by the mean load); `moe/load` (each expert's share of the slots,
+        mean over layers).
+    """
     names = ("moe/load_balance_loss", "moe/z_loss", "moe/router_entropy", "moe/max_load", "moe/min_load")
     metrics: dict[str, float | list[float]] = dict(zip(names, values[: len(names)], strict=True))
     return metrics | {"moe/load": [round(value, 6) for value in values[len(names) :]]}

@@ -6,11 +6,11 @@ Source: Chen et al. 2023, Symbolic Discovery of Optimization Algorithms, arXiv:2
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import overload
+from typing import Any, overload
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from llmfoundry.dtensor import local_part
 from llmfoundry.train.groups import Betas
@@ -32,7 +32,10 @@ class DecoupledLionW(torch.optim.Optimizer):
     """`p *= 1 - lr / initial_lr * weight_decay; p -= lr * sign(b1 * m + (1 - b1) * g); m = b2 * m + (1 - b2) * g`.
 
     Every operation is element by element, so each rank updates its part of a sharded parameter and nothing is sent.
+    Like `AdamW` it reads `grad_scale` and `found_inf` on the device.
     """
+
+    _step_supports_amp_scaling = True
 
     def __init__(self, params: Iterable[dict[str, object]], lr: float, betas: tuple[float, float]) -> None:
         super().__init__(params, {"lr": lr, "initial_lr": lr, "betas": betas, "weight_decay": 0.0})
@@ -47,17 +50,24 @@ class DecoupledLionW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        divisor, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for group in self.param_groups:
-            keep = 1 - group["lr"] / group["initial_lr"] * group["weight_decay"]
-            beta1, beta2 = group["betas"]
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                weight, grad = local_part(parameter), local_part(parameter.grad)
-                moment = local_part(state["exp_avg"])
-                weight.mul_(keep).sub_(torch.lerp(grad, moment, beta1).sign_(), alpha=group["lr"])
-                moment.lerp_(grad, 1 - beta2)
+                if parameter.grad is not None:
+                    self._update(parameter, group, divisor, skip)
         return loss
+
+    def _update(self, parameter: Tensor, group: dict[str, Any], divisor: Tensor | None, skip: Tensor | None) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(parameter)
+        weight, grad, moment = map(local_part, (parameter, parameter.grad, state["exp_avg"]))
+        grad = grad if divisor is None else grad / divisor.to(grad.device, grad.dtype)
+        taken: Tensor | float = 1.0  # 0 where the step is skipped: everything below is then multiplied by 1 or 0
+        if skip is not None:
+            taken = 1 - skip.to(grad.device, grad.dtype)
+            grad = torch.where(taken == 0, 0, grad)
+        beta1, beta2 = group["betas"]
+        lost = group["lr"] / group["initial_lr"] * group["weight_decay"]
+        weight.mul_(1 - lost * taken).sub_(torch.lerp(grad, moment, beta1).sign_().mul_(group["lr"] * taken))
+        moment.lerp_(grad, (1 - beta2) * taken)

@@ -21,19 +21,19 @@ from llmfoundry.model.transformer import CausalLM, Output
 from llmfoundry.moe.balance import Balance, load_balance_loss, update_expert_bias, z_loss
 from llmfoundry.parallel.fsdp import accumulating, forget_step
 from llmfoundry.train.loss import Loss
-from llmfoundry.train.optim import clip_by_global_norm
+from llmfoundry.train.optim import clipping, update
 
 CROSS_ENTROPY = Loss()
 
 
 class StepResult(NamedTuple):
-    """What a step did, the same on every rank. Only `updated` was read from the device."""
+    """What a step did, the same on every rank. Nothing was read from the device."""
 
     ce: Tensor  # () nats per label, mean over the global batch; of DPO: of the chosen answers
     total: Tensor  # () with the auxiliary losses: what was differentiated
     grad_norm: Tensor  # () before clipping
     router: RouterStats | None  # (L, E), (L, E), (L,), (L,) sums over the global batch
-    updated: bool  # False: some gradient was not finite, and nothing was changed
+    updated: Tensor  # () bool; False: some gradient was not finite, and nothing was changed
     sources: Tensor  # (2, n_sources) nats and labels of each source of a mixture
     metrics: Tensor  # of the loss, in the order of its `metrics`
 
@@ -91,15 +91,14 @@ def train_step(
     else:
         sums = accumulate()
 
-    grad_norm = clip_by_global_norm(model.parameters(), max_grad_norm)
-    updated = bool(torch.isfinite(grad_norm))  # the same on every rank, because the norm is global
+    clip = clipping(model.parameters(), max_grad_norm)
     ce, total, sources, metrics, router = _sum_over_ranks(sums)
-    if updated:
-        optimizer.step()
-        if balance is not None and router is not None:
-            update_expert_bias(model, router.load, balance)
+    update(optimizer, clip)
+    updated = clip.skip == 0  # the same on every rank, because the norm is global
+    if balance is not None and router is not None:
+        update_expert_bias(model, router.load, balance, updated)
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(ce, total, grad_norm, router, updated, sources, metrics)
+    return StepResult(ce, total, clip.norm, router, updated, sources, metrics)
 
 
 class _Counts(NamedTuple):

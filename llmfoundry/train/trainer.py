@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import signal
 import time
@@ -24,7 +25,7 @@ from llmfoundry.data.mixture import Mixture
 from llmfoundry.eval.icl import PREFIX
 from llmfoundry.layers.ffn import RouterStats
 from llmfoundry.model.transformer import CausalLM
-from llmfoundry.moe.balance import summary
+from llmfoundry.moe.balance import named, summary
 from llmfoundry.train.callback import Callback
 from llmfoundry.train.evaluating import evaluate_by_tasks, evaluate_texts
 from llmfoundry.train.loss import Loss
@@ -39,7 +40,7 @@ from llmfoundry.train.resume import (
 )
 from llmfoundry.train.run import EVALUATED, STEP, Metrics, Run, Table, is_evaluated
 from llmfoundry.train.saving import Saver
-from llmfoundry.train.step import CROSS_ENTROPY, StepResult, train_step
+from llmfoundry.train.step import CROSS_ENTROPY, train_step
 
 log = logging.getLogger(__name__)
 
@@ -193,24 +194,28 @@ class Trainer(Run):
         state.step += 1
         state.rows += rows
         state.tokens += rows * self.loader.max_seq_len
-        self._count_skip(result)
         self.router = result.router
-        names = self.objective.metrics
-        ce, total, grad_norm, *rest = torch.cat(
-            [torch.stack([result.ce, result.total, result.grad_norm]), result.metrics, result.sources.flatten()]
-        ).tolist()  # all at once: the host waits for the device here
-        of_loss, sources = dict(zip(names, rest, strict=False)), rest[len(names) :]
+        names, sizes = self.objective.metrics, (4, result.metrics.numel(), result.sources.numel())
+        parts = [torch.stack([result.updated, result.ce, result.total, result.grad_norm.to(result.ce.device)])]
+        parts += [result.metrics, result.sources.flatten()]
+        if result.router is not None and self.balance is not None:
+            parts.append(summary(result.router, rows * self.loader.max_seq_len, self.balance))
+        read = iter(
+            torch.cat([part.double() for part in parts]).tolist()
+        )  # all at once: the host waits for the device here
+        (updated, ce, total, grad_norm), of_loss, sources = (list(itertools.islice(read, size)) for size in sizes)
+        self._count_skip(bool(updated))
         metrics: Metrics = {
             "step": state.step,
             "tokens": state.tokens,
             "epoch": state.rows // self.loader.rows_per_epoch,
         }
         metrics |= {"loss/train/ce": ce, "loss/train/total": total}
-        metrics |= of_loss
+        metrics |= dict(zip(names, of_loss, strict=True))
         metrics |= self._by_source(sources)
         metrics |= {"lr": rate, "grad_norm": grad_norm, "skipped_steps": state.skipped_steps}
         if result.router is not None and self.balance is not None:
-            metrics |= summary(result.router, rows * self.loader.max_seq_len, self.balance)
+            metrics |= named(list(read))
         seconds = time.perf_counter() - start
         self.train_seconds += seconds
         return metrics | {"time/step_seconds": seconds}
@@ -227,11 +232,11 @@ class Trainer(Run):
                 found[f"tokens/{label}"] = rows * self.loader.max_seq_len
         return found
 
-    def _count_skip(self, result: StepResult) -> None:
+    def _count_skip(self, updated: bool) -> None:
         state = self.state
-        state.skipped_steps += not result.updated
-        state.skipped_in_a_row = 0 if result.updated else state.skipped_in_a_row + 1
-        if not result.updated:
+        state.skipped_steps += not updated
+        state.skipped_in_a_row = 0 if updated else state.skipped_in_a_row + 1
+        if not updated:
             log.warning("step %d: the gradient is not finite; the update was skipped", state.step)
         if state.skipped_in_a_row > self.config.max_skipped_steps:
             raise FloatingPointError(

@@ -21,8 +21,10 @@ import torch
 
 from llmfoundry.data import Loader, MixtureConfig, Source, SyntheticConfig, TokenStream
 from llmfoundry.data.mixture import Mixture, Part
-from llmfoundry.data.packing import _write
+from llmfoundry.data.packing import assemble
+from llmfoundry.data.parts import Share, write_part
 from llmfoundry.data.rows import How, StreamRows, epochs_of
+from llmfoundry.data.tokenizer import PLAIN_TEXT
 
 RESULTS = Path(__file__).parent / "results" / "loader.json"
 LENGTH, ROWS, BATCHES, PASSES, TOKENS = 2048, 512, 16, 16, 10**8
@@ -31,6 +33,8 @@ NEEDED = 8 * 110_000  # tokens per second that eight GPUs take
 
 class Words:
     """Stands for a tokenizer: a document is the number of tokens that are made up for it."""
+
+    special = PLAIN_TEXT
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         rng = np.random.default_rng(len(texts))
@@ -43,11 +47,12 @@ def build(n_sources: int, folder: Path) -> Loader:
     rng = np.random.default_rng(0)
     parts, orders = [], []
     for i in range(n_sources):
-        shard = folder / f"{n_sources}-{i}"
+        shard, part = folder / f"{n_sources}-{i}", folder / f"{n_sources}-{i}.part"
         shard.mkdir()
         documents = [str(n) for n in rng.integers(100, 2000, TOKENS // 1050 // n_sources)]
         source = Source(f"source-{i}", str(i), lambda documents=documents: iter(documents))
-        _write(shard, source, Words(), 0, np.dtype("<u2"), f"{n_sources}-{i}")  # type: ignore[arg-type]
+        counts = write_part(part, source, Share(), Words(), 0, np.dtype("<u2"), 0, lambda *_: None).counts  # type: ignore[arg-type]
+        assemble(shard, [part], {"fingerprint": shard.name, "dtype": "<u2", "eos_token_id": 0}, counts)
         dataset = SyntheticConfig(name="synthetic")
         parts.append(Part(dataset=dataset, label=f"s{i}", weight=round(float(rng.uniform(0.2, 2.0)), 3)))
         stream = TokenStream(shard)

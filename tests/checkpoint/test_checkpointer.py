@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -46,9 +47,9 @@ class Tiny(nn.Module):
         self.register_buffer("scratch", torch.zeros(5), persistent=False)
 
 
-def build(seed: int = 0, width: int = 4) -> tuple[nn.Module, Optimizer]:
+def build(seed: int = 0, width: int = 4, state_dtype: Literal["fp32", "bf16"] = "fp32") -> tuple[nn.Module, Optimizer]:
     model = Tiny(seed, width)
-    return model, AdamWConfig(lr=0.01).build(model)
+    return model, AdamWConfig(lr=0.01, state_dtype=state_dtype).build(model)
 
 
 def train(model: nn.Module, optimizer: Optimizer, steps: int = 3, seed: int = 7) -> None:
@@ -96,6 +97,42 @@ def saved(tmp_path: Path) -> tuple[Path, tuple[nn.Module, Optimizer]]:
         train(*run, steps=1)
         checkpointer.save(state(*run, step=step))
     return tmp_path / "checkpoints", run
+
+
+def test_moments_in_bf16_are_kept_so_and_training_continues_the_same(tmp_path: Path) -> None:
+    run, other = build(seed=0, state_dtype="bf16"), build(seed=1, state_dtype="bf16")
+    train(*run)
+    Checkpointer(tmp_path).load(Checkpointer(tmp_path).save(state(*run)), state(*other))
+    assert {memory["exp_avg_sq"].dtype for memory in other[1].state.values()} == {torch.bfloat16}
+    assert_same(run, other)
+    train(*run, seed=8)
+    train(*other, seed=8)
+    assert_same(run, other)
+
+
+@pytest.mark.parametrize(("before", "after"), [("fp32", "bf16"), ("bf16", "fp32")])
+def test_moments_of_another_dtype_are_taken_over(
+    tmp_path: Path, before: Literal["fp32", "bf16"], after: Literal["fp32", "bf16"], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    run, other = build(state_dtype=before), build(seed=1, state_dtype=after)
+    train(*run)
+    Checkpointer(tmp_path).load(Checkpointer(tmp_path).save(state(*run)), state(*other))
+    for (name, p), q in zip(run[0].named_parameters(), other[0].parameters(), strict=True):
+        q.grad = torch.zeros_like(q)
+        old, new = run[1].state[p]["exp_avg_sq"].clone(), other[1].state[q]["exp_avg_sq"]
+        assert torch.equal(old, new), name
+    other[1].step()
+    moments = [memory["exp_avg_sq"] for memory in other[1].state.values()]
+    assert {each.dtype for each in moments} == {torch.bfloat16 if after == "bf16" else torch.float32}
+    for (name, p), moment in zip(run[0].named_parameters(), moments, strict=True):
+        (
+            torch.testing.assert_close(
+                moment.float(), 0.95 * run[1].state[p]["exp_avg_sq"].float(), rtol=2**-6, atol=0
+            ),
+            name,
+        )
+    assert len([line for line in caplog.messages if "state_dtype" in line]) == 1
 
 
 def test_a_checkpoint_brings_everything_back_bitwise_and_training_continues_the_same(tmp_path: Path) -> None:

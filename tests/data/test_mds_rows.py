@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 
-from llmfoundry.cli.train import prepare_data_main, train_main
+from llmfoundry.cli.prepare import prepare_data_main
+from llmfoundry.cli.train import train_main
 from llmfoundry.config import ConfigError, check
 from llmfoundry.data import IGNORE, Loader, LoaderConfig, MDSConfig
 from llmfoundry.data.mds import MDSFolder, MDSWriter
@@ -113,9 +114,9 @@ def test_streams_give_their_counts_in_every_epoch(
     ("dataset", "message"),
     [
         ({"local": "nowhere"}, "there is no index.json in nowhere"),
-        ({"local": "here", "remote": "s3://bucket/x"}, "here"),
-        ({"remote": "s3://bucket/x"}, "object stores are not read yet; copy it here and name it in local"),
-        ({"local": "s3://bucket/x"}, "object stores are not read yet"),
+        ({"local": "here", "remote": "memory://bucket/x"}, "memory://bucket/x: no such file or folder"),
+        ({"remote": "nowhere://bucket/x"}, "nowhere://bucket/x: cannot be read: Protocol not known: nowhere"),
+        ({"local": "s3://bucket/x"}, "s3://bucket/x: is a URL; name it in remote"),
         ({"local": "a", "streams": {}}, "local or remote stand beside streams"),
         ({"local": "a", "eos_token_id": 0, "bos_token_id": 1}, "eos_token_id and bos_token_id both"),
         ({"streams": {"a": {"local": "x", "choose": 1, "repeat": 1.0}}}, "repeat and choose both say how many rows"),

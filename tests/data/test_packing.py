@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llmfoundry.config import ConfigError, check
-from llmfoundry.data import DatasetConfig, Source, TokenizerConfig, TokenStream, pack, packing, prepare
+from llmfoundry.data import DatasetConfig, Source, TokenizerConfig, TokenStream, encoding, pack, packing, parts, prepare
 from llmfoundry.data import tokenizer as tokenizer_module
 from llmfoundry.data.tokenizer import train_bpe
 
@@ -54,7 +54,7 @@ def test_shards_read_as_one_stream(
     tmp_path: Path, bpe: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, shard_tokens: int
 ) -> None:
     whole = everything(pack(source(DOCUMENTS), bpe, tmp_path / "whole"))
-    monkeypatch.setattr(packing, "SHARD_TOKENS", shard_tokens)
+    monkeypatch.setattr(parts, "SHARD_TOKENS", shard_tokens)
     stream = pack(source(DOCUMENTS), bpe, tmp_path / "cut")
     monkeypatch.undo()
     stream = TokenStream(stream.folder)
@@ -69,7 +69,7 @@ def test_pieces_and_batches_do_not_show(
     tmp_path: Path, bpe: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     documents = ["one line\n" * 50, "short", "x" * 300, "no newline at the end\nof this"]
-    monkeypatch.setattr(packing, "BATCH_CHARACTERS", 64)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 64)
     monkeypatch.setattr(tokenizer_module, "PIECE_CHARACTERS", 40)
     stream = pack(source(documents), bpe, tmp_path)
     assert bpe.decode(everything(stream)).split("<|endoftext|>") == ["", *documents, ""]

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from llmfoundry.cli.inference import eval_main
-from llmfoundry.cli.train import prepare_data_main, train_main
+from llmfoundry.cli.prepare import prepare_data_main
+from llmfoundry.cli.train import train_main
 from llmfoundry.config import ConfigError, check, dump
 from llmfoundry.data import DatasetConfig
 from llmfoundry.data.sources import check_apart, paired

@@ -11,6 +11,7 @@ from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.balance import (
     Balance,
     load_balance_loss,
+    named,
     summary,
     update_expert_bias,
     updated_bias,
@@ -82,7 +83,8 @@ def test_the_summary_shows_what_is_uneven() -> None:
     load = torch.full((L, E), T * K / E)
     load[1] = torch.tensor([T * K * 0.5, T * K * 0.5, 0, 0])
     even = torch.full((L, E), T / E)
-    shown = summary(RouterStats(load, even, torch.full((L,), 4.0 * T), torch.full((L,), 0.5 * T)), T, balance)
+    stats = RouterStats(load, even, torch.full((L,), 4.0 * T), torch.full((L,), 0.5 * T))
+    shown = named(summary(stats, T, balance).tolist())
     assert shown["moe/max_load"] == pytest.approx(0.5 * E) and shown["moe/min_load"] == 0.0
     assert shown["moe/z_loss"] == pytest.approx(4.0) and shown["moe/router_entropy"] == pytest.approx(0.5)
     assert sum(shown["moe/load"]) == pytest.approx(1.0, abs=1e-5)

@@ -9,8 +9,18 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+import llmfoundry.train.lion  # noqa: F401  registers its optimizer
 from llmfoundry.config import Config, ConfigError, check
-from llmfoundry.train.optim import OptimizerConfig, clip_by_global_norm, decays, set_learning_rate
+from llmfoundry.dtensor import local_part
+from llmfoundry.train.adamw import DecoupledAdamW
+from llmfoundry.train.optim import (
+    OptimizerConfig,
+    clip_by_global_norm,
+    clipping,
+    decays,
+    set_learning_rate,
+    update,
+)
 
 
 class Block(Config):
@@ -162,7 +172,22 @@ def test_the_norm_of_large_float32_gradients_is_exact_to_the_last_digits() -> No
     assert norm.item() == pytest.approx(parameter.grad.double().norm().item(), rel=1e-7)
 
 
-def _same_update_on_two_ranks(rank: int, store: str) -> None:
+def _nothing_after_a_nan_on_one_rank(rank: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def kept() -> list[torch.Tensor]:
+        state = [value for memory in optimizer.state.values() for value in memory.values()]
+        return [local_part(each).detach().clone() for each in (*model.parameters(), *state)]
+
+    before, grad = kept(), model.get_parameter("w1").grad
+    assert grad is not None
+    if rank == 1:
+        local_part(grad).view(-1)[0] = float("nan")
+    clip = clipping(model.parameters(), 0.1)
+    assert clip.skip == 1
+    update(optimizer, clip)
+    assert all(torch.equal(a, b) for a, b in zip(before, kept(), strict=True))
+
+
+def _same_update_on_two_ranks(rank: int, store: str, name: str, state: str | None) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.set_num_threads(1)
     torch.manual_seed(5)
@@ -178,25 +203,59 @@ def _same_update_on_two_ranks(rank: int, store: str) -> None:
         "b1": (sparse, [Shard(1), Shard(0)]),
     }
     spread = copy.deepcopy(plain)
-    for name, parameter in plain.named_parameters():
-        if name in layout:
-            module, _, attribute = name.rpartition(".")
-            split = nn.Parameter(distribute_tensor(parameter.detach().clone(), *layout[name]))
+    for key, parameter in plain.named_parameters():
+        if key in layout:
+            module, _, attribute = key.rpartition(".")
+            split = nn.Parameter(distribute_tensor(parameter.detach().clone(), *layout[key]))
             assert parameter.grad is not None
-            split.grad = distribute_tensor(parameter.grad.clone(), *layout[name])
+            split.grad = distribute_tensor(parameter.grad.clone(), *layout[key])
             setattr(spread.get_submodule(module), attribute, split)
         else:
-            spread.get_parameter(name).grad = None if parameter.grad is None else parameter.grad.clone()
-    expected = clip_by_global_norm(plain.parameters(), 0.1)
-    torch.testing.assert_close(clip_by_global_norm(spread.parameters(), 0.1), expected)
-    for model in (plain, spread):
-        build(model, name="adamw", lr=0.1).step()
-    for name, parameter in spread.named_parameters():
-        full = parameter.full_tensor() if name in layout else parameter
-        torch.testing.assert_close(full, plain.get_parameter(name))
+            spread.get_parameter(key).grad = None if parameter.grad is None else parameter.grad.clone()
+    expected = clip_by_global_norm(copy.deepcopy(plain).with_gradients().parameters(), 0.1)
+    clip = clipping(spread.parameters(), 0.1)
+    torch.testing.assert_close(clip.norm, expected)
+    settings: dict[str, object] = {"name": name, "lr": 0.1} | ({"state_dtype": state} if state else {})
+    optimizers = [build(model, **settings) for model in (plain, spread)]
+    for _ in range(3):  # the same divisor for both: norms differ in the last bit
+        for optimizer in optimizers:
+            grads = [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
+            update(optimizer, clip)
+            for parameter, grad in zip(
+                (p for group in optimizer.param_groups for p in group["params"]), grads, strict=True
+            ):
+                parameter.grad = grad  # torch's kernel has scaled it
+    for key, parameter in spread.named_parameters():
+        full = parameter.full_tensor() if key in layout else parameter
+        torch.testing.assert_close(full, plain.get_parameter(key), rtol=0 if state else None, atol=0 if state else None)
+    _nothing_after_a_nan_on_one_rank(rank, spread, optimizers[1])
     dist.destroy_process_group()
 
 
 @pytest.mark.dist
-def test_clipping_and_update_over_mixed_meshes_equal_one_process(tmp_path: Path) -> None:
-    mp.spawn(_same_update_on_two_ranks, (str(tmp_path / "store"),), nprocs=2)
+@pytest.mark.parametrize(("name", "state"), [("adamw", "fp32"), ("adamw", "bf16"), ("decoupled_lionw", None)])
+def test_clipping_and_update_over_mixed_meshes_equal_one_process(tmp_path: Path, name: str, state: str | None) -> None:
+    mp.spawn(_same_update_on_two_ranks, (str(tmp_path / "store"), name, state), nprocs=2)
+
+
+def test_scale_and_flag_are_read_by_the_optimizer_or_by_the_host() -> None:
+    """Ours reads them on the device; for one that cannot, gradients are scaled before."""
+    for make in (
+        lambda p: torch.optim.SGD(p, lr=0.5),
+        lambda p: DecoupledAdamW([{"params": p}], 0.5, (0.9, 0.9), 1e-8),
+    ):
+        model, other = Tiny().with_gradients(), Tiny()
+        other.load_state_dict(model.state_dict())
+        other.with_gradients()
+        before = copy.deepcopy(model.state_dict())
+        one, two = (make(list(each.parameters())) for each in (model, other))
+        clip = clipping(model.parameters(), 0.25)
+        assert clip.divisor > 1
+        update(one, clip._replace(skip=torch.ones(())))
+        assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+        update(one, clip)
+        clip_by_global_norm(other.parameters(), 0.25)
+        two.step()
+        assert not hasattr(one, "grad_scale")
+        for a, b in zip(model.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(a, b)

@@ -1,0 +1,128 @@
+"""`prepare_data.py YAML [key=value ...]`: tokenise a run's datasets ahead of it, on machines without GPUs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from llmfoundry.cli.command import command, program, read_run_config
+from llmfoundry.cli.train import sees_documents
+from llmfoundry.config import ConfigError
+
+if TYPE_CHECKING:
+    from llmfoundry.data.packing import TokenStream
+    from llmfoundry.data.parts import Share
+    from llmfoundry.data.sources import DatasetConfig
+    from llmfoundry.train.config import RunConfig
+
+
+class _Named(NamedTuple):
+    """A dataset of a run."""
+
+    where: str  # in the YAML
+    folder: str  # below --out
+    dataset: DatasetConfig
+
+
+@command
+def prepare_data_main(argv: Sequence[str] | None = None) -> None:
+    """`prepare_data.py YAML [--workers N] [--part I/N] [--dedup] [--filter FUNCTION] [key=value ...]`."""
+    parser = argparse.ArgumentParser(
+        prog=program("prepare", "prepare_data.py"), description="Tokenise a run's datasets ahead of it."
+    )
+    parser.add_argument("yaml")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenise; if left out, one per core")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="only files I of N parts: one per machine")
+    parser.add_argument("--dedup", action="store_true", help="of equal training documents, keep the first")
+    parser.add_argument("--filter", metavar="FILE.py:FUNCTION", help="keep training documents for which it is true")
+    parser.add_argument("--format", choices=("tokens", "mds"), default="tokens", help="mds: also write MDS folders")
+    parser.add_argument("--out", help="for --format mds: where the folders train, validation, ... are written")
+    parser.add_argument("--compression", help="for --format mds: zstd[:level], gz, bz2, br or snappy")
+    args = parser.parse_intermixed_args(argv)
+    if (args.format == "mds") != (args.out is not None) or (args.compression and args.format != "mds"):
+        raise ConfigError("--format mds and --out FOLDER belong together; --compression is for them")
+    workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
+    if workers < 1:
+        raise ConfigError(f"--workers {workers}: must be 1 or more")
+    from llmfoundry.data.parts import Share
+
+    share = Share.parse(args.part)
+    if share.of > 1 and args.format == "mds":
+        raise ConfigError("--format mds: is written of whole datasets; run it without --part once all parts are done")
+    config = read_run_config(args.yaml, args.overrides)
+    _prepare(config, args, workers, share)
+
+
+def _prepare(config: RunConfig, args: argparse.Namespace, workers: int, share: Share) -> None:
+    from llmfoundry.data.packing import prepare_part
+    from llmfoundry.data.parts import Share
+    from llmfoundry.data.rows import How, RowsConfig
+    from llmfoundry.data.sources import check_apart
+    from llmfoundry.data.texts import TextsConfig
+
+    for part in config.due_evaluations:
+        check_apart(config.train_loader.dataset, part.dataset)
+    tokenizer = config.tokenizer.build(config.train_loader.dataset, [part.dataset for part in config.due_evaluations])
+    special = config.tokenizer.special_tokens(tokenizer)
+    changes = ({"dedup": True} if args.dedup else {}) | ({"filter": args.filter} if args.filter else {})
+    for where, folder, dataset in _datasets(config):
+        how = How(dataset.max_seq_len or config.max_seq_len, config.seed, sees_documents(config), special=special)
+        if isinstance(dataset, RowsConfig):
+            rows = dataset.order(tokenizer, how)
+            print(f"{where}: {rows.rows_per_epoch:,} rows of {rows.length:,} tokens")
+            continue
+        if changes and where.startswith("train_loader"):
+            if not isinstance(dataset, TextsConfig):
+                raise ConfigError(f"{where}: {dataset.name} takes neither --dedup nor --filter")
+            dataset = dataset.model_copy(update=changes)
+        start = time.perf_counter()
+        # Where a machine has no part of a dataset of few files, the first one takes all of it.
+        divided = share.of > 1 and len(dataset.build().pieces) >= share.of
+        if share.number > 1 and not divided:
+            print(f"{where}: has too few files for {share.of} parts; part 1 takes all of it")
+            continue
+        stream = prepare_part(dataset, tokenizer, special, share if divided else Share(), workers)
+        seconds = time.perf_counter() - start
+        if stream is None:
+            print(f"{where}: part {share} is done, in {seconds:,.1f} s; others are not")
+            continue
+        for line in _report(stream, where, seconds, changes if where.startswith("train_loader") else {}):
+            print(line)
+        if args.format == "mds":
+            _write_mds(stream, where, how.length, Path(args.out) / folder, args.compression)
+
+
+def _datasets(config: RunConfig) -> Iterator[_Named]:
+    loaders = {"train_loader": config.train_loader}
+    loaders |= {f"eval_loaders.{part.label}" if part.label else "eval_loader": part for part in config.due_evaluations}
+    for name, part in loaders.items():
+        parts = part.dataset.parts()
+        for number, dataset in enumerate(parts):
+            if len(parts) > 1:
+                yield _Named(f"{name}.{number}", f"{dataset.split}-{number}", dataset)
+            else:
+                yield _Named(name, dataset.split, dataset)
+
+
+def _report(stream: TokenStream, where: str, seconds: float, changes: dict[str, object]) -> Iterator[str]:
+    """What was read, left out and written."""
+    yield f"{where}: {stream.n_tokens:,} tokens of {stream.n_bytes:,} bytes in {Path(stream.folder)}"
+    if stream.counts is not None:
+        yield f"{where}: {stream.counts}"
+    yield f"{where}: {stream.n_shards:,} files; {seconds:,.1f} s, {stream.n_tokens / seconds:,.0f} tokens/s"
+    if changes:
+        keys = ", ".join(f"{key}: {str(value).lower() if value is True else value}" for key, value in changes.items())
+        yield f"{where}: a run reads this with `{keys}` in its dataset"
+
+
+def _write_mds(stream: TokenStream, where: str, length: int, folder: Path, compression: str | None) -> None:
+    from llmfoundry.data.mds_write import write_rows
+
+    written = write_rows(stream, length, folder, compression)
+    left = f"{written.left_out:,} tokens at the end fill no row"
+    print(f"{where}: {written.rows:,} rows of {length:,} tokens in {folder}; {left}")

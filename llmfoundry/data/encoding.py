@@ -1,0 +1,112 @@
+"""Documents to token ids, in batches, in this process or in several; the order and the ids are the same."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmfoundry.config import ResourceError
+from llmfoundry.data.sieve import Counts
+from llmfoundry.data.tokenizer import Encoder, pieces
+
+# Characters handed to a tokenizer at a time: enough to keep all cores busy, little enough to stay in memory.
+BATCH_CHARACTERS = 2**22
+WORKER_CHARACTERS = 2**20  # the same for one of several processes
+_AHEAD = 3  # batches per worker that are under way
+
+
+class Text(NamedTuple):
+    """A document, or a part of a long one."""
+
+    text: str
+    counts: Counts | None  # after the document that ends here; None: it goes on
+
+
+def encoded(
+    documents: Iterable[tuple[str, Counts]], encoder: Encoder, workers: int = 0
+) -> Iterator[tuple[Text, NDArray]]:
+    """Each text with its ids.
+
+    Args:
+        documents: with the counts after each.
+        workers: processes that tokenise, each on one core; 1: this one alone; 0: this one, with the tokenizer's own
+            threads.
+
+    Raises:
+        ResourceError: a worker was killed.
+    """
+    if workers <= 1:
+        encode = encoder.ids if workers else encoder.encode
+        for batch in _batches(documents, BATCH_CHARACTERS):
+            found = encode([each.text for each in batch])
+            yield from zip(batch, map(np.asarray, found), strict=True)
+        return
+    # Forked, so that workers have the tokenizer without importing anything; they start no threads.
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(workers, context, _start, (encoder, os.getpid()))
+    waiting: deque[tuple[list[Text], Future[tuple[NDArray, list[int]]]]] = deque()
+    try:
+        for batch in _batches(documents, WORKER_CHARACTERS):
+            waiting.append((batch, pool.submit(_encode, [each.text for each in batch])))
+            if len(waiting) >= _AHEAD * workers:
+                yield from _received(*waiting.popleft())
+        while waiting:
+            yield from _received(*waiting.popleft())
+    except BrokenProcessPool:
+        raise ResourceError(
+            "a worker was killed, most likely because memory ran out; use fewer --workers (what is done is kept)"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _received(batch: list[Text], future: Future[tuple[NDArray, list[int]]]) -> Iterator[tuple[Text, NDArray]]:
+    ids, lengths = future.result()
+    yield from zip(batch, np.split(ids, np.cumsum(lengths)[:-1]), strict=True)
+
+
+_encoder: Encoder | None = None  # of a worker
+
+
+def _start(encoder: Encoder, parent: int) -> None:
+    global _encoder
+    _encoder = encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with it, however it ends
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _encode(texts: list[str]) -> tuple[NDArray, list[int]]:
+    assert _encoder is not None
+    found = _encoder.ids(texts)
+    return np.concatenate(found), [len(ids) for ids in found]
+
+
+def _batches(documents: Iterable[tuple[str, Counts]], size: int) -> Iterator[list[Text]]:
+    """Texts in batches of bounded size."""
+    batch: list[Text] = []
+    characters = 0
+    for document, counts in documents:
+        parts = list(pieces(document))
+        for number, part in enumerate(parts, 1):
+            batch.append(Text(part, counts if number == len(parts) else None))
+            characters += len(part)
+            if characters >= size:
+                yield batch
+                batch, characters = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,49 @@
+"""Functions of a user that a YAML names: `package.module:function`, or `file.py:function`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from llmfoundry.config import ConfigError, import_code
+
+
+def imported(name: str, key: str) -> Callable:
+    """The function; modules are looked for in the working directory and among the files of `code_paths` too.
+
+    Args:
+        key: that names it, for messages.
+
+    Raises:
+        ConfigError: it cannot be imported, or is no function.
+    """
+    module_name, _, function = name.partition(":")
+    where = f"{key}: {name}"
+    if not function:
+        raise ConfigError(f"{where}: write package.module:function or file.py:function")
+    if module_name.endswith(".py"):
+        import_code([module_name])
+        module_name = Path(module_name).stem
+    module = sys.modules.get(f"llmfoundry_plugin_{module_name}")  # a file of code_paths
+    if module is None:
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        try:
+            module = importlib.import_module(module_name)
+        except Exception as error:  # the user's code may fail in any way
+            raise ConfigError(f"{where}: cannot be imported: {type(error).__name__}: {error}") from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise ConfigError(f"{where}: {module_name} has no function {function}")
+    return found
+
+
+def code_of(name: str, key: str) -> str:
+    """What decides the function's result: the file in which it is."""
+    file = inspect.getsourcefile(imported(name, key))
+    return f"{name} {hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ''}"

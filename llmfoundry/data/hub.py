@@ -1,0 +1,78 @@
+"""`hub`: a column of text of a dataset of the Hugging Face hub, by its name.
+
+`datasets` reads it, with its cache and its settings: HF_DATASETS_OFFLINE and HF_HUB_OFFLINE read only what is in the
+cache, HF_TOKEN opens what is private. With `streaming`, files are read as they come and not stored; only tokens are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from llmfoundry.config import ConfigError
+from llmfoundry.data.sources import Source, fingerprint_of
+from llmfoundry.data.texts import TextsConfig
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class HubTextConfig(TextsConfig, names=("hub", "hf_text")):
+    """A dataset of the Hugging Face hub, or a folder that `datasets` can read, of texts to be packed."""
+
+    hf_name: str  # e.g. allenai/c4, or a folder
+    subset: str | None = None  # its configuration, e.g. en
+    split: str = "train"  # type: ignore[assignment]  # as `datasets` writes it: train, validation, train[:1%]
+    revision: str | None = None  # a commit, branch or tag; None: the newest
+    text_key: str = "text"  # the column with the text
+    streaming: bool = False  # read files as they come, without storing them
+    max_documents: int | None = Field(default=None, ge=1)  # read only so many, from the first; None: all
+
+    def heap(self) -> str:
+        return json.dumps(["hub", self.hf_name, self.subset, self.revision, self.split])
+
+    def found(self) -> Source:
+        import datasets  # here, because it takes long to import and most runs do not need it
+
+        try:
+            builder = datasets.load_dataset_builder(self.hf_name, self.subset, revision=self.revision)
+            # `datasets` takes what it once stored of a folder for what the folder holds now.
+            anew = {"download_mode": "force_redownload", "verification_mode": "no_checks"}
+            how = anew if Path(self.hf_name).is_dir() else {}
+            rows = datasets.load_dataset(
+                self.hf_name, self.subset, split=self.split, revision=self.revision, streaming=self.streaming, **how,
+            )  # fmt: skip
+        except Exception as error:  # the hub and its readers fail in many ways
+            why = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"dataset.hf_name: {self.hf_name}, subset {self.subset}, split {self.split}: cannot be loaded: "
+                f"{type(error).__name__}: {why}"
+            ) from error
+        columns = rows.column_names
+        if columns is not None and self.text_key not in columns:
+            raise ConfigError(f"dataset.text_key: {self.hf_name}: {self.text_key!r} is not among {', '.join(columns)}")
+        # The builder's hash is of the revision of a hub dataset; files of this machine have their times.
+        files = (path for paths in (builder.config.data_files or {}).values() for path in map(Path, paths))
+        times = [(str(path), path.stat().st_mtime_ns) for path in files if path.is_file()]
+        data = (builder.hash or "", builder.config_id, str(builder.config.version), self.split, self.text_key, *times)
+        title = f"hub-{self.split.partition('[')[0]}"
+        name = self.hf_name if self.subset is None else f"{self.hf_name}/{self.subset}"
+        return Source(
+            title,
+            fingerprint_of("hub-text/1", self.hf_name, *data, self.max_documents or 0),
+            lambda: self._read(rows),
+            summary=f"{title}: reads {name}, split {self.split}" + (" as a stream" if self.streaming else ""),
+        )
+
+    def _read(self, rows: datasets.Dataset | datasets.IterableDataset) -> Iterator[str]:
+        texts = rows.select_columns([self.text_key])
+        for number, row in enumerate(itertools.islice(texts, self.max_documents)):
+            text = row[self.text_key]
+            if not isinstance(text, str):
+                raise ConfigError(f"dataset.text_key: {self.hf_name}: row {number}: {self.text_key!r} is {text!r:.80}")
+            yield text

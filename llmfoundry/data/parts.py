@@ -1,0 +1,214 @@
+"""A part of a stream of tokens on its way to disk: shards that are whole one by one, so that a killed run goes on.
+
+A part is all of a source, or some of its files (`--part 2/8`: one of eight machines). Its folder holds shards and
+`state.json`, which is replaced whenever a shard is complete: the shards so far, the documents that had ended by then,
+and the place in the stream at which the last of these ended. To go on, these documents are read again, not tokenised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmfoundry.config import ConfigError
+from llmfoundry.data.encoding import encoded
+from llmfoundry.data.sieve import Counts
+from llmfoundry.data.sources import Source
+from llmfoundry.data.tokenizer import Encoder
+from llmfoundry.progress import Advance
+
+SHARD_TOKENS = 2**27
+
+
+class Share(NamedTuple):
+    """Which part of a source: the files whose bytes lie in it. `Share()` is all of it."""
+
+    number: int = 1
+    of: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Share:
+        """`2/8` as the second of eight.
+
+        Raises:
+            ConfigError: it is not of this form.
+        """
+        number, _, of = text.partition("/")
+        if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+            raise ConfigError(f"--part {text}: write I/N, e.g. 2/8 for the second of eight parts")
+        return cls(int(number), int(of))
+
+    def __str__(self) -> str:
+        return f"{self.number} of {self.of}"
+
+
+class Shard(NamedTuple):
+    """One file of the stream."""
+
+    tokens: int
+    sha256: str
+
+
+class State(NamedTuple):
+    """How far a part is."""
+
+    shards: list[Shard]
+    counts: Counts  # of the documents that ended in these shards
+    place: int  # in the part's tokens, at which the last of them ended
+    done: bool = False
+
+
+def shard_name(number: int) -> str:
+    """The name of a shard in its folder."""
+    return f"tokens-{number:05d}.bin"
+
+
+def documents_of(source: Source, share: Share) -> tuple[list[Iterator[str]], Iterator[str]]:
+    """The documents of the files before a part, and those of the part.
+
+    Raises:
+        ConfigError: the source has fewer files than there are parts.
+    """
+    if share.of == 1:
+        return [], source.read()
+    if len(source.pieces) < share.of:
+        raise ConfigError(
+            f"--part {share.number}/{share.of}: dataset {source.title} has {len(source.pieces)} files that can be "
+            "divided; ask for no more parts, or split its files"
+        )
+    bounds = _bounds([piece.n_bytes for piece in source.pieces], share.of)
+    first, last = bounds[share.number - 1], bounds[share.number]
+    before = [piece.read() for piece in source.pieces[:first]]
+    return before, itertools.chain.from_iterable(piece.read() for piece in source.pieces[first:last])
+
+
+def _bounds(sizes: list[int], n: int) -> list[int]:
+    """The files at which parts begin, and the end: parts of about equal size, each of one file at least."""
+    ends = list(itertools.accumulate(sizes))
+    bounds = [0]
+    for part in range(1, n):
+        wanted = ends[-1] * part / n
+        at = next(i for i, end in enumerate(ends) if end >= wanted) + 1
+        bounds.append(min(max(at, bounds[-1] + 1), len(sizes) - (n - part)))
+    return [*bounds, len(sizes)]
+
+
+def write_part(
+    folder: Path, source: Source, share: Share, encoder: Encoder, eos: int, dtype: np.dtype, workers: int,
+    advance: Advance,
+) -> State:  # fmt: skip
+    """Tokenise a part, from where an earlier run stopped; a mistake in the data leaves nothing of it.
+
+    Args:
+        workers: see `encoded`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = read_state(folder)
+    if state.done:
+        return state
+    try:
+        return _write(folder, source, share, encoder, eos, dtype, workers, advance, state)
+    except ConfigError:
+        shutil.rmtree(folder)
+        raise
+
+
+def _write(
+    folder: Path, source: Source, share: Share, encoder: Encoder, eos: int, dtype: np.dtype, workers: int,
+    advance: Advance, state: State,
+) -> State:  # fmt: skip
+    before, documents = documents_of(source, share)
+    sieve = source.sieve()
+    if source.dedup:
+        for each in before:
+            sieve.see(each)
+    sieve.see(itertools.islice(documents, state.counts.read))
+    if not source.dedup:
+        next(itertools.islice(documents, state.counts.read, state.counts.read), None)
+    writer = _Writer(folder, dtype, state)
+    bos = encoder.special.bos
+    opens = [] if bos is None else [bos]  # each document
+    opening = [eos] if bos is None and share.number == 1 and state.place == 0 else opens
+    advance(state.counts.kept_bytes)
+    for (text, counts), ids in encoded(sieve.through(documents, state.counts), encoder, workers):
+        closing = [] if counts is None else [eos]
+        writer.write(np.concatenate([opening, ids, closing]).astype(dtype))
+        opening = [] if counts is None else opens
+        if counts is not None:
+            writer.ended(counts)
+        advance(len(text) if text.isascii() else len(text.encode()), len(ids))
+    return writer.finish(sieve.last)
+
+
+def read_state(folder: Path) -> State:
+    """How far a part is; at its beginning if there is nothing."""
+    try:
+        found = json.loads((folder / "state.json").read_text())
+    except FileNotFoundError:
+        return State([], Counts(), 0)
+    shards = [Shard(*shard) for shard in found["shards"]]
+    return State(shards, Counts(*found["counts"]), found["place"], found["done"])
+
+
+class _Writer:
+    """Cuts a part into files of SHARD_TOKENS, from the place of a state on."""
+
+    def __init__(self, folder: Path, dtype: np.dtype, state: State) -> None:
+        self._folder, self._dtype = folder, dtype
+        self._shards, self._counts, self._ended = list(state.shards), state.counts, state.place
+        self._place = state.place
+        self._skip = sum(shard.tokens for shard in state.shards) - state.place  # tokens that are on disk already
+        self._file: BinaryIO | None = None
+
+    def write(self, ids: NDArray) -> None:
+        self._place += len(ids)
+        skipped = min(self._skip, len(ids))
+        self._skip -= skipped
+        ids = ids[skipped:]
+        while len(ids):
+            if self._file is None:
+                self._file = (self._folder / shard_name(len(self._shards))).open("wb")
+                self._sha, self._tokens = hashlib.sha256(), 0
+            part, ids = np.split(ids, [SHARD_TOKENS - self._tokens])
+            data = part.tobytes()
+            self._file.write(data)
+            self._sha.update(data)
+            self._tokens += len(part)
+            if self._tokens == SHARD_TOKENS:
+                self._close()
+                self._save(State(self._shards, self._counts, self._ended))
+
+    def ended(self, counts: Counts) -> None:
+        """A document ends here."""
+        self._counts, self._ended = counts, self._place
+
+    def finish(self, counts: Counts) -> State:
+        self._close()
+        state = State(self._shards, counts, self._place, done=True)
+        self._save(state)
+        return state
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+            self._shards.append(Shard(self._tokens, self._sha.hexdigest()))
+
+    def _save(self, state: State) -> None:
+        temporary = self._folder / "state.json.tmp"
+        with temporary.open("w") as file:
+            json.dump(state._asdict(), file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self._folder / "state.json")

@@ -1,0 +1,217 @@
+"""Files of object stores and other machines (`s3://`, `gs://`, `hf://`, ...), by fsspec, in a bounded cache here.
+
+A file is fetched whole when it is first read, under its url, size and version, and gets its name when it is complete.
+Where the cache would grow beyond its limit, the files that were not used for the longest time go first. Credentials are
+those of the environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN, ...), never of a YAML.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Annotated, NamedTuple, TypeVar
+
+import fsspec
+from filelock import FileLock
+from pydantic import AfterValidator
+
+from llmfoundry.config import ConfigError, ResourceError, is_url, local_path
+
+Result = TypeVar("Result")
+ATTEMPTS = 5
+FIRST_WAIT = 0.5  # seconds before the second attempt; doubled each time
+IN_USE = 60.0  # seconds for which a file that was asked for is kept, until it is opened
+LIMIT = 10**11  # bytes of a cache, if no limit is given
+# What a store tells of a file's contents or time, of which each has its own.
+_VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "last_commit", "LastModified", "updated", "mtime", "created")
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+def data_path(path: str) -> str:
+    """A path of this machine, with `~` expanded, or a URL that fsspec knows.
+
+    Raises:
+        ValueError: neither.
+    """
+    protocol, separator, _ = path.partition("://")
+    if not is_url(path) or (separator and protocol in fsspec.available_protocols()):
+        return path if separator else local_path(path)
+    raise ValueError(f"{path}: is a URL that is not known; known are s3://, gs://, hf://, and fsspec's others")
+
+
+DataPath = Annotated[str, AfterValidator(data_path)]
+
+
+def n_bytes(size: int | str | None) -> int:
+    """A size as it is written: 100gb, 5e9 or a number of bytes.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    if size is None:
+        return LIMIT
+    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?b)?", str(size).lower())
+    if found is None:
+        raise ValueError(f"{size!r} is not a valid size; write e.g. 100gb")
+    return int(float(found[1]) * _UNITS[found[2] or "b"])
+
+
+class RemoteFile(NamedTuple):
+    """A file elsewhere."""
+
+    url: str
+    size: int
+    version: str  # changes with its contents
+
+
+class Store:
+    """Fetches files into a cache."""
+
+    def __init__(self, cache: Path, limit: int = LIMIT) -> None:
+        """Use a cache.
+
+        Args:
+            cache: the cache folder (see `cache_root`).
+            limit: bytes that it holds at most, but for files that were asked for within the last minute.
+        """
+        self._root, self._limit = cache / "remote", limit
+
+    def find(self, url: str) -> dict[str, RemoteFile]:
+        """The files below a folder, of a glob, or one file, by their names below it.
+
+        Raises:
+            ConfigError: there is none, it may not be read, or the store's package is not installed.
+        """
+        fs, path = _opened(url)
+
+        def look() -> dict[str, dict]:
+            fs.invalidate_cache()
+            if fs.isfile(path):
+                return {path: fs.info(path)}
+            if "*" in path or "?" in path:
+                return {name: info for name, info in fs.glob(path, detail=True).items() if info["type"] == "file"}
+            return fs.find(path, detail=True)
+
+        found = _patiently(url, look)
+        if not found:
+            raise ConfigError(f"{url}: no such file or folder")
+        fixed = [part for part in PurePosixPath(path).parts]
+        wild = next((i for i, part in enumerate(fixed) if "*" in part or "?" in part), len(fixed))
+        root = PurePosixPath(*fixed[:wild]) if wild < len(fixed) or path not in found else PurePosixPath(path).parent
+        return {
+            PurePosixPath(name).relative_to(root).as_posix(): RemoteFile(
+                fs.unstrip_protocol(name), int(info["size"]), _version(info)
+            )
+            for name, info in sorted(found.items())
+        }
+
+    def fetch(self, file: RemoteFile) -> Path:
+        """The file on this machine.
+
+        Raises:
+            ConfigError: it is gone, may not be read, or is larger than the cache.
+            ResourceError: it could not be fetched in ATTEMPTS attempts.
+        """
+        fs, path = _opened(file.url)
+
+        def get(target: Path) -> None:
+            fs.get_file(path, str(target))
+            if target.stat().st_size != file.size:
+                raise OSError(f"{target.stat().st_size} bytes came, and it has {file.size}")
+
+        key = json.dumps(file)
+        return self.keep(key, PurePosixPath(path).name, file.size, lambda to: _patiently(file.url, lambda: get(to)))
+
+    def keep(self, key: str, name: str, size: int, make: Callable[[Path], None]) -> Path:
+        """A file of the cache; made first if it is not there.
+
+        Args:
+            key: what it is.
+            name: of the file.
+            size: bytes.
+            make: writes it.
+        """
+        if size > self._limit:
+            raise ConfigError(f"{name}: has {size:,} bytes, and cache_limit is {self._limit:,}; raise it")
+        folder = self._root / hashlib.sha256(key.encode()).hexdigest()[:24]
+        target = folder / name
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{folder}.lock"):
+                if target.is_file():
+                    os.utime(folder)
+                    return target
+                self._make_room(size)
+                temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=self._root))
+                try:
+                    make(temporary / name)
+                    with (temporary / name).open("rb") as file:
+                        os.fsync(file.fileno())
+                    temporary.rename(folder)
+                finally:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                return target
+        except OSError as error:
+            raise ConfigError(f"{folder}: cannot be written: {error}; set cache_dir to a folder with room") from error
+
+    def _make_room(self, size: int) -> None:
+        """Delete what was not used for the longest time, until there is room."""
+        with FileLock(self._root / "room.lock"):
+            found = []
+            for folder in self._root.iterdir():
+                if folder.is_dir():
+                    files = list(folder.iterdir())
+                    found.append((folder.stat().st_mtime, sum(file.stat().st_size for file in files), folder))
+            total = sum(each[1] for each in found) + size
+            for used, of_folder, folder in sorted(found):
+                if total <= self._limit:
+                    return
+                if ".tmp-" not in folder.name and time.time() - used >= IN_USE:
+                    shutil.rmtree(folder)
+                    Path(f"{folder}.lock").unlink(missing_ok=True)
+                    total -= of_folder
+
+
+def _opened(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise ConfigError(f"{url}: needs a package that is not installed: {error}") from None
+    except ValueError as error:
+        raise ConfigError(f"{url}: cannot be read: {error}") from None
+    return fs, str(path).rstrip("/")
+
+
+def _version(info: dict) -> str:
+    return json.dumps({key: str(info[key]) for key in _VERSIONS if info.get(key)})
+
+
+def _patiently(url: str, act: Callable[[], Result]) -> Result:
+    """Try again where a store or the network fails; what is not there or not allowed fails at once."""
+    wait = FIRST_WAIT
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return act()
+        except FileNotFoundError:
+            raise ConfigError(f"{url}: no such file or folder") from None
+        except PermissionError as error:
+            raise ConfigError(
+                f"{url}: may not be read: {_said(error)}; credentials are read from the environment"
+            ) from None
+        except Exception as error:  # each store has errors of its own
+            if attempt == ATTEMPTS:
+                raise ResourceError(f"{url}: cannot be read after {ATTEMPTS} attempts: {_said(error)}") from error
+        time.sleep(wait)
+        wait *= 2
+    raise AssertionError
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,0 +1,72 @@
+"""Which documents of a source are kept: none that is empty, one of several equal ones, what a function lets pass."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, Self
+
+
+class Counts(NamedTuple):
+    """What has been read so far, and what became of it."""
+
+    read: int = 0  # documents
+    empty: int = 0
+    duplicates: int = 0  # equal to an earlier one
+    filtered: int = 0  # left out by the function
+    kept: int = 0
+    kept_bytes: int = 0  # as UTF-8
+
+    def plus(self, other: Self) -> Self:
+        """Both together."""
+        return type(self)(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def __str__(self) -> str:
+        """E.g. `read 10 documents; left out 1 empty, 2 duplicates, 0 by the filter; kept 7 (1,234 bytes)`."""
+        left = f"{self.empty:,} empty, {self.duplicates:,} duplicates, {self.filtered:,} by the filter"
+        return f"read {self.read:,} documents; left out {left}; kept {self.kept:,} ({self.kept_bytes:,} bytes)"
+
+
+NONE = Counts()
+
+
+class Sieve:
+    """Takes documents one by one. With `dedup` it remembers 16 bytes of each, about 100 bytes of memory."""
+
+    def __init__(self, dedup: bool = False, keep: Callable[[str], bool] | None = None) -> None:
+        self._seen: set[bytes] | None = set() if dedup else None
+        self._keep = keep
+
+    def see(self, documents: Iterable[str]) -> None:
+        """Remember documents that were taken elsewhere, so that equal ones are duplicates."""
+        if self._seen is not None:
+            self._seen.update(_digest(document) for document in documents if document)
+
+    def through(self, documents: Iterable[str], counts: Counts = NONE) -> Iterator[tuple[str, Counts]]:
+        """The documents that are kept, each with the counts after it, which go on from `counts`."""
+        read, empty, duplicates, filtered, kept, kept_bytes = counts
+        for document in documents:
+            read += 1
+            if not document:
+                empty += 1
+            elif self._seen is not None and self._is_known(document):
+                duplicates += 1
+            elif self._keep is not None and not self._keep(document):
+                filtered += 1
+            else:
+                kept += 1
+                kept_bytes += len(document) if document.isascii() else len(document.encode())
+                yield document, Counts(read, empty, duplicates, filtered, kept, kept_bytes)
+        self.last = Counts(
+            read, empty, duplicates, filtered, kept, kept_bytes
+        )  # with those after the last that is kept
+
+    def _is_known(self, document: str) -> bool:
+        assert self._seen is not None
+        digest, n = _digest(document), len(self._seen)
+        self._seen.add(digest)
+        return len(self._seen) == n
+
+
+def _digest(document: str) -> bytes:
+    return hashlib.blake2b(document.encode(), digest_size=16).digest()

@@ -1,0 +1,118 @@
+"""Numbers of a dataset: how many documents or rows, how long they are, and how many are equal."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmfoundry.data.rows import IGNORE, Rows
+from llmfoundry.data.tokenizer import Encoder
+
+QUANTILES = {"min": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
+_TEXTS = 256  # tokenised at once
+
+
+class Lengths(NamedTuple):
+    """How long things are."""
+
+    what: str  # e.g. "tokens per document"
+    total: int
+    mean: float
+    quantiles: dict[str, int]  # by the names of QUANTILES
+
+
+class Statistics(NamedTuple):
+    """What a dataset holds, or the first of it."""
+
+    name: str
+    kind: str  # "documents" or "rows"
+    number: int  # of them
+    empty: int  # documents without text, or rows without a label
+    duplicates: int  # equal to an earlier one
+    lengths: list[Lengths]
+    complete: bool  # whether all of it was read
+    summary: str = ""  # what is read and skipped
+
+
+def lengths_of(what: str, lengths: NDArray[np.int64]) -> Lengths:
+    """The distribution of lengths."""
+    if not len(lengths):
+        return Lengths(what, 0, 0.0, dict.fromkeys(QUANTILES, 0))
+    found = np.quantile(lengths, list(QUANTILES.values()), method="inverted_cdf").astype(int).tolist()
+    return Lengths(what, int(lengths.sum()), float(lengths.mean()), dict(zip(QUANTILES, found, strict=True)))
+
+
+def of_texts(
+    name: str, documents: Iterator[str], encoder: Encoder | None, limit: int | None, summary: str = ""
+) -> Statistics:
+    """Of documents: their bytes, and with an encoder their tokens.
+
+    Args:
+        limit: documents that are read at most; None: all.
+    """
+    sizes, tokens, hashes, empty = [], [], bytearray(), 0
+    first = itertools.islice(documents, limit)
+    while texts := list(itertools.islice(first, _TEXTS)):
+        for text in texts:
+            data = text.encode()
+            sizes.append(len(data))
+            empty += not data
+            hashes += hashlib.blake2b(data, digest_size=16).digest()
+        if encoder is not None:
+            tokens += [len(ids) for ids in encoder.ids(texts)]
+    lengths = [lengths_of("bytes per document", np.array(sizes, np.int64))]
+    if encoder is not None:
+        lengths.append(lengths_of("tokens per document", np.array(tokens, np.int64)))
+    complete = next(documents, None) is None
+    return Statistics(name, "documents", len(sizes), empty, _duplicates(hashes), lengths, complete, summary)
+
+
+def of_rows(name: str, rows: Rows, limit: int | None) -> Statistics:
+    """Of rows that a dataset makes itself: labels, and where rows hold several documents, the documents' tokens."""
+    n = rows.n_rows if limit is None else min(limit, rows.n_rows)
+    labels, documents, hashes = [], [], bytearray()
+    for start in range(0, n, _TEXTS):
+        block = rows.read(np.arange(start, min(start + _TEXTS, n)))
+        learned = block.labels != IGNORE
+        labels += learned.sum(axis=1).tolist()
+        for row in block.tokens:
+            hashes += hashlib.blake2b(row.tobytes(), digest_size=16).digest()
+        if block.documents is not None:
+            # Document 0 of a row with positions of its own is what fills it.
+            first = 1 if block.positions is not None else 0
+            documents += [n for ids in block.documents for n in np.bincount(ids)[first:].tolist() if n]
+    lengths = [lengths_of("labels per row", np.array(labels, np.int64))]
+    if documents:
+        lengths.append(lengths_of("tokens per document of a row", np.array(documents, np.int64)))
+    return Statistics(name, "rows", n, labels.count(0), _duplicates(hashes), lengths, n == rows.n_rows)
+
+
+def _duplicates(hashes: bytes | bytearray) -> int:
+    digests = np.frombuffer(bytes(hashes), dtype="V16")
+    return len(digests) - len(np.unique(digests))
+
+
+def as_data(each: Statistics) -> dict[str, object]:
+    """For JSON."""
+    return each._asdict() | {"lengths": [lengths._asdict() for lengths in each.lengths]}
+
+
+def lines(found: Sequence[Statistics]) -> Iterable[str]:
+    """For a file or a pipe."""
+    for each in found:
+        if each.summary:
+            yield f"{each.name}: {each.summary}"
+        first = "" if each.complete else "the first "
+        yield (
+            f"{each.name}: {first}{each.number:,} {each.kind}; {each.empty:,} empty, "
+            f"{each.duplicates:,} equal to an earlier one"
+        )
+        for lengths in each.lengths:
+            quantiles = ", ".join(f"{name} {value:,}" for name, value in lengths.quantiles.items())
+            what, _, per = lengths.what.partition(" ")
+            yield f"{each.name}: {lengths.total:,} {what}; {per}: mean {lengths.mean:,.1f}, {quantiles}"

@@ -1,0 +1,30 @@
+"""Datasets of texts that a user brings: which of their documents are kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from llmfoundry.data.functions import code_of, imported
+from llmfoundry.data.sources import DatasetConfig, Source, fingerprint_of
+
+
+class TextsConfig(DatasetConfig):
+    """Root of the datasets of texts that a user brings."""
+
+    dedup: bool = False  # keep only the first of equal documents
+    # `file.py:function` or `package.module:function`: takes a text and says whether it is kept.
+    filter: str | None = None
+
+    def build(self) -> Source:
+        source = self.found()
+        rules = [*(["dedup"] if self.dedup else []), *([code_of(self.filter, "dataset.filter")] if self.filter else [])]
+        if not rules:
+            return source
+        keep = imported(self.filter, "dataset.filter") if self.filter else None
+        return replace(
+            source, fingerprint=fingerprint_of("sieve/1", source.fingerprint, *rules), dedup=self.dedup, keep=keep
+        )
+
+    def found(self) -> Source:
+        """The source, before `dedup` and `filter`."""
+        raise NotImplementedError

@@ -1,0 +1,107 @@
+"""Token ids of words that were seen before: the tokenizer's own ids, several times faster on one core.
+
+A byte-level BPE cuts a text into words by a pattern and encodes each word alone, so a word has the same ids wherever it
+stands. Here the pattern cuts, a dictionary gives the ids, and the tokenizer encodes only words that are new. The
+patterns of GPT-2 (also GPT-NeoX, OLMo and ours), Llama 3 and Qwen are known, for texts in ASCII; other texts are cut
+only before a space and an ASCII letter, where each of these patterns begins a word. Other tokenizers are not cached.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+_QWEN = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_IN_ASCII = ((r"[^\s\p{L}\p{N}]", r"[^ \t\n\v\f\rA-Za-z0-9]"), (r"\p{L}\p{N}", "A-Za-z0-9"), (r"\p{L}", "[A-Za-z]"),
+             (r"\p{N}", "[0-9]"), (r"\s", r"[ \t\n\v\f\r]"), (r"\S", r"[^ \t\n\v\f\r]"))  # fmt: skip
+_CUT = re.compile(r" [A-Za-z]")
+_OTHER = re.compile(r"[^\x00-\x7f]+")
+_LONG = 64  # characters of the longest word that is kept
+_MOST = 2**20  # words that are kept, some 150 MB
+
+
+class WordCache:
+    """The ids of a tokenizer, by words."""
+
+    def __init__(self, tokenizer: Tokenizer, words: Callable[[str], list[str]]) -> None:
+        parts = json.loads(tokenizer.to_str())
+        self._tokenizer, self._words = tokenizer, words
+        self._normalizes = parts["normalizer"] is not None
+        # Tokens that a text may spell are looked for before it is cut into words.
+        self._spelled = [token["content"] for token in parts["added_tokens"]
+                         if not (token["special"] and tokenizer.encode_special_tokens)]  # fmt: skip
+        self._ids: dict[str, bytes] = {}
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> WordCache | None:
+        """The cache of a tokenizer; None if its words are not known."""
+        parts = json.loads(tokenizer.to_str())
+        pattern = _pattern_of(parts["pre_tokenizer"])
+        known = pattern in (_GPT2, _LLAMA3, _QWEN) and parts["normalizer"] in (None, {"type": "NFC"})
+        if pattern is None or not known or parts["model"]["type"] != "BPE" or parts["model"].get("dropout"):
+            return None
+        for unicode, ascii in _IN_ASCII:
+            pattern = pattern.replace(unicode, ascii)
+        return cls(tokenizer, re.compile(pattern).findall)
+
+    def ids(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        """The ids of each text."""
+        words = [self._cut(text) for text in texts]
+        known = self._ids
+        new = list({word: None for each in words for word in each if word not in known})
+        found = self._tokenizer.encode_batch_fast(new, add_special_tokens=False)
+        fresh = {word: np.array(each.ids, dtype=np.uint32).tobytes() for word, each in zip(new, found, strict=True)}
+        # The first words of a corpus are its most frequent ones: when the cache is full, it stays as it is.
+        keep = [word for word in new if len(word) <= _LONG][: _MOST - len(known)]
+        known.update((word, fresh.pop(word)) for word in keep)
+        look = known.__getitem__ if not fresh else lambda word: fresh[word] if word in fresh else known[word]
+        return [np.frombuffer(b"".join(map(look, each)), dtype=np.uint32) for each in words]
+
+    def _cut(self, text: str) -> list[str]:
+        if any(spelled in text for spelled in self._spelled):
+            return [text]
+        if text.isascii():
+            return self._words(text)
+        return [text] if self._normalizes and self._spelled else self._mixed(text)
+
+    def _mixed(self, text: str) -> list[str]:
+        """Words in ASCII, and between them what other letters are in, from one cut to another."""
+        found: list[str] = []
+        done = 0
+        for other in _OTHER.finditer(text):
+            if other.start() < done:
+                continue
+            start = other.start()
+            while (start := text.rfind(" ", done, start)) >= 0 and not _CUT.match(text, start):
+                pass
+            start = max(start, done)
+            end = cut.start() if (cut := _CUT.search(text, other.end())) else len(text)
+            found += self._words(text[done:start])
+            found.append(text[start:end])
+            done = end
+        return found + self._words(text[done:])
+
+
+def _pattern_of(pre_tokenizer: dict | None) -> str | None:
+    """The pattern that cuts words, of the pre-tokenizers of a byte-level BPE."""
+    if pre_tokenizer is None:
+        return None
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    if [step["type"] for step in steps] == ["ByteLevel"] and steps[0]["use_regex"]:
+        return None if steps[0]["add_prefix_space"] else _GPT2
+    if [step["type"] for step in steps] != ["Split", "ByteLevel"]:
+        return None
+    split, level = steps
+    plain = split["behavior"] == "Isolated" and not split["invert"]
+    plain &= not level["use_regex"] and not level["add_prefix_space"]
+    return split["pattern"].get("Regex") if plain else None

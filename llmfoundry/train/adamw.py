@@ -1,0 +1,141 @@
+"""AdamW over this rank's parts of the parameters, whatever mesh they lie on: nothing is sent, and no host waits.
+
+`grad_scale` (gradients are divided by it) and `found_inf` (1: weights, moments and step counts stay) are attributes of
+the optimizer while it steps, as torch's fused optimizers and its GradScaler have them; both are read on the device.
+
+On GPUs our kernel updates float32 weights (kernels/update.py), on CPUs torch's fused one; moments in bfloat16 are
+ours in both places. State has torch's names, so checkpoints of either are read by the other.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from llmfoundry.dtensor import local_part, local_shard
+from llmfoundry.kernels.update import Place, adamw_
+
+log = logging.getLogger(__name__)
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class _Part(NamedTuple):
+    """What this rank holds of one parameter."""
+
+    weight: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor  # ()
+    place: Place
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, with moments in float32 or bfloat16.
+
+    Args:
+        params: groups; parameters may be plain tensors or DTensors of any meshes.
+        state_dtype: of the moments; None: that of each parameter.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, object]],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True)
+        self._state_dtype = state_dtype
+        self._cast = False  # whether a checkpoint's moments were
+        self._places: dict[Tensor, Place] = {}
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._number_parameters()
+        divisor, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            for parts in self._parts(group["params"]):
+                place = parts[0].weight.device
+                _update(parts, group, None if divisor is None else divisor.to(place),
+                        None if skip is None else skip.to(place))  # fmt: skip
+        return loss
+
+    def _number_parameters(self) -> None:
+        """Settle once where the parts stand in their wholes: finding it is slow."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        if len(self._places) != len(parameters):
+            for number, parameter in enumerate(parameters):
+                shard = local_shard(parameter)
+                self._places[parameter] = Place.of(number, shard.local.shape, shard.shape, shard.offsets)
+
+    def _parts(self, parameters: list[Tensor]) -> Iterable[list[_Part]]:
+        """This rank's parts, by what one launch can take together."""
+        found: dict[tuple[object, ...], list[_Part]] = {}
+        for parameter in parameters:
+            if parameter.grad is None:
+                continue
+            step, mean, square = self._state_of(parameter)
+            weight, grad = local_part(parameter).detach(), local_part(parameter.grad)
+            key = (weight.device, weight.dtype, grad.dtype, mean.dtype)
+            found.setdefault(key, []).append(_Part(weight, grad, mean, square, step, self._places[parameter]))
+        return found.values()
+
+    def _state_of(self, parameter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Its step count, and this rank's part of its moments; made, or cast to the dtype asked for, where needed."""
+        state, dtype = self.state[parameter], self._state_dtype or parameter.dtype
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state |= {key: torch.zeros_like(parameter, dtype=dtype) for key in MOMENTS}
+        for key in MOMENTS:
+            if state[key].dtype != dtype:  # of a checkpoint
+                self._say_that_it_casts(state[key].dtype, dtype)
+                state[key] = state[key].to(dtype)
+        return state["step"], local_part(state[MOMENTS[0]]), local_part(state[MOMENTS[1]])
+
+    def _say_that_it_casts(self, before: torch.dtype, now: torch.dtype) -> None:
+        if not self._cast:
+            log.info("moments were %s in the checkpoint and are kept in %s (optimizer.state_dtype)", before, now)
+        self._cast = True
+
+
+class DecoupledAdamW(AdamW):
+    """AdamW under the name that Composer's metrics have."""
+
+
+def _update(parts: list[_Part], group: dict[str, Any], divisor: Tensor | None, skip: Tensor | None) -> None:
+    """One step of parts that are alike."""
+    lr, (beta1, beta2), eps, decay = (group[key] for key in ("lr", "betas", "eps", "weight_decay"))
+    torch._foreach_add_([part.step for part in parts], 1 if skip is None else 1 - skip)
+    parts = [part for part in parts if part.weight.numel()]  # a small parameter may leave a rank with nothing
+    if not parts:
+        return
+    weights, grads = [part.weight for part in parts], [part.grad for part in parts]
+    means, squares = [part.exp_avg for part in parts], [part.exp_avg_sq for part in parts]
+    steps = [part.step for part in parts]
+    if weights[0].dtype == torch.float32 and (weights[0].is_cuda or means[0].dtype == torch.bfloat16):
+        one = torch.ones((), device=weights[0].device)
+        adamw_(
+            weights, grads, means, squares, steps, one if divisor is None else divisor,
+            torch.zeros_like(one) if skip is None else skip, [part.place for part in parts],
+            lr=lr, beta1=beta1, beta2=beta2, eps=eps, decay=decay,
+        )  # fmt: skip
+        return
+    torch._fused_adamw_(
+        weights, grads, means, squares, [], steps, amsgrad=False, maximize=False, grad_scale=divisor, found_inf=skip,
+        lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps,
+    )  # fmt: skip

@@ -1,0 +1,263 @@
+"""Data of object stores: the same rows as of local files, fetched once into a cache that stays within its limit."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+
+from llmfoundry.config import ConfigError, ResourceError, check
+from llmfoundry.data import DatasetConfig, Loader, LoaderConfig, remote
+from llmfoundry.data.mds import MDSWriter
+from llmfoundry.data.remote import Store, n_bytes
+from tests.data.chat_tokenizer import tokenizer
+from tests.data.test_megatron import write
+
+LENGTH = 8
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Texts, chats, MDS shards and Megatron files."""
+    root = tmp_path / "data"
+    (root / "texts" / "sub").mkdir(parents=True)
+    for i, name in enumerate(["a.jsonl", "b.jsonl", "sub/c.jsonl", "d.txt"]):
+        lines = "".join(json.dumps({"text": f"text {i} number {j} " * 5}) + "\n" for j in range(20))
+        (root / "texts" / name).write_text(lines)
+    (root / "texts" / ".hidden.txt").write_text("not this")
+    (root / "texts" / "image.png").write_bytes(b"nor this")
+    chats = [{"prompt": f"say {i}", "response": f"it is {i}"} for i in range(30)]
+    (root / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    for name, compression, hashes in (("plain", None, ()), ("zstd", "zstd", ("sha1",))):
+        columns = {"tokens": "ndarray:int32"}
+        with MDSWriter(root / "mds" / name, columns, compression, hashes=hashes, size_limit=800) as writer:
+            for i in range(80):
+                writer.write({"tokens": np.full(LENGTH, i % 60 + 3, np.int32)})
+    write(root / "meg" / "one_text_document", [[i] * 9 for i in range(3, 60)])
+    write(root / "meg" / "two_text_document", [[i] * 7 for i in range(3, 60)])
+    return root
+
+
+@pytest.fixture
+def memory(data: Path) -> Iterator[str]:
+    """The same in the store `memory://`."""
+    fs = fsspec.filesystem("memory")
+    fs.put(str(data), "/bucket", recursive=True)
+    yield "memory://bucket"
+    fs.rm("/bucket", recursive=True)
+
+
+def loader(cache: Path, **dataset: object) -> Loader:
+    keys: dict[str, object] = {"cache_dir": str(cache), "shuffle": True}
+    if dataset.get("name") != "mds":
+        keys["validation_fraction"] = 0.0
+    name = "finetuning" if dataset.get("name") == "chats" else "text"
+    config = check(LoaderConfig, {"name": name, "dataset": keys | dataset})
+    return config.build(tokenizer(), seed=0, max_seq_len=LENGTH)
+
+
+def same(one: Loader, other: Loader) -> bool:
+    n = one.rows_per_epoch
+    assert n == other.rows_per_epoch > 5
+    return torch.equal(one.batch(0, n).tokens, other.batch(0, n).tokens)
+
+
+KINDS = [
+    {"name": "text_files", "path": "{}/texts"},
+    {"name": "text_files", "path": "{}/texts/*.jsonl"},
+    {"name": "text_files", "path": "{}/texts/sub/c.jsonl"},
+    {"name": "chats", "path": "{}/chats.jsonl"},
+    {"name": "megatron", "path": "{}/meg"},
+    {"name": "megatron", "path": "{}/meg/one_text_document"},
+]
+
+
+def at(place: Path | str, keys: dict[str, object]) -> dict[str, object]:
+    return {key: str(value).format(place) for key, value in keys.items()}
+
+
+@pytest.mark.parametrize("keys", KINDS, ids=lambda keys: f"{keys['name']}-{keys['path'][3:]}".replace("/", "-"))
+def test_a_store_gives_the_rows_of_local_files(
+    data: Path, memory: str, tmp_path: Path, keys: dict[str, object]
+) -> None:
+    local = loader(tmp_path / "here", **at(data, keys))
+    fetched = loader(tmp_path / "there", **at(memory, keys))
+    assert same(local, fetched)
+    if keys["name"] == "text_files":
+        assert local.fingerprint == fetched.fingerprint, "the contents count, not the place"
+        assert same(local, loader(tmp_path / "file", **at(f"file://{data}", keys)))
+
+
+@pytest.mark.parametrize("folder", ["plain", "zstd"])
+def test_shards_are_fetched_as_they_are_read(data: Path, memory: str, tmp_path: Path, folder: str) -> None:
+    local = loader(tmp_path / "here", name="mds", local=str(data / "mds" / folder))
+    fetched = loader(tmp_path / "there", name="mds", remote=f"{memory}/mds", split=folder, shuffle=False)
+    cached = list((tmp_path / "there").rglob("*.mds*"))
+    fetched.batch(0, 3)
+    first = [path for path in (tmp_path / "there").rglob("*.mds*") if path not in cached]
+    assert len([path for path in first if path.is_file()]) == (1 if folder == "plain" else 2)
+    shuffled = loader(tmp_path / "there", name="mds", remote=f"{memory}/mds/{folder}")
+    assert same(local, shuffled)
+
+
+def kept(cache: Path) -> int:
+    return sum(file.stat().st_size for file in (cache / "remote").rglob("*") if file.is_file())
+
+
+def test_the_cache_stays_within_its_limit(memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "IN_USE", 0.0)
+    monkeypatch.setattr("llmfoundry.data.mds._OPEN_SHARDS", 1)
+    whole = loader(tmp_path / "all", name="mds", remote=f"{memory}/mds/plain")
+    expected = whole.batch(0, 80).tokens
+    limit = kept(tmp_path / "all") // 3
+    little = loader(tmp_path / "few", name="mds", remote=f"{memory}/mds/plain", cache_limit=limit)
+    for i in range(0, 80, 8):
+        assert torch.equal(little.batch(i, 8).tokens, expected[i : i + 8])
+        assert 0 < kept(tmp_path / "few") <= limit
+    with pytest.raises(ConfigError, match="has .* bytes, and cache_limit is 10; raise it"):
+        loader(tmp_path / "none", name="mds", remote=f"{memory}/mds/plain", cache_limit=10)
+
+
+def test_the_file_that_was_not_used_longest_goes_first(
+    memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path, 10**6)
+    files = list(store.find(f"{memory}/texts").values())
+    sizes = [file.size for file in files]
+    store = Store(tmp_path, sum(sizes) - 1)
+    for file in files[:-1]:
+        store.fetch(file)
+        time.sleep(0.02)
+    store.fetch(files[0])  # used again
+    time.sleep(0.02)
+    store.fetch(files[-1])
+    assert kept(tmp_path) == sum(sizes), "all were asked for within the last minute"
+    shutil.rmtree(tmp_path / "remote")
+    monkeypatch.setattr(remote, "IN_USE", 0.0)
+    for file in [*files[:-1], files[0], files[-1]]:
+        store.fetch(file)
+        time.sleep(0.02)
+    names = {path.name for path in (tmp_path / "remote").rglob("*") if path.is_file() and path.suffix != ".lock"}
+    assert names == {Path(file.url).name for file in files} - {Path(files[1].url).name}
+
+
+def test_failures_are_tried_again_and_leave_no_half_file(
+    memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.001)
+    fs = fsspec.filesystem("memory")
+    get_file, failed = type(fs).get_file, []
+
+    def broken(self: object, path: str, to: str, **keys: object) -> None:
+        get_file(self, path, to, **keys)
+        if len(failed) < 3:
+            failed.append(Path(to))
+            if len(failed) == 2:
+                Path(to).write_bytes(b"short")  # a transfer that ends early
+            else:
+                raise ConnectionResetError("connection reset")
+
+    monkeypatch.setattr(type(fs), "get_file", broken)
+    store = Store(tmp_path)
+    (file,) = store.find(f"{memory}/chats.jsonl").values()
+    assert store.fetch(file).stat().st_size == file.size and len(failed) == 3
+    shutil.rmtree(tmp_path / "remote")
+    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    failed.clear()
+    with pytest.raises(ResourceError, match="cannot be read after 2 attempts: OSError: 5 bytes came"):
+        store.fetch(file)
+    assert not [path for path in (tmp_path / "remote").iterdir() if path.is_dir()]
+
+
+def test_changed_files_are_fetched_anew(memory: str, tmp_path: Path) -> None:
+    keys = {
+        "name": "text_files",
+        "path": f"{memory}/texts/d.txt",
+        "cache_dir": str(tmp_path),
+        "validation_fraction": 0.0,
+    }
+    before = check(DatasetConfig, keys).build()
+    fsspec.filesystem("memory").pipe("/bucket/texts/d.txt", b"other")
+    after = check(DatasetConfig, keys).build()
+    assert list(after.documents()) == ["other"] and before.fingerprint != after.fingerprint
+
+
+def fetch(cache: Path, path: Path) -> None:
+    store = Store(cache)
+    (file,) = store.find(f"file://{path}").values()
+    assert store.fetch(file).read_bytes() == path.read_bytes()
+
+
+def test_processes_at_once_fetch_once(data: Path, tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    running = [fork.Process(target=fetch, args=(tmp_path / "c", data / "chats.jsonl")) for _ in range(4)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
+    assert [process.exitcode for process in running] == [0] * 4
+    assert len(list((tmp_path / "c").rglob("chats.jsonl"))) == 1
+
+
+def test_mistakes_are_named(memory: str) -> None:
+    for path, message in [
+        (f"{memory}/nowhere", "memory://bucket/nowhere: no such file or folder"),
+        ("nope://bucket/x", "is a URL that is not known; known are s3://"),
+        ("dbfs:/x", "is a URL that is not known"),
+        (f"{memory}/texts/image.png", "holds no files that end in .txt"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            check(DatasetConfig, {"name": "text_files", "path": path}).build()
+    for size, expected in ((None, remote.LIMIT), ("1.5gb", 1.5e9), (7, 7), ("2e9", 2e9), ("10 MB", 10**7)):
+        assert n_bytes(size) == expected
+    with pytest.raises(ConfigError, match="cache_limit: 'much' is not a valid size; write e.g. 100gb"):
+        check(DatasetConfig, {"name": "synthetic", "cache_limit": "much"})
+
+
+@pytest.fixture
+def bucket(data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The same in an S3 server on loopback."""
+    for package in ("s3fs", "moto.server", "flask"):
+        pytest.importorskip(package, reason="pip install s3fs 'moto[server]' runs this test")
+    code = (
+        "from moto.server import ThreadedMotoServer; import time\n"
+        "server = ThreadedMotoServer(ip_address='127.0.0.1', port=0); server.start()\n"
+        "print(server.get_host_and_port()[1], flush=True); time.sleep(1000)"
+    )
+    server = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert server.stdout is not None
+    port = next(line for line in server.stdout if line.strip().isdecimal())
+    url = f"http://127.0.0.1:{int(port)}"
+    for key, value in {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
+                       "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}.items():  # fmt: skip
+        monkeypatch.setenv(key, value)
+    urllib.request.urlopen(urllib.request.Request(f"{url}/corpus", method="PUT")).close()
+    fs = fsspec.filesystem("s3")
+    fs.put(str(data), "corpus/data", recursive=True)
+    yield "s3://corpus/data"
+    server.kill()
+    server.wait()
+
+
+def test_s3_gives_the_rows_of_local_files(data: Path, bucket: str, tmp_path: Path) -> None:
+    for number, keys in enumerate(KINDS):
+        assert same(
+            loader(tmp_path / f"{number}", **at(data, keys)), loader(tmp_path / f"s{number}", **at(bucket, keys))
+        )
+    local = loader(tmp_path / "here", name="mds", local=str(data / "mds" / "zstd"))
+    assert same(local, loader(tmp_path / "there", name="mds", remote=f"{bucket}/mds", split="zstd"))
+    with pytest.raises(ConfigError, match="s3://corpus/nowhere: no such file or folder"):
+        check(DatasetConfig, {"name": "text_files", "path": "s3://corpus/nowhere"}).build()

@@ -1,0 +1,86 @@
+"""How often the host waits for the device in one step: once, for all that it shows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+import llmfoundry.train.lion  # noqa: F401  registers its optimizer
+from llmfoundry.config import check
+from llmfoundry.model.init import init_weights
+from llmfoundry.model.transformer import CausalLM
+from llmfoundry.train.optim import OptimizerConfig
+from llmfoundry.train.step import StepResult, train_step
+from tests.train.test_step import ROWS, batch, config
+
+READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "is_nonzero"}
+OPTIMIZERS = [{"name": "adamw"}, {"name": "adamw", "state_dtype": "bf16"}, {"name": "decoupled_lionw"}]
+
+
+class CountsReads(TorchFunctionMode):
+    """Counts what would make the host wait if tensors were on a GPU; not what happens inside of kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(
+        self, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: object = None
+    ) -> object:
+        name = getattr(func, "__name__", "")
+        if name in READS:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))  # type: ignore[arg-type]
+
+
+def trained(model: CausalLM, optimizer: torch.optim.Optimizer, max_norm: float = 0.1) -> StepResult:
+    rows = batch()
+    rows = type(rows)(*(None if part is None else part.to(model.wte.weight.device) for part in rows))
+    return train_step(model, optimizer, rows, microbatch_rows=ROWS // 2, max_grad_norm=max_norm, balance=None)
+
+
+def built(settings: dict[str, object], dense: bool, device: str) -> tuple[CausalLM, torch.optim.Optimizer]:
+    model_config = config()
+    if dense:
+        plain = {"ffn_type": "mptmlp", "ffn_hidden_size": 24}
+        model_config = check(type(model_config), model_config.model_dump() | {"ffn_config": plain})
+    model = model_config.build().to(device)
+    init_weights(model, seed=1)
+    return model, check(OptimizerConfig, {"lr": 0.01} | settings).build(model)
+
+
+@pytest.mark.parametrize("settings", OPTIMIZERS, ids=str)
+def test_a_step_reads_nothing_before_its_end(settings: dict[str, object]) -> None:
+    model, optimizer = built(settings, dense=True, device="cpu")
+    before = model.wte.weight.detach().clone()
+    with CountsReads() as reads:
+        trained(model, optimizer)
+        result = trained(model, optimizer)
+    assert reads.found == []
+    assert result.updated and result.grad_norm > 0.1
+    assert not torch.equal(before, model.wte.weight)
+
+
+def test_the_mode_sees_a_read() -> None:
+    """So that the test above can fail."""
+    with CountsReads() as reads:
+        assert torch.ones(())
+        float(torch.ones(()))
+        torch.ones(2).tolist()
+    assert reads.found == ["__bool__", "__float__", "tolist"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", OPTIMIZERS, ids=str)
+def test_a_step_on_a_gpu_waits_for_nothing(settings: dict[str, object]) -> None:
+    model, optimizer = built(settings, dense=True, device="cuda")
+    trained(model, optimizer)  # kernels are compiled, and the state is made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = trained(model, optimizer)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert result.updated
