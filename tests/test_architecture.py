@@ -113,8 +113,8 @@ FILE = re.compile(r"[\w./-]*\w\.(?:py|md|ya?ml|sh|toml)|(?:[\w-]+/)+|(?:[\w-]+/)
 OURS = re.compile(r"(?:scripts|yamls|docs|docker|tests|llmfoundry)/[\w./-]+\.\w+")
 NOT_HERE = {
     "config.yaml", "checkpoints/", "checkpoints/step-N/", "profile.md", "profile/",  # what a run writes
-    "my_file.py", "tests/PACKAGE/test_FILE.py", "train/", "val/",  # examples
-    "chat.yaml", "tasks.yaml", "gauntlet.yaml", "models.yaml",
+    "my_file.py", "chat.yaml", "chats/", "tests/PACKAGE/test_FILE.py", "train/", "val/",  # examples
+    "tasks.yaml", "gauntlet.yaml", "models.yaml",
 }  # fmt: skip
 
 

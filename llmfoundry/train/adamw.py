@@ -120,7 +120,8 @@ class DecoupledAdamW(AdamW):
 def _update(parts: list[_Part], group: dict[str, Any], divisor: Tensor | None, skip: Tensor | None) -> None:
     """One step of parts that are alike."""
     lr, (beta1, beta2), eps, decay = (group[key] for key in ("lr", "betas", "eps", "weight_decay"))
-    torch._foreach_add_([part.step for part in parts], 1 if skip is None else 1 - skip)
+    taken = torch.ones_like(parts[0].step) if skip is None else 1 - skip.to(parts[0].step.device)
+    torch._foreach_add_([part.step for part in parts], [taken] * len(parts))  # of one tensor, the host reads the value
     parts = [part for part in parts if part.weight.numel()]  # a small parameter may leave a rank with nothing
     if not parts:
         return

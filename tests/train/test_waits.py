@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 import llmfoundry.train.lion  # noqa: F401  registers its optimizer
 from llmfoundry.config import check
+from llmfoundry.data.loader import Batch
 from llmfoundry.model.init import init_weights
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.train.optim import OptimizerConfig
@@ -36,10 +37,8 @@ class CountsReads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))  # type: ignore[arg-type]
 
 
-def trained(model: CausalLM, optimizer: torch.optim.Optimizer, max_norm: float = 0.1) -> StepResult:
-    rows = batch()
-    rows = type(rows)(*(None if part is None else part.to(model.wte.weight.device) for part in rows))
-    return train_step(model, optimizer, rows, microbatch_rows=ROWS // 2, max_grad_norm=max_norm, balance=None)
+def trained(model: CausalLM, optimizer: torch.optim.Optimizer, rows: Batch) -> StepResult:
+    return train_step(model, optimizer, rows, microbatch_rows=ROWS // 2, max_grad_norm=0.1, balance=None)
 
 
 def built(settings: dict[str, object], dense: bool, device: str) -> tuple[CausalLM, torch.optim.Optimizer]:
@@ -57,8 +56,8 @@ def test_a_step_reads_nothing_before_its_end(settings: dict[str, object]) -> Non
     model, optimizer = built(settings, dense=True, device="cpu")
     before = model.wte.weight.detach().clone()
     with CountsReads() as reads:
-        trained(model, optimizer)
-        result = trained(model, optimizer)
+        trained(model, optimizer, batch())
+        result = trained(model, optimizer, batch())
     assert reads.found == []
     assert result.updated and result.grad_norm > 0.1
     assert not torch.equal(before, model.wte.weight)
@@ -77,10 +76,11 @@ def test_the_mode_sees_a_read() -> None:
 @pytest.mark.parametrize("settings", OPTIMIZERS, ids=str)
 def test_a_step_on_a_gpu_waits_for_nothing(settings: dict[str, object]) -> None:
     model, optimizer = built(settings, dense=True, device="cuda")
-    trained(model, optimizer)  # kernels are compiled, and the state is made
+    rows = batch().to(torch.device("cuda"))
+    trained(model, optimizer, rows)  # kernels are compiled, and the state is made
     torch.cuda.set_sync_debug_mode("error")
     try:
-        result = trained(model, optimizer)
+        result = trained(model, optimizer, rows)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert result.updated
