@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from llmfoundry import launch
 from llmfoundry.cli.command import command, program
-from llmfoundry.cli.inference import CHECKPOINT, GENERATING, add_sampling, check_sampling
+from llmfoundry.cli.inference import CHECKPOINT, GENERATING, add_sampling, check_sampling, show
 from llmfoundry.cli.opening import open_checkpoint
 from llmfoundry.cli.prompts import read_template
 from llmfoundry.config import ConfigError
@@ -119,14 +119,14 @@ class Talk:
         self._messages.append({"role": "user", "content": text})
         try:
             with stopped_by_ctrl_c() as stopped:
-                answer = self._chat.answer(self._messages, self._how, emit=_write, interrupted=stopped)
+                answer = self._chat.answer(self._messages, self._how, emit=show, interrupted=stopped)
         except ConfigError as error:
             self._messages.pop()
             if not tty:
                 raise
             print(f"error: {error}", file=sys.stderr)
             return
-        _write("\n")
+        show("\n")
         if tty and answer.finish != "stop":
             why = "stopped" if answer.finish == "interrupted" else f"cut at {answer.tokens} tokens (--max-new-tokens)"
             print(f"[{why}]")
@@ -162,8 +162,3 @@ def stopped_by_ctrl_c() -> Iterator[Callable[[], bool]]:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

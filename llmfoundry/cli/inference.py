@@ -32,6 +32,8 @@ EVALUATING = (
 )  # fmt: skip
 CHECKPOINT = "a checkpoint, a run's save_folder (its newest), a Hugging Face folder or GGUF file, or hf:<hub id>"
 
+_COMMANDING = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(9), *range(11, 32), *range(127, 160))}
+
 
 @command
 def generate_main(argv: Sequence[str] | None = None) -> None:
@@ -77,12 +79,12 @@ def generate_main(argv: Sequence[str] | None = None) -> None:
     special = ready.special._replace(parse=parse)
     how = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     if len(rows) == 1 and args.prompts is None and args.output is None:
-        emit = _write if launch.is_rank0() else None
+        emit = show if launch.is_rank0() else None
         generate(
             ready.model, ready.tokenizer, str(rows[0]["prompt"]), **how._asdict(), special=special, stop=stop, emit=emit
         )
         if launch.is_rank0():
-            _write("\n")
+            show("\n")
         return
     requests = [request_of(prompt_of(row), ready.tokenizer, special, template) for row in rows]
     ranks = Ranks(args.batch_size, ready.mesh.data_rank, ready.mesh.data_ranks)
@@ -94,7 +96,7 @@ def generate_main(argv: Sequence[str] | None = None) -> None:
         print(f"{len(rows):,} completions written to {args.output}")
     else:
         for number, (request, one) in enumerate(zip(requests, found, strict=True)):
-            _write("\n" * (number > 0) + request.shown + one.text + "\n")  # an empty line between texts
+            show("\n" * (number > 0) + request.shown + one.text + "\n")  # an empty line between texts
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
@@ -111,8 +113,9 @@ def check_sampling(args: argparse.Namespace) -> None:
         raise ConfigError("--temperature must be a number of 0 or more, --top-p in (0, 1], --max-new-tokens 1 or more")
 
 
-def _write(text: str) -> None:
-    sys.stdout.write(text)
+def show(text: str) -> None:
+    """Print a model's text at once. On a terminal, characters that would command it are replaced."""
+    sys.stdout.write(text.translate(_COMMANDING) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import pty
+import select
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from llmfoundry.cli.chat import chat_main, stopped_by_ctrl_c
+from llmfoundry.cli.inference import show
 from llmfoundry.cli.opening import open_hugging_face
 from llmfoundry.config import ConfigError
 from llmfoundry.data.chat_template import CHATML
@@ -219,3 +223,47 @@ def test_a_conversation_ends_with_the_learned_positions() -> None:
     assert answer.prompt_tokens + answer.tokens <= 41
     with pytest.raises(ConfigError, match="the model has learned 40 positions; begin a new one"):
         short.answer(turns("hello " * 40), GREEDY)
+
+
+def test_a_terminal_is_not_commanded_by_a_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "a\x1b]0;title\x07\tb\r\x9b2J é\n"
+    show(said)
+    assert capsys.readouterr().out == said
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    show(said)
+    assert capsys.readouterr().out == "a�]0;title�\tb��2J é\n"
+
+
+def test_in_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(folder: Path) -> None:
+    program, terminal = pty.fork()
+    if program == 0:
+        torch.set_num_threads(1)  # the threads of the process that was forked are not there
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")
+        code = 1
+        try:
+            code = chat_main(["--checkpoint", str(folder), "--temperature", "0", "--max-new-tokens", "100000"])
+            sys.stdout.flush()
+        finally:
+            os._exit(code)
+    said = b""
+
+    def wait_for(text: bytes) -> None:
+        nonlocal said
+        while text not in said:
+            assert select.select([terminal], [], [], 60)[0], said
+            said += os.read(terminal, 2**16)
+        said = said.partition(text)[2]
+
+    wait_for(b"/help lists commands.\r\n> ")
+    for question in (b"hello", b"and on"):
+        os.write(terminal, question + b"\n")
+        wait_for(question + b"\r\n")
+        while len(said) < 30:  # an answer without end
+            said += os.read(terminal, 2**16)
+        os.write(terminal, b"\x03")
+        wait_for(b"[stopped]\r\n> ")
+    os.write(terminal, b"\x04")
+    assert os.waitpid(program, 0)[1] == 0
+    os.close(terminal)
