@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.rendezvous import rendezvous
 
 from llmfoundry.launch import is_rank0 as is_rank0
 from llmfoundry.launch import leave as leave
@@ -77,20 +78,33 @@ def start(timeout_seconds: float = 600.0, *, group_of_one: bool = False) -> torc
         timeout_seconds: a collective fails if some rank has not joined it after this time.
         group_of_one: whether a single process gets a process group too, which FSDP needs.
     """
-    place = device()
+    place, timeout = device(), datetime.timedelta(seconds=timeout_seconds)
     if place.type == "cuda":
         torch.cuda.set_device(place)
         torch.backends.cuda.matmul.allow_tf32 = False
     if (world_size() > 1 or group_of_one) and not dist.is_initialized():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
-            timeout=datetime.timedelta(seconds=timeout_seconds),
+            timeout=timeout,
             device_id=place if place.type == "cuda" else None,
-            store=None if world_size() > 1 else dist.HashStore(),
+            store=_store_of_attempt(timeout) if world_size() > 1 else dist.HashStore(),
             rank=rank(),
             world_size=world_size(),
         )
     return place
+
+
+def _store_of_attempt(timeout: datetime.timedelta) -> dist.Store:
+    """Where ranks find each other, apart for each attempt of `torchrun --max-restarts`.
+
+    torchrun's own store outlives the ranks (pytorch/pytorch#135712): a second attempt would find the addresses of the
+    first, which nobody listens on. Its count of restarts is the same for all ranks of one node alone: of several nodes,
+    only the one that failed counts. There, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each attempt a store of its own.
+    """
+    store, _, _ = next(rendezvous("env://", rank(), world_size(), timeout=timeout))
+    one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "all"
+    return dist.PrefixStore(f"attempt-{attempt}", store)
 
 
 def stop() -> None:

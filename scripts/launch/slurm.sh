@@ -25,6 +25,7 @@ cd "${SLURM_SUBMIT_DIR:?run this with sbatch}"
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}  # torchrun's own default is 1
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1   # for torchrun --max-restarts on several nodes (docs/many-gpus.md)
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=150     # seconds from SIGTERM to SIGKILL; the default of 30 is short for a big save
 
 # srun does not inherit --cpus-per-task from sbatch since Slurm 22.05.

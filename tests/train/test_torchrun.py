@@ -48,6 +48,23 @@ class BreakConfig(CallbackConfig, names=("breaks",)):
         return Break()
 """
 
+KILLS = """
+import os
+import signal
+
+from llmfoundry import runtime
+from llmfoundry.train.callback import Callback, CallbackConfig
+
+class Kill(Callback):
+    def step_end(self, trainer, metrics):
+        if runtime.rank() == 1 and trainer.state.step == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+class KillConfig(CallbackConfig, names=("kills",)):
+    def build(self):
+        return Kill()
+"""
+
 SIGNAL_IN_EVALUATION = """
 import os
 import signal
@@ -68,13 +85,15 @@ Loader.one_pass = one_pass
 """
 
 
-def launch(tmp_path: Path, **more: object) -> subprocess.Popen[str]:
+def launch(tmp_path: Path, *, restarts: int = 0, **more: object) -> subprocess.Popen[str]:
     """torchrun with two processes, on the CPU."""
+    tmp_path.mkdir(exist_ok=True)
     text = {"name": "synthetic", "n_documents": 40, "document_words": 50, "cache_dir": str(tmp_path / "cache")}
     loader = {"train_loader": {"dataset": text | {"split": "train"}}}
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(RECIPE | loader | {"save_folder": str(tmp_path / "run")} | more))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", str(restarts)]
     return subprocess.Popen(
         [*command, str(ROOT / "scripts" / "train.py"), str(file)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
@@ -139,3 +158,21 @@ def test_a_signal_to_one_rank_ends_an_evaluation_on_all(tmp_path: Path) -> None:
         assert f"rank {rank}, batch 3" in output and f"rank {rank}, batch 5" not in output
     assert (tmp_path / "run" / "checkpoints" / "step-2" / "MANIFEST.json").exists()
     assert "metrics/eval" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss/train/ce"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_restart_by_torchrun_goes_on_and_the_curve_is_the_undisturbed_one(tmp_path: Path) -> None:
+    (tmp_path / "kills.py").write_text(KILLS)
+    same = {"max_duration": "6ba", "save_interval": "1ba", "autoresume": True}
+    plug_in = {"code_paths": [str(tmp_path / "kills.py")], "callbacks": {"kills": {}}}
+    killed = launch(tmp_path / "killed", restarts=1, **same, **plug_in)
+    undisturbed = launch(tmp_path / "undisturbed", **same)
+    output, _ = killed.communicate(timeout=120)
+    others, _ = undisturbed.communicate(timeout=120)
+    assert killed.returncode == 0, output
+    assert undisturbed.returncode == 0, others
+    assert "exitcode: -9" in output and "continuing from" in output
+    assert losses(tmp_path / "killed" / "run") == losses(tmp_path / "undisturbed" / "run")
