@@ -14,6 +14,7 @@ from llmfoundry.config import ConfigError
 from llmfoundry.data.loader import Loader
 from llmfoundry.data.mixture import Mixture
 from llmfoundry.data.sources import check_apart
+from llmfoundry.data.tokenizer import Encoder
 from llmfoundry.eval.icl_questions import Reader
 from llmfoundry.kernels.experts import resolve_backend
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig
@@ -23,6 +24,7 @@ from llmfoundry.parallel.apply import materialize, parallelize
 from llmfoundry.parallel.expert import n_experts
 from llmfoundry.parallel.fsdp import can_leave, meet_before_collectives
 from llmfoundry.parallel.mesh import Mesh, build_mesh
+from llmfoundry.train.agreement import check_same, check_same_config
 from llmfoundry.train.callback import Callback
 from llmfoundry.train.config import CallbackConfig, Precision, RunConfig
 from llmfoundry.train.duration import Timeline
@@ -45,6 +47,7 @@ def build(config: RunConfig) -> Trainer:
     """
     # In a single process, only FSDP can keep weights in host memory.
     device = runtime.start(config.dist_timeout, group_of_one=config.parallel.cpu_offload)
+    check_same_config(config)
     runtime.seed_all(config.seed)
     assert isinstance(config.model, CausalLMConfig)
     config.model.check_trainable()
@@ -69,6 +72,14 @@ def build(config: RunConfig) -> Trainer:
     loader, *eval_loaders = (
         part.build(tokenizer, seed=config.seed, max_seq_len=config.max_seq_len, sequence_ids=documents, special=special)
         for part in (config.train_loader, *config.due_evaluations)
+    )
+    evaluated = {f"the data of {each.label or 'eval_loader'}": each.fingerprint for each in eval_loaders}
+    check_same(
+        {
+            "the tokenizer": Encoder(tokenizer, special).fingerprint(),
+            "the data of train_loader": loader.fingerprint,
+            **evaluated,
+        }
     )
     start = check_data(start, loader.fingerprint, config.load_allow, isinstance(loader.order, Mixture))
     for each in (loader, *eval_loaders):

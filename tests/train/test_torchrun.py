@@ -133,6 +133,29 @@ def test_a_mistake_is_said_once_and_ends_torchruns_report(tmp_path: Path) -> Non
     assert "cli/command.py" not in output, "no traceback of ours"
 
 
+def test_ranks_that_disagree_are_named_with_the_keys(tmp_path: Path) -> None:
+    rate = "${oc.decode:0.0${oc.env:RANK}1}"
+    started = launch(tmp_path, seed="${oc.decode:${oc.env:RANK}}", optimizer={"name": "adamw", "lr": rate})
+    output, _ = started.communicate(timeout=120)
+    assert started.returncode == 1
+    line = "error: rank 1 was started otherwise than rank 0: seed, optimizer.lr; give all ranks the same YAML"
+    assert output.count(f"[rank 0] {line}") == 1 and "cli/command.py" not in output
+    assert "exitcode  : 2" in output
+    assert not (tmp_path / "run").exists(), "nothing was written"
+
+
+def test_ranks_with_other_texts_are_named(tmp_path: Path) -> None:
+    """Each node may have the files elsewhere, but it must be the same text."""
+    for rank, text in enumerate(("one text. ", "another one. ")):
+        (tmp_path / f"node-{rank}").mkdir()
+        (tmp_path / f"node-{rank}" / "text.txt").write_text(text * 500)
+    place = {"path": str(tmp_path / "node-${oc.env:RANK}"), "cache_dir": str(tmp_path / "cache-${oc.env:RANK}")}
+    started = launch(tmp_path, train_loader={"dataset": {"name": "text_files"} | place})
+    output, _ = started.communicate(timeout=120)
+    assert started.returncode == 1
+    assert "rank 1 was started otherwise than rank 0: the tokenizer, the data of train_loader;" in output
+
+
 def test_a_signal_to_one_rank_saves_and_stops_all(tmp_path: Path) -> None:
     started = launch(tmp_path)
     wait_for_steps(tmp_path / "run" / "metrics.jsonl", 3)

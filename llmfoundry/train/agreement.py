@@ -1,0 +1,76 @@
+"""Whether all ranks of a run were started alike: what two of them disagree on would train without a word, or hang.
+
+One gather of a hash finds that something differs; only then are the keys gathered, to name it. Values are not gathered:
+some are secrets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from llmfoundry import runtime
+from llmfoundry.config import Config, ConfigError, dump
+
+T = TypeVar("T")
+
+# Where files are, which nodes may see under other names. What is in them is compared: `check_shared`, fingerprints.
+_PLACES = ("cache_dir", "path", "local", "save_folder", "run_name")
+_NAMED = 5  # keys in a message
+
+
+def check_same_config(config: Config) -> None:
+    """Check that all ranks have read the same settings; all ranks together, before anything that they decide.
+
+    Raises:
+        ConfigError: as `check_same`.
+    """
+    check_same({key: value for key, value in _leaves(dump(config)) if key.rpartition(".")[2] not in _PLACES})
+
+
+def check_same(values: Mapping[str, object]) -> None:
+    """Check that all ranks hold the same values; all ranks together.
+
+    Args:
+        values: what JSON has a form for, by the name that a message gives it.
+
+    Raises:
+        ConfigError: on every rank, naming the first rank that differs from rank 0, and in what.
+    """
+    if runtime.world_size() == 1:
+        return
+    digests = {key: _digest(value) for key, value in values.items()}
+    if len(set(_gather(_digest(digests)))) == 1:
+        return
+    first, *others = _gather(digests)
+    for rank, other in enumerate(others, 1):
+        keys = [key for key in first | other if first.get(key) != other.get(key)]
+        if keys:
+            more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
+            raise ConfigError(
+                f"rank {rank} was started otherwise than rank 0: {', '.join(keys[:_NAMED])}{more}; give all ranks the "
+                "same YAML, overrides, data and tokenizer"
+            )
+
+
+def _gather(value: T) -> list[T]:
+    """The value of every rank."""
+    found = [value] * runtime.world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _leaves(tree: object, path: str = "") -> Iterator[tuple[str, object]]:
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, part in items:
+        yield from _leaves(part, f"{path}.{key}" if path else str(key))
+    if not items:
+        yield path, tree
