@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 import llmfoundry.train.lion  # noqa: F401  registers its optimizer
 from llmfoundry.config import check
+from llmfoundry.data.loader import Batch
 from llmfoundry.model.init import init_weights
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.train.optim import OptimizerConfig
@@ -36,10 +37,12 @@ class CountsReads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))  # type: ignore[arg-type]
 
 
-def trained(model: CausalLM, optimizer: torch.optim.Optimizer, max_norm: float = 0.1) -> StepResult:
-    rows = batch()
-    rows = type(rows)(*(None if part is None else part.to(model.wte.weight.device) for part in rows))
-    return train_step(model, optimizer, rows, microbatch_rows=ROWS // 2, max_grad_norm=max_norm, balance=None)
+def rows_on(device: str) -> Batch:
+    return Batch(*(None if part is None else part.to(device) for part in batch()))
+
+
+def trained(model: CausalLM, optimizer: torch.optim.Optimizer, rows: Batch) -> StepResult:
+    return train_step(model, optimizer, rows, microbatch_rows=ROWS // 2, max_grad_norm=0.1, balance=None)
 
 
 def built(settings: dict[str, object], dense: bool, device: str) -> tuple[CausalLM, torch.optim.Optimizer]:
@@ -56,9 +59,10 @@ def built(settings: dict[str, object], dense: bool, device: str) -> tuple[Causal
 def test_a_step_reads_nothing_before_its_end(settings: dict[str, object]) -> None:
     model, optimizer = built(settings, dense=True, device="cpu")
     before = model.wte.weight.detach().clone()
+    rows = rows_on("cpu")
     with CountsReads() as reads:
-        trained(model, optimizer)
-        result = trained(model, optimizer)
+        trained(model, optimizer, rows)
+        result = trained(model, optimizer, rows)
     assert reads.found == []
     assert result.updated and result.grad_norm > 0.1
     assert not torch.equal(before, model.wte.weight)
@@ -77,10 +81,11 @@ def test_the_mode_sees_a_read() -> None:
 @pytest.mark.parametrize("settings", OPTIMIZERS, ids=str)
 def test_a_step_on_a_gpu_waits_for_nothing(settings: dict[str, object]) -> None:
     model, optimizer = built(settings, dense=True, device="cuda")
-    trained(model, optimizer)  # kernels are compiled, and the state is made
+    rows = rows_on("cuda")
+    trained(model, optimizer, rows)  # kernels are compiled, and the state is made
     torch.cuda.set_sync_debug_mode("error")
     try:
-        result = trained(model, optimizer)
+        result = trained(model, optimizer, rows)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert result.updated
