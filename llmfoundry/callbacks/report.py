@@ -136,7 +136,7 @@ class Report(Callback):
         batch = self._text
         assert batch is not None
         on_device = batch.to(trainer.device)
-        routing = route(trainer.model, on_device.tokens, on_device.sequence_ids)
+        routing = route(trainer.model, on_device.tokens, on_device.sequence_ids, trainer.microbatches.rows)
         found: dict[str, object] = {"confidence": [round(value, 5) for value in routing.confidence.tolist()]}
         assert trainer.router is not None
         before, self._before = self._before, fingerprints(routing.experts, trainer.router.load.shape[1])

@@ -46,18 +46,33 @@ def mixture_layers(config: CausalLMConfig) -> list[int]:
 
 
 @torch.no_grad()
-def route(model: nn.Module, tokens: Tensor, sequence_ids: Tensor | None = None) -> Routing:
+def route(
+    model: nn.Module, tokens: Tensor, sequence_ids: Tensor | None = None, rows_at_once: int | None = None
+) -> Routing:
     """Route a batch, and keep what the routers chose. Under expert parallelism, all ranks call it with the same batch.
 
     Args:
         model: a `CausalLM`, in any mode; it is left in that mode.
         tokens: (B, S) int64 on the model's device.
+        rows_at_once: of a forward; None: all of them.
     """
-    training = model.training
+    training, size = model.training, rows_at_once or len(tokens)
     model.eval()
+    parts = [
+        _routed(model, tokens[i : i + size], None if sequence_ids is None else sequence_ids[i : i + size])
+        for i in range(0, len(tokens), size)
+    ]
+    model.train(training)
+    return Routing(
+        torch.cat([part.experts for part in parts], dim=1),
+        torch.cat([part.weights for part in parts], dim=1),
+        torch.stack([part.confidence * part.experts.shape[1] for part in parts]).sum(0) / tokens.numel(),
+    )
+
+
+def _routed(model: nn.Module, tokens: Tensor, sequence_ids: Tensor | None) -> Routing:
     with _kept(model) as outputs, torch.compiler.set_stance("force_eager"):
         model(tokens, sequence_ids=sequence_ids, last_only=True)
-    model.train(training)
     experts = torch.stack([output.experts.to(torch.int16) for output in outputs])
     shares = [(output.scores / output.scores.sum(-1, keepdim=True)).amax(-1).mean() for output in outputs]
     weights = torch.stack([output.weights for output in outputs])

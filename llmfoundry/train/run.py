@@ -21,6 +21,7 @@ from llmfoundry.moe.balance import Balance
 from llmfoundry.parallel.mesh import Mesh
 from llmfoundry.train.config import RunConfig
 from llmfoundry.train.duration import Timeline
+from llmfoundry.train.microbatch import Microbatches
 from llmfoundry.train.schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class Run:
     schedule: Schedule
     timeline: Timeline
     balance: Balance | None
+    microbatches: Microbatches
     state: TrainState = field(default_factory=TrainState)
     router: RouterStats | None = None  # of the last step, (L, E) and (L,) sums over the global batch, on the device
     evaluation: Metrics = field(default_factory=dict)  # of the last evaluation

@@ -29,7 +29,6 @@ from llmfoundry.moe.balance import named, summary
 from llmfoundry.train.callback import Callback
 from llmfoundry.train.evaluating import evaluate_by_tasks, evaluate_texts
 from llmfoundry.train.loss import Loss
-from llmfoundry.train.microbatch import Microbatches
 from llmfoundry.train.mixing import Joined, to_save
 from llmfoundry.train.optim import set_learning_rate
 from llmfoundry.train.outputs import RunFolder, check_shared, read_summary
@@ -55,7 +54,6 @@ class Trainer(Run):
 
     start: Start
     saver: Saver
-    microbatches: Microbatches
     callbacks: list[Callback]
     named: dict[str, Callback] = field(default_factory=dict)  # those that the YAML asked for
     joined: Joined = Joined()  # of a mixture

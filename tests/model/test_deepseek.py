@@ -203,7 +203,7 @@ def test_attention_equals_transformers(case: object) -> None:
     attention.register_forward_hook(lambda m, a, k, out: seen.update(x=k["hidden_states"], y=out[0]), with_kwargs=True)
     with torch.no_grad():
         theirs(inputs_embeds=x)
-        _, rope, masks = ours._prepare(torch.zeros(2, 30, dtype=torch.int64), None, None, 0, False)
+        _, rope, masks = ours._prepare(torch.zeros(2, 30, dtype=torch.int64), None, None, None)
         y = ours.blocks[1].attn(seen["x"], rope, masks[-1])
     torch.testing.assert_close(y, seen["y"], rtol=1e-5, atol=1e-5)
 
