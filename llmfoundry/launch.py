@@ -5,7 +5,10 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import time
 from typing import NoReturn
+
+BEGUN = time.monotonic()  # when this process began, but for Python's own start
 
 
 def rank() -> int:

@@ -182,11 +182,16 @@ def of_ranks(values: Sequence[float]) -> Tensor:
 
 def any_rank(flag: bool) -> bool:
     """Whether `flag` holds on any rank; every rank gets the same answer."""
+    return bool(most_of_ranks([flag])[0])
+
+
+def most_of_ranks(values: Sequence[float]) -> list[float]:
+    """The largest of each value over all ranks, in one reduction; every rank gets the same."""
     if not dist.is_initialized():
-        return flag
-    value = torch.tensor(int(flag))
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+        return list(values)
+    most = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return most.tolist()
 
 
 def on_rank0(ask: Callable[[], T]) -> T:

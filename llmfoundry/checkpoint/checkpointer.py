@@ -26,6 +26,7 @@ import datetime
 import json
 import logging
 import shutil
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Mapping
@@ -148,6 +149,7 @@ class Checkpointer:
         self.folder = Path(folder)
         self.keep = keep
         self.asynchronous = asynchronous
+        self.longest_save = 0.0  # seconds that a save has taken until it was on disk; 0 before the first
         self.newest_saved: Path | None = None  # the last checkpoint that this run has written or found intact
         self._unusable: set[Path] = set()  # found damaged by `newest`: neither counted nor deleted
         self._pending: Future[Path] | None = None
@@ -168,6 +170,7 @@ class Checkpointer:
             SaveError: on all ranks, if this one or the one in flight failed on any. The run can go on.
         """
         self.wait()
+        begun = time.monotonic()
         model = model_tensors(state.model, frozen=state.base is None)
         tensors = model | optimizer_tensors(state.model, state.optimizer) | rng_tensors()
         trainer = {"step": state.step} | dict(state.trainer) | {"saved_by": _writer()}
@@ -178,9 +181,9 @@ class Checkpointer:
             texts[GENERATION] = state.generation
         if self._thread is None:
             live = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-            return self._write(tensors, live, state.step, texts, state.tokenizer)
+            return self._write(tensors, live, state.step, texts, state.tokenizer, begun)
         planner = StagedPlanner(self._staged(tensors))
-        self._pending = self._thread.submit(self._write, tensors, planner, state.step, texts, state.tokenizer)
+        self._pending = self._thread.submit(self._write, tensors, planner, state.step, texts, state.tokenizer, begun)
         return self.folder / f"step-{state.step}"
 
     def wait(self) -> Path | None:
@@ -272,6 +275,7 @@ class Checkpointer:
         step: int,
         texts: dict[str, str],
         tokenizer: Tokenizer | None,
+        begun: float,
     ) -> Path:
         temporary = self.folder / f"step-{step}.tmp-{uuid.uuid4().hex[:12]}"  # rank 0's name counts
         writer = TensorWriter(partial(self._open, temporary), partial(self._commit, step, texts, tokenizer))
@@ -292,6 +296,7 @@ class Checkpointer:
             raise failure from error
         assert metadata.storage_meta is not None and metadata.storage_meta.checkpoint_id is not None
         self.newest_saved = Path(metadata.storage_meta.checkpoint_id)
+        self.longest_save = max(self.longest_save, time.monotonic() - begun)
         return self.newest_saved
 
     def _open(self, temporary: Path) -> Path:

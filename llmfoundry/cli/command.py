@@ -1,7 +1,8 @@
 """What all commands share: exit codes, errors in one line, and reading a run's YAML.
 
 Exit codes: 0 done (also after a requested stop), 2 the user's mistake (one clear line per machine), 1 anything else
-(with a traceback, and the rank that it happened on). torchrun's own is 1 for both.
+(with a traceback, and the rank that it happened on), 128 + n after signal n where nothing was saved: before the first
+step, or at a second signal. torchrun's own is 1 for all but 0.
 
 Commands import torch inside their functions, so that `--help` and mistakes are answered without waiting for it.
 """
@@ -24,6 +25,7 @@ from llmfoundry.cli.quick_check import quick_mistakes
 from llmfoundry.config import ConfigError, ResourceError, check, drop_replaced, import_code
 from llmfoundry.integrations.foundry_yaml import translate
 from llmfoundry.settings import load_settings
+from llmfoundry.stopping import Stop
 
 if TYPE_CHECKING:
     from llmfoundry.train.config import RunConfig
@@ -62,6 +64,9 @@ def command(run: Callable[[Sequence[str] | None], None]) -> Command:
         except KeyboardInterrupt:
             print(f"{rank}interrupted", file=sys.stderr)
             return 1
+        except Stop as stop:
+            print(f"{rank}{stop}: stopped at once; the checkpoints are as they were", file=sys.stderr, flush=True)
+            return stop.code
         except Exception as error:
             why = _out_of_memory(error) or traceback.format_exc()
             print(f"{rank}{why}", file=sys.stderr, flush=True)

@@ -26,8 +26,9 @@ from llmfoundry.parallel.fsdp import can_leave, meet_before_collectives
 from llmfoundry.parallel.mesh import Mesh, build_mesh
 from llmfoundry.train.agreement import check_same, check_same_config
 from llmfoundry.train.callback import Callback
+from llmfoundry.train.clock import Countdown, find_limit
 from llmfoundry.train.config import CallbackConfig, Precision, RunConfig
-from llmfoundry.train.duration import Timeline
+from llmfoundry.train.duration import Timeline, seconds_of
 from llmfoundry.train.evaluating import tasks_of
 from llmfoundry.train.microbatch import Microbatches
 from llmfoundry.train.mixing import Joined, row_ends, take_up
@@ -119,6 +120,7 @@ def build(config: RunConfig) -> Trainer:
         start=start,
         microbatches=microbatches,
         saver=Saver(checkpointer, config.save_failures_allowed),
+        countdown=Countdown(find_limit(seconds_of(config.time_limit))),
         generation=generation_for(start, tokenizer),
         callbacks=list(callbacks.values()),
         named=callbacks,
@@ -147,7 +149,13 @@ def _mix(config: RunConfig, loader: Loader, timeline: Timeline, start: Start) ->
     rows = train_state(contents).rows if contents is not None else 0
     ends = row_ends(mixture.phases, timeline)
     joined = take_up(mixture, ends, contents, rows, is_allowed(MIXTURE, config.load_allow))
-    mixture.check(timeline.total_steps * timeline.rows_per_step)
+    if timeline.limit is None:
+        mixture.check(timeline.total_steps * timeline.rows_per_step)
+    elif mixture.is_bounded:
+        raise ConfigError(
+            "train_loader.datasets: tokens, epochs and max_epochs need a run of known length; give max_duration in ba, "
+            "ep, sp or tok, or give the datasets weights alone"
+        )
     log.info("mixture: %s", ", ".join(f"{label} {share}" for label, share in mixture.describe().items()))
     return joined
 

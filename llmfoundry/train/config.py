@@ -24,7 +24,7 @@ from llmfoundry.eval.gauntlet import GauntletConfig
 from llmfoundry.eval.icl_tasks import TaskConfig
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.parallel.mesh import ParallelConfig
-from llmfoundry.train.duration import Duration
+from llmfoundry.train.duration import ClockTime, Duration
 from llmfoundry.train.loss import CrossEntropyConfig, LossConfig
 from llmfoundry.train.optim import OptimizerConfig
 from llmfoundry.train.schedule import SchedulerConfig
@@ -143,7 +143,11 @@ class RunConfig(Config):
     scheduler: SchedulerConfig
     loss: LossConfig = CrossEntropyConfig()  # or {name: dpo, beta: 0.1}, on preferences
     algorithms: Algorithms = Algorithms()  # what is done to the gradients
-    max_duration: Duration  # the length of the run
+    # The length of the run; as a time by the clock (2h) that of all its processes, from the first step on
+    max_duration: Duration
+    # When this process ends at the latest: the run stops in time to save, and the same command continues it. None: at
+    # the end of the Slurm job, if there is one; 0s: no limit
+    time_limit: ClockTime | None = None
     global_train_batch_size: int = Field(gt=0)  # rows per step, over all ranks
     # Rows of a forward; need not divide. auto: all of the rank's, and half as many each time that they do not fit.
     device_train_microbatch_size: int | Literal["auto"] = "auto"

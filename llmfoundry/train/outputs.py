@@ -29,6 +29,7 @@ from llmfoundry.settings import write_resolved
 from llmfoundry.train.run import Metrics
 
 log = logging.getLogger(__name__)
+Summary = dict[str, float | int | bool | str | list[float]]
 
 # What a run that ended before its first step can leave: the folder is still free.
 _TRACES = {".lock", "config.yaml", "config.yaml.tmp", "metrics.jsonl", "wandb", "wandb-run-id"}
@@ -137,7 +138,7 @@ class RunFolder:
             self._metrics.close()
         self._lock.close()
 
-    def write_summary(self, summary: Metrics) -> None:
+    def write_summary(self, summary: Summary) -> None:
         """Write summary.json."""
         _write(
             self.path / "summary.json",

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import itertools
 import logging
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import cast
 
 import torch
 from torch.profiler import record_function
 
-from llmfoundry import hf, runtime
+from llmfoundry import hf, runtime, stopping
 from llmfoundry.checkpoint.checkpointer import CheckpointState
 from llmfoundry.checkpoint.composer_names import load_composer
 from llmfoundry.checkpoint.reading import HUGGING_FACE, Contents, Json, load_model_only, read
@@ -26,26 +22,25 @@ from llmfoundry.eval.icl import PREFIX
 from llmfoundry.layers.ffn import RouterStats
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.moe.balance import named, summary
+from llmfoundry.stopping import on_signal
 from llmfoundry.train.callback import Callback
+from llmfoundry.train.clock import Countdown
 from llmfoundry.train.evaluating import evaluate_by_tasks, evaluate_texts
 from llmfoundry.train.loss import Loss
 from llmfoundry.train.mixing import Joined, to_save
 from llmfoundry.train.optim import set_learning_rate
-from llmfoundry.train.outputs import RunFolder, check_shared, read_summary
+from llmfoundry.train.outputs import RunFolder, Summary, check_shared, read_summary
 from llmfoundry.train.resume import (
     Start,
+    clock_state,
     command_to_continue,
     train_state,
 )
-from llmfoundry.train.run import EVALUATED, STEP, Metrics, Run, Table, is_evaluated
+from llmfoundry.train.run import ASKED, EVALUATED, STEP, TIME_LIMIT, Metrics, Run, Table, is_evaluated
 from llmfoundry.train.saving import Saver
 from llmfoundry.train.step import CROSS_ENTROPY, train_step
 
 log = logging.getLogger(__name__)
-
-# By Kubernetes and Slurm; Ctrl-C; by `sbatch --signal`; by a terminal that closes.
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-SAME_REQUEST = 1.0  # seconds
 
 
 @dataclass(kw_only=True)
@@ -61,6 +56,8 @@ class Trainer(Run):
     reference: CausalLM | None = None  # a frozen model beside the one that is trained, where the loss needs it
     folder: RunFolder | None = None  # of rank 0, from `fit` on
     unevaluated: Metrics = field(default_factory=dict)  # of the last step, if a signal cut its evaluation short
+    countdown: Countdown = field(default_factory=lambda: Countdown(None))
+    stopping: bool = False  # all ranks have agreed to stop
 
     def fit(self) -> None:
         """Train until `max_duration`, or until a signal asks to stop."""
@@ -91,36 +88,38 @@ class Trainer(Run):
         runtime.on_rank0(self._open_outputs)
         for callback in self.callbacks:
             callback.fit_start(self)
-        with self._signals():
+        self.timeline.clock.start()
+        with on_signal(self._on_signal):
             if self.config.eval_first and self.state.step == 0:
                 found = self._evaluate()
                 if found:
                     self._record({"step": 0, "tokens": 0} | found)
-            stopped = False
-            while (self.unevaluated or self.state.step < self.timeline.total_steps) and not stopped:
+            while (self.unevaluated or self.state.step < self.timeline.total_steps) and not self.stopping:
                 metrics, self.unevaluated = self.unevaluated or self._step(), {}
                 if self._due_evaluation():
                     found = self._evaluate()
                     self.unevaluated = {} if found else dict(metrics)
                     metrics |= found
                 self._record(metrics)
+                self.timeline.clock.tick(self._agree())
+                if self.timeline.is_over and not self.stopping:
+                    self.finish(f"max_duration={self.config.max_duration} has passed")
                 if self.state.step == self.timeline.total_steps and not is_evaluated(metrics):
-                    self.evaluation = {}  # a callback ended the run: what there is, is of an earlier step
-                stopped = self._stopped()
-                done = stopped or self.state.step == self.timeline.total_steps
-                if done:
+                    self.evaluation = {}  # a callback or the clock ended the run: what there is, is of an earlier step
+                if self.stopping or self.state.step == self.timeline.total_steps:
                     self.saver.save_last(self._checkpoint(), self._sync)
                 elif self.timeline.due(self.config.save_interval, self.state.step):
                     self.saver.save(self._checkpoint(), self._sync)
-            if not self.evaluation and self._evaluates and not stopped:
+                self.countdown.step_begins()
+            if not self.evaluation and self._evaluates and not self.stopping:
                 self._evaluate()  # a run taken up after its last step
-                stopped = self._stopped()
+                self._agree()
         if self.folder is not None:
             self.folder.write_summary(self._summary())
-        if stopped:
+        if self.stopping:
             log.info(
-                "stopped at step %d; saved to %s; to continue: %s",
-                self.state.step, self.saver.checkpointer.newest_saved, command_to_continue(),
+                "stopped at step %d (%s); saved to %s; to continue: %s",
+                self.state.step, self.why, self.saver.checkpointer.newest_saved, command_to_continue(),
             )  # fmt: skip
             return
         for callback in reversed(self.callbacks):
@@ -155,9 +154,35 @@ class Trainer(Run):
         evaluated = not self._evaluates or any(key.startswith(("validation/", PREFIX)) for key in summary)
         return evaluated and summary.get("steps") == self.state.step
 
+    def _agree(self) -> float:
+        """Agree with all ranks on whether to stop, from now on in `stopping`; returns the time by rank 0's clock.
+
+        A signal counts from when all ranks look next. It is one reduction: nothing else is waited for.
+        """
+        asked, seconds = float(self.asked), 0.0
+        if runtime.is_rank0():
+            seconds = self.timeline.clock.own()
+            if not asked and self.countdown.over(self.saver.checkpointer.longest_save):
+                asked = float(TIME_LIMIT)
+        asked, seconds = runtime.most_of_ranks([asked, seconds])
+        if asked and not self.stopping:
+            self.stopping = True
+            self._say_why(int(asked))
+        return seconds
+
+    def _say_why(self, asked: int) -> None:
+        if asked == TIME_LIMIT and self.countdown.limit is not None:
+            self.why = self.countdown.limit.why
+            log.warning("%s is near: stopping in time to save to %s", self.why, self.config.save_folder)
+        elif asked < ASKED:
+            self.why = stopping.name(asked)
+        elif not self.why:
+            self.why = "a callback on another rank"
+
     def _stopped(self) -> bool:
-        """Whether any rank was asked to stop: the same on every rank, for a signal counts from when all look next."""
-        return runtime.any_rank(self.signalled)
+        """Whether to leave an evaluation before its next batch; the same on every rank."""
+        self._agree()
+        return self.stopping
 
     def _sync(self) -> None:
         if self.folder is not None:
@@ -172,7 +197,7 @@ class Trainer(Run):
         start = time.perf_counter()
         state, rows = self.state, self.config.global_train_batch_size
         batch = self.loader.batch(state.rows, rows, self.mesh.data_rank, self.mesh.data_ranks).to(self.device)
-        rate = set_learning_rate(self.optimizer, self.schedule.multiplier(state.step))
+        rate = set_learning_rate(self.optimizer, self.schedule.multiplier(self.timeline.position(state.step)))
         clipping = self.config.algorithms.gradient_clipping
         result = self.microbatches.run(
             lambda micro, together: train_step(
@@ -292,6 +317,9 @@ class Trainer(Run):
     def _load_all(self, contents: Contents) -> None:
         """Take up a run: weights, optimizer, and how far it was."""
         state = train_state(contents)  # looked at first: nothing has changed when it is refused
+        self.timeline.clock.set(*clock_state(contents))
+        if self.timeline.is_over:
+            self.timeline = replace(self.timeline, total_steps=state.step)
         if self.start.how == "continue" and state.step >= self.timeline.total_steps:
             raise ConfigError(
                 f"load_path: {self.config.load_path} is at step {state.step}, and max_duration="
@@ -314,7 +342,7 @@ class Trainer(Run):
         if self.unevaluated:  # monitors read the rate and the routing of that step
             router = cast(list[object] | None, trainer.get("router"))
             self.router = RouterStats(*(torch.tensor(part, device=self.device) for part in router)) if router else None
-            set_learning_rate(self.optimizer, self.schedule.multiplier(self.state.step - 1))
+            set_learning_rate(self.optimizer, self.schedule.multiplier(self.timeline.position_before(self.state.step)))
 
     def _checkpoint(self) -> CheckpointState:
         return CheckpointState(
@@ -325,6 +353,7 @@ class Trainer(Run):
                 "state": asdict(self.state),
                 "data": self.loader.fingerprint,
                 "seconds": self.train_seconds,
+                "clock": [self.timeline.clock.before, self.timeline.clock.seconds],
                 "unevaluated": cast(dict[str, Json], self.unevaluated),
                 # What monitors read of a step that they have not seen yet.
                 "router": [part.tolist() for part in self.router] if self.unevaluated and self.router else None,
@@ -341,9 +370,9 @@ class Trainer(Run):
         order = self.loader.order
         return {"mixture": to_save(order, self.state.rows, self.joined)} if isinstance(order, Mixture) else {}
 
-    def _summary(self) -> Metrics:
+    def _summary(self) -> Summary:
         model = self.config.model
-        result: Metrics = {
+        result: Summary = {
             "steps": self.state.step,
             "tokens": self.state.tokens,
             "params": model.n_params(),
@@ -351,6 +380,8 @@ class Trainer(Run):
             "trainable_params": model.n_trainable_params(),
             "tokens_per_sec": self.state.tokens / self.train_seconds if self.train_seconds else 0.0,
             "seconds": self.train_seconds,
+            "ended": self.why or f"max_duration={self.config.max_duration}",
+            "stopped": self.stopping,
             "peak_memory_bytes": runtime.peak_memory_bytes(self.device),
         }
         names = {"LanguageCrossEntropy": "nats_per_token", "bits_per_byte": "bits_per_byte"}
@@ -360,31 +391,10 @@ class Trainer(Run):
             result["/".join(filter(None, ("validation", label, names[name]))) if is_text else key] = value
         return result
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """A signal finishes the step or evaluation batch, saves and stops; a second one ends at once.
-
-        Launchers often send one twice: to the process group and to each rank. So a second one within a second counts as
-        the first.
-        """
-        first = 0.0
-
-        def request(number: int, frame: FrameType | None) -> None:
-            nonlocal first
-            if self.signalled:
-                if time.monotonic() - first < SAME_REQUEST:
-                    return
-                raise KeyboardInterrupt
-            first = time.monotonic()
-            log.warning(
-                "%s: finishing this step, then saving to %s (send it again to quit at once)",
-                "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name, self.config.save_folder,
-            )  # fmt: skip
-            self.signalled = True
-
-        before = {number: signal.signal(number, request) for number in STOPPING}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _on_signal(self, number: int) -> None:
+        """A signal finishes the step or evaluation batch, saves and stops; a second one ends at once."""
+        log.warning(
+            "%s: finishing this step, then saving to %s (send it again to quit at once)",
+            stopping.name(number), self.config.save_folder,
+        )  # fmt: skip
+        self.asked = number

@@ -43,7 +43,8 @@ values are checked after that, and their mistakes follow.
 
 The schema does not know the names of plug-ins (`code_paths`). A block of several kinds has a table of the keys that
 all kinds share, then one for each kind. In place of any value an interpolation (`${variables.d_model}`) may stand.
-Durations are written `10ba` (steps), `1ep` (epochs), `5e9tok` (tokens), `100sp` (rows), `0.1dur` (share of the run)."""
+Durations are written `10ba` (steps), `1ep` (epochs), `5e9tok` (tokens), `100sp` (rows), `0.1dur` (share of the run), or
+`2h`, `30min`, `90s` by the clock."""
 
 
 class Page:

@@ -475,15 +475,15 @@ def test_a_signal_between_looking_and_saving_loses_nothing(
 ) -> None:
     from llmfoundry import runtime
 
-    looks, real = iter(range(1, 100)), runtime.any_rank
+    looks, real = iter(range(1, 100)), runtime.most_of_ranks
 
-    def look_then_signal(flag: bool) -> bool:
-        found = real(flag)
+    def look_then_signal(values: list[float]) -> list[float]:
+        found = real(values)
         if next(looks) == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return found
 
-    monkeypatch.setattr(runtime, "any_rank", look_then_signal)
+    monkeypatch.setattr(runtime, "most_of_ranks", look_then_signal)
     assert train_main([str(recipe), "eval_interval=0ba"]) == 0
     assert len(metrics_of(tmp_path / "run")) == 5
     assert (tmp_path / "run" / "checkpoints" / "step-5").is_dir()
@@ -509,6 +509,7 @@ def test_every_stopping_signal_saves_also_if_it_comes_twice_in_a_row(
 
 
 def test_a_second_signal_quits_at_once(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmfoundry import stopping
     from llmfoundry.train import trainer
 
     real, calls = trainer.train_step, iter(range(1, 100))
@@ -516,12 +517,12 @@ def test_a_second_signal_quits_at_once(recipe: Path, tmp_path: Path, monkeypatch
     def step_then_signals(*args, **kwargs):
         if next(calls) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-            monkeypatch.setattr(trainer, "SAME_REQUEST", 0.0)  # as if a second had passed
+            monkeypatch.setattr(stopping, "SAME_REQUEST", 0.0)  # as if a second had passed
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args, **kwargs)
 
     monkeypatch.setattr(trainer, "train_step", step_then_signals)
-    assert train_main([str(recipe), "eval_interval=0ba"]) == 1
+    assert train_main([str(recipe), "eval_interval=0ba"]) == 128 + signal.SIGTERM
     assert len(metrics_of(tmp_path / "run")) == 2 and not (tmp_path / "run" / "checkpoints" / "step-3").exists()
 
 
