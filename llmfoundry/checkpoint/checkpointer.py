@@ -93,6 +93,7 @@ from llmfoundry.settings import write_resolved
 __all__ = ["Checkpointer", "CheckpointState", "Contents", "SaveError", "load_model_only", "read"]
 
 log = logging.getLogger(__name__)
+PROVISIONAL = "provisional"  # in trainer.json
 
 # One process is a normal way to save and load.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -120,6 +121,7 @@ class CheckpointState:
         trainer: what else is needed to continue, as JSON; handed back by `Checkpointer.load`.
         config: the resolved configuration as plain data.
         tokenizer: saved beside the model.
+        provisional: whether retention does not count it, for the run is in doubt: it goes when a newer one counts.
         generation: a generation_config.json, kept beside the tokenizer.
         base: where the frozen weights came from; given, they are not saved.
     """
@@ -132,6 +134,7 @@ class CheckpointState:
     tokenizer: Tokenizer | None = None
     generation: str | None = None
     base: Base | None = None
+    provisional: bool = False
 
 
 class Checkpointer:
@@ -176,6 +179,8 @@ class Checkpointer:
         trainer = {"step": state.step} | dict(state.trainer) | {"saved_by": _writer()}
         if state.base is not None:
             trainer["base"] = state.base._asdict()
+        if state.provisional:
+            trainer[PROVISIONAL] = True
         texts = {TRAINER: json.dumps(trainer, indent=1), CONFIG: write_resolved(state.config)}
         if state.generation is not None:
             texts[GENERATION] = state.generation
@@ -379,17 +384,29 @@ class Checkpointer:
         temporary.replace(link)
 
     def _prune(self, newest: Path | None = None) -> None:
-        """Delete all but the newest `keep` whole checkpoints; never `newest`, nor damaged ones."""
+        """Delete all but the newest `keep` whole checkpoints; never `newest`, nor damaged ones.
+
+        Provisional ones are not counted, and go when there is a newer one that counts.
+        """
         if self.keep == -1:
             return
-        whole = [path for path in self._whole() if path != newest]
-        old = whole[self.keep - 1 :] if newest else whole[self.keep :]
-        self._do(*(partial(remove, path) for path in old))
+        whole = self._whole()
+        counted = [path for path in whole if not _is_provisional(path)]
+        doubtful = whole[: whole.index(counted[0])] if counted else whole
+        kept = {newest, *doubtful, *counted[: self.keep]}
+        self._do(*(partial(remove, path) for path in whole if path not in kept))
 
     def _sweep(self) -> None:
         """Delete what dead runs left: this run has the folder to itself."""
         stale = (*self.folder.glob("step-*.tmp-*"), *self.folder.glob(f"{LATEST}.tmp-*"))
         self._do(*(partial(remove, path) for path in stale))
+
+
+def _is_provisional(path: Path) -> bool:
+    try:
+        return json.loads((path / TRAINER).read_bytes()).get(PROVISIONAL) is True
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
 
 
 def _writer() -> dict[str, Json]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from llmfoundry import launch
 from llmfoundry.cli.quick_check import quick_mistakes
-from llmfoundry.config import ConfigError, ResourceError, check, drop_replaced, import_code
+from llmfoundry.config import ConfigError, RunError, check, drop_replaced, import_code
 from llmfoundry.integrations.foundry_yaml import translate
 from llmfoundry.settings import load_settings
 from llmfoundry.stopping import Stop
@@ -57,7 +57,7 @@ def command(run: Callable[[Sequence[str] | None], None]) -> Command:
             _said.clear()
             _tell_torchrun(f"error: {error}")
             return 2
-        except ResourceError as error:
+        except RunError as error:
             print(f"{rank}error: {error}", file=sys.stderr, flush=True)
             _tell_torchrun(f"error: {error}")
             return 1

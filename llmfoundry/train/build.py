@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from llmfoundry import runtime
 from llmfoundry.checkpoint.checkpointer import Checkpointer
@@ -14,7 +15,7 @@ from llmfoundry.config import ConfigError
 from llmfoundry.data.loader import Loader
 from llmfoundry.data.mixture import Mixture
 from llmfoundry.data.sources import check_apart
-from llmfoundry.data.tokenizer import Encoder
+from llmfoundry.data.tokenizer import Encoder, SpecialTokens
 from llmfoundry.eval.icl_questions import Reader
 from llmfoundry.kernels.experts import resolve_backend
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig
@@ -138,6 +139,28 @@ def _build_model(config: RunConfig, mesh: Mesh, precision: Precision) -> CausalL
     if config.device_train_microbatch_size == "auto" and can_leave(model):
         meet_before_collectives(model)
     return materialize(model, config.parallel, config.seed)  # the same values on every mesh
+
+
+def numbered_rows(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens, start: Start
+) -> Loader:
+    """The training data of a run, whose rows have the numbers that they have in it."""
+    assert isinstance(config.model, CausalLMConfig)
+    loader = config.train_loader.build(
+        tokenizer,
+        seed=config.seed,
+        max_seq_len=config.max_seq_len,
+        sequence_ids=config.model.attn_config.attn_uses_sequence_id,
+        special=special,
+    )
+    timeline = Timeline.of(
+        config.max_duration,
+        rows_per_step=config.global_train_batch_size,
+        tokens_per_row=loader.max_seq_len,
+        rows_per_epoch=loader.rows_per_epoch,
+    )
+    _mix(config, loader, timeline, start)
+    return loader
 
 
 def _mix(config: RunConfig, loader: Loader, timeline: Timeline, start: Start) -> Joined:

@@ -151,7 +151,10 @@ class RunConfig(Config):
     global_train_batch_size: int = Field(gt=0)  # rows per step, over all ranks
     # Rows of a forward; need not divide. auto: all of the rank's, and half as many each time that they do not fit.
     device_train_microbatch_size: int | Literal["auto"] = "auto"
-    max_skipped_steps: int = Field(10, ge=0)  # updates skipped in a row for a gradient that is not finite
+    max_skipped_steps: int = Field(
+        10, ge=0
+    )  # updates skipped in a row (gradient not finite, loss too high) before an end
+    max_skipped_share: float = Field(0.1, ge=0, le=1)  # of all steps, above max_skipped_steps: more is no success
 
     eval_interval: Duration = Duration.parse("1ep")  # 0ba: never
     eval_first: bool = False  # also before the first step, as step 0

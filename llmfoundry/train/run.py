@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -81,12 +82,19 @@ class Run:
     generation: str | None = None  # generation_config.json of what the run began from
     train_seconds: float = 0.0  # in steps alone, over all processes that the run has had
     asked: int = 0  # why this rank was asked to stop: the number of a signal, or ASKED; 0: it was not
+    loss_limit: float = math.inf  # set by a callback: a step with a higher loss is skipped; the same on every rank
+    doubtful: bool = False  # set by a callback: no checkpoint is saved until it is over; the same on every rank
+    way_back: str = ""  # why to go back to the last checkpoint, and on behind the rows that came since
     why: str = ""  # why the run ended or stopped, for its summary; rank 0's
 
     def stop(self, why: str) -> None:
         """Save and stop after this step, as for a signal: the same command continues. One rank may ask for all."""
         log.info("step %d: %s", self.state.step, why)
         self.asked, self.why = self.asked or ASKED, why
+
+    def roll_back(self, why: str) -> None:
+        """Go back to the last checkpoint after this step, and step past the data. Every rank asks at the same step."""
+        self.way_back = why
 
     def finish(self, why: str) -> None:
         """End the run with this step, as if `max_duration` ended here. Every rank has to ask at the same step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,20 +17,22 @@ from llmfoundry import hf, runtime, stopping
 from llmfoundry.checkpoint.checkpointer import CheckpointState
 from llmfoundry.checkpoint.composer_names import load_composer
 from llmfoundry.checkpoint.reading import HUGGING_FACE, Contents, Json, load_model_only, read
-from llmfoundry.config import ConfigError, dump
+from llmfoundry.config import ConfigError, RunError, dump
+from llmfoundry.data.loader import Batch
 from llmfoundry.data.mixture import Mixture
 from llmfoundry.eval.icl import PREFIX
 from llmfoundry.layers.ffn import RouterStats
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.moe.balance import named, summary
 from llmfoundry.stopping import on_signal
+from llmfoundry.train.bad_numbers import NOT_FINITE, SPIKE, bad_rows, check_weights, hopeless, record
 from llmfoundry.train.callback import Callback
 from llmfoundry.train.clock import Countdown
 from llmfoundry.train.evaluating import evaluate_by_tasks, evaluate_texts
 from llmfoundry.train.loss import Loss
 from llmfoundry.train.mixing import Joined, to_save
 from llmfoundry.train.optim import set_learning_rate
-from llmfoundry.train.outputs import RunFolder, Summary, check_shared, read_summary
+from llmfoundry.train.outputs import SKIPPED, RunFolder, Summary, check_shared, read_summary
 from llmfoundry.train.resume import (
     Start,
     clock_state,
@@ -58,6 +61,7 @@ class Trainer(Run):
     unevaluated: Metrics = field(default_factory=dict)  # of the last step, if a signal cut its evaluation short
     countdown: Countdown = field(default_factory=lambda: Countdown(None))
     stopping: bool = False  # all ranks have agreed to stop
+    owed: bool = False  # a save was due while the run was in doubt
 
     def fit(self) -> None:
         """Train until `max_duration`, or until a signal asks to stop."""
@@ -106,10 +110,10 @@ class Trainer(Run):
                     self.finish(f"max_duration={self.config.max_duration} has passed")
                 if self.state.step == self.timeline.total_steps and not is_evaluated(metrics):
                     self.evaluation = {}  # a callback or the clock ended the run: what there is, is of an earlier step
-                if self.stopping or self.state.step == self.timeline.total_steps:
-                    self.saver.save_last(self._checkpoint(), self._sync)
-                elif self.timeline.due(self.config.save_interval, self.state.step):
-                    self.saver.save(self._checkpoint(), self._sync)
+                if not self.way_back:
+                    self._save()
+                elif not self.stopping:  # else the next start comes here again, from the same checkpoint
+                    self._roll_back()
                 self.countdown.step_begins()
             if not self.evaluation and self._evaluates and not self.stopping:
                 self._evaluate()  # a run taken up after its last step
@@ -124,6 +128,53 @@ class Trainer(Run):
             return
         for callback in reversed(self.callbacks):
             callback.fit_end(self)
+
+    def _save(self) -> None:
+        """Save what is due; while a run is in doubt, only what it ends with.
+
+        Raises:
+            RunError: a weight is not finite, or too many steps were skipped.
+        """
+        state = self.state
+        found = hopeless(self) if state.skipped_in_a_row or state.step == self.timeline.total_steps else None
+        last = found is not None or self.stopping or state.step == self.timeline.total_steps
+        self.owed |= self.timeline.due(self.config.save_interval, state.step)
+        in_doubt = self.doubtful or state.skipped_in_a_row > 0
+        if not last and (in_doubt or not self.owed):
+            return
+        check_weights(self)
+        if not last:
+            self.saver.save(self._checkpoint(), self._sync)
+        elif found is None or found.save:
+            self.saver.save_last(self._checkpoint(), self._sync)
+        self.owed = False
+        if found is not None:
+            newest = self.saver.checkpointer.newest_saved
+            raise RunError(f"step {state.step}: {found.why}; the newest checkpoint is {newest or 'not yet written'}")
+
+    def _roll_back(self) -> None:
+        """Go back to the newest checkpoint, and on behind the rows that were read since.
+
+        Raises:
+            RunError: there is none.
+        """
+        why, self.way_back = self.way_back, ""
+        self.saver.settle()
+        contents = self.saver.checkpointer.newest()
+        if contents is None:
+            raise RunError(f"step {self.state.step}: {why}; there is no checkpoint to go back to: set save_interval")
+        step, rows, clock = self.state.step, self.state.rows, self.timeline.clock
+        before, seconds, total = clock.before, clock.seconds, self.timeline.total_steps
+        self.doubtful, self.loss_limit, self.owed = False, math.inf, False
+        self._load_all(contents)
+        clock.set(before, seconds)  # time goes on
+        clock.start()
+        self.timeline = replace(self.timeline, total_steps=total)
+        first, self.state.rows = self.state.rows, rows
+        log.warning("step %d: %s; back to %s, and on behind row %d", step, why, contents.path, rows - 1)
+        if self.folder is not None:
+            self.folder.open_metrics(self.state.step)
+            self.folder.write_skipped(record(self.state.step, f"step {step}: {why}", first, rows, []))
 
     def _record(self, metrics: Metrics) -> None:
         for callback in self.callbacks if not self.unevaluated else ():  # they see it when it is whole
@@ -212,6 +263,7 @@ class Trainer(Run):
                 n_sources=len(self.loader.labels),
                 objective=self.objective,
                 together=together,
+                max_loss=self.loss_limit,
             )
         )
         state.step += 1
@@ -227,7 +279,7 @@ class Trainer(Run):
             torch.cat([part.double() for part in parts]).tolist()
         )  # all at once: the host waits for the device here
         (updated, ce, total, grad_norm), of_loss, sources = (list(itertools.islice(read, size)) for size in sizes)
-        self._count_skip(bool(updated))
+        self._count_skip(bool(updated), batch, math.isfinite(grad_norm))
         metrics: Metrics = {
             "step": state.step,
             "tokens": state.tokens,
@@ -255,18 +307,25 @@ class Trainer(Run):
                 found[f"tokens/{label}"] = rows * self.loader.max_seq_len
         return found
 
-    def _count_skip(self, updated: bool) -> None:
+    def _count_skip(self, updated: bool, batch: Batch, finite: bool) -> None:
+        """Take note of a step that changed nothing, and of its rows.
+
+        Raises:
+            RunError: a weight is not finite.
+        """
         state = self.state
         state.skipped_steps += not updated
         state.skipped_in_a_row = 0 if updated else state.skipped_in_a_row + 1
-        if not updated:
-            log.warning("step %d: the gradient is not finite; the update was skipped", state.step)
-        if state.skipped_in_a_row > self.config.max_skipped_steps:
-            raise FloatingPointError(
-                f"the gradient was not finite in {state.skipped_in_a_row} steps in a row, up to step {state.step}; "
-                "lower optimizer.lr, or clip gradients; the newest checkpoint is "
-                f"{self.saver.checkpointer.newest_saved or 'not yet written'}"
-            )
+        if updated:
+            return
+        bad = []
+        if not finite:
+            check_weights(self)
+            bad = bad_rows(self, batch, self.objective)
+        why, first = NOT_FINITE if not finite else SPIKE, state.rows - self.config.global_train_batch_size
+        log.warning("step %d: %s; the update was skipped; its rows are in %s", state.step, why, SKIPPED)
+        if self.folder is not None:
+            self.folder.write_skipped(record(state.step, why, first, state.rows, bad))
 
     @property
     def _evaluates(self) -> bool:
@@ -328,7 +387,7 @@ class Trainer(Run):
             )
         trainer = self.saver.checkpointer.load(contents, self._checkpoint())
         self.state = state
-        if self.start.rows_anew:
+        if self.start.rows_anew and contents.path == cast(Contents, self.start.contents).path:
             log.warning("rows are counted anew: the next step takes the first rows of the data")
             state.rows = 0
         seconds = trainer.get("seconds")
@@ -364,6 +423,7 @@ class Trainer(Run):
             tokenizer=self.tokenizer,
             generation=self.generation,
             base=self.start.base,
+            provisional=self.doubtful or self.state.skipped_in_a_row > 0,
         )
 
     def _mixture(self) -> dict[str, Json]:
