@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import sys
 import time
@@ -29,6 +30,18 @@ def local_rank() -> int:
 def is_rank0() -> bool:
     """Whether this process logs and writes for all."""
     return rank() == 0
+
+
+def tell_torchrun(why: str) -> None:
+    """Leave what went wrong where torchrun looks for it: its report names the rank that failed first, and ends so.
+
+    It compares whole seconds, and ranks that lose this one fail as soon as it is gone: so it stays for one more.
+    """
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": why, "timestamp": str(int(time.time()))}  # the form that its own handler writes
+        with open(file, "w") as report:
+            json.dump({"message": {"message": why, "extraInfo": details}}, report)
+        time.sleep(1.0)
 
 
 def leave(code: int) -> NoReturn:

@@ -143,10 +143,13 @@ class Checkpointer:
     Args:
         folder: `save_folder/checkpoints`; made by the first save.
         keep: newest checkpoints to keep; -1 keeps all.
+        timeout: seconds until a save fails in which some rank does not take part; None: an hour.
         asynchronous: whether `save` returns when everything is copied to the CPU, and a thread writes it.
     """
 
-    def __init__(self, folder: str | Path, keep: int = -1, asynchronous: bool = False) -> None:
+    def __init__(
+        self, folder: str | Path, keep: int = -1, asynchronous: bool = False, timeout: float | None = None
+    ) -> None:
         if keep == 0 or keep < -1:
             raise ValueError(f"keep={keep}: write -1 to keep all checkpoints, or 1 or more")
         self.folder = Path(folder)
@@ -159,9 +162,9 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._stage: dict[str, Tensor] = {}
         # The writer's own group: its collectives must not meet those of a step that goes on meanwhile.
-        self._group: dist.ProcessGroup | None = None
+        self.group: dist.ProcessGroup | None = None
         if runtime.world_size() > 1:
-            self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=1))
+            self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout or 3600.0))
 
     def save(self, state: CheckpointState) -> Path:
         """Write a checkpoint, after the one in flight if there is one.
@@ -290,7 +293,7 @@ class Checkpointer:
                     tensors,
                     storage_writer=writer,
                     planner=planner,
-                    process_group=self._group,
+                    process_group=self.group,
                     no_dist=runtime.world_size() == 1,
                 )
         except dcp.CheckpointException as error:  # a BaseException, carrying what went wrong on each rank

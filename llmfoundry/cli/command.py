@@ -9,9 +9,7 @@ Commands import torch inside their functions, so that `--help` and mistakes are 
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import sys
 import time
 import traceback
@@ -55,11 +53,11 @@ def command(run: Callable[[Sequence[str] | None], None]) -> Command:
             else:
                 time.sleep(HEAD_START)
             _said.clear()
-            _tell_torchrun(f"error: {error}")
+            launch.tell_torchrun(f"error: {error}")
             return 2
         except RunError as error:
             print(f"{rank}error: {error}", file=sys.stderr, flush=True)
-            _tell_torchrun(f"error: {error}")
+            launch.tell_torchrun(f"error: {error}")
             return 1
         except KeyboardInterrupt:
             print(f"{rank}interrupted", file=sys.stderr)
@@ -70,7 +68,7 @@ def command(run: Callable[[Sequence[str] | None], None]) -> Command:
         except Exception as error:
             why = _out_of_memory(error) or traceback.format_exc()
             print(f"{rank}{why}", file=sys.stderr, flush=True)
-            _tell_torchrun(why)
+            launch.tell_torchrun(why)
             return 1
         if "torch" in sys.modules:
             from llmfoundry import runtime
@@ -93,17 +91,6 @@ def _out_of_memory(error: Exception) -> str:
     torch = sys.modules.get("torch")
     is_full = torch is not None and isinstance(error, torch.OutOfMemoryError)
     return f"error: out of memory: {' '.join(str(error).split())}" if is_full else ""
-
-
-def _tell_torchrun(why: str) -> None:
-    """Leave what went wrong where torchrun looks for it: its report names the rank that failed first, and ends so.
-
-    It compares whole seconds, and ranks that lose this one fail as soon as it is gone: so it stays for one more.
-    """
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        details = {"py_callstack": why, "timestamp": str(int(time.time()))}  # the form that its own handler writes
-        Path(file).write_text(json.dumps({"message": {"message": why, "extraInfo": details}}))
-        time.sleep(1.0)
 
 
 def program(name: str, script: str | None = None) -> str:

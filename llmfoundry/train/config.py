@@ -169,7 +169,13 @@ class RunConfig(Config):
 
     precision: Precision | Literal["auto"] = "auto"  # auto: amp_bf16 on a GPU, fp32 on a CPU
     parallel: ParallelConfig = ParallelConfig()
-    dist_timeout: float = Field(600.0, gt=0)  # seconds
+    dist_timeout: float = Field(600.0, gt=0)  # seconds until a collective fails that some rank does not join
+    # The same after the first step, which compiles and connects; None: dist_timeout. What one rank does alone while
+    # others wait, such as an export, has to fit
+    step_timeout: ClockTime | None = None
+    # Without a step, evaluation batch or save for so long, each rank writes its stacks to hang-rank-N.txt and exits
+    # with 1; 0s: never. A save that waits for a rank fails after the same time
+    hang_timeout: ClockTime = Duration.parse("30min")
 
     save_folder: LocalPath  # `{run_name}` is filled in
     save_interval: Duration = Duration.parse("1ep")  # 0ba: only at the end

@@ -80,6 +80,7 @@ class Run:
     router: RouterStats | None = None  # of the last step, (L, E) and (L,) sums over the global batch, on the device
     evaluation: Metrics = field(default_factory=dict)  # of the last evaluation
     generation: str | None = None  # generation_config.json of what the run began from
+    begin_seconds: float = 0.0  # of this rank alone: from the end of the last step until its rows are on the device
     train_seconds: float = 0.0  # in steps alone, over all processes that the run has had
     asked: int = 0  # why this rank was asked to stop: the number of a signal, or ASKED; 0: it was not
     loss_limit: float = math.inf  # set by a callback: a step with a higher loss is skipped; the same on every rank

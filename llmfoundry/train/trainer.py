@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch.profiler import record_function
 
 from llmfoundry import hf, runtime, stopping
@@ -28,6 +29,7 @@ from llmfoundry.stopping import on_signal
 from llmfoundry.train.bad_numbers import NOT_FINITE, SPIKE, bad_rows, check_weights, hopeless, record
 from llmfoundry.train.callback import Callback
 from llmfoundry.train.clock import Countdown
+from llmfoundry.train.duration import seconds_of
 from llmfoundry.train.evaluating import evaluate_by_tasks, evaluate_texts
 from llmfoundry.train.loss import Loss
 from llmfoundry.train.mixing import Joined, to_save
@@ -42,8 +44,12 @@ from llmfoundry.train.resume import (
 from llmfoundry.train.run import ASKED, EVALUATED, STEP, TIME_LIMIT, Metrics, Run, Table, is_evaluated
 from llmfoundry.train.saving import Saver
 from llmfoundry.train.step import CROSS_ENTROPY, train_step
+from llmfoundry.train.watchdog import READING, Watchdog
 
 log = logging.getLogger(__name__)
+
+# What gloo says when another rank is gone or does not come.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "gloo/transport")
 
 
 @dataclass(kw_only=True)
@@ -59,8 +65,11 @@ class Trainer(Run):
     reference: CausalLM | None = None  # a frozen model beside the one that is trained, where the loss needs it
     folder: RunFolder | None = None  # of rank 0, from `fit` on
     unevaluated: Metrics = field(default_factory=dict)  # of the last step, if a signal cut its evaluation short
+    watchdog: Watchdog
+    agreed: float = 0.0  # when the ranks last agreed, by `perf_counter`
     countdown: Countdown = field(default_factory=lambda: Countdown(None))
     stopping: bool = False  # all ranks have agreed to stop
+    shortened: bool = False  # collectives have the timeout of later steps
     owed: bool = False  # a save was due while the run was in doubt
 
     def fit(self) -> None:
@@ -74,12 +83,25 @@ class Trainer(Run):
             runtime.on_rank0(self._take_folder)
             self._close()
             return
+        self.watchdog.start()
         try:
             self._fit()
+        except dist.DistError as error:
+            raise self._named(error) from error
+        except RuntimeError as error:
+            if not any(word in str(error) for word in LOST):
+                raise
+            raise self._named(error) from error
         finally:
             self._close()
 
+    def _named(self, error: Exception) -> RunError:
+        """The failure of a collective, with the rank that it was waiting for."""
+        why = self.watchdog.verdict()
+        return RunError(f"step {self.state.step + 1}: {why or 'a collective failed'}; here: {str(error).strip()}")
+
     def _close(self) -> None:
+        self.watchdog.close()
         for callback in reversed(self.callbacks):
             callback.close()
         if self.folder is not None:
@@ -98,6 +120,7 @@ class Trainer(Run):
                 found = self._evaluate()
                 if found:
                     self._record({"step": 0, "tokens": 0} | found)
+                self.stopping = False  # who asked is asked again after the first step, which there is to save
             while (self.unevaluated or self.state.step < self.timeline.total_steps) and not self.stopping:
                 metrics, self.unevaluated = self.unevaluated or self._step(), {}
                 if self._due_evaluation():
@@ -106,6 +129,7 @@ class Trainer(Run):
                     metrics |= found
                 self._record(metrics)
                 self.timeline.clock.tick(self._agree())
+                self._shorten_timeouts()
                 if self.timeline.is_over and not self.stopping:
                     self.finish(f"max_duration={self.config.max_duration} has passed")
                 if self.state.step == self.timeline.total_steps and not is_evaluated(metrics):
@@ -115,6 +139,7 @@ class Trainer(Run):
                 elif not self.stopping:  # else the next start comes here again, from the same checkpoint
                     self._roll_back()
                 self.countdown.step_begins()
+                self.watchdog.beat(f"step {self.state.step + 1}")
             if not self.evaluation and self._evaluates and not self.stopping:
                 self._evaluate()  # a run taken up after its last step
                 self._agree()
@@ -143,6 +168,7 @@ class Trainer(Run):
         if not last and (in_doubt or not self.owed):
             return
         check_weights(self)
+        self.watchdog.beat(f"saving step {state.step}")
         if not last:
             self.saver.save(self._checkpoint(), self._sync)
         elif found is None or found.save:
@@ -211,15 +237,24 @@ class Trainer(Run):
         A signal counts from when all ranks look next. It is one reduction: nothing else is waited for.
         """
         asked, seconds = float(self.asked), 0.0
+        self.watchdog.phase("agreeing on whether to stop")
         if runtime.is_rank0():
             seconds = self.timeline.clock.own()
             if not asked and self.countdown.over(self.saver.checkpointer.longest_save):
                 asked = float(TIME_LIMIT)
         asked, seconds = runtime.most_of_ranks([asked, seconds])
+        self.agreed = time.perf_counter()
         if asked and not self.stopping:
             self.stopping = True
             self._say_why(int(asked))
         return seconds
+
+    def _shorten_timeouts(self) -> None:
+        """The first step compiles and connects; no later one takes that long."""
+        seconds = seconds_of(self.config.step_timeout)
+        if seconds is not None and not self.shortened and dist.is_initialized():
+            runtime.set_timeout(seconds, self.saver.checkpointer.group)
+        self.shortened = True
 
     def _say_why(self, asked: int) -> None:
         if asked == TIME_LIMIT and self.countdown.limit is not None:
@@ -233,6 +268,7 @@ class Trainer(Run):
     def _stopped(self) -> bool:
         """Whether to leave an evaluation before its next batch; the same on every rank."""
         self._agree()
+        self.watchdog.beat(f"an evaluation after step {self.state.step}")
         return self.stopping
 
     def _sync(self) -> None:
@@ -248,6 +284,7 @@ class Trainer(Run):
         start = time.perf_counter()
         state, rows = self.state, self.config.global_train_batch_size
         batch = self.loader.batch(state.rows, rows, self.mesh.data_rank, self.mesh.data_ranks).to(self.device)
+        self.begin_seconds = time.perf_counter() - (self.agreed or start)
         rate = set_learning_rate(self.optimizer, self.schedule.multiplier(self.timeline.position(state.step)))
         clipping = self.config.algorithms.gradient_clipping
         result = self.microbatches.run(
@@ -275,9 +312,11 @@ class Trainer(Run):
         parts += [result.metrics, result.sources.flatten()]
         if result.router is not None and self.balance is not None:
             parts.append(summary(result.router, rows * self.loader.max_seq_len, self.balance))
+        self.watchdog.phase(READING)
         read = iter(
             torch.cat([part.double() for part in parts]).tolist()
         )  # all at once: the host waits for the device here
+        self.watchdog.phase(f"the end of step {state.step}")
         (updated, ce, total, grad_norm), of_loss, sources = (list(itertools.islice(read, size)) for size in sizes)
         self._count_skip(bool(updated), batch, math.isfinite(grad_norm))
         metrics: Metrics = {
