@@ -278,7 +278,9 @@ def test_a_run_that_would_take_no_step_is_refused(
 def test_a_gradient_that_stays_infinite_ends_the_run_with_advice(recipe: Path, capsys: pytest.CaptureFixture) -> None:
     options = ["max_skipped_steps=2", "optimizer.lr=1.0e30", "algorithms.gradient_clipping=null"]
     assert train_main([str(recipe), *options, "scheduler.t_warmup=0ba", "save_interval=0ba"]) == 1
-    assert "lower optimizer.lr, or clip gradients; the newest checkpoint is not yet written" in capsys.readouterr().err
+    assert "3 of 4 steps were skipped, more than max_skipped_share=0.1 of all: lower optimizer.lr, clip gradients" in (
+        capsys.readouterr().err
+    )
 
 
 def test_microbatches_are_invisible(recipe: Path, tmp_path: Path) -> None:
@@ -479,7 +481,7 @@ def test_a_signal_between_looking_and_saving_loses_nothing(
 
     def look_then_signal(values: list[float]) -> list[float]:
         found = real(values)
-        if next(looks) == 4:
+        if len(values) == 2 and next(looks) == 4:  # whether to stop, and the time
             os.kill(os.getpid(), signal.SIGTERM)
         return found
 
