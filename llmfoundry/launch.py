@@ -9,6 +9,7 @@ import sys
 import time
 from typing import NoReturn
 
+SIGNALLED = 128  # exit codes from here on: a signal's number is added
 BEGUN = time.monotonic()  # when this process began, but for Python's own start
 
 
@@ -45,17 +46,19 @@ def tell_torchrun(why: str) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process; under torchrun, without Python's teardown of the interpreter.
+    """End this process; under torchrun or after a signal, without Python's teardown of the interpreter.
 
     DTensor's caches keep meshes alive after `runtime.stop`, and with them gloo's threads. A thread that frees a tensor
     while the interpreter is torn down aborts the process, so that one rank in a few thousand would fail after its work.
+    After a signal that ends a process at once, the teardown would wait for a checkpoint that a thread is writing.
 
     Args:
         code: the exit code.
     """
-    if "RANK" not in os.environ:  # a single process
-        sys.exit(code)
-    atexit._run_exitfuncs()
+    if code < SIGNALLED:
+        if "RANK" not in os.environ:  # a single process
+            sys.exit(code)
+        atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

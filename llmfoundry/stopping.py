@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from llmfoundry.launch import SIGNALLED
+
 # By Kubernetes and Slurm; Ctrl-C; by `sbatch --signal`; by a terminal that closes.
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 SAME_REQUEST = 1.0  # seconds; launchers often send a signal twice: to the process group and to each rank
@@ -31,7 +33,7 @@ class Stop(BaseException):
 
     def __init__(self, number: int) -> None:
         super().__init__(name(number))
-        self.code = 128 + number
+        self.code = SIGNALLED + number
 
 
 def name(number: int) -> str:
@@ -111,4 +113,4 @@ class _Listener:
             if select.select([reader], [], [], left)[0] and os.read(reader, 1) == b"\0":
                 return
         print(f"{name(number)}: leaving at once", file=sys.stderr, flush=True)
-        os._exit(128 + number)
+        os._exit(SIGNALLED + number)

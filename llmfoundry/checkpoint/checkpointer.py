@@ -143,13 +143,11 @@ class Checkpointer:
     Args:
         folder: `save_folder/checkpoints`; made by the first save.
         keep: newest checkpoints to keep; -1 keeps all.
-        timeout: seconds until a save fails in which some rank does not take part; None: an hour.
+        timeout: seconds until a save fails in which some rank does not take part.
         asynchronous: whether `save` returns when everything is copied to the CPU, and a thread writes it.
     """
 
-    def __init__(
-        self, folder: str | Path, keep: int = -1, asynchronous: bool = False, timeout: float | None = None
-    ) -> None:
+    def __init__(self, folder: str | Path, keep: int = -1, asynchronous: bool = False, timeout: float = 1800.0) -> None:
         if keep == 0 or keep < -1:
             raise ValueError(f"keep={keep}: write -1 to keep all checkpoints, or 1 or more")
         self.folder = Path(folder)
@@ -164,7 +162,7 @@ class Checkpointer:
         # The writer's own group: its collectives must not meet those of a step that goes on meanwhile.
         self.group: dist.ProcessGroup | None = None
         if runtime.world_size() > 1:
-            self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout or 3600.0))
+            self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
 
     def save(self, state: CheckpointState) -> Path:
         """Write a checkpoint, after the one in flight if there is one.

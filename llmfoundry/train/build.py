@@ -37,7 +37,7 @@ from llmfoundry.train.outputs import check_free
 from llmfoundry.train.resume import Start, check_data, find_start, generation_for, settle_tokenizer, train_state
 from llmfoundry.train.saving import Saver
 from llmfoundry.train.trainer import Trainer
-from llmfoundry.train.watchdog import Watchdog
+from llmfoundry.train.watchdog import LOOSE, Watchdog, limits
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def build(config: RunConfig) -> Trainer:
         path / "checkpoints",
         keep=config.save_num_checkpoints_to_keep,
         asynchronous=device.type == "cuda" if config.save_async == "auto" else config.save_async,
-        timeout=seconds_of(config.hang_timeout) or None,
+        timeout=seconds_of(config.hang_timeout) or LOOSE,
     )
     start = find_start(config, checkpointer)
     for part in config.due_evaluations:
@@ -123,7 +123,9 @@ def build(config: RunConfig) -> Trainer:
         start=start,
         microbatches=microbatches,
         saver=Saver(checkpointer, config.save_failures_allowed),
-        watchdog=Watchdog(path, seconds_of(config.hang_timeout) or 0.0),
+        watchdog=Watchdog(
+            path, limits(seconds_of(config.hang_timeout), seconds_of(config.step_timeout) or config.dist_timeout)
+        ),
         countdown=Countdown(find_limit(seconds_of(config.time_limit))),
         generation=generation_for(start, tokenizer),
         callbacks=list(callbacks.values()),

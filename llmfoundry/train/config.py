@@ -174,8 +174,8 @@ class RunConfig(Config):
     # others wait, such as an export, has to fit
     step_timeout: ClockTime | None = None
     # Without a step, evaluation batch or save for so long, each rank writes its stacks to hang-rank-N.txt and exits
-    # with 1; 0s: never. A save that waits for a rank fails after the same time
-    hang_timeout: ClockTime = Duration.parse("30min")
+    # with 1; 0s: never. None: 0.8 of the collectives' timeout within a step, else (first step, saves, callbacks) 30min
+    hang_timeout: ClockTime | None = None
 
     save_folder: LocalPath  # `{run_name}` is filled in
     save_interval: Duration = Duration.parse("1ep")  # 0ba: only at the end

@@ -139,7 +139,6 @@ class Trainer(Run):
                 elif not self.stopping:  # else the next start comes here again, from the same checkpoint
                     self._roll_back()
                 self.countdown.step_begins()
-                self.watchdog.beat(f"step {self.state.step + 1}")
             if not self.evaluation and self._evaluates and not self.stopping:
                 self._evaluate()  # a run taken up after its last step
                 self._agree()
@@ -282,6 +281,7 @@ class Trainer(Run):
     def take_step(self) -> Metrics:
         """Take the next rows, update the weights, and say what happened."""
         start = time.perf_counter()
+        self.watchdog.beat(f"step {self.state.step + 1}", in_step=self.shortened)
         state, rows = self.state, self.config.global_train_batch_size
         batch = self.loader.batch(state.rows, rows, self.mesh.data_rank, self.mesh.data_ranks).to(self.device)
         self.begin_seconds = time.perf_counter() - (self.agreed or start)
@@ -316,7 +316,7 @@ class Trainer(Run):
         read = iter(
             torch.cat([part.double() for part in parts]).tolist()
         )  # all at once: the host waits for the device here
-        self.watchdog.phase(f"the end of step {state.step}")
+        self.watchdog.beat(f"the end of step {state.step}")
         (updated, ce, total, grad_norm), of_loss, sources = (list(itertools.islice(read, size)) for size in sizes)
         self._count_skip(bool(updated), batch, math.isfinite(grad_norm))
         metrics: Metrics = {

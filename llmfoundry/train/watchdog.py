@@ -3,8 +3,8 @@
     hang-rank-3.txt        when, after which step, and every thread's stack
     hang-rank-3-nccl.json  on GPUs: NCCL's flight recorder, with the collectives that have not ended
 
-When no step, evaluation batch or save has ended for `hang_timeout` on some rank, that rank calls the roll: each rank
-answers, by its own thread, with where its main thread is. At fault is who does not answer (stopped, or its host is
+When no step, evaluation batch or save has ended for too long on some rank, that rank calls the roll: each rank answers,
+by its own thread, with where its main thread is. At fault is who does not answer (stopped, or its host is
 gone) or is not in a collective; the others wait for it. Then the processes exit with 1, so that torchrun starts anew.
 """
 
@@ -42,6 +42,29 @@ COLLECTIVE = ("torch.distributed", "torch._C._distributed")
 INNERMOST = 3  # frames in which a collective shows
 
 
+LOOSE = 1800.0  # seconds, by default: for the first step, which compiles, for saves, evaluations and callbacks
+TIGHT = 0.8  # of a collective's timeout, by default: NCCL ends a process at its own, and names nobody
+
+
+class Limits(NamedTuple):
+    """Seconds without a sign of life."""
+
+    step: float  # within a step but the first
+    other: float  # anywhere else; 0 in both watches nothing
+
+
+def limits(hang_timeout: float | None, collective: float) -> Limits:
+    """The limits of a run.
+
+    Args:
+        hang_timeout: for everything, where the YAML gives it.
+        collective: the timeout of collectives in steps.
+    """
+    if hang_timeout is not None:
+        return Limits(hang_timeout, hang_timeout)
+    return Limits(min(LOOSE, TIGHT * collective) if runtime.world_size() > 1 else LOOSE, LOOSE)
+
+
 class Answer(NamedTuple):
     """Of a rank when the roll is called."""
 
@@ -55,12 +78,12 @@ class Watchdog:
 
     Args:
         folder: where to write.
-        seconds: without a beat; 0 watches nothing.
+        allowed: seconds without a beat.
     """
 
-    def __init__(self, folder: Path, seconds: float) -> None:
-        self._folder, self._seconds = folder, seconds
-        self._beaten, self._doing = time.monotonic(), ""
+    def __init__(self, folder: Path, allowed: Limits) -> None:
+        self._folder, self._allowed = folder, allowed
+        self._beaten, self._doing, self._seconds = time.monotonic(), "", allowed.other
         self._closed = threading.Event()
         self._main = threading.main_thread().ident or 0
         self._store = runtime.store_for_a_thread()
@@ -72,19 +95,20 @@ class Watchdog:
     @property
     def poll(self) -> float:
         """Seconds between two looks."""
-        return min(POLL, self._seconds / 4)
+        return min(POLL, min(self._allowed) / 4)
 
     def start(self) -> None:
         """Begin to watch; the thread that calls this is watched."""
-        if self._seconds > 0:
+        if min(self._allowed) > 0:
             self._main = threading.get_ident()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self.beat("before the first step")
             self._thread.start()
 
-    def beat(self, doing: str) -> None:
-        """The run goes on; what it does next."""
+    def beat(self, doing: str, in_step: bool = False) -> None:
+        """The run goes on; what it does next, and whether that is a step that compiles nothing."""
         self._beaten, self._doing = time.monotonic(), doing
+        self._seconds = self._allowed.step if in_step else self._allowed.other
 
     def phase(self, doing: str) -> None:
         """What the main thread does now, without a sign that the run goes on."""
@@ -115,18 +139,18 @@ class Watchdog:
         while not self._closed.wait(self.poll):
             # Should this thread never run again, because a C function keeps the interpreter's lock, one of C's ends it.
             with contextlib.suppress(OSError, ValueError, RuntimeError):
-                faulthandler.dump_traceback_later(self._seconds + GIL, exit=True, file=STDERR)
-            silent = time.monotonic() - self._beaten
-            if silent > self._seconds:
-                self._bark(silent)
+                faulthandler.dump_traceback_later(self._allowed.other + GIL, exit=True, file=STDERR)
+            silent, allowed = time.monotonic() - self._beaten, self._seconds
+            if silent > allowed:
+                self._bark(silent, allowed)
             if self._store is not None and not self._written:
                 with contextlib.suppress(RuntimeError):
                     if self._store.check([ROLL]):
                         self._answer()
         faulthandler.cancel_dump_traceback_later()
 
-    def _bark(self, silent: float) -> None:
-        said = f"no step, evaluation batch or save has ended for {silent:.0f} seconds (hang_timeout={self._seconds:g}s)"
+    def _bark(self, silent: float, allowed: float) -> None:
+        said = f"no step, evaluation batch or save has ended for {silent:.0f} seconds (hang_timeout={allowed:g}s)"
         self._write(said)
         waits = self._here().waits
         why = self.verdict()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from llmfoundry.train.watchdog import LOOSE, Limits, limits
 from tests.faults.runs import ended, is_saved, metrics, plug_in, ranks_of, recipe, start, wait_for
 
 STUCK_DATA = """
@@ -97,3 +98,10 @@ def test_a_rank_that_is_killed_ends_the_others_at_once_and_is_named(tmp_path: Pa
     assert time.monotonic() - begun < 30.0, "long before any timeout"
     cause = output.partition("Root Cause")[2]
     assert "rank      : 1" in cause and "exitcode  : -9" in cause
+
+
+def test_limits_are_tight_within_a_step_of_several_ranks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert limits(None, 600.0) == Limits(LOOSE, LOOSE) and limits(5.0, 600.0) == Limits(5.0, 5.0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert limits(None, 600.0) == Limits(480.0, LOOSE), "before NCCL ends the process"
+    assert limits(0.0, 600.0) == Limits(0.0, 0.0)

@@ -194,7 +194,21 @@ def test_all_mistakes_come_in_one_round() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("value", "ours"), [(1, "1ep"), (0, "0ep"), ("7iter", "7ba"), ("5ba", "5ba"), (True, True)])
+@pytest.mark.parametrize(
+    ("value", "ours"),
+    [
+        (1, "1ep"),
+        (0, "0ep"),
+        ("7iter", "7ba"),
+        ("5ba", "5ba"),
+        (True, True),
+        ("90sec", "90s"),
+        ("1h30m", "5400s"),
+        ("1h0m30s", "3630s"),
+        ("5m", "300s"),
+        ("2h", "2h"),
+    ],
+)
 def test_durations_in_composers_other_spellings(value: object, ours: object) -> None:
     data, notes = translate({"eval_interval": value, "save_folder": "runs"})
     assert data["eval_interval"] == ours and len(notes) == (value != ours)
