@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import record_function
 
-from llmfoundry import hf, runtime, stopping
+from llmfoundry import hf, runtime
 from llmfoundry.checkpoint.checkpointer import CheckpointState
 from llmfoundry.checkpoint.composer_names import load_composer
 from llmfoundry.checkpoint.reading import HUGGING_FACE, Contents, Json, load_model_only, read
@@ -26,10 +26,9 @@ from llmfoundry.layers.ffn import RouterStats
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.moe.balance import named, summary
 from llmfoundry.stopping import on_signal
+from llmfoundry.train.agreeing import AgreeingRun
 from llmfoundry.train.bad_numbers import NOT_FINITE, SPIKE, bad_rows, check_weights, hopeless, record
 from llmfoundry.train.callback import Callback
-from llmfoundry.train.clock import Countdown
-from llmfoundry.train.duration import seconds_of
 from llmfoundry.train.evaluating import evaluate_by_tasks, evaluate_texts
 from llmfoundry.train.loss import Loss
 from llmfoundry.train.mixing import Joined, to_save
@@ -41,10 +40,9 @@ from llmfoundry.train.resume import (
     command_to_continue,
     train_state,
 )
-from llmfoundry.train.run import ASKED, EVALUATED, STEP, TIME_LIMIT, Metrics, Run, Table, is_evaluated
-from llmfoundry.train.saving import Saver
+from llmfoundry.train.run import EVALUATED, STEP, Metrics, Table, is_evaluated
 from llmfoundry.train.step import CROSS_ENTROPY, train_step
-from llmfoundry.train.watchdog import READING, Watchdog
+from llmfoundry.train.watchdog import READING
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +51,10 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out wait
 
 
 @dataclass(kw_only=True)
-class Trainer(Run):
+class Trainer(AgreeingRun):
     """A run, built and ready to `fit`."""
 
     start: Start
-    saver: Saver
     callbacks: list[Callback]
     named: dict[str, Callback] = field(default_factory=dict)  # those that the YAML asked for
     joined: Joined = Joined()  # of a mixture
@@ -65,11 +62,6 @@ class Trainer(Run):
     reference: CausalLM | None = None  # a frozen model beside the one that is trained, where the loss needs it
     folder: RunFolder | None = None  # of rank 0, from `fit` on
     unevaluated: Metrics = field(default_factory=dict)  # of the last step, if a signal cut its evaluation short
-    watchdog: Watchdog
-    agreed: float = 0.0  # when the ranks last agreed, by `perf_counter`
-    countdown: Countdown = field(default_factory=lambda: Countdown(None))
-    stopping: bool = False  # all ranks have agreed to stop
-    shortened: bool = False  # collectives have the timeout of later steps
     owed: bool = False  # a save was due while the run was in doubt
 
     def fit(self) -> None:
@@ -115,7 +107,7 @@ class Trainer(Run):
         for callback in self.callbacks:
             callback.fit_start(self)
         self.timeline.clock.start()
-        with on_signal(self._on_signal):
+        with on_signal(self.on_signal):
             if self.config.eval_first and self.state.step == 0:
                 found = self._evaluate()
                 if found:
@@ -128,8 +120,8 @@ class Trainer(Run):
                     self.unevaluated = {} if found else dict(metrics)
                     metrics |= found
                 self._record(metrics)
-                self.timeline.clock.tick(self._agree())
-                self._shorten_timeouts()
+                self.timeline.clock.tick(self.agree())
+                self.warmed_up()
                 if self.timeline.is_over and not self.stopping:
                     self.finish(f"max_duration={self.config.max_duration} has passed")
                 if self.state.step == self.timeline.total_steps and not is_evaluated(metrics):
@@ -141,7 +133,7 @@ class Trainer(Run):
                 self.countdown.step_begins()
             if not self.evaluation and self._evaluates and not self.stopping:
                 self._evaluate()  # a run taken up after its last step
-                self._agree()
+                self.agree()
         if self.folder is not None:
             self.folder.write_summary(self._summary())
         if self.stopping:
@@ -197,8 +189,8 @@ class Trainer(Run):
         self.timeline = replace(self.timeline, total_steps=total)
         first, self.state.rows = self.state.rows, rows
         log.warning("step %d: %s; back to %s, and on behind row %d", step, why, contents.path, rows - 1)
+        self._open_metrics()
         if self.folder is not None:
-            self.folder.open_metrics(self.state.step)
             self.folder.write_skipped(record(self.state.step, f"step {step}: {why}", first, rows, []))
 
     def _record(self, metrics: Metrics) -> None:
@@ -219,8 +211,13 @@ class Trainer(Run):
         assert self.folder is not None
         contents, changes = self.start.contents, self.start.changes
         self.folder.begin(dump(self.config), contents.config if contents and changes else None, self.state.step)
+        self._open_metrics()
+
+    def _open_metrics(self) -> None:
         # The line of a step whose evaluation is made up for is written anew, as is that before the first step.
-        self.folder.open_metrics(self.state.step - bool(self.unevaluated or self.state.step == 0))
+        step = self.state.step
+        if self.folder is not None:
+            self.folder.open_metrics(step - bool(self.unevaluated or step == 0), skips=step)
 
     def _is_complete(self) -> bool:
         """Whether there is nothing left to do: the last step is there, and a summary of it with its evaluation."""
@@ -229,46 +226,6 @@ class Trainer(Run):
         summary = read_summary(Path(self.config.save_folder))
         evaluated = not self._evaluates or any(key.startswith(("validation/", PREFIX)) for key in summary)
         return evaluated and summary.get("steps") == self.state.step
-
-    def _agree(self) -> float:
-        """Agree with all ranks on whether to stop, from now on in `stopping`; returns the time by rank 0's clock.
-
-        A signal counts from when all ranks look next. It is one reduction: nothing else is waited for.
-        """
-        asked, seconds = float(self.asked), 0.0
-        self.watchdog.phase("agreeing on whether to stop")
-        if runtime.is_rank0():
-            seconds = self.timeline.clock.own()
-            if not asked and self.countdown.over(self.saver.checkpointer.longest_save):
-                asked = float(TIME_LIMIT)
-        asked, seconds = runtime.most_of_ranks([asked, seconds])
-        self.agreed = time.perf_counter()
-        if asked and not self.stopping:
-            self.stopping = True
-            self._say_why(int(asked))
-        return seconds
-
-    def _shorten_timeouts(self) -> None:
-        """The first step compiles and connects; no later one takes that long."""
-        seconds = seconds_of(self.config.step_timeout)
-        if seconds is not None and not self.shortened and dist.is_initialized():
-            runtime.set_timeout(seconds, self.saver.checkpointer.group)
-        self.shortened = True
-
-    def _say_why(self, asked: int) -> None:
-        if asked == TIME_LIMIT and self.countdown.limit is not None:
-            self.why = self.countdown.limit.why
-            log.warning("%s is near: stopping in time to save to %s", self.why, self.config.save_folder)
-        elif asked < ASKED:
-            self.why = stopping.name(asked)
-        elif not self.why:
-            self.why = "a callback on another rank"
-
-    def _stopped(self) -> bool:
-        """Whether to leave an evaluation before its next batch; the same on every rank."""
-        self._agree()
-        self.watchdog.beat(f"an evaluation after step {self.state.step}")
-        return self.stopping
 
     def _sync(self) -> None:
         if self.folder is not None:
@@ -281,7 +238,7 @@ class Trainer(Run):
     def take_step(self) -> Metrics:
         """Take the next rows, update the weights, and say what happened."""
         start = time.perf_counter()
-        self.watchdog.beat(f"step {self.state.step + 1}", in_step=self.shortened)
+        self.watchdog.beat(f"step {self.state.step + 1}", in_step=self.warm)
         state, rows = self.state, self.config.global_train_batch_size
         batch = self.loader.batch(state.rows, rows, self.mesh.data_rank, self.mesh.data_ranks).to(self.device)
         self.begin_seconds = time.perf_counter() - (self.agreed or start)
@@ -378,8 +335,8 @@ class Trainer(Run):
         """Nothing if a signal cut it short."""
         self.evaluation = {}  # the older one is not of this step
         self.model.eval()
-        texts = evaluate_texts(self, self._stopped)
-        tasks = evaluate_by_tasks(self, self._stopped) if texts is not None else None
+        texts = evaluate_texts(self, self.stopped)
+        tasks = evaluate_by_tasks(self, self.stopped) if texts is not None else None
         self.model.train()
         if texts is not None and tasks is not None:
             self.evaluation = texts | tasks
@@ -489,11 +446,3 @@ class Trainer(Run):
             is_text = key.startswith(EVALUATED)
             result["/".join(filter(None, ("validation", label, names[name]))) if is_text else key] = value
         return result
-
-    def _on_signal(self, number: int) -> None:
-        """A signal finishes the step or evaluation batch, saves and stops; a second one ends at once."""
-        log.warning(
-            "%s: finishing this step, then saving to %s (send it again to quit at once)",
-            stopping.name(number), self.config.save_folder,
-        )  # fmt: skip
-        self.asked = number

@@ -90,6 +90,7 @@ class Watchdog:
         if self._store is not None:
             self._store.set_timeout(datetime.timedelta(seconds=ANSWER))
         self._written = False
+        self._failed = False  # a collective of the main thread, which no longer waits
         self._thread: threading.Thread | None = None
 
     @property
@@ -125,6 +126,7 @@ class Watchdog:
         """Call the roll, and say which rank is at fault; all who ask get the same answer. Empty if nobody knows."""
         if self._store is None or self._thread is None:
             return ""
+        self._failed = threading.get_ident() == self._main
         try:
             self._answer()
             self._store.set(ROLL, "called")
@@ -174,7 +176,7 @@ class Watchdog:
         ours = next((each for each in frames if "llmfoundry" in each.f_code.co_filename), None)
         place = next(iter(frames), None) if not inside else ours
         at = f"{Path(place.f_code.co_filename).name}:{place.f_lineno}, {place.f_code.co_name}" if place else "nowhere"
-        return Answer(inside or self._doing == READING, f"{self._doing} ({at})", socket.gethostname())
+        return Answer(inside or self._failed or self._doing == READING, f"{self._doing} ({at})", socket.gethostname())
 
     def _answer(self) -> None:
         assert self._store is not None

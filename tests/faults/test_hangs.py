@@ -100,6 +100,21 @@ def test_a_rank_that_is_killed_ends_the_others_at_once_and_is_named(tmp_path: Pa
     assert "rank      : 1" in cause and "exitcode  : -9" in cause
 
 
+@pytest.mark.dist
+def test_collectives_after_the_first_step_have_a_timeout_of_their_own(tmp_path: Path) -> None:
+    """The watchdog would have waited for ten minutes; asked by rank 0, it still names the rank."""
+    more = plug_in(tmp_path, STUCK_DATA) | {"hang_timeout": "10min", "step_timeout": "3s"}
+    mark = tmp_path / "mark"
+    started = start(recipe(tmp_path, device_train_microbatch_size=2, **more), ranks=2, MARK=str(mark),
+                    TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2")  # fmt: skip
+    wait_for(mark)
+    begun = time.monotonic()
+    output = ended(started, 1)
+    assert time.monotonic() - begun < 60.0
+    assert "rank 1 on " in output and "gather_from_a_dead_disk" in output and "is at fault" in output
+    assert "Timed out waiting 3000ms" in output
+
+
 def test_limits_are_tight_within_a_step_of_several_ranks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert limits(None, 600.0) == Limits(LOOSE, LOOSE) and limits(5.0, 600.0) == Limits(5.0, 5.0)
     monkeypatch.setenv("WORLD_SIZE", "2")
