@@ -138,8 +138,8 @@ class Trainer(AgreeingRun):
             self.folder.write_summary(self._summary())
         if self.stopping:
             log.info(
-                "stopped at step %d (%s); saved to %s; to continue: %s",
-                self.state.step, self.why, self.saver.checkpointer.newest_saved, command_to_continue(),
+                "stopped at step %d; saved to %s; to continue: %s",
+                self.state.step, self.saver.checkpointer.newest_saved, command_to_continue(),
             )  # fmt: skip
             return
         for callback in reversed(self.callbacks):

@@ -9,7 +9,7 @@ import pytest
 
 from tests.faults.runs import ended, is_saved, leftovers, metrics, plug_in, recipe, start
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 ON_RANK_1 = """
 import time
 import torch

@@ -58,6 +58,7 @@ def test_a_process_that_hangs_writes_its_stacks_and_ends(tmp_path: Path) -> None
     assert "gather_from_a_dead_disk" in report.partition("\n\n")[2], "every thread's stack"
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_the_rank_that_hangs_is_named_and_a_restart_goes_on(tmp_path: Path) -> None:
     more = plug_in(tmp_path, STUCK_DATA) | {"hang_timeout": "4s", "max_duration": "8ba", "save_interval": "1ba"}
@@ -72,6 +73,7 @@ def test_the_rank_that_hangs_is_named_and_a_restart_goes_on(tmp_path: Path) -> N
     assert [line["step"] for line in metrics(run)] == list(range(1, 9)) and is_saved(run, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_rank_that_is_stopped_inside_a_save_is_named_within_the_timeout(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
@@ -87,6 +89,7 @@ def test_a_rank_that_is_stopped_inside_a_save_is_named_within_the_timeout(tmp_pa
     assert "saving step 3" in (tmp_path / "run" / "hang-rank-0.txt").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_rank_that_is_killed_ends_the_others_at_once_and_is_named(tmp_path: Path) -> None:
     file = recipe(tmp_path, device_train_microbatch_size=2, save_interval="2ba")
@@ -100,6 +103,7 @@ def test_a_rank_that_is_killed_ends_the_others_at_once_and_is_named(tmp_path: Pa
     assert "rank      : 1" in cause and "exitcode  : -9" in cause
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_collectives_after_the_first_step_have_a_timeout_of_their_own(tmp_path: Path) -> None:
     """The watchdog would have waited for ten minutes; asked by rank 0, it still names the rank."""
