@@ -36,6 +36,7 @@ ROLL, VERDICT, FIRST = "hang/roll", "hang/verdict", "hang/first"
 POLL = 5.0  # seconds between two looks, at most
 PATIENCE = 3.0  # seconds beyond that for a rank to answer
 ANSWER = 20.0  # seconds for the verdict of another rank
+STOPPED = 10.0  # seconds of this thread's own silence after which the process must have been stopped
 GIL = 60.0  # seconds more until a process ends in which no thread of Python can run
 STDERR = 2  # its number: it may be replaced or closed in Python
 COLLECTIVE = ("torch.distributed", "torch._C._distributed")
@@ -138,11 +139,16 @@ class Watchdog:
             return f"the ranks cannot ask each other ({error})"
 
     def _watch(self) -> None:
+        looked = time.monotonic()
         while not self._closed.wait(self.poll):
-            # Should this thread never run again, because a C function keeps the interpreter's lock, one of C's ends it.
-            with contextlib.suppress(OSError, ValueError, RuntimeError):
-                faulthandler.dump_traceback_later(self._allowed.other + GIL, exit=True, file=STDERR)
-            silent, allowed = time.monotonic() - self._beaten, self._seconds
+            if self._store is not None:
+                # Should this thread never run again, because a C function keeps the interpreter's lock, C's ends it.
+                with contextlib.suppress(OSError, ValueError, RuntimeError):
+                    faulthandler.dump_traceback_later(self._allowed.other + GIL, exit=True, file=STDERR)
+            now = time.monotonic()
+            if now - looked > self.poll + STOPPED:  # by Ctrl-Z: this thread stood still as well
+                self._beaten = now
+            looked, silent, allowed = now, now - self._beaten, self._seconds
             if silent > allowed:
                 self._bark(silent, allowed)
             if self._store is not None and not self._written:

@@ -59,6 +59,19 @@ def test_a_process_that_hangs_writes_its_stacks_and_ends(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+def test_a_process_that_was_stopped_by_hand_goes_on(tmp_path: Path) -> None:
+    started = start(recipe(tmp_path, hang_timeout="4s"))
+    wait_for(tmp_path / "run" / "metrics.jsonl", 3)
+    started.send_signal(signal.SIGSTOP)
+    time.sleep(16.0)
+    n_steps = len(metrics(tmp_path / "run"))
+    started.send_signal(signal.SIGCONT)
+    wait_for(tmp_path / "run" / "metrics.jsonl", n_steps + 20)
+    started.send_signal(signal.SIGTERM)
+    ended(started, 0)
+
+
+@pytest.mark.slow
 @pytest.mark.dist
 def test_the_rank_that_hangs_is_named_and_a_restart_goes_on(tmp_path: Path) -> None:
     more = plug_in(tmp_path, STUCK_DATA) | {"hang_timeout": "4s", "max_duration": "8ba", "save_interval": "1ba"}
