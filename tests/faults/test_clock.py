@@ -43,15 +43,17 @@ class CountsConfig(CallbackConfig, names=("counts",)):
 
 def test_ranks_agree_by_the_clock_of_rank_0_in_one_reduction_per_step(tmp_path: Path) -> None:
     more = plug_in(tmp_path, OTHER_CLOCK) | {"callbacks": {"counts": {}}}
-    file = recipe(tmp_path, max_duration="2s", device_train_microbatch_size=2, save_interval="0.7s", **more)
+    file = recipe(tmp_path, max_duration="3s", device_train_microbatch_size=2, save_interval="1s", **more)
     output = ended(start(file, ranks=2), 0)
     run = tmp_path / "run"
     steps = summary(run)["steps"]
-    assert isinstance(steps, int) and steps > 3 and is_saved(run, steps), output
-    assert summary(run)["ended"] == "max_duration=2s has passed"
-    assert [line["waits"] for line in metrics(run)] == list(range(steps)), "one reduction at the end of each step"
-    names = [path for path in (run / "checkpoints").iterdir() if not path.is_symlink()]
-    assert 2 <= len(names) <= 3
+    assert isinstance(steps, int) and steps > 1 and is_saved(run, steps), output
+    assert summary(run)["ended"] == "max_duration=3s has passed"
+    saved = [is_saved(run, step) for step in range(1, steps + 1)]
+    assert 1 <= sum(saved) <= 4, "at each second, and at the end"
+    waits = [line["waits"] for line in metrics(run)]
+    # A save looks for values that are not finite.
+    assert waits == [sum(1 + each for each in saved[:step]) for step in range(steps)], "one at the end of each step"
 
     output = ended(start(file, "max_duration=1000000ba", "time_limit=12s", ranks=2), 0)
     assert summary(run)["ended"] == "time_limit=12s" and is_saved(run, summary(run)["steps"]), output

@@ -38,9 +38,9 @@ def test_a_run_lasts_as_long_as_the_clock_says_over_all_its_processes(
     assert summary(run)["ended"] == "max_duration=1.5s has passed" and summary(run)["stopped"] is False
     assert "validation/nats_per_token" in summary(run), "the last step is evaluated"
     names = [path.name for path in (run / "checkpoints").iterdir() if not path.is_symlink()]
-    assert 2 <= len(names) <= 4, "one each half second, and the last"
+    assert 1 <= len(names) <= 4, "one each half second, and the last"
     rates = [line["lr"] for line in lines(run)]
-    assert rates[0] == 0.0 and max(rates) > 0.009 and rates[-1] < 0.5 * max(rates)
+    assert rates[0] == 0.0 and 0.01 >= max(rates) > 2 * rates[-1]
 
     assert train_main([*command, "max_duration=1.5s"]) == 0
     assert f"already complete at step {first}" in caplog.text
@@ -54,7 +54,7 @@ def test_a_run_lasts_as_long_as_the_clock_says_over_all_its_processes(
 def test_a_time_limit_stops_in_time_to_save_and_the_same_command_continues(tiny: Path, tmp_path: Path) -> None:  # noqa: F811
     run = tmp_path / "run"
     command = [str(tiny), "autoresume=true", "max_duration=100000ba", "eval_interval=0ba", "save_interval=0.5s"]
-    limit = time.monotonic() - BEGUN + 3.0
+    limit = time.monotonic() - BEGUN + 6.0
     assert train_main([*command, f"time_limit={limit:.3f}s"]) == 0
     assert time.monotonic() - BEGUN < limit
     stopped = summary(run)
