@@ -19,7 +19,7 @@ from llmfoundry.parallel.expert import divide_experts, mixtures
 from llmfoundry.parallel.fsdp import shard
 from llmfoundry.parallel.mesh import Mesh, ParallelConfig, single_process
 from llmfoundry.parallel.recompute import recompute_blocks
-from llmfoundry.parallel.single import compute_in
+from llmfoundry.parallel.single import compute_in, sum_gradients_in
 
 
 def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: str) -> CausalLM:
@@ -54,6 +54,11 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
             compute_in(block, torch.bfloat16)
     if casts:
         compute_in(model, torch.bfloat16, without=list(model.blocks))
+        sum_gradients_in(model, torch.bfloat16, config.sum_gradients_in)
+    elif config.sum_gradients_in == "bf16":
+        raise ConfigError(
+            "parallel.sum_gradients_in=bf16 is for precision: amp_bf16 in a single process; leave it out otherwise"
+        )
     if not by_itself:
         shard(model, mesh, config, precision)
     return model

@@ -36,6 +36,7 @@ class DecoupledLionW(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True
+    reads_any_gradient = True
 
     def __init__(self, params: Iterable[dict[str, object]], lr: float, betas: tuple[float, float]) -> None:
         super().__init__(params, {"lr": lr, "initial_lr": lr, "betas": betas, "weight_decay": 0.0})
@@ -62,6 +63,7 @@ class DecoupledLionW(torch.optim.Optimizer):
         if not state:
             state["exp_avg"] = torch.zeros_like(parameter)
         weight, grad, moment = map(local_part, (parameter, parameter.grad, state["exp_avg"]))
+        grad = grad.to(weight.dtype)
         grad = grad if divisor is None else grad / divisor.to(grad.device, grad.dtype)
         taken: Tensor | float = 1.0  # 0 where the step is skipped: everything below is then multiplied by 1 or 0
         if skip is not None:

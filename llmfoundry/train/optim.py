@@ -251,13 +251,14 @@ def l2_norms(tensors: Sequence[Tensor]) -> Tensor:
     groups: dict[tuple[object, ...], tuple[_GradientGroup, list[int]]] = {}
     for number, tensor in enumerate(tensors):
         shards = _shards(tensor)
-        key = (tensor.device, *(axis.group_name for axis in shards.axes))
+        key = (tensor.device, tensor.dtype, *(axis.group_name for axis in shards.axes))
         group, numbers = groups.setdefault(key, (shards._replace(grads=[]), []))
         group.grads.extend(shards.grads)
         numbers.append(number)
     found = torch.zeros(len(tensors), dtype=torch.float64)
     for group, numbers in groups.values():
-        squares = torch.stack([norm.double() for norm in torch._foreach_norm(group.grads, 2.0)]).square()
+        norms = torch._foreach_norm(group.grads, 2.0, dtype=torch.promote_types(group.grads[0].dtype, torch.float32))
+        squares = torch.stack([norm.double() for norm in norms]).square()
         for axis in group.axes:
             squares = squares.to(group.device_type)
             dist.all_reduce(squares, group=axis)
