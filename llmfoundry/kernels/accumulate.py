@@ -2,7 +2,7 @@
 
 Rounded to the nearest, a term below 1/256 of the sum changes nothing, and the sum of many microbatches is too small.
 Rounded up with the probability of what is cut off, the sum is right on average. The random bits are a hash of the
-value's position and of both values: the same after a resume, with no state.
+value's position and of a number that differs from sum to sum.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ except ImportError:  # CPU builds of torch come without it
 
 
 @torch.library.custom_op("llmfoundry::add_rounded_", mutates_args=("total",))
-def _add(total: Tensor, x: Tensor) -> None:
-    (add_triton if total.is_cuda and total.is_contiguous() else add_reference)(total, x)
+def _add(total: Tensor, x: Tensor, key: int) -> None:
+    (add_triton if total.is_cuda and total.is_contiguous() else add_reference)(total, x, key)
 
 
 @_add.register_fake
@@ -31,21 +31,31 @@ def _(*_: object) -> None:
     return None
 
 
-def add_rounded_(total: Tensor, x: Tensor) -> None:
+def add_rounded_(total: Tensor, x: Tensor, key: int) -> None:
     """`total += x`, in place, rounded at random.
 
     Args:
         total: bfloat16, of fewer than 2**32 values.
         x: bfloat16, of the same shape.
+        key: of 32 bits, another one for each sum (`key_of`).
     """
-    _add(total, x)
+    _add(total, x, key)
 
 
-def add_reference(total: Tensor, x: Tensor) -> None:
+def key_of(*numbers: int) -> int:
+    """32 bits that depend on all of these numbers and their order."""
+    key = 0
+    for number in numbers:
+        for part in (number & 0xFFFFFFFF, number >> 32):
+            key = ((key ^ part) * 0x9E3779B1 + 0x7F4A7C15) & 0xFFFFFFFF
+            key ^= key >> 15
+    return key
+
+
+def add_reference(total: Tensor, x: Tensor, key: int) -> None:
     """`add_rounded_` in plain PyTorch."""
-    bits = [each.view(torch.int16).long() & 0xFFFF for each in (total.contiguous(), x.contiguous())]
     at = torch.arange(total.numel(), device=total.device).view(total.shape)
-    noise = hashed(at ^ hashed(bits[0] << 16 | bits[1]))
+    noise = hashed(at ^ key)
     exact = total.float() + x.float()
     total.copy_(torch.where(exact.isfinite(), rounded(exact, noise & 0xFFFF), exact.bfloat16()))
 
@@ -53,19 +63,18 @@ def add_reference(total: Tensor, x: Tensor) -> None:
 if triton is not None:
     _BLOCK = 4096
 
-    @triton.jit
-    def add_kernel(total_ptr, x_ptr, n, BLOCK: tl.constexpr):
+    @triton.jit(do_not_specialize=["key"])
+    def add_kernel(total_ptr, x_ptr, n, key, BLOCK: tl.constexpr):
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = i < n
         total, x = tl.load(total_ptr + i, inside, other=0.0), tl.load(x_ptr + i, inside, other=0.0)
-        high, low = total.to(tl.uint16, bitcast=True).to(tl.uint32), x.to(tl.uint16, bitcast=True).to(tl.uint32)
-        noise = hash_bits(i.to(tl.uint32) ^ hash_bits(high << 16 | low))
+        noise = hash_bits(i.to(tl.uint32) ^ key.to(tl.uint32))
         exact = total.to(tl.float32) + x.to(tl.float32)
         finite = tl.abs(exact) < float("inf")
         tl.store(total_ptr + i, tl.where(finite, round_bits(exact, noise & 0xFFFF), exact.to(tl.bfloat16)), inside)
 
 
-def add_triton(total: Tensor, x: Tensor) -> None:
+def add_triton(total: Tensor, x: Tensor, key: int) -> None:
     """`add_rounded_` by the kernel; `total` is contiguous."""
     n = total.numel()
-    add_kernel[(triton.cdiv(n, _BLOCK),)](total, x.contiguous(), n, BLOCK=_BLOCK, num_warps=8)
+    add_kernel[(triton.cdiv(n, _BLOCK),)](total, x.contiguous(), n, key, BLOCK=_BLOCK, num_warps=8)

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from llmfoundry.kernels.accumulate import add_rounded_
+from llmfoundry.kernels.accumulate import add_rounded_, key_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _COPY = "compute_copy"  # attribute of a parameter: its copy
 _COPIED = "compute_copy_version"  # the version of the parameter that the copy was made of
+_SUMMED = "summed"  # attribute of a parameter: its number, the step, and how often its gradient was added to
 _CASTS = "casts_to"  # attribute of a model: the compute dtype
 _SUMS = "sums_in"  # attribute of a model: "fp32" or "bf16"
 
@@ -49,14 +50,15 @@ def sum_gradients_in(model: nn.Module, dtype: torch.dtype, sums: Literal["fp32",
     setattr(model, _SUMS, sums)
 
 
-def begin_step(model: nn.Module, optimizer: torch.optim.Optimizer, microbatches: int) -> None:
+def begin_step(model: nn.Module, optimizer: torch.optim.Optimizer, microbatches: int, step: int) -> None:
     """Choose before a step whether it is lean. Nothing to do for a model that is split over ranks, or in float32."""
     dtype: torch.dtype | None = getattr(model, _CASTS, None)
     if dtype is None:
         return
     lean = getattr(optimizer, "reads_any_gradient", False) and (microbatches == 1 or getattr(model, _SUMS) == "bf16")
-    for parameter in model.parameters():
+    for number, parameter in enumerate(model.parameters()):
         if parameter.requires_grad:
+            setattr(parameter, _SUMMED, (number, step, 0))
             parameter.grad_dtype = dtype if lean else parameter.dtype
             if not lean and hasattr(parameter, _COPY):
                 delattr(parameter, _COPY)
@@ -98,7 +100,7 @@ def _cast(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
     """A parameter in `dtype`: its own copy in a lean step, else one that lives as long as the graph needs it."""
     if not parameter.requires_grad or parameter.dtype == dtype or parameter.grad_dtype != dtype:
         return parameter.to(dtype)
-    return _Copy.apply(parameter, _up_to_date(parameter, dtype))  # type: ignore[no-any-return]
+    return _Copy.apply(parameter, _up_to_date(parameter, dtype))
 
 
 @torch.no_grad()
@@ -127,5 +129,7 @@ class _Copy(torch.autograd.Function):
         (gradient,) = gradients
         if parameter.grad is None:
             return gradient, None
-        add_rounded_(parameter.grad, gradient)
+        number, step, times = getattr(parameter, _SUMMED)
+        add_rounded_(parameter.grad, gradient, key_of(number, step, times))
+        setattr(parameter, _SUMMED, (number, step, times + 1))
         return None, None

@@ -78,7 +78,7 @@ def train_step(
     counts = _Counts(*runtime.all_reduce_sum(own).unbind())
     microbatches = objective.microbatches(batch, microbatch_rows)
     seeding = _seeding(model, noise_seed, step)
-    begin_step(model, optimizer, len(microbatches))
+    begin_step(model, optimizer, len(microbatches), step)
 
     def accumulate() -> _Sums:
         return _accumulate(model, microbatches, balance, objective, counts, n_sources, seeding)
