@@ -33,6 +33,8 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
         The same model, still on the meta device; `materialize` gives it storage.
     """
     _check_quantized(model, mesh, config)
+    if precision == "amp_bf16" and model.config.lora is not None:
+        _keep_frozen_in(torch.bfloat16, model)
     divide_experts(model, mesh)
     compiled = config.compile is True or (config.compile == "auto" and runtime.device().type == "cuda")
     if config.compile is True and not model.own_blocks:
@@ -62,6 +64,13 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
     if not by_itself:
         shard(model, mesh, config, precision)
     return model
+
+
+def _keep_frozen_in(dtype: torch.dtype, model: CausalLM) -> None:
+    """Keep what adapters leave frozen in the compute dtype, which all that reads it would cast it to."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _check_quantized(model: CausalLM, mesh: Mesh, config: ParallelConfig) -> None:

@@ -24,6 +24,10 @@ class DecoupledLionWConfig(GroupedOptimizerConfig, names=("decoupled_lionw",)):
     betas: Betas = [0.9, 0.99]  # of the update's direction, and of the momentum
     weight_decay: float = Field(0.0, ge=0)  # each step takes (lr / initial lr) * weight_decay of the weight away
 
+    @property
+    def state_bytes(self) -> int:
+        return 4
+
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         return DecoupledLionW(self.settings(model), lr=self.lr, betas=(self.betas[0], self.betas[1]))
 

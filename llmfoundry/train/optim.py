@@ -33,6 +33,11 @@ class OptimizerConfig(Choice, tag="name"):
     name: str  # the kind of optimizer
     lr: float = Field(gt=0)  # the highest learning rate; the scheduler multiplies it
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of its state per parameter, by which the plan times an update."""
+        return 8
+
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of `model`'s trainable parameters; each of its groups carries its `initial_lr`."""
         raise NotImplementedError
@@ -87,6 +92,10 @@ class AdamWConfig(GroupedOptimizerConfig, names=("adamw",)):
     weight_decay: float = Field(0.01, ge=0)  # each step takes lr * weight_decay of the weight away
     # How the moments are kept: 8 bytes per parameter, or 4, rounded at random so that small changes add up.
     state_dtype: Literal["fp32", "bf16"] = "fp32"
+
+    @property
+    def state_bytes(self) -> int:
+        return 4 if self.state_dtype == "bf16" else 8
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         beta1, beta2 = self.betas
