@@ -90,10 +90,13 @@ def _reads_on_host(model: CausalLM, precision: str) -> bool:
     return any(reads_on_host(mixture.experts.backend(device, dtype), device) for mixture in mixtures(model))
 
 
-def materialize(model: CausalLM, config: ParallelConfig, seed: int) -> CausalLM:
+def materialize(model: CausalLM, config: ParallelConfig, seed: int, *, loaded: bool = False) -> CausalLM:
     """Give a model on the meta device its storage, and its initial weights.
 
     With `cpu_offload` parameters live in host memory; buffers go to the device in any case.
+
+    Args:
+        loaded: the weights of the blocks are loaded next, all of them, so they are not drawn.
     """
     place = runtime.device()
     model.to_empty(device="cpu" if config.cpu_offload else place)
@@ -101,5 +104,5 @@ def materialize(model: CausalLM, config: ParallelConfig, seed: int) -> CausalLM:
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(place))
     model.init_buffers()
-    init_weights(model, seed)
+    init_weights(model, seed, blocks=not loaded)
     return model
