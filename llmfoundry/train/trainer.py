@@ -6,9 +6,10 @@ import itertools
 import logging
 import math
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -50,6 +51,13 @@ log = logging.getLogger(__name__)
 LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "gloo/transport")
 
 
+class Ahead(NamedTuple):
+    """The rows of the next step."""
+
+    start_row: int
+    batch: Batch
+
+
 @dataclass(kw_only=True)
 class Trainer(AgreeingRun):
     """A run, built and ready to `fit`."""
@@ -61,6 +69,8 @@ class Trainer(AgreeingRun):
     objective: Loss = CROSS_ENTROPY
     reference: CausalLM | None = None  # a frozen model beside the one that is trained, where the loss needs it
     folder: RunFolder | None = None  # of rank 0, from `fit` on
+    ahead: Ahead | None = None
+    late: float = 0.0  # seconds that reading ahead may have kept the device waiting in the last step
     unevaluated: Metrics = field(default_factory=dict)  # of the last step, if a signal cut its evaluation short
     owed: bool = False  # a save was due while the run was in doubt
 
@@ -240,8 +250,8 @@ class Trainer(AgreeingRun):
         start = time.perf_counter()
         self.watchdog.beat(f"step {self.state.step + 1}", in_step=self.warm)
         state, rows = self.state, self.config.global_train_batch_size
-        batch = self.loader.batch(state.rows, rows, self.mesh.data_rank, self.mesh.data_ranks).to(self.device)
-        self.begin_seconds = time.perf_counter() - (self.agreed or start)
+        batch = self._batch(state.rows)
+        self.begin_seconds = time.perf_counter() - (self.agreed or start) + self.late
         rate = set_learning_rate(self.optimizer, self.schedule.multiplier(self.timeline.position(state.step)))
         clipping = self.config.algorithms.gradient_clipping
         result = self.microbatches.run(
@@ -269,10 +279,10 @@ class Trainer(AgreeingRun):
         parts += [result.metrics, result.sources.flatten()]
         if result.router is not None and self.balance is not None:
             parts.append(summary(result.router, rows * self.loader.max_seq_len, self.balance))
+        found = torch.cat([part.double() for part in parts])
+        self.late = self._read_ahead(state.rows)
         self.watchdog.phase(READING)
-        read = iter(
-            torch.cat([part.double() for part in parts]).tolist()
-        )  # all at once: the host waits for the device here
+        read = iter(found.tolist())  # all at once: the host waits for the device here
         self.watchdog.beat(f"the end of step {state.step}")
         (updated, ce, total, grad_norm), of_loss, sources = (list(itertools.islice(read, size)) for size in sizes)
         self._count_skip(bool(updated), batch, math.isfinite(grad_norm))
@@ -290,6 +300,30 @@ class Trainer(AgreeingRun):
         seconds = time.perf_counter() - start
         self.train_seconds += seconds
         return metrics | {"time/step_seconds": seconds}
+
+    def _batch(self, start_row: int) -> Batch:
+        """This rank's rows of a step, on the device; those that were read ahead, if it is them."""
+        ahead, self.ahead = self.ahead, None
+        return ahead.batch if ahead is not None and ahead.start_row == start_row else self._read(start_row)
+
+    def _read(self, start_row: int) -> Batch:
+        rows = self.config.global_train_batch_size
+        return self.loader.batch(start_row, rows, self.mesh.data_rank, self.mesh.data_ranks).to(self.device)
+
+    def _read_ahead(self, start_row: int) -> float:
+        """Read the rows of the next step while the device works on this one. If they are bad, that step says so.
+
+        Returns:
+            How many seconds it took, if the device was done with this step by then: it may have waited.
+        """
+        if self.state.step >= self.timeline.total_steps:
+            return 0.0
+        begun, done = time.perf_counter(), torch.cuda.Event() if self.device.type == "cuda" else None
+        if done is not None:
+            done.record()
+        with suppress(Exception):
+            self.ahead = Ahead(start_row, self._read(start_row))
+        return time.perf_counter() - begun if done is None or done.query() else 0.0
 
     def _by_source(self, sums: list[float]) -> Metrics:
         """Of a mixture: the loss of each source that was in the batch, and the tokens of it so far."""
