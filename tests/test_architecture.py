@@ -12,8 +12,8 @@ PACKAGE = ROOT / "llmfoundry"
 
 # Ground first. A module may import from its own room and from the floors below it.
 FLOORS = [
-    {"config", "launch", "dtensor", "progress", "stopping"},
-    {"settings", "runtime"},
+    {"config", "launch", "dtensor", "progress"},
+    {"settings", "runtime", "stopping"},
     {"kernels", "data"},
     {"layers"},
     {"moe"},
