@@ -132,8 +132,8 @@ def read_translated(path: str, overrides: list[str]) -> Translated:
     if not isinstance(paths, list) or not all(isinstance(item, str) for item in paths):
         raise ConfigError(f"code_paths: must be a list of Python files, found {paths!r}")
     import_code(paths)
-    data, dropped = drop_replaced(RunConfig, *settings)
-    data, notes = translate(data)
+    data, dropped = drop_replaced(RunConfig, settings.data, settings.file, settings.given)
+    data, notes = translate(data, settings.referred - RunConfig.model_fields.keys())
     data = with_tasks_read(data, Path(path).parent)
     return Translated(settings.data, data, [*dropped, *notes])
 

@@ -52,7 +52,7 @@ def quick_mistakes(path: str, overrides: list[str]) -> list[str]:
     model = data.get("model")
     if isinstance(model, dict) and str(model.get("name")).startswith("hf_"):
         return []  # the translation reads the model's own files
-    data, _ = translate(data)
+    data, _ = translate(data, settings.referred - schema.run.model_fields.keys())
     return mistakes_in(data)
 
 

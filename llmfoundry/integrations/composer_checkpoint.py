@@ -25,7 +25,8 @@ from llmfoundry.hf.files import new_folder
 from llmfoundry.hf.pieces import Copy, Spec, TensorSource, fill
 from llmfoundry.hf.pretrained import Progress, matched, our_shapes
 from llmfoundry.hf.tokenizer import TOKENIZER_FILES
-from llmfoundry.integrations.foundry_yaml import Tree, translate
+from llmfoundry.integrations.foundry_tree import Tree
+from llmfoundry.integrations.foundry_yaml import translate
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.settings import load_yaml

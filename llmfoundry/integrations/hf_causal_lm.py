@@ -10,20 +10,15 @@ import copy
 from collections.abc import Callable, Mapping
 
 from llmfoundry.config import ConfigError
-
-Tree = dict[str, object]
+from llmfoundry.integrations.foundry_tree import Tree
 
 _WHERE = "model.pretrained_model_name_or_path"
 # Keys that tuned the loading of a module and change no value.
 _GONE = {
-    "init_device": "models are always built on meta",
     "use_auth_token": "HF_TOKEN is read from the environment",
     "trust_remote_code": "code of a hub repository is never run",
     "use_flash_attention_2": "attention is flash on GPUs",
     "attn_implementation": "attention is flash on GPUs",
-    "use_train_metrics": "the training loss is always logged",
-    "additional_train_metrics": "the training loss is always logged",
-    "additional_eval_metrics": "the loss of an evaluation is always logged",
     "use_logits": "the loss is always computed from logits",
     "shift_labels": "labels are always shifted",
     "should_save_peft_only": "checkpoints hold what is trained",
