@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-Tree = dict[str, object]
+from llmfoundry.hf.foundry_words import Tree
 
 
 def look(data: Tree, path: str) -> tuple[object, bool]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Set
 from pathlib import Path
 
 from llmfoundry.config import ConfigError
-from llmfoundry.integrations import foundry_model
+from llmfoundry.hf import foundry_words
 from llmfoundry.integrations.foundry_fsdp import fsdp, mixed_precision
 from llmfoundry.integrations.foundry_keys import DURATIONS, EMPTY, GONE, ONLY, REFUSED, RENAMED_VALUES, VARIABLES
 from llmfoundry.integrations.foundry_tree import Tree, look, present, put, take
@@ -133,7 +133,7 @@ def _packed(data: Tree) -> list[str]:
 def _head_norms(data: Tree) -> list[str]:
     """Give queries and keys the norm that they have there."""
     model = data.get("model")
-    return foundry_model.layer_norm(model) if isinstance(model, dict) else []
+    return foundry_words.layer_norm(model) if isinstance(model, dict) else []
 
 
 def _launcher(key: str) -> int:
@@ -273,15 +273,15 @@ _MOVED: dict[str, Callable[[Tree, object], list[str]]] = {
         path: _off_at_zero(path)
         for path in ("model.ffn_config.moe_jitter_eps", "model.ffn_config.moe_normalize_expert_weights")
     },
-    "model.attn_config.rope_impl": _of_model(foundry_model.rope_impl),  # before those that it may take away
-    "model.attn_config.rope_dail_config": _of_model(foundry_model.rope_dail),
+    "model.attn_config.rope_impl": _of_model(foundry_words.rope_impl),  # before those that it may take away
+    "model.attn_config.rope_dail_config": _of_model(foundry_words.rope_dail),
     "model.attn_config.rope_hf_config": _rope_hf,
     "model.learned_pos_emb": _learned_pos_emb,
-    "model.block_overrides": _of_model(foundry_model.block_overrides),
-    "model.head_dim": _of_model(foundry_model.head_dim),
-    "model.attn_config.qk_gn": _of_model(foundry_model.group_norm),
-    "model.attn_config.attn_temperature_tuning": _of_model(foundry_model.temperature),
-    "model.attn_config.kv_dim": _of_model(foundry_model.kv_dim),
+    "model.block_overrides": _of_model(foundry_words.block_overrides),
+    "model.head_dim": _of_model(foundry_words.head_dim),
+    "model.attn_config.qk_gn": _of_model(foundry_words.group_norm),
+    "model.attn_config.attn_temperature_tuning": _of_model(foundry_words.temperature),
+    "model.attn_config.kv_dim": _of_model(foundry_words.kv_dim),
     "model.attn_config.clip_qkv": _off_at_zero("model.attn_config.clip_qkv"),
     "eval_loader.num_workers": _eval_workers,
     "loggers.wandb.name": _wandb_name,

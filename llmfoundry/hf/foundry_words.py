@@ -6,7 +6,8 @@ Each function takes the block and a value that was taken out of it, and returns 
 from __future__ import annotations
 
 from llmfoundry.config import ConfigError
-from llmfoundry.integrations.foundry_tree import Tree
+
+Tree = dict[str, object]
 
 _LAYER_NORM_EPS = 1e-5
 
