@@ -72,7 +72,7 @@ def layer_norm(model: Tree) -> list[str]:
     attention = model.get("attn_config")
     if not isinstance(attention, dict) or not attention.get("qk_ln"):
         return []
-    return [f"model.attn_config.qk_ln=True: sets {said}, as it does there" for said in _layer_norm(model)]
+    return _layer_norm(model)
 
 
 def _layer_norm(model: Tree) -> list[str]:

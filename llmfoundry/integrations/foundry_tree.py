@@ -5,6 +5,25 @@ from __future__ import annotations
 from llmfoundry.hf.foundry_words import Tree
 
 
+class Note(str):
+    """A line on what became of a key.
+
+    Args:
+        path: of the key.
+        said: what became of it.
+        value: what it had; a mapping or list is not shown.
+    """
+
+    path: str
+    said: str
+
+    def __new__(cls, path: str, said: str, *value: object) -> Note:
+        shown = "".join(f"={each!r}" for each in value if not isinstance(each, dict | list) or not each)
+        note = super().__new__(cls, f"{path}{shown}: {said}")
+        note.path, note.said = path, said
+        return note
+
+
 def look(data: Tree, path: str) -> tuple[object, bool]:
     """The value at a dotted path, and whether there is one."""
     node: object = data

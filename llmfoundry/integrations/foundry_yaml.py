@@ -7,21 +7,31 @@ change is a line of notes, and whatever would alter the result without an equiva
 from __future__ import annotations
 
 import copy
-import os
 import re
-import tempfile
-from collections.abc import Callable, Set
-from pathlib import Path
+from collections.abc import Callable, Sequence, Set
 
 from llmfoundry.config import ConfigError
 from llmfoundry.hf import foundry_words
 from llmfoundry.integrations.foundry_fsdp import fsdp, mixed_precision
 from llmfoundry.integrations.foundry_keys import DURATIONS, EMPTY, GONE, ONLY, REFUSED, RENAMED_VALUES, VARIABLES
-from llmfoundry.integrations.foundry_tree import Tree, look, present, put, take
+from llmfoundry.integrations.foundry_paths import load_path, made_up_name, temporary_folder, without_placeholders
+from llmfoundry.integrations.foundry_tree import Note, Tree, look, present, put, take
 from llmfoundry.integrations.hf_causal_lm import hugging_face_model
 
 
-def translate(data: Tree, variables: Set[str] = frozenset()) -> tuple[Tree, list[str]]:
+class Untranslated(ConfigError):
+    """A line for each legacy key that asks for what this framework does not do.
+
+    Attributes:
+        rest: the file without them, in our words, whose other mistakes can be told too.
+    """
+
+    def __init__(self, mistakes: Sequence[str], rest: Tree) -> None:
+        super().__init__("\n".join(mistakes))
+        self.rest = rest
+
+
+def translate(data: Tree, variables: Set[str] = frozenset()) -> tuple[Tree, list[Note]]:
     """A YAML in LLM Foundry v0.22's words, in ours.
 
     Args:
@@ -32,43 +42,48 @@ def translate(data: Tree, variables: Set[str] = frozenset()) -> tuple[Tree, list
         The same run in our words, and a line for each thing that was translated.
 
     Raises:
-        ConfigError: a line for each legacy key that asks for what this framework does not do.
+        Untranslated: keys ask for what this framework does not do.
     """
     theirs = is_theirs(data)
     data = copy.deepcopy(data)
-    notes: list[str] = []
+    notes: list[Note] = []
     mistakes: list[str] = []
     for path in (path for key in EMPTY for path in present(data, key) if look(data, path)[0] is None):
         take(data, path)
     for path in sorted({*VARIABLES, *(variables if theirs else ())} & data.keys()):
-        notes.append(f"{path}={take(data, path)!r}: left out, it only serves references")
+        notes.append(Note(path, "left out, it only serves references", take(data, path)))
     _one_by_one(data, notes, mistakes)
     for path, apply in _MOVED.items():
         for place in present(data, path):
             value = take(data, place)
             try:
-                for new in apply(data, value):
-                    notes.append(f"{place}={value!r}: {new if new.startswith('left out') else f'is now {new}'}")
+                notes += [_note(place, new, value) for new in apply(data, value)]
             except ConfigError as error:
                 mistakes.append(str(error))
     if theirs:  # in a file of ours, a missing save_folder is a mistake
-        for fill in (_made_up_name, _temporary_folder, _packed, _head_norms):
+        for fill in (made_up_name, without_placeholders, temporary_folder, _packed, _head_norms):
             try:
                 notes += fill(data)
             except ConfigError as error:
                 mistakes.append(str(error))
     if mistakes:
-        raise ConfigError("\n".join(mistakes))
+        raise Untranslated(mistakes, data)
     return data, notes
 
 
-def _one_by_one(data: Tree, notes: list[str], mistakes: list[str]) -> None:
+def _note(path: str, said: str, value: object) -> Note:
+    if isinstance(said, Note):  # on another key
+        return said
+    return Note(path, said if said.startswith("left out") else f"is now {said}", value)
+
+
+def _one_by_one(data: Tree, notes: list[Note], mistakes: list[str]) -> None:
     """The keys that need no code (foundry_keys.py), changed in place."""
     for path, allowed in ONLY.items():
         for place in present(data, path):
             value = take(data, place)
             if any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
-                notes.append(f"{place}={value!r}: left out, it is what this framework does")
+                notes.append(Note(place, "left out, it is what this framework does", value))
             else:
                 mistakes.append(f"{place}: {value!r} is not supported; remove it, or write {_shown(allowed[0])}")
     for path, why in REFUSED.items():
@@ -77,16 +92,17 @@ def _one_by_one(data: Tree, notes: list[str], mistakes: list[str]) -> None:
             mistakes.append(f"{place}: {why}")
     for path, why in GONE.items():
         for place in present(data, path):
-            notes.append(f"{place}={take(data, place)!r}: left out, it changes no value" + (f"; {why}" if why else ""))
+            said = "left out, it changes no value" + (f"; {why}" if why else "")
+            notes.append(Note(place, said, take(data, place)))
     for path, values in RENAMED_VALUES.items():
         value, there = look(data, path)
         if there and isinstance(value, str) and value in values:
             put(data, path, values[value])
-            notes.append(f"{path}: {value} is now {values[value]}")
+            notes.append(Note(path, f"{value} is now {values[value]}"))
     for path in DURATIONS:
         value, there = look(data, path)
         if there and (new := _duration(value)) is not None:
-            notes.append(f"{path}={value!r}: is now {put(data, path, new)}")
+            notes.append(Note(path, f"is now {put(data, path, new)}", value))
 
 
 def _shown(value: object) -> str:
@@ -100,52 +116,24 @@ def is_theirs(data: Tree) -> bool:
     return "fsdp_config" in data or name in ("mpt_causal_lm", "hf_causal_lm", "hf_t5")
 
 
-def _made_up_name(data: Tree) -> list[str]:
-    """Name a run without a name whose save folder holds `{run_name}`."""
-    folder = data.get("save_folder")
-    if data.get("run_name") is not None or "RUN_NAME" in os.environ or "{run_name}" not in str(folder):
-        return []
-    data["run_name"] = f"run-{_launcher('run_name')}"
-    return [f"run_name: is missing; made up {data['run_name']}: write run_name=... to resume this run later"]
-
-
-def _temporary_folder(data: Tree) -> list[str]:
-    """Set the save folder of a file that has none to one that all ranks of this node agree on."""
-    if data.get("save_folder") is not None:
-        return []
-    folder = Path(tempfile.gettempdir()) / f"llmfoundry-{_launcher('save_folder')}"
-    data |= {"save_folder": str(folder), "save_interval": "0ba"}
-    return [f"save_folder: is missing; the last checkpoint and the logs go to {folder}: write save_folder=... instead"]
-
-
-def _packed(data: Tree) -> list[str]:
+def _packed(data: Tree) -> list[Note]:
     """Keep examples that share a row apart, which is what packing means here."""
     ratio = look(data, "train_loader.dataset.packing_ratio")[0]
     if ratio is None or look(data, "model.attn_config.attn_uses_sequence_id")[0] is True:
         return []
     if look(data, "model.name")[0] == "transformers":
-        return [f"train_loader.dataset.packing_ratio={ratio!r}: left out; each example has a row of its own, for the "
-                "module of transformers keeps no documents apart"]  # fmt: skip
+        why = "left out; each example has a row of its own, for the module of transformers keeps no documents apart"
+        return [Note("train_loader.dataset.packing_ratio", why, ratio)]
     said = put(data, "model.attn_config.attn_uses_sequence_id", True)
-    return [f"train_loader.dataset.packing_ratio={ratio!r}: is now {said}; examples that share a row are kept apart"]
+    said = f"is now {said}; examples that share a row are kept apart"
+    return [Note("train_loader.dataset.packing_ratio", said, ratio)]
 
 
-def _head_norms(data: Tree) -> list[str]:
+def _head_norms(data: Tree) -> list[Note]:
     """Give queries and keys the norm that they have there."""
     model = data.get("model")
-    return foundry_words.layer_norm(model) if isinstance(model, dict) else []
-
-
-def _launcher(key: str) -> int:
-    """A number that all ranks of this node agree on: the process that started them.
-
-    Raises:
-        ConfigError: the run has several nodes, which have none in common.
-    """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > int(os.environ.get("LOCAL_WORLD_SIZE", world)):
-        raise ConfigError(f"{key}: is missing, and several nodes must agree on it; write {key}=...")
-    return os.getppid() if world > 1 else os.getpid()
+    said = foundry_words.layer_norm(model) if isinstance(model, dict) else []
+    return [Note("model.attn_config.qk_ln", f"sets {each}, as it does there", True) for each in said]
 
 
 def _duration(value: object) -> str | None:
@@ -156,13 +144,21 @@ def _duration(value: object) -> str | None:
     return f"{match[1]}ba" if match else None
 
 
-def _model(data: Tree, value: object) -> list[str]:
+def _model(data: Tree, value: object) -> Sequence[str]:
     """`model.name`: models of Hugging Face, and the one family that nothing here can train."""
     if value == "hf_t5":
-        put(data, "model", {"name": "causal_lm"})
+        put(data, "model", {"name": "causal_lm", "max_seq_len": data.get("max_seq_len", 1)})
         raise ConfigError("model.name: hf_t5: encoder-decoder models are not trained here; choose a causal model")
     put(data, "model.name", value)
-    return hugging_face_model(data) if value == "hf_causal_lm" else []
+    if value != "hf_causal_lm":
+        return []
+    try:
+        return hugging_face_model(data)
+    except ConfigError:
+        put(
+            data, "model", {"name": "causal_lm", "max_seq_len": data.get("max_seq_len", 1)}
+        )  # so that the rest is checked
+        raise
 
 
 def _compile(data: Tree, value: object) -> list[str]:
@@ -266,7 +262,7 @@ def _of_model(apply: Callable[[Tree, object], list[str]]) -> Callable[[Tree, obj
     return moved
 
 
-_MOVED: dict[str, Callable[[Tree, object], list[str]]] = {
+_MOVED: dict[str, Callable[[Tree, object], Sequence[str]]] = {
     "model.ffn_config.moe_world_size": _moe_world_size,
     "model.ffn_config.moe_capacity_factor": _capacity,
     **{
@@ -286,6 +282,7 @@ _MOVED: dict[str, Callable[[Tree, object], list[str]]] = {
     "eval_loader.num_workers": _eval_workers,
     "loggers.wandb.name": _wandb_name,
     "model.name": _model,
+    "load_path": load_path,
     "model.attention_bias": _renamed("model.attn_config.bias"),
     "model.ffn_config.lbl_process_group": _loss_group,
     "model.ffn_config.hidden_size": _same_as("model.ffn_config.hidden_size", "d_model"),

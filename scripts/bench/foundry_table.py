@@ -65,11 +65,9 @@ def _answer(path: str, value: object) -> str:
         _, notes = translate(data)
     except ConfigError as error:
         return f"refused: {str(error).partition(': ')[2]}"
-    own = f"{path}={value!r}: "
-    found = [note.removeprefix(own).removeprefix("is now ") for note in notes if note.startswith(own)]
-    found += [note.removeprefix(f"{path}: ") for note in notes if note.startswith(f"{path}: ")]
+    found = [note.said.removeprefix("is now ") for note in notes if note.path == path]
     if not found and parents:  # a whole block is translated by one note
-        found = [note.partition("}: ")[2].removeprefix("is now ") for note in notes if note.startswith(parents[-1])]
+        found = [note.said.removeprefix("is now ") for note in notes if note.path == parents[-1]]
     marked = [re.sub(r"^([\w.]+: [\w.{}\"', :-]+)", r"`\1`", each, count=1) for each in found]
     return "; ".join(marked) or "the same"
 

@@ -11,6 +11,7 @@ import yaml
 from llmfoundry.cli.command import read_run_config, read_translated
 from llmfoundry.cli.quick_check import quick_mistakes
 from llmfoundry.config import ConfigError, check, dump
+from llmfoundry.integrations.explain import explained
 from llmfoundry.integrations.foundry_keys import EMPTY, REFUSED
 from llmfoundry.integrations.foundry_yaml import translate
 from llmfoundry.model.config import ModelConfig
@@ -194,6 +195,44 @@ def test_all_mistakes_come_in_one_round() -> None:
     assert len(lines) == 3 and [line.split(":")[0] for line in lines] == [
         "model.use_pad_tok_in_ffn", "tp_config", "fsdp_config.mixed_precision"
     ]  # fmt: skip
+
+
+def test_mistakes_of_every_kind_come_in_one_round(tmp_path: Path) -> None:
+    """Those of the translation, of keys and of values, by both checks."""
+    tree = changed("model.use_pad_tok_in_ffn", False) | {"eval_intervall": 1, "optimizer": {"name": "adalr_lion"}}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError) as error:
+        read_translated(str(tmp_path / "a.yaml"), [])
+    expected = ["model.use_pad_tok_in_ffn", "eval_intervall", "optimizer"]
+    for lines in (str(error.value).splitlines(), quick_mistakes(str(tmp_path / "a.yaml"), [])):
+        assert sorted(line.split(":")[0] for line in lines) == sorted(expected)
+
+
+def test_explain_says_of_each_key_what_it_became(tmp_path: Path) -> None:
+    tree = changed("model.block_overrides", yaml.safe_load(CHARACTER)) | {"callbacks": {"lr_monitor": {}}}
+    tree["model"]["n_layers"] = 13
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(tree))
+    given, _, notes = read_translated(str(tmp_path / "a.yaml"), [])
+    lines = {line.split(": ")[0]: line for line in explained(given, notes)}
+    assert lines["callbacks.lr_monitor"].split("{}")[1].strip() == "as it is"
+    assert lines["fsdp_config.activation_checkpointing"].split("True")[1].strip() == "is now parallel.recompute: full"
+    first = next(line for path, line in lines.items() if path.startswith("model.block_overrides.order"))
+    assert "is now model.attn_window_pattern: [-1, 1024" in first and "{" not in first
+    assert lines["fsdp_config.limit_all_gathers"].endswith("see fsdp_config")
+
+
+def test_names_of_checkpoints_and_placeholders(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for given, expected in (
+        ("ckpt/latest-rank{rank}.pt", "ckpt/latest-rank0.pt"),
+        (f"{tmp_path}/run/ep1-ba200-rank0.pt", f"{tmp_path}/run/checkpoints/step-200"),
+        ("elsewhere", "elsewhere"),
+        (None, None),
+    ):
+        data, notes = translate(FOREIGN | {"load_path": given})
+        assert data["load_path"] == expected and len(notes) == 1 + (given != expected)
+    with pytest.raises(ConfigError, match=r"save_folder: a/rank\{rank\}: \{rank\} is not filled in here"):
+        translate(FOREIGN | {"save_folder": "a/rank{rank}"})
 
 
 @pytest.mark.parametrize(("value", "ours"), [(1, "1ep"), (0, "0ep"), ("7iter", "7ba"), ("5ba", "5ba"), (True, True)])

@@ -13,9 +13,9 @@ import yaml
 from foundry_hub import TEXTS, build
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmfoundry.cli.foundry import our_checkpoint
 from llmfoundry.cli.main import main
 from llmfoundry.data.mds import MDSFolder
+from llmfoundry.integrations.foundry_paths import our_checkpoint
 
 SCRIPT = Path(sys.executable).with_name("llmfoundry")
 YAML = Path(__file__).parent / "foundry" / "pretrain_mpt.yaml"
