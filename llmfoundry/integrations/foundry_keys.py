@@ -54,6 +54,10 @@ GONE = {
         for loader in ("train_loader", "eval_loader")
         for key in ("pin_memory", "prefetch_factor", "persistent_workers", "timeout", "sampler")
     },
+    **{
+        f"{loader}.dataset.max_leftover_bins_to_keep": "every example is packed"
+        for loader in ("train_loader", "eval_loader")
+    },
 }
 # Keys that do change values, with the only values that mean what we do.
 ONLY: dict[str, tuple[object, ...]] = {
@@ -73,6 +77,7 @@ ONLY: dict[str, tuple[object, ...]] = {
     "model.ffn_config.num_layers_per_virtual_pipeline_stage": (None,),
     "model.ffn_config.shared_expert_weighted_sum": (False,),
     "scheduler.scale_warmup": (False,),
+    **{f"{loader}.dataset.preprocessing_kwargs": ({}, None) for loader in ("train_loader", "eval_loader")},
     "save_filename": ("ep{epoch}-ba{batch}-rank{rank}.pt",),
     "save_latest_filename": ("latest-rank{rank}.pt",),
     "save_weights_only": (False,),

@@ -61,7 +61,7 @@ def translate(data: Tree, variables: Set[str] = frozenset()) -> tuple[Tree, list
             except ConfigError as error:
                 mistakes.append(str(error))
     if theirs:  # in a file of ours, a missing save_folder is a mistake
-        for fill in (made_up_name, without_placeholders, temporary_folder, _packed, _head_norms):
+        for fill in (made_up_name, without_placeholders, temporary_folder, _data_defaults, _packed, _head_norms):
             try:
                 notes += fill(data)
             except ConfigError as error:
@@ -114,6 +114,21 @@ def is_theirs(data: Tree) -> bool:
     model = data.get("model")
     name = model.get("name") if isinstance(model, dict) else None
     return "fsdp_config" in data or name in ("mpt_causal_lm", "hf_causal_lm", "hf_t5")
+
+
+def _data_defaults(data: Tree) -> list[Note]:
+    """What a dataset leaves out, as it is there: only the last turn is learned, and nothing is shuffled."""
+    notes = []
+    for loader in ("train_loader", "eval_loader"):
+        for place in present(data, f"{loader}.dataset"):
+            dataset, kind = look(data, place)[0], look(data, f"{place.removesuffix('.dataset')}.name")[0]
+            said: Tree = {"shuffle": False} if loader == "train_loader" else {}
+            if kind == "finetuning":
+                said["target_responses"] = "last"
+            for key in said.keys() - dataset.keys() if isinstance(dataset, dict) else ():
+                notes.append(Note(f"{place}.{key}", f"is missing; now {said[key]}, as it is there"))
+                put(data, f"{place}.{key}", said[key])
+    return notes
 
 
 def _packed(data: Tree) -> list[Note]:

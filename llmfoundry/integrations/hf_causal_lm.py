@@ -30,6 +30,7 @@ _ONLY: dict[str, tuple[object, str]] = {
     "load_in_8bit": (False, "weights are trained in the precision that `precision` says"),
     "pretrained_lora_id_or_path": (None, "merge the adapter into its base first, with peft's merge_and_unload"),
 }
+_ROPE = "rope_theta", "rope_scaling"
 _LENGTHS = ("max_seq_len", "n_positions", "max_position_embeddings", "n_ctx")
 _WEIGHTS, _RESIDUAL, _EMBEDDINGS = "attn_config.attn_pdrop", "resid_pdrop", "emb_pdrop"
 # What a config.json drops in training, and our keys for it; those of all families, and of some.
@@ -140,9 +141,12 @@ def _our_model(name: str, given: Tree, peft: Tree, as_it_is: bool = False) -> tu
             raise ConfigError(f"model.config_overrides.{key}: must be a number of tokens, found {length!r}")
         overrides[family.sizes["max_seq_len"]] = length
         notes.append(Note(f"model.config_overrides.{key}", "is now model.max_seq_len", length))
+    known = settings.keys() | set(family.sizes.values()) | _settings_of(str(settings["model_type"])) | set(_ROPE)
     for key in overrides:
-        if key not in settings and key not in family.sizes.values():
+        if key not in known:
             raise ConfigError(f"model.config_overrides.{key}: {name} has no such setting")
+    if "rope_parameters" in settings:  # as `transformers` 5 writes them
+        _join_rope(overrides)
     _, config = read_config(_merged(settings, overrides), where, as_it_is)
     if documents is not None and not as_it_is:
         attn = config.attn_config.model_copy(update={"attn_uses_sequence_id": documents})
@@ -166,6 +170,27 @@ def _our_model(name: str, given: Tree, peft: Tree, as_it_is: bool = False) -> tu
         notes += about
     allow = [f"model.{key}" for key in weight_differences(stored, config)]
     return model, allow, notes
+
+
+def _settings_of(kind: str) -> set[str]:
+    """What a config.json of this kind may say, beside what one does say."""
+    from transformers import CONFIG_MAPPING
+
+    return set(CONFIG_MAPPING[kind]().to_dict()) if kind in CONFIG_MAPPING else set()
+
+
+def _join_rope(overrides: Tree) -> None:
+    """Move the settings of rotation to where `transformers` 5 has them, in place."""
+    rope: Tree = {}
+    for key in (key for key in _ROPE if key in overrides):
+        value = overrides.pop(key)
+        if isinstance(value, Mapping):
+            rope |= {("rope_type" if word == "type" else word): each for word, each in value.items()}
+        elif value is not None:
+            rope[key] = value
+    if rope:
+        own = overrides.get("rope_parameters")
+        overrides["rope_parameters"] = rope | (own if isinstance(own, dict) else {})
 
 
 def _add_dropout(model: Tree, name: str, settings: Tree) -> list[Note]:
@@ -208,7 +233,12 @@ def _lora(peft: Tree, targets: Callable[[str | list[str]], str | list[str]]) -> 
         if value not in (None, False, True, "none") and key != "base_model_name_or_path":
             raise ConfigError(f"model.peft_config.{key}: {value!r} is not supported; leave it out")
     rank, alpha = rest.pop("r", 8), rest.pop("lora_alpha", 8)  # peft's defaults
-    wanted = rest.pop("target_modules", "all-linear")
+    wanted = rest.pop("target_modules", None)
+    if wanted is None:
+        raise ConfigError(
+            "model.peft_config.target_modules: is missing, and peft would choose by the kind of model; write "
+            "all-linear, or names such as [q_proj, v_proj]"
+        )
     if not isinstance(wanted, str) and not (isinstance(wanted, list) and all(isinstance(each, str) for each in wanted)):
         raise ConfigError(f"model.peft_config.target_modules: must be names, found {wanted!r}")
     try:
@@ -219,6 +249,7 @@ def _lora(peft: Tree, targets: Callable[[str | list[str]], str | list[str]]) -> 
         lora["dropout"] = dropout
     if rest.pop("use_rslora", False):
         lora["use_rslora"] = True
+    rest = {key: value for key, value in rest.items() if value}  # peft's defaults
     if rest:
         raise ConfigError(f"model.peft_config.{min(rest)}: is not supported; leave it out")
     return lora, [Note("model.peft_config", f"is now model.lora: {lora}")]

@@ -48,9 +48,41 @@ def test_adapters_are_on_the_layers_that_are_named(
     assert not any(note.path == "model.name" for note in notes), "each note is on the key that it is about"
 
 
-def test_a_module_that_is_nowhere_is_refused(llama: str) -> None:
-    with pytest.raises(ConfigError, match="model.peft_config.target_modules: nothing is called"):
-        translate(run_of(llama, peft_config={"target_modules": ["qproj"]}))
+@pytest.mark.parametrize(
+    ("peft", "says"),
+    [
+        ({"target_modules": ["qproj"]}, "target_modules: nothing is called"),
+        ({"r": 8}, "target_modules: is missing, and peft would choose"),
+        ({"target_modules": "all-linear", "use_dora": True}, "use_dora: is not supported"),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused(llama: str, peft: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=f"model.peft_config.{says}"):
+        translate(run_of(llama, peft_config=peft))
+
+
+def test_what_is_at_pefts_defaults_is_accepted(llama: str) -> None:
+    peft = {"target_modules": "all-linear", "use_dora": False, "modules_to_save": None, "rank_pattern": {}}
+    model = translate(run_of(llama, peft_config=peft))[0]["model"]
+    assert isinstance(model, dict) and model["lora"] == {"rank": 8, "alpha": 8, "target_modules": "all-linear"}
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["rope_parameters", "rope_theta"])
+def test_rotation_and_settings_that_a_file_leaves_out_may_be_overridden(llama: str, old: bool) -> None:
+    path = Path(llama) / "config.json"
+    settings = json.loads(path.read_text())
+    del settings["attention_dropout"]
+    if old:  # as files of transformers 4 have it
+        settings |= {"rope_theta": settings.pop("rope_parameters")["rope_theta"], "rope_scaling": None}
+    path.write_text(json.dumps(settings))
+    overrides = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}, "attention_dropout": 0.1}
+    model = translate(run_of(llama, config_overrides=overrides))[0]["model"]
+    assert isinstance(model, dict)
+    attention = model["attn_config"]
+    assert attention["rope_theta"] == 5e5 and attention["attn_pdrop"] == 0.1
+    assert (attention["rope_scaling"]["type"], attention["rope_scaling"]["factor"]) == ("linear", 2.0)
+    with pytest.raises(ConfigError, match="config_overrides.nonsense: .* has no such setting"):
+        translate(run_of(llama, config_overrides={"nonsense": 1}))
 
 
 def test_what_else_is_wrong_is_told_beside_a_model_that_is_missing(tmp_path: Path) -> None:
