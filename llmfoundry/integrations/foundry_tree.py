@@ -24,6 +24,17 @@ class Note(str):
         return note
 
 
+def copied(data: Tree) -> Tree:
+    """A copy in which nothing is shared, as aliases of YAML share blocks: each can be changed alone."""
+
+    def each(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: each(inside) for key, inside in value.items()}
+        return [each(inside) for inside in value] if isinstance(value, list) else value
+
+    return {key: each(value) for key, value in data.items()}
+
+
 def look(data: Tree, path: str) -> tuple[object, bool]:
     """The value at a dotted path, and whether there is one."""
     node: object = data

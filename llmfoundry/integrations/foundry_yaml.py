@@ -6,7 +6,6 @@ change is a line of notes, and whatever would alter the result without an equiva
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Sequence, Set
 
@@ -15,7 +14,7 @@ from llmfoundry.hf import foundry_words
 from llmfoundry.integrations.foundry_fsdp import fsdp, mixed_precision
 from llmfoundry.integrations.foundry_keys import DURATIONS, EMPTY, GONE, ONLY, REFUSED, RENAMED_VALUES, VARIABLES
 from llmfoundry.integrations.foundry_paths import load_path, made_up_name, temporary_folder, without_placeholders
-from llmfoundry.integrations.foundry_tree import Note, Tree, look, present, put, take
+from llmfoundry.integrations.foundry_tree import Note, Tree, copied, look, present, put, take
 from llmfoundry.integrations.hf_causal_lm import hugging_face_model
 
 
@@ -45,7 +44,7 @@ def translate(data: Tree, variables: Set[str] = frozenset()) -> tuple[Tree, list
         Untranslated: keys ask for what this framework does not do.
     """
     theirs = is_theirs(data)
-    data = copy.deepcopy(data)
+    data = copied(data)
     notes: list[Note] = []
     mistakes: list[str] = []
     for path in (path for key in EMPTY for path in present(data, key) if look(data, path)[0] is None):
