@@ -47,14 +47,16 @@ def without_placeholders(data: Tree) -> list[Note]:
 
 def load_path(data: Tree, value: object) -> list[str]:
     """A checkpoint under the name that Composer gives it; where all is in one file, it is of rank 0."""
-    data["load_path"] = value
-    if not isinstance(value, str) or value.startswith("hf:"):
-        return []
-    found = our_checkpoint(value)
-    if found == value:
-        found = value.replace("{rank}", "0")
-    data["load_path"] = found
+    found = data["load_path"] = checkpoint_named(value) if isinstance(value, str) else value
     return [] if found == value else [f"load_path: {found}"]
+
+
+def checkpoint_named(path: str) -> str:
+    """Where a checkpoint is that Composer would have named so."""
+    if path.startswith("hf:"):
+        return path
+    found = our_checkpoint(path)
+    return path.replace("{rank}", "0") if found == path else found
 
 
 def _launcher(key: str) -> str:
