@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmfoundry.hf.foundry_words import Tree
+from llmfoundry.model.foundry_words import Tree
 
 
 class Note(str):

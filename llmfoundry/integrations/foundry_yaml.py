@@ -10,12 +10,12 @@ import re
 from collections.abc import Callable, Sequence, Set
 
 from llmfoundry.config import ConfigError
-from llmfoundry.hf import foundry_words
 from llmfoundry.integrations.foundry_fsdp import fsdp, mixed_precision
 from llmfoundry.integrations.foundry_keys import DURATIONS, EMPTY, GONE, ONLY, REFUSED, RENAMED_VALUES, VARIABLES
 from llmfoundry.integrations.foundry_paths import load_path, made_up_name, temporary_folder, without_placeholders
 from llmfoundry.integrations.foundry_tree import Note, Tree, copied, look, present, put, take
 from llmfoundry.integrations.hf_causal_lm import hugging_face_model
+from llmfoundry.model import foundry_words
 
 
 class Untranslated(ConfigError):

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from typing import cast
 
 from llmfoundry.config import ConfigError, check, dump
-from llmfoundry.hf import foundry_words as words
 from llmfoundry.hf.families.mpt import is_foundrys
 from llmfoundry.hf.family import ConfigDict, Family, Value, said_of_any_model
 from llmfoundry.hf.pieces import Pieces, Spec
 from llmfoundry.layers.attention import GroupedQueryConfig
 from llmfoundry.layers.ffn import FFNConfig, GLUConfig, MLPConfig
 from llmfoundry.layers.rope import RopeScaling
+from llmfoundry.model import foundry_words as words
 from llmfoundry.model.config import InitConfig
 from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.layer import MoEConfig
