@@ -41,7 +41,7 @@ def quick_mistakes(path: str, overrides: list[str]) -> list[str]:
         overrides: as `load_settings` takes them.
 
     Raises:
-        ConfigError: the file cannot be read, or asks for what this framework does not do; the full check says the same.
+        ConfigError: the file cannot be read; the full check says the same.
     """
     settings = load_settings(path, overrides)
     data = settings.data
