@@ -43,8 +43,12 @@ class ConfigError(ValueError):
     """A mistake of the user's: shown as it is, without a traceback, with exit code 2."""
 
 
-class ResourceError(RuntimeError):
-    """The machine is too small for the run: shown as it is, without a traceback, with exit code 1."""
+class RunError(RuntimeError):
+    """What ends a run and is no mistake in the code: shown as it is, without a traceback, with exit code 1."""
+
+
+class ResourceError(RunError):
+    """The machine is too small for the run."""
 
 
 class Config(BaseModel):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
 from llmfoundry.launch import is_rank0 as is_rank0
@@ -87,11 +87,34 @@ def start(timeout_seconds: float = 600.0, *, group_of_one: bool = False) -> torc
             "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
             timeout=timeout,
             device_id=place if place.type == "cuda" else None,
-            store=_store_of_attempt(timeout) if world_size() > 1 else dist.HashStore(),
+            store=_meeting_place(timeout) if world_size() > 1 else dist.HashStore(),
             rank=rank(),
             world_size=world_size(),
         )
     return place
+
+
+_store: dist.Store | None = None
+
+
+def _meeting_place(timeout: datetime.timedelta) -> dist.Store:
+    global _store
+    _store = _store_of_attempt(timeout)
+    return _store
+
+
+def store_for_a_thread() -> dist.Store | None:
+    """The ranks' common store over a connection of its own, which no other thread holds up; None for one process."""
+    if _store is None or not dist.is_initialized():
+        return None
+    return dist.PrefixStore("watch", _store.clone())  # type: ignore[attr-defined]  # torch's stub lacks it
+
+
+def set_timeout(seconds: float, but: ProcessGroup | None = None) -> None:
+    """From now on, a collective of any group but one fails if some rank has not joined it after this time."""
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not but:
+            distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
 
 
 def _store_of_attempt(timeout: datetime.timedelta) -> dist.Store:
@@ -182,11 +205,16 @@ def of_ranks(values: Sequence[float]) -> Tensor:
 
 def any_rank(flag: bool) -> bool:
     """Whether `flag` holds on any rank; every rank gets the same answer."""
+    return bool(most_of_ranks([flag])[0])
+
+
+def most_of_ranks(values: Sequence[float]) -> list[float]:
+    """The largest of each value over all ranks, in one reduction; every rank gets the same."""
     if not dist.is_initialized():
-        return flag
-    value = torch.tensor(int(flag))
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+        return list(values)
+    most = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return most.tolist()
 
 
 def on_rank0(ask: Callable[[], T]) -> T:

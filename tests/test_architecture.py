@@ -13,7 +13,7 @@ PACKAGE = ROOT / "llmfoundry"
 # Ground first. A module may import from its own room and from the floors below it.
 FLOORS = [
     {"config", "launch", "dtensor", "progress"},
-    {"settings", "runtime"},
+    {"settings", "runtime", "stopping"},
     {"kernels", "data"},
     {"layers"},
     {"moe"},

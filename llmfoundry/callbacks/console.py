@@ -35,10 +35,11 @@ class Console(Callback):
     def fit_start(self, trainer: Run) -> None:
         if not runtime.is_rank0():
             return
-        model, total = trainer.config.model, trainer.timeline.total_steps
+        model, total = trainer.config.model, trainer.timeline.expected_steps(trainer.state.step)
+        length = str(trainer.config.max_duration) if total is None else f"{total:,} steps"
         self.out.print(
             f"{model.n_params():,} parameters, {model.n_active_params():,} active; "
-            f"{trainer.loader.rows_per_epoch:,} rows of {trainer.loader.max_seq_len} tokens an epoch; {total:,} steps; "
+            f"{trainer.loader.rows_per_epoch:,} rows of {trainer.loader.max_seq_len} tokens an epoch; {length}; "
             f"{runtime.world_size()} x {trainer.device.type}; saving to {trainer.config.save_folder}"
         )
         if trainer.eval_loader is not None:
@@ -58,11 +59,12 @@ class Console(Callback):
         step, now = trainer.state.step, time.monotonic()
         self.begun = self.begun or (now, step)  # the first step compiles, and says nothing about the others
         seconds, steps = now - self.begun[0], step - self.begun[1]
-        left = seconds / steps * (trainer.timeline.total_steps - step) if steps else None
+        total = trainer.timeline.expected_steps(step)
+        left = seconds / steps * (total - step) if steps and total is not None else None
         due = trainer.timeline.due(trainer.config.console_log_interval, step)
         if due or step == trainer.timeline.total_steps or is_evaluated(metrics):
             clock = "" if self.out.is_terminal else f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}  "
-            text = clock + line(metrics, trainer.timeline.total_steps, left)
+            text = clock + line(metrics, total, left)
             if self.view is not None:
                 self.view.print(text)
             else:
@@ -75,13 +77,13 @@ class Console(Callback):
             if isinstance(validation, float):
                 self.validation = validation
             if self.view.is_due() or step == trainer.timeline.total_steps:
-                self.view.draw(self._now(trainer, metrics, left))
+                self.view.draw(self._now(trainer, metrics, total, left))
 
-    def _now(self, trainer: Run, metrics: Metrics, left: float | None) -> Now:
+    def _now(self, trainer: Run, metrics: Metrics, total: int | None, left: float | None) -> Now:
         found = {key: value for key, value in metrics.items() if not isinstance(value, list)}
         load = metrics.get("moe/load", [])
         return Now(
-            trainer.state.step, trainer.timeline.total_steps, left, found.get("loss/train/ce"), self.validation,
+            trainer.state.step, total, left, found.get("loss/train/ce"), self.validation,
             found.get("throughput/tokens_per_sec"), found.get("throughput/device/mfu"),
             runtime.peak_memory_bytes(trainer.device), self.gpu_memory,
             load if isinstance(load, list) else [], found.get("moe/min_load"), found.get("moe/max_load"),
@@ -92,7 +94,7 @@ class Console(Callback):
         if config.eval_subset_num_batches != -1:
             rows = min(rows, config.eval_subset_num_batches * config.device_eval_batch_size)
         share = trainer.timeline.share_of_evaluation(rows, config.eval_interval)
-        if share > MUCH_EVALUATION:
+        if share is not None and share > MUCH_EVALUATION:
             self.out.print(
                 f"evaluation: {rows:,} rows every {config.eval_interval} take about {share:.0%} of the time; "
                 "eval_interval and eval_subset_num_batches set it"
@@ -113,9 +115,10 @@ def tasks_line(metrics: Metrics) -> list[str]:
     return [f"{name} {value:.4f}" for name, value in found.items()]
 
 
-def line(metrics: Metrics, total_steps: int, seconds_left: float | None = None) -> str:
-    """The few numbers of a step that one wants to see go by."""
-    parts = [f"step {metrics['step']:>{len(str(total_steps))}}/{total_steps}"]
+def line(metrics: Metrics, total_steps: int | None, seconds_left: float | None = None) -> str:
+    """The few numbers of a step that one wants to see go by; nobody knows the steps of a run by the clock at first."""
+    of = "" if total_steps is None else f"/{total_steps}"
+    parts = [f"step {metrics['step']:>{len(of) - 1 if of else 0}}{of}"]
     shown = {
         "tokens": "{:,} tokens",
         "loss/train/ce": "loss {:.4f}",

@@ -72,6 +72,7 @@ class EarlyStopper(Callback):
         self.config = config
         self.best: float | None = None
         self.best_step = 0
+        self.best_seconds = 0.0  # of the run's clock
 
     def fit_start(self, trainer: Run) -> None:
         self._look(trainer)  # a run that ended so, started again
@@ -90,15 +91,26 @@ class EarlyStopper(Callback):
             value = math.exp(value)
         if self.best is None or self._improves(value, self.best):
             self.best, self.best_step = value, trainer.state.step
+            self.best_seconds = trainer.timeline.clock.seconds
         self._look(trainer)
 
     def state_dict(self) -> dict[str, Json]:
-        return {"best": self.best, "best_step": self.best_step} if self.best is not None else {}
+        if self.best is None:
+            return {}
+        return {"best": self.best, "best_step": self.best_step, "best_seconds": self.best_seconds}
 
     def load_state_dict(self, state: dict[str, Json]) -> None:
-        best, step = state.get("best"), state.get("best_step")
+        best, step, seconds = state.get("best"), state.get("best_step"), state.get("best_seconds")
         if isinstance(best, int | float) and isinstance(step, int):
             self.best, self.best_step = best, step
+            self.best_seconds = float(seconds) if isinstance(seconds, int | float) else 0.0
+
+    def _is_late(self, trainer: Run) -> bool:
+        """Whether the best value is older than `patience`."""
+        seconds = trainer.timeline.seconds(self.config.patience)
+        if seconds is not None:
+            return trainer.timeline.clock.seconds - self.best_seconds > seconds
+        return trainer.state.step - self.best_step > trainer.timeline.steps(self.config.patience)
 
     def _is_due(self, metrics: Metrics) -> bool:
         """Whether the metric ought to be among these."""
@@ -109,7 +121,7 @@ class EarlyStopper(Callback):
         return gain > abs(self.config.min_delta)
 
     def _look(self, trainer: Run) -> None:
-        if self.best is None or trainer.state.step - self.best_step <= trainer.timeline.steps(self.config.patience):
+        if self.best is None or not self._is_late(trainer):
             return
         trainer.finish(
             f"early_stopper: {self.config.monitor} has been {self.best:.6g} at best, at step {self.best_step}, "

@@ -39,7 +39,8 @@ class KillLossSpike(Callback):
         self.outliers = 0  # in a row
 
     def fit_start(self, trainer: Run) -> None:
-        share = round(trainer.timeline.total_steps * WINDOW_SHARE)
+        total = trainer.timeline.expected_steps(trainer.state.step)  # none of a run by the clock
+        share = round((total or 0) * WINDOW_SHARE)
         self.window = deque(self.window, maxlen=self.config.window_size or max(LEAST_WINDOW, share))
 
     def step_end(self, trainer: Run, metrics: Metrics) -> None:

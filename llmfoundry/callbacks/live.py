@@ -34,7 +34,7 @@ class Now(NamedTuple):
     """What the view shows of a run after a step."""
 
     step: int
-    total: int
+    total: int | None  # steps; None: nobody knows yet
     seconds_left: float | None
     loss: float | None = None
     validation: float | None = None
@@ -168,12 +168,13 @@ def picture(
 
 def _rows(now: Now, losses: Sequence[float], width: int, levels: str) -> Iterable[RenderableType]:
     left = f"  {datetime.timedelta(seconds=round(now.seconds_left))} left" if now.seconds_left is not None else ""
-    share = f" {now.step / now.total:.0%}"
-    counted = f" {now.step:,}/{now.total:,}  {now.step / now.total:.0%}"
+    total = now.total or max(1, now.step)
+    share = f" {now.step / total:.0%}" if now.total else ""
+    counted = f" {now.step:,}/{now.total:,} {share}" if now.total else f" {now.step:,}"
     counted = next((text for text in (counted + left, share + left, share) if len(text) + 8 <= width), share)
-    bar = Table.grid()
+    bar, done = Table.grid(), now.step if now.total else 0
     bar.add_row(
-        ProgressBar(now.total, now.step, width=max(4, width - len(counted)), complete_style="green"),
+        ProgressBar(total, done, width=max(4, width - len(counted)), complete_style="green"),
         Text(counted, no_wrap=True),
     )
     yield bar

@@ -104,12 +104,15 @@ class Report(Callback):
     def _due(self, trainer: Run) -> bool:
         if self.config.interval is not None:
             return trainer.timeline.due(self.config.interval, trainer.state.step)
-        return trainer.state.step % max(1, trainer.timeline.total_steps // SAMPLES) == 0
+        step = trainer.state.step
+        return step % max(1, (trainer.timeline.expected_steps(step) or step) // SAMPLES) == 0
 
     def _due_unevaluated(self, trainer: Run) -> bool:
         evaluates = (trainer.config.evaluations or trainer.tasks) and trainer.config.eval_interval.value
-        step, total = trainer.state.step, trainer.timeline.total_steps
-        return not evaluates and (step == total or step % max(PROBE_STEPS, total // PROBES) == 0)
+        step = trainer.state.step
+        total = trainer.timeline.expected_steps(step) or step
+        is_last = step == trainer.timeline.total_steps
+        return not evaluates and (is_last or step % max(PROBE_STEPS, total // PROBES) == 0)
 
     def _sample(self, trainer: Run) -> dict[str, object]:
         """Loads, entropy and biases of the last step, by layer; read from the device all at once."""

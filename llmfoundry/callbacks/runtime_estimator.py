@@ -44,5 +44,8 @@ class RuntimeEstimator(Callback):
                 self._begun = now, step
             return
         begun, before = self._begun
-        left = (now - begun) / (step - before) * (trainer.timeline.total_steps - step)
+        total = trainer.timeline.expected_steps(step)
+        if total is None:
+            return
+        left = (now - begun) / (step - before) * (total - step)
         metrics["time/remaining_estimate"] = left / SECONDS[self.config.time_unit]

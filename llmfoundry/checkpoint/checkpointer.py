@@ -26,6 +26,7 @@ import datetime
 import json
 import logging
 import shutil
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Mapping
@@ -92,6 +93,7 @@ from llmfoundry.settings import write_resolved
 __all__ = ["Checkpointer", "CheckpointState", "Contents", "SaveError", "load_model_only", "read"]
 
 log = logging.getLogger(__name__)
+PROVISIONAL = "provisional"  # in trainer.json
 
 # One process is a normal way to save and load.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -119,6 +121,7 @@ class CheckpointState:
         trainer: what else is needed to continue, as JSON; handed back by `Checkpointer.load`.
         config: the resolved configuration as plain data.
         tokenizer: saved beside the model.
+        provisional: whether retention does not count it, for the run is in doubt: it goes when a newer one counts.
         generation: a generation_config.json, kept beside the tokenizer.
         base: where the frozen weights came from; given, they are not saved.
     """
@@ -131,6 +134,7 @@ class CheckpointState:
     tokenizer: Tokenizer | None = None
     generation: str | None = None
     base: Base | None = None
+    provisional: bool = False
 
 
 class Checkpointer:
@@ -139,24 +143,26 @@ class Checkpointer:
     Args:
         folder: `save_folder/checkpoints`; made by the first save.
         keep: newest checkpoints to keep; -1 keeps all.
+        timeout: seconds until a save fails in which some rank does not take part.
         asynchronous: whether `save` returns when everything is copied to the CPU, and a thread writes it.
     """
 
-    def __init__(self, folder: str | Path, keep: int = -1, asynchronous: bool = False) -> None:
+    def __init__(self, folder: str | Path, keep: int = -1, asynchronous: bool = False, timeout: float = 1800.0) -> None:
         if keep == 0 or keep < -1:
             raise ValueError(f"keep={keep}: write -1 to keep all checkpoints, or 1 or more")
         self.folder = Path(folder)
         self.keep = keep
         self.asynchronous = asynchronous
+        self.longest_save = 0.0  # seconds that a save has taken until it was on disk; 0 before the first
         self.newest_saved: Path | None = None  # the last checkpoint that this run has written or found intact
         self._unusable: set[Path] = set()  # found damaged by `newest`: neither counted nor deleted
         self._pending: Future[Path] | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._stage: dict[str, Tensor] = {}
         # The writer's own group: its collectives must not meet those of a step that goes on meanwhile.
-        self._group: dist.ProcessGroup | None = None
+        self.group: dist.ProcessGroup | None = None
         if runtime.world_size() > 1:
-            self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=1))
+            self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
 
     def save(self, state: CheckpointState) -> Path:
         """Write a checkpoint, after the one in flight if there is one.
@@ -168,19 +174,22 @@ class Checkpointer:
             SaveError: on all ranks, if this one or the one in flight failed on any. The run can go on.
         """
         self.wait()
+        begun = time.monotonic()
         model = model_tensors(state.model, frozen=state.base is None)
         tensors = model | optimizer_tensors(state.model, state.optimizer) | rng_tensors()
         trainer = {"step": state.step} | dict(state.trainer) | {"saved_by": _writer()}
         if state.base is not None:
             trainer["base"] = state.base._asdict()
+        if state.provisional:
+            trainer[PROVISIONAL] = True
         texts = {TRAINER: json.dumps(trainer, indent=1), CONFIG: write_resolved(state.config)}
         if state.generation is not None:
             texts[GENERATION] = state.generation
         if self._thread is None:
             live = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-            return self._write(tensors, live, state.step, texts, state.tokenizer)
+            return self._write(tensors, live, state.step, texts, state.tokenizer, begun)
         planner = StagedPlanner(self._staged(tensors))
-        self._pending = self._thread.submit(self._write, tensors, planner, state.step, texts, state.tokenizer)
+        self._pending = self._thread.submit(self._write, tensors, planner, state.step, texts, state.tokenizer, begun)
         return self.folder / f"step-{state.step}"
 
     def wait(self) -> Path | None:
@@ -272,6 +281,7 @@ class Checkpointer:
         step: int,
         texts: dict[str, str],
         tokenizer: Tokenizer | None,
+        begun: float,
     ) -> Path:
         temporary = self.folder / f"step-{step}.tmp-{uuid.uuid4().hex[:12]}"  # rank 0's name counts
         writer = TensorWriter(partial(self._open, temporary), partial(self._commit, step, texts, tokenizer))
@@ -281,7 +291,7 @@ class Checkpointer:
                     tensors,
                     storage_writer=writer,
                     planner=planner,
-                    process_group=self._group,
+                    process_group=self.group,
                     no_dist=runtime.world_size() == 1,
                 )
         except dcp.CheckpointException as error:  # a BaseException, carrying what went wrong on each rank
@@ -292,6 +302,7 @@ class Checkpointer:
             raise failure from error
         assert metadata.storage_meta is not None and metadata.storage_meta.checkpoint_id is not None
         self.newest_saved = Path(metadata.storage_meta.checkpoint_id)
+        self.longest_save = max(self.longest_save, time.monotonic() - begun)
         return self.newest_saved
 
     def _open(self, temporary: Path) -> Path:
@@ -374,17 +385,29 @@ class Checkpointer:
         temporary.replace(link)
 
     def _prune(self, newest: Path | None = None) -> None:
-        """Delete all but the newest `keep` whole checkpoints; never `newest`, nor damaged ones."""
+        """Delete all but the newest `keep` whole checkpoints; never `newest`, nor damaged ones.
+
+        Provisional ones are not counted, and go when there is a newer one that counts.
+        """
         if self.keep == -1:
             return
-        whole = [path for path in self._whole() if path != newest]
-        old = whole[self.keep - 1 :] if newest else whole[self.keep :]
-        self._do(*(partial(remove, path) for path in old))
+        whole = self._whole()
+        counted = [path for path in whole if not _is_provisional(path)]
+        doubtful = whole[: whole.index(counted[0])] if counted else whole
+        kept = {newest, *doubtful, *counted[: self.keep]}
+        self._do(*(partial(remove, path) for path in whole if path not in kept))
 
     def _sweep(self) -> None:
         """Delete what dead runs left: this run has the folder to itself."""
         stale = (*self.folder.glob("step-*.tmp-*"), *self.folder.glob(f"{LATEST}.tmp-*"))
         self._do(*(partial(remove, path) for path in stale))
+
+
+def _is_provisional(path: Path) -> bool:
+    try:
+        return json.loads((path / TRAINER).read_bytes()).get(PROVISIONAL) is True
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
 
 
 def _writer() -> dict[str, Json]:

@@ -1,16 +1,15 @@
 """What all commands share: exit codes, errors in one line, and reading a run's YAML.
 
 Exit codes: 0 done (also after a requested stop), 2 the user's mistake (one clear line per machine), 1 anything else
-(with a traceback, and the rank that it happened on). torchrun's own is 1 for both.
+(with a traceback, and the rank that it happened on), 128 + n after signal n where nothing was saved: before the first
+step, or at a second signal. torchrun's own is 1 for all but 0.
 
 Commands import torch inside their functions, so that `--help` and mistakes are answered without waiting for it.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import sys
 import time
 import traceback
@@ -21,9 +20,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from llmfoundry import launch
 from llmfoundry.cli.quick_check import quick_mistakes
-from llmfoundry.config import ConfigError, ResourceError, check, drop_replaced, import_code
+from llmfoundry.config import ConfigError, RunError, check, drop_replaced, import_code
 from llmfoundry.integrations.foundry_yaml import Untranslated, translate
 from llmfoundry.settings import load_settings
+from llmfoundry.stopping import Stop
 
 if TYPE_CHECKING:
     from llmfoundry.train.config import RunConfig
@@ -53,19 +53,22 @@ def command(run: Callable[[Sequence[str] | None], None]) -> Command:
             else:
                 time.sleep(HEAD_START)
             _said.clear()
-            _tell_torchrun(f"error: {error}")
+            launch.tell_torchrun(f"error: {error}")
             return 2
-        except ResourceError as error:
+        except RunError as error:
             print(f"{rank}error: {error}", file=sys.stderr, flush=True)
-            _tell_torchrun(f"error: {error}")
+            launch.tell_torchrun(f"error: {error}")
             return 1
         except KeyboardInterrupt:
             print(f"{rank}interrupted", file=sys.stderr)
             return 1
+        except Stop as stop:
+            print(f"{rank}{stop}: stopped at once; the checkpoints are as they were", file=sys.stderr, flush=True)
+            return stop.code
         except Exception as error:
             why = _out_of_memory(error) or traceback.format_exc()
             print(f"{rank}{why}", file=sys.stderr, flush=True)
-            _tell_torchrun(why)
+            launch.tell_torchrun(why)
             return 1
         if "torch" in sys.modules:
             from llmfoundry import runtime
@@ -88,17 +91,6 @@ def _out_of_memory(error: Exception) -> str:
     torch = sys.modules.get("torch")
     is_full = torch is not None and isinstance(error, torch.OutOfMemoryError)
     return f"error: out of memory: {' '.join(str(error).split())}" if is_full else ""
-
-
-def _tell_torchrun(why: str) -> None:
-    """Leave what went wrong where torchrun looks for it: its report names the rank that failed first, and ends so.
-
-    It compares whole seconds, and ranks that lose this one fail as soon as it is gone: so it stays for one more.
-    """
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        details = {"py_callstack": why, "timestamp": str(int(time.time()))}  # the form that its own handler writes
-        Path(file).write_text(json.dumps({"message": {"message": why, "extraInfo": details}}))
-        time.sleep(1.0)
 
 
 def program(name: str, script: str | None = None) -> str:

@@ -7,6 +7,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from llmfoundry.cli.command import command, read_run_config
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from llmfoundry.data.statistics import Statistics
     from llmfoundry.data.tokenizer import SpecialTokens
 
+CONFIG = "config.yaml"  # in a save_folder
 CHARACTERS = 2000  # of a document that are shown without a tokenizer
 
 
@@ -37,21 +39,28 @@ class _Opened(NamedTuple):
 
 @command
 def data_main(argv: Sequence[str] | None = None) -> None:
-    """`data show|stats PATH|YAML [--tokenizer NAME] [--json] [key=value ...]`."""
+    """`data show|stats PATH|YAML|RUN [--row N] [--tokenizer NAME] [--json] [key=value ...]`."""
     parser = argparse.ArgumentParser(prog="llmfoundry data", description="Look at data before a model reads it.")
     parser.add_argument(
         "way", choices=("show", "stats"),
         help="show: the first rows, decoded, with their documents and what is learned; stats: of documents and rows, "
         "their numbers, lengths and duplicates",
     )  # fmt: skip
-    parser.add_argument("target", help="the YAML of a run; or a file, folder, glob or URL of data")
+    parser.add_argument("target", help="a run's save_folder or YAML; or a file, folder, glob or URL of data")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="of the YAML or the dataset")
     parser.add_argument("--tokenizer", help="a folder or hub id; a YAML has its own")
     parser.add_argument("--max-seq-len", type=int, default=2048, help="tokens of a row; a YAML has its own")
     parser.add_argument("--rows", type=int, default=4, help="for show: how many (4)")
+    parser.add_argument(
+        "--row", type=int, nargs="+", metavar="N", action="extend",
+        help="for show: rows of the training data by their numbers in the run, as skipped.jsonl has them",
+    )  # fmt: skip
     parser.add_argument("--limit", type=int, help="for stats: the first so many documents or rows of each dataset")
     parser.add_argument("--json", action="store_true", help="one JSON object per row or dataset")
     args = parser.parse_intermixed_args(argv)
+    if args.row is not None:
+        _show_numbered(args)
+        return
     opened = _of_yaml(args) if args.target.endswith((".yaml", ".yml")) else _of_path(args)
     if args.way == "show":
         _show(opened, args.rows, args.json)
@@ -114,6 +123,34 @@ def _show(opened: _Opened, rows: int, as_json: bool) -> None:
         print(f"{name}:")
         for line in shown(batch, opened.tokenizer, built.labels, rows, marks):
             print(line)
+
+
+def _show_numbered(args: argparse.Namespace) -> None:
+    """Rows of a run by their numbers, which mean the same in each of its processes."""
+    import numpy as np
+
+    from llmfoundry.checkpoint.checkpointer import Checkpointer
+    from llmfoundry.data.show import PLAIN, TERMINAL, as_data, shown
+    from llmfoundry.train.build import numbered_rows
+    from llmfoundry.train.resume import find_start, settle_tokenizer
+
+    folder = Path(args.target)
+    if args.way != "show" or not (folder / CONFIG).is_file():
+        raise ConfigError(f"--row: is for data show and the save_folder of a run; {folder} has no {CONFIG}")
+    if min(args.row) < 0:
+        raise ConfigError(f"--row {min(args.row)}: rows are counted from 0")
+    config = read_run_config(str(folder / CONFIG), [*args.overrides, f"save_folder={folder}", "autoresume=true"])
+    start = find_start(config, Checkpointer(folder / "checkpoints"))
+    config, tokenizer, special = settle_tokenizer(config, start)
+    loader = numbered_rows(config, tokenizer, special, start)
+    batch = loader.gather(np.array(args.row, dtype=np.int64))
+    if args.json:
+        for each in as_data(batch, tokenizer, loader.labels):
+            print(json.dumps(each))
+        return
+    marks = TERMINAL if sys.stdout.isatty() else PLAIN
+    for line in itertools.islice(shown(batch, tokenizer, loader.labels, len(args.row), marks), 1, None):
+        print(line)
 
 
 def _show_texts(name: str, dataset: DatasetConfig, rows: int, as_json: bool) -> None:

@@ -13,6 +13,7 @@ from llmfoundry.cli.command import command, program, read_run_config, read_trans
 from llmfoundry.config import ConfigError, check, dump, is_url
 from llmfoundry.planning.hardware import GIB, GPU_MEMORY
 from llmfoundry.settings import write_resolved
+from llmfoundry.stopping import on_signal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +41,11 @@ def train_main(argv: Sequence[str] | None = None) -> None:
         help=f"for --dry-run: what one of them holds; {GPU_MEMORY / GIB:g}, as an H100 80GB shows it, if left out",
     )  # fmt: skip
     args = parser.parse_intermixed_args(argv)
+    with on_signal():
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     if args.gpus is not None and (args.gpus < 1 or not args.dry_run):
         raise ConfigError(f"--gpus {args.gpus}: is for --dry-run, and 1 or more")
     if args.gpu_memory is not None and (not math.isfinite(args.gpu_memory) or not args.dry_run):
@@ -142,7 +148,9 @@ def _evaluations(config: RunConfig) -> Iterator[str]:
         yield f"evaluation: all rows of eval_loader every {config.eval_interval}; eval_subset_num_batches limits them"
         return
     rows, share = config.eval_subset_num_batches * config.device_eval_batch_size, ""
-    if "ep" not in (config.eval_interval.unit, config.max_duration.unit):  # whose length the data decides
+    lengths = (config.eval_interval, config.max_duration)
+    # The data decides how long an epoch is, and the machine what fits into an hour.
+    if not any(each.unit == "ep" or each.seconds is not None for each in lengths):
         timeline = Timeline.of(config.max_duration, rows_per_step=config.global_train_batch_size,
                                tokens_per_row=config.max_seq_len, rows_per_epoch=0)  # fmt: skip
         share = f": up to {timeline.share_of_evaluation(rows, config.eval_interval):.1%} of the time"

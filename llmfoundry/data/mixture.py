@@ -267,6 +267,12 @@ class Mixture(Order):
                 )
 
     @property
+    def is_bounded(self) -> bool:
+        """Whether some source may be read so often and no more."""
+        parts = zip(self._config.datasets, self._orders, strict=True)
+        return any(part.max_epochs is not None or _budget(part, order) is not None for part, order in parts)
+
+    @property
     def period(self) -> int:
         """Rows after which the sequence of sources repeats, in the last phase."""
         return self._segments[-1].interleave.period

@@ -104,6 +104,8 @@ def composer_parts(
         tokens_per_row=loader.max_seq_len,
         rows_per_epoch=loader.rows_per_epoch,
     )
+    if timeline.limit is not None:
+        raise ConfigError(f"max_duration: {config.max_duration} is a time; under Composer give it in ba, ep, sp or tok")
     model = _model(config, model_settings, shard)
     _load(config, model)
     clipping = config.algorithms.gradient_clipping

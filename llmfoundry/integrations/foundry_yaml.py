@@ -151,11 +151,21 @@ def _head_norms(data: Tree) -> list[Note]:
 
 
 def _duration(value: object) -> str | None:
-    """Composer's other spellings of a duration, in ours: a number counts epochs, `iter` are steps here."""
+    """Composer's other spellings of a duration, in ours.
+
+    A number counts epochs, `iter` are steps here, `90sec` are 90s and `1h30m` or `1h0m30s` so many seconds.
+    """
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return f"{value}ep"
-    match = re.fullmatch(r"(\d+)iter", value) if isinstance(value, str) else None
-    return f"{match[1]}ba" if match else None
+    if not isinstance(value, str):
+        return None
+    if match := re.fullmatch(r"(\d+)(iter|sec)", value):
+        return f"{match[1]}{'ba' if match[2] == 'iter' else 's'}"
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value)
+    if match is None or sum(part is not None for part in match.groups()) < 2 and not value.endswith("m"):
+        return None
+    hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return f"{hours * 3600 + minutes * 60 + seconds}s"
 
 
 def _model(data: Tree, value: object) -> Sequence[str]:

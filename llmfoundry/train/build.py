@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from llmfoundry import runtime
 from llmfoundry.checkpoint.checkpointer import Checkpointer
@@ -14,7 +15,7 @@ from llmfoundry.config import ConfigError
 from llmfoundry.data.loader import Loader
 from llmfoundry.data.mixture import Mixture
 from llmfoundry.data.sources import check_apart
-from llmfoundry.data.tokenizer import Encoder
+from llmfoundry.data.tokenizer import Encoder, SpecialTokens
 from llmfoundry.eval.icl_questions import Reader
 from llmfoundry.kernels.experts import resolve_backend
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig
@@ -26,8 +27,9 @@ from llmfoundry.parallel.fsdp import can_leave, meet_before_collectives
 from llmfoundry.parallel.mesh import Mesh, build_mesh
 from llmfoundry.train.agreement import check_same, check_same_config
 from llmfoundry.train.callback import Callback
+from llmfoundry.train.clock import Countdown, find_limit
 from llmfoundry.train.config import CallbackConfig, Precision, RunConfig
-from llmfoundry.train.duration import Timeline
+from llmfoundry.train.duration import Timeline, seconds_of
 from llmfoundry.train.evaluating import tasks_of
 from llmfoundry.train.microbatch import Microbatches
 from llmfoundry.train.mixing import Joined, row_ends, take_up
@@ -35,6 +37,7 @@ from llmfoundry.train.outputs import check_free
 from llmfoundry.train.resume import Start, check_data, find_start, generation_for, settle_tokenizer, train_state
 from llmfoundry.train.saving import Saver
 from llmfoundry.train.trainer import Trainer
+from llmfoundry.train.watchdog import LOOSE, Watchdog, limits
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +65,7 @@ def build(config: RunConfig) -> Trainer:
         path / "checkpoints",
         keep=config.save_num_checkpoints_to_keep,
         asynchronous=device.type == "cuda" if config.save_async == "auto" else config.save_async,
+        timeout=seconds_of(config.hang_timeout) or LOOSE,
     )
     start = find_start(config, checkpointer)
     for part in config.due_evaluations:
@@ -120,6 +124,10 @@ def build(config: RunConfig) -> Trainer:
         start=start,
         microbatches=microbatches,
         saver=Saver(checkpointer, config.save_failures_allowed),
+        watchdog=Watchdog(
+            path, limits(seconds_of(config.hang_timeout), seconds_of(config.step_timeout) or config.dist_timeout)
+        ),
+        countdown=Countdown(find_limit(seconds_of(config.time_limit))),
         generation=generation_for(start, tokenizer),
         callbacks=list(callbacks.values()),
         named=callbacks,
@@ -139,6 +147,28 @@ def _build_model(config: RunConfig, mesh: Mesh, precision: Precision, loaded: bo
     return materialize(model, config.parallel, config.seed, loaded=loaded)  # the same values on every mesh
 
 
+def numbered_rows(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens, start: Start
+) -> Loader:
+    """The training data of a run, whose rows have the numbers that they have in it."""
+    assert isinstance(config.model, CausalLMConfig)
+    loader = config.train_loader.build(
+        tokenizer,
+        seed=config.seed,
+        max_seq_len=config.max_seq_len,
+        sequence_ids=config.model.attn_config.attn_uses_sequence_id,
+        special=special,
+    )
+    timeline = Timeline.of(
+        config.max_duration,
+        rows_per_step=config.global_train_batch_size,
+        tokens_per_row=loader.max_seq_len,
+        rows_per_epoch=loader.rows_per_epoch,
+    )
+    _mix(config, loader, timeline, start)
+    return loader
+
+
 def _mix(config: RunConfig, loader: Loader, timeline: Timeline, start: Start) -> Joined:
     """Arrange the mixture of a run, if it reads one."""
     mixture = loader.order
@@ -148,7 +178,13 @@ def _mix(config: RunConfig, loader: Loader, timeline: Timeline, start: Start) ->
     rows = train_state(contents).rows if contents is not None else 0
     ends = row_ends(mixture.phases, timeline)
     joined = take_up(mixture, ends, contents, rows, is_allowed(MIXTURE, config.load_allow))
-    mixture.check(timeline.total_steps * timeline.rows_per_step)
+    if timeline.limit is None:
+        mixture.check(timeline.total_steps * timeline.rows_per_step)
+    elif mixture.is_bounded:
+        raise ConfigError(
+            "train_loader.datasets: tokens, epochs and max_epochs need a run of known length; give max_duration in ba, "
+            "ep, sp or tok, or give the datasets weights alone"
+        )
     log.info("mixture: %s", ", ".join(f"{label} {share}" for label, share in mixture.describe().items()))
     return joined
 

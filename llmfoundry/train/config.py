@@ -24,7 +24,7 @@ from llmfoundry.eval.gauntlet import GauntletConfig
 from llmfoundry.eval.icl_tasks import TaskConfig
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.parallel.mesh import ParallelConfig
-from llmfoundry.train.duration import Duration
+from llmfoundry.train.duration import ClockTime, Duration
 from llmfoundry.train.loss import CrossEntropyConfig, LossConfig
 from llmfoundry.train.optim import OptimizerConfig
 from llmfoundry.train.schedule import SchedulerConfig
@@ -144,11 +144,18 @@ class RunConfig(Config):
     scheduler: SchedulerConfig
     loss: LossConfig = CrossEntropyConfig()  # or {name: dpo, beta: 0.1}, on preferences
     algorithms: Algorithms = Algorithms()  # what is done to the gradients
-    max_duration: Duration  # the length of the run
+    # The length of the run; as a time by the clock (2h) that of all its processes, from the first step on
+    max_duration: Duration
+    # When this process ends at the latest: the run stops in time to save, and the same command continues it. None: at
+    # the end of the Slurm job, if there is one; 0s: no limit
+    time_limit: ClockTime | None = None
     global_train_batch_size: int = Field(gt=0)  # rows per step, over all ranks
     # Rows of a forward; need not divide. auto: all of the rank's, and half as many each time that they do not fit.
     device_train_microbatch_size: int | Literal["auto"] = "auto"
-    max_skipped_steps: int = Field(10, ge=0)  # updates skipped in a row for a gradient that is not finite
+    max_skipped_steps: int = Field(
+        10, ge=0
+    )  # updates skipped in a row (gradient not finite, loss too high) before an end
+    max_skipped_share: float = Field(0.1, ge=0, le=1)  # of all steps, above max_skipped_steps: more is no success
 
     eval_interval: Duration = Duration.parse("1ep")  # 0ba: never
     eval_first: bool = False  # also before the first step, as step 0
@@ -163,7 +170,13 @@ class RunConfig(Config):
 
     precision: Precision | Literal["auto"] = "auto"  # auto: amp_bf16 on a GPU, fp32 on a CPU
     parallel: ParallelConfig = ParallelConfig()
-    dist_timeout: float = Field(600.0, gt=0)  # seconds
+    dist_timeout: float = Field(600.0, gt=0)  # seconds until a collective fails that some rank does not join
+    # The same after the first step, which compiles and connects; None: dist_timeout. What one rank does alone while
+    # others wait, such as an export, has to fit
+    step_timeout: ClockTime | None = None
+    # Without a step, evaluation batch or save for so long, each rank writes its stacks to hang-rank-N.txt and exits
+    # with 1; 0s: never. None: 0.8 of the collectives' timeout within a step, else (first step, saves, callbacks) 30min
+    hang_timeout: ClockTime | None = None
 
     save_folder: LocalPath  # `{run_name}` is filled in
     save_interval: Duration = Duration.parse("1ep")  # 0ba: only at the end

@@ -1,8 +1,11 @@
-"""Lengths of training as strings: `10ba` (steps), `1ep`, `5e6tok`, `100sp` (rows), `0.1dur` (of the run).
+"""Lengths of training as strings: `10ba` (steps), `1ep`, `5e6tok`, `100sp` (rows), `0.1dur` (of the run), `2h`.
 
 A `Duration` is what the YAML says. A `Timeline` knows what one step holds and turns every duration into
 steps, once, when the loader is known; from then on the run counts steps and nothing else. The arithmetic is
 in fractions, so that `0.1dur` of 30 steps is 3 steps and not 4.
+
+Wall-clock time (`2h`, `30min`, `90s`) cannot be turned into steps. A run whose `max_duration` is such a time counts
+milliseconds where others count steps; an interval is due at the first step after its time by the `Clock`.
 """
 
 from __future__ import annotations
@@ -13,16 +16,18 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Annotated, Literal, cast, get_args
 
-from pydantic import BeforeValidator, GetCoreSchemaHandler
+from pydantic import AfterValidator, BeforeValidator, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from llmfoundry.config import ConfigError
+from llmfoundry.train.clock import Clock
 
-Unit = Literal["ba", "ep", "tok", "sp", "dur"]
+Unit = Literal["ba", "ep", "tok", "sp", "dur", "h", "min", "s"]
 
 _TIME_STRING = re.compile(rf"(\d+(?:\.\d+)?(?:e\+?\d{{1,2}})?)({'|'.join(get_args(Unit))})")
 MOST = Fraction(10**18)  # of any unit: what a run counts with is an int64
 _WHOLE_UNITS = ("ba", "tok", "sp")
+_SECONDS = {"h": 3600, "min": 60, "s": 1}
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,18 @@ class Duration:
         match = _TIME_STRING.fullmatch(text.strip()) if isinstance(text, str) else None
         if match is None:
             shown = text if isinstance(text, str) else repr(text)
-            raise ValueError(f'"{shown}" is not a valid duration; write e.g. 10ba, 1ep, 5e6tok, 0.1dur')
+            raise ValueError(f'"{shown}" is not a valid duration; write e.g. 10ba, 1ep, 5e6tok, 0.1dur, 2h')
         value, unit = Fraction(match[1]), cast(Unit, match[2])
         if value > MOST:
             raise ValueError(f'"{text}" is not a valid duration; the most is {float(MOST):.0e}{unit}')
         if unit in _WHOLE_UNITS and value.denominator != 1:
             raise ValueError(f'"{text}" is not a valid duration; {unit} counts in whole numbers')
         return cls(value, unit, match[0])
+
+    @property
+    def seconds(self) -> Fraction | None:
+        """Of a wall-clock time; None for any other."""
+        return self.value * _SECONDS[self.unit] if self.unit in _SECONDS else None
 
     def __str__(self) -> str:
         return self.text or f"{float(self.value):.12g}{self.unit}"
@@ -61,6 +71,20 @@ class Duration:
         return core_schema.no_info_plain_validator_function(
             cls.parse, serialization=core_schema.plain_serializer_function_ser_schema(str)
         )
+
+
+def _of_clock(value: Duration) -> Duration:
+    if value.seconds is None:
+        raise ValueError(f'"{value}" is no time by the clock; write e.g. 4h, 30min, 90s')
+    return value
+
+
+ClockTime = Annotated[Duration, AfterValidator(_of_clock)]
+
+
+def seconds_of(value: Duration | None) -> float | None:
+    """Seconds of a `ClockTime`; None if there is none."""
+    return None if value is None or value.seconds is None else float(value.seconds)
 
 
 def _of_epochs(value: object) -> object:
@@ -79,13 +103,17 @@ class Timeline:
         rows_per_step: rows of the global batch.
         tokens_per_row: sequence length in tokens; rows are packed full.
         rows_per_epoch: rows of the training data.
-        total_steps: steps of the whole run; what `dur` is a part of.
+        total_steps: steps of the whole run; what `dur` is a part of. `MOST` while a run by the clock goes on.
+        limit: seconds that a run by the clock lasts; None for a run of so many steps.
+        clock: what the ranks agree is the time.
     """
 
     rows_per_step: int
     tokens_per_row: int
     rows_per_epoch: int
     total_steps: int
+    limit: Fraction | None = None
+    clock: Clock = field(default_factory=Clock, compare=False)
 
     @classmethod
     def of(cls, max_duration: Duration, *, rows_per_step: int, tokens_per_row: int, rows_per_epoch: int) -> Timeline:
@@ -95,9 +123,12 @@ class Timeline:
             ConfigError: `max_duration` is given in `dur` (a part of itself), or is no step at all.
         """
         if max_duration.unit == "dur":
-            raise ConfigError(f'max_duration: "{max_duration}" is a part of itself; write e.g. 10ba, 1ep')
+            raise ConfigError(f'max_duration: "{max_duration}" is a part of itself; write e.g. 10ba, 1ep, 2h')
+        limit = max_duration.seconds
+        if limit:
+            return cls(rows_per_step, tokens_per_row, rows_per_epoch, int(MOST), limit)
         open_ended = cls(rows_per_step, tokens_per_row, rows_per_epoch, total_steps=0)
-        total = open_ended.steps(max_duration)
+        total = open_ended.steps(max_duration) if limit is None else 0
         if total < 1:
             raise ConfigError(f'max_duration: "{max_duration}" is no step; write at least 1ba')
         return cls(rows_per_step, tokens_per_row, rows_per_epoch, total)
@@ -106,31 +137,86 @@ class Timeline:
         """Steps that `duration` takes: up to the first step that completes it.
 
         Epochs round down instead (but to no less than one step), so that `1ep` never shows a row twice.
+
+        Raises:
+            ConfigError: it is a time by the clock.
         """
+        if self.seconds(duration) is not None:
+            whole = f" of max_duration={float(self.limit or 0):g}s" if duration.unit == "dur" else ""
+            raise ConfigError(f'"{duration}"{whole} is a time, and steps are needed here; write e.g. 10ba')
         exact = self._exact(duration)
         if duration.unit == "ep" and exact >= 1:
             return math.floor(exact)
         return math.ceil(exact)
 
+    def counted(self, duration: Duration) -> int:
+        """A duration in what the run's length is counted in: steps, or milliseconds of a run by the clock.
+
+        Raises:
+            ConfigError: it is given in the other one.
+        """
+        seconds = self.seconds(duration)
+        if (seconds is None) == (self.limit is None):
+            return self.steps(duration) if seconds is None else math.ceil(seconds * 1000)
+        if duration.value == 0:
+            return 0
+        if self.limit is None:
+            raise ConfigError(f'"{duration}" is a time, and max_duration is not; write e.g. 100ba or 0.1dur')
+        raise ConfigError(f'"{duration}" is no time, and max_duration is one; write e.g. 10min or 0.1dur')
+
+    def position(self, step: int) -> int:
+        """How far the run is after `step` steps, in what `counted` counts in."""
+        return step if self.limit is None else math.floor(self.clock.seconds * 1000)
+
+    def position_before(self, step: int) -> int:
+        """Where the run was when the last of `step` steps began."""
+        return step - 1 if self.limit is None else math.floor(self.clock.before * 1000)
+
+    def expected_steps(self, step: int) -> int | None:
+        """Steps of the whole run; of a run by the clock an estimate after `step` steps, None before the first."""
+        if self.limit is None or self.total_steps < MOST:
+            return self.total_steps
+        seconds = self.clock.seconds
+        return max(step, round(step * float(self.limit) / seconds)) if step and seconds else None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the time of a run by the clock has passed."""
+        return self.limit is not None and self.clock.seconds >= self.limit
+
     def due(self, interval: Duration, step: int) -> bool:
         """Whether what is done every `interval` is due when `step` steps are complete; never if it is 0.
 
         It is due at the step that completes each multiple of the interval, so an interval that is not a
-        whole number of steps neither drifts nor skips, and one shorter than a step is due at every step.
+        whole number of steps neither drifts nor skips, and one shorter than a step is due at every step. Of a time by
+        the clock, it is the first step that begins after that.
         """
+        seconds = self.seconds(interval)
+        if seconds is not None:
+            every = float(seconds)
+            return step > 0 and every > 0 and self.clock.seconds // every > self.clock.before // every
         exact = self._exact(interval)
         return step > 0 and exact > 0 and step // exact > (step - 1) // exact
 
-    def share_of_evaluation(self, rows: int, interval: Duration) -> float:
+    def share_of_evaluation(self, rows: int, interval: Duration) -> float | None:
         """The share of the run's time that evaluating `rows` rows every `interval` takes, 0 to 1.
 
-        A row's forward pass costs a third of its training. An `interval` of 0 never evaluates.
+        A row's forward pass costs a third of its training. An `interval` of 0 never evaluates. None: nobody knows, for
+        the interval is a time by the clock.
         """
+        if self.seconds(interval) is not None:
+            return None
         steps = min(self._exact(interval), Fraction(self.total_steps))
         if steps <= 0:
             return 0.0
         trained = max(steps, Fraction(1)) * self.rows_per_step
         return float(rows / (rows + 3 * trained))
+
+    def seconds(self, duration: Duration) -> Fraction | None:
+        """A duration that is a time by the clock; None if it is not."""
+        if duration.unit == "dur" and self.limit is not None:
+            return duration.value * self.limit
+        return duration.seconds
 
     def _exact(self, duration: Duration) -> Fraction:
         steps_in_one = {

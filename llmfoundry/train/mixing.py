@@ -38,7 +38,10 @@ def row_ends(phases: list[Phase], timeline: Timeline) -> list[int]:
     ends: list[int] = []
     for number, phase in enumerate(phases[:-1]):
         assert phase.until is not None
-        end = timeline.steps(Duration.parse(phase.until)) * timeline.rows_per_step
+        try:
+            end = timeline.steps(Duration.parse(phase.until)) * timeline.rows_per_step
+        except ConfigError as error:
+            raise ConfigError(f"train_loader.mixture.{number}.until: {error}") from None
         if end <= (ends[-1] if ends else 0):
             raise ConfigError(f"train_loader.mixture.{number}.until: {phase.until} is not after the phase before it")
         ends.append(end)

@@ -1,4 +1,4 @@
-"""What a run leaves in its `save_folder`, apart from checkpoints: config.yaml, metrics.jsonl, summary.json.
+"""What a run leaves in its `save_folder` beside checkpoints: config.yaml, metrics.jsonl, skipped.jsonl, summary.json.
 
 A folder belongs to one run, which holds its lock. Nothing is written before `check_free` has found the folder free, or
 has been asked to resume its run. Settings of an earlier part of the run stay on record in `config-history/`.
@@ -29,11 +29,13 @@ from llmfoundry.settings import write_resolved
 from llmfoundry.train.run import Metrics
 
 log = logging.getLogger(__name__)
+Summary = dict[str, float | int | bool | str | list[float]]
 
 # What a run that ended before its first step can leave: the folder is still free.
 _TRACES = {".lock", "config.yaml", "config.yaml.tmp", "metrics.jsonl", "wandb", "wandb-run-id"}
 
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # what flock says of a lock that another process holds
+SKIPPED = "skipped.jsonl"  # the rows of steps that changed nothing
 _PROBE, _PROBE_SECONDS = ".probe-", 20.0
 
 
@@ -84,22 +86,34 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"save_folder: {self.path} cannot be written: {error.strerror}") from None
 
-    def open_metrics(self, step: int) -> None:
-        """Continue metrics.jsonl after `step`: lines that a killed run wrote beyond its checkpoint are dropped."""
+    def open_metrics(self, step: int, skips: int | None = None) -> None:
+        """Continue metrics.jsonl after `step`: lines that a killed run wrote beyond its checkpoint are dropped.
+
+        Args:
+            skips: the step after which skipped.jsonl goes on, if it is another one.
+        """
+        if (self.path / SKIPPED).exists():
+            self._cut(self.path / SKIPPED, step if skips is None else skips)
+        if self._metrics is not None:
+            self._metrics.close()
         file = self.path / "metrics.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        kept = [line for i, line in enumerate(lines, 1) if line.endswith("\n") and self._step_of(i, line) <= step]
-        if len(kept) < len(lines) or not file.exists():
-            _write(file, "".join(kept))
+        self._cut(file, step)
         self._metrics = file.open("ab", buffering=0)
 
-    def _step_of(self, number: int, line: str) -> int:
+    def _cut(self, file: Path, step: int) -> None:
+        """Drop the lines of later steps."""
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        kept = [line for i, line in enumerate(lines, 1) if line.endswith("\n") and _step_of(file, i, line) <= step]
+        if len(kept) < len(lines) or not file.exists():
+            _write(file, "".join(kept))
+
+    def write_skipped(self, line: dict[str, object]) -> None:
+        """Append a line to skipped.jsonl; a failure is a warning."""
         try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(
-                f"{self.path / 'metrics.jsonl'}: line {number} is damaged; remove it from there on"
-            ) from None
+            with (self.path / SKIPPED).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            log.warning("%s cannot be written: %s; it would have said %s", self.path / SKIPPED, error.strerror, line)
 
     def sync(self) -> None:
         """Make metrics.jsonl survive a power cut: a checkpoint that does must not stand without it.
@@ -137,12 +151,19 @@ class RunFolder:
             self._metrics.close()
         self._lock.close()
 
-    def write_summary(self, summary: Metrics) -> None:
+    def write_summary(self, summary: Summary) -> None:
         """Write summary.json."""
         _write(
             self.path / "summary.json",
             json.dumps({k: _finite(v) for k, v in summary.items()}, indent=2) + "\n",
         )
+
+
+def _step_of(file: Path, number: int, line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{file}: line {number} is damaged; remove it from there on") from None
 
 
 def read_summary(path: Path) -> Plain:

@@ -302,6 +302,16 @@ def train_state(contents: Contents) -> TrainState:
     return TrainState(**{key: value for key, value in cast(dict[str, int], state).items() if key in known})
 
 
+def clock_state(contents: Contents) -> tuple[float, float]:
+    """Seconds by the run's clock, at the end of the step before the last and of the last one."""
+    match contents.trainer.get("clock"):
+        case [int() | float() as before, int() | float() as seconds]:
+            return float(before), float(seconds)
+    steps = contents.trainer.get("seconds")  # a checkpoint of an earlier version has the time of its steps alone
+    trained = float(steps) if isinstance(steps, int | float) else 0.0
+    return trained, trained
+
+
 def command_to_continue() -> str:
     """The command line that takes up this run from its newest checkpoint: its own, with `autoresume=true`."""
     words = list(sys.orig_argv)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 Metrics = dict[str, float | int | list[float]]
 EVALUATED = "metrics/eval/"
 STEP = "training step"  # its name in a profile
+ASKED, TIME_LIMIT = 256, 257  # beside the numbers of signals: by a callback, by the time limit
 
 
 class Table(NamedTuple):
@@ -78,17 +80,27 @@ class Run:
     router: RouterStats | None = None  # of the last step, (L, E) and (L,) sums over the global batch, on the device
     evaluation: Metrics = field(default_factory=dict)  # of the last evaluation
     generation: str | None = None  # generation_config.json of what the run began from
+    begin_seconds: float = 0.0  # of this rank alone: from the end of the last step until its rows are on the device
     train_seconds: float = 0.0  # in steps alone, over all processes that the run has had
-    signalled: bool = False  # this rank was asked to stop
+    asked: int = 0  # why this rank was asked to stop: the number of a signal, or ASKED; 0: it was not
+    loss_limit: float = math.inf  # set by a callback: a step with a higher loss is skipped; the same on every rank
+    doubtful: bool = False  # set by a callback: no checkpoint is saved until it is over; the same on every rank
+    way_back: str = ""  # why to go back to the last checkpoint, and on behind the rows that came since
+    why: str = ""  # why the run ended or stopped, for its summary; rank 0's
 
     def stop(self, why: str) -> None:
         """Save and stop after this step, as for a signal: the same command continues. One rank may ask for all."""
         log.info("step %d: %s", self.state.step, why)
-        self.signalled = True
+        self.asked, self.why = self.asked or ASKED, why
+
+    def roll_back(self, why: str) -> None:
+        """Go back to the last checkpoint after this step, and step past the data. Every rank asks at the same step."""
+        self.way_back = why
 
     def finish(self, why: str) -> None:
         """End the run with this step, as if `max_duration` ended here. Every rank has to ask at the same step."""
         log.info("step %d: %s; the run ends here", self.state.step, why)
+        self.why = why
         self.timeline = replace(self.timeline, total_steps=self.state.step)
 
     def filled(self, pattern: str) -> str:

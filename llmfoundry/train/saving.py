@@ -42,16 +42,20 @@ class Saver:
             except (SaveError, OSError) as error:
                 self._count(error)
 
+    def settle(self) -> None:
+        """Wait for a save in flight; one that fails is a warning."""
+        try:
+            self._finish()
+        except SaveError as error:
+            log.warning("%s", error)
+
     def save_last(self, state: CheckpointState, sync: Callable[[], None]) -> None:
         """Save what the run ends with, and wait until it is on disk.
 
         Raises:
             SaveError: it failed twice.
         """
-        try:
-            self._finish()
-        except SaveError as error:
-            log.warning("%s", error)
+        self.settle()
         for tries_left in (1, 0):
             try:
                 self._begin(state, sync)

@@ -3,7 +3,7 @@
 Nothing is stored, so a resumed run needs the step and no more. Names, keys and formulas are Composer's and LLM
 Foundry's: with a warm-up, the very first step has factor 0. Composer sets the factor before it counts the step, so its
 second step has the first one's factor again and every later one lags by a step; `composer_step: true` does the same.
-`wsd` (warmup-stable-decay) is new.
+`wsd` (warmup-stable-decay) is new. Where `max_duration` is a time by the clock, milliseconds take the place of steps.
 """
 
 from __future__ import annotations
@@ -48,8 +48,11 @@ class SchedulerConfig(Choice, tag="name"):
         """The schedule of a run.
 
         Raises:
-            ValueError: the parts (`t_warmup`, a decay or cool-down) are longer than `t_max`.
+            ConfigError: the parts (`t_warmup`, a decay or cool-down) are longer than `t_max`, or given in steps where
+                `max_duration` is a time, or the other way round.
         """
+        if self.composer_step and timeline.limit is not None:
+            raise ConfigError("scheduler.composer_step: lags by a step, and max_duration is a time; leave it out")
         curve = self._curve(timeline)
         return replace(curve, lag=1) if self.composer_step else curve
 
@@ -57,10 +60,10 @@ class SchedulerConfig(Choice, tag="name"):
         raise NotImplementedError
 
     def _warmup_and_end(self, timeline: Timeline) -> tuple[int, int]:
-        warmup, end = timeline.steps(self.t_warmup), timeline.steps(self.t_max)
+        warmup, end = _counted("t_warmup", self.t_warmup, timeline), _counted("t_max", self.t_max, timeline)
         if warmup > end:
             raise ConfigError(
-                f"scheduler.t_warmup={self.t_warmup} is {warmup} steps, more than the {end} of "
+                f"scheduler.t_warmup={self.t_warmup} is {warmup} {_unit(timeline)}, more than the {end} of "
                 f"t_max={self.t_max}; shorten the warm-up or train for longer"
             )
         return warmup, end
@@ -121,7 +124,7 @@ class InverseSquareRootConfig(SchedulerConfig, names=("inv_sqrt_with_warmup",)):
 
     def _curve(self, timeline: Timeline) -> Schedule:
         warmup, end = self._warmup_and_end(timeline)
-        scale = timeline.steps(self.t_scale)
+        scale = _counted("t_scale", self.t_scale, timeline)
         if scale < 1:
             raise ConfigError(f"scheduler.t_scale={self.t_scale} is no step; write at least 1ba")
         start = _tail_start("t_cooldown", self.t_cooldown, timeline, warmup, end)
@@ -163,15 +166,27 @@ class WarmupStableDecayConfig(SchedulerConfig, names=("wsd",)):
         return Schedule(warmup, shape)
 
 
+def _counted(key: str, duration: Duration, timeline: Timeline) -> int:
+    try:
+        return timeline.counted(duration)
+    except ConfigError as error:
+        raise ConfigError(f"scheduler.{key}: {error}") from None
+
+
+def _unit(timeline: Timeline) -> str:
+    return "steps" if timeline.limit is None else "ms"
+
+
 def _part(step: int, start: int, end: int) -> float:
     """How far `step` is from `start` (0) to `end` (1), staying at 1 after it."""
     return min(1.0, max(0, step - start) / (end - start)) if end > start else 1.0
 
 
 def _tail_start(key: str, tail: Duration, timeline: Timeline, warmup: int, end: int) -> int:
-    steps = timeline.steps(tail)
+    steps = _counted(key, tail, timeline)
     if warmup + steps > end:
         raise ConfigError(
-            f"scheduler.{key}={tail} is {steps} steps; with {warmup} of warm-up more than the {end} of t_max"
+            f"scheduler.{key}={tail} is {steps} {_unit(timeline)}; "
+            f"with {warmup} of warm-up more than the {end} of t_max"
         )
     return end - steps

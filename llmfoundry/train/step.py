@@ -5,6 +5,7 @@ Shapes: B rows, S sequence, T tokens of the global batch, L MoE layers, E expert
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -34,7 +35,7 @@ class StepResult(NamedTuple):
     total: Tensor  # () with the auxiliary losses: what was differentiated
     grad_norm: Tensor  # () before clipping
     router: RouterStats | None  # (L, E), (L, E), (L,), (L,) sums over the global batch
-    updated: Tensor  # () bool; False: some gradient was not finite, and nothing was changed
+    updated: Tensor  # () bool; False: some gradient was not finite or the loss too high, and nothing was changed
     sources: Tensor  # (2, n_sources) nats and labels of each source of a mixture
     metrics: Tensor  # of the loss, in the order of its `metrics`
 
@@ -52,6 +53,7 @@ def train_step(
     n_sources: int = 0,
     objective: Loss = CROSS_ENTROPY,
     together: bool = False,
+    max_loss: float = math.inf,
 ) -> StepResult:
     """Run forward and backward over microbatches, then clip and update.
 
@@ -68,6 +70,7 @@ def train_step(
         step: how many steps came before this one, for dropout.
         n_sources: how many a mixture has; 0 for rows of a single one.
         objective: what is minimised.
+        max_loss: nats per label, auxiliary losses included; a step with more is skipped, as one that is not finite.
         together: when some rank runs out of memory before the update, all of them drop the step.
 
     Raises:
@@ -95,6 +98,8 @@ def train_step(
 
     clip = clipping(model.parameters(), max_grad_norm)
     ce, total, sources, metrics, router = _sum_over_ranks(sums)
+    if max_loss < math.inf:
+        clip = clip._replace(skip=torch.maximum(clip.skip, (total > max_loss).to(clip.skip)))
     update(optimizer, clip)
     updated = clip.skip == 0  # the same on every rank, because the norm is global
     if balance is not None and router is not None:

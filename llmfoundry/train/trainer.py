@@ -4,49 +4,51 @@ from __future__ import annotations
 
 import itertools
 import logging
-import signal
+import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 from torch.profiler import record_function
 
 from llmfoundry import hf, runtime
 from llmfoundry.checkpoint.checkpointer import CheckpointState
 from llmfoundry.checkpoint.composer_names import load_composer
 from llmfoundry.checkpoint.reading import HUGGING_FACE, Contents, Json, load_model_only, read
-from llmfoundry.config import ConfigError, dump
+from llmfoundry.config import ConfigError, RunError, dump
 from llmfoundry.data.loader import Batch
 from llmfoundry.data.mixture import Mixture
 from llmfoundry.eval.icl import PREFIX
 from llmfoundry.layers.ffn import RouterStats
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.moe.balance import named, summary
+from llmfoundry.stopping import on_signal
+from llmfoundry.train.agreeing import AgreeingRun
+from llmfoundry.train.bad_numbers import NOT_FINITE, SPIKE, bad_rows, check_weights, hopeless, record
 from llmfoundry.train.callback import Callback
 from llmfoundry.train.evaluating import evaluate_by_tasks, evaluate_texts
 from llmfoundry.train.loss import Loss
 from llmfoundry.train.mixing import Joined, to_save
 from llmfoundry.train.optim import set_learning_rate
-from llmfoundry.train.outputs import RunFolder, check_shared, read_summary
+from llmfoundry.train.outputs import SKIPPED, RunFolder, Summary, check_shared, read_summary
 from llmfoundry.train.resume import (
     Start,
+    clock_state,
     command_to_continue,
     train_state,
 )
-from llmfoundry.train.run import EVALUATED, STEP, Metrics, Run, Table, is_evaluated
-from llmfoundry.train.saving import Saver
+from llmfoundry.train.run import EVALUATED, STEP, Metrics, Table, is_evaluated
 from llmfoundry.train.step import CROSS_ENTROPY, train_step
+from llmfoundry.train.watchdog import READING
 
 log = logging.getLogger(__name__)
 
-# By Kubernetes and Slurm; Ctrl-C; by `sbatch --signal`; by a terminal that closes.
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-SAME_REQUEST = 1.0  # seconds
+# What gloo says when another rank is gone or does not come.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "gloo/transport")
 
 
 class Ahead(NamedTuple):
@@ -57,11 +59,10 @@ class Ahead(NamedTuple):
 
 
 @dataclass(kw_only=True)
-class Trainer(Run):
+class Trainer(AgreeingRun):
     """A run, built and ready to `fit`."""
 
     start: Start
-    saver: Saver
     callbacks: list[Callback]
     named: dict[str, Callback] = field(default_factory=dict)  # those that the YAML asked for
     joined: Joined = Joined()  # of a mixture
@@ -69,7 +70,9 @@ class Trainer(Run):
     reference: CausalLM | None = None  # a frozen model beside the one that is trained, where the loss needs it
     folder: RunFolder | None = None  # of rank 0, from `fit` on
     ahead: Ahead | None = None
+    late: float = 0.0  # seconds that reading ahead may have kept the device waiting in the last step
     unevaluated: Metrics = field(default_factory=dict)  # of the last step, if a signal cut its evaluation short
+    owed: bool = False  # a save was due while the run was in doubt
 
     def fit(self) -> None:
         """Train until `max_duration`, or until a signal asks to stop."""
@@ -82,12 +85,25 @@ class Trainer(Run):
             runtime.on_rank0(self._take_folder)
             self._close()
             return
+        self.watchdog.start()
         try:
             self._fit()
+        except dist.DistError as error:
+            raise self._named(error) from error
+        except RuntimeError as error:
+            if not any(word in str(error) for word in LOST):
+                raise
+            raise self._named(error) from error
         finally:
             self._close()
 
+    def _named(self, error: Exception) -> RunError:
+        """The failure of a collective, with the rank that it was waiting for."""
+        why = self.watchdog.verdict()
+        return RunError(f"step {self.state.step + 1}: {why or 'a collective failed'}; here: {str(error).strip()}")
+
     def _close(self) -> None:
+        self.watchdog.close()
         for callback in reversed(self.callbacks):
             callback.close()
         if self.folder is not None:
@@ -100,33 +116,37 @@ class Trainer(Run):
         runtime.on_rank0(self._open_outputs)
         for callback in self.callbacks:
             callback.fit_start(self)
-        with self._signals():
+        self.timeline.clock.start()
+        with on_signal(self.on_signal):
             if self.config.eval_first and self.state.step == 0:
                 found = self._evaluate()
                 if found:
                     self._record({"step": 0, "tokens": 0} | found)
-            stopped = False
-            while (self.unevaluated or self.state.step < self.timeline.total_steps) and not stopped:
+                self.stopping = False  # who asked is asked again after the first step, which there is to save
+            while (self.unevaluated or self.state.step < self.timeline.total_steps) and not self.stopping:
                 metrics, self.unevaluated = self.unevaluated or self._step(), {}
                 if self._due_evaluation():
                     found = self._evaluate()
                     self.unevaluated = {} if found else dict(metrics)
                     metrics |= found
                 self._record(metrics)
+                self.timeline.clock.tick(self.agree())
+                self.warmed_up()
+                if self.timeline.is_over and not self.stopping:
+                    self.finish(f"max_duration={self.config.max_duration} has passed")
                 if self.state.step == self.timeline.total_steps and not is_evaluated(metrics):
-                    self.evaluation = {}  # a callback ended the run: what there is, is of an earlier step
-                stopped = self._stopped()
-                done = stopped or self.state.step == self.timeline.total_steps
-                if done:
-                    self.saver.save_last(self._checkpoint(), self._sync)
-                elif self.timeline.due(self.config.save_interval, self.state.step):
-                    self.saver.save(self._checkpoint(), self._sync)
-            if not self.evaluation and self._evaluates and not stopped:
+                    self.evaluation = {}  # a callback or the clock ended the run: what there is, is of an earlier step
+                if not self.way_back:
+                    self._save()
+                elif not self.stopping:  # else the next start comes here again, from the same checkpoint
+                    self._roll_back()
+                self.countdown.step_begins()
+            if not self.evaluation and self._evaluates and not self.stopping:
                 self._evaluate()  # a run taken up after its last step
-                stopped = self._stopped()
+                self.agree()
         if self.folder is not None:
             self.folder.write_summary(self._summary())
-        if stopped:
+        if self.stopping:
             log.info(
                 "stopped at step %d; saved to %s; to continue: %s",
                 self.state.step, self.saver.checkpointer.newest_saved, command_to_continue(),
@@ -134,6 +154,54 @@ class Trainer(Run):
             return
         for callback in reversed(self.callbacks):
             callback.fit_end(self)
+
+    def _save(self) -> None:
+        """Save what is due; while a run is in doubt, only what it ends with.
+
+        Raises:
+            RunError: a weight is not finite, or too many steps were skipped.
+        """
+        state = self.state
+        found = hopeless(self) if state.skipped_in_a_row or state.step == self.timeline.total_steps else None
+        last = found is not None or self.stopping or state.step == self.timeline.total_steps
+        self.owed |= self.timeline.due(self.config.save_interval, state.step)
+        in_doubt = self.doubtful or state.skipped_in_a_row > 0
+        if not last and (in_doubt or not self.owed):
+            return
+        check_weights(self)
+        self.watchdog.beat(f"saving step {state.step}")
+        if not last:
+            self.saver.save(self._checkpoint(), self._sync)
+        elif found is None or found.save:
+            self.saver.save_last(self._checkpoint(), self._sync)
+        self.owed = False
+        if found is not None:
+            newest = self.saver.checkpointer.newest_saved
+            raise RunError(f"step {state.step}: {found.why}; the newest checkpoint is {newest or 'not yet written'}")
+
+    def _roll_back(self) -> None:
+        """Go back to the newest checkpoint, and on behind the rows that were read since.
+
+        Raises:
+            RunError: there is none.
+        """
+        why, self.way_back = self.way_back, ""
+        self.saver.settle()
+        contents = self.saver.checkpointer.newest()
+        if contents is None:
+            raise RunError(f"step {self.state.step}: {why}; there is no checkpoint to go back to: set save_interval")
+        step, rows, clock = self.state.step, self.state.rows, self.timeline.clock
+        before, seconds, total = clock.before, clock.seconds, self.timeline.total_steps
+        self.doubtful, self.loss_limit, self.owed = False, math.inf, False
+        self._load_all(contents)
+        clock.set(before, seconds)  # time goes on
+        clock.start()
+        self.timeline = replace(self.timeline, total_steps=total)
+        first, self.state.rows = self.state.rows, rows
+        log.warning("step %d: %s; back to %s, and on behind row %d", step, why, contents.path, rows - 1)
+        self._open_metrics()
+        if self.folder is not None:
+            self.folder.write_skipped(record(self.state.step, f"step {step}: {why}", first, rows, []))
 
     def _record(self, metrics: Metrics) -> None:
         for callback in self.callbacks if not self.unevaluated else ():  # they see it when it is whole
@@ -153,8 +221,13 @@ class Trainer(Run):
         assert self.folder is not None
         contents, changes = self.start.contents, self.start.changes
         self.folder.begin(dump(self.config), contents.config if contents and changes else None, self.state.step)
+        self._open_metrics()
+
+    def _open_metrics(self) -> None:
         # The line of a step whose evaluation is made up for is written anew, as is that before the first step.
-        self.folder.open_metrics(self.state.step - bool(self.unevaluated or self.state.step == 0))
+        step = self.state.step
+        if self.folder is not None:
+            self.folder.open_metrics(step - bool(self.unevaluated or step == 0), skips=step)
 
     def _is_complete(self) -> bool:
         """Whether there is nothing left to do: the last step is there, and a summary of it with its evaluation."""
@@ -163,10 +236,6 @@ class Trainer(Run):
         summary = read_summary(Path(self.config.save_folder))
         evaluated = not self._evaluates or any(key.startswith(("validation/", PREFIX)) for key in summary)
         return evaluated and summary.get("steps") == self.state.step
-
-    def _stopped(self) -> bool:
-        """Whether any rank was asked to stop: the same on every rank, for a signal counts from when all look next."""
-        return runtime.any_rank(self.signalled)
 
     def _sync(self) -> None:
         if self.folder is not None:
@@ -179,9 +248,11 @@ class Trainer(Run):
     def take_step(self) -> Metrics:
         """Take the next rows, update the weights, and say what happened."""
         start = time.perf_counter()
+        self.watchdog.beat(f"step {self.state.step + 1}", in_step=self.warm)
         state, rows = self.state, self.config.global_train_batch_size
         batch = self._batch(state.rows)
-        rate = set_learning_rate(self.optimizer, self.schedule.multiplier(state.step))
+        self.begin_seconds = time.perf_counter() - (self.agreed or start) + self.late
+        rate = set_learning_rate(self.optimizer, self.schedule.multiplier(self.timeline.position(state.step)))
         clipping = self.config.algorithms.gradient_clipping
         result = self.microbatches.run(
             lambda micro, together: train_step(
@@ -196,6 +267,7 @@ class Trainer(Run):
                 n_sources=len(self.loader.labels),
                 objective=self.objective,
                 together=together,
+                max_loss=self.loss_limit,
             )
         )
         state.step += 1
@@ -208,10 +280,12 @@ class Trainer(Run):
         if result.router is not None and self.balance is not None:
             parts.append(summary(result.router, rows * self.loader.max_seq_len, self.balance))
         found = torch.cat([part.double() for part in parts])
-        self._read_ahead(state.rows)
+        self.late = self._read_ahead(state.rows)
+        self.watchdog.phase(READING)
         read = iter(found.tolist())  # all at once: the host waits for the device here
+        self.watchdog.beat(f"the end of step {state.step}")
         (updated, ce, total, grad_norm), of_loss, sources = (list(itertools.islice(read, size)) for size in sizes)
-        self._count_skip(bool(updated))
+        self._count_skip(bool(updated), batch, math.isfinite(grad_norm))
         metrics: Metrics = {
             "step": state.step,
             "tokens": state.tokens,
@@ -236,11 +310,20 @@ class Trainer(Run):
         rows = self.config.global_train_batch_size
         return self.loader.batch(start_row, rows, self.mesh.data_rank, self.mesh.data_ranks).to(self.device)
 
-    def _read_ahead(self, start_row: int) -> None:
-        """Read the rows of the next step while the device works on this one. If they are bad, that step says so."""
-        if self.state.step < self.timeline.total_steps:
-            with suppress(Exception):
-                self.ahead = Ahead(start_row, self._read(start_row))
+    def _read_ahead(self, start_row: int) -> float:
+        """Read the rows of the next step while the device works on this one. If they are bad, that step says so.
+
+        Returns:
+            How many seconds it took, if the device was done with this step by then: it may have waited.
+        """
+        if self.state.step >= self.timeline.total_steps:
+            return 0.0
+        begun, done = time.perf_counter(), torch.cuda.Event() if self.device.type == "cuda" else None
+        if done is not None:
+            done.record()
+        with suppress(Exception):
+            self.ahead = Ahead(start_row, self._read(start_row))
+        return time.perf_counter() - begun if done is None or done.query() else 0.0
 
     def _by_source(self, sums: list[float]) -> Metrics:
         """Of a mixture: the loss of each source that was in the batch, and the tokens of it so far."""
@@ -254,18 +337,25 @@ class Trainer(Run):
                 found[f"tokens/{label}"] = rows * self.loader.max_seq_len
         return found
 
-    def _count_skip(self, updated: bool) -> None:
+    def _count_skip(self, updated: bool, batch: Batch, finite: bool) -> None:
+        """Take note of a step that changed nothing, and of its rows.
+
+        Raises:
+            RunError: a weight is not finite.
+        """
         state = self.state
         state.skipped_steps += not updated
         state.skipped_in_a_row = 0 if updated else state.skipped_in_a_row + 1
-        if not updated:
-            log.warning("step %d: the gradient is not finite; the update was skipped", state.step)
-        if state.skipped_in_a_row > self.config.max_skipped_steps:
-            raise FloatingPointError(
-                f"the gradient was not finite in {state.skipped_in_a_row} steps in a row, up to step {state.step}; "
-                "lower optimizer.lr, or clip gradients; the newest checkpoint is "
-                f"{self.saver.checkpointer.newest_saved or 'not yet written'}"
-            )
+        if updated:
+            return
+        bad = []
+        if not finite:
+            check_weights(self)
+            bad = bad_rows(self, batch, self.objective)
+        why, first = NOT_FINITE if not finite else SPIKE, state.rows - self.config.global_train_batch_size
+        log.warning("step %d: %s; the update was skipped; its rows are in %s", state.step, why, SKIPPED)
+        if self.folder is not None:
+            self.folder.write_skipped(record(state.step, why, first, state.rows, bad))
 
     @property
     def _evaluates(self) -> bool:
@@ -279,8 +369,8 @@ class Trainer(Run):
         """Nothing if a signal cut it short."""
         self.evaluation = {}  # the older one is not of this step
         self.model.eval()
-        texts = evaluate_texts(self, self._stopped)
-        tasks = evaluate_by_tasks(self, self._stopped) if texts is not None else None
+        texts = evaluate_texts(self, self.stopped)
+        tasks = evaluate_by_tasks(self, self.stopped) if texts is not None else None
         self.model.train()
         if texts is not None and tasks is not None:
             self.evaluation = texts | tasks
@@ -316,6 +406,9 @@ class Trainer(Run):
     def _load_all(self, contents: Contents) -> None:
         """Take up a run: weights, optimizer, and how far it was."""
         state = train_state(contents)  # looked at first: nothing has changed when it is refused
+        self.timeline.clock.set(*clock_state(contents))
+        if self.timeline.is_over:
+            self.timeline = replace(self.timeline, total_steps=state.step)
         if self.start.how == "continue" and state.step >= self.timeline.total_steps:
             raise ConfigError(
                 f"load_path: {self.config.load_path} is at step {state.step}, and max_duration="
@@ -324,7 +417,7 @@ class Trainer(Run):
             )
         trainer = self.saver.checkpointer.load(contents, self._checkpoint())
         self.state = state
-        if self.start.rows_anew:
+        if self.start.rows_anew and contents.path == cast(Contents, self.start.contents).path:
             log.warning("rows are counted anew: the next step takes the first rows of the data")
             state.rows = 0
         seconds = trainer.get("seconds")
@@ -338,7 +431,7 @@ class Trainer(Run):
         if self.unevaluated:  # monitors read the rate and the routing of that step
             router = cast(list[object] | None, trainer.get("router"))
             self.router = RouterStats(*(torch.tensor(part, device=self.device) for part in router)) if router else None
-            set_learning_rate(self.optimizer, self.schedule.multiplier(self.state.step - 1))
+            set_learning_rate(self.optimizer, self.schedule.multiplier(self.timeline.position_before(self.state.step)))
 
     def _checkpoint(self) -> CheckpointState:
         return CheckpointState(
@@ -349,6 +442,7 @@ class Trainer(Run):
                 "state": asdict(self.state),
                 "data": self.loader.fingerprint,
                 "seconds": self.train_seconds,
+                "clock": [self.timeline.clock.before, self.timeline.clock.seconds],
                 "unevaluated": cast(dict[str, Json], self.unevaluated),
                 # What monitors read of a step that they have not seen yet.
                 "router": [part.tolist() for part in self.router] if self.unevaluated and self.router else None,
@@ -359,15 +453,16 @@ class Trainer(Run):
             tokenizer=self.tokenizer,
             generation=self.generation,
             base=self.start.base,
+            provisional=self.doubtful or self.state.skipped_in_a_row > 0,
         )
 
     def _mixture(self) -> dict[str, Json]:
         order = self.loader.order
         return {"mixture": to_save(order, self.state.rows, self.joined)} if isinstance(order, Mixture) else {}
 
-    def _summary(self) -> Metrics:
+    def _summary(self) -> Summary:
         model = self.config.model
-        result: Metrics = {
+        result: Summary = {
             "steps": self.state.step,
             "tokens": self.state.tokens,
             "params": model.n_params(),
@@ -375,6 +470,8 @@ class Trainer(Run):
             "trainable_params": model.n_trainable_params(),
             "tokens_per_sec": self.state.tokens / self.train_seconds if self.train_seconds else 0.0,
             "seconds": self.train_seconds,
+            "ended": self.why or f"max_duration={self.config.max_duration}",
+            "stopped": self.stopping,
             "peak_memory_bytes": runtime.peak_memory_bytes(self.device),
         }
         names = {"LanguageCrossEntropy": "nats_per_token", "bits_per_byte": "bits_per_byte"}
@@ -383,32 +480,3 @@ class Trainer(Run):
             is_text = key.startswith(EVALUATED)
             result["/".join(filter(None, ("validation", label, names[name]))) if is_text else key] = value
         return result
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """A signal finishes the step or evaluation batch, saves and stops; a second one ends at once.
-
-        Launchers often send one twice: to the process group and to each rank. So a second one within a second counts as
-        the first.
-        """
-        first = 0.0
-
-        def request(number: int, frame: FrameType | None) -> None:
-            nonlocal first
-            if self.signalled:
-                if time.monotonic() - first < SAME_REQUEST:
-                    return
-                raise KeyboardInterrupt
-            first = time.monotonic()
-            log.warning(
-                "%s: finishing this step, then saving to %s (send it again to quit at once)",
-                "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name, self.config.save_folder,
-            )  # fmt: skip
-            self.signalled = True
-
-        before = {number: signal.signal(number, request) for number in STOPPING}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

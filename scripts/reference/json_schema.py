@@ -51,7 +51,8 @@ def schema() -> Schema:
     found: dict[str, Schema] = {
         "interpolation": {"type": "string", "pattern": r"\$\{"},
         "Duration": {
-            "description": "A number of steps (ba), epochs (ep), tokens (tok), rows (sp), or a share of the run (dur).",
+            "description": "A number of steps (ba), epochs (ep), tokens (tok) or rows (sp), a share of the run (dur), "
+            "or a time by the clock (h, min, s).",
             "type": "string",
             "pattern": rf"^\s*{_TIME_STRING.pattern}\s*$",
         },

@@ -14,13 +14,13 @@ SECTIONS = {
     "Model": ["model"],
     "Loss and optimization": [
         "loss", "optimizer", "scheduler", "algorithms", "max_duration", "global_train_batch_size",
-        "device_train_microbatch_size", "max_skipped_steps",
+        "device_train_microbatch_size", "max_skipped_steps", "max_skipped_share", "time_limit",
     ],
     "Evaluation": [
         "eval_loader", "eval_loaders", "eval_interval", "eval_first", "eval_subset_num_batches",
         "device_eval_batch_size", "icl_tasks", "eval_gauntlet", "icl_seq_len", "icl_subset_num_batches",
     ],
-    "Precision and parallelism": ["precision", "parallel", "dist_timeout"],
+    "Precision and parallelism": ["precision", "parallel", "dist_timeout", "step_timeout", "hang_timeout"],
     "Checkpoints": [
         "save_folder", "save_interval", "save_num_checkpoints_to_keep", "save_async", "save_failures_allowed",
         "save_frozen_weights", "autoresume", "load_path", "load_weights_only", "load_allow",
@@ -43,7 +43,8 @@ values are checked after that, and their mistakes follow.
 
 The schema does not know the names of plug-ins (`code_paths`). A block of several kinds has a table of the keys that
 all kinds share, then one for each kind. In place of any value an interpolation (`${variables.d_model}`) may stand.
-Durations are written `10ba` (steps), `1ep` (epochs), `5e9tok` (tokens), `100sp` (rows), `0.1dur` (share of the run)."""
+Durations are written `10ba` (steps), `1ep` (epochs), `5e9tok` (tokens), `100sp` (rows), `0.1dur` (share of the run), or
+`2h`, `30min`, `90s` by the clock."""
 
 
 class Page:

@@ -18,6 +18,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from llmfoundry.callbacks.console import line
 from llmfoundry.callbacks.live import COST, INTERVAL, KEPT, LEVELS, Losses, Now, balance, pause, picture, spark
 from tests.callbacks.conftest import tiny_run
 
@@ -50,6 +51,13 @@ def test_a_wide_terminal_shows_all() -> None:
 def test_a_dense_model_on_a_cpu_shows_what_there_is() -> None:
     text = "\n".join(shown(Now(1, 10, None, 5.0, memory=2e9), 80, 24))
     assert "memory 2.0 GB" in text and not re.search("experts|MFU|left|validation", text)
+
+
+def test_a_run_by_the_clock_shows_its_steps_before_it_can_estimate_them() -> None:
+    text = "\n".join(shown(Now(1, None, None, 5.0), 80, 24))
+    assert " 1" in text and not re.search("/|%", text)
+    assert line({"step": 1, "tokens": 64}, None) == "step 1  64 tokens"
+    assert line({"step": 1, "tokens": 64}, 100) == "step   1/100  64 tokens"
 
 
 def test_the_spark_spans_its_levels() -> None:

@@ -235,7 +235,21 @@ def test_names_of_checkpoints_and_placeholders(tmp_path: Path) -> None:
         translate(FOREIGN | {"save_folder": "a/rank{rank}"})
 
 
-@pytest.mark.parametrize(("value", "ours"), [(1, "1ep"), (0, "0ep"), ("7iter", "7ba"), ("5ba", "5ba"), (True, True)])
+@pytest.mark.parametrize(
+    ("value", "ours"),
+    [
+        (1, "1ep"),
+        (0, "0ep"),
+        ("7iter", "7ba"),
+        ("5ba", "5ba"),
+        (True, True),
+        ("90sec", "90s"),
+        ("1h30m", "5400s"),
+        ("1h0m30s", "3630s"),
+        ("5m", "300s"),
+        ("2h", "2h"),
+    ],
+)
 def test_durations_in_composers_other_spellings(value: object, ours: object) -> None:
     data, notes = translate({"eval_interval": value, "save_folder": "runs"})
     assert data["eval_interval"] == ours and len(notes) == (value != ours)

@@ -3,6 +3,7 @@ from fractions import Fraction
 import pytest
 
 from llmfoundry.config import Config, ConfigError, check, dump
+from llmfoundry.train.clock import Clock
 from llmfoundry.train.duration import Duration, Timeline
 
 TIMELINE = Timeline(rows_per_step=8, tokens_per_row=100, rows_per_epoch=1001, total_steps=30)
@@ -15,13 +16,16 @@ class Block(Config):
 @pytest.mark.parametrize(
     "text, value, unit",
     [("10ba", 10, "ba"), ("1ep", 1, "ep"), ("5e6tok", 5_000_000, "tok"), ("100sp", 100, "sp"),
-     ("0.1dur", Fraction(1, 10), "dur"), ("2.5e+9tok", 2_500_000_000, "tok"), ("0ba", 0, "ba")],
+     ("0.1dur", Fraction(1, 10), "dur"), ("2.5e+9tok", 2_500_000_000, "tok"), ("0ba", 0, "ba"),
+     ("2h", 2, "h"), ("1.5h", Fraction(3, 2), "h"), ("30min", 30, "min"), ("90s", 90, "s")],
 )  # fmt: skip
 def test_time_strings_are_read_exactly(text: str, value: Fraction, unit: str) -> None:
     assert Duration.parse(text) == Duration(Fraction(value), unit)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("text", ["10", 10, 1.0, "ba", "10 steps", "-1ba", "1.5ba", "1e-3dur", "1e999ba", None, "10BA"])
+@pytest.mark.parametrize(
+    "text", ["10", 10, 1.0, "ba", "10 steps", "-1ba", "1.5ba", "1e-3dur", "1e999ba", None, "10BA", "2 h", "-1h"]
+)
 def test_what_is_no_time_string_is_refused_with_its_path(text: object) -> None:
     with pytest.raises(ConfigError, match="^save_interval: .* is not a valid duration") as caught:
         check(Block, {"save_interval": text})
@@ -76,3 +80,45 @@ def test_an_interval_that_is_no_whole_number_of_steps_does_not_drift() -> None:
 def test_an_interval_below_one_step_is_due_at_every_step_and_zero_never() -> None:
     assert all(TIMELINE.due(Duration.parse("1tok"), step) for step in range(1, 20))
     assert not any(TIMELINE.due(Duration.parse("0ba"), step) for step in range(20))
+
+
+def by_the_clock(limit: str) -> Timeline:
+    return Timeline.of(Duration.parse(limit), rows_per_step=8, tokens_per_row=100, rows_per_epoch=1001)
+
+
+def test_times_by_the_clock_are_due_at_the_first_step_after_them() -> None:
+    timeline, every = by_the_clock("1h"), Duration.parse("30s")
+    due = []
+    for step, seconds in enumerate((12.0, 29.9, 30.1, 45.0, 95.0, 119.0, 121.0), 1):
+        timeline.clock.tick(seconds)
+        if timeline.due(every, step):
+            due.append(seconds)
+    assert due == [30.1, 95.0, 121.0]
+    assert not timeline.due(Duration.parse("0s"), 8) and not timeline.is_over
+    timeline.clock.tick(3600.0)
+    assert timeline.is_over and timeline.due(Duration.parse("0.5dur"), 9), "a share of the run is a time, too"
+
+
+def test_a_run_by_the_clock_has_no_steps_but_an_estimate() -> None:
+    timeline = by_the_clock("100s")
+    assert timeline.expected_steps(0) is None and timeline.counted(Duration.parse("0.1dur")) == 10_000
+    timeline.clock.tick(20.0)
+    assert timeline.expected_steps(10) == 50 and timeline.position(10) == 20_000
+    with pytest.raises(ConfigError, match='"0.5dur" of max_duration=100s is a time, and steps are needed here'):
+        timeline.steps(Duration.parse("0.5dur"))
+    with pytest.raises(ConfigError, match='"10ba" is no time, and max_duration is one; write e.g. 10min or 0.1dur'):
+        timeline.counted(Duration.parse("10ba"))
+    with pytest.raises(ConfigError, match='"2h" is a time, and max_duration is not'):
+        TIMELINE.counted(Duration.parse("2h"))
+    with pytest.raises(ConfigError, match="^max_duration: .* is no step"):
+        by_the_clock("0s")
+
+
+def test_the_clock_goes_on_where_a_checkpoint_had_it() -> None:
+    clock = Clock()
+    clock.set(10.0, 12.0)
+    assert clock.own() == 12.0, "it does not run before the first step"
+    clock.start()
+    assert 12.0 <= clock.own() < 13.0
+    clock.tick(11.0)
+    assert (clock.before, clock.seconds) == (12.0, 12.0), "time never goes back"

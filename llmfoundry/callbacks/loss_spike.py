@@ -1,0 +1,105 @@
+"""`loss_spike`: what to do about a loss that jumps: log it, skip the batch, or go back and step past the data.
+
+    callbacks:
+      loss_spike: {action: roll_back, threshold: 6, patience: 2}
+
+A loss is a spike if it is above the median of the last steps by `threshold` times their spread (1.48 times the median
+absolute deviation: a normal distribution's standard deviation). Outliers move neither, so a spike does not hide the
+next one. `skip` and `roll_back` write the rows to `skipped.jsonl`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections import deque
+from typing import Literal
+
+from pydantic import Field
+
+from llmfoundry.config import RunError
+from llmfoundry.train.callback import Callback, CallbackConfig, Json, Metrics, Run
+
+log = logging.getLogger(__name__)
+
+LOSS = "loss/train/total"
+NORMAL = 1.4826  # standard deviations in a median absolute deviation
+LEAST_SPREAD = 0.01  # of the median: losses that hardly differ make no spikes
+
+
+class LossSpikeConfig(CallbackConfig, names=("loss_spike",)):
+    """Losses are compared with the last steps; every rank has the same ones, so all act at the same step."""
+
+    # log: a warning. skip: a step with such a loss changes nothing. roll_back: back to the last checkpoint, and on
+    # behind the rows that were read since
+    action: Literal["log", "skip", "roll_back"] = "log"
+    window_size: int = Field(128, ge=4)  # steps that a loss is compared with; nothing is a spike until half are there
+    threshold: float = Field(6.0, gt=0)  # spreads above the median
+    patience: int = Field(1, ge=1)  # for log and roll_back: so many spikes in a row
+    max_rollbacks: int = Field(3, ge=1)  # of a run; after one more, it ends with an error
+
+    def build(self) -> LossSpike:
+        return LossSpike(self)
+
+
+class LossSpike(Callback):
+    """Keeps the losses of the last steps."""
+
+    def __init__(self, config: LossSpikeConfig) -> None:
+        self.config = config
+        self.window: deque[float] = deque(maxlen=config.window_size)
+        self.in_a_row = 0
+        self.rollbacks = 0
+
+    def fit_start(self, trainer: Run) -> None:
+        self._arm(trainer)
+
+    def step_end(self, trainer: Run, metrics: Metrics) -> None:
+        loss = metrics.get(LOSS)
+        if not isinstance(loss, float) or not math.isfinite(loss):
+            return
+        limit = self.limit
+        self.in_a_row = self.in_a_row + 1 if loss > limit else 0
+        self.window.append(loss)
+        found = f"loss_spike: the loss is {loss:.4g}, and {limit:.4g} is the limit by the last {len(self.window)} steps"
+        if self.config.action == "roll_back":
+            trainer.doubtful = 0 < self.in_a_row < self.config.patience
+        if self.in_a_row >= self.config.patience and self.config.action == "roll_back":
+            self._go_back(trainer, found)
+        elif self.in_a_row >= (self.config.patience if self.config.action == "log" else 1):
+            log.warning("step %d: %s", trainer.state.step, found)
+        self._arm(trainer)
+
+    @property
+    def limit(self) -> float:
+        """The highest loss that is no spike."""
+        if len(self.window) < self.config.window_size // 2:
+            return math.inf
+        middle = statistics.median(self.window)
+        spread = NORMAL * statistics.median(abs(loss - middle) for loss in self.window)
+        return middle + self.config.threshold * max(spread, LEAST_SPREAD * abs(middle))
+
+    def state_dict(self) -> dict[str, Json]:
+        return {"window": list(self.window), "in_a_row": self.in_a_row, "rollbacks": self.rollbacks}
+
+    def load_state_dict(self, state: dict[str, Json]) -> None:
+        window, in_a_row, rollbacks = state.get("window"), state.get("in_a_row"), state.get("rollbacks")
+        if isinstance(window, list) and isinstance(in_a_row, int) and isinstance(rollbacks, int):
+            losses = [float(loss) for loss in window if isinstance(loss, int | float)]
+            self.window = deque(losses, maxlen=self.config.window_size)
+            self.in_a_row = in_a_row
+            self.rollbacks = max(self.rollbacks, rollbacks)  # going back does not undo that
+
+    def _arm(self, trainer: Run) -> None:
+        if self.config.action == "skip":
+            trainer.loss_limit = self.limit
+
+    def _go_back(self, trainer: Run, why: str) -> None:
+        self.rollbacks += 1
+        if self.rollbacks > self.config.max_rollbacks:
+            raise RunError(
+                f"step {trainer.state.step}: {why}, after {self.config.max_rollbacks} times back (max_rollbacks): "
+                "other rows do not help; lower optimizer.lr, or clip gradients"
+            )
+        trainer.roll_back(why)

@@ -1,0 +1,123 @@
+"""What a run does about numbers that are not finite: name the weight or the rows, skip, and say when it is hopeless.
+
+A gradient that is not finite changes nothing (step.py): the step is skipped, on every rank alike. Then all ranks look
+for the cause: a weight that is not finite ends the run at once, for no later step can repair it; else the rows of the
+batch are written to `skipped.jsonl`, with those whose own loss is not finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llmfoundry import runtime
+from llmfoundry.checkpoint.tensors import model_tensors, optimizer_tensors
+from llmfoundry.config import RunError
+from llmfoundry.data.loader import Batch
+from llmfoundry.dtensor import local_part
+from llmfoundry.train.loss import Loss
+from llmfoundry.train.outputs import SKIPPED
+from llmfoundry.train.run import Run
+
+NOT_FINITE, SPIKE = "the gradient is not finite", "the loss is too high"
+NAMED = 16  # rows of a rank in a record
+DAMAGED = "the weights are damaged, and only an older checkpoint helps"
+
+
+class BadRow(NamedTuple):
+    """A row whose own loss is not finite."""
+
+    row: int  # its number in the run
+    rank: int
+
+
+@torch.no_grad()
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with a value that is not finite; all ranks together, each for its own parts.
+
+    The host waits once. Nothing is copied: the largest absolute value of a tensor shows it.
+    """
+    own = {name: local_part(tensor).detach() for name, tensor in tensors.items()}
+    own = {name: part for name, part in own.items() if part.is_floating_point() and part.numel()}
+    are_finite = [torch.linalg.vector_norm(part, float("inf")).isfinite() for part in own.values()]
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for each in are_finite:
+        by_device.setdefault(each.device, []).append(each)
+    finite = {device: iter(torch.stack(found).tolist()) for device, found in by_device.items()}
+    names = list(tensors)
+    bad = [names.index(name) for name, each in zip(own, are_finite, strict=True) if not next(finite[each.device])]
+    least = -runtime.most_of_ranks([-min(bad, default=len(names))])[0]
+    return names[int(least)] if least < len(names) else None
+
+
+def check_weights(run: Run) -> None:
+    """Look at every weight and optimizer state before it is saved; all ranks together.
+
+    Raises:
+        RunError: naming the first that is not finite.
+    """
+    name = first_not_finite(model_tensors(run.model) | optimizer_tensors(run.model, run.optimizer))
+    if name is not None:
+        raise RunError(
+            f"step {run.state.step}: {name.removeprefix('model/')} has values that are not finite; {DAMAGED}"
+        )
+
+
+@torch.no_grad()
+def bad_rows(run: Run, batch: Batch, objective: Loss) -> list[BadRow]:
+    """The rows of a batch whose own loss is not finite: one more forward, of all ranks together."""
+    own: list[int] = []
+    for micro in objective.microbatches(batch, run.microbatches.rows):
+        nats = objective.forward(run.model, micro).nats
+        if nats is not None:
+            rows = micro.rows.repeat_interleave(nats.shape[0] // micro.rows.shape[0])
+            own += rows[~nats.isfinite().all(1)].tolist()
+    named = [BadRow(row, runtime.rank()) for row in sorted(set(own))[:NAMED]]
+    found: list[list[BadRow]] = [named]
+    if runtime.world_size() > 1:
+        found = [[]] * runtime.world_size()
+        dist.all_gather_object(found, named)
+    return [each for of_rank in found for each in of_rank]
+
+
+def record(step: int, why: str, first: int, end: int, bad: list[BadRow]) -> dict[str, object]:
+    """A line of skipped.jsonl: which rows of the run were left out, and why.
+
+    Args:
+        step: after which the run goes on behind them.
+        first: the first of the rows.
+        end: the row after the last.
+    """
+    return {"step": step, "why": why, "rows": [first, end - 1], "not_finite": [each._asdict() for each in bad]}
+
+
+class Hopeless(NamedTuple):
+    """Why a run with so many skipped steps has to stop."""
+
+    why: str  # and what to do
+    save: bool  # whether a restart goes on from here, behind the rows
+
+
+def hopeless(run: Run) -> Hopeless | None:
+    """Whether too many steps were skipped: in a row, or in all."""
+    state, allowed, share = run.state, run.config.max_skipped_steps, run.config.max_skipped_share
+    total = min(run.timeline.total_steps, run.timeline.expected_steps(state.step) or state.step)
+    if state.skipped_steps > max(allowed, share * total):
+        why = f"{state.skipped_steps} of {state.step} steps were skipped, more than max_skipped_share={share:g} of all"
+        return Hopeless(f"{why}: {_HELP}, or raise max_skipped_share", save=True)
+    if state.skipped_in_a_row <= allowed or state.skipped_in_a_row % (allowed + 1):
+        return None
+    why = f"{state.skipped_in_a_row} steps in a row were skipped (max_skipped_steps={allowed})"
+    if state.skipped_in_a_row == allowed + 1:
+        return Hopeless(
+            f"{why}; the same command goes on behind their rows ({SKIPPED}); if it stops again, {_HELP}", save=True
+        )
+    # The checkpoint of the first time stays the newest: restarts end here, with this line, after as many steps.
+    return Hopeless(f"{why}, in two starts; other rows do not help: {_HELP}, or raise max_skipped_steps", save=False)
+
+
+_HELP = "lower optimizer.lr, clip gradients, or begin from an older checkpoint (load_path) in another save_folder"

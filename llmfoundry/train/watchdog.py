@@ -1,0 +1,243 @@
+"""A thread in each rank that notices when the run hangs: it writes down where, names the rank at fault, and ends it.
+
+    hang-rank-3.txt        when, after which step, and every thread's stack
+    hang-rank-3-nccl.json  on GPUs: NCCL's flight recorder, with the collectives that have not ended
+
+When no step, evaluation batch or save has ended for too long on some rank, that rank calls the roll: each rank answers,
+by its own thread, with where its main thread is. At fault is who does not answer (stopped, or its host is
+gone) or is not in a collective; the others wait for it. Then the processes exit with 1, so that torchrun starts anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import faulthandler
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from llmfoundry import launch, runtime
+
+log = logging.getLogger(__name__)
+
+READING = "reading the results of a step"  # a GPU's collectives have not ended: the host waits for them
+ROLL, VERDICT, FIRST = "hang/roll", "hang/verdict", "hang/first"
+POLL = 5.0  # seconds between two looks, at most
+PATIENCE = 3.0  # seconds beyond that for a rank to answer
+ANSWER = 20.0  # seconds for the verdict of another rank
+STOPPED = 10.0  # seconds of this thread's own silence after which the process must have been stopped
+GIL = 60.0  # seconds more until a process ends in which no thread of Python can run
+STDERR = 2  # its number: it may be replaced or closed in Python
+COLLECTIVE = ("torch.distributed", "torch._C._distributed")
+INNERMOST = 3  # frames in which a collective shows
+
+
+LOOSE = 1800.0  # seconds, by default: for the first step, which compiles, for saves, evaluations and callbacks
+TIGHT = 0.8  # of a collective's timeout, by default: NCCL ends a process at its own, and names nobody
+
+
+class Limits(NamedTuple):
+    """Seconds without a sign of life."""
+
+    step: float  # within a step but the first
+    other: float  # anywhere else; 0 in both watches nothing
+
+
+def limits(hang_timeout: float | None, collective: float) -> Limits:
+    """The limits of a run.
+
+    Args:
+        hang_timeout: for everything, where the YAML gives it.
+        collective: the timeout of collectives in steps.
+    """
+    if hang_timeout is not None:
+        return Limits(hang_timeout, hang_timeout)
+    return Limits(min(LOOSE, TIGHT * collective) if runtime.world_size() > 1 else LOOSE, LOOSE)
+
+
+class Answer(NamedTuple):
+    """Of a rank when the roll is called."""
+
+    waits: bool  # for other ranks
+    where: str
+    host: str
+
+
+class Watchdog:
+    """Watches the main thread of this process from `start` to `close`.
+
+    Args:
+        folder: where to write.
+        allowed: seconds without a beat.
+    """
+
+    def __init__(self, folder: Path, allowed: Limits) -> None:
+        self._folder, self._allowed = folder, allowed
+        self._beaten, self._doing, self._seconds = time.monotonic(), "", allowed.other
+        self._closed = threading.Event()
+        self._main = threading.main_thread().ident or 0
+        self._store = runtime.store_for_a_thread()
+        if self._store is not None:
+            self._store.set_timeout(datetime.timedelta(seconds=ANSWER))
+        self._written = False
+        self._failed = False  # a collective of the main thread, which no longer waits
+        self._thread: threading.Thread | None = None
+
+    @property
+    def poll(self) -> float:
+        """Seconds between two looks."""
+        return min(POLL, min(self._allowed) / 4)
+
+    def start(self) -> None:
+        """Begin to watch; the thread that calls this is watched."""
+        if min(self._allowed) > 0:
+            self._main = threading.get_ident()
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self.beat("before the first step")
+            self._thread.start()
+
+    def beat(self, doing: str, in_step: bool = False) -> None:
+        """The run goes on; what it does next, and whether that is a step that compiles nothing."""
+        self._beaten, self._doing = time.monotonic(), doing
+        self._seconds = self._allowed.step if in_step else self._allowed.other
+
+    def phase(self, doing: str) -> None:
+        """What the main thread does now, without a sign that the run goes on."""
+        self._doing = doing
+
+    def close(self) -> None:
+        """End the watch."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def verdict(self) -> str:
+        """Call the roll, and say which rank is at fault; all who ask get the same answer. Empty if nobody knows."""
+        if self._store is None or self._thread is None:
+            return ""
+        self._failed = threading.get_ident() == self._main
+        try:
+            self._answer()
+            self._store.set(ROLL, "called")
+            time.sleep(self.poll + PATIENCE)
+            if self._store.add(FIRST, 1) == 1:
+                self._store.set(VERDICT, self._judge())
+            return self._store.get(VERDICT).decode()
+        except (RuntimeError, ValueError) as error:  # the store is gone, and its host with it
+            return f"the ranks cannot ask each other ({error})"
+
+    def _watch(self) -> None:
+        looked = time.monotonic()
+        while not self._closed.wait(self.poll):
+            if self._store is not None:
+                # Should this thread never run again, because a C function keeps the interpreter's lock, C's ends it.
+                with contextlib.suppress(OSError, ValueError, RuntimeError):
+                    faulthandler.dump_traceback_later(self._allowed.other + GIL, exit=True, file=STDERR)
+            now = time.monotonic()
+            if now - looked > self.poll + STOPPED:  # by Ctrl-Z: this thread stood still as well
+                self._beaten = now
+            looked, silent, allowed = now, now - self._beaten, self._seconds
+            if silent > allowed:
+                self._bark(silent, allowed)
+            if self._store is not None and not self._written:
+                with contextlib.suppress(RuntimeError):
+                    if self._store.check([ROLL]):
+                        self._answer()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _bark(self, silent: float, allowed: float) -> None:
+        said = f"no step, evaluation batch or save has ended for {silent:.0f} seconds (hang_timeout={allowed:g}s)"
+        self._write(said)
+        waits = self._here().waits
+        why = self.verdict()
+        if why:
+            self._append(why)
+        message = f"{said}: {why or self._here().where}; stacks are in {self._file()}"
+        print(f"[rank {launch.rank()}] error: {message}", file=sys.stderr, flush=True)
+        if waits:
+            time.sleep(PATIENCE)  # the rank at fault goes first: torchrun's report names the one that failed first
+        launch.tell_torchrun(f"error: {message}")
+        os._exit(1)
+
+    def _here(self) -> Answer:
+        """Where the main thread is."""
+        frames: list[FrameType] = []
+        frame = sys._current_frames().get(self._main)
+        while frame is not None:
+            frames.append(frame)
+            frame = frame.f_back
+        inside = any(str(each.f_globals.get("__name__", "")).startswith(COLLECTIVE) for each in frames[:INNERMOST])
+        ours = next((each for each in frames if "llmfoundry" in each.f_code.co_filename), None)
+        place = next(iter(frames), None) if not inside else ours
+        at = f"{Path(place.f_code.co_filename).name}:{place.f_lineno}, {place.f_code.co_name}" if place else "nowhere"
+        return Answer(inside or self._failed or self._doing == READING, f"{self._doing} ({at})", socket.gethostname())
+
+    def _answer(self) -> None:
+        assert self._store is not None
+        self._write("another rank hangs or has failed")
+        self._store.set(f"hang/rank-{launch.rank()}", json.dumps(self._here()))
+
+    def _judge(self) -> str:
+        """Which ranks are at fault; asked on one rank alone, for it asks about every other."""
+        assert self._store is not None
+        silent, busy = [], []
+        for rank in range(launch.world_size()):
+            key = f"hang/rank-{rank}"
+            if not self._store.check([key]):
+                silent.append(rank)
+                continue
+            answer = Answer(*json.loads(self._store.get(key)))
+            if not answer.waits:
+                busy.append(f"rank {rank} on {answer.host} is at fault: {answer.where}")
+        if silent:
+            some = ", ".join(map(str, silent[:8])) + (f" and {len(silent) - 8} more" if len(silent) > 8 else "")
+            return f"rank {some} does not answer: stopped, killed, or its host is gone; the others wait for it"
+        return "; ".join(busy[:8]) or "all ranks wait for each other in collectives"
+
+    def _file(self) -> Path:
+        return self._folder / f"hang-rank-{launch.rank()}.txt"
+
+    def _write(self, why: str) -> None:
+        """Write the stacks down; once."""
+        if self._written:
+            return
+        self._written = True
+        here = self._here()
+        try:
+            with self._file().open("w") as file:
+                file.write(
+                    f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {launch.rank()} on {here.host}, process {os.getpid()}: "
+                    f"{why}\n{here.where}\n\n"
+                )
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+            if (trace := _flight_recorder()) is not None:
+                self._file().with_name(f"hang-rank-{launch.rank()}-nccl.json").write_bytes(trace)
+        except OSError as error:
+            log.error("%s cannot be written: %s", self._file(), error.strerror)
+
+    def _append(self, text: str) -> None:
+        with contextlib.suppress(OSError), self._file().open("a") as file:
+            file.write(f"\n{text}\n")
+
+
+def _flight_recorder() -> bytes | None:
+    """NCCL's last collectives as JSON; None without NCCL."""
+    if not torch.cuda.is_available() or not dist.is_initialized():
+        return None
+    found = torch._C._distributed_c10d  # its names changed after torch 2.11
+    dump = getattr(found, "_dump_nccl_trace_json", None) or getattr(found, "_dump_fr_trace_json", None)
+    trace = dump() if dump is not None else None
+    return trace.encode() if isinstance(trace, str) else trace

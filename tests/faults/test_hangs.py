@@ -1,0 +1,139 @@
+"""Ranks that are stopped, stuck or killed: the others end, and the rank at fault is named, not one that waits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from llmfoundry.train.watchdog import LOOSE, Limits, limits
+from tests.faults.runs import ended, is_saved, metrics, plug_in, ranks_of, recipe, start, wait_for
+
+STUCK_DATA = """
+import os, time
+from pathlib import Path
+from llmfoundry import runtime
+from llmfoundry.data.loader import Loader
+
+real, reads = Loader.gather, [0]
+
+def gather_from_a_dead_disk(self, rows):
+    reads[0] += 1
+    if reads[0] == 6 and runtime.rank() == runtime.world_size() - 1 and not Path(os.environ["MARK"]).exists():
+        Path(os.environ["MARK"]).write_text("stuck\\n")
+        time.sleep(600)
+    return real(self, rows)
+
+Loader.gather = gather_from_a_dead_disk
+"""
+STOPPED_IN_A_SAVE = """
+import os, signal
+from pathlib import Path
+from llmfoundry import runtime
+from llmfoundry.checkpoint.storage import TensorWriter
+
+real = TensorWriter.write_data
+
+def write_data(self, *args, **more):
+    if runtime.rank() == 1:
+        Path(os.environ["MARK"]).write_text("stopped\\n")
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return real(self, *args, **more)
+
+TensorWriter.write_data = write_data
+"""
+
+
+def test_a_process_that_hangs_writes_its_stacks_and_ends(tmp_path: Path) -> None:
+    more = plug_in(tmp_path, STUCK_DATA) | {"hang_timeout": "2s"}
+    started = start(recipe(tmp_path, **more), MARK=str(tmp_path / "mark"))
+    output = ended(started, 1)
+    said = "error: no step, evaluation batch or save has ended for "
+    assert said in output and "gather_from_a_dead_disk" in output
+    report = (tmp_path / "run" / "hang-rank-0.txt").read_text()
+    assert "no step, evaluation batch or save has ended" in report
+    assert "gather_from_a_dead_disk" in report.partition("\n\n")[2], "every thread's stack"
+
+
+@pytest.mark.slow
+def test_a_process_that_was_stopped_by_hand_goes_on(tmp_path: Path) -> None:
+    started = start(recipe(tmp_path, hang_timeout="4s"))
+    wait_for(tmp_path / "run" / "metrics.jsonl", 3)
+    started.send_signal(signal.SIGSTOP)
+    time.sleep(16.0)
+    n_steps = len(metrics(tmp_path / "run"))
+    started.send_signal(signal.SIGCONT)
+    wait_for(tmp_path / "run" / "metrics.jsonl", n_steps + 20)
+    started.send_signal(signal.SIGTERM)
+    ended(started, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_rank_that_hangs_is_named_and_a_restart_goes_on(tmp_path: Path) -> None:
+    more = plug_in(tmp_path, STUCK_DATA) | {"hang_timeout": "4s", "max_duration": "8ba", "save_interval": "1ba"}
+    file = recipe(tmp_path, device_train_microbatch_size=2, **more)
+    started = start(file, ranks=2, restarts=1, MARK=str(tmp_path / "mark"), TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2")
+    output = ended(started, 0)
+    at_fault = "rank 1 on "
+    assert at_fault in output and "is at fault: " in output and "gather_from_a_dead_disk" in output
+    run = tmp_path / "run"
+    assert "gather_from_a_dead_disk" in (run / "hang-rank-1.txt").read_text()
+    assert "distributed_c10d.py" in (run / "hang-rank-0.txt").read_text(), "rank 0 waited in a collective"
+    assert [line["step"] for line in metrics(run)] == list(range(1, 9)) and is_saved(run, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_rank_that_is_stopped_inside_a_save_is_named_within_the_timeout(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    more = plug_in(tmp_path, STOPPED_IN_A_SAVE) | {"hang_timeout": "4s", "save_interval": "3ba"}
+    file = recipe(tmp_path, device_train_microbatch_size=2, **more)
+    started = start(file, ranks=2, MARK=str(mark), TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2")
+    wait_for(mark)
+    begun = time.monotonic()
+    output = ended(started, 1)
+    assert time.monotonic() - begun < 60.0
+    assert "rank 1 does not answer: stopped, killed, or its host is gone; the others wait for it" in output
+    assert not (tmp_path / "run" / "hang-rank-1.txt").exists()
+    assert "saving step 3" in (tmp_path / "run" / "hang-rank-0.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_rank_that_is_killed_ends_the_others_at_once_and_is_named(tmp_path: Path) -> None:
+    file = recipe(tmp_path, device_train_microbatch_size=2, save_interval="2ba")
+    started = start(file, ranks=2)
+    wait_for(tmp_path / "run" / "metrics.jsonl", 3)
+    begun = time.monotonic()
+    os.kill(ranks_of(started)[1], signal.SIGKILL)
+    output = ended(started, 1)
+    assert time.monotonic() - begun < 30.0, "long before any timeout"
+    cause = output.partition("Root Cause")[2]
+    assert "rank      : 1" in cause and "exitcode  : -9" in cause
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_collectives_after_the_first_step_have_a_timeout_of_their_own(tmp_path: Path) -> None:
+    """The watchdog would have waited for ten minutes; asked by rank 0, it still names the rank."""
+    more = plug_in(tmp_path, STUCK_DATA) | {"hang_timeout": "10min", "step_timeout": "3s"}
+    mark = tmp_path / "mark"
+    started = start(recipe(tmp_path, device_train_microbatch_size=2, **more), ranks=2, MARK=str(mark),
+                    TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2")  # fmt: skip
+    wait_for(mark)
+    begun = time.monotonic()
+    output = ended(started, 1)
+    assert time.monotonic() - begun < 60.0
+    assert "rank 1 on " in output and "gather_from_a_dead_disk" in output and "is at fault" in output
+    assert "Timed out waiting 3000ms" in output
+
+
+def test_limits_are_tight_within_a_step_of_several_ranks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert limits(None, 600.0) == Limits(LOOSE, LOOSE) and limits(5.0, 600.0) == Limits(5.0, 5.0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert limits(None, 600.0) == Limits(480.0, LOOSE), "before NCCL ends the process"
+    assert limits(0.0, 600.0) == Limits(0.0, 0.0)
