@@ -27,7 +27,7 @@ TEXT = {"name": "synthetic", "n_documents": 40, "document_words": 50}
 def commands() -> list[list[str]]:
     """Those of the recipe, without `llmfoundry`."""
     page = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
-    (found,) = re.findall(r"<!-- recipe -->\n```\n(.*?)```\n<!-- /recipe -->", page, re.DOTALL)
+    (found,) = re.findall(r"<!-- recipe -->\n```bash\n(.*?)```\n<!-- /recipe -->", page, re.DOTALL)
     lines = [shlex.split(line) for line in found.strip().split("\n")]
     assert {line[0] for line in lines} == {"llmfoundry"}
     return [line[1:] for line in lines]
