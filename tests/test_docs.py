@@ -19,13 +19,22 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch.distributed.run
+import yaml
+from transformers import TrainingArguments
 
+import llmfoundry.callbacks  # noqa: F401  registers those that examples name
 from llmfoundry.cli.command import Command
 from llmfoundry.cli.main import main
+from llmfoundry.config import check
+from llmfoundry.integrations.foundry_yaml import translate
+from llmfoundry.settings import load_yaml
+from llmfoundry.standalone.megablocks import Arguments
+from llmfoundry.train.config import RunConfig
 from tests.pages import LANGUAGES, PAGES, ROOT, Block, blocks, commands
 from tests.reader_folder import fill
 
@@ -42,11 +51,12 @@ NOT_HERE = {
     "python scripts/bench/": "takes minutes or a GPU",
     "torchrun --nproc-per-node 2 scripts/bench/": "needs two GPUs",
 }
-# Pages whose blocks other tests run, word for word.
+# Blocks that other tests run, word for word.
 ELSEWHERE = {
     ("chats.md", "bash"): "tests/test_recipe_of_chats.py",
-    ("composer.md", "python"): "tests/integrations/test_composer.py",
+    ("chats.md", "yaml"): "tests/test_recipe_of_chats.py",
 }
+EXAMPLES_NOT_HERE = {"composer.md": "needs Composer, which has an environment of its own"}
 # What a page takes from those that a reader has read before: the commands that make it.
 BEFORE = {
     "runs/moe": "llmfoundry train yamls/moe.yaml",
@@ -59,12 +69,28 @@ BEFORE = {
 SMALLER = {
     "max_duration=1200ba": "max_duration=4ba",
     "max_duration=100ba": "max_duration=2ba",
-    "/config.yaml": "/config.yaml max_duration=2ba",
+    "/config.yaml": "/config.yaml max_duration=2ba max_seq_len=64 global_train_batch_size=4",
 }
 FROM_NOTHING = {"quick-start.md"}
 CONVERTED = re.compile(r"convert(?:\.py)? \S+ \S+ (\S+)")  # its group is what the command writes
 SHELL = {"mkdir", "echo", "curl"}
-each_page = pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+each_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+
+
+def _runs(block: Block) -> bool:
+    if block.language == "python" and block.page.name in EXAMPLES_NOT_HERE:
+        return False
+    return block.language in ("bash", "python") and (block.page.name, block.language) not in ELSEWHERE
+
+
+# Those that are run as whole files are left out.
+YAML = [
+    block
+    for page in PAGES
+    for block in blocks(page, "yaml")
+    if (page.name, "yaml") not in ELSEWHERE and "models:\n" not in block.text
+]
+RUNNING = [page for page in PAGES if any(map(_runs, blocks(page)))]
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +120,12 @@ def test_every_block_names_its_language(page: Path) -> None:
     assert not unknown
 
 
-@each_page
+@pytest.mark.parametrize("page", RUNNING, ids=[str(page.relative_to(ROOT)) for page in RUNNING])
 def test_commands_and_examples_run(
     page: Path, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     here = [block for block in blocks(page) if _runs(block)]
-    if not here:
-        pytest.skip("has no command and no example")
     source: Path = request.getfixturevalue("empty" if page.name in FROM_NOTHING else "begun")
     made = {found[1] for block in here for found in CONVERTED.finditer(block.text)}
     shutil.copytree(
@@ -125,9 +149,48 @@ def test_commands_and_examples_run(
 def test_every_reason_is_needed() -> None:
     lines = [line for page in PAGES for block in blocks(page, "bash") for line in commands(block)]
     assert not [start for start in NOT_HERE if not any(_plain(line).startswith(start) for line in lines)]
+    texts = "".join(block.text for page in PAGES for block in blocks(page) if _runs(block))
+    assert not [given for given in SMALLER if given not in texts]
     for (name, language), path in ELSEWHERE.items():
-        assert name in (ROOT / path).read_text(encoding="utf-8") or name == "composer.md"
-        assert blocks(ROOT / "docs" / name, language)
+        assert blocks(ROOT / "docs" / name, language) and name in (ROOT / path).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("block", YAML, ids=[f"{block.page.stem}-{block.line}" for block in YAML])
+def test_yaml_is_valid_in_a_run(block: Block) -> None:
+    """Each example, put over a whole run, passes every check that a run's YAML passes."""
+    given = yaml.safe_load(block.text)
+    run = load_yaml(ROOT / "yamls" / "moe.yaml") | {"eval_loader": None}
+    if "block_overrides" in given:
+        given = {"model": run["model"] | {"name": "mpt_causal_lm", "n_layers": 24, "ffn_config": {}} | given}
+    if "eval_gauntlet" in given:  # of the tasks on the same page
+        run |= yaml.safe_load(next(found.text for found in YAML if "icl_tasks:\n  - " in found.text))
+    given = {key: value for key, value in given.items() if not str(value).endswith(".yaml")}  # files of that page
+    model = run["model"] | {"max_seq_len": given.get("max_seq_len", 256)} | given.get("model", {})
+    check(RunConfig, translate(run | given | {"model": model})[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "theirs"),
+    [("from-megablocks", "arguments", Arguments), ("from-torchtitan", "trainer", TrainingArguments)],
+)
+def test_tables_of_keys_name_what_exists(name: str, part: str, theirs: type) -> None:
+    page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    (table,) = re.findall(rf"<!-- {part} -->\n(.*?)<!-- /{part} -->", page, flags=re.DOTALL)
+    rows = [line.split("|")[1:3] for line in table.splitlines()[2:]]
+    names = {word for row in rows for word in re.findall(r"`(\w+)`", row[0])}
+    ours = {word for row in rows for word in re.findall(r"`([\w.]+)(?:: \w+)?`", row[1]) if not word[0].isdigit()}
+    known = set(re.findall(r"^\| `([\w.]+)` \|", (ROOT / "docs" / "reference.md").read_text(), flags=re.MULTILINE))
+    assert len(names) > 15 and names <= {field.name for field in fields(theirs)}
+    assert ours <= known, ours - known
+
+
+def test_every_recorded_figure_is_on_the_page_of_performance() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    lines = "\n".join(line for block in blocks(ROOT / "docs" / "performance.md", "bash") for line in commands(block))
+    for result in (ROOT / "scripts" / "bench" / "results").glob("*.json"):
+        assert f"scripts/bench/{result.stem}.py" in lines, f"{result.name}: no command repeats it"
+    markers = re.findall(r"^<!-- ([\w-]+) -->\n(<!--|\|)?", page, flags=re.MULTILINE)
+    assert len(markers) >= 13 and not [name for name, follows in markers if follows == "<!--"]  # none is empty
 
 
 def test_words_of_make_exist() -> None:
@@ -150,10 +213,6 @@ def test_a_first_task_takes_three_commands_at_most() -> None:
     assert len([task for task in tasks if re.match(r"\d\. ", task)]) == 9
     lines = {block.line: len(commands(block)) for block in blocks(page, "bash")}
     assert len(lines) >= 8 and max(lines.values()) <= 3
-
-
-def _runs(block: Block) -> bool:
-    return block.language in ("bash", "python") and (block.page.name, block.language) not in ELSEWHERE
 
 
 def _plain(line: str) -> str:
