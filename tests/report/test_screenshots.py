@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from llmfoundry.cli.train import train_main
-from tests.browser import CHROMIUM
+from tests.browser import CHROMIUM, Browser
 from tests.callbacks.conftest import tiny_run
 from tests.report.screenshots import IMAGES, LARGEST, PARTS, WIDTH, take
 
@@ -33,6 +33,15 @@ def test_pictures_are_taken_without_a_scripts_error(tmp_path: Path) -> None:
     assert {size(picture)[0] for picture in taken.values()} == {WIDTH}
     # Two rows of panels at least, each 300 pixels high; of an empty page there is less.
     assert heights["report-curves"] > 600 and heights["report-experts"] > 600 and heights["xray"] > 200
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_a_scripts_error_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text("<p>before</p><script>undefinedName()</script>")
+    with Browser(tmp_path / "profile") as browser:
+        browser.open((tmp_path / "page.html").as_uri())
+        browser.screenshot(WIDTH)
+        assert any("undefinedName" in line for line in browser.said)
 
 
 def test_kept_pictures_are_small_and_shown() -> None:
