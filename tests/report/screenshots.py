@@ -39,7 +39,7 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "report-curves": Part("report.html", "body", "#curves"),
+    "report-curves": Part("report.html", "body", "#curve-2"),
     "report-experts": Part("report.html", "#experts", "#experts"),
     "report-tokens": Part("report.html", "#tokens", "#tokens"),
     "xray": Part("xray.html", "body", "#text"),
