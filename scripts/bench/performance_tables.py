@@ -46,6 +46,27 @@ def lora_layer() -> str:
     return _lines(f"{_read('lora_layer')['rows'][0]['T']:,} tokens, medians. {_on('lora_layer')}", _table(head, rows))
 
 
+def lora_model() -> str:
+    """A whole fine-tuning step with adapters."""
+    found = _read("lora_model")["rows"]
+    names = {
+        "lora": "**ours**, base in bf16",
+        "qlora": "**ours**, base in NF4",
+        "peft": "`transformers` with peft, base in bf16",
+    }
+    rows = [
+        [names[name], f"{found[name]['tokens_per_second']:,.0f}", f"{found[name]['peak_gib']:.1f}",
+         f"{found[name]['trained_parameters'] / 1e6:.0f} M"]
+        for name in names
+    ]  # fmt: skip
+    run = found["lora"]
+    about = (
+        f"Qwen3-30B-A3B, {run['layers']} layers, rank {run['rank']} on attention and experts, {run['rows']} row of "
+        f"{run['sequence']:,} tokens, activations recomputed; medians of {run['steps']} steps. {_on('lora_model')}"
+    )
+    return _lines(about, _table(["", "tokens/s", "peak, GiB", "trained parameters"], rows))
+
+
 def loss_curves() -> str:
     """How far apart runs with different backends are."""
     result = _read("loss_curves")
@@ -139,9 +160,12 @@ def _read(name: str) -> dict:
 def _on(name: str) -> str:
     """What a file was measured on, and with what."""
     result = _read(name)
-    device = result.get("gpu") or result.get("device") or "a CPU"
-    shas = {row["git_sha"] for row in [result, *result.get("rows", [])] if "git_sha" in row}
-    versions = [f"{key} {result[key]}" for key in ("driver", "torch", "triton") if key in result]
+    rows = result.get("rows", [])
+    rows = list(rows.values()) if isinstance(rows, dict) else rows
+    machine = result if "torch" in result else rows[0]
+    device = machine.get("gpu") or machine.get("device") or "a CPU"
+    shas = {row["git_sha"] for row in [result, *rows] if "git_sha" in row}
+    versions = [f"{key} {machine[key]}" for key in ("driver", "torch", "triton") if key in machine]
     commits = " and ".join(f"`{sha[:10]}`" for sha in sorted(shas))
     return f"On {device}, {', '.join(versions)}, commit {commits}."
 
