@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from foundry_table import foundry_changed, foundry_diff, foundry_gone, foundry_only
+from foundry_table import foundry_changed, foundry_diff, foundry_gone, foundry_only, foundry_refused
 from performance_tables import (
     foundry_parity,
     kernels,
@@ -258,6 +258,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "memory": memory_peaks,
     "prepare": prepare,
     "update": update,
+    "foundry-refused": foundry_refused,
 }
 
 
