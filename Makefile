@@ -1,4 +1,4 @@
-# Everything by one word: make setup | train | test | check | test-gpu | bench | format; setup-composer | test-composer.
+# Everything by one word: make setup | train | test | check | docs | test-gpu | bench | format; setup-composer | test-composer.
 # Every word installs what it needs first; a second call installs nothing.
 
 PYTHON ?= python3
@@ -15,9 +15,11 @@ STAMP := .venv/.installed-$(BUILD)
 # Composer's pins conflict with ours, so it has an environment of its own.
 COMPOSER_PY := .venv-composer/bin/python
 COMPOSER_STAMP := .venv-composer/.installed-$(BUILD)
+# The site reads the package without importing it, so its environment has no torch.
+DOCS_PY := .venv-docs/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check test-gpu bench format setup-composer test-composer
+.PHONY: help setup train test check docs test-gpu bench format setup-composer test-composer
 
 help:
 	@sed -n '1,2p' Makefile
@@ -44,6 +46,14 @@ check: setup
 	$(PY) -m mypy
 	$(PY) scripts/bench/render_readme.py --check
 	$(PY) scripts/reference/render.py --check
+
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS_PY) -m mkdocs build --strict -f scripts/docs/mkdocs.yml
+
+.venv-docs/.installed: scripts/docs/requirements.txt
+	test -x $(DOCS_PY) || $(PYTHON) -m venv .venv-docs
+	$(DOCS_PY) -m pip install --disable-pip-version-check -r $<
+	touch $@
 
 test-gpu: setup
 	$(PY) -m pytest -n 4 -m gpu

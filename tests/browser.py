@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -63,6 +64,23 @@ class Browser:
         while not self.run(condition):
             assert time.monotonic() < end, f"{condition} has not come true; the page says {self.said}"
             time.sleep(0.02)
+
+    def screenshot(self, width: int, top: str = "body", bottom: str = "body") -> bytes:
+        """A WebP image of the page at a width in pixels, from an element's upper edge to another one's lower edge."""
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        self._call("Emulation.setDeviceMetricsOverride", **size)
+        # Plotly draws its panels again for the new width, in its own time.
+        self.run("new Promise((done) => setTimeout(done, 500))")
+        first, last = (
+            f"document.querySelector({json.dumps(place)}).getBoundingClientRect()" for place in (top, bottom)
+        )
+        edges = self.run(f"[{first}.top + scrollY, {last}.bottom + scrollY]")
+        assert isinstance(edges, list) and edges[1] > edges[0], edges
+        clip = {"x": 0, "y": edges[0], "width": width, "height": edges[1] - edges[0], "scale": 1}
+        found = self._call(
+            "Page.captureScreenshot", format="webp", quality=70, clip=clip, captureBeyondViewport=True
+        )  # fmt: skip
+        return base64.b64decode(found["data"])
 
     def _call(self, method: str, **params: object) -> dict:
         self._number += 1

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmfoundry.cli.main import main
 from tests.data.chat_tokenizer import turns
+from tests.pages import ROOT, blocks
+from tests.pages import commands as page_commands
 
-ROOT = Path(__file__).resolve().parents[1]
 SHRUNK = {
     "variables.max_seq_len": 64, "tokenizer.vocab_size": 300, "model.n_layers": 2, "model.d_model": 64,
     "model.n_heads": 4, "model.vocab_size": 320, "model.ffn_config.ffn_hidden_size": 32, "scheduler.t_warmup": "1ba",
@@ -26,9 +27,8 @@ TEXT = {"name": "synthetic", "n_documents": 40, "document_words": 50}
 
 def commands() -> list[list[str]]:
     """Those of the recipe, without `llmfoundry`."""
-    page = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
-    (found,) = re.findall(r"<!-- recipe -->\n```\n(.*?)```\n<!-- /recipe -->", page, re.DOTALL)
-    lines = [shlex.split(line) for line in found.strip().split("\n")]
+    recipe, *_ = blocks(ROOT / "docs" / "generation.md", "bash")
+    lines = [shlex.split(line) for line in page_commands(recipe)]
     assert {line[0] for line in lines} == {"llmfoundry"}
     return [line[1:] for line in lines]
 

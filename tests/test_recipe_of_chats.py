@@ -16,15 +16,11 @@ from llmfoundry.cli.main import main
 from llmfoundry.data.chat_template import CHATML
 from tests.data.chat_tokenizer import tokenizer, turns
 from tests.hf.theirs import MOE, Case
+from tests.pages import ROOT, blocks
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "chats.md"
+PAGE = ROOT / "docs" / "chats.md"
 PUBLISHED = "allenai/OLMoE-1B-7B-0924-Instruct"
 QUESTION = "What do you sell?"
-
-
-def blocks() -> list[str]:
-    """The page's blocks of code."""
-    return re.findall(r"^```\w*\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), flags=re.M | re.S)
 
 
 def small(folder: Path) -> str:
@@ -44,7 +40,7 @@ def test_four_commands_make_a_model_that_chats_is_measured_and_exported(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LLMFOUNDRY_CACHE", str(tmp_path / "cache"))
-    example, file, commands = blocks()
+    example, file, commands = (block.text for block in blocks(PAGE))
     recipe = yaml.safe_load(file.replace(PUBLISHED, small(tmp_path / "base")))
     shrunk = {"max_seq_len": 64, "global_train_batch_size": 8, "max_duration": "40ba", "eval_interval": "40ba",
               "save_interval": "40ba", "precision": "fp32"}  # fmt: skip

@@ -15,6 +15,7 @@ from llmfoundry.cli.train import train_main
 from llmfoundry.config import check
 from llmfoundry.settings import load_yaml
 from llmfoundry.train.config import RunConfig
+from tests.shrunk import shrunk
 
 YAMLS = sorted((Path(__file__).resolve().parents[1] / "yamls").glob("*.yaml"))
 each_yaml = pytest.mark.parametrize("path", YAMLS, ids=[path.stem for path in YAMLS])
@@ -100,27 +101,12 @@ def test_size_is_that_of_transformers(name: str) -> None:
 @each_yaml
 def test_two_steps_shrunk(path: Path, tmp_path: Path) -> None:
     text = {"name": "synthetic", "n_documents": 40, "document_words": 50, "cache_dir": str(tmp_path / "cache")}
-    smaller = {
-        "variables.max_seq_len": 32,
-        "tokenizer": {"name": "bpe", "vocab_size": 300},
+    changes = {
         "train_loader.dataset": text | {"split": "train"},
         "eval_loader.dataset": text | {"split": "validation", "validation_fraction": 0.2},
-        "model.n_layers": 2, "model.d_model": 64, "model.n_heads": 4, "model.vocab_size": 320,
-        "model.ffn_config.ffn_hidden_size": 32,
-        "scheduler.t_warmup": "1ba", "max_duration": "2ba",
-        "global_train_batch_size": 4, "device_train_microbatch_size": 2, "parallel": {}, "callbacks": {},
         "save_folder": str(tmp_path / "run"),
-    }  # fmt: skip
-    config = load_yaml(path)
-    smaller |= _shrunk_data(path.stem, text, tmp_path)
-    if "kv_n_heads" in config["model"]["attn_config"]:
-        smaller |= {"model.attn_config.kv_n_heads": 2, "model.attn_config.head_dim": 16}
-    if "moe_num_experts" in config["model"]["ffn_config"]:
-        smaller |= {"model.ffn_config.moe_num_experts": 8, "model.ffn_config.moe_top_k": 2}
-    shrunk = OmegaConf.load(path)
-    for key, value in smaller.items():
-        OmegaConf.update(shrunk, key, value, merge=False)
-    OmegaConf.save(shrunk, tmp_path / path.name)
+    }
+    OmegaConf.save(shrunk(path, changes | _shrunk_data(path.stem, text, tmp_path)), tmp_path / path.name)
     assert train_main([str(tmp_path / path.name)]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     costs = [value for key, value in summary.items() if key.endswith("nats_per_token")]

@@ -42,7 +42,8 @@ class MoE(layer.MoE):
             are yours to sum.
         init_std: standard deviation of the normal initial weights; biases begin at 0.
         seed: of the initial weights. Ranks of one group must have the same.
-        device, dtype: of the parameters. The router computes in float32 whatever the dtype.
+        device: of the parameters.
+        dtype: of the parameters. The router computes in float32 whatever it is.
         settings: keys of `ffn_config`: ffn_hidden_size, moe_num_experts, moe_top_k, mlp_type, ffn_act_fn, moe_impl,
             moe_loss_weight, shared_expert, ... The balance loss is taken over the tokens of one call.
 

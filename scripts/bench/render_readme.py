@@ -16,11 +16,25 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from foundry_table import foundry_changed, foundry_diff, foundry_gone, foundry_only, foundry_refused
+from performance_tables import (
+    foundry_parity,
+    kernels,
+    loader,
+    lora_layer,
+    lora_model,
+    loss_curves,
+    memory_peaks,
+    prepare,
+    update,
+)
 from plan_table import measured, planning, rates
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "scripts" / "bench" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "planning.md", ROOT / "docs" / "from-llm-foundry.md")
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("performance", "planning", "from-llm-foundry")),
+)
 
 
 def yaml_diff() -> str:
@@ -194,7 +208,7 @@ def train_step() -> str:
     return "\n".join(
         [
             "Training steps of `yamls/olmoe-1b-7b.yaml`, sequences of 4,096 tokens, float32 weights and moments, bf16",
-            "compute, by `scripts/bench/train_step.py`. [docs/planning.md](docs/planning.md) compares them with plans.",
+            "compute, by `scripts/bench/train_step.py`.",
             "",
             head,
             "|---|---|---|---|---|---|",
@@ -235,6 +249,15 @@ PARTS: dict[str, Callable[[], str]] = {
     "foundry-diff": foundry_diff,
     "foundry-gone": foundry_gone,
     "foundry-only": foundry_only,
+    "foundry-parity": foundry_parity,
+    "kernels": kernels,
+    "loader": loader,
+    "lora-layer": lora_layer,
+    "lora-model": lora_model,
+    "loss-curves": loss_curves,
+    "memory": memory_peaks,
+    "prepare": prepare,
+    "update": update,
     "foundry-refused": foundry_refused,
 }
 

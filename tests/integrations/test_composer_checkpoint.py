@@ -18,6 +18,7 @@ from composer_fixtures import (
     TOKENS,
     build,
     composer_state,
+    foundry_config,
     logits,
     theirs,
     tokenizer_files,
@@ -49,36 +50,6 @@ def converted(folder: Path) -> CausalLM:
 def write_yaml(path: Path, model: dict[str, object]) -> str:
     path.write_text(yaml.safe_dump({"max_seq_len": 16, "model": model, "max_duration": "1ba"}))
     return str(path)
-
-
-def foundry_config(model: dict[str, object]) -> dict[str, object]:
-    """A config.json as LLM Foundry's MPTConfig writes it: its defaults filled in, and what `transformers` adds."""
-    defaults = {
-        "model_type": "mpt", "architectures": ["MPTForCausalLM"], "transformers_version": "4.51.3",
-        "_attn_implementation_autoset": True, "torch_dtype": "float32", "is_decoder": False, "return_dict": True,
-        "resid_pdrop": 0.0, "emb_pdrop": 0.0, "learned_pos_emb": True, "init_device": "meta", "logit_scale": None,
-        "no_bias": False, "embedding_fraction": 1.0, "norm_type": "low_precision_layernorm", "norm_eps": 1e-5,
-        "use_cache": False, "fc_type": {"name": "torch"}, "use_pad_tok_in_ffn": True, "block_overrides": None,
-        "final_logit_softcapping": None, "head_dim": None,
-    }  # fmt: skip
-    attention = {
-        "attn_type": "multihead_attention", "attn_pdrop": 0.0, "attn_impl": "flash", "qk_ln": False, "qk_gn": False,
-        "fused_qkv": True, "clip_qkv": None, "softmax_scale": None, "attn_uses_sequence_id": False,
-        "sliding_window_size": -1, "attn_logit_softcapping": None, "alibi": False, "alibi_bias_max": 8, "rope": False,
-        "nope": False, "rope_theta": 10000, "rope_impl": "dail", "kv_dim": None,
-        "rope_dail_config": {"type": "original", "pos_idx_in_fp32": True, "xpos_scale_base": 512},
-        "rope_hf_config": {"type": "no_scaling", "factor": 1.0},
-        "attn_temperature_tuning": {"floor_scale": 8192, "attn_scale": 0.0},
-    }  # fmt: skip
-    first = {
-        "name": "kaiming_normal_", "fan_mode": "fan_in", "init_nonlinearity": "relu", "init_div_is_residual": True,
-        "emb_init_std": None, "emb_init_uniform_lim": None, "init_std": None, "init_gain": 0.0,
-    }  # fmt: skip
-    own = {key: value for key, value in model.items() if key != "name"}
-    attn = own.pop("attn_config", {})
-    assert isinstance(attn, dict)
-    made: dict[str, object] = {**defaults, "attn_config": {**attention, **attn}, "init_config": first}
-    return {**made, "ffn_config": {"ffn_type": "mptmlp"}, "attention_bias": not own.get("no_bias", False), **own}
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["file", "folder"])

@@ -1,0 +1,186 @@
+"""The tables that only docs/performance.md has, one function for each file in scripts/bench/results.
+
+`render_readme.py` writes them into the page.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def kernels() -> str:
+    """Each kernel of the mixture layer alone."""
+    rows = [
+        [row["kernel"], row["shape"], f"{row['ms']:.3f}", _number(row["tflops"], ",.0f"),
+         _number(row["gb_per_second"], ",.0f"), _number(row["sonic_moe_ms"], ".3f")]
+        for row in _read("moe_kernels")["rows"]
+    ]  # fmt: skip
+    tokens = {row["T"] for row in _read("moe_kernels")["rows"]}
+    assert len(tokens) == 1, tokens
+    head = ["kernel", "shape", "ms", "TFLOP/s", "GB/s", "SonicMoE, ms"]
+    return _lines(f"{tokens.pop():,} tokens, medians. {_on('moe_kernels')}", _table(head, rows))
+
+
+def update() -> str:
+    """The optimizer's update of a step."""
+    result = _read("update")
+    rows = [
+        [row["provider"], f"{row['ms']:.1f}", f"{row['norm_ms']:.1f}", f"{row['update_gb_per_second']:,.0f}"]
+        for row in result["rows"]
+    ]
+    about = f"{result['config']}: {result['rows'][0]['parameters'] / 1e9:.2f} B parameters, medians. {_on('update')}"
+    return _lines(about, _table(["", "norm, clip and update, ms", "of it the norm, ms", "update, GB/s"], rows))
+
+
+def lora_layer() -> str:
+    """The experts of a layer with adapters."""
+    rows = [
+        [f"`{row['provider']}`", row["shape"], str(row["rank"]), f"{row['fwd_ms']:.2f}", f"{row['fwdbwd_ms']:.2f}",
+         f"{row['of_frozen']:.2f}", f"{row['peak_mib']:,.0f}"]
+        for row in _read("lora_layer")["rows"]
+    ]  # fmt: skip
+    head = ["", "shape", "rank", "forward, ms", "forward and backward, ms", "relative to frozen", "peak, MiB"]
+    return _lines(f"{_read('lora_layer')['rows'][0]['T']:,} tokens, medians. {_on('lora_layer')}", _table(head, rows))
+
+
+def lora_model() -> str:
+    """A whole fine-tuning step with adapters."""
+    found = _read("lora_model")["rows"]
+    names = {
+        "lora": "**ours**, base in bf16",
+        "qlora": "**ours**, base in NF4",
+        "peft": "`transformers` with peft, base in bf16",
+    }
+    rows = [
+        [names[name], f"{found[name]['tokens_per_second']:,.0f}", f"{found[name]['peak_gib']:.1f}",
+         f"{found[name]['trained_parameters'] / 1e6:.0f} M"]
+        for name in names
+    ]  # fmt: skip
+    run = found["lora"]
+    about = (
+        f"Qwen3-30B-A3B, {run['layers']} layers, rank {run['rank']} on attention and experts, {run['rows']} row of "
+        f"{run['sequence']:,} tokens, activations recomputed; medians of {run['steps']} steps. {_on('lora_model')}"
+    )
+    return _lines(about, _table(["", "tokens/s", "peak, GiB", "trained parameters"], rows))
+
+
+def loss_curves() -> str:
+    """How far apart runs with different backends are."""
+    result = _read("loss_curves")
+    rows = [
+        [f"`moe_impl: {name}`", *(f"{row[key]:.3f}" for key in ("mean", "largest", "of_the_last_tenths_means"))]
+        for name, row in result["from_reference"].items()
+        if name != "reference"
+    ]
+    steps = len(result["curves"]["reference"])
+    about = (
+        f"{steps} steps of a model of {result['parameters'] / 1e9:.2f} B parameters in bf16, {result['global_rows']} "
+        f"rows of {result['sequence']:,} tokens. Differences from `moe_impl: reference`, nats per token. "
+        f"{_on('loss_curves')}"
+    )
+    head = ["", "mean", "largest of a step", "between the means of the last tenth"]
+    return _lines(about, _table(head, rows))
+
+
+def memory_peaks() -> str:
+    """Peaks of memory that the planner is held against."""
+    rows = [
+        [row["model"], _settings(row["parallel"]), str(row["microbatches"]), f"{row['peak_bytes'] / 2**30:.2f}"]
+        for row in _read("memory")["rows"]
+    ]
+    return _lines(_on("memory"), _table(["model", "`parallel`", "microbatches", "peak, GiB"], rows))
+
+
+def loader() -> str:
+    """The loader with one source and with many."""
+    result = _read("loader")
+    config, tokens = result["config"], result["tokens_per_second"]
+    rows = [
+        [f"{sources} source{'s' * (sources != '1')}", f"{tokens[sources] / 1e6:.1f}",
+         f"{result['processor_ms_per_batch'][sources]:.1f}"]
+        for sources in tokens
+    ]  # fmt: skip
+    about = (
+        f"{config['batches']} batches of {config['rows_per_batch']} rows of {config['max_seq_len']:,} tokens, in one "
+        f"thread, at a load average of {result['load_average']}. "
+        f"That is {result['times_what_is_needed']:.0f} times what eight GPUs with "
+        f"{result['needed_by_8_gpus'] / 8:,.0f} tokens/s each need. {_on('loader')}"
+    )
+    return _lines(about, _table(["", "million tokens/s", "processor time per batch, ms"], rows))
+
+
+def prepare() -> str:
+    """Tokenising texts into shards."""
+    result = _read("prepare")
+    config = result["config"]
+    names = {
+        "datasets.map": f"`datasets` {result['versions']['datasets']}, `map` with the same tokenizer, one process",
+        "1 process": "`llmfoundry prepare --workers 1`",
+        "2 processes": "`llmfoundry prepare --workers 2`",
+    }
+    rows = [
+        [names[way], f"{result['seconds'][way]:.1f}", f"{result['processor_seconds'][way]:.1f}",
+         f"{rate / 1e6:.2f}"]
+        for way, rate in result["tokens_per_processor_second"].items()
+    ]  # fmt: skip
+    about = (
+        f"{config['documents']:,} documents, {config['bytes'] / 1e6:.0f} MB, {config['tokens'] / 1e6:.1f} million "
+        f"tokens of a vocabulary of {config['vocab_size']:,}; medians of {config['repeats']} on a machine with "
+        f"{config['cores']} cores and a load average of {result['load_average'][0]}, so compare processor time. "
+        f"{_on('prepare')}"
+    )
+    head = ["", "seconds", "processor seconds", "million tokens per processor second"]
+    return _lines(about, _table(head, rows))
+
+
+def foundry_parity() -> str:
+    """LLM Foundry's own models beside ours."""
+    result = _read("foundry_parity")
+    theirs = result["theirs"]
+    rows = [
+        [row["model"], f"{row['largest difference of logits']:.1e}",
+         f"{row['largest difference of the loss in ten steps']:.1e}"]
+        for row in result["models"]
+    ]  # fmt: skip
+    about = (
+        f"LLM Foundry {theirs['llm-foundry']} with `transformers` {theirs['transformers']}, {result['dtype']}; ten "
+        f"steps of {result['optimizer']['name']} from the same weights. {_on('foundry_parity')}"
+    )
+    head = ["model", "largest difference of logits", "largest difference of the loss in ten steps, nats per token"]
+    return _lines(about, _table(head, rows))
+
+
+def _read(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _on(name: str) -> str:
+    """What a file was measured on, and with what."""
+    result = _read(name)
+    rows = result.get("rows", [])
+    rows = list(rows.values()) if isinstance(rows, dict) else rows
+    machine = result if "torch" in result else rows[0]
+    device = machine.get("gpu") or machine.get("device") or "a CPU"
+    shas = {row["git_sha"] for row in [result, *rows] if "git_sha" in row}
+    versions = [f"{key} {machine[key]}" for key in ("driver", "torch", "triton") if key in machine]
+    commits = " and ".join(f"`{sha[:10]}`" for sha in sorted(shas))
+    return f"On {device}, {', '.join(versions)}, commit {commits}."
+
+
+def _settings(parallel: dict) -> str:
+    return ", ".join(f"{key}: {str(value).lower()}" for key, value in parallel.items())
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def _lines(about: str, table: list[str]) -> str:
+    return "\n".join([about, "", *table])
