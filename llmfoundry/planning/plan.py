@@ -180,7 +180,8 @@ def _update(job: Job, degrees: Degrees) -> float:
     """Seconds bound by memory bandwidth: clipping and AdamW on this GPU's shard, and copies around each collective.
 
     Bytes per parameter of the shard: 4 for the norm of the gradient, 12 and the moments for the update, 6 for the cast
-    before an all-gather. Bytes per gathered parameter: 4 for a copy, and 6 for a float32 copy of its gradient. A single
+    before an all-gather; over ranks also 8 to scale the gradient, as when two GPUs were last timed (now the update
+    does it). Bytes per gathered parameter: 4 for a copy, and 6 for a float32 copy of its gradient. A single
     process casts its weights and gradients once per microbatch; in a lean step (parallel/single.py) it casts neither,
     and sums bfloat16 gradients.
     """
@@ -195,7 +196,8 @@ def _update(job: Job, degrees: Degrees) -> float:
         return (update + copies) / hardware.COPY_BYTES
     gathers = 2 * microbatches + job.work(degrees).counted if parallel.reshard_after_forward else microbatches
     reductions = 1 if parallel.reduce_once_a_step else microbatches
-    return (update + gathers * (6 * share + 4 * whole) + reductions * 6 * whole) / hardware.SHARDED_COPY_BYTES
+    copies = gathers * (6 * share + 4 * whole) + reductions * 6 * whole
+    return (update + 8 * share + copies) / hardware.SHARDED_COPY_BYTES
 
 
 def _params(model: CausalLMConfig) -> tuple[int, int]:

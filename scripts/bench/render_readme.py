@@ -207,7 +207,7 @@ def train_step() -> str:
     head = "| | on | tokens/s per GPU | MFU | exposed communication | peak, GiB |"
     return "\n".join(
         [
-            "Training steps of `yamls/olmoe-1b-7b.yaml`, sequences of 4,096 tokens, float32 weights and moments, bf16",
+            "Training steps of `yamls/olmoe-1b-7b.yaml`, sequences of 4,096 tokens, float32 weights, moments too but where named, bf16",
             "compute, by `scripts/bench/train_step.py`.",
             "",
             head,
