@@ -38,7 +38,7 @@ class PreferencesConfig(ChatsConfig, names=("preferences",)):
     conversations, whose common beginning is the prompt. Answers alone are learned from.
     """
 
-    KIND = "preferences/1"
+    KIND = "preferences/2"
 
     def _texts(self) -> Iterator[str]:
         for each in self._read(self._table(), preference_of):
