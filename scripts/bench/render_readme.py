@@ -15,12 +15,13 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from data_table import loader, prepare
 from foundry_table import foundry_changed, foundry_diff, foundry_gone, foundry_only
 from plan_table import measured, planning, rates
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "scripts" / "bench" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "planning.md", ROOT / "docs" / "from-llm-foundry.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("data", "planning", "from-llm-foundry")))
 
 
 def yaml_diff() -> str:
@@ -235,6 +236,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "foundry-diff": foundry_diff,
     "foundry-gone": foundry_gone,
     "foundry-only": foundry_only,
+    "loader": loader,
+    "prepare": prepare,
 }
 
 
