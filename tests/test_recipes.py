@@ -126,7 +126,7 @@ def test_the_recipes_run_one_after_the_other(
     assert rows("continue", "law")[-1] == 0.7 * 10 * BATCH
 
     chats = "llmfoundry train finetune.yaml --show-batch"
-    assert "\x1b[32m11<|im_end|>" in said[chats] or "«11<|im_end|>" in said[chats]
+    assert re.search(r"(\x1b\[32m|«)\d+<\|im_end\|>", said[chats]), "an answer, and what ends it"
     assert said["llmfoundry chat --checkpoint runs/finetune"].strip()
     assert metrics("lora")[0]["loss/train/ce"] == pytest.approx(metrics("finetune")[0]["loss/train/ce"], rel=1e-5)
     four_bits = abs(metrics("qlora")[0]["loss/train/ce"] / metrics("lora")[0]["loss/train/ce"] - 1)
