@@ -55,6 +55,8 @@ NOT_HERE = {
 ELSEWHERE = {
     ("chats.md", "bash"): "tests/test_recipe_of_chats.py",
     ("chats.md", "yaml"): "tests/test_recipe_of_chats.py",
+    ("recipes.md", "bash"): "tests/test_recipes.py",
+    ("recipes.md", "yaml"): "tests/test_recipes.py",
 }
 EXAMPLES_NOT_HERE = {"composer.md": "needs Composer, which has an environment of its own"}
 # What a page takes from those that a reader has read before: the commands that make it.

@@ -41,8 +41,8 @@ from llmfoundry.config import ConfigError
 from llmfoundry.dtensor import local_shard
 from llmfoundry.hf.files import Stored
 from llmfoundry.hf.pieces import Pieces, Spec, fill_grown
-from llmfoundry.hf.pretrained import VOCABULARY, locate
-from llmfoundry.layers.lora import is_adapter
+from llmfoundry.hf.pretrained import VOCABULARY, locate, quantize_from
+from llmfoundry.layers.lora import frozen_weights, is_adapter
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.settings import read_resolved
 
@@ -147,6 +147,7 @@ def load_model_only(
     contents = source if isinstance(source, Contents) else read(source)
     entries = read_entries(contents)
     tensors = model_tensors(model)
+    whole = {f"model/{name}": frozen.whole_shape for name, frozen in frozen_weights(model)}  # in NF4
     if adapters_only:
         tensors = {name: tensor for name, tensor in tensors.items() if is_adapter(name)}
         entries = {name: entry for name, entry in entries.items() if is_adapter(name)}
@@ -155,6 +156,8 @@ def load_model_only(
         tensors = {name: tensor for name, tensor in tensors.items() if name in entries}
     else:
         tensors = {name: tensor for name, tensor in tensors.items() if name in entries or not is_adapter(name)}
+        # Their values are read below, after all shapes are found to fit.
+        tensors |= {name: torch.empty(shape, device="meta") for name, shape in whole.items()}
     longer = {name for name, tensor in tensors.items() if name in entries and _is_grown(name, tensor, entries[name])}
     try:
         check_same_model(
@@ -164,8 +167,11 @@ def load_model_only(
         )
     except CheckpointError as error:
         raise CheckpointError(f"{contents.path}: {error}") from None
-    read_tensors(contents.path, entries, {name: tensor for name, tensor in tensors.items() if name not in longer})
+    as_they_are = {name: tensor for name, tensor in tensors.items() if name not in longer and name not in whole}
+    read_tensors(contents.path, entries, as_they_are)
     saved = SavedModel(contents)
+    if whole.keys() & tensors.keys():
+        quantize_from(model, Pieces.identity(saved.specs), saved)
     for name in sorted(longer):
         ours = name.removeprefix("model/")
         fill_grown(local_shard(tensors[name]), Pieces.identity(saved.specs)[ours], saved, entries[name].shape[0])

@@ -3,6 +3,7 @@
 
 from llmfoundry.data.chats import ChatsConfig
 from llmfoundry.data.hub import HubTextConfig
+from llmfoundry.data.id_rows import IdsConfig
 from llmfoundry.data.loader import Batch, Loader, LoaderConfig, TextLoaderConfig
 from llmfoundry.data.mds_rows import MDSConfig
 from llmfoundry.data.megatron_rows import MegatronConfig
@@ -25,6 +26,7 @@ __all__ = [
     "ChatsConfig",
     "DatasetConfig",
     "HubTextConfig",
+    "IdsConfig",
     "Loader",
     "LoaderConfig",
     "MDSConfig",

@@ -129,8 +129,8 @@ class Renderer:
 
     def _span(self, example: Conversation, text: str, turn: int) -> Span:
         """What the text gains by one turn of the assistant."""
-        before = self._render(example, example.messages[:turn], prompt=True) if turn else ""
         upto = self._render(example, example.messages[: turn + 1])
+        before = self._render(example, example.messages[:turn], prompt=True) if turn else self._opened(example, upto)
         if not text.startswith(upto):  # some templates close a conversation that asks for no answer by an eos
             upto = upto.removesuffix(str(self.tokenizer.eos_token))
         if not (upto.startswith(before) and text.startswith(upto)):
@@ -140,6 +140,18 @@ class Renderer:
                 "dataset.chat_template"
             )
         return len(before), len(upto)
+
+    def _opened(self, example: Conversation, text: str) -> str:
+        """The beginning of a conversation that the assistant begins: what opens its turn is not learned.
+
+        Many templates refuse to render no message at all, so the opening is taken from after one of the user.
+        """
+        asked: list[Message] = [{"role": "user", "content": "x"}]
+        before, after = (self._render(example, asked, prompt=prompt) for prompt in (False, True))
+        if not after.startswith(before):  # as in `_span`
+            before = before.removesuffix(str(self.tokenizer.eos_token))
+        opening = after.removeprefix(before)
+        return text[: text.find(opening) + len(opening)] if opening in text else ""
 
 
 def rendered(

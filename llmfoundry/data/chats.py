@@ -14,7 +14,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple, Self, TypeVar
+from typing import ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
@@ -24,12 +24,11 @@ from llmfoundry.data.cache import made_once
 from llmfoundry.data.chat_rows import ChatRows, write
 from llmfoundry.data.chat_template import Renderer, Responses, Targets
 from llmfoundry.data.conversations import Conversation, Example, code_of, example_of, preprocess
-from llmfoundry.data.files import ahead, checked_digest, find, kind_of, said_of
 from llmfoundry.data.mds_rows import Folders, samples
 from llmfoundry.data.rows import How, Order, epochs_of
 from llmfoundry.data.sources import Source, fingerprint_of
-from llmfoundry.data.split import keeps, select
-from llmfoundry.data.tables import BadRow, Row, read_rows
+from llmfoundry.data.table_files import Table, table_of
+from llmfoundry.data.tables import BadRow, Row
 from llmfoundry.data.tokenizer import Encoder
 from llmfoundry.runtime import cache_root
 
@@ -40,20 +39,10 @@ _READERS = ("json", "csv", "parquet")  # names under which `datasets` reads file
 _AT_LEAST = re.compile(r"length>=(\d+)")
 
 
-class Table(NamedTuple):
-    """Rows, before anything is made of them."""
-
-    title: str
-    fingerprint: str
-    rows: Iterator[Row | BadRow]
-    summary: str = ""
-    files: frozenset[Path] = frozenset()
-
-
 class ChatsConfig(Folders, names=("chats",)):
     """Examples from local files (`path`), the hub (`hf_name`) or MDS (`local`, `remote`, `streams`)."""
 
-    KIND: ClassVar[str] = "chats/1"  # of the tokenised rows: others are made anew
+    KIND: ClassVar[str] = "chats/2"  # of the tokenised rows: others are made anew
 
     path: str | None = None  # a folder, a glob or one file, also by URL: .jsonl, .json, .csv, .tsv, .parquet
     hf_name: str | None = None  # a dataset of the hub or a folder; or json, csv, parquet with hf_kwargs.data_files
@@ -188,41 +177,12 @@ class ChatsConfig(Folders, names=("chats",)):
     def _table(self) -> Table:
         title = f"chats-{self.split or 'all'}"
         if self._where is not None:
-            return self._from_files(self._where, title)
+            return table_of(self._where, title, self, lenient=self.skip_bad_rows > 0)
         if self.hf_name is not None:
             return self._from_hub(self.hf_name, title)
         folders = self.folders()
         fingerprint = fingerprint_of("mds/1", *(folder.fingerprint for folder in folders))
         return Table(title, fingerprint, samples(folders))
-
-    def _from_files(self, where: str, title: str) -> Table:
-        found, skipped = find(where, self.store())
-        files = {name: file for name, file in found.items() if _is_table(file.path)}
-        if not files:
-            raise ConfigError(f"dataset.path: {where}: holds no .jsonl, .json, .csv, .tsv or .parquet")
-        side: Literal["train", "validation"] = "train" if self.split.startswith("train") else "validation"
-        whole = self._fraction == (0.0 if side == "train" else 1.0)
-        sizes = {name: file.size for name, file in files.items()}
-        by_name = select(sizes, side, given_for_validation=side == "validation" and whole)
-        kept = {name: files[name] for name in (by_name.kept if by_name is not None else files)}
-        fraction = None if whole or by_name is not None else self._fraction
-        digests = [
-            checked_digest(path, lenient=self.skip_bad_rows > 0, advance=lambda n: None)
-            for path in ahead(kept.values())
-        ]
-
-        def rows() -> Iterator[Row | BadRow]:
-            for path in ahead(kept.values()):
-                for row in read_rows(path):
-                    if fraction is None or isinstance(row, BadRow) or keeps(_key(row), side, fraction):
-                        yield row
-
-        rule = ("whole",) if fraction is None else (side, str(fraction))
-        return Table(
-            title, fingerprint_of("chat-files/1", *rule, *digests), rows(),
-            f"{title}: reads {len(kept)} files of {where}{said_of(skipped)}",
-            frozenset(file.real for file in kept.values()),
-        )  # fmt: skip
 
     def _from_hub(self, name: str, title: str) -> Table:
         try:
@@ -235,15 +195,6 @@ class ChatsConfig(Folders, names=("chats",)):
             why = " ".join(str(error).split())[:300]
             raise ConfigError(f"dataset.hf_name: {name}: cannot be loaded: {type(error).__name__}: {why}") from error
         return Table(title, fingerprint_of("hub/1", name, self.split, found._fingerprint), iter(found))
-
-
-def _is_table(path: Path) -> bool:
-    kind = kind_of(path)
-    return kind is not None and kind.format != "text"
-
-
-def _key(row: Row) -> str:
-    return json.dumps(row, sort_keys=True, default=str)
 
 
 def text_of(example: Example) -> str:

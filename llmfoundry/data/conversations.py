@@ -15,10 +15,11 @@ from llmfoundry.data.tables import Row
 
 Message = dict[str, object]  # role, content, and what else the template reads
 
-# ShareGPT's names of the speakers.
+# ShareGPT's names of the speakers, in small letters.
 _SPEAKERS = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
-    "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "system": "system", "developer": "developer",
+    "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant",
+    "model": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "ai": "assistant",
+    "bot": "assistant", "function_call": "assistant", "system": "system", "developer": "developer",
     "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool", "ipython": "tool",
 }  # fmt: skip
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
@@ -26,6 +27,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipytho
 FORMATS = {
     "messages": ("messages",),
     "ShareGPT": ("conversations",),
+    "WildChat": ("conversation",),
     "prompt and response": ("prompt", "response"),
     "prompt and completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
@@ -72,8 +74,11 @@ def _of_format(columns: tuple[str, ...], row: Row) -> Example:
     first, second = row[columns[0]], row[columns[-1]]
     if columns[0] == "messages":
         return conversation(messages_of(first), row)
-    if columns[0] == "conversations":
-        return conversation([_of_speaker(turn) for turn in _turns(first)], row)
+    if columns[0] in ("conversations", "conversation"):
+        turns = _turns(first)
+        if all("role" in turn and "from" not in turn for turn in turns):
+            return conversation(messages_of(turns), row)
+        return conversation([_of_speaker(turn) for turn in turns], row)
     if columns[0] == "prompt" and not (isinstance(first, str) and isinstance(second, str)):
         return conversation(
             [
@@ -86,7 +91,18 @@ def _of_format(columns: tuple[str, ...], row: Row) -> Example:
         return Pair(cast(str, first), cast(str, second))
     task, more = str(first), row.get("input") or row.get("context") or ""
     user = f"{task}\n\n{more}" if more else task
-    return conversation([{"role": "user", "content": user}, {"role": "assistant", "content": str(second)}], row)
+    last: list[Message] = [{"role": "user", "content": user}, {"role": "assistant", "content": str(second)}]
+    return conversation([*_history(row.get("history")), *last], row)
+
+
+def _history(pairs: object) -> list[Message]:
+    """The turns before an instruction: a list of pairs, of what the user and the assistant said."""
+    if not pairs:
+        return []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+        raise ValueError(f"history: must be a list of pairs of texts, found {pairs!r:.80}")
+    return [{"role": role, "content": str(said)}
+            for pair in pairs for role, said in zip(("user", "assistant"), pair, strict=True)]  # fmt: skip
 
 
 def _as_turns(value: object, role: str, column: str) -> object:
@@ -139,17 +155,44 @@ def messages_of(turns: object) -> list[Message]:
             raise ValueError(f"message {number}: role {message.get('role')!r} is none of {', '.join(ROLES)}")
         if "content" not in message and "tool_calls" not in message:
             raise ValueError(f"message {number}: has neither content nor tool_calls")
+        if isinstance(message.get("content"), list):
+            message["content"] = _joined(cast(list[object], message["content"]), number)
     return messages
 
 
+def _joined(parts: list[object], number: int) -> str:
+    """The text of a content in parts: templates for texts would write it as a list of Python."""
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        if not isinstance(part, dict) or kind != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f"message {number}: has a part of type {kind}; only text is read")
+    return "".join(str(part["text"]) for part in parts if isinstance(part, dict))
+
+
 def _of_speaker(turn: Row) -> Message:
-    speaker, said = turn.get("from"), turn.get("value")
-    role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
+    speaker = turn.get("from")
+    said = next((turn[key] for key in ("value", "text", "content") if turn.get(key) is not None), None)
+    role = _SPEAKERS.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None or not isinstance(said, str):
         known = ", ".join(_SPEAKERS)
         raise ValueError(f"a turn must have from ({known}) and value, found {turn!r:.80}")
     kept = {key: turn[key] for key in ("weight",) if turn.get(key) is not None}
+    if str(speaker).lower() == "function_call":
+        return {"role": role, "content": "", "tool_calls": _calls(said)} | kept
     return {"role": role, "content": said} | kept
+
+
+def _calls(said: str) -> list[Row]:
+    """The calls of tools in a turn of `function_call`: JSON of one or several, each with name and arguments."""
+    try:
+        found = json.loads(said)
+    except ValueError:
+        found = None
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
+        raise ValueError(f"function_call: must be JSON with name and arguments, found {said!r:.80}")
+    return [{"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
+            for call in calls]  # fmt: skip
 
 
 def preprocess(given: str | Mapping[str, str] | None) -> Preprocess:

@@ -74,7 +74,7 @@ class MegatronConfig(RowsConfig, names=("megatron",)):
         """The part of the text that is read, as fractions of it."""
         if self._is_whole or self.split not in ("train", "validation"):
             return 0.0, 1.0
-        return (0.0, 1.0 - self._fraction) if self.split == "train" else (1.0 - self._fraction, 1.0)
+        return (0.0, 1.0 - self.fraction) if self.split == "train" else (1.0 - self.fraction, 1.0)
 
     def build(self) -> Source:
         """What tells whether two loaders read the same; it has no text."""

@@ -213,6 +213,7 @@ class Mixture(Order):
         whole = [order.rows_per_epoch if budget is None else budget
                  for order, budget in zip(orders, budgets, strict=True)]  # fmt: skip
         self.rows_per_epoch = int(sum(whole))  # what the sources hold, or what their budgets say, all together
+        self._stretches = [order.stretch(0) for order in orders]  # that the last row of each source was in
         self._segments: list[Segment] = []
         self.arrange([])
 
@@ -303,8 +304,12 @@ class Mixture(Order):
     def read(self, numbers: NDArray[np.int64]) -> Block:
         sources, places = self._where(numbers)
         out = self.empty(len(numbers))._replace(sources=sources)
-        for i, (source, place) in enumerate(zip(sources.tolist(), places.tolist(), strict=True)):
-            self._orders[source].put(place, out, i)
+        stretches = self._stretches
+        for i, (source, number) in enumerate(zip(sources.tolist(), places.tolist(), strict=True)):
+            first, stop, place, put = stretches[source]
+            if not first <= number < stop:
+                first, stop, place, put = stretches[source] = self._orders[source].stretch(number)
+            put(place(number - first), out, i)
         return out
 
     def _where(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -77,6 +77,10 @@ class TokenStream:
             done, number = done + len(part), number + 1
         return out
 
+    def whole(self) -> NDArray | None:
+        """All tokens as they are stored, mapped into memory; None if they are in several shards."""
+        return self._map(0) if self.n_shards == 1 else None
+
     def verify(self) -> None:
         """Read everything and compare checksums.
 

@@ -16,10 +16,11 @@ import numpy as np
 from llmfoundry.config import ConfigError
 from llmfoundry.data.chat_rows import ChatRows
 from llmfoundry.data.chat_template import Renderer, Tokens
-from llmfoundry.data.chats import ChatsConfig, Table, text_of
+from llmfoundry.data.chats import ChatsConfig, text_of
 from llmfoundry.data.conversations import Conversation, Example, Message, Pair, conversation, messages_of
 from llmfoundry.data.loader import Batch
 from llmfoundry.data.rows import IGNORE, Block, How
+from llmfoundry.data.table_files import Table
 from llmfoundry.data.tables import Row
 
 
@@ -37,7 +38,7 @@ class PreferencesConfig(ChatsConfig, names=("preferences",)):
     conversations, whose common beginning is the prompt. Answers alone are learned from.
     """
 
-    KIND = "preferences/1"
+    KIND = "preferences/2"
 
     def _texts(self) -> Iterator[str]:
         for each in self._read(self._table(), preference_of):

@@ -9,6 +9,7 @@ mixes orders.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -105,6 +106,15 @@ class Rows(Numbered):
     n_bytes: int | None = None
 
 
+class Stretch(NamedTuple):
+    """Some consecutive rows of an order, with their places in the data."""
+
+    first: int  # the number of the first of them
+    stop: int  # the number after the last
+    place: Callable[[int], int]  # of the i-th of them, counted from 0
+    put: Callable[[int, Block, int], None]  # `Numbered.put` of the data: of a place
+
+
 class Order(Numbered):
     """The endless sequence of rows of a run.
 
@@ -117,6 +127,10 @@ class Order(Numbered):
     rows_per_epoch: int
     labels: tuple[str, ...] = ()
     once: Rows | None = None
+
+    def stretch(self, number: int) -> Stretch:
+        """The stretch that a row is in; for a single source."""
+        raise NotImplementedError
 
 
 class RowsConfig(DatasetConfig):
@@ -161,18 +175,23 @@ class StreamRows(Rows):
         self.n_tokens = stream.n_tokens - 1
         self.n_bytes = stream.n_bytes
         self.n_rows, self.n_full = -(-self.n_tokens // how.length), self.n_tokens // how.length
-        self.stream = stream
+        self.stream, self._whole = stream, stream.whole()
+        self._end, self._opening = stream.eos_token_id, stream.opening_token_id
 
     def put(self, number: int, out: Block, i: int) -> None:
-        length, stream = self.length, self.stream
-        start = min(number * length, stream.n_tokens - 1)
-        found = stream.read(start, min(start + length + 1, stream.n_tokens))
-        n = len(found) - 1
-        out.tokens[i, :n], out.tokens[i, n:] = found[:-1], stream.eos_token_id
-        out.labels[i, :n], out.labels[i, n:] = found[1:], IGNORE
+        # Without steps through other objects: of many sources, each is a miss of the processor's caches.
+        length, last = self.length, self.n_tokens
+        start = min(number * length, last)
+        stop = min(start + length, last) + 1
+        found = self._whole[start:stop] if self._whole is not None else self.stream.read(start, stop)
+        n = stop - start - 1
+        tokens, labels = out.tokens[i], out.labels[i]
+        tokens[:n], labels[:n] = found[:-1], found[1:]
+        if n < length:
+            tokens[n:], labels[n:] = self._end, IGNORE
         if out.documents is not None:
             # A document's first token is predicted from the token that opens it, and from nothing before that.
-            np.cumsum(out.tokens[i] == stream.opening_token_id, out=out.documents[i])
+            np.cumsum(tokens == self._opening, out=out.documents[i])
 
 
 def epochs_of(rows: Rows, dataset: DatasetConfig, how: How) -> Epochs:
@@ -204,7 +223,7 @@ class Epochs(Order):
         self.own_positions, self.sequences, self.once, self._rows = rows.own_positions, rows.sequences, rows, rows
         self.rows_per_epoch = rows.n_full if drop_last else rows.n_rows
         self._seed = seed
-        self._near: dict[tuple[int, int], NDArray[np.int64]] = {}  # images of places that lie together
+        self._last = Stretch(0, 0, int, rows.put)  # the last row was in it, as rows are asked for in order
         if self.rows_per_epoch == 0:
             raise ConfigError(
                 f"dataset {rows.title}: {rows.n_tokens} tokens do not fill one row of "
@@ -212,18 +231,16 @@ class Epochs(Order):
             )
 
     def put(self, number: int, out: Block, i: int) -> None:
-        epoch, row = divmod(number, self.rows_per_epoch)
-        place = row if self._seed is None else int(self._images(epoch, row // _CHUNK)[row % _CHUNK])
-        self._rows.put(place, out, i)
+        last = self._last
+        if not last.first <= number < last.stop:
+            last = self._last = self.stretch(number)
+        last.put(last.place(number - last.first), out, i)
 
-    def _images(self, epoch: int, chunk: int) -> NDArray[np.int64]:
-        """The places in the data of _CHUNK rows of an epoch; the last few are kept, as rows are asked for in order."""
-        key = (epoch, chunk)
-        if key not in self._near:
-            while len(self._near) >= 4:
-                del self._near[next(iter(self._near))]
-            assert self._seed is not None
-            n = self.rows_per_epoch
-            rows = np.arange(chunk * _CHUNK, min((chunk + 1) * _CHUNK, n))
-            self._near[key] = permuted(rows, n, seed_of(self._seed, "epoch", epoch))
-        return self._near[key]
+    def stretch(self, number: int) -> Stretch:
+        epoch, row = divmod(number, self.rows_per_epoch)
+        start, stop = row - row % _CHUNK, min(row - row % _CHUNK + _CHUNK, self.rows_per_epoch)
+        rows = np.arange(start, stop)
+        if self._seed is not None:
+            rows = permuted(rows, self.rows_per_epoch, seed_of(self._seed, "epoch", epoch))
+        first = number - row + start
+        return Stretch(first, first + len(rows), rows.item, self._rows.put)

@@ -137,12 +137,12 @@ class DatasetConfig(Choice, tag="name"):
         return self.model_copy(update={"validation_fraction": fraction})
 
     @property
-    def _fraction(self) -> float:
+    def fraction(self) -> float:
         return HELD_OUT if self.validation_fraction is None else self.validation_fraction
 
     @property
     def _is_whole(self) -> bool:
-        return self._fraction == (0.0 if self.split == "train" else 1.0)
+        return self.fraction == (0.0 if self.split == "train" else 1.0)
 
 
 def paired(train: DatasetConfig, evaluation: DatasetConfig | None) -> tuple[DatasetConfig, DatasetConfig | None]:
@@ -236,7 +236,7 @@ class PythonStdlibConfig(DatasetConfig, names=("python_stdlib",)):
             names += [Path(folder, file).relative_to(root).as_posix() for file in found]
         if not names:
             raise ConfigError(f"dataset.name: python_stdlib: {root} holds no .py files; use text_files")
-        chosen = sorted(name for name in names if keeps(name, self.split, self._fraction))
+        chosen = sorted(name for name in names if keeps(name, self.split, self.fraction))
         contents = [(name, _digest(root / name)) for name in chosen]
         title = f"{self.name}-{self.split}"
         return Source(
@@ -261,7 +261,7 @@ class SyntheticConfig(DatasetConfig, names=("synthetic",)):
 
     def build(self) -> Source:
         settings = (self.vocab_size, self.n_documents, self.document_words, self.seed)
-        part: tuple[str | float, ...] = ("whole",) if self._is_whole else (self.split, self._fraction)
+        part: tuple[str | float, ...] = ("whole",) if self._is_whole else (self.split, self.fraction)
         return Source(f"{self.name}-{self.split}", fingerprint_of("synthetic/1", *settings, *part), self._read)
 
     def _read(self) -> Iterator[str]:
@@ -270,7 +270,7 @@ class SyntheticConfig(DatasetConfig, names=("synthetic",)):
         successors = rule.integers(0, self.vocab_size, (self.vocab_size, 4))
         edges = np.cumsum([0.5, 0.25, 0.15])  # the fourth has the remaining 0.1
         for index in range(self.n_documents):
-            if not keeps(f"document-{index}", self.split, self._fraction):
+            if not keeps(f"document-{index}", self.split, self.fraction):
                 continue
             draws = np.random.default_rng(seed_of(self.seed, "document", index)).random(self.document_words)
             choices = np.searchsorted(edges, draws, side="right")

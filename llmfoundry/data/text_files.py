@@ -91,7 +91,7 @@ class TextFilesConfig(TextsConfig, names=("text_files",)):
 
     def _by_hash(self, files: dict[str, File], sizes: dict[str, int]) -> _Part:
         """Hold out `validation_fraction` of the documents: by the name of a file of one, by the text of a row."""
-        fraction, said = self._fraction, "; held out for validation: "
+        fraction, said = self.fraction, "; held out for validation: "
         filled = [name for name in files if sizes[name]]
         plain = [name for name in filled if _is_plain(files[name].path)]
         tables = [name for name in filled if not _is_plain(files[name].path)]

@@ -1,7 +1,7 @@
 """Token ids of words that were seen before: the tokenizer's own ids, several times faster on one core.
 
 A byte-level BPE cuts a text into words by a pattern and encodes each word alone, so a word has the same ids wherever it
-stands. Here the pattern cuts, a dictionary gives the ids, and the tokenizer encodes only words that are new. The
+stands. Here the pattern cuts, a dictionary gives the ids, and the tokenizer's model encodes what is not in it. The
 patterns of GPT-2 (also GPT-NeoX, OLMo and ours), Llama 3 and Qwen are known, for texts in ASCII; other texts are cut
 only before a space and an ASCII letter, where each of these patterns begins a word. Other tokenizers are not cached.
 """
@@ -28,6 +28,24 @@ _CUT = re.compile(r" [A-Za-z]")
 _OTHER = re.compile(r"[^\x00-\x7f]+")
 _LONG = 64  # characters of the longest word that is kept
 _MOST = 2**20  # words that are kept, some 150 MB
+# The letters for the bytes of UTF-8 in which a byte-level BPE spells: printable bytes stand for themselves.
+_PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
+_BYTES = {byte: 256 + i for i, byte in enumerate(byte for byte in range(256) if byte not in _PRINTABLE)}
+
+
+class _Ids(dict[str, bytes]):
+    """The ids of words as uint32. A word that is looked up and not there is encoded."""
+
+    def __init__(self, encode: Callable[[str], list[int]]) -> None:
+        super().__init__()
+        self._encode = encode
+
+    def __missing__(self, word: str) -> bytes:
+        ids = np.array(self._encode(word), dtype=np.uint32).tobytes()
+        # The first words of a corpus are its most frequent ones: when the cache is full, it stays as it is.
+        if len(word) <= _LONG and len(self) < _MOST:
+            self[word] = ids
+        return ids
 
 
 class WordCache:
@@ -40,7 +58,8 @@ class WordCache:
         # Tokens that a text may spell are looked for before it is cut into words.
         self._spelled = [token["content"] for token in parts["added_tokens"]
                          if not (token["special"] and tokenizer.encode_special_tokens)]  # fmt: skip
-        self._ids: dict[str, bytes] = {}
+        self._model = tokenizer.model
+        self._ids = _Ids(self._encode)
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> WordCache | None:
@@ -56,16 +75,13 @@ class WordCache:
 
     def ids(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         """The ids of each text."""
-        words = [self._cut(text) for text in texts]
-        known = self._ids
-        new = list({word: None for each in words for word in each if word not in known})
-        found = self._tokenizer.encode_batch_fast(new, add_special_tokens=False)
-        fresh = {word: np.array(each.ids, dtype=np.uint32).tobytes() for word, each in zip(new, found, strict=True)}
-        # The first words of a corpus are its most frequent ones: when the cache is full, it stays as it is.
-        keep = [word for word in new if len(word) <= _LONG][: _MOST - len(known)]
-        known.update((word, fresh.pop(word)) for word in keep)
-        look = known.__getitem__ if not fresh else lambda word: fresh[word] if word in fresh else known[word]
-        return [np.frombuffer(b"".join(map(look, each)), dtype=np.uint32) for each in words]
+        look = self._ids.__getitem__
+        return [np.frombuffer(b"".join(map(look, self._cut(text))), dtype=np.uint32) for text in texts]
+
+    def _encode(self, word: str) -> list[int]:
+        if not word.isascii() or any(spelled in word for spelled in self._spelled):  # it may be several words
+            return self._tokenizer.encode(word, add_special_tokens=False).ids
+        return [token.id for token in self._model.tokenize(word.translate(_BYTES))]
 
     def _cut(self, text: str) -> list[str]:
         if any(spelled in text for spelled in self._spelled):

@@ -20,7 +20,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry import runtime
@@ -245,10 +245,23 @@ def load_weights(model: CausalLM, path_or_id: str | Path, allow: Collection[str]
             fill_grown(shard, checkpoint.copies[name], checkpoint.source, checkpoint.config.vocab_size)
         else:
             fill(shard.local, shard.offsets, checkpoint.copies[name], checkpoint.source)
-    for name, frozen in frozen_weights(model):  # one whole weight at a time
-        weight = torch.empty(frozen.shape, dtype=checkpoint.dtype, device=frozen.codes.device)
-        fill(weight, (0,) * weight.dim(), checkpoint.copies[name], checkpoint.source)
-        frozen.quantize_(weight)
+    quantize_from(model, checkpoint.copies, checkpoint.source)
+
+
+def quantize_from(model: nn.Module, copies: Mapping[str, Iterable[Copy]], source: TensorSource) -> None:
+    """Fill the weights of a model that are kept in NF4, a bounded piece at a time; each rank reads what it keeps.
+
+    Args:
+        copies: what leads to each of our tensors.
+        source: the values.
+    """
+    for name, frozen in frozen_weights(model):
+        dtype = source.specs[next(iter(copies[name])).source.name].dtype
+        for rows in frozen.pieces():
+            shape = (rows.stop - rows.start, *frozen.shape[1:])
+            values = torch.empty(shape, dtype=dtype, device=frozen.codes.device)
+            fill(values, (frozen.first + rows.start, *(0 for _ in shape[1:])), copies[name], source)
+            frozen.quantize_(values, rows.start)
 
 
 def from_pretrained(

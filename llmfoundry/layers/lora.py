@@ -57,7 +57,7 @@ class LoRAConfig(Config):
     # moe_impl: auto takes grouped_mm then.
     dropout: float = Field(default=0.0, ge=0, lt=1)
     # nf4: the frozen weights of the blocks' linear layers and experts are kept in 4 bits (QLoRA), quantised as
-    # load_path is read, and made anew in each layer's forward. In one process, with parallel.recompute.
+    # load_path is read, and made anew in each layer's forward. Needs parallel.recompute.
     quantize: Literal["nf4"] | None = None
     # A list: ends of our names (wqkv, out_proj, ffn.w1, experts.w2, ...), or Hugging Face's (q_proj, k_proj, v_proj,
     # ...), where those that are one weight here stand together. A string: a pattern that matches a whole name, such as

@@ -122,7 +122,7 @@ def folded(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
     Every rank of a sharded model has to go through all of them.
     """
     found = {name: (a, b) for name, a, b in adapters(model)}
-    unpacked = ((name, frozen(torch.float32)) for name, frozen in frozen_weights(model))
+    unpacked = ((name, frozen.whole(torch.float32)) for name, frozen in frozen_weights(model))
     for name, value in chain(model.state_dict().items(), unpacked):
         if is_adapter(name):
             continue

@@ -2,7 +2,8 @@
 
 Experts first, because FSDP splits what is left of them; recompute inside compile, which then plans what to keep
 in one graph; shards last, around all of it. A block is no one graph where the host reads how many tokens go where: with
-experts divided among ranks, or where the backend of the experts does. Then its parts are compiled, inside recompute.
+experts divided among ranks, or where the backend of the experts does; nor where 4-bit codes are gathered from ranks.
+Then its parts are compiled, inside recompute.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from llmfoundry.model.init import init_weights
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.parallel.compile import compile_blocks, compile_parts
 from llmfoundry.parallel.expert import divide_experts, mixtures
+from llmfoundry.parallel.frozen import divide_frozen
 from llmfoundry.parallel.fsdp import shard
 from llmfoundry.parallel.mesh import Mesh, ParallelConfig, single_process
 from llmfoundry.parallel.recompute import recompute_blocks
@@ -32,15 +34,16 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
     Returns:
         The same model, still on the meta device; `materialize` gives it storage.
     """
-    _check_quantized(model, mesh, config)
+    _check_quantized(model, config)
     if precision == "amp_bf16" and model.config.lora is not None:
         _keep_frozen_in(torch.bfloat16, model)
     divide_experts(model, mesh)
+    shared = divide_frozen(model, mesh)
     compiled = config.compile is True or (config.compile == "auto" and runtime.device().type == "cuda")
     if config.compile is True and not model.own_blocks:
         raise ConfigError("parallel.compile: modules of transformers are not compiled; leave it out")
     compiled = compiled and model.own_blocks
-    one_graph = compiled and mesh.experts is None and not _reads_on_host(model, precision)
+    one_graph = compiled and mesh.experts is None and not shared and not _reads_on_host(model, precision)
     by_itself = single_process(config, mesh.degrees)
     casts = precision == "amp_bf16" and by_itself
     if compiled and not one_graph:
@@ -73,15 +76,13 @@ def _keep_frozen_in(dtype: torch.dtype, model: CausalLM) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def _check_quantized(model: CausalLM, mesh: Mesh, config: ParallelConfig) -> None:
+def _check_quantized(model: CausalLM, config: ParallelConfig) -> None:
     lora = model.config.lora
-    if lora is None or lora.quantize is None:
-        return
-    key = f"model.lora.quantize={lora.quantize}"
-    if not single_process(config, mesh.degrees):
-        raise ConfigError(f"{key} runs in one process, without FSDP; leave it out on more")
-    if config.recompute == "none":
-        raise ConfigError(f"{key} needs parallel.recompute: full, or backward would find every weight unpacked")
+    if lora is not None and lora.quantize is not None and config.recompute == "none":
+        raise ConfigError(
+            f"model.lora.quantize={lora.quantize} needs parallel.recompute: full, or backward would find every weight "
+            "unpacked"
+        )
 
 
 def _reads_on_host(model: CausalLM, precision: str) -> bool:

@@ -263,8 +263,8 @@ class RunConfig(Config):
         lora = getattr(self.model, "lora", None)
         if lora is None or lora.quantize is None:
             return self
-        if self.load_path is None or not self.load_path.startswith("hf:"):
-            raise ValueError(f"model.lora.quantize={lora.quantize} needs load_path: hf:..., whose weights it quantises")
+        if self.load_path is None:
+            raise ValueError(f"model.lora.quantize={lora.quantize} needs load_path, whose weights it quantises")
         if self.save_frozen_weights:
             raise ValueError(f"save_frozen_weights: not with model.lora.quantize={lora.quantize}; leave one out")
         return self

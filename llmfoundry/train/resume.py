@@ -142,6 +142,11 @@ def _from_composer(path: str, model: CausalLMConfig, weights_only: bool) -> Star
             f"load_path: {path}: of a checkpoint of Composer's only the weights can be taken over; begin a new run "
             "from them: load_weights_only=true"
         )
+    if model.lora is not None and model.lora.quantize is not None:
+        raise ConfigError(
+            f"load_path: {path}: weights of Composer's are not quantised as they are read; convert them first: "
+            f"convert.py from-composer {path} OUT"
+        )
     copies_from(open_composer(Path(path)), model)  # looked at before anything is built
     log.info("%s: all tensors fit the model; its settings are those of this YAML, and were not compared", path)
     return Start("weights", composer=path)

@@ -40,6 +40,9 @@ PLAIN = {
     "spaces and lines": turns("  x ", "line\n\n  indented\n\tand a tab"),
     "empty answer": turns("Say nothing.", "", "Again", "no"),
     "ends with the user": turns("one", "two", "three"),
+    "empty system": [{"role": "system", "content": ""}, *turns("a", "b")],
+    "two answers in a row": [*turns("a", "b"), {"role": "assistant", "content": "and c"}, *turns("d", "e")],
+    "begins with the assistant": [{"role": "assistant", "content": "How can I help?"}, *turns("a", "b")],
     "long": turns("count", " ".join(map(str, range(60)))),
 }
 WITH_TOOLS = {
@@ -48,6 +51,13 @@ WITH_TOOLS = {
         {"role": "assistant", "content": "", "tool_calls": [
             {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bern"}}}]},
         {"role": "tool", "name": "weather", "content": "sunny"},
+        {"role": "assistant", "content": "It is sunny."},
+    ],
+    "a call without content": [
+        {"role": "user", "content": "Weather in Bern?"},
+        {"role": "assistant", "tool_calls": [
+            {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bern"}}}]},
+        {"role": "tool", "content": "sunny"},
         {"role": "assistant", "content": "It is sunny."},
     ],
     "two calls": [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -50,6 +51,17 @@ def test_parts_give_the_same_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> No
     module.quantize_(weight)
     assert torch.equal(module(torch.bfloat16).flatten(), dequantize(*quantize(weight.flatten()), torch.bfloat16))
     assert not module.state_dict()
+
+
+@pytest.mark.parametrize("shape", [(151936, 2048), (128, 1536, 2048), (7, 40, 24), (1000, 96)])
+def test_pieces_are_whole_blocks_of_bounded_size(shape: tuple[int, ...]) -> None:
+    weight = NF4Weight(torch.empty(shape, device="meta"))
+    pieces, row = list(weight.pieces()), math.prod(shape[1:])
+    assert [piece.start for piece in pieces] == [0, *(piece.stop for piece in pieces[:-1])]
+    assert pieces[-1].stop == shape[0]
+    assert all(piece.start * row % nf4.BLOCK == 0 for piece in pieces)
+    largest = max((piece.stop - piece.start) * row for piece in pieces)
+    assert largest <= 2**24, "64 MB in float32, of a weight of any size"
 
 
 @pytest.mark.skipif("BITSANDBYTES_PYTHON" not in os.environ, reason="BITSANDBYTES_PYTHON names no environment with it")

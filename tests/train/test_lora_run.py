@@ -101,15 +101,27 @@ def test_a_run_on_a_base_in_nf4_learns_and_resumes_bitwise(llama_recipe: Path, t
     assert generate_main(["--checkpoint", str(whole), "--prompt", "a", "--max-new-tokens", "2"]) == 0  # in NF4
 
 
+def test_a_base_of_ours_is_the_same_in_nf4_as_a_hugging_face_folder(llama_recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+    ours = tmp_path / "ours"
+    assert convert_main(["from-hf", str(llama_recipe.parent / "llama"), str(ours)]) == 0
+    found = []
+    for name, where in (("theirs", []), ("native", [f"load_path={ours}", "load_weights_only=true"])):
+        run = [str(llama_recipe), *QLORA, f"save_folder={tmp_path / name}", "max_duration=4ba", *where]
+        assert train_main(run) == 0
+        found.append([line["loss/train/ce"] for line in metrics_of(tmp_path / name)])
+    assert found[0] == found[1]
+    resumed = [*run, "max_duration=6ba", "autoresume=true"]  # reads the base again
+    assert train_main(resumed) == 0
+    assert len(metrics_of(tmp_path / "native")) == 6
+
+
 def test_what_nf4_cannot_do_is_refused_in_one_line(
     llama_recipe: Path,  # noqa: F811
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert train_main([str(llama_recipe), *QLORA[:3]]) == 2
     assert "model.lora.quantize=nf4 needs parallel.recompute: full" in capsys.readouterr().err
-    assert train_main([str(llama_recipe), *QLORA, "parallel.cpu_offload=true"]) == 2
-    assert "model.lora.quantize=nf4 runs in one process, without FSDP" in capsys.readouterr().err
-    keys = load_yaml(llama_recipe) | {"load_path": "runs/other"}
+    keys = load_yaml(llama_recipe) | {"load_path": None}
     keys["model"] = keys["model"] | {"lora": {"rank": 2, "alpha": 8.0, "quantize": "nf4"}}
-    with pytest.raises(ConfigError, match="quantize=nf4 needs load_path: hf:"):
+    with pytest.raises(ConfigError, match="quantize=nf4 needs load_path, whose weights it quantises"):
         check(RunConfig, keys)

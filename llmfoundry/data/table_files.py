@@ -1,0 +1,70 @@
+"""The rows of the tables in a folder, a glob or a file, of one of the two sides of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from llmfoundry.config import ConfigError
+from llmfoundry.data.files import ahead, checked_digest, find, kind_of, said_of
+from llmfoundry.data.sources import DatasetConfig, fingerprint_of
+from llmfoundry.data.split import keeps, select
+from llmfoundry.data.tables import BadRow, Row, read_rows
+
+
+class Table(NamedTuple):
+    """Rows, before anything is made of them."""
+
+    title: str
+    fingerprint: str
+    rows: Iterator[Row | BadRow]
+    summary: str = ""
+    files: frozenset[Path] = frozenset()
+
+
+def table_of(where: str, title: str, dataset: DatasetConfig, *, lenient: bool) -> Table:
+    """The rows of a dataset's side.
+
+    Args:
+        where: a folder, a glob or one file, also by URL.
+        dataset: says the split, what is held out, and the cache.
+        lenient: whether damage to a file is found row by row.
+
+    Raises:
+        ConfigError: there is no table.
+    """
+    found, skipped = find(where, dataset.store())
+    files = {name: file for name, file in found.items() if _is_table(file.path)}
+    if not files:
+        raise ConfigError(f"dataset.path: {where}: holds no .jsonl, .json, .csv, .tsv or .parquet")
+    side: Literal["train", "validation"] = "train" if dataset.split.startswith("train") else "validation"
+    whole = dataset.fraction == (0.0 if side == "train" else 1.0)
+    sizes = {name: file.size for name, file in files.items()}
+    by_name = select(sizes, side, given_for_validation=side == "validation" and whole)
+    kept = {name: files[name] for name in (by_name.kept if by_name is not None else files)}
+    fraction = None if whole or by_name is not None else dataset.fraction
+    digests = [checked_digest(path, lenient=lenient, advance=lambda n: None) for path in ahead(kept.values())]
+
+    def rows() -> Iterator[Row | BadRow]:
+        for path in ahead(kept.values()):
+            for row in read_rows(path):
+                if fraction is None or isinstance(row, BadRow) or keeps(_key(row), side, fraction):
+                    yield row
+
+    rule = ("whole",) if fraction is None else (side, str(fraction))
+    return Table(
+        title, fingerprint_of("chat-files/1", *rule, *digests), rows(),
+        f"{title}: reads {len(kept)} files of {where}{said_of(skipped)}",
+        frozenset(file.real for file in kept.values()),
+    )  # fmt: skip
+
+
+def _is_table(path: Path) -> bool:
+    kind = kind_of(path)
+    return kind is not None and kind.format != "text"
+
+
+def _key(row: Row) -> str:
+    return json.dumps(row, sort_keys=True, default=str)
