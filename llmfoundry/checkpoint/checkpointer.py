@@ -12,10 +12,7 @@
 
 A save writes under a temporary name, syncs every file and folder, and renames: whatever kills it, earlier checkpoints
 stay intact. A folder that exists is never written to; a second checkpoint of one step is `step-1200-r1`. Everything but
-tensors is JSON or YAML, and nothing is unpickled. One run owns the folder (`RunFolder` holds its lock).
-
-After the rename, the folder is tidied: the link moves, old checkpoints go, leftovers go. Each of these duties is tried,
-whatever happened to the one before it, and the next start of the run makes up for what a kill or an error left undone.
+tensors is JSON or YAML, and nothing is unpickled. What else happens to the folder is in folder.py.
 
 Every function here that takes or loads a checkpoint is for all ranks to call together.
 """
@@ -28,12 +25,12 @@ import logging
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -43,21 +40,16 @@ from torch.distributed.checkpoint import SavePlanner
 from torch.optim import Optimizer
 
 from llmfoundry import runtime
+from llmfoundry.checkpoint.folder import KEPT, CheckpointFolder, Kept
 from llmfoundry.checkpoint.manifest import (
     CONFIG,
-    LATEST,
-    MANIFEST,
     TRAINER,
     CheckpointError,
     DamagedError,
     checkpoints,
     fsync_folder,
-    is_copied_link,
-    is_whole,
     measure,
     newest_usable,
-    remove,
-    step_in,
     write_file,
     write_manifest,
 )
@@ -121,6 +113,7 @@ class CheckpointState:
         tokenizer: saved beside the model.
         generation: a generation_config.json, kept beside the tokenizer.
         base: where the frozen weights came from; given, they are not saved.
+        kept: why it is kept when newer ones are there.
     """
 
     step: int
@@ -131,6 +124,16 @@ class CheckpointState:
     tokenizer: Tokenizer | None = None
     generation: str | None = None
     base: Base | None = None
+    kept: Kept = "newest"
+
+
+class Beside(NamedTuple):
+    """What a checkpoint holds beside tensors."""
+
+    step: int
+    trainer: dict[str, Json]
+    texts: dict[str, str]
+    tokenizer: Tokenizer | None
 
 
 class Checkpointer:
@@ -143,20 +146,24 @@ class Checkpointer:
     """
 
     def __init__(self, folder: str | Path, keep: int = -1, asynchronous: bool = False) -> None:
-        if keep == 0 or keep < -1:
-            raise ValueError(f"keep={keep}: write -1 to keep all checkpoints, or 1 or more")
-        self.folder = Path(folder)
-        self.keep = keep
+        self.folder = CheckpointFolder(Path(folder), keep)
         self.asynchronous = asynchronous
         self.newest_saved: Path | None = None  # the last checkpoint that this run has written or found intact
-        self._unusable: set[Path] = set()  # found damaged by `newest`: neither counted nor deleted
-        self._pending: Future[Path] | None = None
+        self._pending: Future[Path | None] | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._stage: dict[str, Tensor] = {}
         # The writer's own group: its collectives must not meet those of a step that goes on meanwhile.
         self._group: dist.ProcessGroup | None = None
         if runtime.world_size() > 1:
             self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=1))
+
+    def prepare(self, state: CheckpointState) -> None:
+        """Make room for the copies of an asynchronous save beside the training that comes before the first one.
+
+        New memory costs several times what copying into it does: a page fault each 4 KiB, or pinning.
+        """
+        if self._thread is not None and self._pending is None:
+            self._pending = self._thread.submit(self._make_room, _tensors(state))
 
     def save(self, state: CheckpointState) -> Path:
         """Write a checkpoint, after the one in flight if there is one.
@@ -168,20 +175,14 @@ class Checkpointer:
             SaveError: on all ranks, if this one or the one in flight failed on any. The run can go on.
         """
         self.wait()
-        model = model_tensors(state.model, frozen=state.base is None)
-        tensors = model | optimizer_tensors(state.model, state.optimizer) | rng_tensors()
-        trainer = {"step": state.step} | dict(state.trainer) | {"saved_by": _writer()}
-        if state.base is not None:
-            trainer["base"] = state.base._asdict()
-        texts = {TRAINER: json.dumps(trainer, indent=1), CONFIG: write_resolved(state.config)}
-        if state.generation is not None:
-            texts[GENERATION] = state.generation
+        tensors = _tensors(state)
+        beside = _beside(state)
         if self._thread is None:
             live = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-            return self._write(tensors, live, state.step, texts, state.tokenizer)
+            return self._write(tensors, live, beside)
         planner = StagedPlanner(self._staged(tensors))
-        self._pending = self._thread.submit(self._write, tensors, planner, state.step, texts, state.tokenizer)
-        return self.folder / f"step-{state.step}"
+        self._pending = self._thread.submit(self._write, tensors, planner, beside)
+        return self.folder.path / f"step-{state.step}"
 
     def wait(self) -> Path | None:
         """Wait for the save in flight and return its folder; None if there is none.
@@ -203,12 +204,12 @@ class Checkpointer:
             try:
                 return read_one(path, "everything")
             except DamagedError:
-                self._unusable.add(path)
+                self.folder.unusable.add(path)
                 raise
 
-        if not runtime.on_rank0(lambda: bool(checkpoints(self.folder))):
+        if not runtime.on_rank0(lambda: bool(checkpoints(self.folder.path))):
             return None
-        found = newest_usable(self.folder, whole)
+        found = newest_usable(self.folder.path, whole)
         self.newest_saved = found.path
         return found
 
@@ -252,29 +253,28 @@ class Checkpointer:
 
     def tidy(self) -> None:
         """Make up for what a killed or failed run left undone in the folder; on rank 0, with the run's lock held."""
-        self._do(self._adopt_copied_link, self._point_latest, self._prune, self._sweep)
+        self.folder.tidy()
 
-    def _staged(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's part of each tensor, copied to the CPU; the same memory each time, pinned if from a GPU."""
+    def _make_room(self, tensors: dict[str, Tensor]) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(runtime.device())  # of this thread
         for name, tensor in tensors.items():
             local = local_part(tensor).detach()
             if name not in self._stage:
-                self._stage[name] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
-            self._stage[name].copy_(local, non_blocking=True)
+                self._stage[name] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda).zero_()
+
+    def _staged(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's part of each tensor, copied to the CPU; the same memory each time, pinned if from a GPU."""
+        self._make_room(tensors)
+        for name, tensor in tensors.items():
+            self._stage[name].copy_(local_part(tensor).detach(), non_blocking=True)
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
         return {name: self._stage[name] for name in tensors}
 
-    def _write(
-        self,
-        tensors: dict[str, Tensor],
-        planner: SavePlanner,
-        step: int,
-        texts: dict[str, str],
-        tokenizer: Tokenizer | None,
-    ) -> Path:
-        temporary = self.folder / f"step-{step}.tmp-{uuid.uuid4().hex[:12]}"  # rank 0's name counts
-        writer = TensorWriter(partial(self._open, temporary), partial(self._commit, step, texts, tokenizer))
+    def _write(self, tensors: dict[str, Tensor], planner: SavePlanner, beside: Beside) -> Path:
+        temporary = f"step-{beside.step}.tmp-{uuid.uuid4().hex[:12]}"  # rank 0's name counts
+        writer = TensorWriter(partial(self.folder.open, temporary), partial(self._commit, beside))
         try:
             with torch.no_grad():
                 metadata = dcp.save(
@@ -285,8 +285,8 @@ class Checkpointer:
                     no_dist=runtime.world_size() == 1,
                 )
         except dcp.CheckpointException as error:  # a BaseException, carrying what went wrong on each rank
-            shutil.rmtree(temporary, ignore_errors=True)
-            failure = SaveError(f"step {step} could not be saved to {self.folder}: {first_reason(error)}")
+            shutil.rmtree(self.folder.path / temporary, ignore_errors=True)
+            failure = SaveError(f"step {beside.step} could not be saved to {self.folder.path}: {first_reason(error)}")
             if self.asynchronous:  # known to the caller at its next save only
                 log.warning("%s", failure)
             raise failure from error
@@ -294,97 +294,39 @@ class Checkpointer:
         self.newest_saved = Path(metadata.storage_meta.checkpoint_id)
         return self.newest_saved
 
-    def _open(self, temporary: Path) -> Path:
-        """Make the folder to write to; on rank 0."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._do(self._sweep)  # first, for the space
-        temporary.mkdir()
-        return temporary
-
-    def _commit(
-        self,
-        step: int,
-        texts: dict[str, str],
-        tokenizer: Tokenizer | None,
-        temporary: Path,
-        files: Files,
-    ) -> Path:
+    def _commit(self, beside: Beside, temporary: Path, files: Files, all_finite: bool) -> Path:
         """Complete a folder that every rank has written to, and give it its name; on rank 0."""
         for name, written in files.items():
             file = temporary / name
             if not file.is_file() or file.stat().st_size != written.bytes:
                 raise OSError(f"{file} is not as a rank wrote it; all ranks must share one save_folder")
+        trainer = beside.trainer if all_finite else beside.trainer | {KEPT: "for now"}
+        texts = beside.texts | {TRAINER: json.dumps(trainer, indent=1)}
         files |= {name: write_file(temporary / name, text.encode()) for name, text in texts.items()}
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary / "tokenizer")
+        if beside.tokenizer is not None:
+            beside.tokenizer.save_pretrained(temporary / "tokenizer")
             for path in (temporary / "tokenizer", *(temporary / "tokenizer").rglob("*")):
                 if path.is_dir():
                     fsync_folder(path)
                 else:
                     files[path.relative_to(temporary).as_posix()] = measure(path, sync=True)
-        write_manifest(temporary, step, files)
-        final = self._free_name(step)
-        temporary.rename(final)
-        fsync_folder(self.folder)
-        self._do(
-            self._adopt_copied_link, partial(self._point_latest, final), partial(self._prune, final), self._sweep
-        )  # fmt: skip
-        return final
+        write_manifest(temporary, beside.step, files)
+        return self.folder.adopt(temporary, beside.step)
 
-    def _free_name(self, step: int) -> Path:
-        path, again = self.folder / f"step-{step}", 0
-        while path.exists():
-            again += 1
-            path = self.folder / f"step-{step}-r{again}"
-        return path
 
-    def _do(self, *duties: Callable[[], None]) -> None:
-        """Do each, whatever the one before met with: the checkpoints themselves are safe."""
-        for duty in duties:
-            try:
-                duty()
-            except OSError as error:
-                log.warning("while tidying %s: %s", self.folder, error)
+def _tensors(state: CheckpointState) -> dict[str, Tensor]:
+    model = model_tensors(state.model, frozen=state.base is None)
+    return model | optimizer_tensors(state.model, state.optimizer) | rng_tensors()
 
-    def _whole(self) -> list[Path]:
-        """Whole checkpoints, newest first; those found damaged left out."""
-        return [path for path in checkpoints(self.folder) if path not in self._unusable and is_whole(path)]
 
-    def _adopt_copied_link(self) -> None:
-        """Make room for the link where a copy that followed links left a folder: a second copy, or the only one."""
-        latest = self.folder / LATEST
-        if not is_copied_link(latest):
-            return
-        step = step_in(latest)
-        if step is None:
-            raise OSError(f"{latest} is a folder and not a checkpoint; remove it")
-        manifest = (latest / MANIFEST).read_bytes()
-        if any(path != latest and (path / MANIFEST).read_bytes() == manifest for path in self._whole()):
-            remove(latest)
-        else:
-            latest.rename(self._free_name(step))
-
-    def _point_latest(self, newest: Path | None = None) -> None:
-        path = newest or next(iter(self._whole()), None)
-        link = self.folder / LATEST
-        if path is None or (link.is_symlink() and link.readlink() == Path(path.name)):
-            return
-        temporary = self.folder / f"{LATEST}.tmp-{uuid.uuid4().hex[:12]}"
-        temporary.symlink_to(path.name)
-        temporary.replace(link)
-
-    def _prune(self, newest: Path | None = None) -> None:
-        """Delete all but the newest `keep` whole checkpoints; never `newest`, nor damaged ones."""
-        if self.keep == -1:
-            return
-        whole = [path for path in self._whole() if path != newest]
-        old = whole[self.keep - 1 :] if newest else whole[self.keep :]
-        self._do(*(partial(remove, path) for path in old))
-
-    def _sweep(self) -> None:
-        """Delete what dead runs left: this run has the folder to itself."""
-        stale = (*self.folder.glob("step-*.tmp-*"), *self.folder.glob(f"{LATEST}.tmp-*"))
-        self._do(*(partial(remove, path) for path in stale))
+def _beside(state: CheckpointState) -> Beside:
+    trainer = {"step": state.step} | dict(state.trainer) | {KEPT: state.kept, "saved_by": _writer()}
+    if state.base is not None:
+        trainer["base"] = state.base._asdict()
+    texts = {CONFIG: write_resolved(state.config)}
+    if state.generation is not None:
+        texts[GENERATION] = state.generation
+    return Beside(state.step, trainer, texts, state.tokenizer)
 
 
 def _writer() -> dict[str, Json]:

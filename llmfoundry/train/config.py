@@ -166,7 +166,8 @@ class RunConfig(Config):
 
     save_folder: LocalPath  # `{run_name}` is filled in
     save_interval: Duration = Duration.parse("1ep")  # 0ba: only at the end
-    save_num_checkpoints_to_keep: int = -1  # -1: all
+    save_num_checkpoints_to_keep: int = -1  # the newest; -1: all
+    keep_every: Duration = Duration.parse("0ba")  # also saved, and kept for good; 0ba: none
     save_async: bool | Literal["auto"] = "auto"  # a thread writes while the next steps run; auto: on GPUs
     save_failures_allowed: int = Field(3, ge=0)  # saves that fail in a row before the run stops with an error
     save_frozen_weights: bool = False  # with model.lora: also the weights that load_path brought and nothing changes

@@ -107,9 +107,13 @@ class RunFolder:
         Raises:
             OSError: it cannot be written.
         """
-        if self._metrics is not None:
-            self._flush()
-            os.fsync(self._metrics.fileno())
+        if self._metrics is None:
+            return
+        self._flush()
+        os.fsync(self._metrics.fileno())
+        here, there = os.fstat(self._metrics.fileno()), os.stat(self.path / "metrics.jsonl")
+        if (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino):
+            raise OSError(f"{self.path} is another folder than the run began in; move that one back")
 
     def write_metrics(self, metrics: Metrics) -> None:
         """Append one line; what is not finite becomes null, which JSON has no number for.

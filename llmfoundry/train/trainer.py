@@ -19,6 +19,7 @@ from torch.profiler import record_function
 from llmfoundry import hf, runtime
 from llmfoundry.checkpoint.checkpointer import CheckpointState
 from llmfoundry.checkpoint.composer_names import load_composer
+from llmfoundry.checkpoint.folder import Kept
 from llmfoundry.checkpoint.reading import HUGGING_FACE, Contents, Json, load_model_only, read
 from llmfoundry.config import ConfigError, dump
 from llmfoundry.data.mixture import Mixture
@@ -96,9 +97,9 @@ class Trainer(Run):
                 found = self._evaluate()
                 if found:
                     self._record({"step": 0, "tokens": 0} | found)
-            stopped = False
+            stopped, prepared = False, False
             while (self.unevaluated or self.state.step < self.timeline.total_steps) and not stopped:
-                metrics, self.unevaluated = self.unevaluated or self._step(), {}
+                metrics, self.unevaluated = self.unevaluated or self._step() | self.saver.stall(), {}
                 if self._due_evaluation():
                     found = self._evaluate()
                     self.unevaluated = {} if found else dict(metrics)
@@ -108,9 +109,12 @@ class Trainer(Run):
                     self.evaluation = {}  # a callback ended the run: what there is, is of an earlier step
                 stopped = self._stopped()
                 done = stopped or self.state.step == self.timeline.total_steps
+                if not prepared and not done:
+                    self.saver.checkpointer.prepare(self._checkpoint())
+                    prepared = True
                 if done:
                     self.saver.save_last(self._checkpoint(), self._sync)
-                elif self.timeline.due(self.config.save_interval, self.state.step):
+                elif self._due_save():
                     self.saver.save(self._checkpoint(), self._sync)
             if not self.evaluation and self._evaluates and not stopped:
                 self._evaluate()  # a run taken up after its last step
@@ -247,6 +251,15 @@ class Trainer(Run):
     def _evaluates(self) -> bool:
         return bool(self.config.evaluations or self.tasks) and self.config.eval_interval.value > 0
 
+    def _due_save(self) -> bool:
+        intervals = (self.config.save_interval, self.config.keep_every)
+        return any(self.timeline.due(interval, self.state.step) for interval in intervals)
+
+    def _kept(self) -> Kept:
+        if self.timeline.due(self.config.keep_every, self.state.step):
+            return "for good"
+        return "for now" if self.state.skipped_in_a_row else "newest"
+
     def _due_evaluation(self) -> bool:
         last = self.state.step == self.timeline.total_steps
         return self._evaluates and (last or self.timeline.due(self.config.eval_interval, self.state.step))
@@ -335,6 +348,7 @@ class Trainer(Run):
             tokenizer=self.tokenizer,
             generation=self.generation,
             base=self.start.base,
+            kept=self._kept(),
         )
 
     def _mixture(self) -> dict[str, Json]:
