@@ -10,6 +10,8 @@
         config.yaml, tokenizer/, generation_config.json  all that generation needs
       step-1300.tmp-5e1f.../     being written, or left by a killed run: ignored, and removed by the next run or save
 
+Of a run that saves to a store, the folder is a station on the way there (store.py).
+
 A save writes under a temporary name, syncs every file and folder, and renames: whatever kills it, earlier checkpoints
 stay intact. A folder that exists is never written to; a second checkpoint of one step is `step-1200-r1`. Everything but
 tensors is JSON or YAML, and nothing is unpickled. What else happens to the folder is in folder.py.
@@ -22,6 +24,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import re
 import shutil
 import uuid
 import warnings
@@ -40,6 +43,7 @@ from torch.distributed.checkpoint import SavePlanner
 from torch.optim import Optimizer
 
 from llmfoundry import runtime
+from llmfoundry.checkpoint.finding import Candidate, Found, newest_usable
 from llmfoundry.checkpoint.folder import KEPT, CheckpointFolder, Kept
 from llmfoundry.checkpoint.manifest import (
     CONFIG,
@@ -49,7 +53,8 @@ from llmfoundry.checkpoint.manifest import (
     checkpoints,
     fsync_folder,
     measure,
-    newest_usable,
+    number_of,
+    read_manifest,
     write_file,
     write_manifest,
 )
@@ -68,6 +73,7 @@ from llmfoundry.checkpoint.reading import (
     read_tensors,
 )
 from llmfoundry.checkpoint.storage import StagedPlanner, TensorWriter
+from llmfoundry.checkpoint.store import STORE_ERRORS, RunStore
 from llmfoundry.checkpoint.tensors import (
     check_same_model,
     empty_state,
@@ -84,6 +90,8 @@ from llmfoundry.settings import write_resolved
 __all__ = ["Checkpointer", "CheckpointState", "Contents", "SaveError", "load_model_only", "read"]
 
 log = logging.getLogger(__name__)
+
+_OF_RANK = re.compile(r"\w+-(\d{5})\.safetensors")  # what storage.py calls the files of a rank
 
 # One process is a normal way to save and load.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -143,14 +151,19 @@ class Checkpointer:
         folder: `save_folder/checkpoints`; made by the first save.
         keep: newest checkpoints to keep; -1 keeps all.
         asynchronous: whether `save` returns when everything is copied to the CPU, and a thread writes it.
+        store: where checkpoints go from there; a save is done when the store has it.
     """
 
-    def __init__(self, folder: str | Path, keep: int = -1, asynchronous: bool = False) -> None:
-        self.folder = CheckpointFolder(Path(folder), keep)
+    def __init__(
+        self, folder: str | Path, keep: int = -1, asynchronous: bool = False, store: RunStore | None = None
+    ) -> None:
+        self.folder = CheckpointFolder(Path(folder), keep if store is None else 1)
         self.asynchronous = asynchronous
-        self.newest_saved: Path | None = None  # the last checkpoint that this run has written or found intact
-        self._pending: Future[Path | None] | None = None
-        self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self.store = store
+        self.shared = True  # whether all ranks see one folder; without a store, they must
+        self.newest_saved: Path | str | None = None  # what this run has written or found intact: a folder, or a URL
+        self._pending: Future[Path | str | None] | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._stage: dict[str, Tensor] = {}
         # The writer's own group: its collectives must not meet those of a step that goes on meanwhile.
         self._group: dist.ProcessGroup | None = None
@@ -162,14 +175,15 @@ class Checkpointer:
 
         New memory costs several times what copying into it does: a page fault each 4 KiB, or pinning.
         """
-        if self._thread is not None and self._pending is None:
+        if self.asynchronous and self._pending is None:
             self._pending = self._thread.submit(self._make_room, _tensors(state))
 
-    def save(self, state: CheckpointState) -> Path:
+    def save(self, state: CheckpointState) -> Path | str:
         """Write a checkpoint, after the one in flight if there is one.
 
         Returns:
-            Its folder; under `asynchronous`, what it will be unless that name is taken (`wait` returns it).
+            Its folder, or its URL; under `asynchronous`, what its folder will be unless that name is taken (`wait`
+            returns what it is).
 
         Raises:
             SaveError: on all ranks, if this one or the one in flight failed on any. The run can go on.
@@ -177,15 +191,15 @@ class Checkpointer:
         self.wait()
         tensors = _tensors(state)
         beside = _beside(state)
-        if self._thread is None:
+        if not self.asynchronous:
             live = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
             return self._write(tensors, live, beside)
         planner = StagedPlanner(self._staged(tensors))
         self._pending = self._thread.submit(self._write, tensors, planner, beside)
         return self.folder.path / f"step-{state.step}"
 
-    def wait(self) -> Path | None:
-        """Wait for the save in flight and return its folder; None if there is none.
+    def wait(self) -> Path | str | None:
+        """Wait for the save in flight and return its folder or URL; None if there is none.
 
         Raises:
             SaveError: it failed.
@@ -200,18 +214,27 @@ class Checkpointer:
             CheckpointError: there are checkpoints and none can be used.
         """
 
-        def whole(path: Path) -> Contents:
+        def whole(found: Found) -> Contents:
             try:
-                return read_one(path, "everything")
+                return read_one(found, "everything")
             except DamagedError:
-                self.folder.unusable.add(path)
+                self.folder.unusable.add(found.path)
                 raise
 
-        if not runtime.on_rank0(lambda: bool(checkpoints(self.folder.path))):
+        if not runtime.on_rank0(lambda: bool(self._candidates())):
             return None
-        found = newest_usable(self.folder.path, whole)
-        self.newest_saved = found.path
-        return found
+        where = str(self.folder.path) if self.store is None else self.store.url
+        contents = newest_usable(self._candidates, whole, "everything", where)
+        self.newest_saved = contents.place
+        return contents
+
+    def _candidates(self) -> list[Candidate]:
+        """Checkpoints here and in the store, newest first; on rank 0."""
+        found = [Candidate(str(path)) for path in checkpoints(self.folder.path)]
+        if self.store is None:
+            return found
+        found += self.store.checkpoints()
+        return sorted(found, key=lambda each: number_of(Path(each.place).name) or (-1, -1), reverse=True)
 
     def load(
         self, source: str | Path | Contents, state: CheckpointState, base_path: str | None = None
@@ -254,6 +277,25 @@ class Checkpointer:
     def tidy(self) -> None:
         """Make up for what a killed or failed run left undone in the folder; on rank 0, with the run's lock held."""
         self.folder.tidy()
+        if self.store is not None:
+            self.store.sweep()
+
+    def catch_up(self) -> None:
+        """Upload what the run could not before it ended, like a save of this one; all ranks together."""
+        path = runtime.on_rank0(self._left) if self.store is not None and self.shared else None
+        if path is not None:
+            step, _ = number_of(path.name) or (0, 0)
+            self._pending = self._thread.submit(self._upload, path, step)
+
+    def _left(self) -> Path | None:
+        """The newest checkpoint here if the store has none as new; others here are not needed."""
+        assert self.store is not None
+        newest = self.folder.newest()
+        there = max((number_of(Path(each.place).name) or (0, 0) for each in self.store.checkpoints()), default=None)
+        if newest is not None and (there is None or (number_of(newest.name) or (0, 0)) > there):
+            return newest
+        self.folder.clear()
+        return None
 
     def _make_room(self, tensors: dict[str, Tensor]) -> None:
         if torch.cuda.is_available():
@@ -272,9 +314,19 @@ class Checkpointer:
             torch.cuda.synchronize()
         return {name: self._stage[name] for name in tensors}
 
-    def _write(self, tensors: dict[str, Tensor], planner: SavePlanner, beside: Beside) -> Path:
+    def _write(self, tensors: dict[str, Tensor], planner: SavePlanner, beside: Beside) -> Path | str:
+        path = self._write_here(tensors, planner, beside)
+        if self.store is not None:
+            return self._upload(path, beside.step)
+        self.newest_saved = path
+        return path
+
+    def _write_here(self, tensors: dict[str, Tensor], planner: SavePlanner, beside: Beside) -> Path:
+        """Write a checkpoint to the folder of this machine."""
+        if not self.shared and runtime.local_rank() == 0 and not runtime.is_rank0():
+            self.folder.sweep()  # rank 0 sweeps its own machine's
         temporary = f"step-{beside.step}.tmp-{uuid.uuid4().hex[:12]}"  # rank 0's name counts
-        writer = TensorWriter(partial(self.folder.open, temporary), partial(self._commit, beside))
+        writer = TensorWriter(partial(self.folder.open, temporary), partial(self._commit, beside), self.shared)
         try:
             with torch.no_grad():
                 metadata = dcp.save(
@@ -286,17 +338,49 @@ class Checkpointer:
                 )
         except dcp.CheckpointException as error:  # a BaseException, carrying what went wrong on each rank
             shutil.rmtree(self.folder.path / temporary, ignore_errors=True)
-            failure = SaveError(f"step {beside.step} could not be saved to {self.folder.path}: {first_reason(error)}")
-            if self.asynchronous:  # known to the caller at its next save only
-                log.warning("%s", failure)
-            raise failure from error
+            raise self._failed(
+                f"step {beside.step} could not be saved to {self.folder.path}: {first_reason(error)}"
+            ) from error
         assert metadata.storage_meta is not None and metadata.storage_meta.checkpoint_id is not None
-        self.newest_saved = Path(metadata.storage_meta.checkpoint_id)
+        return Path(metadata.storage_meta.checkpoint_id)
+
+    def _upload(self, path: Path, step: int) -> str:
+        """Bring a checkpoint that is complete here to the store; all ranks, each its part of the files."""
+        store = self.store
+        assert store is not None
+        if self.shared:
+            self.newest_saved = path
+        try:
+            name, files = runtime.on_rank0(lambda: (store.free_name(step), sorted(read_manifest(path))), self._group)
+            runtime.agreed(lambda: store.upload(path, name, self._share(files)), self._group)
+            runtime.on_rank0(lambda: store.complete(path, name), self._group)
+        except STORE_ERRORS as error:
+            kept = f"; it is in {path}" if self.shared else ""
+            raise self._failed(f"step {step} could not be uploaded to {store.url}: {error}{kept}") from error
+        finally:
+            if not self.shared:
+                shutil.rmtree(path, ignore_errors=True)
+        if self.shared:
+            runtime.on_rank0(self.folder.clear, self._group)
+        self.newest_saved = store.place_of(name)
         return self.newest_saved
+
+    def _share(self, files: list[str]) -> list[str]:
+        """The files that this rank uploads: where folders are not shared, those that it wrote."""
+        rank = runtime.rank()
+        if self.shared:
+            return files[rank :: runtime.world_size()]
+        owners = {name: _OF_RANK.fullmatch(name) for name in files}
+        return [name for name, owner in owners.items() if (int(owner[1]) if owner else 0) == rank]
+
+    def _failed(self, why: str) -> SaveError:
+        if self.asynchronous:  # known to the caller at its next save only
+            log.warning("%s", why)
+        return SaveError(why)
 
     def _commit(self, beside: Beside, temporary: Path, files: Files, all_finite: bool) -> Path:
         """Complete a folder that every rank has written to, and give it its name; on rank 0."""
-        for name, written in files.items():
+        for name, written in files.items() if self.shared else ():
             file = temporary / name
             if not file.is_file() or file.stat().st_size != written.bytes:
                 raise OSError(f"{file} is not as a rank wrote it; all ranks must share one save_folder")
@@ -311,7 +395,7 @@ class Checkpointer:
                 else:
                     files[path.relative_to(temporary).as_posix()] = measure(path, sync=True)
         write_manifest(temporary, beside.step, files)
-        return self.folder.adopt(temporary, beside.step)
+        return self.folder.adopt(temporary, beside.step) if self.shared else temporary
 
 
 def _tensors(state: CheckpointState) -> dict[str, Tensor]:

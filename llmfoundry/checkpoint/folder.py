@@ -77,10 +77,19 @@ class CheckpointFolder:
         self.keep = keep
         self.unusable: set[Path] = set()  # found damaged by reading them: neither counted nor deleted
 
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint, by a look at the files' sizes."""
+        return next(iter(self._whole()), None)
+
+    def clear(self) -> None:
+        """Delete all whole checkpoints, which a store has by now, or newer ones."""
+        self._do(*(partial(remove, path) for path in self._whole()))
+        self._do(lambda: (self.path / LATEST).unlink(missing_ok=True))
+
     def open(self, temporary: str) -> Path:
         """Make a folder to write a checkpoint to."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._do(self._sweep)  # first, for the space
+        self._do(self.sweep)  # first, for the space
         folder = self.path / temporary
         folder.mkdir()
         return folder
@@ -91,13 +100,13 @@ class CheckpointFolder:
         temporary.rename(final)
         fsync_folder(self.path)
         self._do(
-            self._adopt_copied_link, partial(self._point_latest, final), partial(self._prune, final), self._sweep
+            self._adopt_copied_link, partial(self._point_latest, final), partial(self._prune, final), self.sweep
         )  # fmt: skip
         return final
 
     def tidy(self) -> None:
         """Make up for what a killed or failed run left undone."""
-        self._do(self._adopt_copied_link, self._point_latest, self._prune, self._sweep)
+        self._do(self._adopt_copied_link, self._point_latest, self._prune, self.sweep)
 
     def _free_name(self, step: int) -> Path:
         path, again = self.path / f"step-{step}", 0
@@ -133,7 +142,7 @@ class CheckpointFolder:
             latest.rename(self._free_name(step))
 
     def _point_latest(self, newest: Path | None = None) -> None:
-        path = newest or next(iter(self._whole()), None)
+        path = newest or self.newest()
         link = self.path / LATEST
         if path is None or (link.is_symlink() and link.readlink() == Path(path.name)):
             return
@@ -149,7 +158,7 @@ class CheckpointFolder:
         standing = [Standing(path.name, _kept(path)) for path in ([newest] if newest else []) + whole]
         self._do(*(partial(remove, self.path / name) for name in outdated(standing, self.keep)))
 
-    def _sweep(self) -> None:
+    def sweep(self) -> None:
         """Delete what dead runs left: this run has the folder to itself."""
         stale = (*self.path.glob("step-*.tmp-*"), *self.path.glob(f"{LATEST}.tmp-*"))
         self._do(*(partial(remove, path) for path in stale))

@@ -99,11 +99,16 @@ class TensorWriter(StorageWriter):
         commit: called on rank 0 when every rank has written, with all files and whether all their numbers are finite;
             returns where they are now. Whatever it raises fails the save on all ranks. `dcp.save` returns its answer
             to all of them, as `storage_meta.checkpoint_id`.
+        shared: whether all ranks see the folder that rank 0 has made; else each makes its own.
     """
 
     def __init__(
-        self, open_folder: Callable[[], Path], commit: Callable[[Path, dict[str, Written], bool], Path]
+        self,
+        open_folder: Callable[[], Path],
+        commit: Callable[[Path, dict[str, Written], bool], Path],
+        shared: bool = True,
     ) -> None:
+        self._shared = shared
         self._open_folder = open_folder
         self._commit = commit
 
@@ -123,6 +128,8 @@ class TensorWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         folder, rank = plan.storage_data
+        if not self._shared:
+            folder.mkdir(parents=True, exist_ok=True)
         groups: dict[str, list[WriteItem]] = {}
         for item in plan.items:
             groups.setdefault(item.index.fqn.partition("/")[0], []).append(item)
