@@ -32,7 +32,7 @@ from llmfoundry.checkpoint.reading import (
     load_model_only,
     read,
 )
-from llmfoundry.config import ConfigError, check, dump, is_url
+from llmfoundry.config import ConfigError, check, dump, is_theirs, is_url
 from llmfoundry.hf.adapters import peft_names
 from llmfoundry.hf.family import write_config
 from llmfoundry.hf.files import DTYPE_NAMES, FillBox, Placed, new_folder, shards, write_files
@@ -111,7 +111,7 @@ def _open_base(contents: Contents, config: CausalLMConfig) -> TensorSource | Non
     if contents.base is None:
         return None
     path = find_base(contents.base, contents.path)
-    if path.startswith(HUGGING_FACE):
+    if is_theirs(path):
         return HuggingFaceSource(path.removeprefix(HUGGING_FACE))
     return CheckpointSource(read(path), _base(config))
 

@@ -90,7 +90,8 @@ def _candidates_of_store(url: str) -> list[Candidate]:
         if found := in_store(f"{parent if name == LATEST else url}/{below}".rstrip("/"), _below(files, below)):
             return found
     half = "is half an upload (it has no MANIFEST.json)" if number_of(name) else "no checkpoint in this folder"
-    raise CheckpointError(f"{url}: {half if files else 'no such folder'}")
+    theirs = f"; for a model of Hugging Face's write hf:{url.removeprefix('hf://')}" if url.startswith("hf://") else ""
+    raise CheckpointError(f"{url}: {half if files else 'no such folder'}{theirs}")
 
 
 def in_store(url: str, files: Mapping[str, RemoteFile]) -> list[Candidate]:

@@ -38,7 +38,7 @@ from llmfoundry.checkpoint.manifest import (
 )
 from llmfoundry.checkpoint.storage import Entry, TensorReader, read_index
 from llmfoundry.checkpoint.tensors import check_same_model, model_tensors
-from llmfoundry.config import ConfigError, is_url
+from llmfoundry.config import ConfigError, is_theirs, is_url
 from llmfoundry.dtensor import local_shard
 from llmfoundry.hf.files import Stored
 from llmfoundry.hf.pieces import Pieces, Spec, fill_grown
@@ -272,7 +272,7 @@ def find_base(base: Base, owner: Path, *moved: str | None) -> str:
 
 def load_base(path: str, model: nn.Module) -> None:
     """Load the weights of a base, adapters aside, into a model."""
-    if path.startswith(HUGGING_FACE):
+    if is_theirs(path):
         assert isinstance(model, CausalLM)
         hf.load_weights(model, path.removeprefix(HUGGING_FACE), allow=["model"])  # compared when the run began
     else:
@@ -282,7 +282,7 @@ def load_base(path: str, model: nn.Module) -> None:
 def _places(path: str) -> list[str]:
     """The checkpoints that a base's path may mean; none if it leads nowhere."""
     try:
-        if not path.startswith(HUGGING_FACE):
+        if not is_theirs(path):
             found = candidates(path)
             return [each.place for each in found if each.files is not None or Path(each.place).is_dir()]
         name = path.removeprefix(HUGGING_FACE)
@@ -297,7 +297,7 @@ def _fingerprint(path: str) -> str:
     A checkpoint of ours has the hashes of its files. Of Hugging Face's files, sizes and evenly spaced samples are
     hashed, which tells any two trainings apart.
     """
-    if not path.startswith(HUGGING_FACE):
+    if not is_theirs(path):
         (candidate,) = candidates(path)
         manifest = read_manifest(fetched(candidate, "texts"))
         listed = {name: written for name, written in manifest.items() if name.startswith("model-")}

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from llmfoundry import runtime
 from llmfoundry.checkpoint.composer_names import is_composer, load_composer
 from llmfoundry.checkpoint.reading import HUGGING_FACE, load_model_only, read
-from llmfoundry.config import ConfigError
+from llmfoundry.config import ConfigError, is_theirs
 from llmfoundry.data.loader import Loader, LoaderConfig
 from llmfoundry.data.mixture import MixtureConfig
 from llmfoundry.hf.pretrained import load_weights
@@ -195,7 +195,7 @@ def _load(config: RunConfig, model: CausalLM) -> None:
     path = config.load_path
     if path is None:
         return
-    if path.startswith(HUGGING_FACE):
+    if is_theirs(path):
         load_weights(model, path.removeprefix(HUGGING_FACE), allow=config.load_allow)
         return
     if not config.load_weights_only:

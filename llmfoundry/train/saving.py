@@ -75,7 +75,11 @@ class Saver:
                     raise SaveError(message) from error
                 log.warning("%s; trying once more", message)
 
-    def _finish(self) -> Path | None:
+    def settle(self) -> None:
+        """Wait for what is still being uploaded when the run ends; raises SaveError."""
+        self._finish()
+
+    def _finish(self) -> Path | str | None:
         """Wait for the save in flight; None if there is none."""
         return self.checkpointer.wait()
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import cast
 
@@ -21,7 +20,7 @@ from llmfoundry.checkpoint.checkpointer import CheckpointState
 from llmfoundry.checkpoint.composer_names import load_composer
 from llmfoundry.checkpoint.folder import Kept
 from llmfoundry.checkpoint.reading import HUGGING_FACE, Contents, Json, load_model_only, read
-from llmfoundry.config import ConfigError, dump
+from llmfoundry.config import ConfigError, dump, is_theirs
 from llmfoundry.data.mixture import Mixture
 from llmfoundry.eval.icl import PREFIX
 from llmfoundry.layers.ffn import RouterStats
@@ -32,7 +31,7 @@ from llmfoundry.train.evaluating import evaluate_by_tasks, evaluate_texts
 from llmfoundry.train.loss import Loss
 from llmfoundry.train.mixing import Joined, to_save
 from llmfoundry.train.optim import set_learning_rate
-from llmfoundry.train.outputs import RunFolder, check_shared, read_summary
+from llmfoundry.train.outputs import RunFolder, check_shared, hosts_without, read_summary
 from llmfoundry.train.resume import (
     Start,
     command_to_continue,
@@ -41,6 +40,7 @@ from llmfoundry.train.resume import (
 from llmfoundry.train.run import EVALUATED, STEP, Metrics, Run, Table, is_evaluated
 from llmfoundry.train.saving import Saver
 from llmfoundry.train.step import CROSS_ENTROPY, train_step
+from llmfoundry.train.stored import upload_outputs
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ class Trainer(Run):
                 self.config.save_folder, self.state.step,
             )  # fmt: skip
             runtime.on_rank0(self._take_folder)
+            runtime.on_rank0(self._upload_outputs)
             self._close()
             return
         try:
@@ -88,8 +89,13 @@ class Trainer(Run):
     def _fit(self) -> None:
         # Only now that nothing of the user's can be wrong is anything written.
         runtime.on_rank0(self._take_folder)
-        check_shared(Path(self.config.save_folder))
+        checkpointer = self.saver.checkpointer
+        if checkpointer.store is None:
+            check_shared(self.config.folder)
+        else:
+            checkpointer.shared = not any(hosts_without(self.config.folder))
         runtime.on_rank0(self._open_outputs)
+        checkpointer.catch_up()
         for callback in self.callbacks:
             callback.fit_start(self)
         with self._signals():
@@ -119,6 +125,7 @@ class Trainer(Run):
             if not self.evaluation and self._evaluates and not stopped:
                 self._evaluate()  # a run taken up after its last step
                 stopped = self._stopped()
+        self.saver.settle()
         if self.folder is not None:
             self.folder.write_summary(self._summary())
         if stopped:
@@ -126,9 +133,10 @@ class Trainer(Run):
                 "stopped at step %d; saved to %s; to continue: %s",
                 self.state.step, self.saver.checkpointer.newest_saved, command_to_continue(),
             )  # fmt: skip
-            return
-        for callback in reversed(self.callbacks):
-            callback.fit_end(self)
+        else:
+            for callback in reversed(self.callbacks):
+                callback.fit_end(self)
+        runtime.on_rank0(self._upload_outputs)
 
     def _record(self, metrics: Metrics) -> None:
         for callback in self.callbacks if not self.unevaluated else ():  # they see it when it is whole
@@ -141,8 +149,12 @@ class Trainer(Run):
             callback.table(self, table)
 
     def _take_folder(self) -> None:
-        self.folder = RunFolder.claim(Path(self.config.save_folder))
+        self.folder = RunFolder.claim(self.config.folder)
         self.saver.checkpointer.tidy()
+
+    def _upload_outputs(self) -> None:
+        if self.saver.checkpointer.store is not None:
+            upload_outputs(self.saver.checkpointer.store)
 
     def _open_outputs(self) -> None:
         assert self.folder is not None
@@ -150,12 +162,14 @@ class Trainer(Run):
         self.folder.begin(dump(self.config), contents.config if contents and changes else None, self.state.step)
         # The line of a step whose evaluation is made up for is written anew, as is that before the first step.
         self.folder.open_metrics(self.state.step - bool(self.unevaluated or self.state.step == 0))
+        if self.saver.checkpointer.store is not None:
+            self.saver.checkpointer.store.push()  # from now on, the store is in use; a mistake in its name shows here
 
     def _is_complete(self) -> bool:
         """Whether there is nothing left to do: the last step is there, and a summary of it with its evaluation."""
         if self.state.step < self.timeline.total_steps or not self.config.autoresume:
             return False
-        summary = read_summary(Path(self.config.save_folder))
+        summary = read_summary(self.config.folder)
         evaluated = not self._evaluates or any(key.startswith(("validation/", PREFIX)) for key in summary)
         return evaluated and summary.get("steps") == self.state.step
 
@@ -291,13 +305,13 @@ class Trainer(Run):
         elif contents is not None:
             self._load_all(contents)
             changes = "".join(f"\n  {change}" for change in start.changes)
-            log.info("continuing from %s at step %d%s", contents.path, self.state.step,
+            log.info("continuing from %s at step %d%s", contents.place, self.state.step,
                      f", with other settings:{changes}" if changes else "")  # fmt: skip
 
     def _load_reference(self, model: CausalLM) -> None:
         path = self.config.load_path
         assert path is not None  # the config has seen to it
-        if path.startswith(HUGGING_FACE):
+        if is_theirs(path):
             hf.load_weights(model, path.removeprefix(HUGGING_FACE), allow=self.config.load_allow)
         else:
             load_model_only(read(path, "model"), model)
