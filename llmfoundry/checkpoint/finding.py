@@ -152,6 +152,14 @@ def here(candidate: Candidate, need: Need) -> Found:
     return Found(runtime.agreed(lambda: fetched(candidate, need)), candidate.place)
 
 
+def file_here(path: str) -> str:
+    """A single file on this machine, fetched if it is named by a URL; all ranks together."""
+    if not is_url(path):
+        return path
+    store = Store(runtime.cache_root())
+    return runtime.agreed(lambda: str(store.fetch(next(iter(store.find(path).values())))))
+
+
 def fetched(candidate: Candidate, need: Need) -> Path:
     """The folder of a checkpoint on this machine, fetched if need be; raises as `here`, but on this rank alone."""
     if candidate.files is None:

@@ -20,6 +20,7 @@ from llmfoundry import runtime
 from llmfoundry.checkpoint.checkpointer import Checkpointer
 from llmfoundry.checkpoint.composer_files import open_composer
 from llmfoundry.checkpoint.composer_names import copies_from, is_composer
+from llmfoundry.checkpoint.finding import file_here
 from llmfoundry.checkpoint.identity import (
     DATA,
     MIXTURE,
@@ -93,7 +94,7 @@ def find_start(config: RunConfig, checkpointer: Checkpointer) -> Start:
     if is_theirs(config.load_path):
         return _from_hugging_face(config, model, config.load_path.removeprefix(HUGGING_FACE))
     if is_composer(config.load_path):
-        return _from_composer(config.load_path, model, config.load_weights_only)
+        return _from_composer(file_here(config.load_path), model, config.load_weights_only)
     if config.load_weights_only:
         return _from_ours(config, model, "weights", read(config.load_path, "model"))
     return _from_ours(config, model, "continue", read(config.load_path, "everything"))
