@@ -87,13 +87,14 @@ class RunStore:
         """Upload the files of the run, then the manifest of a checkpoint whose other files are there; then tidy."""
         self.push()
         put(folder / MANIFEST, f"{self.place_of(name)}/{MANIFEST}")
-        try:
-            self._prune(name, folder)
-        except STORE_ERRORS as error:
-            log.warning("while tidying %s: %s", self.url, error)
+        for duty in (lambda: self._prune(name, folder), self.sweep):
+            try:
+                duty()
+            except STORE_ERRORS as error:
+                log.warning("while tidying %s: %s", self.url, error)
 
     def sweep(self) -> None:
-        """Delete what killed uploads have left."""
+        """Delete what uploads have left that were killed or failed."""
         found = listing(f"{self.url}/{CHECKPOINTS}")
         folders = {name.partition("/")[0] for name in found if "/" in name}
         for name in folders:
@@ -106,12 +107,15 @@ class RunStore:
             name = path.relative_to(self.folder).as_posix()
             if name.startswith(_HERE_ALONE) or ".tmp" in path.name or not path.is_file():
                 continue
-            status = path.stat()
-            stamp = (status.st_mtime_ns, status.st_size)
-            if self._uploaded.get(name) == stamp:
-                continue
-            with tempfile.TemporaryDirectory() as copies:  # the run goes on writing to it
-                copy = Path(shutil.copyfile(path, Path(copies) / path.name))
+            with tempfile.TemporaryDirectory() as copies:  # the run goes on writing to it, or deletes it
+                try:
+                    status = path.stat()
+                    stamp = (status.st_mtime_ns, status.st_size)
+                    if self._uploaded.get(name) == stamp:
+                        continue
+                    copy = Path(shutil.copyfile(path, Path(copies) / path.name))
+                except FileNotFoundError:
+                    continue
                 put(copy, f"{self.url}/{name}")
             self._uploaded[name] = stamp
 

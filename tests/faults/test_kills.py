@@ -1,6 +1,6 @@
 """SIGKILL at random instants, and inside saves: the curve and the last tensors are the undisturbed ones.
 
-`make soak` kills 200 times (SOAK_CYCLES), `make test` eight times. Each kill is of a run that the one before had stopped.
+`make soak` kills 200 times (SOAK_CYCLES), `make test` eight times; each time the run goes on from where it was killed.
 """
 
 from __future__ import annotations

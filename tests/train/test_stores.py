@@ -222,7 +222,7 @@ def test_a_store_that_fails_is_tried_again_and_the_run_goes_on(
     assert train_main([str(recipe), *SHORT, f"save_folder={url}"]) == 0
     assert sum("step-4/model" in each for each in tries) == remote.ATTEMPTS
     assert "step 4 could not be uploaded to memory://bucket/run: " in caplog.text
-    assert steps(url) == {"step-2", "step-6", "step-4"} and "checkpoints/step-4/MANIFEST.json" not in tree(url)
+    assert steps(url) == {"step-2", "step-6"}, "nor is there half an upload"
     assert read(url).step == 6 and not list((machine / "runs").rglob("*.safetensors"))
     assert same_end(copied(url, tmp_path / "copy"), undisturbed)
 
@@ -241,8 +241,7 @@ def test_a_run_that_cannot_upload_stops_and_goes_on_from_what_is_here(
         "step-4"
     ]
     assert train_main(to_store) == 0
-    found = {name for name in steps(url) if f"checkpoints/{name}/MANIFEST.json" in tree(url)}
-    assert found == {"step-1", "step-2", "step-4", "step-5", "step-6"}
+    assert steps(url) == {"step-1", "step-2", "step-4", "step-5", "step-6"}
     assert not list((machine / "runs").rglob("*.safetensors"))
     assert same_end(copied(url, tmp_path / "copy"), undisturbed)
 
