@@ -276,8 +276,9 @@ def patiently(url: str, act: Callable[[], Result], done: str = "read") -> Result
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return act()
-        except FileNotFoundError:
-            raise ConfigError(f"{url}: no such file or folder") from None
+        except FileNotFoundError as error:
+            why = "no such file or folder" if done == "read" else f"cannot be {done}: {_said(error)}"
+            raise ConfigError(f"{url}: {why}") from None
         except PermissionError as error:
             raise ConfigError(
                 f"{url}: may not be {done}: {_said(error)}; credentials are read from the environment"

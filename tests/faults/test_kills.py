@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -27,8 +28,8 @@ from llmfoundry.cli.train import train_main
 from tests.train.test_run import TINY
 
 CYCLES = int(os.environ.get("SOAK_CYCLES", "8")) // 2  # of either kind
-STEPS_PER_CYCLE = 2  # so that the run is not over before the last kill
-SHARE_IN_SAVES = 0.4
+STEPS_PER_CYCLE = 4  # so that the run is not over before the last kill
+Instant = Literal["start", "run", "save"]  # of a kill: before the first save, some time after it, in a save
 
 
 @pytest.fixture
@@ -74,17 +75,17 @@ def run_in_fork(arguments: list[str]) -> int:
     return child
 
 
-def kill_at(child: int, checkpoints_folder: Path, in_save: bool, draw: random.Random) -> bool:
-    """Kill a run; whether it was still going on."""
-    if in_save:  # a save has begun when its folder is there
-        before = set(checkpoints_folder.glob("step-*.tmp-*"))
-        while not set(checkpoints_folder.glob("step-*.tmp-*")) - before:
-            if os.waitpid(child, os.WNOHANG)[0]:
-                return False
-            time.sleep(0.0005)
-        time.sleep(draw.uniform(0, 0.02))
-    else:
-        time.sleep(draw.uniform(0, 3))
+def kill_at(child: int, folder: Path, when: Instant, draw: random.Random) -> bool:
+    """Kill a run that saves to a folder; whether it was still going on."""
+    saves = {"start": 0, "run": 1, "save": draw.randint(1, 3)}[when]  # a save has begun when its folder is there
+    seen = set(folder.glob("step-*.tmp-*"))  # of the run before
+    waited = len(seen) + saves
+    while len(seen) < waited:
+        seen |= set(folder.glob("step-*.tmp-*"))
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return False
+        time.sleep(0.0005)
+    time.sleep(draw.uniform(0, {"start": 1.5, "run": 0.4, "save": 0.03}[when]))
     os.kill(child, signal.SIGKILL)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
@@ -123,14 +124,16 @@ def _kill_and_resume(index: int, folder: Path, asynchronous: bool, seed: int) ->
     command = [str(recipe(folder, str(killed), steps)), *options]
     newest, kills = -1, []
     for cycle in range(CYCLES):
-        in_save = cycle < SHARE_IN_SAVES * CYCLES
-        kills.append(kill_at(run_in_fork(command), killed / "checkpoints", in_save, draw))
+        instants: tuple[Instant, ...] = ("save", "run", "start", "save", "run")
+        kills.append(kill_at(run_in_fork(command), killed / "checkpoints", instants[cycle % 5], draw))
         whole = [path for path in checkpoints(killed / "checkpoints") if is_whole(path)]
         step = max((int(path.name.removeprefix("step-")) for path in whole), default=-1)
         assert step >= newest, "no step is lost beyond the last checkpoint"
         newest = step
-    assert sum(kills) >= CYCLES * SHARE_IN_SAVES
-    print(f"{sum(kills)} of {CYCLES} runs killed, {int(SHARE_IN_SAVES * CYCLES)} of them in a save", flush=True)
+    print(
+        f"{sum(kills)} of {CYCLES} runs were killed, two of five in a save, up to step {newest} of {steps}", flush=True
+    )
+    assert sum(kills) >= CYCLES // 2
     _, status = os.waitpid(run_in_fork(command), 0)
     assert status == 0 and not orphans(killed)
     assert_same_end(killed, undisturbed)

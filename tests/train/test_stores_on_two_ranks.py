@@ -19,16 +19,29 @@ from llmfoundry.cli.train import train_main
 pytestmark = pytest.mark.dist
 
 # Each rank has a cache of its own, as on a machine of its own, and does not wait long for a folder to show there.
+# Rank 1 cannot write the third checkpoint, nor upload the second.
 APART = """
+import errno
 import os
 
 from llmfoundry import runtime
+from llmfoundry.checkpoint import storage, store
 from llmfoundry.train import outputs
 
 os.environ["LLMFOUNDRY_CACHE"] += f"/machine-{runtime.rank()}"
 outputs._PROBE_SECONDS = 0.2
+
+def failing(real, part):
+    def act(file, *rest):
+        if runtime.rank() == 1 and any(part in str(each) for each in (file, *rest)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(file, *rest)
+    return act
+
+storage._write_file = failing(storage._write_file, "step-3.")
+store.put = failing(store.put, "step-2/")
 """
-STORE = {"max_duration": "6ba", "save_interval": "2ba", "autoresume": True}
+STORE = {"max_duration": "6ba", "save_interval": "1ba", "autoresume": True}
 
 
 def losses(folder: Path) -> list[tuple[int, int, float]]:
@@ -47,11 +60,14 @@ def test_machines_that_share_nothing_but_a_store(tmp_path: Path, monkeypatch: py
         started = launch(tmp_path / "run", **(more | {"max_duration": steps}))
         output, _ = started.communicate(timeout=120)
         assert started.returncode == 0, output
-        for rank in (0, 1):
+        for rank in (0, 1):  # all ranks agree on what has failed
+            for why in ("step 2 could not be uploaded", "step 3 could not be saved"):
+                assert (f"[rank {rank}] {why} to" in output) == (attempt == "first"), output
             assert not list((tmp_path / attempt / f"machine-{rank}" / "runs").rglob("*.safetensors"))
     files = {file.name for file in (store / "checkpoints" / "step-6").iterdir()}
     assert {f"{group}-0000{rank}.safetensors" for group in ("model", "optimizer", "rng") for rank in (0, 1)} <= files
     assert (tmp_path / "second" / "machine-1" / "remote").is_dir(), "each machine fetched"
+    assert {path.name for path in (store / "checkpoints").iterdir()} == {"step-1", "step-4", "step-5", "step-6"}
     assert losses(store) == losses(tmp_path / "undisturbed" / "run")
 
 
