@@ -24,7 +24,6 @@ from __future__ import annotations
 import datetime
 import json
 import logging
-import re
 import shutil
 import uuid
 import warnings
@@ -50,11 +49,11 @@ from llmfoundry.checkpoint.manifest import (
     TRAINER,
     CheckpointError,
     DamagedError,
+    SaveError,
     checkpoints,
     fsync_folder,
     measure,
     number_of,
-    read_manifest,
     write_file,
     write_manifest,
 )
@@ -73,7 +72,7 @@ from llmfoundry.checkpoint.reading import (
     read_tensors,
 )
 from llmfoundry.checkpoint.storage import StagedPlanner, TensorWriter
-from llmfoundry.checkpoint.store import STORE_ERRORS, RunStore
+from llmfoundry.checkpoint.store import RunStore
 from llmfoundry.checkpoint.tensors import (
     check_same_model,
     empty_state,
@@ -83,6 +82,7 @@ from llmfoundry.checkpoint.tensors import (
     rng_tensors,
     set_rng,
 )
+from llmfoundry.checkpoint.uploading import Uploader
 from llmfoundry.dtensor import local_part
 from llmfoundry.hf.generation import GENERATION
 from llmfoundry.settings import write_resolved
@@ -90,8 +90,6 @@ from llmfoundry.settings import write_resolved
 __all__ = ["Checkpointer", "CheckpointState", "Contents", "SaveError", "load_model_only", "read"]
 
 log = logging.getLogger(__name__)
-
-_OF_RANK = re.compile(r"\w+-(\d{5})\.safetensors")  # what storage.py calls the files of a rank
 
 # One process is a normal way to save and load.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -102,10 +100,6 @@ class Tokenizer(Protocol):
 
     def save_pretrained(self, save_directory: str | Path) -> object:
         """Write what `from_pretrained` needs into a new folder."""
-
-
-class SaveError(RuntimeError):
-    """A checkpoint that could not be written; those before it are intact."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +160,6 @@ class Checkpointer:
         self.folder = CheckpointFolder(Path(folder), keep if store is None else 1)
         self.asynchronous = asynchronous
         self.store = store
-        self.shared = True  # whether all ranks see one folder; without a store, they must
         self.newest_saved: Path | str | None = None  # what this run has written or found intact: a folder, or a URL
         self._pending: Future[Path | str | None] | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -175,6 +168,7 @@ class Checkpointer:
         self._group: dist.ProcessGroup | None = None
         if runtime.world_size() > 1:
             self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=1))
+        self._uploader = Uploader(self.folder, store, self._group) if store is not None else None
 
     def prepare(self, state: CheckpointState) -> None:
         """Make room for the copies of an asynchronous save beside the training that comes before the first one.
@@ -288,20 +282,10 @@ class Checkpointer:
 
     def catch_up(self) -> None:
         """Upload what the run could not before it ended, like a save of this one; all ranks together."""
-        path = runtime.on_rank0(self._left) if self.store is not None and self.shared else None
+        path = runtime.on_rank0(self._uploader.left) if self._uploader is not None and self.folder.shared else None
         if path is not None:
             step, _ = number_of(path.name) or (0, 0)
-            self._pending = self._thread.submit(self._upload, path, step)
-
-    def _left(self) -> Path | None:
-        """The newest checkpoint here if the store has none as new; others here are not needed."""
-        assert self.store is not None
-        newest = self.folder.newest()
-        there = max((number_of(Path(each.place).name) or (0, 0) for each in self.store.checkpoints()), default=None)
-        if newest is not None and (there is None or (number_of(newest.name) or (0, 0)) > there):
-            return newest
-        self.folder.clear()
-        return None
+            self._pending = self._thread.submit(self._bring_up, path, step)
 
     def _make_room(self, tensors: dict[str, Tensor]) -> None:
         if torch.cuda.is_available():
@@ -321,18 +305,36 @@ class Checkpointer:
         return {name: self._stage[name] for name in tensors}
 
     def _write(self, tensors: dict[str, Tensor], planner: SavePlanner, beside: Beside) -> Path | str:
-        path = self._write_here(tensors, planner, beside)
-        if self.store is not None:
-            return self._upload(path, beside.step)
-        self.newest_saved = path
-        return path
+        try:
+            path = self._write_here(tensors, planner, beside)
+        except SaveError as error:
+            self._say_at_once(error)
+            raise
+        return self._bring_up(path, beside.step)
+
+    def _bring_up(self, path: Path, step: int) -> Path | str:
+        """Upload a checkpoint that is complete here, if there is a store."""
+        if self.folder.shared:
+            self.newest_saved = path
+        if self._uploader is not None:
+            try:
+                self.newest_saved = self._uploader.upload(path, step)
+            except SaveError as error:
+                self._say_at_once(error)
+                raise
+        assert self.newest_saved is not None
+        return self.newest_saved
+
+    def _say_at_once(self, error: SaveError) -> None:
+        if self.asynchronous:  # known to the caller at its next save only
+            log.warning("%s", error)
 
     def _write_here(self, tensors: dict[str, Tensor], planner: SavePlanner, beside: Beside) -> Path:
         """Write a checkpoint to the folder of this machine."""
-        if not self.shared and runtime.local_rank() == 0 and not runtime.is_rank0():
+        if not self.folder.shared and runtime.local_rank() == 0 and not runtime.is_rank0():
             self.folder.sweep()  # rank 0 sweeps its own machine's
         temporary = f"step-{beside.step}.tmp-{uuid.uuid4().hex[:12]}"  # rank 0's name counts
-        writer = TensorWriter(partial(self.folder.open, temporary), partial(self._commit, beside), self.shared)
+        writer = TensorWriter(partial(self.folder.open, temporary), partial(self._commit, beside), self.folder.shared)
         try:
             with torch.no_grad():
                 metadata = dcp.save(
@@ -344,49 +346,14 @@ class Checkpointer:
                 )
         except dcp.CheckpointException as error:  # a BaseException, carrying what went wrong on each rank
             shutil.rmtree(self.folder.path / temporary, ignore_errors=True)
-            raise self._failed(
-                f"step {beside.step} could not be saved to {self.folder.path}: {first_reason(error)}"
-            ) from error
+            reason = first_reason(error)
+            raise SaveError(f"step {beside.step} could not be saved to {self.folder.path}: {reason}") from error
         assert metadata.storage_meta is not None and metadata.storage_meta.checkpoint_id is not None
         return Path(metadata.storage_meta.checkpoint_id)
 
-    def _upload(self, path: Path, step: int) -> str:
-        """Bring a checkpoint that is complete here to the store; all ranks, each its part of the files."""
-        store = self.store
-        assert store is not None
-        if self.shared:
-            self.newest_saved = path
-        try:
-            name, files = runtime.on_rank0(lambda: (store.free_name(step), sorted(read_manifest(path))), self._group)
-            runtime.agreed(lambda: store.upload(path, name, self._share(files)), self._group)
-            runtime.on_rank0(lambda: store.complete(path, name), self._group)
-        except STORE_ERRORS as error:
-            kept = f"; it is in {path}" if self.shared else ""
-            raise self._failed(f"step {step} could not be uploaded to {store.url}: {error}{kept}") from error
-        finally:
-            if not self.shared:
-                shutil.rmtree(path, ignore_errors=True)
-        if self.shared:
-            runtime.on_rank0(self.folder.clear, self._group)
-        self.newest_saved = store.place_of(name)
-        return self.newest_saved
-
-    def _share(self, files: list[str]) -> list[str]:
-        """The files that this rank uploads: where folders are not shared, those that it wrote."""
-        rank = runtime.rank()
-        if self.shared:
-            return files[rank :: runtime.world_size()]
-        owners = {name: _OF_RANK.fullmatch(name) for name in files}
-        return [name for name, owner in owners.items() if (int(owner[1]) if owner else 0) == rank]
-
-    def _failed(self, why: str) -> SaveError:
-        if self.asynchronous:  # known to the caller at its next save only
-            log.warning("%s", why)
-        return SaveError(why)
-
     def _commit(self, beside: Beside, temporary: Path, files: Files, all_finite: bool) -> Path:
         """Complete a folder that every rank has written to, and give it its name; on rank 0."""
-        for name, written in files.items() if self.shared else ():
+        for name, written in files.items() if self.folder.shared else ():
             file = temporary / name
             if not file.is_file() or file.stat().st_size != written.bytes:
                 raise OSError(f"{file} is not as a rank wrote it; all ranks must share one save_folder")
@@ -403,7 +370,7 @@ class Checkpointer:
                 else:
                     files[path.relative_to(temporary).as_posix()] = measure(path, sync=True)
         write_manifest(temporary, beside.step, files)
-        return self.folder.adopt(temporary, beside.step) if self.shared else temporary
+        return self.folder.adopt(temporary, beside.step) if self.folder.shared else temporary
 
 
 def _tensors(state: CheckpointState) -> dict[str, Tensor]:

@@ -75,6 +75,7 @@ class CheckpointFolder:
             raise ValueError(f"keep={keep}: write -1 to keep all checkpoints, or 1 or more")
         self.path = path
         self.keep = keep
+        self.shared = True  # whether all ranks see it; without a store, they must
         self.unusable: set[Path] = set()  # found damaged by reading them: neither counted nor deleted
 
     def newest(self) -> Path | None:

@@ -47,6 +47,10 @@ class DamagedError(CheckpointError):
     """A checkpoint whose files are not as they were written: an older one may serve."""
 
 
+class SaveError(RuntimeError):
+    """A checkpoint that could not be written; those before it are intact."""
+
+
 class Written(NamedTuple):
     """A file that is on disk, synced."""
 

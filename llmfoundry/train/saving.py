@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llmfoundry import runtime
-from llmfoundry.checkpoint.checkpointer import Checkpointer, CheckpointState, SaveError
+from llmfoundry.checkpoint.checkpointer import Checkpointer, CheckpointState
+from llmfoundry.checkpoint.manifest import SaveError
 from llmfoundry.train.run import Metrics
 
 log = logging.getLogger(__name__)

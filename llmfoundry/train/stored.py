@@ -9,9 +9,8 @@ import logging
 import shutil
 from pathlib import Path
 
-from llmfoundry.checkpoint.checkpointer import SaveError
 from llmfoundry.checkpoint.folder import CheckpointFolder
-from llmfoundry.checkpoint.manifest import number_of
+from llmfoundry.checkpoint.manifest import SaveError, number_of
 from llmfoundry.checkpoint.store import STORE_ERRORS, RunStore
 from llmfoundry.config import ConfigError
 from llmfoundry.train.outputs import TRACES, RunFolder

@@ -93,7 +93,7 @@ class Trainer(Run):
         if checkpointer.store is None:
             check_shared(self.config.folder)
         else:
-            checkpointer.shared = not any(hosts_without(self.config.folder))
+            checkpointer.folder.shared = not any(hosts_without(self.config.folder))
         runtime.on_rank0(self._open_outputs)
         checkpointer.catch_up()
         for callback in self.callbacks:
