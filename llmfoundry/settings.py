@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -34,11 +34,13 @@ class Settings(NamedTuple):
         data: plain data, interpolations resolved, without the `variables` block.
         file: the same without the overrides.
         given: dotted paths of the values that overrides set.
+        referred: keys of the top level that interpolations refer to.
     """
 
     data: dict[str, object]
     file: dict[str, object]
     given: frozenset[str]
+    referred: frozenset[str]
 
 
 def load_yaml(path: str | Path, overrides: list[str] | None = None) -> dict[str, object]:
@@ -75,21 +77,27 @@ def load_settings(path: str | Path, overrides: list[str] | None = None) -> Setti
     config = OmegaConf.create(loaded)
     for override in parsed:
         _apply(config, override)
-    borrowed = _borrow_variables(config)
+    referred = _referred(config)
+    borrowed = _borrow_variables(config, referred)
     data = {key: value for key, value in _resolved(config, str(path)).items() if key not in borrowed}
     file = data if not parsed else {key: value for key, value in loaded.items() if key != "variables"}
     given = {path for override in parsed if override.kind != "~" for path, _ in leaves(override.value, override.key)}
-    return Settings(data, file, frozenset(given))
+    return Settings(data, file, frozenset(given), referred)
 
 
-def _borrow_variables(config: DictConfig) -> set[str]:
+def _referred(config: DictConfig) -> frozenset[str]:
+    """The first parts of all `${a.b}`."""
+    texts = [text for _, text in leaves(OmegaConf.to_container(config, resolve=False)) if isinstance(text, str)]
+    return frozenset(
+        re.split(r"[.\[]", name)[0] for text in texts for dots, name in _REFERENCE.findall(text) if not dots
+    )
+
+
+def _borrow_variables(config: DictConfig, names: Set[str]) -> set[str]:
     """Let `${name}` stand for `${variables.name}` where the top level has no such key; returns the names."""
     variables = OmegaConf.select(config, "variables")
     if not OmegaConf.is_dict(variables):
         return set()
-    raw = OmegaConf.to_container(config, resolve=False)
-    texts = [value for _, value in leaves(raw) if isinstance(value, str)]
-    names = {name.partition(".")[0] for text in texts for dots, name in _REFERENCE.findall(text) if not dots}
     borrowed = {name for name in names if name not in config and name in variables}
     for name in borrowed:
         config[name] = f"${{variables.{name}}}"

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from llmfoundry.cli.convert import convert_main
@@ -82,14 +83,20 @@ def test_a_yaml_of_llm_foundry_lists_models(
             },
         ],
         "device_eval_batch_size": 4,
+        "metadata": {"team": "nlp"},
         "fsdp_config": {"sharding_strategy": "FULL_SHARD", "mixed_precision": "FULL"},
         "icl_tasks": "tasks.yaml",
         "eval_gauntlet": "gauntlet.yaml",
     }  # fmt: skip
+    # A checkpoint of Composer's, under the name that a run of theirs gives it.
+    weights = {f"model.{name}": value for name, value in small.model(len(small.tokenizer())).state_dict().items()}
+    torch.save({"state": {"model": weights}}, "latest-rank0.pt")
+    composer = {"model_name": "composer", "load_path": "latest-rank{rank}.pt", "tokenizer": {"name": "./hf"}}
+    config["models"].append({"model": config["models"][1]["model"], **composer})
     Path("eval.yaml").write_text(yaml.safe_dump(config))
     assert eval_main(["eval.yaml", "--output", "listed.json"]) == 0
     alone, listed = (json.loads(Path(f"{name}.json").read_text()) for name in ("alone", "listed"))
-    assert listed.keys() == {"hf", "by its config"}
+    assert listed.keys() == {"hf", "by its config", "composer"}
     for found in listed.values():
         assert {key: score["value"] for key, score in found["metrics"].items()} == pytest.approx(
             {key: score["value"] for key, score in alone["hf:hf"]["metrics"].items()}
@@ -102,6 +109,7 @@ def test_a_yaml_of_llm_foundry_lists_models(
         ("models.1.load_path=null", "models.1: load_path: is missing"),
         ("models.1.model.d_modell=3", "models.1.model.d_modell: unknown key (did you mean 'd_model'?)"),
         ("models.1.model.d_model=64", "model.d_model: is 64, but 32 in hf"),
+        ("models.2.tokenizer=null", "is a checkpoint of Composer's; name its tokenizer"),
         ("precision=amp_fp16", "precision: input should be 'fp32' or 'amp_bf16' or 'auto', found 'amp_fp16'"),
     ):
         assert eval_main(["eval.yaml", override]) == 2

@@ -140,8 +140,10 @@ def test_it_says_nothing_where_it_is_not_sure(overrides: list[str]) -> None:
 
 def test_words_of_llm_foundry_are_translated_first() -> None:
     assert quick_mistakes(str(MOE), ["model.init_device=meta", "eval_interval=1"]) == []
-    with pytest.raises(ConfigError, match=r"load_ignore_keys: \['a'\] is not supported"):
-        quick_mistakes(str(MOE), ["load_ignore_keys=[a]"])
+    assert quick_mistakes(str(MOE), ["load_ignore_keys=[a]", "seeed=1"]) == [
+        "load_ignore_keys: ['a'] is not supported; remove it, or write null",
+        "seeed: unknown key (did you mean 'seed'?)",
+    ]
 
 
 def test_it_answers_without_torch_and_the_rest_follows_once() -> None:

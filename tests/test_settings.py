@@ -188,7 +188,8 @@ def test_a_choice_switched_by_an_override_drops_the_keys_of_the_other(
     tmp_path: Path, overrides: list[str], path: str, block: dict[str, object], left_out: str | None
 ) -> None:
     (tmp_path / "run.yaml").write_text(MIXTURE)
-    data, notes = drop_replaced(RunConfig, *load_settings(tmp_path / "run.yaml", overrides))
+    settings = load_settings(tmp_path / "run.yaml", overrides)
+    data, notes = drop_replaced(RunConfig, settings.data, settings.file, settings.given)
     found: object = data
     for part in path.split("."):
         assert isinstance(found, dict)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from llmfoundry import launch
 from llmfoundry.cli.quick_check import quick_mistakes
 from llmfoundry.config import ConfigError, ResourceError, check, drop_replaced, import_code
-from llmfoundry.integrations.foundry_yaml import translate
+from llmfoundry.integrations.foundry_yaml import Untranslated, translate
 from llmfoundry.settings import load_settings
 
 if TYPE_CHECKING:
@@ -132,10 +132,21 @@ def read_translated(path: str, overrides: list[str]) -> Translated:
     if not isinstance(paths, list) or not all(isinstance(item, str) for item in paths):
         raise ConfigError(f"code_paths: must be a list of Python files, found {paths!r}")
     import_code(paths)
-    data, dropped = drop_replaced(RunConfig, *settings)
-    data, notes = translate(data)
+    data, dropped = drop_replaced(RunConfig, settings.data, settings.file, settings.given)
+    try:
+        data, notes = translate(data, settings.referred - RunConfig.model_fields.keys())
+    except Untranslated as error:
+        raise ConfigError("\n".join([str(error), *_mistakes(RunConfig, error.rest)])) from None
     data = with_tasks_read(data, Path(path).parent)
     return Translated(settings.data, data, [*dropped, *notes])
+
+
+def _mistakes(config: type[RunConfig], data: dict[str, object]) -> list[str]:
+    try:
+        check(config, data)
+    except ConfigError as error:
+        return str(error).split("\n")
+    return []
 
 
 def read_run_config(path: str, overrides: list[str]) -> RunConfig:

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 import llmfoundry.model.transformer  # noqa: F401  registers its model
 from llmfoundry import runtime
+from llmfoundry.checkpoint.composer_names import is_composer, load_composer
+from llmfoundry.checkpoint.finding import file_here
 from llmfoundry.checkpoint.reading import load_model_only, read
 from llmfoundry.cli.opening import HUGGING_FACE, Ready, build_model, open_checkpoint, open_hugging_face
 from llmfoundry.config import Config, ConfigError, check, is_theirs
@@ -16,6 +18,7 @@ from llmfoundry.data.tokenizer import TokenizerConfig
 from llmfoundry.eval.gauntlet import GauntletConfig
 from llmfoundry.eval.icl_tasks import TaskConfig
 from llmfoundry.hf.tokenizer import tokenizer_of
+from llmfoundry.integrations.foundry_paths import checkpoint_named
 from llmfoundry.integrations.foundry_yaml import translate
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.model.transformer import CausalLMConfig
@@ -89,6 +92,13 @@ class EvaluatedModel(Config):
         assert isinstance(self.model, CausalLMConfig)
         place = runtime.start()
         check_device(self.model, place, precision)
+        if is_composer(self.load_path):
+            if named is None or self.tokenizer is None:
+                raise ConfigError(f"{self.load_path}: is a checkpoint of Composer's; name its tokenizer: {{name: ...}}")
+            tokenizer = named.loaded()
+            model, mesh = build_model(self.model, ParallelConfig(compile=False), precision)
+            load_composer(file_here(self.load_path), model)
+            return Ready(model.eval(), mesh, tokenizer, self.tokenizer.special_tokens(tokenizer))
         contents = read(self.load_path)
         own = tokenizer_of(contents.tokenizer) if contents.tokenizer is not None else None
         tokenizer = named.loaded() if named is not None else own
@@ -142,6 +152,8 @@ def _model(where: str, entry: object) -> object:
     if not isinstance(entry, dict) or not isinstance(entry.get("model"), dict):
         return entry
     model = entry["model"]
+    if isinstance(entry.get("load_path"), str):
+        entry = entry | {"load_path": checkpoint_named(entry["load_path"])}
     if model.get("name") == "hf_causal_lm":
         return _hugging_face(where, entry, dict(model))
     try:

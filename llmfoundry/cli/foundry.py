@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from llmfoundry.cli.command import command
 from llmfoundry.config import ConfigError
+from llmfoundry.integrations.foundry_paths import our_checkpoint
 
 log = logging.getLogger(__name__)
 
-_FILE = re.compile(r"(?:ep\d+-ba(?P<step>\d+)|latest)(?:-rank(?:\d+|\{rank\}))?(?:\.pt)?")
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Arguments of their hf_generate that change no token here.
 _LOADING = ("max_seq_len", "max_batch_size", "eos_token_id", "pad_token_id", "model_dtype", "autocast_dtype",
@@ -53,7 +52,7 @@ def generate_words(argv: Sequence[str] | None) -> list[str]:
             log.info("--%s: left out, it changes no token here", key)
     sampled = args.do_sample.lower() in ("yes", "true", "t", "y", "1")
     return [
-        "--checkpoint", our_checkpoint(args.name_or_path), *(f"--prompt={prompt}" for prompt in args.prompts),
+        "--checkpoint", _ours(args.name_or_path), *(f"--prompt={prompt}" for prompt in args.prompts),
         "--max-new-tokens", args.max_new_tokens, "--temperature", args.temperature if sampled else "0",
         "--top-p", args.top_p, "--seed", args.seed,
     ]  # fmt: skip
@@ -78,20 +77,13 @@ def convert_words(argv: Sequence[str] | None) -> list[str]:
             "--hf_repo_for_upload: nothing is uploaded here; write "
             f"`huggingface-cli upload {args.hf_repo_for_upload} {args.hf_output_path}` after the conversion"
         )
-    return ["to-hf", our_checkpoint(args.composer_path), args.hf_output_path, "--dtype", _DTYPES[args.output_precision]]
+    return ["to-hf", _ours(args.composer_path), args.hf_output_path, "--dtype", _DTYPES[args.output_precision]]
 
 
-def our_checkpoint(path: str) -> str:
-    """Where a checkpoint is that Composer would have called `FOLDER/ep0-ba10-rank0.pt` or `FOLDER/latest-rank0.pt`.
-
-    A path that exists, and one that does not look like theirs, is returned as it is.
-    """
-    folder, found = Path(path).parent, _FILE.fullmatch(Path(path).name)
-    if Path(path).exists() or found is None or not (folder / "checkpoints").is_dir():
-        return path
-    ours = folder if found["step"] is None else folder / "checkpoints" / f"step-{found['step']}"
-    log.info("%s: is now %s", path, ours)
-    return str(ours)
+def _ours(path: str) -> str:
+    if (found := our_checkpoint(path)) != path:
+        log.info("%s: is now %s", path, found)
+    return found
 
 
 @command

@@ -19,7 +19,7 @@ from pydantic import Field, ModelWrapValidatorHandler, ValidatorFunctionWrapHand
 from pydantic.functional_validators import WrapValidator
 
 from llmfoundry.config import Choice, Config, ConfigError, check, keyed
-from llmfoundry.integrations.foundry_yaml import translate
+from llmfoundry.integrations.foundry_yaml import Untranslated, translate
 from llmfoundry.settings import load_settings
 from llmfoundry.train.duration import Duration, Interval
 
@@ -41,7 +41,7 @@ def quick_mistakes(path: str, overrides: list[str]) -> list[str]:
         overrides: as `load_settings` takes them.
 
     Raises:
-        ConfigError: the file cannot be read, or asks for what this framework does not do; the full check says the same.
+        ConfigError: the file cannot be read; the full check says the same.
     """
     settings = load_settings(path, overrides)
     data = settings.data
@@ -52,7 +52,10 @@ def quick_mistakes(path: str, overrides: list[str]) -> list[str]:
     model = data.get("model")
     if isinstance(model, dict) and str(model.get("name")).startswith("hf_"):
         return []  # the translation reads the model's own files
-    data, _ = translate(data)
+    try:
+        data, _ = translate(data, settings.referred - schema.run.model_fields.keys())
+    except Untranslated as error:
+        return [*str(error).split("\n"), *mistakes_in(error.rest)]
     return mistakes_in(data)
 
 

@@ -75,7 +75,13 @@ def _of_format(columns: tuple[str, ...], row: Row) -> Example:
     if columns[0] == "conversations":
         return conversation([_of_speaker(turn) for turn in _turns(first)], row)
     if columns[0] == "prompt" and not (isinstance(first, str) and isinstance(second, str)):
-        return conversation([*messages_of(_as_turns(first, "user")), *messages_of(_as_turns(second, "assistant"))], row)
+        return conversation(
+            [
+                *messages_of(_as_turns(first, "user", columns[0])),
+                *messages_of(_as_turns(second, "assistant", columns[1])),
+            ],
+            row,
+        )
     if columns[0] == "prompt":
         return Pair(cast(str, first), cast(str, second))
     task, more = str(first), row.get("input") or row.get("context") or ""
@@ -83,7 +89,9 @@ def _of_format(columns: tuple[str, ...], row: Row) -> Example:
     return conversation([{"role": "user", "content": user}, {"role": "assistant", "content": str(second)}], row)
 
 
-def _as_turns(value: object, role: str) -> object:
+def _as_turns(value: object, role: str, column: str) -> object:
+    if not isinstance(value, str | list):
+        raise ValueError(f"{column}: must be a text or a list of turns, found {value!r:.80}")
     return [{"role": role, "content": value}] if isinstance(value, str) else value
 
 

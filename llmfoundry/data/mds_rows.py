@@ -116,6 +116,11 @@ def without_tuning(data: object) -> object:
     """Leave out, with a note, keys that change nothing here."""
     if not isinstance(data, dict):
         return data
+    if data.get("epoch_size") is not None:
+        raise ValueError(
+            f"epoch_size: {data['epoch_size']!r} is not supported: an epoch is every row; leave it out, and end the "
+            "run by max_duration"
+        )
     found = [key for key in TUNING if key in data]
     if found:
         log.info("dataset: %s: left out, shards are neither fetched nor shuffled in blocks here", ", ".join(found))

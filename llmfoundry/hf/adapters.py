@@ -13,6 +13,10 @@ from llmfoundry.model.adapters import Names, PeftPart
 from llmfoundry.model.transformer import CausalLMConfig
 
 
+class PartOfMatrix(ConfigError):
+    """Adapters are asked for on a layer of theirs that is a part of one of ours."""
+
+
 def peft_names(family: Family, config: CausalLMConfig) -> Names:
     """Where each weight of ours stands in the names of the live Hugging Face model, for `save_peft` and `load_peft`.
 
@@ -54,7 +58,8 @@ def targets_of(family: Family, config: CausalLMConfig, wanted: str | Sequence[st
         `target_modules` of `model.lora`.
 
     Raises:
-        ConfigError: nothing matches, or only a part of one of our layers does.
+        ConfigError: nothing matches.
+        PartOfMatrix: only a part of one of our layers does.
     """
     if wanted == "all-linear":
         return wanted
@@ -69,7 +74,7 @@ def targets_of(family: Family, config: CausalLMConfig, wanted: str | Sequence[st
         ours = name.removesuffix(".weight").split(".", 2)[2]
         if matched and matched != theirs:
             missing = sorted({each.rpartition(".")[2] for each in theirs} - {m.rpartition(".")[2] for m in matched})
-            raise ConfigError(
+            raise PartOfMatrix(
                 f"target_modules: {matched[0].rpartition('.')[2]} is a part of one matrix here ({ours}); "
                 f"name {', '.join(missing)} too"
             )

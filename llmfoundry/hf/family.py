@@ -23,7 +23,7 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
 from llmfoundry.config import ConfigError
 from llmfoundry.hf import families
 from llmfoundry.hf.facts import differences, facts
-from llmfoundry.hf.pieces import Pieces
+from llmfoundry.hf.pieces import Pieces, Spec
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.model.transformer import CausalLMConfig
 
@@ -40,11 +40,19 @@ _HARMLESS = {
 _MOST_LAYERS = 10_000
 
 
+# What older versions of `transformers` wrote into any config.json.
+_OLD = {
+    "model_type", "torch_dtype", "transformers_version", "auto_map", "_name_or_path", "torchscript", "is_decoder",
+    "is_encoder_decoder", "add_cross_attention", "cross_attention_hidden_size", "decoder_start_token_id",
+    "tie_encoder_decoder", "pruned_heads", "use_bfloat16", "tf_legacy_loss", "use_return_dict", "prefix",
+    "finetuning_task", "task_specific_params", "tokenizer_class", "sep_token_id",
+}  # fmt: skip
+
+
 def said_of_any_model() -> set[str]:
     """Keys of a config.json that say nothing of what its model computes, in any family."""
     own = {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"tie_word_embeddings"}
-    old = {"model_type", "torch_dtype", "transformers_version", "auto_map", "_name_or_path", "torchscript"}
-    return own | old | _HARMLESS | set(GenerationConfig().to_dict())
+    return own | _OLD | _HARMLESS | set(GenerationConfig().to_dict())
 
 
 class Theirs:
@@ -151,6 +159,10 @@ class Family:
     def to_theirs(self, config: CausalLMConfig) -> ConfigDict:
         """The settings of config.json that describe a model of ours, as far as this family has words for it."""
         raise NotImplementedError
+
+    def layout_of(self, specs: Mapping[str, Spec]) -> str | None:
+        """The layout that these tensors of theirs are in; None: that of `layouts` with the most of their names."""
+        return None
 
     def add_pieces(self, config: CausalLMConfig, pieces: Pieces, layout: str) -> None:
         """Add where each block of each tensor stands."""

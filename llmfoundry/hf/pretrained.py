@@ -175,7 +175,8 @@ def matched(path: Path, family: Family, config: CausalLMConfig, folder: TensorSo
     if config.tie_word_embeddings and family.head in found:  # some writers repeat the embedding under this name
         found.discard(family.head)
         _check_same(path, source, family.head, family.embedding)
-    candidates = [pieces_of(family, config, layout) for layout in family.layouts]
+    layout = family.layout_of(source.specs)
+    candidates = [pieces_of(family, config, each) for each in (family.layouts if layout is None else (layout,))]
     pieces = max(candidates, key=lambda each: len(found & each.their_shapes().keys()))
     expected = pieces.their_shapes()
     for name in expected:

@@ -14,8 +14,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from transformers import PreTrainedConfig
-
 from llmfoundry.checkpoint.composer_files import ComposerFiles, Plain, open_composer
 from llmfoundry.checkpoint.composer_names import copies_from
 from llmfoundry.checkpoint.convert import write_ours
@@ -26,7 +24,8 @@ from llmfoundry.hf.files import new_folder
 from llmfoundry.hf.pieces import Copy, Spec, TensorSource, fill
 from llmfoundry.hf.pretrained import Progress, matched, our_shapes
 from llmfoundry.hf.tokenizer import TOKENIZER_FILES
-from llmfoundry.integrations.foundry_yaml import Tree, translate
+from llmfoundry.integrations.foundry_tree import Tree
+from llmfoundry.integrations.foundry_yaml import translate
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.settings import load_yaml
@@ -35,15 +34,6 @@ log = logging.getLogger(__name__)
 
 SETTINGS = "LLMFoundrySettings"  # the callback of integrations/composer.py whose state is the config of the run
 _HUGGING_FACE = ("integrations", "huggingface")
-
-# Of a config.json of LLM Foundry's MPT: what `transformers` adds, whose versions differ, and what names no setting.
-_NOT_THE_MODELS = PreTrainedConfig().to_dict().keys() - {"tie_word_embeddings"} | {
-    "architectures", "auto_map", "model_type", "transformers_version", "torch_dtype", "dtype", "name", "verbose",
-    "tokenizer_name", "tokenizer_class", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
-    "decoder_start_token_id", "is_decoder", "is_encoder_decoder", "add_cross_attention", "cross_attention_hidden_size",
-    "tie_encoder_decoder", "torchscript", "pruned_heads", "use_bfloat16", "tf_legacy_loss", "use_return_dict", "prefix",
-    "finetuning_task", "task_specific_params", "initializer_range",
-}  # fmt: skip
 
 
 class Found(NamedTuple):
@@ -104,10 +94,6 @@ def find_model(files: ComposerFiles, yaml: str | Path | None = None) -> Found:
     content = files.said(*_HUGGING_FACE, "model", "config", "content")
     if not isinstance(content, dict):
         raise ConfigError(f"{files.path}: stores no config of its model; name the YAML that trained it: --config YAML")
-    if content.get("model_type") == "mpt" and "layer_norm_epsilon" not in content:  # not `transformers`' own MPT
-        own: Tree = {k: v for k, v in content.items() if k not in _NOT_THE_MODELS and not k.startswith("_")}
-        config = model_config(own | {"name": "mpt_causal_lm"}, f"{files.path}: config of the model")
-        return Found(config, files, copies_from(files, config))
     family, config = read_config(content, f"{files.path}: config of the model")
     theirs = matched(files.path, family, config, files)
     return Found(theirs.config, theirs.source, theirs.copies)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from llmfoundry.data.mds_rows import TUNING
-from llmfoundry.settings import leaves
+from llmfoundry.integrations.foundry_tree import Note
 
 _SAME = "as it is"
 _TUNING = "left out, shards are neither fetched nor shuffled in blocks here"
@@ -16,13 +16,13 @@ def explained(given: dict[str, object], notes: Sequence[str]) -> Iterator[str]:
 
     Args:
         given: the file with its overrides, as they were written.
-        notes: of its translation; each begins by the dotted path that it is about.
+        notes: of its translation; one that is no `Note` begins by the dotted path that it is about.
     """
     by_path: dict[str, list[str]] = {}
     for note in notes:
-        name, _, said = note.partition(": ")
-        by_path.setdefault(name.partition("=")[0], []).append(said)
-    values = dict(leaves(given))
+        name, said = (note.path, note.said) if isinstance(note, Note) else note.split(": ", 1)
+        by_path.setdefault(name, []).append(said)
+    values = dict(_leaves(given))
     width = min(60, max((len(_shown(*item)) for item in values.items()), default=0))
     told: set[str] = set()
     for path, value in values.items():
@@ -36,6 +36,15 @@ def explained(given: dict[str, object], notes: Sequence[str]) -> Iterator[str]:
     for name, said_of in by_path.items():
         if name not in told:
             yield f"{name:<{width}}  {'; '.join(said_of)}"
+
+
+def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """As `leaves`, and blocks that are empty: of a callback, all defaults."""
+    if isinstance(value, dict | list) and value:
+        for key, inside in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(inside, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
 
 
 def _shown(path: str, value: object) -> str:

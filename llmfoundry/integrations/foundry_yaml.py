@@ -6,204 +6,148 @@ change is a line of notes, and whatever would alter the result without an equiva
 
 from __future__ import annotations
 
-import copy
-import os
 import re
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence, Set
 
 from llmfoundry.config import ConfigError
-from llmfoundry.integrations import foundry_model
+from llmfoundry.integrations.foundry_fsdp import fsdp, mixed_precision
+from llmfoundry.integrations.foundry_keys import DURATIONS, EMPTY, GONE, ONLY, REFUSED, RENAMED_VALUES, VARIABLES
+from llmfoundry.integrations.foundry_paths import load_path, made_up_name, temporary_folder, without_placeholders
+from llmfoundry.integrations.foundry_tree import Note, Tree, copied, look, present, put, take
 from llmfoundry.integrations.hf_causal_lm import hugging_face_model
-
-Tree = dict[str, object]
-
-# Keys that tuned an implementation and change no value. They go, with a note.
-_GONE = {
-    "python_log_level": "logs are at level INFO",
-    "max_split_size_mb": "set PYTORCH_ALLOC_CONF instead",
-    "expandable_segments": "set PYTORCH_ALLOC_CONF instead",
-    "callbacks.scheduled_gc": "collections are not forced",
-    "model.init_device": "models are always built on meta",
-    "model.fc_type": "linear layers are torch's",
-    "model.fuse_norm_attn_norm": "the same layers, whose names checkpoints are read with",
-    "model.param_init_fn": "init_config says it",
-    "model.init_nonlinearity": "init_config says it",
-    "model.ffn_config.fc_type": "linear layers are torch's",
-    "model.ffn_config.moe_lbl_in_fp32": "the balance loss is always float32",
-    "model.ffn_config.moe_zloss_in_fp32": "the z-loss is always float32",
-    "model.ffn_config.memory_optimized_mlp": "only the layer's input and hidden activations are kept",
-    "model.ffn_config.return_bias": "",
-    "model.use_train_metrics": "the training loss is always logged",
-    "model.additional_train_metrics": "the training loss is always logged",
-    "model.activation_checkpointing_target": "parallel.recompute names what is computed again",
-    "model.attn_config.fused_qkv": "one matrix in any case",
-    "model.ffn_config.remat_act_fn": "",
-    "model.ffn_config.fp16": "precision says it",
-    "model.ffn_config.bf16": "precision says it",
-    "model.ffn_config.device": "",
-    "model.ffn_config.quantize_inputs_num_bits": "",
-    "model.ffn_config.quantize_rematerialize_num_bits": "",
-    "model.ffn_config.quantize_scatter_num_bits": "",
-    "callbacks.oom_observer": "an out-of-memory error says what was allocated",
-    "callbacks.env_logging": "the run's report names the environment",
-    "callbacks.eval_output_logging": "callbacks.sample_text writes text",
-    "tokenizer.kwargs.trust_remote_code": "code of a hub repository is never run",
-    "save_overwrite": "a run never writes over another's checkpoints",
-    "log_config": "config.yaml is always written",
-    "cuda_load_lazy": "",
-    "device_train_grad_accum": "device_train_microbatch_size says it",
-    **{
-        f"{loader}.{key}": ""
-        for loader in ("train_loader", "eval_loader")
-        for key in ("pin_memory", "prefetch_factor", "persistent_workers", "timeout")
-    },
-}
-# Keys that do change values, with the only value that means what we do.
-_ONLY = {
-    "model.attn_config.prefix_lm": (False,),
-    "model.loss_fn": ("fused_crossentropy", "torch_crossentropy"),
-    "model.use_cache": (True, False),
-    "model.use_pad_tok_in_ffn": (True,),
-    "model.ffn_config.moe_weight_parallelism": (False,),
-    "model.ffn_config.moe_expert_model_parallelism": (True, False),
-    "model.attn_config.nope": (False,),
-    "model.attn_config.attn_temperature_tuning": (None, False, {"floor_scale": 8192, "attn_scale": 0.0}),
-    "model.ffn_config.expert_parallel_group": (None,),
-    "model.ffn_config.pipeline_model_parallel_size": (1,),
-    "model.ffn_config.num_layers_per_virtual_pipeline_stage": (None,),
-    "model.ffn_config.shared_expert_weighted_sum": (False,),
-    "save_filename": ("ep{epoch}-ba{batch}-rank{rank}.pt",),
-    "save_latest_filename": ("latest-rank{rank}.pt",),
-    "save_weights_only": (False,),
-    "load_strict_model_weights": (True,),
-    "load_ignore_keys": (None,),
-    "only_hf_checkpoint": (False,),
-    "only_composer_checkpoint": (False,),
-    "accumulate_train_batch_on_tokens": (True,),
-    "spin_dataloaders": (True,),
-    "train_subset_num_batches": (-1,),
-    "profiler": (None,),
-    "tp_config": (None,),
-}
-# Keys of the top level that only serve `${...}`: the file's references are already resolved.
-_VARIABLES = ("dataset", "global_seed", "icl_max_seq_len")
-_DURATIONS = ("max_duration", "eval_interval", "save_interval", "console_log_interval")
-_SCHEDULE = ("t_warmup", "t_max", "t_scale", "t_cooldown")
+from llmfoundry.model import foundry_words
 
 
-def translate(data: Tree) -> tuple[Tree, list[str]]:
+class Untranslated(ConfigError):
+    """A line for each legacy key that asks for what this framework does not do.
+
+    Attributes:
+        rest: the file without them, in our words, whose other mistakes can be told too.
+    """
+
+    def __init__(self, mistakes: Sequence[str], rest: Tree) -> None:
+        super().__init__("\n".join(mistakes))
+        self.rest = rest
+
+
+def translate(data: Tree, variables: Set[str] = frozenset()) -> tuple[Tree, list[Note]]:
     """A YAML in LLM Foundry v0.22's words, in ours.
 
     Args:
         data: what `load_yaml` returned; not changed.
+        variables: keys of the top level that no run has and that the file refers to by `${...}`.
 
     Returns:
         The same run in our words, and a line for each thing that was translated.
 
     Raises:
-        ConfigError: a line for each legacy key that asks for what this framework does not do.
+        Untranslated: keys ask for what this framework does not do.
     """
-    theirs = _is_theirs(data)
-    data, notes, mistakes = copy.deepcopy(data), [], []
-    for path, allowed in _ONLY.items():
-        value, present = _look(data, path)
-        if not present:
-            continue
-        _take(data, path)
-        if any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
-            notes.append(f"{path}={value!r}: left out, it is what this framework does")
-        else:
-            mistakes.append(f"{path}: {value!r} is not supported; remove it, or write {allowed[0]!r}")
-    for path, why in _GONE.items():
-        if _look(data, path)[1]:
-            value = _take(data, path)
-            notes.append(f"{path}={value!r}: left out, it changes no value" + (f"; {why}" if why else ""))
-    for path in (path for path in _VARIABLES if path in data):
-        notes.append(f"{path}={_take(data, path)!r}: left out, it only serves references")
-    for path, values in _RENAMED_VALUES.items():
-        value, present = _look(data, path)
-        if present and isinstance(value, str) and value in values:
-            _put(data, path, values[value])
-            notes.append(f"{path}: {value} is now {values[value]}")
-    for path in (*_DURATIONS, *(f"scheduler.{key}" for key in _SCHEDULE)):
-        value, present = _look(data, path)
-        if present and (new := _duration(value)) is not None:
-            notes.append(f"{path}={value!r}: is now {_put(data, path, new)}")
+    theirs = is_theirs(data)
+    data = copied(data)
+    notes: list[Note] = []
+    mistakes: list[str] = []
+    for path in (path for key in EMPTY for path in present(data, key) if look(data, path)[0] is None):
+        take(data, path)
+    for path in sorted({*VARIABLES, *(variables if theirs else ())} & data.keys()):
+        notes.append(Note(path, "left out, it only serves references", take(data, path)))
+    _one_by_one(data, notes, mistakes)
     for path, apply in _MOVED.items():
-        value, present = _look(data, path)
-        if present:
-            _take(data, path)
+        for place in present(data, path):
+            value = take(data, place)
             try:
-                for new in apply(data, value):
-                    notes.append(f"{path}={value!r}: {new if new.startswith('left out') else f'is now {new}'}")
+                notes += [_note(place, new, value) for new in apply(data, value)]
             except ConfigError as error:
                 mistakes.append(str(error))
     if theirs:  # in a file of ours, a missing save_folder is a mistake
-        for fill in (_made_up_name, _temporary_folder, _packed, _head_norms):
+        for fill in (made_up_name, without_placeholders, temporary_folder, _data_defaults, _packed, _head_norms):
             try:
                 notes += fill(data)
             except ConfigError as error:
                 mistakes.append(str(error))
     if mistakes:
-        raise ConfigError("\n".join(mistakes))
+        raise Untranslated(mistakes, data)
     return data, notes
 
 
-def _is_theirs(data: Tree) -> bool:
+def _note(path: str, said: str, value: object) -> Note:
+    if isinstance(said, Note):  # on another key
+        return said
+    return Note(path, said if said.startswith("left out") else f"is now {said}", value)
+
+
+def _one_by_one(data: Tree, notes: list[Note], mistakes: list[str]) -> None:
+    """The keys that need no code (foundry_keys.py), changed in place."""
+    for path, allowed in ONLY.items():
+        for place in present(data, path):
+            value = take(data, place)
+            if any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
+                notes.append(Note(place, "left out, it is what this framework does", value))
+            else:
+                mistakes.append(f"{place}: {value!r} is not supported; remove it, or write {_shown(allowed[0])}")
+    for path, why in REFUSED.items():
+        for place in present(data, path):
+            take(data, place)
+            mistakes.append(f"{place}: {why}")
+    for path, why in GONE.items():
+        for place in present(data, path):
+            said = "left out, it changes no value" + (f"; {why}" if why else "")
+            notes.append(Note(place, said, take(data, place)))
+    for path, values in RENAMED_VALUES.items():
+        value, there = look(data, path)
+        if there and isinstance(value, str) and value in values:
+            put(data, path, values[value])
+            notes.append(Note(path, f"{value} is now {values[value]}"))
+    for path in DURATIONS:
+        value, there = look(data, path)
+        if there and (new := _duration(value)) is not None:
+            notes.append(Note(path, f"is now {put(data, path, new)}", value))
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def is_theirs(data: Tree) -> bool:
     """Whether a file is one of LLM Foundry's, and not one of ours with some of their words."""
     model = data.get("model")
     name = model.get("name") if isinstance(model, dict) else None
     return "fsdp_config" in data or name in ("mpt_causal_lm", "hf_causal_lm", "hf_t5")
 
 
-def _made_up_name(data: Tree) -> list[str]:
-    """Name a run without a name whose save folder holds `{run_name}`."""
-    folder = data.get("save_folder")
-    if data.get("run_name") is not None or "RUN_NAME" in os.environ or "{run_name}" not in str(folder):
-        return []
-    data["run_name"] = f"run-{_launcher('run_name')}"
-    return [f"run_name: is missing; made up {data['run_name']}: write run_name=... to resume this run later"]
+def _data_defaults(data: Tree) -> list[Note]:
+    """What a dataset leaves out, as it is there: only the last turn is learned, and nothing is shuffled."""
+    notes = []
+    for loader in ("train_loader", "eval_loader"):
+        for place in present(data, f"{loader}.dataset"):
+            dataset, kind = look(data, place)[0], look(data, f"{place.removesuffix('.dataset')}.name")[0]
+            said: Tree = {"shuffle": False} if loader == "train_loader" else {}
+            if kind == "finetuning":
+                said["target_responses"] = "last"
+            for key in said.keys() - dataset.keys() if isinstance(dataset, dict) else ():
+                notes.append(Note(f"{place}.{key}", f"is missing; now {said[key]}, as it is there"))
+                put(data, f"{place}.{key}", said[key])
+    return notes
 
 
-def _temporary_folder(data: Tree) -> list[str]:
-    """Set the save folder of a file that has none to one that all ranks of this node agree on."""
-    if data.get("save_folder") is not None:
-        return []
-    folder = Path(tempfile.gettempdir()) / f"llmfoundry-{_launcher('save_folder')}"
-    data |= {"save_folder": str(folder), "save_interval": "0ba"}
-    return [f"save_folder: is missing; the last checkpoint and the logs go to {folder}: write save_folder=... instead"]
-
-
-def _packed(data: Tree) -> list[str]:
+def _packed(data: Tree) -> list[Note]:
     """Keep examples that share a row apart, which is what packing means here."""
-    ratio = _look(data, "train_loader.dataset.packing_ratio")[0]
-    if ratio is None or _look(data, "model.attn_config.attn_uses_sequence_id")[0] is True:
+    ratio = look(data, "train_loader.dataset.packing_ratio")[0]
+    if ratio is None or look(data, "model.attn_config.attn_uses_sequence_id")[0] is True:
         return []
-    if _look(data, "model.name")[0] == "transformers":
-        return [f"train_loader.dataset.packing_ratio={ratio!r}: left out; each example has a row of its own, for the "
-                "module of transformers keeps no documents apart"]  # fmt: skip
-    said = _put(data, "model.attn_config.attn_uses_sequence_id", True)
-    return [f"train_loader.dataset.packing_ratio={ratio!r}: is now {said}; examples that share a row are kept apart"]
+    if look(data, "model.name")[0] == "transformers":
+        why = "left out; each example has a row of its own, for the module of transformers keeps no documents apart"
+        return [Note("train_loader.dataset.packing_ratio", why, ratio)]
+    said = put(data, "model.attn_config.attn_uses_sequence_id", True)
+    said = f"is now {said}; examples that share a row are kept apart"
+    return [Note("train_loader.dataset.packing_ratio", said, ratio)]
 
 
-def _head_norms(data: Tree) -> list[str]:
+def _head_norms(data: Tree) -> list[Note]:
     """Give queries and keys the norm that they have there."""
     model = data.get("model")
-    return foundry_model.layer_norm(model) if isinstance(model, dict) else []
-
-
-def _launcher(key: str) -> int:
-    """A number that all ranks of this node agree on: the process that started them.
-
-    Raises:
-        ConfigError: the run has several nodes, which have none in common.
-    """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > int(os.environ.get("LOCAL_WORLD_SIZE", world)):
-        raise ConfigError(f"{key}: is missing, and several nodes must agree on it; write {key}=...")
-    return os.getppid() if world > 1 else os.getpid()
+    said = foundry_words.layer_norm(model) if isinstance(model, dict) else []
+    return [Note("model.attn_config.qk_ln", f"sets {each}, as it does there", True) for each in said]
 
 
 def _duration(value: object) -> str | None:
@@ -214,30 +158,21 @@ def _duration(value: object) -> str | None:
     return f"{match[1]}ba" if match else None
 
 
-_RENAMED_VALUES = {
-    "model.attn_config.attn_impl": {"flash": "auto", "torch": "sdpa"},
-    "model.norm_type": {"triton_rmsnorm": "rmsnorm"},
-}
-
-
-def _mixed_precision(data: Tree, value: object) -> list[str]:
-    """What FSDP computes and reduces in there; here parameters are cast by `precision` and sums are float32."""
-    if value == "FULL" and data.get("precision") != "fp32":
-        raise ConfigError(
-            "fsdp_config.mixed_precision: FULL computes in float32; write precision: fp32 and leave it out"
-        )
-    if value not in ("PURE", "DEFAULT", "FULL"):
-        raise ConfigError(f"fsdp_config.mixed_precision: {value!r} is not supported; write PURE or DEFAULT")
-    return ["left out; gradients are summed in float32 (PURE sums them in bfloat16 there)"]
-
-
-def _model(data: Tree, value: object) -> list[str]:
+def _model(data: Tree, value: object) -> Sequence[str]:
     """`model.name`: models of Hugging Face, and the one family that nothing here can train."""
     if value == "hf_t5":
-        _put(data, "model", {"name": "causal_lm"})
+        put(data, "model", {"name": "causal_lm", "max_seq_len": data.get("max_seq_len", 1)})
         raise ConfigError("model.name: hf_t5: encoder-decoder models are not trained here; choose a causal model")
-    _put(data, "model.name", value)
-    return hugging_face_model(data) if value == "hf_causal_lm" else []
+    put(data, "model.name", value)
+    if value != "hf_causal_lm":
+        return []
+    try:
+        return hugging_face_model(data)
+    except ConfigError:
+        put(
+            data, "model", {"name": "causal_lm", "max_seq_len": data.get("max_seq_len", 1)}
+        )  # so that the rest is checked
+        raise
 
 
 def _compile(data: Tree, value: object) -> list[str]:
@@ -245,65 +180,30 @@ def _compile(data: Tree, value: object) -> list[str]:
         return ["left out, nothing is compiled"]
     if value != {}:
         raise ConfigError(f"compile_config: {value!r} is not supported; write parallel: {{compile: true}}")
-    return [_put(data, "parallel.compile", True)]
+    return [put(data, "parallel.compile", True)]
 
 
 def _renamed(path: str) -> Callable[[Tree, object], list[str]]:
-    return lambda data, value: [_put(data, path, value)]
+    return lambda data, value: [put(data, path, value)]
 
 
 def _loss_group(data: Tree, value: object) -> list[str]:
     if value == "global_group":
-        return [_put(data, "model.ffn_config.moe_lbl_scope", "global_batch")]
+        return [put(data, "model.ffn_config.moe_lbl_scope", "global_batch")]
     if value in (None, "none", "expert_group"):
         return ["left out; moe_lbl_scope says over which tokens the load is counted"]
     raise ConfigError(f"model.ffn_config.lbl_process_group: unknown {value!r}; write global_group, or leave it out")
 
 
-def _fsdp(data: Tree, value: object) -> list[str]:
-    """`fsdp_config`, Composer's FSDP1 settings."""
-    if value is None:
-        return ["nothing, it was empty"]
-    if not isinstance(value, dict):
-        raise ConfigError(f"fsdp_config: must be a mapping, found {value!r}")
-    said, rest = [], dict(value)
-    for theirs, ours in (("data_parallel_shard_degree", "shard"), ("data_parallel_replicate_degree", "replicate")):
-        if theirs in rest:
-            said.append(_put(data, f"parallel.{ours}", rest.pop(theirs)))
-    strategy = rest.pop("sharding_strategy", "FULL_SHARD")
-    if strategy not in ("FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"):
-        raise ConfigError(f"fsdp_config.sharding_strategy: unknown {strategy!r}")
-    if strategy == "HYBRID_SHARD":
-        raise ConfigError("fsdp_config.sharding_strategy: HYBRID_SHARD does not say how many copies; write "
-                          "parallel: {replicate: <copies of the model>} instead")  # fmt: skip
-    if strategy == "SHARD_GRAD_OP":
-        said.append(_put(data, "parallel.reshard_after_forward", False))
-    if strategy == "NO_SHARD":
-        raise ConfigError("fsdp_config.sharding_strategy: NO_SHARD is written parallel: {replicate: <ranks>, shard: 1}")
-    if rest.pop("activation_checkpointing", False):
-        said.append(_put(data, "parallel.recompute", "full"))
-    if rest.pop("activation_cpu_offload", False):
-        raise ConfigError("fsdp_config.activation_cpu_offload: is not supported; use parallel.recompute")
-    if rest.pop("cpu_offload", False):
-        said.append(_put(data, "parallel.cpu_offload", True))
-    for key in ("activation_checkpointing_reentrant", "backward_prefetch", "forward_prefetch", "limit_all_gathers",
-                "use_orig_params", "verbose", "state_dict_type", "sync_module_states", "auto_wrap",
-                "flatten_parameters", "load_planner", "save_planner", "te_checkpoint_wrapper"):  # fmt: skip
-        rest.pop(key, None)
-    if rest:
-        raise ConfigError(f"fsdp_config.{min(rest)}: unknown key")
-    return said or ["parallel with its defaults"]
-
-
 def _moe_world_size(data: Tree, value: object) -> list[str]:
-    return [_put(data, "parallel.expert", value)]
+    return [put(data, "parallel.expert", value)]
 
 
 def _capacity(data: Tree, value: object) -> list[str]:
     """MegaBlocks' dMoE drops nothing, whatever this says; its MoE (`mb_moe`) takes it at its word."""
-    if value and _look(data, "model.ffn_config.ffn_type")[0] != "mb_moe":
+    if value and look(data, "model.ffn_config.ffn_type")[0] != "mb_moe":
         return ["left out: a dropless mixture has no capacity (mb_moe has)"]
-    _put(data, "model.ffn_config.moe_capacity_factor", value)
+    put(data, "model.ffn_config.moe_capacity_factor", value)
     return []
 
 
@@ -313,8 +213,20 @@ def _off_at_zero(path: str) -> Callable[[Tree, object], list[str]]:
     def moved(data: Tree, value: object) -> list[str]:
         if isinstance(value, (int, float)) and value == 0:
             return ["left out: 0 is off"]
-        _put(data, path, value)
+        put(data, path, value)
         return []
+
+    return moved
+
+
+def _same_as(path: str, key: str) -> Callable[[Tree, object], list[str]]:
+    """A key that repeats one of the model."""
+
+    def moved(data: Tree, value: object) -> list[str]:
+        found = look(data, f"model.{key}")[0]
+        if value not in (None, found):
+            raise ConfigError(f"{path}: {value!r} is not model.{key}={found!r}; leave it out")
+        return [f"left out, model.{key} says it"]
 
     return moved
 
@@ -329,24 +241,24 @@ def _rope_hf(data: Tree, value: object) -> list[str]:
         raise ConfigError(
             f"model.attn_config.rope_hf_config.type: {kind!r} is not supported; known: linear, llama3, yarn"
         )
-    return [_put(data, "model.attn_config.rope_scaling", value)]
+    return [put(data, "model.attn_config.rope_scaling", value)]
 
 
 def _learned_pos_emb(data: Tree, value: object) -> list[str]:
     """LLM Foundry's default is true, and it turns that off where attention has positions of its own."""
-    own = [key for key in ("rope", "alibi") if _look(data, f"model.attn_config.{key}")[0]]
+    own = [key for key in ("rope", "alibi") if look(data, f"model.attn_config.{key}")[0]]
     if value and own:
         return [f"off, as in LLM Foundry where attn_config.{own[0]} is on"]
-    _put(data, "model.learned_pos_emb", value)  # as it was: nothing to say
+    put(data, "model.learned_pos_emb", value)  # as it was: nothing to say
     return []
 
 
 def _wandb_name(data: Tree, value: object) -> list[str]:
     """There it names the run; here `name` is the logger's own, as config.yaml writes it out."""
     if value == "wandb":
-        _put(data, "loggers.wandb.name", value)
+        put(data, "loggers.wandb.name", value)
         return []
-    return [_put(data, "loggers.wandb.run_name", value)]
+    return [put(data, "loggers.wandb.run_name", value)]
 
 
 def _eval_workers(data: Tree, value: object) -> list[str]:
@@ -364,57 +276,32 @@ def _of_model(apply: Callable[[Tree, object], list[str]]) -> Callable[[Tree, obj
     return moved
 
 
-_MOVED: dict[str, Callable[[Tree, object], list[str]]] = {
+_MOVED: dict[str, Callable[[Tree, object], Sequence[str]]] = {
     "model.ffn_config.moe_world_size": _moe_world_size,
     "model.ffn_config.moe_capacity_factor": _capacity,
     **{
         path: _off_at_zero(path)
         for path in ("model.ffn_config.moe_jitter_eps", "model.ffn_config.moe_normalize_expert_weights")
     },
-    "model.attn_config.rope_impl": _of_model(foundry_model.rope_impl),  # before those that it may take away
-    "model.attn_config.rope_dail_config": _of_model(foundry_model.rope_dail),
+    "model.attn_config.rope_impl": _of_model(foundry_words.rope_impl),  # before those that it may take away
+    "model.attn_config.rope_dail_config": _of_model(foundry_words.rope_dail),
     "model.attn_config.rope_hf_config": _rope_hf,
     "model.learned_pos_emb": _learned_pos_emb,
-    "model.block_overrides": _of_model(foundry_model.block_overrides),
-    "model.head_dim": _of_model(foundry_model.head_dim),
-    "model.attn_config.qk_gn": _of_model(foundry_model.group_norm),
-    "model.attn_config.kv_dim": _of_model(foundry_model.kv_dim),
+    "model.block_overrides": _of_model(foundry_words.block_overrides),
+    "model.head_dim": _of_model(foundry_words.head_dim),
+    "model.attn_config.qk_gn": _of_model(foundry_words.group_norm),
+    "model.attn_config.attn_temperature_tuning": _of_model(foundry_words.temperature),
+    "model.attn_config.kv_dim": _of_model(foundry_words.kv_dim),
     "model.attn_config.clip_qkv": _off_at_zero("model.attn_config.clip_qkv"),
     "eval_loader.num_workers": _eval_workers,
     "loggers.wandb.name": _wandb_name,
     "model.name": _model,
+    "load_path": load_path,
     "model.attention_bias": _renamed("model.attn_config.bias"),
     "model.ffn_config.lbl_process_group": _loss_group,
+    "model.ffn_config.hidden_size": _same_as("model.ffn_config.hidden_size", "d_model"),
+    "model.ffn_config.num_layers": _same_as("model.ffn_config.num_layers", "n_layers"),
     "compile_config": _compile,
-    "fsdp_config.mixed_precision": _mixed_precision,
-    "fsdp_config": _fsdp,
+    "fsdp_config.mixed_precision": mixed_precision,
+    "fsdp_config": fsdp,
 }
-
-
-def _look(data: Tree, path: str) -> tuple[object, bool]:
-    """The value at a dotted path, and whether there is one."""
-    node: object = data
-    for part in path.split("."):
-        if not isinstance(node, dict) or part not in node:
-            return None, False
-        node = node[part]
-    return node, True
-
-
-def _take(data: Tree, path: str) -> object:
-    parent, _, key = path.rpartition(".")
-    node = _look(data, parent)[0] if parent else data
-    assert isinstance(node, dict)
-    return node.pop(key)
-
-
-def _put(data: Tree, path: str, value: object) -> str:
-    """Set a value; returns what was set, in words."""
-    *parents, key = path.split(".")
-    node = data
-    for part in parents:
-        child = node.setdefault(part, {})
-        assert isinstance(child, dict)
-        node = child
-    node[key] = value
-    return f"{path}: {value}"

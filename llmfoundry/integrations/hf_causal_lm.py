@@ -10,20 +10,15 @@ import copy
 from collections.abc import Callable, Mapping
 
 from llmfoundry.config import ConfigError
-
-Tree = dict[str, object]
+from llmfoundry.integrations.foundry_tree import Note, Tree
 
 _WHERE = "model.pretrained_model_name_or_path"
 # Keys that tuned the loading of a module and change no value.
 _GONE = {
-    "init_device": "models are always built on meta",
     "use_auth_token": "HF_TOKEN is read from the environment",
     "trust_remote_code": "code of a hub repository is never run",
     "use_flash_attention_2": "attention is flash on GPUs",
     "attn_implementation": "attention is flash on GPUs",
-    "use_train_metrics": "the training loss is always logged",
-    "additional_train_metrics": "the training loss is always logged",
-    "additional_eval_metrics": "the loss of an evaluation is always logged",
     "use_logits": "the loss is always computed from logits",
     "shift_labels": "labels are always shifted",
     "should_save_peft_only": "checkpoints hold what is trained",
@@ -35,6 +30,7 @@ _ONLY: dict[str, tuple[object, str]] = {
     "load_in_8bit": (False, "weights are trained in the precision that `precision` says"),
     "pretrained_lora_id_or_path": (None, "merge the adapter into its base first, with peft's merge_and_unload"),
 }
+_ROPE = "rope_theta", "rope_scaling"
 _LENGTHS = ("max_seq_len", "n_positions", "max_position_embeddings", "n_ctx")
 _WEIGHTS, _RESIDUAL, _EMBEDDINGS = "attn_config.attn_pdrop", "resid_pdrop", "emb_pdrop"
 # What a config.json drops in training, and our keys for it; those of all families, and of some.
@@ -49,7 +45,7 @@ _DROPOUT_OF: dict[str, dict[str, tuple[str, ...]]] = {
 _OURS = ("ffn_config", "attn_config", "lora", "vocab_size", "init_config")  # keys of ours that may stand beside
 
 
-def hugging_face_model(data: Tree) -> list[str]:
+def hugging_face_model(data: Tree) -> list[Note]:
     """Replace a block `model: {name: hf_causal_lm, ...}` by our own, in place.
 
     Returns:
@@ -61,12 +57,12 @@ def hugging_face_model(data: Tree) -> list[str]:
     """
     block = copy.deepcopy(data["model"])
     assert isinstance(block, dict)
-    notes: list[str] = []
+    notes: list[Note] = []
     mistakes = _take_settings(block, notes)
     name = block.pop("pretrained_model_name_or_path", None)
     pretrained = block.pop("pretrained", True)
     overrides = block.pop("config_overrides", None) or {}
-    peft = block.pop("peft_config", None)
+    peft = block.pop("peft_config", None) or {}
     beside = {key: block.pop(key) for key in _OURS if key in block}
     block.pop("name")
     mistakes += [f"model.{key}: unknown key of hf_causal_lm" for key in block]
@@ -74,7 +70,7 @@ def hugging_face_model(data: Tree) -> list[str]:
         mistakes.append(f"{_WHERE}: must name a folder or a model of the hub, found {name!r}")
     if not isinstance(pretrained, bool):
         mistakes.append(f"model.pretrained: must be true or false, found {pretrained!r}")
-    for key, value in (("config_overrides", overrides), ("peft_config", peft or {})):
+    for key, value in (("config_overrides", overrides), ("peft_config", peft)):
         if not isinstance(value, Mapping):
             mistakes.append(f"model.{key}: must be a mapping, found {value!r}")
     if pretrained and "ffn_config" in beside:
@@ -84,19 +80,20 @@ def hugging_face_model(data: Tree) -> list[str]:
         )
     if mistakes:
         raise ConfigError("\n".join(mistakes))
-    assert isinstance(name, str) and isinstance(overrides, dict)
+    assert isinstance(name, str) and isinstance(overrides, dict) and isinstance(peft, dict)
     model, allow, said = _our_model(name, overrides, peft)
     notes += said
     data["model"] = _merged(model, beside)
-    notes.append(f"model: is that of {name}, written out in config.yaml")
+    notes.append(Note("model", f"is that of {name}, written out in config.yaml"))
     if pretrained:
         notes += _weights_of(data, name, allow)
     else:
-        notes.append("model.pretrained=False: training begins from random weights, drawn as model.init_config says")
+        why = "training begins from random weights, drawn as model.init_config says"
+        notes.append(Note("model.pretrained", why, False))
     return notes
 
 
-def _take_settings(block: Tree, notes: list[str]) -> list[str]:
+def _take_settings(block: Tree, notes: list[Note]) -> list[str]:
     """Remove what changes no value; returns mistakes."""
     for path, why in _GONE.items():
         parent, _, key = path.rpartition(".")
@@ -104,7 +101,8 @@ def _take_settings(block: Tree, notes: list[str]) -> list[str]:
         for part in parent.split(".") if parent else ():
             node = node.get(part) if isinstance(node, dict) else None
         if isinstance(node, dict) and key in node:
-            notes.append(f"model.{path}={node.pop(key)!r}: left out, it changes no value" + (f"; {why}" if why else ""))
+            said = "left out, it changes no value" + (f"; {why}" if why else "")
+            notes.append(Note(f"model.{path}", said, node.pop(key)))
     return [
         f"model.{key}: {block.pop(key)!r} is not supported; {why}"
         for key, (allowed, why) in _ONLY.items()
@@ -112,28 +110,27 @@ def _take_settings(block: Tree, notes: list[str]) -> list[str]:
     ]
 
 
-def _our_model(name: str, overrides: Tree, peft: object) -> tuple[Tree, list[str], list[str]]:
+def _our_model(name: str, given: Tree, peft: Tree, as_it_is: bool = False) -> tuple[Tree, list[str], list[Note]]:
     """The model block; the settings in which it differs from the checkpoint, for `load_allow`; notes."""
     from llmfoundry.config import dump
-    from llmfoundry.hf.adapters import targets_of
+    from llmfoundry.hf.adapters import PartOfMatrix, targets_of
     from llmfoundry.hf.facts import weight_differences
     from llmfoundry.hf.family import read_config
     from llmfoundry.hf.pretrained import locate, read_settings
 
     settings = read_settings(locate(name, settings_only=True))
     where = f"{name}/config.json"
-    notes: list[str] = []
+    notes: list[Note] = []
+    overrides = copy.deepcopy(given)
     try:
-        family, stored = read_config(settings, where)
+        family, stored = read_config(settings, where, as_it_is)
     except ConfigError as error:  # a setting that our model has no words for
         family, stored = read_config(settings, where, as_it_is=True)
-        notes.append(f"model: {error}")
+        notes.append(Note("model", str(error)))
     as_it_is = stored.name == "transformers"
     if as_it_is:
-        notes.append(
-            f"model: {name} is trained as the module of transformers ({settings.get('model_type')}): FSDP, checkpoints "
-            "and adapters as always, none of our kernels"
-        )
+        said = f"{name} is trained as the module of transformers ({settings.get('model_type')}): FSDP, checkpoints and "
+        notes.append(Note("model", f"{said}adapters as always, none of our kernels"))
     attention = overrides.pop("attn_config", None) or {}
     documents = attention.pop("attn_uses_sequence_id", None) if isinstance(attention, dict) else None
     if attention:
@@ -143,10 +140,13 @@ def _our_model(name: str, overrides: Tree, peft: object) -> tuple[Tree, list[str
         if not isinstance(length, int) or isinstance(length, bool) or length < 1:
             raise ConfigError(f"model.config_overrides.{key}: must be a number of tokens, found {length!r}")
         overrides[family.sizes["max_seq_len"]] = length
-        notes.append(f"model.config_overrides.{key}={length}: is now model.max_seq_len")
+        notes.append(Note(f"model.config_overrides.{key}", "is now model.max_seq_len", length))
+    known = settings.keys() | set(family.sizes.values()) | _settings_of(str(settings["model_type"])) | set(_ROPE)
     for key in overrides:
-        if key not in settings and key not in family.sizes.values():
+        if key not in known:
             raise ConfigError(f"model.config_overrides.{key}: {name} has no such setting")
+    if "rope_parameters" in settings:  # as `transformers` 5 writes them
+        _join_rope(overrides)
     _, config = read_config(_merged(settings, overrides), where, as_it_is)
     if documents is not None and not as_it_is:
         attn = config.attn_config.model_copy(update={"attn_uses_sequence_id": documents})
@@ -156,14 +156,44 @@ def _our_model(name: str, overrides: Tree, peft: object) -> tuple[Tree, list[str
     if not as_it_is:
         notes += _add_dropout(model, name, _merged(settings, overrides))
     if peft:
-        assert isinstance(peft, dict)
-        model["lora"], said = _lora(peft, lambda wanted: wanted if as_it_is else targets_of(family, config, wanted))
-        notes += said
+        try:
+            model["lora"], about = _lora(
+                peft, lambda wanted: wanted if as_it_is else targets_of(family, config, wanted)
+            )
+        except PartOfMatrix as error:  # as peft does it
+            model, allow, about = _our_model(name, given, peft, as_it_is=True)
+            return (
+                model,
+                allow,
+                [Note("model.peft_config", f"{str(error).partition(': ')[2]} to train a model of ours"), *about],
+            )
+        notes += about
     allow = [f"model.{key}" for key in weight_differences(stored, config)]
     return model, allow, notes
 
 
-def _add_dropout(model: Tree, name: str, settings: Tree) -> list[str]:
+def _settings_of(kind: str) -> set[str]:
+    """What a config.json of this kind may say, beside what one does say."""
+    from transformers import CONFIG_MAPPING
+
+    return set(CONFIG_MAPPING[kind]().to_dict()) if kind in CONFIG_MAPPING else set()
+
+
+def _join_rope(overrides: Tree) -> None:
+    """Move the settings of rotation to where `transformers` 5 has them, in place."""
+    rope: Tree = {}
+    for key in (key for key in _ROPE if key in overrides):
+        value = overrides.pop(key)
+        if isinstance(value, Mapping):
+            rope |= {("rope_type" if word == "type" else word): each for word, each in value.items()}
+        elif value is not None:
+            rope[key] = value
+    if rope:
+        own = overrides.get("rope_parameters")
+        overrides["rope_parameters"] = rope | (own if isinstance(own, dict) else {})
+
+
+def _add_dropout(model: Tree, name: str, settings: Tree) -> list[Note]:
     """Give a model the dropout that a config.json asks for, in place; returns notes."""
     from transformers import CONFIG_MAPPING
 
@@ -178,7 +208,7 @@ def _add_dropout(model: Tree, name: str, settings: Tree) -> list[str]:
             continue
         targets = [target for target in ours if _put(model, target, value)]
         said = f"is now {', '.join(f'model.{target}' for target in targets)}" if targets else "is not applied here"
-        notes.append(f"model: {path}={value} of {name} {said}")
+        notes.append(Note("model", f"{path}={value} of {name} {said}"))
     return notes
 
 
@@ -192,7 +222,7 @@ def _put(model: Tree, path: str, value: object) -> bool:
     return key in inner
 
 
-def _lora(peft: Tree, targets: Callable[[str | list[str]], str | list[str]]) -> tuple[Tree, list[str]]:
+def _lora(peft: Tree, targets: Callable[[str | list[str]], str | list[str]]) -> tuple[Tree, list[Note]]:
     """`peft_config` as `model.lora`."""
     rest = dict(peft)
     kinds = str(rest.pop("peft_type", "LORA")).upper(), str(rest.pop("task_type", "CAUSAL_LM")).upper()
@@ -203,26 +233,32 @@ def _lora(peft: Tree, targets: Callable[[str | list[str]], str | list[str]]) -> 
         if value not in (None, False, True, "none") and key != "base_model_name_or_path":
             raise ConfigError(f"model.peft_config.{key}: {value!r} is not supported; leave it out")
     rank, alpha = rest.pop("r", 8), rest.pop("lora_alpha", 8)  # peft's defaults
-    wanted = rest.pop("target_modules", "all-linear")
+    wanted = rest.pop("target_modules", None)
+    if wanted is None:
+        raise ConfigError(
+            "model.peft_config.target_modules: is missing, and peft would choose by the kind of model; write "
+            "all-linear, or names such as [q_proj, v_proj]"
+        )
     if not isinstance(wanted, str) and not (isinstance(wanted, list) and all(isinstance(each, str) for each in wanted)):
         raise ConfigError(f"model.peft_config.target_modules: must be names, found {wanted!r}")
     try:
         lora: Tree = {"rank": rank, "alpha": alpha, "target_modules": targets(wanted)}
     except ConfigError as error:
-        raise ConfigError(f"model.peft_config.{error}") from None
+        raise type(error)(f"model.peft_config.{error}") from None
     if dropout := rest.pop("lora_dropout", 0.0):
         lora["dropout"] = dropout
     if rest.pop("use_rslora", False):
         lora["use_rslora"] = True
+    rest = {key: value for key, value in rest.items() if value}  # peft's defaults
     if rest:
         raise ConfigError(f"model.peft_config.{min(rest)}: is not supported; leave it out")
-    return lora, [f"model.peft_config: is now model.lora: {lora}"]
+    return lora, [Note("model.peft_config", f"is now model.lora: {lora}")]
 
 
-def _weights_of(data: Tree, name: str, allow: list[str]) -> list[str]:
+def _weights_of(data: Tree, name: str, allow: list[str]) -> list[Note]:
     """Begin from the weights of a Hugging Face checkpoint, unless another one is to be loaded over them."""
     if data.get("load_path") is not None:
-        return [f"model.pretrained=True: left out, load_path={data['load_path']} brings the weights"]
+        return [Note("model.pretrained", f"left out, load_path={data['load_path']} brings the weights", True)]
     tokenizer = data.get("tokenizer")
     if isinstance(tokenizer, dict) and tokenizer.get("name") != name:
         allow = [*allow, "tokenizer"]  # the YAML names another one
@@ -232,7 +268,7 @@ def _weights_of(data: Tree, name: str, allow: list[str]) -> list[str]:
         before = data.get("load_allow")
         data["load_allow"] = [*(before if isinstance(before, list) else []), *allow]
         said = f"; load_allow: {allow}"
-    return [f"model.pretrained=True: is now load_path: hf:{name}, load_weights_only: true{said}"]
+    return [Note("model.pretrained", f"is now load_path: hf:{name}, load_weights_only: true{said}", True)]
 
 
 def _merged(base: Mapping[str, object], over: Mapping[str, object]) -> Tree:

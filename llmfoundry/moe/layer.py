@@ -148,13 +148,14 @@ class MegaBlocksConfig(MoEConfig, names=("mb_dmoe", "torch_dmoe", "mb_moe")):
     def _defaults_of_kind(cls, data: Any) -> Any:
         """`mb_moe` drops tokens beyond a capacity of 1 unless it says otherwise; the others never do.
 
-        `torch_dmoe` is LLM Foundry's own: exact gelu, and no biases in the mixture whatever the model has.
+        `torch_dmoe` is LLM Foundry's own: exact gelu, no balance loss, and no biases in the mixture whatever the model
+        has.
         """
         kind = data.get("ffn_type") if isinstance(data, dict) else None
         if kind == "mb_moe":
             return {"moe_capacity_factor": 1.0} | data
         if kind == "torch_dmoe":
-            return {"ffn_act_fn": {"name": "gelu"}, "bias": False} | data
+            return {"ffn_act_fn": {"name": "gelu"}, "bias": False, "moe_loss_weight": 0.0} | data
         return data
 
 

@@ -57,6 +57,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
                "attn_logit_softcapping": 15.0},
         {},
     ),
+    "norms and attention in one module": ({"fuse_norm_attn_norm": True}, GQA | ROPE, {}),
+    "layers that reuse keys, with windows": (
+        {"block_overrides": {"order": [{"name": "default"}, {"name": "reuse"}, {"name": "near"}], "overrides": {
+            "reuse": {"attn_config": {"reuse_kv_layer_idx": -1}}, "near": {"attn_config": {"sliding_window_size": 6}}}},
+         "logit_scale": "inv_sqrt_d_model"},
+        ROPE, {},
+    ),
     "torch_dmoe, two matrices": ({}, GQA | ROPE, MIXTURE | {"mlp_type": "mlp"}),
     "torch_dmoe, gated": ({"no_bias": True}, {"alibi": True}, MIXTURE | {"mlp_type": "glu", "ffn_hidden_size": 96}),
 }  # fmt: skip

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 from llmfoundry.config import ConfigError  # noqa: E402
-from llmfoundry.integrations.foundry_yaml import _GONE, _ONLY, translate  # noqa: E402
+from llmfoundry.integrations.foundry_keys import GONE, ONLY, REFUSED  # noqa: E402
+from llmfoundry.integrations.foundry_yaml import translate  # noqa: E402
 
 EXAMPLES = ROOT / "tests" / "integrations" / "foundry"
 # A value for each key that becomes another one.
@@ -21,7 +22,8 @@ _CHANGED = {
     "max_duration": [2, "300iter"],
     "eval_interval": [1, 0],
     "fsdp_config.sharding_strategy": ["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD"],
-    "fsdp_config.mixed_precision": ["PURE", "DEFAULT", "FULL"],
+    "fsdp_config.mixed_precision": ["PURE", "FULL", {"param_dtype": "bf16", "reduce_dtype": "fp32"}],
+    "fsdp_config.device_mesh": [[2, 8]],
     "fsdp_config.activation_checkpointing": [True],
     "fsdp_config.cpu_offload": [True],
     "fsdp_config.data_parallel_shard_degree": [8],
@@ -63,11 +65,9 @@ def _answer(path: str, value: object) -> str:
         _, notes = translate(data)
     except ConfigError as error:
         return f"refused: {str(error).partition(': ')[2]}"
-    own = f"{path}={value!r}: "
-    found = [note.removeprefix(own).removeprefix("is now ") for note in notes if note.startswith(own)]
-    found += [note.removeprefix(f"{path}: ") for note in notes if note.startswith(f"{path}: ")]
+    found = [note.said.removeprefix("is now ") for note in notes if note.path == path]
     if not found and parents:  # a whole block is translated by one note
-        found = [note.partition("}: ")[2].removeprefix("is now ") for note in notes if note.startswith(parents[-1])]
+        found = [note.said.removeprefix("is now ") for note in notes if note.path == parents[-1]]
     marked = [re.sub(r"^([\w.]+: [\w.{}\"', :-]+)", r"`\1`", each, count=1) for each in found]
     return "; ".join(marked) or "the same"
 
@@ -75,7 +75,7 @@ def _answer(path: str, value: object) -> str:
 def foundry_gone() -> str:
     """Keys that are left out with a note, by the reason."""
     by_reason: dict[str, list[str]] = defaultdict(list)
-    for path, why in _GONE.items():
+    for path, why in GONE.items():
         by_reason[why or "tuned an implementation"].append(f"`{path}`")
     rows = ["| keys | why they change nothing here |", "|---|---|"]
     return "\n".join(rows + [f"| {', '.join(paths)} | {why} |" for why, paths in by_reason.items()])
@@ -84,7 +84,13 @@ def foundry_gone() -> str:
 def foundry_only() -> str:
     """Keys that are accepted at one value."""
     rows = ["| key | accepted |", "|---|---|"]
-    return "\n".join(rows + [f"| `{path}` | {', '.join(f'`{_said(v)}`' for v in _ONLY[path])} |" for path in _ONLY])
+    return "\n".join(rows + [f"| `{path}` | {', '.join(f'`{_said(v)}`' for v in ONLY[path])} |" for path in ONLY])
+
+
+def foundry_refused() -> str:
+    """Keys that are not built, with what to write instead."""
+    rows = ["| key | what its error says |", "|---|---|"]
+    return "\n".join(rows + [f"| `{path}` | {why} |" for path, why in REFUSED.items()])
 
 
 def _said(value: object) -> str:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from foundry_table import foundry_changed, foundry_diff, foundry_gone, foundry_only
+from foundry_table import foundry_changed, foundry_diff, foundry_gone, foundry_only, foundry_refused
 from plan_table import measured, planning, rates
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -235,6 +235,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "foundry-diff": foundry_diff,
     "foundry-gone": foundry_gone,
     "foundry-only": foundry_only,
+    "foundry-refused": foundry_refused,
 }
 
 

@@ -23,7 +23,8 @@ from llmfoundry.data.loader import LoaderConfig
 from llmfoundry.data.mds_rows import TUNING, Folders, MDSConfig, Stream
 from llmfoundry.data.mixture import MixtureConfig, Part
 from llmfoundry.eval.icl_tasks import TaskConfig
-from llmfoundry.integrations.foundry_yaml import _GONE, _MOVED, _ONLY
+from llmfoundry.integrations.foundry_keys import GONE, ONLY
+from llmfoundry.integrations.foundry_yaml import _MOVED
 from llmfoundry.train.config import RunConfig
 from llmfoundry.train.duration import _TIME_STRING, Duration, _of_epochs
 
@@ -246,11 +247,11 @@ def _root_of(cls: type[Choice]) -> type[Choice]:
 
 def _foreign_words(found: dict[str, Schema]) -> None:
     """LLM Foundry's keys, where they are accepted: editors strike them out and say what becomes of them."""
-    for path in (*_GONE, *_ONLY, *_MOVED):
+    for path in (*GONE, *ONLY, *_MOVED):
         *parents, key = path.split(".")
-        if path in _GONE:
-            said = "left out here" + (f": {_GONE[path]}" if _GONE[path] else "")
-        elif path in _ONLY:
+        if path in GONE:
+            said = "left out here" + (f": {GONE[path]}" if GONE[path] else "")
+        elif path in ONLY:
             said = "accepted at the value that is done here"
         else:
             said = f"now {_BECOMES[path]}" if path in _BECOMES else "translated"

@@ -9,7 +9,7 @@ Schema = dict[str, Any]
 
 # The top level, in the order in which data flows.
 SECTIONS = {
-    "The run": ["run_name", "code_paths", "seed", "variables"],
+    "The run": ["run_name", "metadata", "code_paths", "seed", "variables"],
     "Data": ["max_seq_len", "tokenizer", "train_loader"],
     "Model": ["model"],
     "Loss and optimization": [

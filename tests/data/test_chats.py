@@ -133,6 +133,7 @@ def test_turns_that_are_rendered_otherwise_inside_are_refused() -> None:
         ({"messages": [{"role": "user"}]}, "message 0: has neither content nor tool_calls"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "a turn must have from"),
         ({"messages": turns("a", "b"), "tools": "{"}, "tools: is not JSON"),
+        ({"prompt": "a", "response": 1}, "response: must be a text or a list of turns, found 1"),
     ],
 )
 def test_rows_without_an_example_are_named(row: dict[str, object], message: str) -> None:

@@ -121,6 +121,7 @@ def test_streams_give_their_counts_in_every_epoch(
         ({"local": "a", "eos_token_id": 0, "bos_token_id": 1}, "eos_token_id and bos_token_id both"),
         ({"streams": {"a": {"local": "x", "choose": 1, "repeat": 1.0}}}, "repeat and choose both say how many rows"),
         ({"local": "a", "locl": "b"}, "locl: unknown key"),
+        ({"local": "a", "epoch_size": 100}, "epoch_size: 100 is not supported"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, dataset: dict[str, object], message: str) -> None:

@@ -50,13 +50,13 @@ _DATASETS = ("mosaicml/dolly_hhrlhf", "mosaicml/instruct-v3", "HuggingFaceH4/dat
 
 def build(root: Path) -> Path:
     """Fill a folder; returns it. Names are relative to it, as the hub's are to the hub."""
-    tokenizer = _tokenizer()
+    words = tokenizer()
     for name, (kind, settings) in MODELS.items():
         config = AutoConfig.for_model(kind, **settings, bos_token_id=0, eos_token_id=0, pad_token_id=None)
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
-    tokenizer.save_pretrained(root / "EleutherAI/gpt-neox-20b")
+        words.save_pretrained(root / name)
+    words.save_pretrained(root / "EleutherAI/gpt-neox-20b")
     for name in _DATASETS:
         for split in ("train", "test", "validation"):
             _jsonl(root / name / f"{split}.jsonl", [{"prompt": f"{split}: {t}", "response": t[::-1]} for t in TEXTS])
@@ -101,7 +101,7 @@ def _tasks(folder: Path) -> None:
         (folder / name).write_text(yaml.safe_dump({"eval_gauntlet": gauntlet}))
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of `VOCAB` entries at most."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -66,7 +66,7 @@ def on_two_ranks(folder: Path, way: str) -> dict[str, object]:
         for rank in range(2)
     ]  # fmt: skip
     for rank in ranks:
-        output, _ = rank.communicate(timeout=300)
+        output, _ = rank.communicate(timeout=600)
         assert rank.returncode == 0, output[-4000:]
     return json.loads((folder / f"{way}.json").read_text())
 

@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from composer_fixtures import (
     BASE,
+    EXPERTS,
     MODELS,
     TOKENS,
     build,
@@ -152,7 +153,8 @@ def test_queries_keys_and_values_may_be_apart(tmp_path: Path) -> None:
 def test_norms_of_queries_that_are_others_there_are_refused(
     norm: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = {**MODELS["glu"], **norm}
+    """A YAML in our own words, in which these norms are as the model's; in theirs they are a LayerNorm."""
+    model = {**MODELS["glu"], **norm, "name": "causal_lm"}
     torch.save(composer_state(theirs(build(model))), tmp_path / "a.pt")
     config = write_yaml(tmp_path / "their.yaml", model)
     assert convert_main(["from-composer", str(tmp_path / "a.pt"), str(tmp_path / "out"), "--config", config]) == 2
@@ -313,7 +315,28 @@ CONFIGS: list[tuple[dict[str, object] | None, str]] = [
     ({**BASE, "d_model": 32}, "has shape [50, 16], but the model's config makes it [50, 32]"),
     ({**BASE, "n_layers": 3}, "'transformer.blocks.2.norm_1.weight' is missing"),
     ({**BASE, "n_layers": 1}, "'transformer.blocks.1.attn.Wqkv.bias' has no place"),
-    (MODELS["dmoe"], "ffn.experts.bias' is missing"),
+    (MODELS["dmoe"], "ffn.router.layer.weight' is missing"),
+    (
+        {
+            **BASE,
+            "name": "causal_lm",
+            "attn_config": {
+                "attn_type": "multihead_latent_attention",
+                "kv_lora_rank": 8,
+                "qk_nope_head_dim": 4,
+                "qk_rope_head_dim": 4,
+                "v_head_dim": 8,
+            },
+        },
+        "LLM Foundry has no multihead_latent_attention",
+    ),
+    (
+        {
+            **MODELS["dmoe_glu"],
+            "ffn_config": {"ffn_type": "moe", "shared_expert": True, "shared_expert_gate": True, **EXPERTS},
+        },
+        "no tensor there is 'blocks.0.ffn.shared_expert_gate.weight'",
+    ),
     ({**BASE, "use_pad_tok_in_ffn": False}, "model.use_pad_tok_in_ffn: False is not supported"),
 ]
 

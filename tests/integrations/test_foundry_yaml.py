@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmfoundry.cli.command import read_run_config
+from llmfoundry.cli.command import read_run_config, read_translated
+from llmfoundry.cli.quick_check import quick_mistakes
 from llmfoundry.config import ConfigError, check, dump
+from llmfoundry.integrations.explain import explained
+from llmfoundry.integrations.foundry_keys import EMPTY, REFUSED
 from llmfoundry.integrations.foundry_yaml import translate
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.model.transformer import CausalLMConfig
@@ -194,6 +197,44 @@ def test_all_mistakes_come_in_one_round() -> None:
     ]  # fmt: skip
 
 
+def test_mistakes_of_every_kind_come_in_one_round(tmp_path: Path) -> None:
+    """Those of the translation, of keys and of values, by both checks."""
+    tree = changed("model.use_pad_tok_in_ffn", False) | {"eval_intervall": 1, "optimizer": {"name": "adalr_lion"}}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError) as error:
+        read_translated(str(tmp_path / "a.yaml"), [])
+    expected = ["model.use_pad_tok_in_ffn", "eval_intervall", "optimizer"]
+    for lines in (str(error.value).splitlines(), quick_mistakes(str(tmp_path / "a.yaml"), [])):
+        assert sorted(line.split(":")[0] for line in lines) == sorted(expected)
+
+
+def test_explain_says_of_each_key_what_it_became(tmp_path: Path) -> None:
+    tree = changed("model.block_overrides", yaml.safe_load(CHARACTER)) | {"callbacks": {"lr_monitor": {}}}
+    tree["model"]["n_layers"] = 13
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(tree))
+    given, _, notes = read_translated(str(tmp_path / "a.yaml"), [])
+    lines = {line.split(": ")[0]: line for line in explained(given, notes)}
+    assert lines["callbacks.lr_monitor"].split("{}")[1].strip() == "as it is"
+    assert lines["fsdp_config.activation_checkpointing"].split("True")[1].strip() == "is now parallel.recompute: full"
+    first = next(line for path, line in lines.items() if path.startswith("model.block_overrides.order"))
+    assert "is now model.attn_window_pattern: [-1, 1024" in first and "{" not in first
+    assert lines["fsdp_config.limit_all_gathers"].endswith("see fsdp_config")
+
+
+def test_names_of_checkpoints_and_placeholders(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for given, expected in (
+        ("ckpt/latest-rank{rank}.pt", "ckpt/latest-rank0.pt"),
+        (f"{tmp_path}/run/ep1-ba200-rank0.pt", f"{tmp_path}/run/checkpoints/step-200"),
+        ("elsewhere", "elsewhere"),
+        (None, None),
+    ):
+        data, notes = translate(FOREIGN | {"load_path": given})
+        assert data["load_path"] == expected and len(notes) == 1 + (given != expected)
+    with pytest.raises(ConfigError, match=r"save_folder: a/rank\{rank\}: \{rank\} is not filled in here"):
+        translate(FOREIGN | {"save_folder": "a/rank{rank}"})
+
+
 @pytest.mark.parametrize(("value", "ours"), [(1, "1ep"), (0, "0ep"), ("7iter", "7ba"), ("5ba", "5ba"), (True, True)])
 def test_durations_in_composers_other_spellings(value: object, ours: object) -> None:
     data, notes = translate({"eval_interval": value, "save_folder": "runs"})
@@ -224,6 +265,105 @@ def test_a_key_at_its_default_is_accepted_and_another_value_refused(path: str, d
     assert translate({path: default, "save_folder": "runs"})[0] == {"save_folder": "runs"}
     with pytest.raises(ConfigError, match=path):
         translate({path: other})
+
+
+FOREIGN = {"fsdp_config": {}, "save_folder": "runs", "run_name": "a"}
+
+
+@pytest.mark.parametrize("path", EMPTY)
+def test_what_may_be_empty_is_as_if_left_out(path: str) -> None:
+    *parents, key = path.split(".")
+    block: dict[str, object] = {key: None}
+    for parent in reversed(parents):
+        block = {parent: block}
+    data, notes = translate({**block, **FOREIGN})
+    for parent in parents:
+        data = data[parent]
+    assert key not in data and not any(note.path == path for note in notes)
+
+
+@pytest.mark.parametrize("path", REFUSED)
+def test_what_is_not_built_is_refused_with_what_to_write(path: str) -> None:
+    block, _, key = path.partition(".")
+    with pytest.raises(ConfigError) as error:
+        translate({block: {key: {}}, **FOREIGN})
+    assert str(error.value) == f"{path}: {REFUSED[path]}"
+
+
+def test_several_evaluations_may_each_say_what_a_loader_says() -> None:
+    loader = {"pin_memory": True, "timeout": 0, "num_workers": 8, "drop_last": False}
+    data, notes = translate({"eval_loader": [{"label": "a", **loader}, {"label": "b", **loader}], **FOREIGN})
+    assert data["eval_loader"] == [{"label": "a", "drop_last": False}, {"label": "b", "drop_last": False}]
+    assert any(note.startswith("eval_loader.1.timeout=0: left out") for note in notes)
+
+
+def test_what_a_dataset_leaves_out_is_as_it_is_there() -> None:
+    loader = {"name": "finetuning", "dataset": {"hf_name": "a"}}
+    text = {"name": "text", "dataset": {"local": "a", "shuffle": True}}
+    data, notes = translate(FOREIGN | {"train_loader": loader, "eval_loader": [loader, text]})
+    assert data["train_loader"]["dataset"] == {"hf_name": "a", "shuffle": False, "target_responses": "last"}
+    assert data["eval_loader"][0]["dataset"] == {"hf_name": "a", "target_responses": "last"}
+    assert data["eval_loader"][1] == text and len(notes) == 1 + 3
+    assert translate({"train_loader": loader})[0]["train_loader"] == loader, "a file in our words"
+
+
+def test_a_key_that_only_serves_references_is_a_variable(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    text = yaml.safe_dump(FOUNDRY | {"width": 64, "run_name": "a-${width}", "model": FOUNDRY["model"] | {"d_model": 8}})
+    path.write_text(text.replace("d_model: 8", "d_model: ${width}"))
+    given, data, notes = read_translated(str(path), [])
+    assert (given["width"], data["run_name"], data["model"]["d_model"]) == (64, "a-64", 64) and "width" not in data
+    assert "width=64: left out, it only serves references" in notes
+    assert quick_mistakes(str(path), []) == []
+    path.write_text(yaml.safe_dump(FOUNDRY | {"width": 64}))
+    assert quick_mistakes(str(path), []) == ["width: unknown key"], "nothing refers to it"
+
+
+@pytest.mark.parametrize(
+    ("given", "ours"),
+    [
+        ({"mixed_precision": {"param_dtype": "bf16", "reduce_dtype": "fp32", "buffer_dtype": "bf16"}}, None),
+        ({"mixed_precision": "pure"}, None),
+        ({"device_mesh": [2, 4], "sharding_strategy": "HYBRID_SHARD"}, {"replicate": 2, "shard": 4}),
+        ({"device_mesh": [8]}, {"shard": 8}),
+        ({"data_parallel_replicate_degree": 2, "sharding_strategy": "HYBRID_SHARD"}, {"replicate": 2}),
+        ({"ignored_modules": None, "load_monolith_rank0_only": True, "min_params": 1e9}, None),
+    ],
+)
+def test_composers_words_for_fsdp(given: dict[str, object], ours: object) -> None:
+    assert translate(FOREIGN | {"fsdp_config": given})[0].get("parallel") == ours
+
+
+def test_all_mistakes_of_fsdp_come_in_one_round() -> None:
+    wrong = {"process_group": "node", "sharding_strategy": "HYBRID_SHARD", "typo": 1, "device_mesh": "2x4",
+             "mixed_precision": {"param_dtype": "fp16"}}  # fmt: skip
+    with pytest.raises(ConfigError) as error:
+        translate(FOREIGN | {"fsdp_config": wrong})
+    found = [line.split(":")[0].removeprefix("fsdp_config.") for line in str(error.value).splitlines()]
+    assert sorted(found) == sorted(
+        ["mixed_precision.param_dtype", "process_group", "sharding_strategy", "typo", "device_mesh"]
+    )
+    with pytest.raises(ConfigError, match="computes in float32"):
+        translate(FOREIGN | {"precision": "amp_bf16", "fsdp_config": {"mixed_precision": {"param_dtype": "fp32"}}})
+
+
+@pytest.mark.parametrize(("key", "of", "other"), [("hidden_size", "d_model", 17), ("num_layers", "n_layers", 2)])
+def test_what_a_mixture_repeats_of_the_model_must_be_equal(key: str, of: str, other: int) -> None:
+    ffn = {"ffn_type": "mb_dmoe", "moe_num_experts": 2, "fc_kwargs": {}, "fc_cls": None, "device_mesh": [8]}
+    data, _ = translate({"model": SIZES | {"ffn_config": ffn | {key: SIZES[of]}}} | FOREIGN)
+    assert data["model"]["ffn_config"] == {"ffn_type": "mb_dmoe", "moe_num_experts": 2}
+    with pytest.raises(ConfigError, match=f"{key}: {other} is not model.{of}={SIZES[of]}"):
+        translate({"model": SIZES | {"ffn_config": ffn | {key: other}}} | FOREIGN)
+
+
+@pytest.mark.parametrize("value", [None, False, {"attn_scale": 0.0, "floor_scale": 4}, {}])
+def test_queries_scaled_by_position_are_refused_where_they_are_on(value: object) -> None:
+    block = {"order": [{"name": "a"}], "overrides": {"a": {"attn_config": {"attn_temperature_tuning": value}}}}
+    for keys in ({"attn_config": {"attn_temperature_tuning": value}}, {"block_overrides": block}):
+        assert _translated(**keys) == _translated()
+    block["overrides"]["a"]["attn_config"]["attn_temperature_tuning"] = {"attn_scale": 0.1}
+    with pytest.raises(ConfigError, match=r"overrides.a.attn_config.attn_temperature_tuning: is not built"):
+        _translated(block_overrides=block)
 
 
 def test_an_encoder_decoder_is_refused_by_name() -> None:
@@ -357,7 +497,7 @@ def test_layers_without_positions_and_with_another_window_than_the_model() -> No
         ({"order": [{"name": "a", "repeat": 0}]}, "repeat: must be a whole number"),
         ({"overrides": {"default": {}}}, "`default` is the layer without any"),
         ({"overrides": {"a": {"ffn_config": {}}}}, "only attn_config can differ"),
-        ({"overrides": {"a": {"attn_config": {"reuse_kv_x_layer_idx": -1}}}}, "reuse_kv_x_layer_idx: is not supported"),
+        ({"overrides": {"a": {"attn_config": {"reuse_kv_x_layer_idx": -1}}}}, "reuse_kv_x_layer_idx: is not built"),
         ({"overrides": {"a": {"attn_config": {"reuse_kv_layer_idx": 0}}}}, "must be negative"),
         ({"more": 1}, "block_overrides.more: unknown key"),
     ],

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from foundry_hub import TEXTS, build
+from foundry_hub import TEXTS, tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmfoundry.cli.foundry import our_checkpoint
 from llmfoundry.cli.main import main
 from llmfoundry.data.mds import MDSFolder
+from llmfoundry.integrations.foundry_paths import our_checkpoint
 
-SCRIPT = Path(sys.executable).with_name("llmfoundry")
 YAML = Path(__file__).parent / "foundry" / "pretrain_mpt.yaml"
 EVAL_YAML = Path(__file__).with_name("eval_hub_model.yaml")
 ROWS = 64  # tokens
@@ -29,7 +28,9 @@ QUESTIONS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer and a dataset called c4."""
-    root = build(tmp_path_factory.mktemp("quick"))
+    root = tmp_path_factory.mktemp("quick")
+    for name in ("gpt2", "EleutherAI/gpt-neox-20b"):
+        tokenizer().save_pretrained(root / name)
     for split in ("train", "validation"):
         path = root / "c4" / f"{split}.jsonl"
         path.parent.mkdir(exist_ok=True)
@@ -53,41 +54,44 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(folder: Path, *words: str) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
-    found = subprocess.run([str(SCRIPT), *words], cwd=folder, capture_output=True, text=True, env=environment)
-    assert found.returncode == 0, found.stderr
-    return found.stdout
+def test_their_quick_start(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("LLMFOUNDRY_CACHE", str(folder / "cache"))
 
+    def run(*words: str) -> str:
+        code = main(words)
+        out, error = capsys.readouterr()
+        assert code == 0, error
+        return out
 
-def test_their_quick_start(folder: Path) -> None:
     said = run(
-        folder, "data_prep", "convert_dataset_hf", "--dataset", "./c4", "--out_root", "quick-c4",
+        "data_prep", "convert_dataset_hf", "--dataset", "./c4", "--out_root", "quick-c4",
         "--splits", "train_small", "val_small", "--concat_tokens", str(ROWS),
         "--tokenizer", "EleutherAI/gpt-neox-20b", "--eos_text", "<|endoftext|>",
     )  # fmt: skip
     assert said.count(f"rows of {ROWS} tokens written to quick-c4/") == 2
     run(
-        folder, "train", str(YAML), "variables.data_local=quick-c4", "train_loader.dataset.split=train_small",
+        "train", str(YAML), "variables.data_local=quick-c4", "train_loader.dataset.split=train_small",
         "eval_loader.dataset.split=val_small", "max_duration=4ba", "eval_interval=0", "save_folder=mpt-125m",
         f"variables.max_seq_len={ROWS}", "global_train_batch_size=2", "precision=fp32", "scheduler.t_warmup=1ba",
         "model.d_model=32", "model.n_heads=4", "model.vocab_size=300", "model.no_bias=true",
         "model.attn_config.alibi=true",
     )  # fmt: skip
     run(
-        folder, "convert", "--composer_path", "mpt-125m/ep0-ba4-rank0.pt", "--hf_output_path", "mpt-125m-hf",
+        "convert", "--composer_path", "mpt-125m/ep0-ba4-rank0.pt", "--hf_output_path", "mpt-125m-hf",
         "--output_precision", "bf16",
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(folder / "mpt-125m-hf")
     assert model.config.model_type == "mpt" and len(AutoTokenizer.from_pretrained(folder / "mpt-125m-hf")) > 256
     said = run(
-        folder, "eval", str(EVAL_YAML), "icl_tasks=tasks.yaml", "model_name_or_path=mpt-125m-hf", "--output",
+        "eval", str(EVAL_YAML), "icl_tasks=tasks.yaml", "model_name_or_path=mpt-125m-hf", "--output",
         "scores.json",
     )  # fmt: skip
     (score,) = json.loads((folder / "scores.json").read_text())["mpt-125m-hf"]["metrics"].values()
     assert "sentences" in said and score["value"] in (0.0, 0.25, 0.5, 0.75, 1.0)
     said = run(
-        folder, "generate", "--name_or_path", "mpt-125m-hf", "--max_new_tokens", "8", "--prompts",
+        "generate", "--name_or_path", "mpt-125m-hf", "--max_new_tokens", "8", "--prompts",
         "The answer to life is", "Here's a quick recipe:",
     )  # fmt: skip
     assert said.startswith("The answer to life is") and "\n\nHere's a quick recipe:" in said
@@ -98,10 +102,10 @@ def test_rows_of_tokens_are_cut_as_theirs(folder: Path, monkeypatch: pytest.Monk
     words = ["data_prep", "convert_dataset_json", "--path", "c4/train.jsonl", "--out_root", str(tmp_path / "mds")]
     more = ["--concat_tokens", "16", "--tokenizer", "gpt2", "--eos_text", "<|endoftext|>", "--compression", "zstd"]
     assert main([*words, *more]) == 0
-    tokenizer = AutoTokenizer.from_pretrained("gpt2")
+    words_of = AutoTokenizer.from_pretrained("gpt2")
     ids: list[int] = []
     for line in Path("c4/train.jsonl").read_text().splitlines():
-        ids += tokenizer(json.loads(line)["text"])["input_ids"] + [tokenizer.eos_token_id]
+        ids += words_of(json.loads(line)["text"])["input_ids"] + [words_of.eos_token_id]
     found = MDSFolder(tmp_path / "mds" / "train", tmp_path / "cache")
     assert len(found) == len(ids) // 16
     assert [list(found.sample(i)["tokens"]) for i in range(len(found))] == [
@@ -116,9 +120,9 @@ def test_texts_begin_rows_of_their_own_without_wrap(
     words = ["data_prep", "convert_text_to_mds", "--input_folder", "c4/train.jsonl", "--output_folder"]
     more = ["--concat_tokens", "8", "--tokenizer", "gpt2", "--use_tokenizer_eos", "--no_wrap"]
     assert main([*words, str(tmp_path / "mds"), *more]) == 0
-    tokenizer = AutoTokenizer.from_pretrained("gpt2")
+    words_of = AutoTokenizer.from_pretrained("gpt2")
     lines = [json.loads(line)["text"] for line in Path("c4/train.jsonl").read_text().splitlines()]
-    starts = [tokenizer(text)["input_ids"][:8] for text in lines]
+    starts = [words_of(text)["input_ids"][:8] for text in lines]
     found = MDSFolder(tmp_path / "mds", tmp_path / "cache")
     assert list(found.sample(0)["tokens"]) == starts[0] and list(found.sample(1)["tokens"]) == starts[1]
 

@@ -113,12 +113,12 @@ def test_parameters_are_counted_without_building(settings: dict[str, object]) ->
     assert block.n_params(D) - block.n_active_params(D) == 6 * one_expert
 
 
-def test_llm_foundrys_own_mixture_has_exact_gelu_and_no_biases() -> None:
+def test_llm_foundrys_own_mixture_has_exact_gelu_no_biases_and_no_balance_loss() -> None:
     """As its code builds it, which scripts/bench/foundry_parity.py runs; MegaBlocks' kinds have other defaults."""
     sizes = {"d_model": 16, "n_heads": 2, "n_layers": 1, "vocab_size": 32}
     found = {}
     for kind in ("torch_dmoe", "mb_dmoe"):
         ffn = check(CausalLMConfig, {**sizes, "ffn_config": {"ffn_type": kind, "moe_num_experts": 4}}).ffn(0)
         assert isinstance(ffn, MoEConfig)
-        found[kind] = (ffn.ffn_act_fn.key, bool(ffn.bias), ffn.has_output_bias)
-    assert found == {"torch_dmoe": ("gelu", False, False), "mb_dmoe": ("gelu_tanh", True, True)}
+        found[kind] = (ffn.ffn_act_fn.key, bool(ffn.bias), ffn.has_output_bias, ffn.moe_loss_weight)
+    assert found == {"torch_dmoe": ("gelu", False, False, 0.0), "mb_dmoe": ("gelu_tanh", True, True, 0.1)}

@@ -26,16 +26,19 @@ _ATTENTION: ConfigDict = {
 }  # fmt: skip
 _MODEL: ConfigDict = {"expansion_ratio": 4, "no_bias": True, "logit_scale": None, "embedding_fraction": 1.0}
 _SIZES = "d_model", "n_heads", "n_layers", "vocab_size", "max_seq_len", "tie_word_embeddings"
+_WORDS = {"block_overrides", "fc_type", "ffn_config", "norm_eps"}  # of LLM Foundry's configs alone
 _NORMS = "low_precision_layernorm", "layernorm"  # one and the same there
 
 
 def is_foundrys(data: Mapping[str, object]) -> bool:
-    """Whether a config.json was written by LLM Foundry: it names a class of its own, and none of `transformers`."""
+    """Whether a config.json is LLM Foundry's: by its class or its words, and none of `transformers`."""
     if data.get("model_type") != "mpt":
         return False
     architectures = data.get("architectures")
     names = architectures if isinstance(architectures, list) else []
-    return MPT.architecture not in names and ("MPTForCausalLM" in names or bool(data.get("auto_map")))
+    return MPT.architecture not in names and (
+        "MPTForCausalLM" in names or bool(data.get("auto_map")) or not _WORDS.isdisjoint(data)
+    )
 
 
 class MPT(Family):

@@ -13,18 +13,21 @@ from typing import cast
 from llmfoundry.config import ConfigError, check, dump
 from llmfoundry.hf.families.mpt import is_foundrys
 from llmfoundry.hf.family import ConfigDict, Family, Value, said_of_any_model
-from llmfoundry.hf.pieces import Pieces
+from llmfoundry.hf.pieces import Pieces, Spec
 from llmfoundry.layers.attention import GroupedQueryConfig
 from llmfoundry.layers.ffn import FFNConfig, GLUConfig, MLPConfig
 from llmfoundry.layers.rope import RopeScaling
+from llmfoundry.model import foundry_words as words
 from llmfoundry.model.config import InitConfig
 from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.layer import MoEConfig
 
 _NORMS = "norm_1", "norm_2"
+_WRAPPER = "norm_attn_norm"
 # Of no concern for what the model computes: dropout, devices, kernels, balance, and how a mixture was spread.
 _DROPPED = {
-    "init_device", "use_pad_tok_in_ffn", "loss_fn", "verbose", "tokenizer_name", "name",
+    "init_device", "use_pad_tok_in_ffn", "loss_fn", "verbose", "tokenizer_name", "name", "fuse_norm_attn_norm",
+    "param_init_fn", "init_nonlinearity",
 }  # fmt: skip
 _DROPPED_ATTENTION = {"attn_pdrop", "attn_impl", "fused_qkv", "verbose"}
 _DROPPED_FFN = {
@@ -32,21 +35,17 @@ _DROPPED_FFN = {
     "device_mesh", "fc_cls", "fc_kwargs", "expert_parallel_group", "moe_expert_model_parallelism", "moe_world_size",
     "moe_weight_parallelism", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage",
     "moe_lbl_in_fp32", "moe_zloss_in_fp32", "num_layers", "hidden_size", "init_method", "output_layer_init_method",
-    "lbl_process_group", "moe_capacity_factor", "bias",
+    "lbl_process_group", "bias",
 }  # fmt: skip
 # Settings without a word here, and the values by which they change nothing.
-_NEUTRAL: dict[str, tuple[Value, ...]] = {
-    "logit_scale": (None, 1, 1.0), "embedding_fraction": (None, 1, 1.0), "block_overrides": (None,),
-}  # fmt: skip
 _NEUTRAL_ATTENTION: dict[str, tuple[Value, ...]] = {
     "prefix_lm": (None, False), "nope": (None, False), "kv_dim": (None,), "seq_parallel_world_size": (None, 1),
     "reuse_kv_layer_idx": (None,), "reuse_kv_x_layer_idx": (None,),
 }  # fmt: skip
 _NEUTRAL_FFN: dict[str, tuple[Value, ...]] = {"shared_expert_weighted_sum": (None, False)}
-_QK_NORMS, _QK_EPS = ("layernorm", "low_precision_layernorm"), 1e-5  # their blocks hand attention neither of the two
 _NORM_NAMES = {"triton_rmsnorm": "rmsnorm"}
 _DENSE = "mptmlp", "mptglu"
-_MIXTURES = "mb_dmoe", "torch_dmoe"
+_MIXTURES = "mb_dmoe", "mb_moe", "torch_dmoe"
 _LLAMA3 = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
 _SIZES = "d_model", "n_heads", "n_layers", "vocab_size", "max_seq_len", "tie_word_embeddings", "norm_eps"
 
@@ -61,7 +60,6 @@ class FoundryMPT(Family):
     embedding = "transformer.wte.weight"
     buffers = r".*\.rotary_embedding\.(inv_freq|scale)|.*\.rotary_emb\.inv_freq|.*\.attn_bias"
     sizes = {key: key for key in _SIZES}
-    layouts = ("", "split")  # split: three matrices for queries, keys and values
     turn = None
 
     def reads(self, data: Mapping[str, object]) -> bool:
@@ -70,29 +68,21 @@ class FoundryMPT(Family):
 
     def read(self, data: Mapping[str, object], where: str) -> CausalLMConfig:
         """Our config; what is left out has LLM Foundry's default, which mostly is ours."""
-        said = cast(ConfigDict, dict(data))
+        said = cast(ConfigDict, {key: value for key, value in data.items() if not key.startswith("_")})
         _drop(said, _DROPPED | said_of_any_model())
-        _drop_neutral(said, _NEUTRAL, where)
         attention, ffn, init = (_part(said, key, where) for key in ("attn_config", "ffn_config", "init_config"))
         fc_type = said.pop("fc_type", None) or "torch"
         if (fc_type.get("name") if isinstance(fc_type, dict) else fc_type) != "torch":
             raise ConfigError(f"{where}: fc_type={fc_type!r} is not supported, only torch")
         no_bias = said.setdefault("no_bias", False)
         attention_bias = said.pop("attention_bias", None)
-        head_dim, d_model, n_heads = said.pop("head_dim", None), said.get("d_model", 2048), said.get("n_heads", 16)
-        if head_dim is not None and (not isinstance(n_heads, int) or head_dim * n_heads != d_model):  # type: ignore[operator]
-            raise ConfigError(f"{where}: head_dim={head_dim} is not supported, only d_model / n_heads")
+        head_dim, overrides = said.pop("head_dim", None), said.pop("block_overrides", None)
         norm_type = str(said.get("norm_type", "low_precision_layernorm")).lower()
         attention = _attention(attention, f"{where}: attn_config")
-        own = said.get("norm_eps", _QK_EPS) == _QK_EPS and norm_type in _QK_NORMS
-        if (attention.get("qk_ln") or attention.get("qk_norm")) and not own:
-            raise ConfigError(
-                f"{where}: attn_config: qk_ln and qk_gn are layernorm with eps 1e-5 there, whatever the model's norms: "
-                f"norm_type={norm_type!r} with norm_eps={said.get('norm_eps', _QK_EPS)} is not supported beside them"
-            )
+        qk_gn = attention.pop("qk_gn", False)
         positions = bool(attention.get("alibi") or attention.get("rope"))
         learned = said.pop("learned_pos_emb", True)
-        ours = {
+        ours: words.Tree = {
             **{"d_model": 2048, "n_heads": 16, "n_layers": 24, "vocab_size": 50368, "max_seq_len": 2048},
             **said,
             "norm_type": _NORM_NAMES.get(norm_type, norm_type),
@@ -102,6 +92,13 @@ class FoundryMPT(Family):
             "ffn_config": _ffn(ffn, f"{where}: ffn_config"),
             "init_config": _init(init),
         }
+        try:
+            words.head_dim(ours, head_dim)
+            words.block_overrides(ours, overrides)
+            words.group_norm(ours, qk_gn)
+            words.layer_norm(ours)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {str(error).removeprefix('model.')}") from None
         return check(CausalLMConfig, ours, where=where)
 
     def to_theirs(self, config: CausalLMConfig) -> ConfigDict:
@@ -117,6 +114,8 @@ class FoundryMPT(Family):
             "attention_bias": attention.bias,
             "learned_pos_emb": config.has_learned_positions,
             "final_logit_softcapping": config.final_logit_softcapping,
+            "logit_scale": config.logit_scale,
+            "embedding_fraction": config.embedding_fraction,
             "attn_config": {
                 "attn_type": "grouped_query_attention",
                 "kv_n_heads": attention.kv_heads(config.n_heads),
@@ -139,32 +138,48 @@ class FoundryMPT(Family):
             "ffn_config": _their_ffn(config.ffn(config.n_layers - 1), config.no_bias),
         }
 
+    def layout_of(self, specs: Mapping[str, Spec]) -> str:
+        """What differs from the usual names, in words.
+
+        wrapped: norms and attention of a layer are in one module, as with `fuse_norm_attn_norm`; split: three matrices
+        for queries, keys and values; apart: each expert's matrices for `x @ w`, (E, D, F), as MegaBlocks' MoE has them.
+        """
+        experts = (spec for name, spec in specs.items() if name.endswith(".ffn.experts.mlp.w1"))
+        found = {
+            "wrapped": any(f".{_WRAPPER}." in name for name in specs),
+            "split": any(name.endswith(".attn.Wk.weight") for name in specs),
+            "apart": any(len(spec.shape) == 3 for spec in experts),
+        }
+        return " ".join(word for word, there in found.items() if there)
+
     def add_pieces(self, config: CausalLMConfig, pieces: Pieces, layout: str) -> None:
-        """Where each tensor stands."""
+        """Where each tensor stands; the words of `layout` are those of `layout_of`."""
         pieces.add("wte.weight", self.embedding)
         if config.has_learned_positions:
             pieces.add("wpe.weight", "transformer.wpe.weight")
         for layer in range(config.n_layers):
             ours, theirs = f"blocks.{layer}", f"transformer.blocks.{layer}"
+            inner = f"{theirs}.{_WRAPPER}" if "wrapped" in layout else theirs
             for norm in _NORMS:
-                _add(pieces, f"{ours}.{norm}", f"{theirs}.{norm}")
-            self._add_attention(config, pieces, f"{ours}.attn", f"{theirs}.attn", layout)
+                _add(pieces, f"{ours}.{norm}", f"{inner}.{norm}")
+            self._add_attention(config, pieces, f"{ours}.attn", f"{inner}.attn", split="split" in layout)
             ffn = config.ffn(layer)
             if isinstance(ffn, MoEConfig):
-                _add_mixture(ffn, pieces, f"{ours}.ffn", f"{theirs}.ffn")
+                _add_mixture(ffn, pieces, f"{ours}.ffn", f"{theirs}.ffn", apart="apart" in layout)
             elif isinstance(ffn, MLPConfig):
                 _add_dense(ffn, pieces, f"{ours}.ffn", f"{theirs}.ffn")
         _add(pieces, "norm_f", "transformer.norm_f")
         if not config.tie_word_embeddings:
             pieces.add("lm_head.weight", self.head)
 
-    def _add_attention(self, config: CausalLMConfig, pieces: Pieces, ours: str, theirs: str, layout: str) -> None:
+    def _add_attention(self, config: CausalLMConfig, pieces: Pieces, ours: str, theirs: str, split: bool) -> None:
         attention = config.attention
         assert isinstance(attention, GroupedQueryConfig)
         _add(pieces, f"{ours}.out_proj", f"{theirs}.out_proj")
         for norm in "q", "k":
             _add(pieces, f"{ours}.{norm}_norm", f"{theirs}.{norm}_ln")
-        if layout != "split":
+        _add(pieces, f"{ours}.wq", f"{theirs}.Wq")  # of a layer that reuses keys and values
+        if not split:
             _add(pieces, f"{ours}.wqkv", f"{theirs}.Wqkv")
             return
         start, head_dim = 0, attention.rotary_dim(config.d_model, config.n_heads)
@@ -212,8 +227,6 @@ def _attention(said: ConfigDict, where: str) -> ConfigDict:
         if keys is None:
             raise ConfigError(f"{where}: rope_hf_config: type={hf['type']!r} is not supported, only linear and llama3")
         said["rope_scaling"] = {"type": hf["type"]} | {key: hf[key] for key in keys if key in hf}
-    if said.pop("qk_gn", False):
-        said["qk_norm"] = True
     said["clip_qkv"] = said.get("clip_qkv") or None
     return said
 
@@ -223,7 +236,7 @@ def _ffn(said: ConfigDict, where: str) -> ConfigDict:
     kind = said.setdefault("ffn_type", "mptmlp")
     if kind not in _DENSE + _MIXTURES:
         raise ConfigError(f"{where}: ffn_type={kind!r} is not supported, only {', '.join(_DENSE + _MIXTURES)}")
-    _drop(said, _DROPPED_FFN)
+    _drop(said, _DROPPED_FFN if kind == "mb_moe" else _DROPPED_FFN | {"moe_capacity_factor"})
     _drop_neutral(said, _NEUTRAL_FFN, where)
     for key in ("ffn_act_fn", "ffn_hidden_size"):  # null is their default
         if said.get(key) is None:
@@ -298,15 +311,20 @@ def _add_dense(ffn: MLPConfig, pieces: Pieces, ours: str, theirs: str) -> None:
     _add(pieces, f"{ours}.w2", f"{theirs}.down_proj")
 
 
-def _add_mixture(ffn: MoEConfig, pieces: Pieces, ours: str, theirs: str) -> None:
-    """MegaBlocks stacks experts in rows: (E F, D), w2 transposed."""
-    size = ffn.expert.hidden_size
+def _add_mixture(ffn: MoEConfig, pieces: Pieces, ours: str, theirs: str, apart: bool) -> None:
+    """MegaBlocks' dMoE stacks experts in rows: (E F, D), w2 transposed. Its MoE keeps them apart: (E, D, F)."""
+    size, up = ffn.expert.hidden_size, {"w1": slice(0, ffn.expert.hidden_size)}
+    if ffn.gated:
+        up["v1"] = slice(size, None)
     pieces.add(f"{ours}.router.weight", f"{theirs}.router.layer.weight")
-    for expert in range(ffn.moe_num_experts):
+    if apart:
+        for name, rows in up.items():
+            pieces.add(f"{ours}.experts.w1", f"{theirs}.experts.mlp.{name}", (slice(None), rows), transposed=True)
+        pieces.add(f"{ours}.experts.w2", f"{theirs}.experts.mlp.w2", transposed=True)
+    for expert in () if apart else range(ffn.moe_num_experts):
         there = (slice(expert * size, None),)
-        pieces.add(f"{ours}.experts.w1", f"{theirs}.experts.mlp.w1", (expert, slice(0, size)), there)
-        if ffn.gated:
-            pieces.add(f"{ours}.experts.w1", f"{theirs}.experts.mlp.v1", (expert, slice(size, None)), there)
+        for name, rows in up.items():
+            pieces.add(f"{ours}.experts.w1", f"{theirs}.experts.mlp.{name}", (expert, rows), there)
         pieces.add(f"{ours}.experts.w2", f"{theirs}.experts.mlp.w2", (expert,), there, transposed=True)
     if ffn.has_output_bias:
         pieces.add(f"{ours}.output_bias", f"{theirs}.experts.bias")

@@ -52,12 +52,27 @@ def kv_dim(model: Tree, value: object) -> list[str]:
     return ["left out: keys and values are projected from d_model"]
 
 
+def temperature(model: Tree, value: object) -> list[str]:
+    """`attn_temperature_tuning`, which is off at an attn_scale of 0."""
+    _without_temperature(value, "model.attn_config")
+    return ["left out: attn_scale 0 is off"]
+
+
+def _without_temperature(value: object, where: str) -> None:
+    scale = value.get("attn_scale", 0) if isinstance(value, dict) else value
+    if scale not in (None, 0):  # False is 0
+        raise ConfigError(
+            f"{where}.attn_temperature_tuning: is not built: queries are not scaled by their position; write "
+            "attn_scale: 0.0, or leave it out"
+        )
+
+
 def layer_norm(model: Tree) -> list[str]:
     """`qk_ln` is a LayerNorm there, whatever the model's norm is; returns notes."""
     attention = model.get("attn_config")
     if not isinstance(attention, dict) or not attention.get("qk_ln"):
         return []
-    return [f"model.attn_config.qk_ln=True: sets {said}, as it does there" for said in _layer_norm(model)]
+    return _layer_norm(model)
 
 
 def _layer_norm(model: Tree) -> list[str]:
@@ -148,8 +163,17 @@ def _override(override: object, where: str) -> Tree:
     """The settings of attention in one kind of layer."""
     if not isinstance(override, dict) or override.keys() - {"attn_config"}:
         raise ConfigError(f"{where}: only attn_config can differ between layers, found {override!r}")
-    settings = override.get("attn_config") or {}
-    for key in settings if isinstance(settings, dict) else ["attn_config"]:
+    given = override.get("attn_config") or {}
+    if not isinstance(given, dict):
+        raise ConfigError(f"{where}.attn_config: must be a mapping, found {given!r}")
+    settings = dict(given)
+    _without_temperature(settings.pop("attn_temperature_tuning", None), f"{where}.attn_config")
+    if settings.pop("reuse_kv_x_layer_idx", None) is not None:
+        raise ConfigError(
+            f"{where}.attn_config.reuse_kv_x_layer_idx: is not built: a layer projects its keys and values from its "
+            "own input; reuse_kv_layer_idx takes those of an earlier layer as they are"
+        )
+    for key in settings:
         if key not in ("sliding_window_size", "reuse_kv_layer_idx", "nope"):
             raise ConfigError(
                 f"{where}.attn_config.{key}: is not supported; sliding_window_size, reuse_kv_layer_idx and nope are"

@@ -1,0 +1,138 @@
+"""LLM Foundry's keys that need no code: left out, accepted at one value, empty, or refused with what to write instead.
+
+A path is dotted, and the first list that has it decides.
+"""
+
+from __future__ import annotations
+
+# Keys that tuned an implementation and change no value. They go, with a note.
+GONE = {
+    "python_log_level": "logs are at level INFO",
+    "max_split_size_mb": "set PYTORCH_ALLOC_CONF instead",
+    "expandable_segments": "set PYTORCH_ALLOC_CONF instead",
+    "flatten_metadata": "loggers have the whole config",
+    "callbacks.scheduled_gc": "collections are not forced",
+    "model.init_device": "models are always built on meta",
+    "model.fc_type": "linear layers are torch's",
+    "model.fuse_norm_attn_norm": "the same layers, whose names checkpoints are read with",
+    "model.param_init_fn": "init_config says it",
+    "model.init_nonlinearity": "init_config says it",
+    "model.verbose": "",
+    "model.init_config.verbose": "",
+    "model.attn_config.verbose": "",
+    "model.ffn_config.fc_type": "linear layers are torch's",
+    "model.ffn_config.moe_lbl_in_fp32": "the balance loss is always float32",
+    "model.ffn_config.moe_zloss_in_fp32": "the z-loss is always float32",
+    "model.ffn_config.memory_optimized_mlp": "only the layer's input and hidden activations are kept",
+    "model.ffn_config.return_bias": "",
+    "model.use_train_metrics": "the training loss is always logged",
+    "model.additional_train_metrics": "the training loss is always logged",
+    "model.additional_eval_metrics": "the loss of an evaluation is always logged",
+    "model.activation_checkpointing_target": "parallel.recompute names what is computed again",
+    "model.attn_config.fused_qkv": "one matrix in any case",
+    "model.ffn_config.remat_act_fn": "",
+    "model.ffn_config.fp16": "precision says it",
+    "model.ffn_config.bf16": "precision says it",
+    "model.ffn_config.device": "",
+    "model.ffn_config.device_mesh": "parallel says it",
+    "model.ffn_config.fc_cls": "linear layers are torch's",
+    "model.ffn_config.init_method": "init_config says it",
+    "model.ffn_config.output_layer_init_method": "init_config says it",
+    "model.ffn_config.quantize_inputs_num_bits": "",
+    "model.ffn_config.quantize_rematerialize_num_bits": "",
+    "model.ffn_config.quantize_scatter_num_bits": "",
+    "callbacks.oom_observer": "an out-of-memory error says what was allocated",
+    "callbacks.env_logging": "the run's report names the environment",
+    "callbacks.eval_output_logging": "callbacks.sample_text writes text",
+    "tokenizer.kwargs.trust_remote_code": "code of a hub repository is never run",
+    "save_overwrite": "a run never writes over another's checkpoints",
+    "log_config": "config.yaml is always written",
+    "cuda_load_lazy": "",
+    "device_train_grad_accum": "device_train_microbatch_size says it",
+    **{
+        f"{loader}.{key}": ""
+        for loader in ("train_loader", "eval_loader")
+        for key in ("pin_memory", "prefetch_factor", "persistent_workers", "timeout", "sampler")
+    },
+    **{
+        f"{loader}.dataset.max_leftover_bins_to_keep": "every example is packed"
+        for loader in ("train_loader", "eval_loader")
+    },
+}
+# Keys that do change values, with the only values that mean what we do.
+ONLY: dict[str, tuple[object, ...]] = {
+    "model.attn_config.prefix_lm": (False,),
+    "model.loss_fn": ("fused_crossentropy", "torch_crossentropy"),
+    "model.use_cache": (True, False),
+    "model.use_pad_tok_in_ffn": (True,),
+    "model.ffn_config.moe_weight_parallelism": (False,),
+    "model.ffn_config.moe_expert_model_parallelism": (True, False),
+    "model.ffn_config.fc_kwargs": ({}, None),
+    "model.attn_config.nope": (False,),
+    "model.attn_config.reuse_kv_layer_idx": (None,),
+    "model.attn_config.reuse_kv_x_layer_idx": (None,),
+    "model.attn_config.seq_parallel_world_size": (1, None),
+    "model.ffn_config.expert_parallel_group": (None,),
+    "model.ffn_config.pipeline_model_parallel_size": (1,),
+    "model.ffn_config.num_layers_per_virtual_pipeline_stage": (None,),
+    "model.ffn_config.shared_expert_weighted_sum": (False,),
+    "scheduler.scale_warmup": (False,),
+    **{f"{loader}.dataset.preprocessing_kwargs": ({}, None) for loader in ("train_loader", "eval_loader")},
+    "save_filename": ("ep{epoch}-ba{batch}-rank{rank}.pt",),
+    "save_latest_filename": ("latest-rank{rank}.pt",),
+    "save_weights_only": (False,),
+    "save_ignore_keys": (None, []),
+    "load_strict_model_weights": (True,),
+    "load_ignore_keys": (None, []),
+    "only_hf_checkpoint": (False,),
+    "only_composer_checkpoint": (False,),
+    "accumulate_train_batch_on_tokens": (True,),
+    "spin_dataloaders": (True,),
+    "train_subset_num_batches": (-1,),
+    "profiler": (None,),
+    "tp_config": (None,),
+}
+# Keys that may be there and empty, which is the same as leaving them out.
+EMPTY = (
+    "algorithms", "callbacks", "code_paths", "icl_seq_len", "icl_tasks", "loggers", "metadata", "model.attn_config",
+    "model.attn_config.rope_hf_config", "model.attn_config.rope_dail_config", "model.ffn_config", "model.init_config",
+    "tokenizer.kwargs", "train_loader.dataset.split", "train_loader.dataset.hf_kwargs", "eval_loader.dataset.split",
+    "eval_loader.dataset.hf_kwargs",
+)  # fmt: skip
+# Keys that are not built, and what to write instead.
+REFUSED = {
+    "algorithms.alibi": "write model.attn_config.alibi: true",
+    "algorithms.gated_linear_units": "write model.ffn_config.ffn_type: mptglu",
+    "algorithms.low_precision_layernorm": "write model.norm_type: low_precision_layernorm",
+    "algorithms.layer_freezing": "write optimizer.disable_grad with the names to freeze",
+    "callbacks.activation_monitor": "is not built; callbacks.optimizer_monitor measures gradients and updates",
+    "callbacks.async_eval": "is not built; evaluate a checkpoint by `llmfoundry eval` beside the run",
+    "callbacks.checkpoint_saver": "write save_folder and save_interval",
+    "callbacks.curriculum_learning": "write train_loader.mixture: weights of the datasets, by the time of the run",
+    "callbacks.dataset_swap": "is not built; begin a second run with load_path and load_allow: [data]",
+    "callbacks.export_for_inference": "write callbacks.hf_checkpointer",
+    "callbacks.fdiff": "is not built; loss/train/total is logged at every step",
+    "callbacks.global_lr_scaling": "write optimizer.lr with the scaled rate",
+    "callbacks.layer_freezing": "write optimizer.disable_grad with the names to freeze",
+    "callbacks.load_checkpoint": "write load_path",
+    "callbacks.loss_perp_v_len": "is not built; leave it out",
+    "callbacks.mono_checkpoint_saver": "checkpoints are whole already: `llmfoundry convert to-hf` makes one model",
+    "callbacks.threshold_stopper": "write callbacks.early_stopper",
+    "loggers.cometml": "write loggers.wandb, mlflow or tensorboard",
+    "loggers.console": "write log_to_console and console_log_interval",
+    "loggers.file_logger": "leave it out: metrics.jsonl in the save_folder has every number",
+    "loggers.mosaicml": "leave it out: that platform is not reached from here",
+    "loggers.neptune": "write loggers.wandb, mlflow or tensorboard",
+    "loggers.remote_uploader_downloader": "leave it out: nothing is uploaded",
+}
+# Values that have another name here.
+RENAMED_VALUES = {
+    "model.attn_config.attn_impl": {"flash": "auto", "torch": "sdpa", "triton": "auto"},
+    "model.norm_type": {"triton_rmsnorm": "rmsnorm"},
+}
+# Keys of the top level that only serve `${...}`: the file's references are already resolved.
+VARIABLES = ("dataset", "global_seed", "icl_max_seq_len")
+DURATIONS = (
+    "max_duration", "eval_interval", "save_interval", "console_log_interval",
+    *(f"scheduler.{key}" for key in ("t_warmup", "t_max", "t_scale", "t_cooldown")),
+)  # fmt: skip

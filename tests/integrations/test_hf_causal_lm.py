@@ -1,0 +1,92 @@
+"""`model: {name: hf_causal_lm}` as a model of ours, or as the module of transformers where ours cannot be it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from llmfoundry.config import ConfigError
+from llmfoundry.integrations.foundry_yaml import Untranslated, translate
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> str:
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, num_attention_heads=2).to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return str(tmp_path)
+
+
+def run_of(name: str, **model: object) -> dict[str, object]:
+    block = {"name": "hf_causal_lm", "pretrained_model_name_or_path": name, **model}
+    return {"model": block, "run_name": "a", "save_folder": "b", "max_seq_len": 32}
+
+
+@pytest.mark.parametrize(
+    ("modules", "kind", "targets"),
+    [
+        (["q_proj", "k_proj", "v_proj"], "causal_lm", ["attn.wqkv"]),
+        (["q_proj", "v_proj"], "transformers", ["q_proj", "v_proj"]),
+        ("all-linear", "causal_lm", "all-linear"),
+    ],
+)
+def test_adapters_are_on_the_layers_that_are_named(
+    llama: str, modules: list[str] | str, kind: str, targets: list[str] | str
+) -> None:
+    """Queries, keys and values are one matrix of ours; adapters of two of them need the module of transformers."""
+    peft = {"r": 2, "lora_alpha": 4, "target_modules": modules}
+    data, notes = translate(run_of(llama, peft_config=peft, config_overrides={"max_position_embeddings": 64}))
+    model = data["model"]
+    assert isinstance(model, dict) and model["lora"]["target_modules"] == targets and model["max_seq_len"] == 64
+    assert (model["name"] == "transformers") == (kind == "transformers")
+    said = [note.said for note in notes if note.path == "model.peft_config"]
+    why = "q_proj is a part of one matrix here (attn.wqkv); name k_proj too to train a model of ours"
+    assert (why in said) == (kind == "transformers")
+    assert not any(note.path == "model.name" for note in notes), "each note is on the key that it is about"
+
+
+@pytest.mark.parametrize(
+    ("peft", "says"),
+    [
+        ({"target_modules": ["qproj"]}, "target_modules: nothing is called"),
+        ({"r": 8}, "target_modules: is missing, and peft would choose"),
+        ({"target_modules": "all-linear", "use_dora": True}, "use_dora: is not supported"),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused(llama: str, peft: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=f"model.peft_config.{says}"):
+        translate(run_of(llama, peft_config=peft))
+
+
+def test_what_is_at_pefts_defaults_is_accepted(llama: str) -> None:
+    peft = {"target_modules": "all-linear", "use_dora": False, "modules_to_save": None, "rank_pattern": {}}
+    model = translate(run_of(llama, peft_config=peft))[0]["model"]
+    assert isinstance(model, dict) and model["lora"] == {"rank": 8, "alpha": 8, "target_modules": "all-linear"}
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["rope_parameters", "rope_theta"])
+def test_rotation_and_settings_that_a_file_leaves_out_may_be_overridden(llama: str, old: bool) -> None:
+    path = Path(llama) / "config.json"
+    settings = json.loads(path.read_text())
+    del settings["attention_dropout"]
+    if old:  # as files of transformers 4 have it
+        settings |= {"rope_theta": settings.pop("rope_parameters")["rope_theta"], "rope_scaling": None}
+    path.write_text(json.dumps(settings))
+    overrides = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}, "attention_dropout": 0.1}
+    model = translate(run_of(llama, config_overrides=overrides))[0]["model"]
+    assert isinstance(model, dict)
+    attention = model["attn_config"]
+    assert attention["rope_theta"] == 5e5 and attention["attn_pdrop"] == 0.1
+    assert (attention["rope_scaling"]["type"], attention["rope_scaling"]["factor"]) == ("linear", 2.0)
+    with pytest.raises(ConfigError, match="config_overrides.nonsense: .* has no such setting"):
+        translate(run_of(llama, config_overrides={"nonsense": 1}))
+
+
+def test_what_else_is_wrong_is_told_beside_a_model_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(Untranslated) as error:
+        translate(run_of(str(tmp_path / "nowhere")) | {"tp_config": {}})
+    assert len(str(error.value).splitlines()) == 2
+    assert error.value.rest["model"] == {"name": "causal_lm", "max_seq_len": 32}
