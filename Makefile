@@ -1,4 +1,4 @@
-# Everything by one word: make setup | train | test | check | docs | test-gpu | bench | format; setup-composer | test-composer.
+# Everything by one word: make setup | train | test | check | docs | test-gpu | soak | bench | format; setup-composer | test-composer.
 # Every word installs what it needs first; a second call installs nothing.
 
 PYTHON ?= python3
@@ -19,7 +19,7 @@ COMPOSER_STAMP := .venv-composer/.installed-$(BUILD)
 DOCS_PY := .venv-docs/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check docs test-gpu bench format setup-composer test-composer
+.PHONY: help setup train test check docs test-gpu soak bench format setup-composer test-composer
 
 help:
 	@sed -n '1,2p' Makefile
@@ -57,6 +57,10 @@ docs: .venv-docs/.installed
 
 test-gpu: setup
 	$(PY) -m pytest -n 4 -m gpu
+
+# 200 kills and resumes, about half an hour on two cores.
+soak: setup
+	SOAK_CYCLES=200 $(PY) -m pytest tests/faults
 
 bench: setup
 	$(PY) scripts/bench/cpu_step.py

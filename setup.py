@@ -57,7 +57,7 @@ setup(
             "cramjam>=2.8",
             "hypothesis>=6.100",
         ],
-        "s3": ["s3fs>=2024.6"],  # s3:// paths of data; gs:// needs gcsfs, hf:// nothing more
+        "s3": ["s3fs>=2024.6"],  # s3:// paths of data and checkpoints; gs:// needs gcsfs, hf:// nothing more
         "mds": ["cramjam>=2.8"],  # MDS shards compressed by Brotli or Snappy
         "gguf": ["gguf>=0.18"],  # llama.cpp's files in
         "lm-eval": ["lm-eval>=0.4.13"],  # eval.py --tasks

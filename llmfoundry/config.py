@@ -374,6 +374,11 @@ def is_url(path: str) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path) is not None
 
 
+def is_theirs(path: str) -> bool:
+    """Whether a path names weights of Hugging Face's: `hf:` and a folder or hub id. `hf://` is a store like others."""
+    return path.startswith("hf:") and not path.startswith("hf://")
+
+
 # What a name of a file or folder may hold; `Run.filled` puts the values in.
 PLACEHOLDERS = ("run_name", "rank", "local_rank", "world_size", "epoch", "batch", "token", "sample")
 
@@ -391,11 +396,16 @@ def local_path(path: str, placeholders: tuple[str, ...] = ()) -> str:
         raise ValueError(
             f"{path} is a URL, and only paths of this machine can be used; copy it to or from a folder here"
         )
+    return os.path.expanduser(check_placeholders(path, placeholders))
+
+
+def check_placeholders(path: str, placeholders: tuple[str, ...] = ()) -> str:
+    """The path as it is; raises ValueError if it has a placeholder that nothing fills in."""
     for found in re.findall(r"\{(\w*)\}", path):
         if found not in placeholders:
             known = ", ".join(f"{{{name}}}" for name in placeholders or ("run_name",))
             raise ValueError(f"{path} has the placeholder {{{found}}}, which is not known here; known: {known}")
-    return os.path.expanduser(path)
+    return path
 
 
 LocalPath = Annotated[str, AfterValidator(local_path)]  # of a file or folder; `~` is the home directory

@@ -217,19 +217,45 @@ def most_of_ranks(values: Sequence[float]) -> list[float]:
     return most.tolist()
 
 
-def on_rank0(ask: Callable[[], T]) -> T:
-    """Run `ask` on rank 0. Every rank returns its answer, or raises its exception, so that none waits for it."""
+def on_rank0(ask: Callable[[], T], group: ProcessGroup | None = None) -> T:
+    """Run `ask` on rank 0. Every rank returns its answer, or raises its exception, so that none waits for it.
+
+    Args:
+        group: of all ranks; None: the default one.
+    """
     outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
     if is_rank0():
         try:
             outcome[0] = ask(), None
         except Exception as failure:
             outcome[0] = None, failure
-    if dist.is_initialized():
-        dist.broadcast_object_list(outcome)
+    if dist.is_initialized() and world_size() > 1:
+        dist.broadcast_object_list(outcome, group=group)
     answer, error = outcome[0]
     if error is not None:
         raise error
+    return cast(T, answer)
+
+
+def agreed(act: Callable[[], T], group: ProcessGroup | None = None) -> T:
+    """Run `act` on every rank. If it fails on any, all raise the exception of the first, so that none goes on alone.
+
+    Args:
+        group: as in `on_rank0`.
+    """
+    answer: T | None = None
+    error: Exception | None = None
+    try:
+        answer = act()
+    except Exception as failure:
+        error = failure
+    errors: list[Exception | None] = [error]
+    if dist.is_initialized() and world_size() > 1:
+        errors = [None] * world_size()
+        dist.all_gather_object(errors, error, group=group)
+    for first in errors:
+        if first is not None:
+            raise first
     return cast(T, answer)
 
 

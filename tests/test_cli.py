@@ -134,10 +134,12 @@ def test_hints_find_the_place_of_a_key(recipe: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["save_folder=s3://bucket/x"], "save_folder: s3://bucket/x is a URL, and only paths of this machine"),
-        (["save_folder=dbfs:/x"], "save_folder: dbfs:/x is a URL"),
-        (["load_path=gs://bucket/x"], "load_path: gs://bucket/x is a URL"),
-        (["load_path=hf://org/name"], "load_path: hf://org/name: write hf:org/name"),
+        (["save_folder=nope://bucket/x"], "save_folder: nope://bucket/x: is a URL that is not known; known are s3://"),
+        (["save_folder=dbfs:/x"], "save_folder: dbfs:/x: is a URL that is not known"),
+        (["save_folder=sftp://me:secret@host/x"], "save_folder: sftp://...: holds a password; leave it out"),
+        (["save_folder=s3://bucket/{epoch}", "run_name=a"], "save_folder: s3://bucket/{epoch} has the placeholder"),
+        (["load_path=dbfs:/x"], "load_path: dbfs:/x: is a URL that is not known"),
+        (["load_path=memory://bucket/none"], "memory://bucket/none: no such folder"),
         (["train_loader.dataset.cache_dir=s3://x"], "train_loader.dataset.cache_dir: s3://x is a URL"),
         (["loggers.tensorboard.log_dir=s3://x"], "loggers.tensorboard.log_dir: s3://x is a URL"),
         (["save_folder=runs/{run_name}"], "save_folder: runs/{run_name} needs a run_name; write run_name=..."),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -64,7 +63,7 @@ class GenerateCallback(AtIntervals):
         trainer.log_table(Table("generations", ["prompt", "generation"], rows))
         if not runtime.is_rank0():
             return
-        path = Path(trainer.config.save_folder) / FILE
+        path = trainer.config.folder / FILE
         try:
             with path.open("a", encoding="utf-8") as file:
                 for prompt, text_after in rows:

@@ -19,7 +19,7 @@ from pydantic import field_validator
 
 from llmfoundry import hf, runtime
 from llmfoundry.checkpoint.reading import HUGGING_FACE
-from llmfoundry.config import ConfigError, PathPattern
+from llmfoundry.config import ConfigError, PathPattern, is_theirs
 from llmfoundry.hf.adapters import peft_names
 from llmfoundry.hf.family import write_config
 from llmfoundry.model.adapters import save_peft
@@ -95,7 +95,7 @@ class HFCheckpointer(AtIntervals):
         base = trainer.model.config.model_copy(update={"lora": None})
         family, _ = write_config(base)
         source = trainer.config.load_path or ""
-        name = source.removeprefix(HUGGING_FACE) if source.startswith(HUGGING_FACE) else None
+        name = source.removeprefix(HUGGING_FACE) if is_theirs(source) else None
         save_peft(trainer.model, target, peft_names(family, base), name)
         if runtime.is_rank0():
             trainer.tokenizer.save_pretrained(target)

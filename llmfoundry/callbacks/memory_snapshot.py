@@ -100,7 +100,7 @@ class MemorySnapshot(Callback):
 
     def path(self, trainer: Run, name: str, pattern: str | None = None) -> Path:
         """Where a file goes."""
-        folder = self.config.folder or str(Path(trainer.config.save_folder) / "memory")
+        folder = self.config.folder or str(trainer.config.folder / "memory")
         return Path(trainer.filled(folder)) / trainer.filled(pattern or f"{name}-rank-{{rank}}.pickle")
 
     def _dump(self, path: Path) -> None:

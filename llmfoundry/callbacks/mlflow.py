@@ -16,7 +16,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -105,7 +104,7 @@ class MLflow(Callback):
         if not runtime.is_rank0():
             return
         self._client = self.config.client()
-        file = Path(trainer.config.save_folder) / RUN_ID
+        file = trainer.config.folder / RUN_ID
         is_new = not file.exists()
         self._run_id = self._new_run(trainer) if is_new else file.read_text().strip()
         if is_new:

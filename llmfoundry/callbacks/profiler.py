@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import logging
 from contextlib import ExitStack
-from pathlib import Path
 
 from pydantic import Field
 from torch.profiler import ProfilerActivity, profile
@@ -79,7 +78,7 @@ class Profiler(Callback):
         found.stop()
         self._scopes.close()
         last, rank = self.config.start + self.config.steps - 1, runtime.rank()
-        folder = Path(trainer.config.save_folder)
+        folder = trainer.config.folder
         trace = folder / "profile" / f"steps-{self.config.start}-{last}-rank-{rank}.json.gz"
         lines = lines_of(list(found.events() or []))
         text = table(lines)

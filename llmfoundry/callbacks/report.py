@@ -64,7 +64,7 @@ class Report(Callback):
         self._failed = False
 
     def fit_start(self, trainer: Run) -> None:
-        file = Path(trainer.config.save_folder) / EXPERTS
+        file = trainer.config.folder / EXPERTS
         if self.config.enabled and trainer.balance is not None:
             self._text = probe_batch(trainer, self.config.probe_tokens)
         if not self.config.enabled or not runtime.is_rank0() or not file.exists():
@@ -171,14 +171,14 @@ class Report(Callback):
     def _draw(self, trainer: Run, newest: Metrics | None = None) -> None:
         if not runtime.is_rank0():
             return
-        folder = Path(trainer.config.save_folder)
+        folder = trainer.config.folder
         try:
             write_report([folder], folder / "report.html", dict(newest) if newest is not None else None)
         except OSError as error:
             self._say(folder / "report.html", error)
 
     def _guarded(self, trainer: Run, name: str, text: str, mode: str) -> None:
-        path = Path(trainer.config.save_folder) / name
+        path = trainer.config.folder / name
         try:
             with path.open(mode, encoding="utf-8") as file:
                 file.write(text)

@@ -42,7 +42,7 @@ class Tensorboard(Callback):
 
     def fit_start(self, trainer: Run) -> None:
         if runtime.is_rank0():
-            folder = self.config.log_dir or str(Path(trainer.config.save_folder) / "tensorboard")
+            folder = self.config.log_dir or str(trainer.config.folder / "tensorboard")
             # Steps beyond the checkpoint that a killed run had written are hidden from view.
             self.writer = SummaryWriter(folder, purge_step=trainer.state.step + 1)
 

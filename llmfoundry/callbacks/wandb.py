@@ -94,9 +94,9 @@ class Wandb(Callback):
         }
         settings: dict[str, object] = {
             "name": trainer.config.run_name,
-            "id": _run_id(Path(trainer.config.save_folder) / RUN_ID),
+            "id": _run_id(trainer.config.folder / RUN_ID),
             "resume": "allow" if self.config.is_online() else None,
-            "dir": trainer.config.save_folder,
+            "dir": str(trainer.config.folder),
             "config": dump(trainer.config),
         }
         given = {key: value for key, value in own.items() if value}

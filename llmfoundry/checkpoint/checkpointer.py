@@ -10,12 +10,11 @@
         config.yaml, tokenizer/, generation_config.json  all that generation needs
       step-1300.tmp-5e1f.../     being written, or left by a killed run: ignored, and removed by the next run or save
 
+Of a run that saves to a store, the folder is a station on the way there (store.py).
+
 A save writes under a temporary name, syncs every file and folder, and renames: whatever kills it, earlier checkpoints
 stay intact. A folder that exists is never written to; a second checkpoint of one step is `step-1200-r1`. Everything but
-tensors is JSON or YAML, and nothing is unpickled. One run owns the folder (`RunFolder` holds its lock).
-
-After the rename, the folder is tidied: the link moves, old checkpoints go, leftovers go. Each of these duties is tried,
-whatever happened to the one before it, and the next start of the run makes up for what a kill or an error left undone.
+tensors is JSON or YAML, and nothing is unpickled. What else happens to the folder is in folder.py.
 
 Every function here that takes or loads a checkpoint is for all ranks to call together.
 """
@@ -29,12 +28,12 @@ import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -44,21 +43,18 @@ from torch.distributed.checkpoint import SavePlanner
 from torch.optim import Optimizer
 
 from llmfoundry import runtime
+from llmfoundry.checkpoint.finding import Candidate, Found, newest_usable
+from llmfoundry.checkpoint.folder import KEPT, CheckpointFolder, Kept
 from llmfoundry.checkpoint.manifest import (
     CONFIG,
-    LATEST,
-    MANIFEST,
     TRAINER,
     CheckpointError,
     DamagedError,
+    SaveError,
     checkpoints,
     fsync_folder,
-    is_copied_link,
-    is_whole,
     measure,
-    newest_usable,
-    remove,
-    step_in,
+    number_of,
     write_file,
     write_manifest,
 )
@@ -77,6 +73,7 @@ from llmfoundry.checkpoint.reading import (
     read_tensors,
 )
 from llmfoundry.checkpoint.storage import StagedPlanner, TensorWriter
+from llmfoundry.checkpoint.store import RunStore
 from llmfoundry.checkpoint.tensors import (
     check_same_model,
     empty_state,
@@ -86,6 +83,7 @@ from llmfoundry.checkpoint.tensors import (
     rng_tensors,
     set_rng,
 )
+from llmfoundry.checkpoint.uploading import Uploader
 from llmfoundry.dtensor import local_part
 from llmfoundry.hf.generation import GENERATION
 from llmfoundry.settings import write_resolved
@@ -93,7 +91,6 @@ from llmfoundry.settings import write_resolved
 __all__ = ["Checkpointer", "CheckpointState", "Contents", "SaveError", "load_model_only", "read"]
 
 log = logging.getLogger(__name__)
-PROVISIONAL = "provisional"  # in trainer.json
 
 # One process is a normal way to save and load.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -104,10 +101,6 @@ class Tokenizer(Protocol):
 
     def save_pretrained(self, save_directory: str | Path) -> object:
         """Write what `from_pretrained` needs into a new folder."""
-
-
-class SaveError(RuntimeError):
-    """A checkpoint that could not be written; those before it are intact."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +114,9 @@ class CheckpointState:
         trainer: what else is needed to continue, as JSON; handed back by `Checkpointer.load`.
         config: the resolved configuration as plain data.
         tokenizer: saved beside the model.
-        provisional: whether retention does not count it, for the run is in doubt: it goes when a newer one counts.
         generation: a generation_config.json, kept beside the tokenizer.
         base: where the frozen weights came from; given, they are not saved.
+        kept: why it is kept when newer ones are there.
     """
 
     step: int
@@ -134,7 +127,22 @@ class CheckpointState:
     tokenizer: Tokenizer | None = None
     generation: str | None = None
     base: Base | None = None
-    provisional: bool = False
+    kept: Kept = "newest"
+
+
+class Beside(NamedTuple):
+    """What a checkpoint holds beside tensors, as it is when it is saved.
+
+    Attributes:
+        trainer: JSON, since the run goes on to change what it is made of.
+        config: plain data, which nothing changes: to write 300 settings as YAML takes 30 ms, and a thread has the time.
+    """
+
+    step: int
+    trainer: str
+    config: Mapping[str, object]
+    generation: str | None
+    tokenizer: Tokenizer | None
 
 
 class Checkpointer:
@@ -143,57 +151,65 @@ class Checkpointer:
     Args:
         folder: `save_folder/checkpoints`; made by the first save.
         keep: newest checkpoints to keep; -1 keeps all.
-        timeout: seconds until a save fails in which some rank does not take part.
         asynchronous: whether `save` returns when everything is copied to the CPU, and a thread writes it.
+        timeout: seconds until a save fails in which some rank does not take part.
+        store: where checkpoints go from there; a save is done when the store has it.
     """
 
-    def __init__(self, folder: str | Path, keep: int = -1, asynchronous: bool = False, timeout: float = 1800.0) -> None:
-        if keep == 0 or keep < -1:
-            raise ValueError(f"keep={keep}: write -1 to keep all checkpoints, or 1 or more")
-        self.folder = Path(folder)
-        self.keep = keep
+    def __init__(
+        self,
+        folder: str | Path,
+        keep: int = -1,
+        asynchronous: bool = False,
+        timeout: float = 1800.0,
+        store: RunStore | None = None,
+    ) -> None:
+        self.folder = CheckpointFolder(Path(folder), keep if store is None else 1)
         self.asynchronous = asynchronous
-        self.longest_save = 0.0  # seconds that a save has taken until it was on disk; 0 before the first
-        self.newest_saved: Path | None = None  # the last checkpoint that this run has written or found intact
-        self._unusable: set[Path] = set()  # found damaged by `newest`: neither counted nor deleted
-        self._pending: Future[Path] | None = None
-        self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self.store = store
+        self.longest_save = 0.0  # seconds until a save was on disk, or in the store; 0 before the first
+        self._begun = 0.0  # when the save in flight began, by the monotonic clock
+        self.newest_saved: Path | str | None = None  # what this run has written or found intact: a folder, or a URL
+        self._pending: Future[Path | str | None] | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._stage: dict[str, Tensor] = {}
         # The writer's own group: its collectives must not meet those of a step that goes on meanwhile.
         self.group: dist.ProcessGroup | None = None
         if runtime.world_size() > 1:
             self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
+        self._uploader = Uploader(self.folder, store, self.group) if store is not None else None
 
-    def save(self, state: CheckpointState) -> Path:
+    def prepare(self, state: CheckpointState) -> None:
+        """Make room for the copies of an asynchronous save beside the training that comes before the first one.
+
+        New memory costs several times what copying into it does: a page fault each 4 KiB, or pinning.
+        """
+        if self.asynchronous and self._pending is None:
+            self._pending = self._thread.submit(self._make_room, _tensors(state))
+
+    def save(self, state: CheckpointState) -> Path | str:
         """Write a checkpoint, after the one in flight if there is one.
 
         Returns:
-            Its folder; under `asynchronous`, what it will be unless that name is taken (`wait` returns it).
+            Its folder, or its URL; under `asynchronous`, what its folder will be unless that name is taken (`wait`
+            returns what it is).
 
         Raises:
             SaveError: on all ranks, if this one or the one in flight failed on any. The run can go on.
         """
         self.wait()
-        begun = time.monotonic()
-        model = model_tensors(state.model, frozen=state.base is None)
-        tensors = model | optimizer_tensors(state.model, state.optimizer) | rng_tensors()
-        trainer = {"step": state.step} | dict(state.trainer) | {"saved_by": _writer()}
-        if state.base is not None:
-            trainer["base"] = state.base._asdict()
-        if state.provisional:
-            trainer[PROVISIONAL] = True
-        texts = {TRAINER: json.dumps(trainer, indent=1), CONFIG: write_resolved(state.config)}
-        if state.generation is not None:
-            texts[GENERATION] = state.generation
-        if self._thread is None:
+        self._begun = time.monotonic()
+        tensors = _tensors(state)
+        beside = _beside(state)
+        if not self.asynchronous:
             live = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-            return self._write(tensors, live, state.step, texts, state.tokenizer, begun)
+            return self._write(tensors, live, beside)
         planner = StagedPlanner(self._staged(tensors))
-        self._pending = self._thread.submit(self._write, tensors, planner, state.step, texts, state.tokenizer, begun)
-        return self.folder / f"step-{state.step}"
+        self._pending = self._thread.submit(self._write, tensors, planner, beside)
+        return self.folder.path / f"step-{state.step}"
 
-    def wait(self) -> Path | None:
-        """Wait for the save in flight and return its folder; None if there is none.
+    def wait(self) -> Path | str | None:
+        """Wait for the save in flight and return its folder or URL; None if there is none.
 
         Raises:
             SaveError: it failed.
@@ -208,18 +224,27 @@ class Checkpointer:
             CheckpointError: there are checkpoints and none can be used.
         """
 
-        def whole(path: Path) -> Contents:
+        def whole(found: Found) -> Contents:
             try:
-                return read_one(path, "everything")
+                return read_one(found, "everything")
             except DamagedError:
-                self._unusable.add(path)
+                self.folder.unusable.add(found.path)
                 raise
 
-        if not runtime.on_rank0(lambda: bool(checkpoints(self.folder))):
+        if not runtime.on_rank0(lambda: bool(self._candidates())):
             return None
-        found = newest_usable(self.folder, whole)
-        self.newest_saved = found.path
-        return found
+        where = str(self.folder.path) if self.store is None else self.store.url
+        contents = newest_usable(self._candidates, whole, "everything", where)
+        self.newest_saved = contents.place
+        return contents
+
+    def _candidates(self) -> list[Candidate]:
+        """Checkpoints here and in the store, newest first; on rank 0."""
+        found = [Candidate(str(path)) for path in checkpoints(self.folder.path)]
+        if self.store is None:
+            return found
+        found += self.store.checkpoints()
+        return sorted(found, key=lambda each: number_of(Path(each.place).name) or (-1, -1), reverse=True)
 
     def load(
         self, source: str | Path | Contents, state: CheckpointState, base_path: str | None = None
@@ -261,30 +286,67 @@ class Checkpointer:
 
     def tidy(self) -> None:
         """Make up for what a killed or failed run left undone in the folder; on rank 0, with the run's lock held."""
-        self._do(self._adopt_copied_link, self._point_latest, self._prune, self._sweep)
+        self.folder.tidy()
+        if self.store is not None:
+            self.store.sweep()
 
-    def _staged(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's part of each tensor, copied to the CPU; the same memory each time, pinned if from a GPU."""
+    def catch_up(self) -> None:
+        """Upload what the run could not before it ended, like a save of this one; all ranks together."""
+        path = runtime.on_rank0(self._uploader.left) if self._uploader is not None and self.folder.shared else None
+        if path is not None:
+            step, _ = number_of(path.name) or (0, 0)
+            self._pending = self._thread.submit(self._bring_up, path, step)
+
+    def _make_room(self, tensors: dict[str, Tensor]) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(runtime.device())  # of this thread
         for name, tensor in tensors.items():
             local = local_part(tensor).detach()
             if name not in self._stage:
-                self._stage[name] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda)
-            self._stage[name].copy_(local, non_blocking=True)
+                self._stage[name] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda).zero_()
+
+    def _staged(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's part of each tensor, copied to the CPU; the same memory each time, pinned if from a GPU."""
+        self._make_room(tensors)
+        for name, tensor in tensors.items():
+            self._stage[name].copy_(local_part(tensor).detach(), non_blocking=True)
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
         return {name: self._stage[name] for name in tensors}
 
-    def _write(
-        self,
-        tensors: dict[str, Tensor],
-        planner: SavePlanner,
-        step: int,
-        texts: dict[str, str],
-        tokenizer: Tokenizer | None,
-        begun: float,
-    ) -> Path:
-        temporary = self.folder / f"step-{step}.tmp-{uuid.uuid4().hex[:12]}"  # rank 0's name counts
-        writer = TensorWriter(partial(self._open, temporary), partial(self._commit, step, texts, tokenizer))
+    def _write(self, tensors: dict[str, Tensor], planner: SavePlanner, beside: Beside) -> Path | str:
+        try:
+            path = self._write_here(tensors, planner, beside)
+        except SaveError as error:
+            self._say_at_once(error)
+            raise
+        found = self._bring_up(path, beside.step)
+        self.longest_save = max(self.longest_save, time.monotonic() - self._begun)
+        return found
+
+    def _bring_up(self, path: Path, step: int) -> Path | str:
+        """Upload a checkpoint that is complete here, if there is a store."""
+        if self.folder.shared:
+            self.newest_saved = path
+        if self._uploader is not None:
+            try:
+                self.newest_saved = self._uploader.upload(path, step)
+            except SaveError as error:
+                self._say_at_once(error)
+                raise
+        assert self.newest_saved is not None
+        return self.newest_saved
+
+    def _say_at_once(self, error: SaveError) -> None:
+        if self.asynchronous:  # known to the caller at its next save only
+            log.warning("%s", error)
+
+    def _write_here(self, tensors: dict[str, Tensor], planner: SavePlanner, beside: Beside) -> Path:
+        """Write a checkpoint to the folder of this machine."""
+        if not self.folder.shared and runtime.local_rank() == 0 and not runtime.is_rank0():
+            self.folder.sweep()  # rank 0 sweeps its own machine's
+        temporary = f"step-{beside.step}.tmp-{uuid.uuid4().hex[:12]}"  # rank 0's name counts
+        writer = TensorWriter(partial(self.folder.open, temporary), partial(self._commit, beside), self.folder.shared)
         try:
             with torch.no_grad():
                 metadata = dcp.save(
@@ -295,119 +357,44 @@ class Checkpointer:
                     no_dist=runtime.world_size() == 1,
                 )
         except dcp.CheckpointException as error:  # a BaseException, carrying what went wrong on each rank
-            shutil.rmtree(temporary, ignore_errors=True)
-            failure = SaveError(f"step {step} could not be saved to {self.folder}: {first_reason(error)}")
-            if self.asynchronous:  # known to the caller at its next save only
-                log.warning("%s", failure)
-            raise failure from error
+            shutil.rmtree(self.folder.path / temporary, ignore_errors=True)
+            reason = first_reason(error)
+            raise SaveError(f"step {beside.step} could not be saved to {self.folder.path}: {reason}") from error
         assert metadata.storage_meta is not None and metadata.storage_meta.checkpoint_id is not None
-        self.newest_saved = Path(metadata.storage_meta.checkpoint_id)
-        self.longest_save = max(self.longest_save, time.monotonic() - begun)
-        return self.newest_saved
+        return Path(metadata.storage_meta.checkpoint_id)
 
-    def _open(self, temporary: Path) -> Path:
-        """Make the folder to write to; on rank 0."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._do(self._sweep)  # first, for the space
-        temporary.mkdir()
-        return temporary
-
-    def _commit(
-        self,
-        step: int,
-        texts: dict[str, str],
-        tokenizer: Tokenizer | None,
-        temporary: Path,
-        files: Files,
-    ) -> Path:
+    def _commit(self, beside: Beside, temporary: Path, files: Files, all_finite: bool) -> Path:
         """Complete a folder that every rank has written to, and give it its name; on rank 0."""
-        for name, written in files.items():
+        for name, written in files.items() if self.folder.shared else ():
             file = temporary / name
             if not file.is_file() or file.stat().st_size != written.bytes:
                 raise OSError(f"{file} is not as a rank wrote it; all ranks must share one save_folder")
+        trainer = json.loads(beside.trainer) | ({} if all_finite else {KEPT: "for now"})
+        texts = {TRAINER: json.dumps(trainer, indent=1), CONFIG: write_resolved(beside.config)}
+        if beside.generation is not None:
+            texts[GENERATION] = beside.generation
         files |= {name: write_file(temporary / name, text.encode()) for name, text in texts.items()}
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary / "tokenizer")
+        if beside.tokenizer is not None:
+            beside.tokenizer.save_pretrained(temporary / "tokenizer")
             for path in (temporary / "tokenizer", *(temporary / "tokenizer").rglob("*")):
                 if path.is_dir():
                     fsync_folder(path)
                 else:
                     files[path.relative_to(temporary).as_posix()] = measure(path, sync=True)
-        write_manifest(temporary, step, files)
-        final = self._free_name(step)
-        temporary.rename(final)
-        fsync_folder(self.folder)
-        self._do(
-            self._adopt_copied_link, partial(self._point_latest, final), partial(self._prune, final), self._sweep
-        )  # fmt: skip
-        return final
-
-    def _free_name(self, step: int) -> Path:
-        path, again = self.folder / f"step-{step}", 0
-        while path.exists():
-            again += 1
-            path = self.folder / f"step-{step}-r{again}"
-        return path
-
-    def _do(self, *duties: Callable[[], None]) -> None:
-        """Do each, whatever the one before met with: the checkpoints themselves are safe."""
-        for duty in duties:
-            try:
-                duty()
-            except OSError as error:
-                log.warning("while tidying %s: %s", self.folder, error)
-
-    def _whole(self) -> list[Path]:
-        """Whole checkpoints, newest first; those found damaged left out."""
-        return [path for path in checkpoints(self.folder) if path not in self._unusable and is_whole(path)]
-
-    def _adopt_copied_link(self) -> None:
-        """Make room for the link where a copy that followed links left a folder: a second copy, or the only one."""
-        latest = self.folder / LATEST
-        if not is_copied_link(latest):
-            return
-        step = step_in(latest)
-        if step is None:
-            raise OSError(f"{latest} is a folder and not a checkpoint; remove it")
-        manifest = (latest / MANIFEST).read_bytes()
-        if any(path != latest and (path / MANIFEST).read_bytes() == manifest for path in self._whole()):
-            remove(latest)
-        else:
-            latest.rename(self._free_name(step))
-
-    def _point_latest(self, newest: Path | None = None) -> None:
-        path = newest or next(iter(self._whole()), None)
-        link = self.folder / LATEST
-        if path is None or (link.is_symlink() and link.readlink() == Path(path.name)):
-            return
-        temporary = self.folder / f"{LATEST}.tmp-{uuid.uuid4().hex[:12]}"
-        temporary.symlink_to(path.name)
-        temporary.replace(link)
-
-    def _prune(self, newest: Path | None = None) -> None:
-        """Delete all but the newest `keep` whole checkpoints; never `newest`, nor damaged ones.
-
-        Provisional ones are not counted, and go when there is a newer one that counts.
-        """
-        if self.keep == -1:
-            return
-        whole = self._whole()
-        counted = [path for path in whole if not _is_provisional(path)]
-        doubtful = whole[: whole.index(counted[0])] if counted else whole
-        kept = {newest, *doubtful, *counted[: self.keep]}
-        self._do(*(partial(remove, path) for path in whole if path not in kept))
-
-    def _sweep(self) -> None:
-        """Delete what dead runs left: this run has the folder to itself."""
-        stale = (*self.folder.glob("step-*.tmp-*"), *self.folder.glob(f"{LATEST}.tmp-*"))
-        self._do(*(partial(remove, path) for path in stale))
+        write_manifest(temporary, beside.step, files)
+        return self.folder.adopt(temporary, beside.step) if self.folder.shared else temporary
 
 
-def _is_provisional(path: Path) -> bool:
-    try:
-        return json.loads((path / TRAINER).read_bytes()).get(PROVISIONAL) is True
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return False
+def _tensors(state: CheckpointState) -> dict[str, Tensor]:
+    model = model_tensors(state.model, frozen=state.base is None)
+    return model | optimizer_tensors(state.model, state.optimizer) | rng_tensors()
+
+
+def _beside(state: CheckpointState) -> Beside:
+    trainer = {"step": state.step} | dict(state.trainer) | {KEPT: state.kept, "saved_by": _writer()}
+    if state.base is not None:
+        trainer["base"] = state.base._asdict()
+    return Beside(state.step, json.dumps(trainer), state.config, state.generation, state.tokenizer)
 
 
 def _writer() -> dict[str, Json]:

@@ -14,25 +14,25 @@ import torch
 from torch import Tensor
 
 from llmfoundry.checkpoint import manifest
+from llmfoundry.checkpoint.finding import Found, candidates, newest_usable
 from llmfoundry.checkpoint.manifest import (
     CONFIG,
     CONVERTED,
     INDEX,
     TRAINER,
     CheckpointError,
+    Need,
     Written,
-    newest_usable,
 )
 from llmfoundry.checkpoint.reading import (
     HUGGING_FACE,
     Contents,
-    Need,
     SavedModel,
     find_base,
     load_model_only,
     read,
 )
-from llmfoundry.config import ConfigError, check, dump
+from llmfoundry.config import ConfigError, check, dump, is_theirs, is_url
 from llmfoundry.hf.adapters import peft_names
 from llmfoundry.hf.family import write_config
 from llmfoundry.hf.files import DTYPE_NAMES, FillBox, Placed, new_folder, shards, write_files
@@ -111,7 +111,7 @@ def _open_base(contents: Contents, config: CausalLMConfig) -> TensorSource | Non
     if contents.base is None:
         return None
     path = find_base(contents.base, contents.path)
-    if path.startswith(HUGGING_FACE):
+    if is_theirs(path):
         return HuggingFaceSource(path.removeprefix(HUGGING_FACE))
     return CheckpointSource(read(path), _base(config))
 
@@ -151,11 +151,13 @@ def to_hf(
     Raises:
         ConfigError: what is wrong with `source`, no family can hold the model, or `out` is in use.
     """
-    newest_usable(source, lambda path: _to_hf(path, out, progress, dtype, model_type))
+    newest_usable(
+        lambda: candidates(source), lambda found: _to_hf(found, out, progress, dtype, model_type), "model", str(source)
+    )
 
 
-def _to_hf(path: Path, out: Path, progress: Progress, dtype: torch.dtype | None, model_type: str | None) -> None:
-    contents, config = _open(path, "texts")  # tensors are verified while they are copied
+def _to_hf(found: Found, out: Path, progress: Progress, dtype: torch.dtype | None, model_type: str | None) -> None:
+    contents, config = _open(found.path, "texts")  # tensors are verified while they are copied
     tokenizer = tokenizer_of(contents.tokenizer) if contents.tokenizer is not None else None
     with new_folder(out) as folder, manifest.verified_beside(contents.path, _is_weights):
         write_checkpoint(
@@ -198,7 +200,8 @@ def grow(source: str | Path, out: Path, plan: Upcycling, seed: int, progress: Pr
     Raises:
         ConfigError: what is wrong with `source`, it is no dense model, or `out` is in use.
     """
-    is_ours = (Path(source) / manifest.MANIFEST).exists() or (Path(source) / "checkpoints").is_dir()
+    path = Path(source)
+    is_ours = is_url(str(source)) or (path / manifest.MANIFEST).exists() or (path / "checkpoints").is_dir()
     values: TensorSource
     copies: Mapping[str, list[Copy]]
     if is_ours:

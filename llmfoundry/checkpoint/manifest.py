@@ -2,7 +2,7 @@
 
 `MANIFEST.json` lists every other file with its size and SHA-256. It is written last, so a folder without it is not a
 checkpoint, and a folder gets the name of a checkpoint only when it is complete. The newest checkpoint is found by
-scanning a folder and verifying what is there; the link `latest` is for people and is never believed.
+scanning a folder and verifying what is there (finding.py); the link `latest` is for people and is never believed.
 """
 
 from __future__ import annotations
@@ -19,15 +19,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, TypeVar
-
-import torch.distributed as dist
+from typing import Literal, NamedTuple
 
 from llmfoundry import runtime
 from llmfoundry.config import ConfigError
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 MANIFEST, LATEST = "MANIFEST.json", "latest"
 FORMAT = 1
@@ -38,6 +35,7 @@ INDEX, TRAINER, CONFIG = "tensors.json", "trainer.json", "config.yaml"
 # settings of the weights are kept here.
 CONVERTED = "converted.yaml"
 
+Need = Literal["everything", "model", "texts"]  # which files of a checkpoint: texts are all but tensors
 _STEP_FOLDER = re.compile(r"step-(\d+)(?:-r(\d+))?")
 
 
@@ -47,6 +45,10 @@ class CheckpointError(ConfigError):
 
 class DamagedError(CheckpointError):
     """A checkpoint whose files are not as they were written: an older one may serve."""
+
+
+class SaveError(RuntimeError):
+    """A checkpoint that could not be written; those before it are intact."""
 
 
 class Written(NamedTuple):
@@ -94,6 +96,18 @@ def write_manifest(folder: Path, step: int, files: dict[str, Written]) -> None:
     fsync_folder(folder)
 
 
+def is_needed(name: str, need: Need) -> bool:
+    """Whether a file is among those that are needed."""
+    is_tensors = name.endswith(".safetensors")
+    return need == "everything" or not is_tensors or (need == "model" and name.startswith("model-"))
+
+
+def number_of(name: str) -> tuple[int, int] | None:
+    """The step and the repetition that a folder's name gives; None if it is not a checkpoint's."""
+    match = _STEP_FOLDER.fullmatch(name)
+    return (int(match[1]), int(match[2] or 0)) if match else None
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoints by name, newest first: by step, then by repetition.
 
@@ -101,9 +115,9 @@ def checkpoints(folder: Path) -> list[Path]:
     """
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
-        match = _STEP_FOLDER.fullmatch(path.name)
-        if match and path.is_dir():
-            found.append((int(match[1]), int(match[2] or 0), path))
+        number = number_of(path.name)
+        if number and path.is_dir():
+            found.append((*number, path))
         elif is_copied_link(path) and (step := step_in(path)) is not None:
             found.append((step, -1, path))
     return [path for _, _, path in sorted(found, reverse=True)]
@@ -122,51 +136,6 @@ def step_in(path: Path) -> int | None:
         return None
 
 
-def candidates(path: str | Path) -> list[Path]:
-    """The checkpoints that a path may mean: itself, or all in a folder of checkpoints or of a run, newest first.
-
-    `latest` means the newest, wherever the link points.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    path = Path(path)
-    if path.name == LATEST and (found := checkpoints(path.absolute().parent)):
-        return found
-    if (path / MANIFEST).exists() or _STEP_FOLDER.fullmatch(path.resolve().name):
-        return [path.resolve()]
-    for folder in (path, path / "checkpoints"):
-        if found := checkpoints(folder):
-            return found
-    raise CheckpointError(f"{path}: {'no checkpoint in this folder' if path.is_dir() else 'no such folder'}")
-
-
-def newest_usable(path: str | Path, use: Callable[[Path], T]) -> T:
-    """Use the newest checkpoint that a path means; where it is damaged, say so loudly and use the one before it.
-
-    All ranks call this together, and use the same checkpoint: rank 0 looks for it.
-
-    Args:
-        path: a checkpoint (then no other is used), a folder with checkpoints, or a run's `save_folder`.
-        use: raises DamagedError, on all ranks, if the checkpoint cannot be used.
-
-    Raises:
-        CheckpointError: there is none, or all of them are damaged.
-    """
-    damaged: dict[Path, DamagedError] = {}
-    while untried := [each for each in runtime.on_rank0(lambda: candidates(path)) if each not in damaged]:
-        try:
-            return use(untried[0])
-        except DamagedError as error:
-            damaged[untried[0]] = error
-            if len(untried) > 1:
-                log.error("SKIPPING A DAMAGED CHECKPOINT: %s; looking for an older one", error)
-    newest = next(iter(damaged.values()))
-    if len(damaged) == 1:
-        raise newest
-    raise DamagedError(f"{path}: none of {len(damaged)} checkpoints can be used; {newest}")
-
-
 def verify(path: Path, only: Callable[[str], bool] = lambda name: True) -> dict[str, Written]:
     """Check the files of a checkpoint against its manifest; ranks share the work.
 
@@ -180,23 +149,15 @@ def verify(path: Path, only: Callable[[str], bool] = lambda name: True) -> dict[
     Raises:
         DamagedError: on all ranks, naming the first file that is missing, cut short or changed.
     """
-    error: str | None = None
-    files: dict[str, Written] = {}
-    try:
+
+    def check() -> dict[str, Written]:
         files = read_manifest(path)
         names = sorted(name for name in files if only(name))[runtime.rank() :: runtime.world_size()]
         with ThreadPoolExecutor(4) as threads:  # hashing releases the interpreter lock
             list(threads.map(lambda name: _check_file(path, name, files[name]), names))
-    except CheckpointError as failure:
-        error = str(failure)
-    errors: list[str | None] = [error]
-    if runtime.world_size() > 1:
-        errors = [None] * runtime.world_size()
-        dist.all_gather_object(errors, error)
-    for error in errors:
-        if error is not None:
-            raise DamagedError(error)
-    return files
+        return files
+
+    return runtime.agreed(check)
 
 
 @contextmanager

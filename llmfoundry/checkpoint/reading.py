@@ -14,13 +14,14 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from llmfoundry import hf, runtime
+from llmfoundry.checkpoint.finding import Found, candidates, fetched, newest_usable
 from llmfoundry.checkpoint.manifest import (
     CONFIG,
     CONVERTED,
@@ -29,15 +30,15 @@ from llmfoundry.checkpoint.manifest import (
     TRAINER,
     CheckpointError,
     DamagedError,
+    Need,
     Written,
-    candidates,
-    newest_usable,
+    is_needed,
     read_manifest,
     verify,
 )
 from llmfoundry.checkpoint.storage import Entry, TensorReader, read_index
 from llmfoundry.checkpoint.tensors import check_same_model, model_tensors
-from llmfoundry.config import ConfigError
+from llmfoundry.config import ConfigError, is_theirs, is_url
 from llmfoundry.dtensor import local_shard
 from llmfoundry.hf.files import Stored
 from llmfoundry.hf.pieces import Pieces, Spec, fill_grown
@@ -50,7 +51,6 @@ log = logging.getLogger(__name__)
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 Files = dict[str, Written]
-Need = Literal["everything", "model", "texts"]  # which files are verified: texts are all but tensors
 
 HUGGING_FACE = "hf:"  # before a folder or hub id of Hugging Face's, where a checkpoint of ours may stand too
 _SAMPLE_BYTES, _SAMPLES = 2**12, 64  # read of a file to tell it from another of its size
@@ -72,7 +72,8 @@ class Contents(NamedTuple):
     """What a checkpoint says about itself, tensors aside.
 
     Attributes:
-        path: its folder; never a link that may move.
+        path: its folder on this machine; never a link that may move.
+        place: its folder, or its URL in a store.
         trainer: what the trainer put in, and `step`.
         tokenizer: a folder for `from_pretrained`.
         base: where the weights are that this checkpoint does not hold; None: it holds all.
@@ -81,6 +82,7 @@ class Contents(NamedTuple):
     """
 
     path: Path
+    place: str
     step: int
     config: dict[str, object]
     trainer: dict[str, Json]
@@ -94,23 +96,19 @@ def read(path: str | Path, need: Need = "model") -> Contents:
     """Read what a checkpoint says about itself.
 
     Args:
-        path: a checkpoint, a folder with checkpoints or a run's `save_folder` (the newest that is intact).
+        path: a checkpoint, a folder with checkpoints or a run's `save_folder` (the newest that is intact); or its URL.
         need: the files that have to be intact.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    return newest_usable(path, lambda each: read_one(each, need))
+    return newest_usable(lambda: candidates(path), lambda each: read_one(each, need), need, str(path))
 
 
-def read_one(path: Path, need: Need) -> Contents:
+def read_one(found: Found, need: Need) -> Contents:
     """`read` of one checkpoint; raises DamagedError, on all ranks."""
-
-    def wanted(name: str) -> bool:
-        is_tensors = name.endswith(".safetensors")
-        return need == "everything" or not is_tensors or (need == "model" and name.startswith("model-"))
-
-    files = verify(path, wanted)
+    path = found.path
+    files = verify(path, lambda name: is_needed(name, need))
     try:
         config = read_resolved(path / (CONVERTED if CONVERTED in files else CONFIG))
     except ConfigError as error:
@@ -120,7 +118,7 @@ def read_one(path: Path, need: Need) -> Contents:
     assert isinstance(step, int)
     tokenizer = path / "tokenizer"
     return Contents(
-        path, step, config, trainer, tokenizer if tokenizer.is_dir() else None,
+        path, found.place, step, config, trainer, tokenizer if tokenizer.is_dir() else None,
         Base(str(base["path"]), str(base["fingerprint"])) if isinstance(base, dict) else None, files, need,
     )  # fmt: skip
 
@@ -248,7 +246,7 @@ def base_of(source: Contents | str) -> Base:
         return Base(f"{HUGGING_FACE}{path}", runtime.on_rank0(lambda: _fingerprint(f"{HUGGING_FACE}{path}")))
     if source.base is not None:  # adapters of adapters: the frozen weights are those of the first
         return source.base
-    path = str(source.path.absolute())
+    path = source.place if is_url(source.place) else str(source.path.absolute())
     return Base(path, runtime.on_rank0(lambda: _fingerprint(path)))
 
 
@@ -280,7 +278,7 @@ def find_base(base: Base, owner: Path, *moved: str | None) -> str:
 
 def load_base(path: str, model: nn.Module) -> None:
     """Load the weights of a base, adapters aside, into a model."""
-    if path.startswith(HUGGING_FACE):
+    if is_theirs(path):
         assert isinstance(model, CausalLM)
         hf.load_weights(model, path.removeprefix(HUGGING_FACE), allow=["model"])  # compared when the run began
     else:
@@ -290,8 +288,9 @@ def load_base(path: str, model: nn.Module) -> None:
 def _places(path: str) -> list[str]:
     """The checkpoints that a base's path may mean; none if it leads nowhere."""
     try:
-        if not path.startswith(HUGGING_FACE):
-            return [str(each) for each in candidates(path) if each.is_dir()]
+        if not is_theirs(path):
+            found = candidates(path)
+            return [each.place for each in found if each.files is not None or Path(each.place).is_dir()]
         name = path.removeprefix(HUGGING_FACE)
         return [path] if Path(name).is_file() or _weights_in(locate(name)) else []
     except ConfigError:
@@ -304,8 +303,10 @@ def _fingerprint(path: str) -> str:
     A checkpoint of ours has the hashes of its files. Of Hugging Face's files, sizes and evenly spaced samples are
     hashed, which tells any two trainings apart.
     """
-    if not path.startswith(HUGGING_FACE):
-        listed = {name: written for name, written in read_manifest(Path(path)).items() if name.startswith("model-")}
+    if not is_theirs(path):
+        (candidate,) = candidates(path)
+        manifest = read_manifest(fetched(candidate, "texts"))
+        listed = {name: written for name, written in manifest.items() if name.startswith("model-")}
         return _sha256(json.dumps(sorted(listed.items())))
     name = path.removeprefix(HUGGING_FACE)
     files = [Path(name)] if Path(name).is_file() else _weights_in(locate(name))

@@ -10,9 +10,10 @@ from pydantic import Field, model_validator
 import llmfoundry.model.transformer  # noqa: F401  registers its model
 from llmfoundry import runtime
 from llmfoundry.checkpoint.composer_names import is_composer, load_composer
+from llmfoundry.checkpoint.finding import file_here
 from llmfoundry.checkpoint.reading import load_model_only, read
 from llmfoundry.cli.opening import HUGGING_FACE, Ready, build_model, open_checkpoint, open_hugging_face
-from llmfoundry.config import Config, ConfigError, check
+from llmfoundry.config import Config, ConfigError, check, is_theirs
 from llmfoundry.data.tokenizer import TokenizerConfig
 from llmfoundry.eval.gauntlet import GauntletConfig
 from llmfoundry.eval.icl_tasks import TaskConfig
@@ -81,7 +82,7 @@ class EvaluatedModel(Config):
         """Load it; all ranks together."""
         assert self.load_path is not None
         named = self.tokenizer if self.tokenizer is not None and self.tokenizer.name != "bpe" else None
-        if self.load_path.startswith(HUGGING_FACE):
+        if is_theirs(self.load_path):
             tokenizer = named.loaded() if named is not None else None
             assert self.model is None or isinstance(self.model, CausalLMConfig)
             return open_hugging_face(self.load_path.removeprefix(HUGGING_FACE), precision, tokenizer, self.model)
@@ -96,7 +97,7 @@ class EvaluatedModel(Config):
                 raise ConfigError(f"{self.load_path}: is a checkpoint of Composer's; name its tokenizer: {{name: ...}}")
             tokenizer = named.loaded()
             model, mesh = build_model(self.model, ParallelConfig(compile=False), precision)
-            load_composer(self.load_path, model)
+            load_composer(file_here(self.load_path), model)
             return Ready(model.eval(), mesh, tokenizer, self.tokenizer.special_tokens(tokenizer))
         contents = read(self.load_path)
         own = tokenizer_of(contents.tokenizer) if contents.tokenizer is not None else None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from llmfoundry import launch
 from llmfoundry.cli.command import read_run_config
-from llmfoundry.config import ConfigError
+from llmfoundry.config import ConfigError, is_theirs, is_url
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +53,9 @@ class Opened(NamedTuple):
 
 def is_hugging_face(path: str) -> bool:
     """Whether a path names a Hugging Face checkpoint: a folder, a GGUF file, or `hf:` with a folder or hub id."""
-    return path.startswith(HUGGING_FACE) or path.endswith(".gguf") or (Path(path) / "config.json").is_file()
+    if is_url(path):
+        return False
+    return is_theirs(path) or path.endswith(".gguf") or (Path(path) / "config.json").is_file()
 
 
 Check = Callable[["CausalLMConfig"], None]
@@ -63,7 +65,7 @@ def open_checkpoint(path: str, overrides: list[str], keys: Sequence[str], check:
     """Load a checkpoint's model and tokenizer; all ranks together.
 
     Args:
-        path: a checkpoint or a run's save_folder; a Hugging Face folder or GGUF file; hf:<folder or hub id>.
+        path: a checkpoint or a run's save_folder, or its URL; a Hugging Face folder or GGUF file; hf:<folder or id>.
         overrides: applied to its config; the weights must still fit the model.
         keys: what may be overridden.
         check: refuses a model by its config, before any weight is read.
@@ -127,7 +129,7 @@ def _open_ours(folder: str, overrides: list[str], check: Check | None) -> Opened
     check_device(config.model, place, precision)
     tokenizer = tokenizer_of(contents.tokenizer) if contents.tokenizer is not None else None
     if tokenizer is None:
-        raise ConfigError(f"{contents.path}: holds no tokenizer")
+        raise ConfigError(f"{contents.place}: holds no tokenizer")
     special = with_rule_of(config.tokenizer, contents).special_tokens(tokenizer)
     model, mesh = build_model(config.model, config.parallel, precision)
     moved = config.load_path if config.load_path != contents.config.get("load_path") else None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from llmfoundry import launch
 from llmfoundry.cli.command import command, program, read_run_config, read_translated
-from llmfoundry.config import ConfigError, check, dump, is_url
+from llmfoundry.config import ConfigError, check, dump
 from llmfoundry.planning.hardware import GIB, GPU_MEMORY
 from llmfoundry.settings import write_resolved
 from llmfoundry.stopping import on_signal
@@ -102,8 +102,6 @@ def _dry_run(config: RunConfig, gpus: int | None, gpu_memory: float) -> None:
     print(write_resolved(dump(config)))
     print(_sizes(config))
     print(hf.export_note(config.model))
-    if config.load_path is not None and is_url(config.load_path):
-        print(f"load_path: {config.load_path} is a URL; copy it to a folder of this machine before the run starts")
     for line in _evaluations(config):
         print(line)
     if gpus is None and launch.world_size() > 1:

@@ -3,6 +3,8 @@
 A file is fetched whole when it is first read, under its url, size and version, and gets its name when it is complete.
 Where the cache would grow beyond its limit, the files that were not used for the longest time go first. Credentials are
 those of the environment (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN, ...), never of a YAML.
+
+Other parts of a run read and write stores by the functions below: they try again where the store or the network fails.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ import re
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Annotated, NamedTuple, TypeVar
 
 import fsspec
 from filelock import FileLock
+from fsspec.implementations.local import LocalFileSystem
 from pydantic import AfterValidator
 
 from llmfoundry.config import ConfigError, ResourceError, is_url, local_path
@@ -40,7 +44,9 @@ def data_path(path: str) -> str:
     Raises:
         ValueError: neither.
     """
-    protocol, separator, _ = path.partition("://")
+    protocol, separator, rest = path.partition("://")
+    if re.match(r"[^/@]*:[^/@]*@", rest):
+        raise ValueError(f"{protocol}://...: holds a password; leave it out, credentials are read from the environment")
     if not is_url(path) or (separator and protocol in fsspec.available_protocols()):
         return path if separator else local_path(path)
     raise ValueError(f"{path}: is a URL that is not known; known are s3://, gs://, hf://, and fsspec's others")
@@ -89,7 +95,7 @@ class Store:
         Raises:
             ConfigError: there is none, it may not be read, or the store's package is not installed.
         """
-        fs, path = _opened(url)
+        fs, path = opened(url)
 
         def look() -> dict[str, dict]:
             fs.invalidate_cache()
@@ -99,16 +105,14 @@ class Store:
                 return {name: info for name, info in fs.glob(path, detail=True).items() if info["type"] == "file"}
             return fs.find(path, detail=True)
 
-        found = _patiently(url, look)
+        found = patiently(url, look)
         if not found:
             raise ConfigError(f"{url}: no such file or folder")
         fixed = [part for part in PurePosixPath(path).parts]
         wild = next((i for i, part in enumerate(fixed) if "*" in part or "?" in part), len(fixed))
         root = PurePosixPath(*fixed[:wild]) if wild < len(fixed) or path not in found else PurePosixPath(path).parent
         return {
-            PurePosixPath(name).relative_to(root).as_posix(): RemoteFile(
-                fs.unstrip_protocol(name), int(info["size"]), _version(info)
-            )
+            PurePosixPath(name).relative_to(root).as_posix(): _file(fs, name, info)
             for name, info in sorted(found.items())
         }
 
@@ -119,22 +123,15 @@ class Store:
             ConfigError: it is gone, may not be read, or is larger than the cache.
             ResourceError: it could not be fetched in ATTEMPTS attempts.
         """
-        fs, path = _opened(file.url)
-
-        def get(target: Path) -> None:
-            fs.get_file(path, str(target))
-            if target.stat().st_size != file.size:
-                raise OSError(f"{target.stat().st_size} bytes came, and it has {file.size}")
-
-        key = json.dumps(file)
-        return self.keep(key, PurePosixPath(path).name, file.size, lambda to: _patiently(file.url, lambda: get(to)))
+        name = PurePosixPath(file.url).name
+        return self.keep(json.dumps(file), name, file.size, lambda to: fetch(file, to))
 
     def keep(self, key: str, name: str, size: int, make: Callable[[Path], None]) -> Path:
-        """A file of the cache; made first if it is not there.
+        """A file or folder of the cache; made first if it is not there.
 
         Args:
             key: what it is.
-            name: of the file.
+            name: of the file or folder.
             size: bytes.
             make: writes it.
         """
@@ -145,15 +142,16 @@ class Store:
         try:
             self._root.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{folder}.lock"):
-                if target.is_file():
+                if target.exists():
                     os.utime(folder)
                     return target
                 self._make_room(size)
                 temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=self._root))
                 try:
                     make(temporary / name)
-                    with (temporary / name).open("rb") as file:
-                        os.fsync(file.fileno())
+                    for path in filter(Path.is_file, temporary.rglob("*")):
+                        with path.open("rb") as file:
+                            os.fsync(file.fileno())
                     temporary.rename(folder)
                 finally:
                     shutil.rmtree(temporary, ignore_errors=True)
@@ -167,7 +165,7 @@ class Store:
             found = []
             for folder in self._root.iterdir():
                 if folder.is_dir():
-                    files = list(folder.iterdir())
+                    files = [file for file in folder.rglob("*") if file.is_file()]
                     found.append((folder.stat().st_mtime, sum(file.stat().st_size for file in files), folder))
             total = sum(each[1] for each in found) + size
             for used, of_folder, folder in sorted(found):
@@ -179,7 +177,78 @@ class Store:
                     total -= of_folder
 
 
-def _opened(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def listing(url: str) -> dict[str, RemoteFile]:
+    """The files below a folder by their names below it; none if there is no such folder.
+
+    Raises:
+        ConfigError: it may not be read, or the store's package is not installed.
+        ResourceError: the store could not be asked in ATTEMPTS attempts.
+    """
+    fs, path = opened(url)
+
+    def look() -> dict[str, dict]:
+        fs.invalidate_cache()
+        try:
+            return fs.find(path, detail=True)
+        except FileNotFoundError:
+            return {}
+
+    return {
+        PurePosixPath(name).relative_to(path).as_posix(): _file(fs, name, info)
+        for name, info in sorted(patiently(url, look).items())
+        if name != path
+    }
+
+
+def fetch(file: RemoteFile, to: Path) -> None:
+    """Write a file of a store to a path of this machine; raises as `listing`."""
+    fs, path = opened(file.url)
+
+    def get() -> None:
+        fs.get_file(path, str(to))
+        if to.stat().st_size != file.size:
+            raise OSError(f"{to.stat().st_size} bytes came, and it has {file.size}")
+
+    patiently(file.url, get)
+
+
+def put(file: Path, url: str) -> None:
+    """Write a file of this machine to a store, where it is whole or not at all; raises as `listing`."""
+    fs, path = opened(url)
+    is_local = isinstance(fs, LocalFileSystem)
+    size = file.stat().st_size
+
+    def write() -> None:
+        target = f"{path}.tmp-{uuid.uuid4().hex[:12]}" if is_local else path  # object stores show whole objects alone
+        if is_local:
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            fs.put_file(str(file), target)
+            fs.invalidate_cache()
+            if (came := int(fs.info(target)["size"])) != size:
+                raise OSError(f"{came} bytes have arrived of {size}")
+            if is_local:
+                os.replace(target, path)
+        finally:
+            if is_local:
+                Path(target).unlink(missing_ok=True)
+
+    patiently(url, write, "written")
+
+
+def delete(url: str) -> None:
+    """Delete a file or a folder of a store, if it is there; raises as `listing`."""
+    fs, path = opened(url)
+
+    def remove() -> None:
+        fs.invalidate_cache()
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+
+    patiently(url, remove, "deleted")
+
+
+def opened(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         fs, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
@@ -189,25 +258,34 @@ def _opened(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return fs, str(path).rstrip("/")
 
 
+def _file(fs: fsspec.AbstractFileSystem, name: str, info: dict) -> RemoteFile:
+    return RemoteFile(fs.unstrip_protocol(name), int(info["size"]), _version(info))
+
+
 def _version(info: dict) -> str:
     return json.dumps({key: str(info[key]) for key in _VERSIONS if info.get(key)})
 
 
-def _patiently(url: str, act: Callable[[], Result]) -> Result:
-    """Try again where a store or the network fails; what is not there or not allowed fails at once."""
+def patiently(url: str, act: Callable[[], Result], done: str = "read") -> Result:
+    """Try again where a store or the network fails; what is not there or not allowed fails at once.
+
+    Args:
+        done: what `act` does to `url`, for messages.
+    """
     wait = FIRST_WAIT
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return act()
-        except FileNotFoundError:
-            raise ConfigError(f"{url}: no such file or folder") from None
+        except FileNotFoundError as error:
+            why = "no such file or folder" if done == "read" else f"cannot be {done}: {_said(error)}"
+            raise ConfigError(f"{url}: {why}") from None
         except PermissionError as error:
             raise ConfigError(
-                f"{url}: may not be read: {_said(error)}; credentials are read from the environment"
+                f"{url}: may not be {done}: {_said(error)}; credentials are read from the environment"
             ) from None
         except Exception as error:  # each store has errors of its own
             if attempt == ATTEMPTS:
-                raise ResourceError(f"{url}: cannot be read after {ATTEMPTS} attempts: {_said(error)}") from error
+                raise ResourceError(f"{url}: cannot be {done} after {ATTEMPTS} attempts: {_said(error)}") from error
         time.sleep(wait)
         wait *= 2
     raise AssertionError

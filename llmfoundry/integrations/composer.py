@@ -24,8 +24,9 @@ from transformers import PreTrainedTokenizerBase
 
 from llmfoundry import runtime
 from llmfoundry.checkpoint.composer_names import is_composer, load_composer
+from llmfoundry.checkpoint.finding import file_here
 from llmfoundry.checkpoint.reading import HUGGING_FACE, load_model_only, read
-from llmfoundry.config import ConfigError
+from llmfoundry.config import ConfigError, is_theirs
 from llmfoundry.data.loader import Loader, LoaderConfig
 from llmfoundry.data.mixture import MixtureConfig
 from llmfoundry.hf.pretrained import load_weights
@@ -197,7 +198,7 @@ def _load(config: RunConfig, model: CausalLM) -> None:
     path = config.load_path
     if path is None:
         return
-    if path.startswith(HUGGING_FACE):
+    if is_theirs(path):
         load_weights(model, path.removeprefix(HUGGING_FACE), allow=config.load_allow)
         return
     if not config.load_weights_only:
@@ -206,7 +207,7 @@ def _load(config: RunConfig, model: CausalLM) -> None:
             "load_weights_only=true; to take up a run of Composer's, use its Trainer's own load_path"
         )
     if is_composer(path):
-        load_composer(path, model)
+        load_composer(file_here(path), model)
         return
     contents = read(path)
     saved = contents.config["model"]

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from llmfoundry.checkpoint.composer_files import ComposerFiles, Plain, open_composer
 from llmfoundry.checkpoint.composer_names import copies_from
 from llmfoundry.checkpoint.convert import write_ours
+from llmfoundry.checkpoint.finding import file_here
 from llmfoundry.config import ConfigError, check
 from llmfoundry.hf.family import read_config
 from llmfoundry.hf.files import new_folder
@@ -47,7 +48,7 @@ def from_composer(source: str | Path, out: Path, yaml: str | Path | None, progre
     """A checkpoint of LLM Foundry or Composer as one of ours; its code and pickled objects never run.
 
     Args:
-        source: a FILE.pt, or a sharded folder.
+        source: a FILE.pt or its URL, or a sharded folder.
         out: the checkpoint; must not exist, or be empty.
         yaml: the training YAML, in LLM Foundry's words or ours, whose `model` is the checkpoint's. None: the config
             that the checkpoint has stored.
@@ -59,7 +60,7 @@ def from_composer(source: str | Path, out: Path, yaml: str | Path | None, progre
         ConfigError: what is wrong with `source`, it stores no config and none is named, the model is not supported or
             not that of the config, or `out` is in use; nothing is left of it.
     """
-    files = open_composer(Path(source))
+    files = open_composer(Path(file_here(str(source))))
     found = find_model(files, yaml)
     specs = {
         name: Spec(found.source.specs[found.copies[name][0].source.name].dtype, shape)

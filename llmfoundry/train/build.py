@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+from functools import partial
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from llmfoundry import runtime
 from llmfoundry.checkpoint.checkpointer import Checkpointer
 from llmfoundry.checkpoint.identity import MIXTURE, is_allowed
-from llmfoundry.config import ConfigError
+from llmfoundry.checkpoint.store import RunStore
+from llmfoundry.config import ConfigError, is_url
 from llmfoundry.data.loader import Loader
 from llmfoundry.data.mixture import Mixture
 from llmfoundry.data.sources import check_apart
@@ -36,6 +37,7 @@ from llmfoundry.train.mixing import Joined, row_ends, take_up
 from llmfoundry.train.outputs import check_free
 from llmfoundry.train.resume import Start, check_data, find_start, generation_for, settle_tokenizer, train_state
 from llmfoundry.train.saving import Saver
+from llmfoundry.train.stored import begin_from_store
 from llmfoundry.train.trainer import Trainer
 from llmfoundry.train.watchdog import LOOSE, Watchdog, limits
 
@@ -57,15 +59,19 @@ def build(config: RunConfig) -> Trainer:
     precision = config.precision_on(device.type)
     check_device(config.model, device, precision)
     mesh = build_mesh(config.parallel, device.type, n_experts(config.model))
-    path = Path(config.save_folder)
+    path, store = config.folder, None
+    if is_url(config.save_folder):
+        store = RunStore(config.save_folder, path, config.save_num_checkpoints_to_keep)
+        runtime.on_rank0(partial(begin_from_store, store, config.autoresume))
     runtime.on_rank0(lambda: check_free(path, config.autoresume))
     microbatches = _microbatches(config, mesh)
     callbacks = _callbacks(config)
     checkpointer = Checkpointer(
         path / "checkpoints",
         keep=config.save_num_checkpoints_to_keep,
-        asynchronous=device.type == "cuda" if config.save_async == "auto" else config.save_async,
+        asynchronous=bool(store or device.type == "cuda") if config.save_async == "auto" else config.save_async,
         timeout=seconds_of(config.hang_timeout) or LOOSE,
+        store=store,
     )
     start = find_start(config, checkpointer)
     for part in config.due_evaluations:

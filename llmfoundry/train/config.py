@@ -6,7 +6,9 @@ callback) is described where that part is built.
 
 from __future__ import annotations
 
+import hashlib
 import os
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -14,10 +16,12 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 import llmfoundry.hf.module  # noqa: F401  registers modules of transformers as a model
 import llmfoundry.model.transformer  # noqa: F401  registers its model
 import llmfoundry.train.lion  # noqa: F401  registers its optimizer
-from llmfoundry.config import Choice, Config, ConfigError, LocalPath, is_url, keyed, local_path
+from llmfoundry import runtime
+from llmfoundry.config import Choice, Config, ConfigError, check_placeholders, is_theirs, is_url, keyed, local_path
 from llmfoundry.data.loader import LoaderConfig
 from llmfoundry.data.mixture import MixtureConfig
 from llmfoundry.data.preferences import PreferencesConfig
+from llmfoundry.data.remote import data_path
 from llmfoundry.data.sources import paired_run
 from llmfoundry.data.tokenizer import TokenizerConfig
 from llmfoundry.eval.gauntlet import GauntletConfig
@@ -43,6 +47,18 @@ def precision_on(asked: Precision | Literal["auto"], device_type: str) -> Precis
     if asked == "amp_bf16" and device_type != "cuda":
         raise ConfigError("precision: amp_bf16 needs a GPU and there is none; write precision=fp32 or leave it out")
     return asked
+
+
+def place(path: str) -> str:
+    """A folder of this machine, or a URL of a store.
+
+    Raises:
+        ValueError: neither.
+    """
+    return check_placeholders(data_path(path)) if is_url(path) else local_path(path)
+
+
+Place = Annotated[str, AfterValidator(place)]
 
 
 class GradientClipping(Config):
@@ -178,14 +194,18 @@ class RunConfig(Config):
     # with 1; 0s: never. None: 0.8 of the collectives' timeout within a step, else (first step, saves, callbacks) 30min
     hang_timeout: ClockTime | None = None
 
-    save_folder: LocalPath  # `{run_name}` is filled in
+    # A folder, or a URL of a store (s3://, gs://, hf://, ...) to upload to beside training; `{run_name}` is filled in
+    save_folder: Place
     save_interval: Duration = Duration.parse("1ep")  # 0ba: only at the end
-    save_num_checkpoints_to_keep: int = -1  # -1: all
-    save_async: bool | Literal["auto"] = "auto"  # a thread writes while the next steps run; auto: on GPUs
+    save_num_checkpoints_to_keep: int = -1  # the newest; -1: all
+    keep_every: Duration = Duration.parse("0ba")  # also saved, and kept for good; 0ba: none
+    # A thread writes, and uploads, while the next steps run; auto: on GPUs, and to a store
+    save_async: bool | Literal["auto"] = "auto"
     save_failures_allowed: int = Field(3, ge=0)  # saves that fail in a row before the run stops with an error
     save_frozen_weights: bool = False  # with model.lora: also the weights that load_path brought and nothing changes
     autoresume: bool = False  # continue from the newest checkpoint in save_folder, if there is one
-    # A checkpoint folder of ours; for weights alone also hf:<folder or hub id>, or Composer's FILE.pt or sharded folder
+    # A checkpoint of ours, in a folder or at a URL; for weights alone also hf:<folder or hub id>, or Composer's FILE.pt
+    # or sharded folder
     load_path: str | None = None
     load_weights_only: bool = False  # start a new run from its weights instead of continuing it
     # What may differ from the checkpoint although it changes what its state means: tokenizer, data, or full keys, e.g.
@@ -226,11 +246,9 @@ class RunConfig(Config):
     @field_validator("load_path")
     @classmethod
     def _local(cls, path: str | None) -> str | None:
-        if path is None or (path.startswith("hf:") and not path.startswith("hf://")):
+        if path is None or is_theirs(path):
             return path
-        if path.startswith("hf://"):
-            raise ValueError(f"{path}: write hf:{path.removeprefix('hf://')}")
-        return path if is_url(path) else local_path(path)  # a URL is refused when the run starts: a plan can be made
+        return place(path)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -287,7 +305,7 @@ class RunConfig(Config):
                 raise ValueError(
                     f"loss={self.loss.name} needs load_path, whose weights are the reference, or model.lora"
                 )
-            if not self.load_path.startswith("hf:") and not self.load_weights_only:
+            if not is_theirs(self.load_path) and not self.load_weights_only:
                 raise ValueError(f"loss={self.loss.name}: load_path is the reference; write load_weights_only=true")
         return self
 
@@ -322,6 +340,14 @@ class RunConfig(Config):
         if self.eval_loader is not None:
             update["eval_loader"] = found.pop(0)
         return self.model_copy(update=update | {"eval_loaders": found})
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes on this machine: `save_folder`, or of one in a store a folder on the way there."""
+        if not is_url(self.save_folder):
+            return Path(self.save_folder)
+        digest = hashlib.sha256(self.save_folder.rstrip("/").encode()).hexdigest()[:16]
+        return runtime.cache_root() / "runs" / digest / PurePosixPath(self.save_folder).name
 
     @property
     def evaluations(self) -> list[LoaderConfig]:

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 Summary = dict[str, float | int | bool | str | list[float]]
 
 # What a run that ended before its first step can leave: the folder is still free.
-_TRACES = {".lock", "config.yaml", "config.yaml.tmp", "metrics.jsonl", "wandb", "wandb-run-id"}
+TRACES = {".lock", "config.yaml", "config.yaml.tmp", "metrics.jsonl", "wandb", "wandb-run-id"}
 
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # what flock says of a lock that another process holds
 SKIPPED = "skipped.jsonl"  # the rows of steps that changed nothing
@@ -121,9 +121,13 @@ class RunFolder:
         Raises:
             OSError: it cannot be written.
         """
-        if self._metrics is not None:
-            self._flush()
-            os.fsync(self._metrics.fileno())
+        if self._metrics is None:
+            return
+        self._flush()
+        os.fsync(self._metrics.fileno())
+        here, there = os.fstat(self._metrics.fileno()), os.stat(self.path / "metrics.jsonl")
+        if (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino):
+            raise OSError(f"{self.path} is another folder than the run began in; move that one back")
 
     def write_metrics(self, metrics: Metrics) -> None:
         """Append one line; what is not finite becomes null, which JSON has no number for.
@@ -201,7 +205,7 @@ def is_free(path: Path) -> bool:
     if not names:
         return True
     metrics = path / "metrics.jsonl"
-    return ".lock" in names and names <= _TRACES and not (metrics.exists() and metrics.stat().st_size)
+    return ".lock" in names and names <= TRACES and not (metrics.exists() and metrics.stat().st_size)
 
 
 def check_shared(path: Path) -> None:
@@ -210,8 +214,18 @@ def check_shared(path: Path) -> None:
     Raises:
         ConfigError: on all ranks, naming the first that does not.
     """
+    for rank, host in enumerate(hosts_without(path)):
+        if host is not None:
+            raise ConfigError(
+                f"save_folder: {path.absolute()} on {host} (rank {rank}) is not the folder that rank 0 writes to; "
+                "put it on storage that all nodes share, or in a store (s3://...)"
+            )
+
+
+def hosts_without(path: Path) -> list[str | None]:
+    """Of each rank, its host if it does not see the folder that rank 0 has claimed; all ranks together."""
     if runtime.world_size() == 1:
-        return
+        return [None]
     probe = path / runtime.on_rank0(lambda: _leave_probe(path))
     deadline = time.monotonic() + _PROBE_SECONDS  # network file systems may take a while to show a new file
     while not (seen := probe.is_file()) and time.monotonic() < deadline:
@@ -220,12 +234,7 @@ def check_shared(path: Path) -> None:
     dist.all_gather_object(hosts, None if seen else socket.gethostname())
     if runtime.is_rank0():
         probe.unlink(missing_ok=True)
-    for rank, host in enumerate(hosts):
-        if host is not None:
-            raise ConfigError(
-                f"save_folder: {path.absolute()} on {host} (rank {rank}) is not the folder that rank 0 writes to; "
-                "put it on storage that all nodes share"
-            )
+    return hosts
 
 
 def _leave_probe(path: Path) -> str:

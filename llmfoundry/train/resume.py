@@ -20,6 +20,7 @@ from llmfoundry import runtime
 from llmfoundry.checkpoint.checkpointer import Checkpointer
 from llmfoundry.checkpoint.composer_files import open_composer
 from llmfoundry.checkpoint.composer_names import copies_from, is_composer
+from llmfoundry.checkpoint.finding import file_here
 from llmfoundry.checkpoint.identity import (
     DATA,
     MIXTURE,
@@ -33,7 +34,7 @@ from llmfoundry.checkpoint.identity import (
     is_allowed,
 )
 from llmfoundry.checkpoint.reading import HUGGING_FACE, Base, Contents, base_of, find_base, read
-from llmfoundry.config import ConfigError, dump, is_url
+from llmfoundry.config import ConfigError, dump, is_theirs
 from llmfoundry.data.tokenizer import SpecialTokens, TokenizerConfig
 from llmfoundry.hf.facts import weight_differences
 from llmfoundry.hf.generation import read_generation
@@ -90,12 +91,10 @@ def find_start(config: RunConfig, checkpointer: Checkpointer) -> Start:
     _check_same_folder(config, model)
     if config.load_path is None:
         return Start("new")
-    if config.load_path.startswith(HUGGING_FACE):
+    if is_theirs(config.load_path):
         return _from_hugging_face(config, model, config.load_path.removeprefix(HUGGING_FACE))
-    if is_url(config.load_path):
-        raise ConfigError(f"load_path: {config.load_path} is a URL; copy it to a folder of this machine and name that")
     if is_composer(config.load_path):
-        return _from_composer(config.load_path, model, config.load_weights_only)
+        return _from_composer(file_here(config.load_path), model, config.load_weights_only)
     if config.load_weights_only:
         return _from_ours(config, model, "weights", read(config.load_path, "model"))
     return _from_ours(config, model, "continue", read(config.load_path, "everything"))
@@ -110,7 +109,7 @@ def _from_ours(
         "continue": "begin a new run from its weights with load_weights_only=true",
         "resume": "choose another save_folder",
     }[how]
-    check_allowed(comparison, config.load_allow, str(contents.path), remedy)
+    check_allowed(comparison, config.load_allow, contents.place, remedy)
     if contents.base is not None:
         moved = config.load_path if how == "resume" else None
         found = find_base(contents.base, contents.path, moved)
@@ -154,7 +153,7 @@ def _from_composer(path: str, model: CausalLMConfig, weights_only: bool) -> Star
 
 def _check_same_folder(config: RunConfig, model: CausalLMConfig) -> None:
     """A folder without a checkpoint may hold the metrics of another run, which would be lost."""
-    folder = Path(config.save_folder)
+    folder = config.folder
     if not config.autoresume or runtime.on_rank0(lambda: is_free(folder)):
         return
     before = runtime.on_rank0(lambda: read_resolved(folder / "config.yaml"))
@@ -285,7 +284,7 @@ def check_data(start: Start, fingerprint: str, allow: list[str], mixed: bool = F
     if not is_allowed(DATA, allow):
         mixture = "read each source of the new mixture on from where it is: load_allow=[mixture]; or " if mixed else ""
         raise ConfigError(
-            f"{contents.path}: was trained on other data or with another tokenizer (changed files count too); "
+            f"{contents.place}: was trained on other data or with another tokenizer (changed files count too); "
             f"restore them; or {mixture}go on with the new data from its first row, and the optimizer as it is: "
             "load_allow=[data]; or begin a new run from its weights with load_path and load_weights_only=true"
         )
@@ -301,7 +300,7 @@ def train_state(contents: Contents) -> TrainState:
     state = contents.trainer.get("state")
     if not isinstance(state, dict) or not {"step", "rows", "tokens"} <= state.keys():
         raise ConfigError(
-            f"{contents.path}: was not saved by a training run; take its weights by load_weights_only=true"
+            f"{contents.place}: was not saved by a training run; take its weights by load_weights_only=true"
         )
     known = {field.name for field in fields(TrainState)}
     return TrainState(**{key: value for key, value in cast(dict[str, int], state).items() if key in known})

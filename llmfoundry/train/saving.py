@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from llmfoundry import runtime
-from llmfoundry.checkpoint.checkpointer import Checkpointer, CheckpointState, SaveError
+from llmfoundry.checkpoint.checkpointer import Checkpointer, CheckpointState
+from llmfoundry.checkpoint.manifest import SaveError
+from llmfoundry.train.run import Metrics
 
 log = logging.getLogger(__name__)
+
+STALL = "time/save_stall_seconds"  # in the line of the step after a save
 
 
 class Saver:
@@ -23,6 +28,7 @@ class Saver:
         self.checkpointer = checkpointer
         self._allowed = failures_allowed
         self._failures = 0  # in a row
+        self._stalled: float | None = None  # seconds of the last `save`, until `stall` has told them
 
     def save(self, state: CheckpointState, sync: Callable[[], None]) -> None:
         """Save a checkpoint; a failure is a warning, and the next call tries again.
@@ -35,12 +41,19 @@ class Saver:
         Raises:
             SaveError: more saves than allowed have failed in a row.
         """
+        start = time.perf_counter()
         for part in (self._finish, lambda: self._begin(state, sync)):
             try:
                 if part():
                     self._failures = 0
             except (SaveError, OSError) as error:
                 self._count(error)
+        self._stalled = time.perf_counter() - start
+
+    def stall(self) -> Metrics:
+        """How long the last save kept the run from its next step, in seconds; nothing if that was told before."""
+        stalled, self._stalled = self._stalled, None
+        return {} if stalled is None else {STALL: stalled}
 
     def settle(self) -> None:
         """Wait for a save in flight; one that fails is a warning."""
@@ -67,7 +80,11 @@ class Saver:
                     raise SaveError(message) from error
                 log.warning("%s; trying once more", message)
 
-    def _finish(self) -> Path | None:
+    def finish(self) -> None:
+        """Wait for what is still being uploaded when the run ends; raises SaveError."""
+        self._finish()
+
+    def _finish(self) -> Path | str | None:
         """Wait for the save in flight; None if there is none."""
         return self.checkpointer.wait()
 

@@ -8,7 +8,6 @@ import math
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
@@ -18,8 +17,9 @@ from torch.profiler import record_function
 from llmfoundry import hf, runtime
 from llmfoundry.checkpoint.checkpointer import CheckpointState
 from llmfoundry.checkpoint.composer_names import load_composer
+from llmfoundry.checkpoint.folder import Kept
 from llmfoundry.checkpoint.reading import HUGGING_FACE, Contents, Json, load_model_only, read
-from llmfoundry.config import ConfigError, RunError, dump
+from llmfoundry.config import ConfigError, RunError, dump, is_theirs
 from llmfoundry.data.loader import Batch
 from llmfoundry.data.mixture import Mixture
 from llmfoundry.eval.icl import PREFIX
@@ -34,7 +34,7 @@ from llmfoundry.train.evaluating import evaluate_by_tasks, evaluate_texts
 from llmfoundry.train.loss import Loss
 from llmfoundry.train.mixing import Joined, to_save
 from llmfoundry.train.optim import set_learning_rate
-from llmfoundry.train.outputs import SKIPPED, RunFolder, Summary, check_shared, read_summary
+from llmfoundry.train.outputs import SKIPPED, RunFolder, Summary, check_shared, hosts_without, read_summary
 from llmfoundry.train.resume import (
     Start,
     clock_state,
@@ -43,6 +43,7 @@ from llmfoundry.train.resume import (
 )
 from llmfoundry.train.run import EVALUATED, STEP, Metrics, Table, is_evaluated
 from llmfoundry.train.step import CROSS_ENTROPY, train_step
+from llmfoundry.train.stored import upload_outputs
 from llmfoundry.train.watchdog import READING
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class Trainer(AgreeingRun):
                 self.config.save_folder, self.state.step,
             )  # fmt: skip
             runtime.on_rank0(self._take_folder)
+            runtime.on_rank0(self._upload_outputs)
             self._close()
             return
         self.watchdog.start()
@@ -112,8 +114,13 @@ class Trainer(AgreeingRun):
     def _fit(self) -> None:
         # Only now that nothing of the user's can be wrong is anything written.
         runtime.on_rank0(self._take_folder)
-        check_shared(Path(self.config.save_folder))
+        checkpointer = self.saver.checkpointer
+        if checkpointer.store is None:
+            check_shared(self.config.folder)
+        else:
+            checkpointer.folder.shared = not any(hosts_without(self.config.folder))
         runtime.on_rank0(self._open_outputs)
+        checkpointer.catch_up()
         for callback in self.callbacks:
             callback.fit_start(self)
         self.timeline.clock.start()
@@ -123,8 +130,9 @@ class Trainer(AgreeingRun):
                 if found:
                     self._record({"step": 0, "tokens": 0} | found)
                 self.stopping = False  # who asked is asked again after the first step, which there is to save
+            prepared = False
             while (self.unevaluated or self.state.step < self.timeline.total_steps) and not self.stopping:
-                metrics, self.unevaluated = self.unevaluated or self._step(), {}
+                metrics, self.unevaluated = self.unevaluated or self._step() | self.saver.stall(), {}
                 if self._due_evaluation():
                     found = self._evaluate()
                     self.unevaluated = {} if found else dict(metrics)
@@ -136,6 +144,9 @@ class Trainer(AgreeingRun):
                     self.finish(f"max_duration={self.config.max_duration} has passed")
                 if self.state.step == self.timeline.total_steps and not is_evaluated(metrics):
                     self.evaluation = {}  # a callback or the clock ended the run: what there is, is of an earlier step
+                if not prepared and not self.stopping and self.state.step < self.timeline.total_steps:
+                    checkpointer.prepare(self._checkpoint())
+                    prepared = True
                 if not self.way_back:
                     self._save()
                 elif not self.stopping:  # else the next start comes here again, from the same checkpoint
@@ -144,6 +155,7 @@ class Trainer(AgreeingRun):
             if not self.evaluation and self._evaluates and not self.stopping:
                 self._evaluate()  # a run taken up after its last step
                 self.agree()
+        self.saver.finish()
         if self.folder is not None:
             self.folder.write_summary(self._summary())
         if self.stopping:
@@ -151,9 +163,10 @@ class Trainer(AgreeingRun):
                 "stopped at step %d; saved to %s; to continue: %s",
                 self.state.step, self.saver.checkpointer.newest_saved, command_to_continue(),
             )  # fmt: skip
-            return
-        for callback in reversed(self.callbacks):
-            callback.fit_end(self)
+        else:
+            for callback in reversed(self.callbacks):
+                callback.fit_end(self)
+        runtime.on_rank0(self._upload_outputs)
 
     def _save(self) -> None:
         """Save what is due; while a run is in doubt, only what it ends with.
@@ -164,7 +177,7 @@ class Trainer(AgreeingRun):
         state = self.state
         found = hopeless(self) if state.skipped_in_a_row or state.step == self.timeline.total_steps else None
         last = found is not None or self.stopping or state.step == self.timeline.total_steps
-        self.owed |= self.timeline.due(self.config.save_interval, state.step)
+        self.owed |= self._due_save()
         in_doubt = self.doubtful or state.skipped_in_a_row > 0
         if not last and (in_doubt or not self.owed):
             return
@@ -214,14 +227,20 @@ class Trainer(AgreeingRun):
             callback.table(self, table)
 
     def _take_folder(self) -> None:
-        self.folder = RunFolder.claim(Path(self.config.save_folder))
+        self.folder = RunFolder.claim(self.config.folder)
         self.saver.checkpointer.tidy()
+
+    def _upload_outputs(self) -> None:
+        if self.saver.checkpointer.store is not None:
+            upload_outputs(self.saver.checkpointer.store)
 
     def _open_outputs(self) -> None:
         assert self.folder is not None
         contents, changes = self.start.contents, self.start.changes
         self.folder.begin(dump(self.config), contents.config if contents and changes else None, self.state.step)
         self._open_metrics()
+        if self.saver.checkpointer.store is not None:
+            self.saver.checkpointer.store.push()  # from now on, the store is in use; a mistake in its name shows here
 
     def _open_metrics(self) -> None:
         # The line of a step whose evaluation is made up for is written anew, as is that before the first step.
@@ -233,7 +252,7 @@ class Trainer(AgreeingRun):
         """Whether there is nothing left to do: the last step is there, and a summary of it with its evaluation."""
         if self.state.step < self.timeline.total_steps or not self.config.autoresume:
             return False
-        summary = read_summary(Path(self.config.save_folder))
+        summary = read_summary(self.config.folder)
         evaluated = not self._evaluates or any(key.startswith(("validation/", PREFIX)) for key in summary)
         return evaluated and summary.get("steps") == self.state.step
 
@@ -361,6 +380,15 @@ class Trainer(AgreeingRun):
     def _evaluates(self) -> bool:
         return bool(self.config.evaluations or self.tasks) and self.config.eval_interval.value > 0
 
+    def _due_save(self) -> bool:
+        intervals = (self.config.save_interval, self.config.keep_every)
+        return any(self.timeline.due(interval, self.state.step) for interval in intervals)
+
+    def _kept(self) -> Kept:
+        if self.timeline.due(self.config.keep_every, self.state.step):
+            return "for good"
+        return "for now" if self.doubtful or self.state.skipped_in_a_row else "newest"
+
     def _due_evaluation(self) -> bool:
         last = self.state.step == self.timeline.total_steps
         return self._evaluates and (last or self.timeline.due(self.config.eval_interval, self.state.step))
@@ -392,13 +420,13 @@ class Trainer(AgreeingRun):
         elif contents is not None:
             self._load_all(contents)
             changes = "".join(f"\n  {change}" for change in start.changes)
-            log.info("continuing from %s at step %d%s", contents.path, self.state.step,
+            log.info("continuing from %s at step %d%s", contents.place, self.state.step,
                      f", with other settings:{changes}" if changes else "")  # fmt: skip
 
     def _load_reference(self, model: CausalLM) -> None:
         path = self.config.load_path
         assert path is not None  # the config has seen to it
-        if path.startswith(HUGGING_FACE):
+        if is_theirs(path):
             hf.load_weights(model, path.removeprefix(HUGGING_FACE), allow=self.config.load_allow)
         else:
             load_model_only(read(path, "model"), model)
@@ -453,7 +481,7 @@ class Trainer(AgreeingRun):
             tokenizer=self.tokenizer,
             generation=self.generation,
             base=self.start.base,
-            provisional=self.doubtful or self.state.skipped_in_a_row > 0,
+            kept=self._kept(),
         )
 
     def _mixture(self) -> dict[str, Json]:

@@ -207,8 +207,8 @@ def train_step() -> str:
     head = "| | on | tokens/s per GPU | MFU | exposed communication | peak, GiB |"
     return "\n".join(
         [
-            "Training steps of `yamls/olmoe-1b-7b.yaml`, sequences of 4,096 tokens, float32 weights, moments too but where named, bf16",
-            "compute, by `scripts/bench/train_step.py`.",
+            "Training steps of `yamls/olmoe-1b-7b.yaml`, sequences of 4,096 tokens, float32 weights and (unless named)",
+            "moments, bf16 compute, by `scripts/bench/train_step.py`.",
             "",
             head,
             "|---|---|---|---|---|---|",

@@ -22,8 +22,8 @@ SECTIONS = {
     ],
     "Precision and parallelism": ["precision", "parallel", "dist_timeout", "step_timeout", "hang_timeout"],
     "Checkpoints": [
-        "save_folder", "save_interval", "save_num_checkpoints_to_keep", "save_async", "save_failures_allowed",
-        "save_frozen_weights", "autoresume", "load_path", "load_weights_only", "load_allow",
+        "save_folder", "save_interval", "save_num_checkpoints_to_keep", "keep_every", "save_async",
+        "save_failures_allowed", "save_frozen_weights", "autoresume", "load_path", "load_weights_only", "load_allow",
     ],
     "Callbacks, loggers and console": [
         "callbacks", "loggers", "progress_bar", "log_to_console", "console_log_interval",

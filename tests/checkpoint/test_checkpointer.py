@@ -27,7 +27,8 @@ from torch.optim import Optimizer
 
 from llmfoundry.checkpoint import manifest
 from llmfoundry.checkpoint.checkpointer import Checkpointer, CheckpointState, SaveError, load_model_only, read
-from llmfoundry.checkpoint.manifest import MANIFEST, CheckpointError, candidates, verify
+from llmfoundry.checkpoint.finding import candidates
+from llmfoundry.checkpoint.manifest import MANIFEST, CheckpointError, verify
 from llmfoundry.config import ConfigError
 from llmfoundry.train.optim import AdamWConfig
 
@@ -207,7 +208,7 @@ def test_a_path_may_name_the_run_the_folder_or_the_checkpoint(
     saved: tuple[Path, tuple[nn.Module, Optimizer]], where: str
 ) -> None:
     folder, _ = saved
-    assert candidates(folder.parent / where)[0].name == "step-2"
+    assert Path(candidates(folder.parent / where)[0].place).name == "step-2"
 
 
 def test_a_path_without_a_checkpoint_is_named(tmp_path: Path) -> None:

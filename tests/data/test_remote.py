@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from llmfoundry.data.mds import MDSWriter
 from llmfoundry.data.remote import Store, n_bytes
 from tests.data.chat_tokenizer import tokenizer
 from tests.data.test_megatron import write
+from tests.stores import s3
 
 LENGTH = 8
 
@@ -228,28 +226,9 @@ def test_mistakes_are_named(memory: str) -> None:
 @pytest.fixture
 def bucket(data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The same in an S3 server on loopback."""
-    for package in ("s3fs", "moto.server", "flask"):
-        pytest.importorskip(package, reason="pip install s3fs 'moto[server]' runs this test")
-    code = (
-        "from moto.server import ThreadedMotoServer; import time\n"
-        "server = ThreadedMotoServer(ip_address='127.0.0.1', port=0); server.start()\n"
-        "print(server.get_host_and_port()[1], flush=True); time.sleep(1000)"
-    )
-    server = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    assert server.stdout is not None
-    port = next(line for line in server.stdout if line.strip().isdecimal())
-    url = f"http://127.0.0.1:{int(port)}"
-    for key, value in {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
-                       "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}.items():  # fmt: skip
-        monkeypatch.setenv(key, value)
-    urllib.request.urlopen(urllib.request.Request(f"{url}/corpus", method="PUT")).close()
-    fs = fsspec.filesystem("s3")
-    fs.put(str(data), "corpus/data", recursive=True)
-    yield "s3://corpus/data"
-    server.kill()
-    server.wait()
+    with s3(monkeypatch, "corpus"):
+        fsspec.filesystem("s3").put(str(data), "corpus/data", recursive=True)
+        yield "s3://corpus/data"
 
 
 def test_s3_gives_the_rows_of_local_files(data: Path, bucket: str, tmp_path: Path) -> None:

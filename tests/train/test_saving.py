@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from llmfoundry.cli.inference import generate_main
 from llmfoundry.cli.train import train_main
 from llmfoundry.config import ConfigError
 from llmfoundry.train import outputs
+from llmfoundry.train.saving import STALL, Saver
 
 KEEP_ONE = ["save_interval=1ba", "save_num_checkpoints_to_keep=1", "eval_interval=0ba"]
 KILL_BEFORE_LATEST = """
@@ -38,6 +41,23 @@ def symlink_to(self, target, *args, **kwargs):
     return real(self, target, *args, **kwargs)
 
 Path.symlink_to = symlink_to
+"""
+
+# From the fourth step on, weights give no number.
+NOT_A_NUMBER = """
+import torch
+
+from llmfoundry.train.callback import Callback, CallbackConfig
+
+class Break(Callback):
+    def step_end(self, trainer, metrics):
+        if trainer.state.step == 4:
+            with torch.no_grad():
+                next(trainer.model.parameters()).fill_(float("nan"))
+
+class BreakConfig(CallbackConfig, names=("breaks",)):
+    def build(self):
+        return Break()
 """
 
 
@@ -149,42 +169,101 @@ def test_generation_falls_back_where_the_newest_checkpoint_is_damaged(
 # Saves that fail
 
 
-class FullDisk:
-    """No file may grow beyond 3,000 bytes while `full`, so that checkpoints fail."""
+def full() -> Callable[[], None]:
+    """No file may grow beyond 3,000 bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    return partial(resource.setrlimit, resource.RLIMIT_FSIZE, (soft, hard))
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, full: set[int]) -> None:
-        real, self.saves = Checkpointer.save, 0
 
-        def save(checkpointer: Checkpointer, state: CheckpointState) -> Path:
+def failing() -> Callable[[], None]:
+    """The disk takes what is written, and fails when it is to last."""
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    os.fsync = fsync
+    return partial(setattr, os, "fsync", real)
+
+
+def forbidden(folder: Path) -> Callable[[], None]:
+    """Nothing may be made in a folder; root, whom no permission stops, becomes another user."""
+    folder.chmod(0o500)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+
+    def give_back() -> None:
+        os.seteuid(user)
+        folder.chmod(0o700)
+
+    return give_back
+
+
+def gone(folder: Path) -> Callable[[], None]:
+    """The folder is away, and comes back."""
+    elsewhere = folder.rename(folder.with_name("elsewhere"))
+    return partial(elsewhere.rename, folder)
+
+
+class Lost:
+    """Some saves, by their number, cannot be written."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, when: set[int], lose: Callable[[], Callable[[], None]]) -> None:
+        real, self.saves = Saver._begin, 0
+
+        def begin(saver: Saver, state: CheckpointState, sync: Callable[[], None]) -> bool:
             self.saves += 1
-            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-            if self.saves in full:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+            give_back = lose() if self.saves in when else lambda: None
             try:
-                path = real(checkpointer, state)
-                if checkpointer._pending is not None:
-                    checkpointer._pending.exception()
-                return path
+                done = real(saver, state, sync)
+                if saver.checkpointer._pending is not None:
+                    saver.checkpointer._pending.exception()
+                return done
             finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+                give_back()
 
-        monkeypatch.setattr(Checkpointer, "save", save)
+        monkeypatch.setattr(Saver, "_begin", begin)
 
 
 EACH_STEP = ["save_interval=1ba", "eval_interval=0ba", "max_duration=6ba"]
 
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
+@pytest.mark.parametrize("fault", ["full", "failing", "forbidden", "gone"])
 def test_a_run_outlives_failed_saves(
-    recipe: Path, tmp_path: Path, asynchronous: str,  # noqa: F811
+    recipe: Path, tmp_path: Path, asynchronous: str, fault: str,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    FullDisk(monkeypatch, {2, 3, 5})
+    faults = {"full": full, "failing": failing, "forbidden": partial(forbidden, tmp_path / "run" / "checkpoints"),
+              "gone": partial(gone, tmp_path / "run")}  # fmt: skip
+    Lost(monkeypatch, {2, 3, 5}, faults[fault])
     assert train_main([str(recipe), *EACH_STEP, f"save_async={asynchronous}"]) == 0
     assert names(tmp_path / "run") == {"latest", "step-1", "step-4", "step-6"}
-    assert "a save failed (2 in a row, 3 allowed): step 3 could not be saved" in caplog.text
+    assert "a save failed (2 in a row, 3 allowed): " in caplog.text
+    reason = {"full": "File too large", "failing": "Input/output error", "forbidden": "Permission denied",
+              "gone": "No such file or directory"}  # fmt: skip
+    assert reason[fault] in caplog.text
     assert f"the newest checkpoint is {tmp_path / 'run' / 'checkpoints' / 'step-1'}" in caplog.text
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [STALL in line for line in lines] == [False, *[True] * 5], "of the save before the step"
+
+
+def test_a_folder_that_another_took_the_place_of_is_not_written_to(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]  # noqa: F811
+) -> None:  # fmt: skip
+    def replaced() -> Callable[[], None]:
+        (tmp_path / "run").rename(tmp_path / "moved")
+        shutil.copytree(tmp_path / "moved", tmp_path / "run", symlinks=True)
+        return lambda: None
+
+    Lost(monkeypatch, {2}, replaced)
+    assert train_main([str(recipe), *EACH_STEP, "save_failures_allowed=1"]) == 1
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'run'} is another folder than the run began in; move that one back" in error
+    assert names(tmp_path / "run") == names(tmp_path / "moved") == {"latest", "step-1"}
 
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
@@ -192,7 +271,7 @@ def test_too_many_failed_saves_in_a_row_end_the_run(
     recipe: Path, tmp_path: Path, asynchronous: str,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    FullDisk(monkeypatch, {2, 3, 4, 5, 6})
+    Lost(monkeypatch, {2, 3, 4, 5, 6}, full)
     options = [*EACH_STEP, "max_duration=9ba", "save_failures_allowed=2", f"save_async={asynchronous}"]
     assert train_main([str(recipe), *options]) == 1
     error = capsys.readouterr().err
@@ -201,17 +280,40 @@ def test_too_many_failed_saves_in_a_row_end_the_run(
     assert train_main([str(recipe), *options, "autoresume=true"]) == 0
 
 
-@pytest.mark.parametrize(("full", "code"), [({1}, 0), ({1, 2}, 1)])
+@pytest.mark.parametrize(("lost", "code"), [({1}, 0), ({1, 2}, 1)])
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
 def test_the_last_save_is_tried_twice_and_then_an_error(
-    recipe: Path, tmp_path: Path, full: set[int], code: int, asynchronous: str,  # noqa: F811
+    recipe: Path, tmp_path: Path, lost: set[int], code: int, asynchronous: str,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    FullDisk(monkeypatch, full)
+    Lost(monkeypatch, lost, full)
     options = ["save_interval=0ba", "max_duration=2ba", "eval_interval=0ba", f"save_async={asynchronous}"]
     assert train_main([str(recipe), *options]) == code
     assert ("the last checkpoint, of step 2, could not be saved" in capsys.readouterr().err) == bool(code)
     assert (tmp_path / "run" / "checkpoints" / "step-2").exists() != bool(code)
+
+
+# Which checkpoints are kept
+
+
+def test_each_multiple_of_keep_every_is_saved_and_kept_beside_the_newest(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+    options = ["save_interval=3ba", "keep_every=4ba", "save_num_checkpoints_to_keep=2", "eval_interval=0ba"]
+    assert train_main([str(recipe), *options, "max_duration=11ba"]) == 0
+    assert names(tmp_path / "run") == {"latest", "step-4", "step-8", "step-9", "step-11"}
+    assert train_main([str(recipe), *options, "max_duration=14ba", "autoresume=true"]) == 0
+    assert names(tmp_path / "run") == {"latest", "step-4", "step-8", "step-12", "step-14"}
+
+
+def test_saves_while_steps_are_skipped_push_no_good_checkpoint_out(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "breaks.py").write_text(NOT_A_NUMBER)
+    options = ["save_interval=1ba", "save_num_checkpoints_to_keep=2", "eval_interval=0ba", "max_duration=8ba"]
+    broken = [f"code_paths=[{tmp_path / 'breaks.py'}]", "callbacks.breaks={}", "max_skipped_steps=3"]
+    assert train_main([str(recipe), *options, *broken]) == 1
+    assert names(tmp_path / "run") == {"latest", "step-2", "step-3", "step-7"}
+    assert read(tmp_path / "run" / "checkpoints" / "step-7").trainer["kept"] == "for now"
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-7")
+    assert train_main([str(recipe), *options, "autoresume=true"]) == 0
+    assert names(tmp_path / "run") == {"latest", "step-7", "step-8"}
 
 
 def test_metrics_that_cannot_be_written_are_written_later(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -53,12 +53,22 @@ import os
 import signal
 
 from llmfoundry import runtime
+from llmfoundry.checkpoint import storage
 from llmfoundry.train.callback import Callback, CallbackConfig
+
+attempt, real = os.environ["TORCHELASTIC_RESTART_COUNT"], storage._write_file
 
 class Kill(Callback):
     def step_end(self, trainer, metrics):
-        if runtime.rank() == 1 and trainer.state.step == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if runtime.rank() == 1 and trainer.state.step == 3 and attempt == "0":
             os.kill(os.getpid(), signal.SIGKILL)
+
+def write_file(path, *rest):
+    if runtime.rank() == 1 and "step-5." in str(path) and attempt == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(path, *rest)
+
+storage._write_file = write_file
 
 class KillConfig(CallbackConfig, names=("kills",)):
     def build(self):
@@ -188,14 +198,18 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_a_restart_by_torchrun_goes_on_and_the_curve_is_the_undisturbed_one(tmp_path: Path) -> None:
+    """A rank is killed after a step, and again inside a save."""
     (tmp_path / "kills.py").write_text(KILLS)
     same = {"max_duration": "6ba", "save_interval": "1ba", "autoresume": True}
     plug_in = {"code_paths": [str(tmp_path / "kills.py")], "callbacks": {"kills": {}}}
-    killed = launch(tmp_path / "killed", restarts=1, **same, **plug_in)
+    killed = launch(tmp_path / "killed", restarts=2, **same, **plug_in)
     undisturbed = launch(tmp_path / "undisturbed", **same)
     output, _ = killed.communicate(timeout=120)
     others, _ = undisturbed.communicate(timeout=120)
     assert killed.returncode == 0, output
     assert undisturbed.returncode == 0, others
-    assert "exitcode: -9" in output and "continuing from" in output
+    assert output.count("exitcode: -9") >= 2 and output.count("continuing from") >= 2
+    names = [{path.name for path in (tmp_path / run / "run" / "checkpoints").iterdir()}
+             for run in ("killed", "undisturbed")]  # fmt: skip
+    assert names[0] == names[1], "and nothing else is left"
     assert losses(tmp_path / "killed" / "run") == losses(tmp_path / "undisturbed" / "run")

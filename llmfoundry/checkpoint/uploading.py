@@ -1,0 +1,79 @@
+"""A checkpoint's way from the folder of this machine to a store, by all ranks together, each its part of the files."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+
+from llmfoundry import runtime
+from llmfoundry.checkpoint.folder import CheckpointFolder
+from llmfoundry.checkpoint.manifest import SaveError, number_of, read_manifest
+from llmfoundry.checkpoint.store import STORE_ERRORS, RunStore
+
+_OF_RANK = re.compile(r"\w+-(\d{5})\.safetensors")  # what storage.py calls the files of a rank
+
+
+class Uploader:
+    """Uploads checkpoints of a run's folder.
+
+    Args:
+        folder: where they are complete; if ranks do not share it, each has what it wrote.
+        store: where they go.
+        group: of all ranks, for this alone.
+    """
+
+    def __init__(self, folder: CheckpointFolder, store: RunStore, group: dist.ProcessGroup | None) -> None:
+        self._folder = folder
+        self._store = store
+        self._group = group
+
+    def upload(self, path: Path, step: int) -> str:
+        """Upload a checkpoint, and delete it here; all ranks together.
+
+        Returns:
+            Its URL.
+
+        Raises:
+            SaveError: on all ranks; the store has no part of it that counts. It is here if ranks share the folder.
+        """
+        store, group, shared = self._store, self._group, self._folder.shared
+        try:
+            name, files = runtime.on_rank0(lambda: (store.free_name(step), sorted(read_manifest(path))), group)
+            runtime.agreed(lambda: store.upload(path, name, self._share(files)), group)
+            runtime.on_rank0(lambda: store.complete(path, name), group)
+        except STORE_ERRORS as error:
+            kept = f"; it is in {path}" if shared else ""
+            raise SaveError(f"step {step} could not be uploaded to {store.url}: {error}{kept}") from error
+        finally:
+            if not shared:
+                shutil.rmtree(path, ignore_errors=True)
+        if shared:
+            runtime.on_rank0(self._folder.clear, group)
+        return store.place_of(name)
+
+    def left(self) -> Path | None:
+        """The newest checkpoint here if the store has none as new; else those here go, for nobody needs them.
+
+        On rank 0.
+        """
+        newest = self._folder.newest()
+        there = max((_number(each.place) for each in self._store.checkpoints()), default=(-1, 0))
+        if newest is not None and _number(newest.name) > there:
+            return newest
+        self._folder.clear()
+        return None
+
+    def _share(self, files: list[str]) -> list[str]:
+        """The files that this rank uploads: where it has a folder of its own, those that it wrote."""
+        rank = runtime.rank()
+        if self._folder.shared:
+            return files[rank :: runtime.world_size()]
+        owners = {name: _OF_RANK.fullmatch(name) for name in files}
+        return [name for name, owner in owners.items() if (int(owner[1]) if owner else 0) == rank]
+
+
+def _number(place: str) -> tuple[int, int]:
+    return number_of(place.rpartition("/")[2]) or (0, 0)
