@@ -32,7 +32,7 @@ from llmfoundry.checkpoint.reading import (
     load_model_only,
     read,
 )
-from llmfoundry.config import ConfigError, check, dump
+from llmfoundry.config import ConfigError, check, dump, run_named_code
 from llmfoundry.hf.adapters import peft_names
 from llmfoundry.hf.family import write_config
 from llmfoundry.hf.files import DTYPE_NAMES, FillBox, Placed, new_folder, shards, write_files
@@ -139,23 +139,27 @@ def from_hf(source: str | Path, out: Path, progress: Progress) -> CausalLMConfig
 
 
 def to_hf(
-    source: str | Path, out: Path, progress: Progress, dtype: torch.dtype | None = None, model_type: str | None = None
-) -> None:
+    source: str | Path, out: Path, progress: Progress, dtype: torch.dtype | None = None, model_type: str | None = None,
+    allow_code: bool = False,
+) -> None:  # fmt: skip
     """A checkpoint of ours as a Hugging Face folder; adapters are added to the weights that they adapt.
 
     Args:
         source: a checkpoint, a folder with checkpoints (the newest), or a run's `save_folder`.
         dtype: of the weights; None: as they are stored.
         model_type: the family; None: the first that can hold the model.
+        allow_code: whether to run the plug-ins that its settings name.
 
     Raises:
         ConfigError: what is wrong with `source`, no family can hold the model, or `out` is in use.
     """
-    newest_usable(source, lambda path: _to_hf(path, out, progress, dtype, model_type))
+    newest_usable(source, lambda path: _to_hf(path, out, progress, dtype, model_type, allow_code))
 
 
-def _to_hf(path: Path, out: Path, progress: Progress, dtype: torch.dtype | None, model_type: str | None) -> None:
-    contents, config = _open(path, "texts")  # tensors are verified while they are copied
+def _to_hf(
+    path: Path, out: Path, progress: Progress, dtype: torch.dtype | None, model_type: str | None, allow_code: bool
+) -> None:
+    contents, config = _open(path, "texts", allow_code)  # tensors are verified while they are copied
     tokenizer = tokenizer_of(contents.tokenizer) if contents.tokenizer is not None else None
     with new_folder(out) as folder, manifest.verified_beside(contents.path, _is_weights):
         write_checkpoint(
@@ -167,16 +171,17 @@ def _to_hf(path: Path, out: Path, progress: Progress, dtype: torch.dtype | None,
             name_for_transformers_4(folder)
 
 
-def adapters_to_peft(source: str | Path, out: Path, base_model: str | None = None) -> None:
+def adapters_to_peft(source: str | Path, out: Path, base_model: str | None = None, allow_code: bool = False) -> None:
     """The adapters of a checkpoint of ours as a folder that `peft` reads.
 
     Args:
         base_model: the hub id or folder of the model that they adapt.
+        allow_code: whether to run the plug-ins that its settings name.
 
     Raises:
         ConfigError: there are no adapters, or they stand where `peft` cannot have any.
     """
-    contents, config = _open(source)
+    contents, config = _open(source, allow_code=allow_code)
     if config.lora is None:
         raise ConfigError(f"{contents.path}: has no adapters (model.lora)")
     family, _ = write_config(_base(config))
@@ -189,8 +194,13 @@ def adapters_to_peft(source: str | Path, out: Path, base_model: str | None = Non
         save_peft(model, folder, names, base_model)
 
 
-def grow(source: str | Path, out: Path, plan: Upcycling, seed: int, progress: Progress) -> CausalLMConfig:
+def grow(
+    source: str | Path, out: Path, plan: Upcycling, seed: int, progress: Progress, allow_code: bool = False
+) -> CausalLMConfig:
     """A dense checkpoint, Hugging Face's or ours, as a mixture of experts in a checkpoint of ours.
+
+    Args:
+        allow_code: whether to run the plug-ins that its settings name.
 
     Returns:
         The mixture's config.
@@ -202,7 +212,7 @@ def grow(source: str | Path, out: Path, plan: Upcycling, seed: int, progress: Pr
     values: TensorSource
     copies: Mapping[str, list[Copy]]
     if is_ours:
-        contents, config = _open(source)
+        contents, config = _open(source, allow_code=allow_code)
         values = CheckpointSource(contents, config)
         dense, tokenizer, specs = _base(config), contents.tokenizer, dict(values.specs)
         copies = Pieces.identity(specs)
@@ -265,9 +275,10 @@ def _is_weights(name: str) -> bool:
     return name.startswith("model-")
 
 
-def _open(source: str | Path, need: Need = "model") -> tuple[Contents, CausalLMConfig]:
+def _open(source: str | Path, need: Need = "model", allow_code: bool = False) -> tuple[Contents, CausalLMConfig]:
     """What a checkpoint says about itself, and the config of its model."""
     contents = read(source, need)
+    run_named_code(contents.config, str(contents.path), allow_code)
     model = contents.config.get("model")
     if not isinstance(model, dict):
         raise CheckpointError(f"{contents.path}: its settings have no model")

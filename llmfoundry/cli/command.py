@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from llmfoundry import launch
 from llmfoundry.cli.quick_check import quick_mistakes
-from llmfoundry.config import ConfigError, ResourceError, check, drop_replaced, import_code
+from llmfoundry.config import ConfigError, ResourceError, check, drop_replaced, run_named_code
 from llmfoundry.integrations.foundry_yaml import translate
 from llmfoundry.settings import load_settings
 
@@ -120,35 +120,40 @@ class Translated(NamedTuple):
     notes: list[str]
 
 
-def read_translated(path: str, overrides: list[str]) -> Translated:
-    """A YAML file in our words; LLM Foundry's are translated, with a note each."""
+def read_translated(path: str, overrides: list[str], allow_code: bool = True) -> Translated:
+    """A YAML file in our words; LLM Foundry's are translated, with a note each.
+
+    Args:
+        allow_code: whether the file itself may name code to run; overrides always may.
+    """
     settings = load_settings(path, overrides)
     # Only now is torch imported: all mistakes in the file's form have been reported.
     import llmfoundry.callbacks  # noqa: F401  registers all monitors and loggers
     from llmfoundry.eval.icl import with_tasks_read
     from llmfoundry.train.config import RunConfig
 
-    paths = settings.data.get("code_paths") or []
-    if not isinstance(paths, list) or not all(isinstance(item, str) for item in paths):
-        raise ConfigError(f"code_paths: must be a list of Python files, found {paths!r}")
-    import_code(paths)
+    asked = any(item.startswith(("code_paths=", "code_paths:=")) for item in overrides)
+    run_named_code(settings.data, path, allow_code or asked)
     data, dropped = drop_replaced(RunConfig, *settings)
     data, notes = translate(data)
     data = with_tasks_read(data, Path(path).parent)
     return Translated(settings.data, data, [*dropped, *notes])
 
 
-def read_run_config(path: str, overrides: list[str]) -> RunConfig:
+def read_run_config(path: str, overrides: list[str], allow_code: bool = True) -> RunConfig:
     """A YAML file as a checked config; LLM Foundry's legacy words are translated, with a note each.
 
     Mistakes that can be seen without torch are printed before it is imported, which takes seconds; those that only the
     full check finds follow.
+
+    Args:
+        allow_code: see `read_translated`.
     """
     early: list[str] = []
     if "torch" not in sys.modules and launch.local_rank() == 0:
         early = quick_mistakes(path, overrides)
         _print_error(early, f"[rank {launch.rank()}] " if launch.world_size() > 1 else "")
-    translated = read_translated(path, overrides)
+    translated = read_translated(path, overrides, allow_code)
     from llmfoundry.train.config import RunConfig
 
     for note in translated.notes:

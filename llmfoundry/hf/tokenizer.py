@@ -6,8 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from llmfoundry.data.tokenizer_files import load_tokenizer
 from llmfoundry.hf import gguf
 
 # What makes a tokenizer, as patterns; none of it is code. Named chat templates have a folder of their own.
@@ -34,14 +35,18 @@ def copy_tokenizer(source: Path, target: Path) -> bool:
 
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a folder or GGUF file, if there is one; it runs no code of the folder's."""
+    """The tokenizer in a folder or GGUF file, if there is one; it runs no code of the folder's.
+
+    Raises:
+        ConfigError: it is damaged, or needs code.
+    """
     if folder.suffix == ".gguf":
         return gguf.tokenizer_of(folder)
     if not any(
         (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
     ):
         return None
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return load_tokenizer(folder, f"{folder}: its tokenizer")
 
 
 def name_for_transformers_4(folder: Path) -> None:
