@@ -422,28 +422,6 @@ def import_code(paths: list[str]) -> None:
         _import(name, path)
 
 
-def run_named_code(data: Mapping[str, object], where: str, allow: bool) -> None:
-    """Import the plug-ins that settings name.
-
-    Args:
-        data: the settings.
-        where: the file that they are from.
-        allow: whether its code may run.
-
-    Raises:
-        ConfigError: it may not, `code_paths` is no list of files, or one cannot be imported.
-    """
-    paths = data.get("code_paths") or []
-    if not isinstance(paths, list) or not all(isinstance(item, str) for item in paths):
-        raise ConfigError(f"code_paths: must be a list of Python files, found {paths!r}")
-    if paths and not allow:
-        raise ConfigError(
-            f"{where}: code_paths names {', '.join(paths)}, and the code of a checkpoint is not run; "
-            "read it, then pass --allow-code"
-        )
-    import_code(paths)
-
-
 def _import(name: str, path: str) -> None:
     spec = importlib.util.spec_from_file_location(name, Path(path).resolve())
     assert spec is not None and spec.loader is not None

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "llmfoundry"
 FLOORS = [
     {"config", "launch", "dtensor", "progress"},
     {"settings", "runtime"},
-    {"kernels", "data"},
+    {"kernels", "data", "code"},
     {"layers"},
     {"moe"},
     {"model"},

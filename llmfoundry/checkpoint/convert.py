@@ -32,7 +32,8 @@ from llmfoundry.checkpoint.reading import (
     load_model_only,
     read,
 )
-from llmfoundry.config import ConfigError, check, dump, run_named_code
+from llmfoundry.code import refuse_code, run_plugins
+from llmfoundry.config import ConfigError, check, dump
 from llmfoundry.hf.adapters import peft_names
 from llmfoundry.hf.family import write_config
 from llmfoundry.hf.files import DTYPE_NAMES, FillBox, Placed, new_folder, shards, write_files
@@ -278,7 +279,9 @@ def _is_weights(name: str) -> bool:
 def _open(source: str | Path, need: Need = "model", allow_code: bool = False) -> tuple[Contents, CausalLMConfig]:
     """What a checkpoint says about itself, and the config of its model."""
     contents = read(source, need)
-    run_named_code(contents.config, str(contents.path), allow_code)
+    if not allow_code:
+        refuse_code(contents.config, str(contents.path), ["code_paths"])
+    run_plugins(contents.config)
     model = contents.config.get("model")
     if not isinstance(model, dict):
         raise CheckpointError(f"{contents.path}: its settings have no model")

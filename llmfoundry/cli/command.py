@@ -14,14 +14,15 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from llmfoundry import launch
 from llmfoundry.cli.quick_check import quick_mistakes
-from llmfoundry.config import ConfigError, ResourceError, check, drop_replaced, run_named_code
+from llmfoundry.code import refuse_code, run_plugins
+from llmfoundry.config import ConfigError, ResourceError, check, drop_replaced
 from llmfoundry.integrations.foundry_yaml import translate
 from llmfoundry.settings import load_settings
 
@@ -120,11 +121,11 @@ class Translated(NamedTuple):
     notes: list[str]
 
 
-def read_translated(path: str, overrides: list[str], allow_code: bool = True) -> Translated:
+def read_translated(path: str, overrides: list[str], untrusted: Collection[str] = ()) -> Translated:
     """A YAML file in our words; LLM Foundry's are translated, with a note each.
 
     Args:
-        allow_code: whether the file itself may name code to run; overrides always may.
+        untrusted: of a file that is not the user's, the keys in use: they may name no code that the user does not name.
     """
     settings = load_settings(path, overrides)
     # Only now is torch imported: all mistakes in the file's form have been reported.
@@ -132,28 +133,28 @@ def read_translated(path: str, overrides: list[str], allow_code: bool = True) ->
     from llmfoundry.eval.icl import with_tasks_read
     from llmfoundry.train.config import RunConfig
 
-    asked = any(item.startswith(("code_paths=", "code_paths:=")) for item in overrides)
-    run_named_code(settings.data, path, allow_code or asked)
+    refuse_code(settings.data, path, untrusted, settings.given)
+    run_plugins(settings.data)
     data, dropped = drop_replaced(RunConfig, *settings)
     data, notes = translate(data)
     data = with_tasks_read(data, Path(path).parent)
     return Translated(settings.data, data, [*dropped, *notes])
 
 
-def read_run_config(path: str, overrides: list[str], allow_code: bool = True) -> RunConfig:
+def read_run_config(path: str, overrides: list[str], untrusted: Collection[str] = ()) -> RunConfig:
     """A YAML file as a checked config; LLM Foundry's legacy words are translated, with a note each.
 
     Mistakes that can be seen without torch are printed before it is imported, which takes seconds; those that only the
     full check finds follow.
 
     Args:
-        allow_code: see `read_translated`.
+        untrusted: see `read_translated`.
     """
     early: list[str] = []
     if "torch" not in sys.modules and launch.local_rank() == 0:
         early = quick_mistakes(path, overrides)
         _print_error(early, f"[rank {launch.rank()}] " if launch.world_size() > 1 else "")
-    translated = read_translated(path, overrides, allow_code)
+    translated = read_translated(path, overrides, untrusted)
     from llmfoundry.train.config import RunConfig
 
     for note in translated.notes:

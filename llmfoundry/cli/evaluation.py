@@ -16,7 +16,8 @@ from llmfoundry.cli.opening import (
     open_checkpoint,
     open_hugging_face,
 )
-from llmfoundry.config import ConfigError, check, run_named_code
+from llmfoundry.code import run_plugins
+from llmfoundry.config import ConfigError, check
 from llmfoundry.settings import from_dotlist, load_yaml
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def evaluate_yaml(path: str, overrides: list[str], options: TaskOptions) -> None
     # LLM Foundry's README sets these at the top level, and its files read them under `variables`.
     theirs = [f"variables.{item}" for item in overrides if item.partition("=")[0] in VARIABLES]
     data = load_yaml(path, overrides + theirs)
-    run_named_code(data, path, allow=True)  # a file of the user's, not of a checkpoint
+    run_plugins(data)
     data = _with_files(with_tasks_read(translated(data), Path(path).parent), options)
     config = check(EvaluationConfig, data)
     results: dict[str, Results] = {}

@@ -79,7 +79,7 @@ class EvaluatedModel(Config):
         """Load it; all ranks together.
 
         Args:
-            allow_code: whether to run the plug-ins that its config names.
+            allow_code: whether to run the code that its config names.
         """
         assert self.load_path is not None
         named = self.tokenizer if self.tokenizer is not None and self.tokenizer.name != "bpe" else None
@@ -89,7 +89,7 @@ class EvaluatedModel(Config):
             return open_hugging_face(self.load_path.removeprefix(HUGGING_FACE), precision, tokenizer, self.model)
         if self.model is None:
             overrides = [f"precision={precision}"]
-            ready = open_checkpoint(self.load_path, overrides, ("precision",), allow_code=allow_code).ready
+            ready = open_checkpoint(self.load_path, overrides, ("code_paths", "precision"), allow_code=allow_code).ready
             return ready if named is None else ready._replace(tokenizer=named.loaded())
         assert isinstance(self.model, CausalLMConfig)
         place = runtime.start()

@@ -102,7 +102,7 @@ def generate_main(argv: Sequence[str] | None = None) -> None:
 
 def add_allow_code(parser: argparse.ArgumentParser) -> None:
     """The option that lets a checkpoint run code."""
-    parser.add_argument("--allow-code", action="store_true", help="run the plug-ins that the checkpoint's config names")
+    parser.add_argument("--allow-code", action="store_true", help="run the code that the checkpoint's config names")
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:

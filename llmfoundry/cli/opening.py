@@ -69,7 +69,7 @@ def open_checkpoint(
         overrides: applied to its config; the weights must still fit the model.
         keys: what may be overridden.
         check: refuses a model by its config, before any weight is read.
-        allow_code: whether to run the plug-ins that its config names.
+        allow_code: whether to run the code that its config names.
 
     Raises:
         ConfigError: it is missing or damaged, or an override names something else.
@@ -82,7 +82,7 @@ def open_checkpoint(
             raise ConfigError(f"{item}: cannot be changed here; you can change: {', '.join(keys)}")
     if is_hugging_face(path):
         return _open_theirs(path.removeprefix(HUGGING_FACE), overrides, check)
-    return _open_ours(path, overrides, check, allow_code)
+    return _open_ours(path, overrides, check, () if allow_code else keys)
 
 
 def _open_theirs(name: str, overrides: list[str], check: Check | None) -> Opened:
@@ -109,7 +109,7 @@ def _open_theirs(name: str, overrides: list[str], check: Check | None) -> Opened
     return Opened(config, folder, False, ready)
 
 
-def _open_ours(folder: str, overrides: list[str], check: Check | None, allow_code: bool) -> Opened:
+def _open_ours(folder: str, overrides: list[str], check: Check | None, untrusted: Sequence[str]) -> Opened:
     from llmfoundry import runtime
     from llmfoundry.checkpoint.manifest import CONFIG, CONVERTED
     from llmfoundry.checkpoint.reading import load_model_only, read
@@ -122,7 +122,7 @@ def _open_ours(folder: str, overrides: list[str], check: Check | None, allow_cod
     contents = read(folder)
     # What a conversion wrote is for editing; the settings of its weights are on record beside it.
     settings = CONVERTED if CONVERTED in contents.files else CONFIG
-    config = read_run_config(str(contents.path / settings), overrides, allow_code)
+    config = read_run_config(str(contents.path / settings), overrides, untrusted)
     assert isinstance(config.model, CausalLMConfig)
     if check is not None:
         check(config.model)
