@@ -24,6 +24,7 @@ from llmfoundry.cli.quick_check import quick_mistakes
 from llmfoundry.code import refuse_code, run_plugins
 from llmfoundry.config import ConfigError, ResourceError, check, drop_replaced
 from llmfoundry.integrations.foundry_yaml import translate
+from llmfoundry.private import FromEnvironment, cleaned, without_user
 from llmfoundry.settings import load_settings
 
 if TYPE_CHECKING:
@@ -44,17 +45,19 @@ def command(run: Callable[[Sequence[str] | None], None]) -> Command:
         rank = f"[rank {launch.rank()}] " if launch.world_size() > 1 else ""
         level = logging.INFO if launch.is_rank0() else logging.WARNING
         logging.basicConfig(level=level, format=f"{rank}%(message)s", stream=sys.stderr)
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(_without_secrets)
         for noisy in ("httpx", "datasets", "filelock", "fsspec"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         try:
             run(argv)
         except ConfigError as error:
             if launch.local_rank() == 0:  # most mistakes are every rank's
-                _print_error(str(error).split("\n"), rank)
+                _print_error(cleaned(str(error)).split("\n"), rank)
             else:
                 time.sleep(HEAD_START)
             _said.clear()
-            _tell_torchrun(f"error: {error}")
+            _tell_torchrun(cleaned(f"error: {error}"))
             return 2
         except ResourceError as error:
             print(f"{rank}error: {error}", file=sys.stderr, flush=True)
@@ -64,7 +67,7 @@ def command(run: Callable[[Sequence[str] | None], None]) -> Command:
             print(f"{rank}interrupted", file=sys.stderr)
             return 1
         except Exception as error:
-            why = _out_of_memory(error) or traceback.format_exc()
+            why = _out_of_memory(error) or without_user(traceback.format_exc())
             print(f"{rank}{why}", file=sys.stderr, flush=True)
             _tell_torchrun(why)
             return 1
@@ -75,6 +78,11 @@ def command(run: Callable[[Sequence[str] | None], None]) -> Command:
         return 0
 
     return main
+
+
+def _without_secrets(record: logging.LogRecord) -> bool:
+    record.msg, record.args = cleaned(record.getMessage()), ()
+    return True
 
 
 def _print_error(lines: list[str], rank: str) -> None:
@@ -113,11 +121,13 @@ class Translated(NamedTuple):
     Attributes:
         given: the file with its overrides, as they were written.
         data: the same in our words.
+        environment: by dotted path of the file, the values that came from the environment.
         notes: a line for each thing that was translated or left out, which begins by its dotted path.
     """
 
     given: dict[str, object]
     data: dict[str, object]
+    environment: dict[str, FromEnvironment]
     notes: list[str]
 
 
@@ -127,7 +137,7 @@ def read_translated(path: str, overrides: list[str], untrusted: Collection[str] 
     Args:
         untrusted: of a file that is not the user's, the keys in use: they may name no code that the user does not name.
     """
-    settings = load_settings(path, overrides)
+    settings = load_settings(path, overrides, is_users=not untrusted)
     # Only now is torch imported: all mistakes in the file's form have been reported.
     import llmfoundry.callbacks  # noqa: F401  registers all monitors and loggers
     from llmfoundry.eval.icl import with_tasks_read
@@ -135,10 +145,10 @@ def read_translated(path: str, overrides: list[str], untrusted: Collection[str] 
 
     refuse_code(settings.data, path, untrusted, settings.given)
     run_plugins(settings.data)
-    data, dropped = drop_replaced(RunConfig, *settings)
+    data, dropped = drop_replaced(RunConfig, settings.data, settings.file, settings.given)
     data, notes = translate(data)
     data = with_tasks_read(data, Path(path).parent)
-    return Translated(settings.data, data, [*dropped, *notes])
+    return Translated(settings.data, data, settings.environment, [*dropped, *notes])
 
 
 def read_run_config(path: str, overrides: list[str], untrusted: Collection[str] = ()) -> RunConfig:
@@ -152,7 +162,7 @@ def read_run_config(path: str, overrides: list[str], untrusted: Collection[str] 
     """
     early: list[str] = []
     if "torch" not in sys.modules and launch.local_rank() == 0:
-        early = quick_mistakes(path, overrides)
+        early = quick_mistakes(path, overrides, is_users=not untrusted)
         _print_error(early, f"[rank {launch.rank()}] " if launch.world_size() > 1 else "")
     translated = read_translated(path, overrides, untrusted)
     from llmfoundry.train.config import RunConfig
@@ -160,6 +170,7 @@ def read_run_config(path: str, overrides: list[str], untrusted: Collection[str] 
     for note in translated.notes:
         log.info("%s", note)
     config = check(RunConfig, translated.data)
+    config.remember(translated.environment)
     if early:
         log.warning("no error after all: schema.json is older than the code; run scripts/reference/render.py")
     return config

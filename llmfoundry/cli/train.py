@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from llmfoundry import launch
 from llmfoundry.cli.command import command, program, read_run_config, read_translated
-from llmfoundry.config import ConfigError, check, dump, is_url
+from llmfoundry.config import ConfigError, check, is_url
 from llmfoundry.planning.hardware import GIB, GPU_MEMORY
+from llmfoundry.private import cleaned, disclosed
 from llmfoundry.settings import write_resolved
 
 if TYPE_CHECKING:
@@ -81,9 +82,9 @@ def explain_main(argv: Sequence[str] | None = None) -> int:
 def _explain(path: str, overrides: list[str]) -> None:
     from llmfoundry.integrations.explain import explained
 
-    given, data, notes = read_translated(path, overrides)
-    for line in explained(given, notes):
-        print(line)
+    given, data, environment, notes = read_translated(path, overrides)
+    for line in explained(disclosed(given, environment), notes):
+        print(cleaned(line))
     from llmfoundry.train.config import RunConfig
 
     check(RunConfig, data)  # its mistakes come last
@@ -93,7 +94,7 @@ def _dry_run(config: RunConfig, gpus: int | None, gpu_memory: float) -> None:
     from llmfoundry import hf
     from llmfoundry.planning.report import describe
 
-    print(write_resolved(dump(config)))
+    print(write_resolved(config.disclosed()))
     print(_sizes(config))
     print(hf.export_note(config.model))
     if config.load_path is not None and is_url(config.load_path):

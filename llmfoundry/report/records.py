@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from llmfoundry.config import ConfigError
+from llmfoundry.private import disclosed
 from llmfoundry.settings import leaves, read_resolved
 
 EXPERTS, PROBE = "experts.jsonl", "experts.json"
@@ -140,8 +141,8 @@ def _biases(samples: list[object], n_layers: int, n_experts: int) -> Json:
 
 def differing_settings(folders: Sequence[Path]) -> list[list[str]]:
     """The keys whose values differ between runs, each followed by the value in every run (empty: not there)."""
-    runs = [dict(leaves(read_resolved(folder / "config.yaml"))) if (folder / "config.yaml").is_file() else {}
-            for folder in folders]  # fmt: skip
+    files = [folder / "config.yaml" for folder in folders]
+    runs = [dict(leaves(disclosed(read_resolved(file), {}))) if file.is_file() else {} for file in files]
     keys = dict.fromkeys(key for run in runs for key in run)
     rows = [[key, *(str(run[key]) if key in run else "" for run in runs)] for key in keys]
     return [row for row in rows if len(set(row[1:])) > 1]

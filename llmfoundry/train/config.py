@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
 import llmfoundry.hf.module  # noqa: F401  registers modules of transformers as a model
 import llmfoundry.model.transformer  # noqa: F401  registers its model
 import llmfoundry.train.lion  # noqa: F401  registers its optimizer
-from llmfoundry.config import Choice, Config, ConfigError, LocalPath, is_url, keyed, local_path
+from llmfoundry.config import Choice, Config, ConfigError, LocalPath, dump, is_url, keyed, local_path
 from llmfoundry.data.loader import LoaderConfig
 from llmfoundry.data.mixture import MixtureConfig
 from llmfoundry.data.preferences import PreferencesConfig
@@ -24,6 +24,7 @@ from llmfoundry.eval.gauntlet import GauntletConfig
 from llmfoundry.eval.icl_tasks import TaskConfig
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.parallel.mesh import ParallelConfig
+from llmfoundry.private import FromEnvironment, disclosed
 from llmfoundry.train.duration import Duration
 from llmfoundry.train.loss import CrossEntropyConfig, LossConfig
 from llmfoundry.train.optim import OptimizerConfig
@@ -185,6 +186,16 @@ class RunConfig(Config):
     progress_bar: bool = True  # on a terminal, a live view below the lines; false: lines alone
     log_to_console: bool = True  # false: no lines and no view
     console_log_interval: Duration = Duration.parse("1ba")  # between two lines
+
+    _environment: dict[str, FromEnvironment] = PrivateAttr(default_factory=dict)
+
+    def remember(self, environment: dict[str, FromEnvironment]) -> None:
+        """Keep in mind which values of the YAML came from the environment, by dotted path."""
+        self._environment = environment
+
+    def disclosed(self) -> dict[str, object]:
+        """All settings as plain data that may be written: without secrets (private.py)."""
+        return disclosed(dump(self), self._environment)
 
     @model_validator(mode="before")
     @classmethod

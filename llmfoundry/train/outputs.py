@@ -25,6 +25,7 @@ from llmfoundry import runtime
 from llmfoundry.checkpoint.identity import Plain
 from llmfoundry.checkpoint.manifest import checkpoints
 from llmfoundry.config import ConfigError
+from llmfoundry.private import disclosed
 from llmfoundry.settings import write_resolved
 from llmfoundry.train.run import Metrics
 
@@ -79,7 +80,7 @@ class RunFolder:
             if before is not None and before != config:
                 record = self.path / "config-history" / f"until-step-{step}.yaml"
                 record.parent.mkdir(exist_ok=True)
-                _write(record, write_resolved(before))
+                _write(record, write_resolved(disclosed(before, {})))
             _write(self.path / "config.yaml", write_resolved(config))
         except OSError as error:
             raise ConfigError(f"save_folder: {self.path} cannot be written: {error.strerror}") from None

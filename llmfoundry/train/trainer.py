@@ -20,7 +20,7 @@ from llmfoundry import hf, runtime
 from llmfoundry.checkpoint.checkpointer import CheckpointState
 from llmfoundry.checkpoint.composer_names import load_composer
 from llmfoundry.checkpoint.reading import HUGGING_FACE, Contents, Json, load_model_only, read
-from llmfoundry.config import ConfigError, dump
+from llmfoundry.config import ConfigError
 from llmfoundry.data.mixture import Mixture
 from llmfoundry.eval.icl import PREFIX
 from llmfoundry.layers.ffn import RouterStats
@@ -143,7 +143,7 @@ class Trainer(Run):
     def _open_outputs(self) -> None:
         assert self.folder is not None
         contents, changes = self.start.contents, self.start.changes
-        self.folder.begin(dump(self.config), contents.config if contents and changes else None, self.state.step)
+        self.folder.begin(self.config.disclosed(), contents.config if contents and changes else None, self.state.step)
         # The line of a step whose evaluation is made up for is written anew, as is that before the first step.
         self.folder.open_metrics(self.state.step - bool(self.unevaluated or self.state.step == 0))
 
@@ -331,7 +331,7 @@ class Trainer(Run):
                 "callbacks": {name: kept for name, each in self.named.items() if (kept := each.state_dict())},
                 **self._mixture(),
             },
-            config=dump(self.config),
+            config=self.config.disclosed(),
             tokenizer=self.tokenizer,
             generation=self.generation,
             base=self.start.base,

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from boxed import Box
 from small_run import SETTINGS
 
