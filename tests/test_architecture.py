@@ -12,7 +12,7 @@ PACKAGE = ROOT / "llmfoundry"
 
 # Ground first. A module may import from its own room and from the floors below it.
 FLOORS = [
-    {"config", "launch", "dtensor", "progress", "private"},
+    {"config", "launch", "dtensor", "progress", "private", "strict_json"},
     {"settings", "runtime"},
     {"kernels", "data", "code"},
     {"layers"},

@@ -65,13 +65,11 @@ from llmfoundry.checkpoint.reading import (
     Base,
     Contents,
     Files,
-    Json,
     find_base,
     first_reason,
     load_base,
     load_model_only,
     read,
-    read_entries,
     read_one,
     read_tensors,
 )
@@ -88,6 +86,7 @@ from llmfoundry.checkpoint.tensors import (
 from llmfoundry.dtensor import local_part
 from llmfoundry.hf.generation import GENERATION
 from llmfoundry.settings import write_resolved
+from llmfoundry.strict_json import Json
 
 __all__ = ["Checkpointer", "CheckpointState", "Contents", "SaveError", "load_model_only", "read"]
 
@@ -232,7 +231,7 @@ class Checkpointer:
         """
         contents = source if isinstance(source, Contents) else read(source, "everything")
         assert contents.verified == "everything"
-        entries = read_entries(contents)
+        entries = contents.entries
         model = model_tensors(state.model, frozen=contents.base is None)
         try:
             check_same_model(entries, model, exact_dtype=True)

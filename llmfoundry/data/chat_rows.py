@@ -17,6 +17,7 @@ from llmfoundry.data.bins import best_fit
 from llmfoundry.data.chat_template import Renderer
 from llmfoundry.data.conversations import Example
 from llmfoundry.data.rows import IGNORE, Block, How, Rows
+from llmfoundry.strict_json import read_mapping
 
 
 def write(folder: Path, examples: Iterable[Example], renderer: Renderer, how: How) -> None:
@@ -73,7 +74,7 @@ class ChatRows(Rows):
             )
             self._ids = np.memmap(folder / "ids.bin", "<u4", "r", shape=(int(self._starts[-1]),))
             self._learned = np.memmap(folder / "learned.bin", np.bool_, "r", shape=(int(self._starts[-1]),))
-            counts = json.loads((folder / "index.json").read_text())
+            counts = read_mapping(folder / "index.json")
         except (OSError, ValueError, IndexError) as error:
             raise ConfigError(f"{folder}: is damaged ({error}); delete the folder, it is made again") from None
         self.n_rows = self.n_full = len(self._bounds) - 1

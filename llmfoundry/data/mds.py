@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from llmfoundry.config import ConfigError
 from llmfoundry.data.cache import made_once
 from llmfoundry.data.remote import Store
+from llmfoundry.strict_json import parse_json, read_plain
 
 Value = str | bytes | int | float | NDArray | object  # of one column
 Sample = dict[str, Value]
@@ -218,11 +219,11 @@ class MDSFolder:
 def _read_index(file: Path, path: Path) -> tuple[bytes, dict]:
     """The index in a file; `path` is its place, for messages."""
     try:
-        text = file.read_bytes()
-        index = json.loads(text)
+        text = read_plain(file)
+        index = parse_json(text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: is not JSON: {error}") from None
     if not isinstance(index, dict) or not isinstance(index.get("shards"), list):
         raise ConfigError(f"{path}: lists no shards")

@@ -33,6 +33,7 @@ from llmfoundry.data.sources import DatasetConfig, Source
 from llmfoundry.data.tokenizer import PLAIN_TEXT, Encoder, SpecialTokens
 from llmfoundry.progress import progress
 from llmfoundry.runtime import cache_root
+from llmfoundry.strict_json import read_mapping
 
 log = logging.getLogger(__name__)
 
@@ -249,9 +250,9 @@ def _checksum(index: dict) -> str:
 def _read_index(folder: Path) -> dict:
     path = folder / "index.json"
     try:
-        index = json.loads(path.read_text())
+        index = read_mapping(path)
         intact = index.pop("checksum") == _checksum(index) and index["format"] in (1, 2)
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError):
         intact = False
     if not intact:
         raise ConfigError(f"{path}: is missing or damaged; delete the folder {folder}, it is made again")

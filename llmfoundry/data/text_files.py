@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from pydantic import Field
 
@@ -23,6 +23,7 @@ from llmfoundry.data.tables import BadRow, check_parquet, read_table
 from llmfoundry.data.texts import TextsConfig
 from llmfoundry.progress import progress
 from llmfoundry.runtime import cache_root
+from llmfoundry.strict_json import read_json
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +150,20 @@ class TextFilesConfig(TextsConfig, names=("text_files",)):
             log.info("checking %d files of %s, %.1f GB; once, until one of them changes", len(files), self.path,
                      total / 1e9)  # fmt: skip
         made_once(known, lambda folder: _write_json(folder / "digests.json", digests()))
-        return [(name, digest) for name, digest in json.loads((known / "digests.json").read_text())]
+        return _remembered(known / "digests.json", list(files))
+
+
+def _remembered(file: Path, names: list[str]) -> list[tuple[str, str]]:
+    try:
+        found = read_json(file)
+        if not isinstance(found, list):
+            raise ValueError("it must hold a list")
+        digests = [(str(name), str(digest)) for name, digest in cast(list[list[str]], found)]
+        if [name for name, _ in digests] != names:
+            raise ValueError("it lists other files")
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{file}: is damaged ({error}); delete the folder {file.parent}, it is made again") from None
+    return digests
 
 
 def _checked(path: Path, lenient: bool, advance: Callable[[int], None]) -> str:

@@ -27,6 +27,7 @@ from llmfoundry.checkpoint.manifest import checkpoints
 from llmfoundry.config import ConfigError
 from llmfoundry.private import disclosed
 from llmfoundry.settings import write_resolved
+from llmfoundry.strict_json import parse_json, read_mapping, whole_number
 from llmfoundry.train.run import Metrics
 
 log = logging.getLogger(__name__)
@@ -96,8 +97,9 @@ class RunFolder:
 
     def _step_of(self, number: int, line: str) -> int:
         try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):
+            said = parse_json(line)
+            return whole_number(said["step"] if isinstance(said, dict) else None)
+        except (ValueError, KeyError):
             raise ConfigError(
                 f"{self.path / 'metrics.jsonl'}: line {number} is damaged; remove it from there on"
             ) from None
@@ -149,10 +151,9 @@ class RunFolder:
 def read_summary(path: Path) -> Plain:
     """What summary.json says; nothing if it is missing or malformed."""
     try:
-        summary = json.loads((path / "summary.json").read_text())
+        return read_mapping(path / "summary.json")
     except (OSError, ValueError):
         return {}
-    return summary if isinstance(summary, dict) else {}
 
 
 def check_free(path: Path, autoresume: bool) -> None:
