@@ -20,6 +20,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from llmfoundry.config import ConfigError
 from llmfoundry.private import FromEnvironment, Interpolation, is_secret
+from llmfoundry.strict_json import read_plain
 
 MAX_BYTES = 2**20  # of a YAML file
 MAX_DEPTH = 40
@@ -66,9 +67,11 @@ def load_settings(path: str | Path, overrides: list[str] | None = None, is_users
     """
     parsed = [_parse_override(item) for item in overrides or []]
     try:
-        if (size := Path(path).stat().st_size) > MAX_BYTES:
-            raise ConfigError(f"{path}: has {size:,} bytes, too many for a YAML file of settings")
-        text = Path(path).read_text(encoding="utf-8-sig")
+        with Path(path).open("rb") as file:  # which may be a pipe: `train.py <(...)`
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ConfigError(f"{path}: has more than {MAX_BYTES:,} bytes, too many for a YAML file of settings")
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except OSError as error:
@@ -169,7 +172,10 @@ def _parse_override(text: str) -> _Override:
 
 def _dotted(key: str) -> str:
     """`a[0].b` as `a.0.b`, which is one way to write it and not two."""
-    return re.sub(r"\[(\w+)\]", r".\1", key.strip())
+    dotted = re.sub(r"\[(\w+)\]", r".\1", key.strip())
+    if dotted.count(".") > MAX_DEPTH:
+        raise ConfigError(f"{key[:80]}...: is nested too deeply")
+    return dotted
 
 
 def _apply(config: DictConfig, override: _Override) -> None:
@@ -411,11 +417,13 @@ def read_resolved(path: str | Path) -> dict[str, object]:
         ConfigError: the file is missing or malformed.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_plain(Path(path), most=MAX_BYTES).decode()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8: {error.reason} at byte {error.start}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
     data = parse(text, f"{path}: is malformed")
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: is malformed: must hold a mapping, found {type(data).__name__}")

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MOST_GPUS = 2**14  # that a plan looks through
+
 
 @command
 def train_main(argv: Sequence[str] | None = None) -> None:
@@ -41,8 +43,8 @@ def train_main(argv: Sequence[str] | None = None) -> None:
         help=f"for --dry-run: what one of them holds; {GPU_MEMORY / GIB:g}, as an H100 80GB shows it, if left out",
     )  # fmt: skip
     args = parser.parse_intermixed_args(argv)
-    if args.gpus is not None and (args.gpus < 1 or not args.dry_run):
-        raise ConfigError(f"--gpus {args.gpus}: is for --dry-run, and 1 or more")
+    if args.gpus is not None and (not 1 <= args.gpus <= MOST_GPUS or not args.dry_run):
+        raise ConfigError(f"--gpus {args.gpus}: is for --dry-run, and 1 to {MOST_GPUS:,}")
     if args.gpu_memory is not None and (not math.isfinite(args.gpu_memory) or not args.dry_run):
         raise ConfigError(f"--gpu-memory {args.gpu_memory:g}: is for --dry-run, and a number of GiB")
     if args.explain:
@@ -103,8 +105,13 @@ def _dry_run(config: RunConfig, gpus: int | None, gpu_memory: float) -> None:
         print(line)
     if gpus is None and launch.world_size() > 1:
         gpus = launch.world_size()
-    for line in describe(config, gpus, gpu_memory):
-        print(line, flush=True)
+    try:
+        for line in describe(config, gpus, gpu_memory):
+            print(line, flush=True)
+    except (RuntimeError, OverflowError) as error:
+        if not isinstance(error, OverflowError) and "overflow" not in str(error):
+            raise
+        raise ConfigError(f"the model is too large to be planned: {error}".splitlines()[0]) from None
 
 
 def _train(config: RunConfig, show_batch: bool) -> None:

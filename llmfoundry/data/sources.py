@@ -254,9 +254,9 @@ class SyntheticConfig(DatasetConfig, names=("synthetic",)):
     A model that knows the rule needs 1.74 bits per word; one that knows only the words, log2(vocab_size).
     """
 
-    vocab_size: int = Field(default=64, ge=2)  # different words
-    n_documents: int = Field(default=2000, ge=1)  # both splits together
-    document_words: int = Field(default=200, ge=1)  # words of one document
+    vocab_size: int = Field(default=64, ge=2, le=10**6)  # different words
+    n_documents: int = Field(default=2000, ge=1, le=10**8)  # both splits together
+    document_words: int = Field(default=200, ge=1, le=10**6)  # words of one document
     seed: int = 0  # of the rule and of the text
 
     def build(self) -> Source:

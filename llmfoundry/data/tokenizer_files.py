@@ -28,6 +28,10 @@ def load_tokenizer(source: str | Path, where: str, **words: str | int | float | 
         ConfigError: there is none, it needs code of its own, or it is damaged.
     """
     local = isinstance(source, Path)
+    if isinstance(source, Path) and source.is_dir():
+        for file in source.iterdir():
+            if not file.is_file() and not file.is_dir() and file.exists():  # a pipe would be waited for
+                raise ConfigError(f"{where}: {file.name} is not a plain file")
     try:
         return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False, local_files_only=local, **words)
     except BaseException as error:

@@ -132,7 +132,7 @@ class RunConfig(Config):
     run_name: str | None = None  # for loggers, and for {run_name} in paths; None: $RUN_NAME, or the save_folder's name
     code_paths: list[str] = []  # Python files that register plug-ins
     seed: int = Field(17, ge=0, lt=2**63)  # of initial weights, order of the data and dropout
-    max_seq_len: int = Field(gt=0)  # tokens per row
+    max_seq_len: int = Field(gt=0, le=2**31)  # tokens per row
 
     model: ModelConfig
     tokenizer: TokenizerConfig
@@ -145,7 +145,7 @@ class RunConfig(Config):
     loss: LossConfig = CrossEntropyConfig()  # or {name: dpo, beta: 0.1}, on preferences
     algorithms: Algorithms = Algorithms()  # what is done to the gradients
     max_duration: Duration  # the length of the run
-    global_train_batch_size: int = Field(gt=0)  # rows per step, over all ranks
+    global_train_batch_size: int = Field(gt=0, le=2**31)  # rows per step, over all ranks
     # Rows of a forward; need not divide. auto: all of the rank's, and half as many each time that they do not fit.
     device_train_microbatch_size: int | Literal["auto"] = "auto"
     max_skipped_steps: int = Field(10, ge=0)  # updates skipped in a row for a gradient that is not finite
@@ -154,7 +154,7 @@ class RunConfig(Config):
     eval_first: bool = False  # also before the first step, as step 0
     # Of device_eval_batch_size rows each, over all ranks together; -1: all the data
     eval_subset_num_batches: int = 256
-    device_eval_batch_size: int = Field(16, gt=0)  # rows
+    device_eval_batch_size: int = Field(16, gt=0, le=2**31)  # rows
     # Tasks with few solved examples, at each evaluation: metrics/LABEL/N-shot/METRIC. A list, or a file that has one.
     icl_tasks: list[TaskConfig] = []
     eval_gauntlet: GauntletConfig | None = None  # their summary: icl/metrics/eval_gauntlet/NAME. Or a file that has one

@@ -16,6 +16,7 @@ import socket
 import time
 import uuid
 from io import FileIO
+from itertools import pairwise
 from pathlib import Path
 from typing import IO
 
@@ -91,6 +92,12 @@ class RunFolder:
         file = self.path / "metrics.jsonl"
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         kept = [line for i, line in enumerate(lines, 1) if line.endswith("\n") and self._step_of(i, line) <= step]
+        steps = [self._step_of(i, line) for i, line in enumerate(kept, 1)]
+        for before, after in pairwise([*steps, step + 1] if steps else []):
+            if after > before + 1:
+                which = f"step {after - 1}" if after == before + 2 else f"steps {before + 1} to {after - 1}"
+                log.warning("%s: has no line of %s; its curves have a gap there", file, which)
+                break
         if len(kept) < len(lines) or not file.exists():
             _write(file, "".join(kept))
         self._metrics = file.open("ab", buffering=0)
