@@ -67,8 +67,8 @@ def load_settings(path: str | Path, overrides: list[str] | None = None, is_users
     """
     parsed = [_parse_override(item) for item in overrides or []]
     try:
-        with Path(path).open("rb") as file:  # which may be a pipe: `train.py <(...)`
-            content = file.read(MAX_BYTES + 1)
+        with Path(path).open("rb") as opened:  # which may be a pipe: `train.py <(...)`
+            content = opened.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise ConfigError(f"{path}: has more than {MAX_BYTES:,} bytes, too many for a YAML file of settings")
         text = content.decode("utf-8-sig")

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from llmfoundry.config import ConfigError
 from llmfoundry.data.cache import made_once
+from llmfoundry.data.open_file import OpenFile
 from llmfoundry.data.remote import Store
 from llmfoundry.strict_json import parse_json, read_plain
 
@@ -39,7 +40,7 @@ _ARRAY_CODES = {
 }  # fmt: skip
 _SHAPE_DTYPES = ("uint8", "uint16", "uint32", "uint64")
 _SAMPLED = 16 * 1024  # bytes
-_OPEN_SHARDS = 16  # kept mapped
+_OPEN_SHARDS = 16  # kept open
 REFUSED = ("pkl", "pil", "jpeg", "png", "jpeg_array", "jpegarray", "list[pil]", "list[jpeg]", "list[png]")
 
 
@@ -102,7 +103,7 @@ class MDSFolder:
         self._decoders = [_decoder(encoding, self.folder) for encoding in self.columns.values()]
         self.fingerprint = self._fingerprint(text)
         self._starts = np.cumsum([0, *(shard.samples for shard in self.shards)])
-        self._open: OrderedDict[int, tuple[NDArray[np.uint8], NDArray[np.uint32]]] = OrderedDict()
+        self._open: OrderedDict[int, tuple[OpenFile, NDArray[np.uint32]]] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -119,9 +120,9 @@ class MDSFolder:
         at = int(np.searchsorted(self._starts, number, side="right")) - 1
         data, offsets = self._shard(at)
         within = number - int(self._starts[at])
-        row = data[offsets[within] : offsets[within + 1]]
+        row = data.read(int(offsets[within]), int(offsets[within + 1]))
         try:
-            return self._decode(row.tobytes())
+            return self._decode(row)
         except (ValueError, TypeError, KeyError, IndexError) as error:
             raise ConfigError(
                 f"{self.folder / self.shards[at].name}: sample {within} is damaged: {type(error).__name__}: {error}"
@@ -164,37 +165,37 @@ class MDSFolder:
             at += length
         return found
 
-    def _shard(self, at: int) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
+    def _shard(self, at: int) -> tuple[OpenFile, NDArray[np.uint32]]:
         if at in self._open:
             self._open.move_to_end(at)
             return self._open[at]
         shard = self.shards[at]
-        data = self._mapped(shard)
-        n = int(data[:4].view("<u4")[0]) if len(data) >= 4 else -1
+        data = self._opened(shard)
+        n = int.from_bytes(data.read(0, 4), "little") if data.size >= 4 else -1
         end = 4 + 4 * (n + 1)
-        if n != shard.samples or end > len(data):
+        if n != shard.samples or end > data.size:
             raise ConfigError(
                 f"{self.folder / shard.name}: is damaged: {n} samples, where the index has {shard.samples}"
             )
-        offsets = data[4:end].view("<u4")
-        if int(offsets[-1]) != len(data) or int(offsets[0]) < end or (np.diff(offsets.astype(np.int64)) < 0).any():
-            raise ConfigError(f"{self.folder / shard.name}: is damaged: its offsets do not fit its {len(data)} bytes")
+        offsets = np.frombuffer(data.read(4, end), "<u4")
+        if int(offsets[-1]) != data.size or int(offsets[0]) < end or (np.diff(offsets.astype(np.int64)) < 0).any():
+            raise ConfigError(f"{self.folder / shard.name}: is damaged: its offsets do not fit its {data.size} bytes")
         self._open[at] = data, offsets
         if len(self._open) > _OPEN_SHARDS:
             self._open.popitem(last=False)
         return data, offsets
 
-    def _mapped(self, shard: Shard) -> NDArray[np.uint8]:
+    def _opened(self, shard: Shard) -> OpenFile:
         path = self._here(shard.name) or self._unpacked(shard)
         try:
-            data = np.memmap(path, np.uint8, "r")
-        except (OSError, ValueError) as error:
+            data = OpenFile(path)
+        except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error}") from None
-        if len(data) != shard.n_bytes:
-            raise ConfigError(f"{path}: is damaged: {len(data)} bytes, where the index has {shard.n_bytes}")
+        if data.size != shard.n_bytes:
+            raise ConfigError(f"{path}: is damaged: {data.size} bytes, where the index has {shard.n_bytes}")
         if self._check_hashes:
-            _check_hashes(path, data, shard.hashes)
-        return cast(NDArray[np.uint8], data)
+            _check_hashes(path, data.read(0, data.size), shard.hashes)
+        return data
 
     def _unpacked(self, shard: Shard) -> Path:
         """The shard without its compression, from the cache."""
