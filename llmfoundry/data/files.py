@@ -299,15 +299,16 @@ def _check_text(path: Path, kind: Kind, file: Readable, lenient: bool) -> None:
             if not seen:
                 _refuse_wide(path, kind, piece[:4096])
             pending = len(decoder.getstate()[0])  # bytes of a character that began in the piece before
-            seen += len(piece)
-            if limit is not None and seen > limit:
+            if limit is not None and seen + len(piece) > limit:
                 raise ConfigError(
                     f"dataset.path: {path}: unpacks to more than {limit:,} bytes, {limit // path.stat().st_size:,} "
                     "times its size, which is no text; take it out of the folder, or unpack it first"
                 )
+            if not lenient:
+                decoder.decode(piece)
+            seen += len(piece)
             if lenient:
                 continue
-            decoder.decode(piece)
             line = len(piece) - 1 - newline if (newline := piece.rfind(b"\n")) >= 0 else line + len(piece)
             if kind.format == "lines" and line > LINE_BYTES:
                 raise ConfigError(
