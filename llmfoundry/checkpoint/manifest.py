@@ -267,12 +267,20 @@ def read_manifest(path: Path) -> dict[str, Written]:
         raise DamagedError(f"{file}: is of step {step}, and its folder is named {path.name}")
     for name in files:
         parts = PurePosixPath(name).parts
-        if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
-            raise DamagedError(f"{file}: names {name!r}, which is outside the checkpoint")
+        if not parts or name.startswith("/") or ".." in parts or "\\" in name or not _is_name(name):
+            raise DamagedError(f"{file}: names {name!r:.80}, which is outside the checkpoint")
     for name in (INDEX, TRAINER, CONVERTED if CONVERTED in files else CONFIG):
         if name not in files:
             raise DamagedError(f"{file}: does not list {name}; the checkpoint is not complete")
     return files
+
+
+def _is_name(text: str) -> bool:
+    """Whether a file can be named so: JSON may hold half a surrogate pair."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _written(entry: Json) -> Written:

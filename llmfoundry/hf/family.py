@@ -165,11 +165,12 @@ def known_families() -> dict[str, Family]:
     return {name: kind() for name, kind in sorted(Family._known.items())}
 
 
-def family_of(model_type: object, as_it_is: bool = False) -> Family:
+def family_of(model_type: object, as_it_is: bool = False, where: str = "") -> Family:
     """The family of a `model_type`; one that our model cannot express is the module of `transformers` as it is.
 
     Args:
         as_it_is: take the module in any case.
+        where: begins the message of an error.
 
     Raises:
         ConfigError: `transformers` has no causal model of this type.
@@ -179,8 +180,8 @@ def family_of(model_type: object, as_it_is: bool = False) -> Family:
         return known[model_type]
     if not module.is_known(model_type):
         raise ConfigError(
-            f"model_type {model_type!r} is not supported; supported are {', '.join(known)}, and all causal models of "
-            f"transformers {transformers.__version__}"
+            f"{where}model_type {model_type!r:.80} is not supported; supported are {', '.join(known)}, and all causal "
+            f"models of transformers {transformers.__version__}"
         )
     found = module.AsItIs(model_type)
     assert isinstance(found, Family)
@@ -199,7 +200,7 @@ def read_config(
         ConfigError: the model type or a setting is not supported.
     """
     readers = [family for family in known_families().values() if family.reads(data)]
-    family = readers[0] if readers and not as_it_is else family_of(data.get("model_type"), as_it_is)
+    family = readers[0] if readers and not as_it_is else family_of(data.get("model_type"), as_it_is, f"{where}: ")
     if data.get("quantization_config"):
         raise ConfigError(
             f"{where}: quantization_config is set: these weights are quantised; save them unquantised first, "

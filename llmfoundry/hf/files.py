@@ -145,7 +145,11 @@ def _files(path: Path) -> dict[Path, set[str]]:
             raise ConfigError(f"{index}: says that {name!r} is in {file!r}, which is outside of this folder")
         files.setdefault(path / file, set()).add(name)
     for path_of in files:
-        if not path_of.is_file():
+        try:
+            is_there = path_of.is_file()
+        except (OSError, ValueError) as error:  # no file can have such a name
+            raise ConfigError(f"{index}: names {path_of.name!r:.80}: {error!s:.80}") from None
+        if not is_there:
             raise ConfigError(f"{path_of}: is missing; {INDEX} names it")
     return files
 
