@@ -1,4 +1,4 @@
-# Everything by one word: make setup | train | test | check | test-gpu | bench | format; setup-composer | test-composer.
+# Everything by one word: make setup | train | test | soak | check | test-gpu | bench | format; setup-composer | test-composer.
 # Every word installs what it needs first; a second call installs nothing.
 
 PYTHON ?= python3
@@ -17,7 +17,7 @@ COMPOSER_PY := .venv-composer/bin/python
 COMPOSER_STAMP := .venv-composer/.installed-$(BUILD)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check test-gpu bench format setup-composer test-composer
+.PHONY: help setup train test soak check test-gpu bench format setup-composer test-composer
 
 help:
 	@sed -n '1,2p' Makefile
@@ -37,6 +37,10 @@ train: setup
 
 test: setup
 	$(PY) -m pytest -n 2 --dist loadfile -m 'not gpu'
+
+# Tests of faults in full: 10,000 fuzzed inputs, other ones each time.
+soak: setup
+	FAULTS_INPUTS=10000 $(PY) -m pytest tests/faults
 
 check: setup
 	$(PY) -m ruff check .

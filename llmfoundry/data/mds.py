@@ -28,7 +28,7 @@ from llmfoundry.config import ConfigError
 from llmfoundry.data.cache import made_once
 from llmfoundry.data.open_file import OpenFile
 from llmfoundry.data.remote import Store
-from llmfoundry.strict_json import parse_json, read_plain
+from llmfoundry.strict_json import parse_json, read_plain, whole_number
 
 Value = str | bytes | int | float | NDArray | object  # of one column
 Sample = dict[str, Value]
@@ -90,10 +90,10 @@ class MDSFolder:
         try:
             entries = index["shards"]
             first = entries[0] if entries else {"column_names": [], "column_encodings": []}
-            self.columns: dict[str, str] = dict(zip(first["column_names"], first["column_encodings"], strict=True))
+            self.columns: dict[str, str] = _columns(first)
             self.shards = [_shard(entry) for entry in entries]
             kinds = {(entry["format"], entry["version"], tuple(entry["column_encodings"])) for entry in entries}
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ConfigError(f"{folder / 'index.json'}: is malformed: {type(error).__name__}: {error}") from None
         if any(kind[:2] != ("mds", 2) for kind in kinds):
             raise ConfigError(f"{folder / 'index.json'}: holds shards that are not MDS version 2: {sorted(kinds)}")
@@ -231,13 +231,20 @@ def _read_index(file: Path, path: Path) -> tuple[bytes, dict]:
     return text, index
 
 
+def _columns(entry: Mapping) -> dict[str, str]:
+    columns = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
+    if not all(isinstance(word, str) for column in columns.items() for word in column):
+        raise ValueError(f"{columns!r:.80} are no names and encodings of columns")
+    return columns
+
+
 def _shard(entry: Mapping) -> Shard:
     raw, packed = entry["raw_data"], entry.get("zip_data")
     names = [raw["basename"], *([packed["basename"]] if packed else [])]
     if any(Path(name).name != name or name in ("", ".", "..") for name in names):
         raise ValueError(f"a shard is named {names}")  # an index may not point outside its folder
     return Shard(
-        raw["basename"], int(entry["samples"]), int(raw["bytes"]), dict(raw.get("hashes") or {}),
+        raw["basename"], whole_number(entry["samples"]), whole_number(raw["bytes"]), dict(raw.get("hashes") or {}),
         packed["basename"] if packed else None, dict(packed.get("hashes") or {}) if packed else {},
         entry.get("compression"),
     )  # fmt: skip

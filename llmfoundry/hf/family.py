@@ -209,7 +209,16 @@ def read_config(
     n_layers = data.get(family.sizes["n_layers"])
     if isinstance(n_layers, int) and n_layers > _MOST_LAYERS:  # `transformers` makes a list of them
         raise ConfigError(f"{where}: {family.sizes['n_layers']}={n_layers}; {_MOST_LAYERS} is the most that is read")
-    return family, family.read(data, where)
+    try:
+        return family, family.read(data, where)
+    except ConfigError as error:
+        if where in str(error):
+            raise
+        raise ConfigError(f"{where}: {str(error).removeprefix('config.json: ')}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, ArithmeticError, RuntimeError) as error:
+        # A setting of a type that nobody expects fails anywhere.
+        why = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{where}: holds a setting that cannot be ({type(error).__name__}: {why})") from None
 
 
 def write_config(config: CausalLMConfig, model_type: str | None = None) -> tuple[Family, ConfigDict]:
