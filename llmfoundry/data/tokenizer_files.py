@@ -33,7 +33,9 @@ def load_tokenizer(source: str | Path, where: str, **words: str | int | float | 
             if not file.is_file() and not file.is_dir() and file.exists():  # a pipe would be waited for
                 raise ConfigError(f"{where}: {file.name} is not a plain file")
     try:
-        return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False, local_files_only=local, **words)
+        found = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False, local_files_only=local, **words)
+        _try_out(found)
+        return found
     except BaseException as error:
         if isinstance(error, _OTHERS):
             raise
@@ -45,3 +47,11 @@ def load_tokenizer(source: str | Path, where: str, **words: str | int | float | 
         what = "cannot be loaded" if local else "neither a folder nor on the Hugging Face hub"
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
         raise ConfigError(f"{where}: {what}: {kind}{why[:_MESSAGE]}") from None
+
+
+def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Do what every user of a tokenizer does: settings of a wrong type fail only then."""
+    tokenizer.decode(tokenizer.encode("a"))
+    template = tokenizer.chat_template
+    for text in template.values() if isinstance(template, dict) else [template or ""]:
+        text.encode()

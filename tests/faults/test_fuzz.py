@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from mutations import of_bytes, of_json, of_text
 from safetensors.torch import save_file
 from small_run import SETTINGS, copied
+from transformers import PreTrainedTokenizerBase
 
 import llmfoundry.callbacks  # noqa: F401  registers all monitors and loggers
 from llmfoundry.checkpoint.manifest import MANIFEST, DamagedError, read_manifest
@@ -38,7 +39,8 @@ from llmfoundry.data.mds import MDSFolder
 from llmfoundry.data.mds_write import MDSWriter
 from llmfoundry.data.packing import TokenStream
 from llmfoundry.data.tables import check_parquet, read_table
-from llmfoundry.data.tokenizer import train_bpe
+from llmfoundry.data.tokenizer import TokenizerConfig, train_bpe
+from llmfoundry.eval.generate import encoded
 from llmfoundry.hf.family import read_config
 from llmfoundry.hf.files import DTYPES, Folder, read_header
 from llmfoundry.hf.generation import stop_tokens
@@ -269,7 +271,13 @@ def test_tokenizers(scratch: Path, data: st.DataObject) -> None:
     for name, value in (("tokenizer.json", valid), ("tokenizer_config.json", said)):
         _write(folder / name, data.draw(of_json(value)) if name == broken else json.dumps(value))
     with bounded(scratch):
-        _refused(lambda: tokenizer_of(folder), ConfigError, folder)
+        _refused(lambda: _used(tokenizer_of(folder)), ConfigError, folder)
+
+
+def _used(tokenizer: PreTrainedTokenizerBase | None) -> None:
+    if tokenizer is not None:
+        rule = TokenizerConfig(parse_special_tokens=True).special_tokens(tokenizer)
+        tokenizer.decode(encoded(tokenizer, "some words of 1 é", rule))
 
 
 @fuzzed
