@@ -1,4 +1,4 @@
-"""AdamW in one pass over lists of tensors: unscale, skip, clip, update weights and moments.
+"""AdamW in one pass over lists of tensors: unscale, skip, clip, update weights and moments, write bfloat16 copies.
 
 The scale of the gradients and the flag to skip are read on the device, so the host never waits for the norm. Moments
 may be kept in bfloat16. They are then rounded up or down at random: rounded to the nearest, a second moment that
@@ -6,7 +6,7 @@ changes by less than half of its last bit (with beta2 = 0.999 by 1/1000 per step
 The random bits are a hash of the step, the number of the parameter and the place of the value in the whole tensor: the
 same on every mesh, and after a resume.
 
-Bytes moved per value: weight 8, gradient 4 or 2, moments 16 (float32) or 8 (bfloat16).
+Bytes moved per value: weight 8, gradient 4 or 2, moments 16 (float32) or 8 (bfloat16), copy 2.
 """
 
 from __future__ import annotations
@@ -53,12 +53,13 @@ class Place(NamedTuple):
         return cls(number, start, inner, whole[cut[0] :].numel())
 
 
-@torch.library.custom_op("llmfoundry::adamw_", mutates_args=("weights", "exp_avgs", "exp_avg_sqs"))
+@torch.library.custom_op("llmfoundry::adamw_", mutates_args=("weights", "exp_avgs", "exp_avg_sqs", "copies"))
 def _adamw(
     weights: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
+    copies: list[Tensor],
     steps: Tensor,
     divisor: Tensor,
     skip: Tensor,
@@ -70,9 +71,9 @@ def _adamw(
     decay: float,
 ) -> None:
     where = [Place(*places[i : i + 4]) for i in range(0, len(places), 4)]
-    dense = all(tensor.is_contiguous() for each in (weights, exp_avgs, exp_avg_sqs) for tensor in each)
+    dense = all(tensor.is_contiguous() for each in (weights, exp_avgs, exp_avg_sqs, copies) for tensor in each)
     run = adamw_triton if weights[0].is_cuda and dense else adamw_reference
-    run(weights, grads, exp_avgs, exp_avg_sqs, steps, divisor, skip, where,
+    run(weights, grads, exp_avgs, exp_avg_sqs, copies, steps, divisor, skip, where,
         lr=lr, beta1=beta1, beta2=beta2, eps=eps, decay=decay)  # fmt: skip
 
 
@@ -86,6 +87,7 @@ def adamw_(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
+    copies: list[Tensor],
     steps: list[Tensor],
     divisor: Tensor,
     skip: Tensor,
@@ -103,13 +105,14 @@ def adamw_(
         weights: float32, of one device; nothing is empty. On a GPU they and the moments should be contiguous.
         grads: of one dtype, float32 or bfloat16; they are read only.
         exp_avgs: of one dtype with `exp_avg_sqs`, float32 or bfloat16.
+        copies: bfloat16, one per weight, which receive the new weights; or none at all.
         steps: () float32 each, counted from 1, this step included.
         divisor: () float32; gradients are divided by it.
         skip: () float32; 1 leaves weights and moments as they are.
         places: of each part in its whole tensor, for the random bits.
     """
-    _adamw(weights, grads, exp_avgs, exp_avg_sqs, torch.stack(steps), divisor, skip, [n for p in places for n in p],
-           lr, beta1, beta2, eps, decay)  # fmt: skip
+    _adamw(weights, grads, exp_avgs, exp_avg_sqs, copies, torch.stack(steps), divisor, skip,
+           [n for p in places for n in p], lr, beta1, beta2, eps, decay)  # fmt: skip
 
 
 def corrections(steps: Tensor, beta1: float, beta2: float) -> Tensor:
@@ -118,14 +121,14 @@ def corrections(steps: Tensor, beta1: float, beta2: float) -> Tensor:
     return torch.stack([1 - beta1**t, (1 - beta2**t).sqrt()], dim=1).float()
 
 
-def _hashed(x: Tensor) -> Tensor:
+def hashed(x: Tensor) -> Tensor:
     """32 bits well mixed, in int64 ("lowbias32", https://github.com/skeeto/hash-prospector)."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
     return x ^ (x >> 16)
 
 
-def _rounded(x: Tensor, noise: Tensor) -> Tensor:
+def rounded(x: Tensor, noise: Tensor) -> Tensor:
     """float32 -> bfloat16, up with the probability of what is cut off; `noise` is of 16 bits."""
     bits = x.view(torch.int32).long() + noise
     return (bits >> 16).to(torch.int16).view(torch.bfloat16)
@@ -136,6 +139,7 @@ def adamw_reference(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
+    copies: list[Tensor],
     steps: Tensor,
     divisor: Tensor,
     skip: Tensor,
@@ -159,56 +163,60 @@ def adamw_reference(
         if m.dtype == torch.bfloat16:
             at = torch.arange(w.numel(), device=w.device).view(w.shape)
             at = place.start + at // place.inner * place.step + at % place.inner
-            key = _hashed((steps[i].long() ^ (place.number * 0x9E3779B1)) & _MASK)
-            noise = _hashed((at ^ key) & _MASK)
-            mean, square = _rounded(mean, noise & 0xFFFF), _rounded(square, noise >> 16)
+            key = hashed((steps[i].long() ^ (place.number * 0x9E3779B1)) & _MASK)
+            noise = hashed((at ^ key) & _MASK)
+            mean, square = rounded(mean, noise & 0xFFFF), rounded(square, noise >> 16)
         m.copy_(mean)
         v.copy_(square)
+    for w, copy in zip(weights, copies, strict=bool(copies)):
+        copy.copy_(w)
 
 
 if triton is not None:
     _BLOCK, _LOOPS = 2048, 4
 
     @triton.jit
-    def _hash(x):
+    def hash_bits(x):
         x = (x ^ (x >> 16)) * 0x7FEB352D
         x = (x ^ (x >> 15)) * 0x846CA68B
         return x ^ (x >> 16)
 
     @triton.jit
-    def _round(x, noise):
+    def round_bits(x, noise):
         bits = x.to(tl.uint32, bitcast=True) + noise
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
     @triton.jit
     def adamw_kernel(
         table_ptr, steps_ptr, factors_ptr, divisor_ptr, skip_ptr, n_tensors, lr, rest1, beta2, rest2, eps, keep,
-        GRAD: tl.constexpr, MOMENT: tl.constexpr, TENSORS: tl.constexpr, ALIGNED: tl.constexpr, LOOPS: tl.constexpr,
-        BLOCK: tl.constexpr,
+        GRAD: tl.constexpr, MOMENT: tl.constexpr, COPY: tl.constexpr, TENSORS: tl.constexpr, ALIGNED: tl.constexpr,
+        LOOPS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        # Rows of the table: a tensor's first program, four pointers, how many values, its position, and its Place.
+        # Rows of the table: a tensor's first program, five pointers, how many values, its position, and its Place.
         if tl.load(skip_ptr) != 0:
             return
         pid = tl.program_id(0)
         row = tl.arange(0, TENSORS)
-        first = tl.load(table_ptr + row * 11, row < n_tensors, other=1 << 62)
+        first = tl.load(table_ptr + row * 12, row < n_tensors, other=1 << 62)
         t = tl.sum((first <= pid).to(tl.int32), 0) - 1
-        of = table_ptr + t * 11
+        of = table_ptr + t * 12
         at = (pid - tl.load(of)) * (LOOPS * BLOCK)
         weight, grad, mean, square = tl.load(of + 1), tl.load(of + 2), tl.load(of + 3), tl.load(of + 4)
-        n, position = tl.load(of + 5), tl.load(of + 6)
+        n, position = tl.load(of + 6), tl.load(of + 7)
         w_ptr = weight.to(tl.pointer_type(tl.float32))
         g_ptr = grad.to(tl.pointer_type(GRAD))
         m_ptr = mean.to(tl.pointer_type(MOMENT))
         v_ptr = square.to(tl.pointer_type(MOMENT))
+        c_ptr = tl.load(of + 5).to(tl.pointer_type(tl.bfloat16))
         if ALIGNED:
             w_ptr, g_ptr = tl.multiple_of(w_ptr, 16), tl.multiple_of(g_ptr, 16)
             m_ptr, v_ptr = tl.multiple_of(m_ptr, 16), tl.multiple_of(v_ptr, 16)
+            c_ptr = tl.multiple_of(c_ptr, 16)
             n = tl.multiple_of(n, 8)
         scale = 1 / tl.load(divisor_ptr)
         size, root = lr / tl.load(factors_ptr + 2 * position), tl.load(factors_ptr + 2 * position + 1)
-        number, start, inner, step = tl.load(of + 7), tl.load(of + 8), tl.load(of + 9), tl.load(of + 10)
-        key = _hash((tl.load(steps_ptr + position).to(tl.int64) ^ (number * 0x9E3779B1)).to(tl.uint32))
+        number, start, inner, step = tl.load(of + 8), tl.load(of + 9), tl.load(of + 10), tl.load(of + 11)
+        key = hash_bits((tl.load(steps_ptr + position).to(tl.int64) ^ (number * 0x9E3779B1)).to(tl.uint32))
         for j in tl.range(LOOPS):
             begin = at + j * BLOCK
             i = begin + tl.arange(0, BLOCK)
@@ -219,15 +227,18 @@ if triton is not None:
             w = tl.load(w_ptr + i, inside, other=0.0)
             m += (g - m) * rest1
             v = v * beta2 + g * g * rest2
-            tl.store(w_ptr + i, w * keep - size * m / (tl.sqrt(v) / root + eps), inside)
+            w = w * keep - size * m / (tl.sqrt(v) / root + eps)
+            tl.store(w_ptr + i, w, inside)
+            if COPY:
+                tl.store(c_ptr + i, w.to(tl.bfloat16), inside)
             if MOMENT == tl.bfloat16:
                 r = (begin % inner).to(tl.uint32) + tl.arange(0, BLOCK).to(tl.uint32)  # one 64-bit division a block
                 wraps = r // inner.to(tl.uint32)
                 whole = (start + begin // inner * step).to(tl.uint32)
                 place = whole + wraps * step.to(tl.uint32) + (r - wraps * inner.to(tl.uint32))
-                noise = _hash(place ^ key)
-                tl.store(m_ptr + i, _round(m, noise & 0xFFFF), inside)
-                tl.store(v_ptr + i, _round(v, noise >> 16), inside)
+                noise = hash_bits(place ^ key)
+                tl.store(m_ptr + i, round_bits(m, noise & 0xFFFF), inside)
+                tl.store(v_ptr + i, round_bits(v, noise >> 16), inside)
             else:
                 tl.store(m_ptr + i, m, inside)
                 tl.store(v_ptr + i, v, inside)
@@ -238,6 +249,7 @@ def adamw_triton(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
+    copies: list[Tensor],
     steps: Tensor,
     divisor: Tensor,
     skip: Tensor,
@@ -255,12 +267,12 @@ def adamw_triton(
     types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
     factors = corrections(steps, beta1, beta2)
     by_alignment: dict[bool, list[list[int]]] = {True: [], False: []}
-    for i, tensors in enumerate(zip(weights, grads, exp_avgs, exp_avg_sqs, strict=True)):
+    for i, tensors in enumerate(zip(weights, grads, exp_avgs, exp_avg_sqs, copies or weights, strict=True)):
         pointers, n = [tensor.data_ptr() for tensor in tensors], tensors[0].numel()
         aligned = n % 8 == 0 and all(pointer % 16 == 0 for pointer in pointers)
         by_alignment[aligned].append([*pointers, n, i, *places[i]])
     for aligned, rows in by_alignment.items():
-        firsts = [0, *accumulate(-(-row[4] // chunk) for row in rows)]
+        firsts = [0, *accumulate(-(-row[5] // chunk) for row in rows)]
         if not rows:
             continue
         # Pinned, so that the copy does not make the host wait.
@@ -268,6 +280,6 @@ def adamw_triton(
                              pin_memory=device.type == "cuda").to(device, non_blocking=True)  # fmt: skip
         adamw_kernel[(firsts[-1],)](
             table, steps, factors, divisor, skip, len(rows), lr, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * decay,
-            GRAD=types[grads[0].dtype], MOMENT=types[exp_avgs[0].dtype], TENSORS=triton.next_power_of_2(len(rows)),
-            ALIGNED=aligned, LOOPS=_LOOPS, BLOCK=_BLOCK, num_warps=8,
+            GRAD=types[grads[0].dtype], MOMENT=types[exp_avgs[0].dtype], COPY=bool(copies),
+            TENSORS=triton.next_power_of_2(len(rows)), ALIGNED=aligned, LOOPS=_LOOPS, BLOCK=_BLOCK, num_warps=8,
         )  # fmt: skip

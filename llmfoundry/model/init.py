@@ -27,18 +27,22 @@ _BLOCK_VALUES = 2**18  # about 2 ms each; smaller ones cost Python's overhead, l
 
 
 @torch.no_grad()
-def init_weights(model: CausalLM, seed: int) -> None:
+def init_weights(model: CausalLM, seed: int, *, blocks: bool = True) -> None:
     """Give every parameter and buffer its initial value, in place.
 
     Weights as `init_config` says; norms 1; biases, sinks and buffers 0, but biases of linear layers by `default_`. Call
     it after `to_empty`. Parameters may be DTensors of any mesh.
+
+    Args:
+        blocks: False leaves the blocks' weights as they are, adapters apart, for whoever loads them next: drawing 30
+            billion numbers takes minutes.
     """
     config = model.config
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as threads:
         for name, parameter in model.named_parameters():
             shard = local_shard(parameter)
-            if is_adapter(name):
+            if is_adapter(name) or (not blocks and name.startswith("blocks.")):
                 continue
             if parameter.dim() >= 2 and not name.endswith((".b1", ".b2")):
                 fan_out = _fan_out(config, name, shapes)

@@ -19,7 +19,7 @@ from llmfoundry.parallel.expert import divide_experts, mixtures
 from llmfoundry.parallel.fsdp import shard
 from llmfoundry.parallel.mesh import Mesh, ParallelConfig, single_process
 from llmfoundry.parallel.recompute import recompute_blocks
-from llmfoundry.parallel.single import compute_in
+from llmfoundry.parallel.single import compute_in, sum_gradients_in
 
 
 def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: str) -> CausalLM:
@@ -33,6 +33,8 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
         The same model, still on the meta device; `materialize` gives it storage.
     """
     _check_quantized(model, mesh, config)
+    if precision == "amp_bf16" and model.config.lora is not None:
+        _keep_frozen_in(torch.bfloat16, model)
     divide_experts(model, mesh)
     compiled = config.compile is True or (config.compile == "auto" and runtime.device().type == "cuda")
     if config.compile is True and not model.own_blocks:
@@ -54,9 +56,21 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
             compute_in(block, torch.bfloat16)
     if casts:
         compute_in(model, torch.bfloat16, without=list(model.blocks))
+        sum_gradients_in(model, torch.bfloat16, config.sum_gradients_in)
+    elif config.sum_gradients_in == "bf16":
+        raise ConfigError(
+            "parallel.sum_gradients_in=bf16 is for precision: amp_bf16 in a single process; leave it out otherwise"
+        )
     if not by_itself:
         shard(model, mesh, config, precision)
     return model
+
+
+def _keep_frozen_in(dtype: torch.dtype, model: CausalLM) -> None:
+    """Keep what adapters leave frozen in the compute dtype, which all that reads it would cast it to."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _check_quantized(model: CausalLM, mesh: Mesh, config: ParallelConfig) -> None:
@@ -76,10 +90,13 @@ def _reads_on_host(model: CausalLM, precision: str) -> bool:
     return any(reads_on_host(mixture.experts.backend(device, dtype), device) for mixture in mixtures(model))
 
 
-def materialize(model: CausalLM, config: ParallelConfig, seed: int) -> CausalLM:
+def materialize(model: CausalLM, config: ParallelConfig, seed: int, *, loaded: bool = False) -> CausalLM:
     """Give a model on the meta device its storage, and its initial weights.
 
     With `cpu_offload` parameters live in host memory; buffers go to the device in any case.
+
+    Args:
+        loaded: the weights of the blocks are loaded next, all of them, so they are not drawn.
     """
     place = runtime.device()
     model.to_empty(device="cpu" if config.cpu_offload else place)
@@ -87,5 +104,5 @@ def materialize(model: CausalLM, config: ParallelConfig, seed: int) -> CausalLM:
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(place))
     model.init_buffers()
-    init_weights(model, seed)
+    init_weights(model, seed, blocks=not loaded)
     return model

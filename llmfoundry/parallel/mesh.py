@@ -37,6 +37,8 @@ class ParallelConfig(Config):
     compile: bool | Literal["auto"] = "auto"  # torch.compile each block; auto: on GPUs
     reshard_after_forward: bool = True  # free a block's weights after forward, gather them again in backward
     reduce_once_a_step: bool = True  # sum gradients over ranks; False: per microbatch, more traffic, less memory
+    # In one process: sums of gradients over microbatches, in 4 bytes per parameter, or in 2, rounded at random.
+    sum_gradients_in: Literal["fp32", "bf16"] = "fp32"
     prefetch: int = Field(1, ge=0)  # blocks whose weights are gathered ahead
     cpu_offload: bool = False  # weights, gradients and optimizer state live in host memory
 

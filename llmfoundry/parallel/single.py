@@ -2,25 +2,37 @@
 
 FSDP over one rank gives the same numbers, but copies every weight and gradient three times more: at OLMoE's shape with
 8 layers and 32,768 tokens per step, this is 50 of 405 ms on an H100.
+
+A step is *lean* if each weight gets its gradient once, or if gradients are summed in bfloat16. Then gradients stay in
+the dtype that backward computes them in, and the weights' copies outlive the step: the update reads the former and
+writes the latter. That moves 14 bytes per parameter less than casts do, and holds no more memory than a step that is
+not lean, which keeps float32 gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from llmfoundry.kernels.accumulate import add_rounded_, key_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_COPY = "compute_copy"  # attribute of a parameter: its copy
+_COPIED = "compute_copy_version"  # the version of the parameter that the copy was made of
+_SUMMED = "summed"  # attribute of a parameter: its number, the step, and how often its gradient was added to
+_CASTS = "casts_to"  # attribute of a model: the compute dtype
+_SUMS = "sums_in"  # attribute of a model: "fp32" or "bf16"
+
 
 def compute_in(module: nn.Module, dtype: torch.dtype, without: Collection[nn.Module] = ()) -> None:
-    """Make `module.forward` see its parameters in `dtype`; their gradients arrive in the dtype that they are kept in.
-
-    The copies live as long as the graph needs them: where nothing is recomputed, until the module's backward.
+    """Make `module.forward` see its parameters in `dtype`.
 
     Args:
         module: its forward is replaced, its parameters stay.
@@ -30,6 +42,37 @@ def compute_in(module: nn.Module, dtype: torch.dtype, without: Collection[nn.Mod
     owners = [owner for owner in module.modules() if id(owner) not in inner]
     slots = [(owner._parameters, name) for owner in owners for name, _ in owner.named_parameters(recurse=False)]
     module.forward = _casting(module.forward, slots, dtype)
+
+
+def sum_gradients_in(model: nn.Module, dtype: torch.dtype, sums: Literal["fp32", "bf16"]) -> None:
+    """Say how a model whose modules compute in `dtype` sums the gradients of several microbatches."""
+    setattr(model, _CASTS, dtype)
+    setattr(model, _SUMS, sums)
+
+
+def begin_step(model: nn.Module, optimizer: torch.optim.Optimizer, microbatches: int, step: int) -> None:
+    """Choose before a step whether it is lean. Nothing to do for a model that is split over ranks, or in float32."""
+    dtype: torch.dtype | None = getattr(model, _CASTS, None)
+    if dtype is None:
+        return
+    lean = getattr(optimizer, "reads_any_gradient", False) and (microbatches == 1 or getattr(model, _SUMS) == "bf16")
+    for number, parameter in enumerate(model.parameters()):
+        if parameter.requires_grad:
+            setattr(parameter, _SUMMED, (number, step, 0))
+            parameter.grad_dtype = dtype if lean else parameter.dtype
+            if not lean and hasattr(parameter, _COPY):
+                delattr(parameter, _COPY)
+
+
+def copy_to_write(parameter: Tensor) -> Tensor | None:
+    """The copy of a parameter that whoever changes it may write as well, followed by `is_written`."""
+    copy: Tensor | None = getattr(parameter, _COPY, None)
+    return copy
+
+
+def is_written(parameter: Tensor) -> None:
+    """Note that the copy equals the parameter."""
+    setattr(parameter, _COPIED, parameter._version)
 
 
 def _casting(
@@ -43,7 +86,7 @@ def _casting(
             for (parameters, name), parameter in zip(slots, kept, strict=True):
                 assert parameter is not None
                 if id(parameter) not in copies:
-                    copies[id(parameter)] = parameter.to(dtype)
+                    copies[id(parameter)] = _cast(parameter, dtype)
                 parameters[name] = copies[id(parameter)]  # type: ignore[assignment]
             return forward(*args, **kwargs)
         finally:
@@ -51,3 +94,42 @@ def _casting(
                 parameters[name] = parameter
 
     return cast_forward
+
+
+def _cast(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
+    """A parameter in `dtype`: its own copy in a lean step, else one that lives as long as the graph needs it."""
+    if not parameter.requires_grad or parameter.dtype == dtype or parameter.grad_dtype != dtype:
+        return parameter.to(dtype)
+    return _Copy.apply(parameter, _up_to_date(parameter, dtype))
+
+
+@torch.no_grad()
+def _up_to_date(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
+    copy = copy_to_write(parameter)
+    if copy is None or copy.device != parameter.device:
+        copy = parameter.detach().to(dtype)
+        setattr(parameter, _COPY, copy)
+    elif getattr(parameter, _COPIED) != parameter._version:  # a checkpoint was loaded, or the optimizer writes none
+        copy.copy_(parameter)
+    is_written(parameter)
+    return copy
+
+
+class _Copy(torch.autograd.Function):
+    """Stands for a cast: the copy is there, and the gradient reaches the parameter as it is."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, parameter: nn.Parameter, copy: Tensor) -> Tensor:
+        ctx.parameter = parameter  # type: ignore[attr-defined]
+        return copy.detach()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, None]:
+        parameter: nn.Parameter = ctx.parameter  # type: ignore[attr-defined]
+        (gradient,) = gradients
+        if parameter.grad is None:
+            return gradient, None
+        number, step, times = getattr(parameter, _SUMMED)
+        add_rounded_(parameter.grad, gradient, key_of(number, step, times))
+        setattr(parameter, _SUMMED, (number, step, times + 1))
+        return None, None

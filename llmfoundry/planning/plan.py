@@ -179,19 +179,23 @@ def _seconds_per_token(job: Job, counted: float) -> float:
 def _update(job: Job, degrees: Degrees) -> float:
     """Seconds bound by memory bandwidth: clipping and AdamW on this GPU's shard, and copies around each collective.
 
-    Bytes per parameter of the shard: 4 for the norm of the gradient, 8 to scale it, 28 for the update, 6 for the cast
+    Bytes per parameter of the shard: 4 for the norm of the gradient, 12 and the moments for the update, 6 for the cast
     before an all-gather. Bytes per gathered parameter: 4 for a copy, and 6 for a float32 copy of its gradient. A single
-    process casts its weights once per microbatch, and its gradients.
+    process casts its weights and gradients once per microbatch; in a lean step (parallel/single.py) it casts neither,
+    and sums bfloat16 gradients.
     """
     model, parallel, microbatches = job.model, job.parallel, job.work(degrees).microbatches
     dense, experts = _params(model)
     whole = dense + experts / degrees.expert + model.vocab_size * model.d_model
     share = model.n_trainable_params() / degrees.shard
+    update = (16 + 2 * job.optimizer.state_bytes) * share
     if single_process(parallel, degrees):
-        return (40 * share + (6 * microbatches + 6) * whole) / hardware.COPY_BYTES
+        lean = microbatches == 1 or parallel.sum_gradients_in == "bf16"
+        copies = 6 * (microbatches - 1) * whole - 2 * share if lean else (6 * microbatches + 6) * whole
+        return (update + copies) / hardware.COPY_BYTES
     gathers = 2 * microbatches + job.work(degrees).counted if parallel.reshard_after_forward else microbatches
     reductions = 1 if parallel.reduce_once_a_step else microbatches
-    return (40 * share + gathers * (6 * share + 4 * whole) + reductions * 6 * whole) / hardware.SHARDED_COPY_BYTES
+    return (update + gathers * (6 * share + 4 * whole) + reductions * 6 * whole) / hardware.SHARDED_COPY_BYTES
 
 
 def _params(model: CausalLMConfig) -> tuple[int, int]:

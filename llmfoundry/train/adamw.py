@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llmfoundry.dtensor import local_part, local_shard
 from llmfoundry.kernels.update import Place, adamw_
+from llmfoundry.parallel.single import copy_to_write, is_written
 
 log = logging.getLogger(__name__)
 
@@ -27,21 +28,25 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class _Part(NamedTuple):
     """What this rank holds of one parameter."""
 
-    weight: Tensor
+    parameter: Tensor
+    weight: Tensor  # the rank's part
     grad: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    copy: Tensor | None  # of the weight in the compute dtype, where one is kept
     step: Tensor  # ()
     place: Place
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW, with moments in float32 or bfloat16.
+    """torch's AdamW, with moments in float32 or bfloat16, and gradients of float32 weights in either.
 
     Args:
         params: groups; parameters may be plain tensors or DTensors of any meshes.
         state_dtype: of the moments; None: that of each parameter.
     """
+
+    reads_any_gradient = True
 
     def __init__(
         self,
@@ -91,8 +96,9 @@ class AdamW(torch.optim.AdamW):
                 continue
             step, mean, square = self._state_of(parameter)
             weight, grad = local_part(parameter).detach(), local_part(parameter.grad)
-            key = (weight.device, weight.dtype, grad.dtype, mean.dtype)
-            found.setdefault(key, []).append(_Part(weight, grad, mean, square, step, self._places[parameter]))
+            copy, place = copy_to_write(parameter), self._places[parameter]
+            key = (weight.device, weight.dtype, grad.dtype, mean.dtype, copy is not None)
+            found.setdefault(key, []).append(_Part(parameter, weight, grad, mean, square, copy, step, place))
         return found.values()
 
     def _state_of(self, parameter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,16 +133,28 @@ def _update(parts: list[_Part], group: dict[str, Any], divisor: Tensor | None, s
         return
     weights, grads = [part.weight for part in parts], [part.grad for part in parts]
     means, squares = [part.exp_avg for part in parts], [part.exp_avg_sq for part in parts]
-    steps = [part.step for part in parts]
+    steps, copies = [part.step for part in parts], [part.copy for part in parts if part.copy is not None]
     if weights[0].dtype == torch.float32 and (weights[0].is_cuda or means[0].dtype == torch.bfloat16):
         one = torch.ones((), device=weights[0].device)
         adamw_(
-            weights, grads, means, squares, steps, one if divisor is None else divisor,
+            weights, grads, means, squares, copies, steps, one if divisor is None else divisor,
             torch.zeros_like(one) if skip is None else skip, [part.place for part in parts],
             lr=lr, beta1=beta1, beta2=beta2, eps=eps, decay=decay,
         )  # fmt: skip
+        _note(parts)
         return
+    grads = [grad.to(weights[0].dtype) for grad in grads]
     torch._fused_adamw_(
         weights, grads, means, squares, [], steps, amsgrad=False, maximize=False, grad_scale=divisor, found_inf=skip,
         lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps,
     )  # fmt: skip
+    if copies:
+        torch._foreach_copy_(copies, weights)
+    _note(parts)
+
+
+def _note(parts: list[_Part]) -> None:
+    """The copies equal the weights."""
+    for part in parts:
+        if part.copy is not None:
+            is_written(part.parameter)

@@ -96,11 +96,12 @@ def build(config: RunConfig) -> Trainer:
     )
     joined = _mix(config, loader, timeline, start)
     schedule = config.scheduler.build(timeline)
-    model = _build_model(config, mesh, precision)
+    loaded = bool(start.hugging_face or start.composer or start.contents) and not config.load_allow
+    model = _build_model(config, mesh, precision, loaded)
     microbatches.can_retry = can_leave(model)
     reference = None
     if config.loss.pairs and config.model.lora is None:
-        reference = _build_model(config, mesh, precision).requires_grad_(False).eval()
+        reference = _build_model(config, mesh, precision, loaded=True).requires_grad_(False).eval()
     return Trainer(
         config=config,
         mesh=mesh,
@@ -128,14 +129,14 @@ def build(config: RunConfig) -> Trainer:
     )
 
 
-def _build_model(config: RunConfig, mesh: Mesh, precision: Precision) -> CausalLM:
+def _build_model(config: RunConfig, mesh: Mesh, precision: Precision, loaded: bool) -> CausalLM:
     with torch.device("meta"):  # shapes only: no rank ever holds the whole model
         model = config.model.build()
     assert isinstance(model, CausalLM)
     model = parallelize(model, mesh, config.parallel, precision)
     if config.device_train_microbatch_size == "auto" and can_leave(model):
         meet_before_collectives(model)
-    return materialize(model, config.parallel, config.seed)  # the same values on every mesh
+    return materialize(model, config.parallel, config.seed, loaded=loaded)  # the same values on every mesh
 
 
 def _mix(config: RunConfig, loader: Loader, timeline: Timeline, start: Start) -> Joined:

@@ -24,6 +24,10 @@ class DecoupledLionWConfig(GroupedOptimizerConfig, names=("decoupled_lionw",)):
     betas: Betas = [0.9, 0.99]  # of the update's direction, and of the momentum
     weight_decay: float = Field(0.0, ge=0)  # each step takes (lr / initial lr) * weight_decay of the weight away
 
+    @property
+    def state_bytes(self) -> int:
+        return 4
+
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         return DecoupledLionW(self.settings(model), lr=self.lr, betas=(self.betas[0], self.betas[1]))
 
@@ -36,6 +40,7 @@ class DecoupledLionW(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True
+    reads_any_gradient = True
 
     def __init__(self, params: Iterable[dict[str, object]], lr: float, betas: tuple[float, float]) -> None:
         super().__init__(params, {"lr": lr, "initial_lr": lr, "betas": betas, "weight_decay": 0.0})
@@ -62,6 +67,7 @@ class DecoupledLionW(torch.optim.Optimizer):
         if not state:
             state["exp_avg"] = torch.zeros_like(parameter)
         weight, grad, moment = map(local_part, (parameter, parameter.grad, state["exp_avg"]))
+        grad = grad.to(weight.dtype)
         grad = grad if divisor is None else grad / divisor.to(grad.device, grad.dtype)
         taken: Tensor | float = 1.0  # 0 where the step is skipped: everything below is then multiplied by 1 or 0
         if skip is not None:

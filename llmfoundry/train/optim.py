@@ -33,6 +33,11 @@ class OptimizerConfig(Choice, tag="name"):
     name: str  # the kind of optimizer
     lr: float = Field(gt=0)  # the highest learning rate; the scheduler multiplies it
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of its state per parameter, by which the plan times an update."""
+        return 8
+
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of `model`'s trainable parameters; each of its groups carries its `initial_lr`."""
         raise NotImplementedError
@@ -87,6 +92,10 @@ class AdamWConfig(GroupedOptimizerConfig, names=("adamw",)):
     weight_decay: float = Field(0.01, ge=0)  # each step takes lr * weight_decay of the weight away
     # How the moments are kept: 8 bytes per parameter, or 4, rounded at random so that small changes add up.
     state_dtype: Literal["fp32", "bf16"] = "fp32"
+
+    @property
+    def state_bytes(self) -> int:
+        return 4 if self.state_dtype == "bf16" else 8
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         beta1, beta2 = self.betas
@@ -251,13 +260,14 @@ def l2_norms(tensors: Sequence[Tensor]) -> Tensor:
     groups: dict[tuple[object, ...], tuple[_GradientGroup, list[int]]] = {}
     for number, tensor in enumerate(tensors):
         shards = _shards(tensor)
-        key = (tensor.device, *(axis.group_name for axis in shards.axes))
+        key = (tensor.device, tensor.dtype, *(axis.group_name for axis in shards.axes))
         group, numbers = groups.setdefault(key, (shards._replace(grads=[]), []))
         group.grads.extend(shards.grads)
         numbers.append(number)
     found = torch.zeros(len(tensors), dtype=torch.float64)
     for group, numbers in groups.values():
-        squares = torch.stack([norm.double() for norm in torch._foreach_norm(group.grads, 2.0)]).square()
+        norms = torch._foreach_norm(group.grads, 2.0, dtype=torch.promote_types(group.grads[0].dtype, torch.float32))
+        squares = torch.stack([norm.double() for norm in norms]).square()
         for axis in group.axes:
             squares = squares.to(group.device_type)
             dist.all_reduce(squares, group=axis)

@@ -20,6 +20,7 @@ from llmfoundry.layers.ffn import RouterStats
 from llmfoundry.model.transformer import CausalLM, Output
 from llmfoundry.moe.balance import Balance, load_balance_loss, update_expert_bias, z_loss
 from llmfoundry.parallel.fsdp import accumulating, forget_step
+from llmfoundry.parallel.single import begin_step
 from llmfoundry.train.loss import Loss
 from llmfoundry.train.optim import clipping, update
 
@@ -77,6 +78,7 @@ def train_step(
     counts = _Counts(*runtime.all_reduce_sum(own).unbind())
     microbatches = objective.microbatches(batch, microbatch_rows)
     seeding = _seeding(model, noise_seed, step)
+    begin_step(model, optimizer, len(microbatches), step)
 
     def accumulate() -> _Sums:
         return _accumulate(model, microbatches, balance, objective, counts, n_sources, seeding)

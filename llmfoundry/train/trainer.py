@@ -7,11 +7,11 @@ import logging
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch.profiler import record_function
@@ -21,6 +21,7 @@ from llmfoundry.checkpoint.checkpointer import CheckpointState
 from llmfoundry.checkpoint.composer_names import load_composer
 from llmfoundry.checkpoint.reading import HUGGING_FACE, Contents, Json, load_model_only, read
 from llmfoundry.config import ConfigError
+from llmfoundry.data.loader import Batch
 from llmfoundry.data.mixture import Mixture
 from llmfoundry.eval.icl import PREFIX
 from llmfoundry.layers.ffn import RouterStats
@@ -48,6 +49,13 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signa
 SAME_REQUEST = 1.0  # seconds
 
 
+class Ahead(NamedTuple):
+    """The rows of the next step."""
+
+    start_row: int
+    batch: Batch
+
+
 @dataclass(kw_only=True)
 class Trainer(Run):
     """A run, built and ready to `fit`."""
@@ -60,6 +68,7 @@ class Trainer(Run):
     objective: Loss = CROSS_ENTROPY
     reference: CausalLM | None = None  # a frozen model beside the one that is trained, where the loss needs it
     folder: RunFolder | None = None  # of rank 0, from `fit` on
+    ahead: Ahead | None = None
     unevaluated: Metrics = field(default_factory=dict)  # of the last step, if a signal cut its evaluation short
 
     def fit(self) -> None:
@@ -171,7 +180,7 @@ class Trainer(Run):
         """Take the next rows, update the weights, and say what happened."""
         start = time.perf_counter()
         state, rows = self.state, self.config.global_train_batch_size
-        batch = self.loader.batch(state.rows, rows, self.mesh.data_rank, self.mesh.data_ranks).to(self.device)
+        batch = self._batch(state.rows)
         rate = set_learning_rate(self.optimizer, self.schedule.multiplier(state.step))
         clipping = self.config.algorithms.gradient_clipping
         result = self.microbatches.run(
@@ -198,9 +207,9 @@ class Trainer(Run):
         parts += [result.metrics, result.sources.flatten()]
         if result.router is not None and self.balance is not None:
             parts.append(summary(result.router, rows * self.loader.max_seq_len, self.balance))
-        read = iter(
-            torch.cat([part.double() for part in parts]).tolist()
-        )  # all at once: the host waits for the device here
+        found = torch.cat([part.double() for part in parts])
+        self._read_ahead(state.rows)
+        read = iter(found.tolist())  # all at once: the host waits for the device here
         (updated, ce, total, grad_norm), of_loss, sources = (list(itertools.islice(read, size)) for size in sizes)
         self._count_skip(bool(updated))
         metrics: Metrics = {
@@ -217,6 +226,21 @@ class Trainer(Run):
         seconds = time.perf_counter() - start
         self.train_seconds += seconds
         return metrics | {"time/step_seconds": seconds}
+
+    def _batch(self, start_row: int) -> Batch:
+        """This rank's rows of a step, on the device; those that were read ahead, if it is them."""
+        ahead, self.ahead = self.ahead, None
+        return ahead.batch if ahead is not None and ahead.start_row == start_row else self._read(start_row)
+
+    def _read(self, start_row: int) -> Batch:
+        rows = self.config.global_train_batch_size
+        return self.loader.batch(start_row, rows, self.mesh.data_rank, self.mesh.data_ranks).to(self.device)
+
+    def _read_ahead(self, start_row: int) -> None:
+        """Read the rows of the next step while the device works on this one. If they are bad, that step says so."""
+        if self.state.step < self.timeline.total_steps:
+            with suppress(Exception):
+                self.ahead = Ahead(start_row, self._read(start_row))
 
     def _by_source(self, sums: list[float]) -> Metrics:
         """Of a mixture: the loss of each source that was in the batch, and the tokens of it so far."""

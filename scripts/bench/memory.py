@@ -65,6 +65,7 @@ CASES: list[tuple[str, dict[str, object], int]] = [
     *((name, {"recompute": "full"}, 2) for name in ("experts", "experts with biases", "dense", "adapters")),
     *((name, {"recompute": "selective"}, 1) for name in ("experts", "experts with biases", "dense")),
     *((name, {"compile": False}, 2) for name in ("experts", "experts with biases", "dense", "latent attention")),
+    ("experts", {"sum_gradients_in": "bf16"}, 2),
 ]
 
 

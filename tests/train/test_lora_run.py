@@ -12,7 +12,9 @@ from llmfoundry.cli.convert import convert_main
 from llmfoundry.cli.inference import generate_main
 from llmfoundry.cli.train import train_main
 from llmfoundry.config import ConfigError, check
+from llmfoundry.dtensor import LocalShard
 from llmfoundry.layers.lora import is_adapter
+from llmfoundry.model import init
 from llmfoundry.settings import load_yaml
 from llmfoundry.train.config import RunConfig
 from tests.train.test_finetuning_run import recipe as llama_recipe  # noqa: F401
@@ -51,6 +53,28 @@ def test_adapters_begin_on_a_base_checkpoint_and_resume_bitwise(
     (parts / "checkpoints" / "latest").symlink_to("step-5")
     assert train_main([*begin, f"save_folder={parts}", "save_interval=5ba", "autoresume=true"]) == 0
     assert all(torch.equal(after[name], value) for name, value in weights_of(parts).items())
+
+
+def test_blocks_that_are_loaded_are_not_drawn(
+    recipe: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[str] = []
+    draw = init.draw_weight
+
+    def watched(shard: LocalShard, std: float, uniform: bool, seed: int, name: str, *rest: object) -> None:
+        drawn.append(name)
+        draw(shard, std, uniform, seed, name, *rest)
+
+    monkeypatch.setattr(init, "draw_weight", watched)
+    assert train_main([str(recipe), "max_duration=4ba"]) == 0
+    assert any(name.startswith("blocks.") for name in drawn)
+    drawn.clear()
+    weights = f"load_path={tmp_path / 'run' / 'checkpoints' / 'latest'}"
+    assert train_main([str(recipe), *LORA, weights, f"save_folder={tmp_path / 'next'}", "max_duration=4ba"]) == 0
+    assert drawn and not [name for name in drawn if name.startswith("blocks.") and not is_adapter(name)]
+    assert all(value.isfinite().all() for value in weights_of(tmp_path / "next").values())
 
 
 QLORA = ["model.lora.rank=2", "model.lora.alpha=8.0", "model.lora.quantize=nf4", "parallel.recompute=full"]
