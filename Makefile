@@ -40,6 +40,10 @@ train: setup
 test: setup
 	$(PY) -m pytest -n 2 --dist loadfile -m 'not gpu'
 
+# Tests of faults in full: 10,000 fuzzed inputs, other ones each time.
+soak: setup
+	FAULTS_INPUTS=10000 $(PY) -m pytest tests/faults
+
 check: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .

@@ -8,6 +8,7 @@ of a file are bounded before anything in it is expanded.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
@@ -18,12 +19,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from llmfoundry.config import ConfigError
+from llmfoundry.private import FromEnvironment, Interpolation, is_secret
+from llmfoundry.strict_json import read_plain
 
 MAX_BYTES = 2**20  # of a YAML file
 MAX_DEPTH = 40
 MAX_SIZE = 100_000  # values and characters after aliases and interpolations are expanded, in units of 1 and 64
 MISSING = "???"  # OmegaConf's mark of a value that must be given
 _REFERENCE = re.compile(r"\$\{\s*(\.*)([A-Za-z_][\w.\[\]-]*)\s*\}")
+_ENVIRONMENT = re.compile(r"(?<!\\)\$\{\s*oc\.env:\s*(?P<name>[^,}\s]+)\s*(?P<default>,[^}]*)?\}")
 _OVERRIDE = re.compile(r"(?P<key>[^=:~\s][^=:]*?)(?P<kind>:?=)(?P<value>.*)", re.DOTALL)
 
 
@@ -35,12 +39,14 @@ class Settings(NamedTuple):
         file: the same without the overrides.
         given: dotted paths of the values that overrides set.
         referred: keys of the top level that interpolations refer to.
+        environment: by dotted path, the values that came from the environment.
     """
 
     data: dict[str, object]
     file: dict[str, object]
     given: frozenset[str]
     referred: frozenset[str]
+    environment: dict[str, FromEnvironment]
 
 
 def load_yaml(path: str | Path, overrides: list[str] | None = None) -> dict[str, object]:
@@ -48,22 +54,26 @@ def load_yaml(path: str | Path, overrides: list[str] | None = None) -> dict[str,
     return load_settings(path, overrides).data
 
 
-def load_settings(path: str | Path, overrides: list[str] | None = None) -> Settings:
+def load_settings(path: str | Path, overrides: list[str] | None = None, is_users: bool = True) -> Settings:
     """Read a YAML file, put overrides over it, and resolve its interpolations.
 
     Args:
         path: the file. Its `variables` block serves interpolation (`${variables.d_model}`) and is then dropped.
         overrides: `a.b=value` (a mapping is merged), `a.b:=value` (replaces all that was there), `~a.b` (deletes);
             values are YAML.
+        is_users: whether the file is the user's own; in another's, `${oc.env:NAME}` stays a text where there is no
+            such variable, or where it is named like a secret.
 
     Raises:
         ConfigError: the file is missing or malformed, an override has another form, an interpolation leads nowhere.
     """
     parsed = [_parse_override(item) for item in overrides or []]
     try:
-        if (size := Path(path).stat().st_size) > MAX_BYTES:
-            raise ConfigError(f"{path}: has {size:,} bytes, too many for a YAML file of settings")
-        text = Path(path).read_text(encoding="utf-8-sig")
+        with Path(path).open("rb") as opened:  # which may be a pipe: `train.py <(...)`
+            content = opened.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ConfigError(f"{path}: has more than {MAX_BYTES:,} bytes, too many for a YAML file of settings")
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except OSError as error:
@@ -74,6 +84,8 @@ def load_settings(path: str | Path, overrides: list[str] | None = None) -> Setti
     if not isinstance(loaded, dict):
         found = "nothing" if loaded is None else f"a {type(loaded).__name__}"
         raise ConfigError(f"{path}: must hold a mapping, found {found}")
+    if not is_users:
+        loaded = {key: _each_string(value, _keep_private) for key, value in loaded.items()}
     config = OmegaConf.create(loaded)
     for override in parsed:
         _apply(config, override)
@@ -82,7 +94,39 @@ def load_settings(path: str | Path, overrides: list[str] | None = None) -> Setti
     data = {key: value for key, value in _resolved(config, str(path)).items() if key not in borrowed}
     file = data if not parsed else {key: value for key, value in loaded.items() if key != "variables"}
     given = {path for override in parsed if override.kind != "~" for path, _ in leaves(override.value, override.key)}
-    return Settings(data, file, frozenset(given), referred)
+    return Settings(data, file, frozenset(given), referred, _from_environment(config, data))
+
+
+def _keep_private(text: str) -> str:
+    """Escape what is not to be looked up in this machine's environment for a file of somebody else's."""
+
+    def kept(found: re.Match[str]) -> str:
+        known = found["default"] is not None or found["name"] in os.environ
+        return found[0] if known and not is_secret(found["name"]) else f"\\{found[0]}"
+
+    return _ENVIRONMENT.sub(kept, text)
+
+
+def _from_environment(config: DictConfig, data: Mapping[str, object]) -> dict[str, FromEnvironment]:
+    """The texts that an `${oc.env:NAME}` stands in, also by way of another key; references are written out."""
+    raw = OmegaConf.to_container(config, resolve=False)
+    if not any("oc.env" in value for _, value in leaves(raw) if isinstance(value, str)):
+        return {}
+
+    def written(path: list[str]) -> str:
+        node: object = raw
+        for place, part in enumerate(path):
+            if isinstance(node, str) and (all_of_it := _REFERENCE.fullmatch(node)):
+                return written([*target(all_of_it, path[:place]), *path[place:]])
+            node = node[int(part)] if isinstance(node, list) else node.get(part) if isinstance(node, dict) else None
+        return _REFERENCE.sub(lambda found: written(target(found, path)), node) if isinstance(node, str) else str(node)
+
+    def target(found: re.Match[str], path: list[str]) -> list[str]:
+        above = path[: -len(found[1])] if found[1] else []
+        return [*above, *_dotted(found[2]).split(".")]
+
+    texts = ((path, value, written(path.split("."))) for path, value in leaves(dict(data)) if isinstance(value, str))
+    return {path: FromEnvironment(text, value) for path, value, text in texts if "oc.env" in text}
 
 
 def _referred(config: DictConfig) -> frozenset[str]:
@@ -135,7 +179,10 @@ def _parse_override(text: str) -> _Override:
 
 def _dotted(key: str) -> str:
     """`a[0].b` as `a.0.b`, which is one way to write it and not two."""
-    return re.sub(r"\[(\w+)\]", r".\1", key.strip())
+    dotted = re.sub(r"\[(\w+)\]", r".\1", key.strip())
+    if dotted.count(".") > MAX_DEPTH:
+        raise ConfigError(f"{key[:80]}...: is nested too deeply")
+    return dotted
 
 
 def _apply(config: DictConfig, override: _Override) -> None:
@@ -377,11 +424,13 @@ def read_resolved(path: str | Path) -> dict[str, object]:
         ConfigError: the file is missing or malformed.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_plain(Path(path), most=MAX_BYTES).decode()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8: {error.reason} at byte {error.start}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
     data = parse(text, f"{path}: is malformed")
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: is malformed: must hold a mapping, found {type(data).__name__}")
@@ -400,6 +449,8 @@ def _each_string(value: object, change: Callable[[str], str]) -> object:
 
 def _escaped(text: str) -> str:
     """OmegaConf reads `\\${` as `${`, and halves the backslashes before an interpolation or an escape."""
+    if isinstance(text, Interpolation):
+        return str(text)
     if "${" not in text:
         return text
     return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", text)

@@ -12,9 +12,9 @@ PACKAGE = ROOT / "llmfoundry"
 
 # Ground first. A module may import from its own room and from the floors below it.
 FLOORS = [
-    {"config", "launch", "dtensor", "progress"},
+    {"config", "launch", "dtensor", "progress", "private", "strict_json"},
     {"settings", "runtime", "stopping"},
-    {"kernels", "data"},
+    {"kernels", "data", "code"},
     {"layers"},
     {"moe"},
     {"model"},

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from llmfoundry import runtime
 from llmfoundry.callbacks.reach import why_unreachable
-from llmfoundry.config import ConfigError, dump
+from llmfoundry.config import ConfigError
 from llmfoundry.train.callback import Callback, LoggerConfig, Metrics, Run, Table
 from llmfoundry.train.config import RankZeroOnly
 
@@ -168,7 +168,7 @@ class MLflow(Callback):
         assert self._client is not None
         params = [
             Param(key, str(value)[:MOST_CHARACTERS])
-            for key, value in flattened(dump(trainer.config))
+            for key, value in flattened(trainer.config.disclosed())
             if not _matches(key, self.config.ignore_hyperparameters)
         ]
         for start in range(0, len(params), MOST_PARAMS):

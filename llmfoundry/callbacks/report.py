@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import math
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from llmfoundry.report.experts import (
 )
 from llmfoundry.report.page import write_report
 from llmfoundry.report.records import DEAD, EXPERTS, PROBE
+from llmfoundry.strict_json import parse_json, whole_number
 from llmfoundry.train.callback import Callback, CallbackConfig, Json, Metrics, Run
 from llmfoundry.train.duration import Duration
 from llmfoundry.train.run import is_evaluated
@@ -70,7 +72,7 @@ class Report(Callback):
         if not self.config.enabled or not runtime.is_rank0() or not file.exists():
             return
         lines = file.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= trainer.state.step]
+        kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= trainer.state.step]
         if len(kept) < len(lines):  # a killed run wrote beyond its checkpoint
             file.write_text("".join(kept))
 
@@ -224,3 +226,12 @@ def by_layer(sample: dict[str, object]) -> Metrics:
             figures["bias_range"] = max(biases[i]) - min(biases[i])
         metrics |= {f"moe/layer{layer}/{name}": value for name, value in figures.items()}
     return metrics
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; one that cannot be read is left out as if it came after the run."""
+    try:
+        said = parse_json(line)
+        return whole_number(said["step"] if isinstance(said, dict) else None)
+    except (ValueError, KeyError):
+        return math.inf

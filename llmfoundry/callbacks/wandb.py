@@ -10,7 +10,7 @@ from pydantic import field_validator
 
 from llmfoundry import runtime
 from llmfoundry.callbacks.reach import why_unreachable
-from llmfoundry.config import ConfigError, dump
+from llmfoundry.config import ConfigError
 from llmfoundry.train.callback import Callback, LoggerConfig, Metrics, Run, Table
 from llmfoundry.train.config import RankZeroOnly
 
@@ -97,7 +97,7 @@ class Wandb(Callback):
             "id": _run_id(trainer.config.folder / RUN_ID),
             "resume": "allow" if self.config.is_online() else None,
             "dir": str(trainer.config.folder),
-            "config": dump(trainer.config),
+            "config": trainer.config.disclosed(),
         }
         given = {key: value for key, value in own.items() if value}
         self.run = wandb.init(**settings | self.config.init_kwargs | given)  # type: ignore[arg-type]

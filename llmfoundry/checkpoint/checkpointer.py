@@ -62,13 +62,11 @@ from llmfoundry.checkpoint.reading import (
     Base,
     Contents,
     Files,
-    Json,
     find_base,
     first_reason,
     load_base,
     load_model_only,
     read,
-    read_entries,
     read_one,
     read_tensors,
 )
@@ -87,6 +85,7 @@ from llmfoundry.checkpoint.uploading import Uploader
 from llmfoundry.dtensor import local_part
 from llmfoundry.hf.generation import GENERATION
 from llmfoundry.settings import write_resolved
+from llmfoundry.strict_json import Json
 
 __all__ = ["Checkpointer", "CheckpointState", "Contents", "SaveError", "load_model_only", "read"]
 
@@ -266,7 +265,7 @@ class Checkpointer:
         """
         contents = source if isinstance(source, Contents) else read(source, "everything")
         assert contents.verified == "everything"
-        entries = read_entries(contents)
+        entries = contents.entries
         model = model_tensors(state.model, frozen=contents.base is None)
         try:
             check_same_model(entries, model, exact_dtype=True)

@@ -32,6 +32,7 @@ from llmfoundry.checkpoint.reading import (
     load_model_only,
     read,
 )
+from llmfoundry.code import refuse_code, run_plugins
 from llmfoundry.config import ConfigError, check, dump, is_theirs, is_url
 from llmfoundry.hf.adapters import peft_names
 from llmfoundry.hf.family import write_config
@@ -139,25 +140,32 @@ def from_hf(source: str | Path, out: Path, progress: Progress) -> CausalLMConfig
 
 
 def to_hf(
-    source: str | Path, out: Path, progress: Progress, dtype: torch.dtype | None = None, model_type: str | None = None
-) -> None:
+    source: str | Path, out: Path, progress: Progress, dtype: torch.dtype | None = None, model_type: str | None = None,
+    allow_code: bool = False,
+) -> None:  # fmt: skip
     """A checkpoint of ours as a Hugging Face folder; adapters are added to the weights that they adapt.
 
     Args:
         source: a checkpoint, a folder with checkpoints (the newest), or a run's `save_folder`.
         dtype: of the weights; None: as they are stored.
         model_type: the family; None: the first that can hold the model.
+        allow_code: whether to run the plug-ins that its settings name.
 
     Raises:
         ConfigError: what is wrong with `source`, no family can hold the model, or `out` is in use.
     """
     newest_usable(
-        lambda: candidates(source), lambda found: _to_hf(found, out, progress, dtype, model_type), "model", str(source)
+        lambda: candidates(source),
+        lambda found: _to_hf(found, out, progress, dtype, model_type, allow_code),
+        "model",
+        str(source),
     )
 
 
-def _to_hf(found: Found, out: Path, progress: Progress, dtype: torch.dtype | None, model_type: str | None) -> None:
-    contents, config = _open(found.path, "texts")  # tensors are verified while they are copied
+def _to_hf(
+    found: Found, out: Path, progress: Progress, dtype: torch.dtype | None, model_type: str | None, allow_code: bool
+) -> None:
+    contents, config = _open(found.path, "texts", allow_code)  # tensors are verified while they are copied
     tokenizer = tokenizer_of(contents.tokenizer) if contents.tokenizer is not None else None
     with new_folder(out) as folder, manifest.verified_beside(contents.path, _is_weights):
         write_checkpoint(
@@ -169,16 +177,17 @@ def _to_hf(found: Found, out: Path, progress: Progress, dtype: torch.dtype | Non
             name_for_transformers_4(folder)
 
 
-def adapters_to_peft(source: str | Path, out: Path, base_model: str | None = None) -> None:
+def adapters_to_peft(source: str | Path, out: Path, base_model: str | None = None, allow_code: bool = False) -> None:
     """The adapters of a checkpoint of ours as a folder that `peft` reads.
 
     Args:
         base_model: the hub id or folder of the model that they adapt.
+        allow_code: whether to run the plug-ins that its settings name.
 
     Raises:
         ConfigError: there are no adapters, or they stand where `peft` cannot have any.
     """
-    contents, config = _open(source)
+    contents, config = _open(source, allow_code=allow_code)
     if config.lora is None:
         raise ConfigError(f"{contents.path}: has no adapters (model.lora)")
     family, _ = write_config(_base(config))
@@ -191,8 +200,13 @@ def adapters_to_peft(source: str | Path, out: Path, base_model: str | None = Non
         save_peft(model, folder, names, base_model)
 
 
-def grow(source: str | Path, out: Path, plan: Upcycling, seed: int, progress: Progress) -> CausalLMConfig:
+def grow(
+    source: str | Path, out: Path, plan: Upcycling, seed: int, progress: Progress, allow_code: bool = False
+) -> CausalLMConfig:
     """A dense checkpoint, Hugging Face's or ours, as a mixture of experts in a checkpoint of ours.
+
+    Args:
+        allow_code: whether to run the plug-ins that its settings name.
 
     Returns:
         The mixture's config.
@@ -205,7 +219,7 @@ def grow(source: str | Path, out: Path, plan: Upcycling, seed: int, progress: Pr
     values: TensorSource
     copies: Mapping[str, list[Copy]]
     if is_ours:
-        contents, config = _open(source)
+        contents, config = _open(source, allow_code=allow_code)
         values = CheckpointSource(contents, config)
         dense, tokenizer, specs = _base(config), contents.tokenizer, dict(values.specs)
         copies = Pieces.identity(specs)
@@ -268,9 +282,12 @@ def _is_weights(name: str) -> bool:
     return name.startswith("model-")
 
 
-def _open(source: str | Path, need: Need = "model") -> tuple[Contents, CausalLMConfig]:
+def _open(source: str | Path, need: Need = "model", allow_code: bool = False) -> tuple[Contents, CausalLMConfig]:
     """What a checkpoint says about itself, and the config of its model."""
     contents = read(source, need)
+    if not allow_code:
+        refuse_code(contents.config, str(contents.path), ["code_paths"])
+    run_plugins(contents.config)
     model = contents.config.get("model")
     if not isinstance(model, dict):
         raise CheckpointError(f"{contents.path}: its settings have no model")

@@ -17,6 +17,7 @@ from llmfoundry.config import Choice, Config, ConfigError, check
 from llmfoundry.hf.facts import differences, facts, weight_differences
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.model.transformer import CausalLMConfig
+from llmfoundry.private import disclosed
 
 # Beside the model's function. Names that `load_allow` takes too, for what is compared elsewhere.
 ROWS = (
@@ -63,7 +64,9 @@ class Comparison(NamedTuple):
     others: list[Difference]
 
 
-def compare(config: Config, model: CausalLMConfig, before: Plain, *, weights_only: bool) -> Comparison:
+def compare(
+    config: Config, model: CausalLMConfig, before: Plain, *, weights_only: bool, now: Plain | None = None
+) -> Comparison:
     """Compare the settings of a run with those of a checkpoint.
 
     Args:
@@ -71,8 +74,10 @@ def compare(config: Config, model: CausalLMConfig, before: Plain, *, weights_onl
         model: its model.
         before: the checkpoint's config.yaml.
         weights_only: whether a new run begins from the weights: then only the model's function is identity.
+        now: the run's settings as they are written, if some are not written as they are.
     """
-    old, new = _flat(filled(config, before)), _flat(_dumped(config))
+    old = _flat(disclosed(filled(config, before), {}))
+    new = _flat(disclosed(_dumped(config), {}) if now is None else now)
     identity = _model_differences(model, before, weights_only)
     others = []
     for key in new | old:

@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 
 from llmfoundry import runtime
 from llmfoundry.config import ConfigError
+from llmfoundry.strict_json import Json, read_mapping, whole_number
 
 log = logging.getLogger(__name__)
 
@@ -131,8 +132,8 @@ def is_copied_link(path: Path) -> bool:
 def step_in(path: Path) -> int | None:
     """The step that the manifest of a checkpoint gives; None if it cannot be read."""
     try:
-        return int(json.loads((path / MANIFEST).read_bytes())["step"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return whole_number(read_mapping(path / MANIFEST, follow=False)["step"])
+    except (OSError, ValueError, KeyError):
         return None
 
 
@@ -207,26 +208,46 @@ def read_manifest(path: Path) -> dict[str, Written]:
     """
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_bytes())
+        manifest = read_mapping(file, follow=False)
         if manifest["format"] != FORMAT:
             raise DamagedError(f"{file}: format {manifest['format']}, this version reads {FORMAT}")
-        files = {name: Written(int(f["bytes"]), str(f["sha256"])) for name, f in manifest["files"].items()}
+        step, listed = whole_number(manifest["step"]), manifest["files"]
+        if not isinstance(listed, dict):
+            raise ValueError("files must be a mapping")
+        files = {name: _written(entry) for name, entry in listed.items()}
     except FileNotFoundError:
         raise DamagedError(f"{file}: is missing; the checkpoint is not complete") from None
     except OSError as error:
         raise DamagedError(f"{file}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise DamagedError(f"{file}: is damaged ({type(error).__name__}: {error})") from None
+    named = _STEP_FOLDER.fullmatch(path.name)
+    if named is not None and int(named[1]) != step:
+        raise DamagedError(f"{file}: is of step {step}, and its folder is named {path.name}")
     for name in files:
         parts = PurePosixPath(name).parts
-        if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
-            raise DamagedError(f"{file}: names {name!r}, which is outside the checkpoint")
+        if not parts or name.startswith("/") or ".." in parts or "\\" in name or not _is_name(name):
+            raise DamagedError(f"{file}: names {name!r:.80}, which is outside the checkpoint")
     for name in (INDEX, TRAINER, CONVERTED if CONVERTED in files else CONFIG):
         if name not in files:
             raise DamagedError(f"{file}: does not list {name}; the checkpoint is not complete")
     return files
+
+
+def _is_name(text: str) -> bool:
+    """Whether a file can be named so: JSON may hold half a surrogate pair."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
+def _written(entry: Json) -> Written:
+    if not isinstance(entry, dict) or not isinstance(entry["sha256"], str):
+        raise ValueError(f"{entry!r:.80} is no file's length and SHA-256")
+    return Written(whole_number(entry["bytes"]), entry["sha256"])
 
 
 def is_whole(path: Path) -> bool:

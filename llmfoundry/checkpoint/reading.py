@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +35,7 @@ from llmfoundry.checkpoint.manifest import (
     Written,
     is_needed,
     read_manifest,
+    step_in,
     verify,
 )
 from llmfoundry.checkpoint.storage import Entry, TensorReader, read_index
@@ -46,10 +48,10 @@ from llmfoundry.hf.pretrained import VOCABULARY, locate, quantize_from
 from llmfoundry.layers.lora import frozen_weights, is_adapter
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.settings import read_resolved
+from llmfoundry.strict_json import Json, read_mapping, whole_number
 
 log = logging.getLogger(__name__)
 
-Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 Files = dict[str, Written]
 
 HUGGING_FACE = "hf:"  # before a folder or hub id of Hugging Face's, where a checkpoint of ours may stand too
@@ -78,6 +80,7 @@ class Contents(NamedTuple):
         tokenizer: a folder for `from_pretrained`.
         base: where the weights are that this checkpoint does not hold; None: it holds all.
         files: its manifest.
+        entries: its tensors by name.
         verified: which of its files were compared with the manifest.
     """
 
@@ -89,6 +92,7 @@ class Contents(NamedTuple):
     tokenizer: Path | None
     base: Base | None
     files: Files
+    entries: dict[str, Entry]
     verified: Need
 
 
@@ -113,13 +117,13 @@ def read_one(found: Found, need: Need) -> Contents:
         config = read_resolved(path / (CONVERTED if CONVERTED in files else CONFIG))
     except ConfigError as error:
         raise DamagedError(str(error)) from None
-    trainer = _trainer(path)
+    trainer, entries = _trainer(path), _entries(path, files)
     step, base = trainer["step"], trainer.get("base")
     assert isinstance(step, int)
     tokenizer = path / "tokenizer"
     return Contents(
         path, found.place, step, config, trainer, tokenizer if tokenizer.is_dir() else None,
-        Base(str(base["path"]), str(base["fingerprint"])) if isinstance(base, dict) else None, files, need,
+        Base(str(base["path"]), str(base["fingerprint"])) if isinstance(base, dict) else None, files, entries, need,
     )  # fmt: skip
 
 
@@ -143,7 +147,7 @@ def load_model_only(
     An embedding or a head may have more rows here: the new ones are the mean of the others.
     """
     contents = source if isinstance(source, Contents) else read(source)
-    entries = read_entries(contents)
+    entries = contents.entries
     tensors = model_tensors(model)
     whole = {f"model/{name}": frozen.whole_shape for name, frozen in frozen_weights(model)}  # in NF4
     if adapters_only:
@@ -182,7 +186,7 @@ class SavedModel:
     """The model's tensors in a checkpoint, as boxes that can be read one by one."""
 
     def __init__(self, contents: Contents) -> None:
-        entries = read_entries(contents)
+        entries = contents.entries
         self._path = contents.path
         self._entries = {name.removeprefix("model/"): e for name, e in entries.items() if name.startswith("model/")}
         self.specs: Mapping[str, Spec] = {name: Spec(entry.dtype, entry.shape) for name, entry in self._entries.items()}
@@ -200,15 +204,18 @@ def _is_grown(name: str, tensor: Tensor, entry: Entry) -> bool:
     return name.removeprefix("model/") in VOCABULARY and rows > entry.shape[0] and tuple(rest) == entry.shape[1:]
 
 
-def read_entries(contents: Contents) -> dict[str, Entry]:
+def _entries(path: Path, files: Files) -> dict[str, Entry]:
     """The tensors of a checkpoint by name; raises DamagedError."""
     try:
-        entries = read_index(contents.path)
+        entries = read_index(path)
     except (OSError, ValueError) as error:
         raise DamagedError(str(error)) from None
-    unlisted = {chunk.file for entry in entries.values() for chunk in entry.chunks} - contents.files.keys()
-    if unlisted:
-        raise DamagedError(f"{contents.path / INDEX}: names {min(unlisted)!r}, which {MANIFEST} does not list")
+    for name, entry in entries.items():
+        for chunk in entry.chunks:
+            if chunk.file not in files:
+                raise DamagedError(f"{path / INDEX}: names {chunk.file!r}, which {MANIFEST} does not list")
+            if chunk.start + math.prod(chunk.shape) * entry.dtype.itemsize > files[chunk.file].bytes:
+                raise DamagedError(f"{path / INDEX}: {name} reaches beyond the end of {chunk.file}")
     return entries
 
 
@@ -331,10 +338,17 @@ def _sha256(text: str) -> str:
 
 
 def _trainer(path: Path) -> dict[str, Json]:
+    """What a trainer put in, with steps and counts that may be true."""
     try:
-        trainer = json.loads((path / TRAINER).read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        trainer = read_mapping(path / TRAINER, follow=False)
+        step, state = whole_number(trainer.get("step")), trainer.get("state")
+        if step != step_in(path):
+            raise ValueError(f"step {step}, and {MANIFEST} says {step_in(path)}")
+        if isinstance(state, dict):
+            for value in state.values():
+                whole_number(value)
+            if state.get("step", step) != step:
+                raise ValueError(f"step {step} with a state of step {state['step']}")
+    except (OSError, ValueError) as error:
         raise DamagedError(f"{path / TRAINER}: is malformed ({type(error).__name__}: {error})") from None
-    if not isinstance(trainer, dict) or not isinstance(trainer.get("step"), int) or trainer["step"] < 0:
-        raise DamagedError(f"{path / TRAINER}: is malformed (no step)")
     return trainer

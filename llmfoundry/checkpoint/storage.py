@@ -18,6 +18,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +42,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from llmfoundry.checkpoint.manifest import INDEX, Written, write_file
+from llmfoundry.hf.files import check_apart
+from llmfoundry.strict_json import Json, read_mapping, whole_number, whole_numbers
 
 _DTYPES = {
     "F64": torch.float64,
@@ -250,20 +253,12 @@ def read_index(folder: Path) -> dict[str, Entry]:
     Raises:
         ValueError: the index is malformed, points out of the folder, or leaves a part of a tensor out.
     """
-    entries = {}
     try:
-        for name, entry in json.loads((folder / INDEX).read_bytes())["tensors"].items():
-            chunks = [
-                Chunk(
-                    str(c["file"]),
-                    int(c["start"]),
-                    tuple(map(int, c["offsets"])),
-                    tuple(map(int, c["shape"])),
-                )
-                for c in entry["chunks"]
-            ]
-            entries[name] = Entry(_DTYPES[entry["dtype"]], tuple(map(int, entry["shape"])), chunks)
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
+        listed = read_mapping(folder / INDEX, follow=False)["tensors"]
+        if not isinstance(listed, dict):
+            raise ValueError("tensors must be a mapping")
+        entries = {name: _entry(said) for name, said in listed.items()}
+    except (KeyError, ValueError) as error:
         raise ValueError(f"{folder / INDEX}: malformed ({type(error).__name__}: {error})") from None
     for name, entry in entries.items():
         if sum(math.prod(chunk.shape) for chunk in entry.chunks) != math.prod(entry.shape):
@@ -275,7 +270,61 @@ def read_index(folder: Path) -> dict[str, Entry]:
             )
             if not inside or chunk.start < 0 or chunk.file != os.path.basename(chunk.file):
                 raise ValueError(f"{folder / INDEX}: {name} has a chunk outside its bounds ({chunk})")
+        if _overlap(entry.chunks):
+            raise ValueError(f"{folder / INDEX}: chunks of {name} overlap")
+    _check_bytes(folder, entries)
     return entries
+
+
+def _entry(said: Json) -> Entry:
+    if not isinstance(said, dict) or not isinstance(said["chunks"], list):
+        raise ValueError(f"{said!r:.80} is no tensor")
+    dtype = said["dtype"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"{dtype!r:.40} is no dtype")
+    return Entry(_DTYPES[dtype], whole_numbers(said["shape"]), [_chunk(each) for each in said["chunks"]])
+
+
+def _chunk(said: Json) -> Chunk:
+    if not isinstance(said, dict) or not isinstance(said["file"], str):
+        raise ValueError(f"{said!r:.80} is no chunk")
+    start, offsets, shape = whole_number(said["start"]), whole_numbers(said["offsets"]), whole_numbers(said["shape"])
+    return Chunk(said["file"], start, offsets, shape)
+
+
+def _overlap(chunks: list[Chunk]) -> bool:
+    """Whether two boxes of a tensor have an element in common; they lie within it and add up to its size."""
+    if len(chunks) < 2 or not chunks[0].shape:
+        return len(chunks) > 1
+    differing = [
+        dim for dim in range(len(chunks[0].shape)) if len({(c.offsets[dim], c.shape[dim]) for c in chunks}) > 1
+    ]
+    if len(differing) == 1:  # as FSDP and experts divide: along one dim
+        ends = sorted((c.offsets[differing[0]], c.shape[differing[0]]) for c in chunks)
+        return any(start + size > following for (start, size), (following, _) in pairwise(ends))
+    boxes = sorted(chunks, key=lambda chunk: chunk.offsets)
+    for number, one in enumerate(boxes):
+        for other in boxes[number + 1 :]:
+            if other.offsets[0] >= one.offsets[0] + one.shape[0]:
+                break
+            if all(a < b + n and b < a + m for a, m, b, n in
+                   zip(one.offsets, one.shape, other.offsets, other.shape, strict=True)):  # fmt: skip
+                return True
+    return False
+
+
+def _check_bytes(folder: Path, entries: dict[str, Entry]) -> None:
+    """Raise ValueError if two chunks share bytes of a file."""
+    files: dict[str, list[tuple[int, int, str]]] = {}
+    for name, entry in entries.items():
+        for chunk in entry.chunks:
+            end = chunk.start + math.prod(chunk.shape) * entry.dtype.itemsize
+            files.setdefault(chunk.file, []).append((chunk.start, end, name))
+    for file, places in files.items():
+        try:
+            check_apart(places)
+        except ValueError as error:
+            raise ValueError(f"{folder / INDEX}: in {file}, {error}") from None
 
 
 class TensorReader(StorageReader):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from llmfoundry import launch
 from llmfoundry.cli.command import command, program
-from llmfoundry.cli.inference import CHECKPOINT, GENERATING, add_sampling, check_sampling, show
+from llmfoundry.cli.inference import CHECKPOINT, GENERATING, add_allow_code, add_sampling, check_sampling, show
 from llmfoundry.cli.opening import open_checkpoint
 from llmfoundry.cli.prompts import read_template
 from llmfoundry.config import ConfigError
@@ -43,6 +43,7 @@ def chat_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--system", metavar="TEXT", help="a system message")
     parser.add_argument("--template", type=Path, metavar="FILE", help="a chat template in place of the tokenizer's own")
     add_sampling(parser, max_new_tokens=1024)
+    add_allow_code(parser)
     parser.add_argument("--web", action="store_true", help="serve a page and an OpenAI-compatible API on this machine")
     parser.add_argument("--port", type=int, default=8000, help="of --web; 0: any free one")
     args = parser.parse_intermixed_args(argv)
@@ -52,7 +53,7 @@ def chat_main(argv: Sequence[str] | None = None) -> None:
     if launch.world_size() > 1:
         raise ConfigError("chat runs in one process; start it without torchrun, or use generate --prompts FILE")
     source = read_template(args.template)
-    opened = open_checkpoint(args.checkpoint, args.overrides, GENERATING)
+    opened = open_checkpoint(args.checkpoint, args.overrides, GENERATING, allow_code=args.allow_code)
     from llmfoundry.eval.chat import Chat, Template
     from llmfoundry.eval.generate import Sampling
     from llmfoundry.hf.generation import stop_tokens

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -10,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from llmfoundry.config import ConfigError
 from llmfoundry.data.conversations import Message
 from llmfoundry.eval.generate import Sampling
+from llmfoundry.strict_json import parse_json
 
 
 class _Strict(BaseModel):
@@ -81,8 +81,8 @@ def parse_request(body: bytes) -> ChatRequest:
         ConfigError: it is no JSON, or a field is wrong or not supported; says which.
     """
     try:
-        data = json.loads(body)
-    except (ValueError, RecursionError):
+        data = parse_json(body)
+    except ValueError:
         raise ConfigError("body: is no JSON") from None
     if isinstance(data, dict):
         data = {key: value for key, value in data.items() if value is not None}

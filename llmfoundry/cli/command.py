@@ -13,15 +13,17 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from llmfoundry import launch
 from llmfoundry.cli.quick_check import quick_mistakes
-from llmfoundry.config import ConfigError, RunError, check, drop_replaced, import_code
+from llmfoundry.code import refuse_code, run_plugins
+from llmfoundry.config import ConfigError, RunError, check, drop_replaced
 from llmfoundry.integrations.foundry_yaml import Untranslated, translate
+from llmfoundry.private import FromEnvironment, cleaned, without_user
 from llmfoundry.settings import load_settings
 from llmfoundry.stopping import Stop
 
@@ -43,17 +45,19 @@ def command(run: Callable[[Sequence[str] | None], None]) -> Command:
         rank = f"[rank {launch.rank()}] " if launch.world_size() > 1 else ""
         level = logging.INFO if launch.is_rank0() else logging.WARNING
         logging.basicConfig(level=level, format=f"{rank}%(message)s", stream=sys.stderr)
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(_without_secrets)
         for noisy in ("httpx", "datasets", "filelock", "fsspec"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         try:
             run(argv)
         except ConfigError as error:
             if launch.local_rank() == 0:  # most mistakes are every rank's
-                _print_error(str(error).split("\n"), rank)
+                _print_error(cleaned(str(error)).split("\n"), rank)
             else:
                 time.sleep(HEAD_START)
             _said.clear()
-            launch.tell_torchrun(f"error: {error}")
+            launch.tell_torchrun(cleaned(f"error: {error}"))
             return 2
         except RunError as error:
             print(f"{rank}error: {error}", file=sys.stderr, flush=True)
@@ -66,7 +70,7 @@ def command(run: Callable[[Sequence[str] | None], None]) -> Command:
             print(f"{rank}{stop}: stopped at once; the checkpoints are as they were", file=sys.stderr, flush=True)
             return stop.code
         except Exception as error:
-            why = _out_of_memory(error) or traceback.format_exc()
+            why = _out_of_memory(error) or without_user(traceback.format_exc())
             print(f"{rank}{why}", file=sys.stderr, flush=True)
             launch.tell_torchrun(why)
             return 1
@@ -77,6 +81,11 @@ def command(run: Callable[[Sequence[str] | None], None]) -> Command:
         return 0
 
     return main
+
+
+def _without_secrets(record: logging.LogRecord) -> bool:
+    record.msg, record.args = cleaned(record.getMessage()), ()
+    return True
 
 
 def _print_error(lines: list[str], rank: str) -> None:
@@ -104,33 +113,37 @@ class Translated(NamedTuple):
     Attributes:
         given: the file with its overrides, as they were written.
         data: the same in our words.
+        environment: by dotted path of the file, the values that came from the environment.
         notes: a line for each thing that was translated or left out, which begins by its dotted path.
     """
 
     given: dict[str, object]
     data: dict[str, object]
+    environment: dict[str, FromEnvironment]
     notes: list[str]
 
 
-def read_translated(path: str, overrides: list[str]) -> Translated:
-    """A YAML file in our words; LLM Foundry's are translated, with a note each."""
-    settings = load_settings(path, overrides)
+def read_translated(path: str, overrides: list[str], untrusted: Collection[str] = ()) -> Translated:
+    """A YAML file in our words; LLM Foundry's are translated, with a note each.
+
+    Args:
+        untrusted: of a file that is not the user's, the keys in use: they may name no code that the user does not name.
+    """
+    settings = load_settings(path, overrides, is_users=not untrusted)
     # Only now is torch imported: all mistakes in the file's form have been reported.
     import llmfoundry.callbacks  # noqa: F401  registers all monitors and loggers
     from llmfoundry.eval.icl import with_tasks_read
     from llmfoundry.train.config import RunConfig
 
-    paths = settings.data.get("code_paths") or []
-    if not isinstance(paths, list) or not all(isinstance(item, str) for item in paths):
-        raise ConfigError(f"code_paths: must be a list of Python files, found {paths!r}")
-    import_code(paths)
+    refuse_code(settings.data, path, untrusted, settings.given)
+    run_plugins(settings.data)
     data, dropped = drop_replaced(RunConfig, settings.data, settings.file, settings.given)
     try:
         data, notes = translate(data, settings.referred - RunConfig.model_fields.keys())
     except Untranslated as error:
         raise ConfigError("\n".join([str(error), *_mistakes(RunConfig, error.rest)])) from None
     data = with_tasks_read(data, Path(path).parent)
-    return Translated(settings.data, data, [*dropped, *notes])
+    return Translated(settings.data, data, settings.environment, [*dropped, *notes])
 
 
 def _mistakes(config: type[RunConfig], data: dict[str, object]) -> list[str]:
@@ -141,22 +154,26 @@ def _mistakes(config: type[RunConfig], data: dict[str, object]) -> list[str]:
     return []
 
 
-def read_run_config(path: str, overrides: list[str]) -> RunConfig:
+def read_run_config(path: str, overrides: list[str], untrusted: Collection[str] = ()) -> RunConfig:
     """A YAML file as a checked config; LLM Foundry's legacy words are translated, with a note each.
 
     Mistakes that can be seen without torch are printed before it is imported, which takes seconds; those that only the
     full check finds follow.
+
+    Args:
+        untrusted: see `read_translated`.
     """
     early: list[str] = []
     if "torch" not in sys.modules and launch.local_rank() == 0:
-        early = quick_mistakes(path, overrides)
+        early = quick_mistakes(path, overrides, is_users=not untrusted)
         _print_error(early, f"[rank {launch.rank()}] " if launch.world_size() > 1 else "")
-    translated = read_translated(path, overrides)
+    translated = read_translated(path, overrides, untrusted)
     from llmfoundry.train.config import RunConfig
 
     for note in translated.notes:
         log.info("%s", note)
     config = check(RunConfig, translated.data)
+    config.remember(translated.environment)
     if early:
         log.warning("no error after all: schema.json is older than the code; run scripts/reference/render.py")
     return config

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from llmfoundry.checkpoint import convert
 from llmfoundry.cli.command import command, program
 from llmfoundry.cli.foundry import convert_words
+from llmfoundry.cli.inference import add_allow_code
 from llmfoundry.config import check
 from llmfoundry.hf.upcycle import Upcycling
 from llmfoundry.integrations.composer_checkpoint import from_composer
@@ -40,6 +41,8 @@ def convert_main(argv: Sequence[str] | None = None) -> None:
     back.add_argument("--adapters", action="store_true", help="only the adapters (LoRA), in peft's format")
     back.add_argument("--base-model", help="for --adapters: what they adapt")
     grow_.add_argument("--seed", type=int, default=17)
+    for each in (back, grow_):
+        add_allow_code(each)
     grow_.add_argument("plan", nargs="+", metavar="key=value", help="moe_num_experts=8 moe_top_k=2 granularity=1 ...")
     args = parser.parse_args(convert_words(argv))
     threads = torch.get_num_threads()
@@ -58,13 +61,13 @@ def _convert(args: argparse.Namespace) -> None:
         config = from_composer(args.source, args.out, args.config, _progress)
     elif args.way == "upcycle":
         plan = check(Upcycling, from_dotlist(args.plan))
-        config = convert.grow(args.source, args.out, plan, args.seed, _progress)
+        config = convert.grow(args.source, args.out, plan, args.seed, _progress, args.allow_code)
     elif args.adapters:
-        convert.adapters_to_peft(args.source, args.out, args.base_model)
+        convert.adapters_to_peft(args.source, args.out, args.base_model, args.allow_code)
     else:
         dtype = getattr(torch, args.dtype) if args.dtype else None
         with _ours(args.source) as source:
-            convert.to_hf(source, args.out, _progress, dtype, args.model_type)
+            convert.to_hf(source, args.out, _progress, dtype, args.model_type, args.allow_code)
     if args.way != "to-hf":
         print(f"{config.n_params():,} parameters, {config.n_active_params():,} active; to go on from them:")
         print(f"  train.py {args.out / 'config.yaml'} load_path={args.out} load_weights_only=true")

@@ -16,7 +16,8 @@ from llmfoundry.cli.opening import (
     open_checkpoint,
     open_hugging_face,
 )
-from llmfoundry.config import ConfigError, check, import_code
+from llmfoundry.code import run_plugins
+from llmfoundry.config import ConfigError, check
 from llmfoundry.settings import from_dotlist, load_yaml
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class TaskOptions(NamedTuple):
     limit: int | None
     include_path: str | None
     output: str | None
+    allow_code: bool = False
 
     def check(self) -> None:
         """Refuse options without what they are for; raises ConfigError."""
@@ -74,7 +76,7 @@ def evaluate_by_tasks(checkpoint: str, overrides: list[str], keys: Sequence[str]
         settings = check(TaskSettings, _with_files(from_dotlist(overrides), options))
         ready = open_hugging_face(checkpoint.removeprefix(HUGGING_FACE), settings.precision_here())
     else:
-        opened = open_checkpoint(checkpoint, overrides, keys)
+        opened = open_checkpoint(checkpoint, overrides, keys, allow_code=options.allow_code)
         ready = opened.ready
         settings = check(TaskSettings, _with_files(_settings_of(opened), options))
     results = {checkpoint: _evaluated(ready, settings, options)}
@@ -110,15 +112,12 @@ def evaluate_yaml(path: str, overrides: list[str], options: TaskOptions) -> None
     # LLM Foundry's README sets these at the top level, and its files read them under `variables`.
     theirs = [f"variables.{item}" for item in overrides if item.partition("=")[0] in VARIABLES]
     data = load_yaml(path, overrides + theirs)
-    paths = data.get("code_paths") or []
-    if not isinstance(paths, list) or not all(isinstance(item, str) for item in paths):
-        raise ConfigError(f"code_paths: must be a list of Python files, found {paths!r}")
-    import_code(paths)
+    run_plugins(data)
     data = _with_files(with_tasks_read(translated(data), Path(path).parent), options)
     config = check(EvaluationConfig, data)
     results: dict[str, Results] = {}
     for model in config.models:
-        results[model.model_name] = _evaluated(model.open(config.precision_here()), config, options)
+        results[model.model_name] = _evaluated(model.open(config.precision_here(), options.allow_code), config, options)
     _show(results)
     _write(results, options)
 

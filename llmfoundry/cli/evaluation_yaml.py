@@ -78,8 +78,12 @@ class EvaluatedModel(Config):
             raise ValueError("load_path: is missing; name the checkpoint that holds the model's weights")
         return self
 
-    def open(self, precision: Precision) -> Ready:
-        """Load it; all ranks together."""
+    def open(self, precision: Precision, allow_code: bool = False) -> Ready:
+        """Load it; all ranks together.
+
+        Args:
+            allow_code: whether to run the code that its config names.
+        """
         assert self.load_path is not None
         named = self.tokenizer if self.tokenizer is not None and self.tokenizer.name != "bpe" else None
         if is_theirs(self.load_path):
@@ -87,7 +91,8 @@ class EvaluatedModel(Config):
             assert self.model is None or isinstance(self.model, CausalLMConfig)
             return open_hugging_face(self.load_path.removeprefix(HUGGING_FACE), precision, tokenizer, self.model)
         if self.model is None:
-            ready = open_checkpoint(self.load_path, [f"precision={precision}"], ("precision",)).ready
+            overrides = [f"precision={precision}"]
+            ready = open_checkpoint(self.load_path, overrides, ("code_paths", "precision"), allow_code=allow_code).ready
             return ready if named is None else ready._replace(tokenizer=named.loaded())
         assert isinstance(self.model, CausalLMConfig)
         place = runtime.start()

@@ -52,6 +52,7 @@ def generate_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--template", type=Path, metavar="FILE", help="for `messages`: in place of the tokenizer's own")
     parser.add_argument("--batch-size", type=int, default=16, help="of several prompts: rows of a forward per process")
     add_sampling(parser, max_new_tokens=200)
+    add_allow_code(parser)
     parser.add_argument(
         "--parse-special", action=argparse.BooleanOptionalAction, default=None,
         help="read special tokens that the prompt spells as such; default: as in training, and for a converted "
@@ -67,7 +68,7 @@ def generate_main(argv: Sequence[str] | None = None) -> None:
     if args.output is not None:
         check_output(args.output)
     template = read_template(args.template)
-    opened = open_checkpoint(args.checkpoint, args.overrides, GENERATING)
+    opened = open_checkpoint(args.checkpoint, args.overrides, GENERATING, allow_code=args.allow_code)
     from llmfoundry.eval.generate import Sampling, generate
     from llmfoundry.eval.generate_many import generate_many, request_of
     from llmfoundry.eval.likelihood import Ranks
@@ -97,6 +98,11 @@ def generate_main(argv: Sequence[str] | None = None) -> None:
     else:
         for number, (request, one) in enumerate(zip(requests, found, strict=True)):
             show("\n" * (number > 0) + request.shown + one.text + "\n")  # an empty line between texts
+
+
+def add_allow_code(parser: argparse.ArgumentParser) -> None:
+    """The option that lets a checkpoint run code."""
+    parser.add_argument("--allow-code", action="store_true", help="run the code that the checkpoint's config names")
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
@@ -147,10 +153,12 @@ def eval_main(argv: Sequence[str] | None = None) -> None:
         "--by-position", type=int, metavar="N", help="loss on texts in N ranges of the places of a row, too"
     )
     parser.add_argument("--output", metavar="FILE", help="also write the scores as JSON")
+    add_allow_code(parser)
     args = parser.parse_intermixed_args(argv)
     options = TaskOptions(
-        args.icl_tasks, args.gauntlet, args.tasks, args.num_fewshot, args.limit, args.include_path, args.output
-    )
+        args.icl_tasks, args.gauntlet, args.tasks, args.num_fewshot, args.limit, args.include_path, args.output,
+        args.allow_code,
+    )  # fmt: skip
     options.check()
     if args.by_position is not None and args.by_position < 1:
         raise ConfigError("--by-position must be 1 or more ranges")
@@ -161,7 +169,7 @@ def eval_main(argv: Sequence[str] | None = None) -> None:
     elif options.icl_tasks or options.tasks:
         evaluate_by_tasks(args.checkpoint, args.overrides, EVALUATING, options)
     else:
-        opened = open_checkpoint(args.checkpoint, args.overrides, EVALUATING)
+        opened = open_checkpoint(args.checkpoint, args.overrides, EVALUATING, allow_code=args.allow_code)
         if not opened.config.evaluations and not opened.config.icl_tasks:
             raise ConfigError("eval_loader: is missing; give one, e.g. eval_loader.dataset.name=text_files")
         evaluate_opened(opened, _evaluate_texts(opened, args.by_position), options)

@@ -61,7 +61,9 @@ def is_hugging_face(path: str) -> bool:
 Check = Callable[["CausalLMConfig"], None]
 
 
-def open_checkpoint(path: str, overrides: list[str], keys: Sequence[str], check: Check | None = None) -> Opened:
+def open_checkpoint(
+    path: str, overrides: list[str], keys: Sequence[str], check: Check | None = None, allow_code: bool = False
+) -> Opened:
     """Load a checkpoint's model and tokenizer; all ranks together.
 
     Args:
@@ -69,6 +71,7 @@ def open_checkpoint(path: str, overrides: list[str], keys: Sequence[str], check:
         overrides: applied to its config; the weights must still fit the model.
         keys: what may be overridden.
         check: refuses a model by its config, before any weight is read.
+        allow_code: whether to run the code that its config names.
 
     Raises:
         ConfigError: it is missing or damaged, or an override names something else.
@@ -81,7 +84,7 @@ def open_checkpoint(path: str, overrides: list[str], keys: Sequence[str], check:
             raise ConfigError(f"{item}: cannot be changed here; you can change: {', '.join(keys)}")
     if is_hugging_face(path):
         return _open_theirs(path.removeprefix(HUGGING_FACE), overrides, check)
-    return _open_ours(path, overrides, check)
+    return _open_ours(path, overrides, check, () if allow_code else keys)
 
 
 def _open_theirs(name: str, overrides: list[str], check: Check | None) -> Opened:
@@ -108,7 +111,7 @@ def _open_theirs(name: str, overrides: list[str], check: Check | None) -> Opened
     return Opened(config, folder, False, ready)
 
 
-def _open_ours(folder: str, overrides: list[str], check: Check | None) -> Opened:
+def _open_ours(folder: str, overrides: list[str], check: Check | None, untrusted: Sequence[str]) -> Opened:
     from llmfoundry import runtime
     from llmfoundry.checkpoint.manifest import CONFIG, CONVERTED
     from llmfoundry.checkpoint.reading import load_model_only, read
@@ -121,7 +124,7 @@ def _open_ours(folder: str, overrides: list[str], check: Check | None) -> Opened
     contents = read(folder)
     # What a conversion wrote is for editing; the settings of its weights are on record beside it.
     settings = CONVERTED if CONVERTED in contents.files else CONFIG
-    config = read_run_config(str(contents.path / settings), overrides)
+    config = read_run_config(str(contents.path / settings), overrides, untrusted)
     assert isinstance(config.model, CausalLMConfig)
     if check is not None:
         check(config.model)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from llmfoundry.config import ConfigError
+from llmfoundry.strict_json import parse_json
 
 if TYPE_CHECKING:
     from llmfoundry.data.conversations import Message
@@ -58,7 +59,7 @@ def read_template(path: Path | None) -> str | None:
 
 def _row(line: str, where: str) -> Row:
     try:
-        row = json.loads(line)
+        row = cast(Row, parse_json(line))
     except ValueError as error:
         raise ConfigError(f"{where}: is no JSON: {error}") from None
     found = [key for key in ("prompt", "messages") if isinstance(row, dict) and row.get(key) is not None]

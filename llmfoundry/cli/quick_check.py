@@ -33,17 +33,18 @@ _BOUNDS = {
 }  # fmt: skip
 
 
-def quick_mistakes(path: str, overrides: list[str]) -> list[str]:
+def quick_mistakes(path: str, overrides: list[str], is_users: bool = True) -> list[str]:
     """Lines that the full check of a run's YAML is sure to have too; it may have more.
 
     Args:
         path: the YAML file.
         overrides: as `load_settings` takes them.
+        is_users: likewise.
 
     Raises:
         ConfigError: the file cannot be read; the full check says the same.
     """
-    settings = load_settings(path, overrides)
+    settings = load_settings(path, overrides, is_users)
     data = settings.data
     schema = _schema()
     words = {part.rpartition(".")[2] for part in settings.given} | {"~" for item in overrides if item[:1] == "~"}

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from llmfoundry import launch
 from llmfoundry.cli.command import command, program, read_run_config, read_translated
-from llmfoundry.config import ConfigError, check, dump
+from llmfoundry.config import ConfigError, check
 from llmfoundry.planning.hardware import GIB, GPU_MEMORY
+from llmfoundry.private import cleaned, disclosed
 from llmfoundry.settings import write_resolved
 from llmfoundry.stopping import on_signal
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from llmfoundry.train.config import RunConfig
 
 log = logging.getLogger(__name__)
+
+MOST_GPUS = 2**14  # that a plan looks through
 
 
 @command
@@ -46,8 +49,8 @@ def train_main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    if args.gpus is not None and (args.gpus < 1 or not args.dry_run):
-        raise ConfigError(f"--gpus {args.gpus}: is for --dry-run, and 1 or more")
+    if args.gpus is not None and (not 1 <= args.gpus <= MOST_GPUS or not args.dry_run):
+        raise ConfigError(f"--gpus {args.gpus}: is for --dry-run, and 1 to {MOST_GPUS:,}")
     if args.gpu_memory is not None and (not math.isfinite(args.gpu_memory) or not args.dry_run):
         raise ConfigError(f"--gpu-memory {args.gpu_memory:g}: is for --dry-run, and a number of GiB")
     if args.explain:
@@ -87,9 +90,9 @@ def explain_main(argv: Sequence[str] | None = None) -> int:
 def _explain(path: str, overrides: list[str]) -> None:
     from llmfoundry.integrations.explain import explained
 
-    given, data, notes = read_translated(path, overrides)
-    for line in explained(given, notes):
-        print(line)
+    given, data, environment, notes = read_translated(path, overrides)
+    for line in explained(disclosed(given, environment), notes):
+        print(cleaned(line))
     from llmfoundry.train.config import RunConfig
 
     check(RunConfig, data)  # its mistakes come last
@@ -99,15 +102,20 @@ def _dry_run(config: RunConfig, gpus: int | None, gpu_memory: float) -> None:
     from llmfoundry import hf
     from llmfoundry.planning.report import describe
 
-    print(write_resolved(dump(config)))
+    print(write_resolved(config.disclosed()))
     print(_sizes(config))
     print(hf.export_note(config.model))
     for line in _evaluations(config):
         print(line)
     if gpus is None and launch.world_size() > 1:
         gpus = launch.world_size()
-    for line in describe(config, gpus, gpu_memory):
-        print(line, flush=True)
+    try:
+        for line in describe(config, gpus, gpu_memory):
+            print(line, flush=True)
+    except (RuntimeError, OverflowError) as error:
+        if not isinstance(error, OverflowError) and "overflow" not in str(error):
+            raise
+        raise ConfigError(f"the model is too large to be planned: {error}".splitlines()[0]) from None
 
 
 def _train(config: RunConfig, show_batch: bool) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from llmfoundry import launch
 from llmfoundry.cli.command import command
-from llmfoundry.cli.inference import CHECKPOINT, GENERATING
+from llmfoundry.cli.inference import CHECKPOINT, GENERATING, add_allow_code
 from llmfoundry.cli.opening import open_checkpoint
 from llmfoundry.config import ConfigError
 
@@ -35,13 +35,14 @@ def xray_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--layer", type=int, action="append", metavar="N", help="only this one; may be given again")
     parser.add_argument("--json", action="store_true", help="print JSON: tokens, and their experts with weights")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page to explore instead")
+    add_allow_code(parser)
     args = parser.parse_intermixed_args(argv)
     if args.file is not None and args.text is not None:
         args.text, args.overrides = None, [args.text, *args.overrides]
     if args.json and args.html is not None:
         raise ConfigError("--json and --html FILE are both given; choose one")
     text = _read(args.text, args.file)
-    opened = open_checkpoint(args.checkpoint, args.overrides, GENERATING, check=_is_mixture)
+    opened = open_checkpoint(args.checkpoint, args.overrides, GENERATING, _is_mixture, args.allow_code)
     from llmfoundry.eval.generate import check_ids, encoded
     from llmfoundry.report.xray import as_json, page, show, xray
 

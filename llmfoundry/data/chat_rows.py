@@ -16,7 +16,9 @@ from llmfoundry.config import ConfigError
 from llmfoundry.data.bins import best_fit
 from llmfoundry.data.chat_template import Renderer
 from llmfoundry.data.conversations import Example
+from llmfoundry.data.open_file import OpenFile
 from llmfoundry.data.rows import IGNORE, Block, How, Rows
+from llmfoundry.strict_json import read_mapping
 
 
 def write(folder: Path, examples: Iterable[Example], renderer: Renderer, how: How) -> None:
@@ -69,11 +71,12 @@ class ChatRows(Rows):
         self.eos_token_id, self.documents = eos_token_id, how.documents
         try:
             self._starts, self._members, self._bounds = (
-                np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("starts", "members", "rows")
+                np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("starts", "members", "rows")
             )
-            self._ids = np.memmap(folder / "ids.bin", "<u4", "r", shape=(int(self._starts[-1]),))
-            self._learned = np.memmap(folder / "learned.bin", np.bool_, "r", shape=(int(self._starts[-1]),))
-            counts = json.loads((folder / "index.json").read_text())
+            self._ids, self._learned = OpenFile(folder / "ids.bin"), OpenFile(folder / "learned.bin")
+            if (self._ids.size, self._learned.size) != (4 * int(self._starts[-1]), int(self._starts[-1])):
+                raise ValueError("its files are not as long as they were written")
+            counts = read_mapping(folder / "index.json")
         except (OSError, ValueError, IndexError) as error:
             raise ConfigError(f"{folder}: is damaged ({error}); delete the folder, it is made again") from None
         self.n_rows = self.n_full = len(self._bounds) - 1
@@ -107,8 +110,9 @@ class ChatRows(Rows):
     def put_example(self, example: int, out: Block, i: int, start: int) -> int:
         """Write an example into row `i` from a position on; returns the position after it."""
         assert out.positions is not None
-        where = slice(int(self._starts[example]), int(self._starts[example + 1]))
-        ids, learned = self._ids[where].astype(np.int64), self._learned[where]
+        first, last = int(self._starts[example]), int(self._starts[example + 1])
+        ids = np.frombuffer(self._ids.read(4 * first, 4 * last), "<u4").astype(np.int64)
+        learned = np.frombuffer(self._learned.read(first, last), np.bool_)
         end = start + len(ids)
         out.tokens[i, start:end] = ids
         out.labels[i, start : end - 1] = np.where(learned[1:], ids[1:], IGNORE)

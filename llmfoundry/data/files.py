@@ -38,9 +38,9 @@ FORMATS = {
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")  # after any ending but .parquet
 KNOWN = f"{', '.join(FORMATS)}, compressed or not ({', '.join(COMPRESSIONS)})"
 LINE_BYTES = 2**26  # the longest line of .jsonl, or value of .json, that is read
-# A compressed .txt is one document, held in memory. Above these many bytes and times its packed size it is refused:
-# text shrinks by 3 to 20 times.
-TEXT_BYTES, TEXT_RATIO = 2**26, 200
+# Compressed text that unpacks to more than these many bytes and these many times its packed size is refused: text
+# shrinks by 3 to 20 times, and a bomb of 1 KB would take minutes to tokenise.
+TEXT_BYTES, TEXT_RATIO = 2**22, 200
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
@@ -293,21 +293,22 @@ def checked_digest(path: Path, *, lenient: bool, advance: Callable[[int], None])
 
 def _check_text(path: Path, kind: Kind, file: Readable, lenient: bool) -> None:
     decoder, seen, pending, line = codecs.getincrementaldecoder("utf-8")(), 0, 0, 0
-    limit = max(TEXT_BYTES, TEXT_RATIO * path.stat().st_size) if kind.compression and kind.format == "text" else None
+    limit = max(TEXT_BYTES, TEXT_RATIO * path.stat().st_size) if kind.compression else None
     try:
         while piece := file.read(2**20):
             if not seen:
                 _refuse_wide(path, kind, piece[:4096])
             pending = len(decoder.getstate()[0])  # bytes of a character that began in the piece before
-            if lenient:
-                continue
-            decoder.decode(piece)
-            seen += len(piece)
-            if limit is not None and seen > limit:
+            if limit is not None and seen + len(piece) > limit:
                 raise ConfigError(
                     f"dataset.path: {path}: unpacks to more than {limit:,} bytes, {limit // path.stat().st_size:,} "
                     "times its size, which is no text; take it out of the folder, or unpack it first"
                 )
+            if not lenient:
+                decoder.decode(piece)
+            seen += len(piece)
+            if lenient:
+                continue
             line = len(piece) - 1 - newline if (newline := piece.rfind(b"\n")) >= 0 else line + len(piece)
             if kind.format == "lines" and line > LINE_BYTES:
                 raise ConfigError(

@@ -26,7 +26,9 @@ from numpy.typing import NDArray
 
 from llmfoundry.config import ConfigError
 from llmfoundry.data.cache import made_once
+from llmfoundry.data.open_file import OpenFile
 from llmfoundry.data.remote import Store
+from llmfoundry.strict_json import parse_json, read_plain, whole_number
 
 Value = str | bytes | int | float | NDArray | object  # of one column
 Sample = dict[str, Value]
@@ -38,7 +40,7 @@ _ARRAY_CODES = {
 }  # fmt: skip
 _SHAPE_DTYPES = ("uint8", "uint16", "uint32", "uint64")
 _SAMPLED = 16 * 1024  # bytes
-_OPEN_SHARDS = 16  # kept mapped
+_OPEN_SHARDS = 16  # kept open
 REFUSED = ("pkl", "pil", "jpeg", "png", "jpeg_array", "jpegarray", "list[pil]", "list[jpeg]", "list[png]")
 
 
@@ -88,10 +90,10 @@ class MDSFolder:
         try:
             entries = index["shards"]
             first = entries[0] if entries else {"column_names": [], "column_encodings": []}
-            self.columns: dict[str, str] = dict(zip(first["column_names"], first["column_encodings"], strict=True))
+            self.columns: dict[str, str] = _columns(first)
             self.shards = [_shard(entry) for entry in entries]
             kinds = {(entry["format"], entry["version"], tuple(entry["column_encodings"])) for entry in entries}
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ConfigError(f"{folder / 'index.json'}: is malformed: {type(error).__name__}: {error}") from None
         if any(kind[:2] != ("mds", 2) for kind in kinds):
             raise ConfigError(f"{folder / 'index.json'}: holds shards that are not MDS version 2: {sorted(kinds)}")
@@ -101,7 +103,7 @@ class MDSFolder:
         self._decoders = [_decoder(encoding, self.folder) for encoding in self.columns.values()]
         self.fingerprint = self._fingerprint(text)
         self._starts = np.cumsum([0, *(shard.samples for shard in self.shards)])
-        self._open: OrderedDict[int, tuple[NDArray[np.uint8], NDArray[np.uint32]]] = OrderedDict()
+        self._open: OrderedDict[int, tuple[OpenFile, NDArray[np.uint32]]] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -118,9 +120,9 @@ class MDSFolder:
         at = int(np.searchsorted(self._starts, number, side="right")) - 1
         data, offsets = self._shard(at)
         within = number - int(self._starts[at])
-        row = data[offsets[within] : offsets[within + 1]]
+        row = data.read(int(offsets[within]), int(offsets[within + 1]))
         try:
-            return self._decode(row.tobytes())
+            return self._decode(row)
         except (ValueError, TypeError, KeyError, IndexError) as error:
             raise ConfigError(
                 f"{self.folder / self.shards[at].name}: sample {within} is damaged: {type(error).__name__}: {error}"
@@ -163,37 +165,37 @@ class MDSFolder:
             at += length
         return found
 
-    def _shard(self, at: int) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
+    def _shard(self, at: int) -> tuple[OpenFile, NDArray[np.uint32]]:
         if at in self._open:
             self._open.move_to_end(at)
             return self._open[at]
         shard = self.shards[at]
-        data = self._mapped(shard)
-        n = int(data[:4].view("<u4")[0]) if len(data) >= 4 else -1
+        data = self._opened(shard)
+        n = int.from_bytes(data.read(0, 4), "little") if data.size >= 4 else -1
         end = 4 + 4 * (n + 1)
-        if n != shard.samples or end > len(data):
+        if n != shard.samples or end > data.size:
             raise ConfigError(
                 f"{self.folder / shard.name}: is damaged: {n} samples, where the index has {shard.samples}"
             )
-        offsets = data[4:end].view("<u4")
-        if int(offsets[-1]) != len(data) or int(offsets[0]) < end or (np.diff(offsets.astype(np.int64)) < 0).any():
-            raise ConfigError(f"{self.folder / shard.name}: is damaged: its offsets do not fit its {len(data)} bytes")
+        offsets = np.frombuffer(data.read(4, end), "<u4")
+        if int(offsets[-1]) != data.size or int(offsets[0]) < end or (np.diff(offsets.astype(np.int64)) < 0).any():
+            raise ConfigError(f"{self.folder / shard.name}: is damaged: its offsets do not fit its {data.size} bytes")
         self._open[at] = data, offsets
         if len(self._open) > _OPEN_SHARDS:
             self._open.popitem(last=False)
         return data, offsets
 
-    def _mapped(self, shard: Shard) -> NDArray[np.uint8]:
+    def _opened(self, shard: Shard) -> OpenFile:
         path = self._here(shard.name) or self._unpacked(shard)
         try:
-            data = np.memmap(path, np.uint8, "r")
-        except (OSError, ValueError) as error:
+            data = OpenFile(path)
+        except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error}") from None
-        if len(data) != shard.n_bytes:
-            raise ConfigError(f"{path}: is damaged: {len(data)} bytes, where the index has {shard.n_bytes}")
+        if data.size != shard.n_bytes:
+            raise ConfigError(f"{path}: is damaged: {data.size} bytes, where the index has {shard.n_bytes}")
         if self._check_hashes:
-            _check_hashes(path, data, shard.hashes)
-        return cast(NDArray[np.uint8], data)
+            _check_hashes(path, data.read(0, data.size), shard.hashes)
+        return data
 
     def _unpacked(self, shard: Shard) -> Path:
         """The shard without its compression, from the cache."""
@@ -218,15 +220,22 @@ class MDSFolder:
 def _read_index(file: Path, path: Path) -> tuple[bytes, dict]:
     """The index in a file; `path` is its place, for messages."""
     try:
-        text = file.read_bytes()
-        index = json.loads(text)
+        text = read_plain(file)
+        index = parse_json(text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: is not JSON: {error}") from None
     if not isinstance(index, dict) or not isinstance(index.get("shards"), list):
         raise ConfigError(f"{path}: lists no shards")
     return text, index
+
+
+def _columns(entry: Mapping) -> dict[str, str]:
+    columns = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
+    if not all(isinstance(word, str) for column in columns.items() for word in column):
+        raise ValueError(f"{columns!r:.80} are no names and encodings of columns")
+    return columns
 
 
 def _shard(entry: Mapping) -> Shard:
@@ -235,7 +244,7 @@ def _shard(entry: Mapping) -> Shard:
     if any(Path(name).name != name or name in ("", ".", "..") for name in names):
         raise ValueError(f"a shard is named {names}")  # an index may not point outside its folder
     return Shard(
-        raw["basename"], int(entry["samples"]), int(raw["bytes"]), dict(raw.get("hashes") or {}),
+        raw["basename"], whole_number(entry["samples"]), whole_number(raw["bytes"]), dict(raw.get("hashes") or {}),
         packed["basename"] if packed else None, dict(packed.get("hashes") or {}) if packed else {},
         entry.get("compression"),
     )  # fmt: skip

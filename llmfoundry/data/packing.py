@@ -13,10 +13,12 @@ import hashlib
 import json
 import logging
 import shutil
+import uuid
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import reduce
+from contextlib import suppress
+from functools import partial, reduce
 from itertools import accumulate
 from pathlib import Path
 
@@ -25,28 +27,41 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from llmfoundry import runtime
 from llmfoundry.config import ConfigError
 from llmfoundry.data.cache import made_once
+from llmfoundry.data.open_file import OpenFile
 from llmfoundry.data.parts import SHARD_TOKENS, Shard, Share, read_state, shard_name, write_part
 from llmfoundry.data.sieve import Counts
 from llmfoundry.data.sources import DatasetConfig, Source
 from llmfoundry.data.tokenizer import PLAIN_TEXT, Encoder, SpecialTokens
+from llmfoundry.data.watch import Watch
 from llmfoundry.progress import progress
 from llmfoundry.runtime import cache_root
+from llmfoundry.strict_json import read_mapping
 
 log = logging.getLogger(__name__)
 
-_OPEN_SHARDS = 256  # kept mapped, as a process may only have so many files open
+_OPEN_SHARDS = 256  # kept open, as a process may only have so many files
+_FOUND_DAMAGED = "found-damaged"  # a file beside the shards, left by a run that ended for it
+AT_ONCE_BYTES = 2**28  # of a stream whose checksums are compared when it is opened: a second, if that
+
+
+class DamagedTokens(ConfigError):
+    """Shards in the cache that are not what was written: they are made again where the source is there."""
 
 
 class TokenStream:
     """A tokenised dataset: one long row of token ids in memory-mapped files."""
 
     def __init__(self, folder: Path) -> None:
-        """Open and check sizes against the index.
+        """Open, and compare shards with the index.
+
+        Up to AT_ONCE_BYTES are read for their checksums before the first token is; of more, a thread reads them beside
+        the run, each rank its share, and `read` says what it has found.
 
         Raises:
-            ConfigError: the index is damaged, or a shard is missing or not as long as the index says.
+            DamagedTokens: the index or a shard is missing or not what was written.
         """
         self.folder = folder
         index = _read_index(folder)
@@ -60,40 +75,64 @@ class TokenStream:
         self.n_shards = len(self._shards)
         self._starts = [0, *accumulate(shard.tokens for shard in self._shards)]
         self._dtype = np.dtype(index["dtype"])
-        self._maps: OrderedDict[int, NDArray] = OrderedDict()
+        self._files: OrderedDict[int, OpenFile] = OrderedDict()
         for number, shard in enumerate(self._shards):
             self._check_size(number, shard)
+        self._watch: Watch | None = None
+        if self.n_tokens * self._dtype.itemsize <= AT_ONCE_BYTES or (folder / _FOUND_DAMAGED).exists():
+            self.verify()
+            (folder / _FOUND_DAMAGED).unlink(missing_ok=True)  # it was the disk or the memory that read it
+        else:
+            mine = range(runtime.rank(), self.n_shards, runtime.world_size())
+            self._watch = Watch(folder.name, [partial(self._check_beside, number) for number in mine])
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Tokens [start, stop) of the stream."""
+        """Tokens [start, stop) of the stream.
+
+        Raises:
+            ConfigError: a shard has become shorter, or was found to be damaged.
+        """
+        if self._watch is not None:
+            self._watch.check()
         if not 0 <= start <= stop <= self.n_tokens:
             raise ValueError(f"tokens [{start}, {stop}) of a stream of {self.n_tokens}")
         out = np.empty(stop - start, dtype=np.int64)
         done, number = start, bisect_right(self._starts, start) - 1
         while done < stop:
-            offset = done - self._starts[number]
-            part = self._map(number)[offset : offset + stop - done]
+            first = done - self._starts[number]
+            last = min(first + stop - done, self._shards[number].tokens)
+            size = self._dtype.itemsize
+            part = np.frombuffer(self._open(number).read(first * size, last * size), self._dtype)
             out[done - start : done - start + len(part)] = part
             done, number = done + len(part), number + 1
         return out
-
-    def whole(self) -> NDArray | None:
-        """All tokens as they are stored, mapped into memory; None if they are in several shards."""
-        return self._map(0) if self.n_shards == 1 else None
 
     def verify(self) -> None:
         """Read everything and compare checksums.
 
         Raises:
-            ConfigError: a shard is not what was written.
+            DamagedTokens: a shard is not what was written.
         """
-        for number, shard in enumerate(self._shards):
-            path = self.folder / shard_name(number)
+        for number in range(self.n_shards):
+            self._check_bytes(number)
+
+    def _check_beside(self, number: int) -> None:
+        try:
+            self._check_bytes(number)
+        except DamagedTokens:
+            with suppress(OSError):  # so that the next start makes them again
+                (self.folder / _FOUND_DAMAGED).touch()
+            raise
+
+    def _check_bytes(self, number: int) -> None:
+        path, expected = self.folder / shard_name(number), self._shards[number].sha256
+        try:
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != shard.sha256:
-                expected = shard.sha256[:12]
-                raise ConfigError(f"{path}: checksum {found[:12]}, expected {expected}; {self._remedy()}")
+        except OSError as error:
+            raise DamagedTokens(f"{path}: cannot be read: {error.strerror}; {self._remedy()}") from None
+        if found != expected:
+            raise DamagedTokens(f"{path}: checksum {found[:12]}, expected {expected[:12]}; {self._remedy()}")
 
     def _check_size(self, number: int, shard: Shard) -> None:
         path = self.folder / shard_name(number)
@@ -101,16 +140,19 @@ class TokenStream:
         actual = path.stat().st_size if path.is_file() else None
         if actual != expected:
             found = "is missing" if actual is None else f"has {actual} bytes"
-            raise ConfigError(f"{path}: {found}, expected {expected} bytes; {self._remedy()}")
+            raise DamagedTokens(f"{path}: {found}, expected {expected} bytes; {self._remedy()}")
 
-    def _map(self, number: int) -> NDArray:
-        found = self._maps.get(number)
+    def _open(self, number: int) -> OpenFile:
+        found = self._files.get(number)
         if found is None:
-            # As a plain array, which is sliced three times faster than a memmap.
-            found = np.asarray(np.memmap(self.folder / shard_name(number), dtype=self._dtype, mode="r"))
-            self._maps[number] = found
-            if len(self._maps) > _OPEN_SHARDS:
-                self._maps.popitem(last=False)
+            path = self.folder / shard_name(number)
+            try:
+                found = OpenFile(path)
+            except OSError as error:
+                raise DamagedTokens(f"{path}: cannot be read: {error.strerror}; {self._remedy()}") from None
+            self._files[number] = found
+            if len(self._files) > _OPEN_SHARDS:
+                self._files.popitem(last=False)
         return found
 
     def _remedy(self) -> str:
@@ -153,8 +195,9 @@ def pack_part(
     key = ["tokens/1", source.fingerprint, encoder.fingerprint(), eos]
     fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     folder = cache / "tokens" / f"{source.title}-{fingerprint[:24]}"
-    if folder.exists():
-        return TokenStream(folder)
+    if (stream := _cached(folder, source)) is not None:
+        source.remember()
+        return stream
     if share.of == 1:
         next(source.documents())  # no data, or unreadable: refused before the cache is touched
     # len(), because vocab_size leaves added tokens out; max(), because ids may have gaps.
@@ -169,6 +212,11 @@ def pack_part(
         size = source.n_bytes if share.of == 1 or source.n_bytes is None else source.n_bytes // share.of
         with progress(f"tokenizing {source.title}", size, "bytes") as advance:
             write_part(parts[share.number - 1], source, share, encoder, eos, dtype, workers, advance)
+        try:
+            source.check_unchanged()
+        except ConfigError:
+            shutil.rmtree(parts[share.number - 1], ignore_errors=True)
+            raise
 
     def make(temporary: Path) -> None:
         if share.of == 1:
@@ -186,10 +234,34 @@ def pack_part(
         if not all(read_state(part).done for part in parts):
             return None
     made_once(folder, make)
+    source.remember()
     for part in parts:
         shutil.rmtree(part, ignore_errors=True)
         _lock_of(part).unlink(missing_ok=True)
     return TokenStream(folder)
+
+
+def _cached(folder: Path, source: Source) -> TokenStream | None:
+    """The stream that was made before. A damaged one is removed, to be made again, if its source can be read."""
+    if not folder.exists():
+        return None
+    try:
+        return TokenStream(folder)
+    except DamagedTokens as error:
+        damage = error
+    try:
+        next(source.documents())
+    except ConfigError as error:
+        raise DamagedTokens(f"{damage}; but it cannot be made again: {error}") from None
+    with FileLock(folder.with_name(f"{folder.name}.lock")):  # of several ranks, the first removes it
+        if folder.exists():
+            try:
+                return TokenStream(folder)
+            except DamagedTokens:
+                log.error("DAMAGED TOKENS: %s; making them again from the source", damage)
+                away = folder.rename(folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:12]}"))
+                shutil.rmtree(away, ignore_errors=True)
+    return None
 
 
 def prepare(
@@ -253,10 +325,10 @@ def _checksum(index: dict) -> str:
 def _read_index(folder: Path) -> dict:
     path = folder / "index.json"
     try:
-        index = json.loads(path.read_text())
+        index = read_mapping(path)
         intact = index.pop("checksum") == _checksum(index) and index["format"] in (1, 2)
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError):
         intact = False
     if not intact:
-        raise ConfigError(f"{path}: is missing or damaged; delete the folder {folder}, it is made again")
+        raise DamagedTokens(f"{path}: is missing or damaged; delete the folder {folder}, it is made again")
     return index

@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from llmfoundry.data.sieve import Counts
 from llmfoundry.data.sources import Source
 from llmfoundry.data.tokenizer import Encoder
 from llmfoundry.progress import Advance
+from llmfoundry.strict_json import read_mapping, whole_number
 
 SHARD_TOKENS = 2**27
 
@@ -152,11 +153,14 @@ def _write(
 def read_state(folder: Path) -> State:
     """How far a part is; at its beginning if there is nothing."""
     try:
-        found = json.loads((folder / "state.json").read_text())
+        found = cast(dict, read_mapping(folder / "state.json"))
+        shards = [Shard(whole_number(tokens), str(sha256)) for tokens, sha256 in found["shards"]]
+        place = whole_number(found["place"])
+        return State(shards, Counts(*map(whole_number, found["counts"])), place, bool(found["done"]))
     except FileNotFoundError:
         return State([], Counts(), 0)
-    shards = [Shard(*shard) for shard in found["shards"]]
-    return State(shards, Counts(*found["counts"]), found["place"], found["done"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder / 'state.json'}: is damaged ({error}); delete {folder}, it is made again") from None
 
 
 class _Writer:

@@ -175,7 +175,7 @@ class StreamRows(Rows):
         self.n_tokens = stream.n_tokens - 1
         self.n_bytes = stream.n_bytes
         self.n_rows, self.n_full = -(-self.n_tokens // how.length), self.n_tokens // how.length
-        self.stream, self._whole = stream, stream.whole()
+        self.stream = stream
         self._end, self._opening = stream.eos_token_id, stream.opening_token_id
 
     def put(self, number: int, out: Block, i: int) -> None:
@@ -183,7 +183,7 @@ class StreamRows(Rows):
         length, last = self.length, self.n_tokens
         start = min(number * length, last)
         stop = min(start + length, last) + 1
-        found = self._whole[start:stop] if self._whole is not None else self.stream.read(start, stop)
+        found = self.stream.read(start, stop)
         n = stop - start - 1
         tokens, labels = out.tokens[i], out.labels[i]
         tokens[:n], labels[:n] = found[:-1], found[1:]

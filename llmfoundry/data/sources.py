@@ -12,6 +12,7 @@ import os
 import sysconfig
 import tokenize
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple, Self
@@ -24,6 +25,7 @@ from llmfoundry.data.remote import Store, n_bytes
 from llmfoundry.data.sieve import Sieve
 from llmfoundry.data.split import Split, keeps
 from llmfoundry.runtime import cache_root, seed_of
+from llmfoundry.strict_json import read_mapping
 
 HELD_OUT = 0.05  # of the text that both loaders read
 
@@ -48,6 +50,8 @@ class Source:
     pieces: tuple[Piece, ...] = ()  # the same documents file by file, where there are files
     dedup: bool = False  # of equal documents only the first is kept
     keep: Callable[[str], bool] | None = None  # whether a document is kept; None: all are
+    stamps: tuple[tuple[Path, str], ...] = ()  # files, and what changes with their contents, as of the fingerprint
+    memory: Path | None = None  # where `remember` writes
 
     def documents(self) -> Iterator[str]:
         """Every document that is kept; none is empty.
@@ -61,6 +65,35 @@ class Source:
             yield document
         if empty:
             raise self.nothing()
+
+    def check_unchanged(self) -> None:
+        """Check that the files are those that the fingerprint was taken of: to be called when they have been read.
+
+        Raises:
+            ConfigError: naming the first that has changed.
+        """
+        for path, stamp in self.stamps:
+            try:
+                now = stamp_of(path)
+            except OSError:
+                now = ""
+            if now != stamp:
+                raise ConfigError(
+                    f"dataset {self.title}: {path} was changed while it was read, so nothing is kept of it; start "
+                    "again when it is complete"
+                )
+
+    def remember(self) -> None:
+        """Write down what this source was, for a run that goes on when its files are gone, from tokens in the cache."""
+        if self.memory is None:
+            return
+        said = {"title": self.title, "fingerprint": self.fingerprint, "n_bytes": self.n_bytes,
+                "files": sorted(map(str, self.files))}  # fmt: skip
+        with suppress(OSError):  # it is a help, and no duty
+            self.memory.parent.mkdir(parents=True, exist_ok=True)
+            part = self.memory.with_name(f"{self.memory.name}.{os.getpid()}")
+            part.write_text(json.dumps(said))
+            part.replace(self.memory)
 
     def sieve(self) -> Sieve:
         """A new one, by this source's rules."""
@@ -254,9 +287,9 @@ class SyntheticConfig(DatasetConfig, names=("synthetic",)):
     A model that knows the rule needs 1.74 bits per word; one that knows only the words, log2(vocab_size).
     """
 
-    vocab_size: int = Field(default=64, ge=2)  # different words
-    n_documents: int = Field(default=2000, ge=1)  # both splits together
-    document_words: int = Field(default=200, ge=1)  # words of one document
+    vocab_size: int = Field(default=64, ge=2, le=10**6)  # different words
+    n_documents: int = Field(default=2000, ge=1, le=10**8)  # both splits together
+    document_words: int = Field(default=200, ge=1, le=10**6)  # words of one document
     seed: int = 0  # of the rule and of the text
 
     def build(self) -> Source:
@@ -285,6 +318,36 @@ class SyntheticConfig(DatasetConfig, names=("synthetic",)):
 def fingerprint_of(*parts: str | int | float | tuple[str | int, ...]) -> str:
     """SHA-256 of plain values."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def remembered(memory: Path, gone: ConfigError) -> Source:
+    """A source whose files are gone, as it was when its tokens were made; it cannot be read.
+
+    Raises:
+        ConfigError: `gone`, if it was never read on this machine.
+    """
+    try:
+        said = read_mapping(memory)
+        title, fingerprint, n_bytes, files = (said[key] for key in ("title", "fingerprint", "n_bytes", "files"))
+        if not (isinstance(title, str) and isinstance(fingerprint, str) and isinstance(files, list)):
+            raise ValueError("it is no source")
+    except (OSError, ValueError, KeyError):
+        raise gone from None
+
+    def read() -> Iterator[str]:
+        raise gone
+
+    return Source(
+        title, fingerprint, read, n_bytes if isinstance(n_bytes, int) else None,
+        f"{title}: its files are gone; going on with the tokens that the cache has of them",
+        frozenset(Path(str(file)) for file in files),
+    )  # fmt: skip
+
+
+def stamp_of(path: Path) -> str:
+    """What changes when a file is written or replaced, without reading it; raises OSError if there is none."""
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
 
 
 def _digest(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
@@ -9,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from pydantic import Field
 
@@ -17,12 +18,13 @@ from llmfoundry.config import ConfigError, is_url
 from llmfoundry.data.cache import made_once
 from llmfoundry.data.files import File, ahead, checked_digest, find, kind_of, said_of, unpacked
 from llmfoundry.data.remote import DataPath
-from llmfoundry.data.sources import Piece, Source, fingerprint_of
+from llmfoundry.data.sources import Piece, Source, fingerprint_of, remembered, stamp_of
 from llmfoundry.data.split import cut, filling_both, keeps, select, share
 from llmfoundry.data.tables import BadRow, check_parquet, read_table
 from llmfoundry.data.texts import TextsConfig
 from llmfoundry.progress import progress
 from llmfoundry.runtime import cache_root
+from llmfoundry.strict_json import read_json
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +57,14 @@ class TextFilesConfig(TextsConfig, names=("text_files",)):
         return self.path if is_url(self.path) else os.path.realpath(self.path)
 
     def found(self) -> Source:
-        files, skipped = find(self.path, self.store())
+        memory = self._memory()
+        try:
+            files, skipped = find(self.path, self.store())
+        except ConfigError as error:
+            if is_url(self.path) or glob.glob(os.path.expanduser(self.path)):
+                raise
+            return remembered(memory, error)
+        stamps = tuple((file.path, stamp_of(file.path)) for file in files.values() if file.remote is None)
         sizes = {name: file.size for name, file in files.items()}
         part = self._part(files, sizes)
         title = f"{self.name}-{self.split}"
@@ -76,7 +85,14 @@ class TextFilesConfig(TextsConfig, names=("text_files",)):
             f"{title}: reads {self.path} ({counts}; {n_bytes:,} bytes){part.how}{said_of(skipped)}",
             frozenset(file.real for file in chosen.values()),
             tuple(Piece(sizes[name], partial(self._read, {name: file}, part, title)) for name, file in chosen.items()),
+            stamps=stamps,
+            memory=memory,
         )
+
+    def _memory(self) -> Path:
+        served = {"cache_dir", "cache_limit", "max_seq_len", "shuffle", "shuffle_seed"}
+        settings = json.dumps(self.model_dump(mode="json", exclude=served))
+        return cache_root(self.cache_dir) / "sources" / f"{fingerprint_of('source/1', self.heap(), settings)[:24]}.json"
 
     def _part(self, files: dict[str, File], sizes: dict[str, int]) -> _Part:
         """What of the files this split is given, by their names or else by `validation_fraction`."""
@@ -149,7 +165,20 @@ class TextFilesConfig(TextsConfig, names=("text_files",)):
             log.info("checking %d files of %s, %.1f GB; once, until one of them changes", len(files), self.path,
                      total / 1e9)  # fmt: skip
         made_once(known, lambda folder: _write_json(folder / "digests.json", digests()))
-        return [(name, digest) for name, digest in json.loads((known / "digests.json").read_text())]
+        return _remembered(known / "digests.json", list(files))
+
+
+def _remembered(file: Path, names: list[str]) -> list[tuple[str, str]]:
+    try:
+        found = read_json(file)
+        if not isinstance(found, list):
+            raise ValueError("it must hold a list")
+        digests = [(str(name), str(digest)) for name, digest in cast(list[list[str]], found)]
+        if [name for name, _ in digests] != names:
+            raise ValueError("it lists other files")
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{file}: is damaged ({error}); delete the folder {file.parent}, it is made again") from None
+    return digests
 
 
 def _checked(path: Path, lenient: bool, advance: Callable[[int], None]) -> str:

@@ -20,11 +20,12 @@ import tokenizers
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llmfoundry.config import Config, ConfigError
 from llmfoundry.data.cache import made_once
 from llmfoundry.data.sources import DatasetConfig
+from llmfoundry.data.tokenizer_files import load_tokenizer
 from llmfoundry.data.word_cache import WordCache
 from llmfoundry.progress import progress
 from llmfoundry.runtime import cache_root
@@ -139,17 +140,8 @@ class TokenizerConfig(Config):
         looks_local = folder.is_dir() or self.name.startswith(("/", ".", "~")) or self.name.count("/") > 1
         if looks_local and not folder.is_dir():
             raise ConfigError(f"tokenizer.name: {self.name}: no such folder")
-        try:
-            return AutoTokenizer.from_pretrained(
-                str(folder) if looks_local else self.name,
-                trust_remote_code=False,
-                local_files_only=looks_local,
-                **self.kwargs,
-            )
-        except (OSError, ValueError, TypeError, ImportError) as error:
-            where = "cannot be loaded" if looks_local else "neither a folder nor on the Hugging Face hub"
-            why = " ".join(str(error).split())[:300]
-            raise ConfigError(f"tokenizer.name: {self.name}: {where}: {why}") from error
+        where = f"tokenizer.name: {self.name}"
+        return load_tokenizer(folder if looks_local else self.name, where, **self.kwargs)
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -6,11 +6,11 @@ Texts are stripped of white space at both ends, as LLM Foundry does; lists are l
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from llmfoundry.config import ConfigError
+from llmfoundry.strict_json import parse_json
 
 HUB = "hf://"
 
@@ -100,8 +100,8 @@ def _from_file(path: Path) -> list[Row]:
 
 def _parsed(where: str, line: str) -> Row:
     try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        fields = parse_json(line)
+    except ValueError as error:
         raise ConfigError(f"{where}: is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise ConfigError(f"{where}: must be a JSON object, found {str(fields)[:80]}")

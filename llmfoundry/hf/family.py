@@ -177,11 +177,12 @@ def known_families() -> dict[str, Family]:
     return {name: kind() for name, kind in sorted(Family._known.items())}
 
 
-def family_of(model_type: object, as_it_is: bool = False) -> Family:
+def family_of(model_type: object, as_it_is: bool = False, where: str = "") -> Family:
     """The family of a `model_type`; one that our model cannot express is the module of `transformers` as it is.
 
     Args:
         as_it_is: take the module in any case.
+        where: begins the message of an error.
 
     Raises:
         ConfigError: `transformers` has no causal model of this type.
@@ -191,8 +192,8 @@ def family_of(model_type: object, as_it_is: bool = False) -> Family:
         return known[model_type]
     if not module.is_known(model_type):
         raise ConfigError(
-            f"model_type {model_type!r} is not supported; supported are {', '.join(known)}, and all causal models of "
-            f"transformers {transformers.__version__}"
+            f"{where}model_type {model_type!r:.80} is not supported; supported are {', '.join(known)}, and all causal "
+            f"models of transformers {transformers.__version__}"
         )
     found = module.AsItIs(model_type)
     assert isinstance(found, Family)
@@ -211,7 +212,7 @@ def read_config(
         ConfigError: the model type or a setting is not supported.
     """
     readers = [family for family in known_families().values() if family.reads(data)]
-    family = readers[0] if readers and not as_it_is else family_of(data.get("model_type"), as_it_is)
+    family = readers[0] if readers and not as_it_is else family_of(data.get("model_type"), as_it_is, f"{where}: ")
     if data.get("quantization_config"):
         raise ConfigError(
             f"{where}: quantization_config is set: these weights are quantised; save them unquantised first, "
@@ -220,7 +221,16 @@ def read_config(
     n_layers = data.get(family.sizes["n_layers"])
     if isinstance(n_layers, int) and n_layers > _MOST_LAYERS:  # `transformers` makes a list of them
         raise ConfigError(f"{where}: {family.sizes['n_layers']}={n_layers}; {_MOST_LAYERS} is the most that is read")
-    return family, family.read(data, where)
+    try:
+        return family, family.read(data, where)
+    except ConfigError as error:
+        if where in str(error):
+            raise
+        raise ConfigError(f"{where}: {str(error).removeprefix('config.json: ')}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, ArithmeticError, RuntimeError) as error:
+        # A setting of a type that nobody expects fails anywhere.
+        why = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{where}: holds a setting that cannot be ({type(error).__name__}: {why})") from None
 
 
 def write_config(config: CausalLMConfig, model_type: str | None = None) -> tuple[Family, ConfigDict]:

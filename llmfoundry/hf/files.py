@@ -31,6 +31,7 @@ from torch import Tensor
 
 from llmfoundry.config import ConfigError
 from llmfoundry.hf.pieces import Part, Spec, runs
+from llmfoundry.strict_json import parse_json, read_mapping, whole_numbers
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BLOCK_BYTES = 2**20  # read at a time: still in the core's cache when copied, and malloc gives the same memory again
@@ -39,7 +40,7 @@ BUFFER_BYTES = 2**26  # written at a time
 # Weights as they are trained. Integers and 8-bit floats are quantised ones, which need scales beside them.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MAX_HEADER = 2**30
+_MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
 _ALIGNED = 2**16  # bytes: no disk's blocks are larger
 
 Advance = Callable[[int], object]  # told of bytes done
@@ -132,9 +133,11 @@ def _files(path: Path) -> dict[Path, set[str]]:
         hint = f"; {pickled[0]} is a pickle, which is never opened: save it as safetensors first" if pickled else ""
         raise ConfigError(f"{path}: holds neither {WEIGHTS} nor {INDEX}{hint}")
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        names = {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        weight_map = read_mapping(index)["weight_map"]
+        if not isinstance(weight_map, dict):
+            raise ValueError("weight_map must be a mapping")
+        names = {name: str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{index}: is malformed ({type(error).__name__}: {error})") from None
     files: dict[Path, set[str]] = {}
     for name, file in names.items():
@@ -142,13 +145,17 @@ def _files(path: Path) -> dict[Path, set[str]]:
             raise ConfigError(f"{index}: says that {name!r} is in {file!r}, which is outside of this folder")
         files.setdefault(path / file, set()).add(name)
     for path_of in files:
-        if not path_of.is_file():
+        try:
+            is_there = path_of.is_file()
+        except (OSError, ValueError) as error:  # no file can have such a name
+            raise ConfigError(f"{index}: names {path_of.name!r:.80}: {error!s:.80}") from None
+        if not is_there:
             raise ConfigError(f"{path_of}: is missing; {INDEX} names it")
     return files
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file, each within it.
+    """The tensors of a safetensors file; they fill it without gaps, as the library wants it.
 
     Raises:
         ConfigError: the file is cut short or malformed.
@@ -162,13 +169,19 @@ def read_header(file: Path) -> dict[str, Stored]:
             raise ConfigError(f"{file}: has a header of {length} bytes; {_MAX_HEADER} is the most that is read")
         text = handle.read(length)
     try:
-        entries = json.loads(text)
-        entries.pop("__metadata__", None)
+        entries = parse_json(text)
+        if not isinstance(entries, dict) or text[:1] != b"{":
+            raise ValueError("it must be a mapping")
+        notes = entries.pop("__metadata__", None) or {}
+        if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+            raise ValueError("__metadata__ must be texts by name")
         found = {}
         for name, entry in entries.items():
-            begin, end = _whole_numbers(entry["data_offsets"])
-            shape = _whole_numbers(entry["shape"])
-            if entry["dtype"] not in DTYPES:
+            if not isinstance(entry, dict):
+                raise ValueError(f"tensor {name!r:.80} is no mapping")
+            begin, end = whole_numbers(entry["data_offsets"])
+            shape = whole_numbers(entry["shape"])
+            if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
                 raise ConfigError(
                     f"{file}: tensor {name!r} has dtype {entry['dtype']}; weights are one of {', '.join(DTYPES)} "
                     "(of a quantised checkpoint, take the unquantised one)"
@@ -181,19 +194,24 @@ def read_header(file: Path) -> dict[str, Stored]:
                     f"{file}: is cut short: it has {size} bytes and tensor {name!r} ends at {8 + length + end}"
                 )
             found[str(name)] = Stored(spec, file, 8 + length + begin, (0,) * len(shape))
-        check_apart((each.start, each.start + each.spec.nbytes, name) for name, each in found.items())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        _check_filled(8 + length, size, found)
+    except (ValueError, KeyError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{file}: has a malformed header ({type(error).__name__}: {error})") from None
     return found
 
 
-def _whole_numbers(values: object) -> tuple[int, ...]:
-    """Numbers of a header: JSON may hold infinity, fractions and text too."""
-    if not isinstance(values, list) or not all(type(value) is int and value >= 0 for value in values):
-        raise ValueError(f"{values!r} are no whole numbers")
-    return tuple(values)
+def _check_filled(start: int, end: int, tensors: Mapping[str, Stored]) -> None:
+    """Raise ValueError unless the tensors lie one after another, from a byte of the file to its end."""
+    places = sorted((each.start, each.start + each.spec.nbytes, name) for name, each in tensors.items())
+    check_apart(places)
+    for begin, after, name in places:
+        if begin > start:
+            raise ValueError(f"{begin - start} bytes before tensor {name!r} belong to none")
+        start = after
+    if start != end:
+        raise ValueError(f"{end - start} bytes at the end belong to no tensor")
 
 
 def check_apart(places: Iterable[tuple[int, int, str]]) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import ConfigError
 from llmfoundry.hf.family import ConfigDict, Value
+from llmfoundry.strict_json import parse_json
 
 GENERATION = "generation_config.json"
 _IDS = "bos_token_id", "eos_token_id", "pad_token_id"
@@ -74,8 +75,8 @@ def token_ids(text: str, where: str = GENERATION) -> ConfigDict:
         ConfigError: it is no JSON mapping, or an id is no whole number.
     """
     try:
-        said = json.loads(text)
-    except (ValueError, RecursionError):
+        said = parse_json(text)
+    except ValueError:
         raise ConfigError(f"{where}: is no JSON; remove it, or restore it") from None
     if not isinstance(said, dict):
         raise ConfigError(f"{where}: must hold a mapping, found {type(said).__name__}")

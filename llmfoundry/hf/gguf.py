@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import ConfigError
+from llmfoundry.data.tokenizer_files import load_tokenizer
 from llmfoundry.hf.family import ConfigDict, Value
 from llmfoundry.hf.files import Stored
 from llmfoundry.hf.pieces import Kept, Part, Spec, whole_of
@@ -127,15 +128,9 @@ def tokenizer_of(path: Path) -> PreTrainedTokenizerBase | None:
     if "tokenizer.ggml.model" not in settings:
         return None
     try:
-        return AutoTokenizer.from_pretrained(
-            path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # whatever their converters fail with, the file is at fault
-        why = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"{path}: its tokenizer cannot be converted ({type(error).__name__}: {why}); give the tokenizer itself, a "
-            "folder with tokenizer.json or a hub id"
-        ) from None
+        return load_tokenizer(path.parent, f"{path}: its tokenizer", gguf_file=path.name)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; give the tokenizer itself, a folder with tokenizer.json or a hub id") from None
 
 
 def _read_header(path: Path) -> Header:

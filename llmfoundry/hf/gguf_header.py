@@ -68,6 +68,8 @@ def read_header(path: Path) -> Header:
             dequantised.
     """
     try:
+        if not path.is_file():
+            raise ConfigError(f"{path}: {'is not a plain file' if path.exists() else 'no such file'}")
         with open(path, "rb") as file:
             magic, version = file.read(4), file.read(4)
         if magic != b"GGUF":

@@ -136,7 +136,7 @@ class TransformersLM(CausalLM):
     def __init__(self, config: TransformersConfig) -> None:
         nn.Module.__init__(self)
         self.config: CausalLMConfig = config
-        self.module: PreTrainedModel = AutoModelForCausalLM.from_config(_theirs(config.hf_config))
+        self.module = _built(config.hf_config)
         self.module.config.use_cache = False
         if config.tie_word_embeddings:
             self.module.set_output_embeddings(_TiedHead(self.module.get_input_embeddings()))
@@ -212,7 +212,7 @@ class AsItIs(Family):
         settings = {key: value for key, value in data.items() if key not in _NO_SETTINGS}
         config = check(TransformersConfig, {"name": "transformers", "hf_config": settings}, where=where)
         with torch.device("meta"):
-            module = AutoModelForCausalLM.from_config(_theirs(settings))
+            module = _built(settings)
         names = {id(parameter): name for name, parameter in module.named_parameters(remove_duplicate=False)}
         names |= {id(parameter): name for name, parameter in module.named_parameters()}  # of tied ones, the first
         named = _stored_names(module)
@@ -233,7 +233,7 @@ class AsItIs(Family):
     def add_pieces(self, config: CausalLMConfig, pieces: Pieces, layout: str) -> None:
         assert isinstance(config, TransformersConfig)
         with torch.device("meta"):
-            module = AutoModelForCausalLM.from_config(_theirs(config.hf_config))
+            module = _built(config.hf_config)
         named = _stored_names(module)
         for name in pieces.shapes:
             pieces.add(name, named(name.removeprefix(PREFIX)))
@@ -249,6 +249,12 @@ def _stored_names(module: PreTrainedModel) -> Callable[[str], str]:
 def is_known(model_type: object) -> bool:
     """Whether `transformers` has a causal model of this type."""
     return isinstance(model_type, str) and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def _built(settings: dict[str, object]) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_config(_theirs(settings), trust_remote_code=False)
+    assert isinstance(model, PreTrainedModel)
+    return model
 
 
 def _theirs(settings: dict[str, object]) -> PreTrainedConfig:

@@ -36,6 +36,7 @@ from llmfoundry.hf.tokenizer import TOKENIZER_FILES, name_for_transformers_4, to
 from llmfoundry.layers.lora import frozen_weights, is_adapter
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig, cast_parameters
 from llmfoundry.moe.layer import MoEConfig
+from llmfoundry.strict_json import read_mapping
 
 log = logging.getLogger(__name__)
 
@@ -153,14 +154,11 @@ def read_settings(folder: Path) -> ConfigDict:
     """
     config_file = folder / "config.json"
     try:
-        data = json.loads(config_file.read_text(encoding="utf-8"))
+        return read_mapping(config_file)
     except OSError as error:
         raise ConfigError(f"{config_file}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{config_file}: is no JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{config_file}: must hold a mapping, found {type(data).__name__}")
-    return data
+    except ValueError as error:
+        raise ConfigError(f"{config_file}: is no JSON of settings: {error}") from None
 
 
 def matched(path: Path, family: Family, config: CausalLMConfig, folder: TensorSource) -> Checkpoint:

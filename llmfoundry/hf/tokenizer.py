@@ -6,9 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from llmfoundry.config import ConfigError
+from llmfoundry.data.tokenizer_files import load_tokenizer
 from llmfoundry.hf import gguf
+from llmfoundry.private import is_secret
+from llmfoundry.strict_json import read_mapping
 
 # What makes a tokenizer, as patterns; none of it is code. Named chat templates have a folder of their own.
 TOKENIZER_FILES = (
@@ -34,14 +38,18 @@ def copy_tokenizer(source: Path, target: Path) -> bool:
 
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a folder or GGUF file, if there is one; it runs no code of the folder's."""
+    """The tokenizer in a folder or GGUF file, if there is one; it runs no code of the folder's.
+
+    Raises:
+        ConfigError: it is damaged, or needs code.
+    """
     if folder.suffix == ".gguf":
         return gguf.tokenizer_of(folder)
     if not any(
         (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
     ):
         return None
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return load_tokenizer(folder, f"{folder}: its tokenizer")
 
 
 def name_for_transformers_4(folder: Path) -> None:
@@ -52,7 +60,12 @@ def name_for_transformers_4(folder: Path) -> None:
     file = folder / "tokenizer_config.json"
     if not file.is_file():
         return
-    said = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        said = read_mapping(file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: is no JSON of settings: {error}") from None
+    for key in [key for key, value in said.items() if is_secret(key) and isinstance(value, str) and value[:1] != "<"]:
+        del said[key]  # what a version that did not know better has written
     if said.get("tokenizer_class") == "TokenizersBackend":
         said["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(said.get("extra_special_tokens"), list):

@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import ConfigError, check
 from llmfoundry.data.mds import MDSWriter
 from llmfoundry.data.sources import DatasetConfig
+from llmfoundry.data.tokenizer_files import load_tokenizer
 from llmfoundry.progress import progress
 
 
@@ -62,10 +63,8 @@ def how(tokenizer: str, length: int, bos_text: str, eos_text: str | None, wrap: 
     Raises:
         ConfigError: the tokenizer cannot be loaded, or nothing would stand between texts.
     """
-    try:
-        loaded = AutoTokenizer.from_pretrained(tokenizer)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--tokenizer {tokenizer}: {' '.join(str(error).split())}") from None
+    source = Path(tokenizer) if Path(tokenizer).is_dir() else tokenizer
+    loaded = load_tokenizer(source, f"--tokenizer {tokenizer}")
     loaded.model_max_length = int(1e30)  # rows are cut here
     eos_text = loaded.eos_token or "" if eos_text is None else eos_text
     if length < 1:

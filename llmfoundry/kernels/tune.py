@@ -25,6 +25,7 @@ from llmfoundry.kernels.up import UpConfig
 from llmfoundry.kernels.up_backward import UpBackwardConfig
 from llmfoundry.kernels.weight_grad import WeightGradConfig
 from llmfoundry.runtime import cache_root
+from llmfoundry.strict_json import read_mapping, whole_number
 
 log = logging.getLogger(__name__)
 Config = TypeVar("Config", UpConfig, GroupedConfig, UpBackwardConfig, WeightGradConfig)
@@ -167,7 +168,7 @@ def _cache_file(device: torch.device) -> Path:
 
 def _read(device: torch.device) -> dict[str, int]:
     try:
-        return dict(json.loads(_cache_file(device).read_text()))
+        return {key: whole_number(value) for key, value in read_mapping(_cache_file(device)).items()}
     except (OSError, ValueError):
         return {}
 

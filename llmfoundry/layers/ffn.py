@@ -56,7 +56,7 @@ class FFNConfig(Choice, tag="ffn_type"):
     """
 
     ffn_type: str = "mptmlp"  # the kind of block
-    ffn_hidden_size: int | None = Field(None, ge=1)  # F; None: the model's expansion_ratio * d_model
+    ffn_hidden_size: int | None = Field(None, ge=1, le=2**28)  # F; None: the model's expansion_ratio * d_model
     ffn_act_fn: Activation = Activation()  # the activation
     bias: bool | None = None  # None: as the model's no_bias says
 

@@ -83,10 +83,10 @@ class AdapterParams(NamedTuple):
 class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
     """A pre-norm decoder. The keys and their defaults are LLM Foundry's."""
 
-    d_model: int = Field(ge=1)  # width of the residual stream
-    n_heads: int = Field(ge=1)  # query heads
-    n_layers: int = Field(ge=1)  # blocks
-    vocab_size: int = Field(ge=1)  # rows of the embedding; at least the tokenizer's
+    d_model: int = Field(ge=1, le=2**24)  # width of the residual stream
+    n_heads: int = Field(ge=1, le=2**20)  # query heads
+    n_layers: int = Field(ge=1, le=1000)  # blocks
+    vocab_size: int = Field(ge=1, le=2**31)  # rows of the embedding; at least the tokenizer's
     expansion_ratio: float = Field(default=4.0, gt=0)  # ffn hidden size / d_model, where ffn_config gives no size
     no_bias: bool = False  # of every linear layer and norm, unless its own block says otherwise
     norm_type: NormType = "layernorm"  # of every norm in the blocks and before the head

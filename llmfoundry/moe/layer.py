@@ -51,7 +51,7 @@ class MoEConfig(FFNConfig, RouterConfig, names=("moe",)):
     moe_lbl_accumulation: Literal["count", "keep", "running"] = "count"
     moe_lbl_layers: Literal["each", "together"] = "each"  # together: the loads of all layers count as one
     shared_expert: bool = False  # a dense block beside the routed ones, met by every token
-    shared_expert_hidden_size: int | None = Field(None, ge=1)  # None: ffn_hidden_size
+    shared_expert_hidden_size: int | None = Field(None, ge=1, le=2**28)  # None: ffn_hidden_size
     shared_expert_gate: bool = False  # scale it by sigmoid(x @ gate), as Qwen2-MoE
     first_k_dense: int = Field(0, ge=0)  # this many dense blocks come first
     moe_layer_freq: int = Field(1, ge=1)  # after them every n-th block is a mixture, starting with one

@@ -33,7 +33,7 @@ class RouterOutput(NamedTuple):
 class RouterConfig(Config):
     """The router's keys in `ffn_config`; LLM Foundry's words where it has them."""
 
-    moe_num_experts: int = Field(ge=1)  # routed experts of a layer
+    moe_num_experts: int = Field(ge=1, le=2**16)  # routed experts of a layer
     moe_top_k: int = Field(1, ge=1)  # experts of a token
     moe_score_fn: Literal["softmax", "sigmoid"] = "softmax"  # makes scores of the router's logits
     # Divide a token's weights by their p-norm: 1 makes them sum to 1 (Mixtral), null leaves them (OLMoE).

@@ -6,13 +6,15 @@ the `report` callback writes the last two. Long runs are thinned, so that a page
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import cast
 
 from llmfoundry.config import ConfigError
+from llmfoundry.private import disclosed
 from llmfoundry.settings import leaves, read_resolved
+from llmfoundry.strict_json import parse_json, read_mapping, whole_number
 
 EXPERTS, PROBE = "experts.jsonl", "experts.json"
 CURVE_POINTS = 1500
@@ -49,8 +51,8 @@ def read_run(folder: Path, newest: Json | None = None) -> Json:
         raise ConfigError(f"{folder}: holds no metrics.jsonl; name the save_folder of a run")
     metrics = [*_lines(folder / "metrics.jsonl"), *([newest] if newest is not None else [])]
     experts = _lines(folder / EXPERTS) if (folder / EXPERTS).is_file() else []
-    probe = json.loads((folder / PROBE).read_text()) if (folder / PROBE).is_file() else None
-    summary = json.loads((folder / "summary.json").read_text()) if (folder / "summary.json").is_file() else {}
+    probe = _value(folder / PROBE) if (folder / PROBE).is_file() else None
+    summary = _value(folder / "summary.json") if (folder / "summary.json").is_file() else {}
     return {
         "name": folder.name,
         "summary": summary,
@@ -65,10 +67,19 @@ def _lines(path: Path) -> list[Json]:
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            found.append(json.loads(line))
-        except ValueError:
-            raise ConfigError(f"{path}: line {number} is not JSON") from None
+            value = parse_json(line)
+            whole_number(value["step"] if isinstance(value, dict) else None)
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"{path}: line {number} is not JSON of a step: {error}") from None
+        found.append(cast(Json, value))
     return found
+
+
+def _value(path: Path) -> Json:
+    try:
+        return cast(Json, read_mapping(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: is not JSON of a run: {error}") from None
 
 
 def curves(metrics: list[Json]) -> dict[str, dict[str, list[float | None]]]:
@@ -140,8 +151,8 @@ def _biases(samples: list[object], n_layers: int, n_experts: int) -> Json:
 
 def differing_settings(folders: Sequence[Path]) -> list[list[str]]:
     """The keys whose values differ between runs, each followed by the value in every run (empty: not there)."""
-    runs = [dict(leaves(read_resolved(folder / "config.yaml"))) if (folder / "config.yaml").is_file() else {}
-            for folder in folders]  # fmt: skip
+    files = [folder / "config.yaml" for folder in folders]
+    runs = [dict(leaves(disclosed(read_resolved(file), {}))) if file.is_file() else {} for file in files]
     keys = dict.fromkeys(key for run in runs for key in run)
     rows = [[key, *(str(run[key]) if key in run else "" for run in runs)] for key in keys]
     return [row for row in rows if len(set(row[1:])) > 1]

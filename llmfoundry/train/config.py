@@ -11,13 +11,23 @@ import os
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
 import llmfoundry.hf.module  # noqa: F401  registers modules of transformers as a model
 import llmfoundry.model.transformer  # noqa: F401  registers its model
 import llmfoundry.train.lion  # noqa: F401  registers its optimizer
 from llmfoundry import runtime
-from llmfoundry.config import Choice, Config, ConfigError, check_placeholders, is_theirs, is_url, keyed, local_path
+from llmfoundry.config import (
+    Choice,
+    Config,
+    ConfigError,
+    check_placeholders,
+    dump,
+    is_theirs,
+    is_url,
+    keyed,
+    local_path,
+)
 from llmfoundry.data.loader import LoaderConfig
 from llmfoundry.data.mixture import MixtureConfig
 from llmfoundry.data.preferences import PreferencesConfig
@@ -28,6 +38,7 @@ from llmfoundry.eval.gauntlet import GauntletConfig
 from llmfoundry.eval.icl_tasks import TaskConfig
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.parallel.mesh import ParallelConfig
+from llmfoundry.private import FromEnvironment, disclosed
 from llmfoundry.train.duration import ClockTime, Duration
 from llmfoundry.train.loss import CrossEntropyConfig, LossConfig
 from llmfoundry.train.optim import OptimizerConfig
@@ -148,7 +159,7 @@ class RunConfig(Config):
     run_name: str | None = None  # for loggers, and for {run_name} in paths; None: $RUN_NAME, or the save_folder's name
     code_paths: list[str] = []  # Python files that register plug-ins
     seed: int = Field(17, ge=0, lt=2**63)  # of initial weights, order of the data and dropout
-    max_seq_len: int = Field(gt=0)  # tokens per row
+    max_seq_len: int = Field(gt=0, le=2**31)  # tokens per row
 
     model: ModelConfig
     tokenizer: TokenizerConfig
@@ -165,7 +176,7 @@ class RunConfig(Config):
     # When this process ends at the latest: the run stops in time to save, and the same command continues it. None: at
     # the end of the Slurm job, if there is one; 0s: no limit
     time_limit: ClockTime | None = None
-    global_train_batch_size: int = Field(gt=0)  # rows per step, over all ranks
+    global_train_batch_size: int = Field(gt=0, le=2**31)  # rows per step, over all ranks
     # Rows of a forward; need not divide. auto: all of the rank's, and half as many each time that they do not fit.
     device_train_microbatch_size: int | Literal["auto"] = "auto"
     max_skipped_steps: int = Field(
@@ -177,7 +188,7 @@ class RunConfig(Config):
     eval_first: bool = False  # also before the first step, as step 0
     # Of device_eval_batch_size rows each, over all ranks together; -1: all the data
     eval_subset_num_batches: int = 256
-    device_eval_batch_size: int = Field(16, gt=0)  # rows
+    device_eval_batch_size: int = Field(16, gt=0, le=2**31)  # rows
     # Tasks with few solved examples, at each evaluation: metrics/LABEL/N-shot/METRIC. A list, or a file that has one.
     icl_tasks: list[TaskConfig] = []
     eval_gauntlet: GauntletConfig | None = None  # their summary: icl/metrics/eval_gauntlet/NAME. Or a file that has one
@@ -219,6 +230,16 @@ class RunConfig(Config):
     progress_bar: bool = True  # on a terminal, a live view below the lines; false: lines alone
     log_to_console: bool = True  # false: no lines and no view
     console_log_interval: Duration = Duration.parse("1ba")  # between two lines
+
+    _environment: dict[str, FromEnvironment] = PrivateAttr(default_factory=dict)
+
+    def remember(self, environment: dict[str, FromEnvironment]) -> None:
+        """Keep in mind which values of the YAML came from the environment, by dotted path."""
+        self._environment = environment
+
+    def disclosed(self) -> dict[str, object]:
+        """All settings as plain data that may be written: without secrets (private.py)."""
+        return disclosed(dump(self), self._environment)
 
     @model_validator(mode="before")
     @classmethod

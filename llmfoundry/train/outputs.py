@@ -16,6 +16,7 @@ import socket
 import time
 import uuid
 from io import FileIO
+from itertools import pairwise
 from pathlib import Path
 from typing import IO
 
@@ -25,7 +26,9 @@ from llmfoundry import runtime
 from llmfoundry.checkpoint.identity import Plain
 from llmfoundry.checkpoint.manifest import checkpoints
 from llmfoundry.config import ConfigError
+from llmfoundry.private import disclosed
 from llmfoundry.settings import write_resolved
+from llmfoundry.strict_json import parse_json, read_mapping, whole_number
 from llmfoundry.train.run import Metrics
 
 log = logging.getLogger(__name__)
@@ -81,7 +84,7 @@ class RunFolder:
             if before is not None and before != config:
                 record = self.path / "config-history" / f"until-step-{step}.yaml"
                 record.parent.mkdir(exist_ok=True)
-                _write(record, write_resolved(before))
+                _write(record, write_resolved(disclosed(before, {})))
             _write(self.path / "config.yaml", write_resolved(config))
         except OSError as error:
             raise ConfigError(f"save_folder: {self.path} cannot be written: {error.strerror}") from None
@@ -97,15 +100,21 @@ class RunFolder:
         if self._metrics is not None:
             self._metrics.close()
         file = self.path / "metrics.jsonl"
-        self._cut(file, step)
+        steps = self._cut(file, step)
+        for before, after in pairwise([*steps, step + 1] if steps else []):
+            if after > before + 1:
+                which = f"step {after - 1}" if after == before + 2 else f"steps {before + 1} to {after - 1}"
+                log.warning("%s: has no line of %s; its curves have a gap there", file, which)
+                break
         self._metrics = file.open("ab", buffering=0)
 
-    def _cut(self, file: Path, step: int) -> None:
-        """Drop the lines of later steps."""
+    def _cut(self, file: Path, step: int) -> list[int]:
+        """Drop the lines of later steps; returns the steps of the others."""
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
         kept = [line for i, line in enumerate(lines, 1) if line.endswith("\n") and _step_of(file, i, line) <= step]
         if len(kept) < len(lines) or not file.exists():
             _write(file, "".join(kept))
+        return [_step_of(file, i, line) for i, line in enumerate(kept, 1)]
 
     def write_skipped(self, line: dict[str, object]) -> None:
         """Append a line to skipped.jsonl; a failure is a warning."""
@@ -165,18 +174,18 @@ class RunFolder:
 
 def _step_of(file: Path, number: int, line: str) -> int:
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        said = parse_json(line)
+        return whole_number(said["step"] if isinstance(said, dict) else None)
+    except (ValueError, KeyError):
         raise ConfigError(f"{file}: line {number} is damaged; remove it from there on") from None
 
 
 def read_summary(path: Path) -> Plain:
     """What summary.json says; nothing if it is missing or malformed."""
     try:
-        summary = json.loads((path / "summary.json").read_text())
+        return read_mapping(path / "summary.json")
     except (OSError, ValueError):
         return {}
-    return summary if isinstance(summary, dict) else {}
 
 
 def check_free(path: Path, autoresume: bool) -> None:

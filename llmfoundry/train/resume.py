@@ -34,13 +34,14 @@ from llmfoundry.checkpoint.identity import (
     is_allowed,
 )
 from llmfoundry.checkpoint.reading import HUGGING_FACE, Base, Contents, base_of, find_base, read
-from llmfoundry.config import ConfigError, dump, is_theirs
+from llmfoundry.config import ConfigError, is_theirs
 from llmfoundry.data.tokenizer import SpecialTokens, TokenizerConfig
 from llmfoundry.hf.facts import weight_differences
 from llmfoundry.hf.generation import read_generation
 from llmfoundry.hf.pretrained import locate, open_checkpoint
 from llmfoundry.hf.tokenizer import TOKENIZER_FILES, tokenizer_of
 from llmfoundry.model.transformer import CausalLMConfig
+from llmfoundry.private import cleaned, disclosed
 from llmfoundry.settings import read_resolved
 from llmfoundry.train.config import RunConfig
 from llmfoundry.train.outputs import is_free
@@ -103,7 +104,9 @@ def find_start(config: RunConfig, checkpointer: Checkpointer) -> Start:
 def _from_ours(
     config: RunConfig, model: CausalLMConfig, how: Literal["weights", "continue", "resume"], contents: Contents
 ) -> Start:
-    comparison = compare(config, model, contents.config, weights_only=how == "weights")
+    comparison = compare(
+        config, model, contents.config, weights_only=how == "weights", now=config.disclosed()
+    )  # fmt: skip
     remedy = {
         "weights": "its config.yaml has the model's settings",
         "continue": "begin a new run from its weights with load_weights_only=true",
@@ -157,7 +160,7 @@ def _check_same_folder(config: RunConfig, model: CausalLMConfig) -> None:
     if not config.autoresume or runtime.on_rank0(lambda: is_free(folder)):
         return
     before = runtime.on_rank0(lambda: read_resolved(folder / "config.yaml"))
-    comparison = compare(config, model, before, weights_only=False)
+    comparison = compare(config, model, before, weights_only=False, now=config.disclosed())
     check_allowed(comparison, config.load_allow, str(folder), "choose another save_folder")
     log.warning("%s: holds no checkpoint; starting from the first step", folder)
 
@@ -174,14 +177,14 @@ def build_tokenizer(config: RunConfig, start: Start) -> PreTrainedTokenizerBase:
     if folder is None or is_allowed(TOKENIZER, config.load_allow):
         return wanted.build(dataset, others)
     own = wanted.model_copy(update={"name": str(folder), "vocab_size": None}).build(dataset, others)
-    before = start.contents.config.get("tokenizer") if start.contents is not None else None
+    before = disclosed(start.contents.config, {}).get("tokenizer") if start.contents is not None else None
     if wanted.name == "bpe":
         size = before.get("vocab_size") if isinstance(before, dict) and before.get("name") == "bpe" else None
         if wanted.vocab_size not in (None, size, len(own)):
             raise _another_tokenizer(f"bpe of {wanted.vocab_size} entries", folder, own)
         log.info("tokenizer: the checkpoint's own, of %d entries; bpe is not trained again", len(own))
         return own
-    if start.how == "weights" and isinstance(before, dict) and _without_rule(dump(wanted)) == _without_rule(before):
+    if start.how == "weights" and isinstance(before, dict) and _same_tokenizer(config, before):
         return own
     asked = wanted.build(dataset, others)
     if asked.get_vocab() != own.get_vocab() or asked.eos_token_id != own.eos_token_id:
@@ -206,7 +209,17 @@ def settle_tokenizer(config: RunConfig, start: Start) -> tuple[RunConfig, PreTra
     special = with_rule_of(config.tokenizer, start.contents).special_tokens(tokenizer)
     settled = {"add_bos": special.bos is not None, "parse_special_tokens": special.parse}
     config = config.model_copy(update={"tokenizer": config.tokenizer.model_copy(update=settled)})
+    _forget_secrets(config, tokenizer)
     return config, tokenizer, special
+
+
+def _forget_secrets(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Take what is not to be told out of what `save_pretrained` would write."""
+    said = config.disclosed()["tokenizer"]
+    assert isinstance(said, dict)
+    for key, value in config.tokenizer.kwargs.items():
+        if said["kwargs"][key] != value:
+            tokenizer.init_kwargs.pop(key, None)
 
 
 def with_rule_of(wanted: TokenizerConfig, contents: Contents | None) -> TokenizerConfig:
@@ -225,6 +238,12 @@ def with_rule_of(wanted: TokenizerConfig, contents: Contents | None) -> Tokenize
             said = before.get(key) if isinstance(before, dict) else None
             update[key] = said if isinstance(said, bool) else older
     return wanted.model_copy(update=update)
+
+
+def _same_tokenizer(config: RunConfig, before: Mapping[str, object]) -> bool:
+    now = config.disclosed()["tokenizer"]
+    assert isinstance(now, dict)
+    return _without_rule(now) == _without_rule(before)
 
 
 def _without_rule(tokenizer: Mapping[str, object]) -> dict[str, object]:
@@ -322,5 +341,5 @@ def command_to_continue() -> str:
     launcher = Path(f"/proc/{os.getppid()}/cmdline")
     if "TORCHELASTIC_RUN_ID" in os.environ and launcher.exists():  # torchrun started this rank
         words = launcher.read_text().rstrip("\0").split("\0")
-    words = [word for word in words if not word.startswith("autoresume=")]
+    words = [cleaned(word) for word in words if not word.startswith("autoresume=")]
     return shlex.join([*words, "autoresume=true"])

@@ -19,7 +19,7 @@ from llmfoundry.checkpoint.checkpointer import CheckpointState
 from llmfoundry.checkpoint.composer_names import load_composer
 from llmfoundry.checkpoint.folder import Kept
 from llmfoundry.checkpoint.reading import HUGGING_FACE, Contents, Json, load_model_only, read
-from llmfoundry.config import ConfigError, RunError, dump, is_theirs
+from llmfoundry.config import ConfigError, RunError, is_theirs
 from llmfoundry.data.loader import Batch
 from llmfoundry.data.mixture import Mixture
 from llmfoundry.eval.icl import PREFIX
@@ -237,7 +237,7 @@ class Trainer(AgreeingRun):
     def _open_outputs(self) -> None:
         assert self.folder is not None
         contents, changes = self.start.contents, self.start.changes
-        self.folder.begin(dump(self.config), contents.config if contents and changes else None, self.state.step)
+        self.folder.begin(self.config.disclosed(), contents.config if contents and changes else None, self.state.step)
         self._open_metrics()
         if self.saver.checkpointer.store is not None:
             self.saver.checkpointer.store.push()  # from now on, the store is in use; a mistake in its name shows here
@@ -477,7 +477,7 @@ class Trainer(AgreeingRun):
                 "callbacks": {name: kept for name, each in self.named.items() if (kept := each.state_dict())},
                 **self._mixture(),
             },
-            config=dump(self.config),
+            config=self.config.disclosed(),
             tokenizer=self.tokenizer,
             generation=self.generation,
             base=self.start.base,

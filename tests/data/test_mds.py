@@ -115,7 +115,7 @@ def damaged(folder: Path, file: str, at: int, byte: int) -> None:
         (lambda d: (d / "index.json").write_text("{"), "is not JSON"),
         (lambda d: (d / "index.json").write_text("[]"), "lists no shards"),
         (lambda d: (d / "shard.00000.mds").unlink(), "shard.00000.mds: is missing"),
-        (lambda d: (d / "shard.00000.mds").write_bytes(b""), "cannot be read"),
+        (lambda d: (d / "shard.00000.mds").write_bytes(b""), "is damaged: 0 bytes"),
         (lambda d: (d / "shard.00000.mds").write_bytes(b"x" * 99), "is damaged: 99 bytes"),
         (lambda d: damaged(d, "shard.00000.mds", 0, 255), "samples, where the index has"),
         (lambda d: damaged(d, "shard.00000.mds", 5, 255), "its offsets do not fit"),

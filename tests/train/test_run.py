@@ -539,6 +539,8 @@ def test_a_plug_in_is_there_when_its_checkpoint_is_opened(recipe: Path, tmp_path
     assert train_main([str(recipe), "max_duration=2ba"]) == 0
     script = "import sys; from llmfoundry.cli.inference import generate_main; sys.exit(generate_main())"
     command = [sys.executable, "-c", script, "--checkpoint", str(tmp_path / "run"), "--max-new-tokens", "2"]
+    assert subprocess.run(command, check=False).returncode == 2  # the code of a checkpoint is not run unasked
+    command.append("--allow-code")
     assert subprocess.run(command, check=False).returncode == 0
 
 

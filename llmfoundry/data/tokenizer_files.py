@@ -1,0 +1,57 @@
+"""Tokenizers of others, loaded in one place: no code of theirs runs, and whatever is wrong with them is one line.
+
+A folder of a tokenizer comes from anywhere. `transformers` and `tokenizers` trust it, and fail with any exception where
+it is damaged: a panic of their Rust code is not even an `Exception`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from llmfoundry.config import ConfigError
+
+_OTHERS = KeyboardInterrupt, SystemExit, GeneratorExit
+_MESSAGE = 300  # characters of an error that are shown
+
+
+def load_tokenizer(source: str | Path, where: str, **words: str | int | float | bool | None) -> PreTrainedTokenizerBase:
+    """A tokenizer of a folder or hub id.
+
+    Args:
+        source: a `Path` is a folder, for which the hub is not asked.
+        where: begins the message of an error.
+        words: for `from_pretrained`.
+
+    Raises:
+        ConfigError: there is none, it needs code of its own, or it is damaged.
+    """
+    local = isinstance(source, Path)
+    if isinstance(source, Path) and source.is_dir():
+        for file in source.iterdir():
+            if not file.is_file() and not file.is_dir() and file.exists():  # a pipe would be waited for
+                raise ConfigError(f"{where}: {file.name} is not a plain file")
+    try:
+        found = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False, local_files_only=local, **words)
+        _try_out(found)
+        return found
+    except BaseException as error:
+        if isinstance(error, _OTHERS):
+            raise
+        why = " ".join(str(error).split())
+        if "trust_remote_code" in why:
+            raise ConfigError(
+                f"{where}: the tokenizer is code of its own, which is never run here; save it as a tokenizer.json"
+            ) from None
+        what = "cannot be loaded" if local else "neither a folder nor on the Hugging Face hub"
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise ConfigError(f"{where}: {what}: {kind}{why[:_MESSAGE]}") from None
+
+
+def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Do what every user of a tokenizer does: settings of a wrong type fail only then."""
+    tokenizer.decode(tokenizer.encode("a"))
+    template = tokenizer.chat_template
+    for text in template.values() if isinstance(template, dict) else [template or ""]:
+        text.encode()

@@ -1,0 +1,103 @@
+"""JSON as it is in files of others: one reader that knows what may be wrong with it, and says so by a ValueError.
+
+Python's own takes `NaN`, `Infinity` and `1e400` for numbers, keeps the last of several equal keys, and ends in a
+RecursionError where lists are nested deeply. A name may lead to a pipe, on which reading waits for ever.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from pathlib import Path
+from typing import NoReturn
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+
+MOST_BYTES = 2**28  # of a file
+
+
+def parse_json(text: str | bytes) -> Json:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is malformed, has a number that is not finite, a key twice, or is nested too deeply.
+    """
+    try:
+        found: Json = json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_mapping)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return found
+
+
+def read_json(path: Path, follow: bool = True) -> Json:
+    """The value in a file.
+
+    Args:
+        follow: whether the file may be a link.
+
+    Raises:
+        ValueError: as `parse_json`, or it is no plain file, or too long.
+        OSError: it cannot be read.
+    """
+    return parse_json(read_plain(path, follow))
+
+
+def read_mapping(path: Path, follow: bool = True) -> dict[str, Json]:
+    """The mapping in a file; raises as `read_json`, and ValueError where it is none."""
+    found = read_json(path, follow)
+    if not isinstance(found, dict):
+        raise ValueError(f"it must hold a mapping, found {type(found).__name__}")
+    return found
+
+
+def read_plain(path: Path, follow: bool = True, most: int = MOST_BYTES) -> bytes:
+    """The bytes of a plain file: reading never waits for another process.
+
+    Raises:
+        ValueError: it is no plain file, or longer than `most` bytes.
+        OSError: it cannot be read.
+    """
+    if not follow and path.is_symlink():
+        raise ValueError("is not a plain file but a link")
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("is not a plain file")
+        if status.st_size > most:
+            raise ValueError(f"has {status.st_size:,} bytes; {most:,} is the most that is read")
+        return file.read()
+
+
+def whole_number(value: Json, least: int = 0) -> int:
+    """A number that is whole, not below `least`, and fits into 63 bits; raises ValueError otherwise."""
+    if type(value) is not int or not least <= value < 2**63:
+        raise ValueError(f"{value!r:.40} is no whole number of {least} or more")
+    return value
+
+
+def whole_numbers(values: Json) -> tuple[int, ...]:
+    """The same of a list."""
+    if not isinstance(values, list):
+        raise ValueError(f"{values!r:.40} is no list of whole numbers")
+    return tuple(whole_number(value) for value in values)
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is too large for a number")
+    return value
+
+
+def _mapping(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r:.80} comes twice")
+    return found
