@@ -114,7 +114,7 @@ OURS = re.compile(r"(?:scripts|yamls|docs|docker|tests|llmfoundry)/[\w./-]+\.\w+
 NOT_HERE = {
     "config.yaml", "checkpoints/", "checkpoints/step-N/", "profile.md", "profile/",  # what a run writes
     "my_file.py", "chat.yaml", "chats/", "tests/PACKAGE/test_FILE.py", "train/", "val/",  # examples
-    "tasks.yaml", "gauntlet.yaml", "models.yaml",
+    "tasks.yaml", "gauntlet.yaml", "models.yaml", "build/site/",
 }  # fmt: skip
 
 

@@ -40,7 +40,7 @@ KNOWN = f"{', '.join(FORMATS)}, compressed or not ({', '.join(COMPRESSIONS)})"
 LINE_BYTES = 2**26  # the longest line of .jsonl, or value of .json, that is read
 # Compressed text that unpacks to more than these many bytes and these many times its packed size is refused: text
 # shrinks by 3 to 20 times, and a bomb of 1 KB would take minutes to tokenise.
-TEXT_BYTES, TEXT_RATIO = 2**22, 200
+TEXT_BYTES, TEXT_RATIO = 2**26, 200
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 

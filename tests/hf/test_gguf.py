@@ -228,7 +228,7 @@ def test_a_file_without_a_tokenizer_has_none(tmp_path: Path) -> None:
 
 def test_a_tokenizer_of_an_unknown_kind_has_to_be_given(tmp_path: Path) -> None:
     path = write(CASES[0].build(), tmp_path / "model.gguf", tokenizer__ggml__model="unheard-of")
-    with pytest.raises(ConfigError, match="model.gguf: its tokenizer cannot be converted .* give the tokenizer itself"):
+    with pytest.raises(ConfigError, match="model.gguf: its tokenizer: cannot be loaded: .* give the tokenizer itself"):
         tokenizer_of(path)
 
 
@@ -307,7 +307,7 @@ def test_what_is_no_gguf_file_is_said(content: bytes, says: str, tmp_path: Path)
     (tmp_path / "model.gguf").write_bytes(content)
     with pytest.raises(ConfigError, match=says):
         GGUFFile(tmp_path / "model.gguf")
-    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+    with pytest.raises(ConfigError, match="no such file"):
         GGUFFile(tmp_path / "other.gguf")
 
 

@@ -212,7 +212,7 @@ def test_explain_says_of_each_key_what_it_became(tmp_path: Path) -> None:
     tree = changed("model.block_overrides", yaml.safe_load(CHARACTER)) | {"callbacks": {"lr_monitor": {}}}
     tree["model"]["n_layers"] = 13
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(tree))
-    given, _, notes = read_translated(str(tmp_path / "a.yaml"), [])
+    given, _, _, notes = read_translated(str(tmp_path / "a.yaml"), [])
     lines = {line.split(": ")[0]: line for line in explained(given, notes)}
     assert lines["callbacks.lr_monitor"].split("{}")[1].strip() == "as it is"
     assert lines["fsdp_config.activation_checkpointing"].split("True")[1].strip() == "is now parallel.recompute: full"
@@ -325,7 +325,7 @@ def test_a_key_that_only_serves_references_is_a_variable(tmp_path: Path) -> None
     path = tmp_path / "a.yaml"
     text = yaml.safe_dump(FOUNDRY | {"width": 64, "run_name": "a-${width}", "model": FOUNDRY["model"] | {"d_model": 8}})
     path.write_text(text.replace("d_model: 8", "d_model: ${width}"))
-    given, data, notes = read_translated(str(path), [])
+    given, data, _, notes = read_translated(str(path), [])
     assert (given["width"], data["run_name"], data["model"]["d_model"]) == (64, "a-64", 64) and "width" not in data
     assert "width=64: left out, it only serves references" in notes
     assert quick_mistakes(str(path), []) == []
