@@ -52,7 +52,7 @@ def test_dry_run_says_whether_it_fits(recipe: Path, capsys: pytest.CaptureFixtur
         (["--gpu-memory", "40"], "--gpu-memory 40: is for --dry-run"),
         (["--dry-run", "--gpu-memory", "nan"], "--gpu-memory nan: is for --dry-run, and a number of GiB"),
         (["--dry-run", "--gpu-memory", "5"], "--gpu-memory 5: 5 GiB of it are kept free"),
-        (["--dry-run", "--gpus", "0"], "--gpus 0: is for --dry-run, and 1 or more"),
+        (["--dry-run", "--gpus", "0"], "--gpus 0: is for --dry-run, and 1 to 16,384"),
     ):
         assert train_main([str(recipe), *options]) == 2
         assert says in capsys.readouterr().err
@@ -121,7 +121,7 @@ def test_hints_find_the_place_of_a_key(recipe: Path, capsys: pytest.CaptureFixtu
         "moe_top_k=2": "moe_top_k: unknown key (did you mean model.ffn_config.moe_top_k?)",
         "max_seqlen=8": "max_seqlen: unknown key (did you mean 'max_seq_len'?)",
         "train_loader.dataset.path=x":
-            "train_loader.dataset.path: unknown key (a key of chats, megatron, preferences, text_files: set name)",
+            "train_loader.dataset.path: unknown key (a key of chats, ids, megatron, preferences, text_files: set name)",
         "model.ffn_config.moe_num_experts=8":
             "model.ffn_config.moe_num_experts: unknown key (a key of mb_dmoe, mb_moe, moe, torch_dmoe: set ffn_type)",
         "optimizer.weight_decays=0": "optimizer.weight_decays: unknown key (did you mean 'weight_decay'?)",

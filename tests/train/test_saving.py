@@ -122,7 +122,7 @@ def test_the_next_start_makes_up_for_a_kill_before_latest_moved(
     )
     (run / "checkpoints" / "step-3.tmp-0123456789ab").mkdir()
     assert read(run / "checkpoints" / "latest").step == read(run).step == 3
-    assert generate_main(["--checkpoint", str(run), "--prompt", "1", "--max-new-tokens", "2"]) == 0
+    assert generate_main(["--checkpoint", str(run), "--prompt", "1", "--max-new-tokens", "2", "--allow-code"]) == 0
     assert train_main(options) == 0
     assert names(run) == {"latest", "step-3"} and (run / "checkpoints" / "latest").readlink() == Path("step-3")
     assert [line["step"] for line in metrics_of(run)] == [1, 2, 3]
@@ -304,14 +304,12 @@ def test_each_multiple_of_keep_every_is_saved_and_kept_beside_the_newest(recipe:
     assert names(tmp_path / "run") == {"latest", "step-4", "step-8", "step-12", "step-14"}
 
 
-def test_saves_while_steps_are_skipped_push_no_good_checkpoint_out(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_weights_that_are_not_finite_push_no_good_checkpoint_out(recipe: Path, tmp_path: Path) -> None:  # noqa: F811
     (tmp_path / "breaks.py").write_text(NOT_A_NUMBER)
     options = ["save_interval=1ba", "save_num_checkpoints_to_keep=2", "eval_interval=0ba", "max_duration=8ba"]
     broken = [f"code_paths=[{tmp_path / 'breaks.py'}]", "callbacks.breaks={}", "max_skipped_steps=3"]
     assert train_main([str(recipe), *options, *broken]) == 1
-    assert names(tmp_path / "run") == {"latest", "step-2", "step-3", "step-7"}
-    assert read(tmp_path / "run" / "checkpoints" / "step-7").trainer["kept"] == "for now"
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-7")
+    assert names(tmp_path / "run") == {"latest", "step-2", "step-3"}
     assert train_main([str(recipe), *options, "autoresume=true"]) == 0
     assert names(tmp_path / "run") == {"latest", "step-7", "step-8"}
 
