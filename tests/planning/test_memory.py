@@ -94,7 +94,7 @@ BUILT = [
 
 @pytest.mark.parametrize(("name", "gpus", "overrides"), BUILT, ids=str)
 def test_each_gpu_holds_its_share(name: str, gpus: int, overrides: tuple[str, ...]) -> None:
-    """Of the model at full size, built and split: float32 weights, and two moments of what is trained."""
+    """Of the model at full size, built and split: its weights, and two float32 moments of what is trained."""
     job = of_yaml(name, "device_train_microbatch_size=1", "parallel.compile=false", *overrides)
     dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
     try:
@@ -104,7 +104,7 @@ def test_each_gpu_holds_its_share(name: str, gpus: int, overrides: tuple[str, ..
     finally:
         dist.destroy_process_group()
     held = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
-    weights = sum(4 * part.numel() for part in held.values())
+    weights = sum(part.numel() * part.element_size() for part in held.values())
     trained = sum(4 * part.numel() for name, part in held.items() if model.get_parameter(name).requires_grad)
     found = memory(job, job.degrees(gpus))
     assert found.weights == pytest.approx(weights, rel=1e-6)
