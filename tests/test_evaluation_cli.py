@@ -133,7 +133,7 @@ def test_what_the_page_says_runs(
     """Every file and every command of docs/evaluation.md, but lm-evaluation-harness's."""
     monkeypatch.chdir(tmp_path)
     tasks, gauntlet, training, models = _blocks("yaml")
-    capitals = next(block for block in _blocks("") if block.startswith("{"))
+    capitals = next(block for block in _blocks("json") if block.startswith("{"))
     files = {"capitals.jsonl": capitals, "tasks.yaml": tasks, "gauntlet.yaml": gauntlet, "models.yaml": models}
     for name, text in files.items():
         Path(name).write_text(text)
@@ -146,10 +146,9 @@ def test_what_the_page_says_runs(
     recipe.write_text(yaml.safe_dump(config))
     assert train_main([str(recipe)]) == 0
     assert convert_main(["to-hf", "runs/moe", "out/moe"]) == 0
-    listed = re.findall(r"`python scripts/eval.py ([^`]*)`", PAGE)
-    listed += [line for block in _blocks("") for line in re.findall(
+    listed = [line for block in _blocks("bash") for line in re.findall(
         r"^python scripts/eval.py (.*)$", block.replace("\\\n", " "), flags=re.M)]  # fmt: skip
-    commands = [shlex.split(line) for line in listed if "--tasks" not in line]
+    commands = [shlex.split(line, comments=True) for line in listed if "--tasks" not in line]
     assert len(commands) == 6
     for command in commands:
         capsys.readouterr()

@@ -30,6 +30,7 @@ from small_run import SETTINGS, copied
 from transformers import PreTrainedTokenizerBase
 
 import llmfoundry.callbacks  # noqa: F401  registers all monitors and loggers
+from llmfoundry.checkpoint.finding import Found
 from llmfoundry.checkpoint.manifest import MANIFEST, DamagedError, read_manifest
 from llmfoundry.checkpoint.reading import read_one
 from llmfoundry.checkpoint.storage import read_index
@@ -221,7 +222,7 @@ def test_checkpoints(run: Path, data: st.DataObject) -> None:
     text = (run / "checkpoints" / "step-6" / name).read_text()
     _write(checkpoint / name, data.draw(of_text(text)))
     with bounded(checkpoint):
-        _refused(lambda: read_one(checkpoint, "texts"), DamagedError, checkpoint)
+        _refused(lambda: read_one(Found(checkpoint, str(checkpoint)), "texts"), DamagedError, checkpoint)
     _write(checkpoint / name, text)
 
 
