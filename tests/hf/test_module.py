@@ -20,7 +20,8 @@ from llmfoundry.cli.convert import convert_main
 from llmfoundry.cli.inference import generate_main
 from llmfoundry.cli.train import train_main
 from llmfoundry.hf.family import known_families
-from tests.integrations.foundry_hub import TEXTS, _tokenizer
+from tests.integrations.foundry_hub import TEXTS
+from tests.integrations.foundry_hub import tokenizer as small_tokenizer
 
 SMALL = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300,
@@ -33,7 +34,7 @@ TOKENS = torch.randint(3, 300, (2, 13), generator=torch.Generator().manual_seed(
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return _tokenizer()
+    return small_tokenizer()
 
 
 def saved(kind: str, folder: Path, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
