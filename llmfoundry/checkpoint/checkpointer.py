@@ -362,14 +362,13 @@ class Checkpointer:
         assert metadata.storage_meta is not None and metadata.storage_meta.checkpoint_id is not None
         return Path(metadata.storage_meta.checkpoint_id)
 
-    def _commit(self, beside: Beside, temporary: Path, files: Files, all_finite: bool) -> Path:
+    def _commit(self, beside: Beside, temporary: Path, files: Files) -> Path:
         """Complete a folder that every rank has written to, and give it its name; on rank 0."""
         for name, written in files.items() if self.folder.shared else ():
             file = temporary / name
             if not file.is_file() or file.stat().st_size != written.bytes:
                 raise OSError(f"{file} is not as a rank wrote it; all ranks must share one save_folder")
-        trainer = json.loads(beside.trainer) | ({} if all_finite else {KEPT: "for now"})
-        texts = {TRAINER: json.dumps(trainer, indent=1), CONFIG: write_resolved(beside.config)}
+        texts = {TRAINER: beside.trainer, CONFIG: write_resolved(beside.config)}
         if beside.generation is not None:
             texts[GENERATION] = beside.generation
         files |= {name: write_file(temporary / name, text.encode()) for name, text in texts.items()}
@@ -393,7 +392,7 @@ def _beside(state: CheckpointState) -> Beside:
     trainer = {"step": state.step} | dict(state.trainer) | {KEPT: state.kept, "saved_by": _writer()}
     if state.base is not None:
         trainer["base"] = state.base._asdict()
-    return Beside(state.step, json.dumps(trainer), state.config, state.generation, state.tokenizer)
+    return Beside(state.step, json.dumps(trainer, indent=1), state.config, state.generation, state.tokenizer)
 
 
 def _writer() -> dict[str, Json]:

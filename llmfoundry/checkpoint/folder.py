@@ -30,7 +30,7 @@ from llmfoundry.checkpoint.manifest import (
 log = logging.getLogger(__name__)
 
 # Why a checkpoint is kept: as one of the newest; for good; or for now, until there is a newer one. The last is saved
-# while updates are skipped, or holds numbers that are not finite: it pushes no good checkpoint out.
+# while updates are skipped: it pushes no good checkpoint out.
 Kept = Literal["newest", "for good", "for now"]
 KEPT = "kept"  # its key in trainer.json
 

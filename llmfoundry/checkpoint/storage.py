@@ -99,8 +99,8 @@ class TensorWriter(StorageWriter):
 
     Args:
         open_folder: makes the folder and returns it; called on rank 0 before any rank writes.
-        commit: called on rank 0 when every rank has written, with all files and whether all their numbers are finite;
-            returns where they are now. Whatever it raises fails the save on all ranks. `dcp.save` returns its answer
+        commit: called on rank 0 when every rank has written, with all files; returns where they are
+            now. Whatever it raises fails the save on all ranks. `dcp.save` returns its answer
             to all of them, as `storage_meta.checkpoint_id`.
         shared: whether all ranks see the folder that rank 0 has made; else each makes its own.
     """
@@ -108,7 +108,7 @@ class TensorWriter(StorageWriter):
     def __init__(
         self,
         open_folder: Callable[[], Path],
-        commit: Callable[[Path, dict[str, Written], bool], Path],
+        commit: Callable[[Path, dict[str, Written]], Path],
         shared: bool = True,
     ) -> None:
         self._shared = shared
@@ -149,12 +149,10 @@ class TensorWriter(StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         files: dict[str, Written] = {}
         chunks: dict[str, list[Chunk]] = {name: [] for name in metadata.state_dict_metadata}
-        all_finite = True
         for result in (result for of_rank in results for result in of_rank):
-            chunk, written, finite = result.storage_data
+            chunk, written = result.storage_data
             chunks[result.index.fqn].append(chunk)
             files[chunk.file] = written
-            all_finite &= finite
         entries = {}
         for name, tensor in metadata.state_dict_metadata.items():
             assert isinstance(tensor, TensorStorageMetadata), f"{name} is not a tensor"
@@ -164,7 +162,7 @@ class TensorWriter(StorageWriter):
                 "chunks": [chunk._asdict() for chunk in chunks[name]],
             }
         files[INDEX] = write_file(self._folder / INDEX, json.dumps({"tensors": entries}).encode())
-        metadata.storage_meta = StorageMeta(checkpoint_id=self._commit(self._folder, files, all_finite))
+        metadata.storage_meta = StorageMeta(checkpoint_id=self._commit(self._folder, files))
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -185,7 +183,6 @@ def _write_file(path: Path, items: list[WriteItem], planner: SavePlanner) -> lis
     digest = hashlib.sha256()
     start = len(header)
     chunks = []
-    finite = True
     with open(path, "xb") as file, ThreadPoolExecutor(1) as hasher:
 
         def put(content: bytes | memoryview) -> None:
@@ -198,23 +195,15 @@ def _write_file(path: Path, items: list[WriteItem], planner: SavePlanner) -> lis
             tensor = planner.resolve_data(item)
             assert isinstance(tensor, Tensor)
             put(_bytes_of(tensor))
-            finite &= _is_finite(tensor)
             chunks.append(Chunk(path.name, start, tuple(data.chunk.offsets), tuple(data.chunk.sizes)))
             start += _bytes_in(data)
         file.flush()
         os.fsync(file.fileno())
     written = Written(start, digest.hexdigest())
     return [
-        WriteResult(index=item.index, size_in_bytes=written.bytes, storage_data=(chunk, written, finite))
+        WriteResult(index=item.index, size_in_bytes=written.bytes, storage_data=(chunk, written))
         for (item, _), chunk in zip(boxes, chunks, strict=True)
     ]
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are finite, without a copy."""
-    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.element_size() == 1:
-        return True
-    return bool(torch.linalg.vector_norm(tensor.detach(), ord=math.inf).isfinite())
 
 
 def _header(boxes: list[tuple[WriteItem, TensorWriteData]]) -> bytes:

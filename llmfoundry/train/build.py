@@ -78,19 +78,7 @@ def build(config: RunConfig) -> Trainer:
         check_apart(config.train_loader.dataset, part.dataset)
     config, tokenizer, special = settle_tokenizer(config, start)
     assert isinstance(config.model, CausalLMConfig)
-    documents = config.model.attn_config.attn_uses_sequence_id
-    loader, *eval_loaders = (
-        part.build(tokenizer, seed=config.seed, max_seq_len=config.max_seq_len, sequence_ids=documents, special=special)
-        for part in (config.train_loader, *config.due_evaluations)
-    )
-    evaluated = {f"the data of {each.label or 'eval_loader'}": each.fingerprint for each in eval_loaders}
-    check_same(
-        {
-            "the tokenizer": Encoder(tokenizer, special).fingerprint(),
-            "the data of train_loader": loader.fingerprint,
-            **evaluated,
-        }
-    )
+    loader, *eval_loaders = _loaders(config, tokenizer, special)
     start = check_data(start, loader.fingerprint, config.load_allow, isinstance(loader.order, Mixture))
     for each in (loader, *eval_loaders):
         length = each.max_seq_len // each.order.sequences
@@ -141,6 +129,24 @@ def build(config: RunConfig) -> Trainer:
         objective=config.loss.build(reference),
         reference=reference,
     )
+
+
+def _loaders(config: RunConfig, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens) -> list[Loader]:
+    """Of training, then of each evaluation; the same on every rank."""
+    assert isinstance(config.model, CausalLMConfig)
+    documents = config.model.attn_config.attn_uses_sequence_id
+    loader, *evaluated = (
+        part.build(tokenizer, seed=config.seed, max_seq_len=config.max_seq_len, sequence_ids=documents, special=special)
+        for part in (config.train_loader, *config.due_evaluations)
+    )
+    check_same(
+        {
+            "the tokenizer": Encoder(tokenizer, special).fingerprint(),
+            "the data of train_loader": loader.fingerprint,
+            **{f"the data of {each.label or 'eval_loader'}": each.fingerprint for each in evaluated},
+        }
+    )
+    return [loader, *evaluated]
 
 
 def _build_model(config: RunConfig, mesh: Mesh, precision: Precision, loaded: bool) -> CausalLM:

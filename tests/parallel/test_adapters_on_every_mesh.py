@@ -16,7 +16,7 @@ from torch import Tensor
 from llmfoundry.config import check, dump
 from llmfoundry.layers.lora import is_adapter
 from llmfoundry.model.adapters import PeftPart, folded, load_peft, save_peft
-from llmfoundry.model.transformer import CausalLM, CausalLMConfig
+from llmfoundry.model.transformer import CausalLMConfig
 
 pytestmark = pytest.mark.dist
 
@@ -51,20 +51,7 @@ def _learn(case: Case, folder: Path) -> dict[str, Tensor]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny, "model_config", _config)
         model = tiny.build(case, torch.float64)
-    found: dict[str, Tensor] = {}
-
-    def watch(model: CausalLM) -> None:
-        for name, parameter in model.named_parameters():
-            assert (parameter.grad is not None) == is_adapter(name), name
-            if parameter.grad is not None:
-                found.setdefault(f"grad/{name}", tiny.full(parameter.grad))
-
-    with torch.no_grad():  # B = 0 would leave A without a gradient
-        for name, parameter in model.named_parameters():
-            if name.endswith("lora_B"):
-                parameter.add_(0.1)
-    results = tiny.train(model, case, STEPS, 1.0, watch=watch)
-    found["loss"] = torch.stack([result.total for result in results]).double()
+    found = tiny.train_adapters(model, case, STEPS)
     save_peft(model, folder / case.name, _names)
     found |= {f"file/{k}": v for k, v in load_file(folder / case.name / "adapter_model.safetensors").items()}
     found |= {f"folded/{name}": value.clone() for name, value in folded(model)}

@@ -66,20 +66,7 @@ def _base(case: Case, folder: Path) -> Path:
 
 def _learn(model: CausalLM, case: Case) -> dict[str, Tensor]:
     """Gradients of the first step, the losses, the adapters after all, and the weights that were in NF4."""
-    found: dict[str, Tensor] = {}
-
-    def watch(model: CausalLM) -> None:
-        for name, parameter in model.named_parameters():
-            assert (parameter.grad is not None) == is_adapter(name), name
-            if parameter.grad is not None:
-                found.setdefault(f"grad/{name}", tiny.full(parameter.grad))
-
-    with torch.no_grad():  # B = 0 would leave A without a gradient
-        for name, parameter in model.named_parameters():
-            if name.endswith("lora_B"):
-                parameter.add_(0.1)
-    results = tiny.train(model, case, STEPS, 1.0, watch=watch)
-    found["loss"] = torch.stack([result.total for result in results]).double()
+    found = tiny.train_adapters(model, case, STEPS)
     found |= {f"adapter/{name}": tiny.full(value) for name, value in model.named_parameters() if is_adapter(name)}
     return found | {f"frozen/{name}": frozen.whole(torch.float64) for name, frozen in frozen_weights(model)}
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from llmfoundry.config import check
 from llmfoundry.data.loader import Batch
+from llmfoundry.layers.lora import is_adapter
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 from llmfoundry.moe.balance import Balance
 from llmfoundry.parallel.apply import materialize, parallelize
@@ -91,6 +92,25 @@ def full(tensor: Tensor) -> Tensor:
 def weights(model: CausalLM) -> dict[str, Tensor]:
     """All parameters and buffers, whole."""
     return {name: full(value) for name, value in model.state_dict().items()}
+
+
+def train_adapters(model: CausalLM, case: Case, steps: int) -> dict[str, Tensor]:
+    """Gradients of the first step, which adapters alone have, and the losses."""
+    found: dict[str, Tensor] = {}
+
+    def watch(model: CausalLM) -> None:
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None) == is_adapter(name), name
+            if parameter.grad is not None:
+                found.setdefault(f"grad/{name}", full(parameter.grad))
+
+    with torch.no_grad():  # B = 0 would leave A without a gradient
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.add_(0.1)
+    results = train(model, case, steps, 1.0, watch=watch)
+    found["loss"] = torch.stack([result.total for result in results]).double()
+    return found
 
 
 def train(
