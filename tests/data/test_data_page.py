@@ -16,7 +16,7 @@ from tests.data.chat_tokenizer import tokenizer
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "data.md"
 COMMANDS = [
     line.partition("#")[0].strip()
-    for block in re.findall(r"^```\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+    for block in re.findall(r"^```bash\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
     for line in block.splitlines()
     if line.startswith("llmfoundry ")
 ]
@@ -35,16 +35,18 @@ def test_the_commands_of_the_page_run(
     tokenizer().save_pretrained(tmp_path / "tok")
     config = {
         "max_seq_len": 16,
-        "model": {"name": "causal_lm", "d_model": 16, "n_heads": 2, "n_layers": 1, "vocab_size": 320},
+        "model": {"name": "causal_lm", "d_model": 16, "n_heads": 2, "n_layers": 1, "vocab_size": 448},
         "tokenizer": {"name": "tok"},
         "train_loader": {"dataset": {"name": "text_files", "path": "data/web"}},
         "optimizer": {"name": "adamw", "lr": 0.1},
         "scheduler": {"name": "constant_with_warmup", "t_warmup": "0ba"},
-        "max_duration": "2ba", "global_train_batch_size": 4, "save_folder": "run",
+        "max_duration": "2ba", "global_train_batch_size": 4, "save_folder": "runs/moe",
     }  # fmt: skip
     Path("run.yaml").write_text(yaml.safe_dump(config))
+    assert main(["train", "run.yaml"]) == 0
+    capfd.readouterr()
     said: dict[str, str] = {}
-    assert len(COMMANDS) == 10
+    assert len(COMMANDS) == 11
     for command in COMMANDS:
         if "--part 1/2" in command:  # as on machines that begin with nothing
             Path("cache").rename("cache-before")
@@ -54,6 +56,7 @@ def test_the_commands_of_the_page_run(
     assert "80 documents; 0 empty, 66 equal to an earlier one" in said["data stats data/web"]
     assert "tokens; per document" in said["data stats data/web --tokenizer tok"]
     assert "«" in said["data show run.yaml --rows 2"]
+    assert "row 7" in said["data show runs/moe --row 3 7"]
     assert json.loads(said["data stats run.yaml --json"])["number"] == 80
     assert "kept 80 (1,200 bytes)" in said["prepare run.yaml"] and "tokens/s" in said["prepare run.yaml"]
     assert "part 1 of 2 is done" in said["prepare run.yaml --part 1/2"]
