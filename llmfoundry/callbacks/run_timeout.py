@@ -47,7 +47,7 @@ class RunTimeout(Callback):
     def step_end(self, trainer: Run, metrics: Metrics) -> None:
         limit = self.config.max_seconds
         if limit is not None and not trainer.asked and time.monotonic() - self._begun > limit:
-            trainer.stop(f"run_timeout: {limit:g} seconds have passed; saving")
+            trainer.stop(f"run_timeout: {limit:.12g} seconds have passed; saving")
 
     def fit_end(self, trainer: Run) -> None:
         self._timer = threading.Timer(self.config.timeout, self._leave)

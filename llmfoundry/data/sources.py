@@ -198,8 +198,8 @@ def paired(train: DatasetConfig, evaluation: DatasetConfig | None) -> tuple[Data
         return train, evaluation.whole()
     if stated is not None and other is not None and stated != other and (stated, other) != (0.0, 1.0):
         raise ConfigError(
-            f"eval_loader.dataset.validation_fraction: {other:g} of a text of which train_loader holds out "
-            f"{stated:g}; write the same number in both, or in one of them"
+            f"eval_loader.dataset.validation_fraction: {other:.12g} of a text of which train_loader holds out "
+            f"{stated:.12g}; write the same number in both, or in one of them"
         )
     if stated is None:
         stated = HELD_OUT if other is None else other

@@ -142,7 +142,7 @@ class Timeline:
             ConfigError: it is a time by the clock.
         """
         if self.seconds(duration) is not None:
-            whole = f" of max_duration={float(self.limit or 0):g}s" if duration.unit == "dur" else ""
+            whole = f" of max_duration={float(self.limit or 0):.12g}s" if duration.unit == "dur" else ""
             raise ConfigError(f'"{duration}"{whole} is a time, and steps are needed here; write e.g. 10ba')
         exact = self._exact(duration)
         if duration.unit == "ep" and exact >= 1:

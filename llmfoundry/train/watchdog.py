@@ -158,7 +158,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _bark(self, silent: float, allowed: float) -> None:
-        said = f"no step, evaluation batch or save has ended for {silent:.0f} seconds (hang_timeout={allowed:g}s)"
+        said = f"no step, evaluation batch or save has ended for {silent:.0f} seconds (hang_timeout={allowed:.12g}s)"
         self._write(said)
         waits = self._here().waits
         why = self.verdict()
