@@ -8,6 +8,7 @@ of a file are bounded before anything in it is expanded.
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Set
@@ -21,6 +22,8 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from llmfoundry.config import ConfigError
 from llmfoundry.private import FromEnvironment, Interpolation, is_secret
 from llmfoundry.strict_json import read_plain
+
+log = logging.getLogger(__name__)
 
 MAX_BYTES = 2**20  # of a YAML file
 MAX_DEPTH = 40
@@ -84,6 +87,7 @@ def load_settings(path: str | Path, overrides: list[str] | None = None, is_users
     if not isinstance(loaded, dict):
         found = "nothing" if loaded is None else f"a {type(loaded).__name__}"
         raise ConfigError(f"{path}: must hold a mapping, found {found}")
+    loaded = _of_job(loaded, path)
     if not is_users:
         loaded = {key: _each_string(value, _keep_private) for key, value in loaded.items()}
     config = OmegaConf.create(loaded)
@@ -95,6 +99,17 @@ def load_settings(path: str | Path, overrides: list[str] | None = None, is_users
     file = data if not parsed else {key: value for key, value in loaded.items() if key != "variables"}
     given = {path for override in parsed if override.kind != "~" for path, _ in leaves(override.value, override.key)}
     return Settings(data, file, frozenset(given), referred, _from_environment(config, data))
+
+
+def _of_job(loaded: dict[str, object], path: str | Path) -> dict[str, object]:
+    """The settings in a job file of MosaicML's platform (`mcli run -f`), which has them under `parameters`."""
+    if not {"command", "image"} <= loaded.keys():
+        return loaded
+    parameters = loaded.get("parameters")
+    if not isinstance(parameters, dict) or not parameters:
+        raise ConfigError(f"{path}: is a job file without parameters; give the YAML file that its command names")
+    log.info("%s: is a job file; only its parameters are read", path)
+    return parameters
 
 
 def _keep_private(text: str) -> str:

@@ -20,6 +20,7 @@ from llmfoundry.eval.icl_tasks import TaskConfig
 from llmfoundry.hf.tokenizer import tokenizer_of
 from llmfoundry.integrations.foundry_paths import checkpoint_named
 from llmfoundry.integrations.foundry_yaml import translate
+from llmfoundry.integrations.hf_causal_lm import ONLY
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.parallel.mesh import ParallelConfig
@@ -137,6 +138,9 @@ def translated(data: dict[str, object]) -> dict[str, object]:
             raise ConfigError(f"{key}: a file of models is evaluated by tasks; for texts: eval.py --checkpoint DIR")
     for key in VARIABLES:
         data.pop(key, None)
+    if data.get("precision") == "amp_fp16":
+        log.info("precision: amp_fp16 is now auto: amp_bf16 on a GPU, else fp32; scores may differ in the last digits")
+        data["precision"] = "auto"
     if "max_seq_len" in data:
         data.setdefault("icl_seq_len", data["max_seq_len"])
         del data["max_seq_len"]
@@ -187,7 +191,8 @@ def _hugging_face(where: str, entry: dict[str, object], model: dict[str, object]
     for key in (key for key in list(model) if key in _GONE_OF_MODELS or model[key] in (None, False)):
         del model[key]
     if model:
-        raise ConfigError(f"{where}.model.{min(model)}: is not supported here; leave it out")
+        first = min(model)
+        raise ConfigError(f"{where}.model.{first}: is not supported; {ONLY.get(first, (None, 'leave it out'))[1]}")
     rest = {key: value for key, value in entry.items() if key != "model"}
     path = rest.get("load_path")
     return rest if path is not None else rest | {"load_path": f"{HUGGING_FACE}{name}"}

@@ -112,7 +112,7 @@ def is_theirs(data: Tree) -> bool:
     """Whether a file is one of LLM Foundry's, and not one of ours with some of their words."""
     model = data.get("model")
     name = model.get("name") if isinstance(model, dict) else None
-    return "fsdp_config" in data or name in ("mpt_causal_lm", "hf_causal_lm", "hf_t5")
+    return "fsdp_config" in data or name in ("mpt_causal_lm", "hf_causal_lm", *OTHER_MODELS)
 
 
 def _data_defaults(data: Tree) -> list[Note]:
@@ -168,20 +168,29 @@ def _duration(value: object) -> str | None:
     return f"{hours * 3600 + minutes * 60 + seconds}s"
 
 
+_API = "models behind an API are not evaluated here; lm-eval evaluates them"
+_EMBEDDING = "embedding models are not trained here; choose a causal model"
+OTHER_MODELS = {
+    "hf_t5": "encoder-decoder models are not trained here; choose a causal model",
+    "contrastive_lm": _EMBEDDING, "finetune_embedding_model": _EMBEDDING,
+    "openai_causal_lm": _API, "openai_chat": _API, "fmapi_causal_lm": _API, "fmapi_chat": _API,
+}  # fmt: skip
+# Takes the place of a model that cannot be had, so that the mistakes in the rest of the file are found too.
+_STAND_IN: Tree = {"name": "causal_lm", "d_model": 2, "n_heads": 1, "n_layers": 1, "vocab_size": 2**31}
+
+
 def _model(data: Tree, value: object) -> Sequence[str]:
-    """`model.name`: models of Hugging Face, and the one family that nothing here can train."""
-    if value == "hf_t5":
-        put(data, "model", {"name": "causal_lm", "max_seq_len": data.get("max_seq_len", 1)})
-        raise ConfigError("model.name: hf_t5: encoder-decoder models are not trained here; choose a causal model")
+    """`model.name`: models of Hugging Face, and those that are not built here."""
+    if isinstance(value, str) and value in OTHER_MODELS:
+        put(data, "model", dict(_STAND_IN))
+        raise ConfigError(f"model.name: {value}: {OTHER_MODELS[value]}")
     put(data, "model.name", value)
     if value != "hf_causal_lm":
         return []
     try:
         return hugging_face_model(data)
     except ConfigError:
-        put(
-            data, "model", {"name": "causal_lm", "max_seq_len": data.get("max_seq_len", 1)}
-        )  # so that the rest is checked
+        put(data, "model", dict(_STAND_IN))
         raise
 
 

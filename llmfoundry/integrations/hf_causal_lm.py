@@ -26,7 +26,7 @@ _GONE = {
     "eos_token_id": "", "config_overrides.attn_config.attn_impl": "attention is flash on GPUs",
     "config_overrides.use_cache": "",
 }  # fmt: skip
-_ONLY: dict[str, tuple[object, str]] = {
+ONLY: dict[str, tuple[object, str]] = {
     "load_in_8bit": (False, "weights are trained in the precision that `precision` says"),
     "pretrained_lora_id_or_path": (None, "merge the adapter into its base first, with peft's merge_and_unload"),
 }
@@ -105,7 +105,7 @@ def _take_settings(block: Tree, notes: list[Note]) -> list[str]:
             notes.append(Note(f"model.{path}", said, node.pop(key)))
     return [
         f"model.{key}: {block.pop(key)!r} is not supported; {why}"
-        for key, (allowed, why) in _ONLY.items()
+        for key, (allowed, why) in ONLY.items()
         if block.get(key, allowed) != allowed or block.pop(key, None)
     ]
 

@@ -107,7 +107,9 @@ def hopeless(run: Run) -> Hopeless | None:
     state, allowed, share = run.state, run.config.max_skipped_steps, run.config.max_skipped_share
     total = min(run.timeline.total_steps, run.timeline.expected_steps(state.step) or state.step)
     if state.skipped_steps > max(allowed, share * total):
-        why = f"{state.skipped_steps} of {state.step} steps were skipped, more than max_skipped_share={share:.12g} of all"
+        why = (
+            f"{state.skipped_steps} of {state.step} steps were skipped, more than max_skipped_share={share:.12g} of all"
+        )
         return Hopeless(f"{why}: {_HELP}, or raise max_skipped_share", save=True)
     if state.skipped_in_a_row <= allowed or state.skipped_in_a_row % (allowed + 1):
         return None

@@ -9,11 +9,12 @@ import pytest
 import yaml
 
 from llmfoundry.cli.command import read_run_config, read_translated
+from llmfoundry.cli.evaluation_yaml import translated as of_evaluation
 from llmfoundry.cli.quick_check import quick_mistakes
 from llmfoundry.config import ConfigError, check, dump
 from llmfoundry.integrations.explain import explained
 from llmfoundry.integrations.foundry_keys import EMPTY, REFUSED
-from llmfoundry.integrations.foundry_yaml import translate
+from llmfoundry.integrations.foundry_yaml import OTHER_MODELS, translate
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.model.transformer import CausalLMConfig
 
@@ -221,6 +222,29 @@ def test_explain_says_of_each_key_what_it_became(tmp_path: Path) -> None:
     assert lines["fsdp_config.limit_all_gathers"].endswith("see fsdp_config")
 
 
+def test_a_job_file_gives_its_parameters(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    job: dict[str, object] = {"name": "mpt", "image": "foundry", "command": "composer train.py", "parameters": FOUNDRY}
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump(job))
+    with caplog.at_level(logging.INFO):
+        config = read_run_config(str(file), ["seed=3"])
+    assert config.model.max_seq_len == 128 and config.seed == 3
+    assert "only its parameters are read" in caplog.text
+    file.write_text(yaml.safe_dump(job | {"parameters": {}}))
+    with pytest.raises(ConfigError, match="job file without parameters; give the YAML file that its command names"):
+        read_run_config(str(file), [])
+
+
+def test_a_model_that_cannot_be_had_is_one_mistake(tmp_path: Path) -> None:
+    model = {"name": "hf_causal_lm", "pretrained_model_name_or_path": str(tmp_path / "nothing")}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(FOUNDRY | {"model": model, "max_duration": "ten"}))
+    with pytest.raises(ConfigError) as found:
+        read_run_config(str(file), [])
+    lines = str(found.value).splitlines()
+    assert len(lines) == 2 and "nothing" in lines[0] and lines[1].startswith("max_duration")
+
+
 def test_names_of_checkpoints_and_placeholders(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     for given, expected in (
@@ -380,9 +404,28 @@ def test_queries_scaled_by_position_are_refused_where_they_are_on(value: object)
         _translated(block_overrides=block)
 
 
-def test_an_encoder_decoder_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="hf_t5: encoder-decoder"):
-        translate({"model": {"name": "hf_t5", "pretrained": True}})
+@pytest.mark.parametrize("name", sorted(OTHER_MODELS))
+def test_models_that_are_not_built_are_refused_by_name(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"model.name: {name}: .*not (trained|evaluated) here"):
+        translate({"model": {"name": name}})
+    with pytest.raises(ConfigError, match=r"models.0.model.name: .* not (trained|evaluated) here"):
+        of_evaluation({"models": [{"model_name": "a", "model": {"name": name}}]})
+
+
+def test_an_evaluation_in_fp16_is_one_in_the_precision_of_the_machine(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        assert of_evaluation({"precision": "amp_fp16"}) == {"precision": "auto"}
+    assert "amp_fp16 is now auto" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [("pretrained_lora_id_or_path", "a/b", "merge_and_unload"), ("load_in_8bit", True, "precision")],
+)
+def test_what_an_evaluation_cannot_load_says_what_to_do(key: str, value: object, says: str) -> None:
+    model = {"name": "hf_causal_lm", "pretrained_model_name_or_path": "a/b", key: value}
+    with pytest.raises(ConfigError, match=rf"models.0.model.{key}: is not supported; .*{says}"):
+        of_evaluation({"models": [{"model_name": "a", "model": model}]})
 
 
 def test_what_pure_reduces_in_is_said() -> None:
