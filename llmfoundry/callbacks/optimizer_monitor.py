@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
 from llmfoundry.train.optim import l2_norms
 
-MOMENT = "exp_avg"
+MOMENTS = ("exp_avg", "momentum_buffer")  # of AdamW and Lion, and of Muon
 
 
 class OptimizerMonitorConfig(CallbackConfig, names=("optimizer_monitor",)):
@@ -77,9 +77,8 @@ class OptimizerMonitor(Callback):
         for name, parameter in parameters.items() if before else ():
             tensors[f"l2_norm/param/{name}"] = parameter.detach()
             tensors[f"l2_norm/update/{name}"] = before.pop(name).sub_(parameter.detach())
-            moment = optimizer.state[parameter].get(MOMENT)
-            if isinstance(moment, Tensor):
-                tensors[f"l2_norm/moment/{name}"] = moment.to(parameter.dtype)
+            state = optimizer.state[parameter]
+            tensors |= {f"l2_norm/moment/{name}": state[key].to(parameter.dtype) for key in MOMENTS if key in state}
         self._found |= dict(zip(tensors, l2_norms(list(tensors.values())).tolist(), strict=True))
 
 

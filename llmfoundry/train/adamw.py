@@ -74,11 +74,14 @@ class AdamW(torch.optim.AdamW):
         self._number_parameters()
         divisor, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for group in self.param_groups:
-            for parts in self._parts(group["params"]):
-                place = parts[0].weight.device
-                _update(parts, group, None if divisor is None else divisor.to(place),
-                        None if skip is None else skip.to(place))  # fmt: skip
+            self._update_group(group, divisor, skip)
         return loss
+
+    def _update_group(self, group: dict[str, Any], divisor: Tensor | None, skip: Tensor | None) -> None:
+        for parts in self._parts(group["params"]):
+            place = parts[0].weight.device
+            _update(parts, group, None if divisor is None else divisor.to(place),
+                    None if skip is None else skip.to(place))  # fmt: skip
 
     def _number_parameters(self) -> None:
         """Settle once where the parts stand in their wholes: finding it is slow."""
@@ -94,24 +97,27 @@ class AdamW(torch.optim.AdamW):
         for parameter in parameters:
             if parameter.grad is None:
                 continue
-            step, mean, square = self._state_of(parameter)
+            step, mean, square = self._state_of(parameter, MOMENTS)
             weight, grad = local_part(parameter).detach(), local_part(parameter.grad)
             copy, place = copy_to_write(parameter), self._places[parameter]
             key = (weight.device, weight.dtype, grad.dtype, mean.dtype, copy is not None)
             found.setdefault(key, []).append(_Part(parameter, weight, grad, mean, square, copy, step, place))
         return found.values()
 
-    def _state_of(self, parameter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _state_of(self, parameter: Tensor, names: tuple[str, ...]) -> list[Tensor]:
         """Its step count, and this rank's part of its moments; made, or cast to the dtype asked for, where needed."""
         state, dtype = self.state[parameter], self._state_dtype or parameter.dtype
-        if not state:
+        for key in state.keys() - {"step", *names}:  # of another optimizer
+            del state[key]
+        if "step" not in state:
             state["step"] = torch.zeros((), device=parameter.device)
-            state |= {key: torch.zeros_like(parameter, dtype=dtype) for key in MOMENTS}
-        for key in MOMENTS:
-            if state[key].dtype != dtype:  # of a checkpoint
+        for key in names:
+            if key not in state:
+                state[key] = torch.zeros_like(parameter, dtype=dtype)
+            elif state[key].dtype != dtype:  # of a checkpoint
                 self._say_that_it_casts(state[key].dtype, dtype)
                 state[key] = state[key].to(dtype)
-        return state["step"], local_part(state[MOMENTS[0]]), local_part(state[MOMENTS[1]])
+        return [state["step"], *(local_part(state[key]) for key in names)]
 
     def _say_that_it_casts(self, before: torch.dtype, now: torch.dtype) -> None:
         if not self._cast:

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import llmfoundry.train.lion  # noqa: F401  registers its optimizer
+import llmfoundry.train.muon  # noqa: F401  registers its optimizer
 from llmfoundry.config import Config, ConfigError, check
 from llmfoundry.dtensor import local_part
 from llmfoundry.train.adamw import DecoupledAdamW
@@ -233,7 +234,9 @@ def _same_update_on_two_ranks(rank: int, store: str, name: str, state: str | Non
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("name", "state"), [("adamw", "fp32"), ("adamw", "bf16"), ("decoupled_lionw", None)])
+@pytest.mark.parametrize(
+    ("name", "state"), [("adamw", "fp32"), ("adamw", "bf16"), ("decoupled_lionw", None), ("muon", None)]
+)
 def test_clipping_and_update_over_mixed_meshes_equal_one_process(tmp_path: Path, name: str, state: str | None) -> None:
     mp.spawn(_same_update_on_two_ranks, (str(tmp_path / "store"), name, state), nprocs=2)
 
