@@ -12,10 +12,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.optim import Optimizer
 
+from llmfoundry.train.adamw import moment
 from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
 from llmfoundry.train.optim import l2_norms
 
-MOMENTS = ("exp_avg", "momentum_buffer")  # of AdamW and Lion, and of Muon
+MOMENTS = {"exp_avg", "momentum_buffer"}  # of AdamW and Lion, and of Muon
 
 
 class OptimizerMonitorConfig(CallbackConfig, names=("optimizer_monitor",)):
@@ -78,7 +79,8 @@ class OptimizerMonitor(Callback):
             tensors[f"l2_norm/param/{name}"] = parameter.detach()
             tensors[f"l2_norm/update/{name}"] = before.pop(name).sub_(parameter.detach())
             state = optimizer.state[parameter]
-            tensors |= {f"l2_norm/moment/{name}": state[key].to(parameter.dtype) for key in MOMENTS if key in state}
+            for key in state.keys() & MOMENTS:
+                tensors[f"l2_norm/moment/{name}"] = moment(state, key).to(parameter.dtype)
         self._found |= dict(zip(tensors, l2_norms(list(tensors.values())).tolist(), strict=True))
 
 

@@ -61,6 +61,8 @@ class MuonConfig(AdamWConfig, names=("muon",)):
     adamw_lr: float | None = Field(None, gt=0)  # for what AdamW updates; None: lr
     weight_decay: float = Field(0.1, ge=0)  # each step takes lr * weight_decay of the weight away
 
+    state_dtype: Literal["fp32", "bf16"] = "fp32"  # of the momentum, and of AdamW's moments
+
     @property
     def state_bytes(self) -> int:
         return super().state_bytes // 2  # matrices have one moment, and are nearly all there is
@@ -134,7 +136,7 @@ class _Rows(NamedTuple):
     grad: Tensor
     moment: Tensor
     copies: list[Tensor]  # of the weights, in the compute dtype: one, or none
-    count: Tensor  # () of steps
+    step: Tensor  # () how many steps there were
     place: Place
 
 
@@ -257,6 +259,7 @@ class Muon(AdamW):
             place = place._replace(inner=WHOLE, step=WHOLE)
         written = [local_part(parameter).detach(), moment, *([] if copy is None else [copy])]
         weight, moment, *copies = (each.view(-1, columns)[begin : begin + n] for each in written)
+        assert parameter.grad is not None
         grad = local_part(parameter.grad).reshape(-1, columns)[begin : begin + n]
         return _Rows(weight, grad, moment, copies, count, place)
 
@@ -265,7 +268,7 @@ class Muon(AdamW):
         device, dtype = kind.products
         direction = torch.empty(rows.weight.shape, dtype=dtype, device=rows.weight.device)
         if direction.numel():
-            momentum_(rows.moment, direction, rows.grad, rows.count, step.divisor, step.skip, rows.place,
+            momentum_(rows.moment, direction, rows.grad, rows.step, step.divisor, step.skip, rows.place,
                       momentum=self._config.momentum, nesterov=self._config.nesterov)  # fmt: skip
         return direction.to(device)
 

@@ -110,16 +110,24 @@ class AdamWConfig(GroupedOptimizerConfig, names=("adamw",)):
     betas: Betas = [0.9, 0.95]  # decay of the two moments
     eps: float = Field(1.0e-8, gt=0)  # added to the root of the second moment
     weight_decay: float = Field(0.01, ge=0)  # each step takes lr * weight_decay of the weight away
-    # How the moments are kept: 8 bytes per parameter, or 4, rounded at random so that small changes add up.
-    state_dtype: Literal["fp32", "bf16"] = "fp32"
+    # How the moments are kept: 8 bytes per parameter; 4, or 2 for matrices, rounded at random so that small changes
+    # add up.
+    state_dtype: Literal["fp32", "bf16", "int8"] = "fp32"
 
     @property
     def state_bytes(self) -> int:
-        return 4 if self.state_dtype == "bf16" else 8
+        return {"fp32": 8, "bf16": 4, "int8": 2}[self.state_dtype]
+
+    def marks(self, model: nn.Module) -> Callable[[Member], dict[str, object]]:
+        """Whether moments have 8 bits: those of matrices, whose rows are whole on every rank."""
+        plain = super().marks(model)
+        if self.state_dtype != "int8":
+            return plain
+        return lambda member: {**plain(member), "eight_bit": decays(member.name, member.parameter)}
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         beta1, beta2 = self.betas
-        dtype = torch.bfloat16 if self.state_dtype == "bf16" else None
+        dtype = torch.bfloat16 if self.state_dtype == "bf16" else None  # groups say which have 8 bits
         return self._class()(self.settings(model), lr=self.lr, betas=(beta1, beta2), eps=self.eps, state_dtype=dtype)
 
     def _class(self) -> type[AdamW]:

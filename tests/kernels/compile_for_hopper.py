@@ -20,6 +20,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from llmfoundry.kernels import eight_bit  # noqa: E402
 from llmfoundry.kernels.accumulate import add_kernel  # noqa: E402
 from llmfoundry.kernels.grouped import GroupedConfig, grouped_kernel  # noqa: E402
 from llmfoundry.kernels.muon import apply_kernel, momentum_kernel  # noqa: E402
@@ -142,6 +143,10 @@ def updates() -> None:
     constants = {"BLOCK": 2048, "LOOPS": 4, "TENSORS": 128, "ALIGNED": True, "GRAD": moment, "MOMENT": moment,
                  "COPY": True, "NESTEROV": True}  # fmt: skip
     kernels = {"adamw": adamw_kernel, "momentum": momentum_kernel, "apply": apply_kernel, "add": add_kernel}
+    types |= {"v_ptr": "*u8", "ms_ptr": "*fp32", "vs_ptr": "*fp32", "count_ptr": "*fp32"}
+    types |= {"columns": "i32", "per_row": "i32"}
+    eight = {"COPY": True, "BLOCKS": 8, "BLOCK": 256}
+    report("adamw of 8 bits", eight_bit.adamw_kernel, types | {"m_ptr": "*i8"}, eight, 8, 3)
     for name, kernel in kernels.items():
         report(name, kernel, types, {key: constants[key] for key in constants if key in kernel.arg_names}, 8, 3)
 

@@ -20,6 +20,7 @@ from llmfoundry.train.step import train_step
 
 ADAMW = AdamWConfig(name="adamw", lr=1e-2)
 BF16_STATES = AdamWConfig(name="adamw", lr=1e-2, state_dtype="bf16")
+INT8_STATES = AdamWConfig(name="adamw", lr=1e-2, state_dtype="int8")
 MUON = MuonConfig(name="muon", lr=1e-2)
 LION = DecoupledLionWConfig(name="decoupled_lionw", lr=1e-3)
 
@@ -54,7 +55,7 @@ class Run:
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("optimizer", [ADAMW, BF16_STATES, LION, MUON])
+@pytest.mark.parametrize("optimizer", [ADAMW, BF16_STATES, INT8_STATES, LION, MUON])
 def test_a_lean_step_changes_no_bit(optimizer: OptimizerConfig, recompute: str) -> None:
     lean, plain = Run(optimizer, recompute=recompute), Run(optimizer, recompute=recompute)
     plain.optimizer.reads_any_gradient = False  # type: ignore[attr-defined]
@@ -110,7 +111,7 @@ def test_copies_follow_weights_that_others_change() -> None:
         assert torch.equal(_copy(parameter), parameter.bfloat16())
 
 
-@pytest.mark.parametrize("optimizer", [BF16_STATES, MUON])
+@pytest.mark.parametrize("optimizer", [BF16_STATES, INT8_STATES, MUON])
 def test_the_update_writes_the_copies(optimizer: OptimizerConfig) -> None:
     run = Run(optimizer)
     run.step(2)

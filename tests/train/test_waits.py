@@ -20,6 +20,7 @@ from tests.train.test_step import ROWS, batch, config
 
 READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "is_nonzero"}
 OPTIMIZERS = [{"name": "adamw"}, {"name": "adamw", "state_dtype": "bf16"}, {"name": "decoupled_lionw"},
+              {"name": "adamw", "state_dtype": "int8"},
               {"name": "muon"}]  # fmt: skip
 
 
