@@ -39,6 +39,15 @@ def local_shard(tensor: Tensor) -> LocalShard:
     return LocalShard(tensor.to_local().detach(), tensor.shape, tuple(_create_chunk_from_dtensor(tensor).offsets))
 
 
+def cut_like(tensor: Tensor, local: Tensor) -> Tensor:
+    """`local` as this rank's part of a tensor that is cut as `tensor` is. Its last dim, not cut, may be another one."""
+    if not isinstance(tensor, DTensor):
+        return local
+    shape = torch.Size((*tensor.shape[:-1], local.shape[-1]))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, on the CPU and detached. A collective if it is sharded: every rank must call it."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()

@@ -12,10 +12,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.optim import Optimizer
 
+from llmfoundry.train.adamw import moment
 from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
 from llmfoundry.train.optim import l2_norms
 
-MOMENT = "exp_avg"
+MOMENTS = {"exp_avg", "momentum_buffer"}  # of AdamW and Lion, and of Muon
 
 
 class OptimizerMonitorConfig(CallbackConfig, names=("optimizer_monitor",)):
@@ -77,9 +78,9 @@ class OptimizerMonitor(Callback):
         for name, parameter in parameters.items() if before else ():
             tensors[f"l2_norm/param/{name}"] = parameter.detach()
             tensors[f"l2_norm/update/{name}"] = before.pop(name).sub_(parameter.detach())
-            moment = optimizer.state[parameter].get(MOMENT)
-            if isinstance(moment, Tensor):
-                tensors[f"l2_norm/moment/{name}"] = moment.to(parameter.dtype)
+            state = optimizer.state[parameter]
+            for key in state.keys() & MOMENTS:
+                tensors[f"l2_norm/moment/{name}"] = moment(state, key).to(parameter.dtype)
         self._found |= dict(zip(tensors, l2_norms(list(tensors.values())).tolist(), strict=True))
 
 

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from llmfoundry import runtime
 from llmfoundry.checkpoint.manifest import CheckpointError
 from llmfoundry.checkpoint.storage import Entry
+from llmfoundry.dtensor import cut_like, local_part
 
 
 class EmptyState(NamedTuple):
@@ -75,6 +76,10 @@ def empty_state(entries: Mapping[str, Entry], model: nn.Module, optimizer: Optim
             raise CheckpointError(f"it holds optimizer state of {owner}, which this run does not train")
         if key != "step" and entry.shape == tuple(parameter.shape):
             room = torch.zeros_like(parameter, dtype=entry.dtype, requires_grad=False)
+        elif key != "step" and len(entry.shape) > 1 and entry.shape[:-1] == tuple(parameter.shape[:-1]):
+            local = local_part(parameter)  # one value for several of a row: the scales of 8-bit moments
+            part = torch.zeros(*local.shape[:-1], entry.shape[-1], dtype=entry.dtype, device=local.device)
+            room = cut_like(parameter.detach(), part)
         else:  # torch keeps a step count on the CPU unless a fused or captured kernel reads it
             device = parameter.device if steps_on_device[parameter] else torch.device("cpu")
             room = torch.zeros(entry.shape, dtype=entry.dtype, device=device)

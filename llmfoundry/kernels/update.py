@@ -24,7 +24,7 @@ except ImportError:  # CPU builds of torch come without it
     triton = None
 
 _MASK = 0xFFFFFFFF
-_HUGE = 1 << 30  # of a tensor that is cut in its first dim alone: `inner` and `step` are the same
+WHOLE = 1 << 30  # of a tensor that is cut in its first dim alone: `inner` and `step` are the same
 
 
 class Place(NamedTuple):
@@ -32,8 +32,8 @@ class Place(NamedTuple):
 
     number: int = 0  # of the parameter
     start: int = 0
-    inner: int = _HUGE
-    step: int = _HUGE
+    inner: int = WHOLE
+    step: int = WHOLE
 
     @classmethod
     def of(cls, number: int, part: torch.Size, whole: torch.Size, offsets: tuple[int, ...]) -> Place:
@@ -134,6 +134,14 @@ def rounded(x: Tensor, noise: Tensor) -> Tensor:
     return (bits >> 16).to(torch.int16).view(torch.bfloat16)
 
 
+def noise_of(part: Tensor, step: Tensor, place: Place) -> Tensor:
+    """32 random bits for each value of a part, in int64: a hash of the step, the parameter and the value's place."""
+    at = torch.arange(part.numel(), device=part.device).view(part.shape)
+    at = place.start + at // place.inner * place.step + at % place.inner
+    key = hashed((step.long() ^ (place.number * 0x9E3779B1)) & _MASK)
+    return hashed((at ^ key) & _MASK)
+
+
 def adamw_reference(
     weights: list[Tensor],
     grads: list[Tensor],
@@ -161,10 +169,7 @@ def adamw_reference(
         square = v.float() * beta2 + grad * grad * (1 - beta2)
         w.mul_(1 - lr * decay).sub_(lr / factors[i, 0] * mean / (square.sqrt() / factors[i, 1] + eps))
         if m.dtype == torch.bfloat16:
-            at = torch.arange(w.numel(), device=w.device).view(w.shape)
-            at = place.start + at // place.inner * place.step + at % place.inner
-            key = hashed((steps[i].long() ^ (place.number * 0x9E3779B1)) & _MASK)
-            noise = hashed((at ^ key) & _MASK)
+            noise = noise_of(w, steps[i], place)
             mean, square = rounded(mean, noise & 0xFFFF), rounded(square, noise >> 16)
         m.copy_(mean)
         v.copy_(square)
@@ -185,6 +190,16 @@ if triton is not None:
     def round_bits(x, noise):
         bits = x.to(tl.uint32, bitcast=True) + noise
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+    @triton.jit
+    def noise_bits(begin, count, number, start, inner, step, BLOCK: tl.constexpr):
+        # `noise_of` for the BLOCK values from `begin` on, in the step `count`; one 64-bit division a block
+        key = hash_bits((count.to(tl.int64) ^ (number.to(tl.int64) * 0x9E3779B1)).to(tl.uint32))
+        r = (begin % inner).to(tl.uint32) + tl.arange(0, BLOCK).to(tl.uint32)
+        wraps = r // inner.to(tl.uint32)
+        whole = (start + begin // inner * step).to(tl.uint32)
+        place = whole + wraps * step.to(tl.uint32) + (r - wraps * inner.to(tl.uint32))
+        return hash_bits(place ^ key)
 
     @triton.jit
     def adamw_kernel(
@@ -216,7 +231,7 @@ if triton is not None:
         scale = 1 / tl.load(divisor_ptr)
         size, root = lr / tl.load(factors_ptr + 2 * position), tl.load(factors_ptr + 2 * position + 1)
         number, start, inner, step = tl.load(of + 8), tl.load(of + 9), tl.load(of + 10), tl.load(of + 11)
-        key = hash_bits((tl.load(steps_ptr + position).to(tl.int64) ^ (number * 0x9E3779B1)).to(tl.uint32))
+        count = tl.load(steps_ptr + position)
         for j in tl.range(LOOPS):
             begin = at + j * BLOCK
             i = begin + tl.arange(0, BLOCK)
@@ -232,11 +247,7 @@ if triton is not None:
             if COPY:
                 tl.store(c_ptr + i, w.to(tl.bfloat16), inside)
             if MOMENT == tl.bfloat16:
-                r = (begin % inner).to(tl.uint32) + tl.arange(0, BLOCK).to(tl.uint32)  # one 64-bit division a block
-                wraps = r // inner.to(tl.uint32)
-                whole = (start + begin // inner * step).to(tl.uint32)
-                place = whole + wraps * step.to(tl.uint32) + (r - wraps * inner.to(tl.uint32))
-                noise = hash_bits(place ^ key)
+                noise = noise_bits(begin, count, number, start, inner, step, BLOCK)
                 tl.store(m_ptr + i, round_bits(m, noise & 0xFFFF), inside)
                 tl.store(v_ptr + i, round_bits(v, noise >> 16), inside)
             else:

@@ -177,7 +177,9 @@ def _seconds_per_token(job: Job, counted: float) -> float:
 
 
 def _update(job: Job, degrees: Degrees) -> float:
-    """Seconds bound by memory bandwidth: clipping and AdamW on this GPU's shard, and copies around each collective.
+    """Seconds of clipping and the optimizer on this GPU's shard, and of copies around each collective.
+
+    All of it is bound by memory bandwidth, but for the products of Muon.
 
     Bytes per parameter of the shard: 4 for the norm of the gradient, 12 and the moments for the update, 6 for the cast
     before an all-gather; over ranks also 8 to scale the gradient, as when two GPUs were last timed (now the update
@@ -190,14 +192,15 @@ def _update(job: Job, degrees: Degrees) -> float:
     whole = dense + experts / degrees.expert + model.vocab_size * model.d_model
     share = model.n_trainable_params() / degrees.shard
     update = (16 + 2 * job.optimizer.state_bytes) * share
+    products = job.optimizer.update_flops(model) / degrees.shard / hardware.DENSE_FLOPS
     if single_process(parallel, degrees):
         lean = microbatches == 1 or parallel.sum_gradients_in == "bf16"
         copies = 6 * (microbatches - 1) * whole - 2 * share if lean else (6 * microbatches + 6) * whole
-        return (update + copies) / hardware.COPY_BYTES
+        return (update + copies) / hardware.COPY_BYTES + products
     gathers = 2 * microbatches + job.work(degrees).counted if parallel.reshard_after_forward else microbatches
     reductions = 1 if parallel.reduce_once_a_step else microbatches
     copies = gathers * (6 * share + 4 * whole) + reductions * 6 * whole
-    return (update + 8 * share + copies) / hardware.SHARDED_COPY_BYTES
+    return (update + 8 * share + copies) / hardware.SHARDED_COPY_BYTES + products
 
 
 def _params(model: CausalLMConfig) -> tuple[int, int]:

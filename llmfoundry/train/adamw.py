@@ -3,26 +3,30 @@
 `grad_scale` (gradients are divided by it) and `found_inf` (1: weights, moments and step counts stay) are attributes of
 the optimizer while it steps, as torch's fused optimizers and its GradScaler have them; both are read on the device.
 
-On GPUs our kernel updates float32 weights (kernels/update.py), on CPUs torch's fused one; moments in bfloat16 are
-ours in both places. State has torch's names, so checkpoints of either are read by the other.
+On GPUs our kernel updates float32 weights (kernels/update.py), on CPUs torch's fused one; moments in bfloat16 and in 8
+bits (kernels/eight_bit.py) are ours in both places. State has torch's names, so checkpoints of either are read by the
+other; those of 8 bits have `exp_avg_scale` and `exp_avg_sq_scale` beside their codes.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from llmfoundry.dtensor import local_part, local_shard
+from llmfoundry.dtensor import cut_like, local_part, local_shard
+from llmfoundry.kernels.eight_bit import adamw_eight_bit_, decode, encode, n_blocks
 from llmfoundry.kernels.update import Place, adamw_
 from llmfoundry.parallel.single import copy_to_write, is_written
 
 log = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_CODES = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
+_SCALE = "_scale"  # after a moment's name
 
 
 class _Part(NamedTuple):
@@ -33,6 +37,7 @@ class _Part(NamedTuple):
     grad: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    scales: list[Tensor]  # of both, where they have 8 bits
     copy: Tensor | None  # of the weight in the compute dtype, where one is kept
     step: Tensor  # ()
     place: Place
@@ -74,11 +79,14 @@ class AdamW(torch.optim.AdamW):
         self._number_parameters()
         divisor, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for group in self.param_groups:
-            for parts in self._parts(group["params"]):
-                place = parts[0].weight.device
-                _update(parts, group, None if divisor is None else divisor.to(place),
-                        None if skip is None else skip.to(place))  # fmt: skip
+            self._update_group(group, divisor, skip)
         return loss
+
+    def _update_group(self, group: dict[str, Any], divisor: Tensor | None, skip: Tensor | None) -> None:
+        for parts in self._parts(group["params"], bool(group.get("eight_bit"))):
+            place = parts[0].weight.device
+            _update(parts, group, None if divisor is None else divisor.to(place),
+                    None if skip is None else skip.to(place))  # fmt: skip
 
     def _number_parameters(self) -> None:
         """Settle once where the parts stand in their wholes: finding it is slow."""
@@ -88,35 +96,61 @@ class AdamW(torch.optim.AdamW):
                 shard = local_shard(parameter)
                 self._places[parameter] = Place.of(number, shard.local.shape, shard.shape, shard.offsets)
 
-    def _parts(self, parameters: list[Tensor]) -> Iterable[list[_Part]]:
+    def _parts(self, parameters: list[Tensor], eight_bit: bool) -> Iterable[list[_Part]]:
         """This rank's parts, by what one launch can take together."""
         found: dict[tuple[object, ...], list[_Part]] = {}
         for parameter in parameters:
             if parameter.grad is None:
                 continue
-            step, mean, square = self._state_of(parameter)
+            step, mean, square = self._state_of(parameter, MOMENTS, eight_bit)
+            state = self.state[parameter]
+            scales = [local_part(state[key + _SCALE]) for key in MOMENTS] if eight_bit else []
             weight, grad = local_part(parameter).detach(), local_part(parameter.grad)
             copy, place = copy_to_write(parameter), self._places[parameter]
             key = (weight.device, weight.dtype, grad.dtype, mean.dtype, copy is not None)
-            found.setdefault(key, []).append(_Part(parameter, weight, grad, mean, square, copy, step, place))
+            found.setdefault(key, []).append(_Part(parameter, weight, grad, mean, square, scales, copy, step, place))
         return found.values()
 
-    def _state_of(self, parameter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Its step count, and this rank's part of its moments; made, or cast to the dtype asked for, where needed."""
-        state, dtype = self.state[parameter], self._state_dtype or parameter.dtype
-        if not state:
+    def _state_of(self, parameter: Tensor, names: tuple[str, ...], eight_bit: bool = False) -> list[Tensor]:
+        """Its step count, and this rank's part of its moments; made, or cast to what is asked for, where needed."""
+        state = self.state[parameter]
+        kept = [name + end for name in names for end in ("", _SCALE)]
+        for key in state.keys() - {"step", *kept}:  # of another optimizer
+            del state[key]
+        if "step" not in state:
             state["step"] = torch.zeros((), device=parameter.device)
-            state |= {key: torch.zeros_like(parameter, dtype=dtype) for key in MOMENTS}
-        for key in MOMENTS:
-            if state[key].dtype != dtype:  # of a checkpoint
+        for key in names:
+            dtype = _CODES[key] if eight_bit else self._state_dtype or parameter.dtype
+            if key not in state:
+                state[key] = torch.zeros_like(parameter, dtype=dtype)
+                if eight_bit:
+                    part = local_part(parameter)
+                    scales = part.new_zeros(*part.shape[:-1], n_blocks(part.shape[-1]), dtype=torch.float32)
+                    state[key + _SCALE] = cut_like(parameter.detach(), scales)
+            elif state[key].dtype != dtype:  # of a checkpoint
                 self._say_that_it_casts(state[key].dtype, dtype)
-                state[key] = state[key].to(dtype)
-        return state["step"], local_part(state[MOMENTS[0]]), local_part(state[MOMENTS[1]])
+                exact = moment(state, key)
+                state.pop(key + _SCALE, None)
+                if eight_bit:
+                    part = local_part(exact).float()
+                    codes, scales = encode(part, torch.full(part.shape, 1 << 15, device=part.device), dtype)
+                    state[key + _SCALE], state[key] = cut_like(exact, scales), cut_like(exact, codes)
+                else:
+                    state[key] = exact.to(dtype)
+        return [state["step"], *(local_part(state[key]) for key in names)]
 
     def _say_that_it_casts(self, before: torch.dtype, now: torch.dtype) -> None:
         if not self._cast:
             log.info("moments were %s in the checkpoint and are kept in %s (optimizer.state_dtype)", before, now)
         self._cast = True
+
+
+def moment(state: Mapping[str, Tensor], key: str) -> Tensor:
+    """A moment of a parameter's state, out of its codes where it has 8 bits."""
+    kept = state[key]
+    if key + _SCALE not in state:
+        return kept
+    return cut_like(kept, decode(local_part(kept), local_part(state[key + _SCALE])))
 
 
 class DecoupledAdamW(AdamW):
@@ -134,13 +168,17 @@ def _update(parts: list[_Part], group: dict[str, Any], divisor: Tensor | None, s
     weights, grads = [part.weight for part in parts], [part.grad for part in parts]
     means, squares = [part.exp_avg for part in parts], [part.exp_avg_sq for part in parts]
     steps, copies = [part.step for part in parts], [part.copy for part in parts if part.copy is not None]
+    one, places = torch.ones((), device=weights[0].device), [part.place for part in parts]
+    scale, flag = one if divisor is None else divisor, torch.zeros_like(one) if skip is None else skip
+    settings = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "decay": decay}
+    if parts[0].scales:
+        mean_scales, square_scales = ([part.scales[i] for part in parts] for i in (0, 1))
+        adamw_eight_bit_(weights, grads, means, squares, mean_scales, square_scales, copies, steps, scale, flag, places,
+                         **settings)  # fmt: skip
+        _note(parts)
+        return
     if weights[0].dtype == torch.float32 and (weights[0].is_cuda or means[0].dtype == torch.bfloat16):
-        one = torch.ones((), device=weights[0].device)
-        adamw_(
-            weights, grads, means, squares, copies, steps, one if divisor is None else divisor,
-            torch.zeros_like(one) if skip is None else skip, [part.place for part in parts],
-            lr=lr, beta1=beta1, beta2=beta2, eps=eps, decay=decay,
-        )  # fmt: skip
+        adamw_(weights, grads, means, squares, copies, steps, scale, flag, places, **settings)
         _note(parts)
         return
     grads = [grad.to(weights[0].dtype) for grad in grads]

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_
 import llmfoundry.hf.module  # noqa: F401  registers modules of transformers as a model
 import llmfoundry.model.transformer  # noqa: F401  registers its model
 import llmfoundry.train.lion  # noqa: F401  registers its optimizer
+import llmfoundry.train.muon  # noqa: F401  registers its optimizer
 from llmfoundry import runtime
 from llmfoundry.config import (
     Choice,

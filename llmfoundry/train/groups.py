@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field
 from torch import nn
@@ -45,6 +45,7 @@ class ParamGroup(Config):
     weight_decay: float | None = Field(None, ge=0)  # given, it is for norms and biases of the group too
     betas: Betas | None = None  # None: the optimizer's
     eps: float | None = Field(None, gt=0)  # None: the optimizer's
+    algorithm: Literal["muon", "adamw"] | None = None  # with name: muon; None: muon for matrices inside of blocks
 
 
 class Member(NamedTuple):

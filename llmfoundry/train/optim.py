@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,8 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from llmfoundry.config import Choice, ConfigError
 from llmfoundry.dtensor import local_part
+from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.train.adamw import AdamW, DecoupledAdamW
-from llmfoundry.train.groups import Betas, ParamGroup, Pattern, members
+from llmfoundry.train.groups import Betas, Member, ParamGroup, Pattern, members
 
 _BIAS_OR_NORM = re.compile(r"(^|\.)(b1|b2|[^.]*bias|[^.]*norm[^.]*\.[^.]*)$")
 _EMBEDDING = re.compile(r"(^|\.)(wte|wpe)\.weight$")
@@ -42,6 +43,10 @@ class OptimizerConfig(Choice, tag="name"):
         """The optimizer of `model`'s trainable parameters; each of its groups carries its `initial_lr`."""
         raise NotImplementedError
 
+    def update_flops(self, model: CausalLMConfig) -> float:
+        """FLOPs of an update's matrix products, over all parameters."""
+        return 0.0
+
 
 class GroupedOptimizerConfig(OptimizerConfig):
     """What every optimizer here has: decay for matrices, and LLM Foundry's groups (groups.py)."""
@@ -58,17 +63,21 @@ class GroupedOptimizerConfig(OptimizerConfig):
         Raises:
             ConfigError: a pattern of a group matches nothing.
         """
-        found: dict[tuple[int, bool], dict[str, object]] = {}
-        parts: dict[tuple[int, bool], list[nn.Parameter]] = {}
+        found: dict[tuple[object, ...], dict[str, object]] = {}
+        parts: dict[tuple[object, ...], list[nn.Parameter]] = {}
+        marks = self.marks(model)
         frozen = [self.disable_grad] if isinstance(self.disable_grad, str) else self.disable_grad
-        for number, group, name, parameter in members(model, self.param_groups, frozen):
+        for member in members(model, self.param_groups, frozen):
+            number, group, name, parameter = member
             own = group.weight_decay is not None
             decayed = own or decays(name, parameter, embeddings=self.decay_embeddings)
-            key = (number, decayed)
+            marked = marks(member)
+            key = (number, decayed, *marked.items())
             if key not in found:
                 lr = group.lr or self.lr
                 decay = group.weight_decay if group.weight_decay is not None else self.weight_decay
                 found[key] = {"lr": lr, "initial_lr": lr, "weight_decay": decay if decayed else 0.0, "number": number}
+                found[key] |= marked
                 if group.betas is not None:
                     found[key]["betas"] = tuple(group.betas)
                 if group.eps is not None:
@@ -80,6 +89,17 @@ class GroupedOptimizerConfig(OptimizerConfig):
             parts[key].append(parameter)
         return list(found.values())
 
+    def marks(self, model: nn.Module) -> Callable[[Member], dict[str, object]]:
+        """What else the optimizer has to know of a parameter; those that differ in it are in different groups."""
+
+        def nothing(member: Member) -> dict[str, object]:
+            if member.group.algorithm is not None:
+                key = f"optimizer.param_groups.{member.number - 1}.algorithm"
+                raise ConfigError(f"{key}: is for name: muon, and not {self.name}; remove it")
+            return {}
+
+        return nothing
+
 
 class AdamWConfig(GroupedOptimizerConfig, names=("adamw",)):
     """AdamW as torch means it: each step first takes `lr * weight_decay` of the weight away.
@@ -90,16 +110,24 @@ class AdamWConfig(GroupedOptimizerConfig, names=("adamw",)):
     betas: Betas = [0.9, 0.95]  # decay of the two moments
     eps: float = Field(1.0e-8, gt=0)  # added to the root of the second moment
     weight_decay: float = Field(0.01, ge=0)  # each step takes lr * weight_decay of the weight away
-    # How the moments are kept: 8 bytes per parameter, or 4, rounded at random so that small changes add up.
-    state_dtype: Literal["fp32", "bf16"] = "fp32"
+    # How the moments are kept: 8 bytes per parameter; 4, or 2 for matrices, rounded at random so that small changes
+    # add up.
+    state_dtype: Literal["fp32", "bf16", "int8"] = "fp32"
 
     @property
     def state_bytes(self) -> int:
-        return 4 if self.state_dtype == "bf16" else 8
+        return {"fp32": 8, "bf16": 4, "int8": 2}[self.state_dtype]
+
+    def marks(self, model: nn.Module) -> Callable[[Member], dict[str, object]]:
+        """Whether moments have 8 bits: those of matrices, whose rows are whole on every rank."""
+        plain = super().marks(model)
+        if self.state_dtype != "int8":
+            return plain
+        return lambda member: {**plain(member), "eight_bit": decays(member.name, member.parameter)}
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         beta1, beta2 = self.betas
-        dtype = torch.bfloat16 if self.state_dtype == "bf16" else None
+        dtype = torch.bfloat16 if self.state_dtype == "bf16" else None  # groups say which have 8 bits
         return self._class()(self.settings(model), lr=self.lr, betas=(beta1, beta2), eps=self.eps, state_dtype=dtype)
 
     def _class(self) -> type[AdamW]:

@@ -16,10 +16,14 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)
 
 import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from llmfoundry.kernels import eight_bit  # noqa: E402
+from llmfoundry.kernels.accumulate import add_kernel  # noqa: E402
 from llmfoundry.kernels.grouped import GroupedConfig, grouped_kernel  # noqa: E402
+from llmfoundry.kernels.muon import apply_kernel, momentum_kernel  # noqa: E402
 from llmfoundry.kernels.tiles import RANK_STEP, TILE_ROWS  # noqa: E402
 from llmfoundry.kernels.tune import (  # noqa: E402
     DOWN,
@@ -35,11 +39,12 @@ from llmfoundry.kernels.tune import (  # noqa: E402
 )
 from llmfoundry.kernels.up import UpConfig, up_kernel  # noqa: E402
 from llmfoundry.kernels.up_backward import UpBackwardConfig, up_backward_kernel  # noqa: E402
+from llmfoundry.kernels.update import adamw_kernel  # noqa: E402
 from llmfoundry.kernels.weight_grad import WeightGradConfig, weight_grad_kernel  # noqa: E402
 
 SHAPES = {"qwen30b": (2048, 768), "dbrx": (6144, 10752)}  # D, F
 PROGRAMS = 132  # SMs of an H100
-DTYPE = sys.argv[2]  # bf16 or fp32
+DTYPE = sys.argv[2]  # bf16 or fp32: of operands, or of the optimizer's state
 TURNS = int(sys.argv[3])
 RANK = int(sys.argv[4])  # of adapters; 0: none
 TILES = {"start_ptr": "*i32", "expert_ptr": "*i32", "row_ptr": "*i32", "count_ptr": "*i32"}
@@ -127,6 +132,25 @@ def weight_grad(p: int, n: int, c: WeightGradConfig) -> None:
     report("weight_grad", weight_grad_kernel, types, constants, c.num_warps, c.num_stages)
 
 
+def updates() -> None:
+    """The kernels of an optimizer's step, with gradients and moments of one dtype."""
+    moment = {"bf16": tl.bfloat16, "fp32": tl.float32}[DTYPE]
+    types = dict.fromkeys(("lr", "rest1", "beta2", "rest2", "eps", "keep", "rest", "momentum"), "fp32")
+    types |= dict.fromkeys(("n", "number", "start", "inner", "step", "n_tensors", "key"), "i64")
+    types |= dict.fromkeys(("steps_ptr", "factors_ptr", "divisor_ptr", "skip_ptr", "step_ptr", "w_ptr"), "*fp32")
+    types |= dict.fromkeys(("c_ptr", "x_ptr", "total_ptr"), "*bf16") | {"table_ptr": "*i64"}
+    types |= dict.fromkeys(("m_ptr", "g_ptr", "out_ptr", "d_ptr"), f"*{DTYPE}")
+    constants = {"BLOCK": 2048, "LOOPS": 4, "TENSORS": 128, "ALIGNED": True, "GRAD": moment, "MOMENT": moment,
+                 "COPY": True, "NESTEROV": True}  # fmt: skip
+    kernels = {"adamw": adamw_kernel, "momentum": momentum_kernel, "apply": apply_kernel, "add": add_kernel}
+    types |= {"v_ptr": "*u8", "ms_ptr": "*fp32", "vs_ptr": "*fp32", "count_ptr": "*fp32"}
+    types |= {"columns": "i32", "per_row": "i32"}
+    eight = {"COPY": True, "BLOCKS": 8, "BLOCK": 256}
+    report("adamw of 8 bits", eight_bit.adamw_kernel, types | {"m_ptr": "*i8"}, eight, 8, 3)
+    for name, kernel in kernels.items():
+        report(name, kernel, types, {key: constants[key] for key in constants if key in kernel.arg_names}, 8, 3)
+
+
 def report(
     name: str,
     kernel: triton.JITFunction,
@@ -152,7 +176,7 @@ def report(
     row = {"kernel": name, "registers": int(found[1]), "spilled": int(found[2]), "shared": compiled.metadata.shared}
     row["precision"] = sorted(set(re.findall(r"inputPrecision = (\w+)", compiled.asm["ttir"])))
     launch = {"warps": num_warps, "stages": num_stages}
-    print(json.dumps(row | launch | constants), flush=True)
+    print(json.dumps(row | launch | constants, default=str), flush=True)
 
 
 def configs(candidates: Candidates[Config]) -> tuple[Config, ...]:
@@ -160,6 +184,9 @@ def configs(candidates: Candidates[Config]) -> tuple[Config, ...]:
 
 
 def main() -> None:
+    if sys.argv[1] == "updates":
+        updates()
+        return
     d, f = SHAPES[sys.argv[1]]
     for config in configs(UP):
         up(d, f, config)

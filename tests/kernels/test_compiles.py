@@ -7,12 +7,35 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
 SHARED = 227 * 1024  # bytes that one block may use on an H100; 1 KB of each block is the system's
 REGISTERS = 65536  # of an SM
+
+
+def compiled(cache: Path, *arguments: str) -> list[dict[str, Any]]:
+    """What each kernel uses."""
+    script = Path(__file__).with_name("compile_for_hopper.py")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments],
+        env=environment | {"TRITON_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("state", ["fp32", "bf16"])
+def test_the_kernels_of_an_update_compile_without_spills(state: str, tmp_path: Path) -> None:
+    rows = compiled(tmp_path, "updates", state, "1", "0")
+    assert {row["kernel"] for row in rows} == {"adamw", "adamw of 8 bits", "momentum", "apply", "add"}
+    assert not any(row["spilled"] for row in rows), rows
 
 
 @pytest.mark.slow
@@ -28,16 +51,7 @@ REGISTERS = 65536  # of an SM
     ],
 )
 def test_kernels_fit_a_hopper_gpu(shape: str, dtype: str, turns: int, rank: int, tmp_path: Path) -> None:
-    script = Path(__file__).with_name("compile_for_hopper.py")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(script), shape, dtype, str(turns), str(rank)],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = compiled(tmp_path, shape, dtype, str(turns), str(rank))
     narrow = {"narrow"} if rank else set()
     assert {row["kernel"] for row in rows} == {"up", "down", "dx", "up_backward", "weight_grad"} | narrow
     for row in rows:

@@ -24,6 +24,11 @@ pytestmark = pytest.mark.dist
 
 STEPS, MIDDLE, CONTINUED, CLIP, LR = 20, 10, 3, 1.0, 5e-3
 # By the number of processes.
+MUON = {
+    1: Case("muon, alone", optimizer="muon"),
+    2: Case("muon, shard 2, expert 2", {"expert": 2}, optimizer="muon"),
+    4: Case("muon, replicate 2, shard 2", {"replicate": 2}, optimizer="muon"),
+}
 LAYOUTS = {
     1: [Case("alone")],
     2: [
@@ -54,7 +59,7 @@ Curve = dict[str, Tensor]
 
 def start(case: Case) -> tuple[CausalLM, Optimizer]:
     model = tiny.build(case._replace(n_dense=0), torch.float32)
-    return model, tiny.new_optimizer(model, LR)
+    return model, tiny.new_optimizer(model, LR, case.optimizer)
 
 
 def curve(case: Case, model: CausalLM, optimizer: Optimizer, steps: range) -> Curve:
@@ -85,7 +90,7 @@ def continued_run(case: Case, saved: Path) -> Curve:
 
 def train_all(folder: Path) -> None:
     """What each process does first; rank 0 writes what all found."""
-    for case in LAYOUTS[runtime.world_size()]:
+    for case in (*LAYOUTS[runtime.world_size()], MUON[runtime.world_size()]):
         keep(whole_run(case, folder), folder / f"{case.name}.pt")
 
 
@@ -94,6 +99,9 @@ def continue_all(folder: Path) -> None:
     for case in CONTINUING[runtime.world_size()]:
         for name in EVERY:
             keep(continued_run(case, folder / name), folder / f"{name} to {case.name}.pt")
+    case, others = MUON[runtime.world_size()], {n: each.name for n, each in MUON.items() if n != runtime.world_size()}
+    name = others[max(others)]  # of another kind: 4 processes continue from 2, and 2 and 1 from 4
+    keep(continued_run(case, folder / name), folder / f"{name} to {case.name}.pt")
 
 
 def keep(found: Curve, path: Path) -> None:
@@ -129,6 +137,16 @@ def test_a_run_spread_is_that_of_one_process(name: str, folder: Path) -> None:
     assert true["ce"][-1] < 0.8 * true["ce"][0], "there has to be a curve"
     assert_same_start(ours, true)
     assert_same_curve(ours, true, slice(None))
+
+
+def test_muon_on_every_mesh_is_that_of_one_process(folder: Path) -> None:
+    true = torch.load(folder / "muon, alone.pt", weights_only=True)
+    assert true["ce"][-1] < 0.9 * true["ce"][0], "there has to be a curve"
+    for n in (2, 4):
+        assert_same_curve(torch.load(folder / f"{MUON[n].name}.pt", weights_only=True), true, slice(None))
+    for n, before in ((1, 4), (2, 4), (4, 2)):
+        ours = torch.load(folder / f"{MUON[before].name} to {MUON[n].name}.pt", weights_only=True)
+        assert_same_curve(ours, true, slice(MIDDLE, MIDDLE + CONTINUED))
 
 
 @pytest.mark.parametrize("case", ALONE_OTHERWISE, ids=[case.name for case in ALONE_OTHERWISE])

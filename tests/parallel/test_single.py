@@ -14,11 +14,14 @@ from llmfoundry.parallel.apply import materialize, parallelize
 from llmfoundry.parallel.mesh import ParallelConfig, build_mesh
 from llmfoundry.parallel.single import copy_to_write
 from llmfoundry.train.lion import DecoupledLionWConfig
+from llmfoundry.train.muon import MuonConfig
 from llmfoundry.train.optim import AdamWConfig, OptimizerConfig, clipping
 from llmfoundry.train.step import train_step
 
 ADAMW = AdamWConfig(name="adamw", lr=1e-2)
 BF16_STATES = AdamWConfig(name="adamw", lr=1e-2, state_dtype="bf16")
+INT8_STATES = AdamWConfig(name="adamw", lr=1e-2, state_dtype="int8")
+MUON = MuonConfig(name="muon", lr=1e-2)
 LION = DecoupledLionWConfig(name="decoupled_lionw", lr=1e-3)
 
 
@@ -52,7 +55,7 @@ class Run:
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("optimizer", [ADAMW, BF16_STATES, LION])
+@pytest.mark.parametrize("optimizer", [ADAMW, BF16_STATES, INT8_STATES, LION, MUON])
 def test_a_lean_step_changes_no_bit(optimizer: OptimizerConfig, recompute: str) -> None:
     lean, plain = Run(optimizer, recompute=recompute), Run(optimizer, recompute=recompute)
     plain.optimizer.reads_any_gradient = False  # type: ignore[attr-defined]
@@ -108,8 +111,9 @@ def test_copies_follow_weights_that_others_change() -> None:
         assert torch.equal(_copy(parameter), parameter.bfloat16())
 
 
-def test_the_update_writes_the_copies() -> None:
-    run = Run(BF16_STATES)
+@pytest.mark.parametrize("optimizer", [BF16_STATES, INT8_STATES, MUON])
+def test_the_update_writes_the_copies(optimizer: OptimizerConfig) -> None:
+    run = Run(optimizer)
     run.step(2)
     for parameter in run.model.parameters():
         assert torch.equal(_copy(parameter), parameter.bfloat16())

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+import llmfoundry.train.muon  # noqa: F401  registers its optimizer
 from llmfoundry.config import check
 from llmfoundry.data.loader import Batch
 from llmfoundry.layers.lora import is_adapter
@@ -22,7 +23,7 @@ from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 from llmfoundry.moe.balance import Balance
 from llmfoundry.parallel.apply import materialize, parallelize
 from llmfoundry.parallel.mesh import ParallelConfig, build_mesh
-from llmfoundry.train.optim import AdamWConfig
+from llmfoundry.train.optim import OptimizerConfig
 from llmfoundry.train.step import StepResult, train_step
 
 ROWS, LENGTH, VOCAB = 8, 12, 61
@@ -40,6 +41,7 @@ class Case(NamedTuple):
     n_dense: int = 1  # layers, before two mixtures
     shared_kv: bool = False  # the last layers attend to the keys and values of those before
     accumulation: str = "count"  # how loads of the global batch are known with several microbatches
+    optimizer: str = "adamw"
 
 
 def model_config(case: Case) -> CausalLMConfig:
@@ -123,7 +125,7 @@ def train(
     watch: Callable[[CausalLM], None] | None = None,
 ) -> list[StepResult]:
     """Train for some steps; `watch` sees the model before each update."""
-    optimizer = optimizer or new_optimizer(model, lr)
+    optimizer = optimizer or new_optimizer(model, lr, case.optimizer)
     if watch is not None:
         optimizer.register_step_pre_hook(lambda *_: watch(model))
     balance = Balance.of(model.config)
@@ -134,6 +136,6 @@ def train(
     ]  # fmt: skip
 
 
-def new_optimizer(model: CausalLM, lr: float) -> Optimizer:
+def new_optimizer(model: CausalLM, lr: float, name: str = "adamw") -> Optimizer:
     """What these runs are trained with."""
-    return AdamWConfig(name="adamw", lr=lr, weight_decay=0.1).build(model)
+    return check(OptimizerConfig, {"name": name, "lr": lr, "weight_decay": 0.1}).build(model)

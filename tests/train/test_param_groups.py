@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 import llmfoundry.train.lion  # noqa: F401  registers its optimizer
+import llmfoundry.train.muon  # noqa: F401  registers its optimizer
 from llmfoundry.cli.train import train_main
 from llmfoundry.config import Config, ConfigError, check
 from llmfoundry.train.optim import OptimizerConfig, set_learning_rate
 from tests.callbacks.conftest import tiny_run
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ["adamw", "decoupled_adamw", "decoupled_lionw"]
+NAMES = ["adamw", "decoupled_adamw", "decoupled_lionw", "muon"]
 ROUTER = {"param_str_match": "router", "lr": 0.5, "weight_decay": 0.25}
 
 
@@ -55,7 +56,7 @@ def test_each_group_decays_and_follows_the_schedule_by_its_own_rate(name: str) -
     factor = {"wte.weight": 0.125, "router.weight": 0.25, "router.bias": 0.25}  # given to a group: biases too
     for key, each in model.named_parameters():
         decay = factor.get(key, 0.0) * 0.5
-        if name == "adamw":
+        if name in ("adamw", "muon"):
             decay *= 0.5 if key.startswith("router") else 0.1
         torch.testing.assert_close(each.detach(), before[key] * (1 - decay), msg=key)
     rates = {group["number"]: group["lr"] for group in optimizer.param_groups}
@@ -126,7 +127,8 @@ def test_a_run_with_groups_keeps_frozen_weights_and_resumes_bitwise(tmp_path: Pa
     frozen = {key for key in whole if "wte" in key or "blocks.0.ffn.experts" in key}
     assert frozen and changed == whole.keys() - frozen
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    kind = {"adamw": "AdamW", "decoupled_adamw": "DecoupledAdamW", "decoupled_lionw": "DecoupledLionW"}[name]
+    classes = ("AdamW", "DecoupledAdamW", "DecoupledLionW", "Muon")
+    kind = dict(zip(NAMES, classes, strict=True))[name]
     assert (line[f"lr-{kind}/group0"], line[f"lr-{kind}/group1"]) == (0.01, 0.002)
 
 

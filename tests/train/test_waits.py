@@ -9,6 +9,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import llmfoundry.train.lion  # noqa: F401  registers its optimizer
+import llmfoundry.train.muon  # noqa: F401  registers its optimizer
 from llmfoundry.config import check
 from llmfoundry.data.loader import Batch
 from llmfoundry.model.init import init_weights
@@ -18,7 +19,9 @@ from llmfoundry.train.step import StepResult, train_step
 from tests.train.test_step import ROWS, batch, config
 
 READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "is_nonzero"}
-OPTIMIZERS = [{"name": "adamw"}, {"name": "adamw", "state_dtype": "bf16"}, {"name": "decoupled_lionw"}]
+OPTIMIZERS = [{"name": "adamw"}, {"name": "adamw", "state_dtype": "bf16"}, {"name": "decoupled_lionw"},
+              {"name": "adamw", "state_dtype": "int8"},
+              {"name": "muon"}]  # fmt: skip
 
 
 class CountsReads(TorchFunctionMode):

@@ -1,0 +1,234 @@
+"""The parts of Muon: the momentum in one pass, the nearest orthogonal matrices, and the weights in one pass.
+
+As in `update.py`, the scale of the gradients and the flag to skip are read on the device. A momentum in bfloat16 is
+rounded at random, by the same bits on every mesh.
+
+Shapes: N matrices of R rows and C columns in one batch.
+Bytes moved per value: gradient 4 or 2, momentum 8 or 4, direction 2 or 4 written and later read, weight 8, copy 2.
+
+Source: Jordan et al. 2024, Muon, https://kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv:2502.16982.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmfoundry.kernels.update import Place, noise_of, rounded
+
+try:
+    import triton
+    import triton.language as tl
+
+    from llmfoundry.kernels.update import noise_bits, round_bits
+except ImportError:  # CPU builds of torch come without it
+    triton = None
+
+# Of the polynomial a x + b x^3 + c x^5. Its slope at zero is as large as it can be, so that small singular values grow
+# fast; the large ones end between 0.7 and 1.2.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_LEAST_NORM = 1e-7  # of a matrix that is divided by its norm: a gradient of zeros stays zero
+
+
+def orthogonalize(x: Tensor, steps: int) -> Tensor:
+    """The orthogonal matrices nearest to these, about: singular values between 0.7 and 1.2, by Newton-Schulz.
+
+    The product of a matrix with itself is taken on its shorter side, and nothing is transposed in memory.
+
+    Args:
+        x: (N, R, C) of any float dtype, the one of the products; it is overwritten.
+        steps: of the iteration, each of three products.
+
+    Returns:
+        (N, R, C).
+    """
+    a, b, c = COEFFICIENTS
+    norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    x = x.div_(norm.clamp(min=_LEAST_NORM))
+    wide = x.shape[1] <= x.shape[2]
+    for _ in range(steps):
+        square = x @ x.mT if wide else x.mT @ x  # (N, S, S) of the shorter side
+        factor = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        x = torch.baddbmm(x, factor, x, beta=a) if wide else torch.baddbmm(x, x, factor, beta=a)
+    return x
+
+
+def orthogonalize_flops(rows: int, columns: int, steps: int) -> float:
+    """FLOPs of `orthogonalize` for one matrix."""
+    short, long = min(rows, columns), max(rows, columns)
+    return steps * (4 * short * short * long + 2 * short**3)
+
+
+@torch.library.custom_op("llmfoundry::momentum_", mutates_args=("moment", "direction"))
+def _momentum(
+    moment: Tensor,
+    direction: Tensor,
+    grad: Tensor,
+    step: Tensor,
+    divisor: Tensor,
+    skip: Tensor,
+    place: list[int],
+    momentum: float,
+    nesterov: bool,
+) -> None:
+    run = momentum_triton if moment.is_cuda and moment.is_contiguous() else momentum_reference
+    run(moment, direction, grad, step, divisor, skip, Place(*place), momentum=momentum, nesterov=nesterov)
+
+
+@_momentum.register_fake
+def _(*_: object) -> None:
+    return None
+
+
+def momentum_(
+    moment: Tensor,
+    direction: Tensor,
+    grad: Tensor,
+    step: Tensor,
+    divisor: Tensor,
+    skip: Tensor,
+    place: Place,
+    *,
+    momentum: float,
+    nesterov: bool,
+) -> None:
+    """`m = momentum m + (1 - momentum) g`, in place, and what is made orthogonal: m, or with Nesterov one step ahead.
+
+    Args:
+        moment: float32 or bfloat16 (float64 on CPUs).
+        direction: contiguous, of any float dtype; it is written, or left as it is in a step that is skipped.
+        grad: it is divided by `divisor`, and read only.
+        step: () float32, counted from 1, for the random bits.
+        divisor: () float32.
+        skip: () float32; 1 leaves everything as it is.
+        place: of this part in its whole tensor.
+    """
+    _momentum(moment, direction, grad, step, divisor, skip, list(place), momentum, nesterov)
+
+
+def momentum_reference(
+    moment: Tensor,
+    direction: Tensor,
+    grad: Tensor,
+    step: Tensor,
+    divisor: Tensor,
+    skip: Tensor,
+    place: Place,
+    *,
+    momentum: float,
+    nesterov: bool,
+) -> None:
+    """`momentum_` in plain PyTorch. The host waits for `skip`, which is free on a CPU."""
+    if skip:
+        return
+    dtype = torch.promote_types(moment.dtype, torch.float32)
+    scaled = grad.to(dtype) / divisor
+    mean = moment.to(dtype).lerp(scaled, 1 - momentum)
+    direction.copy_(scaled.lerp(mean, momentum) if nesterov else mean)
+    if moment.dtype == torch.bfloat16:
+        mean = rounded(mean, noise_of(moment, step, place) & 0xFFFF)
+    moment.copy_(mean)
+
+
+@torch.library.custom_op("llmfoundry::apply_direction_", mutates_args=("weight", "copies"))
+def _apply(weight: Tensor, copies: list[Tensor], direction: Tensor, skip: Tensor, lr: float, keep: float) -> None:
+    dense = all(each.is_contiguous() for each in (weight, *copies))
+    run = apply_triton if weight.is_cuda and weight.dtype == torch.float32 and dense else apply_reference
+    run(weight, copies, direction, skip, lr=lr, keep=keep)
+
+
+@_apply.register_fake
+def _(*_: object) -> None:
+    return None
+
+
+def apply_direction_(
+    weight: Tensor, copies: list[Tensor], direction: Tensor, skip: Tensor, *, lr: float, keep: float
+) -> None:
+    """`w = keep w - lr direction`, in place.
+
+    Args:
+        weight: not empty.
+        copies: bfloat16, which receive the new weights: one, or none.
+        direction: of the same shape, of any float dtype.
+        skip: () float32; 1 leaves everything as it is.
+    """
+    _apply(weight, copies, direction, skip, lr, keep)
+
+
+def apply_reference(
+    weight: Tensor, copies: list[Tensor], direction: Tensor, skip: Tensor, *, lr: float, keep: float
+) -> None:
+    """`apply_direction_` in plain PyTorch. The host waits for `skip`, which is free on a CPU."""
+    if skip:
+        return
+    weight.mul_(keep).sub_(direction.to(weight.dtype), alpha=lr)
+    for copy in copies:
+        copy.copy_(weight)
+
+
+if triton is not None:
+    _BLOCK = 4096
+
+    @triton.jit(do_not_specialize=["number", "start", "inner", "step"])
+    def momentum_kernel(
+        m_ptr, out_ptr, g_ptr, step_ptr, divisor_ptr, skip_ptr, n, number, start, inner, step, rest, momentum,
+        NESTEROV: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        if tl.load(skip_ptr) != 0:
+            return
+        begin = tl.program_id(0).to(tl.int64) * BLOCK
+        i = begin + tl.arange(0, BLOCK)
+        inside = i < n
+        g = tl.load(g_ptr + i, inside, other=0.0).to(tl.float32) / tl.load(divisor_ptr)
+        m = tl.load(m_ptr + i, inside, other=0.0).to(tl.float32)
+        m += (g - m) * rest
+        ahead = g + (m - g) * momentum if NESTEROV else m
+        tl.store(out_ptr + i, ahead.to(out_ptr.dtype.element_ty), inside)
+        if m_ptr.dtype.element_ty == tl.bfloat16:
+            noise = noise_bits(begin, tl.load(step_ptr), number, start, inner, step, BLOCK)
+            tl.store(m_ptr + i, round_bits(m, noise & 0xFFFF), inside)
+        else:
+            tl.store(m_ptr + i, m, inside)
+
+    @triton.jit
+    def apply_kernel(w_ptr, c_ptr, d_ptr, skip_ptr, n, lr, keep, COPY: tl.constexpr, BLOCK: tl.constexpr):
+        if tl.load(skip_ptr) != 0:
+            return
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = i < n
+        w = tl.load(w_ptr + i, inside, other=0.0) * keep - tl.load(d_ptr + i, inside, other=0.0).to(tl.float32) * lr
+        tl.store(w_ptr + i, w, inside)
+        if COPY:
+            tl.store(c_ptr + i, w.to(tl.bfloat16), inside)
+
+
+def momentum_triton(
+    moment: Tensor,
+    direction: Tensor,
+    grad: Tensor,
+    step: Tensor,
+    divisor: Tensor,
+    skip: Tensor,
+    place: Place,
+    *,
+    momentum: float,
+    nesterov: bool,
+) -> None:
+    """`momentum_` by the kernel; `moment` is contiguous, in float32 or bfloat16."""
+    n = moment.numel()
+    momentum_kernel[(triton.cdiv(n, _BLOCK),)](
+        moment, direction, grad.contiguous(), step, divisor, skip, n, *place, 1 - momentum, momentum,
+        NESTEROV=nesterov, BLOCK=_BLOCK, num_warps=8,
+    )  # fmt: skip
+
+
+def apply_triton(
+    weight: Tensor, copies: list[Tensor], direction: Tensor, skip: Tensor, *, lr: float, keep: float
+) -> None:
+    """`apply_direction_` by the kernel; weight and copy are contiguous."""
+    n = weight.numel()
+    apply_kernel[(triton.cdiv(n, _BLOCK),)](
+        weight, copies[0] if copies else weight, direction.contiguous(), skip, n, lr, keep, COPY=bool(copies),
+        BLOCK=_BLOCK, num_warps=8,
+    )  # fmt: skip

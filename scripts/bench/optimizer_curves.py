@@ -1,0 +1,69 @@
+"""Loss curves of optimizers, each with a sweep of learning rates: 300 steps on the standard library's source.
+
+    python scripts/bench/optimizer_curves.py
+
+Each run is `yamls/moe.yaml` with the overrides of `SIZES`: toy size. It shows that an optimizer learns and which rates
+suit it, and says little about large models. Writes scripts/bench/results/optimizer_curves.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from llmfoundry.cli.train import train_main
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS, LAST, EVERY = 300, 30, 10
+SIZES = [
+    "variables.max_seq_len=128", "global_train_batch_size=8", "device_train_microbatch_size=8",
+    "model.d_model=64", "model.n_layers=2", "model.ffn_config.ffn_hidden_size=128", f"max_duration={STEPS}ba",
+    "eval_interval=0ba", "save_interval=1000ba", "callbacks={}", "autoresume=false",
+]  # fmt: skip
+RATES = {
+    "adamw": [4.0e-3, 8.0e-3, 1.6e-2],
+    "adamw, state_dtype: int8": [8.0e-3],
+    "muon": [4.0e-3, 8.0e-3, 1.6e-2],
+}
+
+
+def losses(name: str, lr: float) -> list[float]:
+    """Nats per token of each step."""
+    with tempfile.TemporaryDirectory() as folder:
+        optimizer = f"optimizer={{name: {name}, lr: {lr}, weight_decay: 0.1}}"
+        code = train_main([str(ROOT / "yamls" / "moe.yaml"), *SIZES, optimizer, f"save_folder={folder}/run"])
+        assert code == 0, f"{name} at {lr} ended with {code}"
+        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+    return [row["loss/train/ce"] for row in map(json.loads, lines) if "loss/train/ce" in row]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "scripts/bench/results/optimizer_curves.json")
+    args = parser.parse_args()
+    rows = []
+    for name, rates in RATES.items():
+        for lr in rates:
+            curve = losses(name, lr)
+            assert len(curve) == STEPS
+            row = {"optimizer": name, "lr": lr, f"nats_per_token_of_last_{LAST}": statistics.mean(curve[-LAST:])}
+            print(json.dumps(row), flush=True)
+            rows.append(row | {f"mean_of_every_{EVERY}": [
+                round(statistics.mean(curve[i : i + EVERY]), 4) for i in range(0, STEPS, EVERY)
+            ]})  # fmt: skip
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
+    facts = {"git_sha": git.stdout.strip(), "device": device, "torch": torch.__version__,
+             "config": ["yamls/moe.yaml", *SIZES], "steps": STEPS, "seeds": 1}  # fmt: skip
+    args.out.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Muon's kernels: the passes over memory against their references, and what Newton-Schulz makes of matrices.
+
+Without a GPU the kernels run in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmfoundry.kernels import muon
+from llmfoundry.kernels.muon import apply_reference, momentum_reference, orthogonalize, orthogonalize_flops
+from llmfoundry.kernels.update import Place
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+CUT_TWICE = Place.of(1, torch.Size((2, 3, 1000)), torch.Size((4, 6, 1000)), (2, 3, 0))
+PLACES = [(torch.Size((70, 99)), Place(3, 17)), (torch.Size((1,)), Place()), (torch.Size((6, 1000)), CUT_TWICE)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("moment", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grad", [torch.float32, torch.bfloat16])
+def test_the_momentum_equals_its_reference(grad: torch.dtype, moment: torch.dtype, nesterov: bool, device: str) -> None:
+    pytest.importorskip("triton")
+    for shape, place in PLACES:
+        g = torch.randn(shape, device=device).to(grad)
+        ours = [torch.randn(shape, device=device).to(moment), torch.zeros(shape, device=device)]
+        theirs = [each.clone() for each in ours]
+        step, divisor, skip = (torch.tensor(value, device=device) for value in (7.0, 2.0, 0.0))
+        for run, (m, direction) in ((muon.momentum_triton, ours), (momentum_reference, theirs)):
+            run(m, direction, g, step, divisor, skip, place, momentum=0.95, nesterov=nesterov)
+        torch.testing.assert_close(ours[1], theirs[1], rtol=1e-6, atol=1e-6)
+        if moment == torch.float32:
+            torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=1e-6)
+        else:  # the same random bits: another neighbour only where the last bit of float32 decides
+            torch.testing.assert_close(ours[0], theirs[0], rtol=2**-7, atol=1e-6)
+            assert (ours[0] != theirs[0]).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("has_copy", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_applying_a_direction_equals_its_reference(dtype: torch.dtype, has_copy: bool, device: str) -> None:
+    pytest.importorskip("triton")
+    weight, direction = torch.randn(70, 99, device=device), torch.randn(70, 99, device=device).to(dtype)
+    pairs = [(weight.clone(), [torch.zeros_like(weight, dtype=torch.bfloat16)] * has_copy) for _ in range(2)]
+    for run, (w, copies) in zip((muon.apply_triton, apply_reference), pairs, strict=True):
+        run(w, copies, direction, torch.zeros((), device=device), lr=0.25, keep=0.9)
+    torch.testing.assert_close(pairs[0][0], pairs[1][0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(pairs[1][0], 0.9 * weight - 0.25 * direction.float())
+    for copy in pairs[0][1]:  # Triton's interpreter cuts bits off where a GPU rounds to the nearest
+        torch.testing.assert_close(copy.float(), weight * 0.9 - 0.25 * direction.float(), rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["triton", "reference"])
+def test_a_step_that_is_skipped_changes_no_bit(kind: str, device: str) -> None:
+    pytest.importorskip("triton")
+    tensors = [torch.randn(5, 9, device=device) for _ in range(3)]
+    before = [each.clone() for each in tensors]
+    nan, one = torch.full((5, 9), float("nan"), device=device), torch.ones((), device=device)
+    getattr(muon, f"momentum_{kind}")(tensors[0], tensors[1], nan, one, nan[0, 0], one, Place(), momentum=0.9,
+                                      nesterov=True)  # fmt: skip
+    getattr(muon, f"apply_{kind}")(tensors[2], [], nan, one, lr=1.0, keep=0.5)
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16), (24, 24)])
+def test_singular_values_end_near_one(shape: tuple[int, int]) -> None:
+    """And singular vectors stay, with those of each matrix of a batch by themselves."""
+    u, _, v = torch.linalg.svd(torch.randn(3, *shape, dtype=torch.float64), full_matrices=False)
+    values = torch.logspace(0, -1.5, min(shape), dtype=torch.float64) * torch.tensor([1.0, 1e-6, 1e6])[:, None]
+    result = orthogonalize(u @ torch.diag_embed(values) @ v, steps=5)
+    found = u.mT @ result @ v.mT
+    assert 0.65 < torch.linalg.svdvals(result).min() and torch.linalg.svdvals(result).max() < 1.25
+    torch.testing.assert_close(found, torch.diag_embed(found.diagonal(dim1=1, dim2=2)), rtol=0, atol=1e-9)
+
+
+def test_a_matrix_without_gradient_stays_zero() -> None:
+    x = torch.stack([torch.zeros(4, 6), torch.randn(4, 6)])
+    result = orthogonalize(x, steps=5)
+    assert result.isfinite().all() and not result[0].any() and result[1].any()
+
+
+def test_flops_are_those_of_the_products() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for shape in ((3, 16, 40), (3, 40, 16)):
+        with FlopCounterMode(display=False) as counter:
+            orthogonalize(torch.randn(shape), steps=5)
+        assert counter.get_total_flops() == 3 * orthogonalize_flops(*shape[1:], steps=5)
+
+
+def test_each_part_of_a_momentum_gets_the_random_bits_of_the_whole() -> None:
+    whole = torch.Size((4, 6, 5))
+    g = torch.randn(whole)
+
+    def advanced(part: Tensor, place: Place) -> Tensor:
+        m, one = torch.zeros_like(part, dtype=torch.bfloat16), torch.ones(())
+        momentum_reference(m, torch.zeros_like(part), part, one, one, one * 0, place, momentum=0.9, nesterov=False)
+        return m
+
+    want = advanced(g, Place.of(7, whole, whole, (0, 0, 0)))
+    cut = slice(2, 4), slice(3, 6)
+    place = Place.of(7, torch.Size((2, 3, 5)), whole, (2, 3, 0))
+    assert torch.equal(advanced(g[cut].clone(), place), want[cut])
