@@ -150,6 +150,8 @@ def _turns(turns: object) -> list[Row]:
 
 def messages_of(turns: object) -> list[Message]:
     messages = [{key: value for key, value in turn.items() if value is not None} for turn in _turns(turns)]
+    if any("function_call" in message for message in messages):
+        messages = [_of_function(message) for message in messages]
     for number, message in enumerate(messages):
         if message.get("role") not in ROLES:
             raise ValueError(f"message {number}: role {message.get('role')!r} is none of {', '.join(ROLES)}")
@@ -158,6 +160,17 @@ def messages_of(turns: object) -> list[Message]:
         if isinstance(message.get("content"), list):
             message["content"] = _joined(cast(list[object], message["content"]), number)
     return messages
+
+
+def _of_function(message: Message) -> Message:
+    """A message of a conversation in OpenAI's form of 2023: `function_call`, answered by the role `function`."""
+    call = message.get("function_call")
+    if call is not None:
+        if not isinstance(call, dict) or "name" not in call:
+            raise ValueError(f"function_call: must have name and arguments, found {call!r:.80}")
+        kept = {key: value for key, value in message.items() if key != "function_call"}
+        return {"content": "", **kept, "tool_calls": [{"type": "function", "function": call}]}
+    return message | {"role": "tool"} if message.get("role") == "function" else message
 
 
 def _joined(parts: list[object], number: int) -> str:
