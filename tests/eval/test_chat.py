@@ -21,8 +21,9 @@ from llmfoundry.cli.inference import show
 from llmfoundry.cli.opening import open_hugging_face
 from llmfoundry.config import ConfigError
 from llmfoundry.data.chat_template import CHATML
-from llmfoundry.eval.chat import Chat, Ending, Template, Until
+from llmfoundry.eval.chat import Chat, Ending, Template
 from llmfoundry.eval.generate import Sampling, Stream
+from llmfoundry.eval.written import Until
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 from tests.data.chat_tokenizer import tokenizer, turns
 from tests.hf.theirs import MOE, Case
