@@ -24,7 +24,7 @@ def write(folder: Path, examples: Iterable[Tokens], how: How) -> None:
     """Write tokenised examples into a folder. One that is longer than a row is cut at its end.
 
     Raises:
-        ConfigError: nothing can be learned from any.
+        ValueError: nothing can be learned from any.
     """
     lengths: list[int] = []
     cut = unlearned = inside = n = 0
@@ -42,9 +42,7 @@ def write(folder: Path, examples: Iterable[Tokens], how: How) -> None:
             learned.write(marks.tobytes())
             lengths.append(len(kept))
     if not lengths:
-        raise ConfigError(
-            f"dataset: in none of {n} examples is there anything to learn within max_seq_len={how.length}"
-        )
+        raise ValueError(f"in none of {n} examples is there anything to learn within max_seq_len={how.length}")
     members = best_fit(lengths, how.length) if how.documents else [[i] for i in range(len(lengths))]
     np.save(folder / "starts.npy", np.cumsum([0, *lengths]))
     np.save(folder / "members.npy", np.array([i for row in members for i in row], dtype=np.int64))

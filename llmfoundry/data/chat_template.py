@@ -13,9 +13,9 @@ from functools import cached_property
 from typing import Literal, NamedTuple, cast
 
 import numpy as np
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from llmfoundry.config import ConfigError
@@ -60,7 +60,7 @@ class Renderer:
         bos: opens a prompt that no template renders.
 
     Raises:
-        ConfigError: the tokenizer cannot say which characters a token stands for.
+        ConfigError: the tokenizer cannot say which characters a token stands for, or the template is no Jinja.
     """
 
     def __init__(
@@ -79,7 +79,17 @@ class Renderer:
         self.template = template or (own if isinstance(own, str) else CHATML)
         self._eos = str(tokenizer.eos_token)
         self._special = [str(entry.content) for entry in tokenizer.added_tokens_decoder.values()]
+        self._check_syntax()
         self._marks = _GENERATION.search(self.template) is not None
+
+    def _check_syntax(self) -> None:
+        try:
+            rendered(self.tokenizer, self.template, Conversation([{"role": "user", "content": "x"}]), prompt=False)
+        except TemplateSyntaxError as error:
+            where = "the tokenizer's chat template" if self.own else "dataset.chat_template"
+            raise ConfigError(f"{where}: line {error.lineno}: {error.message}") from None
+        except REFUSALS:  # a message is missing, maybe
+            pass
 
     def tokens(self, example: Example) -> Tokens:
         """The tokens of an example.
@@ -89,11 +99,9 @@ class Renderer:
         """
         if isinstance(example, Conversation):
             return self._conversation(example)
-        tokenizer = self.tokenizer
-        prompt = tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
+        prompt, response = (self._encoded(text)["input_ids"] for text in example)
         prompt = prompt if self._bos is None else [self._bos, *prompt]
-        response = tokenizer(example.response, add_special_tokens=False)["input_ids"]
-        response = [*response, tokenizer.eos_token_id]
+        response = [*response, self.tokenizer.eos_token_id]
         least = self.targets.prompts
         learns = least is not None and len(prompt) >= least
         return Tokens(
@@ -118,12 +126,19 @@ class Renderer:
                 inside = sum(turn.inside for turn in found.values())
             chosen = [i for i in sorted(of_turn) if _is_learned(messages[i])]
             spans = [span for i in (chosen if self.targets.responses == "all" else chosen[-1:]) for span in of_turn[i]]
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self._encoded(text)
         offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
         learned = _overlaps(offsets, spans)
         if self.targets.prompts is not None and int((~learned).sum()) >= self.targets.prompts:
             learned = np.ones_like(learned)
         return Tokens(np.array(encoded["input_ids"], dtype=np.int64), learned, inside)
+
+    def _encoded(self, text: str) -> BatchEncoding:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"has a lone surrogate, {text[error.start]!r}, which is no character") from None
+        return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
 
     @cached_property
     def _arguments(self) -> Arguments:

@@ -138,7 +138,12 @@ class ChatsConfig(Folders, names=("chats",)):
             json.dumps(tokenizer.special_tokens_map, sort_keys=True), how.length, how.documents, self.skip_bad_rows,
         )  # fmt: skip
         folder = cache_root(self.cache_dir) / "chats" / f"{table.title}-{fingerprint[:24]}"
-        made_once(folder, lambda temporary: self._write(temporary, table, renderer, how))
+        try:
+            made_once(folder, lambda temporary: self._write(temporary, table, renderer, how))
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"dataset: {self._where or self.hf_name or table.title}: {error}") from None
         rows = self._opened(folder, table.title, fingerprint, tokenizer.eos_token_id, how)
         log.info("%s", rows.summary)
         return epochs_of(rows, self, how)

@@ -115,15 +115,18 @@ def conversation(messages: list[Message], row: Row) -> Conversation:
     """A conversation with what else the row says of it.
 
     Raises:
-        ValueError: it has no turn of the assistant.
+        ValueError: it has no turn of the assistant, or what the row says of it is of another type.
     """
-    system = row.get("system")
-    if isinstance(system, str) and system and messages[0]["role"] != "system":
+    system, template = row.get("system"), row.get("chat_template_kwargs") or {}
+    if not isinstance(system, str | None):
+        raise ValueError(f"system: must be text, found {system!r:.60}")
+    if not isinstance(template, dict):
+        raise ValueError(f"chat_template_kwargs: must be a mapping, found {template!r:.60}")
+    if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("has no turn of the assistant, so there is nothing to learn")
-    template = row.get("chat_template_kwargs")
-    return Conversation(messages, _tools(row.get("tools")), template if isinstance(template, dict) else {})
+    return Conversation(messages, _tools(row.get("tools")), template)
 
 
 def _tools(tools: object) -> list[Row] | None:
@@ -159,6 +162,8 @@ def messages_of(turns: object) -> list[Message]:
             raise ValueError(f"message {number}: has neither content nor tool_calls")
         if isinstance(message.get("content"), list):
             message["content"] = _joined(cast(list[object], message["content"]), number)
+        if not isinstance(message.get("content", ""), str):
+            raise ValueError(f"message {number}: content must be text, found {message['content']!r:.60}")
     return messages
 
 

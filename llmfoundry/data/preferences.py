@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmfoundry.config import ConfigError
 from llmfoundry.data.chat_rows import ChatRows
 from llmfoundry.data.chat_template import Renderer, Tokens
 from llmfoundry.data.chats import ChatsConfig, text_of
@@ -64,6 +63,8 @@ def preference_of(row: Row) -> Preference:
     if isinstance(chosen, str) and isinstance(rejected, str) and (prompt is None or isinstance(prompt, str)):
         if prompt is None:
             raise ValueError("has chosen and rejected as text, and no prompt")
+        if chosen == rejected:
+            raise ValueError("chosen and rejected are the same")
         return Preference(Pair(prompt, chosen), Pair(prompt, rejected))
     first, second = (_turns(answer) for answer in (chosen, rejected))
     if first[0]["role"] == "assistant":
@@ -76,6 +77,8 @@ def preference_of(row: Row) -> Preference:
         common += 1
     if common == len(first) == len(second):
         raise ValueError("chosen and rejected are the same")
+    if not common:
+        raise ValueError("chosen and rejected begin with different messages, so they answer no common prompt")
     return Preference(*(_answered(messages, common, row) for messages in (first, second)))
 
 
@@ -93,7 +96,7 @@ def write(folder: Path, preferences: Iterable[list[Tokens]], how: How) -> None:
     """Write tokenised preferences into a folder of `ChatRows`, the examples 2i and 2i + 1 being row i.
 
     Raises:
-        ConfigError: no pair fits into a row.
+        ValueError: no pair fits into a row.
     """
     lengths: list[int] = []
     cut = unlearned = inside = n = 0
@@ -111,7 +114,7 @@ def write(folder: Path, preferences: Iterable[list[Tokens]], how: How) -> None:
                 learned.write(each.learned.tobytes())
                 lengths.append(len(each.ids))
     if not lengths:
-        raise ConfigError(f"dataset: of none of {n} preferences do both answers begin within max_seq_len={how.length}")
+        raise ValueError(f"of none of {n} preferences do both answers begin within max_seq_len={how.length}")
     np.save(folder / "starts.npy", np.cumsum([0, *lengths]))
     np.save(folder / "members.npy", np.arange(len(lengths), dtype=np.int64))
     np.save(folder / "rows.npy", np.arange(0, len(lengths) + 1, 2))

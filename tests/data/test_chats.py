@@ -246,10 +246,17 @@ def test_how_many_answers_change_inside_a_conversation_is_said(
         ({"messages": turns("only the user")}, "has no turn of the assistant"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "role 'robot' is none of system, developer, user"),
         ({"messages": []}, "must be a list of turns"),
+        ({"messages": [{"role": "user", "content": 5}]}, "message 0: content must be text, found 5"),
+        ({"messages": [{"role": "user", "content": "a", "function_call": "x"}]}, "function_call: must have name and"),
         ({"messages": [{"role": "user"}]}, "message 0: has neither content nor tool_calls"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "a turn must have from"),
         ({"conversations": [{"from": "function_call", "value": "x"}]}, "function_call: must be JSON with name"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "message 0: has a part of type image; only"),
+        ({"messages": turns("a", "b"), "system": ["c"]}, r"system: must be text, found \['c'\]"),
+        (
+            {"messages": turns("a", "b"), "chat_template_kwargs": "c"},
+            "chat_template_kwargs: must be a mapping, found 'c'",
+        ),
         ({"instruction": "a", "output": "b", "history": ["x"]}, "history: must be a list of pairs of texts"),
         ({"messages": turns("a", "b"), "tools": "{"}, "tools: is not JSON"),
         ({"prompt": "a", "response": 1}, "response: must be a text or a list of turns, found 1"),
@@ -440,6 +447,20 @@ def test_rows_that_the_template_refuses_are_named_and_skipped(tmp_path: Path, ca
         loader(tmp_path, path=str(path), template=plain("gemma"))
     found = loader(tmp_path, path=str(path), template=plain("gemma"), skip_bad_rows=1, documents=False)
     assert found.rows_per_epoch == 2 and "skipped 1 of at most 1 bad rows" in caplog.text
+
+
+@pytest.mark.parametrize("row", [{"messages": turns("\ud800", "b")}, {"prompt": "a", "response": "\ud800"}])
+def test_a_text_that_is_no_unicode_is_refused(row: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"has a lone surrogate, '\\ud800', which is no character"):
+        learned(CHATML, row)
+
+
+def test_a_template_with_a_mistake_is_named_before_any_row(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "train.jsonl", [{"messages": turns("a", "b")}])
+    with pytest.raises(ConfigError, match="dataset.chat_template: line 1: Unexpected end of template"):
+        loader(tmp_path, path=str(path), chat_template="{% for m in messages %}", skip_bad_rows=9)
+    with pytest.raises(ConfigError, match=r"train\.jsonl: in none of 1 examples is there anything to learn within"):
+        loader(tmp_path, path=str(path), length=4)
 
 
 def test_words_of_llm_foundry_are_known() -> None:
