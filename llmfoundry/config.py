@@ -371,7 +371,7 @@ def dump(config: Config) -> dict[str, Any]:
 
 def is_url(path: str) -> bool:
     """Whether a path names another machine or a store: `s3://bucket/folder`."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path) is not None
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path) is not None and not is_theirs(path)  # hf:/folder is none
 
 
 def is_theirs(path: str) -> bool:

@@ -62,7 +62,8 @@ def test_a_yaml_of_llm_foundry_lists_models(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(folder)
-    assert eval_main(["--checkpoint", "hf:hf", "--icl-tasks", "tasks.yaml", "--output", "alone.json"]) == 0
+    theirs = f"hf:{folder / 'hf'}"  # a whole path is none of a store
+    assert eval_main(["--checkpoint", theirs, "--icl-tasks", "tasks.yaml", "--output", "alone.json"]) == 0
     config = {
         "variables": {"name": "hf", "max_seq_len": 1024},
         "precision": "fp32",
@@ -99,7 +100,7 @@ def test_a_yaml_of_llm_foundry_lists_models(
     assert listed.keys() == {"hf", "by its config", "composer"}
     for found in listed.values():
         assert {key: score["value"] for key, score in found["metrics"].items()} == pytest.approx(
-            {key: score["value"] for key, score in alone["hf:hf"]["metrics"].items()}
+            {key: score["value"] for key, score in alone[theirs]["metrics"].items()}
         )
         assert "icl/metrics/eval_gauntlet/default_average" in found["gauntlet"]
     capsys.readouterr()

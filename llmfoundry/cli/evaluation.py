@@ -34,6 +34,7 @@ class TaskOptions(NamedTuple):
     num_fewshot: int | None
     limit: int | None
     include_path: str | None
+    apply_chat_template: bool
     output: str | None
     allow_code: bool = False
 
@@ -47,9 +48,10 @@ class TaskOptions(NamedTuple):
             ("--num-fewshot", self.num_fewshot),
             ("--limit", self.limit),
             ("--include-path", self.include_path),
+            ("--apply-chat-template", self.apply_chat_template or None),
         ):
             if value is not None and not self.tasks:
-                raise ConfigError(f"{name} {value}: is for --tasks NAMES")
+                raise ConfigError(f"{name}{'' if value is True else f' {value}'}: is for --tasks NAMES")
         if self.limit is not None and self.limit < 1 or self.num_fewshot is not None and self.num_fewshot < 0:
             raise ConfigError("--limit must be 1 or more, --num-fewshot 0 or more")
         if self.include_path is not None and not Path(self.include_path).is_dir():
@@ -146,7 +148,12 @@ def _evaluated(ready: Ready, settings: TaskSettings, options: TaskOptions) -> Re
     from llmfoundry.eval.icl import build_tasks, evaluate_tasks
     from llmfoundry.eval.icl_questions import Reader
 
-    reader = Reader(ready.tokenizer, ready.special)
+    special = ready.special
+    if options.apply_chat_template:
+        if ready.tokenizer.chat_template is None:
+            raise ConfigError("--apply-chat-template: the tokenizer has no chat template, so this may be a base model")
+        special = special._replace(parse=True)  # a template writes special tokens
+    reader = Reader(ready.tokenizer, special)
     rank, world = ready.mesh.data_rank, ready.mesh.data_ranks
     if options.tasks:
         from llmfoundry.eval.likelihood import Ranks
@@ -165,6 +172,7 @@ def _evaluated(ready: Ready, settings: TaskSettings, options: TaskOptions) -> Re
                 num_fewshot=options.num_fewshot,
                 limit=options.limit,
                 include_path=options.include_path,
+                apply_chat_template=options.apply_chat_template,
             ),
             {},
         )

@@ -150,14 +150,17 @@ def eval_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, help="for --tasks: the first so many questions of each")
     parser.add_argument("--include-path", metavar="DIR", help="for --tasks: a folder with more of them")
     parser.add_argument(
+        "--apply-chat-template", action="store_true", help="for --tasks: put questions in the tokenizer's chat template"
+    )
+    parser.add_argument(
         "--by-position", type=int, metavar="N", help="loss on texts in N ranges of the places of a row, too"
     )
     parser.add_argument("--output", metavar="FILE", help="also write the scores as JSON")
     add_allow_code(parser)
     args = parser.parse_intermixed_args(argv)
     options = TaskOptions(
-        args.icl_tasks, args.gauntlet, args.tasks, args.num_fewshot, args.limit, args.include_path, args.output,
-        args.allow_code,
+        args.icl_tasks, args.gauntlet, args.tasks, args.num_fewshot, args.limit, args.include_path,
+        args.apply_chat_template, args.output, args.allow_code,
     )  # fmt: skip
     options.check()
     if args.by_position is not None and args.by_position < 1:

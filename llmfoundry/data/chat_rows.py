@@ -14,30 +14,27 @@ import numpy as np
 
 from llmfoundry.config import ConfigError
 from llmfoundry.data.bins import best_fit
-from llmfoundry.data.chat_template import Renderer
-from llmfoundry.data.conversations import Example
+from llmfoundry.data.chat_template import Tokens
 from llmfoundry.data.open_file import OpenFile
 from llmfoundry.data.rows import IGNORE, Block, How, Rows
 from llmfoundry.strict_json import read_mapping
 
 
-def write(folder: Path, examples: Iterable[Example], renderer: Renderer, how: How) -> None:
-    """Tokenise examples into a folder. One that is longer than a row is cut at its end.
+def write(folder: Path, examples: Iterable[Tokens], how: How) -> None:
+    """Write tokenised examples into a folder. One that is longer than a row is cut at its end.
 
     Raises:
-        ConfigError: the chat template refuses an example, or nothing can be learned from any.
+        ValueError: nothing can be learned from any.
     """
     lengths: list[int] = []
-    cut = unlearned = n = 0
+    cut = unlearned = inside = n = 0
     with (folder / "ids.bin").open("wb") as ids, (folder / "learned.bin").open("wb") as learned:
-        for n, example in enumerate(examples, 1):
-            try:
-                found = renderer.tokens(example)
-            except ValueError as error:
-                raise ConfigError(f"dataset: example {n - 1}: {error}") from None
+        for found in examples:
+            n += 1
             kept = found.ids[: how.length]
             marks = found.learned[: how.length]
             cut += len(kept) < len(found.ids)
+            inside += found.inside > 0
             if not marks[1:].any():  # the first token is never a label
                 unlearned += 1
                 continue
@@ -45,14 +42,12 @@ def write(folder: Path, examples: Iterable[Example], renderer: Renderer, how: Ho
             learned.write(marks.tobytes())
             lengths.append(len(kept))
     if not lengths:
-        raise ConfigError(
-            f"dataset: in none of {n} examples is there anything to learn within max_seq_len={how.length}"
-        )
+        raise ValueError(f"in none of {n} examples is there anything to learn within max_seq_len={how.length}")
     members = best_fit(lengths, how.length) if how.documents else [[i] for i in range(len(lengths))]
     np.save(folder / "starts.npy", np.cumsum([0, *lengths]))
     np.save(folder / "members.npy", np.array([i for row in members for i in row], dtype=np.int64))
     np.save(folder / "rows.npy", np.cumsum([0, *map(len, members)]))
-    counts = {"examples": n, "cut": cut, "unlearned": unlearned, "packed": how.documents}
+    counts = {"examples": n, "cut": cut, "unlearned": unlearned, "inside": inside, "packed": how.documents}
     (folder / "index.json").write_text(json.dumps(counts))
 
 
@@ -91,8 +86,14 @@ class ChatRows(Rows):
 
     def said_of_lengths(self, length: int) -> str:
         """How many examples `length` tokens were too few for."""
-        cut, unlearned = self._counts["cut"], self._counts["unlearned"]
-        return f"{cut:,} were cut at max_seq_len={length}, {unlearned:,} with nothing to learn left out"
+        cut, unlearned, inside = (self._counts[each] for each in ("cut", "unlearned", "inside"))
+        said = f"{cut:,} were cut at max_seq_len={length}, {unlearned:,} with nothing to learn left out"
+        if inside:  # e.g. without their thoughts
+            said += (
+                f"; in {inside:,} the chat template renders answers inside a conversation otherwise than at its end; "
+                "they are learned as they are inside (target_responses: last learns the last alone)"
+            )
+        return said
 
     def put(self, number: int, out: Block, i: int) -> None:
         assert out.positions is not None

@@ -1,24 +1,27 @@
 """Conversations to tokens, with a mark on each token that is learned.
 
 The tokenizer's own chat template renders the messages (transformers runs it in jinja's sandbox). Where the template
-marks what the assistant says (`{% generation %}`), those marks count. Where it does not, each turn of the assistant is
-what the rendered text gains by it: the texts up to each turn must be prefixes of the whole, or the example is refused.
+marks what the assistant says (`{% generation %}`), those marks count. Where it does not, data/assistant_turns.py finds
+each turn in the rendered text, or the example is refused.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Literal, NamedTuple, cast
 
 import numpy as np
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from llmfoundry.config import ConfigError
+from llmfoundry.data.assistant_turns import Span, Turns, is_answer
 from llmfoundry.data.conversations import Conversation, Example, Message
+from llmfoundry.data.tool_calls import Arguments, in_form, understood
 
 # Of a tokenizer without a template.
 CHATML = (
@@ -32,7 +35,6 @@ REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Responses = Literal["all", "last"]
-Span = tuple[int, int]
 
 
 class Tokens(NamedTuple):
@@ -40,6 +42,7 @@ class Tokens(NamedTuple):
 
     ids: NDArray[np.int64]  # (n,)
     learned: NDArray[np.bool_]  # (n,) whether the token is a label
+    inside: int = 0  # turns of the assistant that the template renders otherwise inside than at the end
 
 
 class Targets(NamedTuple):
@@ -57,7 +60,7 @@ class Renderer:
         bos: opens a prompt that no template renders.
 
     Raises:
-        ConfigError: the tokenizer cannot say which characters a token stands for.
+        ConfigError: the tokenizer cannot say which characters a token stands for, or the template is no Jinja.
     """
 
     def __init__(
@@ -74,7 +77,19 @@ class Renderer:
             own = own.get("default")
         self.own = template is None and own is not None  # whether the template is the tokenizer's
         self.template = template or (own if isinstance(own, str) else CHATML)
+        self._eos = str(tokenizer.eos_token)
+        self._special = [str(entry.content) for entry in tokenizer.added_tokens_decoder.values()]
+        self._check_syntax()
         self._marks = _GENERATION.search(self.template) is not None
+
+    def _check_syntax(self) -> None:
+        try:
+            rendered(self.tokenizer, self.template, Conversation([{"role": "user", "content": "x"}]), prompt=False)
+        except TemplateSyntaxError as error:
+            where = "the tokenizer's chat template" if self.own else "dataset.chat_template"
+            raise ConfigError(f"{where}: line {error.lineno}: {error.message}") from None
+        except REFUSALS:  # a message is missing, maybe
+            pass
 
     def tokens(self, example: Example) -> Tokens:
         """The tokens of an example.
@@ -84,11 +99,9 @@ class Renderer:
         """
         if isinstance(example, Conversation):
             return self._conversation(example)
-        tokenizer = self.tokenizer
-        prompt = tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
+        prompt, response = (self._encoded(text)["input_ids"] for text in example)
         prompt = prompt if self._bos is None else [self._bos, *prompt]
-        response = tokenizer(example.response, add_special_tokens=False)["input_ids"]
-        response = [*response, tokenizer.eos_token_id]
+        response = [*response, self.tokenizer.eos_token_id]
         least = self.targets.prompts
         learns = least is not None and len(prompt) >= least
         return Tokens(
@@ -96,19 +109,40 @@ class Renderer:
         )
 
     def _conversation(self, example: Conversation) -> Tokens:
-        text = self._render(example, example.messages)
-        turns = [i for i, message in enumerate(example.messages) if message["role"] == "assistant"]
-        spans = self._marked(example) if self._marks else [self._span(example, text, i) for i in turns]
-        if len(spans) == len(turns):  # a template may mark several spans in a turn, and then weights are not known
-            spans = [span for span, i in zip(spans, turns, strict=True) if example.messages[i].get("weight", 1)]
-        if self.targets.responses == "last":
-            spans = spans[-1:]
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        example = example._replace(messages=in_form(example.messages, self._arguments))
+        messages = example.messages
+        text = self._render(example, messages)
+        turns = Turns(lambda chat, prompt: self._render(example, chat, prompt), self._eos, self._special)
+        spans: list[Span]
+        inside = 0
+        if self._marks and self.targets.responses == "all" and all(_is_learned(message) for message in messages):
+            spans = self._marked(example)
+        else:
+            if self._marks:
+                of_turn = turns.shares(messages, text, self._marked(example))
+            else:
+                found = {i: turns.find(messages, text, i) for i, each in enumerate(messages) if is_answer(each)}
+                of_turn = {i: [turn.span] for i, turn in found.items()}
+                inside = sum(turn.inside for turn in found.values())
+            chosen = [i for i in sorted(of_turn) if _is_learned(messages[i])]
+            spans = [span for i in (chosen if self.targets.responses == "all" else chosen[-1:]) for span in of_turn[i]]
+        encoded = self._encoded(text)
         offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
         learned = _overlaps(offsets, spans)
         if self.targets.prompts is not None and int((~learned).sum()) >= self.targets.prompts:
             learned = np.ones_like(learned)
-        return Tokens(np.array(encoded["input_ids"], dtype=np.int64), learned)
+        return Tokens(np.array(encoded["input_ids"], dtype=np.int64), learned, inside)
+
+    def _encoded(self, text: str) -> BatchEncoding:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"has a lone surrogate, {text[error.start]!r}, which is no character") from None
+        return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+
+    @cached_property
+    def _arguments(self) -> Arguments:
+        return understood(lambda messages: self._render(Conversation(list(messages)), messages))
 
     def _render(self, example: Conversation, messages: Sequence[Message], prompt: bool = False) -> str:
         try:
@@ -127,31 +161,9 @@ class Renderer:
         template = self.tokenizer.get_chat_template(None if self.own else self.template, example.tools)
         return rendered(self.tokenizer, template, example._replace(messages=list(messages)), prompt, marks)
 
-    def _span(self, example: Conversation, text: str, turn: int) -> Span:
-        """What the text gains by one turn of the assistant."""
-        upto = self._render(example, example.messages[: turn + 1])
-        before = self._render(example, example.messages[:turn], prompt=True) if turn else self._opened(example, upto)
-        if not text.startswith(upto):  # some templates close a conversation that asks for no answer by an eos
-            upto = upto.removesuffix(str(self.tokenizer.eos_token))
-        if not (upto.startswith(before) and text.startswith(upto)):
-            raise ValueError(
-                f"the chat template does not render message {turn} at the end as it does inside the conversation, so "
-                "what the assistant says cannot be found; give a template with {% generation %} in "
-                "dataset.chat_template"
-            )
-        return len(before), len(upto)
 
-    def _opened(self, example: Conversation, text: str) -> str:
-        """The beginning of a conversation that the assistant begins: what opens its turn is not learned.
-
-        Many templates refuse to render no message at all, so the opening is taken from after one of the user.
-        """
-        asked: list[Message] = [{"role": "user", "content": "x"}]
-        before, after = (self._render(example, asked, prompt=prompt) for prompt in (False, True))
-        if not after.startswith(before):  # as in `_span`
-            before = before.removesuffix(str(self.tokenizer.eos_token))
-        opening = after.removeprefix(before)
-        return text[: text.find(opening) + len(opening)] if opening in text else ""
+def _is_learned(message: Message) -> bool:
+    return bool(message.get("weight", 1))
 
 
 def rendered(

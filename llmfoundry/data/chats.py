@@ -12,7 +12,7 @@ import importlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import ClassVar, Literal, Self, TypeVar
 
@@ -42,7 +42,7 @@ _AT_LEAST = re.compile(r"length>=(\d+)")
 class ChatsConfig(Folders, names=("chats",)):
     """Examples from local files (`path`), the hub (`hf_name`) or MDS (`local`, `remote`, `streams`)."""
 
-    KIND: ClassVar[str] = "chats/2"  # of the tokenised rows: others are made anew
+    KIND: ClassVar[str] = "chats/3"  # of the tokenised rows: others are made anew
 
     path: str | None = None  # a folder, a glob or one file, also by URL: .jsonl, .json, .csv, .tsv, .parquet
     hf_name: str | None = None  # a dataset of the hub or a folder; or json, csv, parquet with hf_kwargs.data_files
@@ -114,10 +114,10 @@ class ChatsConfig(Folders, names=("chats",)):
         )  # fmt: skip
 
     def _texts(self) -> Iterator[str]:
-        return map(text_of, self._read(self._table(), example_of))
+        return self._read(self._table(), lambda row: text_of(example_of(row)))
 
     def _write(self, folder: Path, table: Table, renderer: Renderer, how: How) -> None:
-        write(folder, self._read(table, example_of), renderer, how)
+        write(folder, self._read(table, lambda row: renderer.tokens(example_of(row))), how)
 
     def _opened(self, folder: Path, title: str, fingerprint: str, eos_token_id: int, how: How) -> ChatRows:
         return ChatRows(folder, title, fingerprint, eos_token_id, how)
@@ -138,7 +138,12 @@ class ChatsConfig(Folders, names=("chats",)):
             json.dumps(tokenizer.special_tokens_map, sort_keys=True), how.length, how.documents, self.skip_bad_rows,
         )  # fmt: skip
         folder = cache_root(self.cache_dir) / "chats" / f"{table.title}-{fingerprint[:24]}"
-        made_once(folder, lambda temporary: self._write(temporary, table, renderer, how))
+        try:
+            made_once(folder, lambda temporary: self._write(temporary, table, renderer, how))
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"dataset: {self._where or self.hf_name or table.title}: {error}") from None
         rows = self._opened(folder, table.title, fingerprint, tokenizer.eos_token_id, how)
         log.info("%s", rows.summary)
         return epochs_of(rows, self, how)
@@ -156,7 +161,7 @@ class ChatsConfig(Folders, names=("chats",)):
         """What is made of the rows of a table; a row that is none is skipped or refused."""
         prepare = preprocess(self.preprocessing_fn)
         bad, first = 0, ""
-        for number, row in enumerate(table.rows):
+        for row, at in table.rows:
             if isinstance(row, BadRow):
                 why = row.message
             else:
@@ -165,7 +170,7 @@ class ChatsConfig(Folders, names=("chats",)):
                     continue
                 except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
                     named = f"no {error}" if isinstance(error, KeyError) else str(error)
-                    why = f"{table.title}: row {number}: {named}"
+                    why = f"{at}: {named}"
             bad, first = bad + 1, first or why
             if bad > self.skip_bad_rows:
                 raise ConfigError(f"dataset: {why}; skip_bad_rows: N skips up to N such rows")
@@ -182,7 +187,7 @@ class ChatsConfig(Folders, names=("chats",)):
             return self._from_hub(self.hf_name, title)
         folders = self.folders()
         fingerprint = fingerprint_of("mds/1", *(folder.fingerprint for folder in folders))
-        return Table(title, fingerprint, samples(folders))
+        return Table(title, fingerprint, _numbered(title, samples(folders)))
 
     def _from_hub(self, name: str, title: str) -> Table:
         try:
@@ -194,7 +199,11 @@ class ChatsConfig(Folders, names=("chats",)):
         except Exception as error:  # the hub and its scripts fail in many ways
             why = " ".join(str(error).split())[:300]
             raise ConfigError(f"dataset.hf_name: {name}: cannot be loaded: {type(error).__name__}: {why}") from error
-        return Table(title, fingerprint_of("hub/1", name, self.split, found._fingerprint), iter(found))
+        return Table(title, fingerprint_of("hub/1", name, self.split, found._fingerprint), _numbered(name, found))
+
+
+def _numbered(title: str, rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
+    return ((row, f"{title}: row {number}") for number, row in enumerate(rows))
 
 
 def text_of(example: Example) -> str:

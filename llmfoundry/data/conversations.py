@@ -115,15 +115,18 @@ def conversation(messages: list[Message], row: Row) -> Conversation:
     """A conversation with what else the row says of it.
 
     Raises:
-        ValueError: it has no turn of the assistant.
+        ValueError: it has no turn of the assistant, or what the row says of it is of another type.
     """
-    system = row.get("system")
-    if isinstance(system, str) and system and messages[0]["role"] != "system":
+    system, template = row.get("system"), row.get("chat_template_kwargs") or {}
+    if not isinstance(system, str | None):
+        raise ValueError(f"system: must be text, found {system!r:.60}")
+    if not isinstance(template, dict):
+        raise ValueError(f"chat_template_kwargs: must be a mapping, found {template!r:.60}")
+    if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("has no turn of the assistant, so there is nothing to learn")
-    template = row.get("chat_template_kwargs")
-    return Conversation(messages, _tools(row.get("tools")), template if isinstance(template, dict) else {})
+    return Conversation(messages, _tools(row.get("tools")), template)
 
 
 def _tools(tools: object) -> list[Row] | None:
@@ -150,6 +153,8 @@ def _turns(turns: object) -> list[Row]:
 
 def messages_of(turns: object) -> list[Message]:
     messages = [{key: value for key, value in turn.items() if value is not None} for turn in _turns(turns)]
+    if any("function_call" in message for message in messages):
+        messages = [_of_function(message) for message in messages]
     for number, message in enumerate(messages):
         if message.get("role") not in ROLES:
             raise ValueError(f"message {number}: role {message.get('role')!r} is none of {', '.join(ROLES)}")
@@ -157,7 +162,20 @@ def messages_of(turns: object) -> list[Message]:
             raise ValueError(f"message {number}: has neither content nor tool_calls")
         if isinstance(message.get("content"), list):
             message["content"] = _joined(cast(list[object], message["content"]), number)
+        if not isinstance(message.get("content", ""), str):
+            raise ValueError(f"message {number}: content must be text, found {message['content']!r:.60}")
     return messages
+
+
+def _of_function(message: Message) -> Message:
+    """A message of a conversation in OpenAI's form of 2023: `function_call`, answered by the role `function`."""
+    call = message.get("function_call")
+    if call is not None:
+        if not isinstance(call, dict) or "name" not in call:
+            raise ValueError(f"function_call: must have name and arguments, found {call!r:.80}")
+        kept = {key: value for key, value in message.items() if key != "function_call"}
+        return {"content": "", **kept, "tool_calls": [{"type": "function", "function": call}]}
+    return message | {"role": "tool"} if message.get("role") == "function" else message
 
 
 def _joined(parts: list[object], number: int) -> str:

@@ -34,7 +34,7 @@ def dataset_at(where: str) -> dict[str, object]:
         return {"name": "megatron", "path": str(path)}
     files = find(where, store).files.values()
     tables = [file for file in files if (kind := kind_of(file.path)) and kind.format != "text"]
-    row = next((row for row in read_rows(tables[0].here()) if not isinstance(row, BadRow)), {}) if tables else {}
+    row = next((row for row, _ in read_rows(tables[0].here()) if not isinstance(row, BadRow)), {}) if tables else {}
     if any(all(column in row for column in columns) for columns in FORMATS.values()):
         return {"name": "chats", "path": where}
     if "text" not in row and tables:

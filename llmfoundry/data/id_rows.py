@@ -67,14 +67,14 @@ class IdsConfig(RowsConfig, names=("ids",)):
 
     def _write(self, file: Path, table: Table, length: int, largest: int, dtype: np.dtype) -> None:
         with file.open("wb") as out:
-            for number, row in enumerate(table.rows):
+            for row, at in table.rows:
                 if isinstance(row, BadRow):
                     raise ConfigError(f"dataset: {row.message}")
                 try:
                     out.write(self._ids(row.get(self.ids_key), length, largest).astype(dtype).tobytes())
                 except ValueError as error:
                     has = "" if self.ids_key in row else f"; its columns are {', '.join(row)}"
-                    raise ConfigError(f"dataset: {table.title}: row {number}: {self.ids_key}: {error}{has}") from None
+                    raise ConfigError(f"dataset: {at}: {self.ids_key}: {error}{has}") from None
 
     @staticmethod
     def _ids(found: object, length: int, largest: int) -> NDArray[np.int64]:

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmfoundry.config import ConfigError
 from llmfoundry.data.chat_rows import ChatRows
 from llmfoundry.data.chat_template import Renderer, Tokens
 from llmfoundry.data.chats import ChatsConfig, text_of
@@ -38,14 +37,14 @@ class PreferencesConfig(ChatsConfig, names=("preferences",)):
     conversations, whose common beginning is the prompt. Answers alone are learned from.
     """
 
-    KIND = "preferences/2"
+    KIND = "preferences/3"
 
     def _texts(self) -> Iterator[str]:
-        for each in self._read(self._table(), preference_of):
-            yield from map(text_of, each)
+        for texts in self._read(self._table(), lambda row: [text_of(each) for each in preference_of(row)]):
+            yield from texts
 
     def _write(self, folder: Path, table: Table, renderer: Renderer, how: How) -> None:
-        write(folder, self._read(table, preference_of), renderer, how)
+        write(folder, self._read(table, lambda row: [renderer.tokens(each) for each in preference_of(row)]), how)
 
     def _opened(self, folder: Path, title: str, fingerprint: str, eos_token_id: int, how: How) -> ChatRows:
         return PreferenceRows(folder, title, fingerprint, eos_token_id, how)
@@ -64,6 +63,8 @@ def preference_of(row: Row) -> Preference:
     if isinstance(chosen, str) and isinstance(rejected, str) and (prompt is None or isinstance(prompt, str)):
         if prompt is None:
             raise ValueError("has chosen and rejected as text, and no prompt")
+        if chosen == rejected:
+            raise ValueError("chosen and rejected are the same")
         return Preference(Pair(prompt, chosen), Pair(prompt, rejected))
     first, second = (_turns(answer) for answer in (chosen, rejected))
     if first[0]["role"] == "assistant":
@@ -76,6 +77,8 @@ def preference_of(row: Row) -> Preference:
         common += 1
     if common == len(first) == len(second):
         raise ValueError("chosen and rejected are the same")
+    if not common:
+        raise ValueError("chosen and rejected begin with different messages, so they answer no common prompt")
     return Preference(*(_answered(messages, common, row) for messages in (first, second)))
 
 
@@ -89,22 +92,20 @@ def _answered(messages: list[Message], common: int, row: Row) -> Conversation:
     return conversation([*silent, *messages[common:]], row)
 
 
-def write(folder: Path, preferences: Iterable[Preference], renderer: Renderer, how: How) -> None:
-    """Tokenise preferences into a folder of `ChatRows`, the examples 2i and 2i + 1 being row i.
+def write(folder: Path, preferences: Iterable[list[Tokens]], how: How) -> None:
+    """Write tokenised preferences into a folder of `ChatRows`, the examples 2i and 2i + 1 being row i.
 
     Raises:
-        ConfigError: the chat template refuses one, or no pair fits into a row.
+        ValueError: no pair fits into a row.
     """
     lengths: list[int] = []
-    cut = unlearned = n = 0
+    cut = unlearned = inside = n = 0
     with (folder / "ids.bin").open("wb") as ids, (folder / "learned.bin").open("wb") as learned:
-        for n, preference in enumerate(preferences, 1):
-            try:
-                found = [renderer.tokens(example) for example in preference]
-            except ValueError as error:
-                raise ConfigError(f"dataset: preference {n - 1}: {error}") from None
+        for found in preferences:
+            n += 1
             kept = [Tokens(each.ids[: how.length], each.learned[: how.length]) for each in found]
             cut += any(len(each.ids) > how.length for each in found)
+            inside += any(each.inside for each in found)
             if not all(each.learned[1:].any() for each in kept):
                 unlearned += 1
                 continue
@@ -113,11 +114,11 @@ def write(folder: Path, preferences: Iterable[Preference], renderer: Renderer, h
                 learned.write(each.learned.tobytes())
                 lengths.append(len(each.ids))
     if not lengths:
-        raise ConfigError(f"dataset: of none of {n} preferences do both answers begin within max_seq_len={how.length}")
+        raise ValueError(f"of none of {n} preferences do both answers begin within max_seq_len={how.length}")
     np.save(folder / "starts.npy", np.cumsum([0, *lengths]))
     np.save(folder / "members.npy", np.arange(len(lengths), dtype=np.int64))
     np.save(folder / "rows.npy", np.arange(0, len(lengths) + 1, 2))
-    counts = {"examples": n, "cut": cut, "unlearned": unlearned, "packed": False}
+    counts = {"examples": n, "cut": cut, "unlearned": unlearned, "inside": inside, "packed": False}
     (folder / "index.json").write_text(json.dumps(counts))
 
 

@@ -19,7 +19,7 @@ class Table(NamedTuple):
 
     title: str
     fingerprint: str
-    rows: Iterator[Row | BadRow]
+    rows: Iterator[tuple[Row | BadRow, str]]  # and where each is, for messages
     summary: str = ""
     files: frozenset[Path] = frozenset()
 
@@ -47,11 +47,11 @@ def table_of(where: str, title: str, dataset: DatasetConfig, *, lenient: bool) -
     fraction = None if whole or by_name is not None else dataset.fraction
     digests = [checked_digest(path, lenient=lenient, advance=lambda n: None) for path in ahead(kept.values())]
 
-    def rows() -> Iterator[Row | BadRow]:
+    def rows() -> Iterator[tuple[Row | BadRow, str]]:
         for path in ahead(kept.values()):
-            for row in read_rows(path):
+            for row, at in read_rows(path):
                 if fraction is None or isinstance(row, BadRow) or keeps(_key(row), side, fraction):
-                    yield row
+                    yield row, at
 
     rule = ("whole",) if fraction is None else (side, str(fraction))
     return Table(

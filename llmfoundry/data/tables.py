@@ -48,14 +48,14 @@ def read_table(path: Path, text_key: str) -> Iterator[str | BadRow]:
         yield BadRow(f"{at}: {found}") if isinstance(found, _Broken) else cast(str, found)
 
 
-def read_rows(path: Path) -> Iterator[Row | BadRow]:
-    """The whole rows of one file, streamed.
+def read_rows(path: Path) -> Iterator[tuple[Row | BadRow, str]]:
+    """The whole rows of one file, streamed, and where each is: the file and the number of the row.
 
     Raises:
         ConfigError: the file itself cannot be read.
     """
     for found, at in _found(path, None):
-        yield BadRow(f"{at}: {found}") if isinstance(found, _Broken) else cast(Row, found)
+        yield BadRow(f"{at}: {found}") if isinstance(found, _Broken) else cast(Row, found), at
 
 
 def _found(path: Path, key: str | None) -> Iterator[tuple[object, str]]:

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from llmfoundry.config import ConfigError
 from llmfoundry.data.chat_template import REFUSALS, rendered
 from llmfoundry.data.conversations import Conversation, Message
-from llmfoundry.eval.generate import Sampling, Stream, check_ids, new_tokens
+from llmfoundry.eval.generate import Sampling, check_ids, new_tokens, room
+from llmfoundry.eval.written import Written
 from llmfoundry.model.transformer import Cache, CausalLM
 
 _PROBE = "probe"  # stands for an answer, to see what a template writes after it
@@ -133,64 +134,26 @@ class Chat:
         else:
             self._cache = Cache(self._model.config.n_layers, capacity=len(ids) + limit)
         self._held = []  # until the forwards are through, an error may leave layers of different lengths
-        new: list[int] = []
-        text = Until([*self._ending.texts, *until], emit)
-        stream = Stream(self._template.tokenizer, new, text.add)
+        text = Written(self._template.tokenizer, [*self._ending.texts, *until], emit)
         stopped = False
         for token in new_tokens(self._model, ids[shared:], self._cache, limit, how.drawing(len(messages)), self.stop):
-            new.append(token)
-            stream.advance()
+            text.add(token)
             stopped = interrupted()
             if text.ended or stopped:
                 break
-        stream.advance(last=True)
-        text.close()
+        shown, new = text.close(), text.ids
         self._held = [*ids, *new][: self._cache.length]
         by_itself = text.ended or (len(new) < limit and not stopped)
         finish: Finish = "stop" if by_itself else "interrupted" if stopped else "length"
-        return Answer(text.shown, finish, len(ids), shared, len(new))
+        return Answer(shown, finish, len(ids), shared, len(new))
 
     def _limit(self, ids: list[int], max_new_tokens: int) -> int:
         config = self._model.config
         check_ids(max(ids), config.vocab_size)
-        if not config.has_learned_positions:
-            return max_new_tokens
-        room = config.max_seq_len - len(ids) + 1  # the last token is written and not read
-        if room < 1:
+        left = room(config, len(ids))
+        if left < 1:
             raise ConfigError(
                 f"the conversation has {len(ids)} tokens, and the model has learned {config.max_seq_len} positions; "
                 "begin a new one, or take turns back"
             )
-        return min(max_new_tokens, room)
-
-
-class Until:
-    """Passes a growing text on up to the first of some endings. What may begin an ending waits."""
-
-    def __init__(self, endings: Sequence[str], emit: Callable[[str], object]) -> None:
-        self.shown, self.ended = "", False
-        self._endings, self._emit, self._waiting = [each for each in endings if each], emit, ""
-
-    def add(self, piece: str) -> None:
-        """Take the next piece."""
-        if self.ended:
-            return
-        text = self._waiting + piece
-        starts = [at for each in self._endings if (at := text.find(each)) >= 0]
-        self.ended = bool(starts)
-        self._show(text, min(starts) if starts else len(text) - self._may_begin(text))
-
-    def close(self) -> None:
-        """Pass on what waits: no more text comes."""
-        if not self.ended:
-            self._show(self._waiting, len(self._waiting))
-
-    def _show(self, text: str, end: int) -> None:
-        self._waiting = text[end:]
-        if end:
-            self.shown += text[:end]
-            self._emit(text[:end])
-
-    def _may_begin(self, text: str) -> int:
-        """Characters at the end of the text that begin an ending."""
-        return max((n for each in self._endings for n in range(1, len(each)) if text.endswith(each[:n])), default=0)
+        return min(max_new_tokens, left)

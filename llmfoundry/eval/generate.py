@@ -5,6 +5,7 @@ Shapes: B rows, S tokens so far, V vocab.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -16,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from llmfoundry import runtime
 from llmfoundry.config import ConfigError
 from llmfoundry.data.tokenizer import PLAIN_TEXT, Encoder, SpecialTokens
-from llmfoundry.model.transformer import Cache, CausalLM
+from llmfoundry.eval.written import Stream
+from llmfoundry.model.transformer import Cache, CausalLM, CausalLMConfig
 
 
 class Sampling(NamedTuple):
@@ -73,12 +75,7 @@ def generate(
     """
     ids = encoded(tokenizer, prompt, special)
     check_ids(max(ids), model.config.vocab_size)
-    positions = len(ids) + max_new_tokens - 1  # the last token is written and not read
-    if model.config.has_learned_positions and positions > model.config.max_seq_len:
-        raise ConfigError(
-            f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones need {positions} positions, and the model "
-            f"has learned {model.config.max_seq_len}; shorten the prompt or ask for fewer new tokens"
-        )
+    check_room(model.config, "a prompt", len(ids), max_new_tokens, "shorten the prompt or ask for fewer new tokens")
     stream = Stream(tokenizer, ids, emit) if emit is not None else None
     cache = Cache(model.config.n_layers, capacity=len(ids) + max_new_tokens)
     draw = Sampling(max_new_tokens, temperature, top_p, seed).drawing(number)
@@ -134,6 +131,20 @@ def check_ids(largest: int, vocab_size: int) -> None:
         )
 
 
+def room(config: CausalLMConfig, tokens: int) -> int:
+    """How many tokens may follow `tokens` ones; the last one is written and not read."""
+    return config.max_seq_len - tokens + 1 if config.has_learned_positions else sys.maxsize
+
+
+def check_room(config: CausalLMConfig, what: str, tokens: int, new: int, advice: str) -> None:
+    """Refuse a text that needs more positions than the model has learned; raises ConfigError."""
+    if new > room(config, tokens):
+        raise ConfigError(
+            f"{what} of {tokens} tokens and {new} new ones need {tokens + new - 1} positions, and the model has "
+            f"learned {config.max_seq_len}; {advice}"
+        )
+
+
 def sample(logits: Tensor, temperature: float, top_p: float, dice: torch.Generator) -> int:
     """Draw a token id from (V,) logits; see `sample_rows`."""
     return sample_rows(logits[None], temperature, top_p, [dice])[0]
@@ -159,30 +170,3 @@ def sample_rows(logits: Tensor, temperature: float, top_p: float, dice: Sequence
     sums = kept.double().cumsum(-1)  # (B, V)
     drawn = [1 - torch.rand((), dtype=torch.float64, generator=each).item() for each in dice]  # in (0, 1]
     return torch.searchsorted(sums, sums.new_tensor(drawn)[:, None] * sums[:, -1:])[:, 0].tolist()
-
-
-class Stream:
-    """Decodes a growing list of ids piece by piece.
-
-    A token may be a part of a character, and how it is decoded may depend on the one before it. So the tokens of the
-    last piece are decoded again with the new ones, and a text that ends within a character waits.
-
-    Args:
-        ids: grows; what it holds now is given out first.
-        emit: given each piece.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, ids: list[int], emit: Callable[[str], object]) -> None:
-        self._tokenizer, self._ids, self._emit = tokenizer, ids, emit
-        self._before, self._done = 0, len(ids)  # where the last piece begins, and where it ends
-        emit(self._decode(0, len(ids)))
-
-    def advance(self, last: bool = False) -> None:
-        """Give out what the new ids add; the last time, also what is no whole character."""
-        old, new = self._decode(self._before, self._done), self._decode(self._before, len(self._ids))
-        if len(new) > len(old) and (last or not new.endswith("\N{REPLACEMENT CHARACTER}")):
-            self._emit(new[len(old) :])
-            self._before, self._done = self._done, len(self._ids)
-
-    def _decode(self, start: int, stop: int) -> str:
-        return str(self._tokenizer.decode(self._ids[start:stop], skip_special_tokens=True))

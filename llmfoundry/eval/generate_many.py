@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from llmfoundry.config import ConfigError
 from llmfoundry.data.conversations import Message
 from llmfoundry.data.tokenizer import SpecialTokens
 from llmfoundry.eval.chat import Ending, Template
-from llmfoundry.eval.generate import Sampling, encoded, sample_rows
+from llmfoundry.eval.generate import Sampling, check_room, encoded, sample_rows
 from llmfoundry.eval.likelihood import Prompt, Ranks, continue_all
+from llmfoundry.eval.written import Written
 from llmfoundry.model.transformer import CausalLM
 
 NOTHING = Ending(frozenset(), ())
@@ -78,14 +78,9 @@ def generate_many(
     Raises:
         ConfigError: a prompt needs more positions than the model has learned, or has a token that it does not know.
     """
-    config = model.config
     for number, request in enumerate(requests):
-        positions = len(request.ids) + how.max_new_tokens - 1  # the last token is written and not read
-        if config.has_learned_positions and positions > config.max_seq_len:
-            raise ConfigError(
-                f"prompt {number} of {len(request.ids)} tokens and {how.max_new_tokens} new ones need {positions} "
-                f"positions, and the model has learned {config.max_seq_len}; shorten it, or lower --max-new-tokens"
-            )
+        advice = "shorten it, or lower --max-new-tokens"
+        check_room(model.config, f"prompt {number}", len(request.ids), how.max_new_tokens, advice)
     part = BATCHES * ranks.rows * ranks.world
     for start in range(0, len(requests), part):
         yield from _written(model, tokenizer, requests[start : start + part], how, ranks, stop, start)
@@ -103,8 +98,10 @@ def _written(
     """The texts of some requests, of which the first has that number."""
     dice = [how.dice(number) for number in range(first, first + len(requests))]
 
+    texts = [Written(tokenizer, request.ending.texts) for request in requests]
+
     def ended(number: int, new: list[int]) -> bool:
-        return _end(tokenizer, requests[number].ending, new) is not None
+        return new[-1] in requests[number].ending.ids or texts[number].add(new[-1])
 
     written = continue_all(
         model,
@@ -119,23 +116,13 @@ def _written(
         yield _completion(tokenizer, request, new, how.max_new_tokens)
 
 
-def _end(tokenizer: PreTrainedTokenizerBase, ending: Ending, new: list[int]) -> str | None:
-    """The text of a conversation's answer, once its turn has ended."""
-    if new[-1] in ending.ids:
-        return str(tokenizer.decode(new[:-1], skip_special_tokens=True))
-    for text in ending.texts:
-        tail = str(tokenizer.decode(new[-len(text.encode()) - 1 :]))  # a token is a byte at least
-        if text in tail:
-            return str(tokenizer.decode(new, skip_special_tokens=True)).partition(text)[0]
-    return None
-
-
 def _completion(tokenizer: PreTrainedTokenizerBase, request: Request, new: list[int], limit: int) -> Completion:
-    end = _end(tokenizer, request.ending, new) if new else None
-    if end is not None:
-        return Completion(end, "stop", len(new))
+    finish = "length" if len(new) == limit else "stop"
     if request.shown:
         text = str(tokenizer.decode([*request.ids, *new], skip_special_tokens=True))[len(request.shown) :]
-    else:
-        text = str(tokenizer.decode(new, skip_special_tokens=True))
-    return Completion(text, "length" if len(new) == limit else "stop", len(new))
+        return Completion(text, finish, len(new))
+    if new and new[-1] in request.ending.ids:  # not part of the text
+        new, finish = new[:-1], "stop"
+    answer = Written(tokenizer, request.ending.texts)
+    finish = "stop" if answer.extended(new) else finish
+    return Completion(answer.close(), finish, len(new))

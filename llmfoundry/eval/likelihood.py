@@ -18,7 +18,7 @@ from torch import Tensor
 from llmfoundry import runtime
 from llmfoundry.config import ConfigError
 from llmfoundry.data.rows import IGNORE
-from llmfoundry.eval.generate import check_ids
+from llmfoundry.eval.generate import check_ids, room
 from llmfoundry.model.transformer import Cache, CausalLM
 from llmfoundry.moe.layer import MoEConfig
 
@@ -218,10 +218,11 @@ def check_rows(model: CausalLM, rows: Sequence[list[int]], max_new_tokens: int) 
     """Refuse rows that the model cannot read; raises ConfigError."""
     config = model.config
     check_ids(max((max(ids) for ids in rows), default=0), config.vocab_size)
-    longest = max(map(len, rows), default=0) + max_new_tokens - 1  # the last token is not read
-    if config.has_learned_positions and longest > config.max_seq_len:
+    longest = max(map(len, rows), default=0)
+    if max_new_tokens > room(config, longest):
         raise ConfigError(
-            f"a text of {longest} tokens is longer than the {config.max_seq_len} positions that the model has learned "
+            f"a text of {longest + max_new_tokens - 1} tokens is longer than the {config.max_seq_len} positions that "
+            "the model has learned "
             "(model.max_seq_len); lower icl_seq_len, or take fewer examples (num_fewshot)"
         )
 

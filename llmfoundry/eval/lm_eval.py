@@ -20,6 +20,7 @@ from llmfoundry.config import ConfigError
 from llmfoundry.eval.icl import Score
 from llmfoundry.eval.icl_questions import Reader
 from llmfoundry.eval.likelihood import Continuation, Prompt, Ranks, continue_all, likelihood, nats_of
+from llmfoundry.eval.written import Written
 from llmfoundry.model.transformer import CausalLM
 
 MAX_NEW_TOKENS = 256  # of a request that does not say it, as in the harness
@@ -129,16 +130,15 @@ class FoundryLM(TemplateLM):  # type: ignore[misc, unused-ignore]  # its class w
                 )
             prompts.append(Prompt(ids[-keep:] or [self.prefix_token_id], length.max_new_tokens))
 
+        texts = [Written(self._reader.tokenizer, length.stops) for length in lengths]
+
         def is_done(number: int, ids: list[int]) -> bool:
-            stops = lengths[number].stops
-            return bool(stops) and any(stop in self._decoded(ids) for stop in stops)
+            return texts[number].add(ids[-1])
 
         written = continue_all(self._model, prompts, self._ranks, stop={self.eot_token_id}, done=is_done)
         assert written is not None
-        return [_cut(self._decoded(ids), length.stops) for ids, length in zip(written, lengths, strict=True)]
-
-    def _decoded(self, ids: list[int]) -> str:
-        return str(self._reader.tokenizer.decode(ids, skip_special_tokens=True))
+        found = (str(self._reader.tokenizer.decode(ids, skip_special_tokens=True)) for ids in written)
+        return [_cut(text, length.stops) for text, length in zip(found, lengths, strict=True)]
 
 
 def windows(ids: Sequence[int], prefix: int, size: int) -> list[Continuation]:
@@ -173,6 +173,7 @@ def _length(wanted: Mapping[str, object]) -> Length:
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:
+    """The text up to its endings, one after the other, as the harness cuts it."""
     for stop in stops:
         text = text.split(stop)[0]
     return text
@@ -185,6 +186,7 @@ def evaluate_harness(
     num_fewshot: int | None = None,
     limit: int | None = None,
     include_path: str | None = None,
+    apply_chat_template: bool = False,
 ) -> dict[str, Score]:
     """Run tasks of the harness; every rank calls this, and gets the same.
 
@@ -193,6 +195,7 @@ def evaluate_harness(
         num_fewshot: solved examples; None: as each task has it.
         limit: the first so many questions of each.
         include_path: a folder with more tasks.
+        apply_chat_template: put questions as the user's turns, and solved examples as turns before them.
 
     Returns:
         Scores by `TASK/METRIC`, with the filter in the metric where there are several: `exact_match,strict-match`.
@@ -205,8 +208,9 @@ def evaluate_harness(
     if unknown := [task for task in tasks if task not in known]:
         raise ConfigError(f"--tasks: unknown {unknown[0]!r}; `lm-eval ls tasks` lists them, --include-path adds some")
     found = simple_evaluate(
-        model=lm, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False
-    )
+        model=lm, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False,
+        apply_chat_template=apply_chat_template, fewshot_as_multiturn=apply_chat_template,
+    )  # fmt: skip
     return runtime.on_rank0(lambda: _scores(found or {}))  # the harness gives its results to rank 0 alone
 
 

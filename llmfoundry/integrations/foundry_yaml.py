@@ -125,7 +125,7 @@ def _data_defaults(data: Tree) -> list[Note]:
             if kind == "finetuning":
                 said["target_responses"] = "last"
             for key in said.keys() - dataset.keys() if isinstance(dataset, dict) else ():
-                notes.append(Note(f"{place}.{key}", f"is missing; now {said[key]}, as it is there"))
+                notes.append(Note(f"{place}.{key}", f"is missing; now {said[key]}, as LLM Foundry has it"))
                 put(data, f"{place}.{key}", said[key])
     return notes
 

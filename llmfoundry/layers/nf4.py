@@ -13,9 +13,10 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmfoundry import runtime
+from llmfoundry.layers.exact import ExactBuffers
 
 BLOCK = 64  # values that share a scale
 # Quantiles of a normal distribution, scaled to [-1, 1], with an exact zero.
@@ -27,7 +28,7 @@ LEVELS = (
 _AT_ONCE = 2**24  # values that are made or quantised together, which bounds the float32 copies
 
 
-class NF4Weight(nn.Module):
+class NF4Weight(ExactBuffers):
     """A weight in NF4. Its buffers are not part of the state dict: they come from the base model's weights."""
 
     codes: Tensor  # (n / 2,) uint8, the first of two values in the high bits; of a shared weight, this rank's part

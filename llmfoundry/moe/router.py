@@ -18,6 +18,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from llmfoundry.config import Config
 from llmfoundry.kernels.activations import accumulation_dtype
 from llmfoundry.kernels.top_k import top_k_ids
+from llmfoundry.layers.exact import ExactBuffers
 from llmfoundry.layers.ffn import RouterStats
 
 
@@ -80,7 +81,7 @@ class RouterConfig(Config):
             )
 
 
-class Router(nn.Module):
+class Router(ExactBuffers):
     """Token-choice top-k routing (Shazeer et al. 2017, arXiv:1701.06538)."""
 
     def __init__(self, config: RouterConfig, d_model: int) -> None:

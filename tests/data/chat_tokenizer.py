@@ -44,6 +44,11 @@ PLAIN = {
     "two answers in a row": [*turns("a", "b"), {"role": "assistant", "content": "and c"}, *turns("d", "e")],
     "begins with the assistant": [{"role": "assistant", "content": "How can I help?"}, *turns("a", "b")],
     "long": turns("count", " ".join(map(str, range(60)))),
+    "nothing is said": turns("a", "", "b", "", "c", ""),
+    "trimmed": turns("  a \n", " \n b  \n\n", "\tc\n", "  d  "),
+    "special tokens": turns("a <|im_end|> x", "b <|im_end|> y <|eot_id|>", "c", "d"),
+    "thoughts": turns("a", "<think>\nhmm\n</think>\n\nb", "c", "<think>\nx\n</think>\n\nd"),
+    "system in the middle": [*turns("a", "b"), {"role": "system", "content": "Be terse."}, *turns("c", "d")],
 }
 WITH_TOOLS = {
     "tool": [
@@ -59,6 +64,15 @@ WITH_TOOLS = {
             {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bern"}}}]},
         {"role": "tool", "content": "sunny"},
         {"role": "assistant", "content": "It is sunny."},
+    ],
+    "reasoning": [
+        {"role": "user", "content": "Weather in Bern?"},
+        {"role": "assistant", "reasoning_content": "I need it.", "content": "", "tool_calls": [
+            {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bern"}}}]},
+        {"role": "tool", "content": "sunny"},
+        {"role": "assistant", "reasoning_content": "There.", "content": "It is sunny."},
+        {"role": "user", "content": "And now?"},
+        {"role": "assistant", "reasoning_content": "The same.", "content": "Still."},
     ],
     "two calls": [
         {"role": "system", "content": "Use tools."},

@@ -16,6 +16,7 @@ from llmfoundry.data.bins import BUFFER, best_fit
 from llmfoundry.data.chat_template import Renderer, Targets
 from llmfoundry.data.conversations import Conversation, Pair, example_of
 from llmfoundry.data.mds import MDSWriter
+from tests.data.chat_templates import MARKED, plain
 from tests.data.chat_tokenizer import PLAIN, TOOLS, WITH_TOOLS, tokenizer, turns
 
 CHATML = (
@@ -24,7 +25,7 @@ CHATML = (
 )
 
 
-def labels_of_trl(template: str, chats: list[object], tools: object, folder: Path) -> list[tuple[list[int], list[int]]]:
+def labels_of_trl(template: str, rows: list[dict[str, object]], folder: Path) -> list[tuple[list[int], list[int]]]:
     """Token ids and labels of TRL's assistant_only_loss."""
     trl = pytest.importorskip("trl")
     from datasets import Dataset
@@ -33,7 +34,6 @@ def labels_of_trl(template: str, chats: list[object], tools: object, folder: Pat
     own = tokenizer(template)
     shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     args = trl.SFTConfig(str(folder), assistant_only_loss=True, max_length=None, use_cpu=True, report_to=[])
-    rows = [{"messages": chat} | ({"tools": tools} if tools else {}) for chat in chats]
     trainer = trl.SFTTrainer(
         LlamaForCausalLM(LlamaConfig(vocab_size=len(own), **shape)), args, train_dataset=Dataset.from_list(rows),
         processing_class=own,
@@ -41,21 +41,101 @@ def labels_of_trl(template: str, chats: list[object], tools: object, folder: Pat
     return [(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
 
 
-# Templates with {% generation %}, and (llama3, phi3) without.
+ROWS: dict[str, dict[str, object]] = {
+    about: {"messages": chat, "tools": TOOLS if about in WITH_TOOLS else None}
+    for about, chat in {**PLAIN, **WITH_TOOLS}.items()
+}
+
+
+def refused(template: str, row: dict[str, object]) -> bool:
+    """Whether transformers, and so TRL, raises for a conversation."""
+    try:
+        tokenizer(template).apply_chat_template(row["messages"], tools=row["tools"])
+    except Exception:  # whatever a template's code raises
+        return True
+    return False
+
+
+def ours(renderer: Renderer, row: dict[str, object]) -> tuple[list[int], list[int]]:
+    found = renderer.tokens(example_of(row))
+    return found.ids.tolist(), np.where(found.learned, found.ids, IGNORE).tolist()
+
+
+# Templates with {% generation %}, and (llama3, phi3) without: TRL then takes its own with marks.
 @pytest.mark.parametrize("name", ["qwen2_5_training", "qwen3_training", "llama3", "llama3_training", "phi3"])
-@pytest.mark.parametrize("with_tools", [False, True])
-def test_labels_are_those_of_trl(name: str, with_tools: bool, tmp_path: Path) -> None:
+def test_labels_are_those_of_trl(name: str, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
-    chats, tools = (WITH_TOOLS, TOOLS) if with_tools else (PLAIN, None)
-    if name == "phi3":  # its template needs a content in each turn
-        chats = {about: chat for about, chat in chats.items() if all("content" in message for message in chat)}
-    theirs = labels_of_trl(template, list(chats.values()), tools, tmp_path)
+    rows = [row for row in ROWS.values() if not refused(template, row)]
+    assert len(rows) >= len(ROWS) - 1  # phi3 needs a content in each turn
     renderer = Renderer(tokenizer(template), Targets())
-    for chat, (ids, labels) in zip(chats.values(), theirs, strict=True):
-        ours = renderer.tokens(example_of({"messages": chat, "tools": tools}))
-        assert ours.ids.tolist() == ids
-        assert np.where(ours.learned, ours.ids, IGNORE).tolist() == labels
+    assert [ours(renderer, row) for row in rows] == labels_of_trl(template, rows, tmp_path)
+
+
+# Templates whose turns change inside a conversation, or begin before the first token of an answer.
+@pytest.mark.parametrize("name", MARKED)
+def test_turns_without_marks_are_learned_as_trl_learns_marked_ones(name: str, tmp_path: Path) -> None:
+    as_text = json.loads(json.dumps(ROWS))  # what DeepSeek's template takes: TRL raises for mappings
+    for row in as_text.values() if name == "deepseek" else ():
+        for message in row["messages"]:
+            for call in message.get("tool_calls", ()):
+                call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+    both = {about: (ROWS[about], row) for about, row in as_text.items() if not refused(MARKED[name], row)}
+    assert len(both) == len(ROWS) - (4 if name == "gemma" else 0)  # it takes no system message
+    marked, without = (Renderer(tokenizer(each), Targets()) for each in (MARKED[name], plain(name)))
+    wanted = labels_of_trl(MARKED[name], [row for _, row in both.values()], tmp_path)
+    for (about, (row, _)), (ids, labels) in zip(both.items(), wanted, strict=True):
+        assert ours(marked, row) == (ids, labels)
+        if (name, about) == ("harmony", "two answers in a row"):
+            with pytest.raises(ValueError, match="does not render message 2 at the end as it does inside"):
+                ours(without, row)
+            continue
+        found = ours(without, row)
+        assert found[0] == ids and found[1][1:] == labels[1:]  # the first token is never a label
+
+
+@pytest.mark.parametrize("form", ["chatml", "qwen"])
+def test_marked_turns_are_chosen_too(form: str) -> None:
+    last = [turn | {"weight": 0} if turn["content"] == "d" else turn for turn in turns("a", "b", "c", "d")]
+    for template in (MARKED[form], plain(form)):
+        assert "b" not in learned(template, {"messages": turns("a", "b", "c", "d")}, responses="last")
+        assert learned(template, {"messages": last}) == "b<|im_end|>\n"
+
+
+def test_a_template_may_mark_several_parts_of_a_turn() -> None:
+    parts = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>{% if m.reasoning_content %}{% generation %}"
+        "({{ m.reasoning_content }}){% endgeneration %}{% endif %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}<|user|>{{ m.content }}{% endif %}{% endfor %}<|end|>"
+    )
+    thought = {"role": "assistant", "content": "b", "reasoning_content": "x"}
+    chat = [turns("a")[0], thought, *turns("c", "d"), turns("e")[0], thought | {"content": "f"}]
+    assert learned(parts, {"messages": chat}) == "(x)bd(x)f"
+    assert learned(parts, {"messages": chat}, responses="last") == "(x)f"
+    assert learned(parts, {"messages": [*chat[:-1], thought | {"weight": 0}]}) == "(x)bd"
+    in_a_row = [turns("a")[0], thought, {"role": "assistant", "content": "d", "weight": 0}]
+    with pytest.raises(ValueError, match="marks 3 parts in the 2 turns from message 1 on; whose they are is not known"):
+        learned(parts, {"messages": in_a_row})
+
+
+def with_call(arguments: object, **call: object) -> dict[str, object]:
+    message = call or {"tool_calls": [{"type": "function", "function": {"name": "w", "arguments": arguments}}]}
+    return {"messages": [turns("a")[0], {"role": "assistant", "content": None, **message},
+                         {"role": "function" if call else "tool", "name": "w", "content": "sun"},
+                         {"role": "assistant", "content": "b"}]}  # fmt: skip
+
+
+def test_arguments_of_calls_come_in_the_form_that_a_template_takes() -> None:
+    call, text = {"city": "Zürich"}, '{"city": "Zürich"}'
+    written = f"[CALL]w{text}<|endoftext|>"
+    for arguments in (call, text):  # tojson of a text would be a text of a text
+        assert written in learned(plain("mistral"), with_call(arguments))
+        assert f"w\n{text}<|endoftext|>" in learned(plain("deepseek"), with_call(arguments))
+        assert f'"arguments": {text}' in learned(plain("qwen"), with_call(arguments))
+    old = with_call(None, function_call={"name": "w", "arguments": text})
+    assert learned(plain("mistral"), old) == learned(plain("mistral"), with_call(text)), "OpenAI's form of 2023"
+    with pytest.raises(ValueError, match="message 1: arguments of a tool call must be JSON of a mapping, found '{'"):
+        learned(plain("mistral"), with_call("{"))
 
 
 def learned(template: str | None, example: object, **targets: object) -> str:
@@ -133,12 +213,30 @@ def test_a_template_that_is_given_stays_with_the_tokenizer(tmp_path: Path) -> No
     assert config.build(own, seed=0, max_seq_len=64, sequence_ids=True).fingerprint == first.fingerprint
 
 
-def test_turns_that_are_rendered_otherwise_inside_are_refused() -> None:
+def test_turns_that_are_rendered_otherwise_inside_are_found_or_refused() -> None:
+    four = {"messages": turns("a", "b", "c", "d")}
     thinking = CHATML.replace("message['content']", "('(thought) ' if loop.last else '') + message['content']")
-    last = CHATML.replace("{% for", "{{ messages | length }}{% for")
-    for template in (thinking, last):
+    counted = CHATML.replace("{% for", "{{ messages | length }}{% for")
+    assert learned(thinking, four) == "b<|im_end|>\n(thought) d<|im_end|>\n"
+    assert learned(counted, four) == "b<|im_end|>\nd<|im_end|>\n"
+    only_last = CHATML.replace("in messages", "in messages[-1:]")
+    reversed_order = CHATML.replace("in messages", "in messages | reverse")
+    for template in (only_last, reversed_order):
         with pytest.raises(ValueError, match="does not render message 1 at the end as it does inside the conversation"):
-            learned(template, {"messages": turns("a", "b", "c", "d")})
+            learned(template, four)
+
+
+def test_how_many_answers_change_inside_a_conversation_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"messages": turns("a", "b")}, {"messages": turns("a", "b", "c", "d")}]
+    path = write_lines(tmp_path / "train.jsonl", rows)
+    with caplog.at_level("INFO"):
+        loader(tmp_path, path=str(path), template=plain("qwen"))
+        assert "in 1 the chat template renders answers inside a conversation otherwise than at its end" in caplog.text
+        caplog.clear()
+        loader(tmp_path, path=str(path))
+        assert "with nothing to learn left out" in caplog.text and "otherwise" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -148,10 +246,17 @@ def test_turns_that_are_rendered_otherwise_inside_are_refused() -> None:
         ({"messages": turns("only the user")}, "has no turn of the assistant"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "role 'robot' is none of system, developer, user"),
         ({"messages": []}, "must be a list of turns"),
+        ({"messages": [{"role": "user", "content": 5}]}, "message 0: content must be text, found 5"),
+        ({"messages": [{"role": "user", "content": "a", "function_call": "x"}]}, "function_call: must have name and"),
         ({"messages": [{"role": "user"}]}, "message 0: has neither content nor tool_calls"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "a turn must have from"),
         ({"conversations": [{"from": "function_call", "value": "x"}]}, "function_call: must be JSON with name"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "message 0: has a part of type image; only"),
+        ({"messages": turns("a", "b"), "system": ["c"]}, r"system: must be text, found \['c'\]"),
+        (
+            {"messages": turns("a", "b"), "chat_template_kwargs": "c"},
+            "chat_template_kwargs: must be a mapping, found 'c'",
+        ),
         ({"instruction": "a", "output": "b", "history": ["x"]}, "history: must be a list of pairs of texts"),
         ({"messages": turns("a", "b"), "tools": "{"}, "tools: is not JSON"),
         ({"prompt": "a", "response": 1}, "response: must be a text or a list of turns, found 1"),
@@ -303,7 +408,7 @@ def test_own_columns_by_mapping_or_function(tmp_path: Path, monkeypatch: pytest.
     by_name = loader(tmp_path, path=str(path), preprocessing_fn={"prompt": "question", "response": "answer"})
     by_function = loader(tmp_path, path=str(path), preprocessing_fn="my_chats:fn")
     assert torch.equal(by_name.batch(0, 1).tokens, by_function.batch(0, 1).tokens)
-    with pytest.raises(ConfigError, match="chats-train: row 0: no 'nothing'; skip_bad_rows"):
+    with pytest.raises(ConfigError, match=r"train\.jsonl: row 0: no 'nothing'; skip_bad_rows"):
         loader(tmp_path, path=str(path), preprocessing_fn="my_chats:bad")
     with pytest.raises(ConfigError, match="preprocessing_fn: my_chats:gone: my_chats has no function gone"):
         loader(tmp_path, path=str(path), preprocessing_fn="my_chats:gone")
@@ -332,6 +437,30 @@ def test_bad_rows_are_skipped_up_to_a_number(tmp_path: Path, caplog: pytest.LogC
         loader(tmp_path, path=str(path))
     assert loader(tmp_path, path=str(path), skip_bad_rows=2, documents=False).rows_per_epoch == 3
     assert "skipped 2 of at most 2 bad rows" in caplog.text
+
+
+def test_rows_that_the_template_refuses_are_named_and_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_lines(tmp_path / "train.jsonl", [*chats(2), {"messages": turns("!be terse", "a", "b")}])
+    with pytest.raises(
+        ConfigError, match=r"train\.jsonl: row 2: the chat template refuses it: no system here; skip_bad"
+    ):
+        loader(tmp_path, path=str(path), template=plain("gemma"))
+    found = loader(tmp_path, path=str(path), template=plain("gemma"), skip_bad_rows=1, documents=False)
+    assert found.rows_per_epoch == 2 and "skipped 1 of at most 1 bad rows" in caplog.text
+
+
+@pytest.mark.parametrize("row", [{"messages": turns("\ud800", "b")}, {"prompt": "a", "response": "\ud800"}])
+def test_a_text_that_is_no_unicode_is_refused(row: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"has a lone surrogate, '\\ud800', which is no character"):
+        learned(CHATML, row)
+
+
+def test_a_template_with_a_mistake_is_named_before_any_row(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "train.jsonl", [{"messages": turns("a", "b")}])
+    with pytest.raises(ConfigError, match="dataset.chat_template: line 1: Unexpected end of template"):
+        loader(tmp_path, path=str(path), chat_template="{% for m in messages %}", skip_bad_rows=9)
+    with pytest.raises(ConfigError, match=r"train\.jsonl: in none of 1 examples is there anything to learn within"):
+        loader(tmp_path, path=str(path), length=4)
 
 
 def test_words_of_llm_foundry_are_known() -> None:

@@ -44,6 +44,8 @@ def test_texts_are_joined_as_they_are() -> None:
         ({"chosen": "b", "rejected": "c"}, "and no prompt"),
         ({"chosen": [GOOD], "rejected": [BAD]}, "begin with the assistant, and no prompt"),
         ({"chosen": [USER, GOOD], "rejected": [USER, GOOD]}, "are the same"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
+        ({"chosen": [USER, GOOD], "rejected": [USER | {"content": "?"}, BAD]}, "begin with different messages"),
     ],
 )
 def test_what_is_wrong_is_named(row: dict[str, object], message: str) -> None:

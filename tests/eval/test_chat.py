@@ -21,8 +21,9 @@ from llmfoundry.cli.inference import show
 from llmfoundry.cli.opening import open_hugging_face
 from llmfoundry.config import ConfigError
 from llmfoundry.data.chat_template import CHATML
-from llmfoundry.eval.chat import Chat, Ending, Template, Until
-from llmfoundry.eval.generate import Sampling, Stream
+from llmfoundry.eval.chat import Chat, Ending, Template
+from llmfoundry.eval.generate import Sampling
+from llmfoundry.eval.written import Stream, Until, Written
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 from tests.data.chat_tokenizer import tokenizer, turns
 from tests.hf.theirs import MOE, Case
@@ -116,6 +117,14 @@ def test_an_ending_in_letters_is_never_shown() -> None:
     open_ended.add("x </tu")
     open_ended.close()
     assert open_ended.shown == "x </tu" and not open_ended.ended
+
+
+def test_an_ending_is_found_among_parts_of_characters() -> None:
+    own = tokenizer(CHATML)
+    for said, ending in (("yes \U0001f600 END ü", "END"), ("yes ü", "\N{REPLACEMENT CHARACTER}"), ("ab 你好!", "好")):
+        written = Written(own, [ending])
+        ended = written.extended(own(said, add_special_tokens=False)["input_ids"])
+        assert (written.close(), ended) == (said.partition(ending)[0], ending in said)
 
 
 def test_a_stop_text_ends_the_answer(chat: Chat) -> None:

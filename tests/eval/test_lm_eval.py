@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast  # noqa: E402
 from llmfoundry import runtime  # noqa: E402
 from llmfoundry.cli.inference import eval_main  # noqa: E402
 from llmfoundry.config import ConfigError  # noqa: E402
+from llmfoundry.data.chat_template import CHATML  # noqa: E402
 from llmfoundry.data.tokenizer import PLAIN_TEXT  # noqa: E402
 from llmfoundry.eval.icl_questions import Reader  # noqa: E402
 from llmfoundry.eval.likelihood import Ranks  # noqa: E402
@@ -39,7 +40,9 @@ LENGTH = 48  # tokens of a row, so that some texts are cut
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return small.tokenizer()
+    made = small.tokenizer()
+    made.chat_template = CHATML
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -110,28 +113,36 @@ def test_rolling_likelihoods_are_those_of_transformers(ours: FoundryLM, theirs: 
 def test_written_texts_are_those_of_transformers(ours: FoundryLM, theirs: HFLM) -> None:
     dice = random.Random(2)
     ask = {"until": ["chair", "dog"], "max_gen_toks": 12, "do_sample": False}
-    asked = requests("generate_until", *((small.sentence(dice, n), ask) for n in (2, 5, 9, 3, 60, 7, 4)))
+    one = ask | {"until": "chair"}  # a text, or none: up to the end of the text
+    asks = [ask, ask, one, {"max_gen_toks": 5}, ask, one, ask]
+    prompts = [small.sentence(dice, n) for n in (2, 5, 9, 3, 60, 7, 4)]
+    asked = requests("generate_until", *zip(prompts, asks, strict=True))
     found = ours.generate_until(asked)
     assert found == theirs.generate_until(asked, disable_tqdm=True) and len(set(found)) > 2
     with pytest.raises(ConfigError, match="asks for sampled texts"):
         ours.generate_until(requests("generate_until", ("a", {"do_sample": True, "temperature": 0.7})))
 
 
+@pytest.mark.parametrize("chats", [False, True])
 def test_tasks_of_files_run_from_the_command_line(
-    tmp_path: Path, theirs: HFLM, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, theirs: HFLM, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, chats: bool
 ) -> None:
     write_tasks(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     model = f"hf:{theirs.pretrained}"
     tasks = "tiny_choice,tiny_text,tiny_answer"
     command = ["--checkpoint", model, "--tasks", tasks, "--include-path", str(tmp_path), "--num-fewshot", "2"]
+    command += ["--limit", "11", "--apply-chat-template"] if chats else []
     assert eval_main([*command, "--output", str(tmp_path / "out.json"), f"icl_seq_len={LENGTH}"]) == 0
-    wanted = evaluate_harness(theirs, tasks.split(","), num_fewshot=2, include_path=str(tmp_path))
+    limit = 11 if chats else None
+    wanted = evaluate_harness(
+        theirs, tasks.split(","), num_fewshot=2, include_path=str(tmp_path), limit=limit, apply_chat_template=chats
+    )
     found = json.loads((tmp_path / "out.json").read_text())[model]["metrics"]
     assert {name: score["value"] for name, score in found.items()} == pytest.approx(
         {name: score.value for name, score in wanted.items()}, rel=1e-5
     )
-    assert found["tiny_choice/acc"]["n"] == 12 and found["tiny_choice/acc"]["stderr"] > 0
+    assert found["tiny_choice/acc"]["n"] == (limit or 12) and found["tiny_choice/acc"]["stderr"] > 0
     assert {"tiny_choice/acc_norm", "tiny_text/bits_per_byte", "tiny_answer/exact_match"} <= found.keys()
     assert "| tiny_choice | acc " in capsys.readouterr().out
     assert eval_main(["--checkpoint", model, "--tasks", "no_such_task"]) == 2

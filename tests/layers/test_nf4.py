@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +53,19 @@ def test_parts_give_the_same_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> No
     module.quantize_(weight)
     assert torch.equal(module(torch.bfloat16).flatten(), dequantize(*quantize(weight.flatten()), torch.bfloat16))
     assert not module.state_dict()
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "float"])
+def test_a_cast_of_the_model_changes_no_weight(cast: str) -> None:
+    weight = torch.randn(3, 10, 64)
+    module = NF4Weight(weight)
+    module.quantize_(weight)
+    model, exact = torch.nn.Sequential(torch.nn.Linear(4, 4), module), module(torch.float32)
+    getattr(model, cast)()
+    assert module.scales.dtype == torch.float32 and torch.equal(module(torch.float32), exact)
+    for again in (model.to("cpu", torch.bfloat16), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert again[0].weight.dtype == torch.bfloat16 and torch.equal(again[1](torch.float32), exact)
+    assert module.to_empty(device="meta").scales.device.type == "meta"
 
 
 @pytest.mark.parametrize("shape", [(151936, 2048), (128, 1536, 2048), (7, 40, 24), (1000, 96)])

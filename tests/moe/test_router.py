@@ -52,6 +52,15 @@ def test_the_loss_free_bias_chooses_and_does_not_weigh() -> None:
     torch.testing.assert_close(found.weights, scores.gather(1, found.experts))
 
 
+def test_a_cast_of_the_model_keeps_the_small_steps_of_the_bias() -> None:
+    router = build(moe_score_fn="sigmoid", moe_bias_update_rate=0.001)
+    assert router.expert_bias is not None
+    router.expert_bias.fill_(1.001)  # bfloat16 has no number between 1 and 1.0078
+    router.bfloat16()
+    assert router.weight.dtype == torch.bfloat16
+    assert torch.equal(router.expert_bias, torch.full_like(router.expert_bias, 1.001))
+
+
 @pytest.mark.parametrize(("score_fn", "counted"), [("sigmoid", 2), ("softmax", 1)])
 def test_experts_come_from_the_best_groups(score_fn: str, counted: int) -> None:
     router = build(moe_score_fn=score_fn, moe_n_groups=4, moe_topk_groups=2, moe_top_k=3)

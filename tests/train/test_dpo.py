@@ -13,8 +13,10 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
+from llmfoundry.cli.opening import open_hugging_face
 from llmfoundry.cli.train import train_main
 from llmfoundry.config import ConfigError, check
+from llmfoundry.data import LoaderConfig
 from llmfoundry.data.loader import Batch
 from llmfoundry.layers.lora import adapters, adapters_off
 from llmfoundry.model.init import init_weights
@@ -22,6 +24,8 @@ from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 from llmfoundry.train.config import RunConfig
 from llmfoundry.train.loss import DPO
 from llmfoundry.train.step import StepResult, train_step
+from tests.data.chat_templates import plain
+from tests.data.chat_tokenizer import tokenizer, turns
 from tests.train.test_finetuning_run import recipe  # noqa: F401  a fixture
 
 BETA, PAIRS, LENGTH, VOCAB = 0.3, 6, 10, 61
@@ -81,7 +85,9 @@ def _by_hand(model: CausalLM, reference: CausalLM | None) -> dict[str, Tensor]:
     return found | {"loss": loss.detach(), "metrics": metrics}
 
 
-def _step(model: CausalLM, reference: CausalLM | None, microbatch: int) -> tuple[StepResult, dict[str, Tensor]]:
+def _step(
+    model: CausalLM, reference: CausalLM | None, microbatch: int, batch: Batch | None = None
+) -> tuple[StepResult, dict[str, Tensor]]:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     grads: dict[str, Tensor] = {}
 
@@ -90,7 +96,7 @@ def _step(model: CausalLM, reference: CausalLM | None, microbatch: int) -> tuple
 
     optimizer.register_step_pre_hook(keep)
     result = train_step(
-        model, optimizer, _batch(), microbatch_rows=microbatch, max_grad_norm=None, balance=None,
+        model, optimizer, batch or _batch(), microbatch_rows=microbatch, max_grad_norm=None, balance=None,
         objective=DPO(BETA, reference),
     )  # fmt: skip
     return result, grads
@@ -113,6 +119,48 @@ def test_loss_and_gradients_are_those_of_the_formula(lora: bool, microbatch: int
     assert grads.keys() == true.keys() and any("lora_A" in name for name in grads) == lora
     for name, value in true.items():
         torch.testing.assert_close(grads[name], value, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("chats", [False, True])
+def test_a_step_is_that_of_trl(chats: bool, tmp_path: Path) -> None:
+    """Rows, loss, rewards and gradient of one batch, from the same file, policy and reference."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    own = tokenizer(plain("chatml"))
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    models = []
+    for name in ("policy", "reference"):
+        models.append(LlamaForCausalLM(LlamaConfig(vocab_size=len(own), initializer_range=0.2, **shape)))
+        models[-1].save_pretrained(tmp_path / name)
+        own.save_pretrained(tmp_path / name)
+    said = [("What is 2 + 2?", "4.", "I do not know"), ("a", "b", "c d e"), ("yes", "Grüße", ""), ("d\n", " e ", "f")]
+    # TRL tokenizes a prompt and its answer joined: no token of these goes over the end of the prompt.
+    rows = [{"prompt": f"{a}?", "chosen": f" {b}", "rejected": f" {c}"} for a, b, c in said]
+    if chats:
+        rows = [{"prompt": turns("!s", a), **{key: [{"role": "assistant", "content": row[key].strip()}]
+                 for key in ("chosen", "rejected")}} for (a, _, _), row in zip(said, rows, strict=True)]  # fmt: skip
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    args = trl.DPOConfig(
+        str(tmp_path / "out"), beta=BETA, per_device_train_batch_size=4, use_cpu=True, report_to=[], max_length=None,
+        gradient_checkpointing=False, bf16=False,
+    )  # fmt: skip
+    trainer = trl.DPOTrainer(
+        models[0], models[1], args, train_dataset=Dataset.from_list(rows), processing_class=own
+    )  # fmt: skip
+    loss = trainer.compute_loss(models[0].eval(), next(iter(trainer.get_train_dataloader())))
+    loss.backward()
+
+    policy, reference = (open_hugging_face(str(tmp_path / name), "fp32").model for name in ("policy", "reference"))
+    data = {"path": str(tmp_path / "pairs.jsonl"), "cache_dir": str(tmp_path / "c"), "validation_fraction": 0.0}
+    loader = check(LoaderConfig, {"name": "preferences", "dataset": data})
+    batch = loader.build(own, seed=0, max_seq_len=64, sequence_ids=False).batch(0, 4)
+    result, grads = _step(policy, reference, 4, batch)
+    torch.testing.assert_close(result.total, loss.detach(), rtol=1e-5, atol=1e-6)
+    name = next(name for name in grads if name.endswith("wte.weight") or "embed" in name)
+    torch.testing.assert_close(grads[name], models[0].model.embed_tokens.weight.grad, rtol=1e-4, atol=1e-5)
 
 
 def _preferences(recipe: Path, **keys: object) -> Path:  # noqa: F811

@@ -1,0 +1,201 @@
+"""Where the assistant speaks in a rendered conversation, for templates that do not mark it.
+
+A turn is what the rendered text gains by it: from the end of the conversation before it, with the assistant's turn
+opened, to the end of the conversation that ends with it. Some templates render a turn inside a conversation otherwise
+than at its end, e.g. without its thoughts (Qwen3, DeepSeek-R1, gpt-oss). There the content of the turn and of the
+message before it are found by rendering the conversation again with other words in their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
+
+from llmfoundry.data.conversations import Message
+
+Span = tuple[int, int]  # in characters
+Render = Callable[[Sequence[Message], bool], str]  # of messages, and whether the assistant's turn is opened at the end
+
+# Words that no conversation says: they have no letter in common, and no template trims or splits them.
+_PROBES = ("\u16a0\u16a2\u16a6", "\u16b1\u16b2\u16b7")
+
+
+class Turn(NamedTuple):
+    """A turn of the assistant.
+
+    Attributes:
+        inside: whether the template renders it otherwise inside the conversation than at its end.
+    """
+
+    span: Span
+    inside: bool
+
+
+class Found(NamedTuple):
+    """The content of a message in a text: between what stays where the content is another.
+
+    Attributes:
+        start: how far the text is as with another content.
+        before: how far it would be if all before the content stayed; more where the template splits the content.
+        after: what comes after another content.
+    """
+
+    start: int
+    before: int
+    after: str
+
+
+class Turns:
+    """Finds turns in the texts of one template.
+
+    Args:
+        render: raises a ValueError for messages that the template refuses.
+        eos: what some templates close a conversation by that asks for no answer.
+        special: texts of the tokenizer's added tokens.
+    """
+
+    def __init__(self, render: Render, eos: str, special: Collection[str]) -> None:
+        self._render, self._eos, self._special = render, eos, tuple(sorted(special, key=len, reverse=True))
+
+    def find(self, messages: Sequence[Message], text: str, turn: int) -> Turn:
+        """Where message `turn` speaks in the text of all messages.
+
+        Raises:
+            ValueError: it cannot be found.
+        """
+        upto = self._render(messages[: turn + 1], False)
+        before = self._render(messages[:turn], True) if turn else self._opened(upto)
+        if not text.startswith(upto):
+            upto = upto.removesuffix(self._eos)
+        if upto.startswith(before) and text.startswith(upto):
+            return Turn((len(before), len(upto)), False)
+        span = self._inside(messages, text, turn)
+        if span is None:
+            raise ValueError(
+                f"the chat template does not render message {turn} at the end as it does inside the conversation, so "
+                "what the assistant says cannot be found; give a template with {% generation %} in "
+                "dataset.chat_template"
+            )
+        return Turn(span, True)
+
+    def shares(self, messages: Sequence[Message], text: str, spans: Sequence[Span]) -> dict[int, list[Span]]:
+        """The spans that a template marks, by the turn that they belong to; a turn may have several, or none.
+
+        Raises:
+            ValueError: which turn they belong to cannot be told.
+        """
+        speaking = [i for i, message in enumerate(messages) if is_answer(message)]
+        found: dict[int, list[Span]] = {}
+        left = list(spans)
+        row: list[int] = []  # turns of the assistant with no other message between them
+        for turn in reversed(speaking):
+            row.insert(0, turn)
+            if turn - 1 in speaking:
+                continue
+            asked = self.content(messages, text, turn - 1) if turn else None
+            own = [span for span in left if asked is None or span[0] >= len(text) - len(asked.after)]
+            left = left[: len(left) - len(own)]
+            if len(row) > 1 and len(own) != len(row) or asked is None and turn:
+                raise ValueError(
+                    f"the chat template marks {len(own)} parts in the {len(row)} turns from message {turn} on; whose "
+                    "they are is not known; leave out weight and target_responses: last"
+                )
+            found |= {turn: own} if len(row) == 1 else {i: [span] for i, span in zip(row, own, strict=True)}
+            row = []
+        return found
+
+    def content(self, messages: Sequence[Message], text: str, number: int) -> Found | None:
+        """Where the content of a message is in a text of the messages; None if it is not rendered."""
+        one, other = (self._render(_with(messages, number, probe), False) for probe in _PROBES)
+        before, after = _common(one, other), _common(one[::-1], other[::-1])
+        if one[before : len(one) - after] != _PROBES[0]:
+            return None
+        return Found(min(_common(text, one), before), before, one[len(one) - after :])
+
+    def _inside(self, messages: Sequence[Message], text: str, turn: int) -> Span | None:
+        own = self.content(messages, text, turn)
+        start = self._start(messages, text, turn)
+        if own is None or start is None or start > own.start:  # what opens the turn is there with every content
+            return None
+        end = self._end(messages, text, turn, own.after)
+        return (start, end) if end is not None and start <= end else None
+
+    def _start(self, messages: Sequence[Message], text: str, turn: int) -> int | None:
+        """Where the turn begins: after what the template writes from the last content on to open the turn."""
+        if turn == 0:
+            opened = self._opened(text)
+            return len(opened) if opened else None
+        asked = self.content(messages, text, turn - 1)
+        if asked is None or asked.start < asked.before or not text.endswith(asked.after):
+            return None
+        opening, closing = (self._after(messages[:turn], turn - 1, prompt) for prompt in (True, False))
+        n = _common(asked.after, opening)
+        if n < len(opening):  # it goes on with what may begin an answer, such as an empty thought
+            n = self._cut(opening, n)
+            closing = closing.removesuffix(self._eos)
+        if n < len(opening) and n <= len(closing):
+            return None
+        return len(text) - len(asked.after) + n
+
+    def _end(self, messages: Sequence[Message], text: str, turn: int, after: str) -> int | None:
+        """Where the turn ends: after what the template writes from its content on.
+
+        Args:
+            after: what comes after another content of the turn.
+        """
+        closing = self._after(messages[: turn + 1], turn, False)
+        closings = [closing, closing.removesuffix(self._eos)]
+        # Another special token may stand for the last one: gpt-oss ends a conversation with one of its own.
+        last = next((each for each in self._special if closing.endswith(each)), None)
+        if last is not None:
+            closings += [closing.removesuffix(last) + each for each in self._special]
+        for each in closings:
+            if after.startswith(each) and text.endswith(after[len(each) :]):
+                return len(text) - len(after) + len(each)
+        return None
+
+    def _after(self, messages: Sequence[Message], number: int, prompt: bool) -> str:
+        """What the template writes after the content of a message."""
+        return self._render(_with(messages, number, _PROBES[0]), prompt).rpartition(_PROBES[0])[2]
+
+    def _opened(self, text: str) -> str:
+        """The beginning of a conversation that the assistant begins: what opens its turn is not learned.
+
+        Many templates refuse to render no message at all, so the opening is taken from after one of the user.
+        """
+        asked: list[Message] = [{"role": "user", "content": "x"}]
+        before, after = (self._render(asked, prompt) for prompt in (False, True))
+        if not after.startswith(before):
+            before = before.removesuffix(self._eos)
+        opening = after.removeprefix(before)
+        while opening and opening not in text:
+            opening = opening[: self._cut(opening, len(opening) - 1)]
+        return text[: text.find(opening) + len(opening)] if opening else ""
+
+    def _cut(self, opening: str, most: int) -> int:
+        """Where what opens a turn may end, at `most` characters: after a special token or a line."""
+        return max(
+            (opening.rfind(each, 0, most) + len(each) for each in ("\n", *self._special) if each in opening[:most]),
+            default=0,
+        )
+
+
+def is_answer(message: Message) -> bool:
+    """Whether the assistant speaks."""
+    return message["role"] == "assistant"
+
+
+def _with(messages: Sequence[Message], number: int, content: str) -> list[Message]:
+    return [*messages[:number], messages[number] | {"content": content}, *messages[number + 1 :]]
+
+
+def _common(one: str, other: str) -> int:
+    """Characters with which both texts begin."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
