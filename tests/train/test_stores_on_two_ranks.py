@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ import yaml
 from test_torchrun import RECIPE, ROOT, launch, wait_for_steps
 
 from llmfoundry.cli.train import train_main
+from tests import forks
 
 pytestmark = pytest.mark.dist
 
@@ -71,20 +70,17 @@ def test_machines_that_share_nothing_but_a_store(tmp_path: Path, monkeypatch: py
     assert losses(store) == losses(tmp_path / "undisturbed" / "run")
 
 
-def agent(folder: Path, port: int, node: int) -> subprocess.Popen[str]:
+def agent(folder: Path, port: int, node: int) -> forks.Started:
     """torchrun on one of two nodes, which goes on with one if the other is lost."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1",
+    command = [*forks.TORCHRUN, "--nnodes", "1:2", "--nproc-per-node", "1",
                "--rdzv-id", "run", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}",
                "--rdzv-conf", f"is_host={int(node == 0)},last_call_timeout=2,keep_alive_interval=1,join_timeout=60",
                "--local-addr", "127.0.0.1", "--max-restarts", "3", "--monitor-interval", "0.2",
                str(ROOT / "scripts" / "train.py"), str(folder / "run.yaml")]  # fmt: skip
-    return subprocess.Popen(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    return forks.start(*command, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
 
 
-def kill(torchrun: subprocess.Popen[str]) -> None:
+def kill(torchrun: forks.Started) -> None:
     """End a node: torchrun and its rank."""
     children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
     for pid in (torchrun.pid, *map(int, children)):

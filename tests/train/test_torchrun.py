@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
+
+from tests import forks
 
 pytestmark = pytest.mark.dist
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,22 +95,16 @@ Loader.one_pass = one_pass
 """
 
 
-def launch(tmp_path: Path, *, restarts: int = 0, **more: object) -> subprocess.Popen[str]:
+def launch(tmp_path: Path, *, restarts: int = 0, **more: object) -> forks.Started:
     """torchrun with two processes, on the CPU."""
     tmp_path.mkdir(exist_ok=True)
     text = {"name": "synthetic", "n_documents": 40, "document_words": 50, "cache_dir": str(tmp_path / "cache")}
     loader = {"train_loader": {"dataset": text | {"split": "train"}}}
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(RECIPE | loader | {"save_folder": str(tmp_path / "run")} | more))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", str(restarts)]
-    return subprocess.Popen(
-        [*command, str(ROOT / "scripts" / "train.py"), str(file)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    command = [*forks.TORCHRUN, "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return forks.start(*command, str(ROOT / "scripts" / "train.py"), str(file), env=environment)
 
 
 def wait_for_steps(metrics: Path, n: int) -> None:
