@@ -1,7 +1,7 @@
 """Compile the experts' kernels for an H100, on any machine, and say what they use: run as a script by test_compiles.py.
 
-A process of its own, for the tests' interpret the same kernels. Each argument is a case, `SHAPE,DTYPE,TURNS,RANK`. Prints
-one JSON object a kernel; what two cases share is compiled once.
+A process of its own, for the tests' interpret the same kernels. Each argument is a case, `SHAPE,DTYPE,TURNS,RANK`.
+Prints one JSON object a kernel; what two cases share is compiled once.
 """
 
 from __future__ import annotations
