@@ -38,7 +38,7 @@ train: setup
 	$(PY) scripts/train.py $(YAML) $(ARGS)
 
 test: setup
-	$(PY) -m pytest -n 2 --dist loadfile -m 'not gpu'
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not gpu'
 
 check: setup
 	$(PY) -m ruff check .
