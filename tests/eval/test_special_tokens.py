@@ -218,9 +218,9 @@ def test_add_bos_needs_a_bos() -> None:
 
 @pytest.mark.parametrize("text", ["a" * 1_000_000, " " * 1_000_000, "ab1" * 300_000])
 def test_a_long_word_does_not_stop_bpe(text: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     assert train_bpe([TEXT, text], 300).encode(text).ids
-    assert time.monotonic() - started < 30  # it is 2 s, and was without end
+    assert time.process_time() - started < 30  # it is 2 s, and was without end
     assert "".join(_bounded(text)) == text
     for ordinary in (TEXT, "x" * 511, "", "a" * 511 + " " + "b" * 511):
         assert list(_bounded(ordinary)) == [ordinary], "nothing changes for ordinary text"
