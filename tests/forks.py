@@ -148,6 +148,7 @@ def _main(words: list[str], env: dict[str, str]) -> NoReturn:
     os.environ.clear()
     os.environ.update(env)
     launch.BEGUN = time.monotonic()
+    sys.orig_argv = [sys.executable, *words]
     code: object = 0
     try:
         if words[0] == "-m":

@@ -285,7 +285,7 @@ class Server:
         code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         code += "from llmfoundry.cli.main import run; run()"
         self._process = forks.start("-c", code, *words[1:])
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while not self._answers():
             assert self._process.poll() is None and time.monotonic() < end, words
             time.sleep(0.1)

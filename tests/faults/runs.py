@@ -61,12 +61,12 @@ def start(file: Path, *overrides: str, ranks: int = 1, restarts: int = 0, **envi
 
 def ended(started: forks.Started, code: int | None = None) -> str:
     """What a run has printed, once it has ended, with that exit code."""
-    output, _ = started.communicate(timeout=120)
+    output, _ = started.communicate(timeout=300)
     assert code is None or started.returncode == code, output
     return output
 
 
-def wait_for(file: Path, n_lines: int = 1, seconds: float = 120) -> None:
+def wait_for(file: Path, n_lines: int = 1, seconds: float = 300) -> None:
     """Wait until a file has so many lines."""
     deadline = time.monotonic() + seconds
     while not file.exists() or file.read_bytes().count(b"\n") < n_lines:
