@@ -58,7 +58,7 @@ docs: .venv-docs/.installed
 test-gpu: setup
 	$(PY) -m pytest -n 4 -m gpu
 
-# Tests of faults in full: 10,000 fuzzed inputs of each kind, other ones each time, and 200 kills and resumes.
+# Tests of faults in full: 10,000 fuzzed inputs, other ones each time, and 200 kills and resumes.
 soak: setup
 	FAULTS_INPUTS=10000 SOAK_CYCLES=200 $(PY) -m pytest tests/faults
 
