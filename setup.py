@@ -48,7 +48,7 @@ setup(
     extras_require={
         "dev": [
             "pytest>=8",
-            "pytest-xdist>=3.5",
+            "pytest-xdist>=3.7",
             "ruff>=0.12",
             "mypy>=1.15",
             "peft>=0.17",

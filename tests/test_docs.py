@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import os
 import re
 import shlex
 import shutil
@@ -35,6 +34,7 @@ from llmfoundry.integrations.foundry_yaml import translate
 from llmfoundry.settings import load_yaml
 from llmfoundry.standalone.megablocks import Arguments
 from llmfoundry.train.config import RunConfig
+from tests import forks
 from tests.pages import LANGUAGES, PAGES, ROOT, Block, blocks, commands
 from tests.reader_folder import fill
 
@@ -127,6 +127,7 @@ def test_every_block_names_its_language(page: Path) -> None:
     assert not unknown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", RUNNING, ids=[str(page.relative_to(ROOT)) for page in RUNNING])
 def test_commands_and_examples_run(
     page: Path, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -283,8 +284,8 @@ class Server:
         # A shell's background jobs ignore Ctrl-C, and so would this process if the test is one of them.
         code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         code += "from llmfoundry.cli.main import run; run()"
-        self._process = subprocess.Popen([sys.executable, "-c", code, *words[1:]], env=os.environ)
-        end = time.monotonic() + 120
+        self._process = forks.start("-c", code, *words[1:])
+        end = time.monotonic() + 300
         while not self._answers():
             assert self._process.poll() is None and time.monotonic() < end, words
             time.sleep(0.1)

@@ -137,11 +137,11 @@ REFERENCES = "r0: x\n" + "".join(f"r{i}: '${{r{i - 1}}}${{.r{i - 1}}}'\n" for i 
     ],
 )
 def test_a_hostile_file_ends_in_one_line_at_once(tmp_path: Path, text: str, says: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ConfigError) as error:
         _load(tmp_path, text)
     assert says in str(error.value) and "\n" not in str(error.value) and "run.yaml" in str(error.value)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from llmfoundry.launch import BEGUN
+from llmfoundry import launch
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def find_limit(seconds: float | None, environment: Mapping[str, str] = os.enviro
     if seconds == 0:
         return None
     if seconds is not None:
-        limits.append(Limit(BEGUN + seconds, f"time_limit={seconds:.12g}s"))
+        limits.append(Limit(launch.BEGUN + seconds, f"time_limit={seconds:.12g}s"))
     said = environment.get(SLURM_END, "")
     if said.isdecimal() and (left := int(said) - time.time()) > 0:  # one that has passed is of another job
         limits.append(Limit(time.monotonic() + left, "the end of the Slurm job"))

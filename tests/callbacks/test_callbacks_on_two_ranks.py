@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from safetensors.torch import load_file
 
 from llmfoundry.callbacks.generate_callback import FILE
 from llmfoundry.cli.train import train_main
+from tests import forks
 from tests.callbacks.conftest import lines, tiny_run
 
 pytestmark = pytest.mark.dist
@@ -46,12 +45,9 @@ def test_two_ranks_say_and_write_what_one_does(tmp_path: Path) -> None:
         files.append(tmp_path / f"{name}.yaml")
         files[-1].write_text(yaml.safe_dump(run | {"callbacks": CALLBACKS | {"hf_checkpointer": hf}}))
     assert train_main([str(files[0])]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*forks.TORCHRUN, "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, str(ROOT / "scripts" / "train.py"), str(files[1])],
-        env=environment, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+    done = forks.run(*command, str(ROOT / "scripts" / "train.py"), str(files[1]), env=environment)
     assert done.returncode == 0, done.stderr
     one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
     assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2, 3, 4], "ended by early_stopper"

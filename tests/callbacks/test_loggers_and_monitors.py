@@ -7,8 +7,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from llmfoundry.callbacks import sample_text
 from llmfoundry.cli.train import train_main
 from llmfoundry.model.transformer import CausalLMConfig
+from tests import forks
 
 STEPS = 4
 
@@ -116,14 +115,8 @@ def test_wandb_without_a_login_is_refused_before_anything_is_written(recipe: Pat
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
     script = "import sys; from llmfoundry.cli.train import train_main; sys.exit(train_main())"
     before = {path.name for path in tmp_path.iterdir()}
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(recipe), "loggers.wandb={}"],
-        env=environment | {"HOME": str(home), "NETRC": str(home / ".netrc")},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    place = {"HOME": str(home), "NETRC": str(home / ".netrc")}
+    done = forks.run("-c", script, str(recipe), "loggers.wandb={}", env=environment | place)
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: loggers.wandb: ") and "`wandb login`" in line and "WANDB_MODE=offline" in line
@@ -136,11 +129,8 @@ def test_a_wandb_server_out_of_reach_is_found_before_anything_is_written(
 ) -> None:
     script = "import sys; from llmfoundry.cli.train import train_main; sys.exit(train_main())"
     before = {path.name for path in tmp_path.iterdir()}
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(recipe), "loggers.wandb={}"],
-        env=os.environ | {"WANDB_BASE_URL": server, "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    place = {"WANDB_BASE_URL": server, "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online"}
+    done = forks.run("-c", script, str(recipe), "loggers.wandb={}", env=os.environ | place)
     assert done.returncode == 2, done.stderr
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith(f"error: loggers.wandb: {server} cannot be reached: ") and "WANDB_MODE=offline" in line

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 from llmfoundry.cli.train import train_main
+from tests import forks
 from tests.callbacks.conftest import lines
 
 HANGS = """
@@ -39,8 +38,7 @@ def test_a_process_that_hangs_after_its_run_leaves_with_exit_code_0(tiny: Path, 
     script = "import sys; from llmfoundry.cli.train import train_main; sys.exit(train_main())"
     more = [f"code_paths=[{tmp_path / 'hangs.py'}]", "loggers.hangs={}", "callbacks.run_timeout={timeout: 0.5}"]
     begun = time.monotonic()
-    command = [sys.executable, "-c", script, str(tiny), *more]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    done = forks.run("-c", script, str(tiny), *more)
     assert done.returncode == 0 and "run_timeout: the run ended 0.5 seconds ago" in done.stderr
     assert time.monotonic() - begun < 100
     assert len(lines(tmp_path / "run")) == 4

@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -32,6 +31,7 @@ from llmfoundry.checkpoint.manifest import MANIFEST, CheckpointError, verify
 from llmfoundry.config import ConfigError
 from llmfoundry.train.adamw import moment
 from llmfoundry.train.optim import AdamWConfig
+from tests import forks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -469,7 +469,7 @@ def _kill_everywhere(index: int, parent: Path) -> None:
 @pytest.mark.dist
 def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     # In processes of their own: this one may have threads and a GPU open, which a fork does not survive.
-    mp.spawn(_kill_everywhere, (tmp_path,), nprocs=2)
+    forks.in_processes(_kill_everywhere, (tmp_path,), 2)
 
 
 # Asynchronous
@@ -657,7 +657,7 @@ def test_a_checkpoint_loads_on_any_number_of_processes_and_mesh(tmp_path: Path) 
     one = build(seed=0, state_dtype="int8")  # some of the state has other shapes than its parameter
     train(*one)
     Checkpointer(tmp_path / "single").save(state(*one))
-    mp.spawn(_two_ranks, (tmp_path,), nprocs=2)
+    forks.in_processes(_two_ranks, (tmp_path,), 2)
     flip(tmp_path / "single" / "step-6" / "model-00001.safetensors")  # damaged there; whole again by this
 
     for path in ("spread/step-1", "spread/step-2", "single/step-6"):  # in the step, in a thread, by experts

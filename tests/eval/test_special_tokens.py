@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from llmfoundry.data.tokenizer import Encoder, SpecialTokens, TokenizerConfig, _
 from llmfoundry.eval.generate import encoded
 from llmfoundry.hf.generation import stop_tokens
 from llmfoundry.runtime import cache_root
+from tests import forks
 
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
 TEXT = " ".join(WORDS * 40)
@@ -219,15 +218,15 @@ def test_add_bos_needs_a_bos() -> None:
 
 @pytest.mark.parametrize("text", ["a" * 1_000_000, " " * 1_000_000, "ab1" * 300_000])
 def test_a_long_word_does_not_stop_bpe(text: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     assert train_bpe([TEXT, text], 300).encode(text).ids
-    assert time.monotonic() - started < 30  # it is 2 s, and was without end
+    assert time.process_time() - started < 30  # it is 2 s, and was without end
     assert "".join(_bounded(text)) == text
     for ordinary in (TEXT, "x" * 511, "", "a" * 511 + " " + "b" * 511):
         assert list(_bounded(ordinary)) == [ordinary], "nothing changes for ordinary text"
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = [*forks.TORCHRUN, "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.mark.dist
@@ -257,8 +256,7 @@ def test_two_processes_evaluate_and_sample_as_one(tmp_path: Path, capsys: pytest
         ("eval", [*bounded, "parallel.expert=2"]),
         ("generate", ["--prompt", "alpha", "--max-new-tokens", "8", "--seed", "3"]),
     ):
-        command = [*TORCHRUN, str(tmp_path / "main.py"), name, *run, *options]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        done = forks.run(*TORCHRUN, str(tmp_path / "main.py"), name, *run, *options, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         together += done.stdout
     assert together == alone

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import yaml
 
+from tests import forks
+
 ROOT = Path(__file__).resolve().parents[2]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = [*forks.TORCHRUN, "--standalone", "--nproc-per-node", "2"]
 RECIPE: dict[str, object] = {
     "max_seq_len": 32,
     "model": {
@@ -50,26 +50,23 @@ def plug_in(folder: Path, code: str) -> dict[str, object]:
     return {"code_paths": [str(file)]}
 
 
-def start(file: Path, *overrides: str, ranks: int = 1, restarts: int = 0, **environment: str) -> subprocess.Popen[str]:
+def start(file: Path, *overrides: str, ranks: int = 1, restarts: int = 0, **environment: str) -> forks.Started:
     """Train in one process, or under torchrun, on the CPU; stdout and stderr are one."""
     launcher = [*TORCHRUN, "--max-restarts", str(restarts)] if ranks == 2 else []
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(ROOT / "scripts" / "train.py"), str(file), *overrides],
+    return forks.start(
+        *launcher, str(ROOT / "scripts" / "train.py"), str(file), *overrides,
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    )  # fmt: skip
 
 
-def ended(started: subprocess.Popen[str], code: int | None = None) -> str:
+def ended(started: forks.Started, code: int | None = None) -> str:
     """What a run has printed, once it has ended, with that exit code."""
-    output, _ = started.communicate(timeout=120)
+    output, _ = started.communicate(timeout=300)
     assert code is None or started.returncode == code, output
     return output
 
 
-def wait_for(file: Path, n_lines: int = 1, seconds: float = 120) -> None:
+def wait_for(file: Path, n_lines: int = 1, seconds: float = 300) -> None:
     """Wait until a file has so many lines."""
     deadline = time.monotonic() + seconds
     while not file.exists() or file.read_bytes().count(b"\n") < n_lines:
@@ -77,7 +74,7 @@ def wait_for(file: Path, n_lines: int = 1, seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
-def ranks_of(started: subprocess.Popen[str]) -> list[int]:
+def ranks_of(started: forks.Started) -> list[int]:
     """The processes that torchrun has started, rank 0 first."""
     return [int(pid) for pid in Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()]
 

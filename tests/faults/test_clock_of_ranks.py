@@ -55,5 +55,5 @@ def test_ranks_agree_by_the_clock_of_rank_0_in_one_reduction_per_step(tmp_path: 
     # A save looks for values that are not finite.
     assert waits == [sum(1 + each for each in saved[:step]) for step in range(steps)], "one at the end of each step"
 
-    output = ended(start(file, "max_duration=1000000ba", "time_limit=12s", ranks=2), 0)
-    assert summary(run)["ended"] == "time_limit=12s" and is_saved(run, summary(run)["steps"]), output
+    output = ended(start(file, "max_duration=1000000ba", "time_limit=6s", ranks=2), 0)
+    assert summary(run)["ended"] == "time_limit=6s" and is_saved(run, summary(run)["steps"]), output

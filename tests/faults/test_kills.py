@@ -17,7 +17,6 @@ from typing import Literal
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import yaml
 from safetensors.torch import load_file
 
@@ -25,6 +24,7 @@ import llmfoundry.callbacks  # noqa: F401  once, before the forks
 import llmfoundry.train.build  # noqa: F401
 from llmfoundry.checkpoint.manifest import checkpoints, is_whole
 from llmfoundry.cli.train import train_main
+from tests import forks
 from tests.train.test_run import TINY
 
 CYCLES = int(os.environ.get("SOAK_CYCLES", "8")) // 2  # of either kind
@@ -142,4 +142,4 @@ def _kill_and_resume(index: int, folder: Path, asynchronous: bool, seed: int) ->
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_kills_at_random_instants_and_in_saves_change_nothing(memory: Path, asynchronous: bool) -> None:
     # In a process of its own: this one may have threads, which a fork does not survive.
-    mp.spawn(_kill_and_resume, (memory, asynchronous, 17), nprocs=1)
+    forks.in_processes(_kill_and_resume, (memory, asynchronous, 17), 1)

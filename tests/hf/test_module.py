@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from llmfoundry.cli.convert import convert_main
 from llmfoundry.cli.inference import generate_main
 from llmfoundry.cli.train import train_main
 from llmfoundry.hf.family import known_families
+from tests import forks
 from tests.integrations.foundry_hub import TEXTS
 from tests.integrations.foundry_hub import tokenizer as small_tokenizer
 
@@ -162,10 +161,7 @@ def test_two_ranks_train_as_one(tmp_path: Path, tokenizer: PreTrainedTokenizerFa
     saved("gemma2", tmp_path / "theirs", tokenizer)
     yaml_file = run_of(tmp_path, str(tmp_path / "theirs"))
     assert train_main(yaml_file) == 0
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "scripts/train.py", *yaml_file, f"save_folder={tmp_path}/two",
-    ]  # fmt: skip
-    found = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [*forks.TORCHRUN, "--standalone", "--nproc-per-node", "2", "scripts/train.py", *yaml_file]
+    found = forks.run(*command, f"save_folder={tmp_path}/two", env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert found.returncode == 0, found.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "run"), abs=1e-5)

@@ -36,6 +36,7 @@ from llmfoundry.config import check
 from llmfoundry.hf.tokenizer import tokenizer_of
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.model.transformer import CausalLM
+from tests import forks
 
 
 def converted(folder: Path) -> CausalLM:
@@ -382,7 +383,7 @@ def _save_on_two_ranks(rank: int, folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.dist
 def test_parts_of_two_ranks_make_one_model(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_save_on_two_ranks, (tmp_path,), nprocs=2)
+    forks.in_processes(_save_on_two_ranks, (tmp_path,), 2)
     source = tmp_path / "ep0-ba2"
     assert len(list(source.glob("*.distcp"))) == 2
     config = write_yaml(tmp_path / "their.yaml", MODELS["dmoe_glu"])

@@ -1,6 +1,7 @@
 """Compile the experts' kernels for an H100, on any machine, and say what they use: run as a script by test_compiles.py.
 
-A process of its own, for the tests' interpret the same kernels. Prints one JSON object a kernel.
+A process of its own, for the tests' interpret the same kernels. Each argument is a case, `SHAPE,DTYPE,TURNS,RANK`.
+Prints one JSON object a kernel; what two cases share is compiled once.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ from llmfoundry.kernels.weight_grad import WeightGradConfig, weight_grad_kernel 
 
 SHAPES = {"qwen30b": (2048, 768), "dbrx": (6144, 10752)}  # D, F
 PROGRAMS = 132  # SMs of an H100
-DTYPE = sys.argv[2]  # bf16 or fp32: of operands, or of the optimizer's state
-TURNS = int(sys.argv[3])
-RANK = int(sys.argv[4])  # of adapters; 0: none
+# What is compiled; the dtype of operands or of the optimizer's state; the rank of adapters, 0: none.
+CASE, DTYPE, TURNS, RANK = "", "bf16", 1, 0
+# rank of adapters, 0: none
 TILES = {"start_ptr": "*i32", "expert_ptr": "*i32", "row_ptr": "*i32", "count_ptr": "*i32"}
 
 
@@ -173,7 +174,13 @@ def report(
         said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", said)
     assert found is not None, said
-    row = {"kernel": name, "registers": int(found[1]), "spilled": int(found[2]), "shared": compiled.metadata.shared}
+    row = {
+        "case": CASE,
+        "kernel": name,
+        "registers": int(found[1]),
+        "spilled": int(found[2]),
+        "shared": compiled.metadata.shared,
+    }
     row["precision"] = sorted(set(re.findall(r"inputPrecision = (\w+)", compiled.asm["ttir"])))
     launch = {"warps": num_warps, "stages": num_stages}
     print(json.dumps(row | launch | constants, default=str), flush=True)
@@ -184,10 +191,14 @@ def configs(candidates: Candidates[Config]) -> tuple[Config, ...]:
 
 
 def main() -> None:
-    if sys.argv[1] == "updates":
-        updates()
-        return
-    d, f = SHAPES[sys.argv[1]]
+    global CASE, DTYPE, TURNS, RANK
+    for CASE in sys.argv[1:]:
+        shape, DTYPE, turns, rank = CASE.split(",")
+        TURNS, RANK = int(turns), int(rank)
+        updates() if shape == "updates" else compile_case(*SHAPES[shape])
+
+
+def compile_case(d: int, f: int) -> None:
     for config in configs(UP):
         up(d, f, config)
     for config in configs(DOWN):

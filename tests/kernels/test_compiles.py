@@ -16,13 +16,25 @@ SHARED = 227 * 1024  # bytes that one block may use on an H100; 1 KB of each blo
 REGISTERS = 65536  # of an SM
 
 
-def compiled(cache: Path, *arguments: str) -> list[dict[str, Any]]:
-    """What each kernel uses."""
+CASES = [  # shape, dtype, turns, rank of adapters
+    ("qwen30b", "bf16", 5, 0),
+    ("dbrx", "bf16", 1, 0),
+    ("qwen30b", "fp32", 1, 0),
+    ("qwen30b", "bf16", 1, 16),
+    ("qwen30b", "bf16", 5, 64),
+    ("qwen30b", "fp32", 1, 16),
+]
+UPDATES = [("updates", state, 1, 0) for state in ("fp32", "bf16")]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What the kernels of all cases use: one process, for its imports take longer than a kernel."""
     script = Path(__file__).with_name("compile_for_hopper.py")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(script), *arguments],
-        env=environment | {"TRITON_CACHE_DIR": str(cache)},
+        [sys.executable, str(script), *(",".join(map(str, case)) for case in [*CASES, *UPDATES])],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))},
         capture_output=True,
         text=True,
     )
@@ -32,26 +44,18 @@ def compiled(cache: Path, *arguments: str) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("state", ["fp32", "bf16"])
-def test_the_kernels_of_an_update_compile_without_spills(state: str, tmp_path: Path) -> None:
-    rows = compiled(tmp_path, "updates", state, "1", "0")
+def test_the_kernels_of_an_update_compile_without_spills(compiled: list[dict[str, Any]], state: str) -> None:
+    rows = [row for row in compiled if row["case"] == f"updates,{state},1,0"]
     assert {row["kernel"] for row in rows} == {"adamw", "adamw of 8 bits", "momentum", "apply", "add"}
     assert not any(row["spilled"] for row in rows), rows
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("shape", "dtype", "turns", "rank"),
-    [
-        ("qwen30b", "bf16", 5, 0),
-        ("dbrx", "bf16", 1, 0),
-        ("qwen30b", "fp32", 1, 0),
-        ("qwen30b", "bf16", 1, 16),
-        ("qwen30b", "bf16", 5, 64),
-        ("qwen30b", "fp32", 1, 16),
-    ],
-)
-def test_kernels_fit_a_hopper_gpu(shape: str, dtype: str, turns: int, rank: int, tmp_path: Path) -> None:
-    rows = compiled(tmp_path, shape, dtype, str(turns), str(rank))
+@pytest.mark.parametrize(("shape", "dtype", "turns", "rank"), CASES)
+def test_kernels_fit_a_hopper_gpu(
+    compiled: list[dict[str, Any]], shape: str, dtype: str, turns: int, rank: int
+) -> None:
+    rows = [row for row in compiled if row["case"] == f"{shape},{dtype},{turns},{rank}"]
     narrow = {"narrow"} if rank else set()
     assert {row["kernel"] for row in rows} == {"up", "down", "dx", "up_backward", "weight_grad"} | narrow
     for row in rows:

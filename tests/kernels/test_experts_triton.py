@@ -189,7 +189,7 @@ def test_late_gradients_are_the_same(routing: str) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("t", [1, 40, 300])
+@pytest.mark.parametrize("t", [1, 300])  # empty experts; several tiles for each
 def test_tiles_handed_out_in_turns_are_the_same_tiles(t: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = [v.to(DEVICE) for v in draw(t, 64, 160, 4, 2, True, "natural")]
     at_once = run(experts_ffn_triton, tensors, activation="silu", gated=True)

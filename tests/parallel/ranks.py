@@ -9,20 +9,20 @@ import socket
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.multiprocessing as mp
 
 from llmfoundry import runtime
+from tests import forks
 
 
 def run_ranks(worlds: Sequence[int], job: Callable[..., None], *args: object) -> None:
     """Run `job(*args)` in worlds of so many processes, one after the other; raises what any process raises.
 
     Args:
-        worlds: sizes, falling: a process that is not in the next world ends. Starting one costs seconds.
+        worlds: sizes, falling: a process that is not in the next world ends.
     """
     assert list(worlds) == sorted(worlds, reverse=True)
     ports = [_free_port() for _ in worlds]
-    mp.start_processes(_rank, (worlds, ports, job, args), nprocs=worlds[0], start_method="spawn")
+    forks.in_processes(_rank, (worlds, ports, job, args), worlds[0])
 
 
 def _rank(

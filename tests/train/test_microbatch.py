@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from llmfoundry.train.microbatch import fitting
+from tests import forks
 from tests.callbacks.conftest import tiny_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,14 +59,9 @@ def run(
         config["code_paths"] = [str(folder / f"{name}.py")]
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(config))
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.run(
-        [*start, str(ROOT / "scripts" / "train.py"), str(file)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+    launcher = [*forks.TORCHRUN, "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return forks.run(*launcher, str(ROOT / "scripts" / "train.py"), str(file), env=environment)
 
 
 def steps(folder: Path) -> list[dict[str, object]]:

@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -22,6 +21,7 @@ from llmfoundry.train.optim import (
     set_learning_rate,
     update,
 )
+from tests import forks
 from tests.train.test_waits import CountsReads
 
 
@@ -241,7 +241,7 @@ def _same_update_on_two_ranks(rank: int, store: str, name: str, state: str | Non
     [("adamw", "fp32"), ("adamw", "bf16"), ("adamw", "int8"), ("decoupled_lionw", None), ("muon", None)],
 )
 def test_clipping_and_update_over_mixed_meshes_equal_one_process(tmp_path: Path, name: str, state: str | None) -> None:
-    mp.spawn(_same_update_on_two_ranks, (str(tmp_path / "store"), name, state), nprocs=2)
+    forks.in_processes(_same_update_on_two_ranks, (str(tmp_path / "store"), name, state), 2)
 
 
 def test_scale_and_flag_are_read_by_the_optimizer_or_by_the_host() -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ import llmfoundry.train.muon  # noqa: F401  registers its optimizer
 from llmfoundry.cli.train import train_main
 from llmfoundry.config import Config, ConfigError, check
 from llmfoundry.train.optim import OptimizerConfig, set_learning_rate
+from tests import forks
 from tests.callbacks.conftest import tiny_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,12 +139,10 @@ def test_two_ranks_train_the_groups_as_one_does(tmp_path: Path) -> None:
         files.append(tmp_path / f"{name}.yaml")
         files[-1].write_text(yaml.safe_dump(tiny_run(tmp_path) | RUN | own | more))
     assert train_main([str(files[0])]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*forks.TORCHRUN, "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     script = str(ROOT / "scripts" / "train.py")
-    done = subprocess.run(
-        [*command, script, str(files[1])], env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
+    done = forks.run(*command, script, str(files[1]), env=environment)
     assert done.returncode == 0, done.stderr
     losses = []
     for name in ("one", "two"):

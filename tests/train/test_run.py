@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from safetensors.torch import load_file
 
 from llmfoundry.cli.inference import eval_main, generate_main
 from llmfoundry.cli.train import train_main
+from tests import forks
 
 ROOT = Path(__file__).resolve().parents[2]
 # A run of the real thing, small: 4 rows of 32 tokens a step.
@@ -136,17 +135,16 @@ def test_a_gpu_alone_trains_in_bf16_stops_goes_on_and_generates(
 def test_a_killed_run_continues_bitwise(recipe: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "run"
     assert train_main([str(recipe), f"save_folder={whole}"]) == 0
-    command = [sys.executable, "-c", "import sys; from llmfoundry.cli.train import train_main; sys.exit(train_main())"]
-    started = subprocess.Popen(
-        [*command, str(recipe), "max_duration=12ba"], env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    )
+    script = "import sys; from llmfoundry.cli.train import train_main; sys.exit(train_main())"
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    started = forks.start("-c", script, str(recipe), "max_duration=12ba", env=os.environ | threads)
     metrics = killed / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and started.poll() is None:
         if metrics.exists() and metrics.read_bytes().count(b"\n") >= 5:
             break
         time.sleep(0.002)
-    os.kill(started.pid, signal.SIGKILL)
+    started.kill()
     assert started.wait() == -signal.SIGKILL, "it was killed in the middle"
     with metrics.open("a") as file:
         file.write('{"step": 99, "torn')  # a line that the kill cut
@@ -463,7 +461,9 @@ def test_a_checkpoint_of_another_machines_backend_is_used_on_ours(
 ) -> None:
     if torch.cuda.is_available():
         pytest.skip("it has all backends")
-    short = ["max_duration=2ba", "eval_interval=0ba"]
+    # One row of one step, and no sample of text for the report: the interpreter takes a second for a kernel.
+    short = ["max_duration=1ba", "scheduler.t_warmup=0ba", "eval_interval=0ba", "callbacks.report.enabled=false",
+             "global_train_batch_size=1", "device_train_microbatch_size=1", "model.n_layers=1"]  # fmt: skip
     assert train_main([str(recipe), *short, "model.ffn_config.moe_impl=triton"]) == 0
     monkeypatch.delenv("TRITON_INTERPRET")
     options = ["--checkpoint", str(tmp_path / "run"), "--max-new-tokens", "2"]
@@ -538,10 +538,9 @@ def test_a_plug_in_is_there_when_its_checkpoint_is_opened(recipe: Path, tmp_path
     recipe.write_text(yaml.safe_dump(data | {"code_paths": [str(plug_in)]}))
     assert train_main([str(recipe), "max_duration=2ba"]) == 0
     script = "import sys; from llmfoundry.cli.inference import generate_main; sys.exit(generate_main())"
-    command = [sys.executable, "-c", script, "--checkpoint", str(tmp_path / "run"), "--max-new-tokens", "2"]
-    assert subprocess.run(command, check=False).returncode == 2  # the code of a checkpoint is not run unasked
-    command.append("--allow-code")
-    assert subprocess.run(command, check=False).returncode == 0
+    command = ["-c", script, "--checkpoint", str(tmp_path / "run"), "--max-new-tokens", "2"]
+    assert forks.run(*command).returncode == 2  # the code of a checkpoint is not run unasked
+    assert forks.run(*command, "--allow-code").returncode == 0
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

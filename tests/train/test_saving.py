@@ -8,7 +8,7 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import yaml
 from test_run import metrics_of, recipe, snapshot, weights_of  # noqa: F401
 
@@ -27,6 +26,7 @@ from llmfoundry.cli.train import train_main
 from llmfoundry.config import ConfigError
 from llmfoundry.train import outputs
 from llmfoundry.train.saving import STALL, Saver
+from tests import forks
 
 KEEP_ONE = ["save_interval=1ba", "save_num_checkpoints_to_keep=1", "eval_interval=0ba"]
 KILL_BEFORE_LATEST = """
@@ -113,8 +113,7 @@ def test_the_next_start_makes_up_for_a_kill_before_latest_moved(
     plug_in.write_text(KILL_BEFORE_LATEST)
     options = [str(recipe), *KEEP_ONE, "max_duration=3ba", "autoresume=true"]
     script = "import sys; from llmfoundry.cli.train import train_main; sys.exit(train_main())"
-    command = [sys.executable, "-c", script, *options, f"code_paths=[{plug_in}]"]
-    killed = subprocess.run(command, env=os.environ | {"KILL_AT": "step-3"}, check=False, capture_output=True)
+    killed = forks.run("-c", script, *options, f"code_paths=[{plug_in}]", env=os.environ | {"KILL_AT": "step-3"})
     assert killed.returncode == -signal.SIGKILL
     run = tmp_path / "run"
     assert names(run) == {"latest", "step-2", "step-3"} and (run / "checkpoints" / "latest").readlink() == Path(
@@ -381,7 +380,7 @@ def _look(rank: int, folder: Path) -> None:
 
 @pytest.mark.dist
 def test_nodes_that_do_not_share_a_folder_are_named(tmp_path: Path) -> None:
-    mp.spawn(_look, (tmp_path,), nprocs=2)
+    forks.in_processes(_look, (tmp_path,), 2)
     assert (tmp_path / "shared-0").read_text() == (tmp_path / "shared-1").read_text() == "shared"
     for file in ("a-0", "b-1"):
         assert "(rank 1) is not the folder that rank 0 writes to; put it on storage" in (tmp_path / file).read_text()
@@ -395,13 +394,12 @@ def test_a_stopped_run_says_where_it_saved_and_the_command_that_continues(
     recipe: Path, tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip
     root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "scripts/train.py", str(recipe), "max_duration=1000ba", "eval_interval=0ba"]
-    started = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
+    started = forks.start("scripts/train.py", str(recipe), "max_duration=1000ba", "eval_interval=0ba", cwd=root)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while started.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 2):
-        pass
+        time.sleep(0.002)
     started.send_signal(signal.SIGINT)
-    _, error = started.communicate(timeout=60)
+    error, _ = started.communicate(timeout=60)
     assert started.returncode == 0, error
     assert f"Ctrl-C: finishing this step, then saving to {tmp_path / 'run'}" in error
     (line,) = (line for line in error.splitlines() if line.startswith("stopped at step "))

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from llmfoundry.cli.inference import eval_main, generate_main
 from llmfoundry.cli.train import train_main
 from llmfoundry.config import ConfigError
 from llmfoundry.data import remote
+from tests import forks
 from tests.stores import Door, Fault, s3
 
 SHORT = ["eval_interval=0ba", "save_interval=2ba", "max_duration=6ba", "scheduler.t_max=8ba"]
@@ -313,10 +312,10 @@ def test_a_kill_in_an_upload_loses_no_checkpoint_and_leaves_nothing(
     url = "s3://bucket/runs/run"
     to_store = [str(recipe), *SHORT, f"save_folder={url}", "autoresume=true"]
     script = "import sys; from llmfoundry.cli.train import train_main; sys.exit(train_main())"
-    command = [sys.executable, "-c", script, *to_store, f"code_paths=[{tmp_path / 'kills.py'}]"]
+    command = ["-c", script, *to_store, f"code_paths=[{tmp_path / 'kills.py'}]"]
     for kill_at in (12, 3):  # in the second checkpoint; in what a start uploads of it
-        killed = subprocess.run(command, env=os.environ | {"KILL_AT": str(kill_at)}, check=False, capture_output=True)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+        killed = forks.run(*command, env=os.environ | {"KILL_AT": str(kill_at)})
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert read(url).step == 2
     shutil.rmtree(machine)  # another machine goes on
     assert train_main(to_store) == 0

@@ -6,15 +6,14 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from test_torchrun import RECIPE, ROOT, launch, wait_for_steps
+from test_torchrun import RECIPE, ROOT, launch
 
 from llmfoundry.cli.train import train_main
+from tests import forks
 
 pytestmark = pytest.mark.dist
 
@@ -52,13 +51,13 @@ def losses(folder: Path) -> list[tuple[int, int, float]]:
 def test_machines_that_share_nothing_but_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "apart.py").write_text(APART)
     undisturbed = launch(tmp_path / "undisturbed", **STORE)
-    assert undisturbed.wait(120) == 0
+    assert undisturbed.wait(300) == 0
     store = tmp_path / "store" / "run"
     for attempt, steps in (("first", "4ba"), ("second", "6ba")):  # the second on machines that have nothing
         monkeypatch.setenv("LLMFOUNDRY_CACHE", str(tmp_path / attempt))
         more = STORE | {"save_folder": f"file://{store}", "code_paths": [str(tmp_path / "apart.py")]}
         started = launch(tmp_path / "run", **(more | {"max_duration": steps}))
-        output, _ = started.communicate(timeout=120)
+        output, _ = started.communicate(timeout=300)
         assert started.returncode == 0, output
         for rank in (0, 1):  # all ranks agree on what has failed
             for why in ("step 2 could not be uploaded", "step 3 could not be saved"):
@@ -71,24 +70,40 @@ def test_machines_that_share_nothing_but_a_store(tmp_path: Path, monkeypatch: py
     assert losses(store) == losses(tmp_path / "undisturbed" / "run")
 
 
-def agent(folder: Path, port: int, node: int) -> subprocess.Popen[str]:
+def agent(folder: Path, port: int, node: int) -> forks.Started:
     """torchrun on one of two nodes, which goes on with one if the other is lost."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1",
+    command = [*forks.TORCHRUN, "--nnodes", "1:2", "--nproc-per-node", "1",
                "--rdzv-id", "run", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}",
-               "--rdzv-conf", f"is_host={int(node == 0)},last_call_timeout=2,keep_alive_interval=1,join_timeout=60",
+               "--rdzv-conf", f"is_host={int(node == 0)},last_call_timeout=10,keep_alive_interval=1,join_timeout=60",
                "--local-addr", "127.0.0.1", "--max-restarts", "3", "--monitor-interval", "0.2",
                str(ROOT / "scripts" / "train.py"), str(folder / "run.yaml")]  # fmt: skip
-    return subprocess.Popen(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    return forks.start(*command, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
 
 
-def kill(torchrun: subprocess.Popen[str]) -> None:
+def kill(torchrun: forks.Started) -> None:
     """End a node: torchrun and its rank."""
     children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
     for pid in (torchrun.pid, *map(int, children)):
         os.kill(pid, signal.SIGKILL)
+
+
+LOSES_A_NODE = """
+import os
+import signal
+
+from llmfoundry import runtime
+from llmfoundry.train.callback import Callback, CallbackConfig
+
+class Lose(Callback):
+    def step_end(self, trainer, metrics):
+        if runtime.rank() == 1 and trainer.state.step == 3:
+            os.kill(os.getppid(), signal.SIGKILL)  # torchrun of this node
+            os.kill(os.getpid(), signal.SIGKILL)
+
+class LoseConfig(CallbackConfig, names=("loses",)):
+    def build(self):
+        return Lose()
+"""
 
 
 def test_a_run_that_loses_a_node_goes_on_with_the_other_and_the_same_global_batch(tmp_path: Path) -> None:
@@ -98,17 +113,18 @@ def test_a_run_that_loses_a_node_goes_on_with_the_other_and_the_same_global_batc
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         config = RECIPE | more | {"save_folder": str(tmp_path / name / "run")}
+        if name == "two":
+            (tmp_path / "loses.py").write_text(LOSES_A_NODE)
+            config |= {"code_paths": [str(tmp_path / "loses.py")], "callbacks": {"loses": {}}}
         (tmp_path / name / "run.yaml").write_text(yaml.safe_dump(config))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    nodes = [agent(tmp_path / "two", port, node) for node in (0, 1)]
+    nodes = {node: agent(tmp_path / "two", port, node) for node in (1, 0)}  # 1 waits for 0, not 0 for 1
     try:
-        wait_for_steps(tmp_path / "two" / "run" / "metrics.jsonl", 3)
-        kill(nodes[1])
-        output, _ = nodes[0].communicate(timeout=120)
+        output, _ = nodes[0].communicate(timeout=300)
     finally:
-        for node in nodes:
+        for node in nodes.values():
             if node.poll() is None:
                 kill(node)
     assert nodes[0].returncode == 0, output

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
+
+from tests import forks
 
 pytestmark = pytest.mark.dist
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,26 +95,20 @@ Loader.one_pass = one_pass
 """
 
 
-def launch(tmp_path: Path, *, restarts: int = 0, **more: object) -> subprocess.Popen[str]:
+def launch(tmp_path: Path, *, restarts: int = 0, **more: object) -> forks.Started:
     """torchrun with two processes, on the CPU."""
     tmp_path.mkdir(exist_ok=True)
     text = {"name": "synthetic", "n_documents": 40, "document_words": 50, "cache_dir": str(tmp_path / "cache")}
     loader = {"train_loader": {"dataset": text | {"split": "train"}}}
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(RECIPE | loader | {"save_folder": str(tmp_path / "run")} | more))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", str(restarts)]
-    return subprocess.Popen(
-        [*command, str(ROOT / "scripts" / "train.py"), str(file)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    command = [*forks.TORCHRUN, "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return forks.start(*command, str(ROOT / "scripts" / "train.py"), str(file), env=environment)
 
 
 def wait_for_steps(metrics: Path, n: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < n:
         assert time.monotonic() < deadline, "the run does not get going"
         time.sleep(0.05)
@@ -125,7 +119,7 @@ def test_an_error_on_one_rank_is_shown_with_it_and_ends_all_at_once(tmp_path: Pa
     started = launch(tmp_path, code_paths=[str(tmp_path / "breaks.py")], callbacks={"breaks": {}})
     wait_for_steps(tmp_path / "run" / "metrics.jsonl", 3)
     broken = time.monotonic()
-    output, _ = started.communicate(timeout=120)
+    output, _ = started.communicate(timeout=300)
     assert time.monotonic() - broken < 60, "long before dist_timeout"
     assert started.returncode != 0
     assert "[rank 1] Traceback" in output and "RuntimeError: a broken part" in output
@@ -134,7 +128,7 @@ def test_an_error_on_one_rank_is_shown_with_it_and_ends_all_at_once(tmp_path: Pa
 
 def test_a_mistake_is_said_once_and_ends_torchruns_report(tmp_path: Path) -> None:
     started = launch(tmp_path, seed=-1)
-    output, _ = started.communicate(timeout=120)
+    output, _ = started.communicate(timeout=300)
     assert started.returncode == 1
     mistake = "error: seed: input should be greater than or equal to 0, found -1"
     assert output.count(f"[rank 0] {mistake}") == 1 and f"[rank 1] {mistake}" not in output
@@ -146,7 +140,7 @@ def test_a_mistake_is_said_once_and_ends_torchruns_report(tmp_path: Path) -> Non
 def test_ranks_that_disagree_are_named_with_the_keys(tmp_path: Path) -> None:
     rate = "${oc.decode:0.0${oc.env:RANK}1}"
     started = launch(tmp_path, seed="${oc.decode:${oc.env:RANK}}", optimizer={"name": "adamw", "lr": rate})
-    output, _ = started.communicate(timeout=120)
+    output, _ = started.communicate(timeout=300)
     assert started.returncode == 1
     line = "error: rank 1 was started otherwise than rank 0: seed, optimizer.lr; give all ranks the same YAML"
     assert output.count(f"[rank 0] {line}") == 1 and "cli/command.py" not in output
@@ -161,7 +155,7 @@ def test_ranks_with_other_texts_are_named(tmp_path: Path) -> None:
         (tmp_path / f"node-{rank}" / "text.txt").write_text(text * 500)
     place = {"path": str(tmp_path / "node-${oc.env:RANK}"), "cache_dir": str(tmp_path / "cache-${oc.env:RANK}")}
     started = launch(tmp_path, train_loader={"dataset": {"name": "text_files"} | place})
-    output, _ = started.communicate(timeout=120)
+    output, _ = started.communicate(timeout=300)
     assert started.returncode == 1
     assert "rank 1 was started otherwise than rank 0: the tokenizer, the data of train_loader;" in output
 
@@ -171,7 +165,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(tmp_path: Path) -> None:
     wait_for_steps(tmp_path / "run" / "metrics.jsonl", 3)
     children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGTERM)
-    output, _ = started.communicate(timeout=120)
+    output, _ = started.communicate(timeout=300)
     assert started.returncode == 0, output
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert 3 <= summary["steps"] < 1000
@@ -184,7 +178,7 @@ def test_a_signal_to_one_rank_ends_an_evaluation_on_all(tmp_path: Path) -> None:
     loader = {"dataset": text | {"split": "validation", "cache_dir": str(tmp_path / "cache")}}
     more = {"eval_loader": loader, "eval_interval": "2ba", "device_eval_batch_size": 1}
     started = launch(tmp_path, code_paths=[str(tmp_path / "signals.py")], **more)
-    output, _ = started.communicate(timeout=120)
+    output, _ = started.communicate(timeout=300)
     assert started.returncode == 0, output
     for rank in range(2):
         # A rank may have read one more batch when the other's signal comes; none works on it.
@@ -204,8 +198,8 @@ def test_a_restart_by_torchrun_goes_on_and_the_curve_is_the_undisturbed_one(tmp_
     plug_in = {"code_paths": [str(tmp_path / "kills.py")], "callbacks": {"kills": {}}}
     killed = launch(tmp_path / "killed", restarts=2, **same, **plug_in)
     undisturbed = launch(tmp_path / "undisturbed", **same)
-    output, _ = killed.communicate(timeout=120)
-    others, _ = undisturbed.communicate(timeout=120)
+    output, _ = killed.communicate(timeout=300)
+    others, _ = undisturbed.communicate(timeout=300)
     assert killed.returncode == 0, output
     assert undisturbed.returncode == 0, others
     assert output.count("exitcode: -9") >= 2 and output.count("continuing from") >= 2
