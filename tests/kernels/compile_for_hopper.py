@@ -47,7 +47,6 @@ SHAPES = {"qwen30b": (2048, 768), "dbrx": (6144, 10752)}  # D, F
 PROGRAMS = 132  # SMs of an H100
 # What is compiled; the dtype of operands or of the optimizer's state; the rank of adapters, 0: none.
 CASE, DTYPE, TURNS, RANK = "", "bf16", 1, 0
-# rank of adapters, 0: none
 TILES = {"start_ptr": "*i32", "expert_ptr": "*i32", "row_ptr": "*i32", "count_ptr": "*i32"}
 
 
