@@ -89,10 +89,14 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_manifest(folder: Path, step: int, files: dict[str, Written]) -> None:
-    """List the files of a complete folder, and sync it."""
+def write_manifest(folder: Path, step: int, files: dict[str, Written], finite: bool = False) -> None:
+    """List the files of a complete folder, and sync it.
+
+    Args:
+        finite: whether every value was looked at and is finite; else whoever reads the checkpoint looks.
+    """
     listed = {name: written._asdict() for name, written in sorted(files.items())}
-    manifest = {"format": FORMAT, "step": step, "files": listed}
+    manifest = {"format": FORMAT, "step": step, "finite": finite, "files": listed}
     write_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
     fsync_folder(folder)
 
@@ -135,6 +139,14 @@ def step_in(path: Path) -> int | None:
         return whole_number(read_mapping(path / MANIFEST, follow=False)["step"])
     except (OSError, ValueError, KeyError):
         return None
+
+
+def says_finite(path: Path) -> bool:
+    """Whether the manifest of a checkpoint says that every value was looked at when it was written."""
+    try:
+        return read_mapping(path / MANIFEST, follow=False).get("finite") is True
+    except (OSError, ValueError):
+        return False
 
 
 def verify(path: Path, only: Callable[[str], bool] = lambda name: True) -> dict[str, Written]:

@@ -6,12 +6,11 @@ import re
 import shutil
 from pathlib import Path
 
-import torch.distributed as dist
-
 from llmfoundry import runtime
 from llmfoundry.checkpoint.folder import CheckpointFolder
 from llmfoundry.checkpoint.manifest import SaveError, number_of, read_manifest
 from llmfoundry.checkpoint.store import STORE_ERRORS, RunStore
+from llmfoundry.tree import Tree
 
 _OF_RANK = re.compile(r"\w+-(\d{5})\.safetensors")  # what storage.py calls the files of a rank
 
@@ -22,13 +21,13 @@ class Uploader:
     Args:
         folder: where they are complete; if ranks do not share it, each has what it wrote.
         store: where they go.
-        group: of all ranks, for this alone.
+        ranks: all of them, for this alone.
     """
 
-    def __init__(self, folder: CheckpointFolder, store: RunStore, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, folder: CheckpointFolder, store: RunStore, ranks: Tree | None) -> None:
         self._folder = folder
         self._store = store
-        self._group = group
+        self._ranks = ranks
 
     def upload(self, path: Path, step: int) -> str:
         """Upload a checkpoint, and delete it here; all ranks together.
@@ -39,11 +38,11 @@ class Uploader:
         Raises:
             SaveError: on all ranks; the store has no part of it that counts. It is here if ranks share the folder.
         """
-        store, group, shared = self._store, self._group, self._folder.shared
+        store, ranks, shared = self._store, self._ranks, self._folder.shared
         try:
-            name, files = runtime.on_rank0(lambda: (store.free_name(step), sorted(read_manifest(path))), group)
-            runtime.agreed(lambda: store.upload(path, name, self._share(files)), group)
-            runtime.on_rank0(lambda: store.complete(path, name), group)
+            name, files = runtime.on_rank0(lambda: (store.free_name(step), sorted(read_manifest(path))), ranks)
+            runtime.agreed(lambda: store.upload(path, name, self._share(files)), ranks)
+            runtime.on_rank0(lambda: store.complete(path, name), ranks)
         except STORE_ERRORS as error:
             kept = f"; it is in {path}" if shared else ""
             raise SaveError(f"step {step} could not be uploaded to {store.url}: {error}{kept}") from error
@@ -51,7 +50,7 @@ class Uploader:
             if not shared:
                 shutil.rmtree(path, ignore_errors=True)
         if shared:
-            runtime.on_rank0(self._folder.clear, group)
+            runtime.on_rank0(self._folder.clear, ranks)
         return store.place_of(name)
 
     def left(self) -> Path | None:

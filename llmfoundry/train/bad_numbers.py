@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from llmfoundry import runtime
@@ -77,11 +76,7 @@ def bad_rows(run: Run, batch: Batch, objective: Loss) -> list[BadRow]:
             rows = micro.rows.repeat_interleave(nats.shape[0] // micro.rows.shape[0])
             own += rows[~nats.isfinite().all(1)].tolist()
     named = [BadRow(row, runtime.rank()) for row in sorted(set(own))[:NAMED]]
-    found: list[list[BadRow]] = [named]
-    if runtime.world_size() > 1:
-        found = [[]] * runtime.world_size()
-        dist.all_gather_object(found, named)
-    return [each for of_rank in found for each in of_rank]
+    return [each for of_rank in runtime.of_each_rank(named) for each in of_rank]
 
 
 def record(step: int, why: str, first: int, end: int, bad: list[BadRow]) -> dict[str, object]:

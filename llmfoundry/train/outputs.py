@@ -20,8 +20,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO
 
-import torch.distributed as dist
-
 from llmfoundry import runtime
 from llmfoundry.checkpoint.identity import Plain
 from llmfoundry.checkpoint.manifest import checkpoints
@@ -239,8 +237,7 @@ def hosts_without(path: Path) -> list[str | None]:
     deadline = time.monotonic() + _PROBE_SECONDS  # network file systems may take a while to show a new file
     while not (seen := probe.is_file()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    hosts: list[str | None] = [None] * runtime.world_size()
-    dist.all_gather_object(hosts, None if seen else socket.gethostname())
+    hosts = runtime.of_each_rank(None if seen else socket.gethostname())
     if runtime.is_rank0():
         probe.unlink(missing_ok=True)
     return hosts

@@ -181,8 +181,8 @@ class Trainer(AgreeingRun):
         in_doubt = self.doubtful or state.skipped_in_a_row > 0
         if not last and (in_doubt or not self.owed):
             return
-        check_weights(self)
         self.watchdog.beat(f"saving step {state.step}")
+        check_weights(self)  # so `_checkpoint` may say that all is finite
         if not last:
             self.saver.save(self._checkpoint(), self._sync)
         elif found is None or found.save:
@@ -482,6 +482,7 @@ class Trainer(AgreeingRun):
             generation=self.generation,
             base=self.start.base,
             kept=self._kept(),
+            finite=True,
         )
 
     def _mixture(self) -> dict[str, Json]:

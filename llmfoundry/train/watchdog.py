@@ -39,7 +39,7 @@ ANSWER = 20.0  # seconds for the verdict of another rank
 STOPPED = 10.0  # seconds of this thread's own silence after which the process must have been stopped
 GIL = 60.0  # seconds more until a process ends in which no thread of Python can run
 STDERR = 2  # its number: it may be replaced or closed in Python
-COLLECTIVE = ("torch.distributed", "torch._C._distributed")
+COLLECTIVE = ("torch.distributed", "torch._C._distributed", "llmfoundry.tree")
 INNERMOST = 3  # frames in which a collective shows
 
 
@@ -179,7 +179,7 @@ class Watchdog:
             frames.append(frame)
             frame = frame.f_back
         inside = any(str(each.f_globals.get("__name__", "")).startswith(COLLECTIVE) for each in frames[:INNERMOST])
-        ours = next((each for each in frames if "llmfoundry" in each.f_code.co_filename), None)
+        ours = next((each for each in frames if "llmfoundry" in each.f_code.co_filename and not _passes_on(each)), None)
         place = next(iter(frames), None) if not inside else ours
         at = f"{Path(place.f_code.co_filename).name}:{place.f_lineno}, {place.f_code.co_name}" if place else "nowhere"
         return Answer(inside or self._failed or self._doing == READING, f"{self._doing} ({at})", socket.gethostname())
@@ -231,6 +231,11 @@ class Watchdog:
     def _append(self, text: str) -> None:
         with contextlib.suppress(OSError), self._file().open("a") as file:
             file.write(f"\n{text}\n")
+
+
+def _passes_on(frame: FrameType) -> bool:
+    """Whether a frame is of what many parts of a run talk through: it says nothing of who waits."""
+    return frame.f_globals.get("__name__") in ("llmfoundry.tree", "llmfoundry.runtime")
 
 
 def _flight_recorder() -> bytes | None:

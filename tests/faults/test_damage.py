@@ -79,15 +79,36 @@ def _text(name: str, text: str) -> Callable[[Path], None]:
     return damage
 
 
-def _chunk(said: dict) -> dict:
-    return said["tensors"]["model/wte.weight"]["chunks"][0]
+def _box(said: dict) -> dict:
+    """The first entry of the layout of a tensor."""
+    return said["layouts"][said["tensors"]["model/wte.weight"]["layout"]][0]
+
+
+def _weight(said: dict) -> dict:
+    return said["tensors"]["model/wte.weight"]
 
 
 def _doubled(said: dict) -> None:
-    """Two chunks that add up to the tensor and are the same half of it."""
-    chunk = _chunk(said)
-    chunk["shape"][0] //= 2
-    said["tensors"]["model/wte.weight"]["chunks"].append(chunk)
+    """Two boxes that add up to the tensor and are the same half of it."""
+    box = _box(said)
+    box["shape"][0] //= 2
+    box.update(count=2, rank_step=0, steps=[0, 0])
+
+
+def _earlier(said: dict) -> None:
+    """A tensor as earlier versions wrote it, in a file outside of the folder."""
+    shape = said["tensors"]["model/wte.weight"]["shape"]
+    chunk = {"file": "../model-00000.safetensors", "start": 8, "offsets": [0, 0], "shape": shape}
+    said["tensors"]["model/wte.weight"] = {"dtype": "F32", "shape": shape, "chunks": [chunk]}
+
+
+def _turned(checkpoint: Path) -> None:
+    """A file of weights whose header gives a tensor another shape of the same size."""
+    file = checkpoint / "model-00000.safetensors"
+    content = file.read_bytes()
+    assert b"[300, 32]" in content
+    file.write_bytes(content.replace(b"[300, 32]", b"[32, 300]", 1))
+    sign(checkpoint)
 
 
 UNTRUE = {
@@ -103,13 +124,17 @@ UNTRUE = {
     "trainer 1e400": _text("trainer.json", '{"step": 1e400}'),
     "trainer deep": _text("trainer.json", '{"step":' * 100_000),
     "tensors 1e400": _text("tensors.json", '{"tensors":{"model/x":{"dtype":"F32","shape":[1e400],"chunks":[]}}}'),
-    "tensors fraction": _edited("tensors.json", lambda said: _chunk(said).update(start=1.5)),
-    "tensors beyond": _edited("tensors.json", lambda said: _chunk(said).update(start=10**9)),
-    "tensors huge": _edited("tensors.json", lambda said: _chunk(said).update(start=10**30)),
-    "tensors outside": _edited("tensors.json", lambda said: _chunk(said).update(file="../../secret")),
-    "tensors unlisted": _edited("tensors.json", lambda said: _chunk(said).update(file="other.safetensors")),
+    "tensors fraction": _edited("tensors.json", lambda said: _box(said).update(rank=1.5)),
+    "tensors beyond": _edited("tensors.json", lambda said: _box(said).update(offsets=[10**9, 0])),
+    "tensors many": _edited("tensors.json", lambda said: _box(said).update(count=10**12, rank_step=1, steps=[1, 0])),
+    "tensors no layout": _edited("tensors.json", lambda said: said["tensors"]["model/wte.weight"].update(layout=99)),
+    "tensors outside": _edited(
+        "tensors.json", lambda said: said["tensors"].update({"..": said["tensors"].popitem()[1]})
+    ),
+    "tensors unlisted": _edited("tensors.json", lambda said: _box(said).update(rank=1)),
     "tensors overlap": _edited("tensors.json", _doubled),
-    "tensors shared": _edited("tensors.json", lambda said: _chunk(said).update(start=_chunk(said)["start"] + 4)),
+    "tensors of an earlier version": _edited("tensors.json", _earlier),
+    "header": _turned,
     "config bomb": _text("config.yaml", "a: &a [x,x]\nb: *a\nc: [*a, *a\n"),
 }
 
@@ -133,7 +158,7 @@ def test_a_renamed_checkpoint_is_not_believed(run: Path) -> None:
 
 def test_every_command_takes_the_newest_whole_one(box: Box, place: Path, run: Path) -> None:
     damaged = copied(run, "fallback")
-    _edited("tensors.json", lambda said: _chunk(said).update(start=1e300))(damaged / "checkpoints" / "step-6")
+    _edited("tensors.json", lambda said: _box(said).update(rank=1e300))(damaged / "checkpoints" / "step-6")
     for words in (
         ("generate", "--checkpoint", damaged, "--prompt", "a", "--max-new-tokens", "1"),
         ("eval", "--checkpoint", damaged),

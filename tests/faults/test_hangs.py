@@ -33,17 +33,17 @@ STOPPED_IN_A_SAVE = """
 import os, signal
 from pathlib import Path
 from llmfoundry import runtime
-from llmfoundry.checkpoint.storage import TensorWriter
+from llmfoundry.checkpoint import storage
 
-real = TensorWriter.write_data
+real = storage.write_parts
 
-def write_data(self, *args, **more):
+def write_parts(*args):
     if runtime.rank() == 1:
         Path(os.environ["MARK"]).write_text("stopped\\n")
         os.kill(os.getpid(), signal.SIGSTOP)
-    return real(self, *args, **more)
+    return real(*args)
 
-TensorWriter.write_data = write_data
+storage.write_parts = write_parts
 """
 
 
