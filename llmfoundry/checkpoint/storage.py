@@ -19,11 +19,12 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -430,37 +431,51 @@ def _earlier(listed: Json, shape: tuple[int, ...]) -> tuple[Chunk, ...]:
 
 def _check_boxes(boxes: Sequence[Box], shape: tuple[int, ...]) -> None:
     """Raise ValueError unless boxes make up a tensor of a shape, each element once."""
-    for rank, offsets, size in boxes:
-        inside = len(offsets) == len(size) == len(shape) and all(
-            0 <= offset and 0 < n and offset + n <= full for offset, n, full in zip(offsets, size, shape, strict=False)
+    whole = f"a tensor of {shape}"
+    if any(box.rank < 0 or len(box.offsets) != len(shape) or len(box.shape) != len(shape) for box in boxes):
+        raise ValueError(f"a box is of no rank, or has not the dimensions of {whole}")
+    try:
+        offsets, sizes = (
+            np.array([box[i] for box in boxes], dtype=np.int64).reshape(len(boxes), len(shape)) for i in (1, 2)
         )
-        if not inside or rank < 0:
-            raise ValueError(f"a box of rank {rank} at {offsets} of shape {size} is outside of a tensor of {shape}")
+        full = np.array(shape, dtype=np.int64)
+    except OverflowError:
+        raise ValueError(f"a box of {whole} is too large") from None
+    if (offsets < 0).any() or (sizes < 1).any() or (sizes > full - offsets).any():
+        raise ValueError(f"a box is outside of {whole}")
     if sum(math.prod(box.shape) for box in boxes) != math.prod(shape):
-        raise ValueError(f"boxes do not make up a tensor of {shape}")
-    if _overlap(boxes):
-        raise ValueError(f"boxes of a tensor of {shape} overlap")
+        raise ValueError(f"boxes do not make up {whole}")
+    if _overlap(offsets, sizes):
+        raise ValueError(f"boxes of {whole} overlap")
 
 
-def _overlap(chunks: Sequence[Box]) -> bool:
-    """Whether two boxes of a tensor have an element in common; they lie within it and add up to its size."""
-    if len(chunks) < 2 or not chunks[0].shape:
-        return len(chunks) > 1
-    differing = [
-        dim for dim in range(len(chunks[0].shape)) if len({(c.offsets[dim], c.shape[dim]) for c in chunks}) > 1
-    ]
-    if len(differing) == 1:  # as FSDP and experts divide: along one dim
-        ends = sorted((c.offsets[differing[0]], c.shape[differing[0]]) for c in chunks)
-        return any(start + size > following for (start, size), (following, _) in pairwise(ends))
-    boxes = sorted(chunks, key=lambda chunk: chunk.offsets)
-    for number, one in enumerate(boxes):
-        for other in boxes[number + 1 :]:
-            if other.offsets[0] >= one.offsets[0] + one.shape[0]:
-                break
-            if all(a < b + n and b < a + m for a, m, b, n in
-                   zip(one.offsets, one.shape, other.offsets, other.shape, strict=True)):  # fmt: skip
-                return True
+def _overlap(offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> bool:
+    """Whether two of N boxes have an element in common; they lie within a tensor, and add up to its size.
+
+    Args:
+        offsets: (N, dims); sizes: (N, dims).
+    """
+    n, dims = offsets.shape
+    if n < 2 or dims == 0:
+        return n > 1
+    if len(np.unique(np.concatenate([offsets, sizes], axis=1), axis=0)) < n:
+        return True
+    if all(_are_apart(offsets[:, dim], sizes[:, dim]) for dim in range(dims)):
+        return False  # as meshes divide: in each dimension two boxes are the same, or apart; so two boxes are apart
+    order = np.lexsort(offsets.T[::-1])
+    offsets, sizes = offsets[order], sizes[order]
+    for i in range(n - 1):
+        end = int(np.searchsorted(offsets[:, 0], offsets[i, 0] + sizes[i, 0]))
+        others, theirs = offsets[i + 1 : end], sizes[i + 1 : end]
+        if ((others < offsets[i] + sizes[i]) & (offsets[i] < others + theirs)).all(axis=1).any():
+            return True
     return False
+
+
+def _are_apart(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> bool:
+    """Whether intervals that differ have nothing in common."""
+    found = np.unique(np.stack([starts, sizes], axis=1), axis=0)
+    return bool((found[:-1, 0] + found[:-1, 1] <= found[1:, 0]).all())
 
 
 class Wanted(NamedTuple):
@@ -507,6 +522,14 @@ class TensorReader:
         Raises:
             ConfigError: as `stored`, or a file has become shorter.
         """
+        for file, boxes in sorted(self.wanted(tensors).items()):
+            with open(self._folder / file, "rb", buffering=0) as handle:
+                for each in boxes:
+                    stored = self.stored(each.name, each.chunk)
+                    each.target.copy_(_read_box(handle.fileno(), stored, each.offsets, tuple(each.target.shape)))
+
+    def wanted(self, tensors: Mapping[str, Tensor]) -> dict[str, list[Wanted]]:
+        """What is to be read for this rank's parts of tensors, by file."""
         by_file: dict[str, list[Wanted]] = {}
         parts: dict[object, list[Chunk]] = {}  # which chunks a part meets is the same for all tensors laid out alike
         for name, tensor in tensors.items():
@@ -519,11 +542,7 @@ class TensorReader:
                 parts[key] = [chunk for chunk in chunks if local.numel() and _meets(chunk, offsets, shape)]
             for chunk in parts[key]:
                 by_file.setdefault(chunk.file, []).append(_wanted(name, chunk, local, offsets))
-        for file in sorted(by_file):
-            with open(self._folder / file, "rb", buffering=0) as handle:
-                for wanted in by_file[file]:
-                    stored = self.stored(wanted.name, wanted.chunk)
-                    wanted.target.copy_(_read_box(handle.fileno(), stored, wanted.offsets, tuple(wanted.target.shape)))
+        return by_file
 
     def check_headers(self, files: Sequence[str]) -> None:
         """Check that some files hold what the index says of them.

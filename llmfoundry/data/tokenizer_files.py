@@ -14,6 +14,7 @@ from llmfoundry.config import ConfigError
 
 _OTHERS = KeyboardInterrupt, SystemExit, GeneratorExit
 _MESSAGE = 300  # characters of an error that are shown
+_MOST_IDS = 2**24  # `tokenizers` counts up to the largest id to write a vocabulary: to 2**31 in 50 s and 8 GB
 
 
 def load_tokenizer(source: str | Path, where: str, **words: str | int | float | bool | None) -> PreTrainedTokenizerBase:
@@ -51,6 +52,8 @@ def load_tokenizer(source: str | Path, where: str, **words: str | int | float | 
 
 def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
     """Do what every user of a tokenizer does: settings of a wrong type fail only then."""
+    if (largest := max(tokenizer.get_vocab().values(), default=0)) >= _MOST_IDS:
+        raise ValueError(f"has a token of id {largest}; {_MOST_IDS} is the most that is read")
     tokenizer.decode(tokenizer.encode("a"))
     template = tokenizer.chat_template
     for text in template.values() if isinstance(template, dict) else [template or ""]:

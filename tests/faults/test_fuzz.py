@@ -275,6 +275,15 @@ def test_tokenizers(scratch: Path, data: st.DataObject) -> None:
         _refused(lambda: _used(tokenizer_of(folder)), ConfigError, folder)
 
 
+def test_an_id_far_beyond_the_others_is_refused_at_once(scratch: Path) -> None:
+    """Found by `test_tokenizers`: it took 53 s and 8 GB."""
+    valid = json.loads(train_bpe(["some words of a text, " * 20], 260).to_str())
+    valid["model"]["vocab"]["a"] = 2**31
+    file = _write(scratch / "far" / "tokenizer.json", json.dumps(valid))
+    with bounded(scratch):
+        assert _refused(lambda: _used(tokenizer_of(file.parent)), ConfigError, file.parent)
+
+
 def _used(tokenizer: PreTrainedTokenizerBase | None) -> None:
     if tokenizer is not None:
         rule = TokenizerConfig(parse_special_tokens=True).special_tokens(tokenizer)
