@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import logging
 import os
 import random
 import resource
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -23,6 +25,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
+from llmfoundry.config import ConfigError
 from llmfoundry.launch import is_rank0 as is_rank0
 from llmfoundry.launch import leave as leave
 from llmfoundry.launch import local_rank as local_rank
@@ -31,6 +34,7 @@ from llmfoundry.launch import world_size as world_size
 from llmfoundry.tree import Tree
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 # Gloo connects two ranks when they first have something to say to each other, not each with every other at the start:
 # 4,096 ranks would have 4,095 sockets each, for every group over all of them.
@@ -287,6 +291,56 @@ def on_rank0(ask: Callable[[], T], ranks: Tree | None = None) -> T:
     if error is not None:
         raise error
     return cast(T, answer)
+
+
+_at_the_source = True  # whether this process may ask the hub; see `first_of_node`
+
+
+def asks_hub() -> bool:
+    """Whether to ask the hub; else what another process of this node has fetched is in the cache."""
+    return _at_the_source
+
+
+def first_of_node(what: str, act: Callable[[], T]) -> T:
+    """Run `act` on every rank, first on one of each node; the others find in the cache what that one has fetched.
+
+    A thousand ranks that ask the hub for one tokenizer are refused. The others wait for as long as it takes.
+
+    Args:
+        what: is fetched; the same words on every rank, for messages too.
+
+    Raises:
+        ConfigError: the first one failed.
+    """
+    global _at_the_source
+    if _store is None or not dist.is_initialized():
+        return act()
+    key, waited = f"first/{socket.gethostname()}/{os.environ.get('GROUP_RANK', '')}/{what}", 0
+    if local_rank() == 0:
+        said = "failed"
+        try:
+            answer, said = act(), "done"
+            return answer
+        finally:
+            _store.set(key, said)
+    while True:
+        try:
+            _store.wait([key], datetime.timedelta(seconds=_SAID_AFTER))
+            break
+        except RuntimeError:  # not yet, or the store is gone with its host
+            waited += int(_SAID_AFTER)
+            if not _store.check([key]) and local_rank() == 1:
+                log.warning("waiting for another process of this node, which fetches %s, for %d seconds", what, waited)
+    if _store.get(key) != b"done":
+        raise ConfigError(f"{what}: could not be had by rank {rank() - local_rank()}, which says why")
+    _at_the_source = False
+    try:
+        return act()
+    finally:
+        _at_the_source = True
+
+
+_SAID_AFTER = 15.0  # seconds
 
 
 def agreed(act: Callable[[], T], ranks: Tree | None = None) -> T:

@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llmfoundry.config import ConfigError
+from llmfoundry.runtime import asks_hub
 
 _OTHERS = KeyboardInterrupt, SystemExit, GeneratorExit
 _MESSAGE = 300  # characters of an error that are shown
@@ -28,7 +29,7 @@ def load_tokenizer(source: str | Path, where: str, **words: str | int | float | 
     Raises:
         ConfigError: there is none, it needs code of its own, or it is damaged.
     """
-    local = isinstance(source, Path)
+    local = isinstance(source, Path) or not asks_hub()
     if isinstance(source, Path) and source.is_dir():
         for file in source.iterdir():
             if not file.is_file() and not file.is_dir() and file.exists():  # a pipe would be waited for

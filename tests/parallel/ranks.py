@@ -21,7 +21,7 @@ def run_ranks(worlds: Sequence[int], job: Callable[..., None], *args: object) ->
         worlds: sizes, falling: a process that is not in the next world ends. Starting one costs seconds.
     """
     assert list(worlds) == sorted(worlds, reverse=True)
-    ports = [_free_port() for _ in worlds]
+    ports = [free_port() for _ in worlds]
     mp.start_processes(_rank, (worlds, ports, job, args), nprocs=worlds[0], start_method="spawn")
 
 
@@ -44,7 +44,7 @@ def _rank(
     runtime.leave(0)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port that nobody listens at, below those that the system gives to connections: none takes it meanwhile."""
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)
