@@ -27,7 +27,7 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -161,6 +161,8 @@ class Checkpointer:
         self.folder = CheckpointFolder(Path(folder), keep if store is None else 1)
         self.asynchronous = asynchronous
         self.store = store
+        # Called on rank 0 before a checkpoint becomes one, here or in the store; raises TakenOver.
+        self.check_owner: Callable[[], None] = lambda: None
         self.longest_save = 0.0  # seconds until a save was on disk, or in the store; 0 before the first
         self._begun = 0.0  # when the save in flight began, by the monotonic clock
         self.newest_saved: Path | str | None = None  # what this run has written or found intact: a folder, or a URL
@@ -169,7 +171,9 @@ class Checkpointer:
         self._stage: dict[str, Tensor] = {}
         # The writer's own: its messages must not meet those of a step that goes on meanwhile.
         self._ranks = runtime.plant(timeout) if runtime.world_size() > 1 else None
-        self._uploader = Uploader(self.folder, store, self._ranks) if store is not None else None
+        self._uploader = None
+        if store is not None:
+            self._uploader = Uploader(self.folder, store, self._ranks, lambda: self.check_owner())
 
     def prepare(self, state: CheckpointState) -> None:
         """Make room for the copies of an asynchronous save beside the training that comes before the first one.
@@ -362,6 +366,7 @@ class Checkpointer:
                     fsync_folder(path)
                 else:
                     files[path.relative_to(temporary).as_posix()] = measure(path, sync=True)
+        self.check_owner()
         write_manifest(temporary, beside.step, files, beside.finite)
         return self.folder.adopt(temporary, beside.step) if self.folder.shared else temporary
 

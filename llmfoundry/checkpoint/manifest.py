@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
 from llmfoundry import runtime
-from llmfoundry.config import ConfigError
+from llmfoundry.config import ConfigError, RunError
 from llmfoundry.strict_json import Json, read_mapping, whole_number
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,10 @@ class DamagedError(CheckpointError):
 
 class SaveError(RuntimeError):
     """A checkpoint that could not be written; those before it are intact."""
+
+
+class TakenOver(RunError):
+    """Another run has taken this one's folder: nothing more may be written there."""
 
 
 class Written(NamedTuple):

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from llmfoundry import runtime
-from llmfoundry.checkpoint.manifest import INDEX, DamagedError, SaveError, Written, write_file
+from llmfoundry.checkpoint.manifest import INDEX, DamagedError, SaveError, TakenOver, Written, write_file
 from llmfoundry.config import ConfigError
 from llmfoundry.dtensor import local_shard
 from llmfoundry.hf.files import Stored, read_header
@@ -218,7 +218,7 @@ def _on_rank0(ask: Callable[[], Path], ranks: Tree | None) -> Path:
     def said() -> Path:
         try:
             return ask()
-        except SaveError:
+        except (SaveError, TakenOver):
             raise
         except Exception as error:
             raise SaveError(f"{_of_rank(0)}{_one_line(error)}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from llmfoundry import runtime
@@ -22,12 +23,16 @@ class Uploader:
         folder: where they are complete; if ranks do not share it, each has what it wrote.
         store: where they go.
         ranks: all of them, for this alone.
+        check_owner: called before a checkpoint becomes one; raises if the store is another run's by now.
     """
 
-    def __init__(self, folder: CheckpointFolder, store: RunStore, ranks: Tree | None) -> None:
+    def __init__(
+        self, folder: CheckpointFolder, store: RunStore, ranks: Tree | None, check_owner: Callable[[], None]
+    ) -> None:
         self._folder = folder
         self._store = store
         self._ranks = ranks
+        self._check_owner = check_owner
 
     def upload(self, path: Path, step: int) -> str:
         """Upload a checkpoint, and delete it here; all ranks together.
@@ -42,7 +47,7 @@ class Uploader:
         try:
             name, files = runtime.on_rank0(lambda: (store.free_name(step), sorted(read_manifest(path))), ranks)
             runtime.agreed(lambda: store.upload(path, name, self._share(files)), ranks)
-            runtime.on_rank0(lambda: store.complete(path, name), ranks)
+            runtime.on_rank0(lambda: self._complete(path, name), ranks)
         except STORE_ERRORS as error:
             kept = f"; it is in {path}" if shared else ""
             raise SaveError(f"step {step} could not be uploaded to {store.url}: {error}{kept}") from error
@@ -52,6 +57,10 @@ class Uploader:
         if shared:
             runtime.on_rank0(self._folder.clear, ranks)
         return store.place_of(name)
+
+    def _complete(self, path: Path, name: str) -> None:
+        self._check_owner()
+        self._store.complete(path, name)
 
     def left(self) -> Path | None:
         """The newest checkpoint here if the store has none as new; else those here go, for nobody needs them.

@@ -227,8 +227,11 @@ class Trainer(AgreeingRun):
             callback.table(self, table)
 
     def _take_folder(self) -> None:
+        checkpointer = self.saver.checkpointer
         self.folder = RunFolder.claim(self.config.folder)
-        self.saver.checkpointer.tidy()
+        place = checkpointer.store.url if checkpointer.store is not None else str(self.config.folder)
+        checkpointer.check_owner = self.folder.take(place).check
+        checkpointer.tidy()
 
     def _upload_outputs(self) -> None:
         if self.saver.checkpointer.store is not None:
