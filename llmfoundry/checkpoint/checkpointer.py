@@ -84,6 +84,7 @@ from llmfoundry.strict_json import Json
 __all__ = ["Checkpointer", "CheckpointState", "Contents", "SaveError", "load_model_only", "read"]
 
 log = logging.getLogger(__name__)
+WRITER = "checkpoint"  # the name of the thread that writes
 
 
 class Tokenizer(Protocol):
@@ -167,7 +168,7 @@ class Checkpointer:
         self._begun = 0.0  # when the save in flight began, by the monotonic clock
         self.newest_saved: Path | str | None = None  # what this run has written or found intact: a folder, or a URL
         self._pending: Future[Path | str | None] | None = None
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._thread = ThreadPoolExecutor(1, WRITER)
         self._stage: dict[str, Tensor] = {}
         # The writer's own: its messages must not meet those of a step that goes on meanwhile.
         self._ranks = runtime.plant(timeout) if runtime.world_size() > 1 else None
