@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
 import resource
 import signal
 import struct
@@ -378,3 +380,16 @@ def test_parquet(scratch: Path, data: st.DataObject) -> None:
 
     with bounded(scratch):
         _refused(read, ConfigError, file)
+
+
+def test_a_parquet_file_of_a_type_that_is_not_supported_is_refused(scratch: Path) -> None:
+    """Found by `test_parquet`: to pyarrow, an integer of 4 bits is no ValueError, but a NotImplementedError."""
+    file = scratch / "narrow.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["some words"], "n": pyarrow.array([1])}), file)
+    content = file.read_bytes()
+    (schema,) = re.findall(rb"(////(?:[A-Za-z0-9+/=]{4})+)", content)
+    bits = base64.b64decode(schema).replace(struct.pack("<i", 64), struct.pack("<i", 4))
+    _write(file, content.replace(schema, base64.b64encode(bits)))
+    with bounded(scratch):
+        assert _refused(lambda: check_parquet(file), ConfigError, file)
+        assert _refused(lambda: list(read_table(file, "text")), ConfigError, file)

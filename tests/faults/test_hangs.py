@@ -182,7 +182,10 @@ PLACES = {
 def test_a_rank_that_hangs_outside_of_steps_is_named_with_what_it_does(tmp_path: Path, place: str) -> None:
     code, keys, said = PLACES[place]
     text = {"name": "synthetic", "n_documents": 40, "document_words": 50, "split": "validation"}
-    keys |= {"eval_loader": {"dataset": text | {"cache_dir": str(tmp_path / "cache")}}, "device_train_microbatch_size": 2}
+    keys |= {
+        "eval_loader": {"dataset": text | {"cache_dir": str(tmp_path / "cache")}},
+        "device_train_microbatch_size": 2,
+    }
     file = recipe(tmp_path, **plug_in(tmp_path, STUCK.format(code=code)), **keys)
     output = ended(start(file, ranks=2, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2"), 1)
     assert "rank 1 on " in output and f"is at fault: {said}" in output, output

@@ -74,8 +74,9 @@ def test_within_a_machine_the_lock_tells_at_once_that_the_owner_is_dead(
 
 
 def test_a_run_whose_folder_was_taken_over_ends_with_one_line_and_completes_no_checkpoint(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]  # noqa: F811
 ) -> None:  # fmt: skip
+    monkeypatch.setattr(owner, "BEAT", 600.0)
     file = tmp_path / "taken.py"
     file.write_text(
         "import json\n"
