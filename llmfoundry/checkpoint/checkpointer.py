@@ -46,6 +46,7 @@ from llmfoundry.checkpoint.manifest import (
     TRAINER,
     CheckpointError,
     DamagedError,
+    NotFiniteError,
     SaveError,
     checkpoints,
     fsync_folder,
@@ -108,7 +109,6 @@ class CheckpointState:
         generation: a generation_config.json, kept beside the tokenizer.
         base: where the frozen weights came from; given, they are not saved.
         kept: why it is kept when newer ones are there.
-        finite: whether the caller has looked at every value of the tensors, and all are finite.
     """
 
     step: int
@@ -120,20 +120,17 @@ class CheckpointState:
     generation: str | None = None
     base: Base | None = None
     kept: Kept = "newest"
-    finite: bool = False
 
 
 class Beside(NamedTuple):
     """What a checkpoint holds beside tensors, as it is when it is saved.
 
     Attributes:
-        finite: whether every value was looked at.
         trainer: JSON, since the run goes on to change what it is made of.
         config: plain data, which nothing changes: to write 300 settings as YAML takes 30 ms, and a thread has the time.
     """
 
     step: int
-    finite: bool
     trainer: str
     config: Mapping[str, object]
     generation: str | None
@@ -346,6 +343,12 @@ class Checkpointer:
             return save_parts(plan, opened, commit, self.folder.shared, self._ranks)
         except BaseException as error:
             shutil.rmtree(self.folder.path / temporary, ignore_errors=True)
+            if isinstance(error, NotFiniteError):
+                name = str(error).removeprefix("model/")
+                raise NotFiniteError(
+                    f"step {beside.step}: {name} has values that are not finite; the weights are damaged, and only an "
+                    "older checkpoint helps"
+                ) from None
             if not isinstance(error, SaveError):
                 raise
             raise SaveError(f"step {beside.step} could not be saved to {self.folder.path}: {error}") from error
@@ -368,7 +371,7 @@ class Checkpointer:
                 else:
                     files[path.relative_to(temporary).as_posix()] = measure(path, sync=True)
         self.check_owner()
-        write_manifest(temporary, beside.step, files, beside.finite)
+        write_manifest(temporary, beside.step, files, finite=True)  # the writers have looked
         return self.folder.adopt(temporary, beside.step) if self.folder.shared else temporary
 
 
@@ -381,9 +384,7 @@ def _beside(state: CheckpointState) -> Beside:
     trainer = {"step": state.step} | dict(state.trainer) | {KEPT: state.kept, "saved_by": _writer()}
     if state.base is not None:
         trainer["base"] = state.base._asdict()
-    return Beside(
-        state.step, state.finite, json.dumps(trainer, indent=1), state.config, state.generation, state.tokenizer
-    )
+    return Beside(state.step, json.dumps(trainer, indent=1), state.config, state.generation, state.tokenizer)
 
 
 def _writer() -> dict[str, Json]:

@@ -33,7 +33,7 @@ from llmfoundry.checkpoint.reading import (
     load_model_only,
     read,
 )
-from llmfoundry.checkpoint.storage import Box, Laid, index_of
+from llmfoundry.checkpoint.storage import Box, Laid, index_of, is_finite
 from llmfoundry.code import refuse_code, run_plugins
 from llmfoundry.config import ConfigError, check, dump, is_theirs, is_url
 from llmfoundry.hf.adapters import peft_names
@@ -321,7 +321,7 @@ def write_ours(
 
     def fill_and_look(name: str, offsets: tuple[int, ...], box: Tensor) -> None:
         fill_box(name, offsets, box)
-        finite.append(_is_finite(box))
+        finite.append(is_finite(box))
 
     with progress(sum(spec.nbytes for spec in specs.values())) as advance:
         filed = write_files(folder, parts, fill_and_look, advance, hashed=True)
@@ -347,8 +347,3 @@ def write_ours(
     elif tokenizer is not None:
         (folder / "tokenizer").rmdir()
     manifest.write_manifest(folder, 0, files, finite=all(finite))
-
-
-def _is_finite(values: Tensor) -> bool:
-    """Whether all values are finite: a sum that is shows it in one pass."""
-    return bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())

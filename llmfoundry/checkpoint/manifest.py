@@ -56,6 +56,10 @@ class TakenOver(RunError):
     """Another run has taken this one's folder: nothing more may be written there."""
 
 
+class NotFiniteError(RunError):
+    """A tensor that is to be saved has values that are not finite: no later step can repair it."""
+
+
 class Written(NamedTuple):
     """A file that is on disk, synced."""
 

@@ -37,7 +37,7 @@ from llmfoundry.checkpoint.manifest import (
     step_in,
     verify,
 )
-from llmfoundry.checkpoint.storage import SAVED_DTYPES, Entry, TensorReader, read_index
+from llmfoundry.checkpoint.storage import SAVED_DTYPES, Entry, TensorReader, is_finite, read_index
 from llmfoundry.checkpoint.tensors import check_same_model, model_tensors
 from llmfoundry.config import ConfigError, is_theirs, is_url
 from llmfoundry.dtensor import local_shard
@@ -237,10 +237,9 @@ def _check_values(path: Path, files: Files, entries: dict[str, Entry], need: Nee
 def check_finite(file: Path) -> None:
     """Read a file of tensors, and raise DamagedError if a value is not finite."""
     for name, stored in read_header(file, SAVED_DTYPES).items():
-        if stored.spec.dtype.is_floating_point and stored.spec.nbytes:
-            for part in stored.blocks((0,) * len(stored.shape), stored.shape):
-                if not part.values.float().isfinite().all():
-                    raise DamagedError(f"{file}: {name} has values that are not finite")
+        for part in stored.blocks((0,) * len(stored.shape), stored.shape) if stored.spec.nbytes else ():
+            if not is_finite(part.values):
+                raise DamagedError(f"{file}: {name} has values that are not finite")
 
 
 def read_tensors(path: Path, entries: dict[str, Entry], tensors: dict[str, Tensor]) -> None:

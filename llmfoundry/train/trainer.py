@@ -175,7 +175,6 @@ class Trainer(AgreeingRun):
         if not last and (in_doubt or not self.owed):
             return
         self.watchdog.beat(f"saving step {state.step}")
-        check_weights(self)  # so `_checkpoint` may say that all is finite
         if not last:
             self.saver.save(self._checkpoint(), self._sync)
         elif found is None or found.save:
@@ -480,7 +479,6 @@ class Trainer(AgreeingRun):
             generation=self.generation,
             base=self.start.base,
             kept=self._kept(),
-            finite=True,
         )
 
     def _mixture(self) -> dict[str, Json]:
