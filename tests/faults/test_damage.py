@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 from boxed import Box
+from safetensors.torch import load_file, save_file
 from small_run import copied, sign
 
+from llmfoundry.checkpoint import reading
 from llmfoundry.checkpoint.manifest import MANIFEST, DamagedError
 from llmfoundry.checkpoint.reading import read
 
@@ -111,6 +113,18 @@ def _turned(checkpoint: Path) -> None:
     sign(checkpoint)
 
 
+def _with_nan(checkpoint: Path) -> None:
+    """A weight that is NaN, in a checkpoint of an earlier version: its manifest does not say that anyone has looked."""
+    file = checkpoint / "model-00000.safetensors"
+    tensors = load_file(file)
+    tensors["wte.weight"][5, 7] = float("nan")
+    save_file(tensors, file)
+    sign(checkpoint)
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    assert manifest.pop("finite") is True
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+
+
 UNTRUE = {
     "manifest 1e400": _text(MANIFEST, '{"format":1,"step":6,"files":{"config.yaml":{"bytes":1e400,"sha256":""}}}'),
     "manifest NaN": _text(MANIFEST, '{"format":1,"step":NaN,"files":{}}'),
@@ -135,6 +149,7 @@ UNTRUE = {
     "tensors overlap": _edited("tensors.json", _doubled),
     "tensors of an earlier version": _edited("tensors.json", _earlier),
     "header": _turned,
+    "not finite": _with_nan,
     "config bomb": _text("config.yaml", "a: &a [x,x]\nb: *a\nc: [*a, *a\n"),
 }
 
@@ -146,6 +161,29 @@ def test_what_cannot_be_true_is_damage(run: Path, damage: Callable[[Path], None]
     assert read(newest.parents[1], "everything").step == 4
     with pytest.raises(DamagedError, match=str(newest)):
         read(newest, "everything")
+
+
+def test_weights_that_are_not_finite_are_passed_over_by_every_command(box: Box, place: Path, run: Path) -> None:
+    nan = copied(run, "nan")
+    _with_nan(nan / "checkpoints" / "step-6")
+    for words in (
+        ("generate", "--checkpoint", nan, "--prompt", "a", "--max-new-tokens", "1"),
+        ("convert", "to-hf", nan, place / "nan-hf"),
+        ("train", place / "small.yaml", f"save_folder={nan}", "max_duration=7ba"),
+    ):
+        ended = box.run(*words)
+        assert ended.code == 0 and "SKIPPING A DAMAGED CHECKPOINT" in ended.err, ended.err
+        assert "step-6/model-00000.safetensors: wte.weight has values that are not finite" in ended.err
+    one = box.run("generate", "--checkpoint", nan / "checkpoints" / "step-6", "--prompt", "a")
+    assert one.code == 2 and len(one.lines) == 1 and "has values that are not finite" in one.err, one.err
+
+
+def test_who_was_looked_at_when_it_was_saved_is_not_read_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unused(file: Path) -> None:
+        raise AssertionError(f"{file} was read for it")
+
+    monkeypatch.setattr(reading, "check_finite", unused)
+    assert read(run, "everything").step == 6
 
 
 def test_a_renamed_checkpoint_is_not_believed(run: Path) -> None:
