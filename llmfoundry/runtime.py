@@ -118,7 +118,8 @@ def store_for_a_thread() -> dist.Store | None:
     """The ranks' common store over a connection of its own, which no other thread holds up; None for one process."""
     if _store is None or not dist.is_initialized():
         return None
-    return dist.PrefixStore("watch", _store.clone())  # type: ignore[attr-defined]  # torch's stub lacks it
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.PrefixStore(f"watch/{_attempt()}", dist.TCPStore(*place, is_master=False, wait_for_workers=False))
 
 
 def set_timeout(seconds: float) -> None:
@@ -175,9 +176,12 @@ def _store_of_attempt(timeout: datetime.timedelta) -> dist.Store:
     only the one that failed counts. There, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each attempt a store of its own.
     """
     store, _, _ = next(rendezvous("env://", rank(), world_size(), timeout=timeout))
+    return dist.PrefixStore(f"attempt-{_attempt()}", store)
+
+
+def _attempt() -> str:
     one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "all"
-    return dist.PrefixStore(f"attempt-{attempt}", store)
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "all"
 
 
 def stop() -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import datetime
 import pickle
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -45,16 +45,7 @@ class Tree:
     def __init__(self, store: dist.Store, rank: int, world: int, timeout: float) -> None:
         own = levels(rank, world)
         self._in_top = not own or own[-1].step * FANOUT >= world
-        self._groups = [
-            dist.ProcessGroupGloo(
-                dist.PrefixStore(f"{ranks.start}/{ranks.step}", store),
-                ranks.index(rank),
-                len(ranks),
-                datetime.timedelta(seconds=timeout),
-            )
-            for ranks in own
-            if len(ranks) > 1
-        ]
+        self._groups = [_group(store, ranks, rank, timeout) for ranks in own if len(ranks) > 1]
         self._rank, self._world = rank, world
 
     def set_timeout(self, seconds: float) -> None:
@@ -106,7 +97,13 @@ class Tree:
         return self.broadcast(self.gather(value))
 
 
-def _broadcast(group: dist.ProcessGroupGloo, tensor: Tensor) -> None:
+def _group(store: dist.Store, ranks: range, rank: int, timeout: float) -> dist.ProcessGroup:
+    own = dist.PrefixStore(f"{ranks.start}/{ranks.step}", store)
+    made = dist.ProcessGroupGloo(own, ranks.index(rank), len(ranks), datetime.timedelta(seconds=timeout))
+    return cast(dist.ProcessGroup, made)  # it has the methods; torch's stub says it has none
+
+
+def _broadcast(group: dist.ProcessGroup, tensor: Tensor) -> None:
     """From the first of a group to the others."""
     options = dist.BroadcastOptions()
     options.rootRank, options.rootTensor = 0, 0

@@ -266,7 +266,9 @@ def _flight_recorder() -> bytes | None:
     """NCCL's last collectives as JSON; None without NCCL."""
     if not torch.cuda.is_available() or not dist.is_initialized():
         return None
-    found = torch._C._distributed_c10d  # its names changed after torch 2.11
-    dump = getattr(found, "_dump_nccl_trace_json", None) or getattr(found, "_dump_fr_trace_json", None)
-    trace = dump() if dump is not None else None
-    return trace.encode() if isinstance(trace, str) else trace
+    # Two recorders, not two names of one: NCCL's own, and one of other backends, which has nothing of NCCL's.
+    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
+        with contextlib.suppress(AttributeError, RuntimeError):  # not in this build, or NCCL is beyond answering
+            trace = getattr(torch._C._distributed_c10d, name)()
+            return trace.encode() if isinstance(trace, str) else trace
+    return None
