@@ -12,10 +12,12 @@ import re
 import resource
 import signal
 import struct
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import gguf
 import numpy as np
@@ -65,6 +67,24 @@ fuzzed = settings(
 )  # fmt: skip
 
 
+class Used(NamedTuple):
+    """By one input."""
+
+    seconds: float
+    bytes: int
+
+
+WORST: list[Used] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _say_what_was_used() -> Iterator[None]:
+    """For the record in docs/reliability.md."""
+    yield
+    print(f"\n{len(WORST)} inputs, at worst {max(used.seconds for used in WORST):.1f} s and "
+          f"{max(used.bytes for used in WORST) / 2**20:.0f} MiB")  # fmt: skip
+
+
 class TooSlow(Exception):
     """An input took more than SECONDS."""
 
@@ -77,6 +97,7 @@ def _too_slow(number: int, frame: FrameType | None) -> None:
 def bounded(folder: Path) -> Iterator[None]:
     """Within, no more than SECONDS and 1 GB are used, and no file of a folder changes or appears."""
     before, peak = _files(folder), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begun = time.monotonic()
     signal.signal(signal.SIGALRM, _too_slow)
     signal.alarm(SECONDS)
     try:
@@ -84,7 +105,9 @@ def bounded(folder: Path) -> Iterator[None]:
     finally:
         signal.alarm(0)
     assert _files(folder) == before
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < GIB // 1024
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+    WORST.append(Used(time.monotonic() - begun, grown * 1024))
+    assert grown < GIB // 1024
 
 
 def _files(folder: Path) -> dict[str, tuple[int, int]]:
