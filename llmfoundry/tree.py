@@ -51,7 +51,7 @@ class Tree:
     def set_timeout(self, seconds: float) -> None:
         """From now on, a message is waited for so long."""
         for group in self._groups:
-            group._set_default_timeout(datetime.timedelta(seconds=seconds))
+            group._set_default_timeout(datetime.timedelta(seconds=seconds))  # type: ignore[attr-defined]  # of gloo
 
     def reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
         """Combine a tensor on the CPU over all ranks, in place."""
