@@ -326,9 +326,10 @@ def write_ours(
     with progress(sum(spec.nbytes for spec in specs.values())) as advance:
         filed = write_files(folder, parts, fill_and_look, advance, hashed=True)
     files = {name: Written(file.bytes, file.sha256) for name, file in filed.items()}
-    tensors, layouts = {}, []
-    for number, file in enumerate(filed.values()):
-        for place in file.places:
+    tensors: dict[str, Laid] = {}
+    layouts: list[list[Box]] = []
+    for number, written in enumerate(filed.values()):
+        for place in written.places:
             tensors[f"model/{place.name}"] = Laid(place.spec.dtype, place.spec.shape, len(layouts))
             layouts.append([Box(number, (0,) * len(place.spec.shape), place.spec.shape)])
     has_tokenizer = False
