@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llmfoundry.config import ConfigError
@@ -55,6 +56,8 @@ def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
     """Do what every user of a tokenizer does: settings of a wrong type fail only then."""
     if (largest := max(tokenizer.get_vocab().values(), default=0)) >= _MOST_IDS:
         raise ValueError(f"has a token of id {largest}; {_MOST_IDS} is the most that is read")
+    if tokenizer.is_fast:  # some that can be read panic when they are read from what they write
+        Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     tokenizer.decode(tokenizer.encode("a"))
     template = tokenizer.chat_template
     for text in template.values() if isinstance(template, dict) else [template or ""]:
