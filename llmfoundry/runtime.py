@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import logging
 import os
 import random
 import resource
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -23,13 +25,20 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
+from llmfoundry.config import ConfigError
 from llmfoundry.launch import is_rank0 as is_rank0
 from llmfoundry.launch import leave as leave
 from llmfoundry.launch import local_rank as local_rank
 from llmfoundry.launch import rank as rank
 from llmfoundry.launch import world_size as world_size
+from llmfoundry.tree import Tree
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+# Gloo connects two ranks when they first have something to say to each other, not each with every other at the start:
+# 4,096 ranks would have 4,095 sockets each, for every group over all of them.
+os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
 
 # Huge pages for large tensors in host memory: with pages of 4 KiB, a training step on a CPU takes 8 % longer. torch
 # reads this at its first large allocation.
@@ -78,6 +87,8 @@ def start(timeout_seconds: float = 600.0, *, group_of_one: bool = False) -> torc
         timeout_seconds: a collective fails if some rank has not joined it after this time.
         group_of_one: whether a single process gets a process group too, which FSDP needs.
     """
+    global _timeout
+    _timeout = timeout_seconds
     place, timeout = device(), datetime.timedelta(seconds=timeout_seconds)
     if place.type == "cuda":
         torch.cuda.set_device(place)
@@ -107,14 +118,54 @@ def store_for_a_thread() -> dist.Store | None:
     """The ranks' common store over a connection of its own, which no other thread holds up; None for one process."""
     if _store is None or not dist.is_initialized():
         return None
-    return dist.PrefixStore("watch", _store.clone())  # type: ignore[attr-defined]  # torch's stub lacks it
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.PrefixStore(f"watch/{_attempt()}", dist.TCPStore(*place, is_master=False, wait_for_workers=False))
 
 
-def set_timeout(seconds: float, but: ProcessGroup | None = None) -> None:
-    """From now on, a collective of any group but one fails if some rank has not joined it after this time."""
+def set_timeout(seconds: float) -> None:
+    """From now on, a collective of the main thread fails if some rank has not joined it after this time."""
     for group in list(distributed_c10d._world.pg_map):
-        if group is not but:
-            distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+        distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+    if (ranks := tree()) is not None:
+        ranks.set_timeout(seconds)
+
+
+class _Planted(NamedTuple):
+    """The main thread's tree."""
+
+    over: ProcessGroup
+    tree: Tree
+
+
+_planted: _Planted | None = None
+_trees = 0  # made by this process
+
+
+def tree() -> Tree | None:
+    """All ranks, for what the main threads of their processes tell each other; None for a process that is alone."""
+    global _planted
+    if not dist.is_initialized() or world_size() == 1 or dist.get_backend() == "fake":
+        return None
+    world = dist.group.WORLD
+    assert world is not None
+    if _planted is None or _planted.over is not world:
+        _planted = _Planted(world, plant(_timeout))
+    return _planted.tree
+
+
+_timeout = 600.0  # seconds, of `start`
+
+
+def plant(timeout: float) -> Tree:
+    """A new tree of all ranks, which call this together: a thread that talks beside the main one needs its own.
+
+    Args:
+        timeout: seconds that a message is waited for.
+    """
+    global _trees
+    _trees += 1
+    store = dist.PrefixStore(f"tree-{_trees}", distributed_c10d._get_default_store())
+    return Tree(store, dist.get_rank(), dist.get_world_size(), timeout)
 
 
 def _store_of_attempt(timeout: datetime.timedelta) -> dist.Store:
@@ -125,21 +176,25 @@ def _store_of_attempt(timeout: datetime.timedelta) -> dist.Store:
     only the one that failed counts. There, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each attempt a store of its own.
     """
     store, _, _ = next(rendezvous("env://", rank(), world_size(), timeout=timeout))
+    return dist.PrefixStore(f"attempt-{_attempt()}", store)
+
+
+def _attempt() -> str:
     one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "all"
-    return dist.PrefixStore(f"attempt-{attempt}", store)
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "all"
 
 
 def stop() -> None:
     """Leave the process group."""
+    global _planted
+    _planted = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def barrier() -> None:
     """Wait for every rank."""
-    if dist.is_initialized():
-        dist.barrier()
+    any_rank(False)
 
 
 class OutOfMemory(RuntimeError):
@@ -200,7 +255,8 @@ def of_ranks(values: Sequence[float]) -> Tensor:
     """The values of every rank, which all call this together: (ranks, n) float64."""
     rows = torch.zeros(world_size(), len(values), dtype=torch.float64)
     rows[rank()] = torch.tensor(values, dtype=torch.float64)
-    return all_reduce_sum(rows)
+    ranks = tree()
+    return rows if ranks is None else ranks.reduce(rows, dist.ReduceOp.SUM)
 
 
 def any_rank(flag: bool) -> bool:
@@ -210,38 +266,92 @@ def any_rank(flag: bool) -> bool:
 
 def most_of_ranks(values: Sequence[float]) -> list[float]:
     """The largest of each value over all ranks, in one reduction; every rank gets the same."""
-    if not dist.is_initialized():
+    ranks = tree()
+    if ranks is None:
         return list(values)
-    most = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return most.tolist()
+    return ranks.reduce(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.MAX).tolist()
 
 
-def on_rank0(ask: Callable[[], T], group: ProcessGroup | None = None) -> T:
+def of_each_rank(value: T) -> list[T]:
+    """What every rank has, by rank; all get the same."""
+    ranks = tree()
+    return [value] if ranks is None else ranks.all_gather(value)
+
+
+def on_rank0(ask: Callable[[], T], ranks: Tree | None = None) -> T:
     """Run `ask` on rank 0. Every rank returns its answer, or raises its exception, so that none waits for it.
 
     Args:
-        group: of all ranks; None: the default one.
+        ranks: None: the main thread's.
     """
-    outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
+    outcome: tuple[T | None, Exception | None] = (None, None)
     if is_rank0():
         try:
-            outcome[0] = ask(), None
+            outcome = ask(), None
         except Exception as failure:
-            outcome[0] = None, failure
-    if dist.is_initialized() and world_size() > 1:
-        dist.broadcast_object_list(outcome, group=group)
-    answer, error = outcome[0]
+            outcome = None, failure
+    ranks = ranks or tree()
+    answer, error = outcome if ranks is None else ranks.broadcast(outcome)
     if error is not None:
         raise error
     return cast(T, answer)
 
 
-def agreed(act: Callable[[], T], group: ProcessGroup | None = None) -> T:
+_at_the_source = True  # whether this process may ask the hub; see `first_of_node`
+
+
+def asks_hub() -> bool:
+    """Whether to ask the hub; else what another process of this node has fetched is in the cache."""
+    return _at_the_source
+
+
+def first_of_node(what: str, act: Callable[[], T]) -> T:
+    """Run `act` on every rank, first on one of each node; the others find in the cache what that one has fetched.
+
+    A thousand ranks that ask the hub for one tokenizer are refused. The others wait for as long as it takes.
+
+    Args:
+        what: is fetched; the same words on every rank, for messages too.
+
+    Raises:
+        ConfigError: the first one failed.
+    """
+    global _at_the_source
+    if _store is None or not dist.is_initialized():
+        return act()
+    key, waited = f"first/{socket.gethostname()}/{os.environ.get('GROUP_RANK', '')}/{what}", 0
+    if local_rank() == 0:
+        said = "failed"
+        try:
+            answer, said = act(), "done"
+            return answer
+        finally:
+            _store.set(key, said)
+    while True:
+        try:
+            _store.wait([key], datetime.timedelta(seconds=_SAID_AFTER))
+            break
+        except RuntimeError:  # not yet, or the store is gone with its host
+            waited += int(_SAID_AFTER)
+            if not _store.check([key]) and local_rank() == 1:
+                log.warning("waiting for another process of this node, which fetches %s, for %d seconds", what, waited)
+    if _store.get(key) != b"done":
+        raise ConfigError(f"{what}: could not be had by rank {rank() - local_rank()}, which says why")
+    _at_the_source = False
+    try:
+        return act()
+    finally:
+        _at_the_source = True
+
+
+_SAID_AFTER = 15.0  # seconds
+
+
+def agreed(act: Callable[[], T], ranks: Tree | None = None) -> T:
     """Run `act` on every rank. If it fails on any, all raise the exception of the first, so that none goes on alone.
 
     Args:
-        group: as in `on_rank0`.
+        ranks: as in `on_rank0`.
     """
     answer: T | None = None
     error: Exception | None = None
@@ -249,13 +359,14 @@ def agreed(act: Callable[[], T], group: ProcessGroup | None = None) -> T:
         answer = act()
     except Exception as failure:
         error = failure
-    errors: list[Exception | None] = [error]
-    if dist.is_initialized() and world_size() > 1:
-        errors = [None] * world_size()
-        dist.all_gather_object(errors, error, group=group)
-    for first in errors:
-        if first is not None:
-            raise first
+    ranks = ranks or tree()
+    if ranks is not None:
+        # Nearly always there is none: then one number goes around, and not what each rank has.
+        failed = ranks.reduce(torch.tensor([float(error is not None)]), dist.ReduceOp.MAX)
+        if bool(failed):
+            error = ranks.broadcast(next((each for each in ranks.gather(error) if each is not None), None))
+    if error is not None:
+        raise error
     return cast(T, answer)
 
 

@@ -3,6 +3,7 @@
     callbacks:
       hf_checkpointer: {save_folder: runs/{run_name}, save_interval: 1000ba, precision: bfloat16}
 
+The folder may be in a store (`s3://bucket/{run_name}`): an export is written here, uploaded, and deleted here.
 Writes `save_folder/huggingface/ba1000` and so on, each with the tokenizer, as `convert.py to-hf` would; with
 `model.lora` the adapters alone, as peft reads them. Training waits.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +21,9 @@ from pydantic import field_validator
 
 from llmfoundry import hf, runtime
 from llmfoundry.checkpoint.reading import HUGGING_FACE
-from llmfoundry.config import ConfigError, PathPattern, is_theirs
+from llmfoundry.checkpoint.store import STORE_ERRORS
+from llmfoundry.config import ConfigError, PathPattern, is_theirs, is_url
+from llmfoundry.data.remote import PlacePattern, listing, put_folder
 from llmfoundry.hf.adapters import peft_names
 from llmfoundry.hf.family import write_config
 from llmfoundry.model.adapters import save_peft
@@ -38,7 +42,7 @@ SUBFOLDER = "huggingface"
 class HFCheckpointerConfig(CallbackConfig, names=("hf_checkpointer",)):
     """Where, when and how; {run_name}, {epoch}, {batch} and others are filled in, in both names."""
 
-    save_folder: PathPattern  # where the exports go
+    save_folder: PlacePattern  # where the exports go: a folder, or a URL (s3://...)
     save_interval: Interval  # and after the last step
     huggingface_folder_name: PathPattern = "ba{batch}"  # of one export, below save_folder
     precision: Precision = "float32"  # of the weights
@@ -78,8 +82,8 @@ class HFCheckpointer(AtIntervals):
 
     def act(self, trainer: Run) -> None:
         name = trainer.filled(self.config.huggingface_folder_name)
-        folder = Path(trainer.filled(self.config.save_folder)) / SUBFOLDER / name
-        target = runtime.on_rank0(lambda: self._target(folder))
+        place = f"{trainer.filled(self.config.save_folder).rstrip('/')}/{SUBFOLDER}/{name}"
+        target = runtime.on_rank0(lambda: self._target(place))
         if target is None:
             return
         if trainer.model.config.lora is not None:
@@ -87,8 +91,8 @@ class HFCheckpointer(AtIntervals):
         else:
             dtype = DTYPES[self.config.precision]
             hf.save_pretrained(trainer.model, trainer.tokenizer, target, dtype=dtype, generation=trainer.generation)
-        runtime.on_rank0(lambda: _put(target, folder))
-        log.info("step %d: written for transformers to %s", trainer.state.step, folder)
+        runtime.on_rank0(lambda: _put(target, place))
+        log.info("step %d: written for transformers to %s", trainer.state.step, place)
 
     def _write_adapters(self, trainer: Run, target: Path) -> None:
         """With `model.lora`: the adapters alone, as peft reads them; the folder of their base stays where it was."""
@@ -100,18 +104,30 @@ class HFCheckpointer(AtIntervals):
         if runtime.is_rank0():
             trainer.tokenizer.save_pretrained(target)
 
-    def _target(self, folder: Path) -> Path | None:
+    def _target(self, place: str) -> Path | None:
         """Where the new folder is written; None if an older one is to be kept."""
-        if folder.exists() and not self.config.overwrite:
-            log.warning("hf_checkpointer: %s is there and is kept (overwrite: false)", folder)
+        folder = Path(place)
+        if (bool(listing(place)) if is_url(place) else folder.exists()) and not self.config.overwrite:
+            log.warning("hf_checkpointer: %s is there and is kept (overwrite: false)", place)
             return None
+        if is_url(place):
+            return Path(tempfile.mkdtemp(prefix="export-")) / folder.name
         target = folder.with_name(f"{folder.name}.new")
         shutil.rmtree(target, ignore_errors=True)
         return target
 
 
-def _put(written: Path, folder: Path) -> None:
+def _put(written: Path, place: str) -> None:
     """Give what was written its name, which an older folder may have."""
+    if is_url(place):
+        try:
+            put_folder(written, place, "config.json")
+        except STORE_ERRORS as error:
+            log.error("hf_checkpointer: %s could not be written: %s; the run goes on", place, error)
+        finally:
+            shutil.rmtree(written.parent)
+        return
+    folder = Path(place)
     if folder.exists():
         shutil.rmtree(folder)
     written.rename(folder)

@@ -27,8 +27,7 @@ import logging
 import shutil
 import time
 import uuid
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,10 +35,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import SavePlanner
 from torch.optim import Optimizer
 
 from llmfoundry import runtime
@@ -50,6 +46,7 @@ from llmfoundry.checkpoint.manifest import (
     TRAINER,
     CheckpointError,
     DamagedError,
+    NotFiniteError,
     SaveError,
     checkpoints,
     fsync_folder,
@@ -63,14 +60,13 @@ from llmfoundry.checkpoint.reading import (
     Contents,
     Files,
     find_base,
-    first_reason,
     load_base,
     load_model_only,
     read,
     read_one,
     read_tensors,
 )
-from llmfoundry.checkpoint.storage import StagedPlanner, TensorWriter
+from llmfoundry.checkpoint.storage import Part, SavePlan, plan_save, save_parts
 from llmfoundry.checkpoint.store import RunStore
 from llmfoundry.checkpoint.tensors import (
     check_same_model,
@@ -82,7 +78,6 @@ from llmfoundry.checkpoint.tensors import (
     set_rng,
 )
 from llmfoundry.checkpoint.uploading import Uploader
-from llmfoundry.dtensor import local_part
 from llmfoundry.hf.generation import GENERATION
 from llmfoundry.settings import write_resolved
 from llmfoundry.strict_json import Json
@@ -90,9 +85,7 @@ from llmfoundry.strict_json import Json
 __all__ = ["Checkpointer", "CheckpointState", "Contents", "SaveError", "load_model_only", "read"]
 
 log = logging.getLogger(__name__)
-
-# One process is a normal way to save and load.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+WRITER = "checkpoint"  # the name of the thread that writes
 
 
 class Tokenizer(Protocol):
@@ -166,17 +159,19 @@ class Checkpointer:
         self.folder = CheckpointFolder(Path(folder), keep if store is None else 1)
         self.asynchronous = asynchronous
         self.store = store
+        # Called on rank 0 before a checkpoint becomes one, here or in the store; raises TakenOver.
+        self.check_owner: Callable[[], None] = lambda: None
         self.longest_save = 0.0  # seconds until a save was on disk, or in the store; 0 before the first
         self._begun = 0.0  # when the save in flight began, by the monotonic clock
         self.newest_saved: Path | str | None = None  # what this run has written or found intact: a folder, or a URL
         self._pending: Future[Path | str | None] | None = None
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._thread = ThreadPoolExecutor(1, WRITER)
         self._stage: dict[str, Tensor] = {}
-        # The writer's own group: its collectives must not meet those of a step that goes on meanwhile.
-        self.group: dist.ProcessGroup | None = None
-        if runtime.world_size() > 1:
-            self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
-        self._uploader = Uploader(self.folder, store, self.group) if store is not None else None
+        # The writer's own: its messages must not meet those of a step that goes on meanwhile.
+        self._ranks = runtime.plant(timeout) if runtime.world_size() > 1 else None
+        self._uploader = None
+        if store is not None:
+            self._uploader = Uploader(self.folder, store, self._ranks, lambda: self.check_owner())
 
     def prepare(self, state: CheckpointState) -> None:
         """Make room for the copies of an asynchronous save beside the training that comes before the first one.
@@ -184,7 +179,7 @@ class Checkpointer:
         New memory costs several times what copying into it does: a page fault each 4 KiB, or pinning.
         """
         if self.asynchronous and self._pending is None:
-            self._pending = self._thread.submit(self._make_room, _tensors(state))
+            self._pending = self._thread.submit(self._make_room, plan_save(_tensors(state)).parts)
 
     def save(self, state: CheckpointState) -> Path | str:
         """Write a checkpoint, after the one in flight if there is one.
@@ -198,13 +193,12 @@ class Checkpointer:
         """
         self.wait()
         self._begun = time.monotonic()
-        tensors = _tensors(state)
+        plan = plan_save(_tensors(state))
         beside = _beside(state)
         if not self.asynchronous:
-            live = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-            return self._write(tensors, live, beside)
-        planner = StagedPlanner(self._staged(tensors))
-        self._pending = self._thread.submit(self._write, tensors, planner, beside)
+            return self._write(plan, beside)
+        staged = plan._replace(parts=self._staged(plan.parts))
+        self._pending = self._thread.submit(self._write, staged, beside)
         return self.folder.path / f"step-{state.step}"
 
     def wait(self) -> Path | str | None:
@@ -296,26 +290,25 @@ class Checkpointer:
             step, _ = number_of(path.name) or (0, 0)
             self._pending = self._thread.submit(self._bring_up, path, step)
 
-    def _make_room(self, tensors: dict[str, Tensor]) -> None:
+    def _make_room(self, parts: list[Part]) -> None:
         if torch.cuda.is_available():
             torch.cuda.set_device(runtime.device())  # of this thread
-        for name, tensor in tensors.items():
-            local = local_part(tensor).detach()
+        for name, _, local in parts:
             if name not in self._stage:
                 self._stage[name] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda).zero_()
 
-    def _staged(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's part of each tensor, copied to the CPU; the same memory each time, pinned if from a GPU."""
-        self._make_room(tensors)
-        for name, tensor in tensors.items():
-            self._stage[name].copy_(local_part(tensor).detach(), non_blocking=True)
-        if any(tensor.is_cuda for tensor in tensors.values()):
+    def _staged(self, parts: list[Part]) -> list[Part]:
+        """What this rank writes, copied to the CPU; the same memory each time, pinned if from a GPU."""
+        self._make_room(parts)
+        for name, _, local in parts:
+            self._stage[name].copy_(local, non_blocking=True)
+        if any(part.tensor.is_cuda for part in parts):
             torch.cuda.synchronize()
-        return {name: self._stage[name] for name in tensors}
+        return [part._replace(tensor=self._stage[part.name]) for part in parts]
 
-    def _write(self, tensors: dict[str, Tensor], planner: SavePlanner, beside: Beside) -> Path | str:
+    def _write(self, plan: SavePlan, beside: Beside) -> Path | str:
         try:
-            path = self._write_here(tensors, planner, beside)
+            path = self._write_here(plan, beside)
         except SaveError as error:
             self._say_at_once(error)
             raise
@@ -340,27 +333,25 @@ class Checkpointer:
         if self.asynchronous:  # known to the caller at its next save only
             log.warning("%s", error)
 
-    def _write_here(self, tensors: dict[str, Tensor], planner: SavePlanner, beside: Beside) -> Path:
+    def _write_here(self, plan: SavePlan, beside: Beside) -> Path:
         """Write a checkpoint to the folder of this machine."""
         if not self.folder.shared and runtime.local_rank() == 0 and not runtime.is_rank0():
             self.folder.sweep()  # rank 0 sweeps its own machine's
         temporary = f"step-{beside.step}.tmp-{uuid.uuid4().hex[:12]}"  # rank 0's name counts
-        writer = TensorWriter(partial(self.folder.open, temporary), partial(self._commit, beside), self.folder.shared)
+        opened, commit = partial(self.folder.open, temporary), partial(self._commit, beside)
         try:
-            with torch.no_grad():
-                metadata = dcp.save(
-                    tensors,
-                    storage_writer=writer,
-                    planner=planner,
-                    process_group=self.group,
-                    no_dist=runtime.world_size() == 1,
-                )
-        except dcp.CheckpointException as error:  # a BaseException, carrying what went wrong on each rank
+            return save_parts(plan, opened, commit, self.folder.shared, self._ranks)
+        except BaseException as error:
             shutil.rmtree(self.folder.path / temporary, ignore_errors=True)
-            reason = first_reason(error)
-            raise SaveError(f"step {beside.step} could not be saved to {self.folder.path}: {reason}") from error
-        assert metadata.storage_meta is not None and metadata.storage_meta.checkpoint_id is not None
-        return Path(metadata.storage_meta.checkpoint_id)
+            if isinstance(error, NotFiniteError):
+                name = str(error).removeprefix("model/")
+                raise NotFiniteError(
+                    f"step {beside.step}: {name} has values that are not finite; the weights are damaged, and only an "
+                    "older checkpoint helps"
+                ) from None
+            if not isinstance(error, SaveError):
+                raise
+            raise SaveError(f"step {beside.step} could not be saved to {self.folder.path}: {error}") from error
 
     def _commit(self, beside: Beside, temporary: Path, files: Files) -> Path:
         """Complete a folder that every rank has written to, and give it its name; on rank 0."""
@@ -379,7 +370,8 @@ class Checkpointer:
                     fsync_folder(path)
                 else:
                     files[path.relative_to(temporary).as_posix()] = measure(path, sync=True)
-        write_manifest(temporary, beside.step, files)
+        self.check_owner()
+        write_manifest(temporary, beside.step, files, finite=True)  # the writers have looked
         return self.folder.adopt(temporary, beside.step) if self.folder.shared else temporary
 
 

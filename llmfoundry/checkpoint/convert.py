@@ -28,15 +28,17 @@ from llmfoundry.checkpoint.reading import (
     HUGGING_FACE,
     Contents,
     SavedModel,
+    check_finite,
     find_base,
     load_model_only,
     read,
 )
+from llmfoundry.checkpoint.storage import Box, Laid, index_of, is_finite
 from llmfoundry.code import refuse_code, run_plugins
 from llmfoundry.config import ConfigError, check, dump, is_theirs, is_url
 from llmfoundry.hf.adapters import peft_names
 from llmfoundry.hf.family import write_config
-from llmfoundry.hf.files import DTYPE_NAMES, FillBox, Placed, new_folder, shards, write_files
+from llmfoundry.hf.files import FillBox, new_folder, shards, write_files
 from llmfoundry.hf.generation import GENERATION, read_generation
 from llmfoundry.hf.pieces import Copy, Kept, Part, Pieces, Spec, TensorSource, box_of, fill, whole_of
 from llmfoundry.hf.pretrained import (
@@ -168,6 +170,9 @@ def _to_hf(
     contents, config = _open(found.path, "texts", allow_code)  # tensors are verified while they are copied
     tokenizer = tokenizer_of(contents.tokenizer) if contents.tokenizer is not None else None
     with new_folder(out) as folder, manifest.verified_beside(contents.path, _is_weights):
+        if not manifest.says_finite(contents.path):
+            for name in filter(_is_weights, contents.files):
+                check_finite(contents.path / name)
         write_checkpoint(
             folder, _base(config), CheckpointSource(contents, config), dtype=dtype, model_type=model_type,
             tokenizer=tokenizer, generation=read_generation(contents.path), progress=progress,
@@ -312,17 +317,28 @@ def write_ours(
 ) -> None:
     """A whole checkpoint of ours in a folder that will be `out`."""
     parts = {f"model-{number:05d}.safetensors": part for number, part in enumerate(shards(specs, _FILE_BYTES))}
+    finite = []
+
+    def fill_and_look(name: str, offsets: tuple[int, ...], box: Tensor) -> None:
+        fill_box(name, offsets, box)
+        finite.append(is_finite(box))
+
     with progress(sum(spec.nbytes for spec in specs.values())) as advance:
-        filed = write_files(folder, parts, fill_box, advance, hashed=True)
+        filed = write_files(folder, parts, fill_and_look, advance, hashed=True)
     files = {name: Written(file.bytes, file.sha256) for name, file in filed.items()}
-    entries = {f"model/{place.name}": _entry(place, name) for name, file in filed.items() for place in file.places}
+    tensors: dict[str, Laid] = {}
+    layouts: list[list[Box]] = []
+    for number, written in enumerate(filed.values()):
+        for place in written.places:
+            tensors[f"model/{place.name}"] = Laid(place.spec.dtype, place.spec.shape, len(layouts))
+            layouts.append([Box(number, (0,) * len(place.spec.shape), place.spec.shape)])
     has_tokenizer = False
     if tokenizer is not None:
         (folder / "tokenizer").mkdir()
         has_tokenizer = copy_tokenizer(tokenizer, folder / "tokenizer")
     settings = write_resolved(recipe(config, out, has_tokenizer))
     manifest.write_file(folder / CONFIG, settings.encode())
-    texts = {INDEX: json.dumps({"tensors": entries}), TRAINER: json.dumps({"step": 0}), CONVERTED: settings}
+    texts = {INDEX: index_of(tensors, layouts).decode(), TRAINER: json.dumps({"step": 0}), CONVERTED: settings}
     if generation is not None:
         texts[GENERATION] = generation
     files |= {name: manifest.write_file(folder / name, text.encode()) for name, text in texts.items()}
@@ -331,11 +347,4 @@ def write_ours(
             files[file.relative_to(folder).as_posix()] = manifest.measure(file, sync=True)
     elif tokenizer is not None:
         (folder / "tokenizer").rmdir()
-    manifest.write_manifest(folder, 0, files)
-
-
-def _entry(place: Placed, file: str) -> dict[str, object]:
-    """A tensor that is whole in one file, as tensors.json says it."""
-    shape = list(place.spec.shape)
-    chunk = {"file": file, "start": place.start, "offsets": [0] * len(shape), "shape": shape}
-    return {"dtype": DTYPE_NAMES[place.spec.dtype], "shape": shape, "chunks": [chunk]}
+    manifest.write_manifest(folder, 0, files, finite=all(finite))

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
 from llmfoundry import runtime
-from llmfoundry.config import ConfigError
+from llmfoundry.config import ConfigError, RunError
 from llmfoundry.strict_json import Json, read_mapping, whole_number
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,14 @@ class DamagedError(CheckpointError):
 
 class SaveError(RuntimeError):
     """A checkpoint that could not be written; those before it are intact."""
+
+
+class TakenOver(RunError):
+    """Another run has taken this one's folder: nothing more may be written there."""
+
+
+class NotFiniteError(RunError):
+    """A tensor that is to be saved has values that are not finite: no later step can repair it."""
 
 
 class Written(NamedTuple):
@@ -89,10 +97,14 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_manifest(folder: Path, step: int, files: dict[str, Written]) -> None:
-    """List the files of a complete folder, and sync it."""
+def write_manifest(folder: Path, step: int, files: dict[str, Written], finite: bool = False) -> None:
+    """List the files of a complete folder, and sync it.
+
+    Args:
+        finite: whether every value was looked at and is finite; else whoever reads the checkpoint looks.
+    """
     listed = {name: written._asdict() for name, written in sorted(files.items())}
-    manifest = {"format": FORMAT, "step": step, "files": listed}
+    manifest = {"format": FORMAT, "step": step, "finite": finite, "files": listed}
     write_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
     fsync_folder(folder)
 
@@ -135,6 +147,14 @@ def step_in(path: Path) -> int | None:
         return whole_number(read_mapping(path / MANIFEST, follow=False)["step"])
     except (OSError, ValueError, KeyError):
         return None
+
+
+def says_finite(path: Path) -> bool:
+    """Whether the manifest of a checkpoint says that every value was looked at when it was written."""
+    try:
+        return read_mapping(path / MANIFEST, follow=False).get("finite") is True
+    except (OSError, ValueError):
+        return False
 
 
 def verify(path: Path, only: Callable[[str], bool] = lambda name: True) -> dict[str, Written]:

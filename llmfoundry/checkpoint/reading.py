@@ -12,13 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from llmfoundry import hf, runtime
@@ -35,14 +33,15 @@ from llmfoundry.checkpoint.manifest import (
     Written,
     is_needed,
     read_manifest,
+    says_finite,
     step_in,
     verify,
 )
-from llmfoundry.checkpoint.storage import Entry, TensorReader, read_index
+from llmfoundry.checkpoint.storage import SAVED_DTYPES, Entry, TensorReader, is_finite, read_index
 from llmfoundry.checkpoint.tensors import check_same_model, model_tensors
 from llmfoundry.config import ConfigError, is_theirs, is_url
 from llmfoundry.dtensor import local_shard
-from llmfoundry.hf.files import Stored
+from llmfoundry.hf.files import Stored, read_header
 from llmfoundry.hf.pieces import Pieces, Spec, fill_grown
 from llmfoundry.hf.pretrained import VOCABULARY, locate, quantize_from
 from llmfoundry.layers.lora import frozen_weights, is_adapter
@@ -112,12 +111,13 @@ def read(path: str | Path, need: Need = "model") -> Contents:
 def read_one(found: Found, need: Need) -> Contents:
     """`read` of one checkpoint; raises DamagedError, on all ranks."""
     path = found.path
-    files = verify(path, lambda name: is_needed(name, need))
+    files = verify(path, lambda name: is_needed(name, need))  # before their headers are believed
     try:
         config = read_resolved(path / (CONVERTED if CONVERTED in files else CONFIG))
     except ConfigError as error:
         raise DamagedError(str(error)) from None
     trainer, entries = _trainer(path), _entries(path, files)
+    _check_values(path, files, entries, need)
     step, base = trainer["step"], trainer.get("base")
     assert isinstance(step, int)
     tokenizer = path / "tokenizer"
@@ -187,7 +187,7 @@ class SavedModel:
 
     def __init__(self, contents: Contents) -> None:
         entries = contents.entries
-        self._path = contents.path
+        self._reader = TensorReader(contents.path, entries)
         self._entries = {name.removeprefix("model/"): e for name, e in entries.items() if name.startswith("model/")}
         self.specs: Mapping[str, Spec] = {name: Spec(entry.dtype, entry.shape) for name, entry in self._entries.items()}
 
@@ -195,7 +195,7 @@ class SavedModel:
         """The boxes that ranks have saved of a tensor."""
         entry = self._entries[name]
         for chunk in entry.chunks:
-            yield Stored(Spec(entry.dtype, chunk.shape), self._path / chunk.file, chunk.start, chunk.offsets)
+            yield self._reader.stored(f"model/{name}", chunk)
 
 
 def _is_grown(name: str, tensor: Tensor, entry: Entry) -> bool:
@@ -210,36 +210,45 @@ def _entries(path: Path, files: Files) -> dict[str, Entry]:
         entries = read_index(path)
     except (OSError, ValueError) as error:
         raise DamagedError(str(error)) from None
-    for name, entry in entries.items():
-        for chunk in entry.chunks:
+    for chunks in {id(entry.chunks): entry.chunks for entry in entries.values()}.values():
+        for chunk in chunks:
             if chunk.file not in files:
                 raise DamagedError(f"{path / INDEX}: names {chunk.file!r}, which {MANIFEST} does not list")
-            if chunk.start + math.prod(chunk.shape) * entry.dtype.itemsize > files[chunk.file].bytes:
-                raise DamagedError(f"{path / INDEX}: {name} reaches beyond the end of {chunk.file}")
     return entries
 
 
+def _check_values(path: Path, files: Files, entries: dict[str, Entry], need: Need) -> None:
+    """Check that tensors lie where the index says, and are finite if nobody has looked yet; ranks share the files.
+
+    Raises:
+        DamagedError: on all ranks, naming the file, and the tensor that is not finite.
+    """
+
+    def check() -> None:
+        names = sorted(name for name in files if name.endswith(".safetensors") and is_needed(name, need))
+        own = names[runtime.rank() :: runtime.world_size()]
+        TensorReader(path, entries).check_headers(own)
+        for name in own if not says_finite(path) else ():
+            check_finite(path / name)
+
+    runtime.agreed(check)
+
+
+def check_finite(file: Path) -> None:
+    """Read a file of tensors, and raise DamagedError if a value is not finite."""
+    for name, stored in read_header(file, SAVED_DTYPES).items():
+        for part in stored.blocks((0,) * len(stored.shape), stored.shape) if stored.spec.nbytes else ():
+            if not is_finite(part.values):
+                raise DamagedError(f"{file}: {name} has values that are not finite")
+
+
 def read_tensors(path: Path, entries: dict[str, Entry], tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors` in place."""
+    """Fill `tensors` in place; all ranks together, each its parts."""
     try:
-        dcp.load(
-            tensors,
-            storage_reader=TensorReader(path, entries),
-            planner=dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            no_dist=runtime.world_size() == 1,
-        )
-    except dcp.CheckpointException as error:  # a BaseException
-        raise CheckpointError(f"{path}: could not be loaded: {first_reason(error)}") from error
-
-
-def first_reason(error: dcp.CheckpointException) -> str:
-    """The first rank's reason on one line; an interrupt goes on as what it is."""
-    for rank, (failure, _) in sorted(error.failures.items()):
-        if isinstance(failure, KeyboardInterrupt | SystemExit):
-            raise failure
-        where = f"rank {rank}: " if runtime.world_size() > 1 else ""
-        return f"{where}{type(failure).__name__}: {' '.join(str(failure).split())}"
-    return str(error)
+        runtime.agreed(lambda: TensorReader(path, entries).read_into(tensors))
+    except (OSError, RuntimeError, ConfigError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise CheckpointError(f"{path}: could not be loaded: {reason}") from error
 
 
 def base_of(source: Contents | str) -> Base:

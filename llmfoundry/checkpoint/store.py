@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 # Of a run's folder, what is not for the store: the lock, files that are being written, what W&B uploads by itself.
-_HERE_ALONE = (".lock", ".probe-", "wandb/", f"{CHECKPOINTS}/")
+_HERE_ALONE = (".lock", "owner.json", ".probe-", "wandb/", f"{CHECKPOINTS}/")
 STORE_ERRORS = (ConfigError, ResourceError, OSError)  # what a store may fail with
 
 

@@ -2,7 +2,7 @@
 
     model/blocks.0.ffn.experts.w1               parameters and persistent buffers
     optimizer/blocks.0.ffn.experts.w1/exp_avg   the optimizer's state of a parameter
-    rng/0/cpu                                   the random state of rank 0
+    rng/cpu                                     the random states, a row of each rank
 
 Names do not depend on the mesh: sharding, compile and recompute keep them.
 """
@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from llmfoundry import runtime
 from llmfoundry.checkpoint.manifest import CheckpointError
-from llmfoundry.checkpoint.storage import Entry
+from llmfoundry.checkpoint.storage import RNG, Entry
 from llmfoundry.dtensor import cut_like, local_part
 
 
@@ -89,23 +89,29 @@ def empty_state(entries: Mapping[str, Entry], model: nn.Module, optimizer: Optim
 
 def rng_tensors() -> dict[str, Tensor]:
     """This rank's random state. Our own code draws from `runtime.generator` and does not need it; a plug-in may."""
-    states = {f"rng/{runtime.rank()}/cpu": torch.get_rng_state()}
+    states = {f"{RNG}cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states[f"rng/{runtime.rank()}/cuda"] = torch.cuda.get_rng_state()
+        states[f"{RNG}cuda"] = torch.cuda.get_rng_state()
     return states
 
 
 def rng_room(entries: Mapping[str, Entry]) -> dict[str, Tensor]:
     """Empty tensors for this rank's random state; none if the checkpoint is of another number of ranks."""
-    ranks = sum(name.startswith("rng/") and name.endswith("/cpu") for name in entries)
-    here = rng_tensors() if ranks == runtime.world_size() else {}
-    return {name: state for name, state in here.items() if name in entries}
+    here = rng_tensors()
+    if f"{RNG}cpu" in entries:
+        fits = entries[f"{RNG}cpu"].shape == (runtime.world_size(), *here[f"{RNG}cpu"].shape)
+        return {name: state for name, state in here.items() if name in entries} if fits else {}
+    # An earlier version named the states by rank.
+    if sum(name.startswith(RNG) and name.endswith("/cpu") for name in entries) != runtime.world_size():
+        return {}
+    names = {f"{RNG}{runtime.rank()}/{name.removeprefix(RNG)}": state for name, state in here.items()}
+    return {name: state for name, state in names.items() if name in entries}
 
 
 def set_rng(states: Mapping[str, Tensor]) -> None:
     """Set the random state that `rng_tensors` had returned."""
     for name, state in states.items():
-        (torch.set_rng_state if name.endswith("/cpu") else torch.cuda.set_rng_state)(state)
+        (torch.set_rng_state if name.endswith("cpu") else torch.cuda.set_rng_state)(state)
 
 
 def check_same_model(entries: Mapping[str, Entry], tensors: Mapping[str, Tensor], exact_dtype: bool) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-
-import torch.distributed as dist
 
 from llmfoundry import runtime
 from llmfoundry.checkpoint.folder import CheckpointFolder
 from llmfoundry.checkpoint.manifest import SaveError, number_of, read_manifest
 from llmfoundry.checkpoint.store import STORE_ERRORS, RunStore
+from llmfoundry.tree import Tree
 
 _OF_RANK = re.compile(r"\w+-(\d{5})\.safetensors")  # what storage.py calls the files of a rank
 
@@ -22,13 +22,17 @@ class Uploader:
     Args:
         folder: where they are complete; if ranks do not share it, each has what it wrote.
         store: where they go.
-        group: of all ranks, for this alone.
+        ranks: all of them, for this alone.
+        check_owner: called before a checkpoint becomes one; raises if the store is another run's by now.
     """
 
-    def __init__(self, folder: CheckpointFolder, store: RunStore, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, folder: CheckpointFolder, store: RunStore, ranks: Tree | None, check_owner: Callable[[], None]
+    ) -> None:
         self._folder = folder
         self._store = store
-        self._group = group
+        self._ranks = ranks
+        self._check_owner = check_owner
 
     def upload(self, path: Path, step: int) -> str:
         """Upload a checkpoint, and delete it here; all ranks together.
@@ -39,11 +43,11 @@ class Uploader:
         Raises:
             SaveError: on all ranks; the store has no part of it that counts. It is here if ranks share the folder.
         """
-        store, group, shared = self._store, self._group, self._folder.shared
+        store, ranks, shared = self._store, self._ranks, self._folder.shared
         try:
-            name, files = runtime.on_rank0(lambda: (store.free_name(step), sorted(read_manifest(path))), group)
-            runtime.agreed(lambda: store.upload(path, name, self._share(files)), group)
-            runtime.on_rank0(lambda: store.complete(path, name), group)
+            name, files = runtime.on_rank0(lambda: (store.free_name(step), sorted(read_manifest(path))), ranks)
+            runtime.agreed(lambda: store.upload(path, name, self._share(files)), ranks)
+            runtime.on_rank0(lambda: self._complete(path, name), ranks)
         except STORE_ERRORS as error:
             kept = f"; it is in {path}" if shared else ""
             raise SaveError(f"step {step} could not be uploaded to {store.url}: {error}{kept}") from error
@@ -51,8 +55,12 @@ class Uploader:
             if not shared:
                 shutil.rmtree(path, ignore_errors=True)
         if shared:
-            runtime.on_rank0(self._folder.clear, group)
+            runtime.on_rank0(self._folder.clear, ranks)
         return store.place_of(name)
+
+    def _complete(self, path: Path, name: str) -> None:
+        self._check_owner()
+        self._store.complete(path, name)
 
     def left(self) -> Path | None:
         """The newest checkpoint here if the store has none as new; else those here go, for nobody needs them.

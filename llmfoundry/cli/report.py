@@ -1,12 +1,16 @@
-"""`llmfoundry report RUN [RUN ...]`: one page of one run, or of several side by side."""
+"""`llmfoundry report RUN [RUN ...]`: one page of one run, or of several side by side; a run may be in a store."""
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from llmfoundry.checkpoint.store import RunStore
 from llmfoundry.cli.command import command
+from llmfoundry.config import ConfigError, is_url
+from llmfoundry.data.remote import data_path
 from llmfoundry.report.page import write_report
 
 
@@ -14,8 +18,28 @@ from llmfoundry.report.page import write_report
 def report_main(argv: Sequence[str] | None = None) -> None:
     """`report RUN [RUN ...] [--out FILE]`."""
     parser = argparse.ArgumentParser(prog="llmfoundry report", description="Draw the page of one run, or compare runs.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the save_folder of a run")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the save_folder of a run, or its URL (s3://...)")
     parser.add_argument("--out", type=Path, help="the page; if left out, report.html in the only run, or here")
     args = parser.parse_args(argv)
-    alone = args.runs[0] if len(args.runs) == 1 else Path()
-    print(f"written to {write_report(args.runs, args.out or alone / 'report.html')}")
+    runs: list[str] = args.runs
+    alone = Path(runs[0]) if len(runs) == 1 and not is_url(runs[0]) else Path()
+    with tempfile.TemporaryDirectory() as fetched:
+        folders = [_here(run, Path(fetched) / str(number)) for number, run in enumerate(runs)]
+        print(f"written to {write_report(folders, args.out or alone / 'report.html')}")
+
+
+def _here(run: str, to: Path) -> Path:
+    """The folder of a run; of one in a store, its files without the checkpoints are fetched.
+
+    Raises:
+        ConfigError: the store has no such run, or cannot be asked.
+    """
+    if not is_url(run):
+        return Path(run)
+    url = data_path(run).rstrip("/")
+    folder = to / (url.rpartition("/")[2] or "run")
+    folder.mkdir(parents=True)
+    RunStore(url, folder).pull()
+    if not (folder / "metrics.jsonl").is_file():
+        raise ConfigError(f"{run}: holds no metrics.jsonl; name the save_folder of a run")
+    return folder

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from llmfoundry.config import ConfigError
+from llmfoundry.launch import local_rank
+
+log = logging.getLogger(__name__)
+_SAID_AFTER = 10.0  # seconds
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
@@ -32,7 +38,7 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = folder.with_name(f"{folder.name}.lock")
-        with FileLock(lock):
+        with waited_for(lock, f"{folder} to be made"):
             if not folder.exists():
                 try:
                     _make(folder, make)
@@ -44,6 +50,22 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
             f"{folder}: cannot be created: {error}; set cache_dir or LLMFOUNDRY_CACHE to a writable folder"
         ) from error
     return folder
+
+
+@contextmanager
+def waited_for(lock: Path, what: str) -> Iterator[None]:
+    """Hold a lock. Who waits for it says so: on another machine one sees nothing of what the holder does."""
+    held = FileLock(lock)
+    try:
+        held.acquire(timeout=_SAID_AFTER)
+    except Timeout:
+        if local_rank() == 0:
+            log.warning("waiting for %s by another process, which holds %s", what, lock)
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def _make(folder: Path, make: Callable[[Path], None]) -> None:

@@ -17,6 +17,7 @@ from pydantic import Field
 from llmfoundry.config import ConfigError
 from llmfoundry.data.sources import Source, fingerprint_of
 from llmfoundry.data.texts import TextsConfig
+from llmfoundry.runtime import first_of_node
 
 if TYPE_CHECKING:
     import datasets
@@ -39,14 +40,18 @@ class HubTextConfig(TextsConfig, names=("hub", "hf_text")):
     def found(self) -> Source:
         import datasets  # here, because it takes long to import and most runs do not need it
 
-        try:
-            builder = datasets.load_dataset_builder(self.hf_name, self.subset, revision=self.revision)
-            # `datasets` takes what it once stored of a folder for what the folder holds now.
-            anew = {"download_mode": "force_redownload", "verification_mode": "no_checks"}
-            how = anew if Path(self.hf_name).is_dir() else {}
-            rows = datasets.load_dataset(
+        # `datasets` takes what it once stored of a folder for what the folder holds now.
+        anew = {"download_mode": "force_redownload", "verification_mode": "no_checks"}
+        how = anew if Path(self.hf_name).is_dir() else {}
+
+        def load() -> datasets.Dataset | datasets.IterableDataset:
+            return datasets.load_dataset(
                 self.hf_name, self.subset, split=self.split, revision=self.revision, streaming=self.streaming, **how,
             )  # fmt: skip
+
+        try:
+            builder = datasets.load_dataset_builder(self.hf_name, self.subset, revision=self.revision)
+            rows = first_of_node(f"the dataset {self.heap()}", load)
         except Exception as error:  # the hub and its readers fail in many ways
             why = " ".join(str(error).split())[:300]
             raise ConfigError(

@@ -26,7 +26,7 @@ from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import AfterValidator
 
-from llmfoundry.config import ConfigError, ResourceError, is_url, local_path
+from llmfoundry.config import PLACEHOLDERS, ConfigError, ResourceError, check_placeholders, is_url, local_path
 
 Result = TypeVar("Result")
 ATTEMPTS = 5
@@ -53,6 +53,14 @@ def data_path(path: str) -> str:
 
 
 DataPath = Annotated[str, AfterValidator(data_path)]
+
+
+def _pattern(path: str) -> str:
+    """A path or URL with placeholders; raises ValueError for one that nothing fills in, or that `data_path` refuses."""
+    return data_path(check_placeholders(path, PLACEHOLDERS)) if is_url(path) else local_path(path, PLACEHOLDERS)
+
+
+PlacePattern = Annotated[str, AfterValidator(_pattern)]  # a folder here or in a store; it may differ by step
 
 
 def n_bytes(size: int | str | None) -> int:
@@ -234,6 +242,19 @@ def put(file: Path, url: str) -> None:
                 Path(target).unlink(missing_ok=True)
 
     patiently(url, write, "written")
+
+
+def put_folder(folder: Path, url: str, last: str) -> None:
+    """Write a folder of this machine in place of one of a store; raises as `listing`.
+
+    Args:
+        last: the name of a file without which nobody reads the folder: it goes first and comes last.
+    """
+    delete(f"{url}/{last}")
+    delete(url)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in sorted(files, key=lambda path: path.relative_to(folder).as_posix() == last):
+        put(path, f"{url}/{path.relative_to(folder).as_posix()}")
 
 
 def delete(url: str) -> None:

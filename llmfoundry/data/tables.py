@@ -258,12 +258,21 @@ def check_parquet(path: Path) -> None:
 
     try:
         pyarrow.parquet.read_metadata(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise ConfigError(f"dataset.path: {path}: cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _parquet(path: Path, key: str | None) -> Rows:
     """One column, a part of a row group at a time. Text may be stored as bytes without the mark of UTF-8."""
+    import pyarrow
+
+    try:
+        yield from _column_of(path, key)
+    except pyarrow.ArrowException as error:  # of many kinds: NotImplementedError, KeyError, TypeError, MemoryError
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def _column_of(path: Path, key: str | None) -> Rows:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:

@@ -28,7 +28,7 @@ from llmfoundry.data.sources import DatasetConfig
 from llmfoundry.data.tokenizer_files import load_tokenizer
 from llmfoundry.data.word_cache import WordCache
 from llmfoundry.progress import progress
-from llmfoundry.runtime import cache_root
+from llmfoundry.runtime import cache_root, first_of_node
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,9 @@ class TokenizerConfig(Config):
         if looks_local and not folder.is_dir():
             raise ConfigError(f"tokenizer.name: {self.name}: no such folder")
         where = f"tokenizer.name: {self.name}"
-        return load_tokenizer(folder if looks_local else self.name, where, **self.kwargs)
+        if looks_local:
+            return load_tokenizer(folder, where, **self.kwargs)
+        return first_of_node(f"the tokenizer {self.name}", lambda: load_tokenizer(self.name, where, **self.kwargs))
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:

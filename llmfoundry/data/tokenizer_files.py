@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llmfoundry.config import ConfigError
+from llmfoundry.runtime import asks_hub
 
 _OTHERS = KeyboardInterrupt, SystemExit, GeneratorExit
 _MESSAGE = 300  # characters of an error that are shown
+_MOST_IDS = 2**24  # `tokenizers` counts up to the largest id to write a vocabulary: to 2**31 in 50 s and 8 GB
 
 
 def load_tokenizer(source: str | Path, where: str, **words: str | int | float | bool | None) -> PreTrainedTokenizerBase:
@@ -27,7 +30,7 @@ def load_tokenizer(source: str | Path, where: str, **words: str | int | float | 
     Raises:
         ConfigError: there is none, it needs code of its own, or it is damaged.
     """
-    local = isinstance(source, Path)
+    local = isinstance(source, Path) or not asks_hub()
     if isinstance(source, Path) and source.is_dir():
         for file in source.iterdir():
             if not file.is_file() and not file.is_dir() and file.exists():  # a pipe would be waited for
@@ -51,6 +54,10 @@ def load_tokenizer(source: str | Path, where: str, **words: str | int | float | 
 
 def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
     """Do what every user of a tokenizer does: settings of a wrong type fail only then."""
+    if (largest := max(tokenizer.get_vocab().values(), default=0)) >= _MOST_IDS:
+        raise ValueError(f"has a token of id {largest}; {_MOST_IDS} is the most that is read")
+    if tokenizer.is_fast:  # some that can be read panic when they are read from what they write
+        Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     tokenizer.decode(tokenizer.encode("a"))
     template = tokenizer.chat_template
     for text in template.values() if isinstance(template, dict) else [template or ""]:

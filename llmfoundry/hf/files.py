@@ -154,8 +154,11 @@ def _files(path: Path) -> dict[Path, set[str]]:
     return files
 
 
-def read_header(file: Path) -> dict[str, Stored]:
+def read_header(file: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[str, Stored]:
     """The tensors of a safetensors file; they fill it without gaps, as the library wants it.
+
+    Args:
+        dtypes: that they may have; by default, those of weights.
 
     Raises:
         ConfigError: the file is cut short or malformed.
@@ -181,12 +184,12 @@ def read_header(file: Path) -> dict[str, Stored]:
                 raise ValueError(f"tensor {name!r:.80} is no mapping")
             begin, end = whole_numbers(entry["data_offsets"])
             shape = whole_numbers(entry["shape"])
-            if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
+            if not isinstance(entry["dtype"], str) or entry["dtype"] not in dtypes:
                 raise ConfigError(
-                    f"{file}: tensor {name!r} has dtype {entry['dtype']}; weights are one of {', '.join(DTYPES)} "
+                    f"{file}: tensor {name!r} has dtype {entry['dtype']}; weights are one of {', '.join(dtypes)} "
                     "(of a quantised checkpoint, take the unquantised one)"
                 )
-            spec = Spec(DTYPES[entry["dtype"]], shape)
+            spec = Spec(dtypes[entry["dtype"]], shape)
             if end - begin != spec.nbytes:
                 raise ValueError(f"tensor {name!r} does not fill its place")
             if 8 + length + end > size:

@@ -98,8 +98,13 @@ def locate(path_or_id: str | Path, *, settings_only: bool = False) -> Path:
     if path.is_dir():
         return path
     patterns = ["config.json", GENERATION, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+    wanted = patterns[:1] if settings_only else patterns
+
+    def fetch() -> str:
+        return snapshot_download(str(path_or_id), allow_patterns=wanted, local_files_only=not runtime.asks_hub())
+
     try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=patterns[:1] if settings_only else patterns))
+        return Path(runtime.first_of_node(f"{path_or_id}{' (settings)' if settings_only else ''}", fetch))
     except HFValidationError:
         raise ConfigError(f"{path_or_id}: no such folder") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

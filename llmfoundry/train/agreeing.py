@@ -59,7 +59,7 @@ class AgreeingRun(Run):
         """The first step has compiled and connected; no later one takes that long."""
         seconds = seconds_of(self.config.step_timeout)
         if seconds is not None and not self.warm and dist.is_initialized():
-            runtime.set_timeout(seconds, self.saver.checkpointer.group)
+            runtime.set_timeout(seconds)
         self.warm = True
 
     def _say_why(self, asked: int) -> None:

@@ -1,22 +1,18 @@
 """Whether all ranks of a run were started alike: what two of them disagree on would train without a word, or hang.
 
-One gather of a hash finds that something differs; only then are the keys gathered, to name it. Values are not gathered:
-some are secrets.
+The largest and the smallest of each part of a hash, in one reduction, show that something differs; only then are keys
+gathered, to name it. Values are not gathered: some are secrets.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
-
-import torch.distributed as dist
 
 from llmfoundry import runtime
 from llmfoundry.config import Config, ConfigError, dump
-
-T = TypeVar("T")
 
 # Where files are, which nodes may see under other names. What is in them is compared: `check_shared`, fingerprints.
 _PLACES = ("cache_dir", "path", "local", "save_folder", "run_name")
@@ -44,9 +40,11 @@ def check_same(values: Mapping[str, object]) -> None:
     if runtime.world_size() == 1:
         return
     digests = {key: _digest(value) for key, value in values.items()}
-    if len(set(_gather(_digest(digests)))) == 1:
+    own = [float(int(part, 16)) for part in re.findall(".{8}", _digest(digests))]
+    found = runtime.most_of_ranks([*own, *(-each for each in own)])
+    if all(most == -least for most, least in zip(found[: len(own)], found[len(own) :], strict=True)):
         return
-    first, *others = _gather(digests)
+    first, *others = runtime.of_each_rank(digests)
     for rank, other in enumerate(others, 1):
         keys = [key for key in first | other if first.get(key) != other.get(key)]
         if keys:
@@ -55,13 +53,6 @@ def check_same(values: Mapping[str, object]) -> None:
                 f"rank {rank} was started otherwise than rank 0: {', '.join(keys[:_NAMED])}{more}; give all ranks the "
                 "same YAML, overrides, data and tokenizer"
             )
-
-
-def _gather(value: T) -> list[T]:
-    """The value of every rank."""
-    found = [value] * runtime.world_size()
-    dist.all_gather_object(found, value)
-    return found
 
 
 def _digest(value: object) -> str:

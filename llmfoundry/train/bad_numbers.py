@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from llmfoundry import runtime
@@ -39,23 +38,24 @@ class BadRow(NamedTuple):
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor with a value that is not finite; all ranks together, each for its own parts.
 
-    The host waits once. Nothing is copied: the largest absolute value of a tensor shows it.
+    Nothing is copied. The host waits once, and once more where a sum is not finite: sums are fast, and may overflow.
     """
     own = {name: local_part(tensor).detach() for name, tensor in tensors.items()}
     own = {name: part for name, part in own.items() if part.is_floating_point() and part.numel()}
-    are_finite = [torch.linalg.vector_norm(part, float("inf")).isfinite() for part in own.values()]
+    sums = {name: part.sum(dtype=torch.float32).isfinite() for name, part in own.items()}
     by_device: dict[torch.device, list[Tensor]] = {}
-    for each in are_finite:
+    for each in sums.values():
         by_device.setdefault(each.device, []).append(each)
     finite = {device: iter(torch.stack(found).tolist()) for device, found in by_device.items()}
+    suspects = [name for name, each in sums.items() if not next(finite[each.device])]
     names = list(tensors)
-    bad = [names.index(name) for name, each in zip(own, are_finite, strict=True) if not next(finite[each.device])]
+    bad = [names.index(name) for name in suspects if not own[name].isfinite().all()]
     least = -runtime.most_of_ranks([-min(bad, default=len(names))])[0]
     return names[int(least)] if least < len(names) else None
 
 
 def check_weights(run: Run) -> None:
-    """Look at every weight and optimizer state before it is saved; all ranks together.
+    """Look at every weight and optimizer state; all ranks together. (A save looks by itself.)
 
     Raises:
         RunError: naming the first that is not finite.
@@ -77,11 +77,7 @@ def bad_rows(run: Run, batch: Batch, objective: Loss) -> list[BadRow]:
             rows = micro.rows.repeat_interleave(nats.shape[0] // micro.rows.shape[0])
             own += rows[~nats.isfinite().all(1)].tolist()
     named = [BadRow(row, runtime.rank()) for row in sorted(set(own))[:NAMED]]
-    found: list[list[BadRow]] = [named]
-    if runtime.world_size() > 1:
-        found = [[]] * runtime.world_size()
-        dist.all_gather_object(found, named)
-    return [each for of_rank in found for each in of_rank]
+    return [each for of_rank in runtime.of_each_rank(named) for each in of_rank]
 
 
 def record(step: int, why: str, first: int, end: int, bad: list[BadRow]) -> dict[str, object]:

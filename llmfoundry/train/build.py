@@ -52,6 +52,21 @@ def build(config: RunConfig) -> Trainer:
     """
     # In a single process, only FSDP can keep weights in host memory.
     device = runtime.start(config.dist_timeout, group_of_one=config.parallel.cpu_offload)
+    collective = seconds_of(config.step_timeout) or config.dist_timeout
+    watchdog = Watchdog(config.folder, limits(seconds_of(config.hang_timeout), collective))
+    watchdog.start()
+    try:
+        return _build(config, device, watchdog)
+    except BaseException as error:
+        named = watchdog.named("before the first step", error) if isinstance(error, RuntimeError) else None
+        watchdog.close()
+        if named is not None:
+            raise named from error
+        raise
+
+
+def _build(config: RunConfig, device: torch.device, watchdog: Watchdog) -> Trainer:
+    watchdog.phase("comparing settings")
     check_same_config(config)
     runtime.seed_all(config.seed)
     assert isinstance(config.model, CausalLMConfig)
@@ -73,7 +88,9 @@ def build(config: RunConfig) -> Trainer:
         timeout=seconds_of(config.hang_timeout) or LOOSE,
         store=store,
     )
+    watchdog.phase("looking for checkpoints")
     start = find_start(config, checkpointer)
+    watchdog.phase("getting the tokenizer and the data")
     for part in config.due_evaluations:
         check_apart(config.train_loader.dataset, part.dataset)
     config, tokenizer, special = settle_tokenizer(config, start)
@@ -94,6 +111,7 @@ def build(config: RunConfig) -> Trainer:
     )
     joined = _mix(config, loader, timeline, start)
     schedule = config.scheduler.build(timeline)
+    watchdog.phase("building the model")
     loaded = bool(start.hugging_face or start.composer or start.contents) and not config.load_allow
     model = _build_model(config, mesh, precision, loaded)
     microbatches.can_retry = can_leave(model)
@@ -118,9 +136,7 @@ def build(config: RunConfig) -> Trainer:
         start=start,
         microbatches=microbatches,
         saver=Saver(checkpointer, config.save_failures_allowed),
-        watchdog=Watchdog(
-            path, limits(seconds_of(config.hang_timeout), seconds_of(config.step_timeout) or config.dist_timeout)
-        ),
+        watchdog=watchdog,
         countdown=Countdown(find_limit(seconds_of(config.time_limit))),
         generation=generation_for(start, tokenizer),
         callbacks=list(callbacks.values()),

@@ -20,8 +20,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO
 
-import torch.distributed as dist
-
 from llmfoundry import runtime
 from llmfoundry.checkpoint.identity import Plain
 from llmfoundry.checkpoint.manifest import checkpoints
@@ -29,13 +27,14 @@ from llmfoundry.config import ConfigError
 from llmfoundry.private import disclosed
 from llmfoundry.settings import write_resolved
 from llmfoundry.strict_json import parse_json, read_mapping, whole_number
+from llmfoundry.train.owner import OWNER, Owner
 from llmfoundry.train.run import Metrics
 
 log = logging.getLogger(__name__)
 Summary = dict[str, float | int | bool | str | list[float]]
 
 # What a run that ended before its first step can leave: the folder is still free.
-TRACES = {".lock", "config.yaml", "config.yaml.tmp", "metrics.jsonl", "wandb", "wandb-run-id"}
+TRACES = {".lock", OWNER, f"{OWNER}.tmp", "config.yaml", "config.yaml.tmp", "metrics.jsonl", "wandb", "wandb-run-id"}
 
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # what flock says of a lock that another process holds
 SKIPPED = "skipped.jsonl"  # the rows of steps that changed nothing
@@ -45,8 +44,10 @@ _PROBE, _PROBE_SECONDS = ".probe-", 20.0
 class RunFolder:
     """The `save_folder` of a run, as its owner sees it; only rank 0 has one."""
 
-    def __init__(self, path: Path, lock: IO[str]) -> None:
+    def __init__(self, path: Path, lock: IO[str], locked: bool) -> None:
         self.path = path
+        self._locked = locked  # some file systems cannot
+        self.owner: Owner | None = None
         self._lock = lock  # held until `close`; the kernel releases it however the process ends
         self._metrics: FileIO | None = None
         self._unwritten = bytearray()  # bytes of metrics.jsonl
@@ -64,15 +65,31 @@ class RunFolder:
             lock = (path / ".lock").open("w")
         except OSError as error:
             raise ConfigError(f"save_folder: {path} cannot be written: {error.strerror}") from None
+        locked = False
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
         except OSError as error:
             if error.errno in _HELD:
                 raise ConfigError(f"save_folder: {path} is in use by another run, which is still going on") from None
             log.warning(
                 "save_folder: %s cannot be locked (%s); see to it that no other run uses it", path, error.strerror
             )
-        return cls(path, lock)
+        return cls(path, lock, locked)
+
+    def take(self, place: str) -> Owner:
+        """Become the owner of a folder among all machines, until `close`.
+
+        Args:
+            place: this folder, or the URL of the run's folder in a store.
+
+        Raises:
+            ConfigError: another run has it, and goes on.
+        """
+        owner = Owner(place, self._lock if self._locked else None)
+        owner.take()
+        self.owner = owner
+        return owner
 
     def begin(self, config: Plain, before: Plain | None, step: int) -> None:
         """Write config.yaml; settings that had been others up to `step` stay on record in config-history.
@@ -162,6 +179,8 @@ class RunFolder:
         """Let another run have the folder."""
         if self._metrics is not None:
             self._metrics.close()
+        if self.owner is not None:
+            self.owner.close()
         self._lock.close()
 
     def write_summary(self, summary: Summary) -> None:
@@ -239,8 +258,7 @@ def hosts_without(path: Path) -> list[str | None]:
     deadline = time.monotonic() + _PROBE_SECONDS  # network file systems may take a while to show a new file
     while not (seen := probe.is_file()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    hosts: list[str | None] = [None] * runtime.world_size()
-    dist.all_gather_object(hosts, None if seen else socket.gethostname())
+    hosts = runtime.of_each_rank(None if seen else socket.gethostname())
     if runtime.is_rank0():
         probe.unlink(missing_ok=True)
     return hosts

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple, cast
 
 import torch
-import torch.distributed as dist
 from torch.profiler import record_function
 
 from llmfoundry import hf, runtime
@@ -48,9 +47,6 @@ from llmfoundry.train.watchdog import READING
 
 log = logging.getLogger(__name__)
 
-# What gloo says when another rank is gone or does not come.
-LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "gloo/transport")
-
 
 class Ahead(NamedTuple):
     """The rows of the next step."""
@@ -77,6 +73,17 @@ class Trainer(AgreeingRun):
 
     def fit(self) -> None:
         """Train until `max_duration`, or until a signal asks to stop."""
+        try:
+            self._fit()
+        except RuntimeError as error:  # also DistError
+            if (named := self.watchdog.named(f"step {self.state.step + 1}", error)) is None:
+                raise
+            raise named from error
+        finally:
+            self._close()
+
+    def _fit(self) -> None:
+        self.watchdog.phase("loading")
         self._load()
         if self._is_complete():
             log.info(
@@ -85,24 +92,9 @@ class Trainer(AgreeingRun):
             )  # fmt: skip
             runtime.on_rank0(self._take_folder)
             runtime.on_rank0(self._upload_outputs)
-            self._close()
             return
-        self.watchdog.start()
-        try:
-            self._fit()
-        except dist.DistError as error:
-            raise self._named(error) from error
-        except RuntimeError as error:
-            if not any(word in str(error) for word in LOST):
-                raise
-            raise self._named(error) from error
-        finally:
-            self._close()
-
-    def _named(self, error: Exception) -> RunError:
-        """The failure of a collective, with the rank that it was waiting for."""
-        why = self.watchdog.verdict()
-        return RunError(f"step {self.state.step + 1}: {why or 'a collective failed'}; here: {str(error).strip()}")
+        self.watchdog.beat("before the first step")
+        self._train()
 
     def _close(self) -> None:
         self.watchdog.close()
@@ -111,7 +103,7 @@ class Trainer(AgreeingRun):
         if self.folder is not None:
             self.folder.close()
 
-    def _fit(self) -> None:
+    def _train(self) -> None:
         # Only now that nothing of the user's can be wrong is anything written.
         runtime.on_rank0(self._take_folder)
         checkpointer = self.saver.checkpointer
@@ -155,6 +147,7 @@ class Trainer(AgreeingRun):
             if not self.evaluation and self._evaluates and not self.stopping:
                 self._evaluate()  # a run taken up after its last step
                 self.agree()
+        self.watchdog.beat("waiting for the last checkpoint")
         self.saver.finish()
         if self.folder is not None:
             self.folder.write_summary(self._summary())
@@ -181,7 +174,6 @@ class Trainer(AgreeingRun):
         in_doubt = self.doubtful or state.skipped_in_a_row > 0
         if not last and (in_doubt or not self.owed):
             return
-        check_weights(self)
         self.watchdog.beat(f"saving step {state.step}")
         if not last:
             self.saver.save(self._checkpoint(), self._sync)
@@ -218,6 +210,7 @@ class Trainer(AgreeingRun):
 
     def _record(self, metrics: Metrics) -> None:
         for callback in self.callbacks if not self.unevaluated else ():  # they see it when it is whole
+            self.watchdog.phase(f"{type(callback).__name__}, after step {self.state.step}")
             callback.step_end(self, metrics)
         if self.folder is not None:
             self.folder.write_metrics(metrics)
@@ -227,8 +220,11 @@ class Trainer(AgreeingRun):
             callback.table(self, table)
 
     def _take_folder(self) -> None:
+        checkpointer = self.saver.checkpointer
         self.folder = RunFolder.claim(self.config.folder)
-        self.saver.checkpointer.tidy()
+        place = checkpointer.store.url if checkpointer.store is not None else str(self.config.folder)
+        checkpointer.check_owner = self.folder.take(place).check
+        checkpointer.tidy()
 
     def _upload_outputs(self) -> None:
         if self.saver.checkpointer.store is not None:
@@ -396,6 +392,7 @@ class Trainer(AgreeingRun):
     def _evaluate(self) -> Metrics:
         """Nothing if a signal cut it short."""
         self.evaluation = {}  # the older one is not of this step
+        self.watchdog.beat(f"an evaluation after step {self.state.step}")
         self.model.eval()
         texts = evaluate_texts(self, self.stopped)
         tasks = evaluate_by_tasks(self, self.stopped) if texts is not None else None

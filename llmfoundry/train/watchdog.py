@@ -15,6 +15,7 @@ import datetime
 import faulthandler
 import json
 import logging
+import math
 import os
 import socket
 import sys
@@ -28,6 +29,8 @@ import torch
 import torch.distributed as dist
 
 from llmfoundry import launch, runtime
+from llmfoundry.checkpoint.checkpointer import WRITER, Checkpointer
+from llmfoundry.config import RunError
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +42,9 @@ ANSWER = 20.0  # seconds for the verdict of another rank
 STOPPED = 10.0  # seconds of this thread's own silence after which the process must have been stopped
 GIL = 60.0  # seconds more until a process ends in which no thread of Python can run
 STDERR = 2  # its number: it may be replaced or closed in Python
-COLLECTIVE = ("torch.distributed", "torch._C._distributed")
+COLLECTIVE = ("torch.distributed", "torch._C._distributed", "llmfoundry.tree")
+# What gloo says when another rank is gone or does not come.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "gloo/transport")
 INNERMOST = 3  # frames in which a collective shows
 
 
@@ -100,11 +105,14 @@ class Watchdog:
         return min(POLL, min(self._allowed) / 4)
 
     def start(self) -> None:
-        """Begin to watch; the thread that calls this is watched."""
+        """Begin to answer when another rank calls the roll; the thread that calls this is watched from `beat` on.
+
+        Nothing says how long it takes to tokenise, or to load: until then, a timeout of collectives ends a hang.
+        """
         if min(self._allowed) > 0:
             self._main = threading.get_ident()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-            self.beat("before the first step")
+            self._seconds = math.inf
             self._thread.start()
 
     def beat(self, doing: str, in_step: bool = False) -> None:
@@ -122,6 +130,12 @@ class Watchdog:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def named(self, at: str, error: Exception) -> RunError | None:
+        """The failure of a collective, with the rank that it was waiting for; None for any other error."""
+        if not isinstance(error, dist.DistError) and not any(word in str(error) for word in LOST):
+            return None
+        return RunError(f"{at}: {self.verdict() or 'a collective failed'}; here: {str(error).strip()}")
 
     def verdict(self) -> str:
         """Call the roll, and say which rank is at fault; all who ask get the same answer. Empty if nobody knows."""
@@ -173,14 +187,14 @@ class Watchdog:
 
     def _here(self) -> Answer:
         """Where the main thread is."""
-        frames: list[FrameType] = []
-        frame = sys._current_frames().get(self._main)
-        while frame is not None:
-            frames.append(frame)
-            frame = frame.f_back
+        frames = _frames(self._main)
+        if any(each.f_code is Checkpointer.wait.__code__ for each in frames):  # what counts is who writes for it
+            writer = next((thread for thread in threading.enumerate() if thread.name.startswith(WRITER)), None)
+            frames = _frames(writer.ident or 0) if writer is not None else frames
         inside = any(str(each.f_globals.get("__name__", "")).startswith(COLLECTIVE) for each in frames[:INNERMOST])
-        ours = next((each for each in frames if "llmfoundry" in each.f_code.co_filename), None)
-        place = next(iter(frames), None) if not inside else ours
+        ours = next((each for each in frames if "llmfoundry" in each.f_code.co_filename and not _passes_on(each)), None)
+        is_parked = bool(frames) and str(frames[0].f_globals.get("__name__")).startswith(("threading", "concurrent"))
+        place = next(iter(frames), None) if not inside and not is_parked else ours
         at = f"{Path(place.f_code.co_filename).name}:{place.f_lineno}, {place.f_code.co_name}" if place else "nowhere"
         return Answer(inside or self._failed or self._doing == READING, f"{self._doing} ({at})", socket.gethostname())
 
@@ -233,11 +247,28 @@ class Watchdog:
             file.write(f"\n{text}\n")
 
 
+def _frames(thread: int) -> list[FrameType]:
+    """Where a thread is, the innermost frame first."""
+    frames: list[FrameType] = []
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    return frames
+
+
+def _passes_on(frame: FrameType) -> bool:
+    """Whether a frame is of what many parts of a run talk through: it says nothing of who waits."""
+    return frame.f_globals.get("__name__") in ("llmfoundry.tree", "llmfoundry.runtime")
+
+
 def _flight_recorder() -> bytes | None:
     """NCCL's last collectives as JSON; None without NCCL."""
     if not torch.cuda.is_available() or not dist.is_initialized():
         return None
-    found = torch._C._distributed_c10d  # its names changed after torch 2.11
-    dump = getattr(found, "_dump_nccl_trace_json", None) or getattr(found, "_dump_fr_trace_json", None)
-    trace = dump() if dump is not None else None
-    return trace.encode() if isinstance(trace, str) else trace
+    # Two recorders, not two names of one: NCCL's own, and one of other backends, which has nothing of NCCL's.
+    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
+        with contextlib.suppress(AttributeError, RuntimeError):  # not in this build, or NCCL is beyond answering
+            trace = getattr(torch._C._distributed_c10d, name)()
+            return trace.encode() if isinstance(trace, str) else trace
+    return None

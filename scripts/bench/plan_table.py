@@ -23,6 +23,26 @@ TRAIN_STEP = ROOT / "scripts" / "bench" / "results" / "train_step.json"
 SEQ_LEN = 4096  # tokens
 
 
+MANY_RANKS = ROOT / "scripts" / "bench" / "results" / "many_ranks.json"
+# Of scripts/bench/many_ranks.py: what it is called on the page, its key, and how it is written.
+_COSTS = [
+    ("replicate x shard", "mesh", "{}"),
+    ("**connections of a rank**, at most", "sockets", "{:,}"),
+    ("messages one after another, until all agree at the end of a step", "hops", "{:,}"),
+    ("save: to decide what a rank writes, s", "plan_seconds", "{:.2f}"),
+    ("what a rank tells rank 0, bytes", "told_bytes", "{:,}"),
+    ("the most that a rank stages and writes, of an even share", "staged_share", "{:.2f}"),
+    ("**tensors.json**, bytes", "index_bytes", "{:,}"),
+    ("made by rank 0, s", "index_seconds", "{:.2f}"),
+    ("read and checked by each rank, s", "read_seconds", "{:.2f}"),
+    ("MANIFEST.json, bytes", "manifest_bytes", "{:,}"),
+    ("read and checked by each rank, s", "manifest_seconds", "{:.2f}"),
+    ("files that a rank reads of a checkpoint of the same mesh", "files", "{:,}"),
+    ("of one of twice as many ranks", "files_on_half", "{:,}"),
+    ("to find what to read, s", "find_seconds", "{:.2f}"),
+]
+
+
 class Setting(NamedTuple):
     """What was chosen for one model on a number of GPUs."""
 
@@ -66,6 +86,15 @@ def job_of(setting: Setting) -> Job:
         f"parallel.reduce_once_a_step={str(setting.reduce_once_a_step).lower()}",
     ]
     return Job.of(read_run_config(str(ROOT / "yamls" / f"{yaml}.yaml"), overrides))
+
+
+def many_ranks() -> str:
+    """The table of what a process has to do for a run of many ranks."""
+    rows = json.loads(MANY_RANKS.read_text())["rows"]
+    lines = ["| ranks: | " + " | ".join(f"{row['ranks']:,}" for row in rows) + " |", "|---" * (len(rows) + 1) + "|"]
+    for title, key, form in _COSTS:
+        lines.append(f"| {title} | " + " | ".join(form.format(row[key]) for row in rows) + " |")
+    return "\n".join(lines)
 
 
 def planned(job: Job, setting: Setting) -> tuple[Plan, Memory]:

@@ -27,7 +27,7 @@ from performance_tables import (
     prepare,
     update,
 )
-from plan_table import measured, planning, rates
+from plan_table import many_ranks, measured, planning, rates
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "scripts" / "bench" / "results"
@@ -255,6 +255,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "lora-layer": lora_layer,
     "lora-model": lora_model,
     "loss-curves": loss_curves,
+    "many-ranks": many_ranks,
     "memory": memory_peaks,
     "prepare": prepare,
     "update": update,

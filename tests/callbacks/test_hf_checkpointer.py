@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from peft import PeftModel
@@ -15,6 +17,7 @@ from llmfoundry.callbacks.generate_callback import FILE
 from llmfoundry.checkpoint.reading import load_model_only, read
 from llmfoundry.cli.command import read_run_config
 from llmfoundry.cli.train import train_main
+from llmfoundry.config import ResourceError
 
 # A model that a family of transformers holds.
 MIXTRAL = [
@@ -60,6 +63,32 @@ def test_adapters_are_written_alone_as_peft_reads_them(tiny: Path, tmp_path: Pat
     assert (found - plain).abs().max() > 1e-2, "the adapters have learned something"
 
 
+def test_exports_go_to_a_store_and_nothing_of_them_stays_here(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    url = f"memory://{tmp_path}/{{run_name}}"
+    fs, path = fsspec.core.url_to_fs(url.format(run_name="first"))
+    fs.pipe_file(f"{path}/huggingface/ba4/old", b"of a run before")
+    words = [f"callbacks.hf_checkpointer={{save_folder: '{url}', save_interval: 3ba}}", "run_name=first"]
+    assert train_main([str(tiny), *MIXTRAL, *words]) == 0
+    names = {name.removeprefix(path) for name in fs.find(path)}
+    assert {f"/huggingface/ba{step}/{file}" for step in (3, 4) for file in ("config.json", "model.safetensors")} < names
+    assert "/huggingface/ba4/old" not in names
+    assert not list((tmp_path / "temporary").glob("export-*"))
+    fs.get(f"{path}/huggingface/ba4", str(tmp_path / "copy"), recursive=True)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "copy").config.num_local_experts == 4
+
+    def fails(file: Path, url: str) -> None:
+        raise ResourceError(f"{url}: cannot be written after 5 attempts")
+
+    monkeypatch.setattr("llmfoundry.data.remote.put", fails)
+    assert train_main([str(tiny), *MIXTRAL, *words, f"save_folder={tmp_path}/second"]) == 0
+    assert "huggingface/ba4 could not be written" in caplog.text and not list((tmp_path / "temporary").glob("export-*"))
+    assert not fs.exists(f"{path}/huggingface/ba4/config.json"), "half an export is none"
+
+
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_a_folder_that_is_there(tiny: Path, tmp_path: Path, overwrite: bool) -> None:
     there = tmp_path / "out" / "huggingface" / "epoch0-step4"
@@ -79,7 +108,7 @@ def test_a_folder_that_is_there(tiny: Path, tmp_path: Path, overwrite: bool) -> 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["callbacks.hf_checkpointer={save_folder: s3://x, save_interval: 1ba}"], "is a URL"),
+        (["callbacks.hf_checkpointer={save_folder: s4://x, save_interval: 1ba}"], "is a URL that is not known"),
         (["callbacks.hf_checkpointer={save_folder: 'x{step}', save_interval: 1ba}"], "known: {run_name}, {rank}"),
         (["callbacks.hf_checkpointer={save_folder: x, save_interval: 1ba, final_register_only: true}"], "MLflow"),
         (

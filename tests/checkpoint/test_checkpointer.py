@@ -592,13 +592,12 @@ def test_an_index_cannot_name_files_or_boxes_outside(saved: tuple[Path, tuple[nn
     path = folder / "step-2"
     original = json.loads((path / "tensors.json").read_text())
     changes: list[tuple[str, object]] = [
-        ("file", "../step-1/model-00000.safetensors"), ("file", "unlisted"), ("start", -8),
-        ("start", 1 << 40), ("offsets", [-1, 0]), ("offsets", [1, 0]), ("offsets", "x"),
-        ("shape", [7]), ("shape", [3, 4]),
+        ("rank", 1), ("rank", -1), ("rank", "x"), ("offsets", [-1, 0]), ("offsets", [1, 0]), ("offsets", "x"),
+        ("shape", [7]), ("shape", [3, 4]), ("count", 2), ("count", -1), ("count", 1 << 40),
     ]  # fmt: skip
     for key, value in changes:
         index = copy.deepcopy(original)
-        index["tensors"]["model/linear.weight"]["chunks"][0][key] = value
+        index["layouts"][index["tensors"]["model/linear.weight"]["layout"]][0][key] = value
         (path / "tensors.json").write_text(json.dumps(index))
         reseal(path)
         with pytest.raises(CheckpointError):

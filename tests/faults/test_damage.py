@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 from boxed import Box
+from safetensors.torch import load_file, save_file
 from small_run import copied, sign
 
+from llmfoundry.checkpoint import reading
 from llmfoundry.checkpoint.manifest import MANIFEST, DamagedError
 from llmfoundry.checkpoint.reading import read
 
@@ -79,15 +81,48 @@ def _text(name: str, text: str) -> Callable[[Path], None]:
     return damage
 
 
-def _chunk(said: dict) -> dict:
-    return said["tensors"]["model/wte.weight"]["chunks"][0]
+def _box(said: dict) -> dict:
+    """The first entry of the layout of a tensor."""
+    return said["layouts"][said["tensors"]["model/wte.weight"]["layout"]][0]
+
+
+def _weight(said: dict) -> dict:
+    return said["tensors"]["model/wte.weight"]
 
 
 def _doubled(said: dict) -> None:
-    """Two chunks that add up to the tensor and are the same half of it."""
-    chunk = _chunk(said)
-    chunk["shape"][0] //= 2
-    said["tensors"]["model/wte.weight"]["chunks"].append(chunk)
+    """Two boxes that add up to the tensor and are the same half of it."""
+    box = _box(said)
+    box["shape"][0] //= 2
+    box.update(count=2, rank_step=0, steps=[0, 0])
+
+
+def _earlier(said: dict) -> None:
+    """A tensor as earlier versions wrote it, in a file outside of the folder."""
+    shape = said["tensors"]["model/wte.weight"]["shape"]
+    chunk = {"file": "../model-00000.safetensors", "start": 8, "offsets": [0, 0], "shape": shape}
+    said["tensors"]["model/wte.weight"] = {"dtype": "F32", "shape": shape, "chunks": [chunk]}
+
+
+def _turned(checkpoint: Path) -> None:
+    """A file of weights whose header gives a tensor another shape of the same size."""
+    file = checkpoint / "model-00000.safetensors"
+    content = file.read_bytes()
+    assert b"[300, 32]" in content
+    file.write_bytes(content.replace(b"[300, 32]", b"[32, 300]", 1))
+    sign(checkpoint)
+
+
+def _with_nan(checkpoint: Path) -> None:
+    """A weight that is NaN, in a checkpoint of an earlier version: its manifest does not say that anyone has looked."""
+    file = checkpoint / "model-00000.safetensors"
+    tensors = load_file(file)
+    tensors["wte.weight"][5, 7] = float("nan")
+    save_file(tensors, file)
+    sign(checkpoint)
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    assert manifest.pop("finite") is True
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
 
 
 UNTRUE = {
@@ -103,13 +138,18 @@ UNTRUE = {
     "trainer 1e400": _text("trainer.json", '{"step": 1e400}'),
     "trainer deep": _text("trainer.json", '{"step":' * 100_000),
     "tensors 1e400": _text("tensors.json", '{"tensors":{"model/x":{"dtype":"F32","shape":[1e400],"chunks":[]}}}'),
-    "tensors fraction": _edited("tensors.json", lambda said: _chunk(said).update(start=1.5)),
-    "tensors beyond": _edited("tensors.json", lambda said: _chunk(said).update(start=10**9)),
-    "tensors huge": _edited("tensors.json", lambda said: _chunk(said).update(start=10**30)),
-    "tensors outside": _edited("tensors.json", lambda said: _chunk(said).update(file="../../secret")),
-    "tensors unlisted": _edited("tensors.json", lambda said: _chunk(said).update(file="other.safetensors")),
+    "tensors fraction": _edited("tensors.json", lambda said: _box(said).update(rank=1.5)),
+    "tensors beyond": _edited("tensors.json", lambda said: _box(said).update(offsets=[10**9, 0])),
+    "tensors many": _edited("tensors.json", lambda said: _box(said).update(count=10**12, rank_step=1, steps=[1, 0])),
+    "tensors no layout": _edited("tensors.json", lambda said: said["tensors"]["model/wte.weight"].update(layout=99)),
+    "tensors outside": _edited(
+        "tensors.json", lambda said: said["tensors"].update({"..": said["tensors"].popitem()[1]})
+    ),
+    "tensors unlisted": _edited("tensors.json", lambda said: _box(said).update(rank=1)),
     "tensors overlap": _edited("tensors.json", _doubled),
-    "tensors shared": _edited("tensors.json", lambda said: _chunk(said).update(start=_chunk(said)["start"] + 4)),
+    "tensors of an earlier version": _edited("tensors.json", _earlier),
+    "header": _turned,
+    "not finite": _with_nan,
     "config bomb": _text("config.yaml", "a: &a [x,x]\nb: *a\nc: [*a, *a\n"),
 }
 
@@ -123,6 +163,29 @@ def test_what_cannot_be_true_is_damage(run: Path, damage: Callable[[Path], None]
         read(newest, "everything")
 
 
+def test_weights_that_are_not_finite_are_passed_over_by_every_command(box: Box, place: Path, run: Path) -> None:
+    nan = copied(run, "nan")
+    _with_nan(nan / "checkpoints" / "step-6")
+    for words in (
+        ("generate", "--checkpoint", nan, "--prompt", "a", "--max-new-tokens", "1"),
+        ("convert", "to-hf", nan, place / "nan-hf"),
+        ("train", place / "small.yaml", f"save_folder={nan}", "max_duration=7ba"),
+    ):
+        ended = box.run(*words)
+        assert ended.code == 0 and "SKIPPING A DAMAGED CHECKPOINT" in ended.err, ended.err
+        assert "step-6/model-00000.safetensors: wte.weight has values that are not finite" in ended.err
+    one = box.run("generate", "--checkpoint", nan / "checkpoints" / "step-6", "--prompt", "a")
+    assert one.code == 2 and len(one.lines) == 1 and "has values that are not finite" in one.err, one.err
+
+
+def test_who_was_looked_at_when_it_was_saved_is_not_read_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unused(file: Path) -> None:
+        raise AssertionError(f"{file} was read for it")
+
+    monkeypatch.setattr(reading, "check_finite", unused)
+    assert read(run, "everything").step == 6
+
+
 def test_a_renamed_checkpoint_is_not_believed(run: Path) -> None:
     folder = copied(run, "renamed") / "checkpoints"
     (folder / "step-2").rename(folder / "step-999")
@@ -133,7 +196,7 @@ def test_a_renamed_checkpoint_is_not_believed(run: Path) -> None:
 
 def test_every_command_takes_the_newest_whole_one(box: Box, place: Path, run: Path) -> None:
     damaged = copied(run, "fallback")
-    _edited("tensors.json", lambda said: _chunk(said).update(start=1e300))(damaged / "checkpoints" / "step-6")
+    _edited("tensors.json", lambda said: _box(said).update(rank=1e300))(damaged / "checkpoints" / "step-6")
     for words in (
         ("generate", "--checkpoint", damaged, "--prompt", "a", "--max-new-tokens", "1"),
         ("eval", "--checkpoint", damaged),

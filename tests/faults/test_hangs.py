@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from llmfoundry.train.watchdog import LOOSE, Limits, limits
+from llmfoundry.checkpoint import storage
+from llmfoundry.checkpoint.checkpointer import Checkpointer, CheckpointState
+from llmfoundry.train.watchdog import LOOSE, Limits, Watchdog, limits
 from tests.faults.runs import ended, is_saved, metrics, plug_in, ranks_of, recipe, start, wait_for
 
 # A rank that is stuck ends by torchrun's first signal here: before its second, torchrun 2.13 always waits 30 seconds.
@@ -35,17 +41,17 @@ STOPPED_IN_A_SAVE = """
 import os, signal
 from pathlib import Path
 from llmfoundry import runtime
-from llmfoundry.checkpoint.storage import TensorWriter
+from llmfoundry.checkpoint import storage
 
-real = TensorWriter.write_data
+real = storage.write_parts
 
-def write_data(self, *args, **more):
+def write_parts(*args):
     if runtime.rank() == 1:
         Path(os.environ["MARK"]).write_text("stopped\\n")
         os.kill(os.getpid(), signal.SIGSTOP)
-    return real(self, *args, **more)
+    return real(*args)
 
-TensorWriter.write_data = write_data
+storage.write_parts = write_parts
 """
 
 
@@ -84,7 +90,7 @@ def test_the_rank_that_hangs_is_named_and_a_restart_goes_on(tmp_path: Path) -> N
     assert at_fault in output and "is at fault: " in output and "gather_from_a_dead_disk" in output
     run = tmp_path / "run"
     assert "gather_from_a_dead_disk" in (run / "hang-rank-1.txt").read_text()
-    assert "distributed_c10d.py" in (run / "hang-rank-0.txt").read_text(), "rank 0 waited in a collective"
+    assert "tree.py" in (run / "hang-rank-0.txt").read_text(), "rank 0 waited for it"
     assert [line["step"] for line in metrics(run)] == list(range(1, 9)) and is_saved(run, 8)
 
 
@@ -142,3 +148,79 @@ def test_limits_are_tight_within_a_step_of_several_ranks_alone(monkeypatch: pyte
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert limits(None, 600.0) == Limits(480.0, LOOSE), "before NCCL ends the process"
     assert limits(0.0, 600.0) == Limits(0.0, 0.0)
+
+
+STUCK = """
+import os, time
+from pathlib import Path
+from llmfoundry import runtime
+{code}
+"""
+# A rank that hangs: where it does, and what is said of it.
+PLACES = {
+    "evaluation": (
+        "from llmfoundry.train import evaluating\n"
+        "real = evaluating.evaluate\n"
+        "def stuck(*args, **more):\n"
+        "    time.sleep(600 if runtime.rank() == 1 else 0)\n"
+        "    return real(*args, **more)\n"
+        "evaluating.evaluate = stuck\n",
+        {"hang_timeout": "4s", "eval_interval": "2ba"},
+        "an evaluation after step 2 (fault.py:8, stuck)",
+    ),
+    "start": (
+        "from llmfoundry.train import build\n"
+        "real = build._loaders\n"
+        "def stuck(*args):\n"
+        "    time.sleep(600 if runtime.rank() == 1 else 0)\n"
+        "    return real(*args)\n"
+        "build._loaders = stuck\n",
+        {"dist_timeout": 12},
+        "getting the tokenizer and the data (fault.py:8, stuck)",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize("place", PLACES)
+def test_a_rank_that_hangs_outside_of_steps_is_named_with_what_it_does(tmp_path: Path, place: str) -> None:
+    code, keys, said = PLACES[place]
+    text = {"name": "synthetic", "n_documents": 40, "document_words": 50, "split": "validation"}
+    keys |= {
+        "eval_loader": {"dataset": text | {"cache_dir": str(tmp_path / "cache")}},
+        "device_train_microbatch_size": 2,
+    }
+    file = recipe(tmp_path, **plug_in(tmp_path, STUCK.format(code=code)), **keys)
+    output = ended(start(file, ranks=2, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2"), 1)
+    assert "rank 1 on " in output and f"is at fault: {said}" in output, output
+    assert "rank 0 on " not in output.partition("is at fault")[0], output
+
+
+def test_while_a_thread_saves_it_is_the_thread_that_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def stuck(folder: Path, parts: object) -> dict[str, object]:
+        begun.set()
+        go_on.wait()
+        return {}
+
+    monkeypatch.setattr(storage, "write_parts", stuck)
+    checkpointer = Checkpointer(tmp_path, asynchronous=True)
+    checkpointer.save(CheckpointState(step=1, model=torch.nn.Linear(2, 2)))
+    watchdog = Watchdog(tmp_path, Limits(60.0, 60.0))
+    main = threading.Thread(target=_quietly, args=(checkpointer.wait,))
+    main.start()
+    begun.wait()
+    watchdog._main = main.ident or 0
+    deadline = time.monotonic() + 10
+    while not (found := watchdog._here()).where.endswith("save_parts)") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    go_on.set()
+    main.join()
+    assert found.where.endswith("save_parts)") and not found.waits
+
+
+def _quietly(act: Callable[[], object]) -> None:
+    with contextlib.suppress(Exception):
+        act()

@@ -21,7 +21,7 @@ def run_ranks(worlds: Sequence[int], job: Callable[..., None], *args: object) ->
         worlds: sizes, falling: a process that is not in the next world ends.
     """
     assert list(worlds) == sorted(worlds, reverse=True)
-    ports = [_free_port() for _ in worlds]
+    ports = [free_port() for _ in worlds]
     forks.in_processes(_rank, (worlds, ports, job, args), worlds[0])
 
 
@@ -44,7 +44,7 @@ def _rank(
     runtime.leave(0)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port that nobody listens at, below those that the system gives to connections: none takes it meanwhile."""
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)

@@ -15,6 +15,8 @@ import torch
 
 from llmfoundry.cli.report import report_main
 from llmfoundry.cli.train import train_main
+from llmfoundry.config import is_url
+from llmfoundry.data.remote import put_folder
 from llmfoundry.data.tokenizer import END_OF_TEXT, train_bpe
 from llmfoundry.report.alarms import alarms
 from llmfoundry.report.experts import KINDS, churn, coactivation, fingerprints, kind, tokens_of_experts
@@ -172,8 +174,21 @@ def test_runs_are_compared_on_one_page(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report_main([str(tmp_path)]) == 2
-    assert "holds no metrics.jsonl" in capsys.readouterr().err
+    for run in (str(tmp_path), f"memory://{tmp_path}"):
+        assert report_main([run]) == 2
+        assert f"{run}: holds no metrics.jsonl" in capsys.readouterr().err
+
+
+def test_runs_in_a_store_are_drawn_as_those_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    here, url = run_of(tmp_path / "one", 200, 2, 4), f"memory://{tmp_path}/runs/one"
+    put_folder(here, url, "metrics.jsonl")
+    for runs in ([str(here)], [url], [url, str(here)]):
+        assert report_main([*runs, "--out", f"{len(runs)}-{is_url(runs[0])}.html"]) == 0
+    assert (tmp_path / "1-True.html").read_text() == (tmp_path / "1-False.html").read_text()
+    assert report_main([url]) == 0 and (tmp_path / "report.html").is_file(), "here, as a page is for a browser"
 
 
 def test_alarms_name_layer_experts_and_cure(tmp_path: Path) -> None:

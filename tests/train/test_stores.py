@@ -263,7 +263,7 @@ def test_a_store_that_cannot_be_used_is_said_before_the_first_step(
     Failing(monkeypatch, lambda there: True)
     assert train_main([str(recipe), *SHORT, f"save_folder={url}"]) == 1
     error = capsys.readouterr().err
-    assert "config.yaml: cannot be written after 5 attempts" in error and "Traceback" not in error
+    assert "owner.json: cannot be written after 5 attempts" in error and "Traceback" not in error
 
 
 @pytest.mark.parametrize("fault", ["500", "drop", "truncate"])

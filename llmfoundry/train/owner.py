@@ -1,0 +1,172 @@
+"""One run at a time in a `save_folder`, also if runs on two machines share it by a disk or a store.
+
+    owner.json    {"nonce": ..., "host": ..., "lock": ..., "beat": 17}
+
+The owner writes it when it takes the folder, adds one to `beat` every BEAT seconds, and removes it when it ends. Who
+finds one of another machine watches it for LEASE seconds: if `beat` moves, the owner lives, and the newcomer ends;
+else it takes the folder. No clocks are compared. Should both go on (a machine slept, or both began in the same moment),
+the one whose nonce is gone finds that out before it completes its next checkpoint, and ends.
+
+Within one machine the kernel's lock (`RunFolder`) tells at once whether the owner lives.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import tempfile
+import threading
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from llmfoundry.checkpoint.manifest import TakenOver
+from llmfoundry.checkpoint.store import STORE_ERRORS
+from llmfoundry.config import ConfigError, is_url
+from llmfoundry.data.remote import delete, opened, patiently, put
+from llmfoundry.strict_json import Json, parse_json
+
+log = logging.getLogger(__name__)
+
+OWNER = "owner.json"
+BEAT, LEASE = 10.0, 40.0  # seconds
+
+
+class Record(NamedTuple):
+    """What owner.json says."""
+
+    nonce: str
+    host: str
+    lock: str  # which file it has locked, of which machine since that was started
+    beat: int
+
+
+class Owner:
+    """This run as the owner of a folder, from `take` to `close`; on rank 0.
+
+    Args:
+        folder: a path or a URL.
+        lock: an open file that this process has locked, if it could; only a dead owner lets go of it.
+    """
+
+    def __init__(self, folder: str, lock: IO[str] | None) -> None:
+        self._folder, self._locked = folder, lock is not None
+        self._place = f"{folder.rstrip('/')}/{OWNER}"
+        self._own = Record(uuid.uuid4().hex, socket.gethostname(), _lock_of(lock), 0)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="owner", daemon=True)
+
+    def take(self) -> None:
+        """Take the folder.
+
+        Raises:
+            ConfigError: another run has it, and goes on; or it cannot be written.
+        """
+        found = self._read()
+        if found is not None and not (self._locked and found.lock == self._own.lock):
+            self._watch(found)
+        try:
+            self._write()
+        except OSError as error:
+            raise ConfigError(f"save_folder: {self._folder} cannot be written: {error.strerror}") from None
+        self._thread.start()
+
+    def check(self) -> None:
+        """Look whether the folder is still this run's.
+
+        Raises:
+            TakenOver: it is not.
+        """
+        found = self._read()
+        if found is not None and found.nonce != self._own.nonce:
+            raise TakenOver(
+                f"save_folder: {self._folder} was taken over by a run on {found.host}, while this one on "
+                f"{self._own.host} was still going on; this one ends, and saves nothing more there"
+            )
+
+    def close(self) -> None:
+        """Let another run have the folder."""
+        self._closed.set()
+        if self._thread.ident is None:
+            return
+        self._thread.join()
+        with suppress(*STORE_ERRORS):
+            found = self._read()
+            if found is not None and found.nonce == self._own.nonce:
+                delete(self._place) if is_url(self._place) else Path(self._place).unlink()
+
+    def _watch(self, found: Record) -> None:
+        log.warning(
+            "save_folder: %s belongs to a run on %s; looking for %.0f seconds whether that one goes on",
+            self._folder, found.host, LEASE,
+        )  # fmt: skip
+        deadline = time.monotonic() + LEASE
+        while (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(left, BEAT / 4))
+            now = self._read()
+            if now is None:
+                return
+            if now != found:
+                raise ConfigError(
+                    f"save_folder: {self._folder} is in use by another run, on {now.host}, which is still going on"
+                )
+        log.warning("save_folder: %s: the run on %s has ended without a word; taking it over", self._folder, found.host)
+
+    def _beat(self) -> None:
+        while not self._closed.wait(BEAT):
+            with suppress(*STORE_ERRORS):  # a full disk, a store that does not answer: the next beat may come through
+                found = self._read()
+                if found is not None and found.nonce != self._own.nonce:
+                    return
+                self._own = self._own._replace(beat=self._own.beat + 1)
+                self._write()
+
+    def _read(self) -> Record | None:
+        """What is there; None if there is nothing, or nothing that a run wrote."""
+        try:
+            if is_url(self._place):
+                fs, path = opened(self._place)
+                fs.invalidate_cache()
+                said = patiently(self._place, lambda: parse_json(fs.cat_file(path) if fs.exists(path) else b"null"))
+            else:
+                said = parse_json(Path(self._place).read_bytes())
+            return _record(said)
+        except (FileNotFoundError, ValueError, KeyError):
+            return None
+
+    def _write(self) -> None:
+        text = json.dumps(self._own._asdict())
+        if not is_url(self._place):
+            temporary = Path(f"{self._place}.tmp")
+            temporary.write_text(text)
+            temporary.replace(self._place)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / OWNER
+            file.write_text(text)
+            put(file, self._place)
+
+
+def _record(said: Json) -> Record | None:
+    if not isinstance(said, dict):
+        return None
+    nonce, host, lock, beat = (said[key] for key in Record._fields)
+    if not isinstance(beat, int):
+        return None
+    return Record(str(nonce), str(host), str(lock), beat)
+
+
+def _lock_of(lock: IO[str] | None) -> str:
+    """A locked file, and this machine since it was started: the kernel's locks hold in all its containers."""
+    try:
+        machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        machine = socket.gethostname()
+    if lock is None:
+        return machine
+    status = os.fstat(lock.fileno())
+    return f"{machine}/{status.st_dev}/{status.st_ino}"
