@@ -1,4 +1,4 @@
-"""Text to token shards on disk, once; after that every run maps them into memory.
+"""Text to token shards on disk, once; after that every run reads them in place.
 
 The stream is `eos, document, eos, document, eos, ...`: the first eos is there so that every token of every
 document is predicted from something, and eos thereby opens each document. With a BOS token, which then opens each
@@ -15,10 +15,9 @@ import logging
 import shutil
 import uuid
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial, reduce
+from functools import lru_cache, partial, reduce
 from itertools import accumulate
 from pathlib import Path
 
@@ -42,7 +41,7 @@ from llmfoundry.strict_json import read_mapping
 
 log = logging.getLogger(__name__)
 
-_OPEN_SHARDS = 256  # kept open, as a process may only have so many files
+_OPEN_SHARDS = 256  # of all streams, kept open: a process may only have so many files
 _FOUND_DAMAGED = "found-damaged"  # a file beside the shards, left by a run that ended for it
 AT_ONCE_BYTES = 2**28  # of a stream whose checksums are compared when it is opened: a second, if that
 
@@ -52,7 +51,7 @@ class DamagedTokens(ConfigError):
 
 
 class TokenStream:
-    """A tokenised dataset: one long row of token ids in memory-mapped files."""
+    """A tokenised dataset: one long row of token ids in files."""
 
     def __init__(self, folder: Path) -> None:
         """Open, and compare shards with the index.
@@ -73,13 +72,12 @@ class TokenStream:
         self.counts = Counts(*index["counts"]) if "counts" in index else None  # of the documents, read and left out
         self._shards = [Shard(*shard) for shard in index["shards"]]
         self.n_shards = len(self._shards)
-        self._starts = [0, *accumulate(shard.tokens for shard in self._shards)]
-        self._dtype = np.dtype(index["dtype"])
-        self._files: OrderedDict[int, OpenFile] = OrderedDict()
+        self.starts = [0, *accumulate(shard.tokens for shard in self._shards)]  # of the shards, and the end
+        self.dtype = np.dtype(index["dtype"])
         for number, shard in enumerate(self._shards):
             self._check_size(number, shard)
         self._watch: Watch | None = None
-        if self.n_tokens * self._dtype.itemsize <= AT_ONCE_BYTES or (folder / _FOUND_DAMAGED).exists():
+        if self.n_tokens * self.dtype.itemsize <= AT_ONCE_BYTES or (folder / _FOUND_DAMAGED).exists():
             self.verify()
             (folder / _FOUND_DAMAGED).unlink(missing_ok=True)  # it was the disk or the memory that read it
         else:
@@ -92,20 +90,24 @@ class TokenStream:
         Raises:
             ConfigError: a shard has become shorter, or was found to be damaged.
         """
-        if self._watch is not None:
-            self._watch.check()
+        self.check()
         if not 0 <= start <= stop <= self.n_tokens:
             raise ValueError(f"tokens [{start}, {stop}) of a stream of {self.n_tokens}")
         out = np.empty(stop - start, dtype=np.int64)
-        done, number = start, bisect_right(self._starts, start) - 1
+        done, number = start, bisect_right(self.starts, start) - 1
         while done < stop:
-            first = done - self._starts[number]
+            first = done - self.starts[number]
             last = min(first + stop - done, self._shards[number].tokens)
-            size = self._dtype.itemsize
-            part = np.frombuffer(self._open(number).read(first * size, last * size), self._dtype)
+            size = self.dtype.itemsize
+            part = np.frombuffer(self.file(number).read(first * size, last * size), self.dtype)
             out[done - start : done - start + len(part)] = part
             done, number = done + len(part), number + 1
         return out
+
+    def check(self) -> None:
+        """Raise what the thread that reads the shards for their checksums has found."""
+        if self._watch is not None:
+            self._watch.check()
 
     def verify(self) -> None:
         """Read everything and compare checksums.
@@ -130,33 +132,39 @@ class TokenStream:
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise DamagedTokens(f"{path}: cannot be read: {error.strerror}; {self._remedy()}") from None
+            raise DamagedTokens(f"{path}: cannot be read: {error.strerror}; {self.remedy}") from None
         if found != expected:
-            raise DamagedTokens(f"{path}: checksum {found[:12]}, expected {expected[:12]}; {self._remedy()}")
+            raise DamagedTokens(f"{path}: checksum {found[:12]}, expected {expected[:12]}; {self.remedy}")
 
     def _check_size(self, number: int, shard: Shard) -> None:
         path = self.folder / shard_name(number)
-        expected = shard.tokens * self._dtype.itemsize
+        expected = shard.tokens * self.dtype.itemsize
         actual = path.stat().st_size if path.is_file() else None
         if actual != expected:
             found = "is missing" if actual is None else f"has {actual} bytes"
-            raise DamagedTokens(f"{path}: {found}, expected {expected} bytes; {self._remedy()}")
+            raise DamagedTokens(f"{path}: {found}, expected {expected} bytes; {self.remedy}")
 
-    def _open(self, number: int) -> OpenFile:
-        found = self._files.get(number)
-        if found is None:
-            path = self.folder / shard_name(number)
-            try:
-                found = OpenFile(path)
-            except OSError as error:
-                raise DamagedTokens(f"{path}: cannot be read: {error.strerror}; {self._remedy()}") from None
-            self._files[number] = found
-            if len(self._files) > _OPEN_SHARDS:
-                self._files.popitem(last=False)
-        return found
+    def file(self, number: int) -> OpenFile:
+        """A shard.
 
-    def _remedy(self) -> str:
+        Raises:
+            DamagedTokens: it cannot be opened.
+        """
+        return _opened(self, number)
+
+    @property
+    def remedy(self) -> str:
+        """What to do about damage."""
         return f"delete the folder {self.folder}, it is made again"
+
+
+@lru_cache(_OPEN_SHARDS)
+def _opened(stream: TokenStream, number: int) -> OpenFile:
+    path = stream.folder / shard_name(number)
+    try:
+        return OpenFile(path)
+    except OSError as error:
+        raise DamagedTokens(f"{path}: cannot be read: {error.strerror}; {stream.remedy}") from None
 
 
 def pack(
