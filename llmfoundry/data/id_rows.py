@@ -1,6 +1,6 @@
 """`ids`: rows of token ids in a column of .jsonl, .json or .parquet, tokenised and cut elsewhere.
 
-They are copied once into one file of ids, which every run maps into memory: row i is bytes [i*S*w, (i + 1)*S*w).
+They are copied once into one file of ids, which every run reads in place: row i is bytes [i*S*w, (i + 1)*S*w).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import ConfigError, is_url
 from llmfoundry.data.cache import made_once
+from llmfoundry.data.open_file import OpenFile
 from llmfoundry.data.remote import DataPath
 from llmfoundry.data.rows import IGNORE, Block, How, Order, Rows, RowsConfig, epochs_of
 from llmfoundry.data.sources import Source, fingerprint_of
@@ -95,16 +96,21 @@ class IdRows(Rows):
 
     def __init__(self, file: Path, title: str, fingerprint: str, dtype: np.dtype, eos_token_id: int, how: How) -> None:
         self.title, self.fingerprint, self.length, self.documents = title, fingerprint, how.length, how.documents
-        n_rows = file.stat().st_size // (dtype.itemsize * how.length)
+        self._ids, self._dtype, self._eos = OpenFile(file), dtype, eos_token_id
+        self._row_bytes = dtype.itemsize * how.length
+        n_rows = self._ids.size // self._row_bytes
         if not n_rows:
             raise ConfigError(f"dataset {title}: has no rows")
-        self._ids, self._eos = np.memmap(file, dtype, "r", shape=(n_rows, how.length)), eos_token_id
         self.n_rows = self.n_full = n_rows
         self.n_tokens = n_rows * (how.length - 1)
 
     def put(self, number: int, out: Block, i: int) -> None:
         tokens = out.tokens[i]
-        tokens[:] = self._ids[number] if number < self.n_rows else self._eos
+        if number < self.n_rows:
+            start = number * self._row_bytes
+            tokens[:] = np.frombuffer(self._ids.read(start, start + self._row_bytes), self._dtype)
+        else:
+            tokens[:] = self._eos
         out.labels[i, :-1] = tokens[1:] if number < self.n_rows else IGNORE
         out.labels[i, -1] = IGNORE
         if out.documents is not None:

@@ -148,8 +148,8 @@ class MixtureConfig(RowsConfig, names=("mixture",)):
                 )
             if orders[-1].once is None:
                 raise ConfigError(
-                    f"datasets: {part.name}: has streams in counts of rows; list each of its folders as a dataset with a "
-                    "weight"
+                    f"datasets: {part.name}: has streams in counts of rows; list each of its folders as a dataset "
+                    "with a weight"
                 )
         return Mixture(self, orders)
 
