@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import ConfigError, is_url
-from llmfoundry.data.cache import made_once
 from llmfoundry.data.open_file import OpenFile
+from llmfoundry.data.provenance import Gone
 from llmfoundry.data.remote import DataPath
 from llmfoundry.data.rows import IGNORE, Block, How, Order, Rows, RowsConfig, epochs_of
 from llmfoundry.data.sources import Source, fingerprint_of
-from llmfoundry.data.table_files import Table, table_of
+from llmfoundry.data.table_files import Table, gone_table, table_of
 from llmfoundry.data.tables import BadRow
+from llmfoundry.data.watch import Watch
 from llmfoundry.runtime import cache_root
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,10 @@ class IdsConfig(RowsConfig, names=("ids",)):
         )
 
     def _table(self) -> Table:
-        return table_of(self.path, f"ids-{self.split}", self, lenient=False)
+        try:
+            return table_of(self.path, f"ids-{self.split}", self, lenient=False)
+        except Gone as gone:
+            return gone_table(self.memory(self.path), gone)
 
     def order(self, tokenizer: PreTrainedTokenizerBase, how: How) -> Order:
         table, largest = self._table(), max(tokenizer.get_vocab().values())
@@ -62,8 +66,12 @@ class IdsConfig(RowsConfig, names=("ids",)):
         fingerprint = fingerprint_of("ids/1", table.fingerprint, self.ids_key, how.length, largest, eos)
         folder = cache_root(self.cache_dir) / "ids" / f"{table.title}-{fingerprint[:24]}"
         dtype = np.dtype("<u2" if largest < 2**16 else "<u4")
-        made_once(folder, lambda temporary: self._write(temporary / "ids.bin", table, how.length, largest, dtype))
-        rows = IdRows(folder / "ids.bin", table.title, fingerprint, dtype, eos, how)
+
+        def make(temporary: Path) -> None:
+            self._write(temporary / "ids.bin", table, how.length, largest, dtype)
+
+        watch = table.made(folder, make, self.memory(self.path))
+        rows = IdRows(folder / "ids.bin", table.title, fingerprint, dtype, eos, how, watch)
         return epochs_of(rows, self, how)
 
     def _write(self, file: Path, table: Table, length: int, largest: int, dtype: np.dtype) -> None:
@@ -94,9 +102,11 @@ class IdsConfig(RowsConfig, names=("ids",)):
 class IdRows(Rows):
     """Rows of a file of ids: the label of a token is the next one, and the last has none."""
 
-    def __init__(self, file: Path, title: str, fingerprint: str, dtype: np.dtype, eos_token_id: int, how: How) -> None:
+    def __init__(
+        self, file: Path, title: str, fingerprint: str, dtype: np.dtype, eos_token_id: int, how: How, watch: Watch
+    ) -> None:
         self.title, self.fingerprint, self.length, self.documents = title, fingerprint, how.length, how.documents
-        self._ids, self._dtype, self._eos = OpenFile(file), dtype, eos_token_id
+        self._ids, self._dtype, self._eos, self._watch = OpenFile(file), dtype, eos_token_id, watch
         self._row_bytes = dtype.itemsize * how.length
         n_rows = self._ids.size // self._row_bytes
         if not n_rows:
@@ -105,6 +115,7 @@ class IdRows(Rows):
         self.n_tokens = n_rows * (how.length - 1)
 
     def put(self, number: int, out: Block, i: int) -> None:
+        self._watch.check()
         tokens = out.tokens[i]
         if number < self.n_rows:
             start = number * self._row_bytes

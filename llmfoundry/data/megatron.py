@@ -106,13 +106,13 @@ class MegatronFile:
         self.dtype = np.dtype(_DTYPES[code])
         at = _HEADER.size
         try:
-            file, self._tokens = OpenFile(index), OpenFile(tokens)
+            places, self._tokens = OpenFile(index), OpenFile(tokens)
         except OSError as error:
             raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}") from None
-        self._pointers = _Column(file, at + 4 * n_sequences, n_sequences)
-        self._bounds = _Column(file, at + 12 * n_sequences, n_bounds)
+        self._pointers = _Column(places, at + 4 * n_sequences, n_sequences)
+        self._bounds = _Column(places, at + 12 * n_sequences, n_bounds)
         self.n_documents = n_bounds - 1
-        self._check(file, n_sequences, n_bytes)
+        self._check(places, n_sequences, n_bytes)
         self.n_tokens = n_bytes // self.dtype.itemsize
         self.fingerprint = self._fingerprint()
 

@@ -332,7 +332,7 @@ class Mixture(Order):
             mine = np.flatnonzero(streams >= 0)
             block = self._reader.read(streams[mine], places[mine])
             out.tokens[mine], out.labels[mine] = block.tokens, block.labels
-            if out.documents is not None:
+            if out.documents is not None and block.documents is not None:
                 out.documents[mine] = block.documents
         for i in np.flatnonzero(streams < 0).tolist():
             self._rows[sources[i]].put(int(places[i]), out, i)

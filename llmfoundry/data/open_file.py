@@ -30,7 +30,7 @@ class OpenFile:
     def fill(self, row: NDArray, start: int) -> None:
         """Read into an array, from a byte on; raises as `read`."""
         try:
-            if os.preadv(self._file.fileno(), (row,), start) == row.nbytes:
+            if os.preadv(self._file.fileno(), (row.data,), start) == row.nbytes:
                 return
         except OSError:
             pass

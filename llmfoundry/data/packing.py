@@ -16,7 +16,6 @@ import shutil
 import uuid
 from bisect import bisect_right
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import lru_cache, partial, reduce
 from itertools import accumulate
 from pathlib import Path
@@ -26,7 +25,6 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from llmfoundry import runtime
 from llmfoundry.config import ConfigError
 from llmfoundry.data.cache import made_once
 from llmfoundry.data.open_file import OpenFile
@@ -34,7 +32,7 @@ from llmfoundry.data.parts import SHARD_TOKENS, Shard, Share, read_state, shard_
 from llmfoundry.data.sieve import Counts
 from llmfoundry.data.sources import DatasetConfig, Source
 from llmfoundry.data.tokenizer import PLAIN_TEXT, Encoder, SpecialTokens
-from llmfoundry.data.watch import Watch
+from llmfoundry.data.watch import Damaged, Watch
 from llmfoundry.progress import progress
 from llmfoundry.runtime import cache_root
 from llmfoundry.strict_json import read_mapping
@@ -42,25 +40,16 @@ from llmfoundry.strict_json import read_mapping
 log = logging.getLogger(__name__)
 
 _OPEN_SHARDS = 256  # of all streams, kept open: a process may only have so many files
-_FOUND_DAMAGED = "found-damaged"  # a file beside the shards, left by a run that ended for it
-AT_ONCE_BYTES = 2**28  # of a stream whose checksums are compared when it is opened: a second, if that
-
-
-class DamagedTokens(ConfigError):
-    """Shards in the cache that are not what was written: they are made again where the source is there."""
 
 
 class TokenStream:
     """A tokenised dataset: one long row of token ids in files."""
 
     def __init__(self, folder: Path) -> None:
-        """Open, and compare shards with the index.
-
-        Up to AT_ONCE_BYTES are read for their checksums before the first token is; of more, a thread reads them beside
-        the run, each rank its share, and `read` says what it has found.
+        """Open, and compare shards with the index, at once or beside the run (data/watch.py).
 
         Raises:
-            DamagedTokens: the index or a shard is missing or not what was written.
+            Damaged: the index or a shard is missing or not what was written.
         """
         self.folder = folder
         index = _read_index(folder)
@@ -76,13 +65,8 @@ class TokenStream:
         self.dtype = np.dtype(index["dtype"])
         for number, shard in enumerate(self._shards):
             self._check_size(number, shard)
-        self._watch: Watch | None = None
-        if self.n_tokens * self.dtype.itemsize <= AT_ONCE_BYTES or (folder / _FOUND_DAMAGED).exists():
-            self.verify()
-            (folder / _FOUND_DAMAGED).unlink(missing_ok=True)  # it was the disk or the memory that read it
-        else:
-            mine = range(runtime.rank(), self.n_shards, runtime.world_size())
-            self._watch = Watch(folder.name, [partial(self._check_beside, number) for number in mine])
+        checks = [partial(self._check_bytes, number) for number in range(self.n_shards)]
+        self._watch = Watch(folder, self.n_tokens * self.dtype.itemsize, checks)
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """Tokens [start, stop) of the stream.
@@ -105,26 +89,17 @@ class TokenStream:
         return out
 
     def check(self) -> None:
-        """Raise what the thread that reads the shards for their checksums has found."""
-        if self._watch is not None:
-            self._watch.check()
+        """Raise what was found of the shards' checksums so far."""
+        self._watch.check()
 
     def verify(self) -> None:
         """Read everything and compare checksums.
 
         Raises:
-            DamagedTokens: a shard is not what was written.
+            Damaged: a shard is not what was written.
         """
         for number in range(self.n_shards):
             self._check_bytes(number)
-
-    def _check_beside(self, number: int) -> None:
-        try:
-            self._check_bytes(number)
-        except DamagedTokens:
-            with suppress(OSError):  # so that the next start makes them again
-                (self.folder / _FOUND_DAMAGED).touch()
-            raise
 
     def _check_bytes(self, number: int) -> None:
         path, expected = self.folder / shard_name(number), self._shards[number].sha256
@@ -132,9 +107,9 @@ class TokenStream:
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise DamagedTokens(f"{path}: cannot be read: {error.strerror}; {self.remedy}") from None
+            raise Damaged(f"{path}: cannot be read: {error.strerror}; {self.remedy}") from None
         if found != expected:
-            raise DamagedTokens(f"{path}: checksum {found[:12]}, expected {expected[:12]}; {self.remedy}")
+            raise Damaged(f"{path}: checksum {found[:12]}, expected {expected[:12]}; {self.remedy}")
 
     def _check_size(self, number: int, shard: Shard) -> None:
         path = self.folder / shard_name(number)
@@ -142,13 +117,13 @@ class TokenStream:
         actual = path.stat().st_size if path.is_file() else None
         if actual != expected:
             found = "is missing" if actual is None else f"has {actual} bytes"
-            raise DamagedTokens(f"{path}: {found}, expected {expected} bytes; {self.remedy}")
+            raise Damaged(f"{path}: {found}, expected {expected} bytes; {self.remedy}")
 
     def file(self, number: int) -> OpenFile:
         """A shard.
 
         Raises:
-            DamagedTokens: it cannot be opened.
+            Damaged: it cannot be opened.
         """
         return _opened(self, number)
 
@@ -164,7 +139,7 @@ def _opened(stream: TokenStream, number: int) -> OpenFile:
     try:
         return OpenFile(path)
     except OSError as error:
-        raise DamagedTokens(f"{path}: cannot be read: {error.strerror}; {stream.remedy}") from None
+        raise Damaged(f"{path}: cannot be read: {error.strerror}; {stream.remedy}") from None
 
 
 def pack(
@@ -255,17 +230,17 @@ def _cached(folder: Path, source: Source) -> TokenStream | None:
         return None
     try:
         return TokenStream(folder)
-    except DamagedTokens as error:
+    except Damaged as error:
         damage = error
     try:
         next(source.documents())
     except ConfigError as error:
-        raise DamagedTokens(f"{damage}; but it cannot be made again: {error}") from None
+        raise Damaged(f"{damage}; but it cannot be made again: {error}") from None
     with FileLock(folder.with_name(f"{folder.name}.lock")):  # of several ranks, the first removes it
         if folder.exists():
             try:
                 return TokenStream(folder)
-            except DamagedTokens:
+            except Damaged:
                 log.error("DAMAGED TOKENS: %s; making them again from the source", damage)
                 away = folder.rename(folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:12]}"))
                 shutil.rmtree(away, ignore_errors=True)
@@ -338,5 +313,5 @@ def _read_index(folder: Path) -> dict:
     except (OSError, ValueError, KeyError):
         intact = False
     if not intact:
-        raise DamagedTokens(f"{path}: is missing or damaged; delete the folder {folder}, it is made again")
+        raise Damaged(f"{path}: is missing or damaged; delete the folder {folder}, it is made again")
     return index

@@ -13,10 +13,11 @@ import pytest
 from boxed import Box
 
 from llmfoundry.config import ConfigError
-from llmfoundry.data import packing
-from llmfoundry.data.packing import DamagedTokens, TokenStream, pack
+from llmfoundry.data import watch
+from llmfoundry.data.packing import TokenStream, pack
 from llmfoundry.data.text_files import TextFilesConfig
 from llmfoundry.data.tokenizer import TokenizerConfig
+from llmfoundry.data.watch import Damaged
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_damaged_tokens_are_named_and_made_again(
     true = stream.read(0, stream.n_tokens).tolist()
     shard = stream.folder / "tokens-00000.bin"
     damage(shard)
-    with pytest.raises(DamagedTokens, match=f"{stream.folder}/"):
+    with pytest.raises(Damaged, match=f"{stream.folder}/"):
         TokenStream(stream.folder)
     again = _stream(texts)
     assert again.read(0, again.n_tokens).tolist() == true
@@ -79,7 +80,7 @@ def test_they_are_only_named_where_the_source_is_gone(texts: Path) -> None:
     dataset = TextFilesConfig(name="text_files", path=str(texts), cache_dir=str(texts.parent / "cache")).whole()
     assert pack(dataset.build(), tokenizer, texts.parent / "cache").read(0, 100).tolist() == true
     _zeroed(stream.folder / "tokens-00000.bin")
-    with pytest.raises(DamagedTokens, match="tokens-00000.bin: checksum .* cannot be made again"):
+    with pytest.raises(Damaged, match="tokens-00000.bin: checksum .* cannot be made again"):
         pack(dataset.build(), tokenizer, texts.parent / "cache")
     shutil.rmtree(stream.folder)
     with pytest.raises(ConfigError, match="no such file or folder"):
@@ -88,15 +89,13 @@ def test_they_are_only_named_where_the_source_is_gone(texts: Path) -> None:
 
 def test_large_streams_are_checked_beside_the_run(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = _stream(texts).folder
-    monkeypatch.setattr(packing, "AT_ONCE_BYTES", 0)
+    monkeypatch.setattr(watch, "AT_ONCE_BYTES", 0)
     _altered(folder / "tokens-00000.bin")
     stream = TokenStream(folder)
-    assert stream._watch is not None
     stream._watch.wait()
-    with pytest.raises(DamagedTokens, match="tokens-00000.bin: checksum"):
+    with pytest.raises(Damaged, match="tokens-00000.bin: checksum"):
         stream.read(0, 1)
     again = _stream(texts)  # the next start knows, and makes them again
-    assert again._watch is not None
     again._watch.wait()
     assert len(again.read(0, 1)) == 1
 
