@@ -137,13 +137,13 @@ def _write(
         next(itertools.islice(documents, state.counts.read, state.counts.read), None)
     writer = _Writer(folder, dtype, state)
     bos = encoder.special.bos
-    opens = [] if bos is None else [bos]  # each document
-    opening = [eos] if bos is None and share.number == 1 and state.place == 0 else opens
+    nothing, end = np.array([], dtype), np.array([eos], dtype)
+    opens = nothing if bos is None else np.array([bos], dtype)  # each document
+    opening = end if bos is None and share.number == 1 and state.place == 0 else opens
     advance(state.counts.kept_bytes)
-    for (text, counts), ids in encoded(sieve.through(documents, state.counts), encoder, workers):
-        closing = [] if counts is None else [eos]
-        writer.write(np.concatenate([opening, ids, closing]).astype(dtype))
-        opening = [] if counts is None else opens
+    for (text, counts), ids in encoded(sieve.through(documents, state.counts), encoder, dtype, workers):
+        writer.write(np.concatenate([opening, ids, nothing if counts is None else end]))
+        opening = nothing if counts is None else opens
         if counts is not None:
             writer.ended(counts)
         advance(len(text) if text.isascii() else len(text.encode()), len(ids))
