@@ -64,11 +64,14 @@ class HubTextConfig(TextsConfig, names=("hub", "hf_text")):
         times = [(str(path), path.stat().st_mtime_ns) for path in files]
         data = (builder.hash or "", builder.config_id, str(builder.config.version), self.split, self.text_key, *times)
         title = f"hub-{self.split.partition('[')[0]}"
+        told = (builder.info.splits or {}).get(self.split)  # of a whole split
+        n_bytes = told.num_bytes if told is not None and self.max_documents is None else None
         name = self.hf_name if self.subset is None else f"{self.hf_name}/{self.subset}"
         return Source(
             title,
             fingerprint_of("hub-text/1", self.hf_name, *data, self.max_documents or 0),
             lambda: self._read(rows),
+            n_bytes or None,
             stamps=stamps_of(files),
             summary=f"{title}: reads {name}, split {self.split}" + (" as a stream" if self.streaming else ""),
         )

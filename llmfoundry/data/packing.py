@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import ConfigError
-from llmfoundry.data.cache import made_once
+from llmfoundry.data.cache import made_once, writing
 from llmfoundry.data.open_file import OpenFile
 from llmfoundry.data.parts import SHARD_TOKENS, Shard, Share, read_state, shard_name, write_part
 from llmfoundry.data.sieve import Counts
@@ -39,6 +39,7 @@ from llmfoundry.strict_json import read_mapping
 
 log = logging.getLogger(__name__)
 
+_BYTES_PER_TOKEN = 4  # of text, about
 _OPEN_SHARDS = 256  # of all streams, kept open: a process may only have so many files
 
 
@@ -193,6 +194,12 @@ def pack_part(
     def write() -> None:
         log.info("tokenizing %s%s", source.title, f", part {share}" if share.of > 1 else "")
         size = source.n_bytes if share.of == 1 or source.n_bytes is None else source.n_bytes // share.of
+        expected, free = (size or 0) // _BYTES_PER_TOKEN * dtype.itemsize, shutil.disk_usage(folder.parent).free
+        if expected > free:
+            log.warning(
+                "%s: some %.0f GB of tokens are expected, and %s has %.0f GB free; set cache_dir to a larger disk, or "
+                "read less", source.title, expected / 1e9, folder.parent, free / 1e9,
+            )  # fmt: skip
         with progress(f"tokenizing {source.title}", size, "bytes") as advance:
             write_part(parts[share.number - 1], source, share, encoder, eos, dtype, workers, advance)
         try:
@@ -211,9 +218,10 @@ def pack_part(
         log.info("%s: %s", source.title, counts)
 
     if share.of > 1:
-        parts[0].parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(_lock_of(parts[share.number - 1])):
-            write()
+        with writing(folder):
+            parts[0].parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(_lock_of(parts[share.number - 1])):
+                write()
         if not all(read_state(part).done for part in parts):
             return None
     made_once(folder, make)

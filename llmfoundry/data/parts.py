@@ -19,7 +19,7 @@ from typing import BinaryIO, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from llmfoundry.config import ConfigError
+from llmfoundry.config import ConfigError, ResourceError
 from llmfoundry.data.encoding import encoded
 from llmfoundry.data.sieve import Counts
 from llmfoundry.data.sources import Source
@@ -180,6 +180,7 @@ class _Writer:
         ids = ids[skipped:]
         while len(ids):
             if self._file is None:
+                self._check_room()
                 self._file = (self._folder / shard_name(len(self._shards))).open("wb")
                 self._sha, self._tokens = hashlib.sha256(), 0
             part, ids = np.split(ids, [SHARD_TOKENS - self._tokens])
@@ -200,6 +201,16 @@ class _Writer:
         state = State(self._shards, counts, self._place, done=True)
         self._save(state)
         return state
+
+    def _check_room(self) -> None:
+        """Stop before a disk is full, where other work would fail for it too. A first shard may be a short one."""
+        need, free = SHARD_TOKENS * self._dtype.itemsize, shutil.disk_usage(self._folder).free
+        if self._shards and free < need:
+            raise ResourceError(
+                f"{self._folder}: the next shard of tokens needs {need / 1e9:.2f} GB, and the disk has "
+                f"{free / 1e9:.2f} GB free; make room and start again ({self._place:,} tokens are kept), set cache_dir "
+                "to a larger disk, read less, or read MDS from a store (docs/data.md, More than the disk holds)"
+            )
 
     def _close(self) -> None:
         if self._file is not None:

@@ -6,14 +6,15 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from boxed import Box
 
-from llmfoundry.config import ConfigError
-from llmfoundry.data import watch
+from llmfoundry.config import ConfigError, ResourceError, check
+from llmfoundry.data import DatasetConfig, parts, watch
 from llmfoundry.data.packing import TokenStream, pack
 from llmfoundry.data.text_files import TextFilesConfig
 from llmfoundry.data.tokenizer import TokenizerConfig
@@ -149,3 +150,51 @@ def test_a_full_disk_of_the_cache_is_one_line(texts: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert pack(source, tokenizer, texts.parent / "cache").n_tokens > 4096
+
+
+@pytest.fixture
+def little_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("this user may not mount a file system")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_tokenising_stops_before_the_disk_is_full_and_goes_on(
+    texts: Path, little_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "SHARD_TOKENS", 2**14)  # 32 KB
+    keys = {"name": "text_files", "path": str(texts)}
+    tokenizer = TokenizerConfig(vocab_size=257).build(TextFilesConfig(**keys, cache_dir=str(texts.parent / "cache")))
+    source = TextFilesConfig(**keys, cache_dir=str(little_disk)).whole().build()
+    full = little_disk / "full"
+    full.write_bytes(bytes(shutil.disk_usage(little_disk).free - 2**16))
+    with pytest.raises(ResourceError, match=r"the disk has 0\.00 GB free; make room .* tokens are kept") as error:
+        pack(source, tokenizer, little_disk)
+    assert "\n" not in str(error.value) and 0 < shutil.disk_usage(little_disk).free < 2**15
+    (shard,) = little_disk.rglob("tokens-00000.bin")
+    written = shard.stat().st_ino
+    full.unlink()
+    stream = pack(source, tokenizer, little_disk)
+    assert (stream.folder / "tokens-00000.bin").stat().st_ino == written, "what was whole is kept"
+    assert stream.read(0, stream.n_tokens).tolist() == pack(source, tokenizer, texts.parent / "cache").read(
+        0, stream.n_tokens
+    ).tolist()  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["text_files", "ids"])
+def test_a_store_s_files_on_a_full_disk_end_in_one_line(texts: Path, little_disk: Path, kind: str) -> None:
+    row = json.dumps({"n": "x" * 10**6})
+    ending, content = (".txt", "some words " * 10**5) if kind == "text_files" else (".jsonl", row)
+    (texts.parent / f"long{ending}").write_text(content)
+    (little_disk / "full").write_bytes(bytes(shutil.disk_usage(little_disk).free - 2**17))
+    dataset = check(
+        DatasetConfig,
+        {"name": kind, "path": f"file://{texts.parent}/long{ending}", "cache_dir": str(little_disk)},
+    )
+    with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
+        dataset.build()
+    assert not [path for path in (little_disk / "remote").iterdir() if path.is_dir()]
