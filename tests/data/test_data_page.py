@@ -16,7 +16,7 @@ from tests.data.chat_tokenizer import tokenizer
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "data.md"
 COMMANDS = [
     line.partition("#")[0].strip()
-    for block in re.findall(r"^```\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+    for block in re.findall(r"^```bash\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
     for line in block.splitlines()
     if line.startswith("llmfoundry ")
 ]
@@ -44,7 +44,9 @@ def test_the_commands_of_the_page_run(
     }  # fmt: skip
     Path("run.yaml").write_text(yaml.safe_dump(config))
     said: dict[str, str] = {}
-    assert len(COMMANDS) == 10
+    assert len(COMMANDS) == 11
+    assert main(["train", "run.yaml", "save_folder=runs/moe"]) == 0, capfd.readouterr().err
+    capfd.readouterr()
     for command in COMMANDS:
         if "--part 1/2" in command:  # as on machines that begin with nothing
             Path("cache").rename("cache-before")
