@@ -31,9 +31,9 @@ from llmfoundry.runtime import cache_root
 
 log = logging.getLogger(__name__)
 
-# Keys of mosaicml-streaming that tune how shards are fetched and shuffled, which is not done here.
+# Keys of mosaicml-streaming that tune how shards are fetched and shuffled, which is done otherwise here.
 TUNING = (
-    "shuffle_algo", "shuffle_block_size", "num_canonical_nodes", "predownload", "partition_algo",
+    "shuffle_algo", "num_canonical_nodes", "predownload", "partition_algo",
     "sampling_method", "sampling_granularity", "batching_method", "download_retry", "download_timeout",
     "validate_hash", "keep_zip", "epoch_size", "allow_unsafe_types", "replication", "stream_name", "stream_config",
 )  # fmt: skip
@@ -135,7 +135,7 @@ def without_tuning(data: object) -> object:
         )
     found = [key for key in TUNING if key in data]
     if found:
-        log.info("dataset: %s: left out, shards are neither fetched nor shuffled in blocks here", ", ".join(found))
+        log.info("dataset: %s: left out, shards are fetched as their rows are read", ", ".join(found))
     return {key: value for key, value in data.items() if key not in found}
 
 

@@ -220,7 +220,8 @@ class Mixture(Order):
         self._shares = config.shares(orders)
         phases = [str((phase.until, shares)) for phase, shares in zip(config.mixture, self._shares, strict=False)]
         self.data = {label: order.fingerprint for label, order in zip(self.labels, orders, strict=True)}
-        orders_of = [str((part.dataset.shuffle, part.dataset.shuffle_seed)) for part in config.datasets]
+        shuffles = [(each.shuffle, each.shuffle_seed, each.shuffle_block_size) for each in config.parts()]
+        orders_of = [str(each if each[2] is not None else each[:2]) for each in shuffles]
         shares = phases or [str(self._shares[0])]
         self.fingerprint = fingerprint_of("mixture/1", *self.data.items(), *orders_of, *shares)
         budgets = [_budget(part, order) for part, order in zip(config.datasets, orders, strict=True)]

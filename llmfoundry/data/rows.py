@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import ConfigError
 from llmfoundry.data.packing import TokenStream, pack
-from llmfoundry.data.permutation import permuted
+from llmfoundry.data.permutation import permuted_in_blocks
 from llmfoundry.data.sources import DatasetConfig
 from llmfoundry.data.tokenizer import PLAIN_TEXT, SpecialTokens
 from llmfoundry.runtime import cache_root, seed_of
@@ -248,18 +248,19 @@ def epochs_of(rows: Rows, dataset: DatasetConfig, how: How) -> Epochs:
     held_out = dataset.split.startswith(("val", "test", "dev", "eval"))
     shuffled = not held_out if dataset.shuffle is None else dataset.shuffle
     seed = how.seed if dataset.shuffle_seed is None else dataset.shuffle_seed
-    return Epochs(rows, seed if shuffled else None, how.drop_last)
+    return Epochs(rows, seed if shuffled else None, how.drop_last, dataset.shuffle_block_size)
 
 
 class Epochs(Order):
     """All rows again and again: row n is in epoch n // rows_per_epoch, at the place that a keyed permutation gives."""
 
-    def __init__(self, rows: Rows, seed: int | None, drop_last: bool = False) -> None:
+    def __init__(self, rows: Rows, seed: int | None, drop_last: bool = False, block: int | None = None) -> None:
         """Order rows.
 
         Args:
             seed: of the permutations; None keeps the order of the data.
             drop_last: leave out a partly filled row.
+            block: rows that are shuffled together (`permuted_in_blocks`); None: all of them.
 
         Raises:
             ConfigError: no row is left.
@@ -267,7 +268,7 @@ class Epochs(Order):
         self.fingerprint, self.length, self.documents = rows.fingerprint, rows.length, rows.documents
         self.own_positions, self.sequences, self.once, self._rows = rows.own_positions, rows.sequences, rows, rows
         self.rows_per_epoch = rows.n_full if drop_last else rows.n_rows
-        self._seed = seed
+        self._seed, self._block = seed, block
         self._places = Places([self])
         if self.rows_per_epoch == 0:
             raise ConfigError(
@@ -283,7 +284,8 @@ class Epochs(Order):
         start, stop = row - row % _CHUNK, min(row - row % _CHUNK + _CHUNK, self.rows_per_epoch)
         places = np.arange(start, stop)
         if self._seed is not None:
-            places = permuted(places, self.rows_per_epoch, seed_of(self._seed, "epoch", epoch))
+            block = self.rows_per_epoch if self._block is None else self._block
+            places = permuted_in_blocks(places, self.rows_per_epoch, block, seed_of(self._seed, "epoch", epoch))
         return Stretch(number - row + start, places)
 
 

@@ -116,6 +116,9 @@ class DatasetConfig(Choice, tag="name"):
     max_seq_len: int | None = Field(default=None, ge=1)  # tokens per row; None: the run's max_seq_len
     shuffle: bool | None = None  # None: the train split is shuffled, the validation split is not
     shuffle_seed: int | None = None  # None: the run's seed
+    # Rows that are shuffled together, read from 16 places of the data: shards in a store are then fetched about once in
+    # an epoch, though the cache holds few of them. None: all rows.
+    shuffle_block_size: int | None = Field(default=None, ge=16)
     cache_dir: LocalPath | None = None  # None: $LLMFOUNDRY_CACHE, or ~/.cache/llmfoundry
     # Of files that are fetched from elsewhere, the bytes that are kept here, e.g. 50gb; None: 100gb.
     cache_limit: Annotated[int | str | None, AfterValidator(_a_size)] = None
@@ -135,7 +138,7 @@ class DatasetConfig(Choice, tag="name"):
             places: paths and URLs that it is read from.
             rules: what else decides its documents.
         """
-        served = {"cache_dir", "cache_limit", "max_seq_len", "shuffle", "shuffle_seed"}
+        served = {"cache_dir", "cache_limit", "max_seq_len", "shuffle", "shuffle_seed", "shuffle_block_size"}
         settings = json.dumps(self.model_dump(mode="json", exclude=served))
         real = [place if is_url(place) else os.path.realpath(os.path.expanduser(place)) for place in places if place]
         name = fingerprint_of("source/2", settings, *real, *rules)[:24]

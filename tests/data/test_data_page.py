@@ -35,7 +35,7 @@ def test_the_commands_of_the_page_run(
     tokenizer().save_pretrained(tmp_path / "tok")
     config = {
         "max_seq_len": 16,
-        "model": {"name": "causal_lm", "d_model": 16, "n_heads": 2, "n_layers": 1, "vocab_size": 320},
+        "model": {"name": "causal_lm", "d_model": 16, "n_heads": 2, "n_layers": 1, "vocab_size": 512},
         "tokenizer": {"name": "tok"},
         "train_loader": {"dataset": {"name": "text_files", "path": "data/web"}},
         "optimizer": {"name": "adamw", "lr": 0.1},
