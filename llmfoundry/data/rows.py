@@ -205,11 +205,14 @@ class StreamReader:
         offsets = (places - self._shards[shards]) * size
         whole = (stops - starts == length + 1) & (places + length < self._shards[shards + 1])
         # File by file: what the kernel and Python hold of one is then in the caches for all its rows of a batch.
-        order = np.argsort(shards[whole], kind="stable")
-        order = np.flatnonzero(whole)[order]
-        sources_of, shard_of = sources[order].tolist(), (shards - self._first_shards[sources])[order].tolist()
-        for i, source, shard, offset in zip(order.tolist(), sources_of, shard_of, offsets[order].tolist(), strict=True):
-            self._streams[source].file(shard).fill(raw[i], offset)
+        order = np.flatnonzero(whole)
+        order = order[np.argsort(shards[order], kind="stable")]
+        last, file = -1, None
+        for i, shard, offset in zip(order.tolist(), shards[order].tolist(), offsets[order].tolist(), strict=True):
+            if shard != last or file is None:
+                source = int(sources[i])
+                last, file = shard, self._streams[source].file(shard - int(self._first_shards[source]))
+            file.fill(raw[i], offset)
         tokens, labels = raw[:, :-1].astype(np.int64), raw[:, 1:].astype(np.int64)
         for i in np.flatnonzero(~whole).tolist():  # from one shard to the next, or at the end of a stream
             found = self._streams[sources[i]].read(int(starts[i]), int(stops[i]))
