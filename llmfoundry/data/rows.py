@@ -208,10 +208,11 @@ class StreamReader:
         order = np.flatnonzero(whole)
         order = order[np.argsort(shards[order], kind="stable")]
         last, file = -1, None
-        for i, shard, offset in zip(order.tolist(), shards[order].tolist(), offsets[order].tolist(), strict=True):
-            if shard != last or file is None:
+        each = zip(order.tolist(), shards[order].tolist(), offsets[order].tolist(), strict=True)
+        for i, at, offset in each:
+            if at != last or file is None:
                 source = int(sources[i])
-                last, file = shard, self._streams[source].file(shard - int(self._first_shards[source]))
+                last, file = at, self._streams[source].file(at - int(self._first_shards[source]))
             file.fill(raw[i], offset)
         tokens, labels = raw[:, :-1].astype(np.int64), raw[:, 1:].astype(np.int64)
         for i in np.flatnonzero(~whole).tolist():  # from one shard to the next, or at the end of a stream
