@@ -207,12 +207,12 @@ class StreamReader:
         # File by file: what the kernel and Python hold of one is then in the caches for all its rows of a batch.
         order = np.flatnonzero(whole)
         order = order[np.argsort(shards[order], kind="stable")]
-        last, file = -1, None
+        opened, file = -1, None
         each = zip(order.tolist(), shards[order].tolist(), offsets[order].tolist(), strict=True)
         for i, at, offset in each:
-            if at != last or file is None:
+            if at != opened or file is None:
                 source = int(sources[i])
-                last, file = at, self._streams[source].file(at - int(self._first_shards[source]))
+                opened, file = at, self._streams[source].file(at - int(self._first_shards[source]))
             file.fill(raw[i], offset)
         tokens, labels = raw[:, :-1].astype(np.int64), raw[:, 1:].astype(np.int64)
         for i in np.flatnonzero(~whole).tolist():  # from one shard to the next, or at the end of a stream
