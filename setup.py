@@ -56,6 +56,11 @@ setup(
             "trl>=1.0",
             "cramjam>=2.8",
             "hypothesis>=6.100",
+            # An S3 server on loopback. Not moto[server]: its antlr4 is another than omegaconf's.
+            "s3fs>=2024.6",
+            "moto[s3]>=5",
+            "flask>=3",
+            "flask-cors>=4",
         ],
         "s3": ["s3fs>=2024.6"],  # s3:// paths of data and checkpoints; gs:// needs gcsfs, hf:// nothing more
         "mds": ["cramjam>=2.8"],  # MDS shards compressed by Brotli or Snappy

@@ -97,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
 def s3(monkeypatch: pytest.MonkeyPatch, bucket: str) -> Iterator[Door]:
     """An S3 server with a bucket, which the environment of this process and its children names."""
     for package in ("s3fs", "moto.server", "flask"):
-        pytest.importorskip(package, reason="pip install s3fs 'moto[server]' runs this test")
+        pytest.importorskip(package, reason="pip install -e .[dev] runs this test")
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

@@ -22,7 +22,7 @@ from llmfoundry.private import disclosed
 # Beside the model's function. Names that `load_allow` takes too, for what is compared elsewhere.
 ROWS = (
     "seed", "max_seq_len", "train_loader.name", "train_loader.drop_last", "train_loader.dataset.shuffle",
-    "train_loader.dataset.shuffle_seed", "train_loader.dataset.max_seq_len",
+    "train_loader.dataset.shuffle_seed", "train_loader.dataset.shuffle_block_size", "train_loader.dataset.max_seq_len",
 )  # fmt: skip
 _RESUMED = (*ROWS, "global_train_batch_size", "optimizer.name")
 DATA, MIXTURE, TOKENIZER = "data", "mixture", "tokenizer"

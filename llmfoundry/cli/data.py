@@ -72,11 +72,9 @@ def _of_yaml(args: argparse.Namespace) -> _Opened:
     config = read_run_config(args.target, args.overrides)
     if args.tokenizer is not None:
         raise ConfigError(f"--tokenizer {args.tokenizer}: is for paths; of a YAML, write tokenizer.name=...")
-    loaders = {"train_loader": config.train_loader}
-    loaders |= {f"eval_loaders.{part.label}" if part.label else "eval_loader": part for part in config.due_evaluations}
     tokenizer = config.tokenizer.build(config.train_loader.dataset, [part.dataset for part in config.due_evaluations])
     special = config.tokenizer.special_tokens(tokenizer)
-    return _Opened(loaders, tokenizer, special, config.max_seq_len, config.seed, sees_documents(config))
+    return _Opened(config.loaders, tokenizer, special, config.max_seq_len, config.seed, sees_documents(config))
 
 
 def _of_path(args: argparse.Namespace) -> _Opened:
@@ -183,15 +181,13 @@ def _statistics(opened: _Opened, limit: int | None) -> Iterator[Statistics]:
 
     encoder = None if opened.tokenizer is None else Encoder(opened.tokenizer, opened.special)
     for name, loader in opened.loaders.items():
-        parts = loader.dataset.parts()
-        for number, dataset in enumerate(parts):
-            where = name if len(parts) == 1 else f"{name}.{number}"
+        for where, dataset in loader.datasets(name).items():
             if not isinstance(dataset, RowsConfig):
                 source = dataset.build()
                 yield statistics.of_texts(where, source.read(), encoder, limit, source.summary)
                 continue
             if opened.tokenizer is None:
-                raise ConfigError(f"{name}: holds tokens or conversations; name their tokenizer with --tokenizer")
+                raise ConfigError(f"{where}: holds tokens or conversations; name their tokenizer with --tokenizer")
             how = How(dataset.max_seq_len or opened.length, opened.seed, opened.documents, special=opened.special)
             rows = dataset.order(opened.tokenizer, how).once
             if rows is None:

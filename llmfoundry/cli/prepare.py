@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from llmfoundry.cli.command import command, program, read_run_config
 from llmfoundry.cli.train import sees_documents
@@ -16,16 +16,7 @@ from llmfoundry.config import ConfigError
 if TYPE_CHECKING:
     from llmfoundry.data.packing import TokenStream
     from llmfoundry.data.parts import Share
-    from llmfoundry.data.sources import DatasetConfig
     from llmfoundry.train.config import RunConfig
-
-
-class _Named(NamedTuple):
-    """A dataset of a run."""
-
-    where: str  # in the YAML
-    folder: str  # below --out
-    dataset: DatasetConfig
 
 
 @command
@@ -70,7 +61,8 @@ def _prepare(config: RunConfig, args: argparse.Namespace, workers: int, share: S
     tokenizer = config.tokenizer.build(config.train_loader.dataset, [part.dataset for part in config.due_evaluations])
     special = config.tokenizer.special_tokens(tokenizer)
     changes = ({"dedup": True} if args.dedup else {}) | ({"filter": args.filter} if args.filter else {})
-    for where, folder, dataset in _datasets(config):
+    named = [each for name, loader in config.loaders.items() for each in loader.datasets(name).items()]
+    for where, dataset in named:
         how = How(dataset.max_seq_len or config.max_seq_len, config.seed, sees_documents(config), special=special)
         if isinstance(dataset, RowsConfig):
             rows = dataset.order(tokenizer, how)
@@ -94,19 +86,9 @@ def _prepare(config: RunConfig, args: argparse.Namespace, workers: int, share: S
         for line in _report(stream, where, seconds, changes if where.startswith("train_loader") else {}):
             print(line)
         if args.format == "mds":
-            _write_mds(stream, where, how.length, Path(args.out) / folder, args.compression)
-
-
-def _datasets(config: RunConfig) -> Iterator[_Named]:
-    loaders = {"train_loader": config.train_loader}
-    loaders |= {f"eval_loaders.{part.label}" if part.label else "eval_loader": part for part in config.due_evaluations}
-    for name, part in loaders.items():
-        parts = part.dataset.parts()
-        for number, dataset in enumerate(parts):
-            if len(parts) > 1:
-                yield _Named(f"{name}.{number}", f"{dataset.split}-{number}", dataset)
-            else:
-                yield _Named(name, dataset.split, dataset)
+            which = where.partition(".")[2]  # the part of a mixture, or the label of an evaluation
+            folder = Path(args.out) / (f"{dataset.split}-{which}" if which else dataset.split)
+            _write_mds(stream, where, how.length, folder, args.compression)
 
 
 def _report(stream: TokenStream, where: str, seconds: float, changes: dict[str, object]) -> Iterator[str]:

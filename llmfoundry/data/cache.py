@@ -35,7 +35,7 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """
     if folder.exists():
         return folder
-    try:
+    with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = folder.with_name(f"{folder.name}.lock")
         with waited_for(lock, f"{folder} to be made"):
@@ -45,11 +45,22 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
                 except BaseException:
                     lock.unlink(missing_ok=True)  # a waiting process sees that the lock is gone and makes another
                     raise
+    return folder
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """The block writes a folder of the cache.
+
+    Raises:
+        ConfigError: it cannot, e.g. because the disk is full.
+    """
+    try:
+        yield
     except OSError as error:
         raise ConfigError(
-            f"{folder}: cannot be created: {error}; set cache_dir or LLMFOUNDRY_CACHE to a writable folder"
+            f"{folder}: cannot be created: {error}; set cache_dir or LLMFOUNDRY_CACHE to a writable folder with room"
         ) from error
-    return folder
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from llmfoundry.data.bins import best_fit
 from llmfoundry.data.chat_template import Tokens
 from llmfoundry.data.open_file import OpenFile
 from llmfoundry.data.rows import IGNORE, Block, How, Rows
+from llmfoundry.data.watch import Watch
 from llmfoundry.strict_json import read_mapping
 
 
@@ -56,14 +57,17 @@ class ChatRows(Rows):
 
     own_positions = True
 
-    def __init__(self, folder: Path, title: str, fingerprint: str, eos_token_id: int, how: How) -> None:
+    def __init__(self, folder: Path, title: str, fingerprint: str, eos_token_id: int, how: How, watch: Watch) -> None:
         """Open a folder that `write` made.
+
+        Args:
+            watch: compares its files with their checksums.
 
         Raises:
             ConfigError: it is damaged.
         """
         self.title, self.fingerprint, self.length = title, fingerprint, how.length
-        self.eos_token_id, self.documents = eos_token_id, how.documents
+        self.eos_token_id, self.documents, self.watch = eos_token_id, how.documents, watch
         try:
             self._starts, self._members, self._bounds = (
                 np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("starts", "members", "rows")
@@ -100,6 +104,7 @@ class ChatRows(Rows):
         out.tokens[i], out.labels[i], out.positions[i] = self.eos_token_id, IGNORE, 0
         if out.documents is not None:
             out.documents[i] = 0  # what fills the row
+        self.watch.check()
         if number >= self.n_rows:
             return
         end = 0

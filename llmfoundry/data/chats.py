@@ -13,6 +13,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal, Self, TypeVar
 
@@ -20,16 +21,17 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import ConfigError
-from llmfoundry.data.cache import made_once
 from llmfoundry.data.chat_rows import ChatRows, write
 from llmfoundry.data.chat_template import Renderer, Responses, Targets
 from llmfoundry.data.conversations import Conversation, Example, code_of, example_of, preprocess
 from llmfoundry.data.mds_rows import Folders, samples
+from llmfoundry.data.provenance import Gone
 from llmfoundry.data.rows import How, Order, epochs_of
 from llmfoundry.data.sources import Source, fingerprint_of
-from llmfoundry.data.table_files import Table, table_of
+from llmfoundry.data.table_files import Table, gone_table, table_of
 from llmfoundry.data.tables import BadRow, Row
 from llmfoundry.data.tokenizer import Encoder
+from llmfoundry.data.watch import Watch
 from llmfoundry.runtime import cache_root
 
 log = logging.getLogger(__name__)
@@ -119,8 +121,10 @@ class ChatsConfig(Folders, names=("chats",)):
     def _write(self, folder: Path, table: Table, renderer: Renderer, how: How) -> None:
         write(folder, self._read(table, lambda row: renderer.tokens(example_of(row))), how)
 
-    def _opened(self, folder: Path, title: str, fingerprint: str, eos_token_id: int, how: How) -> ChatRows:
-        return ChatRows(folder, title, fingerprint, eos_token_id, how)
+    def _opened(
+        self, folder: Path, title: str, fingerprint: str, eos_token_id: int, how: How, watch: Watch
+    ) -> ChatRows:
+        return ChatRows(folder, title, fingerprint, eos_token_id, how, watch)
 
     def order(self, tokenizer: PreTrainedTokenizerBase, how: How) -> Order:
         table, targets = self._table(), self._targets()
@@ -138,13 +142,14 @@ class ChatsConfig(Folders, names=("chats",)):
             json.dumps(tokenizer.special_tokens_map, sort_keys=True), how.length, how.documents, self.skip_bad_rows,
         )  # fmt: skip
         folder = cache_root(self.cache_dir) / "chats" / f"{table.title}-{fingerprint[:24]}"
+        make = partial(self._write, table=table, renderer=renderer, how=how)
         try:
-            made_once(folder, lambda temporary: self._write(temporary, table, renderer, how))
+            watch = table.made(folder, make, self.memory(*self.places()))
         except ConfigError:
             raise
         except ValueError as error:
             raise ConfigError(f"dataset: {self._where or self.hf_name or table.title}: {error}") from None
-        rows = self._opened(folder, table.title, fingerprint, tokenizer.eos_token_id, how)
+        rows = self._opened(folder, table.title, fingerprint, tokenizer.eos_token_id, how, watch)
         log.info("%s", rows.summary)
         return epochs_of(rows, self, how)
 
@@ -180,6 +185,15 @@ class ChatsConfig(Folders, names=("chats",)):
             )
 
     def _table(self) -> Table:
+        try:
+            return self._found()
+        except Gone as gone:
+            return gone_table(self.memory(*self.places()), gone)
+
+    def places(self) -> list[str]:
+        return [self._where] if self._where is not None else super().places()
+
+    def _found(self) -> Table:
         title = f"chats-{self.split or 'all'}"
         if self._where is not None:
             return table_of(self._where, title, self, lenient=self.skip_bad_rows > 0)
@@ -198,7 +212,8 @@ class ChatsConfig(Folders, names=("chats",)):
             found = datasets.load_dataset(name, split=self.split, **self.hf_kwargs)
         except Exception as error:  # the hub and its scripts fail in many ways
             why = " ".join(str(error).split())[:300]
-            raise ConfigError(f"dataset.hf_name: {name}: cannot be loaded: {type(error).__name__}: {why}") from error
+            failed = ConfigError(f"dataset.hf_name: {name}: cannot be loaded: {type(error).__name__}: {why}")
+            raise Gone(failed) from error
         return Table(title, fingerprint_of("hub/1", name, self.split, found._fingerprint), _numbered(name, found))
 
 

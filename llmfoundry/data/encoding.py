@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -34,12 +35,13 @@ class Text(NamedTuple):
 
 
 def encoded(
-    documents: Iterable[tuple[str, Counts]], encoder: Encoder, workers: int = 0
+    documents: Iterable[tuple[str, Counts]], encoder: Encoder, dtype: np.dtype, workers: int = 0
 ) -> Iterator[tuple[Text, NDArray]]:
     """Each text with its ids.
 
     Args:
         documents: with the counts after each.
+        dtype: of the ids.
         workers: processes that tokenise, each on one core; 1: this one alone; 0: this one, with the tokenizer's own
             threads.
 
@@ -50,11 +52,11 @@ def encoded(
         encode = encoder.ids if workers else encoder.encode
         for batch in _batches(documents, BATCH_CHARACTERS):
             found = encode([each.text for each in batch])
-            yield from zip(batch, map(np.asarray, found), strict=True)
+            yield from zip(batch, (np.asarray(ids, dtype) for ids in found), strict=True)
         return
     # Forked, so that workers have the tokenizer without importing anything; they start no threads.
     context = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(workers, context, _start, (encoder, os.getpid()))
+    pool = ProcessPoolExecutor(workers, context, _start, (encoder, dtype, os.getpid()))
     waiting: deque[tuple[list[Text], Future[tuple[NDArray, list[int]]]]] = deque()
     try:
         for batch in _batches(documents, WORKER_CHARACTERS):
@@ -73,15 +75,20 @@ def encoded(
 
 def _received(batch: list[Text], future: Future[tuple[NDArray, list[int]]]) -> Iterator[tuple[Text, NDArray]]:
     ids, lengths = future.result()
-    yield from zip(batch, np.split(ids, np.cumsum(lengths)[:-1]), strict=True)
+    start = 0
+    for text, length in zip(batch, lengths, strict=True):
+        yield text, ids[start : start + length]
+        start += length
 
 
 _encoder: Encoder | None = None  # of a worker
+_dtype: np.dtype
 
 
-def _start(encoder: Encoder, parent: int) -> None:
-    global _encoder
-    _encoder = encoder
+def _start(encoder: Encoder, dtype: np.dtype, parent: int) -> None:
+    global _encoder, _dtype
+    _encoder, _dtype = encoder, dtype
+    gc.freeze()  # what is forked is not looked through again: that would copy every page of it
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
     if sys.platform == "linux":
@@ -93,7 +100,7 @@ def _start(encoder: Encoder, parent: int) -> None:
 def _encode(texts: list[str]) -> tuple[NDArray, list[int]]:
     assert _encoder is not None
     found = _encoder.ids(texts)
-    return np.concatenate(found), [len(ids) for ids in found]
+    return np.concatenate(found).astype(_dtype), [len(ids) for ids in found]
 
 
 def _batches(documents: Iterable[tuple[str, Counts]], size: int) -> Iterator[list[Text]]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from llmfoundry.config import ConfigError
+from llmfoundry.data.provenance import Gone, stamps_of
 from llmfoundry.data.sources import Source, fingerprint_of
 from llmfoundry.data.texts import TextsConfig
 from llmfoundry.runtime import first_of_node
@@ -54,30 +55,45 @@ class HubTextConfig(TextsConfig, names=("hub", "hf_text")):
             rows = first_of_node(f"the dataset {self.heap()}", load)
         except Exception as error:  # the hub and its readers fail in many ways
             why = " ".join(str(error).split())[:300]
-            raise ConfigError(
+            failed = ConfigError(
                 f"dataset.hf_name: {self.hf_name}, subset {self.subset}, split {self.split}: cannot be loaded: "
                 f"{type(error).__name__}: {why}"
-            ) from error
+            )
+            raise Gone(failed) from error
         columns = rows.column_names
         if columns is not None and self.text_key not in columns:
             raise ConfigError(f"dataset.text_key: {self.hf_name}: {self.text_key!r} is not among {', '.join(columns)}")
         # The builder's hash is of the revision of a hub dataset; files of this machine have their times.
-        files = (path for paths in (builder.config.data_files or {}).values() for path in map(Path, paths))
-        times = [(str(path), path.stat().st_mtime_ns) for path in files if path.is_file()]
+        paths = (path for paths in (builder.config.data_files or {}).values() for path in map(Path, paths))
+        files = [path for path in paths if path.is_file()]
+        times = [(str(path), path.stat().st_mtime_ns) for path in files]
         data = (builder.hash or "", builder.config_id, str(builder.config.version), self.split, self.text_key, *times)
         title = f"hub-{self.split.partition('[')[0]}"
+        told = (builder.info.splits or {}).get(self.split)  # of a whole split
+        n_bytes = told.num_bytes if told is not None and self.max_documents is None else None
         name = self.hf_name if self.subset is None else f"{self.hf_name}/{self.subset}"
         return Source(
             title,
             fingerprint_of("hub-text/1", self.hf_name, *data, self.max_documents or 0),
             lambda: self._read(rows),
+            n_bytes or None,
+            stamps=stamps_of(files),
             summary=f"{title}: reads {name}, split {self.split}" + (" as a stream" if self.streaming else ""),
         )
 
     def _read(self, rows: datasets.Dataset | datasets.IterableDataset) -> Iterator[str]:
         texts = rows.select_columns([self.text_key])
-        for number, row in enumerate(itertools.islice(texts, self.max_documents)):
+        for number, row in enumerate(self._rows(itertools.islice(texts, self.max_documents))):
             text = row[self.text_key]
             if not isinstance(text, str):
                 raise ConfigError(f"dataset.text_key: {self.hf_name}: row {number}: {self.text_key!r} is {text!r:.80}")
             yield text
+
+    def _rows(self, rows: Iterator[dict[str, object]]) -> Iterator[dict[str, object]]:
+        try:
+            yield from rows
+        except Exception as error:  # a stream is fetched as it is read
+            why = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"dataset.hf_name: {self.hf_name}: cannot be read: {type(error).__name__}: {why}"
+            ) from error

@@ -1,6 +1,6 @@
 """`ids`: rows of token ids in a column of .jsonl, .json or .parquet, tokenised and cut elsewhere.
 
-They are copied once into one file of ids, which every run maps into memory: row i is bytes [i*S*w, (i + 1)*S*w).
+They are copied once into one file of ids, which every run reads in place: row i is bytes [i*S*w, (i + 1)*S*w).
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import ConfigError, is_url
-from llmfoundry.data.cache import made_once
+from llmfoundry.data.open_file import OpenFile
+from llmfoundry.data.provenance import Gone
 from llmfoundry.data.remote import DataPath
 from llmfoundry.data.rows import IGNORE, Block, How, Order, Rows, RowsConfig, epochs_of
 from llmfoundry.data.sources import Source, fingerprint_of
-from llmfoundry.data.table_files import Table, table_of
+from llmfoundry.data.table_files import Table, gone_table, table_of
 from llmfoundry.data.tables import BadRow
+from llmfoundry.data.watch import Watch
 from llmfoundry.runtime import cache_root
 
 log = logging.getLogger(__name__)
@@ -52,7 +54,10 @@ class IdsConfig(RowsConfig, names=("ids",)):
         )
 
     def _table(self) -> Table:
-        return table_of(self.path, f"ids-{self.split}", self, lenient=False)
+        try:
+            return table_of(self.path, f"ids-{self.split}", self, lenient=False)
+        except Gone as gone:
+            return gone_table(self.memory(self.path), gone)
 
     def order(self, tokenizer: PreTrainedTokenizerBase, how: How) -> Order:
         table, largest = self._table(), max(tokenizer.get_vocab().values())
@@ -61,8 +66,12 @@ class IdsConfig(RowsConfig, names=("ids",)):
         fingerprint = fingerprint_of("ids/1", table.fingerprint, self.ids_key, how.length, largest, eos)
         folder = cache_root(self.cache_dir) / "ids" / f"{table.title}-{fingerprint[:24]}"
         dtype = np.dtype("<u2" if largest < 2**16 else "<u4")
-        made_once(folder, lambda temporary: self._write(temporary / "ids.bin", table, how.length, largest, dtype))
-        rows = IdRows(folder / "ids.bin", table.title, fingerprint, dtype, eos, how)
+
+        def make(temporary: Path) -> None:
+            self._write(temporary / "ids.bin", table, how.length, largest, dtype)
+
+        watch = table.made(folder, make, self.memory(self.path))
+        rows = IdRows(folder / "ids.bin", table.title, fingerprint, dtype, eos, how, watch)
         return epochs_of(rows, self, how)
 
     def _write(self, file: Path, table: Table, length: int, largest: int, dtype: np.dtype) -> None:
@@ -93,18 +102,26 @@ class IdsConfig(RowsConfig, names=("ids",)):
 class IdRows(Rows):
     """Rows of a file of ids: the label of a token is the next one, and the last has none."""
 
-    def __init__(self, file: Path, title: str, fingerprint: str, dtype: np.dtype, eos_token_id: int, how: How) -> None:
+    def __init__(
+        self, file: Path, title: str, fingerprint: str, dtype: np.dtype, eos_token_id: int, how: How, watch: Watch
+    ) -> None:
         self.title, self.fingerprint, self.length, self.documents = title, fingerprint, how.length, how.documents
-        n_rows = file.stat().st_size // (dtype.itemsize * how.length)
+        self._ids, self._dtype, self._eos, self._watch = OpenFile(file), dtype, eos_token_id, watch
+        self._row_bytes = dtype.itemsize * how.length
+        n_rows = self._ids.size // self._row_bytes
         if not n_rows:
             raise ConfigError(f"dataset {title}: has no rows")
-        self._ids, self._eos = np.memmap(file, dtype, "r", shape=(n_rows, how.length)), eos_token_id
         self.n_rows = self.n_full = n_rows
         self.n_tokens = n_rows * (how.length - 1)
 
     def put(self, number: int, out: Block, i: int) -> None:
+        self._watch.check()
         tokens = out.tokens[i]
-        tokens[:] = self._ids[number] if number < self.n_rows else self._eos
+        if number < self.n_rows:
+            start = number * self._row_bytes
+            tokens[:] = np.frombuffer(self._ids.read(start, start + self._row_bytes), self._dtype)
+        else:
+            tokens[:] = self._eos
         out.labels[i, :-1] = tokens[1:] if number < self.n_rows else IGNORE
         out.labels[i, -1] = IGNORE
         if out.documents is not None:

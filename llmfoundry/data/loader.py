@@ -91,6 +91,15 @@ class LoaderConfig(Choice, tag="name"):
         rest = {key: value for key, value in data.items() if key not in of_mixture and key != "dataset"}
         return rest | {"dataset": {"name": "mixture"} | of_mixture}
 
+    def datasets(self, where: str) -> dict[str, DatasetConfig]:
+        """Its dataset, or each of a mixture, by its place in the YAML.
+
+        Args:
+            where: the loader's own place.
+        """
+        parts = self.dataset.parts()
+        return {where: parts[0]} if len(parts) == 1 else {f"{where}.{i}": part for i, part in enumerate(parts)}
+
     def build(
         self,
         tokenizer: PreTrainedTokenizerBase,

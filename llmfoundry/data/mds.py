@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from llmfoundry.config import ConfigError
 from llmfoundry.data.cache import made_once
 from llmfoundry.data.open_file import OpenFile
-from llmfoundry.data.remote import Store
+from llmfoundry.data.remote import RemoteFile, Store
 from llmfoundry.strict_json import parse_json, read_plain, whole_number
 
 Value = str | bytes | int | float | NDArray | object  # of one column
@@ -74,18 +74,19 @@ class MDSFolder:
         folder: holds index.json.
         cache: where compressed shards are unpacked.
         check_hashes: read each shard whole before its first use, and compare the hashes that the index has.
-        remote: the folder's URL, and what fetches its files; `folder` is then for messages.
+        remote: the folder's files by their names, and what fetches them; `folder` is then for messages.
 
     Raises:
         ConfigError: index.json is missing or malformed, or has columns that would need code or images.
     """
 
     def __init__(
-        self, folder: Path, cache: Path, check_hashes: bool = False, remote: tuple[str, Store] | None = None
-    ) -> None:
+        self, folder: Path, cache: Path, check_hashes: bool = False,
+        remote: tuple[Mapping[str, RemoteFile], Store] | None = None,
+    ) -> None:  # fmt: skip
         self.folder, self._cache, self._check_hashes = folder, cache, check_hashes
         self._store = None if remote is None else remote[1]
-        self._elsewhere = {} if remote is None else remote[1].find(remote[0])
+        self._elsewhere = {} if remote is None else remote[0]
         text, index = _read_index(self._here("index.json") or folder / "index.json", folder / "index.json")
         try:
             entries = index["shards"]

@@ -19,20 +19,21 @@ from numpy.typing import NDArray
 from pydantic import Field, ModelWrapValidatorHandler, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from llmfoundry.config import Config, ConfigError, is_url
+from llmfoundry.config import Config, ConfigError, ResourceError, is_url
 from llmfoundry.data.interleave import exact
 from llmfoundry.data.mds import MDSFolder, Sample
 from llmfoundry.data.mixture import Mixture, MixtureConfig, Part
 from llmfoundry.data.packing import pack
+from llmfoundry.data.provenance import Gone
 from llmfoundry.data.rows import IGNORE, Block, How, Order, Rows, RowsConfig, StreamRows, epochs_of
-from llmfoundry.data.sources import Source, fingerprint_of
+from llmfoundry.data.sources import Source, fingerprint_of, gone_source
 from llmfoundry.runtime import cache_root
 
 log = logging.getLogger(__name__)
 
-# Keys of mosaicml-streaming that tune how shards are fetched and shuffled, which is not done here.
+# Keys of mosaicml-streaming that tune how shards are fetched and shuffled, which is done otherwise here.
 TUNING = (
-    "shuffle_algo", "shuffle_block_size", "num_canonical_nodes", "predownload", "partition_algo",
+    "shuffle_algo", "num_canonical_nodes", "predownload", "partition_algo",
     "sampling_method", "sampling_granularity", "batching_method", "download_retry", "download_timeout",
     "validate_hash", "keep_zip", "epoch_size", "allow_unsafe_types", "replication", "stream_name", "stream_config",
 )  # fmt: skip
@@ -77,7 +78,8 @@ class Folders(RowsConfig):
         """The folders, opened.
 
         Raises:
-            ConfigError: one is missing or damaged.
+            ConfigError: one is damaged.
+            Gone: one is not there.
         """
         if self.streams is None:
             return [self._open(Stream(local=self.local, remote=self.remote), "dataset")]
@@ -93,15 +95,25 @@ class Folders(RowsConfig):
                 raise ConfigError(f"{where}.local: {root}: is a URL; name it in remote")
             if is_url(root):
                 url, cache = "/".join([root.rstrip("/"), *([split] if split else [])]), cache_root(self.cache_dir)
-                place = (url, self.store())
-                return MDSFolder(Path(url.partition("://")[2]), cache / "mds", check_hashes=True, remote=place)
+                store = self.store()
+                try:
+                    files = store.find(url)
+                except (ConfigError, ResourceError) as error:
+                    raise Gone(error) from None
+                place = Path(url.partition("://")[2])
+                return MDSFolder(place, cache / "mds", check_hashes=True, remote=(files, store))
             folder = Path(root).expanduser() / split
             if (folder / "index.json").is_file():
                 return MDSFolder(folder, cache_root(self.cache_dir) / "mds", check_hashes=True)
             tried.append(str(folder))
         if not tried:
             raise ConfigError(f"{where}: names neither local nor remote")
-        raise ConfigError(f"{where}: there is no index.json in {' or '.join(tried)}")
+        raise Gone(ConfigError(f"{where}: there is no index.json in {' or '.join(tried)}"))
+
+    def places(self) -> list[str]:
+        """Paths and URLs that it is read from."""
+        streams = [Stream(local=self.local, remote=self.remote), *(self.streams or {}).values()]
+        return [place for stream in streams for place in (stream.local, stream.remote) if place is not None]
 
     @property
     def _split(self) -> str:
@@ -123,7 +135,7 @@ def without_tuning(data: object) -> object:
         )
     found = [key for key in TUNING if key in data]
     if found:
-        log.info("dataset: %s: left out, shards are neither fetched nor shuffled in blocks here", ", ".join(found))
+        log.info("dataset: %s: left out, shards are fetched as their rows are read", ", ".join(found))
     return {key: value for key, value in data.items() if key not in found}
 
 
@@ -146,16 +158,24 @@ class MDSConfig(Folders, names=("mds",)):
 
     def build(self) -> Source:
         """The texts of all folders."""
-        folders = self.folders()
+        memory = self.memory(*self.places())
+        try:
+            folders = self.folders()
+        except Gone as gone:
+            return gone_source(memory, gone)
         return Source(
             f"mds-{self._split or 'all'}",
             fingerprint_of("mds/1", *(folder.fingerprint for folder in folders)),
             lambda: _texts(folders),
             files=frozenset((folder.folder / "index.json").resolve() for folder in folders),
+            memory=memory,
         )
 
     def order(self, tokenizer: PreTrainedTokenizerBase, how: How) -> Order:
-        folders = self.folders()
+        try:
+            folders = self.folders()
+        except Gone:
+            return self._packed(tokenizer, how)  # of texts, the tokens may be in the cache
         tokens = {"tokens" in folder.columns for folder in folders}
         if len(tokens) > 1:
             raise ConfigError("dataset.streams: some hold tokens and others text; make two datasets of them")
@@ -167,13 +187,18 @@ class MDSConfig(Folders, names=("mds",)):
                     "dataset.streams: proportion, repeat and choose count rows, and these streams hold text, which is "
                     "packed into rows here; make each a dataset with a weight"
                 )
-            source = self.build()
-            stream = pack(source, tokenizer, cache_root(self.cache_dir), how.special)
-            return epochs_of(StreamRows(stream, source.title, how), self, how)
+            return self._packed(tokenizer, how)
         each = [_TokenRows(folder, self, tokenizer, how) for folder in folders]
         if plain:
             return epochs_of(_Joined(each), self, how)
         return self._mixed(streams, each, how)
+
+    def _packed(self, tokenizer: PreTrainedTokenizerBase, how: How) -> Order:
+        source = self.build()
+        if source.summary:
+            log.info("%s", source.summary)
+        stream = pack(source, tokenizer, cache_root(self.cache_dir), how.special)
+        return epochs_of(StreamRows(stream, source.title, how), self, how)
 
     def _mixed(self, streams: list[Stream], rows: Sequence[Rows], how: How) -> Order:
         """Streams with counts of rows in an epoch: a mixture in the ratio of these."""

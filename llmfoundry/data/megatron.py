@@ -3,7 +3,7 @@
 An index is `MMIDIDX\\0\\0`, `uint64 version` (1), `uint8` for the type of the ids, `uint64 sequences`, `uint64 bounds`,
 then `int32 lengths[sequences]` in tokens, `int64 pointers[sequences]` in bytes of the .bin, and `int64
 documents[bounds]`: document i is the sequences [documents[i], documents[i + 1]). All numbers are little endian. Both
-files are mapped into memory, so an index of any size takes none.
+files are read in place; of the index, every 1024th number is kept, so that of 5 G documents takes 80 MB.
 
 Source: the format as of Megatron-Core 0.12 (https://github.com/NVIDIA/Megatron-LM), megatron/core/datasets.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,20 +20,57 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmfoundry.config import ConfigError
+from llmfoundry.data.open_file import OpenFile
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _FLOATS = (6, 7)
 _CHUNK = 2**20  # entries of an index that are checked at once
+_BLOCK = 2**10  # entries of which one is kept
 _SAMPLED = 2**14  # bytes of the .bin that are part of its fingerprint
+
+
+class _Column:
+    """Numbers of an index that do not fall, in its file."""
+
+    def __init__(self, file: OpenFile, start: int, n: int) -> None:
+        """Find them.
+
+        Args:
+            start: byte of the first.
+            n: how many there are.
+        """
+        self._file, self._start, self._n = file, start, n
+        self._every = np.empty(-(-n // _BLOCK), "<i8")  # one of _BLOCK, filled by `chunks`
+
+    def chunks(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """All of them a part at a time, each with the place of its first."""
+        for first in range(0, self._n, _CHUNK):
+            chunk = self.read(first, min(first + _CHUNK, self._n))
+            self._every[first // _BLOCK : -(-(first + len(chunk)) // _BLOCK)] = chunk[::_BLOCK]
+            yield first, chunk
+
+    def read(self, first: int, stop: int) -> NDArray[np.int64]:
+        """Numbers [first, stop)."""
+        return np.frombuffer(self._file.read(self._start + 8 * first, self._start + 8 * stop), "<i8")
+
+    def at(self, place: int) -> int:
+        """One of them."""
+        return int(self.read(place, place + 1)[0])
+
+    def search(self, value: int) -> int:
+        """The first place of a number that is no less than a value; their number if there is none."""
+        block = max(int(np.searchsorted(self._every, value)) - 1, 0)
+        first = block * _BLOCK
+        return first + int(np.searchsorted(self.read(first, min(first + _BLOCK, self._n)), value))
 
 
 class MegatronFile:
     """The tokens of one .bin and their documents."""
 
     def __init__(self, index: Path, tokens: Path) -> None:
-        """Map both files.
+        """Open both files, and check the index.
 
         Args:
             index: the .idx.
@@ -67,44 +105,54 @@ class MegatronFile:
             )
         self.dtype = np.dtype(_DTYPES[code])
         at = _HEADER.size
-        self._lengths = np.memmap(index, "<i4", "r", at, (n_sequences,))
-        self._pointers = np.memmap(index, "<i8", "r", at + 4 * n_sequences, (n_sequences,))
-        self._bounds = np.memmap(index, "<i8", "r", at + 12 * n_sequences, (n_bounds,))
+        try:
+            places, self._tokens = OpenFile(index), OpenFile(tokens)
+        except OSError as error:
+            raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}") from None
+        self._pointers = _Column(places, at + 4 * n_sequences, n_sequences)
+        self._bounds = _Column(places, at + 12 * n_sequences, n_bounds)
         self.n_documents = n_bounds - 1
-        self._check(n_bytes)
+        self._check(places, n_sequences, n_bytes)
         self.n_tokens = n_bytes // self.dtype.itemsize
-        self._tokens = np.memmap(tokens, self.dtype, "r", shape=(self.n_tokens,))
         self.fingerprint = self._fingerprint()
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Tokens [start, stop)."""
-        return self._tokens[start:stop].astype(np.int64)
+        """Tokens [start, stop).
+
+        Raises:
+            ConfigError: the .bin has become shorter, or cannot be read.
+        """
+        size = self.dtype.itemsize
+        return np.frombuffer(self._tokens.read(start * size, stop * size), self.dtype).astype(np.int64)
 
     def starts(self, start: int, stop: int) -> NDArray[np.int64]:
         """Where documents begin in [start, stop), in order; an empty document begins where the next one does."""
         size = self.dtype.itemsize
-        first, last = np.searchsorted(self._pointers, (start * size, stop * size))
-        low, high = np.searchsorted(self._bounds, (first, last))
-        sequences = np.asarray(self._bounds[low : min(high, self.n_documents)])
-        return np.unique(np.asarray(self._pointers[sequences])) // size
+        first, last = (self._pointers.search(place * size) for place in (start, stop))
+        low, high = (self._bounds.search(sequence) for sequence in (first, last))
+        sequences = self._bounds.read(low, min(high, self.n_documents))  # in [first, last)
+        if not len(sequences):
+            return np.empty(0, np.int64)
+        return np.unique(self._pointers.read(first, last)[sequences - first]) // size
 
     def document_at(self, place: int) -> int:
         """The start of the first document that begins at a token or after it; the number of tokens if none does."""
-        sequence = int(np.searchsorted(self._pointers, place * self.dtype.itemsize))
-        bound = int(np.searchsorted(self._bounds, sequence))
+        bound = self._bounds.search(self._pointers.search(place * self.dtype.itemsize))
         if bound >= self.n_documents:
             return self.n_tokens
-        return int(self._pointers[self._bounds[bound]]) // self.dtype.itemsize
+        sequence = self._bounds.at(bound)
+        return self._pointers.at(sequence) // self.dtype.itemsize
 
-    def _check(self, n_bytes: int) -> None:
+    def _check(self, index: OpenFile, n_sequences: int, n_bytes: int) -> None:
         """Compare the index with itself and the .bin, a part at a time."""
         size, end = self.dtype.itemsize, 0
-        for i in range(0, len(self._lengths), _CHUNK):
-            lengths = self._lengths[i : i + _CHUNK].astype(np.int64)
+        for i, pointers in self._pointers.chunks():
+            at = _HEADER.size + 4 * i
+            lengths = np.frombuffer(index.read(at, at + 4 * len(pointers)), "<i4").astype(np.int64)
             if lengths.min() < 0:
                 self._refuse(f"is damaged: sequence {i + int(lengths.argmin()):,} has {lengths.min()} tokens")
             ends = end + np.cumsum(lengths) * size
-            wrong = np.flatnonzero(self._pointers[i : i + _CHUNK] != np.concatenate([[end], ends[:-1]]))
+            wrong = np.flatnonzero(pointers != np.concatenate([[end], ends[:-1]]))
             if len(wrong):
                 self._refuse(
                     f"is damaged: sequence {i + int(wrong[0]):,} does not begin where the one before it ends, "
@@ -116,13 +164,13 @@ class MegatronFile:
         if n_bytes == 0:
             self._refuse("lists no tokens")
         before = 0
-        for i in range(0, len(self._bounds), _CHUNK):
-            bounds = np.concatenate([[before], self._bounds[i : i + _CHUNK]])
+        for i, chunk in self._bounds.chunks():
+            bounds = np.concatenate([[before], chunk])
             if (np.diff(bounds) < 0).any() or (i == 0 and bounds[1] != 0):
                 self._refuse("is damaged: its documents are not in order")
             before = int(bounds[-1])
-        if before != len(self._lengths):
-            self._refuse(f"is damaged: its documents end at sequence {before:,} of {len(self._lengths):,}")
+        if before != n_sequences:
+            self._refuse(f"is damaged: its documents end at sequence {before:,} of {n_sequences:,}")
 
     def _fingerprint(self) -> str:
         """Of the index, and of some of the tokens: their start, middle and end."""

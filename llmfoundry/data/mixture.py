@@ -19,7 +19,16 @@ from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import Config, ConfigError
 from llmfoundry.data.interleave import Interleave, exact, shares_of
-from llmfoundry.data.rows import Block, How, Order, RowsConfig, open_order
+from llmfoundry.data.rows import (
+    Block,
+    How,
+    Order,
+    Places,
+    RowsConfig,
+    StreamReader,
+    StreamRows,
+    open_order,
+)
 from llmfoundry.data.sources import DatasetConfig, Source, fingerprint_of
 
 
@@ -137,6 +146,11 @@ class MixtureConfig(RowsConfig, names=("mixture",)):
                     f"datasets: {part.name}: max_seq_len={orders[-1].length}, and other sources have {how.length}; "
                     "all rows of a mixture have one length"
                 )
+            if orders[-1].once is None:
+                raise ConfigError(
+                    f"datasets: {part.name}: has streams in counts of rows; list each of its folders as a dataset "
+                    "with a weight"
+                )
         return Mixture(self, orders)
 
     def shares(self, orders: Sequence[Order]) -> list[list[int]]:
@@ -206,14 +220,22 @@ class Mixture(Order):
         self._shares = config.shares(orders)
         phases = [str((phase.until, shares)) for phase, shares in zip(config.mixture, self._shares, strict=False)]
         self.data = {label: order.fingerprint for label, order in zip(self.labels, orders, strict=True)}
-        orders_of = [str((part.dataset.shuffle, part.dataset.shuffle_seed)) for part in config.datasets]
+        shuffles = [(each.shuffle, each.shuffle_seed, each.shuffle_block_size) for each in config.parts()]
+        orders_of = [str(each if each[2] is not None else each[:2]) for each in shuffles]
         shares = phases or [str(self._shares[0])]
         self.fingerprint = fingerprint_of("mixture/1", *self.data.items(), *orders_of, *shares)
         budgets = [_budget(part, order) for part, order in zip(config.datasets, orders, strict=True)]
         whole = [order.rows_per_epoch if budget is None else budget
                  for order, budget in zip(orders, budgets, strict=True)]  # fmt: skip
         self.rows_per_epoch = int(sum(whole))  # what the sources hold, or what their budgets say, all together
-        self._stretches = [order.stretch(0) for order in orders]  # that the last row of each source was in
+        rows = [order.once for order in orders]
+        self._rows = [each for each in rows if each is not None]
+        assert len(self._rows) == len(orders)  # none is a mixture itself
+        streams = [each.stream for each in self._rows if isinstance(each, StreamRows)]
+        self._reader = StreamReader(streams, self.length, self.documents) if streams else None
+        is_stream = np.array([isinstance(each, StreamRows) for each in self._rows])
+        self._stream_of = np.where(is_stream, np.cumsum(is_stream) - 1, -1)  # (n_sources,) by the reader; -1: none
+        self._places = Places(orders)
         self._segments: list[Segment] = []
         self.arrange([])
 
@@ -302,14 +324,19 @@ class Mixture(Order):
         return self._where(numbers)[0]
 
     def read(self, numbers: NDArray[np.int64]) -> Block:
-        sources, places = self._where(numbers)
+        sources, numbers = self._where(numbers)
+        places, streams = self._places.of(sources, numbers), self._stream_of[sources]
+        if self._reader is not None and not self.own_positions and (streams >= 0).all():
+            return self._reader.read(streams, places)._replace(sources=sources)
         out = self.empty(len(numbers))._replace(sources=sources)
-        stretches = self._stretches
-        for i, (source, number) in enumerate(zip(sources.tolist(), places.tolist(), strict=True)):
-            first, stop, place, put = stretches[source]
-            if not first <= number < stop:
-                first, stop, place, put = stretches[source] = self._orders[source].stretch(number)
-            put(place(number - first), out, i)
+        if self._reader is not None:
+            mine = np.flatnonzero(streams >= 0)
+            block = self._reader.read(streams[mine], places[mine])
+            out.tokens[mine], out.labels[mine] = block.tokens, block.labels
+            if out.documents is not None and block.documents is not None:
+                out.documents[mine] = block.documents
+        for i in np.flatnonzero(streams < 0).tolist():
+            self._rows[sources[i]].put(int(places[i]), out, i)
         return out
 
     def _where(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from llmfoundry.config import ConfigError
 
 
@@ -23,6 +26,15 @@ class OpenFile:
         self.path = path
         self._file = path.open("rb", buffering=0)
         self.size = os.fstat(self._file.fileno()).st_size  # bytes
+
+    def fill(self, row: NDArray, start: int) -> None:
+        """Read into an array, from a byte on; raises as `read`."""
+        try:
+            if os.preadv(self._file.fileno(), (row.data,), start) == row.nbytes:
+                return
+        except OSError:
+            pass
+        row[:] = np.frombuffer(self.read(start, start + row.nbytes), row.dtype)  # in several parts, or it says why not
 
     def read(self, start: int, stop: int) -> bytes:
         """Bytes [start, stop).

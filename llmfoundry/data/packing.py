@@ -1,4 +1,4 @@
-"""Text to token shards on disk, once; after that every run maps them into memory.
+"""Text to token shards on disk, once; after that every run reads them in place.
 
 The stream is `eos, document, eos, document, eos, ...`: the first eos is there so that every token of every
 document is predicted from something, and eos thereby opens each document. With a BOS token, which then opens each
@@ -15,10 +15,8 @@ import logging
 import shutil
 import uuid
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import suppress
-from functools import partial, reduce
+from functools import lru_cache, partial, reduce
 from itertools import accumulate
 from pathlib import Path
 
@@ -27,41 +25,32 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from llmfoundry import runtime
 from llmfoundry.config import ConfigError
-from llmfoundry.data.cache import made_once
+from llmfoundry.data.cache import made_once, writing
 from llmfoundry.data.open_file import OpenFile
 from llmfoundry.data.parts import SHARD_TOKENS, Shard, Share, read_state, shard_name, write_part
 from llmfoundry.data.sieve import Counts
 from llmfoundry.data.sources import DatasetConfig, Source
 from llmfoundry.data.tokenizer import PLAIN_TEXT, Encoder, SpecialTokens
-from llmfoundry.data.watch import Watch
+from llmfoundry.data.watch import Damaged, Watch
 from llmfoundry.progress import progress
 from llmfoundry.runtime import cache_root
 from llmfoundry.strict_json import read_mapping
 
 log = logging.getLogger(__name__)
 
-_OPEN_SHARDS = 256  # kept open, as a process may only have so many files
-_FOUND_DAMAGED = "found-damaged"  # a file beside the shards, left by a run that ended for it
-AT_ONCE_BYTES = 2**28  # of a stream whose checksums are compared when it is opened: a second, if that
-
-
-class DamagedTokens(ConfigError):
-    """Shards in the cache that are not what was written: they are made again where the source is there."""
+_BYTES_PER_TOKEN = 4  # of text, about
+_OPEN_SHARDS = 256  # of all streams, kept open: a process may only have so many files
 
 
 class TokenStream:
-    """A tokenised dataset: one long row of token ids in memory-mapped files."""
+    """A tokenised dataset: one long row of token ids in files."""
 
     def __init__(self, folder: Path) -> None:
-        """Open, and compare shards with the index.
-
-        Up to AT_ONCE_BYTES are read for their checksums before the first token is; of more, a thread reads them beside
-        the run, each rank its share, and `read` says what it has found.
+        """Open, and compare shards with the index, at once or beside the run (data/watch.py).
 
         Raises:
-            DamagedTokens: the index or a shard is missing or not what was written.
+            Damaged: the index or a shard is missing or not what was written.
         """
         self.folder = folder
         index = _read_index(folder)
@@ -73,18 +62,12 @@ class TokenStream:
         self.counts = Counts(*index["counts"]) if "counts" in index else None  # of the documents, read and left out
         self._shards = [Shard(*shard) for shard in index["shards"]]
         self.n_shards = len(self._shards)
-        self._starts = [0, *accumulate(shard.tokens for shard in self._shards)]
-        self._dtype = np.dtype(index["dtype"])
-        self._files: OrderedDict[int, OpenFile] = OrderedDict()
+        self.starts = [0, *accumulate(shard.tokens for shard in self._shards)]  # of the shards, and the end
+        self.dtype = np.dtype(index["dtype"])
         for number, shard in enumerate(self._shards):
             self._check_size(number, shard)
-        self._watch: Watch | None = None
-        if self.n_tokens * self._dtype.itemsize <= AT_ONCE_BYTES or (folder / _FOUND_DAMAGED).exists():
-            self.verify()
-            (folder / _FOUND_DAMAGED).unlink(missing_ok=True)  # it was the disk or the memory that read it
-        else:
-            mine = range(runtime.rank(), self.n_shards, runtime.world_size())
-            self._watch = Watch(folder.name, [partial(self._check_beside, number) for number in mine])
+        checks = [partial(self._check_bytes, number) for number in range(self.n_shards)]
+        self._watch = Watch(folder, self.n_tokens * self.dtype.itemsize, checks)
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """Tokens [start, stop) of the stream.
@@ -92,37 +75,32 @@ class TokenStream:
         Raises:
             ConfigError: a shard has become shorter, or was found to be damaged.
         """
-        if self._watch is not None:
-            self._watch.check()
+        self.check()
         if not 0 <= start <= stop <= self.n_tokens:
             raise ValueError(f"tokens [{start}, {stop}) of a stream of {self.n_tokens}")
         out = np.empty(stop - start, dtype=np.int64)
-        done, number = start, bisect_right(self._starts, start) - 1
+        done, number = start, bisect_right(self.starts, start) - 1
         while done < stop:
-            first = done - self._starts[number]
+            first = done - self.starts[number]
             last = min(first + stop - done, self._shards[number].tokens)
-            size = self._dtype.itemsize
-            part = np.frombuffer(self._open(number).read(first * size, last * size), self._dtype)
+            size = self.dtype.itemsize
+            part = np.frombuffer(self.file(number).read(first * size, last * size), self.dtype)
             out[done - start : done - start + len(part)] = part
             done, number = done + len(part), number + 1
         return out
+
+    def check(self) -> None:
+        """Raise what was found of the shards' checksums so far."""
+        self._watch.check()
 
     def verify(self) -> None:
         """Read everything and compare checksums.
 
         Raises:
-            DamagedTokens: a shard is not what was written.
+            Damaged: a shard is not what was written.
         """
         for number in range(self.n_shards):
             self._check_bytes(number)
-
-    def _check_beside(self, number: int) -> None:
-        try:
-            self._check_bytes(number)
-        except DamagedTokens:
-            with suppress(OSError):  # so that the next start makes them again
-                (self.folder / _FOUND_DAMAGED).touch()
-            raise
 
     def _check_bytes(self, number: int) -> None:
         path, expected = self.folder / shard_name(number), self._shards[number].sha256
@@ -130,33 +108,39 @@ class TokenStream:
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise DamagedTokens(f"{path}: cannot be read: {error.strerror}; {self._remedy()}") from None
+            raise Damaged(f"{path}: cannot be read: {error.strerror}; {self.remedy}") from None
         if found != expected:
-            raise DamagedTokens(f"{path}: checksum {found[:12]}, expected {expected[:12]}; {self._remedy()}")
+            raise Damaged(f"{path}: checksum {found[:12]}, expected {expected[:12]}; {self.remedy}")
 
     def _check_size(self, number: int, shard: Shard) -> None:
         path = self.folder / shard_name(number)
-        expected = shard.tokens * self._dtype.itemsize
+        expected = shard.tokens * self.dtype.itemsize
         actual = path.stat().st_size if path.is_file() else None
         if actual != expected:
             found = "is missing" if actual is None else f"has {actual} bytes"
-            raise DamagedTokens(f"{path}: {found}, expected {expected} bytes; {self._remedy()}")
+            raise Damaged(f"{path}: {found}, expected {expected} bytes; {self.remedy}")
 
-    def _open(self, number: int) -> OpenFile:
-        found = self._files.get(number)
-        if found is None:
-            path = self.folder / shard_name(number)
-            try:
-                found = OpenFile(path)
-            except OSError as error:
-                raise DamagedTokens(f"{path}: cannot be read: {error.strerror}; {self._remedy()}") from None
-            self._files[number] = found
-            if len(self._files) > _OPEN_SHARDS:
-                self._files.popitem(last=False)
-        return found
+    def file(self, number: int) -> OpenFile:
+        """A shard.
 
-    def _remedy(self) -> str:
+        Raises:
+            Damaged: it cannot be opened.
+        """
+        return _opened(self, number)
+
+    @property
+    def remedy(self) -> str:
+        """What to do about damage."""
         return f"delete the folder {self.folder}, it is made again"
+
+
+@lru_cache(_OPEN_SHARDS)
+def _opened(stream: TokenStream, number: int) -> OpenFile:
+    path = stream.folder / shard_name(number)
+    try:
+        return OpenFile(path)
+    except OSError as error:
+        raise Damaged(f"{path}: cannot be read: {error.strerror}; {stream.remedy}") from None
 
 
 def pack(
@@ -210,6 +194,12 @@ def pack_part(
     def write() -> None:
         log.info("tokenizing %s%s", source.title, f", part {share}" if share.of > 1 else "")
         size = source.n_bytes if share.of == 1 or source.n_bytes is None else source.n_bytes // share.of
+        expected, free = (size or 0) // _BYTES_PER_TOKEN * dtype.itemsize, shutil.disk_usage(folder.parent).free
+        if expected > free:
+            log.warning(
+                "%s: some %.0f GB of tokens are expected, and %s has %.0f GB free; set cache_dir to a larger disk, or "
+                "read less", source.title, expected / 1e9, folder.parent, free / 1e9,
+            )  # fmt: skip
         with progress(f"tokenizing {source.title}", size, "bytes") as advance:
             write_part(parts[share.number - 1], source, share, encoder, eos, dtype, workers, advance)
         try:
@@ -228,9 +218,10 @@ def pack_part(
         log.info("%s: %s", source.title, counts)
 
     if share.of > 1:
-        parts[0].parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(_lock_of(parts[share.number - 1])):
-            write()
+        with writing(folder):
+            parts[0].parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(_lock_of(parts[share.number - 1])):
+                write()
         if not all(read_state(part).done for part in parts):
             return None
     made_once(folder, make)
@@ -247,17 +238,17 @@ def _cached(folder: Path, source: Source) -> TokenStream | None:
         return None
     try:
         return TokenStream(folder)
-    except DamagedTokens as error:
+    except Damaged as error:
         damage = error
     try:
         next(source.documents())
     except ConfigError as error:
-        raise DamagedTokens(f"{damage}; but it cannot be made again: {error}") from None
+        raise Damaged(f"{damage}; but it cannot be made again: {error}") from None
     with FileLock(folder.with_name(f"{folder.name}.lock")):  # of several ranks, the first removes it
         if folder.exists():
             try:
                 return TokenStream(folder)
-            except DamagedTokens:
+            except Damaged:
                 log.error("DAMAGED TOKENS: %s; making them again from the source", damage)
                 away = folder.rename(folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:12]}"))
                 shutil.rmtree(away, ignore_errors=True)
@@ -330,5 +321,5 @@ def _read_index(folder: Path) -> dict:
     except (OSError, ValueError, KeyError):
         intact = False
     if not intact:
-        raise DamagedTokens(f"{path}: is missing or damaged; delete the folder {folder}, it is made again")
+        raise Damaged(f"{path}: is missing or damaged; delete the folder {folder}, it is made again")
     return index

@@ -19,7 +19,7 @@ from typing import BinaryIO, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from llmfoundry.config import ConfigError
+from llmfoundry.config import ConfigError, ResourceError
 from llmfoundry.data.encoding import encoded
 from llmfoundry.data.sieve import Counts
 from llmfoundry.data.sources import Source
@@ -137,13 +137,13 @@ def _write(
         next(itertools.islice(documents, state.counts.read, state.counts.read), None)
     writer = _Writer(folder, dtype, state)
     bos = encoder.special.bos
-    opens = [] if bos is None else [bos]  # each document
-    opening = [eos] if bos is None and share.number == 1 and state.place == 0 else opens
+    nothing, end = np.array([], dtype), np.array([eos], dtype)
+    opens = nothing if bos is None else np.array([bos], dtype)  # each document
+    opening = end if bos is None and share.number == 1 and state.place == 0 else opens
     advance(state.counts.kept_bytes)
-    for (text, counts), ids in encoded(sieve.through(documents, state.counts), encoder, workers):
-        closing = [] if counts is None else [eos]
-        writer.write(np.concatenate([opening, ids, closing]).astype(dtype))
-        opening = [] if counts is None else opens
+    for (text, counts), ids in encoded(sieve.through(documents, state.counts), encoder, dtype, workers):
+        writer.write(np.concatenate([opening, ids, nothing if counts is None else end]))
+        opening = nothing if counts is None else opens
         if counts is not None:
             writer.ended(counts)
         advance(len(text) if text.isascii() else len(text.encode()), len(ids))
@@ -180,6 +180,7 @@ class _Writer:
         ids = ids[skipped:]
         while len(ids):
             if self._file is None:
+                self._check_room()
                 self._file = (self._folder / shard_name(len(self._shards))).open("wb")
                 self._sha, self._tokens = hashlib.sha256(), 0
             part, ids = np.split(ids, [SHARD_TOKENS - self._tokens])
@@ -200,6 +201,16 @@ class _Writer:
         state = State(self._shards, counts, self._place, done=True)
         self._save(state)
         return state
+
+    def _check_room(self) -> None:
+        """Stop before a disk is full, where other work would fail for it too. A first shard may be a short one."""
+        need, free = SHARD_TOKENS * self._dtype.itemsize, shutil.disk_usage(self._folder).free
+        if self._shards and free < need:
+            raise ResourceError(
+                f"{self._folder}: the next shard of tokens needs {need / 1e9:.2f} GB, and the disk has "
+                f"{free / 1e9:.2f} GB free; make room and start again ({self._place:,} tokens are kept), set cache_dir "
+                "to a larger disk, read less, or read MDS from a store (docs/data.md, More than the disk holds)"
+            )
 
     def _close(self) -> None:
         if self._file is not None:

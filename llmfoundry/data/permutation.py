@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from llmfoundry.runtime import seed_of
 
+RUNS = 16  # of consecutive images in a block
+
 
 def permuted(places: NDArray[np.int64], n: int, seed: int) -> NDArray[np.int64]:
     """The images of `places` in [0, n) under a random permutation of [0, n) that is not stored.
@@ -29,6 +31,24 @@ def permuted(places: NDArray[np.int64], n: int, seed: int) -> NDArray[np.int64]:
     while len(outside := np.flatnonzero(out >= n)):
         out[outside] = _feistel(out[outside], half, keys)
     return out.astype(np.int64)
+
+
+def permuted_in_blocks(places: NDArray[np.int64], n: int, block: int, seed: int) -> NDArray[np.int64]:
+    """The same, where about `block` consecutive places have their images in RUNS runs of consecutive ones.
+
+    What is read in this order is read from a few regions at a time, and from each of them once.
+    """
+    if block >= n:
+        return permuted(places, n, seed)
+    run = max(n // (n * RUNS // block), 1)
+    runs = n // run
+    images = places.copy()  # the last few, which fill no run, keep their places
+    blocks = np.where(places < runs * run, places // (RUNS * run), -1)
+    for b in np.unique(blocks[blocks >= 0]).tolist():
+        here, first = blocks == b, b * RUNS
+        inside = permuted(places[here] - first * run, min(RUNS, runs - first) * run, seed_of(seed, "block", b))
+        images[here] = permuted(first + inside // run, runs, seed) * run + inside % run
+    return images
 
 
 def _feistel(x: NDArray[np.uint64], half: np.uint64, keys: list[np.uint64]) -> NDArray[np.uint64]:

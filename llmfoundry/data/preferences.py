@@ -21,6 +21,7 @@ from llmfoundry.data.loader import Batch
 from llmfoundry.data.rows import IGNORE, Block, How
 from llmfoundry.data.table_files import Table
 from llmfoundry.data.tables import Row
+from llmfoundry.data.watch import Watch
 
 
 class Preference(NamedTuple):
@@ -46,8 +47,10 @@ class PreferencesConfig(ChatsConfig, names=("preferences",)):
     def _write(self, folder: Path, table: Table, renderer: Renderer, how: How) -> None:
         write(folder, self._read(table, lambda row: [renderer.tokens(each) for each in preference_of(row)]), how)
 
-    def _opened(self, folder: Path, title: str, fingerprint: str, eos_token_id: int, how: How) -> ChatRows:
-        return PreferenceRows(folder, title, fingerprint, eos_token_id, how)
+    def _opened(
+        self, folder: Path, title: str, fingerprint: str, eos_token_id: int, how: How, watch: Watch
+    ) -> ChatRows:
+        return PreferenceRows(folder, title, fingerprint, eos_token_id, how, watch)
 
 
 def preference_of(row: Row) -> Preference:
@@ -127,13 +130,15 @@ class PreferenceRows(ChatRows):
 
     sequences = 2
 
-    def __init__(self, folder: Path, title: str, fingerprint: str, eos_token_id: int, how: How) -> None:
-        super().__init__(folder, title, fingerprint, eos_token_id, how._replace(length=2 * how.length, documents=False))
+    def __init__(self, folder: Path, title: str, fingerprint: str, eos_token_id: int, how: How, watch: Watch) -> None:
+        of_pairs = how._replace(length=2 * how.length, documents=False)
+        super().__init__(folder, title, fingerprint, eos_token_id, of_pairs, watch)
         self.summary = f"{title}: {self.n_rows:,} pairs; {self.said_of_lengths(how.length)}"
 
     def put(self, number: int, out: Block, i: int) -> None:
         assert out.positions is not None
         out.tokens[i], out.labels[i], out.positions[i] = self.eos_token_id, IGNORE, 0
+        self.watch.check()
         if number < self.n_rows:
             for half in (0, 1):
                 self.put_example(2 * number + half, out, i, half * (self.length // 2))

@@ -9,6 +9,7 @@ Other parts of a run read and write stores by the functions below: they try agai
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -168,16 +169,17 @@ class Store:
             raise ConfigError(f"{folder}: cannot be written: {error}; set cache_dir to a folder with room") from error
 
     def _make_room(self, size: int) -> None:
-        """Delete what was not used for the longest time, until there is room."""
+        """Delete what was not used for the longest time, until there is room within the limit and on the disk."""
         with FileLock(self._root / "room.lock"):
             found = []
             for folder in self._root.iterdir():
                 if folder.is_dir():
                     files = [file for file in folder.rglob("*") if file.is_file()]
                     found.append((folder.stat().st_mtime, sum(file.stat().st_size for file in files), folder))
-            total = sum(each[1] for each in found) + size
+            held = sum(each[1] for each in found)
+            total, limit = held + size, min(self._limit, held + shutil.disk_usage(self._root).free)
             for used, of_folder, folder in sorted(found):
-                if total <= self._limit:
+                if total <= limit:
                     return
                 if ".tmp-" not in folder.name and time.time() - used >= IN_USE:
                     shutil.rmtree(folder)
@@ -213,7 +215,12 @@ def fetch(file: RemoteFile, to: Path) -> None:
     fs, path = opened(file.url)
 
     def get() -> None:
-        fs.get_file(path, str(to))
+        try:
+            fs.get_file(path, str(to))
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise ConfigError(f"{to}: cannot be written: {error.strerror}; make room on that disk") from None
         if to.stat().st_size != file.size:
             raise OSError(f"{to.stat().st_size} bytes came, and it has {file.size}")
 
@@ -297,6 +304,8 @@ def patiently(url: str, act: Callable[[], Result], done: str = "read") -> Result
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return act()
+        except ConfigError:
+            raise
         except FileNotFoundError as error:
             why = "no such file or folder" if done == "read" else f"cannot be {done}: {_said(error)}"
             raise ConfigError(f"{url}: {why}") from None

@@ -9,7 +9,7 @@ mixes orders.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import ConfigError
 from llmfoundry.data.packing import TokenStream, pack
-from llmfoundry.data.permutation import permuted
+from llmfoundry.data.permutation import permuted_in_blocks
 from llmfoundry.data.sources import DatasetConfig
 from llmfoundry.data.tokenizer import PLAIN_TEXT, SpecialTokens
 from llmfoundry.runtime import cache_root, seed_of
@@ -66,16 +66,9 @@ class Numbered:
     own_positions: bool = False
     sequences: int = 1
 
-    def put(self, number: int, out: Block, i: int) -> None:
-        """Write the row with this number as row `i` of a block."""
-        raise NotImplementedError
-
     def read(self, numbers: NDArray[np.int64]) -> Block:
         """The rows with these numbers."""
-        out = self.empty(len(numbers))
-        for i, number in enumerate(numbers.tolist()):
-            self.put(number, out, i)
-        return out
+        raise NotImplementedError
 
     def empty(self, n_rows: int) -> Block:
         """A block to be filled; positions are those in the row."""
@@ -105,14 +98,22 @@ class Rows(Numbered):
     n_tokens: int
     n_bytes: int | None = None
 
+    def put(self, number: int, out: Block, i: int) -> None:
+        """Write the row with this number as row `i` of a block."""
+        raise NotImplementedError
+
+    def read(self, numbers: NDArray[np.int64]) -> Block:
+        out = self.empty(len(numbers))
+        for i, number in enumerate(numbers.tolist()):
+            self.put(number, out, i)
+        return out
+
 
 class Stretch(NamedTuple):
-    """Some consecutive rows of an order, with their places in the data."""
+    """Some consecutive rows of an order, and their places in the data."""
 
     first: int  # the number of the first of them
-    stop: int  # the number after the last
-    place: Callable[[int], int]  # of the i-th of them, counted from 0
-    put: Callable[[int, Block, int], None]  # `Numbered.put` of the data: of a place
+    places: NDArray[np.int64]
 
 
 class Order(Numbered):
@@ -163,8 +164,70 @@ def open_order(dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, how: 
     return epochs_of(StreamRows(stream, source.title, how), dataset, how)
 
 
+class StreamReader:
+    """Rows of one or several token streams, a block at a time.
+
+    Nothing but the read itself is done row by row, so many sources cost about as much as one.
+    """
+
+    def __init__(self, streams: Sequence[TokenStream], length: int, documents: bool) -> None:
+        """Read streams.
+
+        Args:
+            streams: of one tokenizer.
+            length: S.
+            documents: whether blocks contain the number of each token's document.
+        """
+        self._streams, self._length, self._documents = streams, length, documents
+        self._dtype, self._end, self._opening = streams[0].dtype, streams[0].eos_token_id, streams[0].opening_token_id
+        # As if all streams were one: where each begins, and where shards do, in tokens.
+        self._firsts = np.cumsum([0, *(stream.n_tokens for stream in streams)])
+        inside = [first + np.array(stream.starts[:-1]) for first, stream in zip(self._firsts, streams, strict=False)]
+        self._shards = np.concatenate([*inside, self._firsts[-1:]])
+        self._first_shards = np.cumsum([0, *(stream.n_shards for stream in streams)])
+
+    def read(self, sources: NDArray[np.int64], numbers: NDArray[np.int64]) -> Block:
+        """Rows: row i of a stream is its tokens [i*S, i*S + S + 1).
+
+        Args:
+            sources: (B,) the stream of each row.
+            numbers: (B,) of each row in its stream.
+        """
+        for stream in self._streams:
+            stream.check()
+        length, size = self._length, self._dtype.itemsize
+        raw = np.empty((len(numbers), length + 1), self._dtype)
+        last = np.diff(self._firsts)[sources] - 1
+        starts = np.minimum(numbers * length, last)
+        stops = np.minimum(starts + length, last) + 1
+        places = self._firsts[sources] + starts
+        shards = np.searchsorted(self._shards, places, side="right") - 1
+        offsets = (places - self._shards[shards]) * size
+        whole = (stops - starts == length + 1) & (places + length < self._shards[shards + 1])
+        # File by file: what the kernel and Python hold of one is then in the caches for all its rows of a batch.
+        order = np.flatnonzero(whole)
+        order = order[np.argsort(shards[order], kind="stable")]
+        opened, file = -1, None
+        each = zip(order.tolist(), shards[order].tolist(), offsets[order].tolist(), strict=True)
+        for i, at, offset in each:
+            if at != opened or file is None:
+                source = int(sources[i])
+                opened, file = at, self._streams[source].file(at - int(self._first_shards[source]))
+            file.fill(raw[i], offset)
+        tokens, labels = raw[:, :-1].astype(np.int64), raw[:, 1:].astype(np.int64)
+        for i in np.flatnonzero(~whole).tolist():  # from one shard to the next, or at the end of a stream
+            found = self._streams[sources[i]].read(int(starts[i]), int(stops[i]))
+            n = len(found) - 1
+            tokens[i, :n], tokens[i, n:] = found[:-1], self._end
+            labels[i, :n], labels[i, n:] = found[1:], IGNORE
+        if not self._documents:
+            return Block(tokens, labels)
+        # A document's first token is predicted from the token that opens it, and from nothing before that.
+        return Block(tokens, labels, np.cumsum(tokens == self._opening, axis=1, dtype=np.int32))
+
+
 class StreamRows(Rows):
-    """A stream of packed tokens, cut every `length` tokens: row i is tokens [i*S, i*S + S + 1).
+    """A stream of packed tokens, cut every `length` tokens.
 
     Every token of the stream except the first is a label exactly once.
     """
@@ -176,22 +239,10 @@ class StreamRows(Rows):
         self.n_bytes = stream.n_bytes
         self.n_rows, self.n_full = -(-self.n_tokens // how.length), self.n_tokens // how.length
         self.stream = stream
-        self._end, self._opening = stream.eos_token_id, stream.opening_token_id
+        self._reader = StreamReader([stream], how.length, how.documents)
 
-    def put(self, number: int, out: Block, i: int) -> None:
-        # Without steps through other objects: of many sources, each is a miss of the processor's caches.
-        length, last = self.length, self.n_tokens
-        start = min(number * length, last)
-        stop = min(start + length, last) + 1
-        found = self.stream.read(start, stop)
-        n = stop - start - 1
-        tokens, labels = out.tokens[i], out.labels[i]
-        tokens[:n], labels[:n] = found[:-1], found[1:]
-        if n < length:
-            tokens[n:], labels[n:] = self._end, IGNORE
-        if out.documents is not None:
-            # A document's first token is predicted from the token that opens it, and from nothing before that.
-            np.cumsum(tokens == self._opening, out=out.documents[i])
+    def read(self, numbers: NDArray[np.int64]) -> Block:
+        return self._reader.read(np.zeros_like(numbers), numbers)
 
 
 def epochs_of(rows: Rows, dataset: DatasetConfig, how: How) -> Epochs:
@@ -203,18 +254,19 @@ def epochs_of(rows: Rows, dataset: DatasetConfig, how: How) -> Epochs:
     held_out = dataset.split.startswith(("val", "test", "dev", "eval"))
     shuffled = not held_out if dataset.shuffle is None else dataset.shuffle
     seed = how.seed if dataset.shuffle_seed is None else dataset.shuffle_seed
-    return Epochs(rows, seed if shuffled else None, how.drop_last)
+    return Epochs(rows, seed if shuffled else None, how.drop_last, dataset.shuffle_block_size)
 
 
 class Epochs(Order):
     """All rows again and again: row n is in epoch n // rows_per_epoch, at the place that a keyed permutation gives."""
 
-    def __init__(self, rows: Rows, seed: int | None, drop_last: bool = False) -> None:
+    def __init__(self, rows: Rows, seed: int | None, drop_last: bool = False, block: int | None = None) -> None:
         """Order rows.
 
         Args:
             seed: of the permutations; None keeps the order of the data.
             drop_last: leave out a partly filled row.
+            block: rows that are shuffled together (`permuted_in_blocks`); None: all of them.
 
         Raises:
             ConfigError: no row is left.
@@ -222,25 +274,57 @@ class Epochs(Order):
         self.fingerprint, self.length, self.documents = rows.fingerprint, rows.length, rows.documents
         self.own_positions, self.sequences, self.once, self._rows = rows.own_positions, rows.sequences, rows, rows
         self.rows_per_epoch = rows.n_full if drop_last else rows.n_rows
-        self._seed = seed
-        self._last = Stretch(0, 0, int, rows.put)  # the last row was in it, as rows are asked for in order
+        self._seed, self._block = seed, block
+        self._places = Places([self])
         if self.rows_per_epoch == 0:
             raise ConfigError(
                 f"dataset {rows.title}: {rows.n_tokens} tokens do not fill one row of "
                 f"max_seq_len={rows.length}; lower max_seq_len, add text, or set drop_last: false"
             )
 
-    def put(self, number: int, out: Block, i: int) -> None:
-        last = self._last
-        if not last.first <= number < last.stop:
-            last = self._last = self.stretch(number)
-        last.put(last.place(number - last.first), out, i)
+    def read(self, numbers: NDArray[np.int64]) -> Block:
+        return self._rows.read(self._places.of(np.zeros_like(numbers), numbers))
 
     def stretch(self, number: int) -> Stretch:
         epoch, row = divmod(number, self.rows_per_epoch)
         start, stop = row - row % _CHUNK, min(row - row % _CHUNK + _CHUNK, self.rows_per_epoch)
-        rows = np.arange(start, stop)
+        places = np.arange(start, stop)
         if self._seed is not None:
-            rows = permuted(rows, self.rows_per_epoch, seed_of(self._seed, "epoch", epoch))
-        first = number - row + start
-        return Stretch(first, first + len(rows), rows.item, self._rows.put)
+            block = self.rows_per_epoch if self._block is None else self._block
+            places = permuted_in_blocks(places, self.rows_per_epoch, block, seed_of(self._seed, "epoch", epoch))
+        return Stretch(number - row + start, places)
+
+
+class Places:
+    """Where in their data the rows of several orders are. The last stretch of each is kept: rows come in order."""
+
+    def __init__(self, orders: Sequence[Order]) -> None:
+        self._orders = orders
+        self._first = np.zeros(len(orders), dtype=np.int64)
+        self._stop = np.zeros(len(orders), dtype=np.int64)  # none is kept yet
+        self._kept = np.empty((len(orders), _CHUNK), dtype=np.int64)
+
+    def of(self, sources: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(B,) the places of rows.
+
+        Args:
+            sources: (B,) the order of each row.
+            numbers: (B,) of each row in its order.
+        """
+        places = np.empty_like(numbers)
+        rest = np.arange(len(numbers))
+        while len(rest):
+            source, number = sources[rest], numbers[rest]
+            inside = (self._first[source] <= number) & (number < self._stop[source])
+            found = rest[inside]
+            places[found] = self._kept[source[inside], (number - self._first[source])[inside]]
+            rest = rest[~inside]
+            _, nearest = np.unique(sources[rest], return_index=True)
+            for i in rest[nearest].tolist():
+                self._move(int(sources[i]), int(numbers[i]))
+        return places
+
+    def _move(self, source: int, number: int) -> None:
+        first, places = self._orders[source].stretch(number)
+        self._first[source], self._stop[source] = first, first + len(places)
+        self._kept[source, : len(places)] = places

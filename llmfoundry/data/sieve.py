@@ -40,7 +40,7 @@ class Sieve:
     def see(self, documents: Iterable[str]) -> None:
         """Remember documents that were taken elsewhere, so that equal ones are duplicates."""
         if self._seen is not None:
-            self._seen.update(_digest(document) for document in documents if document)
+            self._seen.update(digest(document.encode()) for document in documents if document)
 
     def through(self, documents: Iterable[str], counts: Counts = NONE) -> Iterator[tuple[str, Counts]]:
         """The documents that are kept, each with the counts after it, which go on from `counts`."""
@@ -63,10 +63,11 @@ class Sieve:
 
     def _is_known(self, document: str) -> bool:
         assert self._seen is not None
-        digest, n = _digest(document), len(self._seen)
-        self._seen.add(digest)
+        n = len(self._seen)
+        self._seen.add(digest(document.encode()))
         return len(self._seen) == n
 
 
-def _digest(document: str) -> bytes:
-    return hashlib.blake2b(document.encode(), digest_size=16).digest()
+def digest(content: bytes) -> bytes:
+    """16 bytes that tell equal contents."""
+    return hashlib.blake2b(content, digest_size=16).digest()

@@ -12,7 +12,6 @@ import os
 import sysconfig
 import tokenize
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple, Self
@@ -20,12 +19,12 @@ from typing import Annotated, NamedTuple, Self
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from llmfoundry.config import Choice, ConfigError, LocalPath
+from llmfoundry.config import Choice, ConfigError, LocalPath, is_url
+from llmfoundry.data.provenance import Gone, Provenance, Stamps, check_unchanged, recalled, remember, said_of_gone
 from llmfoundry.data.remote import Store, n_bytes
 from llmfoundry.data.sieve import Sieve
 from llmfoundry.data.split import Split, keeps
 from llmfoundry.runtime import cache_root, seed_of
-from llmfoundry.strict_json import read_mapping
 
 HELD_OUT = 0.05  # of the text that both loaders read
 
@@ -50,7 +49,7 @@ class Source:
     pieces: tuple[Piece, ...] = ()  # the same documents file by file, where there are files
     dedup: bool = False  # of equal documents only the first is kept
     keep: Callable[[str], bool] | None = None  # whether a document is kept; None: all are
-    stamps: tuple[tuple[Path, str], ...] = ()  # files, and what changes with their contents, as of the fingerprint
+    stamps: Stamps = ()  # as of the fingerprint
     memory: Path | None = None  # where `remember` writes
 
     def documents(self) -> Iterator[str]:
@@ -72,28 +71,12 @@ class Source:
         Raises:
             ConfigError: naming the first that has changed.
         """
-        for path, stamp in self.stamps:
-            try:
-                now = stamp_of(path)
-            except OSError:
-                now = ""
-            if now != stamp:
-                raise ConfigError(
-                    f"dataset {self.title}: {path} was changed while it was read, so nothing is kept of it; start "
-                    "again when it is complete"
-                )
+        check_unchanged(self.title, self.stamps)
 
     def remember(self) -> None:
         """Write down what this source was, for a run that goes on when its files are gone, from tokens in the cache."""
-        if self.memory is None:
-            return
-        said = {"title": self.title, "fingerprint": self.fingerprint, "n_bytes": self.n_bytes,
-                "files": sorted(map(str, self.files))}  # fmt: skip
-        with suppress(OSError):  # it is a help, and no duty
-            self.memory.parent.mkdir(parents=True, exist_ok=True)
-            part = self.memory.with_name(f"{self.memory.name}.{os.getpid()}")
-            part.write_text(json.dumps(said))
-            part.replace(self.memory)
+        if self.memory is not None:
+            remember(self.memory, Provenance(self.title, self.fingerprint, self.n_bytes, self.files))
 
     def sieve(self) -> Sieve:
         """A new one, by this source's rules."""
@@ -133,6 +116,9 @@ class DatasetConfig(Choice, tag="name"):
     max_seq_len: int | None = Field(default=None, ge=1)  # tokens per row; None: the run's max_seq_len
     shuffle: bool | None = None  # None: the train split is shuffled, the validation split is not
     shuffle_seed: int | None = None  # None: the run's seed
+    # Rows that are shuffled together, read from 16 places of the data: shards in a store are then fetched about once in
+    # an epoch, though the cache holds few of them. None: all rows.
+    shuffle_block_size: int | None = Field(default=None, ge=16)
     cache_dir: LocalPath | None = None  # None: $LLMFOUNDRY_CACHE, or ~/.cache/llmfoundry
     # Of files that are fetched from elsewhere, the bytes that are kept here, e.g. 50gb; None: 100gb.
     cache_limit: Annotated[int | str | None, AfterValidator(_a_size)] = None
@@ -144,6 +130,19 @@ class DatasetConfig(Choice, tag="name"):
     def store(self) -> Store:
         """Fetches files from elsewhere."""
         return Store(cache_root(self.cache_dir), n_bytes(self.cache_limit))
+
+    def memory(self, *places: str | None, rules: Sequence[str] = ()) -> Path:
+        """Where it is written what this dataset's source was, once it is tokenised.
+
+        Args:
+            places: paths and URLs that it is read from.
+            rules: what else decides its documents.
+        """
+        served = {"cache_dir", "cache_limit", "max_seq_len", "shuffle", "shuffle_seed", "shuffle_block_size"}
+        settings = json.dumps(self.model_dump(mode="json", exclude=served))
+        real = [place if is_url(place) else os.path.realpath(os.path.expanduser(place)) for place in places if place]
+        name = fingerprint_of("source/2", settings, *real, *rules)[:24]
+        return cache_root(self.cache_dir) / "sources" / f"{name}.json"
 
     def heap(self) -> str:
         """Names the text that both splits are taken from: equal for two datasets that read the same."""
@@ -320,34 +319,18 @@ def fingerprint_of(*parts: str | int | float | tuple[str | int, ...]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def remembered(memory: Path, gone: ConfigError) -> Source:
+def gone_source(memory: Path, gone: Gone) -> Source:
     """A source whose files are gone, as it was when its tokens were made; it cannot be read.
 
     Raises:
-        ConfigError: `gone`, if it was never read on this machine.
+        ConfigError: or ResourceError: it was never tokenised on this machine.
     """
-    try:
-        said = read_mapping(memory)
-        title, fingerprint, n_bytes, files = (said[key] for key in ("title", "fingerprint", "n_bytes", "files"))
-        if not (isinstance(title, str) and isinstance(fingerprint, str) and isinstance(files, list)):
-            raise ValueError("it is no source")
-    except (OSError, ValueError, KeyError):
-        raise gone from None
+    known = recalled(memory, gone)
 
     def read() -> Iterator[str]:
-        raise gone
+        raise gone.error
 
-    return Source(
-        title, fingerprint, read, n_bytes if isinstance(n_bytes, int) else None,
-        f"{title}: its files are gone; going on with the tokens that the cache has of them",
-        frozenset(Path(str(file)) for file in files),
-    )  # fmt: skip
-
-
-def stamp_of(path: Path) -> str:
-    """What changes when a file is written or replaced, without reading it; raises OSError if there is none."""
-    status = path.stat()
-    return f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
+    return Source(known.title, known.fingerprint, read, known.n_bytes, said_of_gone(gone, known.title), known.files)
 
 
 def _digest(path: Path) -> str:

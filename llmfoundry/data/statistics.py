@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmfoundry.data.rows import IGNORE, Rows
+from llmfoundry.data.sieve import digest
 from llmfoundry.data.tokenizer import Encoder
 
 QUANTILES = {"min": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
@@ -62,7 +62,7 @@ def of_texts(
             data = text.encode()
             sizes.append(len(data))
             empty += not data
-            hashes += hashlib.blake2b(data, digest_size=16).digest()
+            hashes += digest(data)
         if encoder is not None:
             tokens += [len(ids) for ids in encoder.ids(texts)]
     lengths = [lengths_of("bytes per document", np.array(sizes, np.int64))]
@@ -81,7 +81,7 @@ def of_rows(name: str, rows: Rows, limit: int | None) -> Statistics:
         learned = block.labels != IGNORE
         labels += learned.sum(axis=1).tolist()
         for row in block.tokens:
-            hashes += hashlib.blake2b(row.tobytes(), digest_size=16).digest()
+            hashes += digest(row.tobytes())
         if block.documents is not None:
             # Document 0 of a row with positions of its own is what fills it.
             first = 1 if block.positions is not None else 0

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import glob
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from llmfoundry.config import ConfigError
+from llmfoundry.config import ConfigError, ResourceError, is_url
 from llmfoundry.data.files import ahead, checked_digest, find, kind_of, said_of
+from llmfoundry.data.provenance import (
+    Gone,
+    Provenance,
+    Stamps,
+    check_unchanged,
+    recalled,
+    remember,
+    said_of_gone,
+    stamps_of,
+)
+from llmfoundry.data.sealed import sealed_once
 from llmfoundry.data.sources import DatasetConfig, fingerprint_of
 from llmfoundry.data.split import keeps, select
 from llmfoundry.data.tables import BadRow, Row, read_rows
+from llmfoundry.data.watch import Watch
 
 
 class Table(NamedTuple):
@@ -22,6 +36,41 @@ class Table(NamedTuple):
     rows: Iterator[tuple[Row | BadRow, str]]  # and where each is, for messages
     summary: str = ""
     files: frozenset[Path] = frozenset()
+    stamps: Stamps = ()
+
+    def made(self, folder: Path, make: Callable[[Path], None], memory: Path) -> Watch:
+        """Make a folder of the cache from the rows, unless it is there.
+
+        Args:
+            make: fills the temporary folder that it is given.
+            memory: of the dataset, for when its files are gone.
+
+        Raises:
+            ConfigError: the rows cannot be read, or their files were changed meanwhile.
+        """
+
+        def checked(temporary: Path) -> None:
+            make(temporary)
+            check_unchanged(self.title, self.stamps)
+
+        watch = sealed_once(folder, checked)
+        remember(memory, Provenance(self.title, self.fingerprint, None, self.files))
+        return watch
+
+
+def gone_table(memory: Path, gone: Gone) -> Table:
+    """A table whose files are gone, as it was when its tokens were made; it cannot be read.
+
+    Raises:
+        ConfigError: or ResourceError: it was never tokenised on this machine.
+    """
+    known = recalled(memory, gone)
+
+    def rows() -> Iterator[tuple[Row | BadRow, str]]:
+        raise gone.error
+        yield  # a generator
+
+    return Table(known.title, known.fingerprint, rows(), said_of_gone(gone, known.title), known.files)
 
 
 def table_of(where: str, title: str, dataset: DatasetConfig, *, lenient: bool) -> Table:
@@ -34,13 +83,20 @@ def table_of(where: str, title: str, dataset: DatasetConfig, *, lenient: bool) -
 
     Raises:
         ConfigError: there is no table.
+        Gone: nor anything else.
     """
-    found, skipped = find(where, dataset.store())
+    try:
+        found, skipped = find(where, dataset.store())
+    except (ConfigError, ResourceError) as error:
+        if not is_url(where) and glob.glob(os.path.expanduser(where)):
+            raise
+        raise Gone(error) from None
     files = {name: file for name, file in found.items() if _is_table(file.path)}
     if not files:
         raise ConfigError(f"dataset.path: {where}: holds no .jsonl, .json, .csv, .tsv or .parquet")
     side: Literal["train", "validation"] = "train" if dataset.split.startswith("train") else "validation"
     whole = dataset.fraction == (0.0 if side == "train" else 1.0)
+    stamps = stamps_of(file.path for file in files.values() if file.remote is None)
     sizes = {name: file.size for name, file in files.items()}
     by_name = select(sizes, side, given_for_validation=side == "validation" and whole)
     kept = {name: files[name] for name in (by_name.kept if by_name is not None else files)}
@@ -57,7 +113,7 @@ def table_of(where: str, title: str, dataset: DatasetConfig, *, lenient: bool) -
     return Table(
         title, fingerprint_of("chat-files/1", *rule, *digests), rows(),
         f"{title}: reads {len(kept)} files of {where}{said_of(skipped)}",
-        frozenset(file.real for file in kept.values()),
+        frozenset(file.real for file in kept.values()), stamps,
     )  # fmt: skip
 
 

@@ -14,11 +14,12 @@ from typing import NamedTuple, cast
 
 from pydantic import Field
 
-from llmfoundry.config import ConfigError, is_url
+from llmfoundry.config import ConfigError, ResourceError, is_url
 from llmfoundry.data.cache import made_once
 from llmfoundry.data.files import File, ahead, checked_digest, find, kind_of, said_of, unpacked
+from llmfoundry.data.provenance import Gone, stamps_of
 from llmfoundry.data.remote import DataPath
-from llmfoundry.data.sources import Piece, Source, fingerprint_of, remembered, stamp_of
+from llmfoundry.data.sources import Piece, Source, fingerprint_of
 from llmfoundry.data.split import cut, filling_both, keeps, select, share
 from llmfoundry.data.tables import BadRow, check_parquet, read_table
 from llmfoundry.data.texts import TextsConfig
@@ -56,15 +57,17 @@ class TextFilesConfig(TextsConfig, names=("text_files",)):
     def heap(self) -> str:
         return self.path if is_url(self.path) else os.path.realpath(self.path)
 
+    def places(self) -> list[str]:
+        return [self.path]
+
     def found(self) -> Source:
-        memory = self._memory()
         try:
             files, skipped = find(self.path, self.store())
-        except ConfigError as error:
-            if is_url(self.path) or glob.glob(os.path.expanduser(self.path)):
+        except (ConfigError, ResourceError) as error:
+            if not is_url(self.path) and glob.glob(os.path.expanduser(self.path)):
                 raise
-            return remembered(memory, error)
-        stamps = tuple((file.path, stamp_of(file.path)) for file in files.values() if file.remote is None)
+            raise Gone(error) from None
+        stamps = stamps_of(file.path for file in files.values() if file.remote is None)
         sizes = {name: file.size for name, file in files.items()}
         part = self._part(files, sizes)
         title = f"{self.name}-{self.split}"
@@ -86,13 +89,7 @@ class TextFilesConfig(TextsConfig, names=("text_files",)):
             frozenset(file.real for file in chosen.values()),
             tuple(Piece(sizes[name], partial(self._read, {name: file}, part, title)) for name, file in chosen.items()),
             stamps=stamps,
-            memory=memory,
         )
-
-    def _memory(self) -> Path:
-        served = {"cache_dir", "cache_limit", "max_seq_len", "shuffle", "shuffle_seed"}
-        settings = json.dumps(self.model_dump(mode="json", exclude=served))
-        return cache_root(self.cache_dir) / "sources" / f"{fingerprint_of('source/1', self.heap(), settings)[:24]}.json"
 
     def _part(self, files: dict[str, File], sizes: dict[str, int]) -> _Part:
         """What of the files this split is given, by their names or else by `validation_fraction`."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from llmfoundry.data.functions import code_of, imported
-from llmfoundry.data.sources import DatasetConfig, Source, fingerprint_of
+from llmfoundry.data.provenance import Gone
+from llmfoundry.data.sources import DatasetConfig, Source, fingerprint_of, gone_source
 
 
 class TextsConfig(DatasetConfig):
@@ -16,8 +17,12 @@ class TextsConfig(DatasetConfig):
     filter: str | None = None
 
     def build(self) -> Source:
-        source = self.found()
         rules = [*(["dedup"] if self.dedup else []), *([code_of(self.filter, "dataset.filter")] if self.filter else [])]
+        memory = self.memory(*self.places(), rules=rules)
+        try:
+            source = replace(self.found(), memory=memory)
+        except Gone as gone:
+            return gone_source(memory, gone)
         if not rules:
             return source
         keep = imported(self.filter, "dataset.filter") if self.filter else None
@@ -25,6 +30,14 @@ class TextsConfig(DatasetConfig):
             source, fingerprint=fingerprint_of("sieve/1", source.fingerprint, *rules), dedup=self.dedup, keep=keep
         )
 
+    def places(self) -> list[str]:
+        """Paths and URLs that it is read from."""
+        return []
+
     def found(self) -> Source:
-        """The source, before `dedup` and `filter`."""
+        """The source, before `dedup` and `filter`.
+
+        Raises:
+            Gone: it is not there.
+        """
         raise NotImplementedError

@@ -1,25 +1,51 @@
-"""Checks that run beside a run: what one of them finds is an error of the next that asks."""
+"""Checksums of files in the cache, compared before a run or beside it: what is found is an error of the next read."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 
+from llmfoundry import runtime
 from llmfoundry.config import ConfigError
+
+AT_ONCE_BYTES = 2**28  # of a folder whose checksums are compared when it is opened: a second, if that
+_FOUND_DAMAGED = "found-damaged"  # a file in the folder, left by a run that ended for it
+
+
+class Damaged(ConfigError):
+    """Files in the cache that are not what was written: they are made again where the source is there."""
 
 
 class Watch:
-    """Does checks one after the other in a thread of its own, which ends with the process.
+    """Compares the files of a folder with their checksums.
 
-    Args:
-        name: of the thread.
-        checks: each raises ConfigError.
+    Up to AT_ONCE_BYTES are compared at once; of more, a thread compares one after another beside the run, each rank its
+    share, and `check` says what it has found. The thread ends with the process.
     """
 
-    def __init__(self, name: str, checks: Sequence[Callable[[], None]]) -> None:
-        self._checks = checks
-        self._found: ConfigError | None = None
-        self._thread = threading.Thread(target=self._run, name=f"watch {name}", daemon=True)
+    def __init__(self, folder: Path, n_bytes: int, checks: Sequence[Callable[[], None]]) -> None:
+        """Begin.
+
+        Args:
+            n_bytes: of the files.
+            checks: each raises Damaged.
+
+        Raises:
+            Damaged: found at once.
+        """
+        self._folder, self._checks = folder, checks
+        self._found: Damaged | None = None
+        self._thread: threading.Thread | None = None
+        mark = folder / _FOUND_DAMAGED
+        if n_bytes <= AT_ONCE_BYTES or mark.exists():
+            for check in checks:
+                check()
+            mark.unlink(missing_ok=True)  # it was the disk or the memory that read it
+            return
+        self._checks = checks[runtime.rank() :: runtime.world_size()]
+        self._thread = threading.Thread(target=self._run, name=f"watch {folder.name}", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
@@ -28,13 +54,16 @@ class Watch:
             raise self._found
 
     def wait(self) -> None:
-        """Wait until all is checked."""
-        self._thread.join()
+        """Wait until all is compared."""
+        if self._thread is not None:
+            self._thread.join()
 
     def _run(self) -> None:
         for check in self._checks:
             try:
                 check()
-            except ConfigError as error:
+            except Damaged as error:
+                with suppress(OSError):  # so that the next start makes them again
+                    (self._folder / _FOUND_DAMAGED).touch()
                 self._found = error
                 return

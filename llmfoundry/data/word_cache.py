@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -41,7 +42,7 @@ class _Ids(dict[str, bytes]):
         self._encode = encode
 
     def __missing__(self, word: str) -> bytes:
-        ids = np.array(self._encode(word), dtype=np.uint32).tobytes()
+        ids = array("I", self._encode(word)).tobytes()
         # The first words of a corpus are its most frequent ones: when the cache is full, it stays as it is.
         if len(word) <= _LONG and len(self) < _MOST:
             self[word] = ids
@@ -79,7 +80,8 @@ class WordCache:
         return [np.frombuffer(b"".join(map(look, self._cut(text))), dtype=np.uint32) for text in texts]
 
     def _encode(self, word: str) -> list[int]:
-        if not word.isascii() or any(spelled in word for spelled in self._spelled):  # it may be several words
+        # It may be several words.
+        if not word.isascii() or (self._spelled and any(spelled in word for spelled in self._spelled)):
             return self._tokenizer.encode(word, add_special_tokens=False).ids
         return [token.id for token in self._model.tokenize(word.translate(_BYTES))]
 

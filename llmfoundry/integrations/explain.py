@@ -8,7 +8,7 @@ from llmfoundry.data.mds_rows import TUNING
 from llmfoundry.integrations.foundry_tree import Note
 
 _SAME = "as it is"
-_TUNING = "left out, shards are neither fetched nor shuffled in blocks here"
+_TUNING = "left out, shards are fetched as their rows are read"
 
 
 def explained(given: dict[str, object], notes: Sequence[str]) -> Iterator[str]:

@@ -381,6 +381,12 @@ class RunConfig(Config):
         """The same if an evaluation is ever due: else their data is not needed."""
         return self.evaluations if self.eval_first or self.eval_interval.value > 0 else []
 
+    @property
+    def loaders(self) -> dict[str, LoaderConfig]:
+        """What the run reads, by where it stands in the YAML."""
+        due = {f"eval_loaders.{part.label}" if part.label else "eval_loader": part for part in self.due_evaluations}
+        return {"train_loader": self.train_loader} | due
+
     def precision_on(self, device_type: str) -> Precision:
         """The precision of the run on a kind of device; raises ConfigError if it is not to be had there."""
         return precision_on(self.precision, device_type)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -81,3 +82,12 @@ def test_a_row_that_cannot_be_read_is_named(tmp_path: Path, row: dict[str, objec
         loader(tmp_path / "rows.jsonl")
     assert said in str(error.value)
     assert not list((tmp_path / "cache").glob("ids/*")), "nothing is left of it"
+
+
+def test_a_copy_that_becomes_shorter_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"input_ids": ids}) for ids in made(20)))
+    found = loader(tmp_path / "rows.jsonl")
+    (copy,) = (tmp_path / "cache").rglob("ids.bin")
+    os.truncate(copy, 40)
+    with pytest.raises(ConfigError, match=r"ids\.bin: has become shorter than \d+ bytes"):
+        found.batch(0, 20)

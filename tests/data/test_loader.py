@@ -11,7 +11,7 @@ import torch
 
 from llmfoundry.config import ConfigError, check
 from llmfoundry.data import IGNORE, Batch, DatasetConfig, Loader, LoaderConfig, TokenizerConfig, TokenStream
-from llmfoundry.data.permutation import permuted
+from llmfoundry.data.permutation import permuted, permuted_in_blocks
 
 
 @pytest.fixture(scope="module")
@@ -205,3 +205,16 @@ def test_missing_row_length_and_unknown_keys_are_named(cache: Path) -> None:
         check(LoaderConfig, {"dataset": data | {"shufle": True}})
     with pytest.raises(ConfigError, match=r"num_worker: unknown key \(did you mean 'num_workers'\?\)"):
         check(LoaderConfig, {"dataset": data, "num_worker": 2})
+
+
+@pytest.mark.parametrize("n", [1, 5, 16, 100, 1000, 4097])
+@pytest.mark.parametrize("block", [16, 48, 160, 10**6])
+def test_blocks_are_permuted_and_read_from_few_places(n: int, block: int) -> None:
+    images = permuted_in_blocks(np.arange(n), n, block, seed=3)
+    assert sorted(images.tolist()) == list(range(n))
+    cut = [permuted_in_blocks(np.arange(i, min(i + 37, n)), n, block, seed=3) for i in range(0, n, 37)]
+    assert np.concatenate(cut).tolist() == images.tolist(), "a place is a function of its number alone"
+    if n == 4097 and block == 160:
+        parts = [np.sort(images[i : i + 160]) for i in range(0, 4000, 160)]
+        assert all((np.diff(part) > 1).sum() < 2 * 16 for part in parts)
+        assert (np.diff(images[:160]) == 1).mean() < 0.1

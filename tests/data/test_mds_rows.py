@@ -191,3 +191,11 @@ def test_what_prepare_writes_trains_a_run(tmp_path: Path, capsys: pytest.Capture
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 2 and summary["validation/nats_per_token"] > 0
     assert prepare_data_main([str(path), "--format", "mds"]) == 2
+
+
+def test_streams_in_counts_of_rows_are_no_part_of_a_mixture(tmp_path: Path) -> None:
+    write(tmp_path / "a", 4)
+    counted = {"name": "mds", "streams": {"a": {"local": str(tmp_path / "a"), "repeat": 2.0}}, "label": "counted"}
+    config = check(LoaderConfig, {"datasets": [counted, {"name": "synthetic"}]})
+    with pytest.raises(ConfigError, match="datasets: counted: has streams in counts of rows; list each of its folders"):
+        config.build(tokenizer(), seed=0, max_seq_len=LENGTH)

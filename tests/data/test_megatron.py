@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from llmfoundry.config import ConfigError, check
 from llmfoundry.data import IGNORE, DatasetConfig, Loader, LoaderConfig, MegatronConfig, Source, pack
+from llmfoundry.data.megatron import MegatronFile
 from llmfoundry.data.rows import How, StreamRows, epochs_of
 from llmfoundry.data.sources import SyntheticConfig, check_apart, paired
 from tests.data.chat_tokenizer import tokenizer
@@ -154,3 +156,27 @@ def test_missing_and_short_files_are_named(tmp_path: Path) -> None:
         change()
         with pytest.raises(ConfigError, match=message):
             loader(tmp_path / "c")
+
+
+@pytest.mark.parametrize("sentences", [1, 3])
+def test_documents_are_found_in_long_indexes(tmp_path: Path, sentences: int) -> None:
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(0, 4, 3000)
+    sizes[1000:1100] = 0  # empty documents over the end of a block of the index
+    write(tmp_path / "c", [[5] * size for size in sizes.tolist()], sentences=sentences)
+    found = MegatronFile(tmp_path / "c.idx", tmp_path / "c.bin")
+    begins = np.cumsum([0, *sizes])[:-1]
+    for start in [0, *rng.integers(0, found.n_tokens, 60).tolist(), found.n_tokens]:
+        stop = min(start + int(rng.integers(0, 50)), found.n_tokens)
+        inside = np.unique(begins[(start <= begins) & (begins < stop)])
+        assert found.starts(start, stop).tolist() == inside.tolist()
+        after = begins[begins >= start]
+        assert found.document_at(start) == (after[0] if len(after) else found.n_tokens)
+
+
+@pytest.mark.parametrize("ending", ["bin", "idx"])
+def test_files_that_become_shorter_are_named(tmp_path: Path, ending: str) -> None:
+    found = loader(write(tmp_path / "c", [[i] * 9 for i in range(3, 200)]))
+    os.truncate(tmp_path / f"c.{ending}", 40)
+    with pytest.raises(ConfigError, match=rf"c\.{ending}: has become shorter than \d+ bytes"):
+        found.batch(0, found.rows_per_epoch)

@@ -181,7 +181,7 @@ def test_the_yaml_of_the_page_on_data_is_accepted() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     found = [data for data in map(yaml.safe_load, blocks) if "train_loader" in data]
-    assert len(found) == 7
+    assert len(found) == 8
     for data in found:
         check(LoaderConfig, data["train_loader"])
         for part in data.get("eval_loaders", []):

@@ -124,11 +124,11 @@ def test_a_killed_run_goes_on_after_its_last_shard(
 
 def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     code = (
-        "import sys, itertools, time\nfrom llmfoundry.data import *\nfrom llmfoundry.data.encoding import encoded\n"
+        "import sys, itertools, numpy\nfrom llmfoundry.data import *\nfrom llmfoundry.data.encoding import encoded\n"
         "from llmfoundry.data.tokenizer import Encoder\nfrom llmfoundry.data.sieve import Counts\n"
         "from tests.data.chat_tokenizer import tokenizer\n"
         "texts = ((f'text {i} ' * 50_000, Counts(i)) for i in itertools.count())\n"
-        "for i, _ in enumerate(encoded(texts, Encoder(tokenizer()), 2)):\n"
+        "for i, _ in enumerate(encoded(texts, Encoder(tokenizer()), numpy.dtype('<u2'), 2)):\n"
         "    if i == 3: print('works', flush=True)"
     )
     command = [sys.executable, "-c", code]

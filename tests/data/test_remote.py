@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -240,3 +240,39 @@ def test_s3_gives_the_rows_of_local_files(data: Path, bucket: str, tmp_path: Pat
     assert same(local, loader(tmp_path / "there", name="mds", remote=f"{bucket}/mds", split="zstd"))
     with pytest.raises(ConfigError, match="s3://corpus/nowhere: no such file or folder"):
         check(DatasetConfig, {"name": "text_files", "path": "s3://corpus/nowhere"}).build()
+
+
+def test_shuffled_in_blocks_shards_are_fetched_about_once(
+    memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "IN_USE", 0.0)
+    monkeypatch.setattr("llmfoundry.data.mds._OPEN_SHARDS", 1)
+    with MDSWriter(tmp_path / "many", {"tokens": "ndarray:int32"}, None, hashes=(), size_limit=4000) as writer:
+        for i in range(4000):
+            writer.write({"tokens": np.full(LENGTH, i % 400, np.int32)})
+    fsspec.filesystem("memory").put(f"{tmp_path}/many/", "/bucket/many/", recursive=True)
+    n_shards, limit = len(list((tmp_path / "many").glob("*.mds"))), 34 * 4000
+    assert n_shards > 40
+    fetched: list[str] = []
+    of_store = Store.keep
+
+    def counted(self: Store, key: str, name: str, size: int, make: Callable[[Path], None]) -> Path:
+        def make_it(to: Path) -> None:
+            fetched.append(name)
+            make(to)
+
+        return of_store(self, key, name, size, make_it)
+
+    monkeypatch.setattr(Store, "keep", counted)
+
+    def rows_of(n: int, **keys: object) -> None:
+        found = loader(tmp_path / str(n), name="mds", remote=f"{memory}/many", cache_limit=limit, **keys)
+        fetched.clear()
+        for i in range(0, n, 40):
+            found.batch(i, 40)
+        assert kept(tmp_path / str(n)) <= limit
+
+    rows_of(1600, shuffle_block_size=16 * 60)
+    assert len(fetched) < 1.5 * n_shards, "two fifths of an epoch"
+    rows_of(120)
+    assert len(fetched) > 40, "of all rows shuffled together, every fourth has its shard fetched again"

@@ -6,17 +6,19 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from boxed import Box
 
-from llmfoundry.config import ConfigError
-from llmfoundry.data import packing
-from llmfoundry.data.packing import DamagedTokens, TokenStream, pack
+from llmfoundry.config import ConfigError, ResourceError, check
+from llmfoundry.data import DatasetConfig, parts, watch
+from llmfoundry.data.packing import TokenStream, pack
 from llmfoundry.data.text_files import TextFilesConfig
 from llmfoundry.data.tokenizer import TokenizerConfig
+from llmfoundry.data.watch import Damaged
 
 
 @pytest.fixture
@@ -59,7 +61,7 @@ def test_damaged_tokens_are_named_and_made_again(
     true = stream.read(0, stream.n_tokens).tolist()
     shard = stream.folder / "tokens-00000.bin"
     damage(shard)
-    with pytest.raises(DamagedTokens, match=f"{stream.folder}/"):
+    with pytest.raises(Damaged, match=f"{stream.folder}/"):
         TokenStream(stream.folder)
     again = _stream(texts)
     assert again.read(0, again.n_tokens).tolist() == true
@@ -79,7 +81,7 @@ def test_they_are_only_named_where_the_source_is_gone(texts: Path) -> None:
     dataset = TextFilesConfig(name="text_files", path=str(texts), cache_dir=str(texts.parent / "cache")).whole()
     assert pack(dataset.build(), tokenizer, texts.parent / "cache").read(0, 100).tolist() == true
     _zeroed(stream.folder / "tokens-00000.bin")
-    with pytest.raises(DamagedTokens, match="tokens-00000.bin: checksum .* cannot be made again"):
+    with pytest.raises(Damaged, match="tokens-00000.bin: checksum .* cannot be made again"):
         pack(dataset.build(), tokenizer, texts.parent / "cache")
     shutil.rmtree(stream.folder)
     with pytest.raises(ConfigError, match="no such file or folder"):
@@ -88,15 +90,13 @@ def test_they_are_only_named_where_the_source_is_gone(texts: Path) -> None:
 
 def test_large_streams_are_checked_beside_the_run(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = _stream(texts).folder
-    monkeypatch.setattr(packing, "AT_ONCE_BYTES", 0)
+    monkeypatch.setattr(watch, "AT_ONCE_BYTES", 0)
     _altered(folder / "tokens-00000.bin")
     stream = TokenStream(folder)
-    assert stream._watch is not None
     stream._watch.wait()
-    with pytest.raises(DamagedTokens, match="tokens-00000.bin: checksum"):
+    with pytest.raises(Damaged, match="tokens-00000.bin: checksum"):
         stream.read(0, 1)
     again = _stream(texts)  # the next start knows, and makes them again
-    assert again._watch is not None
     again._watch.wait()
     assert len(again.read(0, 1)) == 1
 
@@ -150,3 +150,51 @@ def test_a_full_disk_of_the_cache_is_one_line(texts: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert pack(source, tokenizer, texts.parent / "cache").n_tokens > 4096
+
+
+@pytest.fixture
+def little_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("this user may not mount a file system")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_tokenising_stops_before_the_disk_is_full_and_goes_on(
+    texts: Path, little_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "SHARD_TOKENS", 2**14)  # 32 KB
+    keys = {"name": "text_files", "path": str(texts)}
+    tokenizer = TokenizerConfig(vocab_size=257).build(TextFilesConfig(**keys, cache_dir=str(texts.parent / "cache")))
+    source = TextFilesConfig(**keys, cache_dir=str(little_disk)).whole().build()
+    full = little_disk / "full"
+    full.write_bytes(bytes(shutil.disk_usage(little_disk).free - 2**16))
+    with pytest.raises(ResourceError, match=r"the disk has 0\.00 GB free; make room .* tokens are kept") as error:
+        pack(source, tokenizer, little_disk)
+    assert "\n" not in str(error.value) and 0 < shutil.disk_usage(little_disk).free < 2**15
+    (shard,) = little_disk.rglob("tokens-00000.bin")
+    written = shard.stat().st_ino
+    full.unlink()
+    stream = pack(source, tokenizer, little_disk)
+    assert (stream.folder / "tokens-00000.bin").stat().st_ino == written, "what was whole is kept"
+    assert stream.read(0, stream.n_tokens).tolist() == pack(source, tokenizer, texts.parent / "cache").read(
+        0, stream.n_tokens
+    ).tolist()  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["text_files", "ids"])
+def test_a_store_s_files_on_a_full_disk_end_in_one_line(texts: Path, little_disk: Path, kind: str) -> None:
+    row = json.dumps({"n": "x" * 10**6})
+    ending, content = (".txt", "some words " * 10**5) if kind == "text_files" else (".jsonl", row)
+    (texts.parent / f"long{ending}").write_text(content)
+    (little_disk / "full").write_bytes(bytes(shutil.disk_usage(little_disk).free - 2**17))
+    dataset = check(
+        DatasetConfig,
+        {"name": kind, "path": f"file://{texts.parent}/long{ending}", "cache_dir": str(little_disk)},
+    )
+    with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
+        dataset.build()
+    assert not [path for path in (little_disk / "remote").iterdir() if path.is_dir()]

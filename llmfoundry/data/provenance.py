@@ -1,0 +1,97 @@
+"""What a source was when its tokens were made: whether it changes meanwhile, and what to go on with when it is gone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from llmfoundry.config import ConfigError, ResourceError
+from llmfoundry.strict_json import read_mapping
+
+Stamps = tuple[tuple[Path, str], ...]  # files, and what changes with their contents
+
+
+class Gone(Exception):
+    """A source is not there, or out of reach.
+
+    Args:
+        error: says so to the user.
+    """
+
+    def __init__(self, error: ConfigError | ResourceError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class Provenance(NamedTuple):
+    """What is known of a source without reading it."""
+
+    title: str  # in messages and folder names
+    fingerprint: str  # hex; equal fingerprints, equal documents
+    n_bytes: int | None = None  # about how long the text is; None: unknown
+    files: frozenset[Path] = frozenset()  # real paths of the files that are read
+
+
+def stamp_of(path: Path) -> str:
+    """What changes when a file is written or replaced, without reading it; raises OSError if there is none."""
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
+
+
+def stamps_of(paths: Iterable[Path]) -> Stamps:
+    """The same of several; raises OSError."""
+    return tuple((path, stamp_of(path)) for path in paths)
+
+
+def check_unchanged(title: str, stamps: Stamps) -> None:
+    """Check that files are those that the fingerprint was taken of: to be called when they have been read.
+
+    Raises:
+        ConfigError: naming the first that has changed.
+    """
+    for path, stamp in stamps:
+        try:
+            now = stamp_of(path)
+        except OSError:
+            now = ""
+        if now != stamp:
+            raise ConfigError(
+                f"dataset {title}: {path} was changed while it was read, so nothing is kept of it; start "
+                "again when it is complete"
+            )
+
+
+def remember(memory: Path, source: Provenance) -> None:
+    """Write down what a source was, for a run that goes on when it is gone, from tokens in the cache."""
+    said = source._asdict() | {"files": sorted(map(str, source.files))}
+    with suppress(OSError):  # it is a help, and no duty
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        part = memory.with_name(f"{memory.name}.{os.getpid()}")
+        part.write_text(json.dumps(said))
+        part.replace(memory)
+
+
+def recalled(memory: Path, gone: Gone) -> Provenance:
+    """A source that is gone, as it was when its tokens were made.
+
+    Raises:
+        ConfigError: or ResourceError: `gone.error`, if it was never tokenised on this machine.
+    """
+    try:
+        said = read_mapping(memory)
+        title, fingerprint, n_bytes, files = (said[key] for key in Provenance._fields)
+        if not (isinstance(title, str) and isinstance(fingerprint, str) and isinstance(files, list)):
+            raise ValueError("it is no source")
+    except (OSError, ValueError, KeyError):
+        raise gone.error from None
+    n_bytes = n_bytes if isinstance(n_bytes, int) else None
+    return Provenance(title, fingerprint, n_bytes, frozenset(Path(str(file)) for file in files))
+
+
+def said_of_gone(gone: Gone, title: str) -> str:
+    """For the log."""
+    return f"{title}: its files are gone ({gone}); going on with the tokens that the cache has of them"
