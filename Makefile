@@ -40,10 +40,6 @@ train: setup
 test: setup
 	$(PY) -m pytest -n 2 --dist loadfile -m 'not gpu'
 
-# Tests of faults in full: 10,000 fuzzed inputs, other ones each time.
-soak: setup
-	FAULTS_INPUTS=10000 $(PY) -m pytest tests/faults
-
 check: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -62,9 +58,9 @@ docs: .venv-docs/.installed
 test-gpu: setup
 	$(PY) -m pytest -n 4 -m gpu
 
-# 200 kills and resumes, about half an hour on two cores.
+# The tests of faults in full: 10,000 new fuzzed inputs of each kind, 200 kills and resumes.
 soak: setup
-	SOAK_CYCLES=200 $(PY) -m pytest tests/faults
+	FAULTS_INPUTS=10000 SOAK_CYCLES=200 $(PY) -m pytest tests/faults
 
 bench: setup
 	$(PY) scripts/bench/cpu_step.py

@@ -95,7 +95,9 @@ YAML = [
     block
     for page in PAGES
     for block in blocks(page, "yaml")
-    if (page.name, "yaml") not in ELSEWHERE and "models:\n" not in block.text
+    if (page.name, "yaml") not in ELSEWHERE
+    and "models:\n" not in block.text
+    and "plugins:" not in block.text  # axolotl's
 ]
 RUNNING = [page for page in PAGES if any(map(_runs, blocks(page)))]
 
