@@ -25,6 +25,7 @@ from performance_tables import (
     loss_curves,
     memory_peaks,
     prepare,
+    report,
     update,
 )
 from plan_table import measured, planning, rates
@@ -257,6 +258,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "loss-curves": loss_curves,
     "memory": memory_peaks,
     "prepare": prepare,
+    "report": report,
     "update": update,
     "foundry-refused": foundry_refused,
 }
