@@ -41,9 +41,9 @@ def report() -> str:
     ]
     about = (
         f"{found['config']}: {found['layers']} layers, {found['experts']} experts, "
-        f"{found['tokens_per_step']:,} tokens per step.\n{found['device']}, torch {found['torch']}, CPU time, medians; a step "
-        f"takes {1e3 * found['step_cpu_seconds']:.0f} ms.\nIn a run of {found['run_steps']:,} steps with "
-        f"{found['evaluations']} evaluations, everything together takes {found['share_of_step']:.2%} of a step."
+        f"{found['tokens_per_step']:,} tokens per step.\n"
+        f"{found['device']}, torch {found['torch']}, CPU time, medians; a step takes {1e3 * found['step_cpu_seconds']:.0f} ms.\n"
+        f"In a run of {found['run_steps']:,} steps with {found['evaluations']} evaluations, everything together takes {found['share_of_step']:.2%} of a step."
     )
     return _lines(about, _table(["", "when", "ms", "waits for the device"], rows))
 
