@@ -76,8 +76,10 @@ def doctor_main(argv: Sequence[str] | None = None) -> None:
 
 def _on_cpu(config: RunConfig) -> str:
     """Whether a run without a GPU has the memory for its weights, gradients and optimizer."""
+    from llmfoundry.model.transformer import CausalLMConfig
     from llmfoundry.train.build import machine_memory, training_bytes
 
+    assert isinstance(config.model, CausalLMConfig)
     needed, there = training_bytes(config.model) / GIB, machine_memory() / GIB
     verdict = "too little memory" if needed > there else "AdamW adds as much again, and activations"
     return f"without a GPU: weights and gradients take {needed:.1f} of {there:.1f} GiB; {verdict}\nwith GPUs:"

@@ -10,5 +10,5 @@ from axolotl.integrations.base import BasePlugin
 import llmfoundry.drop_in  # noqa: F401  registers our experts
 
 
-class Experts(BasePlugin):  # type: ignore[misc]  # axolotl has an environment of its own
+class Experts(BasePlugin):
     """`plugins: [llmfoundry.integrations.axolotl.Experts]`; the import is all it does."""

@@ -39,11 +39,13 @@ def report() -> str:
         ],
         ["the probe of a text, and the page", "evaluations", f"{1e3 * seconds['probe']:.0f}", str(reads["probe"])],
     ]
+    step, share = f"{1e3 * found['step_cpu_seconds']:.0f} ms", f"{found['share_of_step']:.2%}"
     about = (
         f"{found['config']}: {found['layers']} layers, {found['experts']} experts, "
         f"{found['tokens_per_step']:,} tokens per step.\n"
-        f"{found['device']}, torch {found['torch']}, CPU time, medians; a step takes {1e3 * found['step_cpu_seconds']:.0f} ms.\n"
-        f"In a run of {found['run_steps']:,} steps with {found['evaluations']} evaluations, everything together takes {found['share_of_step']:.2%} of a step."
+        f"{found['device']}, torch {found['torch']}, CPU time, medians; a step takes {step}.\n"
+        f"In a run of {found['run_steps']:,} steps with {found['evaluations']} evaluations, "
+        f"everything together takes {share} of a step."
     )
     return _lines(about, _table(["", "when", "ms", "waits for the device"], rows))
 
