@@ -101,9 +101,7 @@ def _one_by_one(data: Tree, notes: list[Note], mistakes: list[str]) -> None:
     for path in DURATIONS:
         value, there = look(data, path)
         if there and (new := _duration(value)) is not None:
-            said = f"a bare number counts epochs: {new}; for steps write {value}ba" if isinstance(value, int) else ""
-            put(data, path, new)
-            notes.append(Note(path, said or f"is now {path}: {new}", value))
+            notes.append(Note(path, f"is now {put(data, path, new)}", value))
 
 
 def _shown(value: object) -> str:
