@@ -57,6 +57,15 @@ def load_yaml(path: str | Path, overrides: list[str] | None = None) -> dict[str,
     return load_settings(path, overrides).data
 
 
+def _near(path: Path) -> str:
+    """The file that was probably meant, if its folder has a similar one."""
+    if not path.parent.is_dir():
+        return ""
+    names = [file.name for file in path.parent.glob("*.y*ml")]
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    return f" (did you mean {path.with_name(near[0])}?)" if near else ""
+
+
 def load_settings(path: str | Path, overrides: list[str] | None = None, is_users: bool = True) -> Settings:
     """Read a YAML file, put overrides over it, and resolve its interpolations.
 
@@ -78,7 +87,7 @@ def load_settings(path: str | Path, overrides: list[str] | None = None, is_users
             raise ConfigError(f"{path}: has more than {MAX_BYTES:,} bytes, too many for a YAML file of settings")
         text = content.decode("utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
+        raise ConfigError(f"{path}: no such file{_near(Path(path))}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

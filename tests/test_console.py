@@ -36,7 +36,33 @@ def test_every_command_is_there_and_explains_itself(name: str, capsys: pytest.Ca
     with pytest.raises(SystemExit) as ended:
         function(["--help"])
     assert ended.value.code == 0
-    assert "usage: " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "usage: " in shown
+    lines = [line.strip() for line in shown.partition("examples:\n")[2].splitlines()]
+    assert lines and any(f"llmfoundry {name} " in f"{line} " for line in lines)
+    options = {word for line in lines if f"llmfoundry {name}" in line for word in re.findall(r"(?<= )--[\w-]+", line)}
+    assert all(option in shown.partition("examples:\n")[0] or name == "data_prep" for option in options), options
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["train", "yamls/moe.yaml", "--dryrun"], "unrecognized arguments: --dryrun (did you mean --dry-run?)"),
+        (["convert", "to_hf", "a", "b"], "(did you mean to-hf?)"),
+        (["train", "yamls/mo.yaml"], "yamls/mo.yaml: no such file (did you mean yamls/moe.yaml?)"),
+        (["train", "yamls/dbrx-132b.yaml", "parallel.expert=1"], "to train without a GPU, and this machine has"),
+        (["generate", "--checkpoint", "test"], "test: no such folder (did you mean tests?)"),
+    ],
+)
+def test_a_slip_is_one_line_with_what_was_meant(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    try:
+        assert main(words) == 2
+    except SystemExit as ended:
+        assert ended.code == 2
+    assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["nope"], ["--nope"]])
@@ -66,7 +92,8 @@ def test_doctor_reads_the_machine(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_doctor_says_what_a_run_will_meet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--folder", str(tmp_path), "yamls/dense.yaml"]) == 0
-    assert "yamls/dense.yaml on this machine:" in capsys.readouterr().out
+    found = capsys.readouterr().out
+    assert "yamls/dense.yaml on this machine" in found and "without a GPU: weights and gradients take" in found
     assert main(["doctor", "--folder", str(tmp_path), "yamls/dense.yaml", "model.d_model=-1"]) == 2
     assert "error: model.d_model" in capsys.readouterr().err
 

@@ -61,7 +61,7 @@ ELSEWHERE = {
     ("recipes.md", "bash"): "tests/test_recipes.py",
     ("recipes.md", "yaml"): "tests/test_recipes.py",
 }
-EXAMPLES_NOT_HERE = {"composer.md": "needs Composer, which has an environment of its own"}
+EXAMPLES_NOT_HERE = {"composer.md": "tests/integrations/test_composer.py runs it in Composer's environment"}
 # What a page takes from those that a reader has read before: the commands that make it.
 BEFORE = {
     "runs/moe": "llmfoundry train yamls/moe.yaml",
@@ -95,7 +95,9 @@ YAML = [
     block
     for page in PAGES
     for block in blocks(page, "yaml")
-    if (page.name, "yaml") not in ELSEWHERE and "models:\n" not in block.text
+    if (page.name, "yaml") not in ELSEWHERE
+    and "models:\n" not in block.text
+    and "plugins:" not in block.text  # axolotl's
 ]
 RUNNING = [page for page in PAGES if any(map(_runs, blocks(page)))]
 

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -78,7 +79,10 @@ def candidates(path: str | Path) -> list[Candidate]:
     for folder in (path, path / "checkpoints"):
         if found := checkpoints(folder):
             return [Candidate(str(each)) for each in found]
-    raise CheckpointError(f"{path}: {'no checkpoint in this folder' if path.is_dir() else 'no such folder'}")
+    if path.is_dir():
+        raise CheckpointError(f"{path}: no checkpoint in this folder")
+    near = get_close_matches(path.name, [p.name for p in path.parent.glob("*/")], n=1, cutoff=0.6)
+    raise CheckpointError(f"{path}: no such folder" + (f" (did you mean {path.with_name(near[0])}?)" if near else ""))
 
 
 def _candidates_of_store(url: str) -> list[Candidate]:

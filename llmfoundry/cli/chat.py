@@ -5,7 +5,6 @@ Ctrl-C stops an answer, Ctrl-D leaves. Lines that are piped in are answered one 
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +14,10 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from llmfoundry import launch
-from llmfoundry.cli.command import command, program
+from llmfoundry.cli.command import command
 from llmfoundry.cli.inference import CHECKPOINT, GENERATING, add_allow_code, add_sampling, check_sampling, show
 from llmfoundry.cli.opening import open_checkpoint
+from llmfoundry.cli.parser import Parser, program
 from llmfoundry.cli.prompts import read_template
 from llmfoundry.config import ConfigError
 
@@ -37,7 +37,15 @@ A line that shall begin with a slash needs a space before it."""
 @command
 def chat_main(argv: Sequence[str] | None = None) -> None:
     """`chat --checkpoint DIR [--system TEXT] [--web] [key=value ...]`."""
-    parser = argparse.ArgumentParser(prog=program("chat", "llmfoundry chat"), description="Talk with a trained model.")
+    parser = Parser(
+        program("chat", "llmfoundry chat"),
+        "Chat with a trained model, in the terminal or in a browser.",
+        [
+            "llmfoundry chat --checkpoint runs/finetune",
+            "llmfoundry chat --checkpoint hf:allenai/OLMoE-1B-7B-0924-Instruct --system 'Answer in one sentence.'",
+            "llmfoundry chat --checkpoint runs/finetune --web --port 8000",
+        ],
+    )
     parser.add_argument("--checkpoint", required=True, help=CHECKPOINT)
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="e.g. precision=fp32")
     parser.add_argument("--system", metavar="TEXT", help="a system message")
@@ -45,7 +53,7 @@ def chat_main(argv: Sequence[str] | None = None) -> None:
     add_sampling(parser, max_new_tokens=1024)
     add_allow_code(parser)
     parser.add_argument("--web", action="store_true", help="serve a page and an OpenAI-compatible API on this machine")
-    parser.add_argument("--port", type=int, default=8000, help="of --web; 0: any free one")
+    parser.add_argument("--port", type=int, default=8000, help="for --web; default: 8000; 0: any free port")
     args = parser.parse_intermixed_args(argv)
     check_sampling(args)
     if not 0 <= args.port < 2**16:

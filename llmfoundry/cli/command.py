@@ -102,11 +102,6 @@ def _out_of_memory(error: Exception) -> str:
     return f"error: out of memory: {' '.join(str(error).split())}" if is_full else ""
 
 
-def program(name: str, script: str | None = None) -> str:
-    """What a command is called in its own messages: `llmfoundry train`, or `train.py` as a script."""
-    return f"llmfoundry {name}" if Path(sys.argv[0]).name == "llmfoundry" else script or f"{name}.py"
-
-
 class Translated(NamedTuple):
     """A YAML file in our words, not yet checked.
 

@@ -14,9 +14,10 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from llmfoundry.checkpoint import convert
-from llmfoundry.cli.command import command, program
+from llmfoundry.cli.command import command
 from llmfoundry.cli.foundry import convert_words
 from llmfoundry.cli.inference import add_allow_code
+from llmfoundry.cli.parser import Parser, program
 from llmfoundry.config import check
 from llmfoundry.hf.upcycle import Upcycling
 from llmfoundry.integrations.composer_checkpoint import from_composer
@@ -26,21 +27,29 @@ from llmfoundry.settings import from_dotlist
 @command
 def convert_main(argv: Sequence[str] | None = None) -> None:
     """`convert.py from-hf | from-composer | to-hf | upcycle SOURCE OUT`: between others' checkpoints and ours."""
-    parser = argparse.ArgumentParser(prog=program("convert"), description="Convert checkpoints, as streams.")
-    ways = parser.add_subparsers(dest="way", required=True)
-    into = ways.add_parser("from-hf", help="a Hugging Face folder or hub id, as a checkpoint of ours")
-    composer = ways.add_parser("from-composer", help="a checkpoint of LLM Foundry or Composer, as one of ours")
-    back = ways.add_parser("to-hf", help="a checkpoint of ours, as a Hugging Face folder")
-    grow_ = ways.add_parser("upcycle", help="a dense checkpoint, theirs or ours, as a mixture of experts")
+    parser = Parser(
+        program("convert"),
+        "Convert checkpoints. Tensors are read and written one after the other, so memory use stays small.",
+        [
+            "llmfoundry convert from-hf allenai/OLMoE-1B-7B-0924 ckpt/olmoe",
+            "llmfoundry convert to-hf runs/moe out/moe",
+            "llmfoundry convert upcycle HuggingFaceTB/SmolLM2-135M ckpt/grown moe_num_experts=8 moe_top_k=2",
+        ],
+    )
+    ways = parser.add_subparsers(dest="direction", required=True)
+    into = ways.add_parser("from-hf", help="Hugging Face folder or hub id to llmfoundry checkpoint")
+    composer = ways.add_parser("from-composer", help="LLM Foundry or Composer checkpoint to llmfoundry checkpoint")
+    back = ways.add_parser("to-hf", help="llmfoundry checkpoint to Hugging Face folder")
+    grow_ = ways.add_parser("upcycle", help="dense checkpoint of either format to mixture of experts")
     for each in (into, composer, back, grow_):
-        each.add_argument("source")
+        each.add_argument("source", help="what to convert: a folder, a run or a hub id")
         each.add_argument("out", type=Path, help="a folder that does not exist, or is empty")
-    composer.add_argument("--config", metavar="YAML", help="its training YAML; else the config that it has stored")
-    back.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights; else as stored")
-    back.add_argument("--model-type", help="the family, e.g. mixtral; else the first that can hold the model")
+    composer.add_argument("--config", metavar="YAML", help="its training YAML; default: the config in the checkpoint")
+    back.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights; default: as stored")
+    back.add_argument("--model-type", help="the architecture, e.g. mixtral; default: the first that fits")
     back.add_argument("--adapters", action="store_true", help="only the adapters (LoRA), in peft's format")
-    back.add_argument("--base-model", help="for --adapters: what they adapt")
-    grow_.add_argument("--seed", type=int, default=17)
+    back.add_argument("--base-model", help="for --adapters: the name of the base model")
+    grow_.add_argument("--seed", type=int, default=17, help="of the new routers; default: 17")
     for each in (back, grow_):
         add_allow_code(each)
     grow_.add_argument("plan", nargs="+", metavar="key=value", help="moe_num_experts=8 moe_top_k=2 granularity=1 ...")
@@ -55,11 +64,11 @@ def convert_main(argv: Sequence[str] | None = None) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    if args.way == "from-hf":
+    if args.direction == "from-hf":
         config = convert.from_hf(args.source, args.out, _progress)
-    elif args.way == "from-composer":
+    elif args.direction == "from-composer":
         config = from_composer(args.source, args.out, args.config, _progress)
-    elif args.way == "upcycle":
+    elif args.direction == "upcycle":
         plan = check(Upcycling, from_dotlist(args.plan))
         config = convert.grow(args.source, args.out, plan, args.seed, _progress, args.allow_code)
     elif args.adapters:
@@ -68,9 +77,9 @@ def _convert(args: argparse.Namespace) -> None:
         dtype = getattr(torch, args.dtype) if args.dtype else None
         with _ours(args.source) as source:
             convert.to_hf(source, args.out, _progress, dtype, args.model_type, args.allow_code)
-    if args.way != "to-hf":
-        print(f"{config.n_params():,} parameters, {config.n_active_params():,} active; to go on from them:")
-        print(f"  train.py {args.out / 'config.yaml'} load_path={args.out} load_weights_only=true")
+    if args.direction != "to-hf":
+        print(f"{config.n_params():,} parameters, {config.n_active_params():,} active; to train it further:")
+        print(f"  {program('train')} {args.out / 'config.yaml'} load_path={args.out} load_weights_only=true")
 
 
 @contextmanager

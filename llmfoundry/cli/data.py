@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from llmfoundry.cli.command import command, read_run_config
+from llmfoundry.cli.parser import Parser
 from llmfoundry.cli.train import sees_documents
 from llmfoundry.config import ConfigError, check
 
@@ -40,22 +41,38 @@ class _Opened(NamedTuple):
 @command
 def data_main(argv: Sequence[str] | None = None) -> None:
     """`data show|stats PATH|YAML|RUN [--row N] [--tokenizer NAME] [--json] [key=value ...]`."""
-    parser = argparse.ArgumentParser(prog="llmfoundry data", description="Look at data before a model reads it.")
+    parser = Parser(
+        "llmfoundry data",
+        "Show the rows that a model will read, or statistics of a dataset.",
+        [
+            "llmfoundry data show yamls/moe.yaml --rows 2",
+            "llmfoundry data stats texts --tokenizer allenai/OLMoE-1B-7B-0924",
+            "llmfoundry data show runs/moe --row 17",
+        ],
+    )
     parser.add_argument(
         "way", choices=("show", "stats"),
-        help="show: the first rows, decoded, with their documents and what is learned; stats: of documents and rows, "
-        "their numbers, lengths and duplicates",
+        help="show: the first rows, decoded, with their documents and the tokens that are learned; stats: number, "
+        "length and duplicates of documents and rows",
     )  # fmt: skip
     parser.add_argument("target", help="a run's save_folder or YAML; or a file, folder, glob or URL of data")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="of the YAML or the dataset")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="replace settings of the YAML",
+    )
     parser.add_argument("--tokenizer", help="a folder or hub id; a YAML has its own")
-    parser.add_argument("--max-seq-len", type=int, default=2048, help="tokens of a row; a YAML has its own")
-    parser.add_argument("--rows", type=int, default=4, help="for show: how many (4)")
+    parser.add_argument(
+        "--max-seq-len", type=int, default=2048, metavar="N", help="tokens per row; default: the YAML's, else 2048"
+    )
+    parser.add_argument("--rows", type=int, default=4, metavar="N", help="for show: how many; default: 4")
     parser.add_argument(
         "--row", type=int, nargs="+", metavar="N", action="extend",
         help="for show: rows of the training data by their numbers in the run, as skipped.jsonl has them",
     )  # fmt: skip
-    parser.add_argument("--limit", type=int, help="for stats: the first so many documents or rows of each dataset")
+    parser.add_argument("--limit", type=int, metavar="N", help="for stats: only the first N documents or rows")
     parser.add_argument("--json", action="store_true", help="one JSON object per row or dataset")
     args = parser.parse_intermixed_args(argv)
     if args.row is not None:

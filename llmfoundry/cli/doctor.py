@@ -5,7 +5,6 @@ Every line is measured or read here; nothing is sent anywhere, and no key is pri
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import os
 import platform
@@ -16,10 +15,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from llmfoundry.cli.command import command, read_run_config
+from llmfoundry.cli.parser import Parser
 from llmfoundry.config import ConfigError
+
+if TYPE_CHECKING:
+    from llmfoundry.train.config import RunConfig
 
 GIB, MIB = 2**30, 2**20
 _WRITTEN = 256 * MIB  # bytes that are written and read to time a disk
@@ -41,28 +44,45 @@ class Finding(NamedTuple):
 @command
 def doctor_main(argv: Sequence[str] | None = None) -> None:
     """`doctor [YAML] [--folder DIR] [key=value ...]`."""
-    parser = argparse.ArgumentParser(prog="llmfoundry doctor", description="Say what this machine has.")
-    parser.add_argument("yaml", nargs="?", help="also say what this run will meet here")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
-    parser.add_argument("--folder", type=Path, default=Path(), help="time this folder's disk; default: here")
+    parser = Parser(
+        "llmfoundry doctor",
+        "Check this machine: GPUs, memory, disk, packages. With a YAML, also whether its run fits here.",
+        ["llmfoundry doctor", "llmfoundry doctor yamls/moe.yaml", "llmfoundry doctor --folder /mnt/scratch"],
+    )
+    parser.add_argument("yaml", nargs="?", help="also plan this run for this machine")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="replace settings of the YAML")
+    parser.add_argument("--folder", type=Path, default=Path(), help="measure the disk of this folder")
     args = parser.parse_intermixed_args(argv)
     if not args.folder.is_dir():
-        raise ConfigError(f"--folder {args.folder}: is no folder")
+        raise ConfigError(f"--folder {args.folder}: is not a folder")
     wrong = 0
     for finding in findings(args.folder):
         mark = {"ok": " ", "note": "-", "wrong": "!"}[finding.state]
         print(f"{mark} {finding.name + ':':<18} {finding.says}", flush=True)
         wrong += finding.state == "wrong"
-    print(f"{wrong} to mend, marked with !" if wrong else "nothing to mend")
+    print(f"{wrong} problem{'s' * (wrong > 1)} found, marked with !" if wrong else "no problems found")
     if args.yaml is not None:
         from llmfoundry.planning.report import describe
 
         config = read_run_config(args.yaml, args.overrides)
         config.model.check_trainable()
-        print(f"\n{args.yaml} on this machine:")
         gpus, memory = _cards()
+        print(f"\n{args.yaml} on this machine (a large model takes up to a minute):", flush=True)
+        if gpus is None:
+            print(_on_cpu(config))
         for line in describe(config, gpus, *memory):
             print(line, flush=True)
+
+
+def _on_cpu(config: RunConfig) -> str:
+    """Whether a run without a GPU has the memory for its weights, gradients and optimizer."""
+    from llmfoundry.model.transformer import CausalLMConfig
+    from llmfoundry.train.build import machine_memory, training_bytes
+
+    assert isinstance(config.model, CausalLMConfig)
+    needed, there = training_bytes(config.model) / GIB, machine_memory() / GIB
+    verdict = "too little memory" if needed > there else "AdamW adds as much again, and activations"
+    return f"without a GPU: weights and gradients take {needed:.1f} of {there:.1f} GiB; {verdict}\nwith GPUs:"
 
 
 def _cards() -> tuple[int | None, list[int]]:

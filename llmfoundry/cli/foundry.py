@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmfoundry.cli.command import command
+from llmfoundry.cli.parser import Parser
 from llmfoundry.config import ConfigError
 from llmfoundry.integrations.foundry_paths import our_checkpoint
 
@@ -30,7 +31,7 @@ def generate_words(argv: Sequence[str] | None) -> list[str]:
     words = list(sys.argv[1:] if argv is None else argv)
     if not _has(words, "--name_or_path", "-n"):
         return words
-    parser = argparse.ArgumentParser(prog="llmfoundry generate", allow_abbrev=False)
+    parser = Parser("llmfoundry generate", allow_abbrev=False)
     parser.add_argument("-n", "--name_or_path", required=True)
     parser.add_argument("-p", "--prompts", nargs="+", required=True)
     parser.add_argument("--max_new_tokens", default="100")
@@ -63,7 +64,7 @@ def convert_words(argv: Sequence[str] | None) -> list[str]:
     words = list(sys.argv[1:] if argv is None else argv)
     if not _has(words, "--composer_path"):
         return words
-    parser = argparse.ArgumentParser(prog="llmfoundry convert", allow_abbrev=False)
+    parser = Parser("llmfoundry convert", allow_abbrev=False)
     parser.add_argument("--composer_path", required=True)
     parser.add_argument("--hf_output_path", required=True)
     parser.add_argument("--output_precision", choices=sorted(_DTYPES), default="fp32")
@@ -89,14 +90,18 @@ def _ours(path: str) -> str:
 @command
 def data_prep_main(argv: Sequence[str] | None = None) -> None:
     """`data_prep convert_dataset_hf | convert_dataset_json | convert_text_to_mds ...`, by their arguments."""
-    parser = argparse.ArgumentParser(prog="llmfoundry data_prep", description="Write MDS folders of text or tokens.")
+    parser = Parser(
+        "llmfoundry data_prep",
+        "Write MDS folders of text or tokens, by LLM Foundry's command lines.",
+        ["llmfoundry data_prep convert_dataset_json --path texts.jsonl --out_root mds --split train"],
+    )
     ways = parser.add_subparsers(dest="way", required=True)
     hub = ways.add_parser("convert_dataset_hf", help="a dataset of the Hugging Face hub, or a folder")
-    hub.add_argument("--dataset", required=True)
+    hub.add_argument("--dataset", required=True, help="a hub id or a folder")
     hub.add_argument("--data_subset", help="its configuration, e.g. en")
     hub.add_argument("--splits", nargs="+", default=["train", "train_small", "val", "val_small", "val_xsmall"])
     lines = ways.add_parser("convert_dataset_json", help="JSON lines with a column text")
-    lines.add_argument("--path", required=True)
+    lines.add_argument("--path", required=True, help="a file, folder, glob or hub id")
     lines.add_argument("--split", default="train")
     texts = ways.add_parser("convert_text_to_mds", help="text files")
     texts.add_argument("--input_folder", dest="path", required=True)
@@ -105,12 +110,12 @@ def data_prep_main(argv: Sequence[str] | None = None) -> None:
         if each is not texts:
             each.add_argument("--out_root", type=Path, required=True)
         each.add_argument("--compression", help="zstd[:level], gz, bz2, br or snappy")
-        each.add_argument("--concat_tokens", type=int, help="rows of so many tokens; if left out, texts")
-        each.add_argument("--tokenizer")
-        each.add_argument("--bos_text", default="")
-        each.add_argument("--eos_text", default="")
-        each.add_argument("--no_wrap", action="store_true", help="begin each text in a row of its own")
-        each.add_argument("--use_tokenizer_eos", action="store_true", help="end each text by the tokenizer's end")
+        each.add_argument("--concat_tokens", type=int, metavar="N", help="write rows of N tokens; default: texts")
+        each.add_argument("--tokenizer", help="for --concat_tokens: a folder or hub id")
+        each.add_argument("--bos_text", default="", help="put before each text")
+        each.add_argument("--eos_text", default="", help="put after each text")
+        each.add_argument("--no_wrap", action="store_true", help="start a new row for each text")
+        each.add_argument("--use_tokenizer_eos", action="store_true", help="put the end-of-text token after each text")
         each.add_argument("--num_workers", type=int, help="has no effect")
         each.add_argument("--processes", type=int, help="has no effect")
     args = parser.parse_args(argv)

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmfoundry import launch
-from llmfoundry.cli.command import command, program
+from llmfoundry.cli.command import command
 from llmfoundry.cli.evaluation import TaskOptions, evaluate_by_tasks, evaluate_opened, evaluate_yaml
 from llmfoundry.cli.foundry import generate_words
 from llmfoundry.cli.opening import Opened, open_checkpoint
+from llmfoundry.cli.parser import Parser, program
 from llmfoundry.cli.prompts import Row, check_output, prompt_of, read_prompts, read_template, write_completions
 from llmfoundry.config import ConfigError
 
@@ -38,25 +39,33 @@ _COMMANDING = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(9), *range(
 @command
 def generate_main(argv: Sequence[str] | None = None) -> None:
     """`generate.py --checkpoint DIR --prompt TEXT [key=value ...]`, or `--prompts FILE --output FILE.jsonl`."""
-    parser = argparse.ArgumentParser(prog=program("generate"), description="Write text with a trained model.")
+    parser = Parser(
+        program("generate"),
+        "Continue prompts with a trained model.",
+        [
+            'llmfoundry generate --checkpoint runs/moe --prompt "def "',
+            'llmfoundry generate --checkpoint hf:allenai/OLMoE-1B-7B-0924 --prompt "The" --temperature 0',
+            "llmfoundry generate --checkpoint runs/moe --prompts prompts.jsonl --output answers.jsonl",
+        ],
+    )
     parser.add_argument("--checkpoint", required=True, help=CHECKPOINT)
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="e.g. model.ffn_config.moe_impl=auto"
     )
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="what to continue; may be given again")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="the text to continue; may be repeated")
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE",
         help="a .txt with a prompt per line, or a .jsonl with `prompt` or `messages` in each",
     )  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="FILE", help="write JSON lines: each prompt and its completion")
-    parser.add_argument("--template", type=Path, metavar="FILE", help="for `messages`: in place of the tokenizer's own")
-    parser.add_argument("--batch-size", type=int, default=16, help="of several prompts: rows of a forward per process")
+    parser.add_argument("--template", type=Path, metavar="FILE", help="a chat template, for `messages`")
+    parser.add_argument("--batch-size", type=int, default=16, help="prompts per forward pass and process; default: 16")
     add_sampling(parser, max_new_tokens=200)
     add_allow_code(parser)
     parser.add_argument(
         "--parse-special", action=argparse.BooleanOptionalAction, default=None,
-        help="read special tokens that the prompt spells as such; default: as in training, and for a converted "
-        "checkpoint that was not trained here, yes",
+        help="read special tokens in the prompt, such as <|endoftext|>, as tokens and not as text; default: as in "
+        "training; yes for a converted checkpoint",
     )  # fmt: skip
     args = parser.parse_intermixed_args(generate_words(argv))
     check_sampling(args)
@@ -107,10 +116,12 @@ def add_allow_code(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     """The options of sampling, which `check_sampling` checks."""
-    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    parser.add_argument("--top-p", type=float, default=0.95)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N",
+                        help=f"length of an answer; default: {max_new_tokens}")  # fmt: skip
+    parser.add_argument("--temperature", type=float, default=0.8, help="default: 0.8; 0: always the likeliest token")
+    parser.add_argument("--top-p", type=float, default=0.95, help="draw from the likeliest tokens that together have "
+                        "this probability; default: 0.95")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of the random draws; default: 0")
 
 
 def check_sampling(args: argparse.Namespace) -> None:
@@ -133,27 +144,34 @@ def eval_main(argv: Sequence[str] | None = None) -> None:
     EleutherAI's lm-evaluation-harness. Overrides of `model` take effect as far as the weights fit: another backend,
     longer contexts, fewer experts per token.
     """
-    parser = argparse.ArgumentParser(prog=program("eval"), description="Loss and scores of checkpoints.")
+    parser = Parser(
+        program("eval"),
+        "Measure the loss of a checkpoint on text, or its scores on tasks.",
+        [
+            "llmfoundry eval --checkpoint runs/moe",
+            "llmfoundry eval --checkpoint runs/moe eval_loader.dataset.name=text_files eval_loader.dataset.path=texts",
+            "llmfoundry eval --checkpoint runs/moe --icl-tasks tasks.yaml --output scores.json",
+        ],
+    )
     parser.add_argument("--checkpoint", help=CHECKPOINT)
     parser.add_argument(
         "overrides",
         nargs="*",
         default=[],
         metavar="key=value",
-        help="e.g. eval_loader.dataset.name=text_files eval_loader.dataset.path=texts/; "
-        "without --checkpoint, a YAML that lists models comes first",
+        help="replace settings of the run; without --checkpoint, first a YAML that lists models",
     )
     parser.add_argument("--icl-tasks", metavar="FILE", help="a YAML with icl_tasks")
     parser.add_argument("--gauntlet", metavar="FILE", help="a YAML with eval_gauntlet, for --icl-tasks")
     parser.add_argument("--tasks", help="tasks of lm-evaluation-harness (pip install lm-eval), e.g. hellaswag,arc_easy")
     parser.add_argument("--num-fewshot", type=int, help="for --tasks: solved examples; default: each task's own")
-    parser.add_argument("--limit", type=int, help="for --tasks: the first so many questions of each")
-    parser.add_argument("--include-path", metavar="DIR", help="for --tasks: a folder with more of them")
+    parser.add_argument("--limit", type=int, metavar="N", help="for --tasks: only the first N questions of each")
+    parser.add_argument("--include-path", metavar="DIR", help="for --tasks: a folder with further tasks")
     parser.add_argument(
         "--apply-chat-template", action="store_true", help="for --tasks: put questions in the tokenizer's chat template"
     )
     parser.add_argument(
-        "--by-position", type=int, metavar="N", help="loss on texts in N ranges of the places of a row, too"
+        "--by-position", type=int, metavar="N", help="also the loss on texts by position: N ranges of the sequence"
     )
     parser.add_argument("--output", metavar="FILE", help="also write the scores as JSON")
     add_allow_code(parser)

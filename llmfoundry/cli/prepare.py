@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmfoundry.cli.command import command, program, read_run_config
+from llmfoundry.cli.command import command, read_run_config
+from llmfoundry.cli.parser import Parser, program
 from llmfoundry.cli.train import sees_documents
 from llmfoundry.config import ConfigError
 
@@ -22,15 +23,25 @@ if TYPE_CHECKING:
 @command
 def prepare_data_main(argv: Sequence[str] | None = None) -> None:
     """`prepare_data.py YAML [--workers N] [--part I/N] [--dedup] [--filter FUNCTION] [key=value ...]`."""
-    parser = argparse.ArgumentParser(
-        prog=program("prepare", "prepare_data.py"), description="Tokenise a run's datasets ahead of it."
+    parser = Parser(
+        program("prepare", "prepare_data.py"),
+        "Tokenize the datasets of a run before it starts, on all cores. The run then reads the tokens.",
+        [
+            "llmfoundry prepare yamls/moe.yaml",
+            "llmfoundry prepare yamls/olmoe-1b-7b.yaml --workers 16 --part 1/4 --dedup",
+            "llmfoundry prepare yamls/moe.yaml --format mds --out mds",
+        ],
     )
-    parser.add_argument("yaml")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenise; if left out, one per core")
-    parser.add_argument("--part", default="1/1", metavar="I/N", help="only files I of N parts: one per machine")
-    parser.add_argument("--dedup", action="store_true", help="of equal training documents, keep the first")
-    parser.add_argument("--filter", metavar="FILE.py:FUNCTION", help="keep training documents for which it is true")
+    parser.add_argument("yaml", help="the run, e.g. yamls/moe.yaml")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="replace settings of the YAML")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenize; default: one per core")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="only part I of N of the files")
+    parser.add_argument("--dedup", action="store_true", help="drop training documents that are equal to an earlier one")
+    parser.add_argument(
+        "--filter",
+        metavar="FILE.py:FUNCTION",
+        help="keep documents for which it returns true",
+    )
     parser.add_argument("--format", choices=("tokens", "mds"), default="tokens", help="mds: also write MDS folders")
     parser.add_argument("--out", help="for --format mds: where the folders train, validation, ... are written")
     parser.add_argument("--compression", help="for --format mds: zstd[:level], gz, bz2, br or snappy")

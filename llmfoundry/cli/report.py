@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from llmfoundry.checkpoint.store import RunStore
 from llmfoundry.cli.command import command
+from llmfoundry.cli.parser import Parser
 from llmfoundry.config import ConfigError, is_url
 from llmfoundry.data.remote import data_path
 from llmfoundry.report.page import write_report
@@ -17,9 +17,18 @@ from llmfoundry.report.page import write_report
 @command
 def report_main(argv: Sequence[str] | None = None) -> None:
     """`report RUN [RUN ...] [--out FILE]`."""
-    parser = argparse.ArgumentParser(prog="llmfoundry report", description="Draw the page of one run, or compare runs.")
+    parser = Parser(
+        "llmfoundry report",
+        "Draw the report of a run as one HTML file, or compare runs.",
+        ["llmfoundry report runs/moe", "llmfoundry report runs/moe runs/dense --out both.html"],
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the save_folder of a run, or its URL (s3://...)")
-    parser.add_argument("--out", type=Path, help="the page; if left out, report.html in the only run, or here")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="default: report.html in the run, or here for several",
+    )
     args = parser.parse_args(argv)
     runs: list[str] = args.runs
     alone = Path(runs[0]) if len(runs) == 1 and not is_url(runs[0]) else Path()

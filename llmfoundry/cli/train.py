@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from llmfoundry import launch
-from llmfoundry.cli.command import command, program, read_run_config, read_translated
+from llmfoundry.cli.command import command, read_run_config, read_translated
+from llmfoundry.cli.parser import Parser, program
 from llmfoundry.config import ConfigError, check
 from llmfoundry.planning.hardware import GIB, GPU_MEMORY
 from llmfoundry.private import cleaned, disclosed
@@ -30,22 +31,42 @@ MOST_GPUS = 2**14  # that a plan looks through
 @command
 def train_main(argv: Sequence[str] | None = None) -> None:
     """`train.py YAML [--dry-run] [--gpus N] [--gpu-memory GIB] [key=value ...]`."""
-    parser = argparse.ArgumentParser(prog=program("train"), description="Train a model.")
-    parser.add_argument("yaml", help="the run, e.g. yamls/moe.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="put over the YAML, e.g. model.n_layers=2"
+    parser = _parser(
+        "train",
+        "Train a model. Ctrl-C saves and stops; the same command with autoresume=true continues the run.",
+        "llmfoundry train yamls/moe.yaml",
+        "llmfoundry train yamls/moe.yaml optimizer.lr=1.0e-3 max_duration=100ba save_folder=runs/short",
+        "llmfoundry train yamls/olmoe-1b-7b.yaml --dry-run --gpus 8",
+        "torchrun --nproc-per-node 8 scripts/train.py yamls/olmoe-1b-7b.yaml",
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what the run would be, and train nothing")
-    parser.add_argument("--explain", action="store_true", help="say what each key became, and train nothing")
-    parser.add_argument("--show-batch", action="store_true", help="print the first batch decoded, before training")
-    parser.add_argument("--gpus", type=int, default=None, help="for --dry-run: plan for so many GPUs")
-    parser.add_argument(
-        "--gpu-memory", type=float, default=None, metavar="GIB",
-        help=f"for --dry-run: what one of them holds; {GPU_MEMORY / GIB:g}, as an H100 80GB shows it, if left out",
-    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved YAML and the plan; train nothing")
+    parser.add_argument("--explain", action="store_true", help="print what each key became; train nothing")
+    _add_plan(parser, "with --dry-run: ")
     args = parser.parse_intermixed_args(argv)
     with on_signal():
         _run(args)
+
+
+def _parser(name: str, description: str, *examples: str) -> Parser:
+    parser = Parser(program(name), description, examples)
+    parser.add_argument("yaml", help="the run, e.g. yamls/moe.yaml")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="replace settings of the YAML: model.n_layers=2",
+    )
+    return parser
+
+
+def _add_plan(parser: Parser, condition: str = "") -> None:
+    parser.add_argument("--show-batch", action="store_true", help="print the first batch, decoded")
+    parser.add_argument("--gpus", type=int, default=None, metavar="N", help=f"{condition}plan for N GPUs")
+    parser.add_argument(
+        "--gpu-memory", type=float, default=None, metavar="GIB",
+        help=f"{condition}memory of one GPU; default: {GPU_MEMORY / GIB:g}, an H100 with 80 GB",
+    )  # fmt: skip
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -77,14 +98,31 @@ def _run(args: argparse.Namespace) -> None:
         _train(config, args.show_batch)
 
 
-def plan_main(argv: Sequence[str] | None = None) -> int:
+@command
+def plan_main(argv: Sequence[str] | None = None) -> None:
     """`plan YAML [--gpus N] [--gpu-memory GIB] [key=value ...]`: `train --dry-run`."""
-    return train_main(["--dry-run", *(argv or [])])
+    parser = _parser(
+        "plan",
+        "Print the resolved YAML, the size of the model, and the memory and time of a run. Needs no GPU and no data.",
+        "llmfoundry plan yamls/moe.yaml",
+        "llmfoundry plan yamls/dbrx-132b.yaml --gpus 64",
+        "llmfoundry plan yamls/olmoe-1b-7b.yaml --gpus 8 --gpu-memory 40 parallel.recompute=full",
+    )
+    _add_plan(parser)
+    parser.set_defaults(dry_run=True, explain=False)
+    _run(parser.parse_intermixed_args(argv))
 
 
-def explain_main(argv: Sequence[str] | None = None) -> int:
+@command
+def explain_main(argv: Sequence[str] | None = None) -> None:
     """`explain YAML [key=value ...]`: `train --explain`."""
-    return train_main(["--explain", *(argv or [])])
+    parser = _parser(
+        "explain",
+        "Print what each key of a YAML became. For files written for LLM Foundry.",
+        "llmfoundry explain yamls/moe.yaml",
+    )
+    args = parser.parse_intermixed_args(argv)
+    _explain(args.yaml, args.overrides)
 
 
 def _explain(path: str, overrides: list[str]) -> None:
@@ -139,6 +177,10 @@ def _train(config: RunConfig, show_batch: bool) -> None:
     if config.log_to_console:
         trainer.callbacks.append(Console())
     trainer.fit()
+    if launch.is_rank0() and not trainer.stopping:
+        report = trainer.config.folder / "report.html"
+        drawn = f"; open {report} in a browser" if report.exists() else ""
+        log.info("done%s; next: llmfoundry generate --checkpoint %s", drawn, trainer.config.save_folder)
 
 
 def _evaluations(config: RunConfig) -> Iterator[str]:

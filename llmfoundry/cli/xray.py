@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
@@ -14,6 +13,7 @@ from llmfoundry import launch
 from llmfoundry.cli.command import command
 from llmfoundry.cli.inference import CHECKPOINT, GENERATING, add_allow_code
 from llmfoundry.cli.opening import open_checkpoint
+from llmfoundry.cli.parser import Parser
 from llmfoundry.config import ConfigError
 
 if TYPE_CHECKING:
@@ -25,16 +25,22 @@ log = logging.getLogger(__name__)
 @command
 def xray_main(argv: Sequence[str] | None = None) -> None:
     """`xray CHECKPOINT TEXT [--layer N] [--json] [--html FILE] [key=value ...]`."""
-    parser = argparse.ArgumentParser(
-        prog="llmfoundry xray", description="Show which expert takes which token of a text, by layer."
+    parser = Parser(
+        "llmfoundry xray",
+        "Show which experts take which tokens of a text, layer by layer.",
+        [
+            'llmfoundry xray runs/moe "for i in range(10): print(i)"',
+            "llmfoundry xray runs/moe --file README.md --html experts.html",
+            "git diff | llmfoundry xray runs/moe - --layer 1 --json",
+        ],
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
     parser.add_argument("text", nargs="?", metavar="TEXT", help="the text itself; - reads it from stdin")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="e.g. precision=fp32")
-    parser.add_argument("--file", type=Path, help="read the text from a file instead")
-    parser.add_argument("--layer", type=int, action="append", metavar="N", help="only this one; may be given again")
-    parser.add_argument("--json", action="store_true", help="print JSON: tokens, and their experts with weights")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page to explore instead")
+    parser.add_argument("--file", type=Path, metavar="FILE", help="read the text from a file")
+    parser.add_argument("--layer", type=int, action="append", metavar="N", help="only this layer; may be repeated")
+    parser.add_argument("--json", action="store_true", help="print JSON: the tokens, their experts and weights")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write an interactive page")
     add_allow_code(parser)
     args = parser.parse_intermixed_args(argv)
     if args.file is not None and args.text is not None:
@@ -82,7 +88,7 @@ def _read(text: str | None, file: Path | None) -> str:
     elif text == "-":
         text = sys.stdin.read()
     if not text:
-        raise ConfigError("TEXT: is missing; write it after the checkpoint, or - for stdin, or --file FILE")
+        raise ConfigError("TEXT is missing; write it after the checkpoint, or - for stdin, or --file FILE")
     return text
 
 
@@ -100,5 +106,5 @@ def _layers(asked: list[int] | None, config: CausalLMConfig) -> list[int]:
     layers = mixture_layers(config)
     for layer in asked or ():
         if layer not in layers:
-            raise ConfigError(f"--layer {layer}: is no mixture of experts; choose among {', '.join(map(str, layers))}")
+            raise ConfigError(f"--layer {layer}: this layer has no experts; choose among {', '.join(map(str, layers))}")
     return asked or layers

@@ -144,7 +144,8 @@ def find(where: str, store: Store) -> Found:
             raise ConfigError(f"dataset.path: {path}: not a text file; known: {KNOWN}")
         has = "holds" if path.is_dir() else "finds"
         empty = f"{has} no files that end in {KNOWN}{said_of(skipped)}"
-        raise ConfigError(f"dataset.path: {path}: {empty if listed or path.is_dir() else 'no such file or folder'}")
+        none = "no such file or folder; put texts there, or set train_loader.dataset.path and eval_loader.dataset.path"
+        raise ConfigError(f"dataset.path: {path}: {empty if listed or path.is_dir() else none}")
     return Found({name: file_at(files[name]) for name in sorted(files)}, dict(skipped))
 
 

@@ -22,9 +22,11 @@ class Counts(NamedTuple):
         return type(self)(*(a + b for a, b in zip(self, other, strict=True)))
 
     def __str__(self) -> str:
-        """E.g. `read 10 documents; left out 1 empty, 2 duplicates, 0 by the filter; kept 7 (1,234 bytes)`."""
-        left = f"{self.empty:,} empty, {self.duplicates:,} duplicates, {self.filtered:,} by the filter"
-        return f"read {self.read:,} documents; left out {left}; kept {self.kept:,} ({self.kept_bytes:,} bytes)"
+        """E.g. `read 10 documents; left out 1 empty, 2 duplicates; kept 7 (1,234 bytes)`."""
+        counts = {"empty": self.empty, "duplicates": self.duplicates, "by the filter": self.filtered}
+        left = ", ".join(f"{n:,} {why}" for why, n in counts.items() if n)
+        left = f"; left out {left}" if left else ""
+        return f"read {self.read:,} documents{left}; kept {self.kept:,} ({self.kept_bytes:,} bytes)"
 
 
 NONE = Counts()

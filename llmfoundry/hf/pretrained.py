@@ -109,7 +109,7 @@ def locate(path_or_id: str | Path, *, settings_only: bool = False) -> Path:
         raise ConfigError(f"{path_or_id}: no such folder") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         why = " ".join(str(error).split())
-        raise ConfigError(f"{path_or_id}: no such folder, and cannot be had from the hub: {why}") from None
+        raise ConfigError(f"{path_or_id}: no such folder, and the hub did not deliver it: {why}") from None
 
 
 def our_shapes(config: CausalLMConfig) -> dict[str, tuple[int, ...]]:

@@ -95,6 +95,11 @@ def plan_mesh(config: ParallelConfig, world: int, n_experts: int) -> Degrees:
             f"parallel.replicate={replicate} x parallel.shard={shard} is {replicate * shard}, but there are "
             f"{world} processes; set shard: -1, or start {replicate * shard} processes"
         )
+    if shard < expert:
+        raise ConfigError(
+            f"parallel.expert={expert} needs at least {expert * replicate} processes, this run has {world}; start them "
+            f"by torchrun --nproc-per-node {expert * replicate}, or set parallel.expert={shard}"
+        )
     if shard % expert:
         raise ConfigError(f"parallel.expert={expert} does not divide parallel.shard={shard}; lower it to a divisor")
     if expert > 1 and n_experts == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from functools import partial
 
 import torch
@@ -73,6 +74,7 @@ def _build(config: RunConfig, device: torch.device, watchdog: Watchdog) -> Train
     config.model.check_trainable()
     precision = config.precision_on(device.type)
     check_device(config.model, device, precision)
+    check_memory(config.model, device)
     mesh = build_mesh(config.parallel, device.type, n_experts(config.model))
     path, store = config.folder, None
     if is_url(config.save_folder):
@@ -245,6 +247,26 @@ def _microbatches(config: RunConfig, mesh: Mesh) -> Microbatches:
             f"{ranks}, or the microbatch larger"
         )
     return Microbatches(micro, least, most)
+
+
+def training_bytes(model: CausalLMConfig) -> int:
+    """Bytes of the float32 weights that are trained, and of their gradients: what every optimizer needs."""
+    return 8 * model.n_trainable_params()
+
+
+def machine_memory() -> int:
+    """Bytes of main memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_memory(model: CausalLMConfig, device: torch.device) -> None:
+    """Refuse a model that is too large for main memory, before the system kills the process."""
+    needed, there = training_bytes(model), machine_memory()
+    if device.type == "cpu" and runtime.world_size() == 1 and needed > there:
+        raise ConfigError(
+            f"the model needs at least {needed / 2**30:.1f} GiB to train without a GPU, and this machine has "
+            f"{there / 2**30:.1f} GiB; use GPUs (llmfoundry plan YAML says how many), or a smaller model"
+        )
 
 
 def check_device(model: CausalLMConfig, device: torch.device, precision: str) -> None:

@@ -338,6 +338,8 @@ def clock_state(contents: Contents) -> tuple[float, float]:
 def command_to_continue() -> str:
     """The command line that takes up this run from its newest checkpoint: its own, with `autoresume=true`."""
     words = list(sys.orig_argv)
+    if Path(sys.argv[0]).name == "llmfoundry":  # not by the path of its script and of its Python
+        words = ["llmfoundry", *sys.argv[1:]]
     launcher = Path(f"/proc/{os.getppid()}/cmdline")
     if "TORCHELASTIC_RUN_ID" in os.environ and launcher.exists():  # torchrun started this rank
         words = launcher.read_text().rstrip("\0").split("\0")

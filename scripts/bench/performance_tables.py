@@ -24,6 +24,32 @@ def kernels() -> str:
     return _lines(f"{tokens.pop():,} tokens, medians. {_on('moe_kernels')}", _table(head, rows))
 
 
+def report() -> str:
+    """What the report adds to a step."""
+    found = _read("report")
+    seconds, reads = found["report_cpu_seconds"], found["reads"]
+    rows = [
+        ["entropy of the routers", "every step", f"{1e3 * found['entropy_cpu_seconds_per_step']:.2f}", "0"],
+        ["between samples", "every step", f"{1e3 * seconds['none']:.2f}", str(reads["none"])],
+        [
+            "a sample of all layers",
+            f"{found['samples']} per run",
+            f"{1e3 * seconds['sample']:.2f}",
+            str(reads["sample"]),
+        ],
+        ["the probe of a text, and the page", "evaluations", f"{1e3 * seconds['probe']:.0f}", str(reads["probe"])],
+    ]
+    step, share = f"{1e3 * found['step_cpu_seconds']:.0f} ms", f"{found['share_of_step']:.2%}"
+    about = (
+        f"{found['config']}: {found['layers']} layers, {found['experts']} experts, "
+        f"{found['tokens_per_step']:,} tokens per step.\n"
+        f"{found['device']}, torch {found['torch']}, CPU time, medians; a step takes {step}.\n"
+        f"In a run of {found['run_steps']:,} steps with {found['evaluations']} evaluations, "
+        f"everything together takes {share} of a step."
+    )
+    return _lines(about, _table(["", "when", "ms", "waits for the device"], rows))
+
+
 def update() -> str:
     """The optimizer's update of a step."""
     result = _read("update")

@@ -25,6 +25,7 @@ from performance_tables import (
     loss_curves,
     memory_peaks,
     prepare,
+    report,
     update,
 )
 from plan_table import many_ranks, measured, planning, rates
@@ -258,6 +259,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "many-ranks": many_ranks,
     "memory": memory_peaks,
     "prepare": prepare,
+    "report": report,
     "update": update,
     "foundry-refused": foundry_refused,
 }

@@ -21,11 +21,14 @@ from composer.algorithms import EMA, SAM, SWA, LayerFreezing
 from composer.callbacks import EarlyStopper, LRMonitor, NaNMonitor, OptimizerMonitor, SpeedMonitor
 from composer.core import Algorithm
 from composer_runs import STEPS, Watch, composer_parts, ours, run, run_config, trainer
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
 from llmfoundry.cli.convert import convert_main
 from llmfoundry.config import ConfigError
+from tests.pages import ROOT, blocks
+from tests.shrunk import shrunk
 
 TOLERANCE = 1e-5  # nats: float32 sums in another order
 TWO_RANKS = ("ddp", "fsdp2", "fsdp2_resumed", "presharded", "presharded_resumed")
@@ -157,6 +160,18 @@ def test_a_mixture_of_datasets_is_refused(folder: Path) -> None:
     config = run_config(folder, "plain", train_loader={"datasets": [part, {**part, "label": "again"}]})
     with pytest.raises(ConfigError, match="mixtures are not read under Composer"):
         composer_parts(config)
+
+
+def test_the_documented_example_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = blocks(ROOT / "docs" / "composer.md", "python")
+    (tmp_path / "yamls").mkdir()
+    texts = {"name": "text_files", "path": str(folder / "texts"), "cache_dir": str(tmp_path / "cache")}
+    small = {"train_loader.dataset": texts, "eval_loader.dataset": texts | {"path": str(folder / "held-out")}}
+    config = shrunk(ROOT / "yamls" / "moe.yaml", small | {"device_train_microbatch_size": 4})
+    OmegaConf.save(config, tmp_path / "yamls" / "moe.yaml")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example.text.replace("250ba", "2ba"), "composer.md", "exec"), {"__name__": "__main__"})
+    assert list((tmp_path / "runs" / "theirs").iterdir())
 
 
 def test_several_evaluations_have_their_labels(folder: Path) -> None:

@@ -103,7 +103,7 @@ def test_one_process_without_a_group_has_no_axes() -> None:
         ({"replicate": 2, "shard": 3}, 8, 8, "is 6, but there are 8 processes"),
         ({"replicate": 3}, 8, 8, "parallel.replicate=3 does not divide the 8 processes"),
         ({"expert": 3}, 8, 9, "parallel.expert=3 does not divide parallel.shard=8"),
-        ({"replicate": 4, "expert": 4}, 8, 8, "parallel.expert=4 does not divide parallel.shard=2"),
+        ({"replicate": 4, "expert": 4}, 8, 8, "parallel.expert=4 needs at least 16 processes, this run has 8"),
         ({"expert": 4}, 8, 6, "parallel.expert=4 does not divide model.ffn_config.moe_num_experts=6"),
         ({"expert": 16}, 16, 8, "moe_num_experts=8"),
         ({"expert": 2}, 8, 0, "the model is dense; set expert: 1"),

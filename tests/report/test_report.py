@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmfoundry.callbacks.report import Report
 from llmfoundry.cli.report import report_main
 from llmfoundry.cli.train import train_main
 from llmfoundry.config import is_url
@@ -21,7 +22,9 @@ from llmfoundry.data.tokenizer import END_OF_TEXT, train_bpe
 from llmfoundry.report.alarms import alarms
 from llmfoundry.report.experts import KINDS, churn, coactivation, fingerprints, kind, tokens_of_experts
 from llmfoundry.report.page import write_report
-from llmfoundry.report.records import heat, read_run
+from llmfoundry.report.records import PANELS, heat, read_run
+from llmfoundry.train.callback import Metrics, Run
+from tests.reads import CountsReads
 from tests.test_cli import recipe  # noqa: F401  a fixture
 
 CHROMIUM = shutil.which("chromium")
@@ -44,6 +47,19 @@ def panels(document: str) -> set[str]:
     return {m[1] for m in re.finditer(r'<div id="([\w-]+)" class="panel[^"]*js-plotly-plot"', document)}
 
 
+CURVES = {f"curve-{i}" for i in range(len(PANELS))}
+SHOWN = (
+    "loss",
+    "learning rate",
+    "gradient norm",
+    "speed",
+    "mfu",
+    "memory",
+    "step time",
+    "balance loss",
+    "load",
+    "router entropy",
+)
 EXPERT_PANELS = {"load", "entropy", "dead", "confidence", "churn", "pairs", "kinds"}
 ALL_PANELS = EXPERT_PANELS | {"bias", "drift", "sources"}  # of a run with loss-free balance on a mixture of sources
 
@@ -106,7 +122,9 @@ def run_of(
         for step in range(1, steps + 1):
             line = {"step": step, "tokens": 100 * step, "skipped_steps": 0, "lr": 1e-3, "grad_norm": 1.0,
                     "loss/train/ce": 3 + 5 / step, "moe/max_load": 1.5, "moe/min_load": 0.5,
-                    "throughput/tokens_per_sec": 1e5, "time/step_seconds": 0.1, "moe/router_entropy": 1.0}  # fmt: skip
+                    "throughput/tokens_per_sec": 1e5, "time/step_seconds": 0.1, "moe/router_entropy": 1.0,
+                    "throughput/device/mfu": 0.4, "memory/peak_allocated_mem": 60.0,
+                    "moe/load_balance_loss": 1.1}  # fmt: skip
             if step % 100 == 0:
                 line["metrics/eval/LanguageCrossEntropy"] = 3.2
             file.write(json.dumps(line) + "\n")
@@ -126,13 +144,33 @@ def run_of(
     return folder
 
 
-@pytest.mark.slow
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of 10,000 steps of 16 layers with 64 experts each."""
+    folder = tmp_path_factory.mktemp("long")
+    return write_report([run_of(folder / "run", 10_000, 16, 64)], folder / "report.html")
+
+
+def test_a_long_run_of_a_large_model_is_a_small_page_with_all_its_data(long_run: Path) -> None:
+    page = long_run.read_text(encoding="utf-8")
+    assert long_run.stat().st_size < 3_000_000
+    assert tuple(title.lower() for title, _, _ in PANELS) == SHOWN
+    assert not re.search(r"<(script|link|img|iframe)\b[^>]*\b(src|href)=", page), (
+        "the page loads nothing from elsewhere"
+    )
+    run = read_run(long_run.parent / "run")
+    missing = [title for title, _, names in PANELS if not any(name in run["curves"] for name in names)]
+    assert not missing
+    assert {"load", "entropy", "bias", "confidence", "churn"} <= {key for key, value in run["experts"].items() if value}
+    assert {"pairs", "tokens", "kinds", "sources"} <= set(run["probe"]["layers"][15])
+    assert all(len(tokens) == 20 for tokens in run["probe"]["layers"][15]["tokens"])
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
-def test_a_long_run_of_a_large_model_is_a_small_page_that_a_browser_draws(tmp_path: Path) -> None:
-    page = write_report([run_of(tmp_path / "run", 10_000, 16, 64)], tmp_path / "report.html")
-    assert page.stat().st_size < 3_000_000
-    drawn = panels(draw(page, tmp_path / "profile"))
-    assert drawn >= ALL_PANELS | {"curve-0", "curve-1", "curve-2", "curve-3"}
+def test_a_browser_draws_every_panel(long_run: Path, tmp_path: Path) -> None:
+    document = draw(long_run, tmp_path / "profile")
+    assert panels(document) == ALL_PANELS | CURVES
+    assert document.count("<td>expert ") == 64, "the table of tokens has a row per expert"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
@@ -148,6 +186,21 @@ def test_a_run_leaves_its_page(recipe: Path, tmp_path: Path) -> None:
     assert "churn" not in lines[1] and len(lines[3]["churn"]) == 2, "churn needs an evaluation before"
     document = draw(tmp_path / "run" / "report.html", tmp_path / "profile")
     assert panels(document) >= EXPERT_PANELS and "expert 3" in document
+
+
+def test_between_samples_nothing_is_read_from_the_device(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, step_end = [], Report.step_end
+
+    def counted(report: Report, trainer: Run, metrics: Metrics) -> None:
+        with CountsReads() as found:
+            step_end(report, trainer, metrics)
+        reads.append(found.found)
+
+    monkeypatch.setattr(Report, "step_end", counted)
+    block = "{ffn_type: moe, moe_num_experts: 4, moe_top_k: 2, ffn_hidden_size: 32}"
+    given = [f"model.ffn_config={block}", "max_duration=5ba", "callbacks.report.interval=2ba"]
+    assert train_main([str(recipe), *given]) == 0
+    assert reads[:4] == [[], ["tolist"], [], ["tolist"]] and len(reads[4]) > 1, "the last step also routes the probe"
 
 
 def test_a_dense_run_has_a_page_of_curves(recipe: Path, tmp_path: Path) -> None:

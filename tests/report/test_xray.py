@@ -125,9 +125,9 @@ def test_the_page_is_drawn_by_a_browser(runs: dict[str, Path], tmp_path: Path) -
     ("arguments", "says"),
     [
         (["{dense}", "abc"], "the model is dense: none of its layers has experts of ours to show"),
-        (["{run}", ""], "TEXT: is missing; write it after the checkpoint, or - for stdin, or --file FILE"),
-        (["{run}"], "TEXT: is missing"),
-        (["{run}", "abc", "--layer", "0"], "--layer 0: is no mixture of experts; choose among 1, 2"),
+        (["{run}", ""], "TEXT is missing; write it after the checkpoint, or - for stdin, or --file FILE"),
+        (["{run}"], "TEXT is missing"),
+        (["{run}", "abc", "--layer", "0"], "--layer 0: this layer has no experts; choose among 1, 2"),
         (["{run}", "--file", "{run}/none.txt"], "none.txt cannot be read: No such file or directory"),
         (["{run}", "abc", "--json", "--html", "a.html"], "--json and --html FILE are both given; choose one"),
         (["{run}", "abc", "optimizer.lr=1"], "optimizer.lr=1: cannot be changed here"),

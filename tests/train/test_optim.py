@@ -22,7 +22,7 @@ from llmfoundry.train.optim import (
     update,
 )
 from tests import forks
-from tests.train.test_waits import CountsReads
+from tests.reads import CountsReads
 
 
 class Block(Config):

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 import llmfoundry.train.lion  # noqa: F401  registers its optimizer
 import llmfoundry.train.muon  # noqa: F401  registers its optimizer
@@ -16,28 +13,12 @@ from llmfoundry.model.init import init_weights
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.train.optim import OptimizerConfig
 from llmfoundry.train.step import StepResult, train_step
+from tests.reads import CountsReads
 from tests.train.test_step import ROWS, batch, config
 
-READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "is_nonzero"}
 OPTIMIZERS = [{"name": "adamw"}, {"name": "adamw", "state_dtype": "bf16"}, {"name": "decoupled_lionw"},
               {"name": "adamw", "state_dtype": "int8"},
               {"name": "muon"}]  # fmt: skip
-
-
-class CountsReads(TorchFunctionMode):
-    """Counts what would make the host wait if tensors were on a GPU; not what happens inside of kernels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_function__(
-        self, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: object = None
-    ) -> object:
-        name = getattr(func, "__name__", "")
-        if name in READS:
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))  # type: ignore[arg-type]
 
 
 def trained(model: CausalLM, optimizer: torch.optim.Optimizer, rows: Batch) -> StepResult:

@@ -1,0 +1,52 @@
+"""The arguments of a command: `--help` ends with examples, and a mistake is one line with the nearest option."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """`argparse`, with examples below the options, and short errors."""
+
+    def __init__(self, prog: str, description: str | None = None, examples: Sequence[str] = (),
+                 allow_abbrev: bool = True) -> None:  # fmt: skip
+        """A parser.
+
+        Args:
+            prog: the command as a user writes it.
+            description: what it does.
+            examples: whole command lines.
+            allow_abbrev: whether an option may be shortened.
+        """
+        super().__init__(
+            prog,
+            description=description,
+            epilog="\n".join(["examples:", *(f"  {line}" for line in examples)]) if examples else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=allow_abbrev,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line, and exit with 2."""
+        print(f"error: {message}{self._nearest(message)}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+    def _nearest(self, message: str) -> str:
+        wrong, known = "", [word for word in self._option_string_actions if word.startswith("--")]
+        if found := re.search(r"unrecognized arguments: .*?(--[\w-]+)", message):
+            wrong = found[1]
+        elif found := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            wrong, known = found[1], re.findall(r"[\w-]+", found[2])
+        close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.6)
+        return f" (did you mean {close[0]}?)" if close else ""
+
+
+def program(name: str, script: str | None = None) -> str:
+    """What a command is called in its own messages: `llmfoundry train`, or `train.py` as a script."""
+    return f"llmfoundry {name}" if Path(sys.argv[0]).name == "llmfoundry" else script or f"{name}.py"
