@@ -93,7 +93,7 @@ def test_what_is_missing_is_the_yaml_alone(command: Command, capsys: pytest.Capt
     with pytest.raises(SystemExit) as ended:
         command([])
     assert ended.value.code == 2
-    assert capsys.readouterr().err.strip().endswith("the following arguments are required: yaml")
+    assert "the following arguments are required: yaml; see " in capsys.readouterr().err
 
 
 def test_no_text_to_validate_on_leaves_nothing(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -89,4 +89,4 @@ def test_what_else_is_wrong_is_told_beside_a_model_that_is_missing(tmp_path: Pat
     with pytest.raises(Untranslated) as error:
         translate(run_of(str(tmp_path / "nowhere")) | {"tp_config": {}})
     assert len(str(error.value).splitlines()) == 2
-    assert error.value.rest["model"] == {"name": "causal_lm", "max_seq_len": 32}
+    assert dict(error.value.rest["model"])["name"] == "causal_lm"  # type: ignore[call-overload]
