@@ -16,7 +16,7 @@ import shutil
 import uuid
 from bisect import bisect_right
 from collections.abc import Sequence
-from functools import lru_cache, partial, reduce
+from functools import lru_cache, reduce
 from itertools import accumulate
 from pathlib import Path
 
@@ -66,8 +66,7 @@ class TokenStream:
         self.dtype = np.dtype(index["dtype"])
         for number, shard in enumerate(self._shards):
             self._check_size(number, shard)
-        checks = [partial(self._check_bytes, number) for number in range(self.n_shards)]
-        self._watch = Watch(folder, self.n_tokens * self.dtype.itemsize, checks)
+        self._watch = Watch(folder, self.n_tokens * self.dtype.itemsize, self.n_shards, self._check_bytes)
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """Tokens [start, stop) of the stream.

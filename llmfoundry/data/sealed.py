@@ -7,7 +7,6 @@ import json
 import logging
 import uuid
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from shutil import rmtree
 from typing import BinaryIO, cast
@@ -72,7 +71,7 @@ def _opened(folder: Path) -> Watch:
     for name, found in sums.items():
         if -(-sizes[name] // _BLOCK) != len(found):
             raise Damaged(f"{folder / name}: has {sizes[name]} bytes, not as many as were written; delete the folder")
-    return Watch(folder, sum(sizes.values()), [partial(_check, *block) for block in blocks])
+    return Watch(folder, sum(sizes.values()), len(blocks), lambda number: _check(*blocks[number]))
 
 
 def _checksums(path: Path) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,27 +25,28 @@ class Watch:
     share, and `check` says what it has found. The thread ends with the process.
     """
 
-    def __init__(self, folder: Path, n_bytes: int, checks: Sequence[Callable[[], None]]) -> None:
+    def __init__(self, folder: Path, n_bytes: int, n_checks: int, check: Callable[[int], None]) -> None:
         """Begin.
 
         Args:
             n_bytes: of the files.
-            checks: each raises Damaged.
+            n_checks: how many parts of the files have a checksum.
+            check: given the number of one, raises Damaged.
 
         Raises:
             Damaged: found at once.
         """
-        self._folder, self._checks = folder, checks
+        self._folder, self._check = folder, check
         self._found: Damaged | None = None
         self._thread: threading.Thread | None = None
         mark = folder / _FOUND_DAMAGED
         if n_bytes <= AT_ONCE_BYTES or mark.exists():
-            for check in checks:
-                check()
+            for number in range(n_checks):
+                check(number)
             mark.unlink(missing_ok=True)  # it was the disk or the memory that read it
             return
-        self._checks = checks[runtime.rank() :: runtime.world_size()]
-        self._thread = threading.Thread(target=self._run, name=f"watch {folder.name}", daemon=True)
+        own = range(runtime.rank(), n_checks, runtime.world_size())
+        self._thread = threading.Thread(target=self._run, args=(own,), name=f"watch {folder.name}", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
@@ -58,10 +59,10 @@ class Watch:
         if self._thread is not None:
             self._thread.join()
 
-    def _run(self) -> None:
-        for check in self._checks:
+    def _run(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
             try:
-                check()
+                self._check(number)
             except Damaged as error:
                 with suppress(OSError):  # so that the next start makes them again
                     (self._folder / _FOUND_DAMAGED).touch()
