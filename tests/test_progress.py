@@ -16,9 +16,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(("term", "drawn"), [("xterm-256color", True), ("dumb", False)])
-def test_a_bar_is_drawn_only_where_the_cursor_can_move(
-    term: str, drawn: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bar_is_drawn_only_where_the_cursor_can_move(term: str, drawn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", term)
     monkeypatch.setattr(sys, "stderr", screen := Terminal())
     with progress("tokenizing texts", 8, "bytes") as advance:
