@@ -176,7 +176,7 @@ class dMoE(OurMoE):  # noqa: N801  MegaBlocks' name
         super().__init__(
             args.hidden_size,
             expert_group=_expert_group(args),
-            device=torch.device(args.device),
+            device=None if args.device is None else torch.device(args.device),
             dtype=args.dtype,
             ffn_hidden_size=args.ffn_hidden_size,
             moe_num_experts=args.moe_num_experts,
