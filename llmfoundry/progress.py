@@ -1,4 +1,4 @@
-"""How far a long job is, on stderr: a bar on a terminal, elsewhere a line every ten seconds.
+"""How far a long job is, on stderr: a bar on a terminal that can move its cursor, elsewhere a line every ten seconds.
 
 Jobs that end within ten seconds stay silent off a terminal.
 """
@@ -61,8 +61,8 @@ def progress(title: str, total: int | None, unit: Unit, *, bar: bool = True) -> 
         bar: whether a terminal shows a bar; false where another one may be on it.
     """
     meter = Meter(title, total, unit)
-    if bar and sys.stderr.isatty():
-        console = Console(file=sys.stderr)
+    console = Console(file=sys.stderr)
+    if bar and sys.stderr.isatty() and not console.is_dumb_terminal:
         with Progress(TextColumn("{task.description}"), BarColumn(), console=console, transient=True) as shown:
             task = shown.add_task(str(meter), total=total)
 

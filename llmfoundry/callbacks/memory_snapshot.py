@@ -58,6 +58,7 @@ class MemorySnapshot(Callback):
 
     def fit_start(self, trainer: Run) -> None:
         if trainer.device.type != "cuda":
+            log.warning("memory_snapshot: no GPU is used, so nothing is recorded")
             return
         torch.cuda.memory._record_memory_history(max_entries=self.config.max_entries)
         self._recording = True

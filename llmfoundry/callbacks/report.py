@@ -79,6 +79,8 @@ class Report(Callback):
     def step_end(self, trainer: Run, metrics: Metrics) -> None:
         if not self.config.enabled:
             return
+        if trainer.device.type == "cuda":  # known to the host; on a CPU it would differ between equal runs
+            metrics.setdefault("memory/peak_allocated_mem", runtime.peak_memory_bytes(trainer.device) / 1e9)
         probed = is_evaluated(metrics) or self._due_unevaluated(trainer)
         if trainer.router is not None and (probed or self._due(trainer)):
             sample = self._sample(trainer)

@@ -113,6 +113,9 @@ class Router(ExactBuffers):
         scores = logits.softmax(-1) if config.moe_score_fn == "softmax" else logits.sigmoid()
         experts = self._choose(scores.detach())  # (T, K)
         weights = scores.gather(1, experts)  # (T, K)
+        if config.uniform_expert_assignment:  # as MegaBlocks: experts in turn, with the weights of the best
+            slots = torch.arange(experts.numel(), device=experts.device)
+            experts = (slots % config.moe_num_experts).view_as(experts)
         if config.moe_normalize_expert_weights is not None:
             norm = torch.linalg.vector_norm(weights, config.moe_normalize_expert_weights, -1, keepdim=True)
             weights = weights / (norm + 1e-20)
@@ -123,17 +126,13 @@ class Router(ExactBuffers):
     def _choose(self, scores: Tensor) -> Tensor:
         """(T, E) scores -> (T, K) expert ids."""
         config = self.config
-        n_experts, top_k = config.moe_num_experts, config.moe_top_k
-        if config.uniform_expert_assignment:
-            slots = torch.arange(scores.shape[0] * top_k, device=scores.device)
-            return (slots % n_experts).view(-1, top_k)
         if self.expert_bias is not None:
             # Choosing only: the weights stay the scores, so the bias needs no gradient (arXiv:2408.15664).
             scores = scores + self.expert_bias.to(scores.dtype)
         n_groups, topk_groups = config.moe_n_groups, config.moe_topk_groups
         if topk_groups is not None and topk_groups < n_groups:
             scores = _mask_groups(scores, n_groups, topk_groups, config.moe_score_fn)
-        return top_k_ids(scores, top_k)
+        return top_k_ids(scores, config.moe_top_k)
 
 
 def _mask_groups(scores: Tensor, n_groups: int, topk_groups: int, score_fn: str) -> Tensor:

@@ -41,6 +41,7 @@ from llmfoundry.model import transformer
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.moe import dispatch, layer, router
 from llmfoundry.moe.balance import Balance
+from llmfoundry.parallel import compile as compiling
 from llmfoundry.parallel import recompute
 from llmfoundry.parallel.apply import parallelize
 from llmfoundry.parallel.expert import n_experts
@@ -262,6 +263,7 @@ def _as_on_a_gpu(ledger: Ledger) -> Iterator[None]:
     patches = [
         patch.object(torch.UntypedStorage, "resize_", resize_),
         patch.object(torch, "compile", lambda function: compile_(function, backend=backend)),
+        patch.object(compiling, "_copy", _one_copy),
         torch._dynamo.config.patch(
             recompile_limit=1024, accumulated_recompile_limit=1024, automatic_dynamic_shapes=False
         ),
@@ -303,4 +305,6 @@ def _as_on_a_gpu(ledger: Ledger) -> Iterator[None]:
 
 
 _GPU = torch.device("cuda")
+# torch keeps graphs by code object: with the same one in every simulation, they are traced once.
+_one_copy = cache(compiling._copy)
 _say_once = cache(experts.log.warning)

@@ -8,7 +8,9 @@
 Shapes: S sequence, B batch, D hidden_size, F ffn_hidden_size, E experts, K top_k, T = S*B tokens. As there, a layer
 takes (S, B, D), and by default returns its output and its one bias (D) apart. State dicts have MegaBlocks' names and
 layouts, in and out. What differs, on purpose: the losses of a forward that is computed again count once; experts'
-gradients are not divided by the size of the expert-parallel group; `MoE` computes what it drops and gives it weight 0.
+gradients are not divided by the size of the expert-parallel group; `MoE` computes what it drops and gives it weight 0,
+and under expert parallelism its capacity is for the tokens of one rank. Modules inside a layer are ours: read and write
+weights by `state_dict`, not as `layer.experts.mlp.w1`.
 
 Source: Gale et al. 2022, MegaBlocks, arXiv:2211.15841; names and defaults as of its version 0.10.
 """
@@ -18,7 +20,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from types import ModuleType
 from typing import NamedTuple
@@ -52,44 +54,54 @@ class Arguments:
     moe_capacity_factor: int | float = 1  # of `MoE`; 0: drops nothing
     moe_normalize_expert_weights: int | float | None = None
     moe_loss_weight: float = 0.1
-    moe_zloss_weight: float = 0.0
-    moe_zloss_in_fp32: bool = False  # it always is
     moe_jitter_eps: float | None = None
     moe_lbl_in_fp32: bool = False  # it always is
-    uniform_expert_assignment: bool = False
 
     moe_expert_model_parallelism: bool = False
-    expert_parallel_group: dist.ProcessGroup | None = None
+    expert_parallel_group: dist.ProcessGroup | None = None  # None: all ranks
     pipeline_model_parallel_size: int = 1
     num_layers_per_virtual_pipeline_stage: int | None = None
 
     memory_optimized_mlp: bool = False  # it always is
-    mlp_type: str = "mlp"
-    mlp_impl: str = "grouped"  # ours is neither of theirs
+    mlp_type: str = "mlp"  # or glu
+    mlp_impl: str = "grouped"  # or sparse; ours is neither of them
     fp16: bool = True
     bf16: bool = False
-    device: int | torch.device | None = None
+    device: int | str | torch.device | None = None  # None: the current GPU, or the CPU where there is none
     init_method: Init = partial(torch.nn.init.normal_, mean=0.0, std=0.02)
     output_layer_init_method: Init = partial(torch.nn.init.normal_, mean=0.0, std=0.02)
+
+    uniform_expert_assignment: bool = False
 
     shared_expert: bool = False
     fc_cls: type[nn.Module] = nn.Linear
     fc_kwargs: dict[str, object] = field(default_factory=dict)
-    remat_act_fn: bool = True
-    shared_expert_hidden_size: int | None = None
+    remat_act_fn: bool = True  # it always is
+    shared_expert_hidden_size: int | None = None  # None: ffn_hidden_size
     shared_expert_weighted_sum: bool = False
+
+    moe_zloss_weight: float = 0.0
+    moe_zloss_in_fp32: bool = False  # it always is
+
+    def __post_init__(self) -> None:
+        if self.device is None:
+            self.device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+        if self.shared_expert_hidden_size is None:
+            self.shared_expert_hidden_size = self.ffn_hidden_size
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the parameters."""
         return torch.float16 if self.fp16 else torch.bfloat16 if self.bf16 else torch.float32
 
-    @property
-    def place(self) -> torch.device:
-        """Of the parameters."""
-        if self.device is not None:
-            return torch.device(self.device)
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+def from_megatron(megatron_args: object) -> Arguments:
+    """The settings that Megatron's arguments share a name with; the rest have their defaults."""
+    args = Arguments()
+    for setting in fields(args):
+        if hasattr(megatron_args, setting.name):
+            setattr(args, setting.name, getattr(megatron_args, setting.name))
+    return args
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -100,41 +112,53 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def _activation_name(function: Callable[[Tensor], Tensor]) -> str:
     """Which of the activations that our kernels know a function is, by its values."""
     probe = torch.linspace(-6, 6, 49, dtype=torch.float64)
-    found = function(probe)
+    found = function(probe) if callable(function) else torch.full_like(probe, torch.nan)
     for name, known in _ACTIVATIONS.items():
         if torch.allclose(found, known(probe), rtol=1e-6, atol=1e-9):
             return name
     raise ConfigError(f"activation_fn={function!r} is none of {', '.join(_ACTIVATIONS)}")
 
 
-def _refuse(args: Arguments) -> None:
+def _refuse(args: Arguments, drops: bool) -> None:
     refused = {
         "shared_expert_weighted_sum": args.shared_expert_weighted_sum,
-        "num_layers_per_virtual_pipeline_stage": args.num_layers_per_virtual_pipeline_stage,
-        "pipeline_model_parallel_size": args.pipeline_model_parallel_size > 1,
+        "num_layers_per_virtual_pipeline_stage": args.num_layers_per_virtual_pipeline_stage is not None,
+        "pipeline_model_parallel_size": args.pipeline_model_parallel_size != 1,
         "fc_cls": args.fc_cls is not nn.Linear,
         "fc_kwargs": bool(args.fc_kwargs),
     }
     for name, given in refused.items():
         if given:
             raise ConfigError(f"{name}={getattr(args, name)!r} is not supported here; leave it out")
+    for name, known in {"mlp_type": ("mlp", "glu"), "mlp_impl": ("grouped", "sparse")}.items():
+        if getattr(args, name) not in known:
+            raise ConfigError(f"{name}={getattr(args, name)!r} is neither {known[0]} nor {known[1]}")
     if args.shared_expert and args.bias:
         raise ConfigError("shared_expert=True has biases of its own with bias=True, which is not supported; bias=False")
-    if args.moe_expert_model_parallelism and args.expert_parallel_group is None:
-        raise ConfigError("moe_expert_model_parallelism=True needs expert_parallel_group")
+    if args.shared_expert and drops and args.mlp_type == "glu":
+        raise ConfigError("shared_expert=True of MoE has no gate here, and mlp_type='glu' asks for one; take dMoE")
+    if args.moe_expert_model_parallelism and not dist.is_initialized():
+        raise ConfigError("moe_expert_model_parallelism=True needs a process group; call init_process_group first")
 
 
-class _Routed(NamedTuple):
-    """What the losses need of one layer's last forward in training."""
+def _expert_group(args: Arguments) -> dist.ProcessGroup | None:
+    """Whose ranks hold the experts together."""
+    if not args.moe_expert_model_parallelism:
+        return None
+    return args.expert_parallel_group if args.expert_parallel_group is not None else dist.group.WORLD
+
+
+class _Balance(NamedTuple):
+    """What the balance loss needs of one layer's last forward in training."""
 
     score_sum: Tensor  # (E,) with gradient
     load: Tensor  # (E,)
-    z_sum: Tensor  # ()
     tokens: int
 
 
 # By layer, so that a forward that is computed again replaces what it left before.
-_routed: weakref.WeakKeyDictionary[nn.Module, _Routed] = weakref.WeakKeyDictionary()
+_balance: weakref.WeakKeyDictionary[nn.Module, _Balance] = weakref.WeakKeyDictionary()
+_zloss: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()  # () mean over tokens
 
 
 class dMoE(OurMoE):  # noqa: N801  MegaBlocks' name
@@ -147,12 +171,12 @@ class dMoE(OurMoE):  # noqa: N801  MegaBlocks' name
     drops = False
 
     def __init__(self, args: Arguments) -> None:
-        _refuse(args)
+        _refuse(args, self.drops)
         norm = args.moe_normalize_expert_weights
         super().__init__(
             args.hidden_size,
-            expert_group=args.expert_parallel_group if args.moe_expert_model_parallelism else None,
-            device=args.place,
+            expert_group=_expert_group(args),
+            device=None if args.device is None else torch.device(args.device),
             dtype=args.dtype,
             ffn_hidden_size=args.ffn_hidden_size,
             moe_num_experts=args.moe_num_experts,
@@ -180,8 +204,12 @@ class dMoE(OurMoE):  # noqa: N801  MegaBlocks' name
         if self.training and self.config.moe_jitter_eps is not None:
             keys = torch.randint(2**62, x.shape[:1], device=x.device)
         y, stats = super(OurMoE, self).forward(x, keys)
-        if self.training and stats is not None and (self.args.moe_loss_weight or self.args.moe_zloss_weight):
-            _routed[self] = _Routed(stats.score_sum, stats.load, stats.z_sum, x.shape[0] * x.shape[1])
+        if self.training and stats is not None:
+            tokens = x.shape[0] * x.shape[1]
+            if self.args.moe_loss_weight:
+                _balance[self] = _Balance(stats.score_sum, stats.load, tokens)
+            if self.args.moe_zloss_weight:
+                _zloss[self] = z_loss(stats.z_sum.unsqueeze(0)) / max(1, tokens)
         if self.bias is None:
             return y
         return (y, self.bias) if self.args.return_bias else y + self.bias
@@ -265,13 +293,16 @@ def _to_ours(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: objec
 
 
 def get_load_balancing_loss() -> list[tuple[Tensor, Tensor]]:
-    """(slots per expert, sum of its scores) of each layer's last forward in training."""
-    return [(routed.load, routed.score_sum) for routed in _routed.values()]
+    """(slots per expert (E,), scores (T, E)) of each layer's last forward in training.
+
+    Each row of the scores is their mean over the tokens, which is all that a balance loss takes of them.
+    """
+    return [(one.load, (one.score_sum / max(1, one.tokens)).expand(one.tokens, -1)) for one in _balance.values()]
 
 
 def clear_load_balancing_loss() -> None:
     """Forget them; call it after each step, as with MegaBlocks."""
-    _routed.clear()
+    _balance.clear()
 
 
 def batched_load_balancing_loss(args: Arguments) -> Tensor | float:
@@ -282,29 +313,32 @@ def batched_load_balancing_loss(args: Arguments) -> Tensor | float:
     """
     if args.moe_loss_weight == 0:
         return 0.0
-    per_token = [load_balance_loss(r.score_sum.unsqueeze(0), r.load.unsqueeze(0)) / r.tokens for r in _layers(args)]
-    return args.moe_loss_weight * torch.stack(per_token).mean()
-
-
-def clear_router_zloss() -> None:
-    """Nothing is left to clear: the routers' losses are kept with the balance losses."""
-
-
-def batched_router_zloss(args: Arguments) -> Tensor | float:
-    """The weighted z-loss of each layer's router: (num_layers,) float32, or 0.0 if its weight is 0."""
-    if args.moe_zloss_weight == 0:
-        return 0.0
-    return args.moe_zloss_weight * torch.stack([z_loss(r.z_sum.unsqueeze(0)) / r.tokens for r in _layers(args)])
-
-
-def _layers(args: Arguments) -> list[_Routed]:
-    found = list(_routed.values())
+    found = list(_balance.values())
     if len(found) != args.num_layers:
         raise ValueError(
             f"{len(found)} layers have run in training, and num_layers={args.num_layers}; run the forward first, in "
             "training mode, and clear_load_balancing_loss() after each step"
         )
-    return found
+    each = [load_balance_loss(r.score_sum.unsqueeze(0), r.load.unsqueeze(0)) / max(1, r.tokens) for r in found]
+    return args.moe_loss_weight * torch.stack(each).mean()
+
+
+def clear_router_zloss() -> None:
+    """Forget the routers' losses; call it after each step, as with MegaBlocks."""
+    _zloss.clear()
+
+
+def batched_router_zloss(args: Arguments) -> Tensor | float:
+    """The weighted z-loss of each layer's router: (layers,) float32, or 0.0 if its weight is 0.
+
+    Raises:
+        ValueError: no layer has run in training since the last `clear_router_zloss`.
+    """
+    if args.moe_zloss_weight == 0:
+        return 0.0
+    if not _zloss:
+        raise ValueError("no layer has run in training since the last clear_router_zloss(); run the forward first")
+    return args.moe_zloss_weight * torch.stack(list(_zloss.values()))
 
 
 def install() -> None:

@@ -71,6 +71,7 @@ def test_wandb_takes_composers_keys(tiny: Path, tmp_path: Path) -> None:
         held = records(file)
         time.sleep(0.1)
     assert b"mine" in held and b"hello" in held and b"generations" in held
+    assert all(b"moe/layer1/" + name in held for name in (b"max_load", b"router_entropy", b"confidence"))
     config = read_run_config(str(tmp_path / "run" / "config.yaml"), [])
     assert config.loggers["wandb"].run_name == "mine", "config.yaml reads as it was written"
 

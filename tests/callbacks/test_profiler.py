@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
+import os
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from llmfoundry.callbacks.memory_snapshot import MemorySnapshot
+from llmfoundry.callbacks.memory_snapshot import MemorySnapshot, MemorySnapshotConfig
 from llmfoundry.callbacks.profile_parts import (
     BACKWARD,
+    COMMUNICATION,
     IDLE,
     OTHER,
     SCOPE,
@@ -32,6 +35,8 @@ from llmfoundry.cli.train import train_main
 from llmfoundry.train.build import build
 from llmfoundry.train.callback import Metrics, Run
 from llmfoundry.train.run import STEP
+from tests import forks
+from tests.parallel.ranks import free_port
 from tests.test_cli import recipe  # noqa: F401  a fixture
 
 MIXTURE = "model.ffn_config={ffn_type: moe, moe_num_experts: 4, moe_top_k: 2, ffn_hidden_size: 32}"
@@ -95,6 +100,23 @@ def test_a_run_is_profiled_and_its_parts_add_up_to_the_step(recipe: Path, tmp_pa
     assert rows[0] == "Steps 3 to 5, per step:" and len(rows) == 5 + len(parts)
 
 
+@pytest.mark.dist
+def test_two_ranks_have_all_parts_and_a_trace_each(recipe: Path, tmp_path: Path) -> None:
+    options = ["max_duration=4ba", "callbacks.profiler={start: 3, steps: 2, all_ranks: true}", MIXTURE,
+               "parallel.expert=2", "parallel.compile=false"]  # fmt: skip
+    ran = forks.run(*[*forks.TORCHRUN, "--nproc-per-node", "2", "--master-port", str(free_port()), "scripts/train.py",
+                     str(recipe), *options])  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    folder = tmp_path / "run"
+    for rank, name in enumerate(["profile", "profile-rank-1"]):
+        data = json.loads((folder / f"{name}.json").read_text())
+        assert data["rank"] == rank and {line["part"] for line in data["parts"]} >= {
+            "attention", "router", "experts", "gather and dispatch", "loss", "update", COMMUNICATION, IDLE,
+        }  # fmt: skip
+        assert sum(line["share"] for line in data["parts"]) == pytest.approx(1, rel=0.01)
+        assert (folder / "profile" / f"steps-3-4-rank-{rank}.json.gz").is_file()
+
+
 def test_backward_belongs_to_the_module_whose_forward_made_it(recipe: Path, tmp_path: Path) -> None:
     model = build(read_run_config(str(recipe), ["model.n_layers=2"])).model
     with profile(activities=[ProfilerActivity.CPU]) as found, scopes(model), record_function(STEP):
@@ -115,9 +137,25 @@ def test_a_run_that_is_too_short_says_so(
     assert "the run ended before step 10" in caplog.text and not (tmp_path / "run" / "profile.md").exists()
 
 
-def test_a_snapshot_of_memory_does_nothing_on_a_cpu(recipe: Path, tmp_path: Path) -> None:
+def test_a_snapshot_of_memory_does_nothing_on_a_cpu_and_says_so(
+    recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     assert train_main([str(recipe), "callbacks.memory_snapshot={interval: 1ba}"]) == 0
     assert not (tmp_path / "run" / "memory").exists()
+    assert caplog.text.count("memory_snapshot: no GPU is used, so nothing is recorded") == 1
+
+
+def test_a_snapshot_is_asked_for_by_touching_a_file(tmp_path: Path) -> None:
+    callback = MemorySnapshotConfig().build()
+    callback._request = tmp_path / "request"
+    asked = []
+    for touched in (0, 0, 100, 100, 200):  # the time of the file; 0: it is not there
+        if touched:
+            callback._request.touch()
+            os.utime(callback._request, (touched, touched))
+        callback._looked = -math.inf  # else it is looked at once a second
+        asked.append(callback._is_asked())
+    assert asked == [False, False, True, False, True]
 
 
 @pytest.mark.gpu

@@ -111,6 +111,18 @@ def test_each_gpu_holds_its_share(name: str, gpus: int, overrides: tuple[str, ..
     assert found.optimizer == pytest.approx(2 * trained, rel=1e-6, abs=1e6), "and a counter for each parameter"
 
 
+def test_graphs_are_traced_once_for_all_simulations(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[object] = []
+    first = FusedGraph.__init__
+    monkeypatch.setattr(FusedGraph, "__init__", lambda self, graph: (traced.append(graph), first(self, graph))[1])
+    job, counts = of_yaml("olmoe-1b-7b", *ROWS), []
+    for layers, gpus in [(1, 2), (2, 2), (2, 4)]:
+        short = job._replace(model=job.model.model_copy(update={"n_layers": layers}))
+        simulate(short, short.degrees(gpus))
+        counts.append(len(traced))
+    assert counts[0] > 0 and counts == [counts[0]] * 3
+
+
 def test_recompute_keeps_less() -> None:
     job = of_yaml("olmoe-1b-7b", "model.n_layers=16", "global_train_batch_size=8", "device_train_microbatch_size=8")
     none, selective, full = (

@@ -203,6 +203,12 @@ def test_between_samples_nothing_is_read_from_the_device(recipe: Path, monkeypat
     assert reads[:4] == [[], ["tolist"], [], ["tolist"]] and len(reads[4]) > 1, "the last step also routes the probe"
 
 
+@pytest.mark.gpu
+def test_every_run_on_a_gpu_shows_its_memory(recipe: Path, tmp_path: Path) -> None:
+    assert train_main([str(recipe)]) == 0
+    assert '"memory/peak_allocated_mem":{"x":' in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_a_dense_run_has_a_page_of_curves(recipe: Path, tmp_path: Path) -> None:
     assert train_main([str(recipe)]) == 0
     assert (tmp_path / "run" / "report.html").is_file() and not (tmp_path / "run" / "experts.jsonl").exists()
