@@ -303,8 +303,12 @@ def _write(path: Path, content: Iterable[bytes]) -> None:
     """Write a whole file or nothing; what has its temporary name is replaced."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.unlink(missing_ok=True)  # a killed run's, or a pipe, on which opening would wait
-    with temporary.open("xb") as file:
-        file.writelines(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("xb") as file:
+            file.writelines(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # a full disk needs the space
+        raise

@@ -144,8 +144,12 @@ class Owner:
         if not is_url(self._place):
             temporary = Path(f"{self._place}.tmp")
             temporary.unlink(missing_ok=True)  # a killed run's, or a pipe, on which opening would wait
-            temporary.write_text(text)
-            temporary.replace(self._place)
+            try:
+                temporary.write_text(text)
+                temporary.replace(self._place)
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
             return
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / OWNER
