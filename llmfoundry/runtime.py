@@ -9,6 +9,7 @@ import datetime
 import hashlib
 import logging
 import os
+import pickle
 import random
 import resource
 import socket
@@ -291,10 +292,21 @@ def on_rank0(ask: Callable[[], T], ranks: Tree | None = None) -> T:
         except Exception as failure:
             outcome = None, failure
     ranks = ranks or tree()
+    if ranks is not None and outcome[1] is not None:
+        outcome = None, _for_others(outcome[1])
     answer, error = outcome if ranks is None else ranks.broadcast(outcome)
     if error is not None:
         raise error
     return cast(T, answer)
+
+
+def _for_others(error: Exception) -> Exception:
+    """An exception as other processes can be told of it: many of libraries cannot be pickled, and ranks would wait."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 _at_the_source = True  # whether this process may ask the hub; see `first_of_node`
@@ -364,7 +376,8 @@ def agreed(act: Callable[[], T], ranks: Tree | None = None) -> T:
         # Nearly always there is none: then one number goes around, and not what each rank has.
         failed = ranks.reduce(torch.tensor([float(error is not None)]), dist.ReduceOp.MAX)
         if bool(failed):
-            error = ranks.broadcast(next((each for each in ranks.gather(error) if each is not None), None))
+            told = _for_others(error) if error is not None else None
+            error = ranks.broadcast(next((each for each in ranks.gather(told) if each is not None), None))
     if error is not None:
         raise error
     return cast(T, answer)

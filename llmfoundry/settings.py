@@ -11,6 +11,9 @@ import difflib
 import logging
 import os
 import re
+import select
+import stat
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -26,11 +29,13 @@ from llmfoundry.strict_json import read_plain
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 2**20  # of a YAML file
+PIPE_SECONDS = 10.0  # until a pipe that holds a YAML file must have something to read
 MAX_DEPTH = 40
 MAX_SIZE = 100_000  # values and characters after aliases and interpolations are expanded, in units of 1 and 64
 MISSING = "???"  # OmegaConf's mark of a value that must be given
 _REFERENCE = re.compile(r"\$\{\s*(\.*)([A-Za-z_][\w.\[\]-]*)\s*\}")
 _ENVIRONMENT = re.compile(r"(?<!\\)\$\{\s*oc\.env:\s*(?P<name>[^,}\s]+)\s*(?P<default>,[^}]*)?\}")
+_UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 _OVERRIDE = re.compile(r"(?P<key>[^=:~\s][^=:]*?)(?P<kind>:?=)(?P<value>.*)", re.DOTALL)
 
 
@@ -66,6 +71,16 @@ def _near(path: Path) -> str:
     return f" (did you mean {path.with_name(near[0])}?)" if near else ""
 
 
+def _read(path: str | Path) -> bytes:
+    """The first bytes of a file, one more than may be; it may be a pipe: `train.py <(...)`."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # else a pipe that nobody writes to never opens
+    with open(handle, "rb") as opened:
+        if stat.S_ISFIFO(os.fstat(handle).st_mode) and not select.select([handle], [], [], PIPE_SECONDS)[0]:
+            raise ConfigError(f"{path}: is a pipe, and nothing was written to it in {PIPE_SECONDS:.0f} seconds")
+        os.set_blocking(handle, True)
+        return opened.read(MAX_BYTES + 1)
+
+
 def load_settings(path: str | Path, overrides: list[str] | None = None, is_users: bool = True) -> Settings:
     """Read a YAML file, put overrides over it, and resolve its interpolations.
 
@@ -81,8 +96,7 @@ def load_settings(path: str | Path, overrides: list[str] | None = None, is_users
     """
     parsed = [_parse_override(item) for item in overrides or []]
     try:
-        with Path(path).open("rb") as opened:  # which may be a pipe: `train.py <(...)`
-            content = opened.read(MAX_BYTES + 1)
+        content = _read(path)
         if len(content) > MAX_BYTES:
             raise ConfigError(f"{path}: has more than {MAX_BYTES:,} bytes, too many for a YAML file of settings")
         text = content.decode("utf-8-sig")
@@ -382,7 +396,8 @@ def _check(node: yaml.Node, sizes: dict[int, int | None]) -> int:
     """The number of values that a node expands to.
 
     Raises:
-        yaml.YAMLError: they are too many, a node holds itself, a key comes twice or is not a plain word.
+        yaml.YAMLError: they are too many, a node holds itself, a key comes twice or is not a plain word, a text has a
+            NUL or half a surrogate pair.
     """
     if id(node) in sizes:
         known = sizes[id(node)]
@@ -391,15 +406,22 @@ def _check(node: yaml.Node, sizes: dict[int, int | None]) -> int:
         return known
     sizes[id(node)] = None
     children: list[yaml.Node] = []
+    texts: list[str] = []
     if isinstance(node, yaml.MappingNode):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(keys) < len(node.value):
             raise _malformed("a key must be a plain word", node)
-        if twice := {key for key in keys if keys.count(key) > 1}:
-            raise _malformed(f"the key {min(twice)!r} comes twice", node)
+        if len(set(keys)) < len(keys):
+            twice = min(key for key, count in Counter(keys).items() if count > 1)
+            raise _malformed(f"the key {twice!r} comes twice", node)
         children = [value for _, value in node.value]
+        texts = keys
     elif isinstance(node, yaml.SequenceNode):
         children = node.value
+    else:
+        texts = [node.value]
+    if any(_UNWRITABLE.search(text) for text in texts):
+        raise _malformed("a text holds a NUL or half a character, which no name of a file may hold", node)
     total = 1 + sum(_check(child, sizes) for child in children)
     if total > MAX_SIZE:
         raise _malformed("its aliases expand to too many values", node)

@@ -10,12 +10,15 @@ import json
 import math
 import os
 import stat
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 MOST_BYTES = 2**28  # of a file
+MOST_OF_LINE = 2**24  # bytes
 
 
 def parse_json(text: str | bytes) -> Json:
@@ -61,13 +64,34 @@ def read_plain(path: Path, follow: bool = True, most: int = MOST_BYTES) -> bytes
     """
     if not follow and path.is_symlink():
         raise ValueError("is not a plain file but a link")
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("is not a plain file")
-        if status.st_size > most:
-            raise ValueError(f"has {status.st_size:,} bytes; {most:,} is the most that is read")
+    with _opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise ValueError(f"has {size:,} bytes; {most:,} is the most that is read")
         return file.read()
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a plain file, each with its end; half a line that a killed process has left at the end is left out.
+
+    Raises:
+        ValueError: it is no plain file, or a line is longer than MOST_OF_LINE.
+        OSError: it cannot be read.
+    """
+    with _opened(path) as file:
+        while line := file.readline(MOST_OF_LINE):
+            if line.endswith(b"\n"):
+                yield line
+            elif len(line) == MOST_OF_LINE:
+                raise ValueError(f"has a line of more than {MOST_OF_LINE:,} bytes")
+
+
+def _opened(path: Path) -> BinaryIO:
+    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115  # the callers close it
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError("is not a plain file")
+    return file
 
 
 def whole_number(value: Json, least: int = 0) -> int:
@@ -98,6 +122,6 @@ def _finite(text: str) -> float:
 def _mapping(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r:.80} comes twice")
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r:.80} comes twice")
     return found

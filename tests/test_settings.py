@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -134,6 +135,9 @@ REFERENCES = "r0: x\n" + "".join(f"r{i}: '${{r{i - 1}}}${{.r{i - 1}}}'\n" for i 
         ("a: " + "9" * 5000, "Exceeds the limit"),
         ("a: '" + "x" * 2**20 + "'", "too many for a YAML file"),
         ("a: \x07", "special characters are not allowed"),
+        ('a: {b: "c\\0"}', "a text holds a NUL or half a character"),
+        ('"a\\ud800": 1', "a text holds a NUL or half a character"),
+        ("{" + ", ".join(f"k{i}: " for i in range(20_000)) + ", k19999: }", "the key 'k19999' comes twice"),
     ],
 )
 def test_a_hostile_file_ends_in_one_line_at_once(tmp_path: Path, text: str, says: str) -> None:
@@ -150,6 +154,21 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
         load_yaml(tmp_path / "run.yaml")
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
         load_yaml(tmp_path)
+
+
+def test_a_pipe_is_read_and_one_that_nobody_writes_to_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`train.py <(...)` is a pipe; opening one that has no writer waited for ever."""
+    monkeypatch.setattr("llmfoundry.settings.PIPE_SECONDS", 0.1)
+    os.mkfifo(tmp_path / "run.yaml")
+    with pytest.raises(ConfigError, match=r"run.yaml: is a pipe, and nothing was written to it in 0 seconds"):
+        load_yaml(tmp_path / "run.yaml")
+    reading, writing = os.pipe()
+    os.write(writing, b"a: 1")
+    os.close(writing)
+    assert load_yaml(f"/dev/fd/{reading}") == {"a": 1}
+    os.close(reading)
 
 
 def test_keys_are_words_even_where_yaml_has_another_idea(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from llmfoundry import runtime
+from llmfoundry.config import ConfigError
 from llmfoundry.data.loader import Batch
 from llmfoundry.data.mixture import Mixture
 from llmfoundry.moe.router import Router
@@ -33,7 +34,7 @@ from llmfoundry.report.experts import (
 )
 from llmfoundry.report.page import write_report
 from llmfoundry.report.records import DEAD, EXPERTS, PROBE
-from llmfoundry.strict_json import parse_json, whole_number
+from llmfoundry.strict_json import parse_json, read_lines, whole_number
 from llmfoundry.train.callback import Callback, CallbackConfig, Json, Metrics, Run
 from llmfoundry.train.duration import Duration
 from llmfoundry.train.run import is_evaluated
@@ -71,10 +72,12 @@ class Report(Callback):
             self._text = probe_batch(trainer, self.config.probe_tokens)
         if not self.config.enabled or not runtime.is_rank0() or not file.exists():
             return
-        lines = file.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= trainer.state.step]
-        if len(kept) < len(lines):  # a killed run wrote beyond its checkpoint
-            file.write_text("".join(kept))
+        try:
+            kept = b"".join(line for line in read_lines(file) if _step_of(line) <= trainer.state.step)
+            if len(kept) < file.stat().st_size:  # a killed run wrote beyond its checkpoint
+                file.write_bytes(kept)
+        except (OSError, ValueError) as error:
+            self._say(file, error)
 
     def step_end(self, trainer: Run, metrics: Metrics) -> None:
         if not self.config.enabled:
@@ -178,7 +181,7 @@ class Report(Callback):
         folder = trainer.config.folder
         try:
             write_report([folder], folder / "report.html", dict(newest) if newest is not None else None)
-        except OSError as error:
+        except (OSError, ConfigError) as error:
             self._say(folder / "report.html", error)
 
     def _guarded(self, trainer: Run, name: str, text: str, mode: str) -> None:
@@ -189,10 +192,11 @@ class Report(Callback):
         except OSError as error:
             self._say(path, error)
 
-    def _say(self, path: Path, error: OSError) -> None:
+    def _say(self, path: Path, error: Exception) -> None:
         """A report that cannot be written must not end a run."""
         if not self._failed:
-            log.warning("%s cannot be written: %s; the run goes on", path, error.strerror)
+            why = error.strerror if isinstance(error, OSError) else error
+            log.warning("%s cannot be written: %s; the run goes on", path, why)
         self._failed = True
 
 
@@ -230,7 +234,7 @@ def by_layer(sample: dict[str, object]) -> Metrics:
     return metrics
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     """The step of a line; one that cannot be read is left out as if it came after the run."""
     try:
         said = parse_json(line)

@@ -335,8 +335,10 @@ class Checkpointer:
 
     def _write_here(self, plan: SavePlan, beside: Beside) -> Path:
         """Write a checkpoint to the folder of this machine."""
-        if not self.folder.shared and runtime.local_rank() == 0 and not runtime.is_rank0():
-            self.folder.sweep()  # rank 0 sweeps its own machine's
+        if not self.folder.shared:
+            # Rank 0 sweeps its own machine's. All wait: the others of a machine would begin to write what goes then.
+            sweeps = runtime.local_rank() == 0 and not runtime.is_rank0()
+            runtime.agreed(lambda: self.folder.sweep() if sweeps else None, self._ranks)
         temporary = f"step-{beside.step}.tmp-{uuid.uuid4().hex[:12]}"  # rank 0's name counts
         opened, commit = partial(self.folder.open, temporary), partial(self._commit, beside)
         try:

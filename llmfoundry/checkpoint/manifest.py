@@ -48,7 +48,7 @@ class DamagedError(CheckpointError):
     """A checkpoint whose files are not as they were written: an older one may serve."""
 
 
-class SaveError(RuntimeError):
+class SaveError(RunError):
     """A checkpoint that could not be written; those before it are intact."""
 
 

@@ -47,7 +47,7 @@ class TokenizerConfig(Config):
     """`name: bpe` trains one of `vocab_size` entries; any other name is a local folder or a hub id."""
 
     name: str = "bpe"  # bpe, a local folder, or a hub id
-    vocab_size: int | None = Field(default=None, ge=257)  # bpe: 256 bytes, end of text, merges; None: 4096
+    vocab_size: int | None = Field(default=None, ge=257, le=10**6)  # bpe: 256 bytes, end of text, merges; None: 4096
     kwargs: dict[str, str | int | float | bool | None] = {}  # to the tokenizer, e.g. {model_max_length: 2048}
     # Open each document by the BOS token. None: as the checkpoint that the run begins from, or as the tokenizer does.
     add_bos: bool | None = None

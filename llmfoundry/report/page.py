@@ -28,8 +28,12 @@ def write_report(folders: Sequence[Path], out: Path, newest: Json | None = None)
     """
     page = render([read_run(folder, newest) for folder in folders], differing_settings(folders))
     temporary = out.with_name(f"{out.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(out)
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(out)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a full disk needs the space
+        raise
     return out
 
 

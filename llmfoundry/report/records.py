@@ -14,7 +14,7 @@ from typing import cast
 from llmfoundry.config import ConfigError
 from llmfoundry.private import disclosed
 from llmfoundry.settings import leaves, read_resolved
-from llmfoundry.strict_json import parse_json, read_mapping, whole_number
+from llmfoundry.strict_json import parse_json, read_lines, read_mapping, whole_number
 
 EXPERTS, PROBE = "experts.jsonl", "experts.json"
 CURVE_POINTS = 1500
@@ -64,14 +64,14 @@ def read_run(folder: Path, newest: Json | None = None) -> Json:
 
 
 def _lines(path: Path) -> list[Json]:
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
+    found: list[Json] = []
+    try:
+        for line in read_lines(path):
             value = parse_json(line)
             whole_number(value["step"] if isinstance(value, dict) else None)
-        except (ValueError, KeyError) as error:
-            raise ConfigError(f"{path}: line {number} is not JSON of a step: {error}") from None
-        found.append(cast(Json, value))
+            found.append(cast(Json, value))
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path}: line {len(found) + 1} is not JSON of a step: {error}") from None
     return found
 
 

@@ -15,6 +15,7 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Iterable
 from io import FileIO
 from itertools import pairwise
 from pathlib import Path
@@ -23,10 +24,10 @@ from typing import IO
 from llmfoundry import runtime
 from llmfoundry.checkpoint.identity import Plain
 from llmfoundry.checkpoint.manifest import checkpoints
-from llmfoundry.config import ConfigError
+from llmfoundry.config import ConfigError, RunError
 from llmfoundry.private import disclosed
 from llmfoundry.settings import write_resolved
-from llmfoundry.strict_json import parse_json, read_mapping, whole_number
+from llmfoundry.strict_json import parse_json, read_lines, read_mapping, whole_number
 from llmfoundry.train.owner import OWNER, Owner
 from llmfoundry.train.run import Metrics
 
@@ -62,7 +63,8 @@ class RunFolder:
         """
         try:
             path.mkdir(parents=True, exist_ok=True)
-            lock = (path / ".lock").open("w")
+            # Not to wait, should it be a pipe.
+            lock = open(os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666), "w")
         except OSError as error:
             raise ConfigError(f"save_folder: {path} cannot be written: {error.strerror}") from None
         locked = False
@@ -101,8 +103,8 @@ class RunFolder:
             if before is not None and before != config:
                 record = self.path / "config-history" / f"until-step-{step}.yaml"
                 record.parent.mkdir(exist_ok=True)
-                _write(record, write_resolved(disclosed(before, {})))
-            _write(self.path / "config.yaml", write_resolved(config))
+                _write(record, [write_resolved(disclosed(before, {})).encode()])
+            _write(self.path / "config.yaml", [write_resolved(config).encode()])
         except OSError as error:
             raise ConfigError(f"save_folder: {self.path} cannot be written: {error.strerror}") from None
 
@@ -126,12 +128,25 @@ class RunFolder:
         self._metrics = file.open("ab", buffering=0)
 
     def _cut(self, file: Path, step: int) -> list[int]:
-        """Drop the lines of later steps; returns the steps of the others."""
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        kept = [line for i, line in enumerate(lines, 1) if line.endswith("\n") and _step_of(file, i, line) <= step]
-        if len(kept) < len(lines) or not file.exists():
-            _write(file, "".join(kept))
-        return [_step_of(file, i, line) for i, line in enumerate(kept, 1)]
+        """Drop the lines of later steps; returns the steps of the others. It holds one line in memory."""
+        try:
+            if not os.path.lexists(file):
+                _write(file, [])
+            steps: list[int] = []
+            bytes_kept = 0
+            for number, line in enumerate(read_lines(file), 1):
+                if (found := _step_of(file, number, line)) <= step:
+                    steps.append(found)
+                    bytes_kept += len(line)
+            if bytes_kept < file.stat().st_size:
+                _write(file, (line for i, line in enumerate(read_lines(file), 1) if _step_of(file, i, line) <= step))
+        except OSError as error:
+            raise ConfigError(f"{file}: cannot be read or written: {error.strerror}") from None
+        except ValueError as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{file}: {error}; move it away") from None
+        return steps
 
     def write_skipped(self, line: dict[str, object]) -> None:
         """Append a line to skipped.jsonl; a failure is a warning."""
@@ -184,14 +199,19 @@ class RunFolder:
         self._lock.close()
 
     def write_summary(self, summary: Summary) -> None:
-        """Write summary.json."""
-        _write(
-            self.path / "summary.json",
-            json.dumps({k: _finite(v) for k, v in summary.items()}, indent=2) + "\n",
-        )
+        """Write summary.json.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        text = json.dumps({k: _finite(v) for k, v in summary.items()}, indent=2) + "\n"
+        try:
+            _write(self.path / "summary.json", [text.encode()])
+        except OSError as error:
+            raise RunError(f"{self.path / 'summary.json'} cannot be written: {error.strerror}") from None
 
 
-def _step_of(file: Path, number: int, line: str) -> int:
+def _step_of(file: Path, number: int, line: bytes) -> int:
     try:
         said = parse_json(line)
         return whole_number(said["step"] if isinstance(said, dict) else None)
@@ -279,11 +299,16 @@ def _finite(value: float | int | str | list[float] | None) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a whole file or nothing."""
+def _write(path: Path, content: Iterable[bytes]) -> None:
+    """Write a whole file or nothing; what has its temporary name is replaced."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary.unlink(missing_ok=True)  # a killed run's, or a pipe, on which opening would wait
+    try:
+        with temporary.open("xb") as file:
+            file.writelines(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # a full disk needs the space
+        raise

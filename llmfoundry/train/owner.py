@@ -28,12 +28,13 @@ from llmfoundry.checkpoint.manifest import TakenOver
 from llmfoundry.checkpoint.store import STORE_ERRORS
 from llmfoundry.config import ConfigError, is_url
 from llmfoundry.data.remote import delete, opened, patiently, put
-from llmfoundry.strict_json import Json, parse_json
+from llmfoundry.strict_json import Json, parse_json, read_plain
 
 log = logging.getLogger(__name__)
 
 OWNER = "owner.json"
 BEAT, LEASE = 10.0, 40.0  # seconds
+MOST_BYTES = 2**16  # of owner.json
 
 
 class Record(NamedTuple):
@@ -66,10 +67,10 @@ class Owner:
         Raises:
             ConfigError: another run has it, and goes on; or it cannot be written.
         """
-        found = self._read()
-        if found is not None and not (self._locked and found.lock == self._own.lock):
-            self._watch(found)
         try:
+            found = self._read()
+            if found is not None and not (self._locked and found.lock == self._own.lock):
+                self._watch(found)
             self._write()
         except OSError as error:
             raise ConfigError(f"save_folder: {self._folder} cannot be written: {error.strerror}") from None
@@ -133,7 +134,7 @@ class Owner:
                 fs.invalidate_cache()
                 said = patiently(self._place, lambda: parse_json(fs.cat_file(path) if fs.exists(path) else b"null"))
             else:
-                said = parse_json(Path(self._place).read_bytes())
+                said = parse_json(read_plain(Path(self._place), most=MOST_BYTES))
             return _record(said)
         except (FileNotFoundError, ValueError, KeyError):
             return None
@@ -142,8 +143,13 @@ class Owner:
         text = json.dumps(self._own._asdict())
         if not is_url(self._place):
             temporary = Path(f"{self._place}.tmp")
-            temporary.write_text(text)
-            temporary.replace(self._place)
+            temporary.unlink(missing_ok=True)  # a killed run's, or a pipe, on which opening would wait
+            try:
+                temporary.write_text(text)
+                temporary.replace(self._place)
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
             return
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / OWNER

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from earlier_format import to_earlier_format
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -153,6 +154,26 @@ def test_a_checkpoint_brings_everything_back_bitwise_and_training_continues_the_
     train(*run, seed=8)
     train(*other, seed=8)
     assert_same(run, other)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kept", ["fp32", "int8"])
+def test_a_checkpoint_of_the_earlier_format_brings_everything_back(tmp_path: Path, ranks: int, kept: Kept) -> None:
+    run, other, weights = (build(seed, state_dtype=kept) for seed in range(3))
+    train(*run)
+    path = Checkpointer(tmp_path).save(state(*run))
+    before = torch.rand(3)
+    to_earlier_format(Path(path), ranks)
+    found = Checkpointer(tmp_path).newest()
+    assert found is not None and "layouts" not in json.loads((found.path / "tensors.json").read_text())
+    assert Checkpointer(tmp_path).load(found, state(*other))["rows"] == 24
+    assert torch.equal(torch.rand(3), before)  # the random state came back
+    assert_same(run, other)
+    load_model_only(tmp_path, weights[0])
+    assert all(torch.equal(a, b) for a, b in zip(run[0].parameters(), weights[0].parameters(), strict=True))
+    train(*other, steps=1)
+    Checkpointer(tmp_path).save(state(*other, step=4))  # beside it, as it is written now
+    assert newest(Checkpointer(tmp_path)) == tmp_path / "step-4"
 
 
 def test_loading_replaces_what_the_optimizer_remembered(tmp_path: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import pytest
 from boxed import Box
@@ -17,6 +21,9 @@ from small_run import copied, sign
 from llmfoundry.checkpoint import reading
 from llmfoundry.checkpoint.manifest import MANIFEST, DamagedError
 from llmfoundry.checkpoint.reading import read
+from llmfoundry.config import ConfigError, RunError
+from llmfoundry.train.outputs import RunFolder
+from llmfoundry.train.owner import OWNER
 
 
 def _flip(file: Path) -> None:
@@ -59,6 +66,55 @@ def test_every_file_damaged_in_every_way(run: Path, name: str, damage: Callable[
     # A manifest in which one bit is another may give the wrong sum of a file.
     with pytest.raises(DamagedError, match=f"{newest}/{'' if name == MANIFEST else name}"):
         read(newest, "everything")
+
+
+def _socket(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as here, contextlib.chdir(file.parent):
+        here.bind(file.name)
+
+
+def _sparse(file: Path) -> None:
+    """Two gigabytes of NUL, which take no space."""
+    with file.open("wb") as opened:
+        opened.truncate(2**31)
+
+
+OUTPUTS = ["metrics.jsonl", "skipped.jsonl", "config.yaml", "summary.json", OWNER, ".lock"]
+
+
+@pytest.mark.parametrize("name", [*OUTPUTS, *(f"{name}.tmp" for name in OUTPUTS)])
+@pytest.mark.parametrize("put", [_pipe, _folder, _socket, _sparse])
+def test_what_is_put_in_the_place_of_a_runs_files_is_one_line_at_most(
+    tmp_path: Path, name: str, put: Callable[[Path], None]
+) -> None:
+    """Pipes were waited for without end, folders were a traceback, and two gigabytes were read at once."""
+    (tmp_path / name).touch()
+    put(tmp_path / name)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    signal.signal(signal.SIGALRM, _too_slow)
+    signal.alarm(10)
+    folder = None
+    try:
+        folder = RunFolder.claim(tmp_path)
+        folder.take(str(tmp_path))
+        folder.begin({"seed": 1}, None, 0)
+        folder.open_metrics(0)
+        folder.write_metrics({"step": 1})
+        folder.write_summary({"step": 1})
+    except (ConfigError, RunError) as error:
+        assert str(tmp_path) in str(error) and "\n" not in str(error)
+    else:
+        assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    finally:
+        signal.alarm(0)
+        if folder is not None:
+            folder.close()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19
+
+
+def _too_slow(number: int, frame: FrameType | None) -> None:
+    raise AssertionError("it waits")
 
 
 def _edited(name: str, edit: Callable[[dict], object]) -> Callable[[Path], None]:

@@ -112,12 +112,34 @@ def _agree(rank: int, world: int, port: int, folder: Path) -> None:
         raise AssertionError("an error on one rank is all ranks'")
     except ZeroDivisionError:
         pass
+    _raise_what_others_cannot_read(rank)
     _fetch(rank, folder / "fetched")
     dist.all_reduce(torch.ones(1))  # a step's, on the mesh
     (folder / str(rank)).write_text(str(_sockets() - before))
     runtime.barrier()
     runtime.stop()
     os._exit(0)
+
+
+class Particular(Exception):
+    """As libraries have them: made of two values, so that pickle cannot make it anew from its one message."""
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"{what}: {why}")
+
+
+def _raise_what_others_cannot_read(rank: int) -> None:
+    """Nobody waits for a rank that could not tell its exception."""
+
+    def fail() -> None:
+        raise Particular("a store", "is away")
+
+    for act in (lambda: runtime.on_rank0(fail), lambda: runtime.agreed(fail if rank == 1 else lambda: None)):
+        try:
+            act()
+            raise AssertionError("it failed")
+        except RuntimeError as error:
+            assert str(error) == "Particular: a store: is away"
 
 
 def _fetch(rank: int, file: Path) -> None:

@@ -23,8 +23,10 @@ from llmfoundry.checkpoint import manifest
 from llmfoundry.checkpoint.checkpointer import Checkpointer, CheckpointState, read
 from llmfoundry.cli.inference import generate_main
 from llmfoundry.cli.train import train_main
-from llmfoundry.config import ConfigError
+from llmfoundry.config import ConfigError, RunError
+from llmfoundry.report.page import write_report
 from llmfoundry.train import outputs
+from llmfoundry.train.owner import OWNER, Owner
 from llmfoundry.train.saving import STALL, Saver
 from tests import forks
 
@@ -275,6 +277,7 @@ def test_too_many_failed_saves_in_a_row_end_the_run(
     assert train_main([str(recipe), *options]) == 1
     error = capsys.readouterr().err
     assert "3 saves in a row have failed (save_failures_allowed=2)" in error and "step-1" in error
+    assert "Traceback" not in error
     assert names(tmp_path / "run") == {"latest", "step-1"}
     assert train_main([str(recipe), *options, "autoresume=true"]) == 0
 
@@ -334,6 +337,28 @@ def test_metrics_that_cannot_be_written_are_written_later(tmp_path: Path, caplog
         4,
         5,
     ]
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "summary.json", OWNER, "report.html"])
+def test_what_does_not_fit_on_the_disk_leaves_nothing_half_written(tmp_path: Path, file: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    folder = outputs.RunFolder(tmp_path, (tmp_path / ".lock").open("w"), locked=True)
+    owner = Owner(str(tmp_path), None)
+    writes: dict[str, Callable[[], object]] = {
+        "config.yaml": lambda: folder.begin({"run_name": "a" * 100}, None, 0),
+        "summary.json": lambda: folder.write_summary({"why": "a" * 100}),
+        OWNER: owner.take,
+        "report.html": lambda: write_report([tmp_path], tmp_path / "report.html"),
+    }
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30, hard))
+    try:
+        with pytest.raises((ConfigError, RunError, OSError), match="File too large") as error:
+            writes[file]()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert file == "report.html" or str(tmp_path) in str(error.value)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "metrics.jsonl"}
 
 
 # Locks and shared storage
