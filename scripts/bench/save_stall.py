@@ -2,7 +2,8 @@
 
 50 million parameters (200 MB) with AdamW's moments: checkpoints of 600 MB. The stall is the time of
 `Checkpointer.save`, which copies to memory that was made before; the save ends when the checkpoint is on disk and has
-its name. No steps run meanwhile, which would make the save longer and not the stall. Writes scripts/bench/results/save_stall.json.
+its name. No steps run meanwhile, which would make the save longer and not the stall.
+Writes scripts/bench/results/save_stall.json.
 """
 
 from __future__ import annotations
