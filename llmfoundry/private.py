@@ -19,7 +19,11 @@ _NO_SECRET = {"text_key"}  # keys of ours that end so
 _SPECIAL = {"bos", "eos", "pad", "unk", "sep", "cls", "mask", "special", "image", "video", "audio", "end", "start"}
 # Under such a key too: nothing, what looks like a token of a vocabulary, and what names a variable of the environment.
 _TOLD = re.compile(r"[<\[|].*[>\]|]|\W*|\$\{oc\.env:[^,}]*\}", re.DOTALL)
-_USER = re.compile(r"(?<=://)[^/\s@'\"]+@")
+_USER = re.compile(r"(?<=://)[^/\s'\"]+@")  # up to the last @: a password may hold one
+# What follows the `?` of a signed URL: `X-Amz-Signature=...`, `sv=...&sig=...`, `access_token=...`.
+_SIGNED = re.compile(
+    r"(://[^\s'\"?]*\?)(?=[^\s'\"]*(?:token|secret|sig|signature|password|key|credential)=)[^\s'\"]*", re.IGNORECASE
+)
 _FEW = 6  # characters of a value that may stand anywhere by chance
 _ASSIGNED = re.compile(r"([A-Za-z_][\w.\[\]-]*)(:?=)(\"[^\"]*\"|'[^']*'|[^\s;,]+)")
 _ITEM = re.compile(r"(['\"])(\w+)\1(: ?)(\"[^\"]*\"|'[^']*')")
@@ -97,5 +101,5 @@ def _named_secret(path: str) -> bool:
 
 
 def without_user(text: str) -> str:
-    """A text whose URLs have no user and password."""
-    return _USER.sub(f"{HIDDEN}@", text) if "://" in text else text
+    """A text whose URLs have no user and password, and no signature."""
+    return _SIGNED.sub(rf"\1{HIDDEN}", _USER.sub(f"{HIDDEN}@", text)) if "://" in text else text

@@ -358,6 +358,8 @@ def _trainer(path: Path) -> dict[str, Json]:
                 whole_number(value)
             if state.get("step", step) != step:
                 raise ValueError(f"step {step} with a state of step {state['step']}")
+            if whole_number(state.get("skipped_steps", 0)) > step:
+                raise ValueError(f"step {step} with more steps skipped")
     except (OSError, ValueError) as error:
         raise DamagedError(f"{path / TRAINER}: is malformed ({type(error).__name__}: {error})") from None
     return trainer

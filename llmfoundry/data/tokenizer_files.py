@@ -13,10 +13,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llmfoundry.config import ConfigError
 from llmfoundry.runtime import asks_hub
+from llmfoundry.strict_json import MOST_BYTES
 
 _OTHERS = KeyboardInterrupt, SystemExit, GeneratorExit
 _MESSAGE = 300  # characters of an error that are shown
 _MOST_IDS = 2**24  # `tokenizers` counts up to the largest id to write a vocabulary: to 2**31 in 50 s and 8 GB
+_TEXTS = (".json", ".txt", ".model", ".jinja")  # which are read whole
 
 
 def load_tokenizer(source: str | Path, where: str, **words: str | int | float | bool | None) -> PreTrainedTokenizerBase:
@@ -35,6 +37,8 @@ def load_tokenizer(source: str | Path, where: str, **words: str | int | float | 
         for file in source.iterdir():
             if not file.is_file() and not file.is_dir() and file.exists():  # a pipe would be waited for
                 raise ConfigError(f"{where}: {file.name} is not a plain file")
+            if file.suffix in _TEXTS and file.is_file() and (size := file.stat().st_size) > MOST_BYTES:
+                raise ConfigError(f"{where}: {file.name} has {size:,} bytes; {MOST_BYTES:,} is the most that is read")
     try:
         found = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False, local_files_only=local, **words)
         _try_out(found)

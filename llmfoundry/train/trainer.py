@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple, cast
@@ -17,6 +18,7 @@ from llmfoundry import hf, runtime
 from llmfoundry.checkpoint.checkpointer import CheckpointState
 from llmfoundry.checkpoint.composer_names import load_composer
 from llmfoundry.checkpoint.folder import Kept
+from llmfoundry.checkpoint.manifest import TRAINER
 from llmfoundry.checkpoint.reading import HUGGING_FACE, Contents, Json, load_model_only, read
 from llmfoundry.config import ConfigError, RunError, is_theirs
 from llmfoundry.data.loader import Batch
@@ -445,9 +447,23 @@ class Trainer(AgreeingRun):
         if self.start.rows_anew and contents.path == cast(Contents, self.start.contents).path:
             log.warning("rows are counted anew: the next step takes the first rows of the data")
             state.rows = 0
+        try:
+            self._load_beside(trainer)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(
+                f"{contents.place}: {TRAINER} holds what no run has saved ({type(error).__name__}: {error})"
+            ) from None
+
+    def _load_beside(self, trainer: Mapping[str, Json]) -> None:
+        """Take up what a trainer keeps beside its state."""
         seconds = trainer.get("seconds")
         self.train_seconds = float(seconds) if isinstance(seconds, int | float) else 0.0
-        self.unevaluated = cast(Metrics, trainer.get("unevaluated", {}))
+        unevaluated = trainer.get("unevaluated") or {}
+        if not isinstance(unevaluated, dict) or (unevaluated and unevaluated.get("step") != self.state.step):
+            raise ValueError("unevaluated metrics are of another step")
+        self.unevaluated = cast(Metrics, unevaluated)
         states = trainer.get("callbacks")
         for name, callback in self.named.items():
             kept = states.get(name) if isinstance(states, dict) else None

@@ -191,6 +191,7 @@ UNTRUE = {
     "trainer step": _edited("trainer.json", lambda said: said.update(step=-3)),
     "trainer other step": _edited("trainer.json", lambda said: said.update(step=5)),
     "trainer rows": _edited("trainer.json", lambda said: said["state"].update(rows=-8)),
+    "trainer skipped": _edited("trainer.json", lambda said: said["state"].update(skipped_steps=7)),
     "trainer 1e400": _text("trainer.json", '{"step": 1e400}'),
     "trainer deep": _text("trainer.json", '{"step":' * 100_000),
     "tensors 1e400": _text("tensors.json", '{"tensors":{"model/x":{"dtype":"F32","shape":[1e400],"chunks":[]}}}'),
@@ -317,3 +318,15 @@ def test_missing_lines_of_metrics_are_said(box: Box, place: Path, run: Path) -> 
     (gap / "metrics.jsonl").write_text("".join([*lines[:2], '{"step": 1e400}\n', *lines[2:]]))
     ended = box.run("train", place / "small.yaml", f"save_folder={gap}", "max_duration=8ba")
     assert ended.code == 2 and "metrics.jsonl: line 3 is damaged" in ended.err, ended.err
+
+
+@pytest.mark.parametrize("key", ["unevaluated", "callbacks"])
+def test_what_no_trainer_keeps_beside_its_state_is_one_line(box: Box, place: Path, run: Path, key: str) -> None:
+    """It was a traceback; the weights can still be had with load_weights_only."""
+    strange = copied(run, "strange")
+    said = {"unevaluated": [1], "callbacks": {"callbacks.report": {"fingerprints": 1}}}[key]
+    for step in (2, 4, 6):
+        _edited("trainer.json", lambda trainer: trainer.update({key: said}))(strange / "checkpoints" / f"step-{step}")
+    ended = box.run("train", place / "small.yaml", f"save_folder={strange}", "max_duration=7ba")
+    assert ended.code == 2 and "Traceback" not in ended.err, ended.err
+    assert "step-6: trainer.json holds what no run has saved" in ended.err, ended.err

@@ -309,6 +309,17 @@ def test_an_id_far_beyond_the_others_is_refused_at_once(scratch: Path) -> None:
         assert _refused(lambda: _used(tokenizer_of(file.parent)), ConfigError, file.parent)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_of_two_gigabytes_is_refused_unread(scratch: Path, name: str) -> None:
+    """It took 8 s and 4 GB."""
+    folder = scratch / f"sparse-{name}"
+    file = _write(folder / "tokenizer.json", train_bpe(["some words of a text, " * 20], 260).to_str())
+    with file.with_name(name).open("ab") as opened:
+        opened.truncate(2**31)
+    with bounded(scratch):
+        assert _refused(lambda: _used(tokenizer_of(folder)), ConfigError, folder)
+
+
 def _used(tokenizer: PreTrainedTokenizerBase | None) -> None:
     if tokenizer is not None:
         rule = TokenizerConfig(parse_special_tokens=True).special_tokens(tokenizer)

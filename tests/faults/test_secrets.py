@@ -105,3 +105,21 @@ def test_messages_are_cleaned() -> None:
     assert cleaned("expected key=value, key:=value or ~key") == "expected key=value, key:=value or ~key"
     assert cleaned("s3://me:pw@host/x?y") == f"s3://{HIDDEN}@host/x?y"
     assert json.loads(cleaned(json.dumps({"eos_token": "</s>"}))) == {"eos_token": "</s>"}
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("s3://me:p@ss@host/x", f"s3://{HIDDEN}@host/x"),
+        ("https://host/x?X-Amz-Date=1&X-Amz-Signature=ab12", f"https://host/x?{HIDDEN}"),
+        ("https://host/x?sv=1&sig=ab%2F12 is away", f"https://host/x?{HIDDEN} is away"),
+        ("https://host/x?access_token=ab12", f"https://host/x?{HIDDEN}"),
+        ("https://host/x?page=2", "https://host/x?page=2"),
+        ("memory://a@b/c", f"memory://{HIDDEN}@b/c"),
+        ("s3://bucket/a@b", "s3://bucket/a@b"),
+    ],
+)
+def test_passwords_and_signatures_of_urls_are_left_out(url: str, shown: str) -> None:
+    """Of a password with an @ in it, the second half was told, and signed URLs were."""
+    assert disclosed({"load_path": url}, {}) == {"load_path": shown}
+    assert cleaned(url) == shown or HIDDEN in cleaned(url)
