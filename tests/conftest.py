@@ -5,6 +5,8 @@ own functions, such as `tl.cumsum`, are made interpreted or compiled then.
 """
 
 import os
+import sys
+from collections.abc import Iterator
 
 # Before the first import of what reads them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -36,3 +38,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _same_seed() -> None:
     torch.manual_seed(17)
+
+
+@pytest.fixture(autouse=True)
+def _code_of_users_is_forgotten(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Modules that a test has imported from a folder of its own; the next test may have one of that name."""
+    before = set(sys.modules)
+    yield
+    folder = str(tmp_path_factory.getbasetemp())
+    for name in sys.modules.keys() - before:
+        if (getattr(sys.modules[name], "__file__", None) or "").startswith(folder):
+            del sys.modules[name]

@@ -155,7 +155,7 @@ def prepare() -> str:
     about = (
         f"{config['documents']:,} documents, {config['bytes'] / 1e6:.0f} MB, {config['tokens'] / 1e6:.1f} million "
         f"tokens of a vocabulary of {config['vocab_size']:,}; medians of {config['repeats']} on a machine with "
-        f"{config['cores']} cores and a load average of {result['load_average'][0]}, so compare processor time. "
+        f"{config['cores']} cores and a load average of {result['load_average'][0]}. "
         f"{_on('prepare')}"
     )
     head = ["", "seconds", "processor seconds", "million tokens per processor second"]

@@ -266,6 +266,7 @@ def test_a_store_that_cannot_be_used_is_said_before_the_first_step(
     assert "owner.json: cannot be written after 5 attempts" in error and "Traceback" not in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["500", "drop", "truncate"])
 def test_faults_of_an_s3_server_are_outlived(
     recipe: Path, tmp_path: Path, undisturbed: Path, door: Door, fault: Fault  # noqa: F811
@@ -305,6 +306,7 @@ s3fs.S3FileSystem.put_file = put_file
 """
 
 
+@pytest.mark.slow
 def test_a_kill_in_an_upload_loses_no_checkpoint_and_leaves_nothing(
     recipe: Path, tmp_path: Path, undisturbed: Path, machine: Path, door: Door, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> None:  # fmt: skip
