@@ -229,23 +229,60 @@ def _values(file: io.TextIOBase) -> Iterator[object]:
 
 
 def _csv(path: Path, key: str | None) -> Rows:
-    """A header and rows, with commas or (.tsv) tabs between the cells."""
+    """A header and rows, with commas or (.tsv) tabs between the cells.
+
+    Cells missing at the end of a row are absent columns. Cells beyond the header may only be empty.
+    """
     kind = kind_of(path)
     assert kind is not None
-    csv.field_size_limit(LINE_BYTES)
+    delimiter = "\t" if kind.format == "tsv" else ","
+    with path.open("rb") as raw:
+        records = _records(_open(path, raw), delimiter)
+        header = [name.removeprefix("\ufeff") for name in next(records, ([], 0))[0]]
+        _check_columns(path, header, key)
+        for cells, line in records:
+            if any(cells[len(header) :]):
+                wrong = (
+                    f"has {len(cells)} cells, and the header has {len(header)}; text with {delimiter!r} needs quotes"
+                )
+                yield _Broken(wrong), line
+            elif cells:
+                yield _text_of(dict(zip(header, cells, strict=False)), key), line
 
-    def lines(file: BinaryIO) -> Iterator[str]:
+
+def _records(file: BinaryIO, delimiter: str) -> Iterator[tuple[list[str], int]]:
+    """The cells of each row of a .csv, and the line where it ends."""
+    ended = False
+
+    def lines() -> Iterator[str]:
+        nonlocal ended
         for line in _bounded_lines(file):
             if line is None:
                 raise ValueError(f"a line has more than {LINE_BYTES:,} bytes, the longest that is read")
             yield line.decode()
+        ended = True
+        yield "end"  # a row of its own, unless a quote is still open
 
-    with path.open("rb") as raw:
-        reader = csv.reader(lines(_open(path, raw)), delimiter="\t" if kind.format == "tsv" else ",")
-        header = [name.removeprefix("\ufeff") for name in next(reader, [])]
-        for cells in reader:
-            if cells:
-                yield _text_of(dict(zip(header, cells, strict=False)), key), reader.line_num
+    csv.field_size_limit(LINE_BYTES)
+    reader = csv.reader(lines(), delimiter=delimiter)
+    while True:
+        first = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except csv.Error as error:
+            raise ValueError(f"the row that begins on line {first}: {error}; a quote may be missing") from None
+        if ended and cells != ["end"]:
+            raise ValueError(f"the row that begins on line {first} has a quote that is never closed")
+        if ended:
+            return
+        yield cells, reader.line_num
+
+
+def _check_columns(path: Path, names: list[str], key: str | None) -> None:
+    """Refuse a table of which it is not clear what a column holds."""
+    twice = next((name for name in names if name and names.count(name) > 1 and key in (None, name)), None)
+    if twice is not None:
+        raise ConfigError(f"dataset.path: {path}: {names.count(twice)} columns are named {twice!r}; rename them")
 
 
 def check_parquet(path: Path) -> None:
@@ -278,6 +315,7 @@ def _column_of(path: Path, key: str | None) -> Rows:
     with pyarrow.parquet.ParquetFile(path) as file:
         if not file.metadata.num_rows:
             return
+        _check_columns(path, file.schema_arrow.names, key)
         if key is None:
             for batch in file.iter_batches(BATCH_ROWS):
                 yield from ((row, None) for row in batch.to_pylist())

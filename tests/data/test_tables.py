@@ -186,13 +186,17 @@ BAD = {
     "surrogate.jsonl": (lines(ROWS[0]) + b'{"text": "x\\ud83d"}\n', "row 1: 'text' has a lone surrogate", "(line 2)"),
     "deep.jsonl": (lines(ROWS[0]) + b"[" * 200_000 + b"\n", "row 1: cannot be read: ", "(line 2)"),
     "cells.csv": (b"id,text\n1,a\n2\n", "row 1: 'text' is not among 'id'", "(line 3)"),
-    "lines.csv": (b'text,id\n"a\nb",1\n,2,3\n"c\nd"\n', None, ""),
+    "many.csv": (b"text,id\na,1,,\nIt is late, he said,2\n", "row 1: has 3 cells, and the header has 2", "(line 3)"),
+    "lines.csv": (b'text,id\n"a\nb",1\n,2,\n"c\nd"\n', None, ""),
     "number.json": (json.dumps([*ROWS, {"text": 4}]).encode(), "row 5: 'text' is 4, not text", ""),
 }
 BROKEN = {
     "cut.json": (json.dumps(ROWS).encode()[:-1], "row 5: cannot be read: "),
     "comma.json": (b'[{"text": "a"} {"text": "b"}]', "row 1: cannot be read: expected ',' or ']', found '{'"),
     "more.json": (b'[{"text": "a"}] x', "row 1: cannot be read: text after the array: 'x'"),
+    "open.csv": (b'text,id\na,1\n"b,2\nc,3\n', "row 1: cannot be read: the row that begins on line 3 has a quote"),
+    "header.csv": (b'text,"id\na,1\n', "row 0: cannot be read: the row that begins on line 1 has a quote"),
+    "twice.csv": (b"text,id,text\na,1,b\n", "2 columns are named 'text'"),
     "value.json": (json.dumps([*ROWS, "x" * 99999]).encode()[:-2] + b"\n, 3]", "row 5: cannot be read: "),
 }
 
@@ -280,7 +284,7 @@ BOMBS = {
     "line.ndjson.zst": (b'{"text": "', b"x", "has a line of more than 1,048,576 bytes, the longest that is read"),
     "value.json.xz": (b'[{"text": "', b"x", "a value has more than 1,048,576 characters"),
     "cell.csv.bz2": (b'text\n"', b"x", "a line has more than 1,048,576 bytes"),
-    "cells.csv.gz": (b'text\n"', b"x\n", "field larger than field limit"),
+    "cells.csv.gz": (b'text\n"', b"x\n", "begins on line 2: field larger than field limit"),
     "text.txt.gz": (b"", b"x", "unpacks to more than "),
     "text.md.zst": (b"", b"\n", "unpacks to more than "),
 }
