@@ -7,7 +7,7 @@ and for each row the examples in it (`members`, from `rows[i]` to `rows[i + 1]`)
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,34 +21,42 @@ from llmfoundry.data.watch import Watch
 from llmfoundry.strict_json import read_mapping
 
 
-def write(folder: Path, examples: Iterable[Tokens], how: How) -> None:
-    """Write tokenised examples into a folder. One that is longer than a row is cut at its end.
+def write(folder: Path, groups: Iterable[Sequence[Tokens]], how: How, nothing: str, pack: bool = False) -> None:
+    """Write tokenised examples into a folder. One that is longer than `how.length` is cut at its end.
+
+    Args:
+        groups: of one size; the examples of a group are left out together if one of them has nothing to learn.
+        nothing: the error if all are left out, with {n} for the number of groups.
+        pack: put several groups, of one example each, into a row; else a group is a row.
 
     Raises:
         ValueError: nothing can be learned from any.
     """
     lengths: list[int] = []
-    cut = unlearned = inside = n = 0
+    cut = unlearned = inside = without_calls = n = size = 0
     with (folder / "ids.bin").open("wb") as ids, (folder / "learned.bin").open("wb") as learned:
-        for found in examples:
-            n += 1
-            kept = found.ids[: how.length]
-            marks = found.learned[: how.length]
-            cut += len(kept) < len(found.ids)
-            inside += found.inside > 0
-            if not marks[1:].any():  # the first token is never a label
+        for group in groups:
+            n, size = n + 1, len(group)
+            kept = [each._replace(ids=each.ids[: how.length], learned=each.learned[: how.length]) for each in group]
+            cut += any(len(each.ids) > how.length for each in group)
+            inside += any(each.inside for each in group)
+            without_calls += any(each.without_calls for each in group)
+            if not all(each.learned[1:].any() for each in kept):  # the first token is never a label
                 unlearned += 1
                 continue
-            ids.write(kept.astype("<u4").tobytes())
-            learned.write(marks.tobytes())
-            lengths.append(len(kept))
+            for each in kept:
+                ids.write(each.ids.astype("<u4").tobytes())
+                learned.write(each.learned.tobytes())
+                lengths.append(len(each.ids))
     if not lengths:
-        raise ValueError(f"in none of {n} examples is there anything to learn within max_seq_len={how.length}")
-    members = best_fit(lengths, how.length) if how.documents else [[i] for i in range(len(lengths))]
+        raise ValueError(f"{nothing.format(n=n)} within max_seq_len={how.length}")
+    members = [list(range(i, i + size)) for i in range(0, len(lengths), size)]
+    if pack:
+        members = best_fit(lengths, how.length)
     np.save(folder / "starts.npy", np.cumsum([0, *lengths]))
     np.save(folder / "members.npy", np.array([i for row in members for i in row], dtype=np.int64))
     np.save(folder / "rows.npy", np.cumsum([0, *map(len, members)]))
-    counts = {"examples": n, "cut": cut, "unlearned": unlearned, "inside": inside, "packed": how.documents}
+    counts = {"examples": n, "cut": cut, "unlearned": unlearned, "inside": inside, "without_calls": without_calls}
     (folder / "index.json").write_text(json.dumps(counts))
 
 
@@ -96,6 +104,11 @@ class ChatRows(Rows):
             said += (
                 f"; in {inside:,} the chat template renders answers inside a conversation otherwise than at its end; "
                 "they are learned as they are inside (target_responses: last learns the last alone)"
+            )
+        if n := self._counts.get("without_calls"):
+            said += (
+                f"; WARNING: in {n:,} the chat template leaves out tool calls, so answers without them are learned; "
+                "name a template that renders them in dataset.chat_template"
             )
         return said
 

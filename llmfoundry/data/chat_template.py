@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal, NamedTuple, cast
 
 import numpy as np
@@ -21,7 +21,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from llmfoundry.config import ConfigError
 from llmfoundry.data.assistant_turns import Span, Turns, is_answer
 from llmfoundry.data.conversations import Conversation, Example, Message
-from llmfoundry.data.tool_calls import Arguments, in_form, understood
+from llmfoundry.data.tool_calls import Arguments, in_form, leaves_out_calls, understood
 
 # Of a tokenizer without a template.
 CHATML = (
@@ -43,6 +43,7 @@ class Tokens(NamedTuple):
     ids: NDArray[np.int64]  # (n,)
     learned: NDArray[np.bool_]  # (n,) whether the token is a label
     inside: int = 0  # turns of the assistant that the template renders otherwise inside than at the end
+    without_calls: bool = False  # whether the template leaves out calls of tools
 
 
 class Targets(NamedTuple):
@@ -112,6 +113,7 @@ class Renderer:
         example = example._replace(messages=in_form(example.messages, self._arguments))
         messages = example.messages
         text = self._render(example, messages)
+        without = not any(self._arguments) and leaves_out_calls(messages, text, partial(self._render, example))
         turns = Turns(lambda chat, prompt: self._render(example, chat, prompt), self._eos, self._special)
         spans: list[Span]
         inside = 0
@@ -131,7 +133,7 @@ class Renderer:
         learned = _overlaps(offsets, spans)
         if self.targets.prompts is not None and int((~learned).sum()) >= self.targets.prompts:
             learned = np.ones_like(learned)
-        return Tokens(np.array(encoded["input_ids"], dtype=np.int64), learned, inside)
+        return Tokens(np.array(encoded["input_ids"], dtype=np.int64), learned, inside, without)
 
     def _encoded(self, text: str) -> BatchEncoding:
         try:

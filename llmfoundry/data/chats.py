@@ -119,7 +119,8 @@ class ChatsConfig(Folders, names=("chats",)):
         return self._read(self._table(), lambda row: text_of(example_of(row)))
 
     def _write(self, folder: Path, table: Table, renderer: Renderer, how: How) -> None:
-        write(folder, self._read(table, lambda row: renderer.tokens(example_of(row))), how)
+        examples = self._read(table, lambda row: [renderer.tokens(example_of(row))])
+        write(folder, examples, how, "in none of {n} examples is there anything to learn", pack=how.documents)
 
     def _opened(
         self, folder: Path, title: str, fingerprint: str, eos_token_id: int, how: How, watch: Watch

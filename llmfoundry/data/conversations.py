@@ -89,9 +89,10 @@ def _of_format(columns: tuple[str, ...], row: Row) -> Example:
         )
     if columns[0] == "prompt":
         return Pair(cast(str, first), cast(str, second))
-    task, more = str(first), row.get("input") or row.get("context") or ""
+    task, answer = _text(first, columns[0]), _text(second, columns[1])
+    more = next((_text(row[key], key) for key in ("input", "context") if row.get(key)), "")
     user = f"{task}\n\n{more}" if more else task
-    last: list[Message] = [{"role": "user", "content": user}, {"role": "assistant", "content": str(second)}]
+    last: list[Message] = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
     return conversation([*_history(row.get("history")), *last], row)
 
 
@@ -101,8 +102,14 @@ def _history(pairs: object) -> list[Message]:
         return []
     if not isinstance(pairs, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
         raise ValueError(f"history: must be a list of pairs of texts, found {pairs!r:.80}")
-    return [{"role": role, "content": str(said)}
+    return [{"role": role, "content": _text(said, "history")}
             for pair in pairs for role, said in zip(("user", "assistant"), pair, strict=True)]  # fmt: skip
+
+
+def _text(value: object, column: str) -> str:
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        raise ValueError(f"{column}: must be text, found {value!r:.80}")
+    return str(value)
 
 
 def _as_turns(value: object, role: str, column: str) -> object:
@@ -124,6 +131,9 @@ def conversation(messages: list[Message], row: Row) -> Conversation:
         raise ValueError(f"chat_template_kwargs: must be a mapping, found {template!r:.60}")
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
+    for number, message in enumerate(messages):
+        if message.get("weight", 1) not in (0, 1):
+            raise ValueError(f"message {number}: weight must be 0 (not learned) or 1, found {message['weight']!r:.60}")
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("has no turn of the assistant, so there is nothing to learn")
     return Conversation(messages, _tools(row.get("tools")), template)
@@ -158,7 +168,9 @@ def messages_of(turns: object) -> list[Message]:
     for number, message in enumerate(messages):
         if message.get("role") not in ROLES:
             raise ValueError(f"message {number}: role {message.get('role')!r} is none of {', '.join(ROLES)}")
-        if "content" not in message and "tool_calls" not in message:
+        if not isinstance(calls := message.get("tool_calls", []), list):
+            raise ValueError(f"message {number}: tool_calls must be a list, found {calls!r:.60}")
+        if "content" not in message and not calls:
             raise ValueError(f"message {number}: has neither content nor tool_calls")
         if isinstance(message.get("content"), list):
             message["content"] = _joined(cast(list[object], message["content"]), number)

@@ -31,6 +31,8 @@ from llmfoundry.data.rows import (
 )
 from llmfoundry.data.sources import DatasetConfig, Source, fingerprint_of
 
+LOSSES = ("ce", "total")  # loss/train/NAME of all sources together, beside loss/train/LABEL of each
+
 
 class Part(Config):
     """A source of a mixture: the keys of its dataset, and beside them how much of it is read."""
@@ -92,6 +94,12 @@ class MixtureConfig(RowsConfig, names=("mixture",)):
         bad = next((label for label in labels if not label or "/" in label), None)
         if bad is not None:
             raise ValueError(f"datasets: {bad!r} cannot be a label; it needs a name without /")
+        taken = next((label for label in labels if label in LOSSES), None)
+        if taken is not None:
+            raise ValueError(
+                f"datasets: {taken!r} cannot be a label: loss/train/{taken} is the loss of all datasets together; "
+                "give it another label"
+            )
         weighted = [part.name for part in self.datasets if part.weight is not None]
         measured = [part.name for part in self.datasets if part.tokens is not None or part.epochs is not None]
         for some, key in ((weighted, "weight"), (measured, "tokens or epochs")):

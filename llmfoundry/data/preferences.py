@@ -6,15 +6,12 @@ each filled up on its own. So whatever orders, splits and counts rows never part
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from llmfoundry.data.chat_rows import ChatRows
-from llmfoundry.data.chat_template import Renderer, Tokens
+from llmfoundry.data.chat_rows import ChatRows, write
+from llmfoundry.data.chat_template import Renderer
 from llmfoundry.data.chats import ChatsConfig, text_of
 from llmfoundry.data.conversations import Conversation, Example, Message, Pair, conversation, messages_of
 from llmfoundry.data.loader import Batch
@@ -45,7 +42,8 @@ class PreferencesConfig(ChatsConfig, names=("preferences",)):
             yield from texts
 
     def _write(self, folder: Path, table: Table, renderer: Renderer, how: How) -> None:
-        write(folder, self._read(table, lambda row: [renderer.tokens(each) for each in preference_of(row)]), how)
+        pairs = self._read(table, lambda row: [renderer.tokens(each) for each in preference_of(row)])
+        write(folder, pairs, how, "of none of {n} preferences do both answers begin")
 
     def _opened(
         self, folder: Path, title: str, fingerprint: str, eos_token_id: int, how: How, watch: Watch
@@ -93,36 +91,6 @@ def _answered(messages: list[Message], common: int, row: Row) -> Conversation:
     """A conversation of which only what comes after the common beginning is learned."""
     silent = [message | {"weight": 0} if message["role"] == "assistant" else message for message in messages[:common]]
     return conversation([*silent, *messages[common:]], row)
-
-
-def write(folder: Path, preferences: Iterable[list[Tokens]], how: How) -> None:
-    """Write tokenised preferences into a folder of `ChatRows`, the examples 2i and 2i + 1 being row i.
-
-    Raises:
-        ValueError: no pair fits into a row.
-    """
-    lengths: list[int] = []
-    cut = unlearned = inside = n = 0
-    with (folder / "ids.bin").open("wb") as ids, (folder / "learned.bin").open("wb") as learned:
-        for found in preferences:
-            n += 1
-            kept = [Tokens(each.ids[: how.length], each.learned[: how.length]) for each in found]
-            cut += any(len(each.ids) > how.length for each in found)
-            inside += any(each.inside for each in found)
-            if not all(each.learned[1:].any() for each in kept):
-                unlearned += 1
-                continue
-            for each in kept:
-                ids.write(each.ids.astype("<u4").tobytes())
-                learned.write(each.learned.tobytes())
-                lengths.append(len(each.ids))
-    if not lengths:
-        raise ValueError(f"of none of {n} preferences do both answers begin within max_seq_len={how.length}")
-    np.save(folder / "starts.npy", np.cumsum([0, *lengths]))
-    np.save(folder / "members.npy", np.arange(len(lengths), dtype=np.int64))
-    np.save(folder / "rows.npy", np.arange(0, len(lengths) + 1, 2))
-    counts = {"examples": n, "cut": cut, "unlearned": unlearned, "inside": inside, "packed": False}
-    (folder / "index.json").write_text(json.dumps(counts))
 
 
 class PreferenceRows(ChatRows):

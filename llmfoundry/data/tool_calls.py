@@ -18,7 +18,7 @@ _ID = "abcdefghi"  # of nine letters and digits, as Mistral's templates ask
 
 
 class Arguments(NamedTuple):
-    """Which forms of a call's arguments a template writes as JSON."""
+    """Which forms of a call's arguments a template writes; neither, if it writes no calls."""
 
     text: bool
     mapping: bool
@@ -43,7 +43,7 @@ def _is_written(render: Callable[[Sequence[Message]], str], arguments: object) -
     except ValueError:
         return False
     # A text that is written as JSON once more, and a mapping as Python prints it.
-    return '\\"city\\"' not in text and "'city'" not in text
+    return "city" in text and '\\"city\\"' not in text and "'city'" not in text
 
 
 def in_form(messages: Sequence[Message], arguments: Arguments) -> list[Message]:
@@ -52,7 +52,7 @@ def in_form(messages: Sequence[Message], arguments: Arguments) -> list[Message]:
     Raises:
         ValueError: arguments are no JSON of a mapping, and the template needs one.
     """
-    if arguments.text == arguments.mapping:  # it takes both; or neither, as one without tools
+    if arguments.text == arguments.mapping:  # it takes both, or neither
         return list(messages)
     return [
         message | {"tool_calls": [_changed(call, arguments.text, number) for call in _calls(message)]}
@@ -60,6 +60,21 @@ def in_form(messages: Sequence[Message], arguments: Arguments) -> list[Message]:
         else message
         for number, message in enumerate(messages)
     ]
+
+
+def leaves_out_calls(messages: Sequence[Message], text: str, render: Callable[[Sequence[Message]], str]) -> bool:
+    """Whether a template renders messages with calls as it renders them without.
+
+    Args:
+        text: of the messages.
+        render: renders other messages.
+    """
+    for number, message in enumerate(messages):
+        if _calls(message):
+            without = {key: value for key, value in message.items() if key != "tool_calls"}
+            if render([*messages[:number], {"content": ""} | without, *messages[number + 1 :]]) == text:
+                return True
+    return False
 
 
 def _calls(message: Message) -> list[object]:

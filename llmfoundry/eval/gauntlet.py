@@ -38,7 +38,7 @@ class Category(Config):
     """Benchmarks of one ability."""
 
     name: str  # of the average in the metrics
-    benchmarks: list[Benchmark]  # tasks of icl_tasks, by label
+    benchmarks: list[Benchmark] = Field(min_length=1)  # tasks of icl_tasks, by label
 
 
 class GauntletConfig(Config):
@@ -56,6 +56,8 @@ class GauntletConfig(Config):
         if self.rescale_accuracy and not self.subtract_random_baseline:
             raise ValueError("rescale_accuracy=true needs subtract_random_baseline=true; write both or neither")
         names = [category.name for category in self.categories]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"categories: two are called {twice!r}; rename one")
         if both := sorted(set(self.averages or {}) & set(names)):
             raise ValueError(f"averages.{both[0]}: is the name of a category too; rename one")
         return self
@@ -88,7 +90,8 @@ class GauntletConfig(Config):
             averages = {"default_average": [category.name for category in self.categories]}
         for name, members in averages.items():
             parts = [found[member] for member in members if member in found]
-            found[name] = sum(parts) / len(parts) if parts else 0.0
+            if parts:
+                found[name] = sum(parts) / len(parts)
         return {f"{COMPOSITE}{name}": value for name, value in found.items()}
 
     def _score(self, benchmark: Benchmark, scores: Mapping[str, Score]) -> float | None:

@@ -125,6 +125,19 @@ def with_call(arguments: object, **call: object) -> dict[str, object]:
                          {"role": "assistant", "content": "b"}]}  # fmt: skip
 
 
+def test_calls_that_a_template_leaves_out_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "calls.jsonl"
+    silent = json.dumps(with_call({"city": "Bern"})).replace('"content": null', '"content": ""')
+    path.write_text(silent + "\n" + json.dumps({"messages": turns("a", "b")}) + "\n")
+    with caplog.at_level("INFO"):
+        loader(tmp_path, path=str(path))
+        assert "in 1 the chat template leaves out tool calls" in caplog.text
+        caplog.clear()
+        with_calls = CHATML.replace("{{ message['content'] + ", "{{ message.tool_calls }}{{ message['content'] + ")
+        loader(tmp_path, path=str(path), template=with_calls)
+        assert "2 examples" in caplog.text and "leaves out" not in caplog.text
+
+
 def test_arguments_of_calls_come_in_the_form_that_a_template_takes() -> None:
     call, text = {"city": "Zürich"}, '{"city": "Zürich"}'
     written = f"[CALL]w{text}<|endoftext|>"
@@ -248,6 +261,12 @@ def test_how_many_answers_change_inside_a_conversation_is_said(
         ({"messages": []}, "must be a list of turns"),
         ({"messages": [{"role": "user", "content": 5}]}, "message 0: content must be text, found 5"),
         ({"messages": [{"role": "user", "content": "a", "function_call": "x"}]}, "function_call: must have name and"),
+        ({"messages": [{"role": "user", "tool_calls": "x"}]}, "message 0: tool_calls must be a list, found 'x'"),
+        ({"messages": [{"role": "assistant", "tool_calls": []}]}, "message 0: has neither content nor tool_calls"),
+        ({"messages": [{"role": "assistant", "content": "a", "weight": "no"}]}, "message 0: weight must be 0"),
+        ({"conversations": [{"from": "gpt", "value": "a", "weight": 2}]}, "message 0: weight must be 0"),
+        ({"instruction": {"a": 1}, "output": "b"}, "instruction: must be text, found {'a': 1}"),
+        ({"instruction": "a", "input": ["x"], "output": "b"}, r"input: must be text, found \['x'\]"),
         ({"messages": [{"role": "user"}]}, "message 0: has neither content nor tool_calls"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "a turn must have from"),
         ({"conversations": [{"from": "function_call", "value": "x"}]}, "function_call: must be JSON with name"),

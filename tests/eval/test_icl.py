@@ -212,6 +212,22 @@ def test_a_gauntlet_is_weighted_above_its_baselines(
     assert "averages.all: there is no category code" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("categories", "says"),
+    [
+        ([{"name": "mind", "benchmarks": []}], "categories.0.benchmarks"),
+        (GAUNTLET["categories"] * 2, "two are called 'mind'; rename one"),
+    ],
+)
+def test_a_gauntlet_without_a_score_is_refused(categories: object, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        check(GauntletConfig, {"categories": categories})
+
+
+def test_an_average_without_a_score_is_left_out() -> None:
+    assert check(GauntletConfig, GAUNTLET).composite({}, []) == {}
+
+
 def test_tasks_and_gauntlet_may_have_files_of_their_own(tmp_path: Path) -> None:
     there = tmp_path / "there"
     there.mkdir()
