@@ -133,7 +133,7 @@ def test_calls_that_a_template_leaves_out_are_said(tmp_path: Path, caplog: pytes
         loader(tmp_path, path=str(path))
         assert "in 1 the chat template leaves out tool calls" in caplog.text
         caplog.clear()
-        with_calls = CHATML.replace("{% generation %}", "{% generation %}{{ message.tool_calls }}")
+        with_calls = CHATML.replace("+ message['content']", "~ message.tool_calls ~ message['content']")
         loader(tmp_path, path=str(path), template=with_calls)
         assert "2 examples" in caplog.text and "leaves out" not in caplog.text
 
