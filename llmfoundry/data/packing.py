@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import shutil
-import uuid
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache, reduce
@@ -32,7 +31,7 @@ from llmfoundry.data.parts import SHARD_TOKENS, Shard, Share, read_state, shard_
 from llmfoundry.data.sieve import Counts
 from llmfoundry.data.sources import DatasetConfig, Source
 from llmfoundry.data.tokenizer import PLAIN_TEXT, Encoder, SpecialTokens
-from llmfoundry.data.watch import Damaged, Watch
+from llmfoundry.data.watch import Damaged, Watch, moved_aside
 from llmfoundry.progress import progress
 from llmfoundry.runtime import cache_root
 from llmfoundry.strict_json import read_mapping
@@ -243,14 +242,10 @@ def _cached(folder: Path, source: Source) -> TokenStream | None:
         next(source.documents())
     except ConfigError as error:
         raise Damaged(f"{damage}; but it cannot be made again: {error}") from None
-    with FileLock(folder.with_name(f"{folder.name}.lock")):  # of several ranks, the first removes it
-        if folder.exists():
-            try:
-                return TokenStream(folder)
-            except Damaged:
-                log.error("DAMAGED TOKENS: %s; making them again from the source", damage)
-                away = folder.rename(folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:12]}"))
-                shutil.rmtree(away, ignore_errors=True)
+    away = moved_aside(folder, lambda: TokenStream(folder))
+    if away is not None:
+        log.error("DAMAGED TOKENS: %s; making them again from the source", damage)
+        shutil.rmtree(away, ignore_errors=True)
     return None
 
 
