@@ -27,7 +27,8 @@ from typing import BinaryIO, NamedTuple, Protocol, cast
 import zstandard
 from typing_extensions import Buffer
 
-from llmfoundry.config import ConfigError, is_url
+from llmfoundry.config import ConfigError, ResourceError, is_url
+from llmfoundry.data.provenance import Gone
 from llmfoundry.data.remote import Store
 
 # Endings of files, and how each kind is read: whole as one document, or as a table with a document per row.
@@ -147,6 +148,21 @@ def find(where: str, store: Store) -> Found:
         none = "no such file or folder; put texts there, or set train_loader.dataset.path and eval_loader.dataset.path"
         raise ConfigError(f"dataset.path: {path}: {empty if listed or path.is_dir() else none}")
     return Found({name: file_at(files[name]) for name in sorted(files)}, dict(skipped))
+
+
+def find_or_gone(where: str, store: Store) -> Found:
+    """`find` for a source whose tokens may be in the cache.
+
+    Raises:
+        ConfigError: what is there cannot be read.
+        Gone: nothing is there, or it is out of reach.
+    """
+    try:
+        return find(where, store)
+    except (ConfigError, ResourceError) as error:
+        if not is_url(where) and glob.glob(os.path.expanduser(where)):
+            raise
+        raise Gone(error) from None
 
 
 def _elsewhere(url: str, store: Store) -> Found:

@@ -7,7 +7,9 @@ of tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Context, Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -177,9 +179,16 @@ class MixtureConfig(RowsConfig, names=("mixture",)):
 
     def _integers(self, weights: Sequence[Fraction]) -> list[int]:
         if self.temperature != 1.0:
-            weights = [exact(float(weight) ** (1 / self.temperature)) if weight else weight for weight in weights]
+            weights = [self._evened(weight) if weight else weight for weight in weights]
         positive = iter(shares_of([weight for weight in weights if weight]))
         return [next(positive) if weight else 0 for weight in weights]
+
+    def _evened(self, weight: Fraction) -> Fraction:
+        """`weight ** (1 / temperature)`, correctly rounded: powers of floats end otherwise on other machines."""
+        power = float(Context(prec=50, traps=[]).power(Decimal(float(weight)), Decimal(1 / self.temperature)))
+        if not 0 < power < math.inf:
+            raise ConfigError(f"temperature={self.temperature:g} makes of weights 0 or infinity; raise it")
+        return exact(power)
 
 
 def _budget(part: Part, order: Order) -> Fraction | None:

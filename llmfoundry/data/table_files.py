@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import glob
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from llmfoundry.config import ConfigError, ResourceError, is_url
-from llmfoundry.data.files import ahead, checked_digest, find, kind_of, said_of
+from llmfoundry.config import ConfigError
+from llmfoundry.data.files import ahead, checked_digest, find_or_gone, kind_of, said_of
 from llmfoundry.data.provenance import (
     Gone,
     Provenance,
@@ -85,12 +83,7 @@ def table_of(where: str, title: str, dataset: DatasetConfig, *, lenient: bool) -
         ConfigError: there is no table.
         Gone: nor anything else.
     """
-    try:
-        found, skipped = find(where, dataset.store())
-    except (ConfigError, ResourceError) as error:
-        if not is_url(where) and glob.glob(os.path.expanduser(where)):
-            raise
-        raise Gone(error) from None
+    found, skipped = find_or_gone(where, dataset.store())
     files = {name: file for name, file in found.items() if _is_table(file.path)}
     if not files:
         raise ConfigError(f"dataset.path: {where}: holds no .jsonl, .json, .csv, .tsv or .parquet")

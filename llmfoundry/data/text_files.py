@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import os
@@ -14,10 +13,10 @@ from typing import NamedTuple, cast
 
 from pydantic import Field
 
-from llmfoundry.config import ConfigError, ResourceError, is_url
+from llmfoundry.config import ConfigError, is_url
 from llmfoundry.data.cache import made_once
-from llmfoundry.data.files import File, ahead, checked_digest, find, kind_of, said_of, unpacked
-from llmfoundry.data.provenance import Gone, stamps_of
+from llmfoundry.data.files import File, ahead, checked_digest, find_or_gone, kind_of, said_of, unpacked
+from llmfoundry.data.provenance import stamps_of
 from llmfoundry.data.remote import DataPath
 from llmfoundry.data.sources import Piece, Source, fingerprint_of
 from llmfoundry.data.split import cut, filling_both, keeps, select, share
@@ -61,12 +60,7 @@ class TextFilesConfig(TextsConfig, names=("text_files",)):
         return [self.path]
 
     def found(self) -> Source:
-        try:
-            files, skipped = find(self.path, self.store())
-        except (ConfigError, ResourceError) as error:
-            if not is_url(self.path) and glob.glob(os.path.expanduser(self.path)):
-                raise
-            raise Gone(error) from None
+        files, skipped = find_or_gone(self.path, self.store())
         stamps = stamps_of(file.path for file in files.values() if file.remote is None)
         sizes = {name: file.size for name, file in files.items()}
         part = self._part(files, sizes)

@@ -13,6 +13,7 @@ import yaml
 from llmfoundry.config import ConfigError, check, dump
 from llmfoundry.data import DatasetConfig, Loader, LoaderConfig, MixtureConfig, TokenizerConfig
 from llmfoundry.data.mixture import Mixture
+from llmfoundry.data.rows import Order
 from llmfoundry.data.sources import check_apart, paired_run
 
 LENGTH = 16
@@ -76,6 +77,21 @@ def test_without_weights_sizes_count_and_temperature_evens_them_out(cache: Path,
     shares = sizes ** (1 / temperature) / (sizes ** (1 / temperature)).sum()
     assert np.allclose(order_of(loader).counts(10_000) / 10_000, shares, atol=2e-4)
     assert loader.rows_per_epoch == sizes.sum()
+
+
+def test_shares_by_temperature_are_the_same_on_every_machine() -> None:
+    orders = [Order()] * 2
+
+    def shares(temperature: float, *weights: float) -> list[list[int]]:
+        parts = [{"label": str(i), "name": "synthetic", "weight": weight} for i, weight in enumerate(weights)]
+        config = check(MixtureConfig, {"name": "mixture", "datasets": parts, "temperature": temperature})
+        return config.shares(orders)
+
+    assert shares(2.0, 4.0, 9.0) == [[2, 3]] and shares(0.5, 1.0, 3.0) == [[1, 9]]
+    assert shares(3.0, 5.0, 7.0) == [[494_917, 553_659]]
+    for weight in (1e-300, 1e300):
+        with pytest.raises(ConfigError, match=r"temperature=0.01 makes of weights 0 or infinity; raise it"):
+            shares(0.01, weight, 1.0)
 
 
 def test_budgets_are_what_the_run_reads(cache: Path) -> None:
