@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from llmfoundry.config import ConfigError
 from llmfoundry.data.chat_template import REFUSALS, rendered
 from llmfoundry.data.conversations import Conversation, Message
-from llmfoundry.eval.generate import Sampling, check_ids, new_tokens, room
+from llmfoundry.eval.generate import Sampling, check_ids, new_tokens, room, warn_of_length
 from llmfoundry.eval.written import Written
 from llmfoundry.model.transformer import Cache, CausalLM
 
@@ -104,6 +104,7 @@ class Chat:
         self._ending = template.ending()
         self.stop = {template.tokenizer.eos_token_id, *stop, *self._ending.ids}
         self._cache, self._held = Cache(0), list[int]()  # the ids that the cache has read
+        self._warned = False  # of conversations longer than max_seq_len
 
     def answer(
         self,
@@ -156,4 +157,7 @@ class Chat:
                 f"the conversation has {len(ids)} tokens, and the model has learned {config.max_seq_len} positions; "
                 "begin a new one, or take turns back"
             )
+        if not self._warned and len(ids) > config.max_seq_len:
+            self._warned = True
+            warn_of_length(config, "the conversation", len(ids))
         return min(max_new_tokens, left)

@@ -20,6 +20,7 @@ from llmfoundry.data.sources import check_apart
 from llmfoundry.data.tokenizer import Encoder, SpecialTokens
 from llmfoundry.eval.icl_questions import Reader
 from llmfoundry.kernels.experts import resolve_backend
+from llmfoundry.layers.lora import wider_than_weight
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 from llmfoundry.moe.balance import Balance
 from llmfoundry.moe.layer import MoEConfig
@@ -116,6 +117,7 @@ def _build(config: RunConfig, device: torch.device, watchdog: Watchdog) -> Train
     watchdog.phase("building the model")
     loaded = bool(start.hugging_face or start.composer or start.contents) and not config.load_allow
     model = _build_model(config, mesh, precision, loaded)
+    _warn_of_adapters(config.model, model, start)
     microbatches.can_retry = can_leave(model)
     reference = None
     if config.loss.pairs and config.model.lora is None:
@@ -147,6 +149,18 @@ def _build(config: RunConfig, device: torch.device, watchdog: Watchdog) -> Train
         objective=config.loss.build(reference),
         reference=reference,
     )
+
+
+def _warn_of_adapters(config: CausalLMConfig, model: CausalLM, start: Start) -> None:
+    """Say what is legal of adapters, and seldom meant."""
+    if config.lora is None or start.how in ("continue", "resume"):
+        return
+    if start.how == "new":
+        log.warning("model.lora: adapters are trained beside frozen random weights; name a base model by load_path")
+    if (wide := wider_than_weight(model)) is not None:
+        sides = wide.b.shape[-2], wide.a.shape[-1]
+        log.warning("model.lora.rank=%d exceeds a side of %s (%d x %d), so a lower rank would hold as much",
+                    config.lora.rank, wide.name, *sides)  # fmt: skip
 
 
 def _loaders(config: RunConfig, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens) -> list[Loader]:

@@ -443,6 +443,7 @@ def test_own_columns_by_mapping_or_function(tmp_path: Path, monkeypatch: pytest.
         ({"path": "a", "decoder_only_format": False}, "decoder_only_format"),
         ({"path": "a", "target_prompts": "some"}, "target_prompts: 'some' is none of none, all, length>=N"),
         ({"path": "a", "target_responses": "first"}, "target_responses"),
+        ({"path": "a", "name": "text_files"}, "name=finetuning reads chats, and dataset.name is text_files; leave one"),
     ],
 )
 def test_mistakes_are_named(dataset: dict[str, object], message: str) -> None:

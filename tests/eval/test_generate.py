@@ -8,8 +8,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llmfoundry.cli.inference import generate_main
-from llmfoundry.config import ConfigError
-from llmfoundry.eval.generate import generate, sample
+from llmfoundry.config import ConfigError, check
+from llmfoundry.data.tokenizer import PLAIN_TEXT
+from llmfoundry.eval.generate import Sampling, generate, sample
+from llmfoundry.eval.generate_many import generate_many, request_of
+from llmfoundry.eval.likelihood import Ranks
 from llmfoundry.layers.attention import GroupedQueryConfig
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 
@@ -64,6 +67,22 @@ def test_text_ends_with_the_learned_positions(tokenizer: PreTrainedTokenizerFast
     generate(model, tokenizer, "w3 w5", max_new_tokens=7)
     with pytest.raises(ConfigError, match=r"2 tokens and 8 new ones need 9 positions, and the model has learned 8"):
         generate(model, tokenizer, "w3 w5", max_new_tokens=8)
+
+
+def test_a_prompt_longer_than_the_rows_of_training_is_said(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = check(CausalLMConfig, {"d_model": 32, "n_heads": 4, "n_layers": 1, "vocab_size": len(WORDS),
+                                    "max_seq_len": 8, "attn_config": {"rope": True}})  # fmt: skip
+    model = CausalLM(config).eval()
+    generate(model, tokenizer, "w3 w5", max_new_tokens=9)
+    assert not caplog.text
+    generate(model, tokenizer, "w3 " * 9, max_new_tokens=1)
+    assert "the prompt has 9 tokens, and the model was made for 8 (max_seq_len)" in caplog.text
+    caplog.clear()
+    requests = [request_of("w3 " * n, tokenizer, PLAIN_TEXT, None) for n in (2, 9, 3)]
+    assert len(list(generate_many(model, tokenizer, requests, Sampling(1), Ranks(2), set()))) == 3
+    assert "prompt 1, the longest, has 9 tokens" in caplog.text
 
 
 @pytest.mark.parametrize("options", [["--temperature", "nan"], ["--temperature", "inf"], ["--top-p", "nan"]])
