@@ -21,6 +21,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from llmfoundry.config import ConfigError
 from llmfoundry.data.assistant_turns import Span, Turns, is_answer
 from llmfoundry.data.conversations import Conversation, Example, Message
+from llmfoundry.data.limits import SECONDS, Exceeded, bounded
 from llmfoundry.data.tool_calls import Arguments, in_form, leaves_out_calls, understood
 
 # Of a tokenizer without a template.
@@ -32,6 +33,8 @@ CHATML = (
 )
 # What a template's code raises for messages that it cannot render.
 REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
+CHARACTERS = 2**26  # of the longest text that a template may write
+SECONDS_OF_MESSAGE = 0.1  # beside SECONDS: each turn is looked for in several renderings of all
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Responses = Literal["all", "last"]
@@ -44,6 +47,15 @@ class Tokens(NamedTuple):
     learned: NDArray[np.bool_]  # (n,) whether the token is a label
     inside: int = 0  # turns of the assistant that the template renders otherwise inside than at the end
     without_calls: bool = False  # whether the template leaves out calls of tools
+
+
+class _Said(NamedTuple):
+    """A rendered conversation."""
+
+    text: str
+    spans: list[Span]  # that are learned, in characters
+    inside: int  # as in Tokens
+    without_calls: bool
 
 
 class Targets(NamedTuple):
@@ -84,11 +96,14 @@ class Renderer:
         self._marks = _GENERATION.search(self.template) is not None
 
     def _check_syntax(self) -> None:
+        where = "the tokenizer's chat template" if self.own else "dataset.chat_template"
         try:
-            rendered(self.tokenizer, self.template, Conversation([{"role": "user", "content": "x"}]), prompt=False)
+            question: list[Message] = [{"role": "user", "content": "x"}]
+            bounded(partial(rendered, self.tokenizer, self.template, Conversation(question), prompt=False))
         except TemplateSyntaxError as error:
-            where = "the tokenizer's chat template" if self.own else "dataset.chat_template"
             raise ConfigError(f"{where}: line {error.lineno}: {error.message}") from None
+        except Exceeded as error:
+            raise ConfigError(f"{where}: {error} for one message") from None
         except REFUSALS:  # a message is missing, maybe
             pass
 
@@ -110,6 +125,20 @@ class Renderer:
         )
 
     def _conversation(self, example: Conversation) -> Tokens:
+        try:
+            seconds = SECONDS + SECONDS_OF_MESSAGE * len(example.messages)
+            text, spans, inside, without = bounded(partial(self._said, example), seconds)
+        except Exceeded as error:
+            raise ValueError(f"the chat template {error}") from None
+        encoded = self._encoded(text)
+        offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        learned = _overlaps(offsets, spans)
+        if self.targets.prompts is not None and int((~learned).sum()) >= self.targets.prompts:
+            learned = np.ones_like(learned)
+        return Tokens(np.array(encoded["input_ids"], dtype=np.int64), learned, inside, without)
+
+    def _said(self, example: Conversation) -> _Said:
+        """The text of a conversation, and what of it is learned."""
         example = example._replace(messages=in_form(example.messages, self._arguments))
         messages = example.messages
         text = self._render(example, messages)
@@ -128,12 +157,7 @@ class Renderer:
                 inside = sum(turn.inside for turn in found.values())
             chosen = [i for i in sorted(of_turn) if _is_learned(messages[i])]
             spans = [span for i in (chosen if self.targets.responses == "all" else chosen[-1:]) for span in of_turn[i]]
-        encoded = self._encoded(text)
-        offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-        learned = _overlaps(offsets, spans)
-        if self.targets.prompts is not None and int((~learned).sum()) >= self.targets.prompts:
-            learned = np.ones_like(learned)
-        return Tokens(np.array(encoded["input_ids"], dtype=np.int64), learned, inside, without)
+        return _Said(text, spans, inside, without)
 
     def _encoded(self, text: str) -> BatchEncoding:
         try:
@@ -149,6 +173,8 @@ class Renderer:
     def _render(self, example: Conversation, messages: Sequence[Message], prompt: bool = False) -> str:
         try:
             return self._rendered(example, messages, prompt)[0]
+        except Exceeded:
+            raise
         except REFUSALS as error:
             raise ValueError(f"the chat template refuses it: {error}") from error
 
@@ -178,6 +204,7 @@ def rendered(
 
     Raises:
         TemplateError: the template refuses the messages; a TypeError or another of its code's errors likewise.
+        Exceeded: the text has more than CHARACTERS.
     """
     words: dict = {**tokenizer.special_tokens_map, **example.template}
     found: object = render_jinja_template(  # (texts, spans of each), though it says str
@@ -185,6 +212,8 @@ def rendered(
         return_assistant_tokens_mask=marks, add_generation_prompt=prompt, **words,
     )  # fmt: skip
     texts, spans = cast(tuple[list[str], list[list[Span]]], found)
+    if len(texts[0]) > CHARACTERS:
+        raise Exceeded(f"writes more than {CHARACTERS:,} characters")
     return texts[0], spans[0] if marks else []
 
 

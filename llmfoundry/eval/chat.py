@@ -7,6 +7,7 @@ The cache keeps the tokens of the last conversation; those with which the next o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import takewhile
 from typing import Literal, NamedTuple
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from llmfoundry.config import ConfigError
 from llmfoundry.data.chat_template import REFUSALS, rendered
 from llmfoundry.data.conversations import Conversation, Message
+from llmfoundry.data.limits import Exceeded, bounded
 from llmfoundry.eval.generate import Sampling, check_ids, new_tokens, room, warn_of_length
 from llmfoundry.eval.written import Written
 from llmfoundry.model.transformer import Cache, CausalLM
@@ -86,7 +88,9 @@ class Template:
 
     def _render(self, messages: Sequence[Message], prompt: bool) -> str:
         try:
-            return rendered(self.tokenizer, self.source, Conversation(list(messages)), prompt)[0]
+            return bounded(partial(rendered, self.tokenizer, self.source, Conversation(list(messages)), prompt))[0]
+        except Exceeded as error:
+            raise ConfigError(f"the chat template {error}") from None
         except REFUSALS as error:
             raise ConfigError(f"the chat template refuses the conversation: {error}") from error
 
