@@ -305,6 +305,22 @@ def loader(tmp_path: Path, length: int = 64, *, documents: bool = True, template
     return config.build(tokenizer(template), seed=0, max_seq_len=length, sequence_ids=documents)
 
 
+@pytest.mark.parametrize("n", [2, 3, 30])
+def test_of_few_chats_some_are_held_out(tmp_path: Path, n: int, caplog: pytest.LogCaptureFixture) -> None:
+    path = str(write_lines(tmp_path / "chats" / "a.jsonl", chats(n)))
+    with caplog.at_level("INFO"):
+        rows = [loader(tmp_path, path=path, split=split, validation_fraction=0.05, documents=False).rows_per_epoch
+                for split in ("train", "validation")]  # fmt: skip
+    assert min(rows) > 0 and sum(rows) == n
+    assert "held out for validation: " in caplog.text
+
+
+def test_of_one_chat_none_is_held_out(tmp_path: Path) -> None:
+    path = str(write_lines(tmp_path / "a.jsonl", chats(1)))
+    with pytest.raises(ConfigError, match="a.jsonl: row 0 is the only one, so none can be held out for evaluation"):
+        loader(tmp_path, path=path, validation_fraction=0.05)
+
+
 def test_packed_rows_hold_every_example_once_and_apart(tmp_path: Path) -> None:
     rows = chats(300)
     path = write_lines(tmp_path / "train.jsonl", rows)
@@ -449,6 +465,12 @@ def test_own_columns_by_mapping_or_function(tmp_path: Path, monkeypatch: pytest.
 def test_mistakes_are_named(dataset: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check(LoaderConfig, {"name": "finetuning", "dataset": dataset})
+
+
+def test_a_function_without_a_source_is_refused(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "train.jsonl", chats(3))
+    with pytest.raises(ConfigError, match="preprocessing_fn: math:sqrt: is not a function written in Python"):
+        loader(tmp_path, path=str(path), preprocessing_fn="math:sqrt")
 
 
 def test_bad_rows_are_skipped_up_to_a_number(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
