@@ -32,7 +32,9 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 # What a template's code raises for messages that it cannot render.
-REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
+REFUSALS = (
+    TemplateError, SyntaxError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError,
+)  # fmt: skip
 CHARACTERS = 2**26  # of the longest text that a template may write
 SECONDS_OF_MESSAGE = 0.1  # beside SECONDS: each turn is looked for in several renderings of all
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -100,8 +102,9 @@ class Renderer:
         try:
             question: list[Message] = [{"role": "user", "content": "x"}]
             bounded(partial(rendered, self.tokenizer, self.template, Conversation(question), prompt=False))
-        except TemplateSyntaxError as error:
-            raise ConfigError(f"{where}: line {error.lineno}: {error.message}") from None
+        except (TemplateSyntaxError, SyntaxError) as error:
+            said = error.message if isinstance(error, TemplateSyntaxError) else error.msg
+            raise ConfigError(f"{where}: line {error.lineno}: {said}") from None
         except Exceeded as error:
             raise ConfigError(f"{where}: {error} for one message") from None
         except REFUSALS:  # a message is missing, maybe
@@ -171,12 +174,7 @@ class Renderer:
         return understood(lambda messages: self._render(Conversation(list(messages)), messages))
 
     def _render(self, example: Conversation, messages: Sequence[Message], prompt: bool = False) -> str:
-        try:
-            return self._rendered(example, messages, prompt)[0]
-        except Exceeded:
-            raise
-        except REFUSALS as error:
-            raise ValueError(f"the chat template refuses it: {error}") from error
+        return self._rendered(example, messages, prompt)[0]
 
     def _marked(self, example: Conversation) -> list[Span]:
         """Where the template says that the assistant speaks, in characters."""
@@ -187,7 +185,12 @@ class Renderer:
     ) -> tuple[str, list[Span]]:
         """What `tokenizer.apply_chat_template` renders, and with `marks` the spans that the template marks."""
         template = self.tokenizer.get_chat_template(None if self.own else self.template, example.tools)
-        return rendered(self.tokenizer, template, example._replace(messages=list(messages)), prompt, marks)
+        try:
+            return rendered(self.tokenizer, template, example._replace(messages=list(messages)), prompt, marks)
+        except Exceeded:
+            raise
+        except REFUSALS as error:
+            raise ValueError(f"the chat template refuses it: {error}") from error
 
 
 def _is_learned(message: Message) -> bool:

@@ -87,3 +87,21 @@ def test_a_template_without_an_end_is_refused(template: str, says: str, monkeypa
     if "seconds" not in says:
         with pytest.raises(ConfigError, match=f"the chat template {says}"):
             Template(tokenizer(template)).ids(turns("a", "b"))
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 1 / 0 }}", "{{ 10.0 ** 999 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ messages[7].x.y }}",
+     "{{ messages[0]() }}", "{% include 'x' %}", "{{ messages.append(1) }}"],
+)  # fmt: skip
+def test_an_error_in_a_template_is_a_mistake_of_one_line(template: str) -> None:
+    with pytest.raises(ValueError, match=r"the chat template refuses it: .+"):
+        Renderer(tokenizer(template), Targets()).tokens(Conversation(turns("a", "b")))
+    with pytest.raises(ConfigError, match=r"the chat template refuses the conversation: .+"):
+        Template(tokenizer(template)).ids(turns("a", "b"))
+
+
+def test_a_template_that_python_cannot_compile_is_refused() -> None:
+    template = "{% for a in messages %}" * 30 + "{% endfor %}" * 30
+    with pytest.raises(ConfigError, match="chat template: line [0-9]+: too many statically nested blocks"):
+        Renderer(tokenizer(template), Targets())
