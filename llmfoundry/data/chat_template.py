@@ -22,6 +22,7 @@ from llmfoundry.config import ConfigError
 from llmfoundry.data.assistant_turns import Span, Turns, is_answer
 from llmfoundry.data.conversations import Conversation, Example, Message
 from llmfoundry.data.limits import SECONDS, Exceeded, bounded
+from llmfoundry.data.tables import lone_surrogate
 from llmfoundry.data.tool_calls import Arguments, in_form, leaves_out_calls, understood
 
 # Of a tokenizer without a template.
@@ -163,10 +164,8 @@ class Renderer:
         return _Said(text, spans, inside, without)
 
     def _encoded(self, text: str) -> BatchEncoding:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"has a lone surrogate, {text[error.start]!r}, which is no character") from None
+        if found := lone_surrogate(text):
+            raise ValueError(f"has a lone surrogate, {found!r}, which is no character")
         return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
 
     @cached_property

@@ -70,7 +70,7 @@ def _found(path: Path, key: str | None) -> Iterator[tuple[object, str]]:
     row = 0
     try:
         for found, line in read(path, key):
-            if isinstance(found, str) and (surrogate := _lone_surrogate(found)):
+            if isinstance(found, str) and (surrogate := lone_surrogate(found)):
                 found = _Broken(f"{key!r} has a lone surrogate, {surrogate!r}, which is no character")
             if isinstance(found, _Broken) and line:
                 found = _Broken(f"{found} (line {line})")
@@ -86,7 +86,8 @@ def _found(path: Path, key: str | None) -> Iterator[tuple[object, str]]:
 Rows = Iterator[tuple[object, int | None]]  # a text, a row, or what is wrong with it; and the line where it ends
 
 
-def _lone_surrogate(text: str) -> str | None:
+def lone_surrogate(text: str) -> str | None:
+    """The first half of a character without its other half, which no tokenizer reads; None if there is none."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -17,6 +17,7 @@ from llmfoundry.config import ConfigError
 from llmfoundry.data.chat_template import REFUSALS, rendered
 from llmfoundry.data.conversations import Conversation, Message
 from llmfoundry.data.limits import Exceeded, bounded
+from llmfoundry.data.tokenizer import check_characters
 from llmfoundry.eval.generate import Sampling, check_ids, new_tokens, room, warn_of_length
 from llmfoundry.eval.written import Written
 from llmfoundry.model.transformer import Cache, CausalLM
@@ -71,6 +72,7 @@ class Template:
             ConfigError: the template refuses the messages.
         """
         text = self._render(messages, prompt=True)
+        check_characters(text)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise ConfigError("the chat template renders these messages as an empty text")

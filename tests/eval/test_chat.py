@@ -222,6 +222,8 @@ def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(chat: Chat) -> Non
 def test_what_a_template_refuses_is_a_mistake_of_one_line(chat: Chat) -> None:
     with pytest.raises(ConfigError, match="the chat template refuses the conversation: .*content"):
         chat.answer([{"role": "user"}], GREEDY)
+    with pytest.raises(ConfigError, match="has a lone surrogate"):
+        chat.answer(turns("a \udcff"), GREEDY)
 
 
 def test_a_conversation_ends_with_the_learned_positions() -> None:

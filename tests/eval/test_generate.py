@@ -69,6 +69,11 @@ def test_text_ends_with_the_learned_positions(tokenizer: PreTrainedTokenizerFast
         generate(model, tokenizer, "w3 w5", max_new_tokens=8)
 
 
+def test_a_prompt_with_half_a_character_is_refused(model: CausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ConfigError, match=r"the text 'w3 .ud800' has a lone surrogate, '.ud800'"):
+        generate(model, tokenizer, "w3 \ud800", max_new_tokens=1)
+
+
 def test_a_prompt_longer_than_the_rows_of_training_is_said(
     tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
