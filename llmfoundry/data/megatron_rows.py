@@ -17,6 +17,7 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import ConfigError, is_url
@@ -32,7 +33,8 @@ class MegatronConfig(RowsConfig, names=("megatron",)):
     """Megatron-LM's `.bin` and `.idx` files. Where both loaders read the same, the last documents are held out."""
 
     path: DataPath  # the common prefix of a .bin and an .idx, or a folder or a glob of such pairs; also a URL
-    eos_token_id: int | None = None  # the id after which a document begins; None: the tokenizer's end of text
+    # The id after which a document begins; None: the tokenizer's end of text
+    eos_token_id: int | None = Field(default=None, ge=-1, lt=2**32)
 
     def of_split(self, split: str) -> Self:
         return self.model_copy(update={"split": split})
