@@ -149,7 +149,8 @@ class ChatsConfig(Folders, names=("chats",)):
         except ConfigError:
             raise
         except ValueError as error:
-            raise ConfigError(f"dataset: {self._where or self.hf_name or table.title}: {error}") from None
+            where = f"{self._where or self.hf_name} ({table.title})" if self._where or self.hf_name else table.title
+            raise ConfigError(f"dataset: {where}: {error}") from None
         rows = self._opened(folder, table.title, fingerprint, tokenizer.eos_token_id, how, watch)
         log.info("%s", rows.summary)
         return epochs_of(rows, self, how)

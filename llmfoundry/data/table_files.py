@@ -96,7 +96,7 @@ def table_of(where: str, title: str, dataset: DatasetConfig, *, lenient: bool) -
     fraction = None if whole or by_name is not None else dataset.fraction
     digests = [checked_digest(path, lenient=lenient, advance=lambda n: None) for path in ahead(kept.values())]
     if fraction is not None and 0 < fraction < 1 and sum(sizes[name] for name in kept) <= FEW_BYTES:
-        fraction = _filling_both(kept.values(), fraction)
+        fraction = _filling_both(where, kept.values(), fraction)
     divided = "" if by_name is None else by_name.said(side)
     if fraction is not None:
         divided = f"; held out for validation: {fraction:.3g} of the rows, by hash"
@@ -115,18 +115,18 @@ def table_of(where: str, title: str, dataset: DatasetConfig, *, lenient: bool) -
     )  # fmt: skip
 
 
-def _filling_both(files: Iterable[File], fraction: float) -> float:
+def _filling_both(where: str, files: Iterable[File], fraction: float) -> float:
     """The fraction of rows to hold out of small files, so that neither side is left without a row.
 
     Raises:
         ConfigError: there is one row for two sides.
     """
-    rows = ((row, at) for path in ahead(files) for row, at in read_rows(path) if not isinstance(row, BadRow))
-    shares = {share(_key(row)): at for row, at in rows}
+    rows = (row for path in ahead(files) for row, _ in read_rows(path) if not isinstance(row, BadRow))
+    shares = {share(_key(row)) for row in rows}
     if len(shares) == 1:
         raise ConfigError(
-            f"dataset.path: {next(iter(shares.values()))} is the only one, so none can be held out for evaluation; add "
-            "rows, leave eval_loader out, or give it a path of its own"
+            f"dataset.path: {where}: holds one row, or equal ones, so none can be held out for evaluation; add rows, "
+            "leave eval_loader out, or give it a path of its own"
         )
     return filling_both(shares, fraction) if shares else fraction
 

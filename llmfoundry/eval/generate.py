@@ -178,6 +178,7 @@ def sample_rows(logits: Tensor, temperature: float, top_p: float, dice: Sequence
     """
     if temperature == 0:
         return logits.argmax(-1).tolist()
+    temperature = max(temperature, 1e-30)  # a smaller one is 0 in float32
     probabilities, order = (logits.float() / temperature).softmax(-1).sort(descending=True, stable=True)
     # The first token past the sum stays in, so that there is always one.
     beyond = probabilities.cumsum(-1) - probabilities > top_p

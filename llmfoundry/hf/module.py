@@ -246,6 +246,13 @@ def _stored_names(module: PreTrainedModel) -> Callable[[str], str]:
     return lambda name: rename_source_key(name, back, [], reverse=True)[0]
 
 
+def is_stored_otherwise(settings: dict[str, object]) -> bool:
+    """Whether the files of a model hold its tensors in another form than the module, e.g. experts apart."""
+    with torch.device("meta"):
+        mapping = get_model_conversion_mapping(_built(settings))
+    return any(not isinstance(each, WeightRenaming) for each in mapping)
+
+
 def is_known(model_type: object) -> bool:
     """Whether `transformers` has a causal model of this type."""
     return isinstance(model_type, str) and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

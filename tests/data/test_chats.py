@@ -317,7 +317,7 @@ def test_of_few_chats_some_are_held_out(tmp_path: Path, n: int, caplog: pytest.L
 
 def test_of_one_chat_none_is_held_out(tmp_path: Path) -> None:
     path = str(write_lines(tmp_path / "a.jsonl", chats(1)))
-    with pytest.raises(ConfigError, match="a.jsonl: row 0 is the only one, so none can be held out for evaluation"):
+    with pytest.raises(ConfigError, match="a.jsonl: holds one row, or equal ones, so none can be held out"):
         loader(tmp_path, path=path, validation_fraction=0.05)
 
 

@@ -110,5 +110,9 @@ def test_top_p_leaves_the_unlikely_out() -> None:
     assert set(sample(logits, 1.0, 1e-6, dice) for _ in range(20)) == {0}
 
 
+def test_a_tiny_temperature_takes_the_likeliest() -> None:
+    assert sample(torch.tensor([9.0, 10.0, 2.0]), 1e-300, 1.0, torch.Generator()) == 1
+
+
 def test_temperature_zero_takes_the_lowest_id_of_equals() -> None:
     assert sample(torch.tensor([0.0, 2.0, 2.0]), 0, 1.0, torch.Generator()) == 1
