@@ -63,6 +63,11 @@ def targets_of(family: Family, config: CausalLMConfig, wanted: str | Sequence[st
     """
     if wanted == "all-linear":
         return wanted
+    if isinstance(wanted, str):
+        try:
+            re.compile(wanted)
+        except re.error as error:
+            raise ConfigError(f"target_modules: {wanted!r} is not a valid pattern: {error}") from None
     found: list[str] = []
     names: set[str] = set()
     for name, copies in _copies(family, config).items():

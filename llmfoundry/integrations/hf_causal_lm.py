@@ -266,7 +266,7 @@ def _weights_of(data: Tree, name: str, allow: list[str]) -> list[Note]:
     if data.get("load_path") is not None:
         return [Note("model.pretrained", f"left out, load_path={data['load_path']} brings the weights", True)]
     tokenizer = data.get("tokenizer")
-    if isinstance(tokenizer, dict) and tokenizer.get("name") != name:
+    if isinstance(tokenizer, dict) and tokenizer.get("name") not in (name, "bpe"):  # bpe: the checkpoint's own
         allow = [*allow, "tokenizer"]  # the YAML names another one
     data |= {"load_path": f"hf:{name}", "load_weights_only": True}
     said = ""

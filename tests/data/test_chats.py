@@ -501,7 +501,9 @@ def test_a_template_with_a_mistake_is_named_before_any_row(tmp_path: Path) -> No
     path = write_lines(tmp_path / "train.jsonl", [{"messages": turns("a", "b")}])
     with pytest.raises(ConfigError, match="dataset.chat_template: line 1: Unexpected end of template"):
         loader(tmp_path, path=str(path), chat_template="{% for m in messages %}", skip_bad_rows=9)
-    with pytest.raises(ConfigError, match=r"train\.jsonl: in none of 1 examples is there anything to learn within"):
+    with pytest.raises(
+        ConfigError, match=r"train\.jsonl \(chats-train\): in none of 1 examples is there anything to learn within"
+    ):
         loader(tmp_path, path=str(path), length=4)
 
 

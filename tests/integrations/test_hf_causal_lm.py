@@ -53,6 +53,7 @@ def test_adapters_are_on_the_layers_that_are_named(
     ("peft", "says"),
     [
         ({"target_modules": ["qproj"]}, "target_modules: nothing is called"),
+        ({"target_modules": "("}, r"target_modules: '\(' is not a valid pattern: missing \)"),
         (
             {"target_modules": "q_proj"},
             "target_modules: 'q_proj' matches no whole name, such as model.layers.0.mlp.*"
@@ -65,6 +66,13 @@ def test_adapters_are_on_the_layers_that_are_named(
 def test_adapters_that_cannot_be_are_refused(llama: str, peft: dict[str, object], says: str) -> None:
     with pytest.raises(ConfigError, match=f"model.peft_config.{says}"):
         translate(run_of(llama, peft_config=peft))
+
+
+@pytest.mark.parametrize(("tokenizer", "allowed"), [("bpe", False), ("gpt2", True)])
+def test_another_tokenizer_is_taken_only_where_one_is_named(llama: str, tokenizer: str, allowed: bool) -> None:
+    """bpe is the checkpoint's own: trained anew, its ids would mean nothing to the weights."""
+    data, _ = translate(run_of(llama) | {"tokenizer": {"name": tokenizer}})
+    assert data.get("load_allow") == (["tokenizer"] if allowed else None)
 
 
 def test_a_module_of_transformers_that_cannot_do_as_asked_is_said(llama: str, tmp_path: Path) -> None:
