@@ -139,7 +139,7 @@ class Renderer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"has a lone surrogate, {text[error.start]!r}, which is no character") from None
+            raise ValueError(f"has a lone surrogate, {text[error.start]!r}, which is not a valid character") from None
         return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
 
     @cached_property

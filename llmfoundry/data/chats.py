@@ -76,7 +76,7 @@ class ChatsConfig(Folders, names=("chats",)):
     def _targets(self) -> Targets:
         at_least = _AT_LEAST.fullmatch(self.target_prompts)
         if self.target_prompts not in ("none", "all") and at_least is None:
-            raise ValueError(f"target_prompts: {self.target_prompts!r} is none of none, all, length>=N")
+            raise ValueError(f"target_prompts: {self.target_prompts!r} is not one of none, all, length>=N")
         least = 0 if self.target_prompts == "all" else int(at_least[1]) if at_least else None
         return Targets(self.target_responses, least)
 

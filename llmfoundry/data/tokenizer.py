@@ -84,7 +84,7 @@ class TokenizerConfig(Config):
         tokenizer = self._trained(dataset, also) if self.name == "bpe" else self.loaded()
         if tokenizer.eos_token_id is None:
             raise ConfigError(
-                f"tokenizer.name: {self.name}: has no end-of-text token, which parts documents; "
+                f"tokenizer.name: {self.name}: has no end-of-text token, which separates documents; "
                 "name one of its tokens in tokenizer.kwargs.eos_token"
             )
         return tokenizer

@@ -255,9 +255,9 @@ def test_how_many_answers_change_inside_a_conversation_is_said(
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "x"}, "has the columns text, which are none of a known format"),
+        ({"text": "x"}, "has the columns text, which match no known format"),
         ({"messages": turns("only the user")}, "has no turn of the assistant"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "role 'robot' is none of system, developer, user"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "role 'robot' is not one of system, developer, user"),
         ({"messages": []}, "must be a list of turns"),
         ({"messages": [{"role": "user", "content": 5}]}, "message 0: content must be text, found 5"),
         ({"messages": [{"role": "user", "content": "a", "function_call": "x"}]}, "function_call: must have name and"),
@@ -441,7 +441,7 @@ def test_own_columns_by_mapping_or_function(tmp_path: Path, monkeypatch: pytest.
         ({}, "write one of path, hf_name, local or streams; found none"),
         ({"path": "a", "hf_name": "b"}, "found path and hf_name"),
         ({"path": "a", "decoder_only_format": False}, "decoder_only_format"),
-        ({"path": "a", "target_prompts": "some"}, "target_prompts: 'some' is none of none, all, length>=N"),
+        ({"path": "a", "target_prompts": "some"}, "target_prompts: 'some' is not one of none, all, length>=N"),
         ({"path": "a", "target_responses": "first"}, "target_responses"),
     ],
 )
@@ -470,7 +470,7 @@ def test_rows_that_the_template_refuses_are_named_and_skipped(tmp_path: Path, ca
 
 @pytest.mark.parametrize("row", [{"messages": turns("\ud800", "b")}, {"prompt": "a", "response": "\ud800"}])
 def test_a_text_that_is_no_unicode_is_refused(row: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"has a lone surrogate, '\\ud800', which is no character"):
+    with pytest.raises(ValueError, match=r"has a lone surrogate, '\\ud800', which is not a valid character"):
         learned(CHATML, row)
 
 
