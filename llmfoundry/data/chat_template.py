@@ -32,6 +32,8 @@ CHATML = (
 )
 # What a template's code raises for messages that it cannot render.
 REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
+# What a template writes like a special token, of which the tokenizer may know nothing.
+_SPECIAL = re.compile(r"<[|｜][^<>|｜{}'\"\s]+[|｜]>")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Responses = Literal["all", "last"]
@@ -79,7 +81,8 @@ class Renderer:
         self.own = template is None and own is not None  # whether the template is the tokenizer's
         self.template = template or (own if isinstance(own, str) else CHATML)
         self._eos = str(tokenizer.eos_token)
-        self._special = [str(entry.content) for entry in tokenizer.added_tokens_decoder.values()]
+        tokens = [str(entry.content) for entry in tokenizer.added_tokens_decoder.values()]
+        self._special = {*tokens, *_SPECIAL.findall(self.template)}
         self._check_syntax()
         self._marks = _GENERATION.search(self.template) is not None
 

@@ -44,7 +44,7 @@ _AT_LEAST = re.compile(r"length>=(\d+)")
 class ChatsConfig(Folders, names=("chats",)):
     """Examples from local files (`path`), the hub (`hf_name`) or MDS (`local`, `remote`, `streams`)."""
 
-    KIND: ClassVar[str] = "chats/3"  # of the tokenised rows: others are made anew
+    KIND: ClassVar[str] = "chats/4"  # of the tokenised rows: others are made anew
 
     path: str | None = None  # a folder, a glob or one file, also by URL: .jsonl, .json, .csv, .tsv, .parquet
     hf_name: str | None = None  # a dataset of the hub or a folder; or json, csv, parquet with hf_kwargs.data_files
