@@ -426,7 +426,7 @@ def import_code(paths: list[str]) -> None:
         if not file.is_file():
             raise ConfigError(f"code_paths: {path}: no such file")
         if file.suffix != ".py":
-            raise ConfigError(f"code_paths: {path}: is no Python file; its name must end in .py")
+            raise ConfigError(f"code_paths: {path}: is not a Python file; its name must end in .py")
         name = f"llmfoundry_plugin_{file.stem}"  # a plug-in named json.py leaves the real json alone
         known = sys.modules.get(name)
         if known is not None and known.__file__ == str(file.resolve()):

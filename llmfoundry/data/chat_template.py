@@ -38,6 +38,8 @@ REFUSALS = (
 )  # fmt: skip
 CHARACTERS = 2**26  # of the longest text that a template may write
 SECONDS_OF_MESSAGE = 0.1  # beside SECONDS: each turn is looked for in several renderings of all
+# What a template writes like a special token, of which the tokenizer may know nothing.
+_SPECIAL = re.compile(r"<[|｜][^<>|｜{}'\"\s]+[|｜]>")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Responses = Literal["all", "last"]
@@ -94,7 +96,8 @@ class Renderer:
         self.own = template is None and own is not None  # whether the template is the tokenizer's
         self.template = template or (own if isinstance(own, str) else CHATML)
         self._eos = str(tokenizer.eos_token)
-        self._special = [str(entry.content) for entry in tokenizer.added_tokens_decoder.values()]
+        tokens = [str(entry.content) for entry in tokenizer.added_tokens_decoder.values()]
+        self._special = {*tokens, *_SPECIAL.findall(self.template)}
         self._check_syntax()
         self._marks = _GENERATION.search(self.template) is not None
 
@@ -165,7 +168,7 @@ class Renderer:
 
     def _encoded(self, text: str) -> BatchEncoding:
         if found := lone_surrogate(text):
-            raise ValueError(f"has a lone surrogate, {found!r}, which is no character")
+            raise ValueError(f"has a lone surrogate, {found!r}, which is not a valid character")
         return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
 
     @cached_property

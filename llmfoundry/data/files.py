@@ -257,12 +257,12 @@ class _Zstd(io.RawIOBase):
             if not data and self._frame is None:
                 return 0
             if not data:
-                raise EOFError("is no whole zstd file; fetch or compress it again")
+                raise EOFError("is not a complete zstd file; fetch or compress it again")
             self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
             try:
                 self._ready = memoryview(self._frame.decompress(data))
             except zstandard.ZstdError as error:
-                raise OSError(f"is no whole zstd file ({error}); fetch or compress it again") from error
+                raise OSError(f"is not a complete zstd file ({error}); fetch or compress it again") from error
             self._rest = self._frame.unused_data if self._frame.eof else b""
             self._frame = None if self._frame.eof else self._frame
         into = memoryview(buffer).cast("B")

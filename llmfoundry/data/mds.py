@@ -235,7 +235,7 @@ def _read_index(file: Path, path: Path) -> tuple[bytes, dict]:
 def _columns(entry: Mapping) -> dict[str, str]:
     columns = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
     if not all(isinstance(word, str) for column in columns.items() for word in column):
-        raise ValueError(f"{columns!r:.80} are no names and encodings of columns")
+        raise ValueError(f"{columns!r:.80} are not names and encodings of columns")
     return columns
 
 

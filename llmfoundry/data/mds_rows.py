@@ -268,7 +268,7 @@ class _TokenRows(Rows):
         if isinstance(found, bytes):
             if len(found) % self._dtype.itemsize:
                 raise ConfigError(
-                    f"{self.title}: sample {number}: {len(found)} bytes are no whole number of {self._dtype.name}; "
+                    f"{self.title}: sample {number}: {len(found)} bytes are not a whole number of {self._dtype.name}; "
                     "set dataset.token_encoding_type"
                 )
             found = np.frombuffer(found, self._dtype)

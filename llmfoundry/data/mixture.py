@@ -116,7 +116,7 @@ class MixtureConfig(RowsConfig, names=("mixture",)):
             unknown = next((label for label in phase.weights if label not in self.labels), None)
             if unknown is not None:
                 raise ValueError(
-                    f"mixture.{number}.weights: {unknown!r} is no dataset; known: {', '.join(self.labels)}"
+                    f"mixture.{number}.weights: {unknown!r} is not a dataset; known: {', '.join(self.labels)}"
                 )
             if not any(phase.weights.values()) or min(phase.weights.values()) < 0:
                 raise ValueError(f"mixture.{number}.weights: must be positive numbers, or 0 for what is not read")

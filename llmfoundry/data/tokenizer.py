@@ -85,7 +85,7 @@ class TokenizerConfig(Config):
         tokenizer = self._trained(dataset, also) if self.name == "bpe" else self.loaded()
         if tokenizer.eos_token_id is None:
             raise ConfigError(
-                f"tokenizer.name: {self.name}: has no end-of-text token, which parts documents; "
+                f"tokenizer.name: {self.name}: has no end-of-text token, which separates documents; "
                 "name one of its tokens in tokenizer.kwargs.eos_token"
             )
         return tokenizer
@@ -238,7 +238,7 @@ class Encoder:
 def check_characters(text: str) -> None:
     """Refuse what no tokenizer reads; raises ConfigError."""
     if found := lone_surrogate(text):
-        raise ConfigError(f"the text {text[:40]!r} has a lone surrogate, {found!r}, which is no character")
+        raise ConfigError(f"the text {text[:40]!r} has a lone surrogate, {found!r}, which is not a valid character")
 
 
 def pieces(document: str) -> Iterator[str]:

@@ -267,7 +267,7 @@ def _built(settings: dict[str, object]) -> PreTrainedModel:
 def _theirs(settings: dict[str, object]) -> PreTrainedConfig:
     model_type = settings.get("model_type")
     if not is_known(model_type):
-        raise ValueError(f"hf_config.model_type: {model_type!r} is no causal model of transformers")
+        raise ValueError(f"hf_config.model_type: {model_type!r} is not a causal language model of transformers")
     try:
         found = CONFIG_MAPPING[cast(str, model_type)].from_dict(copy.deepcopy(settings))
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -94,8 +94,8 @@ class MuonConfig(AdamWConfig, names=("muon",)):
             is_matrix = decays(name, parameter) and parameter.ndim < 4 and min(parameter.shape[-2:]) > 1
             if asked == "muon" and not is_matrix:
                 raise ConfigError(
-                    f"optimizer.param_groups.{member.number - 1}.algorithm: muon is for matrices, and {name} is none; "
-                    "write adamw, or a pattern that matches matrices alone"
+                    f"optimizer.param_groups.{member.number - 1}.algorithm: muon is for matrices, and {name} is not "
+                    "one; write adamw, or a pattern that matches matrices alone"
                 )
             is_inside = parameter not in embeddings and not _HEAD_OR_ROUTER.search(name)
             return {"muon": is_matrix and is_inside if asked is None else asked == "muon"}

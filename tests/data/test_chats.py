@@ -94,6 +94,30 @@ def test_turns_without_marks_are_learned_as_trl_learns_marked_ones(name: str, tm
         assert found[0] == ids and found[1][1:] == labels[1:]  # the first token is never a label
 
 
+# Some open a thought together with the turn, or write special tokens that the tokenizer does not know.
+@pytest.mark.parametrize("name", ["nemotron_3_nano", "qwen3_8", "qwen3_5_think", "lfm2_v2", "cohere2"])
+def test_templates_of_trl_without_its_marks_have_the_same_labels(name: str) -> None:
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    marked, without = ((folder / f"{name}{end}.jinja").read_text() for end in ("_training", ""))
+    own = tokenizer(marked)
+    renderers = [Renderer(tokenizer(template), Targets()) for template in (marked, without)]
+    rows = [row for row in ROWS.values() if not refused(marked, row) and not refused(without, row)]
+    rows = [row for row in rows if row["messages"][0]["role"] != "assistant"]  # Qwen's need a question before
+    compared = 0
+    for row in rows:
+        found = own.apply_chat_template(
+            row["messages"], tools=row["tools"], return_dict=True, return_assistant_tokens_mask=True
+        )
+        pairs = zip(found["input_ids"], found["assistant_masks"], strict=True)
+        labels = [token if mark else IGNORE for token, mark in pairs]
+        for renderer in renderers:
+            ids, learned = ours(renderer, row)
+            if ids == found["input_ids"]:  # TRL keeps thoughts inside of conversations that some templates leave out
+                assert learned[1:] == labels[1:]
+                compared += 1
+    assert compared >= 1.3 * len(rows)
+
+
 @pytest.mark.parametrize("form", ["chatml", "qwen"])
 def test_marked_turns_are_chosen_too(form: str) -> None:
     last = [turn | {"weight": 0} if turn["content"] == "d" else turn for turn in turns("a", "b", "c", "d")]
@@ -255,9 +279,9 @@ def test_how_many_answers_change_inside_a_conversation_is_said(
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "x"}, "has the columns text, which are none of a known format"),
+        ({"text": "x"}, "has the columns text, which match no known format"),
         ({"messages": turns("only the user")}, "has no turn of the assistant"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "role 'robot' is none of system, developer, user"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "role 'robot' is not one of system, developer, user"),
         ({"messages": []}, "must be a list of turns"),
         ({"messages": [{"role": "user", "content": 5}]}, "message 0: content must be text, found 5"),
         ({"messages": [{"role": "user", "content": "a", "function_call": "x"}]}, "function_call: must have name and"),
@@ -457,7 +481,7 @@ def test_own_columns_by_mapping_or_function(tmp_path: Path, monkeypatch: pytest.
         ({}, "write one of path, hf_name, local or streams; found none"),
         ({"path": "a", "hf_name": "b"}, "found path and hf_name"),
         ({"path": "a", "decoder_only_format": False}, "decoder_only_format"),
-        ({"path": "a", "target_prompts": "some"}, "target_prompts: 'some' is none of none, all, length>=N"),
+        ({"path": "a", "target_prompts": "some"}, "target_prompts: 'some' is not one of none, all, length>=N"),
         ({"path": "a", "target_responses": "first"}, "target_responses"),
         ({"path": "a", "name": "text_files"}, "name=finetuning reads chats, and dataset.name is text_files; leave one"),
     ],
@@ -493,7 +517,7 @@ def test_rows_that_the_template_refuses_are_named_and_skipped(tmp_path: Path, ca
 
 @pytest.mark.parametrize("row", [{"messages": turns("\ud800", "b")}, {"prompt": "a", "response": "\ud800"}])
 def test_a_text_that_is_no_unicode_is_refused(row: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"has a lone surrogate, '\\ud800', which is no character"):
+    with pytest.raises(ValueError, match=r"has a lone surrogate, '\\ud800', which is not a valid character"):
         learned(CHATML, row)
 
 

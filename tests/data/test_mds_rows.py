@@ -138,7 +138,7 @@ def test_rows_that_do_not_fit_are_named(tmp_path: Path) -> None:
         loader(tmp_path, local=str(tmp_path / "far")).batch(0, 1)
     with MDSWriter(tmp_path / "bytes", {"tokens": "bytes"}) as writer:
         writer.write({"tokens": bytes(4 * LENGTH + 2)})
-    with pytest.raises(ConfigError, match="34 bytes are no whole number of int64; set dataset.token_encoding_type"):
+    with pytest.raises(ConfigError, match="34 bytes are not a whole number of int64; set dataset.token_encoding_type"):
         loader(tmp_path, local=str(tmp_path / "bytes")).batch(0, 1)
 
 

@@ -148,7 +148,7 @@ def test_mistakes_are_named(cache: Path, change: dict[int, dict[str, object]], m
 @pytest.mark.parametrize(
     ("phases", "message"),
     [
-        ([{"weights": {"web": 1.0}}], "'web' is no dataset; known: s1, s2"),
+        ([{"weights": {"web": 1.0}}], "'web' is not a dataset; known: s1, s2"),
         ([{"weights": {"s1": 1.0}}, {"weights": {"s2": 1.0}}], "mixture.0.until: every phase but the last has one"),
         ([{"weights": {"s1": 0.0}}], "must be positive numbers"),
     ],
