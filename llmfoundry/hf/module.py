@@ -246,10 +246,10 @@ def _stored_names(module: PreTrainedModel) -> Callable[[str], str]:
     return lambda name: rename_source_key(name, back, [], reverse=True)[0]
 
 
-def is_stored_otherwise(settings: dict[str, object]) -> bool:
+def is_stored_otherwise(settings: Mapping[str, object]) -> bool:
     """Whether the files of a model hold its tensors in another form than the module, e.g. experts apart."""
     with torch.device("meta"):
-        mapping = get_model_conversion_mapping(_built(settings))
+        mapping = get_model_conversion_mapping(_built(dict(settings)))
     return any(not isinstance(each, WeightRenaming) for each in mapping)
 
 
