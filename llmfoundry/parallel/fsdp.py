@@ -36,22 +36,31 @@ from llmfoundry.moe.layer import MoE
 from llmfoundry.parallel.expert import mixtures
 from llmfoundry.parallel.mesh import EXPERT_SHARD, SHARD, Mesh, ParallelConfig
 
-_PRECISION = {
-    "fp32": MixedPrecisionPolicy(cast_forward_inputs=False),
-    "amp_bf16": MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False),
-}
 _EVERY_MICROBATCH = "reduces_every_microbatch"
+_SUMS = "sums_gradients_in"  # attribute of a model whose weights have fewer bits than sums of gradients: their dtype
 
 
-def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: str) -> None:
+def has_half_weights(model: nn.Module) -> bool:
+    """Whether weights that are trained are kept in bfloat16."""
+    return any(parameter.dtype == torch.bfloat16 for parameter in model.parameters() if parameter.requires_grad)
+
+
+def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, compute: torch.dtype) -> None:
     """Split the model's parameters over ranks, in place.
 
     Args:
         model: on the meta device, its experts already divided.
-        precision: "fp32" or "amp_bf16": float32 weights and sums, bfloat16 compute.
+        compute: bfloat16, in which weights are gathered and computed with, and gradients are summed in float32; any
+            other only says how weights that are kept in bfloat16 are computed with.
     """
     assert mesh.dense is not None
-    policy = _PRECISION[precision]
+    half = has_half_weights(model)
+    if compute == torch.bfloat16:
+        policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
+    else:
+        policy = MixedPrecisionPolicy(compute if half else None, cast_forward_inputs=False)
+    if half:
+        setattr(model, _SUMS, torch.promote_types(compute, torch.float32))
     on_gpu = mesh.dense.device_type == "cuda"
     offload = CPUOffloadPolicy(pin_memory=on_gpu) if config.cpu_offload else OffloadPolicy()
     stacked = _stacked_parameters(model)
@@ -153,7 +162,23 @@ def accumulating(model: nn.Module, last: bool) -> Iterator[None]:
         model.set_is_last_backward(last)
         model.set_requires_gradient_sync(last or getattr(model, _EVERY_MICROBATCH))
         model.set_requires_all_reduce(last)
+        _sum_gradients_of_half_weights(model)
     yield
+
+
+def _sum_gradients_of_half_weights(model: nn.Module) -> None:
+    """Keep the sums of gradients in float32 where weights are kept in bfloat16; call it after the first forward.
+
+    torch would round a sum over ranks to the dtype of the weight, and add those of microbatches in it. It has no public
+    way to keep the sum as it is.
+    """
+    dtype: torch.dtype | None = getattr(model, _SUMS, None)
+    for module in model.modules() if dtype is not None else ():
+        for group in module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else ():
+            if group._orig_dtype == torch.bfloat16:
+                group._orig_dtype = dtype
+                for parameter in group.fsdp_params:
+                    parameter.sharded_param.grad_dtype = dtype
 
 
 class _Allocates:

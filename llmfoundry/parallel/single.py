@@ -7,6 +7,9 @@ A step is *lean* if each weight gets its gradient once, or if gradients are summ
 the dtype that backward computes them in, and the weights' copies outlive the step: the update reads the former and
 writes the latter. That moves 14 bytes per parameter less than casts do, and holds no more memory than a step that is
 not lean, which keeps float32 gradients.
+
+Weights that are kept in bfloat16 have no copies: in bfloat16 they are computed with as they are, in another dtype they
+are cast where they are used. Their gradients are summed as those of float32 weights are.
 """
 
 from __future__ import annotations
@@ -59,7 +62,7 @@ def begin_step(model: nn.Module, optimizer: torch.optim.Optimizer, microbatches:
     for number, parameter in enumerate(model.parameters()):
         if parameter.requires_grad:
             setattr(parameter, _SUMMED, (number, step, 0))
-            parameter.grad_dtype = dtype if lean else parameter.dtype
+            parameter.grad_dtype = dtype if lean else torch.promote_types(dtype, torch.float32)
             if not lean and hasattr(parameter, _COPY):
                 delattr(parameter, _COPY)
 
@@ -98,7 +101,11 @@ def _casting(
 
 def _cast(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
     """A parameter in `dtype`: its own copy in a lean step, else one that lives as long as the graph needs it."""
-    if not parameter.requires_grad or parameter.dtype == dtype or parameter.grad_dtype != dtype:
+    if not parameter.requires_grad:
+        return parameter.to(dtype)
+    if parameter.dtype == torch.bfloat16:
+        return _Copy.apply(parameter, parameter.detach().to(dtype))
+    if parameter.dtype == dtype or parameter.grad_dtype != dtype:
         return parameter.to(dtype)
     return _Copy.apply(parameter, _up_to_date(parameter, dtype))
 
@@ -127,7 +134,7 @@ class _Copy(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, None]:
         parameter: nn.Parameter = ctx.parameter  # type: ignore[attr-defined]
         (gradient,) = gradients
-        if parameter.grad is None:
+        if parameter.grad is None or parameter.grad.dtype != torch.bfloat16:  # autograd casts and adds
             return gradient, None
         number, step, times = getattr(parameter, _SUMMED)
         add_rounded_(parameter.grad, gradient, key_of(number, step, times))

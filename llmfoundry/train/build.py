@@ -23,16 +23,18 @@ from llmfoundry.kernels.experts import resolve_backend
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 from llmfoundry.moe.balance import Balance
 from llmfoundry.moe.layer import MoEConfig
-from llmfoundry.parallel.apply import materialize, parallelize
+from llmfoundry.parallel.apply import keep_weights_in, materialize, parallelize
 from llmfoundry.parallel.expert import n_experts
 from llmfoundry.parallel.fsdp import can_leave, meet_before_collectives
 from llmfoundry.parallel.mesh import Mesh, build_mesh
+from llmfoundry.train.adamw import AdamW
 from llmfoundry.train.agreement import check_same, check_same_config
 from llmfoundry.train.callback import Callback
 from llmfoundry.train.clock import Countdown, find_limit
 from llmfoundry.train.config import CallbackConfig, Precision, RunConfig
 from llmfoundry.train.duration import Timeline, seconds_of
 from llmfoundry.train.evaluating import tasks_of
+from llmfoundry.train.lion import DecoupledLionW
 from llmfoundry.train.microbatch import Microbatches
 from llmfoundry.train.mixing import Joined, row_ends, take_up
 from llmfoundry.train.outputs import check_free
@@ -131,7 +133,7 @@ def _build(config: RunConfig, device: torch.device, watchdog: Watchdog) -> Train
         eval_loaders=eval_loaders,
         tasks=tasks,
         model=model,
-        optimizer=config.optimizer.build(model),
+        optimizer=_build_optimizer(config, model),
         schedule=schedule,
         timeline=timeline,
         balance=Balance.of(config.model),
@@ -171,10 +173,18 @@ def _build_model(config: RunConfig, mesh: Mesh, precision: Precision, loaded: bo
     with torch.device("meta"):  # shapes only: no rank ever holds the whole model
         model = config.model.build()
     assert isinstance(model, CausalLM)
+    keep_weights_in(config.optimizer.weight_dtype, model)
     model = parallelize(model, mesh, config.parallel, precision)
     if config.device_train_microbatch_size == "auto" and can_leave(model):
         meet_before_collectives(model)
     return materialize(model, config.parallel, config.seed, loaded=loaded)  # the same values on every mesh
+
+
+def _build_optimizer(config: RunConfig, model: CausalLM) -> torch.optim.Optimizer:
+    optimizer = config.optimizer.build(model)
+    if isinstance(optimizer, AdamW | DecoupledLionW):  # what they round at random differs from run to run
+        optimizer.noise_seed = config.seed
+    return optimizer
 
 
 def numbered_rows(

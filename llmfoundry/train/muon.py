@@ -33,7 +33,7 @@ from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.layer import Experts
 from llmfoundry.parallel.owners import on_owners, rows_of_ranks
 from llmfoundry.parallel.single import copy_to_write, is_written
-from llmfoundry.train.adamw import AdamW
+from llmfoundry.train.adamw import AdamW, computed_in
 from llmfoundry.train.groups import Member
 from llmfoundry.train.optim import AdamWConfig, decays
 
@@ -54,7 +54,7 @@ class MuonConfig(AdamWConfig, names=("muon",)):
     momentum: float = Field(0.95, ge=0, lt=1)  # decay of the momentum
     nesterov: bool = True  # the direction is that of the momentum one step ahead
     ns_steps: int = Field(5, ge=1, le=20)  # Newton-Schulz iterations
-    ns_dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of their products; auto: bf16 on GPUs, the weights' on CPUs
+    ns_dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of their products; auto: bf16 on GPUs, fp32 on CPUs
     # What lr is multiplied by for a matrix. match_rms_adamw: 0.2 sqrt(max(rows, columns)), with which AdamW's lr and
     # weight_decay fit. original: sqrt(max(1, rows / columns)). The words are those of torch.optim.Muon.
     adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
@@ -209,7 +209,7 @@ class Muon(AdamW):
         weight = local_part(parameter)
         on_mesh = parameter.device_mesh.device_type if isinstance(parameter, DTensor) else weight.device.type
         device = runtime.device() if on_mesh == "cuda" else weight.device  # also for weights in host memory
-        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": weight.dtype}[self._config.ns_dtype]
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": computed_in(weight.dtype)}[self._config.ns_dtype]
         if self._config.ns_dtype == "auto" and (weight.is_cuda or device.type == "cuda"):
             dtype = torch.bfloat16
         shape = parameter.shape[-2], parameter.shape[-1]
@@ -278,8 +278,8 @@ class Muon(AdamW):
         if self._config.adjust_lr_fn == "original":
             factor = math.sqrt(max(1.0, height / columns))
         if direction.numel():
-            apply_direction_(rows.weight, rows.copies, direction.to(rows.weight.device), step.skip,
-                             lr=step.lr * factor, keep=1 - step.lr * step.decay)  # fmt: skip
+            apply_direction_(rows.weight, rows.copies, direction.to(rows.weight.device), rows.step, step.skip,
+                             rows.place, lr=step.lr * factor, keep=1 - step.lr * step.decay)  # fmt: skip
 
 
 def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
