@@ -24,7 +24,6 @@ from llmfoundry.parallel.mesh import Mesh, ParallelConfig, single_process
 from llmfoundry.parallel.recompute import recompute_blocks
 from llmfoundry.parallel.single import compute_in, sum_gradients_in
 
-
 _COMPUTE = {"fp32": torch.float32, "amp_bf16": torch.bfloat16}
 
 

@@ -4,8 +4,8 @@
 the optimizer while it steps, as torch's fused optimizers and its GradScaler have them; both are read on the device.
 
 On GPUs our kernel updates the weights (kernels/update.py), on CPUs torch's fused one; weights and moments in bfloat16,
-and moments in 8 bits (kernels/eight_bit.py), are ours in both places. State has torch's names, so checkpoints of either are read by the
-other; those of 8 bits have `exp_avg_scale` and `exp_avg_sq_scale` beside their codes.
+and moments in 8 bits (kernels/eight_bit.py), are ours in both places. State has torch's names, so checkpoints of either
+are read by the other; those of 8 bits have `exp_avg_scale` and `exp_avg_sq_scale` beside their codes.
 """
 
 from __future__ import annotations

@@ -209,7 +209,9 @@ class Muon(AdamW):
         weight = local_part(parameter)
         on_mesh = parameter.device_mesh.device_type if isinstance(parameter, DTensor) else weight.device.type
         device = runtime.device() if on_mesh == "cuda" else weight.device  # also for weights in host memory
-        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": computed_in(weight.dtype)}[self._config.ns_dtype]
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": computed_in(weight.dtype)}[
+            self._config.ns_dtype
+        ]
         if self._config.ns_dtype == "auto" and (weight.is_cuda or device.type == "cuda"):
             dtype = torch.bfloat16
         shape = parameter.shape[-2], parameter.shape[-1]

@@ -1,4 +1,4 @@
-"""bfloat16 compute over float32 weights, on every kind of mesh: what GPUs train in."""
+"""bfloat16 compute over weights in float32 or bfloat16, on every kind of mesh: what GPUs train in."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ CASES = [
     Case("replicate 2", {"replicate": 2}),
     Case("shard 2, adapters"),
     Case("shard 2, expert 2, adapters", {"expert": 2}),
-]
+    Case("shard 2, expert 2, microbatch 2, bf16_sr", {"expert": 2, "reduce_once_a_step": False}, microbatch=2,
+         half=True),
+]  # fmt: skip
 
 ALONE = [
     Case("alone"),
@@ -34,6 +36,9 @@ ALONE = [
     Case("alone, selective, microbatch 2", {"recompute": "selective"}, microbatch=2),
     Case("alone, adapters"),
     Case("alone, adapters, full", {"recompute": "full"}),
+    Case("alone, tied, bf16_sr", tied=True, half=True),
+    Case("alone, selective, microbatch 2, bf16_sr", {"recompute": "selective"}, microbatch=2, half=True),
+    Case("alone, bf16_sr, adapters", half=True),
 ]
 # What keeps FSDP in a group of one. On a CPU weights are in host memory anyway.
 BY_FSDP = {"cpu_offload": True}
@@ -59,7 +64,8 @@ def learn(case: Case, precision: str) -> dict[str, Tensor]:
     def watch(model: CausalLM) -> None:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                assert parameter.dtype == torch.float32 and parameter.grad is not None, name
+                assert parameter.dtype == (torch.bfloat16 if case.half else torch.float32), name
+                assert parameter.grad is not None, name
                 assert parameter.grad.dtype == expected, name
             else:
                 assert parameter.dtype == (torch.bfloat16 if precision == "amp_bf16" else torch.float32), name

@@ -11,14 +11,21 @@ from llmfoundry.config import check
 from llmfoundry.data.loader import Batch
 from llmfoundry.model.init import init_weights
 from llmfoundry.model.transformer import CausalLM
+from llmfoundry.parallel.apply import keep_weights_in, parallelize
+from llmfoundry.parallel.mesh import ParallelConfig, build_mesh
 from llmfoundry.train.optim import OptimizerConfig
 from llmfoundry.train.step import StepResult, train_step
 from tests.reads import CountsReads
 from tests.train.test_step import ROWS, batch, config
 
-OPTIMIZERS = [{"name": "adamw"}, {"name": "adamw", "state_dtype": "bf16"}, {"name": "decoupled_lionw"},
-              {"name": "adamw", "state_dtype": "int8"},
-              {"name": "muon"}]  # fmt: skip
+OPTIMIZERS = [
+    {"name": "adamw"},
+    {"name": "adamw", "state_dtype": "bf16"},
+    {"name": "decoupled_lionw"},
+    {"name": "adamw", "state_dtype": "int8"},
+    {"name": "muon"},
+    *({"name": each, "master_weights": "bf16_sr"} for each in ("adamw", "decoupled_lionw", "muon")),
+]
 
 
 def trained(model: CausalLM, optimizer: torch.optim.Optimizer, rows: Batch) -> StepResult:
@@ -32,7 +39,12 @@ def built(settings: dict[str, object], dense: bool, device: str) -> tuple[Causal
         model_config = check(type(model_config), model_config.model_dump() | {"ffn_config": plain})
     model = model_config.build().to(device)
     init_weights(model, seed=1)
-    return model, check(OptimizerConfig, {"lr": 0.01} | settings).build(model)
+    optimizer = check(OptimizerConfig, {"lr": 0.01} | settings)
+    if optimizer.weight_dtype == torch.bfloat16:
+        keep_weights_in(torch.bfloat16, model)
+        parallel = ParallelConfig(compile=False)
+        parallelize(model, build_mesh(parallel, device, 0), parallel, "fp32")
+    return model, optimizer.build(model)
 
 
 @pytest.mark.parametrize("settings", OPTIMIZERS, ids=str)
