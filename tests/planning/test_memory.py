@@ -140,6 +140,14 @@ def test_what_is_offloaded_is_not_on_the_gpu() -> None:
     assert offloaded.total < held.total - held.weights - held.optimizer
 
 
+def test_weights_in_bf16_take_half_and_need_no_copies() -> None:
+    job = of_yaml("olmoe-1b-7b", "model.n_layers=1", "global_train_batch_size=1", "parallel.compile=false")
+    half = job._replace(optimizer=job.optimizer.model_copy(update={"master_weights": "bf16_sr"}))
+    held, found = (simulate(each, Degrees(1, 1, 1)).highest for each in (job, half))
+    assert found.weights == held.weights / 2 == held.gathered and found.gathered == 0
+    assert found.optimizer == held.optimizer
+
+
 def test_without_triton_experts_are_simulated_as_grouped_mm(monkeypatch: pytest.MonkeyPatch) -> None:
     job = job_of("experts", {"compile": False}, 1)
     with_triton = memory(job, Degrees(1, 1, 1)).total
