@@ -91,7 +91,7 @@ def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, compute: torch.dt
         unit(model.lm_head, mesh.dense, SHARD, False)  # its backward follows at once
     unit(model, mesh.dense, SHARD, False)
     _set_prefetch(model, config.prefetch)
-    setattr(model, _EVERY_MICROBATCH, not config.reduce_once_a_step)
+    setattr(model, _EVERY_MICROBATCH, config.reduce_once_a_step is False)
 
 
 def _stacked_parameters(model: CausalLM) -> dict[int, int]:
@@ -154,7 +154,7 @@ def _flat(units: list[list[FSDPModule]]) -> list[FSDPModule]:
 def accumulating(model: nn.Module, last: bool) -> Iterator[None]:
     """Around the forward and backward of one microbatch: gradients are summed over ranks after the last.
 
-    With `parallel.reduce_once_a_step: false` each microbatch's are summed over `fsdp` at once, so that nobody
+    Without `parallel.reduce_once_a_step` each microbatch's are summed over `fsdp` at once, so that nobody
     keeps whole gradients; over `dp_replicate` they are summed after the last one in any case. Nothing to do
     for a model that is not split.
     """

@@ -92,7 +92,7 @@ def traffic(job: Job, degrees: Degrees) -> Traffic:
     counted = work.counted if parallel.reshard_after_forward else 0  # otherwise the weights stay gathered
     blocks = passes * work.microbatches + counted
     trained = model.n_trainable_params() / model.n_params()
-    sums = (1 if parallel.reduce_once_a_step else work.microbatches) * MASTER * trained
+    sums = (work.microbatches if parallel.reduce_once_a_step is False else 1) * MASTER * trained
 
     def over_shards(of_dense: float, of_experts: float) -> Link:
         apart = _ring(of_experts, degrees.expert_shard, degrees.expert)
@@ -201,7 +201,7 @@ def _update(job: Job, degrees: Degrees) -> float:
         copies = lean_copies if lean else (6 * microbatches + cast) * whole
         return (update + copies) / hardware.COPY_BYTES + products
     gathers = 2 * microbatches + job.work(degrees).counted if parallel.reshard_after_forward else microbatches
-    reductions = 1 if parallel.reduce_once_a_step else microbatches
+    reductions = microbatches if parallel.reduce_once_a_step is False else 1
     copies = gathers * (cast * share + 4 * whole) + reductions * 6 * whole
     return (update + 8 * share + copies) / hardware.SHARDED_COPY_BYTES + products
 

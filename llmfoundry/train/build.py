@@ -26,7 +26,7 @@ from llmfoundry.moe.layer import MoEConfig
 from llmfoundry.parallel.apply import keep_weights_in, materialize, parallelize
 from llmfoundry.parallel.expert import n_experts
 from llmfoundry.parallel.fsdp import can_leave, meet_before_collectives
-from llmfoundry.parallel.mesh import Mesh, build_mesh
+from llmfoundry.parallel.mesh import Mesh, ParallelConfig, build_mesh
 from llmfoundry.train.adamw import AdamW
 from llmfoundry.train.agreement import check_same, check_same_config
 from llmfoundry.train.callback import Callback
@@ -38,6 +38,7 @@ from llmfoundry.train.lion import DecoupledLionW
 from llmfoundry.train.microbatch import Microbatches
 from llmfoundry.train.mixing import Joined, row_ends, take_up
 from llmfoundry.train.outputs import check_free
+from llmfoundry.train.planned import settle
 from llmfoundry.train.resume import Start, check_data, find_start, generation_for, settle_tokenizer, train_state
 from llmfoundry.train.saving import Saver
 from llmfoundry.train.stored import begin_from_store
@@ -117,11 +118,12 @@ def _build(config: RunConfig, device: torch.device, watchdog: Watchdog) -> Train
     schedule = config.scheduler.build(timeline)
     watchdog.phase("building the model")
     loaded = bool(start.hugging_face or start.composer or start.contents) and not config.load_allow
-    model = _build_model(config, mesh, precision, loaded)
+    parallel = settle(config, mesh, device)
+    model = _build_model(config, mesh, precision, loaded, parallel)
     microbatches.can_retry = can_leave(model)
     reference = None
     if config.loss.pairs and config.model.lora is None:
-        reference = _build_model(config, mesh, precision, loaded=True).requires_grad_(False).eval()
+        reference = _build_model(config, mesh, precision, True, parallel).requires_grad_(False).eval()
     return Trainer(
         config=config,
         mesh=mesh,
@@ -169,15 +171,17 @@ def _loaders(config: RunConfig, tokenizer: PreTrainedTokenizerBase, special: Spe
     return [loader, *evaluated]
 
 
-def _build_model(config: RunConfig, mesh: Mesh, precision: Precision, loaded: bool) -> CausalLM:
+def _build_model(
+    config: RunConfig, mesh: Mesh, precision: Precision, loaded: bool, parallel: ParallelConfig
+) -> CausalLM:
     with torch.device("meta"):  # shapes only: no rank ever holds the whole model
         model = config.model.build()
     assert isinstance(model, CausalLM)
     keep_weights_in(config.optimizer.weight_dtype, model)
-    model = parallelize(model, mesh, config.parallel, precision)
+    model = parallelize(model, mesh, parallel, precision)
     if config.device_train_microbatch_size == "auto" and can_leave(model):
         meet_before_collectives(model)
-    return materialize(model, config.parallel, config.seed, loaded=loaded)  # the same values on every mesh
+    return materialize(model, parallel, config.seed, loaded=loaded)  # the same values on every mesh
 
 
 def _build_optimizer(config: RunConfig, model: CausalLM) -> torch.optim.Optimizer:
