@@ -28,6 +28,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter  # what set_custom_... take
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import Shard
 
 from llmfoundry import runtime
@@ -173,12 +174,11 @@ def _sum_gradients_of_half_weights(model: nn.Module) -> None:
     way to keep the sum as it is.
     """
     dtype: torch.dtype | None = getattr(model, _SUMS, None)
-    for module in model.modules() if dtype is not None else ():
-        for group in module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else ():
-            if group._orig_dtype == torch.bfloat16:
-                group._orig_dtype = dtype
-                for parameter in group.fsdp_params:
-                    parameter.sharded_param.grad_dtype = dtype
+    for group in _groups(model) if dtype is not None else ():
+        if group._orig_dtype == torch.bfloat16:
+            group._orig_dtype = dtype
+            for parameter in group.fsdp_params:
+                parameter.sharded_param.grad_dtype = dtype
 
 
 class _Allocates:
@@ -226,17 +226,38 @@ def meet_before_collectives(model: nn.Module) -> None:
             module.set_custom_reduce_scatter(_Reduce())
 
 
+def gradients_of(model: nn.Module) -> Iterator[Tensor]:
+    """All gradients that a rank holds, also in the middle of a step: finished ones, and whole ones not summed yet."""
+    yield from (each.grad for each in model.parameters() if each.grad is not None)
+    for group in _groups(model):
+        for parameter in group.fsdp_params:
+            if parameter.unsharded_accumulated_grad is not None:
+                yield parameter.unsharded_accumulated_grad
+            if hasattr(parameter, "_unsharded_param") and parameter._unsharded_param.grad is not None:
+                yield parameter._unsharded_param.grad
+
+
+def reduces_once(model: nn.Module) -> bool:
+    """Whether the gradients of a step's microbatches are summed over ranks once."""
+    return not getattr(model, _EVERY_MICROBATCH, False)
+
+
+def _groups(model: nn.Module) -> Iterator[FSDPParamGroup]:
+    """What torch keeps of the parameters of each unit; it has no public way to it."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            yield from module._get_fsdp_state()._fsdp_param_groups
+
+
 def forget_step(model: nn.Module) -> None:
     """Make a model ready for another forward after one that was left, or its backward."""
     model.zero_grad(set_to_none=True)
     if not isinstance(model, FSDPModule) or model._get_fsdp_state()._is_root is None:  # None: before the first forward
         return
     model.reset_iter_state()
-    for module in model.modules():
-        # Gradients of earlier microbatches, not summed over ranks yet. torch keeps them, and has no public way to them.
-        for group in module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else ():
-            for parameter in group.fsdp_params:
-                parameter.unsharded_accumulated_grad = None
-                if hasattr(parameter, "_unsharded_param"):  # not before the first forward
-                    parameter._unsharded_param.grad = None
+    for group in _groups(model):
+        for parameter in group.fsdp_params:  # gradients of earlier microbatches, not summed over ranks yet
+            parameter.unsharded_accumulated_grad = None
+            if hasattr(parameter, "_unsharded_param"):  # not before the first forward
+                parameter._unsharded_param.grad = None
     model.zero_grad(set_to_none=True)

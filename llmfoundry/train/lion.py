@@ -84,6 +84,7 @@ class DecoupledLionW(torch.optim.Optimizer):
             state.setdefault("step", torch.zeros_like(one)).add_(1 - skip)
         if not weight.numel():  # a small parameter may leave a rank with nothing
             return
+        assert parameter.grad is not None
         copy, (beta1, beta2) = copy_to_write(parameter), group["betas"]
         lion_(
             weight, local_part(state["exp_avg"]), local_part(parameter.grad), [] if copy is None else [copy],

@@ -27,6 +27,7 @@ from llmfoundry.eval.icl import PREFIX
 from llmfoundry.layers.ffn import RouterStats
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.moe.balance import named, summary
+from llmfoundry.parallel.fsdp import reduces_once
 from llmfoundry.stopping import on_signal
 from llmfoundry.train.agreeing import AgreeingRun
 from llmfoundry.train.bad_numbers import NOT_FINITE, SPIKE, bad_rows, check_weights, hopeless, record
@@ -35,6 +36,7 @@ from llmfoundry.train.evaluating import evaluate_by_tasks, evaluate_texts
 from llmfoundry.train.loss import Loss
 from llmfoundry.train.mixing import Joined, to_save
 from llmfoundry.train.optim import set_learning_rate
+from llmfoundry.train.out_of_memory import Held, held, message
 from llmfoundry.train.outputs import SKIPPED, RunFolder, Summary, check_shared, hosts_without, read_summary
 from llmfoundry.train.resume import (
     Start,
@@ -285,7 +287,8 @@ class Trainer(AgreeingRun):
                 objective=self.objective,
                 together=together,
                 max_loss=self.loss_limit,
-            )
+            ),
+            self._out_of_memory,
         )
         state.step += 1
         state.rows += rows
@@ -317,6 +320,11 @@ class Trainer(AgreeingRun):
         seconds = time.perf_counter() - start
         self.train_seconds += seconds
         return metrics | {"time/step_seconds": seconds}
+
+    def _out_of_memory(self, rows: int, there: Held | None, why: str) -> str:
+        there = there or held(self.model, self.optimizer, self.device)
+        once = reduces_once(self.model)
+        return message(self.config, self.mesh, self.device, rows, once=once, there=there, why=why)
 
     def _batch(self, start_row: int) -> Batch:
         """This rank's rows of a step, on the device; those that were read ahead, if it is them."""
