@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmfoundry.kernels.symmetric import symmetric_product
 from llmfoundry.kernels.update import Place, noise_of, noise_of_weight, rounded
 
 try:
@@ -31,7 +32,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _LEAST_NORM = 1e-7  # of a matrix that is divided by its norm: a gradient of zeros stays zero
 
 
-def orthogonalize(x: Tensor, steps: int) -> Tensor:
+def orthogonalize(x: Tensor, steps: int, *, symmetric: bool = False) -> Tensor:
     """The orthogonal matrices nearest to these, about: singular values between 0.7 and 1.2, by Newton-Schulz.
 
     The product of a matrix with itself is taken on its shorter side, and nothing is transposed in memory.
@@ -39,6 +40,7 @@ def orthogonalize(x: Tensor, steps: int) -> Tensor:
     Args:
         x: (N, R, C) of any float dtype, the one of the products; it is overwritten.
         steps: of the iteration, each of three products.
+        symmetric: whether to compute half of the first two, whose results are symmetric (kernels/symmetric.py).
 
     Returns:
         (N, R, C).
@@ -48,16 +50,21 @@ def orthogonalize(x: Tensor, steps: int) -> Tensor:
     x = x.div_(norm.clamp(min=_LEAST_NORM))
     wide = x.shape[1] <= x.shape[2]
     for _ in range(steps):
-        square = x @ x.mT if wide else x.mT @ x  # (N, S, S) of the shorter side
-        factor = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        if symmetric:
+            square = symmetric_product(x if wide else x.mT)
+            factor = symmetric_product(square, square, alpha=c, beta=b)
+        else:
+            square = x @ x.mT if wide else x.mT @ x  # (N, S, S) of the shorter side
+            factor = torch.baddbmm(square, square, square, beta=b, alpha=c)
         x = torch.baddbmm(x, factor, x, beta=a) if wide else torch.baddbmm(x, x, factor, beta=a)
     return x
 
 
-def orthogonalize_flops(rows: int, columns: int, steps: int) -> float:
-    """FLOPs of `orthogonalize` for one matrix."""
+def orthogonalize_flops(rows: int, columns: int, steps: int, *, symmetric: bool = False) -> float:
+    """FLOPs of `orthogonalize` for one matrix; tiles on the diagonal are not counted twice."""
     short, long = min(rows, columns), max(rows, columns)
-    return steps * (4 * short * short * long + 2 * short**3)
+    with_itself = 2 * short * short * long + 2 * short**3
+    return steps * (2 * short * short * long + with_itself / (2 if symmetric else 1))
 
 
 @torch.library.custom_op("llmfoundry::momentum_", mutates_args=("moment", "direction"))

@@ -21,7 +21,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from llmfoundry.kernels import eight_bit  # noqa: E402
+from llmfoundry.kernels import eight_bit, symmetric  # noqa: E402
 from llmfoundry.kernels.accumulate import add_kernel  # noqa: E402
 from llmfoundry.kernels.grouped import GroupedConfig, grouped_kernel  # noqa: E402
 from llmfoundry.kernels.lion import lion_kernel  # noqa: E402
@@ -150,6 +150,21 @@ def updates() -> None:
     eight = {"COPY": True, "BLOCKS": 8, "BLOCK": 256}
     report("adamw of 8 bits", eight_bit.adamw_kernel, types | {"m_ptr": "*i8"}, eight, 8, 3)
     report("lion", lion_kernel, types | {"m_ptr": "*fp32"}, {"COPY": True, "BLOCK": 2048}, 8, 3)
+    strides = dict.fromkeys(("S", "K", "matrix_stride", "row_stride"), "i32") | {"alpha": "fp32", "beta": "fp32"}
+    pointers = dict.fromkeys(("x_ptr", "plus_ptr", "out_ptr"), f"*{DTYPE}")
+    for side in ("wide", "tall"):  # products of rows, or of columns
+        constant = {"column_stride": 1} if side == "wide" else {"row_stride": 1}
+        shape = {
+            "PLUS": side == "wide",
+            "BLOCK": symmetric.BLOCK,
+            "DEPTH": symmetric.DEPTH_BYTES * 8 // moment.primitive_bitwidth,
+        }
+        named = {key: kind for key, kind in (strides | {"column_stride": "i32"}).items() if key not in constant}
+        report(f"symmetric, {side}", symmetric.symmetric_kernel, named | pointers, shape | constant,
+               symmetric.WARPS, symmetric.STAGES)  # fmt: skip
+    whole = {"COPY": True, "WEIGHT": tl.float32, "GRAD": moment, "MOMENT": moment}
+    whole |= {key: constants[key] for key in ("BLOCK", "LOOPS", "TENSORS", "ALIGNED")}
+    report("adamw of float32 weights", adamw_kernel, types, whole, 8, 3)
     for name, kernel in kernels.items():
         report(name, kernel, types, {key: constants[key] for key in constants if key in kernel.arg_names}, 8, 3)
 

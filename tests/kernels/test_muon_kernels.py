@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmfoundry.kernels import muon
+from llmfoundry.kernels import muon, symmetric
 from llmfoundry.kernels.muon import apply_reference, momentum_reference, orthogonalize, orthogonalize_flops
 from llmfoundry.kernels.update import Place
 
@@ -90,6 +90,33 @@ def test_a_matrix_without_gradient_stays_zero() -> None:
     x = torch.stack([torch.zeros(4, 6), torch.randn(4, 6)])
     result = orthogonalize(x, steps=5)
     assert result.isfinite().all() and not result[0].any() and result[1].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("shape", [(2, 40, 70), (1, 300, 90), (3, 128, 128)])
+def test_symmetric_products_equal_the_whole_ones(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
+    """Also of columns, of sides that no tile divides, and of several tiles."""
+    pytest.importorskip("triton")
+    for x in (torch.randn(shape, device=device).to(dtype), torch.randn(shape, device=device).to(dtype).mT):
+        square = symmetric.symmetric_triton(x, None, alpha=1.0, beta=0.0)
+        factor = symmetric.symmetric_triton(square, square, alpha=0.25, beta=-1.5)
+        assert torch.equal(square, square.mT) and torch.equal(factor, factor.mT)
+        exact = x.double() @ x.double().mT
+        rtol = 1e-5 if dtype == torch.float32 else 2**-7
+        torch.testing.assert_close(square.double(), exact, rtol=rtol, atol=rtol * float(exact.abs().max()))
+        whole = symmetric.symmetric_reference(square, square, alpha=0.25, beta=-1.5)
+        torch.testing.assert_close(factor, whole, rtol=rtol, atol=rtol * float(whole.abs().max()))
+
+
+def test_orthogonal_matrices_by_symmetric_products_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(symmetric, "symmetric_reference", symmetric.symmetric_triton)
+    for shape in ((2, 24, 40), (2, 40, 24)):
+        x = torch.randn(shape)
+        found, whole = orthogonalize(x.clone(), steps=5, symmetric=True), orthogonalize(x.clone(), steps=5)
+        torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
+        assert not torch.equal(found, whole), "by the kernel"
 
 
 def test_flops_are_those_of_the_products() -> None:
