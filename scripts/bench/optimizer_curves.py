@@ -58,14 +58,19 @@ def main() -> None:
     for name, lr, seed in [*((name, lr, 17) for name, rates in RATES.items() for lr in rates), OTHER_SEED]:
         curve = losses(name, lr, seed)
         assert len(curve) == STEPS
-        row = {"optimizer": name, "lr": lr, "seed": seed, f"nats_per_token_of_last_{LAST}": statistics.mean(curve[-LAST:])}
+        row = {
+            "optimizer": name,
+            "lr": lr,
+            "seed": seed,
+            f"nats_per_token_of_last_{LAST}": statistics.mean(curve[-LAST:]),
+        }
         print(json.dumps(row), flush=True)
         means = [round(statistics.mean(curve[i : i + EVERY]), 4) for i in range(0, STEPS, EVERY)]
         rows.append(row | {f"mean_of_every_{EVERY}": means})
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
     facts = {"git_sha": git.stdout.strip(), "device": device, "torch": torch.__version__,
-             "config": ["yamls/moe.yaml", *SIZES], "steps": STEPS, "seeds": 1}  # fmt: skip
+             "config": ["yamls/moe.yaml", *SIZES], "steps": STEPS}  # fmt: skip
     args.out.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
 
 

@@ -28,6 +28,8 @@ from llmfoundry.planning.simulation import simulate
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "scripts" / "bench"))
 from memory import RESULTS, job_of  # noqa: E402  scripts/bench/memory.py, which measured them
+from record_steps import ROWS as STEPS  # noqa: E402, I001
+from record_steps import Row as StepRow
 
 # Of the rows, those that no other one is like.
 ALIKE = ("windows", "experts with a clamp")
@@ -121,6 +123,14 @@ def test_graphs_are_traced_once_for_all_simulations(monkeypatch: pytest.MonkeyPa
         simulate(short, short.degrees(gpus))
         counts.append(len(traced))
     assert counts[0] > 0 and counts == [counts[0]] * 3
+
+
+@pytest.mark.parametrize("row", STEPS, ids=lambda row: row.name)
+def test_a_row_of_the_record_is_a_run(row: StepRow) -> None:
+    """What a GPU is asked for has its rows, and nothing in it is a mistake."""
+    job = of_yaml(row.yaml, *row.settings)
+    work = job.work(job.degrees(row.gpus))
+    assert (work.micro_rows, work.microbatches) == (row.rows, row.microbatches)
 
 
 def test_recompute_keeps_less() -> None:
