@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "scripts" / "bench"))
 from memory import RESULTS, job_of  # noqa: E402  scripts/bench/memory.py, which measured them
 from record_steps import ROWS as STEPS  # noqa: E402, I001
-from record_steps import Row as StepRow
+from record_steps import Row as StepRow  # noqa: E402
 
 # Of the rows, those that no other one is like.
 ALIKE = ("windows", "experts with a clamp")
