@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import math
@@ -102,6 +103,7 @@ class Trainer(AgreeingRun):
 
     def _close(self) -> None:
         self.watchdog.close()
+        gc.unfreeze()
         for callback in reversed(self.callbacks):
             callback.close()
         if self.folder is not None:
