@@ -77,7 +77,7 @@ def _build(config: RunConfig, device: torch.device, watchdog: Watchdog) -> Train
     config.model.check_trainable()
     precision = config.precision_on(device.type)
     check_device(config.model, device, precision)
-    check_memory(config.model, device)
+    check_memory(config.model, device, config.optimizer.weight_dtype)
     mesh = build_mesh(config.parallel, device.type, n_experts(config.model))
     path, store = config.folder, None
     if is_url(config.save_folder):
@@ -263,9 +263,9 @@ def _microbatches(config: RunConfig, mesh: Mesh) -> Microbatches:
     return Microbatches(micro, least, most)
 
 
-def training_bytes(model: CausalLMConfig) -> int:
-    """Bytes of the float32 weights that are trained, and of their gradients: what every optimizer needs."""
-    return 8 * model.n_trainable_params()
+def training_bytes(model: CausalLMConfig, weight: torch.dtype = torch.float32) -> int:
+    """Bytes of the weights that are trained, and of their float32 gradients: what every optimizer needs."""
+    return (weight.itemsize + 4) * model.n_trainable_params()
 
 
 def machine_memory() -> int:
@@ -273,9 +273,9 @@ def machine_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def check_memory(model: CausalLMConfig, device: torch.device) -> None:
+def check_memory(model: CausalLMConfig, device: torch.device, weight: torch.dtype = torch.float32) -> None:
     """Refuse a model that is too large for main memory, before the system kills the process."""
-    needed, there = training_bytes(model), machine_memory()
+    needed, there = training_bytes(model, weight), machine_memory()
     if device.type == "cpu" and runtime.world_size() == 1 and needed > there:
         raise ConfigError(
             f"the model needs at least {needed / 2**30:.1f} GiB to train without a GPU, and this machine has "
