@@ -19,7 +19,7 @@ from llmfoundry.model.transformer import CausalLM
 from llmfoundry.parallel.compile import compile_blocks, compile_parts
 from llmfoundry.parallel.expert import divide_experts, mixtures
 from llmfoundry.parallel.frozen import divide_frozen
-from llmfoundry.parallel.fsdp import has_half_weights, shard
+from llmfoundry.parallel.fsdp import has_half_weights, keeps_experts_whole, shard
 from llmfoundry.parallel.mesh import Mesh, ParallelConfig, single_process
 from llmfoundry.parallel.recompute import recompute_blocks
 from llmfoundry.parallel.single import compute_in, sum_gradients_in
@@ -50,6 +50,11 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
     one_graph = compiled and mesh.experts is None and not shared and not _reads_on_host(model, precision)
     by_itself = single_process(config, mesh.degrees)
     casts = by_itself and (precision == "amp_bf16" or has_half_weights(model))
+    if keeps_experts_whole(model, mesh, config):
+        experts = [mixture.experts for mixture in mixtures(model)]
+        for each in experts:
+            compute_in(each, compute)
+        sum_gradients_in(model, compute, "fp32", experts)
     if compiled and not one_graph:
         compile_parts(model)
     if casts and not one_graph:  # inside of what is computed again
@@ -63,7 +68,7 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
             compute_in(block, compute)
     if casts:
         compute_in(model, compute, without=list(model.blocks))
-        sum_gradients_in(model, compute, config.sum_gradients_in)
+        sum_gradients_in(model, compute, config.sum_gradients_in, [model])
     if config.sum_gradients_in == "bf16" and not (by_itself and precision == "amp_bf16"):
         raise ConfigError(
             "parallel.sum_gradients_in=bf16 is for precision: amp_bf16 in a single process; leave it out otherwise"

@@ -1,6 +1,7 @@
 """Weights, gradients and optimizer state split over ranks, by torch's FSDP2.
 
-A unit is what is gathered together: each block; its experts, where they have an axis of their own; the
+A unit is what is gathered together: each block; its experts, where they have an axis of their own (none of them,
+where weights are in bfloat16 and a rank's experts are whole: there is nothing to gather, to sum or to cast); the
 embedding and the head, where they are not tied; and the rest with the root. A unit's weights are gathered
 just before it runs, in the compute dtype, and freed after; its gradients are summed over ranks in float32 as
 soon as they are whole.
@@ -46,6 +47,16 @@ def has_half_weights(model: nn.Module) -> bool:
     return any(parameter.dtype == torch.bfloat16 for parameter in model.parameters() if parameter.requires_grad)
 
 
+def keeps_experts_whole(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> bool:
+    """Whether experts are in no unit: each rank alone has its own, in the bfloat16 that is computed with.
+
+    FSDP over one rank would copy every weight and gradient. With float32 weights it also keeps memory low, for it casts
+    one block at a time.
+    """
+    alone = mesh.expert_shards is not None and mesh.expert_shards.size() == 1
+    return alone and has_half_weights(model) and not config.cpu_offload
+
+
 def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, compute: torch.dtype) -> None:
     """Split the model's parameters over ranks, in place.
 
@@ -65,6 +76,8 @@ def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, compute: torch.dt
     on_gpu = mesh.dense.device_type == "cuda"
     offload = CPUOffloadPolicy(pin_memory=on_gpu) if config.cpu_offload else OffloadPolicy()
     stacked = _stacked_parameters(model)
+    apart = keeps_experts_whole(model, mesh, config)
+    whole = {each for mixture in mixtures(model) for each in mixture.experts.parameters()} if apart else set()
 
     def unit(module: nn.Module, over: DeviceMesh, axis: str, reshard: bool) -> FSDPModule:
         ranks = over[axis].size()
@@ -75,6 +88,7 @@ def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, compute: torch.dt
             shard_placement_fn=_placement(stacked, ranks),
             mp_policy=policy,
             offload_policy=offload,
+            ignored_params=whole,
         )
         if over.size() > 1:  # alone there is nothing to divide by, and a factor of 1 would be a pass over all gradients
             sharded.set_gradient_divide_factor(1.0)
@@ -83,7 +97,7 @@ def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, compute: torch.dt
 
     again = config.reshard_after_forward
     for block in model.blocks:
-        if mesh.expert_shards is not None and isinstance(block, Block) and isinstance(block.ffn, MoE):
+        if mesh.expert_shards is not None and not apart and isinstance(block, Block) and isinstance(block.ffn, MoE):
             unit(block.ffn.experts, mesh.expert_shards, EXPERT_SHARD, again)
         unit(block, mesh.dense, SHARD, again)
     if model.lm_head is not None:  # untied; a tied embedding is needed first and last, so the root keeps it

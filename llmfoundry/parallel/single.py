@@ -14,7 +14,7 @@ are cast where they are used. Their gradients are summed as those of float32 wei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import wraps
 from typing import Literal, ParamSpec, TypeVar
 
@@ -32,6 +32,7 @@ _COPIED = "compute_copy_version"  # the version of the parameter that the copy w
 _SUMMED = "summed"  # attribute of a parameter: its number, the step, and how often its gradient was added to
 _CASTS = "casts_to"  # attribute of a model: the compute dtype
 _SUMS = "sums_in"  # attribute of a model: "fp32" or "bf16"
+_INSIDE = "casts_inside"  # attribute of a model: the modules whose parameters are cast here
 
 
 def compute_in(module: nn.Module, dtype: torch.dtype, without: Collection[nn.Module] = ()) -> None:
@@ -47,19 +48,23 @@ def compute_in(module: nn.Module, dtype: torch.dtype, without: Collection[nn.Mod
     module.forward = _casting(module.forward, slots, dtype)
 
 
-def sum_gradients_in(model: nn.Module, dtype: torch.dtype, sums: Literal["fp32", "bf16"]) -> None:
-    """Say how a model whose modules compute in `dtype` sums the gradients of several microbatches."""
+def sum_gradients_in(
+    model: nn.Module, dtype: torch.dtype, sums: Literal["fp32", "bf16"], inside: Sequence[nn.Module]
+) -> None:
+    """Say how a model sums the gradients of several microbatches, for the modules inside that compute in `dtype`."""
     setattr(model, _CASTS, dtype)
+    setattr(model, _INSIDE, inside)
     setattr(model, _SUMS, sums)
 
 
 def begin_step(model: nn.Module, optimizer: torch.optim.Optimizer, microbatches: int, step: int) -> None:
-    """Choose before a step whether it is lean. Nothing to do for a model that is split over ranks, or in float32."""
+    """Choose before a step whether it is lean. Nothing to do for what FSDP splits over ranks, or in float32."""
     dtype: torch.dtype | None = getattr(model, _CASTS, None)
     if dtype is None:
         return
     lean = getattr(optimizer, "reads_any_gradient", False) and (microbatches == 1 or getattr(model, _SUMS) == "bf16")
-    for number, parameter in enumerate(model.parameters()):
+    inside: Sequence[nn.Module] = getattr(model, _INSIDE)
+    for number, parameter in enumerate(parameter for module in inside for parameter in module.parameters()):
         if parameter.requires_grad:
             setattr(parameter, _SUMMED, (number, step, 0))
             parameter.grad_dtype = dtype if lean else torch.promote_types(dtype, torch.float32)

@@ -200,6 +200,8 @@ def _update(job: Job, degrees: Degrees) -> float:
         lean_copies = 6 * (microbatches - 1) * whole - (4 if half else 2) * share
         copies = lean_copies if lean else (6 * microbatches + cast) * whole
         return (update + copies) / hardware.COPY_BYTES + products
+    if half and degrees.expert > 1 and degrees.expert_shard == degrees.replicate == 1 and not parallel.cpu_offload:
+        whole -= experts / degrees.expert  # they are in no unit of FSDP
     gathers = 2 * microbatches + job.work(degrees).counted if parallel.reshard_after_forward else microbatches
     reductions = microbatches if parallel.reduce_once_a_step is False else 1
     copies = gathers * (cast * share + 4 * whole) + reductions * 6 * whole

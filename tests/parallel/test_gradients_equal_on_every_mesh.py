@@ -59,6 +59,7 @@ CASES = [
          "reduce_once_a_step": False}, microbatch=1, state="bf16", half=True),
     Case("bf16_sr, int8 moments, expert 4, full recompute", {"expert": 4, "recompute": "full"}, state="int8",
          half=True),
+    Case("bf16_sr, expert 4, accumulation 2", {"expert": 4}, microbatch=1, half=True),
     Case("bf16_sr, lion, expert 2", {"expert": 2}, optimizer="decoupled_lionw", half=True),
     Case("bf16_sr, muon, replicate 2, shard 2, expert 2", {"replicate": 2, "expert": 2}, optimizer="muon", half=True),
 ]  # fmt: skip
