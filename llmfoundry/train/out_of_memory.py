@@ -81,10 +81,13 @@ def message(
         unused = max(0, figures.reserved - figures.allocated)
         table += f", reserved without use {_size(unused)}, of {_size(figures.card)}"
     keys = ", ".join(_remedies(config, mesh, rows, once, there, rest))
-    first = ". ".join(" ".join(why.split()).split(". ")[:2])
-    return (
-        f"out of memory with {rows} row{'s' * (rows > 1)} at once; held: {table}; less is needed with {keys} ({first})"
-    )
+    what = f"{rows} row{'s' * (rows > 1)} at once"
+    return f"out of memory with {what}; held: {table}; less is needed with {keys} ({first_of(why)})"
+
+
+def first_of(why: str) -> str:
+    """What torch says first: that memory ran out, and how much was asked for."""
+    return ". ".join(" ".join(why.split()).split(". ")[:2])
 
 
 def _size(n: float) -> str:

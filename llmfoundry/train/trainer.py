@@ -21,7 +21,7 @@ from llmfoundry.checkpoint.composer_names import load_composer
 from llmfoundry.checkpoint.folder import Kept
 from llmfoundry.checkpoint.manifest import TRAINER
 from llmfoundry.checkpoint.reading import HUGGING_FACE, Contents, Json, load_model_only, read
-from llmfoundry.config import ConfigError, RunError, is_theirs
+from llmfoundry.config import ConfigError, ResourceError, RunError, is_theirs
 from llmfoundry.data.loader import Batch
 from llmfoundry.data.mixture import Mixture
 from llmfoundry.eval.icl import PREFIX
@@ -37,7 +37,7 @@ from llmfoundry.train.evaluating import evaluate_by_tasks, evaluate_texts
 from llmfoundry.train.loss import Loss
 from llmfoundry.train.mixing import Joined, to_save
 from llmfoundry.train.optim import set_learning_rate
-from llmfoundry.train.out_of_memory import Held, held, message
+from llmfoundry.train.out_of_memory import Held, first_of, held, message
 from llmfoundry.train.outputs import SKIPPED, RunFolder, Summary, check_shared, hosts_without, read_summary
 from llmfoundry.train.resume import (
     Start,
@@ -406,8 +406,15 @@ class Trainer(AgreeingRun):
         self.evaluation = {}  # the older one is not of this step
         self.watchdog.beat(f"an evaluation after step {self.state.step}")
         self.model.eval()
-        texts = evaluate_texts(self, self.stopped)
-        tasks = evaluate_by_tasks(self, self.stopped) if texts is not None else None
+        try:
+            texts = evaluate_texts(self, self.stopped)
+            tasks = evaluate_by_tasks(self, self.stopped) if texts is not None else None
+        except torch.OutOfMemoryError as error:
+            rows = self.config.device_eval_batch_size
+            raise ResourceError(
+                f"out of memory in an evaluation; a smaller device_eval_batch_size than {rows} needs less "
+                f"({first_of(str(error))})"
+            ) from None
         self.model.train()
         if texts is not None and tasks is not None:
             self.evaluation = texts | tasks

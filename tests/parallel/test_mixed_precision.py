@@ -29,6 +29,7 @@ CASES = [
     Case("shard 2, microbatch 2, bf16_sr", {"reduce_once_a_step": False}, microbatch=2, half=True),
     Case("shard 2, expert 2, microbatch 2, bf16_sr", {"expert": 2}, microbatch=2, half=True),
     Case("shard 2, expert 2, full, bf16_sr", {"expert": 2, "recompute": "full"}, half=True),
+    Case("shard 2, expert 2, bf16_sr, adapters", {"expert": 2}, half=True),
 ]  # fmt: skip
 
 ALONE = [

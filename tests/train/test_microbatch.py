@@ -137,6 +137,16 @@ def test_what_fits_in_no_way_ends_in_one_line(tmp_path: Path, micro: int | str) 
         assert keys == [*state, "parallel.sum_gradients_in=bf16", *rest, "more GPUs"]
 
 
+def test_an_evaluation_that_does_not_fit_ends_in_one_line(tmp_path: Path) -> None:
+    keys = {"eval_interval": "1ba", "device_eval_batch_size": 4}
+    done = run(tmp_path, "evaluated", 1, 2, {"rows": 8, "when": "forward"}, **keys)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1] == (
+        "error: out of memory in an evaluation; a smaller device_eval_batch_size than 4 needs less "
+        "(CUDA out of memory. Tried to allocate 9.00 GiB)"
+    )
+
+
 def test_every_rank_has_equally_many_microbatches() -> None:
     assert fitting(4, 8, 8) == 4
     assert fitting(2, 3, 4) == 2
