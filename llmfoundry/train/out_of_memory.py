@@ -80,7 +80,7 @@ def message(
     if figures is not None:
         unused = max(0, figures.reserved - figures.allocated)
         table += f", reserved without use {_size(unused)}, of {_size(figures.card)}"
-    keys = ", ".join(_remedies(config, mesh, rows, once, there, rest))
+    keys = ", ".join(_remedies(config, mesh, device, rows, once, there, rest))
     what = f"{rows} row{'s' * (rows > 1)} at once"
     return f"out of memory with {what}; held: {table}; less is needed with {keys} ({first_of(why)})"
 
@@ -105,7 +105,9 @@ def _by_kind(plan: Planned) -> dict[str, float]:
     return kinds | {"activations and other": sum(plan.held.values()) - sum(kinds.values())}
 
 
-def _remedies(config: RunConfig, mesh: Mesh, rows: int, once: bool, there: Held, rest: int) -> Iterator[str]:
+def _remedies(
+    config: RunConfig, mesh: Mesh, device: torch.device, rows: int, once: bool, there: Held, rest: int
+) -> Iterator[str]:
     """Keys that need less, those first that make what held most smaller."""
     parallel, optimizer = config.parallel, config.optimizer
     several = -(-config.global_train_batch_size // mesh.data_ranks) > rows
@@ -117,8 +119,8 @@ def _remedies(config: RunConfig, mesh: Mesh, rows: int, once: bool, there: Held,
     of_gradients: list[str] = []
     if several and once and mesh.degrees.shard > 1:
         of_gradients.append("parallel.reduce_once_a_step=false")
-    alone = single_process(parallel, mesh.degrees)
-    if several and alone and parallel.sum_gradients_in == "fp32" and config.precision != "fp32":
+    casts = single_process(parallel, mesh.degrees) and config.precision_on(device.type) == "amp_bf16"
+    if several and casts and parallel.sum_gradients_in == "fp32":
         of_gradients.append("parallel.sum_gradients_in=bf16")
     of_rest = [f"device_train_microbatch_size={rows // 2}"] * (rows > 1)
     if parallel.recompute != "full":
