@@ -66,7 +66,7 @@ from llmfoundry.checkpoint.reading import (
     read_one,
     read_tensors,
 )
-from llmfoundry.checkpoint.storage import Part, SavePlan, plan_save, save_parts
+from llmfoundry.checkpoint.storage import Entry, Part, SavePlan, plan_save, save_parts
 from llmfoundry.checkpoint.store import RunStore
 from llmfoundry.checkpoint.tensors import (
     check_same_model,
@@ -266,6 +266,7 @@ class Checkpointer:
             memory = empty_state(entries, state.model, state.optimizer)
         except CheckpointError as error:
             raise CheckpointError(f"{contents.path}: {error}") from None
+        _say_that_weights_are_cast(entries, model)
         if contents.base is not None:
             load_base(find_base(contents.base, contents.path, base_path), state.model)
         rng = rng_room(entries)
@@ -375,6 +376,14 @@ class Checkpointer:
         self.check_owner()
         write_manifest(temporary, beside.step, files, finite=True)  # the writers have looked
         return self.folder.adopt(temporary, beside.step) if self.folder.shared else temporary
+
+
+def _say_that_weights_are_cast(entries: Mapping[str, Entry], model: Mapping[str, Tensor]) -> None:
+    for name, tensor in model.items() if runtime.is_rank0() else ():
+        if entries[name].dtype != tensor.dtype:
+            log.info("weights were %s in the checkpoint and are kept in %s (optimizer.master_weights)",
+                     entries[name].dtype, tensor.dtype)  # fmt: skip
+            return
 
 
 def _tensors(state: CheckpointState) -> dict[str, Tensor]:

@@ -80,7 +80,7 @@ def _on_cpu(config: RunConfig) -> str:
     from llmfoundry.train.build import machine_memory, training_bytes
 
     assert isinstance(config.model, CausalLMConfig)
-    needed, there = training_bytes(config.model) / GIB, machine_memory() / GIB
+    needed, there = training_bytes(config.model, config.optimizer.weight_dtype) / GIB, machine_memory() / GIB
     verdict = "too little memory" if needed > there else "AdamW adds as much again, and activations"
     return f"without a GPU: weights and gradients take {needed:.1f} of {there:.1f} GiB; {verdict}\nwith GPUs:"
 

@@ -61,6 +61,21 @@ def update() -> str:
     return _lines(about, _table(["", "norm, clip and update, ms", "of it the norm, ms", "update, GB/s"], rows))
 
 
+def optimizer_curves() -> str:
+    """What optimizers reach in runs of toy size."""
+    result = _read("optimizer_curves")
+    key = next(name for name in result["rows"][0] if name.startswith("nats_per_token_of_last_"))
+    rows = [
+        [f"`{row['optimizer']}`", f"{row['lr']:g}", str(row["seed"]), f"{row[key]:.3f}"] for row in result["rows"]
+    ]  # fmt: skip
+    last = key.removeprefix("nats_per_token_of_last_")
+    about = (
+        f"{result['steps']} steps of `yamls/moe.yaml` at toy size on Python's standard library, in fp32: the mean loss "
+        f"of the last {last}. {_on('optimizer_curves')}"
+    )
+    return _lines(about, _table(["", "lr", "seed", "nats per token"], rows))
+
+
 def lora_layer() -> str:
     """The experts of a layer with adapters."""
     rows = [
