@@ -159,7 +159,8 @@ class DecoupledAdamW(AdamW):
 
 def _update(parts: list[_Part], group: dict[str, Any], divisor: Tensor | None, skip: Tensor | None) -> None:
     """One step of parts that are alike."""
-    rule = Rule(group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+    beta1, beta2 = group["betas"]
+    rule = Rule(group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
     taken = torch.ones_like(parts[0].step) if skip is None else 1 - skip.to(parts[0].step.device)
     torch._foreach_add_([part.step for part in parts], [taken] * len(parts))  # of one tensor, the host reads the value
     parts = [part for part in parts if part.weight.numel()]  # a small parameter may leave a rank with nothing
@@ -183,7 +184,7 @@ def _update(parts: list[_Part], group: dict[str, Any], divisor: Tensor | None, s
     grads = [grad.to(weights[0].dtype) for grad in grads]
     torch._fused_adamw_(
         weights, grads, means, squares, [], steps, amsgrad=False, maximize=False, grad_scale=divisor, found_inf=skip,
-        lr=rule.lr, beta1=rule.beta1, beta2=rule.beta2, weight_decay=rule.decay, eps=rule.eps,
+        lr=rule.lr, beta1=beta1, beta2=beta2, weight_decay=rule.decay, eps=rule.eps,
     )  # fmt: skip
     if copies:
         torch._foreach_copy_(copies, weights)
