@@ -22,7 +22,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from llmfoundry.config import ConfigError
+from llmfoundry.config import ConfigError, nearest_path
 from llmfoundry.private import FromEnvironment, Interpolation, is_secret
 from llmfoundry.strict_json import read_plain
 
@@ -62,15 +62,6 @@ def load_yaml(path: str | Path, overrides: list[str] | None = None) -> dict[str,
     return load_settings(path, overrides).data
 
 
-def _near(path: Path) -> str:
-    """The file that was probably meant, if its folder has a similar one."""
-    if not path.parent.is_dir():
-        return ""
-    names = [file.name for file in path.parent.glob("*.y*ml")]
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
-    return f" (did you mean {path.with_name(near[0])}?)" if near else ""
-
-
 def _read(path: str | Path) -> bytes:
     """The first bytes of a file, one more than may be; it may be a pipe: `train.py <(...)`."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # else a pipe that nobody writes to never opens
@@ -101,7 +92,7 @@ def load_settings(path: str | Path, overrides: list[str] | None = None, is_users
             raise ConfigError(f"{path}: has more than {MAX_BYTES:,} bytes, too many for a YAML file of settings")
         text = content.decode("utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file{_near(Path(path))}") from None
+        raise ConfigError(f"{path}: no such file{nearest_path(Path(path), '*.y*ml')}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
