@@ -74,7 +74,7 @@ def agent(folder: Path, port: int, node: int) -> forks.Started:
     """torchrun on one of two nodes, which goes on with one if the other is lost."""
     command = [*forks.TORCHRUN, "--nnodes", "1:2", "--nproc-per-node", "1",
                "--rdzv-id", "run", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}",
-               "--rdzv-conf", f"is_host={int(node == 0)},last_call_timeout=5,keep_alive_interval=1,join_timeout=60",
+               "--rdzv-conf", f"is_host={int(node == 0)},last_call_timeout=10,keep_alive_interval=1,join_timeout=60",
                "--local-addr", "127.0.0.1", "--max-restarts", "3", "--monitor-interval", "0.2",
                str(ROOT / "scripts" / "train.py"), str(folder / "run.yaml")]  # fmt: skip
     more = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "NODE": str(node)}
