@@ -203,6 +203,13 @@ def _nearest(word: str, known: Any) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def nearest_path(path: Path, pattern: str) -> str:
+    """` (did you mean PATH?)` for the path beside this one that is probably meant, of those that match a pattern."""
+    names = [beside.name for beside in path.parent.glob(pattern)]
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    return f" (did you mean {path.with_name(close[0])}?)" if close else ""
+
+
 class _Mistake(NamedTuple):
     path: str
     message: str

@@ -50,7 +50,7 @@ def doctor_main(argv: Sequence[str] | None = None) -> None:
         ["llmfoundry doctor", "llmfoundry doctor yamls/moe.yaml", "llmfoundry doctor --folder /mnt/scratch"],
     )
     parser.add_argument("yaml", nargs="?", help="also plan this run for this machine")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="replace settings of the YAML")
+    parser.add_overrides("replace settings of the YAML")
     parser.add_argument("--folder", type=Path, default=Path(), help="measure the disk of this folder")
     args = parser.parse_intermixed_args(argv)
     if not args.folder.is_dir():

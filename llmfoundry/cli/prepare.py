@@ -33,7 +33,7 @@ def prepare_data_main(argv: Sequence[str] | None = None) -> None:
         ],
     )
     parser.add_argument("yaml", help="the run, e.g. yamls/moe.yaml")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="replace settings of the YAML")
+    parser.add_overrides("replace settings of the YAML")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenize; default: one per core")
     parser.add_argument("--part", default="1/1", metavar="I/N", help="only part I of N of the files")
     parser.add_argument("--dedup", action="store_true", help="drop training documents that are equal to an earlier one")

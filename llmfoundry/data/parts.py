@@ -19,6 +19,7 @@ from typing import BinaryIO, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from llmfoundry.atomic import atomic_write
 from llmfoundry.config import ConfigError, ResourceError
 from llmfoundry.data.encoding import encoded
 from llmfoundry.data.sieve import Counts
@@ -221,9 +222,4 @@ class _Writer:
             self._shards.append(Shard(self._tokens, self._sha.hexdigest()))
 
     def _save(self, state: State) -> None:
-        temporary = self._folder / "state.json.tmp"
-        with temporary.open("w") as file:
-            json.dump(state._asdict(), file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._folder / "state.json")
+        atomic_write(self._folder / "state.json", [json.dumps(state._asdict()).encode()], sync=True)

@@ -12,6 +12,8 @@ Source: Jordan et al. 2024, Muon, https://kellerjordan.github.io/posts/muon; Liu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -68,26 +70,6 @@ def orthogonalize_flops(rows: int, columns: int, steps: int, *, symmetric: bool 
 
 
 @torch.library.custom_op("llmfoundry::momentum_", mutates_args=("moment", "direction"))
-def _momentum(
-    moment: Tensor,
-    direction: Tensor,
-    grad: Tensor,
-    step: Tensor,
-    divisor: Tensor,
-    skip: Tensor,
-    place: list[int],
-    momentum: float,
-    nesterov: bool,
-) -> None:
-    run = momentum_triton if moment.is_cuda and moment.is_contiguous() else momentum_reference
-    run(moment, direction, grad, step, divisor, skip, Place(*place), momentum=momentum, nesterov=nesterov)
-
-
-@_momentum.register_fake
-def _(*_: object) -> None:
-    return None
-
-
 def momentum_(
     moment: Tensor,
     direction: Tensor,
@@ -95,7 +77,7 @@ def momentum_(
     step: Tensor,
     divisor: Tensor,
     skip: Tensor,
-    place: Place,
+    place: Sequence[int],
     *,
     momentum: float,
     nesterov: bool,
@@ -109,9 +91,10 @@ def momentum_(
         step: () float32, counted from 1, for the random bits.
         divisor: () float32.
         skip: () float32; 1 leaves everything as it is.
-        place: of this part in its whole tensor.
+        place: the `Place` of this part in its whole tensor.
     """
-    _momentum(moment, direction, grad, step, divisor, skip, list(place), momentum, nesterov)
+    run = momentum_triton if moment.is_cuda and moment.is_contiguous() else momentum_reference
+    run(moment, direction, grad, step, divisor, skip, Place(*place), momentum=momentum, nesterov=nesterov)
 
 
 def momentum_reference(
@@ -139,33 +122,13 @@ def momentum_reference(
 
 
 @torch.library.custom_op("llmfoundry::apply_direction_", mutates_args=("weight", "copies"))
-def _apply(
-    weight: Tensor,
-    copies: list[Tensor],
-    direction: Tensor,
-    step: Tensor,
-    skip: Tensor,
-    place: list[int],
-    lr: float,
-    keep: float,
-) -> None:
-    dense = all(each.is_contiguous() for each in (weight, *copies))
-    run = apply_triton if weight.is_cuda and weight.dtype != torch.float64 and dense else apply_reference
-    run(weight, copies, direction, step, skip, Place(*place), lr=lr, keep=keep)
-
-
-@_apply.register_fake
-def _(*_: object) -> None:
-    return None
-
-
 def apply_direction_(
     weight: Tensor,
     copies: list[Tensor],
     direction: Tensor,
     step: Tensor,
     skip: Tensor,
-    place: Place,
+    place: Sequence[int],
     *,
     lr: float,
     keep: float,
@@ -178,9 +141,11 @@ def apply_direction_(
         direction: of the same shape, of any float dtype.
         step: () float32, counted from 1, for the random bits.
         skip: () float32; 1 leaves everything as it is.
-        place: of this part in its whole tensor.
+        place: the `Place` of this part in its whole tensor.
     """
-    _apply(weight, copies, direction, step, skip, list(place), lr, keep)
+    dense = all(each.is_contiguous() for each in (weight, *copies))
+    run = apply_triton if weight.is_cuda and weight.dtype != torch.float64 and dense else apply_reference
+    run(weight, copies, direction, step, skip, Place(*place), lr=lr, keep=keep)
 
 
 def apply_reference(

@@ -54,6 +54,16 @@ class Place(NamedTuple):
         return cls(number, start, inner, whole[cut[0] :].numel())
 
 
+class Rule(NamedTuple):
+    """Of one step: `w *= 1 - lr * decay; w -= lr * m / (sqrt(v) + eps)`, with both moments corrected for their bias."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    decay: float
+
+
 @torch.library.custom_op("llmfoundry::adamw_", mutates_args=("weights", "exp_avgs", "exp_avg_sqs", "copies"))
 def _adamw(
     weights: list[Tensor],
@@ -65,22 +75,12 @@ def _adamw(
     divisor: Tensor,
     skip: Tensor,
     places: list[int],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
+    rule: list[float],
 ) -> None:
     where = [Place(*places[i : i + 4]) for i in range(0, len(places), 4)]
     dense = all(tensor.is_contiguous() for each in (weights, exp_avgs, exp_avg_sqs, copies) for tensor in each)
     run = adamw_triton if weights[0].is_cuda and dense else adamw_reference
-    run(weights, grads, exp_avgs, exp_avg_sqs, copies, steps, divisor, skip, where,
-        lr=lr, beta1=beta1, beta2=beta2, eps=eps, decay=decay)  # fmt: skip
-
-
-@_adamw.register_fake
-def _(*_: object) -> None:
-    return None
+    run(weights, grads, exp_avgs, exp_avg_sqs, copies, steps, divisor, skip, where, Rule(*rule))
 
 
 def adamw_(
@@ -93,14 +93,9 @@ def adamw_(
     divisor: Tensor,
     skip: Tensor,
     places: list[Place],
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
+    rule: Rule,
 ) -> None:
-    """One step of AdamW, in place: `w *= 1 - lr * decay; w -= lr * m / (sqrt(v) + eps)`, both moments without bias.
+    """One step of AdamW, in place, by a `Rule`.
 
     Args:
         weights: float32, or bfloat16 that is rounded at random; of one device and dtype; nothing is empty. On a GPU
@@ -114,7 +109,7 @@ def adamw_(
         places: of each part in its whole tensor, for the random bits.
     """
     _adamw(weights, grads, exp_avgs, exp_avg_sqs, copies, torch.stack(steps), divisor, skip,
-           [n for p in places for n in p], lr, beta1, beta2, eps, decay)  # fmt: skip
+           [n for place in places for n in place], list(rule))  # fmt: skip
 
 
 def corrections(steps: Tensor, beta1: float, beta2: float) -> Tensor:
@@ -159,16 +154,12 @@ def adamw_reference(
     divisor: Tensor,
     skip: Tensor,
     places: list[Place],
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
+    rule: Rule,
 ) -> None:
     """`adamw_` in plain PyTorch. The host waits for `skip`, which is free on a CPU."""
     if skip:
         return
+    lr, beta1, beta2, eps, decay = rule
     factors = corrections(steps, beta1, beta2)
     for i, (w, g, m, v, place) in enumerate(zip(weights, grads, exp_avgs, exp_avg_sqs, places, strict=True)):
         grad = g.float() / divisor
@@ -203,14 +194,18 @@ if triton is not None:
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
     @triton.jit
+    def key_bits(count, number):
+        # of the step `count` and the parameter `number`
+        return hash_bits((count.to(tl.int64) ^ (number.to(tl.int64) * 0x9E3779B1)).to(tl.uint32))
+
+    @triton.jit
     def noise_bits(begin, count, number, start, inner, step, BLOCK: tl.constexpr):
         # `noise_of` for the BLOCK values from `begin` on, in the step `count`; one 64-bit division a block
-        key = hash_bits((count.to(tl.int64) ^ (number.to(tl.int64) * 0x9E3779B1)).to(tl.uint32))
         r = (begin % inner).to(tl.uint32) + tl.arange(0, BLOCK).to(tl.uint32)
         wraps = r // inner.to(tl.uint32)
         whole = (start + begin // inner * step).to(tl.uint32)
         place = whole + wraps * step.to(tl.uint32) + (r - wraps * inner.to(tl.uint32))
-        return hash_bits(place ^ key)
+        return hash_bits(place ^ key_bits(count, number))
 
     @triton.jit
     def weight_bits(noise):
@@ -283,17 +278,13 @@ def adamw_triton(
     divisor: Tensor,
     skip: Tensor,
     places: list[Place],
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
+    rule: Rule,
 ) -> None:
     """`adamw_` by the kernel: one launch for all tensors, and one more for those that no 16 bytes fit into evenly."""
     device, chunk = weights[0].device, _BLOCK * _LOOPS
     grads = [grad.contiguous() for grad in grads]
     types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+    lr, beta1, beta2, eps, decay = rule
     factors = corrections(steps, beta1, beta2)
     by_alignment: dict[bool, list[list[int]]] = {True: [], False: []}
     for i, tensors in enumerate(zip(weights, grads, exp_avgs, exp_avg_sqs, copies or weights, strict=True)):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llmfoundry.dtensor import cut_like, local_part, local_shard
 from llmfoundry.kernels.eight_bit import adamw_eight_bit_, decode, encode, n_blocks
-from llmfoundry.kernels.update import Place, adamw_
+from llmfoundry.kernels.update import Place, Rule, adamw_
 from llmfoundry.parallel.single import copy_to_write, is_written
 from llmfoundry.runtime import seed_of
 
@@ -174,7 +174,8 @@ class DecoupledAdamW(AdamW):
 
 def _update(parts: list[_Part], group: dict[str, Any], divisor: Tensor | None, skip: Tensor | None) -> None:
     """One step of parts that are alike."""
-    lr, (beta1, beta2), eps, decay = (group[key] for key in ("lr", "betas", "eps", "weight_decay"))
+    beta1, beta2 = group["betas"]
+    rule = Rule(group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
     taken = torch.ones_like(parts[0].step) if skip is None else 1 - skip.to(parts[0].step.device)
     torch._foreach_add_([part.step for part in parts], [taken] * len(parts))  # of one tensor, the host reads the value
     parts = [part for part in parts if part.weight.numel()]  # a small parameter may leave a rank with nothing
@@ -185,22 +186,21 @@ def _update(parts: list[_Part], group: dict[str, Any], divisor: Tensor | None, s
     steps, copies = [part.step for part in parts], [part.copy for part in parts if part.copy is not None]
     one, places = torch.ones((), device=weights[0].device), [part.place for part in parts]
     scale, flag = one if divisor is None else divisor, torch.zeros_like(one) if skip is None else skip
-    settings = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "decay": decay}
     if parts[0].scales:
         mean_scales, square_scales = ([part.scales[i] for part in parts] for i in (0, 1))
         adamw_eight_bit_(weights, grads, means, squares, mean_scales, square_scales, copies, steps, scale, flag, places,
-                         **settings)  # fmt: skip
+                         rule)  # fmt: skip
         _note(parts)
         return
     dtype = weights[0].dtype
     if dtype == torch.bfloat16 or (dtype == torch.float32 and (weights[0].is_cuda or means[0].dtype == torch.bfloat16)):
-        adamw_(weights, grads, means, squares, copies, steps, scale, flag, places, **settings)
+        adamw_(weights, grads, means, squares, copies, steps, scale, flag, places, rule)
         _note(parts)
         return
     grads = [grad.to(weights[0].dtype) for grad in grads]
     torch._fused_adamw_(
         weights, grads, means, squares, [], steps, amsgrad=False, maximize=False, grad_scale=divisor, found_inf=skip,
-        lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps,
+        lr=rule.lr, beta1=beta1, beta2=beta2, weight_decay=rule.decay, eps=rule.eps,
     )  # fmt: skip
     if copies:
         torch._foreach_copy_(copies, weights)

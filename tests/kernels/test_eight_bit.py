@@ -11,10 +11,10 @@ from torch import Tensor
 
 from llmfoundry.kernels import eight_bit
 from llmfoundry.kernels.eight_bit import adamw_reference, decode, encode
-from llmfoundry.kernels.update import Place, corrections
+from llmfoundry.kernels.update import Place, Rule, corrections
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-SETTINGS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1}
+RULE = Rule(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, decay=0.1)
 WHOLE = torch.Size((4, 6, 300))
 CUT = Place.of(7, torch.Size((2, 3, 300)), WHOLE, (2, 3, 0))
 
@@ -42,7 +42,7 @@ def drawn(
 def advance(run: str, tensors: list[Tensor], place: Place, skip: float = 0.0, step: float = 3.0) -> None:
     device = tensors[0].device
     count, divisor, flag = (torch.tensor(value, device=device) for value in (step, 2.0, skip))
-    getattr(eight_bit, run)(*tensors, count, corrections(count[None], 0.9, 0.95)[0], divisor, flag, place, **SETTINGS)
+    getattr(eight_bit, run)(*tensors, count, corrections(count[None], 0.9, 0.95)[0], divisor, flag, place, RULE)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -122,6 +122,6 @@ def test_small_changes_of_a_second_moment_add_up() -> None:
     one = torch.ones(())
     for step in range(1, steps + 1):
         adamw_reference(w, g, m, v, ms, vs, None, one * step, torch.ones(2), one, one * 0, Place(),
-                        **SETTINGS | {"beta2": 0.999})  # fmt: skip
+                        RULE._replace(beta2=0.999))  # fmt: skip
     expected = before * 0.999**steps + 2 * (1 - 0.999**steps)
     assert decode(v, vs)[:, 1:].mean().item() == pytest.approx(expected.item(), rel=5e-3)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from llmfoundry.kernels import update
-from llmfoundry.kernels.update import Place, adamw_, adamw_reference
+from llmfoundry.kernels.update import Place, Rule, adamw_, adamw_reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-SETTINGS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1}
+RULE = Rule(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, decay=0.1)
 SHAPES = [(3,), (70, 33), (4, 5, 9), (20_001,)]
 WHOLE = [(3,), (70, 33), (8, 10, 9), (20_001,)]
 OFFSETS = [(0,), (0, 0), (4, 5, 0), (0,)]
@@ -48,7 +48,7 @@ def test_the_kernel_equals_the_reference(
     theirs = tuple([each.clone() for each in tensors] for tensors in ours)
     steps, divisor, skip = torch.arange(1.0, 5.0, device=device), torch.tensor(2.0, device=device), torch.zeros(())
     for run, tensors in ((update.adamw_triton, ours), (adamw_reference, theirs)):
-        run(*tensors, steps, divisor, skip.to(device), places(), **SETTINGS)
+        run(*tensors, steps, divisor, skip.to(device), places(), RULE)
     for a, b in zip(ours[0], theirs[0], strict=True):
         if weight == torch.float32:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
@@ -75,7 +75,7 @@ def test_the_step_is_that_of_torch(device: str) -> None:
     one = torch.ones((), device=device)
     for step in range(1, 5):
         grads = [torch.randn(each.shape, device=device) for each in weights]
-        adamw_(weights, grads, means, squares, [], [one * step] * len(weights), one * 4, one * 0, places(), **SETTINGS)
+        adamw_(weights, grads, means, squares, [], [one * step] * len(weights), one * 4, one * 0, places(), RULE)
         for parameter, grad in zip(theirs, grads, strict=True):
             parameter.grad = grad / 4
         optimizer.step()
@@ -91,7 +91,7 @@ def test_a_step_that_is_skipped_changes_no_bit(run: str, device: str) -> None:
     tensors[1][1][3, 4] = float("nan")
     before = [each.clone() for part in (0, 2, 3, 4) for each in tensors[part]]
     nan, one = torch.tensor(float("nan"), device=device), torch.ones((), device=device)
-    getattr(update, run)(*tensors, one.expand(4).contiguous(), nan, one, places(), **SETTINGS)
+    getattr(update, run)(*tensors, one.expand(4).contiguous(), nan, one, places(), RULE)
     assert all(
         torch.equal(a, b) for a, b in zip(before, [w for part in (0, 2, 3, 4) for w in tensors[part]], strict=True)
     )
@@ -104,10 +104,10 @@ def test_parts_get_the_bits_of_the_whole() -> None:
     ranks = [(slice(2 * e, 2 * e + 2), slice(3 * f, 3 * f + 3)) for e in range(2) for f in range(2)]
     parts = [[each[cut].clone() for each in tensors] for cut in ranks]
     arguments = torch.ones(1), torch.ones(()), torch.zeros(())
-    adamw_reference(*([each] for each in tensors), [], *arguments, [Place.of(7, whole, whole, (0, 0, 0))], **SETTINGS)
+    adamw_reference(*([each] for each in tensors), [], *arguments, [Place.of(7, whole, whole, (0, 0, 0))], RULE)
     for cut, part in zip(ranks, parts, strict=True):
         place = Place.of(7, part[0].shape, whole, (cut[0].start, cut[1].start, 0))
-        adamw_reference(*([each] for each in part), [], *arguments, [place], **SETTINGS)
+        adamw_reference(*([each] for each in part), [], *arguments, [place], RULE)
         assert all(torch.equal(a[cut], b) for a, b in zip(tensors, part, strict=True))
 
 
@@ -120,7 +120,7 @@ def test_small_changes_of_a_moment_in_bf16_add_up() -> None:
     for step in range(1, steps + 1):
         at = torch.tensor([float(step)])
         adamw_reference([weight], [grad], [mean], [square], [], at, torch.ones(()), torch.zeros(()), [Place()],
-                        **SETTINGS | {"beta2": 0.999})  # fmt: skip
+                        RULE._replace(beta2=0.999))  # fmt: skip
     expected = 2 - 0.999**steps
     assert square.float().mean().item() == pytest.approx(expected, rel=2e-3)
     nearest = torch.tensor(1.0, dtype=torch.bfloat16)
@@ -133,7 +133,7 @@ def test_small_updates_of_weights_in_bf16_add_up() -> None:
     weight, mean, square = torch.ones(n, dtype=torch.bfloat16), torch.zeros(n), torch.zeros(n)
     for step in range(1, steps + 1):
         adamw_reference([weight], [torch.ones(n)], [mean], [square], [], torch.tensor([float(step)]), torch.ones(()),
-                        torch.zeros(()), [Place()], **SETTINGS | {"lr": lr, "decay": 0.0})  # fmt: skip
+                        torch.zeros(()), [Place()], RULE._replace(lr=lr, decay=0.0))  # fmt: skip
     # A step rounds each value with a standard deviation of at most 1/512; of the mean, 40^0.5 / 512 / 4096^0.5 = 2e-4.
     assert weight.float().mean().item() == pytest.approx(1 - steps * lr, abs=4e-4)
     assert weight.unique().numel() > 2
@@ -156,7 +156,7 @@ def test_another_step_or_parameter_rounds_otherwise() -> None:
         tensors = [torch.zeros(512), torch.full((512,), 1.2345)]
         tensors += [torch.zeros(512, dtype=torch.bfloat16), torch.zeros(512, dtype=torch.bfloat16)]
         adamw_reference(*([each] for each in tensors), [], torch.tensor([step]), torch.ones(()), torch.zeros(()),
-                        [Place(number)], **SETTINGS)  # fmt: skip
+                        [Place(number)], RULE)  # fmt: skip
         return tensors[2]
 
     first = mean(0, 1.0)
