@@ -88,6 +88,11 @@ class TokenStream:
             done, number = done + len(part), number + 1
         return out
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether checksums of its shards are still being compared."""
+        return self._watch.is_running
+
     def check(self) -> None:
         """Raise what was found of the shards' checksums so far."""
         self._watch.check()

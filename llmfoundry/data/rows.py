@@ -179,9 +179,11 @@ class StreamReader:
             documents: whether blocks contain the number of each token's document.
         """
         self._streams, self._length, self._documents = streams, length, documents
+        self._watched = list(streams)  # whose checksums may still be compared
         self._dtype, self._end, self._opening = streams[0].dtype, streams[0].eos_token_id, streams[0].opening_token_id
         # As if all streams were one: where each begins, and where shards do, in tokens.
         self._firsts = np.cumsum([0, *(stream.n_tokens for stream in streams)])
+        self._lasts = np.diff(self._firsts) - 1  # of each, its last token
         inside = [first + np.array(stream.starts[:-1]) for first, stream in zip(self._firsts, streams, strict=False)]
         self._shards = np.concatenate([*inside, self._firsts[-1:]])
         self._first_shards = np.cumsum([0, *(stream.n_shards for stream in streams)])
@@ -193,37 +195,43 @@ class StreamReader:
             sources: (B,) the stream of each row.
             numbers: (B,) of each row in its stream.
         """
-        for stream in self._streams:
+        unfinished = [stream for stream in self._watched if stream.is_watched]
+        for stream in self._watched:
             stream.check()
+        self._watched = unfinished
         length, size = self._length, self._dtype.itemsize
         raw = np.empty((len(numbers), length + 1), self._dtype)
-        last = np.diff(self._firsts)[sources] - 1
+        last = self._lasts[sources]
         starts = np.minimum(numbers * length, last)
-        stops = np.minimum(starts + length, last) + 1
+        counts = np.minimum(last - starts, length) + 1  # tokens of each row and the one after it
         places = self._firsts[sources] + starts
         shards = np.searchsorted(self._shards, places, side="right") - 1
         offsets = (places - self._shards[shards]) * size
-        whole = (stops - starts == length + 1) & (places + length < self._shards[shards + 1])
+        across = places + counts > self._shards[shards + 1]  # from one shard to the next
         # File by file: what the kernel and Python hold of one is then in the caches for all its rows of a batch.
-        order = np.flatnonzero(whole)
-        order = order[np.argsort(shards[order], kind="stable")]
+        order = np.argsort(shards, kind="stable")
+        order = order[~across[order]]
         opened, file = -1, None
-        each = zip(order.tolist(), shards[order].tolist(), offsets[order].tolist(), strict=True)
-        for i, at, offset in each:
+        memory, width = memoryview(raw.reshape(-1)).cast("B"), (length + 1) * size
+        columns = (order, shards[order], offsets[order], order * width, order * width + counts[order] * size)
+        for i, at, offset, begin, end in zip(*(column.tolist() for column in columns), strict=True):
             if at != opened or file is None:
                 source = int(sources[i])
                 opened, file = at, self._streams[source].file(at - int(self._first_shards[source]))
-            file.fill(raw[i], offset)
+            file.fill(memory[begin:end], offset)
+        for i in np.flatnonzero(across).tolist():
+            raw[i, : counts[i]] = self._streams[sources[i]].read(int(starts[i]), int(starts[i] + counts[i]))
+        short = np.flatnonzero(counts <= length).tolist()  # at the end of a stream
+        for i in short:
+            raw[i, counts[i] :] = self._end
         tokens, labels = raw[:, :-1].astype(np.int64), raw[:, 1:].astype(np.int64)
-        for i in np.flatnonzero(~whole).tolist():  # from one shard to the next, or at the end of a stream
-            found = self._streams[sources[i]].read(int(starts[i]), int(stops[i]))
-            n = len(found) - 1
-            tokens[i, :n], tokens[i, n:] = found[:-1], self._end
-            labels[i, :n], labels[i, n:] = found[1:], IGNORE
+        for i in short:
+            labels[i, counts[i] - 1 :] = IGNORE
         if not self._documents:
             return Block(tokens, labels)
         # A document's first token is predicted from the token that opens it, and from nothing before that.
-        return Block(tokens, labels, np.cumsum(tokens == self._opening, axis=1, dtype=np.int32))
+        documents = (raw[:, :-1] == self._opening).astype(np.int32)
+        return Block(tokens, labels, np.cumsum(documents, axis=1, out=documents))
 
 
 class StreamRows(Rows):
