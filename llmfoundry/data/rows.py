@@ -25,7 +25,7 @@ from llmfoundry.runtime import cache_root, seed_of
 
 log = logging.getLogger(__name__)
 
-_CHUNK = 4096  # rows whose place in an epoch is computed at once
+STRETCH = 4096  # rows whose places are computed at once
 IGNORE = -100  # the label of a position that is not predicted
 
 
@@ -130,7 +130,7 @@ class Order(Numbered):
     once: Rows | None = None
 
     def stretch(self, number: int) -> Stretch:
-        """The stretch that a row is in; for a single source."""
+        """The stretch that a row is in."""
         raise NotImplementedError
 
 
@@ -295,7 +295,7 @@ class Epochs(Order):
 
     def stretch(self, number: int) -> Stretch:
         epoch, row = divmod(number, self.rows_per_epoch)
-        start, stop = row - row % _CHUNK, min(row - row % _CHUNK + _CHUNK, self.rows_per_epoch)
+        start, stop = row - row % STRETCH, min(row - row % STRETCH + STRETCH, self.rows_per_epoch)
         places = np.arange(start, stop)
         if self._seed is not None:
             block = self.rows_per_epoch if self._block is None else self._block
@@ -310,7 +310,7 @@ class Places:
         self._orders = orders
         self._first = np.zeros(len(orders), dtype=np.int64)
         self._stop = np.zeros(len(orders), dtype=np.int64)  # none is kept yet
-        self._kept = np.empty((len(orders), _CHUNK), dtype=np.int64)
+        self._kept = np.empty((len(orders), STRETCH), dtype=np.int64)
 
     def of(self, sources: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """(B,) the places of rows.
