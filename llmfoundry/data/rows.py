@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import ConfigError
-from llmfoundry.data.packing import TokenStream, pack
+from llmfoundry.data.open_file import OpenFile
+from llmfoundry.data.packing import TokenStream, open_shards, pack
 from llmfoundry.data.permutation import permuted_in_blocks
 from llmfoundry.data.sources import DatasetConfig
 from llmfoundry.data.tokenizer import PLAIN_TEXT, SpecialTokens
@@ -186,7 +187,8 @@ class StreamReader:
         self._lasts = np.diff(self._firsts) - 1  # of each, its last token
         inside = [first + np.array(stream.starts[:-1]) for first, stream in zip(self._firsts, streams, strict=False)]
         self._shards = np.concatenate([*inside, self._firsts[-1:]])
-        self._first_shards = np.cumsum([0, *(stream.n_shards for stream in streams)])
+        keys = [np.arange(stream.first_shard, stream.first_shard + stream.n_shards) for stream in streams]
+        self._keys = np.concatenate(keys)  # of each shard, in `open_shards`
 
     def read(self, sources: NDArray[np.int64], numbers: NDArray[np.int64]) -> Block:
         """Rows: row i of a stream is its tokens [i*S, i*S + S + 1).
@@ -213,11 +215,10 @@ class StreamReader:
         order = order[~across[order]]
         opened, file = -1, None
         memory, width = memoryview(raw.reshape(-1)).cast("B"), (length + 1) * size
-        columns = (order, shards[order], offsets[order], order * width, order * width + counts[order] * size)
+        columns = (order, self._keys[shards[order]], offsets[order], order * width, order * width + counts[order] * size)
         for i, at, offset, begin, end in zip(*(column.tolist() for column in columns), strict=True):
             if at != opened or file is None:
-                source = int(sources[i])
-                opened, file = at, self._streams[source].file(at - int(self._first_shards[source]))
+                opened, file = at, open_shards.get(at) or self._opened(int(sources[i]), at)
             file.fill(memory[begin:end], offset)
         for i in np.flatnonzero(across).tolist():
             raw[i, : counts[i]] = self._streams[sources[i]].read(int(starts[i]), int(starts[i] + counts[i]))
@@ -232,6 +233,9 @@ class StreamReader:
         # A document's first token is predicted from the token that opens it, and from nothing before that.
         documents = (raw[:, :-1] == self._opening).astype(np.int32)
         return Block(tokens, labels, np.cumsum(documents, axis=1, out=documents))
+
+    def _opened(self, source: int, key: int) -> OpenFile:
+        return self._streams[source].file(key - self._streams[source].first_shard)
 
 
 class StreamRows(Rows):
