@@ -51,3 +51,7 @@ class OpenFile:
             parts.append(part)
             start += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def sample(self, start: int, stop: int) -> bytes:
+        """A few bytes; raises as `read`."""
+        return self.read(start, stop)

@@ -214,8 +214,8 @@ class StreamReader:
         order = np.argsort(shards, kind="stable")
         order = order[~across[order]]
         opened, file = -1, None
-        memory, width = memoryview(raw.reshape(-1)).cast("B"), (length + 1) * size
-        columns = (order, self._keys[shards[order]], offsets[order], order * width, order * width + counts[order] * size)
+        memory, begins = raw.reshape(-1).view(np.uint8).data, order * (length + 1) * size
+        columns = (order, self._keys[shards[order]], offsets[order], begins, begins + counts[order] * size)
         for i, at, offset, begin, end in zip(*(column.tolist() for column in columns), strict=True):
             if at != opened or file is None:
                 opened, file = at, open_shards.get(at) or self._opened(int(sources[i]), at)
