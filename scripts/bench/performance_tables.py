@@ -123,19 +123,20 @@ def memory_peaks() -> str:
 def loader() -> str:
     """The loader with one source and with many."""
     result = _read("loader")
-    config, tokens = result["config"], result["tokens_per_second"]
+    config, ms = result["config"], result["processor_ms_per_batch"]
+    tokens = config["rows_per_batch"] * config["max_seq_len"]
     rows = [
-        [f"{sources} source{'s' * (sources != '1')}", f"{tokens[sources] / 1e6:.1f}",
-         f"{result['processor_ms_per_batch'][sources]:.1f}"]
-        for sources in tokens
-    ]  # fmt: skip
+        [f"{sources} source{'s' * (sources != '1')}", f"{tokens / each / 1e3:.0f}", f"{each:.2f}"]
+        for sources, each in ms.items()
+    ]
     about = (
         f"{config['batches']} batches of {config['rows_per_batch']} rows of {config['max_seq_len']:,} tokens, in one "
         f"thread, at a load average of {result['load_average']}. "
-        f"That is {result['times_what_is_needed']:.0f} times what eight GPUs with "
-        f"{result['needed_by_8_gpus'] / 8:,.0f} tokens/s each need. {_on('loader')}"
+        f"By the clock, 50 sources give {result['times_what_is_needed']:.0f} times what eight GPUs with "
+        f"{result['needed_by_8_gpus'] / 8:,.0f} tokens/s each need; they take {result['cost_of_50_sources']:.1%} more "
+        f"processor time than one. {_on('loader')}"
     )
-    return _lines(about, _table(["", "million tokens/s", "processor time per batch, ms"], rows))
+    return _lines(about, _table(["", "million tokens per processor second", "processor time per batch, ms"], rows))
 
 
 def prepare() -> str:
@@ -146,19 +147,21 @@ def prepare() -> str:
         "datasets.map": f"`datasets` {result['versions']['datasets']}, `map` with the same tokenizer, one process",
         "1 process": "`llmfoundry prepare --workers 1`",
         "2 processes": "`llmfoundry prepare --workers 2`",
+        "2 apart": "two of `llmfoundry prepare --workers 1` at the same time, each on half of the documents",
     }
     rows = [
-        [names[way], f"{result['seconds'][way]:.1f}", f"{result['processor_seconds'][way]:.1f}",
-         f"{rate / 1e6:.2f}"]
+        [names[way], f"{result['processor_seconds'][way]:.1f}", f"{rate / 1e6:.2f}"]
         for way, rate in result["tokens_per_processor_second"].items()
-    ]  # fmt: skip
+    ]
     about = (
         f"{config['documents']:,} documents, {config['bytes'] / 1e6:.0f} MB, {config['tokens'] / 1e6:.1f} million "
         f"tokens of a vocabulary of {config['vocab_size']:,}; medians of {config['repeats']} on a machine with "
-        f"{config['cores']} cores and a load average of {result['load_average'][0]}. "
-        f"{_on('prepare')}"
+        f"{config['cores']} cores and a load average of {result['load_average'][0]}. With a core for each, two "
+        f"workers are {result['two_processes_to_one_by_processor_time']} times as fast as one, by processor time; two "
+        f"runs that share nothing, {result['two_apart_to_one_by_processor_time']} times, the limit of this machine and "
+        f"corpus. {_on('prepare')}"
     )
-    head = ["", "seconds", "processor seconds", "million tokens per processor second"]
+    head = ["", "processor seconds", "million tokens per processor second"]
     return _lines(about, _table(head, rows))
 
 
