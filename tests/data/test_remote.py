@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from llmfoundry.config import ConfigError, ResourceError, check
-from llmfoundry.data import DatasetConfig, Loader, LoaderConfig, remote
+from llmfoundry.data import DatasetConfig, Loader, LoaderConfig, Source, pack, remote
 from llmfoundry.data.mds import MDSWriter
+from llmfoundry.data.mds_write import write_rows
 from llmfoundry.data.remote import Store, n_bytes
 from llmfoundry.data.stored_file import StoredFile
 from tests.data.chat_tokenizer import tokenizer
@@ -262,6 +263,11 @@ def test_s3_gives_the_rows_of_local_files(data: Path, bucket: str, tmp_path: Pat
     assert same(local, loader(tmp_path / "there", name="mds", remote=f"{bucket}/mds", split="zstd"))
     with pytest.raises(ConfigError, match="s3://corpus/nowhere: no such file or folder"):
         check(DatasetConfig, {"name": "text_files", "path": "s3://corpus/nowhere"}).build()
+    stream = pack(Source("texts", "1", lambda: iter(["some text of a corpus"] * 20)), tokenizer(), tmp_path / "tokens")
+    written = write_rows(stream, LENGTH, f"{bucket}/written")
+    read = loader(tmp_path / "written", name="mds", remote=f"{bucket}/written", shuffle=False)
+    assert read.rows_per_epoch == written.rows > 5
+    assert read.batch(0, written.rows).tokens.flatten().tolist() == stream.read(0, written.rows * LENGTH).tolist()
     store = Store(tmp_path / "changed")
     (file,) = store.find(f"{bucket}/meg/one_text_document.bin").values()
     fsspec.filesystem("s3").pipe_file("corpus/data/meg/one_text_document.bin", bytes(file.size))
