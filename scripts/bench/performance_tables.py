@@ -150,19 +150,31 @@ def prepare() -> str:
         "2 apart": "two of `llmfoundry prepare --workers 1` at the same time, each on half of the documents",
     }
     rows = [
-        [names[way], f"{result['processor_seconds'][way]:.1f}", f"{rate / 1e6:.2f}"]
+        [names[way], f"{result['seconds'][way]:.1f}", f"{result['processor_seconds'][way]:.1f}",
+         f"{rate / 1e6:.2f}"]
         for way, rate in result["tokens_per_processor_second"].items()
-    ]
+    ]  # fmt: skip
     about = (
         f"{config['documents']:,} documents, {config['bytes'] / 1e6:.0f} MB, {config['tokens'] / 1e6:.1f} million "
         f"tokens of a vocabulary of {config['vocab_size']:,}; medians of {config['repeats']} on a machine with "
-        f"{config['cores']} cores and a load average of {result['load_average'][0]}. With a core for each, two "
-        f"workers are {result['two_processes_to_one_by_processor_time']} times as fast as one, by processor time; two "
-        f"runs that share nothing, {result['two_apart_to_one_by_processor_time']} times, the limit of this machine and "
-        f"corpus. {_on('prepare')}"
+        f"{config['cores']} cores and a load average of {result['load_average'][0]}. "
+        f"{_on('prepare')}"
     )
-    head = ["", "processor seconds", "million tokens per processor second"]
-    return _lines(about, _table(head, rows))
+    head = ["", "seconds", "processor seconds", "million tokens per processor second"]
+    return _lines(about, _table(head, rows)) + "\n\n" + _scaling()
+
+
+def _scaling() -> str:
+    """What a second process gains, beside what the machine can gain from one."""
+    result = _read("prepare_scaling")
+    ours, limit = (result[f"two_{name}_to_one_by_processor_time"] for name in ("processes", "apart"))
+    return (
+        f"With a core for each and {result['config']['bytes'] / 1e6:.0f} MB of the same corpus, two workers are {ours} "
+        f"times as fast as one, by processor time. Two runs of one worker that share nothing, each on half of the "
+        f"documents, are {limit} times as fast, which is the limit of the machine. Medians of "
+        f"{result['config']['repeats']} at load averages of {min(result['load_average']):.0f} to "
+        f"{max(result['load_average']):.0f}. {_on('prepare_scaling')}"
+    )
 
 
 def foundry_parity() -> str:
