@@ -25,6 +25,7 @@ from llmfoundry.data.megatron import MegatronFile
 from llmfoundry.data.remote import DataPath
 from llmfoundry.data.rows import IGNORE, Block, How, Order, Rows, RowsConfig, epochs_of
 from llmfoundry.data.sources import Source, fingerprint_of
+from llmfoundry.data.stored_file import StoredFile
 
 _ENDINGS = (".bin", ".idx")
 
@@ -70,7 +71,9 @@ class MegatronConfig(RowsConfig, names=("megatron",)):
         missing = next((name for name in pairs if f"{name}.bin" not in found), None)
         if missing is not None or not pairs:
             raise ConfigError(f"dataset.path: {self.path}: finds no {missing or ''}.bin beside an .idx")
-        return [MegatronFile(store.fetch(found[f"{name}.idx"]), store.fetch(found[f"{name}.bin"])) for name in pairs]
+        return [
+            MegatronFile(store.fetch(found[f"{name}.idx"]), StoredFile(found[f"{name}.bin"], store)) for name in pairs
+        ]
 
     def _held_out(self) -> tuple[float, float]:
         """The part of the text that is read, as fractions of it."""

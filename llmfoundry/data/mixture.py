@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from llmfoundry.config import Config, ConfigError
 from llmfoundry.data.interleave import Interleave, exact, shares_of
 from llmfoundry.data.rows import (
+    STRETCH,
     Block,
     How,
     Order,
@@ -29,6 +30,7 @@ from llmfoundry.data.rows import (
     RowsConfig,
     StreamReader,
     StreamRows,
+    Stretch,
     open_order,
 )
 from llmfoundry.data.sources import DatasetConfig, Source, fingerprint_of
@@ -252,7 +254,6 @@ class Mixture(Order):
         self._reader = StreamReader(streams, self.length, self.documents) if streams else None
         is_stream = np.array([isinstance(each, StreamRows) for each in self._rows])
         self._stream_of = np.where(is_stream, np.cumsum(is_stream) - 1, -1)  # (n_sources,) by the reader; -1: none
-        self._places = Places(orders)
         self._segments: list[Segment] = []
         self.arrange([])
 
@@ -270,6 +271,7 @@ class Mixture(Order):
             before: rows of each source that were taken by then.
         """
         taken = np.array(before if before is not None else [0] * len(self.labels), dtype=np.int64)
+        self._places, self._plan = Places(self._orders), Places([self])
         self._segments = []
         for number, shares in enumerate(self._shares):
             end = ends[number] if number < len(ends) else None
@@ -340,9 +342,15 @@ class Mixture(Order):
         """The source of each row, by its place among the labels, in the shape of `numbers`."""
         return self._where(numbers)[0]
 
+    def stretch(self, number: int) -> Stretch:
+        """Of places in the data, as `place * n_sources + source`."""
+        first = number - number % STRETCH
+        sources, numbers = self._where(np.arange(first, first + STRETCH))
+        return Stretch(first, self._places.of(sources, numbers) * len(self.labels) + sources)
+
     def read(self, numbers: NDArray[np.int64]) -> Block:
-        sources, numbers = self._where(numbers)
-        places, streams = self._places.of(sources, numbers), self._stream_of[sources]
+        places, sources = np.divmod(self._plan.of(np.zeros_like(numbers), numbers), len(self.labels))
+        streams = self._stream_of[sources]
         if self._reader is not None and not self.own_positions and (streams >= 0).all():
             return self._reader.read(streams, places)._replace(sources=sources)
         out = self.empty(len(numbers))._replace(sources=sources)

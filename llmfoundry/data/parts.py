@@ -182,7 +182,7 @@ class _Writer:
         while len(ids):
             if self._file is None:
                 self._check_room()
-                self._file = (self._folder / shard_name(len(self._shards))).open("wb")
+                self._file = (self._folder / shard_name(len(self._shards))).open("wb", buffering=2**20)
                 self._sha, self._tokens = hashlib.sha256(), 0
             part, ids = np.split(ids, [SHARD_TOKENS - self._tokens])
             data = part.tobytes()

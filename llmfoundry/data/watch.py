@@ -73,6 +73,11 @@ class Watch:
         self._thread = threading.Thread(target=self._run, args=(own,), name=f"watch {folder.name}", daemon=True)
         self._thread.start()
 
+    @property
+    def is_running(self) -> bool:
+        """Whether something may still be found."""
+        return self._thread is not None and self._thread.is_alive()
+
     def check(self) -> None:
         """Raise what was found so far."""
         if self._found is not None:
