@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmfoundry.checkpoint import manifest
 from llmfoundry.checkpoint.finding import Found, candidates, newest_usable
+from llmfoundry.checkpoint.index import Box, Laid, index_of
 from llmfoundry.checkpoint.manifest import (
     CONFIG,
     CONVERTED,
@@ -33,7 +34,7 @@ from llmfoundry.checkpoint.reading import (
     load_model_only,
     read,
 )
-from llmfoundry.checkpoint.storage import Box, Laid, index_of, is_finite
+from llmfoundry.checkpoint.storage import is_finite
 from llmfoundry.code import refuse_code, run_plugins
 from llmfoundry.config import ConfigError, check, dump, is_theirs, is_url
 from llmfoundry.hf.adapters import peft_names

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from llmfoundry import hf, runtime
 from llmfoundry.checkpoint.finding import Found, candidates, fetched, newest_usable
+from llmfoundry.checkpoint.index import SAVED_DTYPES, Entry, read_index
 from llmfoundry.checkpoint.manifest import (
     CONFIG,
     CONVERTED,
@@ -37,7 +38,7 @@ from llmfoundry.checkpoint.manifest import (
     step_in,
     verify,
 )
-from llmfoundry.checkpoint.storage import SAVED_DTYPES, Entry, TensorReader, is_finite, read_index
+from llmfoundry.checkpoint.storage import TensorReader, is_finite
 from llmfoundry.checkpoint.tensors import check_same_model, model_tensors
 from llmfoundry.config import ConfigError, is_theirs, is_url
 from llmfoundry.dtensor import local_shard
