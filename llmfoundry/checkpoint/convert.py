@@ -170,9 +170,10 @@ def _to_hf(
 ) -> None:
     contents, config = _open(found.path, "texts", allow_code)  # tensors are verified while they are copied
     tokenizer = tokenizer_of(contents.tokenizer) if contents.tokenizer is not None else None
-    with new_folder(out) as folder, manifest.verified_beside(contents.path, _is_weights):
-        if not manifest.says_finite(contents.path):
-            for name in filter(_is_weights, contents.files):
+    weights = {name: written for name, written in sorted(contents.files.items()) if _is_weights(name)}
+    with new_folder(out) as folder, manifest.verified_beside(contents.path, weights):
+        if not contents.finite:
+            for name in weights:
                 check_finite(contents.path / name)
         write_checkpoint(
             folder, _base(config), CheckpointSource(contents, config), dtype=dtype, model_type=model_type,

@@ -208,7 +208,7 @@ def test_a_checkpoint_says_all_that_generation_needs(tmp_path: Path) -> None:
     assert contents.tokenizer is not None
     again = transformers.AutoTokenizer.from_pretrained(contents.tokenizer, local_files_only=True)
     assert (again.eos_token_id, len(again)) == (1, 2)
-    listed = verify(path)
+    listed = verify(path).files
     on_disk = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
     assert on_disk == {MANIFEST, *listed}
 
