@@ -2,7 +2,7 @@
 
 50 million parameters (200 MB) with AdamW's moments: checkpoints of 600 MB. A step follows each save. The stall is
 the time of `Checkpointer.save`, and what the step's update waits until all is copied, to memory that was made before;
-the save ends when the checkpoint is on disk and has its name. The copy takes memory bandwidth from the step beside it:
+the save ends when the checkpoint is on disk and has its name. The save shares cores and memory with the step beside it:
 its seconds are recorded beside those of a step without a save.
 Writes scripts/bench/results/save_stall.json.
 """

@@ -515,7 +515,7 @@ def test_an_asynchronous_save_holds_the_weights_of_its_call(tmp_path: Path) -> N
 
 
 def test_a_save_copies_nothing_and_the_next_update_waits_for_the_copy(tmp_path: Path) -> None:
-    """The stall is a plan: no parameter is copied in it, no file is opened, whatever the size of the model."""
+    """Whatever the size of the model: no parameter is copied before `save` returns, and no file is made."""
     run, other = build(), build(seed=1)
     train(*run)
     frozen = copy.deepcopy(run[0].state_dict())
