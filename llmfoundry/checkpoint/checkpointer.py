@@ -41,6 +41,7 @@ from torch.optim import Optimizer
 from llmfoundry import runtime
 from llmfoundry.checkpoint.finding import Candidate, Found, newest_usable
 from llmfoundry.checkpoint.folder import KEPT, CheckpointFolder, Kept
+from llmfoundry.checkpoint.index import Entry
 from llmfoundry.checkpoint.manifest import (
     CONFIG,
     TRAINER,
@@ -66,7 +67,8 @@ from llmfoundry.checkpoint.reading import (
     read_one,
     read_tensors,
 )
-from llmfoundry.checkpoint.storage import Entry, Part, SavePlan, plan_save, save_parts
+from llmfoundry.checkpoint.staging import Stage
+from llmfoundry.checkpoint.storage import SavePlan, plan_save, save_parts
 from llmfoundry.checkpoint.store import RunStore
 from llmfoundry.checkpoint.tensors import (
     check_same_model,
@@ -143,7 +145,7 @@ class Checkpointer:
     Args:
         folder: `save_folder/checkpoints`; made by the first save.
         keep: newest checkpoints to keep; -1 keeps all.
-        asynchronous: whether `save` returns when everything is copied to the CPU, and a thread writes it.
+        asynchronous: whether `save` returns at once, and a thread copies (staging.py) and writes.
         timeout: seconds until a save fails in which some rank does not take part.
         store: where checkpoints go from there; a save is done when the store has it.
     """
@@ -166,7 +168,7 @@ class Checkpointer:
         self.newest_saved: Path | str | None = None  # what this run has written or found intact: a folder, or a URL
         self._pending: Future[Path | str | None] | None = None
         self._thread = ThreadPoolExecutor(1, WRITER)
-        self._stage: dict[str, Tensor] = {}
+        self.stage = Stage()
         # The writer's own: its messages must not meet those of a step that goes on meanwhile.
         self._ranks = runtime.plant(timeout) if runtime.world_size() > 1 else None
         self._uploader = None
@@ -179,10 +181,13 @@ class Checkpointer:
         New memory costs several times what copying into it does: a page fault each 4 KiB, or pinning.
         """
         if self.asynchronous and self._pending is None:
-            self._pending = self._thread.submit(self._make_room, plan_save(_tensors(state)).parts)
+            self._pending = self._thread.submit(self.stage.make_room, plan_save(_tensors(state)).parts)
 
     def save(self, state: CheckpointState) -> Path | str:
         """Write a checkpoint, after the one in flight if there is one.
+
+        Under `asynchronous`, parameters and the optimizer's state are copied while the caller goes on, and
+        `optimizer.step()` waits for that. Whatever else changes them calls `wait`, or `stage.wait`, before.
 
         Returns:
             Its folder, or its URL; under `asynchronous`, what its folder will be unless that name is taken (`wait`
@@ -197,8 +202,8 @@ class Checkpointer:
         beside = _beside(state)
         if not self.asynchronous:
             return self._write(plan, beside)
-        staged = plan._replace(parts=self._staged(plan.parts))
-        self._pending = self._thread.submit(self._write, staged, beside)
+        self.stage.begin(plan.parts, state.optimizer, _updated(state))
+        self._pending = self._thread.submit(self._write_staged, plan, beside)
         return self.folder.path / f"step-{state.step}"
 
     def wait(self) -> Path | str | None:
@@ -259,6 +264,7 @@ class Checkpointer:
         """
         contents = source if isinstance(source, Contents) else read(source, "everything")
         assert contents.verified == "everything"
+        self.stage.wait()
         entries = contents.entries
         model = model_tensors(state.model, frozen=contents.base is None)
         try:
@@ -291,21 +297,8 @@ class Checkpointer:
             step, _ = number_of(path.name) or (0, 0)
             self._pending = self._thread.submit(self._bring_up, path, step)
 
-    def _make_room(self, parts: list[Part]) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(runtime.device())  # of this thread
-        for name, _, local in parts:
-            if name not in self._stage:
-                self._stage[name] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda).zero_()
-
-    def _staged(self, parts: list[Part]) -> list[Part]:
-        """What this rank writes, copied to the CPU; the same memory each time, pinned if from a GPU."""
-        self._make_room(parts)
-        for name, _, local in parts:
-            self._stage[name].copy_(local, non_blocking=True)
-        if any(part.tensor.is_cuda for part in parts):
-            torch.cuda.synchronize()
-        return [part._replace(tensor=self._stage[part.name]) for part in parts]
+    def _write_staged(self, plan: SavePlan, beside: Beside) -> Path | str:
+        return self._write(plan._replace(parts=self.stage.finish(plan.parts)), beside)
 
     def _write(self, plan: SavePlan, beside: Beside) -> Path | str:
         try:
@@ -389,6 +382,12 @@ def _say_that_weights_are_cast(entries: Mapping[str, Entry], model: Mapping[str,
 def _tensors(state: CheckpointState) -> dict[str, Tensor]:
     model = model_tensors(state.model, frozen=state.base is None)
     return model | optimizer_tensors(state.model, state.optimizer) | rng_tensors()
+
+
+def _updated(state: CheckpointState) -> set[str]:
+    """The names of what nothing but `optimizer.step()` changes: parameters and the optimizer's state, not buffers."""
+    parameters = {f"model/{name}" for name, _ in state.model.named_parameters()}
+    return parameters | optimizer_tensors(state.model, state.optimizer).keys()
 
 
 def _beside(state: CheckpointState) -> Beside:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmfoundry.checkpoint import manifest
 from llmfoundry.checkpoint.finding import Found, candidates, newest_usable
+from llmfoundry.checkpoint.index import Box, Laid, index_of
 from llmfoundry.checkpoint.manifest import (
     CONFIG,
     CONVERTED,
@@ -33,7 +34,7 @@ from llmfoundry.checkpoint.reading import (
     load_model_only,
     read,
 )
-from llmfoundry.checkpoint.storage import Box, Laid, index_of, is_finite
+from llmfoundry.checkpoint.storage import is_finite
 from llmfoundry.code import refuse_code, run_plugins
 from llmfoundry.config import ConfigError, check, dump, is_theirs, is_url
 from llmfoundry.hf.adapters import peft_names
@@ -169,9 +170,10 @@ def _to_hf(
 ) -> None:
     contents, config = _open(found.path, "texts", allow_code)  # tensors are verified while they are copied
     tokenizer = tokenizer_of(contents.tokenizer) if contents.tokenizer is not None else None
-    with new_folder(out) as folder, manifest.verified_beside(contents.path, _is_weights):
-        if not manifest.says_finite(contents.path):
-            for name in filter(_is_weights, contents.files):
+    weights = {name: written for name, written in sorted(contents.files.items()) if _is_weights(name)}
+    with new_folder(out) as folder, manifest.verified_beside(contents.path, weights):
+        if not contents.finite:
+            for name in weights:
                 check_finite(contents.path / name)
         write_checkpoint(
             folder, _base(config), CheckpointSource(contents, config), dtype=dtype, model_type=model_type,

@@ -178,7 +178,7 @@ def _fetch_all(candidate: Candidate, need: Need, folder: Path) -> None:
     folder.mkdir()
     remote.fetch(candidate.files[MANIFEST], folder / MANIFEST)
     log.info("fetching %s", candidate.place)
-    needed = {name: written for name, written in read_manifest(folder).items() if is_needed(name, need)}
+    needed = {name: written for name, written in read_manifest(folder).files.items() if is_needed(name, need)}
     with ThreadPoolExecutor(_AT_ONCE) as threads:
         fetches = [
             threads.submit(_fetch, candidate.place, name, candidate.files.get(name), written, folder / name)

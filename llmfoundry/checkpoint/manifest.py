@@ -15,7 +15,7 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -65,6 +65,19 @@ class Written(NamedTuple):
 
     bytes: int
     sha256: str
+
+
+class Manifest(NamedTuple):
+    """What the manifest of a checkpoint says.
+
+    Attributes:
+        finite: whether every value was looked at when it was written.
+        files: every other file, by its name in the folder; none of them is outside it.
+    """
+
+    step: int
+    finite: bool
+    files: dict[str, Written]
 
 
 def write_file(path: Path, content: bytes) -> Written:
@@ -149,15 +162,7 @@ def step_in(path: Path) -> int | None:
         return None
 
 
-def says_finite(path: Path) -> bool:
-    """Whether the manifest of a checkpoint says that every value was looked at when it was written."""
-    try:
-        return read_mapping(path / MANIFEST, follow=False).get("finite") is True
-    except (OSError, ValueError):
-        return False
-
-
-def verify(path: Path, only: Callable[[str], bool] = lambda name: True) -> dict[str, Written]:
+def verify(path: Path, only: Callable[[str], bool] = lambda name: True) -> Manifest:
     """Check the files of a checkpoint against its manifest; ranks share the work.
 
     Args:
@@ -171,27 +176,31 @@ def verify(path: Path, only: Callable[[str], bool] = lambda name: True) -> dict[
         DamagedError: on all ranks, naming the first file that is missing, cut short or changed.
     """
 
-    def check() -> dict[str, Written]:
-        files = read_manifest(path)
+    def check() -> Manifest:
+        found = read_manifest(path)
+        files = found.files
         names = sorted(name for name in files if only(name))[runtime.rank() :: runtime.world_size()]
         with ThreadPoolExecutor(4) as threads:  # hashing releases the interpreter lock
             list(threads.map(lambda name: _check_file(path, name, files[name]), names))
-        return files
+        return found
 
     return runtime.agreed(check)
 
 
 @contextmanager
-def verified_beside(path: Path, only: Callable[[str], bool]) -> Iterator[None]:
+def verified_beside(path: Path, files: Mapping[str, Written]) -> Iterator[None]:
     """Check the files of a checkpoint while the block reads them: from the disk, they are read once.
 
     Their lengths are checked before the block begins, their bytes by the end of it. The caller discards what the block
     made if this raises.
 
+    Args:
+        path: the checkpoint.
+        files: which of its files, by name.
+
     Raises:
         DamagedError: as `verify`.
     """
-    files = {name: written for name, written in sorted(read_manifest(path).items()) if only(name)}
     for name, written in files.items():
         _check_file(path, name, written, bytes_too=False)
     thread = ThreadPoolExecutor(1)  # in order, as the files are read
@@ -220,8 +229,8 @@ def _check_file(path: Path, name: str, expected: Written, bytes_too: bool = True
         raise DamagedError(f"{file}: cannot be read: {error.strerror}") from None
 
 
-def read_manifest(path: Path) -> dict[str, Written]:
-    """The files of a checkpoint, none of them outside it.
+def read_manifest(path: Path) -> Manifest:
+    """What the manifest of a checkpoint says; its files are not looked at.
 
     Raises:
         DamagedError: the manifest is missing or malformed.
@@ -253,7 +262,7 @@ def read_manifest(path: Path) -> dict[str, Written]:
     for name in (INDEX, TRAINER, CONVERTED if CONVERTED in files else CONFIG):
         if name not in files:
             raise DamagedError(f"{file}: does not list {name}; the checkpoint is not complete")
-    return files
+    return Manifest(step, manifest.get("finite") is True, files)
 
 
 def _is_name(text: str) -> bool:
@@ -273,7 +282,7 @@ def _written(entry: Json) -> Written:
 def is_whole(path: Path) -> bool:
     """Whether every file is there in its full length; a cheap look, without reading them."""
     try:
-        files = read_manifest(path)
+        files = read_manifest(path).files
         return all((path / name).stat().st_size == written.bytes for name, written in files.items())
     except (CheckpointError, OSError):
         return False

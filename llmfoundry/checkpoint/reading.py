@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from llmfoundry import hf, runtime
 from llmfoundry.checkpoint.finding import Found, candidates, fetched, newest_usable
+from llmfoundry.checkpoint.index import SAVED_DTYPES, Entry, read_index
 from llmfoundry.checkpoint.manifest import (
     CONFIG,
     CONVERTED,
@@ -29,15 +30,14 @@ from llmfoundry.checkpoint.manifest import (
     TRAINER,
     CheckpointError,
     DamagedError,
+    Manifest,
     Need,
     Written,
     is_needed,
     read_manifest,
-    says_finite,
-    step_in,
     verify,
 )
-from llmfoundry.checkpoint.storage import SAVED_DTYPES, Entry, TensorReader, is_finite, read_index
+from llmfoundry.checkpoint.storage import TensorReader, is_finite
 from llmfoundry.checkpoint.tensors import check_same_model, model_tensors
 from llmfoundry.config import ConfigError, is_theirs, is_url
 from llmfoundry.dtensor import local_shard
@@ -78,7 +78,8 @@ class Contents(NamedTuple):
         trainer: what the trainer put in, and `step`.
         tokenizer: a folder for `from_pretrained`.
         base: where the weights are that this checkpoint does not hold; None: it holds all.
-        files: its manifest.
+        files: by name, as its manifest lists them.
+        finite: whether every value was looked at when it was written.
         entries: its tensors by name.
         verified: which of its files were compared with the manifest.
     """
@@ -91,6 +92,7 @@ class Contents(NamedTuple):
     tokenizer: Path | None
     base: Base | None
     files: Files
+    finite: bool
     entries: dict[str, Entry]
     verified: Need
 
@@ -111,19 +113,20 @@ def read(path: str | Path, need: Need = "model") -> Contents:
 def read_one(found: Found, need: Need) -> Contents:
     """`read` of one checkpoint; raises DamagedError, on all ranks."""
     path = found.path
-    files = verify(path, lambda name: is_needed(name, need))  # before their headers are believed
+    manifest = verify(path, lambda name: is_needed(name, need))  # before their headers are believed
+    files = manifest.files
     try:
         config = read_resolved(path / (CONVERTED if CONVERTED in files else CONFIG))
     except ConfigError as error:
         raise DamagedError(str(error)) from None
-    trainer, entries = _trainer(path), _entries(path, files)
-    _check_values(path, files, entries, need)
-    step, base = trainer["step"], trainer.get("base")
-    assert isinstance(step, int)
+    trainer, entries = _trainer(path, manifest.step), _entries(path, files)
+    _check_values(path, manifest, entries, need)
+    base = trainer.get("base")
     tokenizer = path / "tokenizer"
     return Contents(
-        path, found.place, step, config, trainer, tokenizer if tokenizer.is_dir() else None,
-        Base(str(base["path"]), str(base["fingerprint"])) if isinstance(base, dict) else None, files, entries, need,
+        path, found.place, manifest.step, config, trainer, tokenizer if tokenizer.is_dir() else None,
+        Base(str(base["path"]), str(base["fingerprint"])) if isinstance(base, dict) else None,
+        files, manifest.finite, entries, need,
     )  # fmt: skip
 
 
@@ -217,7 +220,7 @@ def _entries(path: Path, files: Files) -> dict[str, Entry]:
     return entries
 
 
-def _check_values(path: Path, files: Files, entries: dict[str, Entry], need: Need) -> None:
+def _check_values(path: Path, manifest: Manifest, entries: dict[str, Entry], need: Need) -> None:
     """Check that tensors lie where the index says, and are finite if nobody has looked yet; ranks share the files.
 
     Raises:
@@ -225,10 +228,10 @@ def _check_values(path: Path, files: Files, entries: dict[str, Entry], need: Nee
     """
 
     def check() -> None:
-        names = sorted(name for name in files if name.endswith(".safetensors") and is_needed(name, need))
+        names = sorted(name for name in manifest.files if name.endswith(".safetensors") and is_needed(name, need))
         own = names[runtime.rank() :: runtime.world_size()]
         TensorReader(path, entries).check_headers(own)
-        for name in own if not says_finite(path) else ():
+        for name in own if not manifest.finite else ():
             check_finite(path / name)
 
     runtime.agreed(check)
@@ -322,7 +325,7 @@ def _fingerprint(path: str) -> str:
     if not is_theirs(path):
         (candidate,) = candidates(path)
         manifest = read_manifest(fetched(candidate, "texts"))
-        listed = {name: written for name, written in manifest.items() if name.startswith("model-")}
+        listed = {name: written for name, written in manifest.files.items() if name.startswith("model-")}
         return _sha256(json.dumps(sorted(listed.items())))
     name = path.removeprefix(HUGGING_FACE)
     files = [Path(name)] if Path(name).is_file() else _weights_in(locate(name))
@@ -346,13 +349,13 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _trainer(path: Path) -> dict[str, Json]:
-    """What a trainer put in, with steps and counts that may be true."""
+def _trainer(path: Path, listed: int) -> dict[str, Json]:
+    """What a trainer put in, with steps and counts that may be true; `listed` is the step that the manifest gives."""
     try:
         trainer = read_mapping(path / TRAINER, follow=False)
         step, state = whole_number(trainer.get("step")), trainer.get("state")
-        if step != step_in(path):
-            raise ValueError(f"step {step}, and {MANIFEST} says {step_in(path)}")
+        if step != listed:
+            raise ValueError(f"step {step}, and {MANIFEST} says {listed}")
         if isinstance(state, dict):
             for value in state.values():
                 whole_number(value)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from llmfoundry import runtime
+from llmfoundry.checkpoint.index import Entry
 from llmfoundry.checkpoint.manifest import CheckpointError
-from llmfoundry.checkpoint.storage import RNG, Entry
+from llmfoundry.checkpoint.storage import RNG
 from llmfoundry.dtensor import cut_like, local_part
 
 

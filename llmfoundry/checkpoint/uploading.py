@@ -45,7 +45,7 @@ class Uploader:
         """
         store, ranks, shared = self._store, self._ranks, self._folder.shared
         try:
-            name, files = runtime.on_rank0(lambda: (store.free_name(step), sorted(read_manifest(path))), ranks)
+            name, files = runtime.on_rank0(lambda: (store.free_name(step), sorted(read_manifest(path).files)), ranks)
             runtime.agreed(lambda: store.upload(path, name, self._share(files)), ranks)
             runtime.on_rank0(lambda: self._complete(path, name), ranks)
         except STORE_ERRORS as error:

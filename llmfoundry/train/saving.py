@@ -51,9 +51,14 @@ class Saver:
         self._stalled = time.perf_counter() - start
 
     def stall(self) -> Metrics:
-        """How long the last save kept the run from its next step, in seconds; nothing if that was told before."""
+        """How long the last save kept the run from its next step, in seconds; nothing if that was told before.
+
+        To be asked after that step, whose update may have waited for the copies.
+        """
         stalled, self._stalled = self._stalled, None
-        return {} if stalled is None else {STALL: stalled}
+        stage = self.checkpointer.stage
+        waited, stage.waited = stage.waited, 0.0
+        return {} if stalled is None else {STALL: stalled + waited}
 
     def settle(self) -> None:
         """Wait for a save in flight; one that fails is a warning."""

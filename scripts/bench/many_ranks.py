@@ -28,8 +28,9 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llmfoundry.callbacks import console  # noqa: F401  registers the callbacks that the YAMLs name
+from llmfoundry.checkpoint.index import Box, index_of, read_index
 from llmfoundry.checkpoint.manifest import INDEX, MANIFEST, Written, read_manifest, write_manifest
-from llmfoundry.checkpoint.storage import Box, SavePlan, TensorReader, _header, index_of, plan_save, read_index
+from llmfoundry.checkpoint.storage import SavePlan, TensorReader, _header, plan_save
 from llmfoundry.cli.command import read_run_config
 from llmfoundry.parallel.apply import parallelize
 from llmfoundry.parallel.expert import n_experts

@@ -5,6 +5,7 @@ import os
 import pickle
 import resource
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -233,7 +234,7 @@ def test_a_checkpoint_says_all_that_generation_needs(tmp_path: Path) -> None:
     assert contents.tokenizer is not None
     again = transformers.AutoTokenizer.from_pretrained(contents.tokenizer, local_files_only=True)
     assert (again.eos_token_id, len(again)) == (1, 2)
-    listed = verify(path)
+    listed = verify(path).files
     on_disk = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
     assert on_disk == {MANIFEST, *listed}
 
@@ -342,7 +343,9 @@ def test_a_flipped_bit_of_a_manifest_is_harmless_or_found(
             whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :]
         )
         try:
-            assert manifest.read_manifest(folder / "step-2") == sound
+            found = manifest.read_manifest(folder / "step-2")
+            # Without the word that values were looked at, they are looked at again.
+            assert found in (sound, sound._replace(finite=False))
         except (CheckpointError, AssertionError):
             with pytest.raises(CheckpointError):
                 verify(folder / "step-2")
@@ -534,6 +537,47 @@ def test_an_asynchronous_save_holds_the_weights_of_its_call(tmp_path: Path) -> N
     assert all(torch.equal(tensor, frozen[name]) for name, tensor in other[0].state_dict().items())
     train(*other)
     assert_same(run, other)
+
+
+def test_a_save_copies_nothing_and_the_next_update_waits_for_the_copy(tmp_path: Path) -> None:
+    """Whatever the size of the model: no parameter is copied before `save` returns, and no file is made."""
+    run, other = build(), build(seed=1)
+    train(*run)
+    frozen = copy.deepcopy(run[0].state_dict())
+    checkpointer = Checkpointer(tmp_path, asynchronous=True)
+    busy = threading.Event()
+    checkpointer._thread.submit(busy.wait)  # whatever the thread is for, it does not do yet
+    path = checkpointer.save(state(*run))
+    assert not list(tmp_path.iterdir())
+    stepping = threading.Thread(target=train, args=run)
+    stepping.start()
+    stepping.join(0.2)
+    assert stepping.is_alive(), "the update waits"
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in run[0].state_dict().items())
+    busy.set()
+    stepping.join()
+    assert checkpointer.stage.waited > 0.1
+    checkpointer.wait()
+    assert any(not torch.equal(tensor, frozen[name]) for name, tensor in run[0].state_dict().items())
+    checkpointer.load(path, state(*other))
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in other[0].state_dict().items())
+
+
+def test_a_save_keeps_buffers_as_they_were_when_it_was_called(tmp_path: Path) -> None:
+    """A forward may change them, before any update."""
+    run, other = build(), build(seed=1)
+    train(*run)
+    run[0].register_buffer("seen", torch.zeros(3))
+    other[0].register_buffer("seen", torch.ones(3))
+    checkpointer = Checkpointer(tmp_path, asynchronous=True)
+    busy = threading.Event()
+    checkpointer._thread.submit(busy.wait)
+    path = checkpointer.save(state(*run))
+    run[0].get_buffer("seen").add_(5)
+    busy.set()
+    checkpointer.wait()
+    checkpointer.load(path, state(*other))
+    assert other[0].get_buffer("seen").tolist() == [0.0, 0.0, 0.0]
 
 
 def test_a_failed_asynchronous_save_surfaces_at_the_next_one(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_a_run_from_before_there_was_a_rule_goes_on_without_bos(tmp_path: Path) 
         del data["tokenizer"]["add_bos"], data["tokenizer"]["parse_special_tokens"]
         file.write_text(yaml.safe_dump(data))
     for folder in run.glob("checkpoints/step-*"):
-        files = read_manifest(folder) | {"config.yaml": measure(folder / "config.yaml")}
+        files = read_manifest(folder).files | {"config.yaml": measure(folder / "config.yaml")}
         (folder / MANIFEST).unlink()
         write_manifest(folder, int(folder.name.removeprefix("step-")), files)
     data = yaml.safe_load(path.read_text())

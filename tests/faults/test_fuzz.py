@@ -35,9 +35,9 @@ from transformers import PreTrainedTokenizerBase
 
 import llmfoundry.callbacks  # noqa: F401  registers all monitors and loggers
 from llmfoundry.checkpoint.finding import Found
+from llmfoundry.checkpoint.index import read_index
 from llmfoundry.checkpoint.manifest import MANIFEST, DamagedError, read_manifest
 from llmfoundry.checkpoint.reading import read_one
-from llmfoundry.checkpoint.storage import read_index
 from llmfoundry.cli.quick_check import mistakes_in
 from llmfoundry.config import ConfigError, check
 from llmfoundry.data.mds import MDSFolder

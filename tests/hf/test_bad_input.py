@@ -255,4 +255,4 @@ def test_the_generation_config_comes_back(folder: Path, tmp_path: Path) -> None:
     assert convert_main(["from-hf", str(folder), str(tmp_path / "ours")]) == 0
     assert convert_main(["to-hf", str(tmp_path / "ours"), str(tmp_path / "back")]) == 0
     assert json.loads((tmp_path / "back" / "generation_config.json").read_text())["temperature"] == 0.25
-    assert verify(tmp_path / "ours")["generation_config.json"].bytes > 0
+    assert verify(tmp_path / "ours").files["generation_config.json"].bytes > 0

@@ -14,7 +14,8 @@ import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
 
 from llmfoundry import runtime
-from llmfoundry.checkpoint.storage import Box, SavePlan, index_of, plan_save
+from llmfoundry.checkpoint.index import Box, index_of
+from llmfoundry.checkpoint.storage import SavePlan, plan_save
 from llmfoundry.config import ConfigError
 from llmfoundry.parallel.mesh import Degrees
 from llmfoundry.tree import FANOUT, levels

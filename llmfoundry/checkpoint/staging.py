@@ -1,0 +1,90 @@
+"""Copies in host memory of what an asynchronous save writes, made while the next step runs.
+
+Between a save and the next `optimizer.step()`, forward and backward read parameters and the optimizer's state, and
+change neither. So they are copied meanwhile, and only the update waits: on a CPU for the thread that writes, on a GPU
+the device for a stream of its own. What a forward may change (buffers) is copied at once.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from weakref import WeakSet
+
+import torch
+from torch.optim import Optimizer
+
+from llmfoundry import runtime
+from llmfoundry.checkpoint.storage import Part
+
+
+class Stage:
+    """The copies of one save at a time, in the same memory each time."""
+
+    def __init__(self) -> None:
+        self.waited = 0.0  # seconds that updates have waited for copies; whoever reads it sets it to 0
+        self._memory: dict[str, torch.Tensor] = {}
+        self._left: list[Part] = []  # to be copied by `finish`
+        self._copied = threading.Event()  # what was left is copied
+        self._copied.set()
+        self._stream: torch.cuda.Stream | None = None
+        self._on_device: torch.cuda.Event | None = None  # what lies on the GPU is copied
+        self._hooked: WeakSet[Optimizer] = WeakSet()
+
+    def make_room(self, parts: Sequence[Part]) -> None:
+        """Allocate, which costs several times what copying does: a page fault each 4 KiB, or pinning."""
+        if torch.cuda.is_available():
+            torch.cuda.set_device(runtime.device())  # of this thread
+        for name, _, local in parts:
+            if name not in self._memory:
+                self._memory[name] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda).zero_()
+
+    def begin(self, parts: Sequence[Part], optimizer: Optimizer | None, updated: AbstractSet[str]) -> None:
+        """Begin to copy. In a thread, `finish` has to follow, whatever happens: the next update waits for it.
+
+        Args:
+            updated: the names of what changes in `optimizer.step()` alone.
+        """
+        if optimizer is None:
+            updated = frozenset()
+        elif optimizer not in self._hooked:
+            optimizer.register_step_pre_hook(lambda *_: self.wait())
+            self._hooked.add(optimizer)
+        self.make_room(parts)
+        on_device = [part for part in parts if part.tensor.is_cuda]
+        if on_device:
+            self._stream = self._stream or torch.cuda.Stream()
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self._copy(on_device)
+            self._on_device = self._stream.record_event()
+            if any(part.name not in updated for part in on_device):
+                torch.cuda.current_stream().wait_event(self._on_device)
+        self._copy([part for part in parts if not part.tensor.is_cuda and part.name not in updated])
+        self._left = [part for part in parts if not part.tensor.is_cuda and part.name in updated]
+        self._copied.clear()
+
+    def finish(self, parts: Sequence[Part]) -> list[Part]:
+        """Copy what is left; returns the parts that `begin` was given, as they were then."""
+        try:
+            self._copy(self._left)
+            if self._on_device is not None:
+                self._on_device.synchronize()
+        finally:
+            self._left = []
+            self._copied.set()
+        return [part._replace(tensor=self._memory[part.name]) for part in parts]
+
+    def wait(self) -> None:
+        """Keep back what changes tensors until they are copied: the host on a CPU, the device on a GPU."""
+        start = time.perf_counter()
+        if self._on_device is not None:
+            torch.cuda.current_stream().wait_event(self._on_device)
+        self._copied.wait()
+        self.waited += time.perf_counter() - start
+
+    def _copy(self, parts: Sequence[Part]) -> None:
+        for name, _, local in parts:
+            self._memory[name].copy_(local, non_blocking=True)
