@@ -36,7 +36,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 C = TypeVar("C", bound="Config")
 MAX_LEVELS = 6  # of a dotted path that a hint may name
 # What pydantic adds to the path of a union; with brackets it is no key of a user's.
-_KIND = re.compile(r"int|float|bool|str|(literal|list|dict|function-\w+)\[.*\]")
+_KIND = re.compile(r"int|float|bool|str|constrained-\w+|(literal|list|dict|function-\w+)\[.*\]")
 
 
 class ConfigError(ValueError):

@@ -130,7 +130,8 @@ def kind_of(experts: TheirExperts) -> ExpertKind | None:
 
 
 def _recognised(experts: TheirExperts) -> str | None:
-    if not hasattr(experts, _KIND):
+    # A module that was pickled whole brings the name of its kind into a process that does not know it.
+    if getattr(experts, _KIND, "") not in _KINDS and getattr(experts, _KIND, "") is not None:
         _recognise(experts)
     return cast(str | None, getattr(experts, _KIND))
 

@@ -97,7 +97,7 @@ def load_settings(path: str | Path, overrides: list[str] | None = None, is_users
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8: {error.reason} at byte {error.start}") from None
+        raise ConfigError(f"{path}: is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8") from None
     loaded = parse(text, str(path))
     if not isinstance(loaded, dict):
         found = "nothing" if loaded is None else f"a {type(loaded).__name__}"
@@ -444,6 +444,8 @@ def parse(text: str, where: str) -> object:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark is not None and "\n" in text else ""
         why = " ".join(str(part) for part in (error.context, error.problem) if part)
+        if "'\\t'" in why:
+            why = "begins by a tab, and YAML takes spaces alone; write two spaces for each tab"
         raise ConfigError(f"{where}{line}: {' '.join(why.split())}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None

@@ -47,6 +47,7 @@ def test_every_command_is_there_and_explains_itself(name: str, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (["train", "yamls/moe.yaml", "--max-duration=9ba"], "(a setting has no dashes: max_duration=9ba)"),
         (["train", "yamls/moe.yaml", "--dryrun"], "unrecognized arguments: --dryrun (did you mean --dry-run?)"),
         (["convert", "to_hf", "a", "b"], "(did you mean to-hf?)"),
         (["train", "yamls/mo.yaml"], "yamls/mo.yaml: no such file (did you mean yamls/moe.yaml?)"),

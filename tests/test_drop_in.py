@@ -88,6 +88,15 @@ def test_every_family_gives_the_outputs_and_gradients_of_its_eager_experts() -> 
         assert (drop_in.kind_of(experts) is None) == (family.__name__ in NOT_OURS), family.__name__
 
 
+def test_a_module_that_was_pickled_runs_where_its_kind_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that loads a whole model."""
+    config = SimpleNamespace(**SIZES, _experts_implementation="eager")
+    module = _families()[0](config)
+    expected = _outputs(module, config, drop_in.NAME)
+    monkeypatch.setattr(drop_in, "_KINDS", {})
+    assert all(torch.equal(a, b) for a, b in zip(expected, _outputs(module, config, drop_in.NAME), strict=True))
+
+
 @pytest.mark.parametrize("backend", ["reference", "grouped_mm", "triton"])  # triton: in its interpreter
 def test_a_backend_can_be_named(backend: str) -> None:
     experts = _families()[0]

@@ -55,16 +55,16 @@ def doctor_main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
     if not args.folder.is_dir():
         raise ConfigError(f"--folder {args.folder}: is not a folder")
+    config = None if args.yaml is None else read_run_config(args.yaml, args.overrides)  # its mistakes come first
     wrong = 0
     for finding in findings(args.folder):
         mark = {"ok": " ", "note": "-", "wrong": "!"}[finding.state]
         print(f"{mark} {finding.name + ':':<18} {finding.says}", flush=True)
         wrong += finding.state == "wrong"
     print(f"{wrong} problem{'s' * (wrong > 1)} found, marked with !" if wrong else "no problems found")
-    if args.yaml is not None:
+    if config is not None:
         from llmfoundry.planning.report import describe
 
-        config = read_run_config(args.yaml, args.overrides)
         config.model.check_trainable()
         gpus, memory = _cards()
         print(f"\n{args.yaml} on this machine (a large model takes up to a minute):", flush=True)

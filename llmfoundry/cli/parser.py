@@ -43,8 +43,10 @@ class Parser(argparse.ArgumentParser):
 
     def _nearest(self, message: str) -> str:
         wrong, known = "", [word for word in self._option_string_actions if word.startswith("--")]
-        if found := re.search(r"unrecognized arguments: .*?(--[\w-]+)", message):
-            wrong = found[1]
+        if found := re.search(r"unrecognized arguments: .*?(--[\w.-]+)(=\S+)?", message):
+            wrong, value = found[1], found[2]
+            if value and any(action.dest == "overrides" for action in self._actions):
+                return f" (a setting has no dashes: {wrong[2:].replace('-', '_')}{value})"
         elif found := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
             wrong, known = found[1], re.findall(r"[\w-]+", found[2])
         close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.6)

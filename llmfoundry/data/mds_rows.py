@@ -67,7 +67,9 @@ class Folders(RowsConfig):
 
     local: str | None = None  # a folder of MDS shards, or of one folder per split
     remote: str | None = None  # looked at where local has no shards; a folder, or a URL whose shards are fetched
-    streams: dict[str, Stream] | None = None  # several folders, by name, in place of local and remote
+    streams: dict[str, Stream] | None = Field(
+        None, min_length=1
+    )  # several folders, by name, in place of local and remote
 
     @model_validator(mode="wrap")
     @classmethod

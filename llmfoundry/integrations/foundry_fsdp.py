@@ -16,6 +16,7 @@ _GONE = {
     "te_checkpoint_wrapper", "te_shard_fp8_weight", "use_orig_params", "verbose",
 }  # fmt: skip
 _NULL = "ignored_modules", "process_group"  # other values wrap another part, or other ranks
+_SWITCHES = "activation_checkpointing", "activation_cpu_offload", "cpu_offload"
 _STRATEGIES = "FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "NO_SHARD"
 _BF16 = "bf16", "bfloat16", "amp_bf16"
 _FP32 = "fp32", "float32"
@@ -32,7 +33,10 @@ def fsdp(data: Tree, value: object) -> list[str]:
     if not isinstance(value, dict):
         raise ConfigError(f"fsdp_config: must be a mapping, found {value!r}")
     rest: Tree = {key: each for key, each in value.items() if key not in _GONE}
+    wrong = [key for key in _SWITCHES if not isinstance(rest.get(key), bool | None)]
+    no_switch = [f"{key}: must be true or false, found {rest.pop(key)!r}" for key in wrong]
     said, mistakes = _mesh(data, rest)
+    mistakes = no_switch + mistakes
     if rest.pop("activation_checkpointing", False):
         said.append(put(data, "parallel.recompute", "full"))
     if rest.pop("activation_cpu_offload", False):
@@ -59,7 +63,8 @@ def _mesh(data: Tree, rest: Tree) -> tuple[list[str], list[str]]:
     elif mesh is not None:
         mistakes.append(f"device_mesh: {mesh!r} is not supported; write parallel: {{replicate: ..., shard: ...}}")
     said += [put(data, f"parallel.{key}", degree) for key, degree in degrees.items() if degree is not None]
-    strategy = rest.pop("sharding_strategy", "FULL_SHARD")
+    strategy = rest.pop("sharding_strategy", None) or "FULL_SHARD"
+    strategy = strategy.upper() if isinstance(strategy, str) else strategy
     if strategy not in _STRATEGIES:
         mistakes.append(f"sharding_strategy: unknown {strategy!r}; known: {', '.join(_STRATEGIES)}")
     elif strategy == "SHARD_GRAD_OP":

@@ -90,12 +90,36 @@ ONLY: dict[str, tuple[object, ...]] = {
     "spin_dataloaders": (True,),
     "train_subset_num_batches": (-1,),
     "profiler": (None,),
-    "tp_config": (None,),
+    "tp_config": (None, {}),
+    "optimizer.amsgrad": (False,),
+    "callbacks.generate_callback.top_k": (None, 0),
+    "loggers.mlflow.model_registry_prefix": ("", None),
+    "loggers.mlflow.model_registry_uri": (None,),
+}
+# What to write where a value of those is another one.
+INSTEAD = {
+    "accumulate_train_batch_on_tokens": "the loss is always over the labels of the global batch; leave it out",
+    "callbacks.generate_callback.top_k": "all tokens count; leave it out, and narrow the choice by top_p",
+    "load_ignore_keys": "write load_weights_only: true to leave out optimizer and progress, and load_allow for what "
+    "may differ",
+    "load_strict_model_weights": "all weights are read; make a checkpoint that holds them by `llmfoundry convert`",
+    "loggers.mlflow.model_registry_prefix": "models are not registered with MLflow here; leave it out",
+    "loggers.mlflow.model_registry_uri": "models are not registered with MLflow here; leave it out",
+    "only_composer_checkpoint": "leave it out, and callbacks.hf_checkpointer too",
+    "only_hf_checkpoint": "leave it out; write save_interval: 0ba, which saves at the end alone",
+    "optimizer.amsgrad": "leave it out",
+    "profiler": "write callbacks.profiler",
+    "save_filename": "a checkpoint is a folder, checkpoints/step-N; leave it out",
+    "save_latest_filename": "a checkpoint is a folder, checkpoints/step-N; leave it out",
+    "save_weights_only": "leave it out; `llmfoundry convert to-hf` writes the weights alone",
+    "tp_config": "layers are not split over ranks; parallel: {shard: ..., expert: ...} spreads the weights",
+    "train_subset_num_batches": "write max_duration",
 }
 # Keys that may be there and empty, which is the same as leaving them out.
 EMPTY = (
     "algorithms", "callbacks", "code_paths", "icl_seq_len", "icl_tasks", "loggers", "metadata", "model.attn_config",
-    "model.attn_config.rope_hf_config", "model.attn_config.rope_dail_config", "model.ffn_config", "model.init_config",
+    "model.attn_config.rope_hf_config", "model.attn_config.rope_dail_config", "model.ffn_config",
+    "model.ffn_config.ffn_act_fn", "model.init_config",
     "tokenizer.kwargs", "train_loader.dataset.split", "train_loader.dataset.hf_kwargs", "eval_loader.dataset.split",
     "eval_loader.dataset.hf_kwargs",
 )  # fmt: skip
@@ -111,7 +135,9 @@ REFUSED = {
     "callbacks.curriculum_learning": "write train_loader.mixture: weights of the datasets, by the time of the run",
     "callbacks.dataset_swap": "is not built; begin a second run with load_path and load_allow: [data]",
     "callbacks.export_for_inference": "write callbacks.hf_checkpointer",
-    "callbacks.fdiff": "is not built; loss/train/total is logged at every step",
+    **dict.fromkeys(
+        ("callbacks.fdiff", "callbacks.fdiff_metrics"), "is not built; loss/train/total is logged at every step"
+    ),
     "callbacks.global_lr_scaling": "write optimizer.lr with the scaled rate",
     "callbacks.layer_freezing": "write optimizer.disable_grad with the names to freeze",
     "callbacks.load_checkpoint": "write load_path",
@@ -130,6 +156,25 @@ RENAMED_VALUES = {
     "model.attn_config.attn_impl": {"flash": "auto", "torch": "sdpa", "triton": "auto"},
     "model.norm_type": {"triton_rmsnorm": "rmsnorm"},
 }
+_BF16 = "write amp_bf16, or fp32"
+# Values of theirs that are not built, and what to write instead; of a list of loaders, in each.
+REFUSED_VALUES = {
+    "model.ffn_config.ffn_type": {"te_ln_mlp": "write mptmlp", "mptgeglu": "write mptglu"},
+    "model.norm_type": {"te_layernorm": "write layernorm"},
+    "optimizer.name": {
+        "adalr_lion": "write decoupled_lionw, and callbacks.kill_loss_spike or max_skipped_steps against outliers",
+        "clip_lion": "write decoupled_lionw, and algorithms.gradient_clipping against outliers",
+        "no_op": "write decoupled_adamw, and eval_first: true to evaluate what is there",
+        **dict.fromkeys(("adam", "decoupled_adam"), "write adamw or decoupled_adamw"),
+        **dict.fromkeys(("sgd", "decoupled_sgdw"), "write decoupled_adamw, decoupled_lionw or muon"),
+    },
+    "precision": dict.fromkeys(("amp_fp16", "amp_fp8", "fp16", "bf16", "pure_bf16", "tf32", "amp"), _BF16),
+    "tokenizer.name": {"tiktoken": "write the name of a Hugging Face tokenizer that has the same vocabulary"},
+    "train_loader.name": {
+        "contrastive_pairs": "embedding models are not trained here; write text or finetuning",
+        "text_denoising": "encoder-decoder models are not trained here; write text or finetuning",
+    },
+}  # fmt: skip
 # Keys of the top level that only serve `${...}`: the file's references are already resolved.
 VARIABLES = ("dataset", "global_seed", "icl_max_seq_len")
 DURATIONS = (

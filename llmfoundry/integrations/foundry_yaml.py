@@ -8,10 +8,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence, Set
+from decimal import Decimal
 
 from llmfoundry.config import ConfigError
 from llmfoundry.integrations.foundry_fsdp import fsdp, mixed_precision
-from llmfoundry.integrations.foundry_keys import DURATIONS, EMPTY, GONE, ONLY, REFUSED, RENAMED_VALUES, VARIABLES
+from llmfoundry.integrations.foundry_keys import (
+    DURATIONS,
+    EMPTY,
+    GONE,
+    INSTEAD,
+    ONLY,
+    REFUSED,
+    REFUSED_VALUES,
+    RENAMED_VALUES,
+    VARIABLES,
+)
 from llmfoundry.integrations.foundry_paths import load_path, made_up_name, temporary_folder, without_placeholders
 from llmfoundry.integrations.foundry_tree import Note, Tree, copied, look, present, put, take
 from llmfoundry.integrations.hf_causal_lm import hugging_face_model
@@ -60,7 +71,8 @@ def translate(data: Tree, variables: Set[str] = frozenset()) -> tuple[Tree, list
             except ConfigError as error:
                 mistakes.append(str(error))
     if theirs:  # in a file of ours, a missing save_folder is a mistake
-        for fill in (made_up_name, without_placeholders, temporary_folder, _data_defaults, _packed, _head_norms):
+        fills = (made_up_name, without_placeholders, temporary_folder, _defaults, _data_defaults, _packed, _head_norms)
+        for fill in fills:
             try:
                 notes += fill(data)
             except ConfigError as error:
@@ -84,11 +96,19 @@ def _one_by_one(data: Tree, notes: list[Note], mistakes: list[str]) -> None:
             if any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
                 notes.append(Note(place, "left out, it is what this framework does", value))
             else:
-                mistakes.append(f"{place}: {value!r} is not supported; remove it, or write {_shown(allowed[0])}")
+                instead = INSTEAD.get(path, f"remove it, or write {_shown(allowed[0])}")
+                mistakes.append(f"{place}: {value!r} is not supported; {instead}")
     for path, why in REFUSED.items():
         for place in present(data, path):
             take(data, place)
             mistakes.append(f"{place}: {why}")
+    for path, reasons in REFUSED_VALUES.items():
+        value = look(data, path)[0]
+        if isinstance(value, str) and value in reasons:
+            take(data, path)
+            if path == "optimizer.name":  # so that its other keys are not said to be of another one
+                data["optimizer"] = {"name": "decoupled_adamw", "lr": 1.0}
+            mistakes.append(f"{path}: {value} is not built; {reasons[value]}")
     for path, why in GONE.items():
         for place in present(data, path):
             said = "left out, it changes no value" + (f"; {why}" if why else "")
@@ -113,6 +133,16 @@ def is_theirs(data: Tree) -> bool:
     model = data.get("model")
     name = model.get("name") if isinstance(model, dict) else None
     return "fsdp_config" in data or name in ("mpt_causal_lm", "hf_causal_lm", *OTHER_MODELS)
+
+
+def _defaults(data: Tree) -> list[Note]:
+    """What a file leaves out of the top level, as it is there."""
+    wanted = {"save_interval": "1000ba"}
+    if data.get("eval_loader"):
+        wanted["eval_subset_num_batches"] = -1
+    missing = {key: value for key, value in wanted.items() if key not in data}
+    data |= missing
+    return [Note(key, f"is missing; now {value}, as LLM Foundry has it") for key, value in missing.items()]
 
 
 def _data_defaults(data: Tree) -> list[Note]:
@@ -150,17 +180,25 @@ def _head_norms(data: Tree) -> list[Note]:
     return [Note("model.attn_config.qk_ln", f"sets {each}, as it does there", True) for each in said]
 
 
+_WRITTEN_OTHERWISE = re.compile(r"(\d+(?:\.\d+)?(?:e[-+]?\d{1,2})?)(iter|sec|ep|ba|sp|tok|dur)", re.IGNORECASE)
+_UNITS = {"iter": "ba", "sec": "s"}
+
+
 def _duration(value: object) -> str | None:
     """Composer's other spellings of a duration, in ours.
 
-    A number counts epochs, `iter` are steps here, `90sec` are 90s and `1h30m` or `1h0m30s` so many seconds.
+    A number counts epochs, `iter` are steps here, `90sec` are 90s and `1h30m` or `1h0m30s` so many seconds; units may
+    be capitals, and `5e-2dur` is 0.05dur.
     """
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return f"{value}ep"
     if not isinstance(value, str):
         return None
-    if match := re.fullmatch(r"(\d+)(iter|sec)", value):
-        return f"{match[1]}{'ba' if match[2] == 'iter' else 's'}"
+    if match := _WRITTEN_OTHERWISE.fullmatch(value):
+        number, unit = match[1].lower(), match[2].lower()
+        exact = number if "e-" not in number else format(Decimal(number), "f")
+        said = f"{exact}{_UNITS.get(unit, unit)}"
+        return said if said != value else None
     match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value)
     if match is None or sum(part is not None for part in match.groups()) < 2 and not value.endswith("m"):
         return None

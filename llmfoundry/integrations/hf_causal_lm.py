@@ -39,9 +39,17 @@ _DROPOUT_OF: dict[str, dict[str, tuple[str, ...]]] = {
     "dbrx": {"resid_pdrop": (_RESIDUAL,), "attn_config.attn_pdrop": (_WEIGHTS,)},
     "gpt2": {"resid_pdrop": (_RESIDUAL,), "embd_pdrop": (_EMBEDDINGS,), "attn_pdrop": (_WEIGHTS,)},
     "gpt_neo": {"resid_dropout": (_RESIDUAL,), "embed_dropout": (_EMBEDDINGS,)},
-    "mpt": {"attn_config.attn_pdrop": (_WEIGHTS, _RESIDUAL)},  # theirs uses the one for both
+    "mpt": {  # that of transformers uses attn_pdrop for both, LLM Foundry's has resid_pdrop
+        "attn_config.attn_pdrop": (_WEIGHTS, _RESIDUAL),
+        "resid_pdrop": (_RESIDUAL,),
+        "emb_pdrop": (_EMBEDDINGS,),
+    },
     "opt": {"dropout": (_RESIDUAL,)},
 }
+# Keys of peft's with the values that mean what we do; fan_in_fan_out says how a weight is stored.
+_PEFT_ONLY: dict[str, tuple[object, ...]] = {
+    "inference_mode": (False,), "bias": ("none", False), "fan_in_fan_out": (False, True), "init_lora_weights": (True,),
+}  # fmt: skip
 _OURS = ("ffn_config", "attn_config", "lora", "vocab_size", "init_config")  # keys of ours that may stand beside
 
 
@@ -142,10 +150,11 @@ def _our_model(name: str, given: Tree, peft: Tree, as_it_is: bool = False) -> tu
             raise ConfigError(f"model.config_overrides.{key}: must be a number of tokens, found {length!r}")
         overrides[family.sizes["max_seq_len"]] = length
         notes.append(Note(f"model.config_overrides.{key}", "is now model.max_seq_len", length))
-    known = settings.keys() | set(family.sizes.values()) | _settings_of(str(settings["model_type"])) | set(_ROPE)
-    for key in overrides:
-        if key not in known:
-            raise ConfigError(f"model.config_overrides.{key}: {name} has no such setting")
+    defaults = _settings_of(str(settings["model_type"]))
+    known = settings.keys() | set(family.sizes.values()) | defaults.keys() | set(_ROPE)
+    unknown = [key for key in overrides if key not in known] + _unknown_inside(overrides, settings, defaults)
+    if unknown:
+        raise ConfigError("\n".join(f"model.config_overrides.{key}: {name} has no such setting" for key in unknown))
     if "rope_parameters" in settings:  # as `transformers` 5 writes them
         _join_rope(overrides)
     _, config = read_config(_merged(settings, overrides), where, as_it_is)
@@ -178,11 +187,22 @@ def _our_model(name: str, given: Tree, peft: Tree, as_it_is: bool = False) -> tu
     return model, allow, notes
 
 
-def _settings_of(kind: str) -> set[str]:
-    """What a config.json of this kind may say, beside what one does say."""
+def _settings_of(kind: str) -> Tree:
+    """What a config.json of this kind may say, with its defaults."""
     from transformers import CONFIG_MAPPING
 
-    return set(CONFIG_MAPPING[kind]().to_dict()) if kind in CONFIG_MAPPING else set()
+    return dict(CONFIG_MAPPING[kind]().to_dict()) if kind in CONFIG_MAPPING else {}
+
+
+def _unknown_inside(overrides: Tree, settings: Tree, defaults: Tree) -> list[str]:
+    """Paths in the nested blocks of overrides that neither the config.json nor its kind has."""
+    unknown = []
+    for block, given in overrides.items():
+        blocks = [each.get(block) for each in (settings, defaults)]
+        known = {key for each in blocks if isinstance(each, Mapping) for key in each}
+        if known and isinstance(given, Mapping) and not block.startswith("rope"):
+            unknown += [f"{block}.{key}" for key in given if key not in known]
+    return unknown
 
 
 def _join_rope(overrides: Tree) -> None:
@@ -234,9 +254,10 @@ def _lora(peft: Tree, targets: Callable[[str | list[str]], str | list[str]]) -> 
     kinds = str(rest.pop("peft_type", "LORA")).upper(), str(rest.pop("task_type", "CAUSAL_LM")).upper()
     if kinds != ("LORA", "CAUSAL_LM"):
         raise ConfigError(f"model.peft_config: peft_type {kinds[0]}, task_type {kinds[1]}: only LORA of CAUSAL_LM is")
-    for key in ("inference_mode", "bias", "fan_in_fan_out", "init_lora_weights", "base_model_name_or_path"):
+    rest.pop("base_model_name_or_path", None)
+    for key, allowed in _PEFT_ONLY.items():
         value = rest.pop(key, None)
-        if value not in (None, False, True, "none") and key != "base_model_name_or_path":
+        if not any(value is one or (value == one and isinstance(one, str)) for one in (None, *allowed)):
             raise ConfigError(f"model.peft_config.{key}: {value!r} is not supported; leave it out")
     rank, alpha = rest.pop("r", 8), rest.pop("lora_alpha", 8)  # peft's defaults
     wanted = rest.pop("target_modules", None)

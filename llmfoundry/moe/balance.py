@@ -96,7 +96,7 @@ def load_balance_loss(score_sum: Tensor, load: Tensor, together: bool = False) -
     """
     if together:
         score_sum, load = score_sum.mean(0, keepdim=True), load.mean(0, keepdim=True)  # (1, E)
-    share = load / load.sum(1, keepdim=True)  # (L, E), f: every token has K slots
+    share = load / load.sum(1, keepdim=True).clamp(min=1)  # (L, E), f: every token has K slots; 0 without tokens
     return score_sum.shape[1] * (share * score_sum).sum(1).mean()
 
 

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from llmfoundry.config import ConfigError
 from llmfoundry.moe.balance import load_balance_loss, z_loss
 from llmfoundry.standalone.moe import MoE as OurMoE
+from llmfoundry.standalone.moe import autocast_call, check_input
 
 _gelu = partial(F.gelu, approximate="tanh")
 Init = Callable[[Tensor], object]  # fills a tensor in place
@@ -199,7 +200,14 @@ class dMoE(OurMoE):  # noqa: N801  MegaBlocks' name
         self.register_load_state_dict_pre_hook(_to_ours)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
-        """(S, B, D) -> (S, B, D), with the bias apart if `return_bias` and there is one."""
+        """(S, B, D) -> (S, B, D), with the bias apart if `return_bias` and there is one.
+
+        Raises:
+            ValueError: x has another width or, without autocast, another dtype than the weights.
+        """
+        if torch.is_autocast_enabled(x.device.type):
+            return cast(Tensor | tuple[Tensor, Tensor], autocast_call(self, x))
+        check_input(self, x)
         keys = None
         if self.training and self.config.moe_jitter_eps is not None:
             keys = torch.randint(2**62, x.shape[:1], device=x.device)

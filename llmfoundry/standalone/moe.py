@@ -24,9 +24,30 @@ from llmfoundry.moe.balance import load_balance_loss, z_loss
 class MoEOutput(NamedTuple):
     """What `MoE` returns."""
 
-    y: Tensor  # (..., D), the shape and dtype of x
+    y: Tensor  # (..., D), the shape and dtype of x; under autocast its dtype, as of nn.Linear
     loss: Tensor  # () float32, the weighted auxiliary losses of this call, mean over its tokens; add it to your loss
     load: Tensor  # (E,) float32, slots routed to each expert, T*K in all; no gradient
+
+
+def autocast_call(module: layer.MoE, x: Tensor, *args: object) -> object:
+    """A forward under autocast: all but the router in its dtype, as `nn.Linear` would be.
+
+    Returns:
+        What `module(x, *args)` does without autocast, of weights that are cast; gradients reach the weights.
+    """
+    dtype = torch.get_autocast_dtype(x.device.type)
+    cast = {name: p.to(dtype) for name, p in module.named_parameters() if not name.startswith("router.")}
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.func.functional_call(module, cast, (x.to(dtype), *args))
+
+
+def check_input(module: layer.MoE, x: Tensor) -> None:
+    """Raise ValueError where x does not fit the weights."""
+    w2 = module.experts.w2  # (E, D, F)
+    if x.dim() < 1 or x.shape[-1] != w2.shape[1]:
+        raise ValueError(f"x has the shape {tuple(x.shape)}; its last size must be d_model={w2.shape[1]}")
+    if x.dtype != w2.dtype:
+        raise ValueError(f"x is {x.dtype} and the layer {w2.dtype}; convert one, or run it under torch.autocast")
 
 
 class MoE(layer.MoE):
@@ -49,7 +70,7 @@ class MoE(layer.MoE):
 
     Raises:
         ConfigError: a setting is unknown or impossible; the line says what to write.
-        ValueError: E does not divide among the ranks of `expert_group`.
+        ValueError: d_model is no size, or E does not divide among the ranks of `expert_group`.
 
     Source: Gale et al. 2022, MegaBlocks, arXiv:2211.15841.
     """
@@ -65,6 +86,8 @@ class MoE(layer.MoE):
         dtype: torch.dtype | None = None,
         **settings: object,
     ) -> None:
+        if not isinstance(d_model, int) or d_model < 1:
+            raise ValueError(f"d_model={d_model!r}: must be a whole number, 1 or more")
         config = check(layer.MoEConfig, {"ffn_type": "moe"} | settings).filled(4 * d_model, bias=False)
         config.check_trainable()
         with torch.device("meta"):
@@ -82,7 +105,15 @@ class MoE(layer.MoE):
         Args:
             x: (..., D).
             keys: noise keys of `moe_jitter_eps`, (B,) int64 for x (B, S, D); None draws them.
+
+        Raises:
+            ValueError: x has another width or, without autocast, another dtype than the weights.
         """
+        if torch.is_autocast_enabled(x.device.type):
+            out = autocast_call(self, x, keys)
+            assert isinstance(out, MoEOutput)
+            return out
+        check_input(self, x)
         rows = x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])
         if keys is None and self.training and self.config.moe_jitter_eps is not None:
             keys = torch.randint(2**62, rows.shape[:1], device=x.device)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MptConfig
 
 from llmfoundry.config import ConfigError
 from llmfoundry.integrations.foundry_yaml import Untranslated, translate
@@ -61,6 +61,10 @@ def test_adapters_are_on_the_layers_that_are_named(
         ),
         ({"r": 8}, "target_modules: is missing, and peft would choose"),
         ({"target_modules": "all-linear", "use_dora": True}, "use_dora: is not supported"),
+        # Each of these was taken for the default that it is not.
+        ({"target_modules": "all-linear", "init_lora_weights": False}, "init_lora_weights: False is not supported"),
+        ({"target_modules": "all-linear", "inference_mode": True}, "inference_mode: True is not supported"),
+        ({"target_modules": "all-linear", "bias": True}, "bias: True is not supported"),
     ],
 )
 def test_adapters_that_cannot_be_are_refused(llama: str, peft: dict[str, object], says: str) -> None:
@@ -110,8 +114,22 @@ def test_rotation_and_settings_that_a_file_leaves_out_may_be_overridden(llama: s
         translate(run_of(llama, config_overrides={"nonsense": 1}))
 
 
+def test_settings_inside_a_block_are_known_or_refused(tmp_path: Path) -> None:
+    """MPT has a block `attn_config`; what it drops of the residual stream is no part of it."""
+    sizes = {"d_model": 16, "n_heads": 2, "n_layers": 1, "vocab_size": 50, "max_seq_len": 64}
+    MptConfig(**sizes, architectures=["MptForCausalLM"]).save_pretrained(tmp_path)
+    wrong = {"attn_config": {"rope": True, "clip_qvk": 6}, "nonsense": 1}
+    with pytest.raises(ConfigError) as error:
+        translate(run_of(str(tmp_path), config_overrides=wrong))
+    paths = [line.split(": ")[0].removeprefix("model.config_overrides.") for line in str(error.value).splitlines()]
+    assert paths == ["nonsense", "attn_config.rope", "attn_config.clip_qvk"]
+    dropped = {"resid_pdrop": 0.2, "emb_pdrop": 0.1}
+    model = translate(run_of(str(tmp_path), config_overrides=dropped))[0]["model"]
+    assert isinstance(model, dict) and dropped.items() <= model.items()
+
+
 def test_what_else_is_wrong_is_told_beside_a_model_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(Untranslated) as error:
-        translate(run_of(str(tmp_path / "nowhere")) | {"tp_config": {}})
+        translate(run_of(str(tmp_path / "nowhere")) | {"tp_config": {"strategy": "ffn"}})
     assert len(str(error.value).splitlines()) == 2
     assert dict(error.value.rest["model"])["name"] == "causal_lm"  # type: ignore[call-overload]

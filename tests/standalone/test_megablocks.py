@@ -205,6 +205,19 @@ def test_nothing_is_kept_in_evaluation_or_without_weights() -> None:
     assert get_load_balancing_loss() == [] and batched_load_balancing_loss(silent) == 0.0
 
 
+@pytest.mark.parametrize("kind", [dMoE, MoE])
+def test_autocast_and_a_batch_without_tokens(kind: type[dMoE]) -> None:
+    args = arguments(return_bias=False)
+    layer, x = kind(args), torch.randn(S, B, D)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(torch.nn.functional.linear(x, torch.eye(D)))
+    assert y.dtype == torch.bfloat16 and torch.allclose(y.float(), layer(x), rtol=0.1, atol=0.02)
+    clear_load_balancing_loss()
+    layer(x[:0])
+    assert batched_load_balancing_loss(args) == 0.0
+    clear_load_balancing_loss()
+
+
 def test_jitter_is_for_training() -> None:
     layer, x = dMoE(arguments(moe_jitter_eps=0.4, bias=False)), torch.randn(S, B, D)
     assert not torch.equal(layer(x), layer(x))

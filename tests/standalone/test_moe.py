@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -39,6 +41,7 @@ def test_any_leading_shape(shape: tuple[int, ...]) -> None:
     (y.sum() + loss).backward()
     assert y.shape == x.shape and load.sum() == K * x.numel() // D
     assert all(p.grad is not None for p in layer.parameters())
+    assert loss.isfinite()
 
 
 def test_the_loss_is_the_balance_loss_per_token() -> None:
@@ -55,6 +58,31 @@ def test_dtype_and_seed() -> None:
     assert {p.dtype for p in one.parameters()} == {torch.bfloat16}
     assert torch.equal(one.experts.w1, same.experts.w1) and not torch.equal(one.experts.w1, two.experts.w1)
     assert one(torch.randn(4, D, dtype=torch.bfloat16)).y.dtype == torch.bfloat16
+
+
+def test_under_autocast_it_computes_as_a_linear_layer_would() -> None:
+    """Before, what a linear layer under autocast gave (bf16) met float32 weights and was refused."""
+    layer = MoE(D, **SETTINGS, shared_expert=True, init_std=0.2)
+    low = copy.deepcopy(layer).bfloat16()
+    low.router.weight.data = layer.router.weight.data
+    x = torch.randn(5, D, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, loss, _ = layer(torch.nn.functional.linear(x, torch.eye(D)))
+    assert y.dtype == torch.bfloat16 and torch.equal(y, low(x.bfloat16()).y)
+    (y.float().sum() + loss).backward()
+    assert x.grad is not None and {p.grad.dtype for p in layer.parameters() if p.grad is not None} == {torch.float32}
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+def test_input_that_does_not_fit_is_named() -> None:
+    layer = MoE(D, **SETTINGS)
+    with pytest.raises(ValueError, match=r"x has the shape \(3, 15\); its last size must be d_model=16"):
+        layer(torch.randn(3, 15))
+    with pytest.raises(ValueError, match="x is torch.bfloat16 and the layer torch.float32; convert one"):
+        layer(torch.randn(3, D, dtype=torch.bfloat16))
+    for size in ("16", 0, 16.0):
+        with pytest.raises(ValueError, match="d_model=.*: must be a whole number, 1 or more"):
+            MoE(size, **SETTINGS)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
