@@ -137,7 +137,7 @@ def is_theirs(data: Tree) -> bool:
 
 def _defaults(data: Tree) -> list[Note]:
     """What a file leaves out of the top level, as it is there."""
-    wanted = {"save_interval": "1000ba"}
+    wanted: Tree = {"save_interval": "1000ba"}
     if data.get("eval_loader"):
         wanted["eval_subset_num_batches"] = -1
     missing = {key: value for key, value in wanted.items() if key not in data}

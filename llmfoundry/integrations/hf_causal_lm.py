@@ -194,7 +194,7 @@ def _settings_of(kind: str) -> Tree:
     return dict(CONFIG_MAPPING[kind]().to_dict()) if kind in CONFIG_MAPPING else {}
 
 
-def _unknown_inside(overrides: Tree, settings: Tree, defaults: Tree) -> list[str]:
+def _unknown_inside(overrides: Tree, settings: Mapping[str, object], defaults: Tree) -> list[str]:
     """Paths in the nested blocks of overrides that neither the config.json nor its kind has."""
     unknown = []
     for block, given in overrides.items():
