@@ -203,6 +203,13 @@ def _nearest(word: str, known: Any) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def nearest_path(path: Path, pattern: str) -> str:
+    """` (did you mean PATH?)` for the path beside this one that is probably meant, of those that match a pattern."""
+    names = [beside.name for beside in path.parent.glob(pattern)]
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    return f" (did you mean {path.with_name(close[0])}?)" if close else ""
+
+
 class _Mistake(NamedTuple):
     path: str
     message: str
@@ -426,7 +433,7 @@ def import_code(paths: list[str]) -> None:
         if not file.is_file():
             raise ConfigError(f"code_paths: {path}: no such file")
         if file.suffix != ".py":
-            raise ConfigError(f"code_paths: {path}: is no Python file; its name must end in .py")
+            raise ConfigError(f"code_paths: {path}: is not a Python file; its name must end in .py")
         name = f"llmfoundry_plugin_{file.stem}"  # a plug-in named json.py leaves the real json alone
         known = sys.modules.get(name)
         if known is not None and known.__file__ == str(file.resolve()):

@@ -198,8 +198,13 @@ def barrier() -> None:
     any_rank(False)
 
 
+ELSEWHERE = "on another rank"  # the text of an `OutOfMemory` where this rank's memory was enough
+
+
 class OutOfMemory(RuntimeError):
     """Some rank ran out of memory in `together`; raised on all of them."""
+
+    held: object = None  # what this rank held, for whoever reports it
 
 
 class _Elsewhere(RuntimeError):
@@ -233,12 +238,12 @@ def together(run: Callable[[], T]) -> T:
     except torch.OutOfMemoryError as error:
         why = str(error)
     except _Elsewhere:
-        why, told = "on another rank", True
+        why, told = ELSEWHERE, True
     finally:
         _meeting = False
     # Out of the handlers, where the traceback would keep every tensor of the frames.
     if not told and any_rank(bool(why)):
-        why = why or "on another rank"
+        why = why or ELSEWHERE
     if why:
         raise OutOfMemory(why)
     return result

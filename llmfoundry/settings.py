@@ -22,7 +22,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from llmfoundry.config import ConfigError
+from llmfoundry.config import ConfigError, nearest_path
 from llmfoundry.private import FromEnvironment, Interpolation, is_secret
 from llmfoundry.strict_json import read_plain
 
@@ -33,7 +33,8 @@ PIPE_SECONDS = 10.0  # until a pipe that holds a YAML file must have something t
 MAX_DEPTH = 40
 MAX_SIZE = 100_000  # values and characters after aliases and interpolations are expanded, in units of 1 and 64
 MISSING = "???"  # OmegaConf's mark of a value that must be given
-_REFERENCE = re.compile(r"\$\{\s*(\.*)([A-Za-z_][\w.\[\]-]*)\s*\}")
+# One backslash before it makes it a text; two are one backslash.
+_REFERENCE = re.compile(r"(?<!\\)((?:\\\\)*)\$\{\s*(\.*)([A-Za-z_][\w.\[\]-]*)\s*\}")
 _ENVIRONMENT = re.compile(r"(?<!\\)\$\{\s*oc\.env:\s*(?P<name>[^,}\s]+)\s*(?P<default>,[^}]*)?\}")
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 _OVERRIDE = re.compile(r"(?P<key>[^=:~\s][^=:]*?)(?P<kind>:?=)(?P<value>.*)", re.DOTALL)
@@ -60,15 +61,6 @@ class Settings(NamedTuple):
 def load_yaml(path: str | Path, overrides: list[str] | None = None) -> dict[str, object]:
     """The data of `load_settings`."""
     return load_settings(path, overrides).data
-
-
-def _near(path: Path) -> str:
-    """The file that was probably meant, if its folder has a similar one."""
-    if not path.parent.is_dir():
-        return ""
-    names = [file.name for file in path.parent.glob("*.y*ml")]
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
-    return f" (did you mean {path.with_name(near[0])}?)" if near else ""
 
 
 def _read(path: str | Path) -> bytes:
@@ -101,7 +93,7 @@ def load_settings(path: str | Path, overrides: list[str] | None = None, is_users
             raise ConfigError(f"{path}: has more than {MAX_BYTES:,} bytes, too many for a YAML file of settings")
         text = content.decode("utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file{_near(Path(path))}") from None
+        raise ConfigError(f"{path}: no such file{nearest_path(Path(path), '*.y*ml')}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -154,14 +146,16 @@ def _from_environment(config: DictConfig, data: Mapping[str, object]) -> dict[st
     def written(path: list[str]) -> str:
         node: object = raw
         for place, part in enumerate(path):
-            if isinstance(node, str) and (all_of_it := _REFERENCE.fullmatch(node)):
+            if isinstance(node, str) and (all_of_it := _REFERENCE.fullmatch(node)) and not all_of_it[1]:
                 return written([*target(all_of_it, path[:place]), *path[place:]])
             node = node[int(part)] if isinstance(node, list) else node.get(part) if isinstance(node, dict) else None
-        return _REFERENCE.sub(lambda found: written(target(found, path)), node) if isinstance(node, str) else str(node)
+        if not isinstance(node, str):
+            return str(node)
+        return _REFERENCE.sub(lambda found: found[1] + written(target(found, path)), node)
 
     def target(found: re.Match[str], path: list[str]) -> list[str]:
-        above = path[: -len(found[1])] if found[1] else []
-        return [*above, *_dotted(found[2]).split(".")]
+        above = path[: -len(found[2])] if found[2] else []
+        return [*above, *_dotted(found[3]).split(".")]
 
     texts = ((path, value, written(path.split("."))) for path, value in leaves(dict(data)) if isinstance(value, str))
     return {path: FromEnvironment(text, value) for path, value, text in texts if "oc.env" in text}
@@ -171,7 +165,7 @@ def _referred(config: DictConfig) -> frozenset[str]:
     """The first parts of all `${a.b}`."""
     texts = [text for _, text in leaves(OmegaConf.to_container(config, resolve=False)) if isinstance(text, str)]
     return frozenset(
-        re.split(r"[.\[]", name)[0] for text in texts for dots, name in _REFERENCE.findall(text) if not dots
+        re.split(r"[.\[]", name)[0] for text in texts for _, dots, name in _REFERENCE.findall(text) if not dots
     )
 
 
@@ -306,7 +300,7 @@ def _check_expansion(root: dict[str, object], where: str) -> None:
                 total += size(f"{path}.{key}" if path else str(key))
         elif isinstance(node, str):
             total += len(node) // 64
-            for dots, name in _REFERENCE.findall(node):
+            for _, dots, name in _REFERENCE.findall(node):
                 above = path.split(".")[: -len(dots)] if dots else []
                 total += size(".".join([*above, _dotted(name)]))
         if total > MAX_SIZE:

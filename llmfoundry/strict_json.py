@@ -97,19 +97,19 @@ def _opened(path: Path) -> BinaryIO:
 def whole_number(value: Json, least: int = 0) -> int:
     """A number that is whole, not below `least`, and fits into 63 bits; raises ValueError otherwise."""
     if type(value) is not int or not least <= value < 2**63:
-        raise ValueError(f"{value!r:.40} is no whole number of {least} or more")
+        raise ValueError(f"{value!r:.40} is not an integer of at least {least}")
     return value
 
 
 def whole_numbers(values: Json) -> tuple[int, ...]:
     """The same of a list."""
     if not isinstance(values, list):
-        raise ValueError(f"{values!r:.40} is no list of whole numbers")
+        raise ValueError(f"{values!r:.40} is not a list of integers")
     return tuple(whole_number(value) for value in values)
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no number of JSON")
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def _finite(text: str) -> float:

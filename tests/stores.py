@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import http.client
 import subprocess
 import sys
@@ -18,9 +20,9 @@ import pytest
 # Of a request: an error of the server's; the connection is closed before the answer, or in the middle of it.
 Fault = Literal["500", "drop", "truncate"]
 SERVER = (
-    "from moto.server import ThreadedMotoServer; import time\n"
+    "from moto.server import ThreadedMotoServer; import sys\n"
     "server = ThreadedMotoServer(ip_address='127.0.0.1', port=0); server.start()\n"
-    "print(server.get_host_and_port()[1], flush=True); time.sleep(1000)"
+    "print(server.get_host_and_port()[1], flush=True); sys.stdin.read()"
 )
 
 
@@ -93,27 +95,35 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing on the terminal."""
 
 
+@functools.cache
+def _server() -> int:
+    """The port of a server that all tests of this process share."""
+    pipe = subprocess.PIPE  # its input ends with this process
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+    )
+    atexit.register(server.kill)
+    assert server.stdout is not None
+    return int(next(line for line in server.stdout if line.strip().isdecimal()))
+
+
 @contextmanager
 def s3(monkeypatch: pytest.MonkeyPatch, bucket: str) -> Iterator[Door]:
     """An S3 server with a bucket, which the environment of this process and its children names."""
     for package in ("s3fs", "moto.server", "flask"):
         pytest.importorskip(package, reason="pip install -e .[dev] runs this test")
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    assert server.stdout is not None
-    door = Door(int(next(line for line in server.stdout if line.strip().isdecimal())))
+    monkeypatch.setattr("botocore.retryhandler.delay_exponential", lambda **_: 0.001)  # else up to seconds a fault
+    door = Door(_server())
     threading.Thread(target=door.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{door.server_address[1]}"
     for key, value in {"AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
                        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}.items():  # fmt: skip
         monkeypatch.setenv(key, value)
     fsspec.filesystem("s3").clear_instance_cache()  # of another test's server
-    urllib.request.urlopen(urllib.request.Request(f"{url}/{bucket}", method="PUT")).close()
+    for method, path in (("POST", "moto-api/reset"), ("PUT", bucket)):  # nothing is left of another test's
+        urllib.request.urlopen(urllib.request.Request(f"{url}/{path}", method=method)).close()
     try:
         yield door
     finally:
         door.shutdown()
         door.server_close()
-        server.kill()
-        server.wait()

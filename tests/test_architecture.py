@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -12,7 +13,7 @@ PACKAGE = ROOT / "llmfoundry"
 
 # Ground first. A module may import from its own room and from the floors below it.
 FLOORS = [
-    {"config", "launch", "dtensor", "progress", "private", "strict_json", "tree"},
+    {"atomic", "config", "launch", "dtensor", "progress", "private", "strict_json", "tree"},
     {"settings", "runtime", "stopping"},
     {"kernels", "data", "code"},
     {"layers"},
@@ -38,10 +39,16 @@ def _module(path: Path) -> str:
     return ".".join(("llmfoundry", *path.relative_to(PACKAGE).with_suffix("").parts))
 
 
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
 def _imports(path: Path, for_types_too: bool = True) -> set[str]:
     """Dotted names below `llmfoundry` of everything that the file imports, also inside functions."""
     found: set[str] = set()
-    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    waiting: list[ast.AST] = [_tree(path)]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not for_types_too:
@@ -101,7 +108,7 @@ def test_name_says_something(path: Path) -> None:
 
 @each_file
 def test_modules_and_public_classes_say_what_they_are(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = _tree(path)
     assert ast.get_docstring(tree), "module docstring"
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):

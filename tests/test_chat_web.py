@@ -111,7 +111,7 @@ def test_fields_of_a_request_are_honoured(server: Server, chat: Chat) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
         ({"messages": [{"role": "clown", "content": "a"}]}, "messages.0.role"),
         ({"model": "gpt-4o"}, "model: gpt-4o is not served; runs/moe is"),
-        (b"{", "body: is no JSON"),
+        (b"{", "body: is not valid JSON"),
         (b"[]", "body: Input should be a valid dictionary"),
     ],
 )

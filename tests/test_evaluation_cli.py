@@ -107,6 +107,7 @@ def test_a_yaml_of_llm_foundry_lists_models(
     for override, says in (
         ("models.0.model.pretrained=false", "models.0.model.pretrained: false gives random weights"),
         ("models.0.model.load_in_8bit=true", "models.0.model.load_in_8bit: is not supported; weights"),
+        ("models.1.model_name=hf", "models: two are called 'hf', and results are listed by model_name"),
         ("models.1.load_path=null", "models.1: load_path: is missing"),
         ("models.1.model.d_modell=3", "models.1.model.d_modell: unknown key (did you mean 'd_model'?)"),
         ("models.1.model.d_model=64", "model.d_model: is 64, but 32 in hf"),

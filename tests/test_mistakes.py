@@ -89,7 +89,7 @@ def test_plug_in_shadows_no_module_and_runs_once(tmp_path: Path, monkeypatch: py
 
 def test_plug_in_is_one_python_file_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "code.txt").write_text("")
-    with pytest.raises(ConfigError, match=r"code\.txt: is no Python file; its name must end in \.py"):
+    with pytest.raises(ConfigError, match=r"code\.txt: is not a Python file; its name must end in \.py"):
         import_code([str(tmp_path / "code.txt")])
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()

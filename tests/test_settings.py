@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llmfoundry.config import ConfigError, drop_replaced
@@ -29,6 +29,7 @@ WORDS = st.text("abcdefgh_", min_size=1, max_size=5).filter(lambda word: word !=
 
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(WORDS, VALUES, min_size=1, max_size=4))
+@example({"a": "oc.env:X", "b": ["${.inf}"], "c": "${c}", "d": "\\\\${d}"})
 def test_what_is_written_resolved_is_read_back_unchanged(
     tmp_path_factory: pytest.TempPathFactory, data: dict[str, object]
 ) -> None:

@@ -41,6 +41,7 @@ from torch.optim import Optimizer
 from llmfoundry import runtime
 from llmfoundry.checkpoint.finding import Candidate, Found, newest_usable
 from llmfoundry.checkpoint.folder import KEPT, CheckpointFolder, Kept
+from llmfoundry.checkpoint.index import Entry
 from llmfoundry.checkpoint.manifest import (
     CONFIG,
     TRAINER,
@@ -271,6 +272,7 @@ class Checkpointer:
             memory = empty_state(entries, state.model, state.optimizer)
         except CheckpointError as error:
             raise CheckpointError(f"{contents.path}: {error}") from None
+        _say_that_weights_are_cast(entries, model)
         if contents.base is not None:
             load_base(find_base(contents.base, contents.path, base_path), state.model)
         rng = rng_room(entries)
@@ -367,6 +369,14 @@ class Checkpointer:
         self.check_owner()
         write_manifest(temporary, beside.step, files, finite=True)  # the writers have looked
         return self.folder.adopt(temporary, beside.step) if self.folder.shared else temporary
+
+
+def _say_that_weights_are_cast(entries: Mapping[str, Entry], model: Mapping[str, Tensor]) -> None:
+    for name, tensor in model.items() if runtime.is_rank0() else ():
+        if entries[name].dtype != tensor.dtype:
+            log.info("weights were %s in the checkpoint and are kept in %s (optimizer.master_weights)",
+                     entries[name].dtype, tensor.dtype)  # fmt: skip
+            return
 
 
 def _tensors(state: CheckpointState) -> dict[str, Tensor]:

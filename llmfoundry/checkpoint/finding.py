@@ -10,7 +10,6 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -28,7 +27,7 @@ from llmfoundry.checkpoint.manifest import (
     number_of,
     read_manifest,
 )
-from llmfoundry.config import is_url
+from llmfoundry.config import is_url, nearest_path
 from llmfoundry.data import remote
 from llmfoundry.data.remote import LIMIT, RemoteFile, Store, listing
 
@@ -81,8 +80,7 @@ def candidates(path: str | Path) -> list[Candidate]:
             return [Candidate(str(each)) for each in found]
     if path.is_dir():
         raise CheckpointError(f"{path}: no checkpoint in this folder")
-    near = get_close_matches(path.name, [p.name for p in path.parent.glob("*/")], n=1, cutoff=0.6)
-    raise CheckpointError(f"{path}: no such folder" + (f" (did you mean {path.with_name(near[0])}?)" if near else ""))
+    raise CheckpointError(f"{path}: no such folder{nearest_path(path, '*/')}")
 
 
 def _candidates_of_store(url: str) -> list[Candidate]:

@@ -275,7 +275,7 @@ def _is_name(text: str) -> bool:
 
 def _written(entry: Json) -> Written:
     if not isinstance(entry, dict) or not isinstance(entry["sha256"], str):
-        raise ValueError(f"{entry!r:.80} is no file's length and SHA-256")
+        raise ValueError(f"{entry!r:.80} is not a file's length and SHA-256")
     return Written(whole_number(entry["bytes"]), entry["sha256"])
 
 

@@ -120,7 +120,8 @@ def check_same_model(entries: Mapping[str, Entry], tensors: Mapping[str, Tensor]
 
     Args:
         tensors: `model_tensors` of the model.
-        exact_dtype: whether dtypes must be the same too.
+        exact_dtype: whether dtypes must be the same too, but for weights in float32 here and bfloat16 there, or the
+            other way round.
 
     Raises:
         CheckpointError: naming the first tensor in which they differ.
@@ -130,13 +131,17 @@ def check_same_model(entries: Mapping[str, Entry], tensors: Mapping[str, Tensor]
         entry = entries.get(name)
         if entry is None:
             raise CheckpointError(f"it is of another model: it has no {short}, which is {here} in this one")
-        if entry.shape != tuple(tensor.shape) or (exact_dtype and entry.dtype != tensor.dtype):
+        if entry.shape != tuple(tensor.shape) or (exact_dtype and not _is_kept_as(entry.dtype, tensor.dtype)):
             there = _describe(entry.shape, entry.dtype)
             raise CheckpointError(f"it is of another model: {short} is {there} there and {here} in this one")
     for name, entry in entries.items():
         if name.startswith("model/") and name not in tensors:
             there = f"{name.removeprefix('model/')}, {_describe(entry.shape, entry.dtype)}"
             raise CheckpointError(f"it is of another model: it has {there}, which this one has not")
+
+
+def _is_kept_as(there: torch.dtype, here: torch.dtype) -> bool:
+    return there == here or {there, here} == {torch.float32, torch.bfloat16}
 
 
 def _describe(shape: tuple[int, ...], dtype: torch.dtype) -> str:

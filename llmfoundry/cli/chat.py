@@ -47,7 +47,7 @@ def chat_main(argv: Sequence[str] | None = None) -> None:
         ],
     )
     parser.add_argument("--checkpoint", required=True, help=CHECKPOINT)
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="e.g. precision=fp32")
+    parser.add_overrides("e.g. precision=fp32")
     parser.add_argument("--system", metavar="TEXT", help="a system message")
     parser.add_argument("--template", type=Path, metavar="FILE", help="a chat template in place of the tokenizer's own")
     add_sampling(parser, max_new_tokens=1024)

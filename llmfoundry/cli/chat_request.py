@@ -78,12 +78,12 @@ def parse_request(body: bytes) -> ChatRequest:
     """A request from its JSON; fields that are null count as left out.
 
     Raises:
-        ConfigError: it is no JSON, or a field is wrong or not supported; says which.
+        ConfigError: it is not valid JSON, or a field is wrong or not supported; says which.
     """
     try:
         data = parse_json(body)
     except ValueError:
-        raise ConfigError("body: is no JSON") from None
+        raise ConfigError("body: is not valid JSON") from None
     if isinstance(data, dict):
         data = {key: value for key, value in data.items() if value is not None}
     try:

@@ -56,13 +56,7 @@ def data_main(argv: Sequence[str] | None = None) -> None:
         "length and duplicates of documents and rows",
     )  # fmt: skip
     parser.add_argument("target", help="a run's save_folder or YAML; or a file, folder, glob or URL of data")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="key=value",
-        help="replace settings of the YAML",
-    )
+    parser.add_overrides("replace settings of the YAML")
     parser.add_argument("--tokenizer", help="a folder or hub id; a YAML has its own")
     parser.add_argument(
         "--max-seq-len", type=int, default=2048, metavar="N", help="tokens per row; default: the YAML's, else 2048"

@@ -50,7 +50,7 @@ def doctor_main(argv: Sequence[str] | None = None) -> None:
         ["llmfoundry doctor", "llmfoundry doctor yamls/moe.yaml", "llmfoundry doctor --folder /mnt/scratch"],
     )
     parser.add_argument("yaml", nargs="?", help="also plan this run for this machine")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="replace settings of the YAML")
+    parser.add_overrides("replace settings of the YAML")
     parser.add_argument("--folder", type=Path, default=Path(), help="measure the disk of this folder")
     args = parser.parse_intermixed_args(argv)
     if not args.folder.is_dir():
@@ -80,7 +80,7 @@ def _on_cpu(config: RunConfig) -> str:
     from llmfoundry.train.build import machine_memory, training_bytes
 
     assert isinstance(config.model, CausalLMConfig)
-    needed, there = training_bytes(config.model) / GIB, machine_memory() / GIB
+    needed, there = training_bytes(config.model, config.optimizer.weight_dtype) / GIB, machine_memory() / GIB
     verdict = "too little memory" if needed > there else "AdamW adds as much again, and activations"
     return f"without a GPU: weights and gradients take {needed:.1f} of {there:.1f} GiB; {verdict}\nwith GPUs:"
 

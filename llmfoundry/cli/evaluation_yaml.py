@@ -122,6 +122,13 @@ class EvaluationConfig(TaskSettings):
     models: list[EvaluatedModel] = Field(min_length=1)
     code_paths: list[str] = []  # Python files that register plug-ins
 
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [model.model_name for model in self.models]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"models: two are called {twice!r}, and results are listed by model_name; rename one")
+        return self
+
 
 def translated(data: dict[str, object]) -> dict[str, object]:
     """A file of LLM Foundry's in our words: `max_seq_len` is `icl_seq_len`, models in the words of training.

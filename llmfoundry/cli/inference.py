@@ -49,9 +49,7 @@ def generate_main(argv: Sequence[str] | None = None) -> None:
         ],
     )
     parser.add_argument("--checkpoint", required=True, help=CHECKPOINT)
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. model.ffn_config.moe_impl=auto"
-    )
+    parser.add_overrides("e.g. model.ffn_config.moe_impl=auto")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="the text to continue; may be repeated")
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE",
@@ -154,13 +152,7 @@ def eval_main(argv: Sequence[str] | None = None) -> None:
         ],
     )
     parser.add_argument("--checkpoint", help=CHECKPOINT)
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="key=value",
-        help="replace settings of the run; without --checkpoint, first a YAML that lists models",
-    )
+    parser.add_overrides("replace settings of the run; without --checkpoint, first a YAML that lists models")
     parser.add_argument("--icl-tasks", metavar="FILE", help="a YAML with icl_tasks")
     parser.add_argument("--gauntlet", metavar="FILE", help="a YAML with eval_gauntlet, for --icl-tasks")
     parser.add_argument("--tasks", help="tasks of lm-evaluation-harness (pip install lm-eval), e.g. hellaswag,arc_easy")

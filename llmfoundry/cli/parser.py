@@ -32,6 +32,10 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=allow_abbrev,
         )
 
+    def add_overrides(self, help: str) -> None:
+        """Take `key=value` words, as `overrides`: a list of strings."""
+        self.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=help)
+
     def error(self, message: str) -> NoReturn:
         """Print one line, and exit with 2."""
         print(f"error: {message}{self._nearest(message)}; see {self.prog} --help", file=sys.stderr)

@@ -33,7 +33,7 @@ def prepare_data_main(argv: Sequence[str] | None = None) -> None:
         ],
     )
     parser.add_argument("yaml", help="the run, e.g. yamls/moe.yaml")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="replace settings of the YAML")
+    parser.add_overrides("replace settings of the YAML")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenize; default: one per core")
     parser.add_argument("--part", default="1/1", metavar="I/N", help="only part I of N of the files")
     parser.add_argument("--dedup", action="store_true", help="drop training documents that are equal to an earlier one")
@@ -43,11 +43,20 @@ def prepare_data_main(argv: Sequence[str] | None = None) -> None:
         help="keep documents for which it returns true",
     )
     parser.add_argument("--format", choices=("tokens", "mds"), default="tokens", help="mds: also write MDS folders")
-    parser.add_argument("--out", help="for --format mds: where the folders train, validation, ... are written")
+    parser.add_argument(
+        "--out", help="for --format mds: the folder or URL below which train, validation, ... are written"
+    )
     parser.add_argument("--compression", help="for --format mds: zstd[:level], gz, bz2, br or snappy")
     args = parser.parse_intermixed_args(argv)
     if (args.format == "mds") != (args.out is not None) or (args.compression and args.format != "mds"):
         raise ConfigError("--format mds and --out FOLDER belong together; --compression is for them")
+    if args.out is not None:
+        from llmfoundry.data.remote import data_path
+
+        try:
+            args.out = data_path(args.out)
+        except ValueError as error:
+            raise ConfigError(f"--out {error}") from None
     workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
     if workers < 1:
         raise ConfigError(f"--workers {workers}: must be 1 or more")
@@ -98,8 +107,8 @@ def _prepare(config: RunConfig, args: argparse.Namespace, workers: int, share: S
             print(line)
         if args.format == "mds":
             which = where.partition(".")[2]  # the part of a mixture, or the label of an evaluation
-            folder = Path(args.out) / (f"{dataset.split}-{which}" if which else dataset.split)
-            _write_mds(stream, where, how.length, folder, args.compression)
+            name = f"{dataset.split}-{which}" if which else dataset.split
+            _write_mds(stream, where, how.length, f"{args.out.rstrip('/')}/{name}", args.compression)
 
 
 def _report(stream: TokenStream, where: str, seconds: float, changes: dict[str, object]) -> Iterator[str]:
@@ -113,7 +122,7 @@ def _report(stream: TokenStream, where: str, seconds: float, changes: dict[str, 
         yield f"{where}: a run reads this with `{keys}` in its dataset"
 
 
-def _write_mds(stream: TokenStream, where: str, length: int, folder: Path, compression: str | None) -> None:
+def _write_mds(stream: TokenStream, where: str, length: int, folder: str, compression: str | None) -> None:
     from llmfoundry.data.mds_write import write_rows
 
     written = write_rows(stream, length, folder, compression)

@@ -61,7 +61,7 @@ def _row(line: str, where: str) -> Row:
     try:
         row = cast(Row, parse_json(line))
     except ValueError as error:
-        raise ConfigError(f"{where}: is no JSON: {error}") from None
+        raise ConfigError(f"{where}: is not valid JSON: {error}") from None
     found = [key for key in ("prompt", "messages") if isinstance(row, dict) and row.get(key) is not None]
     if len(found) != 1:
         raise ConfigError(f"{where}: must be a mapping with either `prompt` or `messages`")

@@ -50,13 +50,7 @@ def train_main(argv: Sequence[str] | None = None) -> None:
 def _parser(name: str, description: str, *examples: str) -> Parser:
     parser = Parser(program(name), description, examples)
     parser.add_argument("yaml", help="the run, e.g. yamls/moe.yaml")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        default=[],
-        metavar="key=value",
-        help="replace settings of the YAML: model.n_layers=2",
-    )
+    parser.add_overrides("replace settings of the YAML: model.n_layers=2")
     return parser
 
 

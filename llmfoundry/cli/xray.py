@@ -36,7 +36,7 @@ def xray_main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
     parser.add_argument("text", nargs="?", metavar="TEXT", help="the text itself; - reads it from stdin")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="e.g. precision=fp32")
+    parser.add_overrides("e.g. precision=fp32")
     parser.add_argument("--file", type=Path, metavar="FILE", help="read the text from a file")
     parser.add_argument("--layer", type=int, action="append", metavar="N", help="only this layer; may be repeated")
     parser.add_argument("--json", action="store_true", help="print JSON: the tokens, their experts and weights")

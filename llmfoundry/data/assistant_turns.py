@@ -8,6 +8,7 @@ message before it are found by rendering the conversation again with other words
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ Render = Callable[[Sequence[Message], bool], str]  # of messages, and whether th
 
 # Words that no conversation says: they have no letter in common, and no template trims or splits them.
 _PROBES = ("\u16a0\u16a2\u16a6", "\u16b1\u16b2\u16b7")
+# An answer may begin with a thought, which some templates open together with the turn. The thought is learned.
+_THOUGHT = re.compile(r"<think>\s*(</think>\s*)?\Z")
 
 
 class Turn(NamedTuple):
@@ -64,7 +67,7 @@ class Turns:
             ValueError: it cannot be found.
         """
         upto = self._render(messages[: turn + 1], False)
-        before = self._render(messages[:turn], True) if turn else self._opened(upto)
+        before = _THOUGHT.sub("", self._render(messages[:turn], True)) if turn else self._opened(upto)
         if not text.startswith(upto):
             upto = upto.removesuffix(self._eos)
         if upto.startswith(before) and text.startswith(upto):
@@ -129,6 +132,7 @@ class Turns:
         if asked is None or asked.start < asked.before or not text.endswith(asked.after):
             return None
         opening, closing = (self._after(messages[:turn], turn - 1, prompt) for prompt in (True, False))
+        opening = _THOUGHT.sub("", opening)
         n = _common(asked.after, opening)
         if n < len(opening):  # it goes on with what may begin an answer, such as an empty thought
             n = self._cut(opening, n)
@@ -167,7 +171,7 @@ class Turns:
         before, after = (self._render(asked, prompt) for prompt in (False, True))
         if not after.startswith(before):
             before = before.removesuffix(self._eos)
-        opening = after.removeprefix(before)
+        opening = _THOUGHT.sub("", after.removeprefix(before))
         while opening and opening not in text:
             opening = opening[: self._cut(opening, len(opening) - 1)]
         return text[: text.find(opening) + len(opening)] if opening else ""

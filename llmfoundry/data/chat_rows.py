@@ -48,6 +48,8 @@ def write(folder: Path, groups: Iterable[Sequence[Tokens]], how: How, nothing: s
                 ids.write(each.ids.astype("<u4").tobytes())
                 learned.write(each.learned.tobytes())
                 lengths.append(len(each.ids))
+    if not n:
+        raise ValueError("holds no rows; add some, raise or lower validation_fraction, or give this split its own path")
     if not lengths:
         raise ValueError(f"{nothing.format(n=n)} within max_seq_len={how.length}")
     members = [list(range(i, i + size)) for i in range(0, len(lengths), size)]

@@ -21,6 +21,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from llmfoundry.config import ConfigError
 from llmfoundry.data.assistant_turns import Span, Turns, is_answer
 from llmfoundry.data.conversations import Conversation, Example, Message
+from llmfoundry.data.limits import SECONDS, Exceeded, bounded
+from llmfoundry.data.tables import lone_surrogate
 from llmfoundry.data.tool_calls import Arguments, in_form, leaves_out_calls, understood
 
 # Of a tokenizer without a template.
@@ -31,7 +33,13 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 # What a template's code raises for messages that it cannot render.
-REFUSALS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
+REFUSALS = (
+    TemplateError, SyntaxError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError,
+)  # fmt: skip
+CHARACTERS = 2**26  # of the longest text that a template may write
+SECONDS_OF_MESSAGE = 0.1  # beside SECONDS: each turn is looked for in several renderings of all
+# What a template writes like a special token, of which the tokenizer may know nothing.
+_SPECIAL = re.compile(r"<[|｜][^<>|｜{}'\"\s]+[|｜]>")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Responses = Literal["all", "last"]
@@ -44,6 +52,15 @@ class Tokens(NamedTuple):
     learned: NDArray[np.bool_]  # (n,) whether the token is a label
     inside: int = 0  # turns of the assistant that the template renders otherwise inside than at the end
     without_calls: bool = False  # whether the template leaves out calls of tools
+
+
+class _Said(NamedTuple):
+    """A rendered conversation."""
+
+    text: str
+    spans: list[Span]  # that are learned, in characters
+    inside: int  # as in Tokens
+    without_calls: bool
 
 
 class Targets(NamedTuple):
@@ -79,16 +96,21 @@ class Renderer:
         self.own = template is None and own is not None  # whether the template is the tokenizer's
         self.template = template or (own if isinstance(own, str) else CHATML)
         self._eos = str(tokenizer.eos_token)
-        self._special = [str(entry.content) for entry in tokenizer.added_tokens_decoder.values()]
+        tokens = [str(entry.content) for entry in tokenizer.added_tokens_decoder.values()]
+        self._special = {*tokens, *_SPECIAL.findall(self.template)}
         self._check_syntax()
         self._marks = _GENERATION.search(self.template) is not None
 
     def _check_syntax(self) -> None:
+        where = "the tokenizer's chat template" if self.own else "dataset.chat_template"
         try:
-            rendered(self.tokenizer, self.template, Conversation([{"role": "user", "content": "x"}]), prompt=False)
-        except TemplateSyntaxError as error:
-            where = "the tokenizer's chat template" if self.own else "dataset.chat_template"
-            raise ConfigError(f"{where}: line {error.lineno}: {error.message}") from None
+            question: list[Message] = [{"role": "user", "content": "x"}]
+            bounded(partial(rendered, self.tokenizer, self.template, Conversation(question), prompt=False))
+        except (TemplateSyntaxError, SyntaxError) as error:
+            said = error.message if isinstance(error, TemplateSyntaxError) else error.msg
+            raise ConfigError(f"{where}: line {error.lineno}: {said}") from None
+        except Exceeded as error:
+            raise ConfigError(f"{where}: {error} for one message") from None
         except REFUSALS:  # a message is missing, maybe
             pass
 
@@ -110,6 +132,20 @@ class Renderer:
         )
 
     def _conversation(self, example: Conversation) -> Tokens:
+        try:
+            seconds = SECONDS + SECONDS_OF_MESSAGE * len(example.messages)
+            text, spans, inside, without = bounded(partial(self._said, example), seconds)
+        except Exceeded as error:
+            raise ValueError(f"the chat template {error}") from None
+        encoded = self._encoded(text)
+        offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        learned = _overlaps(offsets, spans)
+        if self.targets.prompts is not None and int((~learned).sum()) >= self.targets.prompts:
+            learned = np.ones_like(learned)
+        return Tokens(np.array(encoded["input_ids"], dtype=np.int64), learned, inside, without)
+
+    def _said(self, example: Conversation) -> _Said:
+        """The text of a conversation, and what of it is learned."""
         example = example._replace(messages=in_form(example.messages, self._arguments))
         messages = example.messages
         text = self._render(example, messages)
@@ -128,18 +164,11 @@ class Renderer:
                 inside = sum(turn.inside for turn in found.values())
             chosen = [i for i in sorted(of_turn) if _is_learned(messages[i])]
             spans = [span for i in (chosen if self.targets.responses == "all" else chosen[-1:]) for span in of_turn[i]]
-        encoded = self._encoded(text)
-        offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-        learned = _overlaps(offsets, spans)
-        if self.targets.prompts is not None and int((~learned).sum()) >= self.targets.prompts:
-            learned = np.ones_like(learned)
-        return Tokens(np.array(encoded["input_ids"], dtype=np.int64), learned, inside, without)
+        return _Said(text, spans, inside, without)
 
     def _encoded(self, text: str) -> BatchEncoding:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"has a lone surrogate, {text[error.start]!r}, which is no character") from None
+        if found := lone_surrogate(text):
+            raise ValueError(f"has a lone surrogate, {found!r}, which is not a valid character")
         return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
 
     @cached_property
@@ -147,10 +176,7 @@ class Renderer:
         return understood(lambda messages: self._render(Conversation(list(messages)), messages))
 
     def _render(self, example: Conversation, messages: Sequence[Message], prompt: bool = False) -> str:
-        try:
-            return self._rendered(example, messages, prompt)[0]
-        except REFUSALS as error:
-            raise ValueError(f"the chat template refuses it: {error}") from error
+        return self._rendered(example, messages, prompt)[0]
 
     def _marked(self, example: Conversation) -> list[Span]:
         """Where the template says that the assistant speaks, in characters."""
@@ -161,7 +187,12 @@ class Renderer:
     ) -> tuple[str, list[Span]]:
         """What `tokenizer.apply_chat_template` renders, and with `marks` the spans that the template marks."""
         template = self.tokenizer.get_chat_template(None if self.own else self.template, example.tools)
-        return rendered(self.tokenizer, template, example._replace(messages=list(messages)), prompt, marks)
+        try:
+            return rendered(self.tokenizer, template, example._replace(messages=list(messages)), prompt, marks)
+        except Exceeded:
+            raise
+        except REFUSALS as error:
+            raise ValueError(f"the chat template refuses it: {error}") from error
 
 
 def _is_learned(message: Message) -> bool:
@@ -178,6 +209,7 @@ def rendered(
 
     Raises:
         TemplateError: the template refuses the messages; a TypeError or another of its code's errors likewise.
+        Exceeded: the text has more than CHARACTERS.
     """
     words: dict = {**tokenizer.special_tokens_map, **example.template}
     found: object = render_jinja_template(  # (texts, spans of each), though it says str
@@ -185,6 +217,8 @@ def rendered(
         return_assistant_tokens_mask=marks, add_generation_prompt=prompt, **words,
     )  # fmt: skip
     texts, spans = cast(tuple[list[str], list[list[Span]]], found)
+    if len(texts[0]) > CHARACTERS:
+        raise Exceeded(f"writes more than {CHARACTERS:,} characters")
     return texts[0], spans[0] if marks else []
 
 

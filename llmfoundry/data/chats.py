@@ -44,7 +44,7 @@ _AT_LEAST = re.compile(r"length>=(\d+)")
 class ChatsConfig(Folders, names=("chats",)):
     """Examples from local files (`path`), the hub (`hf_name`) or MDS (`local`, `remote`, `streams`)."""
 
-    KIND: ClassVar[str] = "chats/3"  # of the tokenised rows: others are made anew
+    KIND: ClassVar[str] = "chats/4"  # of the tokenised rows: others are made anew
 
     path: str | None = None  # a folder, a glob or one file, also by URL: .jsonl, .json, .csv, .tsv, .parquet
     hf_name: str | None = None  # a dataset of the hub or a folder; or json, csv, parquet with hf_kwargs.data_files
@@ -76,7 +76,7 @@ class ChatsConfig(Folders, names=("chats",)):
     def _targets(self) -> Targets:
         at_least = _AT_LEAST.fullmatch(self.target_prompts)
         if self.target_prompts not in ("none", "all") and at_least is None:
-            raise ValueError(f"target_prompts: {self.target_prompts!r} is none of none, all, length>=N")
+            raise ValueError(f"target_prompts: {self.target_prompts!r} is not one of none, all, length>=N")
         least = 0 if self.target_prompts == "all" else int(at_least[1]) if at_least else None
         return Targets(self.target_responses, least)
 
@@ -149,7 +149,8 @@ class ChatsConfig(Folders, names=("chats",)):
         except ConfigError:
             raise
         except ValueError as error:
-            raise ConfigError(f"dataset: {self._where or self.hf_name or table.title}: {error}") from None
+            where = f"{self._where or self.hf_name} ({table.title})" if self._where or self.hf_name else table.title
+            raise ConfigError(f"dataset: {where}: {error}") from None
         rows = self._opened(folder, table.title, fingerprint, tokenizer.eos_token_id, how, watch)
         log.info("%s", rows.summary)
         return epochs_of(rows, self, how)

@@ -66,7 +66,7 @@ def example_of(row: Row) -> Example:
             return _of_format(columns, present)
     known = "; ".join(f"{name}: {', '.join(columns)}" for name, columns in FORMATS.items())
     raise ValueError(
-        f"has the columns {', '.join(row)}, which are none of a known format ({known}); name them in preprocessing_fn"
+        f"has the columns {', '.join(row)}, which match no known format ({known}); name them in preprocessing_fn"
     )
 
 
@@ -167,7 +167,7 @@ def messages_of(turns: object) -> list[Message]:
         messages = [_of_function(message) for message in messages]
     for number, message in enumerate(messages):
         if message.get("role") not in ROLES:
-            raise ValueError(f"message {number}: role {message.get('role')!r} is none of {', '.join(ROLES)}")
+            raise ValueError(f"message {number}: role {message.get('role')!r} is not one of {', '.join(ROLES)}")
         if not isinstance(calls := message.get("tool_calls", []), list):
             raise ValueError(f"message {number}: tool_calls must be a list, found {calls!r:.60}")
         if "content" not in message and not calls:

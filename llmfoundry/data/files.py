@@ -27,7 +27,8 @@ from typing import BinaryIO, NamedTuple, Protocol, cast
 import zstandard
 from typing_extensions import Buffer
 
-from llmfoundry.config import ConfigError, is_url
+from llmfoundry.config import ConfigError, ResourceError, is_url
+from llmfoundry.data.provenance import Gone
 from llmfoundry.data.remote import Store
 
 # Endings of files, and how each kind is read: whole as one document, or as a table with a document per row.
@@ -149,6 +150,21 @@ def find(where: str, store: Store) -> Found:
     return Found({name: file_at(files[name]) for name in sorted(files)}, dict(skipped))
 
 
+def find_or_gone(where: str, store: Store) -> Found:
+    """`find` for a source whose tokens may be in the cache.
+
+    Raises:
+        ConfigError: what is there cannot be read.
+        Gone: nothing is there, or it is out of reach.
+    """
+    try:
+        return find(where, store)
+    except (ConfigError, ResourceError) as error:
+        if not is_url(where) and glob.glob(os.path.expanduser(where)):
+            raise
+        raise Gone(error) from None
+
+
 def _elsewhere(url: str, store: Store) -> Found:
     """The same of a URL."""
     found = store.find(url)
@@ -241,12 +257,12 @@ class _Zstd(io.RawIOBase):
             if not data and self._frame is None:
                 return 0
             if not data:
-                raise EOFError("is no whole zstd file; fetch or compress it again")
+                raise EOFError("is not a complete zstd file; fetch or compress it again")
             self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
             try:
                 self._ready = memoryview(self._frame.decompress(data))
             except zstandard.ZstdError as error:
-                raise OSError(f"is no whole zstd file ({error}); fetch or compress it again") from error
+                raise OSError(f"is not a complete zstd file ({error}); fetch or compress it again") from error
             self._rest = self._frame.unused_data if self._frame.eof else b""
             self._frame = None if self._frame.eof else self._frame
         into = memoryview(buffer).cast("B")

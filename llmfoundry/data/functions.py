@@ -44,6 +44,13 @@ def imported(name: str, key: str) -> Callable:
 
 
 def code_of(name: str, key: str) -> str:
-    """What decides the function's result: the file in which it is."""
-    file = inspect.getsourcefile(imported(name, key))
+    """What decides the function's result: the file in which it is.
+
+    Raises:
+        ConfigError: it is not written in Python, so no file says it.
+    """
+    try:
+        file = inspect.getsourcefile(imported(name, key))
+    except TypeError:
+        raise ConfigError(f"{key}: {name}: is not a function written in Python; call it from one that is") from None
     return f"{name} {hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ''}"

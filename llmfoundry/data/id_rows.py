@@ -13,6 +13,7 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import ConfigError, is_url
@@ -34,7 +35,8 @@ class IdsConfig(RowsConfig, names=("ids",)):
 
     path: DataPath  # a folder, a glob or one file, also by URL: .jsonl, .json, .parquet
     ids_key: str = "input_ids"  # the column: a list of ids in each row
-    eos_token_id: int | None = None  # the id that ends a document inside a row; None: the tokenizer's end of text
+    # The id that ends a document inside a row; None: the tokenizer's end of text
+    eos_token_id: int | None = Field(default=None, ge=-1, lt=2**32)
 
     def of_split(self, split: str) -> Self:
         return self.model_copy(update={"split": split})

@@ -54,6 +54,9 @@ class Batch(NamedTuple):
         return Batch(change(self.tokens), change(self.labels), change(self.rows), *optional)
 
 
+KINDS = {"finetuning": "chats", "preferences": "preferences"}  # of the datasets that loaders of a name read
+
+
 class LoaderConfig(Choice, tag="name"):
     """A dataset and how its rows are read. `name: text` may be left out."""
 
@@ -80,8 +83,7 @@ class LoaderConfig(Choice, tag="name"):
         dataset = data.get("dataset")
         if "datasets" not in data and isinstance(dataset, dict) and "name" not in dataset:
             folders = {"local", "remote", "streams"} & dataset.keys()
-            kinds = {"finetuning": "chats", "preferences": "preferences"}
-            kind = kinds.get(str(data.get("name")), "mds" if folders else None)
+            kind = KINDS.get(str(data.get("name")), "mds" if folders else None)
             return data if kind is None else data | {"dataset": {"name": kind} | dataset}
         if "datasets" not in data:
             return data
@@ -90,6 +92,13 @@ class LoaderConfig(Choice, tag="name"):
         of_mixture = {key: data[key] for key in ("datasets", "mixture", "temperature") if key in data}
         rest = {key: value for key, value in data.items() if key not in of_mixture and key != "dataset"}
         return rest | {"dataset": {"name": "mixture"} | of_mixture}
+
+    @model_validator(mode="after")
+    def _fits_dataset(self) -> Self:
+        kind, found = KINDS.get(self.name), self.dataset.name
+        if kind is not None and found not in (kind, "mixture"):
+            raise ValueError(f"name={self.name} reads {kind}, and dataset.name is {found}; leave one of the names out")
+        return self
 
     def datasets(self, where: str) -> dict[str, DatasetConfig]:
         """Its dataset, or each of a mixture, by its place in the YAML.

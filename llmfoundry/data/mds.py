@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from llmfoundry.config import ConfigError
 from llmfoundry.data.cache import made_once
 from llmfoundry.data.open_file import OpenFile
-from llmfoundry.data.remote import RemoteFile, Store
+from llmfoundry.data.remote import RemoteFile, Store, put
 from llmfoundry.strict_json import parse_json, read_plain, whole_number
 
 Value = str | bytes | int | float | NDArray | object  # of one column
@@ -235,7 +235,7 @@ def _read_index(file: Path, path: Path) -> tuple[bytes, dict]:
 def _columns(entry: Mapping) -> dict[str, str]:
     columns = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
     if not all(isinstance(word, str) for column in columns.items() for word in column):
-        raise ValueError(f"{columns!r:.80} are no names and encodings of columns")
+        raise ValueError(f"{columns!r:.80} are not names and encodings of columns")
     return columns
 
 
@@ -394,6 +394,7 @@ class MDSWriter:
         compression: null, zstd[:level], gz[:level], bz2[:level], br[:level] or snappy.
         hashes: names of hashlib or xxhash functions, kept in the index for every file.
         size_limit: bytes of a shard before compression.
+        url: a folder of a store, to which each file is moved when it is complete.
 
     Raises:
         ConfigError: the folder holds something, or a column or a compression is not known.
@@ -406,13 +407,14 @@ class MDSWriter:
         compression: str | None = None,
         hashes: Sequence[str] = (),
         size_limit: int = 2**26,
+        url: str | None = None,
     ) -> None:
         if out.exists() and any(out.iterdir()):
             raise ConfigError(f"{out}: is not empty; choose another folder")
         self._sizes = [_decoder(encoding, out)[0] for encoding in columns.values()]
         self._pack = None if compression is None else _codec(compression, pack=True)
         out.mkdir(parents=True, exist_ok=True)
-        self.out, self.columns = out, dict(columns)
+        self.out, self.columns, self._url = out, dict(columns), url
         self.compression, self.hashes, self.size_limit = compression, list(hashes), size_limit
         self._rows: list[bytes] = []
         self._header = json.dumps(self._facts(), sort_keys=True).encode()
@@ -435,7 +437,7 @@ class MDSWriter:
         if self._rows:
             self._close_shard()
         index = {"version": 2, "shards": self._shards}
-        (self.out / "index.json").write_text(json.dumps(index, sort_keys=True))
+        self._put("index.json", json.dumps(index, sort_keys=True).encode())
 
     def __enter__(self) -> Self:
         return self
@@ -462,11 +464,18 @@ class MDSWriter:
         entry = self._facts() | {"samples": len(rows), "raw_data": self._described(name, content), "zip_data": None}
         if self._pack is not None and self.compression is not None:
             packed_name, packed = f"{name}.{self.compression.partition(':')[0]}", self._pack(content)
-            (self.out / packed_name).write_bytes(packed)
+            self._put(packed_name, packed)
             entry["zip_data"] = self._described(packed_name, packed)
         else:
-            (self.out / name).write_bytes(content)
+            self._put(name, content)
         self._shards.append(entry)
+
+    def _put(self, name: str, content: bytes) -> None:
+        path = self.out / name
+        path.write_bytes(content)
+        if self._url is not None:
+            put(path, f"{self._url}/{name}")
+            path.unlink()
 
     def _described(self, name: str, content: bytes) -> dict[str, object]:
         return {"basename": name, "bytes": len(content), "hashes": {h: _hash(h, content) for h in self.hashes}}

@@ -143,8 +143,9 @@ class MDSConfig(Folders, names=("mds",)):
     """MDS folders with a column `tokens` (rows of max_seq_len ids) or `text`. `name: mds` may be left out."""
 
     token_encoding_type: Literal["int64", "int32", "int16", "uint16", "uint32"] = "int64"  # of a column of bytes
-    eos_token_id: int | None = None  # ends documents inside rows of tokens; None: the tokenizer's
-    bos_token_id: int | None = None  # or: begins them
+    # Ends documents inside rows of tokens; None: the tokenizer's
+    eos_token_id: int | None = Field(default=None, ge=-1, lt=2**32)
+    bos_token_id: int | None = Field(default=None, ge=-1, lt=2**32)  # or: begins them
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -267,7 +268,7 @@ class _TokenRows(Rows):
         if isinstance(found, bytes):
             if len(found) % self._dtype.itemsize:
                 raise ConfigError(
-                    f"{self.title}: sample {number}: {len(found)} bytes are no whole number of {self._dtype.name}; "
+                    f"{self.title}: sample {number}: {len(found)} bytes are not a whole number of {self._dtype.name}; "
                     "set dataset.token_encoding_type"
                 )
             found = np.frombuffer(found, self._dtype)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from llmfoundry.config import ConfigError, is_url
 from llmfoundry.data.mds import MDSWriter
 from llmfoundry.data.packing import TokenStream
+from llmfoundry.data.remote import listing
 from llmfoundry.progress import progress
 
 COLUMNS = {"tokens": "ndarray:int32"}  # as LLM Foundry 0.22 writes them
@@ -19,15 +22,22 @@ class Written(NamedTuple):
     left_out: int  # tokens at the end that fill no row
 
 
-def write_rows(stream: TokenStream, length: int, out: Path, compression: str | None = None) -> Written:
+def write_rows(stream: TokenStream, length: int, out: Path | str, compression: str | None = None) -> Written:
     """Write tokens [i*length, (i+1)*length) of a stream as sample i.
+
+    Args:
+        out: a folder, or the URL of one, which is written one shard after another.
 
     Raises:
         ConfigError: the folder holds something, or the compression is not known.
     """
+    url = str(out) if is_url(str(out)) else None
+    if url is not None and listing(url):
+        raise ConfigError(f"{url}: is not empty; choose another folder")
     n_rows, left_out = divmod(stream.n_tokens, length)
     with (
-        MDSWriter(out, COLUMNS, compression, hashes=("sha1",)) as writer,
+        tempfile.TemporaryDirectory() as passing,
+        MDSWriter(Path(out if url is None else passing), COLUMNS, compression, hashes=("sha1",), url=url) as writer,
         progress(f"writing {out}", n_rows * length, "tokens") as advance,
     ):
         for i in range(n_rows):

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from llmfoundry.config import ConfigError
 from llmfoundry.data.open_file import OpenFile
+from llmfoundry.data.stored_file import StoredFile
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -69,26 +70,27 @@ class _Column:
 class MegatronFile:
     """The tokens of one .bin and their documents."""
 
-    def __init__(self, index: Path, tokens: Path) -> None:
+    def __init__(self, index: Path, tokens: Path | StoredFile) -> None:
         """Open both files, and check the index.
 
         Args:
             index: the .idx.
-            tokens: the .bin.
+            tokens: the .bin, here or in a store.
 
         Raises:
             ConfigError: one is missing, or the index is malformed or does not fit the .bin.
         """
-        self.path, self._index = tokens, index
+        self.path, self._index = tokens if isinstance(tokens, Path) else tokens.path, index
         try:
-            size, n_bytes = index.stat().st_size, tokens.stat().st_size
+            self._tokens = OpenFile(tokens) if isinstance(tokens, Path) else tokens
+            size, n_bytes = index.stat().st_size, self._tokens.size
             with index.open("rb") as file:
                 header = file.read(_HEADER.size)
         except OSError as error:
             raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}") from None
         if len(header) < _HEADER.size or header[:9] != _MAGIC:
             self._refuse(
-                "is no index of Megatron's (it does not begin with MMIDIDX); name the prefix of a .bin/.idx pair"
+                "is not an index of Megatron's (it does not begin with MMIDIDX); name the prefix of a .bin/.idx pair"
             )
         _, version, code, n_sequences, n_bounds = _HEADER.unpack(header)
         if version != 1:
@@ -106,7 +108,7 @@ class MegatronFile:
         self.dtype = np.dtype(_DTYPES[code])
         at = _HEADER.size
         try:
-            places, self._tokens = OpenFile(index), OpenFile(tokens)
+            places = OpenFile(index)
         except OSError as error:
             raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}") from None
         self._pointers = _Column(places, at + 4 * n_sequences, n_sequences)
@@ -176,11 +178,9 @@ class MegatronFile:
         """Of the index, and of some of the tokens: their start, middle and end."""
         with self._index.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256")
-        with self.path.open("rb") as file:
-            size = self.n_tokens * self.dtype.itemsize
-            for at in (0, size // 2, max(0, size - _SAMPLED)):
-                file.seek(at)
-                digest.update(file.read(_SAMPLED))
+        size = self.n_tokens * self.dtype.itemsize
+        for at in (0, size // 2, max(0, size - _SAMPLED)):
+            digest.update(self._tokens.sample(at, min(at + _SAMPLED, size)))
         return digest.hexdigest()
 
     def _refuse(self, why: str) -> NoReturn:

@@ -17,6 +17,7 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import ConfigError, is_url
@@ -24,6 +25,7 @@ from llmfoundry.data.megatron import MegatronFile
 from llmfoundry.data.remote import DataPath
 from llmfoundry.data.rows import IGNORE, Block, How, Order, Rows, RowsConfig, epochs_of
 from llmfoundry.data.sources import Source, fingerprint_of
+from llmfoundry.data.stored_file import StoredFile
 
 _ENDINGS = (".bin", ".idx")
 
@@ -32,7 +34,8 @@ class MegatronConfig(RowsConfig, names=("megatron",)):
     """Megatron-LM's `.bin` and `.idx` files. Where both loaders read the same, the last documents are held out."""
 
     path: DataPath  # the common prefix of a .bin and an .idx, or a folder or a glob of such pairs; also a URL
-    eos_token_id: int | None = None  # the id after which a document begins; None: the tokenizer's end of text
+    # The id after which a document begins; None: the tokenizer's end of text
+    eos_token_id: int | None = Field(default=None, ge=-1, lt=2**32)
 
     def of_split(self, split: str) -> Self:
         return self.model_copy(update={"split": split})
@@ -68,7 +71,9 @@ class MegatronConfig(RowsConfig, names=("megatron",)):
         missing = next((name for name in pairs if f"{name}.bin" not in found), None)
         if missing is not None or not pairs:
             raise ConfigError(f"dataset.path: {self.path}: finds no {missing or ''}.bin beside an .idx")
-        return [MegatronFile(store.fetch(found[f"{name}.idx"]), store.fetch(found[f"{name}.bin"])) for name in pairs]
+        return [
+            MegatronFile(store.fetch(found[f"{name}.idx"]), StoredFile(found[f"{name}.bin"], store)) for name in pairs
+        ]
 
     def _held_out(self) -> tuple[float, float]:
         """The part of the text that is read, as fractions of it."""

@@ -7,7 +7,9 @@ of tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Context, Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -20,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from llmfoundry.config import Config, ConfigError
 from llmfoundry.data.interleave import Interleave, exact, shares_of
 from llmfoundry.data.rows import (
+    STRETCH,
     Block,
     How,
     Order,
@@ -27,6 +30,7 @@ from llmfoundry.data.rows import (
     RowsConfig,
     StreamReader,
     StreamRows,
+    Stretch,
     open_order,
 )
 from llmfoundry.data.sources import DatasetConfig, Source, fingerprint_of
@@ -114,7 +118,7 @@ class MixtureConfig(RowsConfig, names=("mixture",)):
             unknown = next((label for label in phase.weights if label not in self.labels), None)
             if unknown is not None:
                 raise ValueError(
-                    f"mixture.{number}.weights: {unknown!r} is no dataset; known: {', '.join(self.labels)}"
+                    f"mixture.{number}.weights: {unknown!r} is not a dataset; known: {', '.join(self.labels)}"
                 )
             if not any(phase.weights.values()) or min(phase.weights.values()) < 0:
                 raise ValueError(f"mixture.{number}.weights: must be positive numbers, or 0 for what is not read")
@@ -177,9 +181,16 @@ class MixtureConfig(RowsConfig, names=("mixture",)):
 
     def _integers(self, weights: Sequence[Fraction]) -> list[int]:
         if self.temperature != 1.0:
-            weights = [exact(float(weight) ** (1 / self.temperature)) if weight else weight for weight in weights]
+            weights = [self._evened(weight) if weight else weight for weight in weights]
         positive = iter(shares_of([weight for weight in weights if weight]))
         return [next(positive) if weight else 0 for weight in weights]
+
+    def _evened(self, weight: Fraction) -> Fraction:
+        """`weight ** (1 / temperature)`, correctly rounded: powers of floats end otherwise on other machines."""
+        power = float(Context(prec=50, traps=[]).power(Decimal(float(weight)), Decimal(1 / self.temperature)))
+        if not 0 < power < math.inf:
+            raise ConfigError(f"temperature={self.temperature:g} makes of weights 0 or infinity; raise it")
+        return exact(power)
 
 
 def _budget(part: Part, order: Order) -> Fraction | None:
@@ -243,7 +254,6 @@ class Mixture(Order):
         self._reader = StreamReader(streams, self.length, self.documents) if streams else None
         is_stream = np.array([isinstance(each, StreamRows) for each in self._rows])
         self._stream_of = np.where(is_stream, np.cumsum(is_stream) - 1, -1)  # (n_sources,) by the reader; -1: none
-        self._places = Places(orders)
         self._segments: list[Segment] = []
         self.arrange([])
 
@@ -261,6 +271,7 @@ class Mixture(Order):
             before: rows of each source that were taken by then.
         """
         taken = np.array(before if before is not None else [0] * len(self.labels), dtype=np.int64)
+        self._places, self._plan = Places(self._orders), Places([self])
         self._segments = []
         for number, shares in enumerate(self._shares):
             end = ends[number] if number < len(ends) else None
@@ -331,9 +342,15 @@ class Mixture(Order):
         """The source of each row, by its place among the labels, in the shape of `numbers`."""
         return self._where(numbers)[0]
 
+    def stretch(self, number: int) -> Stretch:
+        """Of places in the data, as `place * n_sources + source`."""
+        first = number - number % STRETCH
+        sources, numbers = self._where(np.arange(first, first + STRETCH))
+        return Stretch(first, self._places.of(sources, numbers) * len(self.labels) + sources)
+
     def read(self, numbers: NDArray[np.int64]) -> Block:
-        sources, numbers = self._where(numbers)
-        places, streams = self._places.of(sources, numbers), self._stream_of[sources]
+        places, sources = np.divmod(self._plan.of(np.zeros_like(numbers), numbers), len(self.labels))
+        streams = self._stream_of[sources]
         if self._reader is not None and not self.own_positions and (streams >= 0).all():
             return self._reader.read(streams, places)._replace(sources=sources)
         out = self.empty(len(numbers))._replace(sources=sources)

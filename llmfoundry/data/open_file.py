@@ -9,9 +9,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from llmfoundry.config import ConfigError
 
 
@@ -25,16 +22,17 @@ class OpenFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = path.open("rb", buffering=0)
-        self.size = os.fstat(self._file.fileno()).st_size  # bytes
+        self._number = self._file.fileno()
+        self.size = os.fstat(self._number).st_size  # bytes
 
-    def fill(self, row: NDArray, start: int) -> None:
-        """Read into an array, from a byte on; raises as `read`."""
+    def fill(self, memory: memoryview, start: int) -> None:
+        """Read into bytes of memory, from a byte of the file on; raises as `read`."""
         try:
-            if os.preadv(self._file.fileno(), (row.data,), start) == row.nbytes:
+            if os.preadv(self._number, (memory,), start) == len(memory):
                 return
         except OSError:
             pass
-        row[:] = np.frombuffer(self.read(start, start + row.nbytes), row.dtype)  # in several parts, or it says why not
+        memory[:] = self.read(start, start + len(memory))  # in several parts, or it says why not
 
     def read(self, start: int, stop: int) -> bytes:
         """Bytes [start, stop).
@@ -45,7 +43,7 @@ class OpenFile:
         parts: list[bytes] = []
         while start < stop:
             try:
-                part = os.pread(self._file.fileno(), stop - start, start)
+                part = os.pread(self._number, stop - start, start)
             except OSError as error:
                 raise ConfigError(f"{self.path}: cannot be read: {error.strerror}") from None
             if not part:
@@ -53,3 +51,7 @@ class OpenFile:
             parts.append(part)
             start += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def sample(self, start: int, stop: int) -> bytes:
+        """A few bytes; raises as `read`."""
+        return self.read(start, stop)

@@ -13,11 +13,10 @@ import hashlib
 import json
 import logging
 import shutil
-import uuid
 from bisect import bisect_right
 from collections.abc import Sequence
-from functools import lru_cache, reduce
-from itertools import accumulate
+from functools import reduce
+from itertools import accumulate, count
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,7 @@ from llmfoundry.data.parts import SHARD_TOKENS, Shard, Share, read_state, shard_
 from llmfoundry.data.sieve import Counts
 from llmfoundry.data.sources import DatasetConfig, Source
 from llmfoundry.data.tokenizer import PLAIN_TEXT, Encoder, SpecialTokens
-from llmfoundry.data.watch import Damaged, Watch
+from llmfoundry.data.watch import Damaged, Watch, moved_aside
 from llmfoundry.progress import progress
 from llmfoundry.runtime import cache_root
 from llmfoundry.strict_json import read_mapping
@@ -41,6 +40,8 @@ log = logging.getLogger(__name__)
 
 _BYTES_PER_TOKEN = 4  # of text, about
 _OPEN_SHARDS = 256  # of all streams, kept open: a process may only have so many files
+open_shards: dict[int, OpenFile] = {}  # these, by `TokenStream.first_shard + number`, a key of the process
+_streams = count()
 
 
 class TokenStream:
@@ -62,6 +63,7 @@ class TokenStream:
         self.counts = Counts(*index["counts"]) if "counts" in index else None  # of the documents, read and left out
         self._shards = [Shard(*shard) for shard in index["shards"]]
         self.n_shards = len(self._shards)
+        self.first_shard = next(_streams) << 32
         self.starts = [0, *accumulate(shard.tokens for shard in self._shards)]  # of the shards, and the end
         self.dtype = np.dtype(index["dtype"])
         for number, shard in enumerate(self._shards):
@@ -87,6 +89,11 @@ class TokenStream:
             out[done - start : done - start + len(part)] = part
             done, number = done + len(part), number + 1
         return out
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether checksums of its shards are still being compared."""
+        return self._watch.is_running
 
     def check(self) -> None:
         """Raise what was found of the shards' checksums so far."""
@@ -120,26 +127,28 @@ class TokenStream:
             raise Damaged(f"{path}: {found}, expected {expected} bytes; {self.remedy}")
 
     def file(self, number: int) -> OpenFile:
-        """A shard.
+        """A shard. The one that was opened first is closed for it if too many are open.
 
         Raises:
             Damaged: it cannot be opened.
         """
-        return _opened(self, number)
+        found = open_shards.get(self.first_shard + number)
+        if found is not None:
+            return found
+        path = self.folder / shard_name(number)
+        try:
+            found = OpenFile(path)
+        except OSError as error:
+            raise Damaged(f"{path}: cannot be read: {error.strerror}; {self.remedy}") from None
+        if len(open_shards) >= _OPEN_SHARDS:
+            open_shards.pop(next(iter(open_shards)), None)
+        open_shards[self.first_shard + number] = found
+        return found
 
     @property
     def remedy(self) -> str:
         """What to do about damage."""
         return f"delete the folder {self.folder}, it is made again"
-
-
-@lru_cache(_OPEN_SHARDS)
-def _opened(stream: TokenStream, number: int) -> OpenFile:
-    path = stream.folder / shard_name(number)
-    try:
-        return OpenFile(path)
-    except OSError as error:
-        raise Damaged(f"{path}: cannot be read: {error.strerror}; {stream.remedy}") from None
 
 
 def pack(
@@ -243,14 +252,10 @@ def _cached(folder: Path, source: Source) -> TokenStream | None:
         next(source.documents())
     except ConfigError as error:
         raise Damaged(f"{damage}; but it cannot be made again: {error}") from None
-    with FileLock(folder.with_name(f"{folder.name}.lock")):  # of several ranks, the first removes it
-        if folder.exists():
-            try:
-                return TokenStream(folder)
-            except Damaged:
-                log.error("DAMAGED TOKENS: %s; making them again from the source", damage)
-                away = folder.rename(folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:12]}"))
-                shutil.rmtree(away, ignore_errors=True)
+    away = moved_aside(folder, lambda: TokenStream(folder))
+    if away is not None:
+        log.error("DAMAGED TOKENS: %s; making them again from the source", damage)
+        shutil.rmtree(away, ignore_errors=True)
     return None
 
 

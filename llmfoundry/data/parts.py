@@ -19,6 +19,7 @@ from typing import BinaryIO, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from llmfoundry.atomic import atomic_write
 from llmfoundry.config import ConfigError, ResourceError
 from llmfoundry.data.encoding import encoded
 from llmfoundry.data.sieve import Counts
@@ -181,7 +182,7 @@ class _Writer:
         while len(ids):
             if self._file is None:
                 self._check_room()
-                self._file = (self._folder / shard_name(len(self._shards))).open("wb")
+                self._file = (self._folder / shard_name(len(self._shards))).open("wb", buffering=2**20)
                 self._sha, self._tokens = hashlib.sha256(), 0
             part, ids = np.split(ids, [SHARD_TOKENS - self._tokens])
             data = part.tobytes()
@@ -221,9 +222,4 @@ class _Writer:
             self._shards.append(Shard(self._tokens, self._sha.hexdigest()))
 
     def _save(self, state: State) -> None:
-        temporary = self._folder / "state.json.tmp"
-        with temporary.open("w") as file:
-            json.dump(state._asdict(), file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._folder / "state.json")
+        atomic_write(self._folder / "state.json", [json.dumps(state._asdict()).encode()], sync=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from llmfoundry.atomic import atomic_write
 from llmfoundry.config import ConfigError, ResourceError
 from llmfoundry.strict_json import read_mapping
 
@@ -70,9 +70,7 @@ def remember(memory: Path, source: Provenance) -> None:
     said = source._asdict() | {"files": sorted(map(str, source.files))}
     with suppress(OSError):  # it is a help, and no duty
         memory.parent.mkdir(parents=True, exist_ok=True)
-        part = memory.with_name(f"{memory.name}.{os.getpid()}")
-        part.write_text(json.dumps(said))
-        part.replace(memory)
+        atomic_write(memory, [json.dumps(said).encode()], shared=True)
 
 
 def recalled(memory: Path, gone: Gone) -> Provenance:

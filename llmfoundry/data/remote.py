@@ -35,7 +35,8 @@ FIRST_WAIT = 0.5  # seconds before the second attempt; doubled each time
 IN_USE = 60.0  # seconds for which a file that was asked for is kept, until it is opened
 LIMIT = 10**11  # bytes of a cache, if no limit is given
 # What a store tells of a file's contents or time, of which each has its own.
-_VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "last_commit", "LastModified", "updated", "mtime", "created")
+_OF_CONTENTS = ("ETag", "etag", "md5Hash", "blob_id", "last_commit")
+_VERSIONS = (*_OF_CONTENTS, "LastModified", "updated", "mtime", "created")
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
@@ -225,6 +226,39 @@ def fetch(file: RemoteFile, to: Path) -> None:
             raise OSError(f"{to.stat().st_size} bytes came, and it has {file.size}")
 
     patiently(file.url, get)
+
+
+def part_of(file: RemoteFile, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of a file of a store; raises as `listing`."""
+    fs, path = opened(file.url)
+
+    def get() -> bytes:
+        found = bytes(fs.cat_file(path, start=start, end=stop))
+        if len(found) != stop - start:
+            raise OSError(f"{len(found)} bytes came of bytes {start} to {stop}")
+        return found
+
+    return patiently(file.url, get)
+
+
+def fetch_part(file: RemoteFile, start: int, stop: int, to: Path) -> None:
+    """Write them to a path of this machine; raises as `listing`.
+
+    Raises:
+        ConfigError: the file has changed since it was found.
+    """
+    content = part_of(file, start, stop)
+    fs, path = opened(file.url)
+
+    def now() -> dict:
+        fs.invalidate_cache()
+        return fs.info(path)
+
+    info, before = patiently(file.url, now), json.loads(file.version)
+    changed = any(key in info and str(info[key]) != before[key] for key in before if key in _OF_CONTENTS)
+    if changed or int(info["size"]) != file.size:
+        raise ConfigError(f"{file.url}: was changed while it was read; start again when it is complete")
+    to.write_bytes(content)
 
 
 def put(file: Path, url: str) -> None:

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import ConfigError
-from llmfoundry.data.packing import TokenStream, pack
+from llmfoundry.data.open_file import OpenFile
+from llmfoundry.data.packing import TokenStream, open_shards, pack
 from llmfoundry.data.permutation import permuted_in_blocks
 from llmfoundry.data.sources import DatasetConfig
 from llmfoundry.data.tokenizer import PLAIN_TEXT, SpecialTokens
@@ -25,7 +26,7 @@ from llmfoundry.runtime import cache_root, seed_of
 
 log = logging.getLogger(__name__)
 
-_CHUNK = 4096  # rows whose place in an epoch is computed at once
+STRETCH = 4096  # rows whose places are computed at once
 IGNORE = -100  # the label of a position that is not predicted
 
 
@@ -130,7 +131,7 @@ class Order(Numbered):
     once: Rows | None = None
 
     def stretch(self, number: int) -> Stretch:
-        """The stretch that a row is in; for a single source."""
+        """The stretch that a row is in."""
         raise NotImplementedError
 
 
@@ -179,12 +180,15 @@ class StreamReader:
             documents: whether blocks contain the number of each token's document.
         """
         self._streams, self._length, self._documents = streams, length, documents
+        self._watched = list(streams)  # whose checksums may still be compared
         self._dtype, self._end, self._opening = streams[0].dtype, streams[0].eos_token_id, streams[0].opening_token_id
         # As if all streams were one: where each begins, and where shards do, in tokens.
         self._firsts = np.cumsum([0, *(stream.n_tokens for stream in streams)])
+        self._lasts = np.diff(self._firsts) - 1  # of each, its last token
         inside = [first + np.array(stream.starts[:-1]) for first, stream in zip(self._firsts, streams, strict=False)]
         self._shards = np.concatenate([*inside, self._firsts[-1:]])
-        self._first_shards = np.cumsum([0, *(stream.n_shards for stream in streams)])
+        keys = [np.arange(stream.first_shard, stream.first_shard + stream.n_shards) for stream in streams]
+        self._keys = np.concatenate(keys)  # of each shard, in `open_shards`
 
     def read(self, sources: NDArray[np.int64], numbers: NDArray[np.int64]) -> Block:
         """Rows: row i of a stream is its tokens [i*S, i*S + S + 1).
@@ -193,37 +197,45 @@ class StreamReader:
             sources: (B,) the stream of each row.
             numbers: (B,) of each row in its stream.
         """
-        for stream in self._streams:
+        unfinished = [stream for stream in self._watched if stream.is_watched]
+        for stream in self._watched:
             stream.check()
+        self._watched = unfinished
         length, size = self._length, self._dtype.itemsize
         raw = np.empty((len(numbers), length + 1), self._dtype)
-        last = np.diff(self._firsts)[sources] - 1
+        last = self._lasts[sources]
         starts = np.minimum(numbers * length, last)
-        stops = np.minimum(starts + length, last) + 1
+        counts = np.minimum(last - starts, length) + 1  # tokens of each row and the one after it
         places = self._firsts[sources] + starts
         shards = np.searchsorted(self._shards, places, side="right") - 1
         offsets = (places - self._shards[shards]) * size
-        whole = (stops - starts == length + 1) & (places + length < self._shards[shards + 1])
+        across = places + counts > self._shards[shards + 1]  # from one shard to the next
         # File by file: what the kernel and Python hold of one is then in the caches for all its rows of a batch.
-        order = np.flatnonzero(whole)
-        order = order[np.argsort(shards[order], kind="stable")]
+        order = np.argsort(shards, kind="stable")
+        order = order[~across[order]]
         opened, file = -1, None
-        each = zip(order.tolist(), shards[order].tolist(), offsets[order].tolist(), strict=True)
-        for i, at, offset in each:
+        memory, begins = raw.reshape(-1).view(np.uint8).data, order * (length + 1) * size
+        columns = (order, self._keys[shards[order]], offsets[order], begins, begins + counts[order] * size)
+        for i, at, offset, begin, end in zip(*(column.tolist() for column in columns), strict=True):
             if at != opened or file is None:
-                source = int(sources[i])
-                opened, file = at, self._streams[source].file(at - int(self._first_shards[source]))
-            file.fill(raw[i], offset)
+                opened, file = at, open_shards.get(at) or self._opened(int(sources[i]), at)
+            file.fill(memory[begin:end], offset)
+        for i in np.flatnonzero(across).tolist():
+            raw[i, : counts[i]] = self._streams[sources[i]].read(int(starts[i]), int(starts[i] + counts[i]))
+        short = np.flatnonzero(counts <= length).tolist()  # at the end of a stream
+        for i in short:
+            raw[i, counts[i] :] = self._end
         tokens, labels = raw[:, :-1].astype(np.int64), raw[:, 1:].astype(np.int64)
-        for i in np.flatnonzero(~whole).tolist():  # from one shard to the next, or at the end of a stream
-            found = self._streams[sources[i]].read(int(starts[i]), int(stops[i]))
-            n = len(found) - 1
-            tokens[i, :n], tokens[i, n:] = found[:-1], self._end
-            labels[i, :n], labels[i, n:] = found[1:], IGNORE
+        for i in short:
+            labels[i, counts[i] - 1 :] = IGNORE
         if not self._documents:
             return Block(tokens, labels)
         # A document's first token is predicted from the token that opens it, and from nothing before that.
-        return Block(tokens, labels, np.cumsum(tokens == self._opening, axis=1, dtype=np.int32))
+        documents = (raw[:, :-1] == self._opening).astype(np.int32)
+        return Block(tokens, labels, np.cumsum(documents, axis=1, out=documents))
+
+    def _opened(self, source: int, key: int) -> OpenFile:
+        return self._streams[source].file(key - self._streams[source].first_shard)
 
 
 class StreamRows(Rows):
@@ -287,7 +299,7 @@ class Epochs(Order):
 
     def stretch(self, number: int) -> Stretch:
         epoch, row = divmod(number, self.rows_per_epoch)
-        start, stop = row - row % _CHUNK, min(row - row % _CHUNK + _CHUNK, self.rows_per_epoch)
+        start, stop = row - row % STRETCH, min(row - row % STRETCH + STRETCH, self.rows_per_epoch)
         places = np.arange(start, stop)
         if self._seed is not None:
             block = self.rows_per_epoch if self._block is None else self._block
@@ -302,7 +314,7 @@ class Places:
         self._orders = orders
         self._first = np.zeros(len(orders), dtype=np.int64)
         self._stop = np.zeros(len(orders), dtype=np.int64)  # none is kept yet
-        self._kept = np.empty((len(orders), _CHUNK), dtype=np.int64)
+        self._kept = np.empty((len(orders), STRETCH), dtype=np.int64)
 
     def of(self, sources: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """(B,) the places of rows.

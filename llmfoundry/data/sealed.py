@@ -5,17 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from shutil import rmtree
 from typing import BinaryIO, cast
 
-from filelock import FileLock
-
 from llmfoundry.config import ConfigError
 from llmfoundry.data.cache import made_once
-from llmfoundry.data.watch import Damaged, Watch
+from llmfoundry.data.watch import Damaged, Watch, moved_aside
 from llmfoundry.strict_json import read_mapping
 
 log = logging.getLogger(__name__)
@@ -45,19 +42,17 @@ def sealed_once(folder: Path, make: Callable[[Path], None]) -> Watch:
         return _opened(folder)
     except Damaged as error:
         damage = error
-    with FileLock(folder.with_name(f"{folder.name}.lock")):  # of several ranks, the first removes it
-        away = folder.with_name(f"{folder.name}.damaged-{uuid.uuid4().hex[:12]}")
-        try:
-            return _opened(folder)
-        except Damaged:
-            log.error("DAMAGED CACHE: %s; making it again from the source", damage)
-            folder.rename(away)
+    away = moved_aside(folder, lambda: _opened(folder))
+    if away is not None:
+        log.error("DAMAGED CACHE: %s; making it again from the source", damage)
     try:
         made_once(folder, write)
     except ConfigError as error:
-        away.rename(folder)
+        if away is not None:
+            away.rename(folder)
         raise Damaged(f"{damage}; but it cannot be made again: {error}") from None
-    rmtree(away, ignore_errors=True)
+    if away is not None:
+        rmtree(away, ignore_errors=True)
     return _opened(folder)
 
 

@@ -17,6 +17,9 @@ from typing import Literal, NamedTuple
 from llmfoundry.config import ConfigError
 from llmfoundry.data.files import COMPRESSIONS, FORMATS
 
+# Tables of fewer bytes are looked through, so that neither split is left without a row.
+FEW_BYTES = 2**22
+
 Split = Literal["train", "validation"]
 
 _WORDS = {
@@ -43,6 +46,11 @@ class Selection(NamedTuple):
 
     kept: list[str]
     left: dict[str, list[str]]  # what the others are (validation, test, "" for no split): their names
+
+    def said(self, split: Split) -> str:
+        """E.g. `, the train split by name; not read: 2 of validation (e.g. val/a.txt)`."""
+        left = [f"{len(names)} of {what or 'no split'} (e.g. {names[0]})" for what, names in self.left.items()]
+        return f", the {split} split by name; not read: {', '.join(left)}"
 
 
 def select(sizes: Mapping[str, int], split: Split, *, given_for_validation: bool) -> Selection | None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import glob
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from llmfoundry.config import ConfigError, ResourceError, is_url
-from llmfoundry.data.files import ahead, checked_digest, find, kind_of, said_of
+from llmfoundry.config import ConfigError
+from llmfoundry.data.files import File, ahead, checked_digest, find_or_gone, kind_of, said_of
 from llmfoundry.data.provenance import (
     Gone,
     Provenance,
@@ -23,7 +21,7 @@ from llmfoundry.data.provenance import (
 )
 from llmfoundry.data.sealed import sealed_once
 from llmfoundry.data.sources import DatasetConfig, fingerprint_of
-from llmfoundry.data.split import keeps, select
+from llmfoundry.data.split import FEW_BYTES, filling_both, keeps, select, share
 from llmfoundry.data.tables import BadRow, Row, read_rows
 from llmfoundry.data.watch import Watch
 
@@ -85,12 +83,7 @@ def table_of(where: str, title: str, dataset: DatasetConfig, *, lenient: bool) -
         ConfigError: there is no table.
         Gone: nor anything else.
     """
-    try:
-        found, skipped = find(where, dataset.store())
-    except (ConfigError, ResourceError) as error:
-        if not is_url(where) and glob.glob(os.path.expanduser(where)):
-            raise
-        raise Gone(error) from None
+    found, skipped = find_or_gone(where, dataset.store())
     files = {name: file for name, file in found.items() if _is_table(file.path)}
     if not files:
         raise ConfigError(f"dataset.path: {where}: holds no .jsonl, .json, .csv, .tsv or .parquet")
@@ -102,6 +95,11 @@ def table_of(where: str, title: str, dataset: DatasetConfig, *, lenient: bool) -
     kept = {name: files[name] for name in (by_name.kept if by_name is not None else files)}
     fraction = None if whole or by_name is not None else dataset.fraction
     digests = [checked_digest(path, lenient=lenient, advance=lambda n: None) for path in ahead(kept.values())]
+    if fraction is not None and 0 < fraction < 1 and sum(sizes[name] for name in kept) <= FEW_BYTES:
+        fraction = _filling_both(where, kept.values(), fraction)
+    divided = "" if by_name is None else by_name.said(side)
+    if fraction is not None:
+        divided = f"; held out for validation: {fraction:.3g} of the rows, by hash"
 
     def rows() -> Iterator[tuple[Row | BadRow, str]]:
         for path in ahead(kept.values()):
@@ -112,9 +110,25 @@ def table_of(where: str, title: str, dataset: DatasetConfig, *, lenient: bool) -
     rule = ("whole",) if fraction is None else (side, str(fraction))
     return Table(
         title, fingerprint_of("chat-files/1", *rule, *digests), rows(),
-        f"{title}: reads {len(kept)} files of {where}{said_of(skipped)}",
+        f"{title}: reads {len(kept)} files of {where}{divided}{said_of(skipped)}",
         frozenset(file.real for file in kept.values()), stamps,
     )  # fmt: skip
+
+
+def _filling_both(where: str, files: Iterable[File], fraction: float) -> float:
+    """The fraction of rows to hold out of small files, so that neither side is left without a row.
+
+    Raises:
+        ConfigError: there is one row for two sides.
+    """
+    rows = (row for path in ahead(files) for row, _ in read_rows(path) if not isinstance(row, BadRow))
+    shares = {share(_key(row)) for row in rows}
+    if len(shares) == 1:
+        raise ConfigError(
+            f"dataset.path: {where}: holds one row, or equal ones, so none can be held out for evaluation; add rows, "
+            "leave eval_loader out, or give it a path of its own"
+        )
+    return filling_both(shares, fraction) if shares else fraction
 
 
 def _is_table(path: Path) -> bool:

@@ -64,14 +64,14 @@ def _found(path: Path, key: str | None) -> Iterator[tuple[object, str]]:
     assert kind is not None
     if kind.format == "text":
         raise ConfigError(
-            f"dataset.path: {path}: is no table; rows are read from .jsonl, .json, .csv, .tsv and .parquet"
+            f"dataset.path: {path}: is not a table; rows are read from .jsonl, .json, .csv, .tsv and .parquet"
         )
     read = {"lines": _lines, "json": _json, "csv": _csv, "tsv": _csv, "parquet": _parquet}[kind.format]
     row = 0
     try:
         for found, line in read(path, key):
-            if isinstance(found, str) and (surrogate := _lone_surrogate(found)):
-                found = _Broken(f"{key!r} has a lone surrogate, {surrogate!r}, which is no character")
+            if isinstance(found, str) and (surrogate := lone_surrogate(found)):
+                found = _Broken(f"{key!r} has a lone surrogate, {surrogate!r}, which is not a valid character")
             if isinstance(found, _Broken) and line:
                 found = _Broken(f"{found} (line {line})")
             yield found, f"{path}: row {row}"
@@ -86,7 +86,8 @@ def _found(path: Path, key: str | None) -> Iterator[tuple[object, str]]:
 Rows = Iterator[tuple[object, int | None]]  # a text, a row, or what is wrong with it; and the line where it ends
 
 
-def _lone_surrogate(text: str) -> str | None:
+def lone_surrogate(text: str) -> str | None:
+    """The first half of a character without its other half, which no tokenizer reads; None if there is none."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

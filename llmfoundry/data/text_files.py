@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import os
@@ -14,13 +13,13 @@ from typing import NamedTuple, cast
 
 from pydantic import Field
 
-from llmfoundry.config import ConfigError, ResourceError, is_url
+from llmfoundry.config import ConfigError, is_url
 from llmfoundry.data.cache import made_once
-from llmfoundry.data.files import File, ahead, checked_digest, find, kind_of, said_of, unpacked
-from llmfoundry.data.provenance import Gone, stamps_of
+from llmfoundry.data.files import File, ahead, checked_digest, find_or_gone, kind_of, said_of, unpacked
+from llmfoundry.data.provenance import stamps_of
 from llmfoundry.data.remote import DataPath
 from llmfoundry.data.sources import Piece, Source, fingerprint_of
-from llmfoundry.data.split import cut, filling_both, keeps, select, share
+from llmfoundry.data.split import FEW_BYTES, cut, filling_both, keeps, select, share
 from llmfoundry.data.tables import BadRow, check_parquet, read_table
 from llmfoundry.data.texts import TextsConfig
 from llmfoundry.progress import progress
@@ -31,8 +30,6 @@ log = logging.getLogger(__name__)
 
 # From this many bytes on, the digests of a set of files are remembered by their names, sizes and times.
 REMEMBER_BYTES = 2**24
-# Tables of fewer bytes are looked through, so that neither split is left without a row.
-FEW_BYTES = 2**22
 
 
 class _Part(NamedTuple):
@@ -61,12 +58,7 @@ class TextFilesConfig(TextsConfig, names=("text_files",)):
         return [self.path]
 
     def found(self) -> Source:
-        try:
-            files, skipped = find(self.path, self.store())
-        except (ConfigError, ResourceError) as error:
-            if not is_url(self.path) and glob.glob(os.path.expanduser(self.path)):
-                raise
-            raise Gone(error) from None
+        files, skipped = find_or_gone(self.path, self.store())
         stamps = stamps_of(file.path for file in files.values() if file.remote is None)
         sizes = {name: file.size for name, file in files.items()}
         part = self._part(files, sizes)
@@ -96,8 +88,7 @@ class TextFilesConfig(TextsConfig, names=("text_files",)):
         given = self.split == "validation" and self._is_whole
         by_name = select(sizes, self.split, given_for_validation=given)
         if by_name is not None:
-            left = [f"{len(names)} of {what or 'no split'} (e.g. {names[0]})" for what, names in by_name.left.items()]
-            return _Part(by_name.kept, f", the {self.split} split by name; not read: {', '.join(left)}")
+            return _Part(by_name.kept, by_name.said(self.split))
         if self._is_whole:
             return _Part(list(files), "")
         return self._by_hash(files, sizes)

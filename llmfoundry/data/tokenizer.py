@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from llmfoundry.config import Config, ConfigError
 from llmfoundry.data.cache import made_once
 from llmfoundry.data.sources import DatasetConfig
+from llmfoundry.data.tables import lone_surrogate
 from llmfoundry.data.tokenizer_files import load_tokenizer
 from llmfoundry.data.word_cache import WordCache
 from llmfoundry.progress import progress
@@ -84,7 +85,7 @@ class TokenizerConfig(Config):
         tokenizer = self._trained(dataset, also) if self.name == "bpe" else self.loaded()
         if tokenizer.eos_token_id is None:
             raise ConfigError(
-                f"tokenizer.name: {self.name}: has no end-of-text token, which parts documents; "
+                f"tokenizer.name: {self.name}: has no end-of-text token, which separates documents; "
                 "name one of its tokens in tokenizer.kwargs.eos_token"
             )
         return tokenizer
@@ -212,9 +213,18 @@ class Encoder:
         return tokens if self.special == PLAIN_TEXT else _sha256(json.dumps([tokens, *self.special]))
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text; on all cores where the tokenizer is a fast one."""
+        """Token ids of each text; on all cores where the tokenizer is a fast one.
+
+        Raises:
+            ConfigError: a text has a lone surrogate.
+        """
         if self._slow is None:
-            return [found.ids for found in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+            try:
+                return [found.ids for found in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+            except TypeError:
+                for text in texts:
+                    check_characters(text)
+                raise
         split = not self.special.parse
         return [self._slow.encode(text, add_special_tokens=False, split_special_tokens=split) for text in texts]
 
@@ -223,6 +233,12 @@ class Encoder:
         if self._words is not None:
             return self._words.ids(texts)
         return [np.array(ids, dtype=np.uint32) for ids in self.encode(texts)]
+
+
+def check_characters(text: str) -> None:
+    """Refuse what no tokenizer reads; raises ConfigError."""
+    if found := lone_surrogate(text):
+        raise ConfigError(f"the text {text[:40]!r} has a lone surrogate, {found!r}, which is not a valid character")
 
 
 def pieces(document: str) -> Iterator[str]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+
+from filelock import FileLock
 
 from llmfoundry import runtime
 from llmfoundry.config import ConfigError
@@ -16,6 +19,27 @@ _FOUND_DAMAGED = "found-damaged"  # a file in the folder, left by a run that end
 
 class Damaged(ConfigError):
     """Files in the cache that are not what was written: they are made again where the source is there."""
+
+
+def moved_aside(folder: Path, opened: Callable[[], object]) -> Path | None:
+    """Move a damaged folder out of the way, so that it can be made again.
+
+    Of several ranks that found the damage, the first one moves it.
+
+    Args:
+        opened: opens the folder, and raises Damaged if it is still damaged.
+
+    Returns:
+        Where it is now; None if another rank has moved it, or has made it again.
+    """
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if not folder.exists():
+            return None
+        try:
+            opened()
+        except Damaged:
+            return folder.rename(folder.with_name(f"{folder.name}.damaged-{uuid.uuid4().hex[:12]}"))
+    return None
 
 
 class Watch:
@@ -48,6 +72,11 @@ class Watch:
         own = range(runtime.rank(), n_checks, runtime.world_size())
         self._thread = threading.Thread(target=self._run, args=(own,), name=f"watch {folder.name}", daemon=True)
         self._thread.start()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether something may still be found."""
+        return self._thread is not None and self._thread.is_alive()
 
     def check(self) -> None:
         """Raise what was found so far."""

@@ -7,6 +7,7 @@ The cache keeps the tokens of the last conversation; those with which the next o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import takewhile
 from typing import Literal, NamedTuple
 
@@ -15,7 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from llmfoundry.config import ConfigError
 from llmfoundry.data.chat_template import REFUSALS, rendered
 from llmfoundry.data.conversations import Conversation, Message
-from llmfoundry.eval.generate import Sampling, check_ids, new_tokens, room
+from llmfoundry.data.limits import Exceeded, bounded
+from llmfoundry.data.tokenizer import check_characters
+from llmfoundry.eval.generate import Sampling, check_ids, new_tokens, room, warn_of_length
 from llmfoundry.eval.written import Written
 from llmfoundry.model.transformer import Cache, CausalLM
 
@@ -69,6 +72,7 @@ class Template:
             ConfigError: the template refuses the messages.
         """
         text = self._render(messages, prompt=True)
+        check_characters(text)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise ConfigError("the chat template renders these messages as an empty text")
@@ -86,7 +90,9 @@ class Template:
 
     def _render(self, messages: Sequence[Message], prompt: bool) -> str:
         try:
-            return rendered(self.tokenizer, self.source, Conversation(list(messages)), prompt)[0]
+            return bounded(partial(rendered, self.tokenizer, self.source, Conversation(list(messages)), prompt))[0]
+        except Exceeded as error:
+            raise ConfigError(f"the chat template {error}") from None
         except REFUSALS as error:
             raise ConfigError(f"the chat template refuses the conversation: {error}") from error
 
@@ -104,6 +110,7 @@ class Chat:
         self._ending = template.ending()
         self.stop = {template.tokenizer.eos_token_id, *stop, *self._ending.ids}
         self._cache, self._held = Cache(0), list[int]()  # the ids that the cache has read
+        self._warned = False  # of conversations longer than max_seq_len
 
     def answer(
         self,
@@ -156,4 +163,7 @@ class Chat:
                 f"the conversation has {len(ids)} tokens, and the model has learned {config.max_seq_len} positions; "
                 "begin a new one, or take turns back"
             )
+        if not self._warned and len(ids) > config.max_seq_len:
+            self._warned = True
+            warn_of_length(config, "the conversation", len(ids))
         return min(max_new_tokens, left)

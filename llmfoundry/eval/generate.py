@@ -5,6 +5,7 @@ Shapes: B rows, S tokens so far, V vocab.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
@@ -19,6 +20,8 @@ from llmfoundry.config import ConfigError
 from llmfoundry.data.tokenizer import PLAIN_TEXT, Encoder, SpecialTokens
 from llmfoundry.eval.written import Stream
 from llmfoundry.model.transformer import Cache, CausalLM, CausalLMConfig
+
+log = logging.getLogger(__name__)
 
 
 class Sampling(NamedTuple):
@@ -76,6 +79,7 @@ def generate(
     ids = encoded(tokenizer, prompt, special)
     check_ids(max(ids), model.config.vocab_size)
     check_room(model.config, "a prompt", len(ids), max_new_tokens, "shorten the prompt or ask for fewer new tokens")
+    warn_of_length(model.config, "the prompt", len(ids))
     stream = Stream(tokenizer, ids, emit) if emit is not None else None
     cache = Cache(model.config.n_layers, capacity=len(ids) + max_new_tokens)
     draw = Sampling(max_new_tokens, temperature, top_p, seed).drawing(number)
@@ -145,6 +149,17 @@ def check_room(config: CausalLMConfig, what: str, tokens: int, new: int, advice:
         )
 
 
+def warn_of_length(config: CausalLMConfig, what: str, tokens: int) -> None:
+    """Say that a prompt is longer than any text of the training; models without learned positions read it all the same.
+
+    Args:
+        what: e.g. "a prompt".
+    """
+    if tokens > config.max_seq_len:
+        log.warning("%s has %s tokens, and the model was made for %s (max_seq_len); it may write worse, or nonsense",
+                    what, f"{tokens:,}", f"{config.max_seq_len:,}")  # fmt: skip
+
+
 def sample(logits: Tensor, temperature: float, top_p: float, dice: torch.Generator) -> int:
     """Draw a token id from (V,) logits; see `sample_rows`."""
     return sample_rows(logits[None], temperature, top_p, [dice])[0]
@@ -163,6 +178,7 @@ def sample_rows(logits: Tensor, temperature: float, top_p: float, dice: Sequence
     """
     if temperature == 0:
         return logits.argmax(-1).tolist()
+    temperature = max(temperature, 1e-30)  # a smaller one is 0 in float32
     probabilities, order = (logits.float() / temperature).softmax(-1).sort(descending=True, stable=True)
     # The first token past the sum stays in, so that there is always one.
     beyond = probabilities.cumsum(-1) - probabilities > top_p

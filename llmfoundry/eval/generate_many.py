@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from llmfoundry.data.conversations import Message
 from llmfoundry.data.tokenizer import SpecialTokens
 from llmfoundry.eval.chat import Ending, Template
-from llmfoundry.eval.generate import Sampling, check_room, encoded, sample_rows
+from llmfoundry.eval.generate import Sampling, check_room, encoded, sample_rows, warn_of_length
 from llmfoundry.eval.likelihood import Prompt, Ranks, continue_all
 from llmfoundry.eval.written import Written
 from llmfoundry.model.transformer import CausalLM
@@ -81,6 +81,9 @@ def generate_many(
     for number, request in enumerate(requests):
         advice = "shorten it, or lower --max-new-tokens"
         check_room(model.config, f"prompt {number}", len(request.ids), how.max_new_tokens, advice)
+    longest = max(range(len(requests)), key=lambda number: len(requests[number].ids), default=None)
+    if longest is not None:
+        warn_of_length(model.config, f"prompt {longest}, the longest,", len(requests[longest].ids))
     part = BATCHES * ranks.rows * ranks.world
     for start in range(0, len(requests), part):
         yield from _written(model, tokenizer, requests[start : start + part], how, ranks, stop, start)

@@ -73,7 +73,7 @@ class TaskConfig(Choice, tag="icl_task_type"):
     @classmethod
     def _is_a_name(cls, label: str) -> str:
         if not label or "/" in label or label == "eval":
-            raise ValueError(f"{label!r} is no name for metrics; write e.g. label: hellaswag")
+            raise ValueError(f"{label!r} is not a valid name in metrics; write e.g. label: hellaswag")
         return label
 
     @field_validator("dataset_uri")

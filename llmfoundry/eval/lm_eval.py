@@ -7,6 +7,7 @@ The harness runs whole on every rank with the same requests; each request is ans
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from lm_eval import simple_evaluate
@@ -17,6 +18,8 @@ from lm_eval.tasks import TaskManager
 
 from llmfoundry import runtime
 from llmfoundry.config import ConfigError
+from llmfoundry.data.chat_template import REFUSALS
+from llmfoundry.data.limits import bounded
 from llmfoundry.eval.icl import Score
 from llmfoundry.eval.icl_questions import Reader
 from llmfoundry.eval.likelihood import Continuation, Prompt, Ranks, continue_all, likelihood, nats_of
@@ -72,14 +75,17 @@ class FoundryLM(TemplateLM):  # type: ignore[misc, unused-ignore]  # its class w
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A chat as text."""
-        return str(
-            self._reader.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
+        render = partial(
+            self._reader.tokenizer.apply_chat_template,
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
         )
+        try:
+            return str(bounded(render))
+        except REFUSALS as error:
+            raise ConfigError(f"--apply-chat-template: the chat template refuses a question: {error}") from error
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
         """The ids of a text that begins a document, or of a part of one (`add_special_tokens=False`)."""

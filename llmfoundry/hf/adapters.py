@@ -63,13 +63,18 @@ def targets_of(family: Family, config: CausalLMConfig, wanted: str | Sequence[st
     """
     if wanted == "all-linear":
         return wanted
+    if isinstance(wanted, str):
+        try:
+            re.compile(wanted)
+        except re.error as error:
+            raise ConfigError(f"target_modules: {wanted!r} is not a valid pattern: {error}") from None
     found: list[str] = []
-    known: set[str] = set()
+    names: set[str] = set()
     for name, copies in _copies(family, config).items():
         if not name.startswith("blocks.") or len(copies[0].target.axes) < 2:  # vectors have no adapter
             continue
         theirs = sorted({copy.source.name.removesuffix(".weight") for copy in copies})
-        known |= {each.rpartition(".")[2] for each in theirs}
+        names |= set(theirs)
         matched = [each for each in theirs if _matches(each, wanted)]
         ours = name.removesuffix(".weight").split(".", 2)[2]
         if matched and matched != theirs:
@@ -80,6 +85,12 @@ def targets_of(family: Family, config: CausalLMConfig, wanted: str | Sequence[st
             )
         if matched and ours not in found:
             found.append(ours)
+    known = {name.rpartition(".")[2] for name in names}
+    if not found and isinstance(wanted, str):
+        raise ConfigError(
+            f"target_modules: {wanted!r} matches no whole name, such as {min(names)}; name modules by their ends in a "
+            f"list, [{wanted}]; known: {', '.join(sorted(known))}"
+        )
     if not found:
         raise ConfigError(f"target_modules: nothing is called {wanted!r}; known: {', '.join(sorted(known))}")
     return found

@@ -181,7 +181,7 @@ def read_header(file: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[
         found = {}
         for name, entry in entries.items():
             if not isinstance(entry, dict):
-                raise ValueError(f"tensor {name!r:.80} is no mapping")
+                raise ValueError(f"tensor {name!r:.80} is not a mapping")
             begin, end = whole_numbers(entry["data_offsets"])
             shape = whole_numbers(entry["shape"])
             if not isinstance(entry["dtype"], str) or entry["dtype"] not in dtypes:

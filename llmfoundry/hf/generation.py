@@ -72,12 +72,12 @@ def token_ids(text: str, where: str = GENERATION) -> ConfigDict:
     """The token ids that a generation_config.json names; the end of text may be several.
 
     Raises:
-        ConfigError: it is no JSON mapping, or an id is no whole number.
+        ConfigError: it is not a JSON object, or an id is not an integer.
     """
     try:
         said = parse_json(text)
     except ValueError:
-        raise ConfigError(f"{where}: is no JSON; remove it, or restore it") from None
+        raise ConfigError(f"{where}: is not valid JSON; remove it, or restore it") from None
     if not isinstance(said, dict):
         raise ConfigError(f"{where}: must hold a mapping, found {type(said).__name__}")
     found = {key: said[key] for key in _IDS if said.get(key) is not None}

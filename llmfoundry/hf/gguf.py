@@ -52,7 +52,7 @@ class GGUFFile:
         config: what config.json would say.
 
     Raises:
-        ConfigError: it is no GGUF file, cut short or damaged, or of an architecture or with a setting that is not
+        ConfigError: it is not a GGUF file, cut short or damaged, or of an architecture or with a setting that is not
             supported; or the `gguf` library is not installed.
     """
 
@@ -292,4 +292,4 @@ def _llama3(path: Path, theta: float, head_dim: int, divisors: Tensor) -> Config
             scaled = Llama3Scaling.model_validate(settings).inv_freq(theta, head_dim, device)
             if torch.allclose((plain / scaled).double(), found, rtol=1e-5):
                 return {"rope_type": "llama3", **settings}
-    raise ConfigError(f"{path}: tensor {_ROPE_DIVISORS!r} is no scaling of Llama 3.1: {divisors.tolist()}")
+    raise ConfigError(f"{path}: tensor {_ROPE_DIVISORS!r} is not the rope scaling of Llama 3.1: {divisors.tolist()}")

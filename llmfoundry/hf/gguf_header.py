@@ -73,7 +73,7 @@ def read_header(path: Path) -> Header:
         with open(path, "rb") as file:
             magic, version = file.read(4), file.read(4)
         if magic != b"GGUF":
-            raise ConfigError(f"{path}: is no GGUF file")
+            raise ConfigError(f"{path}: is not a GGUF file")
         if version[:2] == b"\0\0":
             raise ConfigError(f"{path}: is big-endian; only little-endian files are read")
         return _read(path)

@@ -246,6 +246,13 @@ def _stored_names(module: PreTrainedModel) -> Callable[[str], str]:
     return lambda name: rename_source_key(name, back, [], reverse=True)[0]
 
 
+def is_stored_otherwise(settings: Mapping[str, object]) -> bool:
+    """Whether the files of a model hold its tensors in another form than the module, e.g. experts apart."""
+    with torch.device("meta"):
+        mapping = get_model_conversion_mapping(_built(dict(settings)))
+    return any(not isinstance(each, WeightRenaming) for each in mapping)
+
+
 def is_known(model_type: object) -> bool:
     """Whether `transformers` has a causal model of this type."""
     return isinstance(model_type, str) and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -260,7 +267,7 @@ def _built(settings: dict[str, object]) -> PreTrainedModel:
 def _theirs(settings: dict[str, object]) -> PreTrainedConfig:
     model_type = settings.get("model_type")
     if not is_known(model_type):
-        raise ValueError(f"hf_config.model_type: {model_type!r} is no causal model of transformers")
+        raise ValueError(f"hf_config.model_type: {model_type!r} is not a causal language model of transformers")
     try:
         found = CONFIG_MAPPING[cast(str, model_type)].from_dict(copy.deepcopy(settings))
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -163,7 +163,7 @@ def read_settings(folder: Path) -> ConfigDict:
     except OSError as error:
         raise ConfigError(f"{config_file}: cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise ConfigError(f"{config_file}: is no JSON of settings: {error}") from None
+        raise ConfigError(f"{config_file}: is not valid JSON: {error}") from None
 
 
 def matched(path: Path, family: Family, config: CausalLMConfig, folder: TensorSource) -> Checkpoint:

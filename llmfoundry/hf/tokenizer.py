@@ -63,7 +63,7 @@ def name_for_transformers_4(folder: Path) -> None:
     try:
         said = read_mapping(file)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: is no JSON of settings: {error}") from None
+        raise ConfigError(f"{file}: is not valid JSON: {error}") from None
     for key in [key for key, value in said.items() if is_secret(key) and isinstance(value, str) and value[:1] != "<"]:
         del said[key]  # what a version that did not know better has written
     if said.get("tokenizer_class") == "TokenizersBackend":

@@ -57,8 +57,8 @@ class Upcycling(Config):
         for key in ("moe_num_experts", "moe_top_k"):
             if getattr(self, key) % self.granularity:
                 raise ValueError(
-                    f"{key}={getattr(self, key)} is no multiple of granularity={self.granularity}: a token takes whole "
-                    "copies of the dense block"
+                    f"{key}={getattr(self, key)} is not a multiple of granularity={self.granularity}: a token takes "
+                    "whole copies of the dense block"
                 )
         return self
 

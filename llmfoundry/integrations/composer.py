@@ -141,6 +141,8 @@ def _check(config: RunConfig, model: CausalLMConfig, world: int) -> None:
         )
     if isinstance(config.train_loader.dataset, MixtureConfig):
         raise ConfigError("train_loader.datasets: mixtures are not read under Composer; name one dataset")
+    if config.optimizer.weight_dtype != torch.float32:
+        raise ConfigError("optimizer.master_weights: under Composer weights are fp32; leave it out")
     balance = Balance.of(model)
     needs_load = balance is not None and balance.loss_weight > 0 and balance.scope == "global_batch"
     if needs_load and micro != "auto" and micro < rows // world:

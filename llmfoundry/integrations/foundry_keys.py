@@ -123,7 +123,7 @@ REFUSED = {
     "loggers.file_logger": "leave it out: metrics.jsonl in the save_folder has every number",
     "loggers.mosaicml": "leave it out: that platform is not reached from here",
     "loggers.neptune": "write loggers.wandb, mlflow or tensorboard",
-    "loggers.remote_uploader_downloader": "leave it out: nothing is uploaded",
+    "loggers.remote_uploader_downloader": "leave it out: save_folder: s3://... uploads a run",
 }
 # Values that have another name here.
 RENAMED_VALUES = {

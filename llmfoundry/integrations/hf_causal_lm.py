@@ -116,6 +116,7 @@ def _our_model(name: str, given: Tree, peft: Tree, as_it_is: bool = False) -> tu
     from llmfoundry.hf.adapters import PartOfMatrix, targets_of
     from llmfoundry.hf.facts import weight_differences
     from llmfoundry.hf.family import read_config
+    from llmfoundry.hf.module import is_stored_otherwise
     from llmfoundry.hf.pretrained import locate, read_settings
 
     settings = read_settings(locate(name, settings_only=True))
@@ -148,6 +149,9 @@ def _our_model(name: str, given: Tree, peft: Tree, as_it_is: bool = False) -> tu
     if "rope_parameters" in settings:  # as `transformers` 5 writes them
         _join_rope(overrides)
     _, config = read_config(_merged(settings, overrides), where, as_it_is)
+    if documents and as_it_is:
+        said = "left out: a module of transformers reads one document in a row, so each example has a row of its own"
+        notes.append(Note("model.config_overrides.attn_config.attn_uses_sequence_id", said, documents))
     if documents is not None and not as_it_is:
         attn = config.attn_config.model_copy(update={"attn_uses_sequence_id": documents})
         config = config.model_copy(update={"attn_config": attn})
@@ -161,6 +165,8 @@ def _our_model(name: str, given: Tree, peft: Tree, as_it_is: bool = False) -> tu
                 peft, lambda wanted: wanted if as_it_is else targets_of(family, config, wanted)
             )
         except PartOfMatrix as error:  # as peft does it
+            if is_stored_otherwise(settings):  # the module cannot read them
+                raise ConfigError(f"model.peft_config.{error}") from None
             model, allow, about = _our_model(name, given, peft, as_it_is=True)
             return (
                 model,
@@ -260,7 +266,7 @@ def _weights_of(data: Tree, name: str, allow: list[str]) -> list[Note]:
     if data.get("load_path") is not None:
         return [Note("model.pretrained", f"left out, load_path={data['load_path']} brings the weights", True)]
     tokenizer = data.get("tokenizer")
-    if isinstance(tokenizer, dict) and tokenizer.get("name") != name:
+    if isinstance(tokenizer, dict) and tokenizer.get("name") not in (name, "bpe"):  # bpe: the checkpoint's own
         allow = [*allow, "tokenizer"]  # the YAML names another one
     data |= {"load_path": f"hf:{name}", "load_weights_only": True}
     said = ""

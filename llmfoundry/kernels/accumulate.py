@@ -22,15 +22,6 @@ except ImportError:  # CPU builds of torch come without it
 
 
 @torch.library.custom_op("llmfoundry::add_rounded_", mutates_args=("total",))
-def _add(total: Tensor, x: Tensor, key: int) -> None:
-    (add_triton if total.is_cuda and total.is_contiguous() else add_reference)(total, x, key)
-
-
-@_add.register_fake
-def _(*_: object) -> None:
-    return None
-
-
 def add_rounded_(total: Tensor, x: Tensor, key: int) -> None:
     """`total += x`, in place, rounded at random.
 
@@ -39,7 +30,7 @@ def add_rounded_(total: Tensor, x: Tensor, key: int) -> None:
         x: bfloat16, of the same shape.
         key: of 32 bits, another one for each sum (`key_of`).
     """
-    _add(total, x, key)
+    (add_triton if total.is_cuda and total.is_contiguous() else add_reference)(total, x, key)
 
 
 def key_of(*numbers: int) -> int:

@@ -99,10 +99,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: _Context, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dw = ctx.saved_tensors
-        grad_x = (dx * grad).to(ctx.dtypes[0]) if dx is not None else None
-        grad_w = (dw * grad).to(ctx.dtypes[1]) if dw is not None else None
-        return grad_x, grad_w, None, None, None
+        grads = (
+            None if each is None else torch.mul(each, grad, out=torch.empty_like(each, dtype=dtype))  # in one pass
+            for each, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return (*grads, None, None, None)
 
 
 class _TokenContext(torch.autograd.function.FunctionCtx):

@@ -8,7 +8,7 @@ zero, which would divide by `eps`. Blocks end with their row, and no rank has a 
 every mesh.
 
 Shapes: R rows of C columns, N = ceil(C / 256) blocks in a row.
-Bytes moved per value: weight 8, gradient 4 or 2, moments 4, scales 1/16, copy 2.
+Bytes moved per value: weight 8 or 4, gradient 4 or 2, moments 4, scales 1/16, copy 2.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmfoundry.kernels.update import Place, corrections, noise_of
+from llmfoundry.kernels.update import Place, Rule, corrections, noise_of, noise_of_weight, rounded
 
 try:
     import triton
     import triton.language as tl
 
-    from llmfoundry.kernels.update import hash_bits
+    from llmfoundry.kernels.update import hash_bits, key_bits, round_bits, weight_bits
 except ImportError:  # CPU builds of torch come without it
     triton = None
 
@@ -84,26 +84,17 @@ def _adamw(
     divisor: Tensor,
     skip: Tensor,
     places: list[int],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
+    rule: list[float],
 ) -> None:
-    factors = corrections(steps, beta1, beta2)
+    numbers = Rule(*rule)
+    factors = corrections(steps, numbers.beta1, numbers.beta2)
     for i, grad in enumerate(grads):
         w, m, v, m_scale, v_scale = weights[i], means[i], squares[i], mean_scales[i], square_scales[i]
         copy = copies[i] if copies else None
         dense = all(each.is_contiguous() for each in (w, m, v, m_scale, v_scale, *copies[i : i + 1]))
         run = adamw_triton if w.is_cuda and dense else adamw_reference
         place = Place(*places[4 * i : 4 * i + 4])
-        run(w, grad, m, v, m_scale, v_scale, copy, steps[i], factors[i], divisor, skip, place,
-            lr=lr, beta1=beta1, beta2=beta2, eps=eps, decay=decay)  # fmt: skip
-
-
-@_adamw.register_fake
-def _(*_: object) -> None:
-    return None
+        run(w, grad, m, v, m_scale, v_scale, copy, steps[i], factors[i], divisor, skip, place, numbers)
 
 
 def adamw_eight_bit_(
@@ -118,23 +109,18 @@ def adamw_eight_bit_(
     divisor: Tensor,
     skip: Tensor,
     places: list[Place],
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
+    rule: Rule,
 ) -> None:
     """One step of AdamW, in place, as `update.adamw_`, for weights of two or more dims.
 
     Args:
-        weights: float32, of one device; nothing is empty.
+        weights: float32, or bfloat16 that is rounded at random; of one device; nothing is empty.
         means: int8 codes of the first moments.
         squares: uint8 codes of the second moments.
         mean_scales: float32, one per block, as the next.
     """
     _adamw(weights, grads, means, squares, mean_scales, square_scales, copies, torch.stack(steps), divisor, skip,
-           [n for place in places for n in place], lr, beta1, beta2, eps, decay)  # fmt: skip
+           [n for place in places for n in place], list(rule))  # fmt: skip
 
 
 def adamw_reference(
@@ -150,21 +136,20 @@ def adamw_reference(
     divisor: Tensor,
     skip: Tensor,
     place: Place,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
+    rule: Rule,
 ) -> None:
     """The step of one tensor in plain PyTorch. The host waits for `skip`, which is free on a CPU."""
     if skip:
         return
+    lr, beta1, beta2, eps, decay = rule
     grad = g.float() / divisor
     mean = decode(m, m_scale).lerp(grad, 1 - beta1)
     square = decode(v, v_scale) * beta2 + grad * grad * (1 - beta2)
-    w.mul_(1 - lr * decay).sub_(lr / factors[0] * mean / (square.sqrt() / factors[1] + eps))
+    new = w.float().mul_(1 - lr * decay)  # in place where it is float32
+    new.sub_(lr / factors[0] * mean / (square.sqrt() / factors[1] + eps))
     noise = noise_of(w, step, place)
+    if w.dtype == torch.bfloat16:
+        w.copy_(rounded(new, noise_of_weight(noise)))
     for codes, scale, value, bits in ((m, m_scale, mean, noise & 0xFFFF), (v, v_scale, square, noise >> 16)):
         for to, new in zip((codes, scale), encode(value, bits, codes.dtype), strict=True):
             to.copy_(new)
@@ -196,17 +181,19 @@ if triton is not None:
         v = tl.load(v_ptr + i, inside, other=0).to(tl.float32)
         v = v * v * (1 / 65025)
         v = v * v * tl.load(vs_ptr + b, here, other=0.0)[:, None]
-        w = tl.load(w_ptr + i, inside, other=0.0)
+        w = tl.load(w_ptr + i, inside, other=0.0).to(tl.float32)
         m += (g - m) * rest1
         v = v * beta2 + g * g * rest2
         w = w * keep - lr / tl.load(factors_ptr) * m / (tl.sqrt(v) / tl.load(factors_ptr + 1) + eps)
-        tl.store(w_ptr + i, w, inside)
         if COPY:
             tl.store(c_ptr + i, w.to(tl.bfloat16), inside)
 
-        key = hash_bits((tl.load(count_ptr).to(tl.int64) ^ (number.to(tl.int64) * 0x9E3779B1)).to(tl.uint32))
         place = (start + begin // inner * step + begin % inner).to(tl.uint32)[:, None] + lane.to(tl.uint32)[None, :]
-        noise = hash_bits(place ^ key)
+        noise = hash_bits(place ^ key_bits(tl.load(count_ptr), number))
+        if w_ptr.dtype.element_ty == tl.bfloat16:
+            tl.store(w_ptr + i, round_bits(w, weight_bits(noise)), inside)
+        else:
+            tl.store(w_ptr + i, w, inside)
         m_scale, v_scale = tl.max(tl.abs(m), 1), tl.max(v, 1)
         tl.store(ms_ptr + b, m_scale, here)
         tl.store(vs_ptr + b, v_scale, here)
@@ -236,15 +223,11 @@ def adamw_triton(
     divisor: Tensor,
     skip: Tensor,
     place: Place,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
+    rule: Rule,
 ) -> None:
     """The step of one tensor by the kernel; all but the gradient are contiguous."""
     n, columns = m_scale.numel(), w.shape[-1]
+    lr, beta1, beta2, eps, decay = rule
     adamw_kernel[(triton.cdiv(n, _BLOCKS),)](
         w, g.contiguous(), m, v, m_scale, v_scale, w if copy is None else copy, step, factors, divisor, skip,
         n, columns, n_blocks(columns), *place, lr, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * decay,

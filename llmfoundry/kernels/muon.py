@@ -1,26 +1,30 @@
 """The parts of Muon: the momentum in one pass, the nearest orthogonal matrices, and the weights in one pass.
 
-As in `update.py`, the scale of the gradients and the flag to skip are read on the device. A momentum in bfloat16 is
-rounded at random, by the same bits on every mesh.
+As in `update.py`, the scale of the gradients and the flag to skip are read on the device. A momentum and weights in
+bfloat16 are rounded at random, by the same bits on every mesh.
 
 Shapes: N matrices of R rows and C columns in one batch.
-Bytes moved per value: gradient 4 or 2, momentum 8 or 4, direction 2 or 4 written and later read, weight 8, copy 2.
+Bytes moved per value: gradient 4 or 2, momentum 8 or 4, direction 2 or 4 written and later read, weight 8 or
+4, copy 2.
 
 Source: Jordan et al. 2024, Muon, https://kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv:2502.16982.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from llmfoundry.kernels.update import Place, noise_of, rounded
+from llmfoundry.kernels.symmetric import symmetric_product
+from llmfoundry.kernels.update import Place, noise_of, noise_of_weight, rounded
 
 try:
     import triton
     import triton.language as tl
 
-    from llmfoundry.kernels.update import noise_bits, round_bits
+    from llmfoundry.kernels.update import noise_bits, round_bits, weight_bits
 except ImportError:  # CPU builds of torch come without it
     triton = None
 
@@ -30,7 +34,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _LEAST_NORM = 1e-7  # of a matrix that is divided by its norm: a gradient of zeros stays zero
 
 
-def orthogonalize(x: Tensor, steps: int) -> Tensor:
+def orthogonalize(x: Tensor, steps: int, *, symmetric: bool = False) -> Tensor:
     """The orthogonal matrices nearest to these, about: singular values between 0.7 and 1.2, by Newton-Schulz.
 
     The product of a matrix with itself is taken on its shorter side, and nothing is transposed in memory.
@@ -38,6 +42,7 @@ def orthogonalize(x: Tensor, steps: int) -> Tensor:
     Args:
         x: (N, R, C) of any float dtype, the one of the products; it is overwritten.
         steps: of the iteration, each of three products.
+        symmetric: whether to compute half of the first two, whose results are symmetric (kernels/symmetric.py).
 
     Returns:
         (N, R, C).
@@ -47,39 +52,24 @@ def orthogonalize(x: Tensor, steps: int) -> Tensor:
     x = x.div_(norm.clamp(min=_LEAST_NORM))
     wide = x.shape[1] <= x.shape[2]
     for _ in range(steps):
-        square = x @ x.mT if wide else x.mT @ x  # (N, S, S) of the shorter side
-        factor = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        if symmetric:
+            square = symmetric_product(x if wide else x.mT)
+            factor = symmetric_product(square, square, alpha=c, beta=b)
+        else:
+            square = x @ x.mT if wide else x.mT @ x  # (N, S, S) of the shorter side
+            factor = torch.baddbmm(square, square, square, beta=b, alpha=c)
         x = torch.baddbmm(x, factor, x, beta=a) if wide else torch.baddbmm(x, x, factor, beta=a)
     return x
 
 
-def orthogonalize_flops(rows: int, columns: int, steps: int) -> float:
-    """FLOPs of `orthogonalize` for one matrix."""
+def orthogonalize_flops(rows: int, columns: int, steps: int, *, symmetric: bool = False) -> float:
+    """FLOPs of `orthogonalize` for one matrix; tiles on the diagonal are not counted twice."""
     short, long = min(rows, columns), max(rows, columns)
-    return steps * (4 * short * short * long + 2 * short**3)
+    with_itself = 2 * short * short * long + 2 * short**3
+    return steps * (2 * short * short * long + with_itself / (2 if symmetric else 1))
 
 
 @torch.library.custom_op("llmfoundry::momentum_", mutates_args=("moment", "direction"))
-def _momentum(
-    moment: Tensor,
-    direction: Tensor,
-    grad: Tensor,
-    step: Tensor,
-    divisor: Tensor,
-    skip: Tensor,
-    place: list[int],
-    momentum: float,
-    nesterov: bool,
-) -> None:
-    run = momentum_triton if moment.is_cuda and moment.is_contiguous() else momentum_reference
-    run(moment, direction, grad, step, divisor, skip, Place(*place), momentum=momentum, nesterov=nesterov)
-
-
-@_momentum.register_fake
-def _(*_: object) -> None:
-    return None
-
-
 def momentum_(
     moment: Tensor,
     direction: Tensor,
@@ -87,7 +77,7 @@ def momentum_(
     step: Tensor,
     divisor: Tensor,
     skip: Tensor,
-    place: Place,
+    place: Sequence[int],
     *,
     momentum: float,
     nesterov: bool,
@@ -101,9 +91,10 @@ def momentum_(
         step: () float32, counted from 1, for the random bits.
         divisor: () float32.
         skip: () float32; 1 leaves everything as it is.
-        place: of this part in its whole tensor.
+        place: the `Place` of this part in its whole tensor.
     """
-    _momentum(moment, direction, grad, step, divisor, skip, list(place), momentum, nesterov)
+    run = momentum_triton if moment.is_cuda and moment.is_contiguous() else momentum_reference
+    run(moment, direction, grad, step, divisor, skip, Place(*place), momentum=momentum, nesterov=nesterov)
 
 
 def momentum_reference(
@@ -131,38 +122,50 @@ def momentum_reference(
 
 
 @torch.library.custom_op("llmfoundry::apply_direction_", mutates_args=("weight", "copies"))
-def _apply(weight: Tensor, copies: list[Tensor], direction: Tensor, skip: Tensor, lr: float, keep: float) -> None:
-    dense = all(each.is_contiguous() for each in (weight, *copies))
-    run = apply_triton if weight.is_cuda and weight.dtype == torch.float32 and dense else apply_reference
-    run(weight, copies, direction, skip, lr=lr, keep=keep)
-
-
-@_apply.register_fake
-def _(*_: object) -> None:
-    return None
-
-
 def apply_direction_(
-    weight: Tensor, copies: list[Tensor], direction: Tensor, skip: Tensor, *, lr: float, keep: float
+    weight: Tensor,
+    copies: list[Tensor],
+    direction: Tensor,
+    step: Tensor,
+    skip: Tensor,
+    place: Sequence[int],
+    *,
+    lr: float,
+    keep: float,
 ) -> None:
     """`w = keep w - lr direction`, in place.
 
     Args:
-        weight: not empty.
+        weight: not empty; in bfloat16 it is rounded at random.
         copies: bfloat16, which receive the new weights: one, or none.
         direction: of the same shape, of any float dtype.
+        step: () float32, counted from 1, for the random bits.
         skip: () float32; 1 leaves everything as it is.
+        place: the `Place` of this part in its whole tensor.
     """
-    _apply(weight, copies, direction, skip, lr, keep)
+    dense = all(each.is_contiguous() for each in (weight, *copies))
+    run = apply_triton if weight.is_cuda and weight.dtype != torch.float64 and dense else apply_reference
+    run(weight, copies, direction, step, skip, Place(*place), lr=lr, keep=keep)
 
 
 def apply_reference(
-    weight: Tensor, copies: list[Tensor], direction: Tensor, skip: Tensor, *, lr: float, keep: float
+    weight: Tensor,
+    copies: list[Tensor],
+    direction: Tensor,
+    step: Tensor,
+    skip: Tensor,
+    place: Place,
+    *,
+    lr: float,
+    keep: float,
 ) -> None:
     """`apply_direction_` in plain PyTorch. The host waits for `skip`, which is free on a CPU."""
     if skip:
         return
-    weight.mul_(keep).sub_(direction.to(weight.dtype), alpha=lr)
+    new = weight.to(torch.promote_types(weight.dtype, torch.float32)).mul_(keep)  # in place but for bfloat16
+    new.sub_(direction.to(new.dtype), alpha=lr)
+    if weight.dtype == torch.bfloat16:
+        weight.copy_(rounded(new, noise_of_weight(noise_of(weight, step, place))))
     for copy in copies:
         copy.copy_(weight)
 
@@ -191,14 +194,23 @@ if triton is not None:
         else:
             tl.store(m_ptr + i, m, inside)
 
-    @triton.jit
-    def apply_kernel(w_ptr, c_ptr, d_ptr, skip_ptr, n, lr, keep, COPY: tl.constexpr, BLOCK: tl.constexpr):
+    @triton.jit(do_not_specialize=["number", "start", "inner", "step"])
+    def apply_kernel(
+        w_ptr, c_ptr, d_ptr, step_ptr, skip_ptr, n, number, start, inner, step, lr, keep,
+        COPY: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
         if tl.load(skip_ptr) != 0:
             return
-        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        begin = tl.program_id(0).to(tl.int64) * BLOCK
+        i = begin + tl.arange(0, BLOCK)
         inside = i < n
-        w = tl.load(w_ptr + i, inside, other=0.0) * keep - tl.load(d_ptr + i, inside, other=0.0).to(tl.float32) * lr
-        tl.store(w_ptr + i, w, inside)
+        w = tl.load(w_ptr + i, inside, other=0.0).to(tl.float32) * keep
+        w -= tl.load(d_ptr + i, inside, other=0.0).to(tl.float32) * lr
+        if w_ptr.dtype.element_ty == tl.bfloat16:
+            noise = noise_bits(begin, tl.load(step_ptr), number, start, inner, step, BLOCK)
+            tl.store(w_ptr + i, round_bits(w, weight_bits(noise)), inside)
+        else:
+            tl.store(w_ptr + i, w, inside)
         if COPY:
             tl.store(c_ptr + i, w.to(tl.bfloat16), inside)
 
@@ -224,11 +236,19 @@ def momentum_triton(
 
 
 def apply_triton(
-    weight: Tensor, copies: list[Tensor], direction: Tensor, skip: Tensor, *, lr: float, keep: float
+    weight: Tensor,
+    copies: list[Tensor],
+    direction: Tensor,
+    step: Tensor,
+    skip: Tensor,
+    place: Place,
+    *,
+    lr: float,
+    keep: float,
 ) -> None:
     """`apply_direction_` by the kernel; weight and copy are contiguous."""
     n = weight.numel()
     apply_kernel[(triton.cdiv(n, _BLOCK),)](
-        weight, copies[0] if copies else weight, direction.contiguous(), skip, n, lr, keep, COPY=bool(copies),
-        BLOCK=_BLOCK, num_warps=8,
+        weight, copies[0] if copies else weight, direction.contiguous(), step, skip, n, *place, lr, keep,
+        COPY=bool(copies), BLOCK=_BLOCK, num_warps=8,
     )  # fmt: skip

@@ -19,6 +19,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 import triton
 
+from llmfoundry.atomic import atomic_write
 from llmfoundry.kernels.grouped import GroupedConfig
 from llmfoundry.kernels.tiles import turns
 from llmfoundry.kernels.up import UpConfig
@@ -177,8 +178,6 @@ def _write(device: torch.device, new: dict[str, int]) -> None:
     path = _cache_file(device)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(_read(device) | new, indent=1))
-        part.replace(path)  # whole or not at all: other ranks read it
+        atomic_write(path, [json.dumps(_read(device) | new, indent=1).encode()], shared=True)
     except OSError as error:
         log.warning("tile choices are not kept: %s", error)

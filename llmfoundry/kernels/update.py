@@ -1,12 +1,12 @@
 """AdamW in one pass over lists of tensors: unscale, skip, clip, update weights and moments, write bfloat16 copies.
 
-The scale of the gradients and the flag to skip are read on the device, so the host never waits for the norm. Moments
-may be kept in bfloat16. They are then rounded up or down at random: rounded to the nearest, a second moment that
-changes by less than half of its last bit (with beta2 = 0.999 by 1/1000 per step; bfloat16 has 1/256) would stand still.
-The random bits are a hash of the step, the number of the parameter and the place of the value in the whole tensor: the
-same on every mesh, and after a resume.
+The scale of the gradients and the flag to skip are read on the device, so the host never waits for the norm. Weights
+and moments may be kept in bfloat16. They are then rounded up or down at random: rounded to the nearest, a second moment
+that changes by less than half of its last bit (with beta2 = 0.999 by 1/1000 per step; bfloat16 has 1/256) would stand
+still, and so would a weight whose update is below 1/512 of it. The random bits are a hash of the step, the number of
+the parameter and the place of the value in the whole tensor: the same on every mesh, and after a resume.
 
-Bytes moved per value: weight 8, gradient 4 or 2, moments 16 (float32) or 8 (bfloat16), copy 2.
+Bytes moved per value: weight 8 (float32) or 4 (bfloat16), gradient 4 or 2, moments 16 or 8, copy 2.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ except ImportError:  # CPU builds of torch come without it
     triton = None
 
 _MASK = 0xFFFFFFFF
+_OTHER = 0x5BD1E995  # any number: what is hashed for a weight is not what is hashed for its moments
 WHOLE = 1 << 30  # of a tensor that is cut in its first dim alone: `inner` and `step` are the same
 
 
@@ -53,6 +54,16 @@ class Place(NamedTuple):
         return cls(number, start, inner, whole[cut[0] :].numel())
 
 
+class Rule(NamedTuple):
+    """Of one step: `w *= 1 - lr * decay; w -= lr * m / (sqrt(v) + eps)`, with both moments corrected for their bias."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    decay: float
+
+
 @torch.library.custom_op("llmfoundry::adamw_", mutates_args=("weights", "exp_avgs", "exp_avg_sqs", "copies"))
 def _adamw(
     weights: list[Tensor],
@@ -64,22 +75,12 @@ def _adamw(
     divisor: Tensor,
     skip: Tensor,
     places: list[int],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
+    rule: list[float],
 ) -> None:
     where = [Place(*places[i : i + 4]) for i in range(0, len(places), 4)]
     dense = all(tensor.is_contiguous() for each in (weights, exp_avgs, exp_avg_sqs, copies) for tensor in each)
     run = adamw_triton if weights[0].is_cuda and dense else adamw_reference
-    run(weights, grads, exp_avgs, exp_avg_sqs, copies, steps, divisor, skip, where,
-        lr=lr, beta1=beta1, beta2=beta2, eps=eps, decay=decay)  # fmt: skip
-
-
-@_adamw.register_fake
-def _(*_: object) -> None:
-    return None
+    run(weights, grads, exp_avgs, exp_avg_sqs, copies, steps, divisor, skip, where, Rule(*rule))
 
 
 def adamw_(
@@ -92,17 +93,13 @@ def adamw_(
     divisor: Tensor,
     skip: Tensor,
     places: list[Place],
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
+    rule: Rule,
 ) -> None:
-    """One step of AdamW, in place: `w *= 1 - lr * decay; w -= lr * m / (sqrt(v) + eps)`, both moments without bias.
+    """One step of AdamW, in place, by a `Rule`.
 
     Args:
-        weights: float32, of one device; nothing is empty. On a GPU they and the moments should be contiguous.
+        weights: float32, or bfloat16 that is rounded at random; of one device and dtype; nothing is empty. On a GPU
+            they and the moments should be contiguous.
         grads: of one dtype, float32 or bfloat16; they are read only.
         exp_avgs: of one dtype with `exp_avg_sqs`, float32 or bfloat16.
         copies: bfloat16, one per weight, which receive the new weights; or none at all.
@@ -112,7 +109,7 @@ def adamw_(
         places: of each part in its whole tensor, for the random bits.
     """
     _adamw(weights, grads, exp_avgs, exp_avg_sqs, copies, torch.stack(steps), divisor, skip,
-           [n for p in places for n in p], lr, beta1, beta2, eps, decay)  # fmt: skip
+           [n for place in places for n in place], list(rule))  # fmt: skip
 
 
 def corrections(steps: Tensor, beta1: float, beta2: float) -> Tensor:
@@ -142,6 +139,11 @@ def noise_of(part: Tensor, step: Tensor, place: Place) -> Tensor:
     return hashed((at ^ key) & _MASK)
 
 
+def noise_of_weight(noise: Tensor) -> Tensor:
+    """16 more random bits for each value, from its `noise_of`, whose own bits its moments use."""
+    return hashed(noise ^ _OTHER) & 0xFFFF
+
+
 def adamw_reference(
     weights: list[Tensor],
     grads: list[Tensor],
@@ -152,25 +154,25 @@ def adamw_reference(
     divisor: Tensor,
     skip: Tensor,
     places: list[Place],
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
+    rule: Rule,
 ) -> None:
     """`adamw_` in plain PyTorch. The host waits for `skip`, which is free on a CPU."""
     if skip:
         return
+    lr, beta1, beta2, eps, decay = rule
     factors = corrections(steps, beta1, beta2)
     for i, (w, g, m, v, place) in enumerate(zip(weights, grads, exp_avgs, exp_avg_sqs, places, strict=True)):
         grad = g.float() / divisor
         mean = m.float().lerp(grad, 1 - beta1)
         square = v.float() * beta2 + grad * grad * (1 - beta2)
-        w.mul_(1 - lr * decay).sub_(lr / factors[i, 0] * mean / (square.sqrt() / factors[i, 1] + eps))
-        if m.dtype == torch.bfloat16:
+        new = w.float().mul_(1 - lr * decay)  # in place where it is float32
+        new.sub_(lr / factors[i, 0] * mean / (square.sqrt() / factors[i, 1] + eps))
+        if torch.bfloat16 in (w.dtype, m.dtype):
             noise = noise_of(w, steps[i], place)
-            mean, square = rounded(mean, noise & 0xFFFF), rounded(square, noise >> 16)
+            if w.dtype == torch.bfloat16:
+                w.copy_(rounded(new, noise_of_weight(noise)))
+            if m.dtype == torch.bfloat16:
+                mean, square = rounded(mean, noise & 0xFFFF), rounded(square, noise >> 16)
         m.copy_(mean)
         v.copy_(square)
     for w, copy in zip(weights, copies, strict=bool(copies)):
@@ -192,20 +194,28 @@ if triton is not None:
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
     @triton.jit
+    def key_bits(count, number):
+        # of the step `count` and the parameter `number`
+        return hash_bits((count.to(tl.int64) ^ (number.to(tl.int64) * 0x9E3779B1)).to(tl.uint32))
+
+    @triton.jit
     def noise_bits(begin, count, number, start, inner, step, BLOCK: tl.constexpr):
         # `noise_of` for the BLOCK values from `begin` on, in the step `count`; one 64-bit division a block
-        key = hash_bits((count.to(tl.int64) ^ (number.to(tl.int64) * 0x9E3779B1)).to(tl.uint32))
         r = (begin % inner).to(tl.uint32) + tl.arange(0, BLOCK).to(tl.uint32)
         wraps = r // inner.to(tl.uint32)
         whole = (start + begin // inner * step).to(tl.uint32)
         place = whole + wraps * step.to(tl.uint32) + (r - wraps * inner.to(tl.uint32))
-        return hash_bits(place ^ key)
+        return hash_bits(place ^ key_bits(count, number))
+
+    @triton.jit
+    def weight_bits(noise):
+        return hash_bits(noise ^ 0x5BD1E995) & 0xFFFF  # `noise_of_weight`
 
     @triton.jit
     def adamw_kernel(
         table_ptr, steps_ptr, factors_ptr, divisor_ptr, skip_ptr, n_tensors, lr, rest1, beta2, rest2, eps, keep,
-        GRAD: tl.constexpr, MOMENT: tl.constexpr, COPY: tl.constexpr, TENSORS: tl.constexpr, ALIGNED: tl.constexpr,
-        LOOPS: tl.constexpr, BLOCK: tl.constexpr,
+        WEIGHT: tl.constexpr, GRAD: tl.constexpr, MOMENT: tl.constexpr, COPY: tl.constexpr, TENSORS: tl.constexpr,
+        ALIGNED: tl.constexpr, LOOPS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         # Rows of the table: a tensor's first program, five pointers, how many values, its position, and its Place.
         if tl.load(skip_ptr) != 0:
@@ -218,7 +228,7 @@ if triton is not None:
         at = (pid - tl.load(of)) * (LOOPS * BLOCK)
         weight, grad, mean, square = tl.load(of + 1), tl.load(of + 2), tl.load(of + 3), tl.load(of + 4)
         n, position = tl.load(of + 6), tl.load(of + 7)
-        w_ptr = weight.to(tl.pointer_type(tl.float32))
+        w_ptr = weight.to(tl.pointer_type(WEIGHT))
         g_ptr = grad.to(tl.pointer_type(GRAD))
         m_ptr = mean.to(tl.pointer_type(MOMENT))
         v_ptr = square.to(tl.pointer_type(MOMENT))
@@ -239,15 +249,18 @@ if triton is not None:
             g = tl.load(g_ptr + i, inside, other=0.0).to(tl.float32) * scale
             m = tl.load(m_ptr + i, inside, other=0.0).to(tl.float32)
             v = tl.load(v_ptr + i, inside, other=0.0).to(tl.float32)
-            w = tl.load(w_ptr + i, inside, other=0.0)
+            w = tl.load(w_ptr + i, inside, other=0.0).to(tl.float32)
             m += (g - m) * rest1
             v = v * beta2 + g * g * rest2
             w = w * keep - size * m / (tl.sqrt(v) / root + eps)
-            tl.store(w_ptr + i, w, inside)
+            noise = noise_bits(begin, count, number, start, inner, step, BLOCK)  # removed where nothing is rounded
+            if WEIGHT == tl.bfloat16:
+                tl.store(w_ptr + i, round_bits(w, weight_bits(noise)), inside)
+            else:
+                tl.store(w_ptr + i, w, inside)
             if COPY:
                 tl.store(c_ptr + i, w.to(tl.bfloat16), inside)
             if MOMENT == tl.bfloat16:
-                noise = noise_bits(begin, count, number, start, inner, step, BLOCK)
                 tl.store(m_ptr + i, round_bits(m, noise & 0xFFFF), inside)
                 tl.store(v_ptr + i, round_bits(v, noise >> 16), inside)
             else:
@@ -265,17 +278,13 @@ def adamw_triton(
     divisor: Tensor,
     skip: Tensor,
     places: list[Place],
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
+    rule: Rule,
 ) -> None:
     """`adamw_` by the kernel: one launch for all tensors, and one more for those that no 16 bytes fit into evenly."""
     device, chunk = weights[0].device, _BLOCK * _LOOPS
     grads = [grad.contiguous() for grad in grads]
     types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+    lr, beta1, beta2, eps, decay = rule
     factors = corrections(steps, beta1, beta2)
     by_alignment: dict[bool, list[list[int]]] = {True: [], False: []}
     for i, tensors in enumerate(zip(weights, grads, exp_avgs, exp_avg_sqs, copies or weights, strict=True)):
@@ -291,6 +300,7 @@ def adamw_triton(
                              pin_memory=device.type == "cuda").to(device, non_blocking=True)  # fmt: skip
         adamw_kernel[(firsts[-1],)](
             table, steps, factors, divisor, skip, len(rows), lr, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * decay,
-            GRAD=types[grads[0].dtype], MOMENT=types[exp_avgs[0].dtype], COPY=bool(copies),
-            TENSORS=triton.next_power_of_2(len(rows)), ALIGNED=aligned, LOOPS=_LOOPS, BLOCK=_BLOCK, num_warps=8,
+            WEIGHT=types[weights[0].dtype], GRAD=types[grads[0].dtype], MOMENT=types[exp_avgs[0].dtype],
+            COPY=bool(copies), TENSORS=triton.next_power_of_2(len(rows)), ALIGNED=aligned, LOOPS=_LOOPS, BLOCK=_BLOCK,
+            num_warps=8,
         )  # fmt: skip

@@ -232,6 +232,11 @@ def adapters(model: nn.Module) -> Iterator[Adapter]:
             yield Adapter(name[: -len(_SIDES[0]) - 1], a, named[name[: -len(_SIDES[0])] + _SIDES[1]])
 
 
+def wider_than_weight(model: nn.Module) -> Adapter | None:
+    """An adapter whose rank exceeds the smaller side of its weight: it has more parameters than it can use."""
+    return next((each for each in adapters(model) if each.a.shape[-2] > min(each.a.shape[-1], each.b.shape[-2])), None)
+
+
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Inside, the model computes what its frozen weights do."""

@@ -46,12 +46,12 @@ class NF4Weight(ExactBuffers):
         """Of dim 0, be this rank's of equal parts, such as its experts. On the meta device.
 
         Raises:
-            ValueError: a part is no whole number of blocks.
+            ValueError: a part is not a whole number of blocks.
         """
         ranks, rank = group.size(), group.rank()
         n = self.shape[0] // ranks
         if n * math.prod(self.shape[1:]) % BLOCK:
-            raise ValueError(f"{list(self.shape)} on {ranks} ranks: a part is no whole number of {BLOCK} values")
+            raise ValueError(f"{list(self.shape)} on {ranks} ranks: a part is not a whole number of {BLOCK} values")
         self.shape, self.first, self._holders = (n, *self.shape[1:]), rank * n, group
         self._allocate(self._blocks, self.codes.device)
 

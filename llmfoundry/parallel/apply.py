@@ -9,6 +9,7 @@ Then its parts are compiled, inside recompute.
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from llmfoundry import runtime
 from llmfoundry.config import ConfigError
@@ -18,10 +19,12 @@ from llmfoundry.model.transformer import CausalLM
 from llmfoundry.parallel.compile import compile_blocks, compile_parts
 from llmfoundry.parallel.expert import divide_experts, mixtures
 from llmfoundry.parallel.frozen import divide_frozen
-from llmfoundry.parallel.fsdp import shard
+from llmfoundry.parallel.fsdp import has_half_weights, keeps_experts_whole, shard
 from llmfoundry.parallel.mesh import Mesh, ParallelConfig, single_process
 from llmfoundry.parallel.recompute import recompute_blocks
 from llmfoundry.parallel.single import compute_in, sum_gradients_in
+
+_COMPUTE = {"fp32": torch.float32, "amp_bf16": torch.bfloat16}
 
 
 def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: str) -> CausalLM:
@@ -29,7 +32,7 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
 
     Args:
         model: built on the meta device.
-        precision: "fp32" or "amp_bf16".
+        precision: "fp32" or "amp_bf16", in which it computes; weights keep the dtype that they have.
 
     Returns:
         The same model, still on the meta device; `materialize` gives it storage.
@@ -43,30 +46,43 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
     if config.compile is True and not model.own_blocks:
         raise ConfigError("parallel.compile: modules of transformers are not compiled; leave it out")
     compiled = compiled and model.own_blocks
+    compute = _COMPUTE[precision]
     one_graph = compiled and mesh.experts is None and not shared and not _reads_on_host(model, precision)
     by_itself = single_process(config, mesh.degrees)
-    casts = precision == "amp_bf16" and by_itself
+    casts = by_itself and (precision == "amp_bf16" or has_half_weights(model))
+    if keeps_experts_whole(model, mesh, config):
+        experts = [mixture.experts for mixture in mixtures(model)]
+        for each in experts:
+            compute_in(each, compute)
+        sum_gradients_in(model, compute, "fp32", experts)
     if compiled and not one_graph:
         compile_parts(model)
     if casts and not one_graph:  # inside of what is computed again
         for block in model.blocks:
-            compute_in(block, torch.bfloat16)
+            compute_in(block, compute)
     recompute_blocks(model.blocks, config.recompute, config.recompute_save, in_graph=one_graph)
     if one_graph:
         compile_blocks(model)
     if casts and one_graph:  # around the graph, whose inputs the weights are
         for block in model.blocks:
-            compute_in(block, torch.bfloat16)
+            compute_in(block, compute)
     if casts:
-        compute_in(model, torch.bfloat16, without=list(model.blocks))
-        sum_gradients_in(model, torch.bfloat16, config.sum_gradients_in)
-    elif config.sum_gradients_in == "bf16":
+        compute_in(model, compute, without=list(model.blocks))
+        sum_gradients_in(model, compute, config.sum_gradients_in, [model])
+    if config.sum_gradients_in == "bf16" and not (by_itself and precision == "amp_bf16"):
         raise ConfigError(
             "parallel.sum_gradients_in=bf16 is for precision: amp_bf16 in a single process; leave it out otherwise"
         )
     if not by_itself:
-        shard(model, mesh, config, precision)
+        shard(model, mesh, config, compute)
     return model
+
+
+def keep_weights_in(dtype: torch.dtype, model: nn.Module) -> None:
+    """Keep all weights that are trained in a dtype; buffers, and weights that are not, have their own."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _keep_frozen_in(dtype: torch.dtype, model: CausalLM) -> None:
@@ -86,7 +102,8 @@ def _check_quantized(model: CausalLM, config: ParallelConfig) -> None:
 
 
 def _reads_on_host(model: CausalLM, precision: str) -> bool:
-    dtype = torch.bfloat16 if precision == "amp_bf16" else next(model.parameters()).dtype
+    plain = precision == "fp32" and not has_half_weights(model)
+    dtype = next(model.parameters()).dtype if plain else _COMPUTE[precision]
     device = runtime.device()
     return any(reads_on_host(mixture.experts.backend(device, dtype), device) for mixture in mixtures(model))
 

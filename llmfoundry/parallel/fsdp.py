@@ -1,6 +1,7 @@
 """Weights, gradients and optimizer state split over ranks, by torch's FSDP2.
 
-A unit is what is gathered together: each block; its experts, where they have an axis of their own; the
+A unit is what is gathered together: each block; its experts, where they have an axis of their own (none of them,
+where weights are in bfloat16 and a rank's experts are whole: there is nothing to gather, to sum or to cast); the
 embedding and the head, where they are not tied; and the rest with the root. A unit's weights are gathered
 just before it runs, in the compute dtype, and freed after; its gradients are summed over ranks in float32 as
 soon as they are whole.
@@ -28,6 +29,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter  # what set_custom_... take
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import Shard
 
 from llmfoundry import runtime
@@ -36,25 +38,46 @@ from llmfoundry.moe.layer import MoE
 from llmfoundry.parallel.expert import mixtures
 from llmfoundry.parallel.mesh import EXPERT_SHARD, SHARD, Mesh, ParallelConfig
 
-_PRECISION = {
-    "fp32": MixedPrecisionPolicy(cast_forward_inputs=False),
-    "amp_bf16": MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False),
-}
 _EVERY_MICROBATCH = "reduces_every_microbatch"
+_SUMS = "sums_gradients_in"  # attribute of a model whose weights have fewer bits than sums of gradients: their dtype
 
 
-def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: str) -> None:
+def has_half_weights(model: nn.Module) -> bool:
+    """Whether weights that are trained are kept in bfloat16."""
+    return any(parameter.dtype == torch.bfloat16 for parameter in model.parameters() if parameter.requires_grad)
+
+
+def keeps_experts_whole(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> bool:
+    """Whether experts are in no unit: each rank alone has its own, in the bfloat16 that is computed with.
+
+    FSDP over one rank would copy every weight and gradient. With float32 weights it also keeps memory low, for it casts
+    one block at a time.
+    """
+    alone = mesh.expert_shards is not None and mesh.expert_shards.size() == 1
+    return alone and has_half_weights(model) and not config.cpu_offload
+
+
+def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, compute: torch.dtype) -> None:
     """Split the model's parameters over ranks, in place.
 
     Args:
         model: on the meta device, its experts already divided.
-        precision: "fp32" or "amp_bf16": float32 weights and sums, bfloat16 compute.
+        compute: bfloat16, in which weights are gathered and computed with, and gradients are summed in float32; any
+            other only says how weights that are kept in bfloat16 are computed with.
     """
     assert mesh.dense is not None
-    policy = _PRECISION[precision]
+    half = has_half_weights(model)
+    if compute == torch.bfloat16:
+        policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
+    else:
+        policy = MixedPrecisionPolicy(compute if half else None, cast_forward_inputs=False)
+    if half:
+        setattr(model, _SUMS, torch.promote_types(compute, torch.float32))
     on_gpu = mesh.dense.device_type == "cuda"
     offload = CPUOffloadPolicy(pin_memory=on_gpu) if config.cpu_offload else OffloadPolicy()
     stacked = _stacked_parameters(model)
+    apart = keeps_experts_whole(model, mesh, config)
+    whole = {each for mixture in mixtures(model) for each in mixture.experts.parameters()} if apart else set()
 
     def unit(module: nn.Module, over: DeviceMesh, axis: str, reshard: bool) -> FSDPModule:
         ranks = over[axis].size()
@@ -65,6 +88,7 @@ def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: str) -
             shard_placement_fn=_placement(stacked, ranks),
             mp_policy=policy,
             offload_policy=offload,
+            ignored_params=whole,
         )
         if over.size() > 1:  # alone there is nothing to divide by, and a factor of 1 would be a pass over all gradients
             sharded.set_gradient_divide_factor(1.0)
@@ -73,7 +97,7 @@ def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: str) -
 
     again = config.reshard_after_forward
     for block in model.blocks:
-        if mesh.expert_shards is not None and isinstance(block, Block) and isinstance(block.ffn, MoE):
+        if mesh.expert_shards is not None and not apart and isinstance(block, Block) and isinstance(block.ffn, MoE):
             unit(block.ffn.experts, mesh.expert_shards, EXPERT_SHARD, again)
         unit(block, mesh.dense, SHARD, again)
     if model.lm_head is not None:  # untied; a tied embedding is needed first and last, so the root keeps it
@@ -82,7 +106,7 @@ def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: str) -
         unit(model.lm_head, mesh.dense, SHARD, False)  # its backward follows at once
     unit(model, mesh.dense, SHARD, False)
     _set_prefetch(model, config.prefetch)
-    setattr(model, _EVERY_MICROBATCH, not config.reduce_once_a_step)
+    setattr(model, _EVERY_MICROBATCH, config.reduce_once_a_step is False)
 
 
 def _stacked_parameters(model: CausalLM) -> dict[int, int]:
@@ -145,7 +169,7 @@ def _flat(units: list[list[FSDPModule]]) -> list[FSDPModule]:
 def accumulating(model: nn.Module, last: bool) -> Iterator[None]:
     """Around the forward and backward of one microbatch: gradients are summed over ranks after the last.
 
-    With `parallel.reduce_once_a_step: false` each microbatch's are summed over `fsdp` at once, so that nobody
+    Without `parallel.reduce_once_a_step` each microbatch's are summed over `fsdp` at once, so that nobody
     keeps whole gradients; over `dp_replicate` they are summed after the last one in any case. Nothing to do
     for a model that is not split.
     """
@@ -153,7 +177,22 @@ def accumulating(model: nn.Module, last: bool) -> Iterator[None]:
         model.set_is_last_backward(last)
         model.set_requires_gradient_sync(last or getattr(model, _EVERY_MICROBATCH))
         model.set_requires_all_reduce(last)
+        _sum_gradients_of_half_weights(model)
     yield
+
+
+def _sum_gradients_of_half_weights(model: nn.Module) -> None:
+    """Keep the sums of gradients in float32 where weights are kept in bfloat16; call it after the first forward.
+
+    torch would round a sum over ranks to the dtype of the weight, and add those of microbatches in it. It has no public
+    way to keep the sum as it is.
+    """
+    dtype: torch.dtype | None = getattr(model, _SUMS, None)
+    for group in _groups(model) if dtype is not None else ():
+        if group._orig_dtype == torch.bfloat16:
+            group._orig_dtype = dtype
+            for parameter in group.fsdp_params:
+                parameter.sharded_param.grad_dtype = dtype
 
 
 class _Allocates:
@@ -201,17 +240,38 @@ def meet_before_collectives(model: nn.Module) -> None:
             module.set_custom_reduce_scatter(_Reduce())
 
 
+def gradients_of(model: nn.Module) -> Iterator[Tensor]:
+    """All gradients that a rank holds, also in the middle of a step: finished ones, and whole ones not summed yet."""
+    yield from (each.grad for each in model.parameters() if each.grad is not None)
+    for group in _groups(model):
+        for parameter in group.fsdp_params:
+            if parameter.unsharded_accumulated_grad is not None:
+                yield parameter.unsharded_accumulated_grad
+            if hasattr(parameter, "_unsharded_param") and parameter._unsharded_param.grad is not None:
+                yield parameter._unsharded_param.grad
+
+
+def reduces_once(model: nn.Module) -> bool:
+    """Whether the gradients of a step's microbatches are summed over ranks once."""
+    return not getattr(model, _EVERY_MICROBATCH, False)
+
+
+def _groups(model: nn.Module) -> Iterator[FSDPParamGroup]:
+    """What torch keeps of the parameters of each unit; it has no public way to it."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            yield from module._get_fsdp_state()._fsdp_param_groups
+
+
 def forget_step(model: nn.Module) -> None:
     """Make a model ready for another forward after one that was left, or its backward."""
     model.zero_grad(set_to_none=True)
     if not isinstance(model, FSDPModule) or model._get_fsdp_state()._is_root is None:  # None: before the first forward
         return
     model.reset_iter_state()
-    for module in model.modules():
-        # Gradients of earlier microbatches, not summed over ranks yet. torch keeps them, and has no public way to them.
-        for group in module._get_fsdp_state()._fsdp_param_groups if isinstance(module, FSDPModule) else ():
-            for parameter in group.fsdp_params:
-                parameter.unsharded_accumulated_grad = None
-                if hasattr(parameter, "_unsharded_param"):  # not before the first forward
-                    parameter._unsharded_param.grad = None
+    for group in _groups(model):
+        for parameter in group.fsdp_params:  # gradients of earlier microbatches, not summed over ranks yet
+            parameter.unsharded_accumulated_grad = None
+            if hasattr(parameter, "_unsharded_param"):  # not before the first forward
+                parameter._unsharded_param.grad = None
     model.zero_grad(set_to_none=True)

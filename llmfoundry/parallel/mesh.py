@@ -36,7 +36,9 @@ class ParallelConfig(Config):
     recompute_save: list[str] | None = None  # selective: operators to keep; None: attention, products
     compile: bool | Literal["auto"] = "auto"  # torch.compile each block; auto: on GPUs
     reshard_after_forward: bool = True  # free a block's weights after forward, gather them again in backward
-    reduce_once_a_step: bool = True  # sum gradients over ranks; False: per microbatch, more traffic, less memory
+    # Sum gradients over ranks; False: after each microbatch, with more traffic and less memory; auto: once a step if
+    # whole gradients fit by the plan of --dry-run.
+    reduce_once_a_step: bool | Literal["auto"] = "auto"
     # In one process: sums of gradients over microbatches, in 4 bytes per parameter, or in 2, rounded at random.
     sum_gradients_in: Literal["fp32", "bf16"] = "fp32"
     prefetch: int = Field(1, ge=0)  # blocks whose weights are gathered ahead

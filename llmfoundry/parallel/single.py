@@ -7,11 +7,14 @@ A step is *lean* if each weight gets its gradient once, or if gradients are summ
 the dtype that backward computes them in, and the weights' copies outlive the step: the update reads the former and
 writes the latter. That moves 14 bytes per parameter less than casts do, and holds no more memory than a step that is
 not lean, which keeps float32 gradients.
+
+Weights that are kept in bfloat16 have no copies: in bfloat16 they are computed with as they are, in another dtype they
+are cast where they are used. Their gradients are summed as those of float32 weights are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import wraps
 from typing import Literal, ParamSpec, TypeVar
 
@@ -29,6 +32,7 @@ _COPIED = "compute_copy_version"  # the version of the parameter that the copy w
 _SUMMED = "summed"  # attribute of a parameter: its number, the step, and how often its gradient was added to
 _CASTS = "casts_to"  # attribute of a model: the compute dtype
 _SUMS = "sums_in"  # attribute of a model: "fp32" or "bf16"
+_INSIDE = "casts_inside"  # attribute of a model: the modules whose parameters are cast here
 
 
 def compute_in(module: nn.Module, dtype: torch.dtype, without: Collection[nn.Module] = ()) -> None:
@@ -44,22 +48,26 @@ def compute_in(module: nn.Module, dtype: torch.dtype, without: Collection[nn.Mod
     module.forward = _casting(module.forward, slots, dtype)
 
 
-def sum_gradients_in(model: nn.Module, dtype: torch.dtype, sums: Literal["fp32", "bf16"]) -> None:
-    """Say how a model whose modules compute in `dtype` sums the gradients of several microbatches."""
+def sum_gradients_in(
+    model: nn.Module, dtype: torch.dtype, sums: Literal["fp32", "bf16"], inside: Sequence[nn.Module]
+) -> None:
+    """Say how a model sums the gradients of several microbatches, for the modules inside that compute in `dtype`."""
     setattr(model, _CASTS, dtype)
+    setattr(model, _INSIDE, inside)
     setattr(model, _SUMS, sums)
 
 
 def begin_step(model: nn.Module, optimizer: torch.optim.Optimizer, microbatches: int, step: int) -> None:
-    """Choose before a step whether it is lean. Nothing to do for a model that is split over ranks, or in float32."""
+    """Choose before a step whether it is lean. Nothing to do for what FSDP splits over ranks, or in float32."""
     dtype: torch.dtype | None = getattr(model, _CASTS, None)
     if dtype is None:
         return
     lean = getattr(optimizer, "reads_any_gradient", False) and (microbatches == 1 or getattr(model, _SUMS) == "bf16")
-    for number, parameter in enumerate(model.parameters()):
+    inside: Sequence[nn.Module] = getattr(model, _INSIDE)
+    for number, parameter in enumerate(parameter for module in inside for parameter in module.parameters()):
         if parameter.requires_grad:
             setattr(parameter, _SUMMED, (number, step, 0))
-            parameter.grad_dtype = dtype if lean else parameter.dtype
+            parameter.grad_dtype = dtype if lean else torch.promote_types(dtype, torch.float32)
             if not lean and hasattr(parameter, _COPY):
                 delattr(parameter, _COPY)
 
@@ -98,7 +106,11 @@ def _casting(
 
 def _cast(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
     """A parameter in `dtype`: its own copy in a lean step, else one that lives as long as the graph needs it."""
-    if not parameter.requires_grad or parameter.dtype == dtype or parameter.grad_dtype != dtype:
+    if not parameter.requires_grad:
+        return parameter.to(dtype)
+    if parameter.dtype == torch.bfloat16:
+        return _Copy.apply(parameter, parameter.detach().to(dtype))
+    if parameter.dtype == dtype or parameter.grad_dtype != dtype:
         return parameter.to(dtype)
     return _Copy.apply(parameter, _up_to_date(parameter, dtype))
 
@@ -127,7 +139,7 @@ class _Copy(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, None]:
         parameter: nn.Parameter = ctx.parameter  # type: ignore[attr-defined]
         (gradient,) = gradients
-        if parameter.grad is None:
+        if parameter.grad is None or parameter.grad.dtype != torch.bfloat16:  # autograd casts and adds
             return gradient, None
         number, step, times = getattr(parameter, _SUMMED)
         add_rounded_(parameter.grad, gradient, key_of(number, step, times))

@@ -92,7 +92,7 @@ def traffic(job: Job, degrees: Degrees) -> Traffic:
     counted = work.counted if parallel.reshard_after_forward else 0  # otherwise the weights stay gathered
     blocks = passes * work.microbatches + counted
     trained = model.n_trainable_params() / model.n_params()
-    sums = (1 if parallel.reduce_once_a_step else work.microbatches) * MASTER * trained
+    sums = (work.microbatches if parallel.reduce_once_a_step is False else 1) * MASTER * trained
 
     def over_shards(of_dense: float, of_experts: float) -> Link:
         apart = _ring(of_experts, degrees.expert_shard, degrees.expert)
@@ -185,21 +185,26 @@ def _update(job: Job, degrees: Degrees) -> float:
     before an all-gather; over ranks also 8 to scale the gradient, as when two GPUs were last timed (now the update
     does it). Bytes per gathered parameter: 4 for a copy, and 6 for a float32 copy of its gradient. A single
     process casts its weights and gradients once per microbatch; in a lean step (parallel/single.py) it casts neither,
-    and sums bfloat16 gradients.
+    and sums bfloat16 gradients. Weights in bfloat16 take 4 bytes less in the update, and no cast.
     """
     model, parallel, microbatches = job.model, job.parallel, job.work(degrees).microbatches
     dense, experts = _params(model)
     whole = dense + experts / degrees.expert + model.vocab_size * model.d_model
     share = model.n_trainable_params() / degrees.shard
-    update = (16 + 2 * job.optimizer.state_bytes) * share
+    half = job.optimizer.weight_dtype.itemsize == 2
+    update = ((12 if half else 16) + 2 * job.optimizer.state_bytes) * share
+    cast = 0 if half else 6
     products = job.optimizer.update_flops(model) / degrees.shard / hardware.DENSE_FLOPS
     if single_process(parallel, degrees):
         lean = microbatches == 1 or parallel.sum_gradients_in == "bf16"
-        copies = 6 * (microbatches - 1) * whole - 2 * share if lean else (6 * microbatches + 6) * whole
+        lean_copies = 6 * (microbatches - 1) * whole - (4 if half else 2) * share
+        copies = lean_copies if lean else (6 * microbatches + cast) * whole
         return (update + copies) / hardware.COPY_BYTES + products
+    if half and degrees.expert > 1 and degrees.expert_shard == degrees.replicate == 1 and not parallel.cpu_offload:
+        whole -= experts / degrees.expert  # they are in no unit of FSDP
     gathers = 2 * microbatches + job.work(degrees).counted if parallel.reshard_after_forward else microbatches
-    reductions = 1 if parallel.reduce_once_a_step else microbatches
-    copies = gathers * (6 * share + 4 * whole) + reductions * 6 * whole
+    reductions = microbatches if parallel.reduce_once_a_step is False else 1
+    copies = gathers * (cast * share + 4 * whole) + reductions * 6 * whole
     return (update + 8 * share + copies) / hardware.SHARDED_COPY_BYTES + products
 
 

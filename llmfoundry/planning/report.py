@@ -19,6 +19,7 @@ from llmfoundry.planning.job import Job, Work
 from llmfoundry.planning.ledger import Memory
 from llmfoundry.planning.memory import memory
 from llmfoundry.planning.plan import MASTER, Plan, plan
+from llmfoundry.planning.settle import settled
 from llmfoundry.planning.simulation import CannotSimulateError
 from llmfoundry.train.config import RunConfig
 
@@ -73,19 +74,28 @@ def describe(config: RunConfig, gpus: int | None, gpu_memory: float = hardware.G
         torch._dynamo.reset()  # drops the graphs that the simulations share
 
 
-def _plan(job: Job, gpus: int, card: GPU) -> Iterator[str]:
-    degrees = job.degrees(gpus)
+def _plan(asked_for: Job, gpus: int, card: GPU) -> Iterator[str]:
+    degrees = asked_for.degrees(gpus)
+    job, held, reason = asked_for, Memory(), None
+    try:
+        job, held = settled(asked_for, degrees, card.usable)
+    except CannotSimulateError as error:  # its time is known nevertheless
+        reason = error
     asked = plan(job, degrees)
     rows = f"{asked.work.rows} rows each in microbatches of {asked.work.micro_rows}"
     yield f"on {gpus} GPU(s) ({_mesh(degrees)}), {rows}"
     if gpus > 1:
         yield from _received(asked)
     yield from _speed(asked)
-    held = memory(job, degrees)
+    if reason is not None:
+        raise reason
+    if job.parallel != asked_for.parallel and asked.work.microbatches > 1:
+        how = "once a step" if job.parallel.reduce_once_a_step else "after each microbatch"
+        yield f"parallel.reduce_once_a_step: auto: gradients are summed {how}"
     yield from _held(held)
     yield from _verdict(job, degrees, held, card)
     if gpus > 1:
-        yield from _table(job, asked, held, gpus, card)
+        yield from _table(asked_for, asked, held, gpus, card)
 
 
 def _mesh(degrees: Degrees) -> str:
@@ -102,7 +112,7 @@ def _least_gpus(job: Job, card: GPU) -> Iterator[str]:
 
     def fits(i: int) -> bool:
         if i not in sizes:
-            sizes[i] = memory(job, job.degrees(choices[i]))
+            sizes[i] = settled(job, job.degrees(choices[i]), card.usable)[1]
         return card.fits(sizes[i])
 
     # Start where weights, gradients and AdamW's moments take three quarters of the memory; go up or down from there.
@@ -215,9 +225,9 @@ def _table(job: Job, asked: Plan, held: Memory, gpus: int, card: GPU) -> Iterato
     yield _row(asked, held, ">", card)
     fitting = 0
     for n, each in enumerate(plans[:MOST_SIMULATED]):
-        found = memory(job, each.degrees)
+        changed, found = settled(job, each.degrees, card.usable)
         fitting += card.fits(found)
-        yield _row(each, found, " ", card)
+        yield _row(plan(changed, each.degrees), found, " ", card)
         if fitting == MOST_MESHES:
             plans = plans[: n + 1]
             break

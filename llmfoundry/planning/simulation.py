@@ -43,7 +43,7 @@ from llmfoundry.moe import dispatch, layer, router
 from llmfoundry.moe.balance import Balance
 from llmfoundry.parallel import compile as compiling
 from llmfoundry.parallel import recompute
-from llmfoundry.parallel.apply import parallelize
+from llmfoundry.parallel.apply import keep_weights_in, parallelize
 from llmfoundry.parallel.expert import n_experts
 from llmfoundry.parallel.mesh import Degrees, build_mesh
 from llmfoundry.planning.fusion import FusedGraph, backend
@@ -92,6 +92,8 @@ def simulate(job: Job, degrees: Degrees) -> Step:
         with torch.device("meta"):
             model = job.model.build()
             beside = job.model.build() if job.loss.pairs and job.model.lora is None else None
+        for each in filter(None, (model, beside)):
+            keep_weights_in(job.optimizer.weight_dtype, each)
         with _as_on_a_gpu(ledger):
             with patch.object(runtime, "device", lambda: torch.device("cuda")):
                 model = parallelize(model, mesh, job.parallel, job.precision)
@@ -128,7 +130,8 @@ def _make_state(optimizer: torch.optim.Optimizer) -> None:
     """Let the optimizer allocate its state, as its first step does."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad_dtype = torch.promote_types(parameter.dtype, torch.float32)
+        parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

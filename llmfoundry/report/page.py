@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from llmfoundry.atomic import atomic_write
 from llmfoundry.report.alarms import alarms
 from llmfoundry.report.experts import KINDS
 from llmfoundry.report.records import PANELS, Json, differing_settings, read_run
@@ -27,13 +28,7 @@ def write_report(folders: Sequence[Path], out: Path, newest: Json | None = None)
         ConfigError: one of them is not a run's.
     """
     page = render([read_run(folder, newest) for folder in folders], differing_settings(folders))
-    temporary = out.with_name(f"{out.name}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(out)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # a full disk needs the space
-        raise
+    atomic_write(out, [page.encode()])
     return out
 
 

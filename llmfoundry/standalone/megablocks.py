@@ -116,7 +116,7 @@ def _activation_name(function: Callable[[Tensor], Tensor]) -> str:
     for name, known in _ACTIVATIONS.items():
         if torch.allclose(found, known(probe), rtol=1e-6, atol=1e-9):
             return name
-    raise ConfigError(f"activation_fn={function!r} is none of {', '.join(_ACTIVATIONS)}")
+    raise ConfigError(f"activation_fn={function!r} is not one of {', '.join(_ACTIVATIONS)}")
 
 
 def _refuse(args: Arguments, drops: bool) -> None:

@@ -3,9 +3,9 @@
 `grad_scale` (gradients are divided by it) and `found_inf` (1: weights, moments and step counts stay) are attributes of
 the optimizer while it steps, as torch's fused optimizers and its GradScaler have them; both are read on the device.
 
-On GPUs our kernel updates float32 weights (kernels/update.py), on CPUs torch's fused one; moments in bfloat16 and in 8
-bits (kernels/eight_bit.py) are ours in both places. State has torch's names, so checkpoints of either are read by the
-other; those of 8 bits have `exp_avg_scale` and `exp_avg_sq_scale` beside their codes.
+On GPUs our kernel updates the weights (kernels/update.py), on CPUs torch's fused one; weights and moments in bfloat16,
+and moments in 8 bits (kernels/eight_bit.py), are ours in both places. State has torch's names, so checkpoints of either
+are read by the other; those of 8 bits have `exp_avg_scale` and `exp_avg_sq_scale` beside their codes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from llmfoundry.dtensor import cut_like, local_part, local_shard
 from llmfoundry.kernels.eight_bit import adamw_eight_bit_, decode, encode, n_blocks
-from llmfoundry.kernels.update import Place, adamw_
+from llmfoundry.kernels.update import Place, Rule, adamw_
 from llmfoundry.parallel.single import copy_to_write, is_written
+from llmfoundry.runtime import seed_of
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +45,18 @@ class _Part(NamedTuple):
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW, with moments in float32 or bfloat16, and gradients of float32 weights in either.
+    """torch's AdamW, with weights, moments and gradients in float32 or bfloat16.
 
     Args:
         params: groups; parameters may be plain tensors or DTensors of any meshes.
-        state_dtype: of the moments; None: that of each parameter.
+        state_dtype: of the moments; None: that in which each parameter's step is computed.
+
+    Attributes:
+        noise_seed: what rounding at random depends on, beside the step and a value's place.
     """
 
     reads_any_gradient = True
+    noise_seed = 0
 
     def __init__(
         self,
@@ -93,8 +98,7 @@ class AdamW(torch.optim.AdamW):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         if len(self._places) != len(parameters):
             for number, parameter in enumerate(parameters):
-                shard = local_shard(parameter)
-                self._places[parameter] = Place.of(number, shard.local.shape, shard.shape, shard.offsets)
+                self._places[parameter] = place_of(parameter, number, self.noise_seed)
 
     def _parts(self, parameters: list[Tensor], eight_bit: bool) -> Iterable[list[_Part]]:
         """This rank's parts, by what one launch can take together."""
@@ -120,7 +124,7 @@ class AdamW(torch.optim.AdamW):
         if "step" not in state:
             state["step"] = torch.zeros((), device=parameter.device)
         for key in names:
-            dtype = _CODES[key] if eight_bit else self._state_dtype or parameter.dtype
+            dtype = _CODES[key] if eight_bit else self._state_dtype or computed_in(parameter.dtype)
             if key not in state:
                 state[key] = torch.zeros_like(parameter, dtype=dtype)
                 if eight_bit:
@@ -145,6 +149,17 @@ class AdamW(torch.optim.AdamW):
         self._cast = True
 
 
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype the step of a weight is computed."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def place_of(parameter: Tensor, number: int, seed: int) -> Place:
+    """Where this rank's part of a parameter stands; the number says which random bits it has in a run with a seed."""
+    shard = local_shard(parameter)
+    return Place.of(seed_of("rounding", seed, number) % 2**31, shard.local.shape, shard.shape, shard.offsets)
+
+
 def moment(state: Mapping[str, Tensor], key: str) -> Tensor:
     """A moment of a parameter's state, out of its codes where it has 8 bits."""
     kept = state[key]
@@ -159,7 +174,8 @@ class DecoupledAdamW(AdamW):
 
 def _update(parts: list[_Part], group: dict[str, Any], divisor: Tensor | None, skip: Tensor | None) -> None:
     """One step of parts that are alike."""
-    lr, (beta1, beta2), eps, decay = (group[key] for key in ("lr", "betas", "eps", "weight_decay"))
+    beta1, beta2 = group["betas"]
+    rule = Rule(group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
     taken = torch.ones_like(parts[0].step) if skip is None else 1 - skip.to(parts[0].step.device)
     torch._foreach_add_([part.step for part in parts], [taken] * len(parts))  # of one tensor, the host reads the value
     parts = [part for part in parts if part.weight.numel()]  # a small parameter may leave a rank with nothing
@@ -170,21 +186,21 @@ def _update(parts: list[_Part], group: dict[str, Any], divisor: Tensor | None, s
     steps, copies = [part.step for part in parts], [part.copy for part in parts if part.copy is not None]
     one, places = torch.ones((), device=weights[0].device), [part.place for part in parts]
     scale, flag = one if divisor is None else divisor, torch.zeros_like(one) if skip is None else skip
-    settings = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "decay": decay}
     if parts[0].scales:
         mean_scales, square_scales = ([part.scales[i] for part in parts] for i in (0, 1))
         adamw_eight_bit_(weights, grads, means, squares, mean_scales, square_scales, copies, steps, scale, flag, places,
-                         **settings)  # fmt: skip
+                         rule)  # fmt: skip
         _note(parts)
         return
-    if weights[0].dtype == torch.float32 and (weights[0].is_cuda or means[0].dtype == torch.bfloat16):
-        adamw_(weights, grads, means, squares, copies, steps, scale, flag, places, **settings)
+    dtype = weights[0].dtype
+    if dtype == torch.bfloat16 or (dtype == torch.float32 and (weights[0].is_cuda or means[0].dtype == torch.bfloat16)):
+        adamw_(weights, grads, means, squares, copies, steps, scale, flag, places, rule)
         _note(parts)
         return
     grads = [grad.to(weights[0].dtype) for grad in grads]
     torch._fused_adamw_(
         weights, grads, means, squares, [], steps, amsgrad=False, maximize=False, grad_scale=divisor, found_inf=skip,
-        lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps,
+        lr=rule.lr, beta1=beta1, beta2=beta2, weight_decay=rule.decay, eps=rule.eps,
     )  # fmt: skip
     if copies:
         torch._foreach_copy_(copies, weights)

@@ -20,22 +20,26 @@ from llmfoundry.data.sources import check_apart
 from llmfoundry.data.tokenizer import Encoder, SpecialTokens
 from llmfoundry.eval.icl_questions import Reader
 from llmfoundry.kernels.experts import resolve_backend
+from llmfoundry.layers.lora import wider_than_weight
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 from llmfoundry.moe.balance import Balance
 from llmfoundry.moe.layer import MoEConfig
-from llmfoundry.parallel.apply import materialize, parallelize
+from llmfoundry.parallel.apply import keep_weights_in, materialize, parallelize
 from llmfoundry.parallel.expert import n_experts
 from llmfoundry.parallel.fsdp import can_leave, meet_before_collectives
-from llmfoundry.parallel.mesh import Mesh, build_mesh
+from llmfoundry.parallel.mesh import Mesh, ParallelConfig, build_mesh
+from llmfoundry.train.adamw import AdamW
 from llmfoundry.train.agreement import check_same, check_same_config
 from llmfoundry.train.callback import Callback
 from llmfoundry.train.clock import Countdown, find_limit
 from llmfoundry.train.config import CallbackConfig, Precision, RunConfig
 from llmfoundry.train.duration import Timeline, seconds_of
 from llmfoundry.train.evaluating import tasks_of
+from llmfoundry.train.lion import DecoupledLionW
 from llmfoundry.train.microbatch import Microbatches
 from llmfoundry.train.mixing import Joined, row_ends, take_up
 from llmfoundry.train.outputs import check_free
+from llmfoundry.train.planned import settle
 from llmfoundry.train.resume import Start, check_data, find_start, generation_for, settle_tokenizer, train_state
 from llmfoundry.train.saving import Saver
 from llmfoundry.train.stored import begin_from_store
@@ -74,7 +78,7 @@ def _build(config: RunConfig, device: torch.device, watchdog: Watchdog) -> Train
     config.model.check_trainable()
     precision = config.precision_on(device.type)
     check_device(config.model, device, precision)
-    check_memory(config.model, device)
+    check_memory(config.model, device, config.optimizer.weight_dtype)
     mesh = build_mesh(config.parallel, device.type, n_experts(config.model))
     path, store = config.folder, None
     if is_url(config.save_folder):
@@ -115,11 +119,13 @@ def _build(config: RunConfig, device: torch.device, watchdog: Watchdog) -> Train
     schedule = config.scheduler.build(timeline)
     watchdog.phase("building the model")
     loaded = bool(start.hugging_face or start.composer or start.contents) and not config.load_allow
-    model = _build_model(config, mesh, precision, loaded)
+    parallel = settle(config, mesh, device)
+    model = _build_model(config, mesh, precision, loaded, parallel)
+    _warn_of_adapters(config.model, model, start)
     microbatches.can_retry = can_leave(model)
     reference = None
     if config.loss.pairs and config.model.lora is None:
-        reference = _build_model(config, mesh, precision, loaded=True).requires_grad_(False).eval()
+        reference = _build_model(config, mesh, precision, True, parallel).requires_grad_(False).eval()
     return Trainer(
         config=config,
         mesh=mesh,
@@ -131,7 +137,7 @@ def _build(config: RunConfig, device: torch.device, watchdog: Watchdog) -> Train
         eval_loaders=eval_loaders,
         tasks=tasks,
         model=model,
-        optimizer=config.optimizer.build(model),
+        optimizer=_build_optimizer(config, model),
         schedule=schedule,
         timeline=timeline,
         balance=Balance.of(config.model),
@@ -147,6 +153,18 @@ def _build(config: RunConfig, device: torch.device, watchdog: Watchdog) -> Train
         objective=config.loss.build(reference),
         reference=reference,
     )
+
+
+def _warn_of_adapters(config: CausalLMConfig, model: CausalLM, start: Start) -> None:
+    """Say what is legal of adapters, and seldom meant."""
+    if config.lora is None or start.how in ("continue", "resume"):
+        return
+    if start.how == "new":
+        log.warning("model.lora: adapters are trained beside frozen random weights; name a base model by load_path")
+    if (wide := wider_than_weight(model)) is not None:
+        sides = wide.b.shape[-2], wide.a.shape[-1]
+        log.warning("model.lora.rank=%d exceeds a side of %s (%d x %d), so a lower rank would hold as much",
+                    config.lora.rank, wide.name, *sides)  # fmt: skip
 
 
 def _loaders(config: RunConfig, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens) -> list[Loader]:
@@ -167,14 +185,24 @@ def _loaders(config: RunConfig, tokenizer: PreTrainedTokenizerBase, special: Spe
     return [loader, *evaluated]
 
 
-def _build_model(config: RunConfig, mesh: Mesh, precision: Precision, loaded: bool) -> CausalLM:
+def _build_model(
+    config: RunConfig, mesh: Mesh, precision: Precision, loaded: bool, parallel: ParallelConfig
+) -> CausalLM:
     with torch.device("meta"):  # shapes only: no rank ever holds the whole model
         model = config.model.build()
     assert isinstance(model, CausalLM)
-    model = parallelize(model, mesh, config.parallel, precision)
+    keep_weights_in(config.optimizer.weight_dtype, model)
+    model = parallelize(model, mesh, parallel, precision)
     if config.device_train_microbatch_size == "auto" and can_leave(model):
         meet_before_collectives(model)
-    return materialize(model, config.parallel, config.seed, loaded=loaded)  # the same values on every mesh
+    return materialize(model, parallel, config.seed, loaded=loaded)  # the same values on every mesh
+
+
+def _build_optimizer(config: RunConfig, model: CausalLM) -> torch.optim.Optimizer:
+    optimizer = config.optimizer.build(model)
+    if isinstance(optimizer, AdamW | DecoupledLionW):  # what they round at random differs from run to run
+        optimizer.noise_seed = config.seed
+    return optimizer
 
 
 def numbered_rows(
@@ -249,9 +277,9 @@ def _microbatches(config: RunConfig, mesh: Mesh) -> Microbatches:
     return Microbatches(micro, least, most)
 
 
-def training_bytes(model: CausalLMConfig) -> int:
-    """Bytes of the float32 weights that are trained, and of their gradients: what every optimizer needs."""
-    return 8 * model.n_trainable_params()
+def training_bytes(model: CausalLMConfig, weight: torch.dtype = torch.float32) -> int:
+    """Bytes of the weights that are trained, and of their float32 gradients: what every optimizer needs."""
+    return (weight.itemsize + 4) * model.n_trainable_params()
 
 
 def machine_memory() -> int:
@@ -259,9 +287,9 @@ def machine_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def check_memory(model: CausalLMConfig, device: torch.device) -> None:
+def check_memory(model: CausalLMConfig, device: torch.device, weight: torch.dtype = torch.float32) -> None:
     """Refuse a model that is too large for main memory, before the system kills the process."""
-    needed, there = training_bytes(model), machine_memory()
+    needed, there = training_bytes(model, weight), machine_memory()
     if device.type == "cpu" and runtime.world_size() == 1 and needed > there:
         raise ConfigError(
             f"the model needs at least {needed / 2**30:.1f} GiB to train without a GPU, and this machine has "

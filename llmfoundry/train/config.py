@@ -336,7 +336,7 @@ class RunConfig(Config):
         for number, label in enumerate(labels):
             if not label or "/" in label:
                 raise ValueError(
-                    f"eval_loaders.{number}.label: {label!r} is no name for metrics; write e.g. label: wiki"
+                    f"eval_loaders.{number}.label: {label!r} is not a valid name in metrics; write e.g. label: wiki"
                 )
             if labels.count(label) > 1:
                 raise ValueError(f"eval_loaders.{number}.label: {label!r} is there twice")

@@ -75,7 +75,7 @@ class Duration:
 
 def _of_clock(value: Duration) -> Duration:
     if value.seconds is None:
-        raise ValueError(f'"{value}" is no time by the clock; write e.g. 4h, 30min, 90s')
+        raise ValueError(f'"{value}" is not a wall-clock time; write e.g. 4h, 30min, 90s')
     return value
 
 
@@ -130,7 +130,7 @@ class Timeline:
         open_ended = cls(rows_per_step, tokens_per_row, rows_per_epoch, total_steps=0)
         total = open_ended.steps(max_duration) if limit is None else 0
         if total < 1:
-            raise ConfigError(f'max_duration: "{max_duration}" is no step; write at least 1ba')
+            raise ConfigError(f'max_duration: "{max_duration}" is less than one step; write at least 1ba')
         return cls(rows_per_step, tokens_per_row, rows_per_epoch, total)
 
     def steps(self, duration: Duration) -> int:
@@ -162,7 +162,7 @@ class Timeline:
             return 0
         if self.limit is None:
             raise ConfigError(f'"{duration}" is a time, and max_duration is not; write e.g. 100ba or 0.1dur')
-        raise ConfigError(f'"{duration}" is no time, and max_duration is one; write e.g. 10min or 0.1dur')
+        raise ConfigError(f'"{duration}" is not a wall-clock time, but max_duration is; write e.g. 10min or 0.1dur')
 
     def position(self, step: int) -> int:
         """How far the run is after `step` steps, in what `counted` counts in."""

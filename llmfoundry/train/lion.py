@@ -13,6 +13,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from llmfoundry.dtensor import local_part
+from llmfoundry.kernels.lion import lion_
+from llmfoundry.kernels.update import Place
+from llmfoundry.parallel.single import copy_to_write, is_written
+from llmfoundry.train.adamw import computed_in, place_of
 from llmfoundry.train.groups import Betas
 from llmfoundry.train.optim import GroupedOptimizerConfig
 
@@ -36,14 +40,17 @@ class DecoupledLionW(torch.optim.Optimizer):
     """`p *= 1 - lr / initial_lr * weight_decay; p -= lr * sign(b1 * m + (1 - b1) * g); m = b2 * m + (1 - b2) * g`.
 
     Every operation is element by element, so each rank updates its part of a sharded parameter and nothing is sent.
-    Like `AdamW` it reads `grad_scale` and `found_inf` on the device.
+    Like `AdamW` it reads `grad_scale` and `found_inf` on the device. Steps are counted for weights in bfloat16 alone,
+    whose random bits depend on it.
     """
 
     _step_supports_amp_scaling = True
     reads_any_gradient = True
+    noise_seed = 0
 
     def __init__(self, params: Iterable[dict[str, object]], lr: float, betas: tuple[float, float]) -> None:
         super().__init__(params, {"lr": lr, "initial_lr": lr, "betas": betas, "weight_decay": 0.0})
+        self._places: dict[Tensor, Place] = {}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -56,24 +63,33 @@ class DecoupledLionW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         divisor, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        number = 0
         for group in self.param_groups:
             for parameter in group["params"]:
+                if parameter not in self._places:
+                    self._places[parameter] = place_of(parameter, number, self.noise_seed)
+                number += 1
                 if parameter.grad is not None:
                     self._update(parameter, group, divisor, skip)
         return loss
 
     def _update(self, parameter: Tensor, group: dict[str, Any], divisor: Tensor | None, skip: Tensor | None) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["exp_avg"] = torch.zeros_like(parameter)
-        weight, grad, moment = map(local_part, (parameter, parameter.grad, state["exp_avg"]))
-        grad = grad.to(weight.dtype)
-        grad = grad if divisor is None else grad / divisor.to(grad.device, grad.dtype)
-        taken: Tensor | float = 1.0  # 0 where the step is skipped: everything below is then multiplied by 1 or 0
-        if skip is not None:
-            taken = 1 - skip.to(grad.device, grad.dtype)
-            grad = torch.where(taken == 0, 0, grad)
-        beta1, beta2 = group["betas"]
-        lost = group["lr"] / group["initial_lr"] * group["weight_decay"]
-        weight.mul_(1 - lost * taken).sub_(torch.lerp(grad, moment, beta1).sign_().mul_(group["lr"] * taken))
-        moment.lerp_(grad, (1 - beta2) * taken)
+        state, weight = self.state[parameter], local_part(parameter).detach()
+        one = torch.ones((), device=weight.device)
+        divisor = one if divisor is None else divisor.to(weight.device)
+        skip = torch.zeros_like(one) if skip is None else skip.to(weight.device)
+        if "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=computed_in(parameter.dtype))
+        if weight.dtype == torch.bfloat16:
+            state.setdefault("step", torch.zeros_like(one)).add_(1 - skip)
+        if not weight.numel():  # a small parameter may leave a rank with nothing
+            return
+        assert parameter.grad is not None
+        copy, (beta1, beta2) = copy_to_write(parameter), group["betas"]
+        lion_(
+            weight, local_part(state["exp_avg"]), local_part(parameter.grad), [] if copy is None else [copy],
+            state.get("step", one), divisor, skip, self._places[parameter], lr=group["lr"], beta1=beta1, beta2=beta2,
+            keep=1 - group["lr"] / group["initial_lr"] * group["weight_decay"],
+        )  # fmt: skip
+        if copy is not None:
+            is_written(parameter)

@@ -14,6 +14,7 @@ import torch
 
 from llmfoundry import runtime
 from llmfoundry.config import ResourceError
+from llmfoundry.train.out_of_memory import Held
 from llmfoundry.train.step import StepResult
 
 log = logging.getLogger(__name__)
@@ -42,11 +43,15 @@ class Microbatches:
         self._watched = WATCHED_STEPS  # steps to come
         self.can_retry = True
 
-    def run(self, attempt: Callable[[int, bool], StepResult]) -> StepResult:
+    def run(
+        self, attempt: Callable[[int, bool], StepResult], explain: Callable[[int, Held | None, str], str]
+    ) -> StepResult:
         """Take a step, with fewer rows at once if they do not fit.
 
         Args:
             attempt: `train_step`, given the rows of a microbatch and whether ranks leave it together.
+            explain: what to say where nothing can be tried again, given the rows, what was held if that was found
+                when the ranks left, and the error.
 
         Raises:
             ResourceError: not even the smallest microbatch fits, or memory ran out where nothing can be tried again.
@@ -56,33 +61,29 @@ class Microbatches:
             try:
                 result = attempt(self.rows, together)
             except runtime.OutOfMemory as error:
-                why = str(error)
+                why, there = str(error), error.held
             except torch.OutOfMemoryError as error:
-                raise self._too_small(str(error)) from None
+                raise ResourceError(explain(self.rows, None, str(error))) from None
             else:
                 self._watched -= 1
                 return result
-            self._halve(why)
+            if not self._halve():
+                assert isinstance(there, Held)
+                raise ResourceError(explain(self.rows, there, why))
 
-    def _halve(self, why: str) -> None:
+    def _halve(self) -> bool:
+        """Take half as many rows at once from now on; False if that cannot be."""
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         rows = fitting(-(-self.rows // 2), self._least, self._most)
         if rows in (0, self.rows):
-            raise self._too_small(why)
+            return False
         if runtime.is_rank0():
             log.warning("out of memory with %d rows at once: going on with %d (device_train_microbatch_size: auto)",
                         self.rows, rows)  # fmt: skip
         self.rows, self._watched = rows, WATCHED_STEPS
-
-    def _too_small(self, why: str) -> ResourceError:
-        first = ". ".join(" ".join(why.split()).split(". ")[:2])
-        less = "a smaller device_train_microbatch_size, " if self.rows > 1 else ""
-        return ResourceError(
-            f"out of memory with {self.rows} row{'s' * (self.rows > 1)} at once; {less}parallel.recompute=full, more "
-            f"GPUs or a shorter max_seq_len need less ({first})"
-        )
+        return True
 
 
 def fitting(rows: int, least: int, most: int) -> int:

@@ -33,7 +33,7 @@ from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.layer import Experts
 from llmfoundry.parallel.owners import on_owners, rows_of_ranks
 from llmfoundry.parallel.single import copy_to_write, is_written
-from llmfoundry.train.adamw import AdamW
+from llmfoundry.train.adamw import AdamW, computed_in
 from llmfoundry.train.groups import Member
 from llmfoundry.train.optim import AdamWConfig, decays
 
@@ -54,7 +54,8 @@ class MuonConfig(AdamWConfig, names=("muon",)):
     momentum: float = Field(0.95, ge=0, lt=1)  # decay of the momentum
     nesterov: bool = True  # the direction is that of the momentum one step ahead
     ns_steps: int = Field(5, ge=1, le=20)  # Newton-Schulz iterations
-    ns_dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of their products; auto: bf16 on GPUs, the weights' on CPUs
+    ns_symmetric: bool = False  # compute half of their products with themselves, by a kernel of ours
+    ns_dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of their products; auto: bf16 on GPUs, fp32 on CPUs
     # What lr is multiplied by for a matrix. match_rms_adamw: 0.2 sqrt(max(rows, columns)), with which AdamW's lr and
     # weight_decay fit. original: sqrt(max(1, rows / columns)). The words are those of torch.optim.Muon.
     adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
@@ -70,9 +71,9 @@ class MuonConfig(AdamWConfig, names=("muon",)):
     def update_flops(self, model: CausalLMConfig) -> float:
         with torch.device("meta"):
             built = model.build()
-        stacked = rows_of_stacked(built)
+        stacked, n, half = rows_of_stacked(built), self.ns_steps, self.ns_symmetric
         return sum(
-            math.prod(parameter.shape[:-2]) * orthogonalize_flops(rows, parameter.shape[-1], self.ns_steps)
+            math.prod(parameter.shape[:-2]) * orthogonalize_flops(rows, parameter.shape[-1], n, symmetric=half)
             for group in self.settings(built)
             for parameter in (group["params"] if group["muon"] else ())  # type: ignore[attr-defined]
             for rows in stacked.get(parameter, (parameter.shape[-2],))
@@ -94,8 +95,8 @@ class MuonConfig(AdamWConfig, names=("muon",)):
             is_matrix = decays(name, parameter) and parameter.ndim < 4 and min(parameter.shape[-2:]) > 1
             if asked == "muon" and not is_matrix:
                 raise ConfigError(
-                    f"optimizer.param_groups.{member.number - 1}.algorithm: muon is for matrices, and {name} is none; "
-                    "write adamw, or a pattern that matches matrices alone"
+                    f"optimizer.param_groups.{member.number - 1}.algorithm: muon is for matrices, and {name} is not "
+                    "one; write adamw, or a pattern that matches matrices alone"
                 )
             is_inside = parameter not in embeddings and not _HEAD_OR_ROUTER.search(name)
             return {"muon": is_matrix and is_inside if asked is None else asked == "muon"}
@@ -209,7 +210,9 @@ class Muon(AdamW):
         weight = local_part(parameter)
         on_mesh = parameter.device_mesh.device_type if isinstance(parameter, DTensor) else weight.device.type
         device = runtime.device() if on_mesh == "cuda" else weight.device  # also for weights in host memory
-        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": weight.dtype}[self._config.ns_dtype]
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "auto": computed_in(weight.dtype)}[
+            self._config.ns_dtype
+        ]
         if self._config.ns_dtype == "auto" and (weight.is_cuda or device.type == "cuda"):
             dtype = torch.bfloat16
         shape = parameter.shape[-2], parameter.shape[-1]
@@ -222,17 +225,16 @@ class Muon(AdamW):
         for numbers in _batches(range(n), max(1, _AT_ONCE // (height * columns))):
             part = self._rows(parameter, numbers[0] * height, len(numbers) * height)
             matrices = self._advance(part, kind, step).view(-1, height, columns)
-            self._apply(part, orthogonalize(matrices, self._config.ns_steps).view(-1, columns), kind, step)
+            self._apply(part, self._orthogonalize(matrices).view(-1, columns), kind, step)
 
     def _update_matrices(self, matrices: Sequence[_Cut], kind: _Kind, first: int, step: _Step) -> None:
         """Update matrices of one shape that the same ranks have rows of."""
         directions = [self._advance(each.rows, kind, step) for each in matrices]
-        n_steps = self._config.ns_steps
         if kind.among is None:
-            directions = list(orthogonalize(torch.stack(directions), n_steps))
+            directions = list(self._orthogonalize(torch.stack(directions)))
         else:
             counts = [each.counts for each in matrices]
-            directions = on_owners(directions, counts, first, kind.among, lambda batch: orthogonalize(batch, n_steps))
+            directions = on_owners(directions, counts, first, kind.among, self._orthogonalize)
         for each, direction in zip(matrices, directions, strict=True):
             self._apply(each.rows, direction, kind, step)
 
@@ -272,14 +274,17 @@ class Muon(AdamW):
                       momentum=self._config.momentum, nesterov=self._config.nesterov)  # fmt: skip
         return direction.to(device)
 
+    def _orthogonalize(self, batch: Tensor) -> Tensor:
+        return orthogonalize(batch, self._config.ns_steps, symmetric=self._config.ns_symmetric)
+
     def _apply(self, rows: _Rows, direction: Tensor, kind: _Kind, step: _Step) -> None:
         height, columns = kind.shape
         factor = 0.2 * math.sqrt(max(height, columns))
         if self._config.adjust_lr_fn == "original":
             factor = math.sqrt(max(1.0, height / columns))
         if direction.numel():
-            apply_direction_(rows.weight, rows.copies, direction.to(rows.weight.device), step.skip,
-                             lr=step.lr * factor, keep=1 - step.lr * step.decay)  # fmt: skip
+            apply_direction_(rows.weight, rows.copies, direction.to(rows.weight.device), rows.step, step.skip,
+                             rows.place, lr=step.lr * factor, keep=1 - step.lr * step.decay)  # fmt: skip
 
 
 def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:

@@ -39,6 +39,11 @@ class OptimizerConfig(Choice, tag="name"):
         """Bytes of its state per parameter, by which the plan times an update."""
         return 8
 
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """In which weights that are trained are kept."""
+        return torch.float32
+
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of `model`'s trainable parameters; each of its groups carries its `initial_lr`."""
         raise NotImplementedError
@@ -53,9 +58,16 @@ class GroupedOptimizerConfig(OptimizerConfig):
 
     betas: Betas
     weight_decay: float = Field(ge=0)
+    # How weights are kept: 4 bytes per parameter; or 2, rounded at random so that small changes add up, without a copy
+    # in fp32.
+    master_weights: Literal["fp32", "bf16_sr"] = "fp32"
     decay_embeddings: bool = True  # whether weight decay is for embeddings too
     param_groups: list[ParamGroup] = []  # [{param_str_match: REGEX, lr: ..., weight_decay: ...}]
     disable_grad: Pattern | list[Pattern] = []  # names of parameters that are not trained: REGEX, or a list
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.master_weights == "bf16_sr" else torch.float32
 
     def settings(self, model: nn.Module) -> list[dict[str, object]]:
         """The optimizer's groups. One of the YAML may become two: with and without decay.

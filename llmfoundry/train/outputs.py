@@ -15,13 +15,13 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterable
 from io import FileIO
 from itertools import pairwise
 from pathlib import Path
 from typing import IO
 
 from llmfoundry import runtime
+from llmfoundry.atomic import atomic_write
 from llmfoundry.checkpoint.identity import Plain
 from llmfoundry.checkpoint.manifest import checkpoints
 from llmfoundry.config import ConfigError, RunError
@@ -103,8 +103,8 @@ class RunFolder:
             if before is not None and before != config:
                 record = self.path / "config-history" / f"until-step-{step}.yaml"
                 record.parent.mkdir(exist_ok=True)
-                _write(record, [write_resolved(disclosed(before, {})).encode()])
-            _write(self.path / "config.yaml", [write_resolved(config).encode()])
+                atomic_write(record, [write_resolved(disclosed(before, {})).encode()], sync=True)
+            atomic_write(self.path / "config.yaml", [write_resolved(config).encode()], sync=True)
         except OSError as error:
             raise ConfigError(f"save_folder: {self.path} cannot be written: {error.strerror}") from None
 
@@ -131,7 +131,7 @@ class RunFolder:
         """Drop the lines of later steps; returns the steps of the others. It holds one line in memory."""
         try:
             if not os.path.lexists(file):
-                _write(file, [])
+                atomic_write(file, [], sync=True)
             steps: list[int] = []
             bytes_kept = 0
             for number, line in enumerate(read_lines(file), 1):
@@ -139,7 +139,8 @@ class RunFolder:
                     steps.append(found)
                     bytes_kept += len(line)
             if bytes_kept < file.stat().st_size:
-                _write(file, (line for i, line in enumerate(read_lines(file), 1) if _step_of(file, i, line) <= step))
+                kept = (line for i, line in enumerate(read_lines(file), 1) if _step_of(file, i, line) <= step)
+                atomic_write(file, kept, sync=True)
         except OSError as error:
             raise ConfigError(f"{file}: cannot be read or written: {error.strerror}") from None
         except ValueError as error:
@@ -206,7 +207,7 @@ class RunFolder:
         """
         text = json.dumps({k: _finite(v) for k, v in summary.items()}, indent=2) + "\n"
         try:
-            _write(self.path / "summary.json", [text.encode()])
+            atomic_write(self.path / "summary.json", [text.encode()], sync=True)
         except OSError as error:
             raise RunError(f"{self.path / 'summary.json'} cannot be written: {error.strerror}") from None
 
@@ -297,18 +298,3 @@ def _finite(value: float | int | str | list[float] | None) -> object:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(path: Path, content: Iterable[bytes]) -> None:
-    """Write a whole file or nothing; what has its temporary name is replaced."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.unlink(missing_ok=True)  # a killed run's, or a pipe, on which opening would wait
-    try:
-        with temporary.open("xb") as file:
-            file.writelines(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)  # a full disk needs the space
-        raise

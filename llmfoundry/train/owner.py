@@ -24,6 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from llmfoundry.atomic import atomic_write
 from llmfoundry.checkpoint.manifest import TakenOver
 from llmfoundry.checkpoint.store import STORE_ERRORS
 from llmfoundry.config import ConfigError, is_url
@@ -142,14 +143,7 @@ class Owner:
     def _write(self) -> None:
         text = json.dumps(self._own._asdict())
         if not is_url(self._place):
-            temporary = Path(f"{self._place}.tmp")
-            temporary.unlink(missing_ok=True)  # a killed run's, or a pipe, on which opening would wait
-            try:
-                temporary.write_text(text)
-                temporary.replace(self._place)
-            except OSError:
-                temporary.unlink(missing_ok=True)
-                raise
+            atomic_write(Path(self._place), [text.encode()])
             return
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / OWNER

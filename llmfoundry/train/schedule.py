@@ -126,7 +126,7 @@ class InverseSquareRootConfig(SchedulerConfig, names=("inv_sqrt_with_warmup",)):
         warmup, end = self._warmup_and_end(timeline)
         scale = _counted("t_scale", self.t_scale, timeline)
         if scale < 1:
-            raise ConfigError(f"scheduler.t_scale={self.t_scale} is no step; write at least 1ba")
+            raise ConfigError(f"scheduler.t_scale={self.t_scale} is less than one step; write at least 1ba")
         start = _tail_start("t_cooldown", self.t_cooldown, timeline, warmup, end)
 
         def decay(step: int) -> float:

@@ -24,6 +24,7 @@ from llmfoundry.parallel.fsdp import accumulating, forget_step
 from llmfoundry.parallel.single import begin_step
 from llmfoundry.train.loss import Loss
 from llmfoundry.train.optim import clipping, update
+from llmfoundry.train.out_of_memory import held
 
 CROSS_ENTROPY = Loss()
 
@@ -89,7 +90,8 @@ def train_step(
     if together:
         try:
             sums = runtime.together(accumulate)
-        except runtime.OutOfMemory:
+        except runtime.OutOfMemory as error:
+            error.held = held(model, optimizer, batch.tokens.device)  # gradients of earlier microbatches go next
             for each in filter(None, (model, objective.other)):
                 forget_step(each)
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import math
@@ -20,13 +21,14 @@ from llmfoundry.checkpoint.composer_names import load_composer
 from llmfoundry.checkpoint.folder import Kept
 from llmfoundry.checkpoint.manifest import TRAINER
 from llmfoundry.checkpoint.reading import HUGGING_FACE, Contents, Json, load_model_only, read
-from llmfoundry.config import ConfigError, RunError, is_theirs
+from llmfoundry.config import ConfigError, ResourceError, RunError, is_theirs
 from llmfoundry.data.loader import Batch
 from llmfoundry.data.mixture import Mixture
 from llmfoundry.eval.icl import PREFIX
 from llmfoundry.layers.ffn import RouterStats
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.moe.balance import named, summary
+from llmfoundry.parallel.fsdp import reduces_once
 from llmfoundry.stopping import on_signal
 from llmfoundry.train.agreeing import AgreeingRun
 from llmfoundry.train.bad_numbers import NOT_FINITE, SPIKE, bad_rows, check_weights, hopeless, record
@@ -35,6 +37,7 @@ from llmfoundry.train.evaluating import evaluate_by_tasks, evaluate_texts
 from llmfoundry.train.loss import Loss
 from llmfoundry.train.mixing import Joined, to_save
 from llmfoundry.train.optim import set_learning_rate
+from llmfoundry.train.out_of_memory import Held, first_of, held, message
 from llmfoundry.train.outputs import SKIPPED, RunFolder, Summary, check_shared, hosts_without, read_summary
 from llmfoundry.train.resume import (
     Start,
@@ -100,6 +103,7 @@ class Trainer(AgreeingRun):
 
     def _close(self) -> None:
         self.watchdog.close()
+        gc.unfreeze()
         for callback in reversed(self.callbacks):
             callback.close()
         if self.folder is not None:
@@ -285,7 +289,8 @@ class Trainer(AgreeingRun):
                 objective=self.objective,
                 together=together,
                 max_loss=self.loss_limit,
-            )
+            ),
+            self._out_of_memory,
         )
         state.step += 1
         state.rows += rows
@@ -317,6 +322,11 @@ class Trainer(AgreeingRun):
         seconds = time.perf_counter() - start
         self.train_seconds += seconds
         return metrics | {"time/step_seconds": seconds}
+
+    def _out_of_memory(self, rows: int, there: Held | None, why: str) -> str:
+        there = there or held(self.model, self.optimizer, self.device)
+        once = reduces_once(self.model)
+        return message(self.config, self.mesh, self.device, rows, once=once, there=there, why=why)
 
     def _batch(self, start_row: int) -> Batch:
         """This rank's rows of a step, on the device; those that were read ahead, if it is them."""
@@ -396,8 +406,15 @@ class Trainer(AgreeingRun):
         self.evaluation = {}  # the older one is not of this step
         self.watchdog.beat(f"an evaluation after step {self.state.step}")
         self.model.eval()
-        texts = evaluate_texts(self, self.stopped)
-        tasks = evaluate_by_tasks(self, self.stopped) if texts is not None else None
+        try:
+            texts = evaluate_texts(self, self.stopped)
+            tasks = evaluate_by_tasks(self, self.stopped) if texts is not None else None
+        except torch.OutOfMemoryError as error:
+            rows = self.config.device_eval_batch_size
+            raise ResourceError(
+                f"out of memory in an evaluation; a smaller device_eval_batch_size than {rows} needs less "
+                f"({first_of(str(error))})"
+            ) from None
         self.model.train()
         if texts is not None and tasks is not None:
             self.evaluation = texts | tasks

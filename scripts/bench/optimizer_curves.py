@@ -29,16 +29,22 @@ SIZES = [
 ]  # fmt: skip
 RATES = {
     "adamw": [4.0e-3, 8.0e-3, 1.6e-2],
+    "adamw, state_dtype: bf16": [8.0e-3],
     "adamw, state_dtype: int8": [8.0e-3],
+    "adamw, master_weights: bf16_sr": [8.0e-3],
+    "adamw, master_weights: bf16_sr, state_dtype: bf16": [8.0e-3],
     "muon": [4.0e-3, 8.0e-3, 1.6e-2],
+    "muon, master_weights: bf16_sr": [8.0e-3],
 }
+OTHER_SEED = ("adamw", 8.0e-3, 18)  # how far chance moves a curve
 
 
-def losses(name: str, lr: float) -> list[float]:
+def losses(name: str, lr: float, seed: int) -> list[float]:
     """Nats per token of each step."""
     with tempfile.TemporaryDirectory() as folder:
         optimizer = f"optimizer={{name: {name}, lr: {lr}, weight_decay: 0.1}}"
-        code = train_main([str(ROOT / "yamls" / "moe.yaml"), *SIZES, optimizer, f"save_folder={folder}/run"])
+        own = [optimizer, f"seed={seed}", f"save_folder={folder}/run"]
+        code = train_main([str(ROOT / "yamls" / "moe.yaml"), *SIZES, *own])
         assert code == 0, f"{name} at {lr} ended with {code}"
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
     return [row["loss/train/ce"] for row in map(json.loads, lines) if "loss/train/ce" in row]
@@ -49,19 +55,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "scripts/bench/results/optimizer_curves.json")
     args = parser.parse_args()
     rows = []
-    for name, rates in RATES.items():
-        for lr in rates:
-            curve = losses(name, lr)
-            assert len(curve) == STEPS
-            row = {"optimizer": name, "lr": lr, f"nats_per_token_of_last_{LAST}": statistics.mean(curve[-LAST:])}
-            print(json.dumps(row), flush=True)
-            rows.append(row | {f"mean_of_every_{EVERY}": [
-                round(statistics.mean(curve[i : i + EVERY]), 4) for i in range(0, STEPS, EVERY)
-            ]})  # fmt: skip
+    for name, lr, seed in [*((name, lr, 17) for name, rates in RATES.items() for lr in rates), OTHER_SEED]:
+        curve = losses(name, lr, seed)
+        assert len(curve) == STEPS
+        row = {
+            "optimizer": name,
+            "lr": lr,
+            "seed": seed,
+            f"nats_per_token_of_last_{LAST}": statistics.mean(curve[-LAST:]),
+        }
+        print(json.dumps(row), flush=True)
+        means = [round(statistics.mean(curve[i : i + EVERY]), 4) for i in range(0, STEPS, EVERY)]
+        rows.append(row | {f"mean_of_every_{EVERY}": means})
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
     facts = {"git_sha": git.stdout.strip(), "device": device, "torch": torch.__version__,
-             "config": ["yamls/moe.yaml", *SIZES], "steps": STEPS, "seeds": 1}  # fmt: skip
+             "config": ["yamls/moe.yaml", *SIZES], "steps": STEPS}  # fmt: skip
     args.out.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
 
 

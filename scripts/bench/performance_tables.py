@@ -61,6 +61,21 @@ def update() -> str:
     return _lines(about, _table(["", "norm, clip and update, ms", "of it the norm, ms", "update, GB/s"], rows))
 
 
+def optimizer_curves() -> str:
+    """What optimizers reach in runs of toy size."""
+    result = _read("optimizer_curves")
+    key = next(name for name in result["rows"][0] if name.startswith("nats_per_token_of_last_"))
+    rows = [
+        [f"`{row['optimizer']}`", f"{row['lr']:g}", str(row["seed"]), f"{row[key]:.3f}"] for row in result["rows"]
+    ]  # fmt: skip
+    last = key.removeprefix("nats_per_token_of_last_")
+    about = (
+        f"{result['steps']} steps of `yamls/moe.yaml` at toy size on Python's standard library, in fp32: the mean loss "
+        f"of the last {last}. {_on('optimizer_curves')}"
+    )
+    return _lines(about, _table(["", "lr", "seed", "nats per token"], rows))
+
+
 def lora_layer() -> str:
     """The experts of a layer with adapters."""
     rows = [
@@ -123,19 +138,20 @@ def memory_peaks() -> str:
 def loader() -> str:
     """The loader with one source and with many."""
     result = _read("loader")
-    config, tokens = result["config"], result["tokens_per_second"]
+    config, ms = result["config"], result["processor_ms_per_batch"]
+    tokens = config["rows_per_batch"] * config["max_seq_len"]
     rows = [
-        [f"{sources} source{'s' * (sources != '1')}", f"{tokens[sources] / 1e6:.1f}",
-         f"{result['processor_ms_per_batch'][sources]:.1f}"]
-        for sources in tokens
-    ]  # fmt: skip
+        [f"{sources} source{'s' * (sources != '1')}", f"{tokens / each / 1e3:.0f}", f"{each:.2f}"]
+        for sources, each in ms.items()
+    ]
     about = (
         f"{config['batches']} batches of {config['rows_per_batch']} rows of {config['max_seq_len']:,} tokens, in one "
         f"thread, at a load average of {result['load_average']}. "
-        f"That is {result['times_what_is_needed']:.0f} times what eight GPUs with "
-        f"{result['needed_by_8_gpus'] / 8:,.0f} tokens/s each need. {_on('loader')}"
+        f"By the clock, 50 sources give {result['times_what_is_needed']:.0f} times what eight GPUs with "
+        f"{result['needed_by_8_gpus'] / 8:,.0f} tokens/s each need; they take {result['cost_of_50_sources']:.1%} more "
+        f"processor time than one. {_on('loader')}"
     )
-    return _lines(about, _table(["", "million tokens/s", "processor time per batch, ms"], rows))
+    return _lines(about, _table(["", "million tokens per processor second", "processor time per batch, ms"], rows))
 
 
 def prepare() -> str:
@@ -146,6 +162,7 @@ def prepare() -> str:
         "datasets.map": f"`datasets` {result['versions']['datasets']}, `map` with the same tokenizer, one process",
         "1 process": "`llmfoundry prepare --workers 1`",
         "2 processes": "`llmfoundry prepare --workers 2`",
+        "2 apart": "two of `llmfoundry prepare --workers 1` at the same time, each on half of the documents",
     }
     rows = [
         [names[way], f"{result['seconds'][way]:.1f}", f"{result['processor_seconds'][way]:.1f}",
@@ -159,7 +176,20 @@ def prepare() -> str:
         f"{_on('prepare')}"
     )
     head = ["", "seconds", "processor seconds", "million tokens per processor second"]
-    return _lines(about, _table(head, rows))
+    return _lines(about, _table(head, rows)) + "\n\n" + _scaling()
+
+
+def _scaling() -> str:
+    """What a second process gains, beside what the machine can gain from one."""
+    result = _read("prepare_scaling")
+    ours, limit = (result[f"two_{name}_to_one_by_processor_time"] for name in ("processes", "apart"))
+    return (
+        f"With a core for each and {result['config']['bytes'] / 1e6:.0f} MB of the same corpus, two workers are {ours} "
+        f"times as fast as one, by processor time. Two runs of one worker that share nothing, each on half of the "
+        f"documents, are {limit} times as fast, which is the limit of the machine. Medians of "
+        f"{result['config']['repeats']} at load averages of {min(result['load_average']):.0f} to "
+        f"{max(result['load_average']):.0f}. {_on('prepare_scaling')}"
+    )
 
 
 def foundry_parity() -> str:

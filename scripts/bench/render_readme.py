@@ -24,6 +24,7 @@ from performance_tables import (
     lora_model,
     loss_curves,
     memory_peaks,
+    optimizer_curves,
     prepare,
     report,
     update,
@@ -208,7 +209,7 @@ def train_step() -> str:
     head = "| | on | tokens/s per GPU | MFU | exposed communication | peak, GiB |"
     return "\n".join(
         [
-            "Training steps of `yamls/olmoe-1b-7b.yaml`, sequences of 4,096 tokens, float32 weights and (unless named)",
+            "Training steps, sequences of 4,096 tokens, float32 weights and (unless named)",
             "moments, bf16 compute, by `scripts/bench/train_step.py`.",
             "",
             head,
@@ -243,6 +244,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "drop-in": drop_in,
     "moe-layer": moe_layer,
     "train-step": train_step,
+    "optimizer-curves": optimizer_curves,
     "measured": measured,
     "planning": planning,
     "rates": rates,

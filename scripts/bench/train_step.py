@@ -23,10 +23,11 @@ import torch
 from llmfoundry import runtime
 from llmfoundry.callbacks import console  # noqa: F401  registers the callbacks that the YAMLs name
 from llmfoundry.cli.command import read_run_config
+from llmfoundry.planning import hardware
 from llmfoundry.planning.hardware import GIB
 from llmfoundry.planning.job import Job
-from llmfoundry.planning.memory import memory
 from llmfoundry.planning.plan import plan
+from llmfoundry.planning.settle import settled
 from llmfoundry.train.build import build
 from llmfoundry.train.config import RunConfig
 from llmfoundry.train.trainer import Trainer
@@ -63,7 +64,7 @@ def planned(config: RunConfig) -> Row:
     """The plan of what `measured` finds. It is simulated, so before there is a process group."""
     job = Job.of(config)
     degrees = job.degrees(runtime.world_size())
-    held = memory(job, degrees)
+    job, held = settled(job, degrees, hardware.GPU_MEMORY - hardware.RESERVE)
     torch._dynamo.reset()
     sizes = {f"{name}_gib": size / GIB for name, size in held._asdict().items()}
     return {"in_all_gib": held.total / GIB, "seconds": plan(job, degrees).time.total} | sizes

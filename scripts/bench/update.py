@@ -25,21 +25,24 @@ from llmfoundry.train.optim import clip_by_global_norm, clipping, update
 D, F, E, V = 2048, 1024, 64, 50304
 LAYER = [(E, 2 * F, D), (E, D, F), (D, D), (D, D), (D, D), (D, D), (E, D), (D,), (D,), (D,), (D,)]
 SETTINGS = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8}
-PROVIDERS = {  # dtypes of gradients and of moments
-    "torch fused, clip by a pass": (torch.float32, None),
-    "ours": (torch.float32, None),
-    "ours, bf16 moments": (torch.float32, torch.bfloat16),
-    "ours, bf16 gradients": (torch.bfloat16, None),
-    "ours, bf16 gradients and moments": (torch.bfloat16, torch.bfloat16),
+BF16 = torch.bfloat16
+PROVIDERS = {  # dtypes of gradients, of moments and of weights
+    "torch fused, clip by a pass": (torch.float32, None, torch.float32),
+    "ours": (torch.float32, None, torch.float32),
+    "ours, bf16 moments": (torch.float32, BF16, torch.float32),
+    "ours, bf16 gradients": (BF16, None, torch.float32),
+    "ours, bf16 gradients and moments": (BF16, BF16, torch.float32),
+    "ours, bf16 gradients and weights": (BF16, None, BF16),
+    "ours, bf16 gradients, moments and weights": (BF16, BF16, BF16),
 }
 
 
-def parameters(layers: int, dtype: torch.dtype) -> list[nn.Parameter]:
+def parameters(layers: int, dtype: torch.dtype, weight: torch.dtype) -> list[nn.Parameter]:
     """With gradients of `dtype`."""
     made = []
     for shape in [(V, D), (V, D), (D,), *LAYER * layers]:
-        parameter = nn.Parameter(torch.empty(shape, device="cuda").normal_(std=0.02))
-        if dtype != torch.float32:
+        parameter = nn.Parameter(torch.empty(shape, device="cuda", dtype=weight).normal_(std=0.02))
+        if dtype != weight:
             parameter.grad_dtype = dtype
         parameter.grad = torch.empty(shape, device="cuda", dtype=dtype).normal_()
         made.append(parameter)
@@ -73,8 +76,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("scripts/bench/results/update.json"))
     args = parser.parse_args()
     rows = []
-    for provider, (grad, moment) in PROVIDERS.items():
-        weights = parameters(args.layers, grad)
+    for provider, (grad, moment, weight) in PROVIDERS.items():
+        weights = parameters(args.layers, grad, weight)
         n = sum(each.numel() for each in weights)
         call = step_of(provider, weights, moment)
         low, ms, high = milliseconds(call)
@@ -86,7 +89,7 @@ def main() -> None:
         norm = milliseconds(lambda w=weights: clipping(w, 1.0))[1]
         row = {"provider": provider, "parameters": n, "ms": ms, "ms_quartiles": [low, high], "norm_ms": norm}
         row["ms_per_1e9_parameters"] = ms / n * 1e9
-        moved = 8 + torch.finfo(grad).bits // 8 + 4 * torch.finfo(moment or torch.float32).bits // 8
+        moved = 2 * weight.itemsize + grad.itemsize + 4 * (moment or torch.float32).itemsize
         row["update_gb_per_second"] = moved * n / (ms - norm) / 1e6
         rows.append(row)
         print(json.dumps(row), flush=True)

@@ -31,6 +31,7 @@ from llmfoundry.checkpoint.checkpointer import Checkpointer, CheckpointState, Sa
 from llmfoundry.checkpoint.finding import candidates
 from llmfoundry.checkpoint.manifest import MANIFEST, CheckpointError, verify
 from llmfoundry.config import ConfigError
+from llmfoundry.parallel.apply import keep_weights_in
 from llmfoundry.train.adamw import moment
 from llmfoundry.train.optim import AdamWConfig
 from tests import forks
@@ -54,8 +55,13 @@ class Tiny(nn.Module):
         self.register_buffer("scratch", torch.zeros(5), persistent=False)
 
 
-def build(seed: int = 0, width: int = 4, state_dtype: Kept = "fp32") -> tuple[nn.Module, Optimizer]:
+def build(seed: int = 0, width: int = 4, state_dtype: Kept = "fp32", half: bool = False) -> tuple[nn.Module, Optimizer]:
+    """A model and its optimizer; `half`: weights in bfloat16, and gradients in float32."""
     model = Tiny(seed, width)
+    if half:
+        keep_weights_in(torch.bfloat16, model)
+        for parameter in model.parameters():
+            parameter.grad_dtype = torch.float32
     return model, AdamWConfig(lr=0.01, state_dtype=state_dtype).build(model)
 
 
@@ -106,9 +112,12 @@ def saved(tmp_path: Path) -> tuple[Path, tuple[nn.Module, Optimizer]]:
     return tmp_path / "checkpoints", run
 
 
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("kept", ["bf16", "int8"])
-def test_smaller_moments_are_kept_so_and_training_continues_the_same(tmp_path: Path, kept: Kept) -> None:
-    run, other = build(seed=0, state_dtype=kept), build(seed=1, state_dtype=kept)
+def test_smaller_moments_and_weights_are_kept_so_and_training_continues_the_same(
+    tmp_path: Path, kept: Kept, half: bool
+) -> None:
+    run, other = (build(seed=seed, state_dtype=kept, half=half) for seed in (0, 1))
     train(*run)
     Checkpointer(tmp_path).load(Checkpointer(tmp_path).save(state(*run)), state(*other))
     dtypes = {memory["exp_avg_sq"].dtype for memory in other[1].state.values()}
@@ -141,6 +150,22 @@ def test_moments_of_another_dtype_are_taken_over(
         # The largest codes of a block are 1.6 % of its largest value apart, and rounding happens twice.
         torch.testing.assert_close(new, 0.95 * old, rtol=2**-6, atol=float(old.max()) / 31 if has_codes else 0)
     assert len([line for line in caplog.messages if "state_dtype" in line]) == 1
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_weights_of_another_dtype_are_taken_over(tmp_path: Path, half: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    run, other, alone = build(half=half), build(seed=1, half=not half), Tiny(2)
+    train(*run)
+    path = Checkpointer(tmp_path).save(state(*run))
+    Checkpointer(tmp_path).load(path, state(*other))
+    load_model_only(path, alone)
+    for p, q, r in zip(run[0].parameters(), other[0].parameters(), alone.parameters(), strict=True):
+        assert q.dtype == (torch.float32 if half else torch.bfloat16) and r.dtype == torch.float32
+        assert torch.equal(q, p.to(q.dtype)) and torch.equal(r, p.float())
+        assert torch.equal(run[1].state[p]["exp_avg"], other[1].state[q]["exp_avg"])
+    assert len([line for line in caplog.messages if "optimizer.master_weights" in line]) == 1
+    train(*other)
 
 
 def test_a_checkpoint_brings_everything_back_bitwise_and_training_continues_the_same(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from llmfoundry.data.cache import made_once
+from llmfoundry.data.watch import Damaged, moved_aside
 
 fork = multiprocessing.get_context("fork")
 
@@ -72,3 +73,19 @@ def test_failed_maker_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no more"):
         made_once(tmp_path / "x", make)
     assert not list(tmp_path.iterdir())
+
+
+def test_of_several_that_find_a_folder_damaged_the_first_moves_it(tmp_path: Path) -> None:
+    folder, damaged = tmp_path / "made", True
+    folder.mkdir()
+
+    def opened() -> None:
+        if damaged:
+            raise Damaged("as it was")
+
+    away = moved_aside(folder, opened)
+    assert away is not None and away.is_dir() and not folder.exists()
+    assert moved_aside(folder, opened) is None, "the first has moved it"
+    folder.mkdir()
+    damaged = False
+    assert moved_aside(folder, opened) is None and folder.is_dir(), "the first has made it again"

@@ -94,6 +94,30 @@ def test_turns_without_marks_are_learned_as_trl_learns_marked_ones(name: str, tm
         assert found[0] == ids and found[1][1:] == labels[1:]  # the first token is never a label
 
 
+# Some open a thought together with the turn, or write special tokens that the tokenizer does not know.
+@pytest.mark.parametrize("name", ["nemotron_3_nano", "qwen3_8", "qwen3_5_think", "lfm2_v2", "cohere2"])
+def test_templates_of_trl_without_its_marks_have_the_same_labels(name: str) -> None:
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    marked, without = ((folder / f"{name}{end}.jinja").read_text() for end in ("_training", ""))
+    own = tokenizer(marked)
+    renderers = [Renderer(tokenizer(template), Targets()) for template in (marked, without)]
+    rows = [row for row in ROWS.values() if not refused(marked, row) and not refused(without, row)]
+    rows = [row for row in rows if row["messages"][0]["role"] != "assistant"]  # Qwen's need a question before
+    compared = 0
+    for row in rows:
+        found = own.apply_chat_template(
+            row["messages"], tools=row["tools"], return_dict=True, return_assistant_tokens_mask=True
+        )
+        pairs = zip(found["input_ids"], found["assistant_masks"], strict=True)
+        labels = [token if mark else IGNORE for token, mark in pairs]
+        for renderer in renderers:
+            ids, learned = ours(renderer, row)
+            if ids == found["input_ids"]:  # TRL keeps thoughts inside of conversations that some templates leave out
+                assert learned[1:] == labels[1:]
+                compared += 1
+    assert compared >= 1.3 * len(rows)
+
+
 @pytest.mark.parametrize("form", ["chatml", "qwen"])
 def test_marked_turns_are_chosen_too(form: str) -> None:
     last = [turn | {"weight": 0} if turn["content"] == "d" else turn for turn in turns("a", "b", "c", "d")]
@@ -255,9 +279,9 @@ def test_how_many_answers_change_inside_a_conversation_is_said(
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "x"}, "has the columns text, which are none of a known format"),
+        ({"text": "x"}, "has the columns text, which match no known format"),
         ({"messages": turns("only the user")}, "has no turn of the assistant"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "role 'robot' is none of system, developer, user"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "role 'robot' is not one of system, developer, user"),
         ({"messages": []}, "must be a list of turns"),
         ({"messages": [{"role": "user", "content": 5}]}, "message 0: content must be text, found 5"),
         ({"messages": [{"role": "user", "content": "a", "function_call": "x"}]}, "function_call: must have name and"),
@@ -303,6 +327,22 @@ def loader(tmp_path: Path, length: int = 64, *, documents: bool = True, template
     whole = {"cache_dir": str(tmp_path / "c"), "validation_fraction": 0.0 if dataset.get("split") != "test" else 1.0}
     config = check(LoaderConfig, {"name": "finetuning", "dataset": whole | dataset})
     return config.build(tokenizer(template), seed=0, max_seq_len=length, sequence_ids=documents)
+
+
+@pytest.mark.parametrize("n", [2, 3, 30])
+def test_of_few_chats_some_are_held_out(tmp_path: Path, n: int, caplog: pytest.LogCaptureFixture) -> None:
+    path = str(write_lines(tmp_path / "chats" / "a.jsonl", chats(n)))
+    with caplog.at_level("INFO"):
+        rows = [loader(tmp_path, path=path, split=split, validation_fraction=0.05, documents=False).rows_per_epoch
+                for split in ("train", "validation")]  # fmt: skip
+    assert min(rows) > 0 and sum(rows) == n
+    assert "held out for validation: " in caplog.text
+
+
+def test_of_one_chat_none_is_held_out(tmp_path: Path) -> None:
+    path = str(write_lines(tmp_path / "a.jsonl", chats(1)))
+    with pytest.raises(ConfigError, match="a.jsonl: holds one row, or equal ones, so none can be held out"):
+        loader(tmp_path, path=path, validation_fraction=0.05)
 
 
 def test_packed_rows_hold_every_example_once_and_apart(tmp_path: Path) -> None:
@@ -441,13 +481,20 @@ def test_own_columns_by_mapping_or_function(tmp_path: Path, monkeypatch: pytest.
         ({}, "write one of path, hf_name, local or streams; found none"),
         ({"path": "a", "hf_name": "b"}, "found path and hf_name"),
         ({"path": "a", "decoder_only_format": False}, "decoder_only_format"),
-        ({"path": "a", "target_prompts": "some"}, "target_prompts: 'some' is none of none, all, length>=N"),
+        ({"path": "a", "target_prompts": "some"}, "target_prompts: 'some' is not one of none, all, length>=N"),
         ({"path": "a", "target_responses": "first"}, "target_responses"),
+        ({"path": "a", "name": "text_files"}, "name=finetuning reads chats, and dataset.name is text_files; leave one"),
     ],
 )
 def test_mistakes_are_named(dataset: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check(LoaderConfig, {"name": "finetuning", "dataset": dataset})
+
+
+def test_a_function_without_a_source_is_refused(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "train.jsonl", chats(3))
+    with pytest.raises(ConfigError, match="preprocessing_fn: math:sqrt: is not a function written in Python"):
+        loader(tmp_path, path=str(path), preprocessing_fn="math:sqrt")
 
 
 def test_bad_rows_are_skipped_up_to_a_number(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -470,7 +517,7 @@ def test_rows_that_the_template_refuses_are_named_and_skipped(tmp_path: Path, ca
 
 @pytest.mark.parametrize("row", [{"messages": turns("\ud800", "b")}, {"prompt": "a", "response": "\ud800"}])
 def test_a_text_that_is_no_unicode_is_refused(row: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"has a lone surrogate, '\\ud800', which is no character"):
+    with pytest.raises(ValueError, match=r"has a lone surrogate, '\\ud800', which is not a valid character"):
         learned(CHATML, row)
 
 
@@ -478,7 +525,9 @@ def test_a_template_with_a_mistake_is_named_before_any_row(tmp_path: Path) -> No
     path = write_lines(tmp_path / "train.jsonl", [{"messages": turns("a", "b")}])
     with pytest.raises(ConfigError, match="dataset.chat_template: line 1: Unexpected end of template"):
         loader(tmp_path, path=str(path), chat_template="{% for m in messages %}", skip_bad_rows=9)
-    with pytest.raises(ConfigError, match=r"train\.jsonl: in none of 1 examples is there anything to learn within"):
+    with pytest.raises(
+        ConfigError, match=r"train\.jsonl \(chats-train\): in none of 1 examples is there anything to learn within"
+    ):
         loader(tmp_path, path=str(path), length=4)
 
 

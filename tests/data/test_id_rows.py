@@ -91,3 +91,9 @@ def test_a_copy_that_becomes_shorter_is_named(tmp_path: Path) -> None:
     os.truncate(copy, 40)
     with pytest.raises(ConfigError, match=r"ids\.bin: has become shorter than \d+ bytes"):
         found.batch(0, 20)
+
+
+@pytest.mark.parametrize("dataset", [{"name": "ids", "path": "a"}, {"name": "megatron", "path": "a"}, {"local": "a"}])
+def test_an_id_that_no_tokenizer_has_is_refused(dataset: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="dataset.eos_token_id: input should be less than 4294967296"):
+        check(LoaderConfig, {"dataset": dataset | {"eos_token_id": 10**30}})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -138,7 +139,7 @@ def test_rows_that_do_not_fit_are_named(tmp_path: Path) -> None:
         loader(tmp_path, local=str(tmp_path / "far")).batch(0, 1)
     with MDSWriter(tmp_path / "bytes", {"tokens": "bytes"}) as writer:
         writer.write({"tokens": bytes(4 * LENGTH + 2)})
-    with pytest.raises(ConfigError, match="34 bytes are no whole number of int64; set dataset.token_encoding_type"):
+    with pytest.raises(ConfigError, match="34 bytes are not a whole number of int64; set dataset.token_encoding_type"):
         loader(tmp_path, local=str(tmp_path / "bytes")).batch(0, 1)
 
 
@@ -173,10 +174,18 @@ def test_what_prepare_writes_trains_a_run(tmp_path: Path, capsys: pytest.Capture
     }  # fmt: skip
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(config))
-    assert (
-        prepare_data_main([str(path), "--format", "mds", "--out", str(tmp_path / "mds"), "--compression", "zstd"]) == 0
-    )
-    assert "rows of 16 tokens in" in capsys.readouterr().out
+    store = fsspec.filesystem("memory")
+    for out in (str(tmp_path / "mds"), "memory://prepared"):
+        assert prepare_data_main([str(path), "--format", "mds", "--out", out, "--compression", "zstd"]) == 0
+        assert f"rows of 16 tokens in {out}/train" in capsys.readouterr().out
+    names = {file.relative_to(tmp_path / "mds").as_posix() for file in (tmp_path / "mds").rglob("*") if file.is_file()}
+    assert {name: store.cat_file(f"/prepared/{name}") for name in names} == {
+        name: (tmp_path / "mds" / name).read_bytes() for name in names
+    }
+    assert prepare_data_main([str(path), "--format", "mds", "--out", "memory://prepared"]) == 2
+    assert "memory://prepared/train: is not empty; choose another folder" in capsys.readouterr().err
+    assert prepare_data_main([str(path), "--format", "mds", "--out", "nope://prepared"]) == 2
+    store.rm("/prepared", recursive=True)
     assert len(MDSFolder(tmp_path / "mds" / "train", tmp_path / "c")) > 10
     assert train_main([str(path), f"save_folder={tmp_path / 'text'}"]) == 0  # leaves its tokenizer
     folders = {"local": str(tmp_path / "mds"), "cache_dir": str(tmp_path / "cache")}

@@ -116,7 +116,7 @@ def patched(data: bytes, at: int, form: str, value: object) -> bytes:
 @pytest.mark.parametrize(
     ("at", "form", "value", "message"),
     [
-        (0, "raw", b"NOTMEGATR", "is no index of Megatron's"),
+        (0, "raw", b"NOTMEGATR", "is not an index of Megatron's"),
         (9, "<Q", 2, "has version 2, and only 1 is known"),
         (17, "<B", 6, "has the type code 6, numbers with a fraction"),
         (17, "<B", 200, "has the type code 200, a type that is not known"),
@@ -149,7 +149,7 @@ def test_missing_and_short_files_are_named(tmp_path: Path) -> None:
             lambda: (tmp_path / "c.idx").write_bytes((tmp_path / "c.idx").read_bytes()[:-1]),
             "is damaged: .* bytes do not",
         ),
-        (lambda: (tmp_path / "c.idx").write_bytes(b"MMID"), "is no index of Megatron's"),
+        (lambda: (tmp_path / "c.idx").write_bytes(b"MMID"), "is not an index of Megatron's"),
         (lambda: (tmp_path / "c.idx").unlink(), r"c\.idx: cannot be read: No such file"),
         (lambda: (tmp_path / "c.bin").unlink(), "finds no .bin and .idx"),
     ]:

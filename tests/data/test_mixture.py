@@ -13,6 +13,7 @@ import yaml
 from llmfoundry.config import ConfigError, check, dump
 from llmfoundry.data import DatasetConfig, Loader, LoaderConfig, MixtureConfig, TokenizerConfig
 from llmfoundry.data.mixture import Mixture
+from llmfoundry.data.rows import Order
 from llmfoundry.data.sources import check_apart, paired_run
 
 LENGTH = 16
@@ -78,6 +79,21 @@ def test_without_weights_sizes_count_and_temperature_evens_them_out(cache: Path,
     assert loader.rows_per_epoch == sizes.sum()
 
 
+def test_shares_by_temperature_are_the_same_on_every_machine() -> None:
+    orders = [Order()] * 2
+
+    def shares(temperature: float, *weights: float) -> list[list[int]]:
+        parts = [{"label": str(i), "name": "synthetic", "weight": weight} for i, weight in enumerate(weights)]
+        config = check(MixtureConfig, {"name": "mixture", "datasets": parts, "temperature": temperature})
+        return config.shares(orders)
+
+    assert shares(2.0, 4.0, 9.0) == [[2, 3]] and shares(0.5, 1.0, 3.0) == [[1, 9]]
+    assert shares(3.0, 5.0, 7.0) == [[494_917, 553_659]]
+    for weight in (1e-300, 1e300):
+        with pytest.raises(ConfigError, match=r"temperature=0.01 makes of weights 0 or infinity; raise it"):
+            shares(0.01, weight, 1.0)
+
+
 def test_budgets_are_what_the_run_reads(cache: Path) -> None:
     loader = build([source(cache, 1, tokens=LENGTH * 30), source(cache, 2, epochs=1.5)])
     rows = int(1.5 * alone(source(cache, 2), source(cache, 1)).rows_per_epoch)
@@ -132,7 +148,7 @@ def test_mistakes_are_named(cache: Path, change: dict[int, dict[str, object]], m
 @pytest.mark.parametrize(
     ("phases", "message"),
     [
-        ([{"weights": {"web": 1.0}}], "'web' is no dataset; known: s1, s2"),
+        ([{"weights": {"web": 1.0}}], "'web' is not a dataset; known: s1, s2"),
         ([{"weights": {"s1": 1.0}}, {"weights": {"s2": 1.0}}], "mixture.0.until: every phase but the last has one"),
         ([{"weights": {"s1": 0.0}}], "must be positive numbers"),
     ],

@@ -55,7 +55,8 @@ def test_what_is_wrong_is_named(row: dict[str, object], message: str) -> None:
 
 def _loader(tmp_path: Path, rows: list[dict[str, object]], length: int = 64) -> object:
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    dataset = {"path": str(tmp_path / "train.jsonl"), "cache_dir": str(tmp_path / "c"), "shuffle": False}
+    dataset = {"path": str(tmp_path / "train.jsonl"), "cache_dir": str(tmp_path / "c"), "shuffle": False,
+               "validation_fraction": 0.0}  # fmt: skip
     config = check(LoaderConfig, {"name": "preferences", "dataset": dataset})
     return config.build(tokenizer(), seed=1, max_seq_len=length)
 

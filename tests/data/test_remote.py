@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from llmfoundry.config import ConfigError, ResourceError, check
-from llmfoundry.data import DatasetConfig, Loader, LoaderConfig, remote
+from llmfoundry.data import DatasetConfig, Loader, LoaderConfig, Source, pack, remote
 from llmfoundry.data.mds import MDSWriter
+from llmfoundry.data.mds_write import write_rows
 from llmfoundry.data.remote import Store, n_bytes
+from llmfoundry.data.stored_file import StoredFile
 from tests.data.chat_tokenizer import tokenizer
 from tests.data.test_megatron import write
 from tests.stores import s3
@@ -125,6 +127,27 @@ def test_the_cache_stays_within_its_limit(memory: str, tmp_path: Path, monkeypat
         assert 0 < kept(tmp_path / "few") <= limit
     with pytest.raises(ConfigError, match="has .* bytes, and cache_limit is 10; raise it"):
         loader(tmp_path / "none", name="mds", remote=f"{memory}/mds/plain", cache_limit=10)
+
+
+def test_a_large_file_is_fetched_in_blocks_as_it_is_read(
+    data: Path, memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "IN_USE", 0.0)
+    monkeypatch.setattr("llmfoundry.data.stored_file.BLOCK", 100)  # rows lie across blocks
+    monkeypatch.setattr("llmfoundry.data.stored_file._OPEN_BLOCKS", 1)
+    here = loader(tmp_path / "here", name="megatron", path=str(data / "meg"))
+    n, bins = here.rows_per_epoch, [file.stat().st_size for file in (data / "meg").glob("*.bin")]
+    indexes = sum(file.stat().st_size for file in (data / "meg").glob("*.idx"))
+    limit = indexes + sum(bins) // 3
+    there = loader(tmp_path / "there", name="megatron", path=f"{memory}/meg", cache_limit=limit)
+    assert there.fingerprint == here.fingerprint
+    for start in range(0, n, 8):
+        assert torch.equal(there.batch(start, 8).tokens, here.batch(start, 8).tokens)
+        assert kept(tmp_path / "there") <= limit
+    whole = loader(tmp_path / "whole", name="megatron", path=f"{memory}/meg")
+    assert kept(tmp_path / "whole") < indexes + sum(bins), "the first and the last row are all that is read at first"
+    whole.batch(0, n)
+    assert kept(tmp_path / "whole") == indexes + sum(bins)
 
 
 def test_the_file_that_was_not_used_longest_goes_first(
@@ -240,6 +263,16 @@ def test_s3_gives_the_rows_of_local_files(data: Path, bucket: str, tmp_path: Pat
     assert same(local, loader(tmp_path / "there", name="mds", remote=f"{bucket}/mds", split="zstd"))
     with pytest.raises(ConfigError, match="s3://corpus/nowhere: no such file or folder"):
         check(DatasetConfig, {"name": "text_files", "path": "s3://corpus/nowhere"}).build()
+    stream = pack(Source("texts", "1", lambda: iter(["some text of a corpus"] * 20)), tokenizer(), tmp_path / "tokens")
+    written = write_rows(stream, LENGTH, f"{bucket}/written")
+    read = loader(tmp_path / "written", name="mds", remote=f"{bucket}/written", shuffle=False)
+    assert read.rows_per_epoch == written.rows > 5
+    assert read.batch(0, written.rows).tokens.flatten().tolist() == stream.read(0, written.rows * LENGTH).tolist()
+    store = Store(tmp_path / "changed")
+    (file,) = store.find(f"{bucket}/meg/one_text_document.bin").values()
+    fsspec.filesystem("s3").pipe_file("corpus/data/meg/one_text_document.bin", bytes(file.size))
+    with pytest.raises(ConfigError, match="one_text_document.bin: was changed while it was read"):
+        StoredFile(file, store).read(10, 20)
 
 
 def test_shuffled_in_blocks_shards_are_fetched_about_once(

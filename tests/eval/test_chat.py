@@ -19,7 +19,7 @@ import llmfoundry.eval.chat as chat_module
 from llmfoundry.cli.chat import chat_main, stopped_by_ctrl_c
 from llmfoundry.cli.inference import show
 from llmfoundry.cli.opening import open_hugging_face
-from llmfoundry.config import ConfigError
+from llmfoundry.config import ConfigError, check
 from llmfoundry.data.chat_template import CHATML
 from llmfoundry.eval.chat import Chat, Ending, Template
 from llmfoundry.eval.generate import Sampling
@@ -204,6 +204,7 @@ def test_a_model_without_template_is_told_what_to_do(
 
 def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(chat: Chat) -> None:
     whole = chat.answer(turns("hello"), GREEDY).text
+    before = signal.getsignal(signal.SIGINT)
     with stopped_by_ctrl_c() as stopped:
         pieces: list[str] = []
 
@@ -215,13 +216,14 @@ def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(chat: Chat) -> Non
         answer = chat.answer(turns("hello"), GREEDY, emit=press, interrupted=stopped)
     assert answer.finish == "interrupted" and whole.startswith(answer.text) and len(answer.text) < len(whole)
     assert chat.answer(turns("hello"), GREEDY).text == whole
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_what_a_template_refuses_is_a_mistake_of_one_line(chat: Chat) -> None:
     with pytest.raises(ConfigError, match="the chat template refuses the conversation: .*content"):
         chat.answer([{"role": "user"}], GREEDY)
+    with pytest.raises(ConfigError, match="has a lone surrogate"):
+        chat.answer(turns("a \udcff"), GREEDY)
 
 
 def test_a_conversation_ends_with_the_learned_positions() -> None:
@@ -233,6 +235,16 @@ def test_a_conversation_ends_with_the_learned_positions() -> None:
     assert answer.prompt_tokens + answer.tokens <= 41
     with pytest.raises(ConfigError, match="the model has learned 40 positions; begin a new one"):
         short.answer(turns("hello " * 40), GREEDY)
+
+
+def test_a_conversation_longer_than_the_rows_of_training_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    own = tokenizer(CHATML)
+    config = check(CausalLMConfig, {"d_model": 16, "n_heads": 2, "n_layers": 1, "vocab_size": len(own),
+                                    "max_seq_len": 40, "attn_config": {"rope": True}})  # fmt: skip
+    chat = Chat(CausalLM(config).eval(), Template(own))
+    for _ in range(2):
+        chat.answer(turns("hello " * 40), Sampling(1))
+    assert caplog.text.count("the conversation has ") == 1 and "made for 40" in caplog.text
 
 
 def test_a_terminal_is_not_commanded_by_a_text(

@@ -8,8 +8,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llmfoundry.cli.inference import generate_main
-from llmfoundry.config import ConfigError
-from llmfoundry.eval.generate import generate, sample
+from llmfoundry.config import ConfigError, check
+from llmfoundry.data.tokenizer import PLAIN_TEXT
+from llmfoundry.eval.generate import Sampling, generate, sample
+from llmfoundry.eval.generate_many import generate_many, request_of
+from llmfoundry.eval.likelihood import Ranks
 from llmfoundry.layers.attention import GroupedQueryConfig
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 
@@ -66,6 +69,27 @@ def test_text_ends_with_the_learned_positions(tokenizer: PreTrainedTokenizerFast
         generate(model, tokenizer, "w3 w5", max_new_tokens=8)
 
 
+def test_a_prompt_with_half_a_character_is_refused(model: CausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ConfigError, match=r"the text 'w3 .ud800' has a lone surrogate, '.ud800'"):
+        generate(model, tokenizer, "w3 \ud800", max_new_tokens=1)
+
+
+def test_a_prompt_longer_than_the_rows_of_training_is_said(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = check(CausalLMConfig, {"d_model": 32, "n_heads": 4, "n_layers": 1, "vocab_size": len(WORDS),
+                                    "max_seq_len": 8, "attn_config": {"rope": True}})  # fmt: skip
+    model = CausalLM(config).eval()
+    generate(model, tokenizer, "w3 w5", max_new_tokens=9)
+    assert not caplog.text
+    generate(model, tokenizer, "w3 " * 9, max_new_tokens=1)
+    assert "the prompt has 9 tokens, and the model was made for 8 (max_seq_len)" in caplog.text
+    caplog.clear()
+    requests = [request_of("w3 " * n, tokenizer, PLAIN_TEXT, None) for n in (2, 9, 3)]
+    assert len(list(generate_many(model, tokenizer, requests, Sampling(1), Ranks(2), set()))) == 3
+    assert "prompt 1, the longest, has 9 tokens" in caplog.text
+
+
 @pytest.mark.parametrize("options", [["--temperature", "nan"], ["--temperature", "inf"], ["--top-p", "nan"]])
 def test_options_that_are_no_numbers_are_refused(options: list[str], capsys: pytest.CaptureFixture) -> None:
     assert generate_main(["--checkpoint", "nowhere", *options]) == 2
@@ -84,6 +108,10 @@ def test_top_p_leaves_the_unlikely_out() -> None:
     assert set(drawn) == {0, 1}
     assert 0.5 < drawn.count(0) / 200 < 0.75, "5 to 3"
     assert set(sample(logits, 1.0, 1e-6, dice) for _ in range(20)) == {0}
+
+
+def test_a_tiny_temperature_takes_the_likeliest() -> None:
+    assert sample(torch.tensor([9.0, 10.0, 2.0]), 1e-300, 1.0, torch.Generator()) == 1
 
 
 def test_temperature_zero_takes_the_lowest_id_of_equals() -> None:

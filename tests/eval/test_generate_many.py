@@ -111,7 +111,7 @@ def test_files_in_and_out(
         ("a.jsonl", '{"prompt": "a"}\n[]', "line 2: must be a mapping with either"),
         ("a.jsonl", '{"prompt": 1}', "line 1: prompt must be a text"),
         ("a.jsonl", '{"messages": "hi"}', "line 1: messages must be a list of mappings"),
-        ("a.jsonl", "yes", "line 1: is no JSON"),
+        ("a.jsonl", "yes", "line 1: is not valid JSON"),
         (None, "", "cannot be read"),
     ],
 )

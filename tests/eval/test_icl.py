@@ -248,7 +248,7 @@ def test_tasks_and_gauntlet_may_have_files_of_their_own(tmp_path: Path) -> None:
         ({"num_fewshot": [1, 1]}, "must list different numbers"),
         ({"metric_names": ["Accuracy"]}, "unknown 'Accuracy'; language_modeling has InContextLearningLMAccuracy"),
         ({"cot_delimiter": "so"}, "a key of generation_task_with_answers"),
-        ({"label": "eval"}, "'eval' is no name for metrics"),
+        ({"label": "eval"}, "'eval' is not a valid name in metrics"),
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path: Path, change: dict[str, object], says: str) -> None:

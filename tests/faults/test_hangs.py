@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,10 @@ import torch
 from llmfoundry.checkpoint import storage
 from llmfoundry.checkpoint.checkpointer import Checkpointer, CheckpointState
 from llmfoundry.train.watchdog import LOOSE, Limits, Watchdog, limits
+from tests import forks
 from tests.faults.runs import ended, is_saved, metrics, plug_in, ranks_of, recipe, start, wait_for
 
+Hanging = dict[str, tuple[Path, forks.Started]]  # the folder of each run, and its process
 # A rank that is stuck ends by torchrun's first signal here: before its second, torchrun 2.13 always waits 30 seconds.
 STUCK_DATA = """
 import os, signal, time
@@ -55,15 +57,60 @@ storage.write_parts = write_parts
 """
 
 
-def test_a_process_that_hangs_writes_its_stacks_and_ends(tmp_path: Path) -> None:
-    more = plug_in(tmp_path, STUCK_DATA) | {"hang_timeout": "2s"}
-    started = start(recipe(tmp_path, **more), MARK=str(tmp_path / "mark"))
-    output = ended(started, 1)
-    said = "error: no step, evaluation batch or save has ended for "
-    assert said in output and "gather_from_a_dead_disk" in output
-    report = (tmp_path / "run" / "hang-rank-0.txt").read_text()
-    assert "no step, evaluation batch or save has ended" in report
-    assert "gather_from_a_dead_disk" in report.partition("\n\n")[2], "every thread's stack"
+STUCK = """
+import os, time
+from pathlib import Path
+from llmfoundry import runtime
+{code}
+"""
+# A rank that hangs: where it does, and what is said of it.
+PLACES = {
+    "evaluation": (
+        "from llmfoundry.train import evaluating\n"
+        "real = evaluating.evaluate\n"
+        "def stuck(*args, **more):\n"
+        "    time.sleep(600 if runtime.rank() == 1 else 0)\n"
+        "    return real(*args, **more)\n"
+        "evaluating.evaluate = stuck\n",
+        {"hang_timeout": "4s", "eval_interval": "2ba"},
+        "an evaluation after step 2 (fault.py:8, stuck)",
+    ),
+    "start": (
+        "from llmfoundry.train import build\n"
+        "real = build._loaders\n"
+        "def stuck(*args):\n"
+        "    time.sleep(600 if runtime.rank() == 1 else 0)\n"
+        "    return real(*args)\n"
+        "build._loaders = stuck\n",
+        {"dist_timeout": 12},
+        "getting the tokenizer and the data (fault.py:8, stuck)",
+    ),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hanging(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hanging]:
+    """Runs that hang and end by themselves, all begun at once: while they wait, the tests of others go on."""
+    folder = tmp_path_factory.mktemp("alone")
+    alone = plug_in(folder, STUCK_DATA) | {"hang_timeout": "2s"}
+    found = {"alone": (folder, start(recipe(folder, **alone), MARK=str(folder / "mark")))}
+    folder = tmp_path_factory.mktemp("restart")
+    more = plug_in(folder, STUCK_DATA) | {"hang_timeout": "4s", "max_duration": "8ba", "save_interval": "1ba"}
+    file = recipe(folder, device_train_microbatch_size=2, **more)
+    environment = {"MARK": str(folder / "mark"), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"}
+    found["restart"] = folder, start(file, ranks=2, restarts=1, **environment)
+    text = {"name": "synthetic", "n_documents": 40, "document_words": 50, "split": "validation"}
+    for place, (code, keys, _) in PLACES.items():
+        folder = tmp_path_factory.mktemp(place)
+        keys |= {
+            "eval_loader": {"dataset": text | {"cache_dir": str(folder / "cache")}},
+            "device_train_microbatch_size": 2,
+        }
+        file = recipe(folder, **plug_in(folder, STUCK.format(code=code)), **keys)
+        found[place] = folder, start(file, ranks=2, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2")
+    yield found
+    for _, run in found.values():
+        run.kill()
 
 
 @pytest.mark.slow
@@ -77,21 +124,6 @@ def test_a_process_that_was_stopped_by_hand_goes_on(tmp_path: Path) -> None:
     wait_for(tmp_path / "run" / "metrics.jsonl", n_steps + 20)
     started.send_signal(signal.SIGTERM)
     ended(started, 0)
-
-
-@pytest.mark.slow
-@pytest.mark.dist
-def test_the_rank_that_hangs_is_named_and_a_restart_goes_on(tmp_path: Path) -> None:
-    more = plug_in(tmp_path, STUCK_DATA) | {"hang_timeout": "4s", "max_duration": "8ba", "save_interval": "1ba"}
-    file = recipe(tmp_path, device_train_microbatch_size=2, **more)
-    started = start(file, ranks=2, restarts=1, MARK=str(tmp_path / "mark"), TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2")
-    output = ended(started, 0)
-    at_fault = "rank 1 on "
-    assert at_fault in output and "is at fault: " in output and "gather_from_a_dead_disk" in output
-    run = tmp_path / "run"
-    assert "gather_from_a_dead_disk" in (run / "hang-rank-1.txt").read_text()
-    assert "tree.py" in (run / "hang-rank-0.txt").read_text(), "rank 0 waited for it"
-    assert [line["step"] for line in metrics(run)] == list(range(1, 9)) and is_saved(run, 8)
 
 
 @pytest.mark.slow
@@ -150,50 +182,35 @@ def test_limits_are_tight_within_a_step_of_several_ranks_alone(monkeypatch: pyte
     assert limits(0.0, 600.0) == Limits(0.0, 0.0)
 
 
-STUCK = """
-import os, time
-from pathlib import Path
-from llmfoundry import runtime
-{code}
-"""
-# A rank that hangs: where it does, and what is said of it.
-PLACES = {
-    "evaluation": (
-        "from llmfoundry.train import evaluating\n"
-        "real = evaluating.evaluate\n"
-        "def stuck(*args, **more):\n"
-        "    time.sleep(600 if runtime.rank() == 1 else 0)\n"
-        "    return real(*args, **more)\n"
-        "evaluating.evaluate = stuck\n",
-        {"hang_timeout": "4s", "eval_interval": "2ba"},
-        "an evaluation after step 2 (fault.py:8, stuck)",
-    ),
-    "start": (
-        "from llmfoundry.train import build\n"
-        "real = build._loaders\n"
-        "def stuck(*args):\n"
-        "    time.sleep(600 if runtime.rank() == 1 else 0)\n"
-        "    return real(*args)\n"
-        "build._loaders = stuck\n",
-        {"dist_timeout": 12},
-        "getting the tokenizer and the data (fault.py:8, stuck)",
-    ),
-}
+def test_a_process_that_hangs_writes_its_stacks_and_ends(hanging: Hanging) -> None:
+    folder, started = hanging["alone"]
+    output = ended(started, 1)
+    said = "error: no step, evaluation batch or save has ended for "
+    assert said in output and "gather_from_a_dead_disk" in output
+    report = (folder / "run" / "hang-rank-0.txt").read_text()
+    assert "no step, evaluation batch or save has ended" in report
+    assert "gather_from_a_dead_disk" in report.partition("\n\n")[2], "every thread's stack"
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_rank_that_hangs_is_named_and_a_restart_goes_on(hanging: Hanging) -> None:
+    folder, started = hanging["restart"]
+    output = ended(started, 0)
+    at_fault = "rank 1 on "
+    assert at_fault in output and "is at fault: " in output and "gather_from_a_dead_disk" in output
+    run = folder / "run"
+    assert "gather_from_a_dead_disk" in (run / "hang-rank-1.txt").read_text()
+    assert "tree.py" in (run / "hang-rank-0.txt").read_text(), "rank 0 waited for it"
+    assert [line["step"] for line in metrics(run)] == list(range(1, 9)) and is_saved(run, 8)
 
 
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize("place", PLACES)
-def test_a_rank_that_hangs_outside_of_steps_is_named_with_what_it_does(tmp_path: Path, place: str) -> None:
-    code, keys, said = PLACES[place]
-    text = {"name": "synthetic", "n_documents": 40, "document_words": 50, "split": "validation"}
-    keys |= {
-        "eval_loader": {"dataset": text | {"cache_dir": str(tmp_path / "cache")}},
-        "device_train_microbatch_size": 2,
-    }
-    file = recipe(tmp_path, **plug_in(tmp_path, STUCK.format(code=code)), **keys)
-    output = ended(start(file, ranks=2, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2"), 1)
-    assert "rank 1 on " in output and f"is at fault: {said}" in output, output
+def test_a_rank_that_hangs_outside_of_steps_is_named_with_what_it_does(hanging: Hanging, place: str) -> None:
+    output = ended(hanging[place][1], 1)
+    assert "rank 1 on " in output and f"is at fault: {PLACES[place][2]}" in output, output
     assert "rank 0 on " not in output.partition("is at fault")[0], output
 
 

@@ -135,7 +135,7 @@ BAD = {
     "layers beyond all tensors": (edit_config(num_hidden_layers=900), "config.json says 900 layers and 4 experts"),
     "layers beyond all memory": (edit_config(num_hidden_layers=10**12), "10000 is the most that is read"),
     "experts beyond all tensors": (edit_config(num_local_experts=60_000), "and 60000 experts"),
-    "a config as deep as a well": (overwrite("config.json", b"[" * 100_000), "is no JSON"),
+    "a config as deep as a well": (overwrite("config.json", b"[" * 100_000), "is not valid JSON"),
     "a missing tensor": (
         edit_tensors(lambda t: t.update({QUERIES.replace("q_proj", "q_prj"): t.pop(QUERIES)})),
         f"tensor {QUERIES!r} is missing; the nearest that is there is 'model.layers.0.self_attn.q_prj.weight'",
@@ -148,7 +148,7 @@ BAD = {
     "an index with an absolute path": (edit_index(QUERIES, "/etc/passwd"), "which is outside of this folder"),
     "an index with a Windows path": (edit_index(QUERIES, "..\\else.safetensors"), "which is outside of this folder"),
     "an index that lies": (lie, "has no tensor 'model.nothing', which model.safetensors.index.json says is in it"),
-    "an index that is no JSON": (overwrite(INDEX, b"{"), "is malformed"),
+    "an index that is not valid JSON": (overwrite(INDEX, b"{"), "is malformed"),
     "an index of another kind": (overwrite(INDEX, b"[]"), "is malformed"),
     "a shard cut in its tensors": (cut(-100), "is cut short"),
     "a shard cut in its header": (cut(20), "is cut short"),

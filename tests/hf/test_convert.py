@@ -307,7 +307,7 @@ MISTAKES = {
     "pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "is a pickle"),
     "type": (lambda f: settings(f, model_type="vit"), "model_type 'vit' is not supported; supported are "),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
-    "no json": (lambda f: (f / "config.json").write_text("{"), "config.json: is no JSON"),
+    "no json": (lambda f: (f / "config.json").write_text("{"), "config.json: is not valid JSON"),
     "quantised": (lambda f: settings(f, quantization_config={"quant_method": "fp8"}), "these weights are quantised"),
     "activation": (lambda f: settings(f, hidden_act="mish"), "activation 'mish' is not supported"),
     "scaling": (lambda f: settings(f, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),

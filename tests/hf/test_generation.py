@@ -139,11 +139,11 @@ def test_a_grown_mixture_keeps_them(theirs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        pytest.param("{", "is no JSON", id="cut"),
+        pytest.param("{", "is not valid JSON", id="cut"),
         pytest.param("[1]", "must hold a mapping, found list", id="list"),
         pytest.param('{"eos_token_id": "</s>"}', "must be a token id", id="text"),
-        pytest.param('{"eos_token_id": [1, 1e400]}', "is no JSON", id="infinity"),
-        pytest.param("[" * 100_000, "is no JSON", id="deep"),
+        pytest.param('{"eos_token_id": [1, 1e400]}', "is not valid JSON", id="infinity"),
+        pytest.param("[" * 100_000, "is not valid JSON", id="deep"),
     ],
 )
 def test_a_bad_file_is_one_line(

@@ -295,8 +295,8 @@ def test_another_architecture_is_named_with_those_supported(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "is no GGUF file"),
-        (b"PK\x03\x04 and more", "is no GGUF file"),
+        (b"", "is not a GGUF file"),
+        (b"PK\x03\x04 and more", "is not a GGUF file"),
         (b"GGUF", "is cut short or damaged"),
         (b"GGUF\x01\0\0\0" + bytes(16), "appears to be version 1"),
         (b"GGUF\0\0\0\x03" + bytes(16), "is big-endian"),

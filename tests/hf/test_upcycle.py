@@ -143,8 +143,8 @@ def test_dropped_units_are_the_same_in_gate_up_and_down() -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"moe_num_experts": 8, "moe_top_k": 3, "granularity": 2}, "moe_top_k=3 is no multiple of granularity=2"),
-        ({"moe_num_experts": 7, "moe_top_k": 2, "granularity": 2}, "moe_num_experts=7 is no multiple"),
+        ({"moe_num_experts": 8, "moe_top_k": 3, "granularity": 2}, "moe_top_k=3 is not a multiple of granularity=2"),
+        ({"moe_num_experts": 7, "moe_top_k": 2, "granularity": 2}, "moe_num_experts=7 is not a multiple"),
         ({"moe_num_experts": 10, "moe_top_k": 5, "granularity": 5}, "granularity=5 does not divide the hidden size 48"),
         ({"moe_num_experts": 4, "moe_top_k": 5}, "moe_top_k=5 exceeds moe_num_experts=4"),
         ({"moe_num_experts": 3, "moe_top_k": 1}, "the router no gradient and it learns nothing; write moe_top_k=2"),

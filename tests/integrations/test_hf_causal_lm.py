@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 
 from llmfoundry.config import ConfigError
 from llmfoundry.integrations.foundry_yaml import Untranslated, translate
+from tests.hf.theirs import MOE, Case
 
 
 @pytest.fixture
@@ -52,6 +53,12 @@ def test_adapters_are_on_the_layers_that_are_named(
     ("peft", "says"),
     [
         ({"target_modules": ["qproj"]}, "target_modules: nothing is called"),
+        ({"target_modules": "("}, r"target_modules: '\(' is not a valid pattern: missing \)"),
+        (
+            {"target_modules": "q_proj"},
+            "target_modules: 'q_proj' matches no whole name, such as model.layers.0.mlp.*"
+            r"; name modules by their ends in a list, \[q_proj\]",
+        ),
         ({"r": 8}, "target_modules: is missing, and peft would choose"),
         ({"target_modules": "all-linear", "use_dora": True}, "use_dora: is not supported"),
     ],
@@ -59,6 +66,24 @@ def test_adapters_are_on_the_layers_that_are_named(
 def test_adapters_that_cannot_be_are_refused(llama: str, peft: dict[str, object], says: str) -> None:
     with pytest.raises(ConfigError, match=f"model.peft_config.{says}"):
         translate(run_of(llama, peft_config=peft))
+
+
+@pytest.mark.parametrize(("tokenizer", "allowed"), [("bpe", False), ("gpt2", True)])
+def test_another_tokenizer_is_taken_only_where_one_is_named(llama: str, tokenizer: str, allowed: bool) -> None:
+    """bpe is the checkpoint's own: trained anew, its ids would mean nothing to the weights."""
+    data, _ = translate(run_of(llama) | {"tokenizer": {"name": tokenizer}})
+    assert data.get("load_allow") == (["tokenizer"] if allowed else None)
+
+
+def test_a_module_of_transformers_that_cannot_do_as_asked_is_said(llama: str, tmp_path: Path) -> None:
+    """One document in a row; and files with experts apart are not read into a module that stacks them."""
+    apart = {"attn_config": {"attn_uses_sequence_id": True}}
+    peft = {"target_modules": ["q_proj", "v_proj"]}
+    _, notes = translate(run_of(llama, peft_config=peft, config_overrides=apart))
+    assert any(note.said.endswith("so each example has a row of its own") for note in notes)
+    Case("mixtral", "", MOE | {"num_local_experts": 4}).build().config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="model.peft_config.target_modules: q_proj is a part .*; name k_proj too"):
+        translate(run_of(str(tmp_path), peft_config=peft))
 
 
 def test_what_is_at_pefts_defaults_is_accepted(llama: str) -> None:

@@ -21,9 +21,10 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from llmfoundry.kernels import eight_bit  # noqa: E402
+from llmfoundry.kernels import eight_bit, symmetric  # noqa: E402
 from llmfoundry.kernels.accumulate import add_kernel  # noqa: E402
 from llmfoundry.kernels.grouped import GroupedConfig, grouped_kernel  # noqa: E402
+from llmfoundry.kernels.lion import lion_kernel  # noqa: E402
 from llmfoundry.kernels.muon import apply_kernel, momentum_kernel  # noqa: E402
 from llmfoundry.kernels.tiles import RANK_STEP, TILE_ROWS  # noqa: E402
 from llmfoundry.kernels.tune import (  # noqa: E402
@@ -133,20 +134,37 @@ def weight_grad(p: int, n: int, c: WeightGradConfig) -> None:
 
 
 def updates() -> None:
-    """The kernels of an optimizer's step, with gradients and moments of one dtype."""
+    """The kernels of an optimizer's step, with weights, gradients and moments of one dtype."""
     moment = {"bf16": tl.bfloat16, "fp32": tl.float32}[DTYPE]
-    types = dict.fromkeys(("lr", "rest1", "beta2", "rest2", "eps", "keep", "rest", "momentum"), "fp32")
+    types = dict.fromkeys(("lr", "beta1", "rest1", "beta2", "rest2", "eps", "keep"), "fp32")
+    types |= dict.fromkeys(("rest", "momentum"), "fp32")
     types |= dict.fromkeys(("n", "number", "start", "inner", "step", "n_tensors", "key"), "i64")
-    types |= dict.fromkeys(("steps_ptr", "factors_ptr", "divisor_ptr", "skip_ptr", "step_ptr", "w_ptr"), "*fp32")
+    types |= dict.fromkeys(("steps_ptr", "factors_ptr", "divisor_ptr", "skip_ptr", "step_ptr"), "*fp32")
     types |= dict.fromkeys(("c_ptr", "x_ptr", "total_ptr"), "*bf16") | {"table_ptr": "*i64"}
-    types |= dict.fromkeys(("m_ptr", "g_ptr", "out_ptr", "d_ptr"), f"*{DTYPE}")
-    constants = {"BLOCK": 2048, "LOOPS": 4, "TENSORS": 128, "ALIGNED": True, "GRAD": moment, "MOMENT": moment,
-                 "COPY": True, "NESTEROV": True}  # fmt: skip
+    types |= dict.fromkeys(("w_ptr", "m_ptr", "g_ptr", "out_ptr", "d_ptr"), f"*{DTYPE}")
+    constants = {"BLOCK": 2048, "LOOPS": 4, "TENSORS": 128, "ALIGNED": True, "WEIGHT": moment, "GRAD": moment,
+                 "MOMENT": moment, "COPY": True, "NESTEROV": True}  # fmt: skip
     kernels = {"adamw": adamw_kernel, "momentum": momentum_kernel, "apply": apply_kernel, "add": add_kernel}
     types |= {"v_ptr": "*u8", "ms_ptr": "*fp32", "vs_ptr": "*fp32", "count_ptr": "*fp32"}
     types |= {"columns": "i32", "per_row": "i32"}
     eight = {"COPY": True, "BLOCKS": 8, "BLOCK": 256}
     report("adamw of 8 bits", eight_bit.adamw_kernel, types | {"m_ptr": "*i8"}, eight, 8, 3)
+    report("lion", lion_kernel, types | {"m_ptr": "*fp32"}, {"COPY": True, "BLOCK": 2048}, 8, 3)
+    strides = dict.fromkeys(("S", "K", "matrix_stride", "row_stride"), "i32") | {"alpha": "fp32", "beta": "fp32"}
+    pointers = dict.fromkeys(("x_ptr", "plus_ptr", "out_ptr"), f"*{DTYPE}")
+    for side in ("wide", "tall"):  # products of rows, or of columns
+        constant = {"column_stride": 1} if side == "wide" else {"row_stride": 1}
+        shape = {
+            "PLUS": side == "wide",
+            "BLOCK": symmetric.BLOCK,
+            "DEPTH": symmetric.DEPTH_BYTES * 8 // moment.primitive_bitwidth,
+        }
+        named = {key: kind for key, kind in (strides | {"column_stride": "i32"}).items() if key not in constant}
+        report(f"symmetric, {side}", symmetric.symmetric_kernel, named | pointers, shape | constant,
+               symmetric.WARPS, symmetric.STAGES)  # fmt: skip
+    whole = {"COPY": True, "WEIGHT": tl.float32, "GRAD": moment, "MOMENT": moment}
+    whole |= {key: constants[key] for key in ("BLOCK", "LOOPS", "TENSORS", "ALIGNED")}
+    report("adamw of float32 weights", adamw_kernel, types, whole, 8, 3)
     for name, kernel in kernels.items():
         report(name, kernel, types, {key: constants[key] for key in constants if key in kernel.arg_names}, 8, 3)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmfoundry.kernels import muon
+from llmfoundry.kernels import muon, symmetric
 from llmfoundry.kernels.muon import apply_reference, momentum_reference, orthogonalize, orthogonalize_flops
 from llmfoundry.kernels.update import Place
 
@@ -40,18 +40,26 @@ def test_the_momentum_equals_its_reference(grad: torch.dtype, moment: torch.dtyp
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("has_copy", [False, True])
+@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_applying_a_direction_equals_its_reference(dtype: torch.dtype, has_copy: bool, device: str) -> None:
+def test_applying_a_direction_equals_its_reference(dtype: torch.dtype, weight: torch.dtype, device: str) -> None:
     pytest.importorskip("triton")
-    weight, direction = torch.randn(70, 99, device=device), torch.randn(70, 99, device=device).to(dtype)
-    pairs = [(weight.clone(), [torch.zeros_like(weight, dtype=torch.bfloat16)] * has_copy) for _ in range(2)]
-    for run, (w, copies) in zip((muon.apply_triton, apply_reference), pairs, strict=True):
-        run(w, copies, direction, torch.zeros((), device=device), lr=0.25, keep=0.9)
-    torch.testing.assert_close(pairs[0][0], pairs[1][0], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(pairs[1][0], 0.9 * weight - 0.25 * direction.float())
-    for copy in pairs[0][1]:  # Triton's interpreter cuts bits off where a GPU rounds to the nearest
-        torch.testing.assert_close(copy.float(), weight * 0.9 - 0.25 * direction.float(), rtol=2**-7, atol=1e-6)
+    first, direction = torch.randn(70, 99, device=device), torch.randn(70, 99, device=device).to(dtype)
+    exact = 0.9 * first.to(weight).float() - 0.25 * direction.float()
+    step, skip = (torch.tensor(value, device=device) for value in (7.0, 0.0))
+    for has_copy in (False, True)[: 1 if weight == torch.bfloat16 else 2]:
+        pairs = [(first.to(weight, copy=True), [torch.zeros_like(first).bfloat16()] * has_copy) for _ in range(2)]
+        for run, (w, copies) in zip((muon.apply_triton, apply_reference), pairs, strict=True):
+            run(w, copies, direction, step, skip, Place(3, 17), lr=0.25, keep=0.9)
+        (a, copied), (b, _) = pairs
+        if weight == torch.float32:
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(b, exact, rtol=1e-6, atol=1e-6)
+        else:  # one of the two neighbours, and another one only where the last bit of float32 decides
+            torch.testing.assert_close(b.float(), exact, rtol=2**-7, atol=1e-6)
+            assert (a != b).float().mean() < 1e-3
+        for copy in copied:  # Triton's interpreter cuts bits off where a GPU rounds to the nearest
+            torch.testing.assert_close(copy.float(), exact, rtol=2**-7, atol=1e-6)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -63,7 +71,7 @@ def test_a_step_that_is_skipped_changes_no_bit(kind: str, device: str) -> None:
     nan, one = torch.full((5, 9), float("nan"), device=device), torch.ones((), device=device)
     getattr(muon, f"momentum_{kind}")(tensors[0], tensors[1], nan, one, nan[0, 0], one, Place(), momentum=0.9,
                                       nesterov=True)  # fmt: skip
-    getattr(muon, f"apply_{kind}")(tensors[2], [], nan, one, lr=1.0, keep=0.5)
+    getattr(muon, f"apply_{kind}")(tensors[2], [], nan, one, one, Place(), lr=1.0, keep=0.5)
     assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
 
 
@@ -82,6 +90,33 @@ def test_a_matrix_without_gradient_stays_zero() -> None:
     x = torch.stack([torch.zeros(4, 6), torch.randn(4, 6)])
     result = orthogonalize(x, steps=5)
     assert result.isfinite().all() and not result[0].any() and result[1].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("shape", [(2, 40, 70), (1, 300, 90), (3, 128, 128)])
+def test_symmetric_products_equal_the_whole_ones(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
+    """Also of columns, of sides that no tile divides, and of several tiles."""
+    pytest.importorskip("triton")
+    for x in (torch.randn(shape, device=device).to(dtype), torch.randn(shape, device=device).to(dtype).mT):
+        square = symmetric.symmetric_triton(x, None, alpha=1.0, beta=0.0)
+        factor = symmetric.symmetric_triton(square, square, alpha=0.25, beta=-1.5)
+        assert torch.equal(square, square.mT) and torch.equal(factor, factor.mT)
+        exact = x.double() @ x.double().mT
+        rtol = 1e-5 if dtype == torch.float32 else 2**-7
+        torch.testing.assert_close(square.double(), exact, rtol=rtol, atol=rtol * float(exact.abs().max()))
+        whole = symmetric.symmetric_reference(square, square, alpha=0.25, beta=-1.5)
+        torch.testing.assert_close(factor, whole, rtol=rtol, atol=rtol * float(whole.abs().max()))
+
+
+def test_orthogonal_matrices_by_symmetric_products_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(symmetric, "symmetric_reference", symmetric.symmetric_triton)
+    for shape in ((2, 24, 40), (2, 40, 24)):
+        x = torch.randn(shape)
+        found, whole = orthogonalize(x.clone(), steps=5, symmetric=True), orthogonalize(x.clone(), steps=5)
+        torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
+        assert not torch.equal(found, whole), "by the kernel"
 
 
 def test_flops_are_those_of_the_products() -> None:

@@ -50,9 +50,9 @@ CONTINUING = {
     4: [LAYOUTS[4][2]],  # with replicas
 }
 ALONE_OTHERWISE = [
-    Case("alone, microbatch 1, full", {"recompute": "full"}, microbatch=1),
-    Case("alone, microbatch 2, selective", {"recompute": "selective"}, microbatch=2),
-    Case("alone, microbatch 4", microbatch=4),
+    Case("alone, microbatch 1", microbatch=1),
+    Case("alone, microbatch 2, full", {"recompute": "full"}, microbatch=2),
+    Case("alone, microbatch 4, selective", {"recompute": "selective"}, microbatch=4),
 ]
 Curve = dict[str, Tensor]
 

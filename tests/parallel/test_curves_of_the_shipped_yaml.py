@@ -27,33 +27,33 @@ YAML = Path(__file__).resolve().parents[2] / "yamls" / "moe.yaml"
 CURVES = ("loss/train/ce", "loss/train/total", "grad_norm")
 # Steps and overrides of each run; the microbatches of the second are of another size than the default's.
 RUNS = {"as shipped": (20, []), "microbatches of 1 row": (5, ["device_train_microbatch_size=1"])}
-Found = dict[str, torch.Tensor]
 
 
-def train(folder: Path, steps: int, overrides: list[str]) -> Found:
-    """Losses and gradient norms of some steps, and the weights after them."""
+def train(folder: Path, overrides: list[str], names: dict[str, int]) -> None:
+    """One run: under each name, the losses and gradient norms of so many steps, and the weights after them."""
     options = ["max_duration=5000ba", f"save_folder={folder / 'run'}", *overrides]
     trainer = build(check(RunConfig, load_yaml(YAML, options)))
-    taken = [trainer.take_step() for _ in range(steps)]
-    found = {name: torch.tensor([step[name] for step in taken], dtype=torch.float64) for name in CURVES}
-    return found | {f"weight/{name}": value for name, value in tiny.weights(trainer.model).items()}
-
-
-def job(folder: Path) -> None:
-    for name, (steps, overrides) in RUNS.items():
-        found = train(folder, steps, overrides)
+    taken: list[dict[str, float]] = []
+    for name, steps in sorted(names.items(), key=lambda item: item[1]):
+        taken += [trainer.take_step() for _ in range(steps - len(taken))]
+        found = {key: torch.tensor([step[key] for step in taken], dtype=torch.float64) for key in CURVES}
+        found |= {f"weight/{key}": value for key, value in tiny.weights(trainer.model).items()}
         if runtime.is_rank0():
             torch.save(found, folder / f"{name}.pt")
 
 
+def job(folder: Path) -> None:
+    for name, (steps, overrides) in RUNS.items():
+        train(folder, overrides, {name: steps})
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs of one process, then those of two ranks in `ranks`."""
+    """The run of one process, then those of two ranks in `ranks`."""
     folder = tmp_path_factory.mktemp("shipped")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLMFOUNDRY_CACHE", str(folder / "cache"))
-        for name, (steps, _) in RUNS.items():
-            torch.save(train(folder, steps, []), folder / f"{name}.pt")
+        train(folder, [], {name: steps for name, (steps, _) in RUNS.items()})
         (folder / "ranks").mkdir()
         run_ranks([2], job, folder / "ranks")
     return folder

@@ -13,6 +13,7 @@ from ranks import run_ranks
 from test_adapters_on_every_mesh import _config as with_adapters
 from tiny import Case
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from llmfoundry import runtime
 from llmfoundry.data.loader import Batch
@@ -33,6 +34,7 @@ CASES = [
 ]
 # Rank 1 runs out of memory in the reference, before the model has run at all; then the step is taken again.
 FULL = Case("reference, shard 2, expert 2, left once", {"expert": 2}, microbatch=2)
+ALL = [*CASES, FULL] if hasattr(FSDPModule, "reset_iter_state") else CASES  # before torch 2.13 no step could be left
 
 
 def _pairs() -> Batch:
@@ -92,7 +94,7 @@ def _leave_once(model: CausalLM, reference: CausalLM, step: Callable[[], object]
 
 def job(folder: Path) -> None:
     """What each process does; the first one writes what they found."""
-    for case in (*CASES, FULL):
+    for case in ALL:
         found = _learn(case, case.name)
         if torch.distributed.get_rank() == 0:
             torch.save(found, folder / f"{case.name}.pt")
@@ -105,7 +107,7 @@ def spread(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", [*CASES, FULL], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
 def test_preferences_are_learned_the_same_on_every_mesh(case: Case, spread: Path) -> None:
     true, ours = _learn(Case("alone"), case.name), torch.load(spread / f"{case.name}.pt", weights_only=True)
     assert true.keys() == ours.keys() and true["metrics"].abs().max() > 0.01

@@ -23,8 +23,11 @@ STEPS, CLIP = 3, 0.5
 ALONE = [Case("8 experts"), Case("6 experts", n_experts=6), Case("2 experts", n_experts=2), Case("tied", tied=True),
          Case("shared keys", shared_kv=True), Case("muon", optimizer="muon"),
          Case("muon, 2 experts", n_experts=2, optimizer="muon"),
-         Case("muon, 6 experts", n_experts=6, optimizer="muon")]  # fmt: skip
-Alone = dict[tuple[int, bool, bool, str], dict[str, Tensor]]
+         Case("muon, 6 experts", n_experts=6, optimizer="muon"),
+         *(Case("bf16_sr", optimizer=name, state=state, half=True)
+           for name, state in (("adamw", "fp32"), ("adamw", "bf16"), ("adamw", "int8"), ("decoupled_lionw", "fp32"),
+                               ("muon", "fp32")))]  # fmt: skip
+Alone = dict[tuple[object, ...], dict[str, Tensor]]
 CASES = [
     Case("shard 4"),
     Case("shard 4, expert 2", {"expert": 2}),
@@ -51,6 +54,14 @@ CASES = [
     Case("muon, replicate 2, shard 2, expert 2", {"replicate": 2, "expert": 2}, optimizer="muon"),
     Case("muon, 1 expert each on 2 ranks", {"expert": 2}, n_experts=2, optimizer="muon"),
     Case("muon, 6 experts on 4 ranks", n_experts=6, optimizer="muon"),
+    Case("bf16_sr, shard 4, accumulation 2", microbatch=1, half=True),
+    Case("bf16_sr, bf16 moments, accumulation 2, reduced each time", {"replicate": 2, "expert": 2,
+         "reduce_once_a_step": False}, microbatch=1, state="bf16", half=True),
+    Case("bf16_sr, int8 moments, expert 4, full recompute", {"expert": 4, "recompute": "full"}, state="int8",
+         half=True),
+    Case("bf16_sr, expert 4, accumulation 2", {"expert": 4}, microbatch=1, half=True),
+    Case("bf16_sr, lion, expert 2", {"expert": 2}, optimizer="decoupled_lionw", half=True),
+    Case("bf16_sr, muon, replicate 2, shard 2, expert 2", {"replicate": 2, "expert": 2}, optimizer="muon", half=True),
 ]  # fmt: skip
 WRONG = [Case("default divide factor, expert 2", {"expert": 2}), Case("default divide factor, expert 4", {"expert": 4})]
 
@@ -96,7 +107,12 @@ def spread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def alone() -> Alone:
-    return {(case.n_experts, case.tied, case.shared_kv, case.optimizer): trained(case) for case in ALONE}
+    return {kind(case): trained(case) for case in ALONE}
+
+
+def kind(case: Case) -> tuple[object, ...]:
+    """What is trained, however it is spread."""
+    return case.n_experts, case.tied, case.shared_kv, case.optimizer, case.state, case.half
 
 
 def relative(found: Tensor, true: Tensor) -> float:
@@ -105,16 +121,16 @@ def relative(found: Tensor, true: Tensor) -> float:
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_spread_equals_alone(case: Case, spread: Path, alone: Alone) -> None:
-    true = alone[case.n_experts, case.tied, case.shared_kv, case.optimizer]
+    true = alone[kind(case)]
     found = torch.load(spread / f"{case.name}.pt", weights_only=True)
     assert found.keys() == true.keys()
     assert true["norm"].min() > CLIP, "clipping has to do something"
     for name, value in true.items():
-        kind = name.split("/")[0]
-        if kind in ("init", "load"):
+        what = name.split("/")[0]
+        if what in ("init", "load") or (what == "weight" and case.half):  # of gradients so near, the same bits
             assert torch.equal(found[name], value), name
         else:  # float64 sums in another order; Adam divides by small numbers, Muon enlarges small singular values
-            assert relative(found[name], value) < (1e-10 if kind == "weight" else 1e-12), name
+            assert relative(found[name], value) < (1e-10 if what == "weight" else 1e-12), name
 
 
 @pytest.mark.parametrize("case", WRONG, ids=[case.name for case in WRONG])

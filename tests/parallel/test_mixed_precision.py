@@ -1,4 +1,4 @@
-"""bfloat16 compute over float32 weights, on every kind of mesh: what GPUs train in."""
+"""bfloat16 compute over weights in float32 or bfloat16, on every kind of mesh: what GPUs train in."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ CASES = [
     Case("replicate 2", {"replicate": 2}),
     Case("shard 2, adapters"),
     Case("shard 2, expert 2, adapters", {"expert": 2}),
-]
+    Case("shard 2, microbatch 2, bf16_sr", {"reduce_once_a_step": False}, microbatch=2, half=True),
+    Case("shard 2, expert 2, microbatch 2, bf16_sr", {"expert": 2}, microbatch=2, half=True),
+    Case("shard 2, expert 2, full, bf16_sr", {"expert": 2, "recompute": "full"}, half=True),
+    Case("shard 2, expert 2, bf16_sr, adapters", {"expert": 2}, half=True),
+]  # fmt: skip
 
 ALONE = [
     Case("alone"),
@@ -34,6 +38,9 @@ ALONE = [
     Case("alone, selective, microbatch 2", {"recompute": "selective"}, microbatch=2),
     Case("alone, adapters"),
     Case("alone, adapters, full", {"recompute": "full"}),
+    Case("alone, tied, bf16_sr", tied=True, half=True),
+    Case("alone, selective, microbatch 2, bf16_sr", {"recompute": "selective"}, microbatch=2, half=True),
+    Case("alone, bf16_sr, adapters", half=True),
 ]
 # What keeps FSDP in a group of one. On a CPU weights are in host memory anyway.
 BY_FSDP = {"cpu_offload": True}
@@ -56,11 +63,14 @@ def learn(case: Case, precision: str) -> dict[str, Tensor]:
     lean = case.name.startswith("alone") and case.microbatch == tiny.ROWS and not case.parallel.get("cpu_offload")
     expected = torch.bfloat16 if lean and precision == "amp_bf16" else torch.float32
 
+    whole = case.half and case.parallel.get("expert") == 2 and case.microbatch == tiny.ROWS  # experts on one rank each
+
     def watch(model: CausalLM) -> None:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                assert parameter.dtype == torch.float32 and parameter.grad is not None, name
-                assert parameter.grad.dtype == expected, name
+                assert parameter.dtype == (torch.bfloat16 if case.half else torch.float32), name
+                assert parameter.grad is not None, name
+                assert parameter.grad.dtype == (torch.bfloat16 if whole and ".experts." in name else expected), name
             else:
                 assert parameter.dtype == (torch.bfloat16 if precision == "amp_bf16" else torch.float32), name
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -15,13 +16,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+import llmfoundry.train.lion  # noqa: F401  registers its optimizer
 import llmfoundry.train.muon  # noqa: F401  registers its optimizer
 from llmfoundry.config import check
 from llmfoundry.data.loader import Batch
 from llmfoundry.layers.lora import is_adapter
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 from llmfoundry.moe.balance import Balance
-from llmfoundry.parallel.apply import materialize, parallelize
+from llmfoundry.parallel import apply
+from llmfoundry.parallel.apply import keep_weights_in, materialize, parallelize
 from llmfoundry.parallel.mesh import ParallelConfig, build_mesh
 from llmfoundry.train.optim import OptimizerConfig
 from llmfoundry.train.step import StepResult, train_step
@@ -42,6 +45,8 @@ class Case(NamedTuple):
     shared_kv: bool = False  # the last layers attend to the keys and values of those before
     accumulation: str = "count"  # how loads of the global batch are known with several microbatches
     optimizer: str = "adamw"
+    state: str = "fp32"  # of the optimizer
+    half: bool = False  # weights in bfloat16, rounded at random
 
 
 def model_config(case: Case) -> CausalLMConfig:
@@ -71,7 +76,10 @@ def build(case: Case, dtype: torch.dtype, precision: str = "fp32") -> CausalLM:
     config, parallel = model_config(case), check(ParallelConfig, case.parallel)
     with torch.device("meta"):
         model = config.build().to(dtype)
-    model = parallelize(model, build_mesh(parallel, "cpu", case.n_experts), parallel, precision)
+    if case.half:
+        keep_weights_in(torch.bfloat16, model)
+    with patch.dict(apply._COMPUTE, fp32=dtype):
+        model = parallelize(model, build_mesh(parallel, "cpu", case.n_experts), parallel, precision)
     return materialize(model, parallel, SEED)
 
 
@@ -125,7 +133,7 @@ def train(
     watch: Callable[[CausalLM], None] | None = None,
 ) -> list[StepResult]:
     """Train for some steps; `watch` sees the model before each update."""
-    optimizer = optimizer or new_optimizer(model, lr, case.optimizer)
+    optimizer = optimizer or new_optimizer(model, lr, case.optimizer, case.state)
     if watch is not None:
         optimizer.register_step_pre_hook(lambda *_: watch(model))
     balance = Balance.of(model.config)
@@ -136,6 +144,7 @@ def train(
     ]  # fmt: skip
 
 
-def new_optimizer(model: CausalLM, lr: float, name: str = "adamw") -> Optimizer:
+def new_optimizer(model: CausalLM, lr: float, name: str = "adamw", state: str = "fp32") -> Optimizer:
     """What these runs are trained with."""
-    return check(OptimizerConfig, {"name": name, "lr": lr, "weight_decay": 0.1}).build(model)
+    keys = {"name": name, "lr": lr, "weight_decay": 0.1} | ({} if state == "fp32" else {"state_dtype": state})
+    return check(OptimizerConfig, keys).build(model)

@@ -28,6 +28,8 @@ from llmfoundry.planning.simulation import simulate
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "scripts" / "bench"))
 from memory import RESULTS, job_of  # noqa: E402  scripts/bench/memory.py, which measured them
+from record_steps import ROWS as STEPS  # noqa: E402, I001
+from record_steps import Row as StepRow  # noqa: E402
 
 # Of the rows, those that no other one is like.
 ALIKE = ("windows", "experts with a clamp")
@@ -123,6 +125,14 @@ def test_graphs_are_traced_once_for_all_simulations(monkeypatch: pytest.MonkeyPa
     assert counts[0] > 0 and counts == [counts[0]] * 3
 
 
+@pytest.mark.parametrize("row", STEPS, ids=lambda row: row.name)
+def test_a_row_of_the_record_is_a_run(row: StepRow) -> None:
+    """What a GPU is asked for has its rows, and nothing in it is a mistake."""
+    job = of_yaml(row.yaml, *row.settings)
+    work = job.work(job.degrees(row.gpus))
+    assert (work.micro_rows, work.microbatches) == (row.rows, row.microbatches)
+
+
 def test_recompute_keeps_less() -> None:
     job = of_yaml("olmoe-1b-7b", "model.n_layers=16", "global_train_batch_size=8", "device_train_microbatch_size=8")
     none, selective, full = (
@@ -138,6 +148,14 @@ def test_what_is_offloaded_is_not_on_the_gpu() -> None:
     offloaded, held = memory(job.changed(cpu_offload=True), degrees), memory(job, degrees)
     assert offloaded.weights == offloaded.optimizer == 0 < offloaded.gathered
     assert offloaded.total < held.total - held.weights - held.optimizer
+
+
+def test_weights_in_bf16_take_half_and_need_no_copies() -> None:
+    job = of_yaml("olmoe-1b-7b", "model.n_layers=1", "global_train_batch_size=1", "parallel.compile=false")
+    half = job._replace(optimizer=job.optimizer.model_copy(update={"master_weights": "bf16_sr"}))
+    held, found = (simulate(each, Degrees(1, 1, 1)).highest for each in (job, half))
+    assert found.weights == held.weights / 2 == held.gathered and found.gathered == 0
+    assert found.optimizer == held.optimizer
 
 
 def test_without_triton_experts_are_simulated_as_grouped_mm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,8 +109,12 @@ def test_the_longest_step_and_save_so_far_have_to_fit_before_the_limit() -> None
     ("settings", "limit", "mistake"),
     [
         ({"name": "cosine_with_warmup", "t_warmup": "10min"}, "100ba", 'scheduler.t_warmup: "10min" is a time'),
-        ({"name": "cosine_with_warmup", "t_warmup": "10ba"}, "2h", 'scheduler.t_warmup: "10ba" is no time'),
-        ({"name": "wsd", "t_decay": "5e6tok"}, "2h", 'scheduler.t_decay: "5e6tok" is no time'),
+        (
+            {"name": "cosine_with_warmup", "t_warmup": "10ba"},
+            "2h",
+            'scheduler.t_warmup: "10ba" is not a wall-clock time',
+        ),
+        ({"name": "wsd", "t_decay": "5e6tok"}, "2h", 'scheduler.t_decay: "5e6tok" is not a wall-clock time'),
         ({"name": "constant_with_warmup", "composer_step": True}, "2h", "scheduler.composer_step: lags by a step"),
         ({"name": "cosine_with_warmup", "t_warmup": "3h"}, "2h", "is 10800000 ms, more than the 7200000"),
     ],
@@ -124,4 +128,4 @@ def test_a_schedule_counts_in_what_the_run_does(settings: dict[str, object], lim
 
 def test_a_time_limit_is_a_time(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     assert train_main([str(tiny), "time_limit=100ba"]) == 2
-    assert 'time_limit: "100ba" is no time by the clock; write e.g. 4h, 30min, 90s' in capsys.readouterr().err
+    assert 'time_limit: "100ba" is not a wall-clock time; write e.g. 4h, 30min, 90s' in capsys.readouterr().err

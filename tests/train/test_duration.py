@@ -106,11 +106,13 @@ def test_a_run_by_the_clock_has_no_steps_but_an_estimate() -> None:
     assert timeline.expected_steps(10) == 50 and timeline.position(10) == 20_000
     with pytest.raises(ConfigError, match='"0.5dur" of max_duration=100s is a time, and steps are needed here'):
         timeline.steps(Duration.parse("0.5dur"))
-    with pytest.raises(ConfigError, match='"10ba" is no time, and max_duration is one; write e.g. 10min or 0.1dur'):
+    with pytest.raises(
+        ConfigError, match='"10ba" is not a wall-clock time, but max_duration is; write e.g. 10min or 0.1dur'
+    ):
         timeline.counted(Duration.parse("10ba"))
     with pytest.raises(ConfigError, match='"2h" is a time, and max_duration is not'):
         TIMELINE.counted(Duration.parse("2h"))
-    with pytest.raises(ConfigError, match="^max_duration: .* is no step"):
+    with pytest.raises(ConfigError, match="^max_duration: .* is less than one step"):
         by_the_clock("0s")
 
 

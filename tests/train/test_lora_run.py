@@ -1,5 +1,6 @@
 """A run that trains adapters on another run's weights, stops, and goes on."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -53,6 +54,15 @@ def test_adapters_begin_on_a_base_checkpoint_and_resume_bitwise(
     (parts / "checkpoints" / "latest").symlink_to("step-5")
     assert train_main([*begin, f"save_folder={parts}", "save_interval=5ba", "autoresume=true"]) == 0
     assert all(torch.equal(after[name], value) for name, value in weights_of(parts).items())
+
+
+def test_what_is_seldom_meant_of_adapters_is_said(
+    recipe: Path,  # noqa: F811
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert train_main([str(recipe), "model.lora.rank=99", "model.lora.alpha=8.0", "max_duration=2ba"]) == 0
+    assert "adapters are trained beside frozen random weights; name a base model by load_path" in caplog.text
+    assert re.search(r"lora.rank=99 exceeds a side of blocks.0.attn.wqkv \(\d+ x \d+\)", caplog.text)
 
 
 def test_blocks_that_are_loaded_are_not_drawn(

@@ -138,7 +138,7 @@ def test_phases_follow_the_time_of_the_run(recipe: Path, tmp_path: Path, capsys:
     ("train_loader", "message"),
     [
         ({"mixture": [{"until": "soon", "weights": {"sums": 1.0}}, {"weights": {"words": 1.0}}]}, "mixture.0.until"),
-        ({"mixture": [{"weights": {"sum": 1.0}}]}, "'sum' is no dataset; known: sums, words"),
+        ({"mixture": [{"weights": {"sum": 1.0}}]}, "'sum' is not a dataset; known: sums, words"),
         ({"mixture": [{"until": "4ba", "weights": {"sums": 1.0}}, {"until": "3ba", "weights": {"sums": 1.0}},
                       {"weights": {"words": 1.0}}]}, "mixture.1.until: 3ba is not after the phase before it"),
     ],

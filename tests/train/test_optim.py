@@ -12,6 +12,7 @@ import llmfoundry.train.lion  # noqa: F401  registers its optimizer
 import llmfoundry.train.muon  # noqa: F401  registers its optimizer
 from llmfoundry.config import Config, ConfigError, check
 from llmfoundry.dtensor import local_part
+from llmfoundry.parallel.apply import keep_weights_in
 from llmfoundry.train.adamw import DecoupledAdamW
 from llmfoundry.train.optim import (
     OptimizerConfig,
@@ -193,8 +194,19 @@ def _nothing_after_a_nan_on_one_rank(rank: int, model: nn.Module, optimizer: tor
 def _same_update_on_two_ranks(rank: int, store: str, name: str, state: str | None) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.set_num_threads(1)
+    for half in (False, True):
+        _same_update(rank, name, state, half)
+    dist.destroy_process_group()
+
+
+def _same_update(rank: int, name: str, state: str | None, half: bool) -> None:
     torch.manual_seed(5)
-    plain = Tiny().with_gradients()
+    plain = Tiny()
+    if half:  # weights in bfloat16, and gradients in float32
+        keep_weights_in(torch.bfloat16, plain)
+        for parameter in plain.parameters():
+            parameter.grad_dtype = torch.float32
+    plain.with_gradients()
     dense = init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
     hybrid = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     sparse = init_device_mesh("cpu", (1, 2), mesh_dim_names=("expert_shard", "expert"))
@@ -210,12 +222,14 @@ def _same_update_on_two_ranks(rank: int, store: str, name: str, state: str | Non
         if key in layout:
             module, _, attribute = key.rpartition(".")
             split = nn.Parameter(distribute_tensor(parameter.detach().clone(), *layout[key]))
+            split.grad_dtype = torch.float32
             assert parameter.grad is not None
             split.grad = distribute_tensor(parameter.grad.clone(), *layout[key])
             setattr(spread.get_submodule(module), attribute, split)
         else:
+            spread.get_parameter(key).grad_dtype = torch.float32
             spread.get_parameter(key).grad = None if parameter.grad is None else parameter.grad.clone()
-    expected = clip_by_global_norm(copy.deepcopy(plain).with_gradients().parameters(), 0.1)
+    expected = clip_by_global_norm(Tiny().with_gradients().parameters(), 0.1)
     clip = clipping(spread.parameters(), 0.1)
     torch.testing.assert_close(clip.norm, expected)
     settings: dict[str, object] = {"name": name, "lr": 0.1} | ({"state_dtype": state} if state else {})
@@ -229,10 +243,10 @@ def _same_update_on_two_ranks(rank: int, store: str, name: str, state: str | Non
             ):
                 parameter.grad = grad  # torch's kernel has scaled it
     for key, parameter in spread.named_parameters():
-        full = parameter.full_tensor() if key in layout else parameter
-        torch.testing.assert_close(full, plain.get_parameter(key), rtol=0 if state else None, atol=0 if state else None)
+        full, exact = parameter.full_tensor() if key in layout else parameter, 0 if state or half else None
+        torch.testing.assert_close(full, plain.get_parameter(key), rtol=exact, atol=exact)
+        assert parameter.dtype == (torch.bfloat16 if half else torch.float32)
     _nothing_after_a_nan_on_one_rank(rank, spread, optimizers[1])
-    dist.destroy_process_group()
 
 
 @pytest.mark.dist

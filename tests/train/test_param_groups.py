@@ -110,9 +110,11 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_run_with_groups_keeps_frozen_weights_and_resumes_bitwise(tmp_path: Path, name: str) -> None:
-    optimizer = {"optimizer": {"name": name, "lr": 0.01} | GROUPED}
+@pytest.mark.parametrize(
+    ("name", "kept"), [*((each, "fp32") for each in NAMES), ("decoupled_lionw", "bf16_sr"), ("muon", "bf16_sr")]
+)
+def test_a_run_with_groups_keeps_frozen_weights_and_resumes_bitwise(tmp_path: Path, name: str, kept: str) -> None:
+    optimizer = {"optimizer": {"name": name, "lr": 0.01, "master_weights": kept} | GROUPED}
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(tiny_run(tmp_path) | RUN | optimizer))
     assert train_main([str(file)]) == 0
@@ -121,6 +123,7 @@ def test_a_run_with_groups_keeps_frozen_weights_and_resumes_bitwise(tmp_path: Pa
     first = weights(tmp_path / "halves")
     assert train_main([*halves, "autoresume=true"]) == 0
     whole, resumed = weights(tmp_path / "run"), weights(tmp_path / "halves")
+    assert (torch.bfloat16 in {each.dtype for each in whole.values()}) == (kept == "bf16_sr")
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     changed = {key for key in whole if not torch.equal(whole[key], first[key])}
     frozen = {key for key in whole if "wte" in key or "blocks.0.ffn.experts" in key}

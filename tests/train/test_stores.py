@@ -21,6 +21,7 @@ from llmfoundry.cli.inference import eval_main, generate_main
 from llmfoundry.cli.train import train_main
 from llmfoundry.config import ConfigError
 from llmfoundry.data import remote
+from llmfoundry.train import owner
 from tests import forks
 from tests.stores import Door, Fault, s3
 
@@ -319,7 +320,8 @@ def test_a_kill_in_an_upload_loses_no_checkpoint_and_leaves_nothing(
         killed = forks.run(*command, env=os.environ | {"KILL_AT": str(kill_at)})
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert read(url).step == 2
-    shutil.rmtree(machine)  # another machine goes on
+    shutil.rmtree(machine)  # another machine goes on, when it has seen that the killed run does not
+    monkeypatch.setattr(owner, "LEASE", 1.0)
     assert train_main(to_store) == 0
     assert steps(url) == {"step-2", "step-4", "step-6"} and not list(machine.rglob("*.tmp-*"))
     manifest = json.loads(fsspec.filesystem("s3").cat_file("bucket/runs/run/checkpoints/step-4/MANIFEST.json"))

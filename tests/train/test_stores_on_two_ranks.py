@@ -77,7 +77,12 @@ def agent(folder: Path, port: int, node: int) -> forks.Started:
                "--rdzv-conf", f"is_host={int(node == 0)},last_call_timeout=10,keep_alive_interval=1,join_timeout=60",
                "--local-addr", "127.0.0.1", "--max-restarts", "3", "--monitor-interval", "0.2",
                str(ROOT / "scripts" / "train.py"), str(folder / "run.yaml")]  # fmt: skip
-    more = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "NODE": str(node)}
+    more = {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "NODE": str(node),
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }  # as docs/many-gpus.md says for several nodes
     return forks.start(*command, env=os.environ | more)
 
 

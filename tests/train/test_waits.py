@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import gc
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 
 import llmfoundry.train.lion  # noqa: F401  registers its optimizer
 import llmfoundry.train.muon  # noqa: F401  registers its optimizer
+from llmfoundry.cli.command import read_run_config
 from llmfoundry.config import check
 from llmfoundry.data.loader import Batch
 from llmfoundry.model.init import init_weights
 from llmfoundry.model.transformer import CausalLM
+from llmfoundry.parallel.apply import keep_weights_in, parallelize
+from llmfoundry.parallel.mesh import ParallelConfig, build_mesh
+from llmfoundry.train.build import build
+from llmfoundry.train.callback import Callback
 from llmfoundry.train.optim import OptimizerConfig
+from llmfoundry.train.run import Metrics, Run
 from llmfoundry.train.step import StepResult, train_step
+from tests.callbacks.conftest import tiny_run
 from tests.reads import CountsReads
 from tests.train.test_step import ROWS, batch, config
 
-OPTIMIZERS = [{"name": "adamw"}, {"name": "adamw", "state_dtype": "bf16"}, {"name": "decoupled_lionw"},
-              {"name": "adamw", "state_dtype": "int8"},
-              {"name": "muon"}]  # fmt: skip
+OPTIMIZERS = [
+    {"name": "adamw"},
+    {"name": "adamw", "state_dtype": "bf16"},
+    {"name": "decoupled_lionw"},
+    {"name": "adamw", "state_dtype": "int8"},
+    {"name": "muon"},
+    *({"name": each, "master_weights": "bf16_sr"} for each in ("adamw", "decoupled_lionw", "muon")),
+]
 
 
 def trained(model: CausalLM, optimizer: torch.optim.Optimizer, rows: Batch) -> StepResult:
@@ -32,7 +48,12 @@ def built(settings: dict[str, object], dense: bool, device: str) -> tuple[Causal
         model_config = check(type(model_config), model_config.model_dump() | {"ffn_config": plain})
     model = model_config.build().to(device)
     init_weights(model, seed=1)
-    return model, check(OptimizerConfig, {"lr": 0.01} | settings).build(model)
+    optimizer = check(OptimizerConfig, {"lr": 0.01} | settings)
+    if optimizer.weight_dtype == torch.bfloat16:
+        keep_weights_in(torch.bfloat16, model)
+        parallel = ParallelConfig(compile=False)
+        parallelize(model, build_mesh(parallel, device, 0), parallel, "fp32")
+    return model, optimizer.build(model)
 
 
 @pytest.mark.parametrize("settings", OPTIMIZERS, ids=str)
@@ -54,6 +75,21 @@ def test_the_mode_sees_a_read() -> None:
         float(torch.ones(()))
         torch.ones(2).tolist()
     assert reads.found == ["__bool__", "__float__", "tolist"]
+
+
+def test_the_garbage_collector_looks_only_through_what_comes_after_the_first_step(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path) | {"eval_interval": "0ba", "max_duration": "2ba"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    trainer = build(read_run_config(str(tmp_path / "run.yaml"), []))
+    frozen: list[int] = []
+
+    class Looks(Callback):
+        def step_end(self, run: Run, metrics: Metrics) -> None:
+            frozen.append(gc.get_freeze_count())
+
+    trainer.callbacks.append(Looks())
+    trainer.fit()
+    assert frozen[1] > frozen[0] + 100_000 and gc.get_freeze_count() == 0
 
 
 @pytest.mark.gpu

@@ -1,0 +1,33 @@
+"""A file that is written whole or not at all: under another name first, which then takes the place of the file."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def atomic_write(path: Path, content: Iterable[bytes], sync: bool = False, shared: bool = False) -> None:
+    """Replace a file, or leave it as it is.
+
+    Args:
+        content: the pieces of the file, in order.
+        sync: wait until they are on disk, so that a crash of the machine does not lose them.
+        shared: several processes may write the file at once; the last one wins.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}.tmp{f'-{uuid.uuid4().hex[:12]}' if shared else ''}")
+    temporary.unlink(missing_ok=True)  # a killed run's, or a pipe, on which opening would wait
+    try:
+        with temporary.open("xb") as file:
+            file.writelines(content)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # a full disk needs the space
+        raise

@@ -1,0 +1,167 @@
+"""Bounds on what the code of strangers may use: a chat template is a program, and may loop or build texts without end.
+
+The bounds hold on every thread. One operation of Python, such as a power of large integers, is not cut short.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from typing import TypeVar
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
+Made = TypeVar("Made")
+
+SECONDS = 10.0  # of CPU time
+MEMORY = 2**31  # bytes that the process may grow by
+_INTERVAL = 0.1  # seconds between two looks at the clock
+
+
+class Exceeded(ValueError):
+    """A bound was reached."""
+
+
+class _OutOfTime(BaseException):
+    """Raised in the thread that is too slow. No Exception: nothing must catch it on the way."""
+
+
+class _Call:
+    """What one thread is doing."""
+
+    def __init__(self, seconds: float) -> None:
+        self.thread = threading.get_ident()
+        self._clock = time.pthread_getcpuclockid(self.thread) if hasattr(time, "pthread_getcpuclockid") else None
+        self._end = self._now() + seconds
+        self.done = self._stopping = False
+
+    def _now(self) -> float:
+        return time.monotonic() if self._clock is None else time.clock_gettime(self._clock)
+
+    def stop_if_late(self) -> None:
+        """By the watching thread."""
+        self._stopping = True  # first: `forget` waits for it
+        if not self.done and self._now() > self._end:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread), ctypes.py_object(_OutOfTime))
+        self._stopping = False
+
+    def forget(self) -> None:
+        """By the thread itself, when it is done: an exception that is not raised yet never will be."""
+        while self._stopping:
+            time.sleep(0)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread), None)
+
+
+class _Watch:
+    """A thread that looks at the clocks of calls. It sleeps while there are none."""
+
+    def __init__(self) -> None:
+        self._calls: dict[_Call, None] = {}
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def add(self, call: _Call) -> None:
+        self._calls[call] = None
+        if self._thread is None or not self._thread.is_alive():  # also in a forked process
+            self._wake = threading.Event()
+            self._thread = threading.Thread(target=self._run, name="limits", daemon=True)
+            self._thread.start()
+        self._wake.set()
+
+    def remove(self, call: _Call) -> None:
+        self._calls.pop(call, None)
+
+    def _run(self) -> None:
+        while self._wake.wait():
+            time.sleep(_INTERVAL)
+            self._wake.clear()
+            for call in list(self._calls):
+                call.stop_if_late()
+            if self._calls:
+                self._wake.set()
+
+
+_watch = _Watch()
+
+
+def bounded(made: Callable[[], Made], seconds: float = SECONDS, memory: int = MEMORY) -> Made:
+    """Call a function within bounds; it must not call this itself.
+
+    Args:
+        seconds: of this thread's CPU time (by the clock, where a system does not count it).
+        memory: bytes that the process may grow by, where a system can bound it.
+
+    Raises:
+        Exceeded: it took more.
+    """
+    try:
+        with _bounded_memory(memory):
+            return _in_time(made, seconds)
+    except MemoryError:
+        raise Exceeded(f"needs more than {memory / 2**30:.3g} GiB of memory") from None
+
+
+def _in_time(made: Callable[[], Made], seconds: float) -> Made:
+    call = _Call(seconds)
+    try:
+        _watch.add(call)
+        return made()
+    except _OutOfTime:
+        raise Exceeded(f"takes more than {seconds:.0f} seconds") from None
+    finally:
+        call.done = True  # first: from here on, no exception is sent
+        with suppress(_OutOfTime):
+            call.forget()
+        _watch.remove(call)
+
+
+_lock = threading.Lock()
+_bounding = 0  # calls, on all threads
+_before = (0, 0)  # the process's own bound: soft and hard
+
+
+@contextmanager
+def _bounded_memory(growth: int) -> Iterator[None]:
+    """The bound is the process's. Of several calls at once, the first sets it and the last lifts it."""
+    global _bounding, _before
+    with _lock:
+        if not _bounding:
+            _before = _bound(growth)
+        _bounding += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _bounding -= 1
+            if not _bounding and resource is not None:
+                resource.setrlimit(resource.RLIMIT_DATA, _before)
+
+
+def _bound(growth: int) -> tuple[int, int]:
+    """Bound the memory that the process may write to, if Linux says how much that is now; returns the bound before."""
+    if resource is None:
+        return 0, 0
+    before = soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    now = _memory(int(time.monotonic() / _INTERVAL), os.getpid())
+    if now is not None:
+        others = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_DATA, (min([now + growth, *others]), hard))
+    return before
+
+
+@lru_cache(maxsize=1)
+def _memory(moment: int, process: int) -> int | None:
+    """Bytes that the process may write to; None where Linux does not say. It is read once a moment: that takes long."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[5]) * resource.getpagesize()
+    except OSError:
+        return None

@@ -1,0 +1,158 @@
+"""Lion in one pass: weights move by the sign of a mean of momentum and gradient, then the momentum is updated.
+
+As in `update.py`, the scale of the gradients and the flag to skip are read on the device, and weights in bfloat16 are
+rounded at random, by the same bits on every mesh.
+
+Bytes moved per value: weight 8 (float32) or 4 (bfloat16), gradient 4 or 2, momentum 8, copy 2.
+
+Source: Chen et al. 2023, Symbolic Discovery of Optimization Algorithms, arXiv:2302.06675.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmfoundry.kernels.update import Place, noise_of, noise_of_weight, rounded
+
+try:
+    import triton
+    import triton.language as tl
+
+    from llmfoundry.kernels.update import noise_bits, round_bits, weight_bits
+except ImportError:  # CPU builds of torch come without it
+    triton = None
+
+
+@torch.library.custom_op("llmfoundry::lion_", mutates_args=("weight", "moment", "copies"))
+def _lion(
+    weight: Tensor,
+    moment: Tensor,
+    grad: Tensor,
+    copies: list[Tensor],
+    step: Tensor,
+    divisor: Tensor,
+    skip: Tensor,
+    place: list[int],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    keep: float,
+) -> None:
+    dense = all(each.is_contiguous() for each in (weight, moment, *copies))
+    run = lion_triton if weight.is_cuda and weight.dtype != torch.float64 and dense else lion_reference
+    run(weight, moment, grad, copies, step, divisor, skip, Place(*place), lr=lr, beta1=beta1, beta2=beta2, keep=keep)
+
+
+@_lion.register_fake
+def _(*_: object) -> None:
+    return None
+
+
+def lion_(
+    weight: Tensor,
+    moment: Tensor,
+    grad: Tensor,
+    copies: list[Tensor],
+    step: Tensor,
+    divisor: Tensor,
+    skip: Tensor,
+    place: Place,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    keep: float,
+) -> None:
+    """`w = keep w - lr sign(b1 m + (1 - b1) g); m = b2 m + (1 - b2) g`, in place.
+
+    Args:
+        weight: not empty; in bfloat16 it is rounded at random.
+        moment: float32 (float64 on CPUs).
+        grad: of any float dtype; it is divided by `divisor`, and read only.
+        copies: bfloat16, which receive the new weights: one, or none.
+        step: () float32, counted from 1, for the random bits.
+        divisor: () float32.
+        skip: () float32; 1 leaves everything as it is.
+        place: of this part in its whole tensor.
+    """
+    _lion(weight, moment, grad, copies, step, divisor, skip, list(place), lr, beta1, beta2, keep)
+
+
+def lion_reference(
+    weight: Tensor,
+    moment: Tensor,
+    grad: Tensor,
+    copies: list[Tensor],
+    step: Tensor,
+    divisor: Tensor,
+    skip: Tensor,
+    place: Place,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    keep: float,
+) -> None:
+    """`lion_` in plain PyTorch. The host waits for `skip`, which is free on a CPU."""
+    if skip:
+        return
+    scaled = grad.to(moment.dtype) / divisor.to(moment.dtype)
+    new = weight.to(moment.dtype).mul_(keep)  # in place but for bfloat16
+    new.sub_(torch.lerp(scaled, moment, beta1).sign_().mul_(lr))
+    if weight.dtype == torch.bfloat16:
+        weight.copy_(rounded(new, noise_of_weight(noise_of(weight, step, place))))
+    moment.lerp_(scaled, 1 - beta2)
+    for copy in copies:
+        copy.copy_(weight)
+
+
+if triton is not None:
+    _BLOCK = 4096
+
+    @triton.jit(do_not_specialize=["number", "start", "inner", "step"])
+    def lion_kernel(
+        w_ptr, m_ptr, g_ptr, c_ptr, step_ptr, divisor_ptr, skip_ptr, n, number, start, inner, step, lr, beta1, rest2,
+        keep, COPY: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        if tl.load(skip_ptr) != 0:
+            return
+        begin = tl.program_id(0).to(tl.int64) * BLOCK
+        i = begin + tl.arange(0, BLOCK)
+        inside = i < n
+        g = tl.load(g_ptr + i, inside, other=0.0).to(tl.float32) / tl.load(divisor_ptr)
+        m = tl.load(m_ptr + i, inside, other=0.0)
+        w = tl.load(w_ptr + i, inside, other=0.0).to(tl.float32) * keep
+        towards = g + (m - g) * beta1
+        w -= tl.where(towards > 0, lr, tl.where(towards < 0, -lr, 0.0))
+        if w_ptr.dtype.element_ty == tl.bfloat16:
+            noise = noise_bits(begin, tl.load(step_ptr), number, start, inner, step, BLOCK)
+            tl.store(w_ptr + i, round_bits(w, weight_bits(noise)), inside)
+        else:
+            tl.store(w_ptr + i, w, inside)
+        tl.store(m_ptr + i, m + (g - m) * rest2, inside)
+        if COPY:
+            tl.store(c_ptr + i, w.to(tl.bfloat16), inside)
+
+
+def lion_triton(
+    weight: Tensor,
+    moment: Tensor,
+    grad: Tensor,
+    copies: list[Tensor],
+    step: Tensor,
+    divisor: Tensor,
+    skip: Tensor,
+    place: Place,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    keep: float,
+) -> None:
+    """`lion_` by the kernel; all but the gradient are contiguous."""
+    n = weight.numel()
+    lion_kernel[(triton.cdiv(n, _BLOCK),)](
+        weight, moment, grad.contiguous(), copies[0] if copies else weight, step, divisor, skip, n, *place, lr, beta1,
+        1 - beta2, keep, COPY=bool(copies), BLOCK=_BLOCK, num_warps=8,
+    )  # fmt: skip

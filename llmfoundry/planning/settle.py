@@ -1,0 +1,52 @@
+"""What `parallel.reduce_once_a_step: auto` means, by the plan's memory; and the plan as a process of its own.
+
+    python -m llmfoundry.planning.settle < pickled (RunConfig, number of GPUs, bytes of one)
+
+A run asks such a process (train/planned.py), because a simulation needs a process group of its own kind. It prints one
+line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+
+from llmfoundry.parallel.mesh import Degrees
+from llmfoundry.planning.hardware import RESERVE
+from llmfoundry.planning.job import Job
+from llmfoundry.planning.ledger import Memory
+from llmfoundry.planning.memory import memory
+from llmfoundry.planning.simulation import CannotSimulateError
+
+
+def settled(job: Job, degrees: Degrees, usable: float) -> tuple[Job, Memory]:
+    """The job without `auto`, and what one GPU holds.
+
+    Args:
+        usable: bytes of one GPU that a plan may use. Gradients are summed once a step if that fits.
+    """
+    if job.parallel.reduce_once_a_step != "auto":
+        return job, memory(job, degrees)
+    once = job.changed(reduce_once_a_step=True)
+    held = memory(once, degrees)
+    if held.total <= usable or degrees.shard == 1 or job.work(degrees).microbatches == 1:
+        return once, held
+    each = job.changed(reduce_once_a_step=False)
+    return each, memory(each, degrees)
+
+
+def main() -> None:
+    """Read a run, and print `{"once": ..., "held": {...}}`, or `{"why": ...}` where it cannot be simulated."""
+    config, gpus, size = pickle.load(sys.stdin.buffer)
+    job = Job.of(config)
+    try:
+        job, held = settled(job, job.degrees(gpus), size - RESERVE)
+    except CannotSimulateError as error:
+        print(json.dumps({"why": str(error)}))
+        return
+    print(json.dumps({"once": job.parallel.reduce_once_a_step, "held": held._asdict()}))
+
+
+if __name__ == "__main__":
+    main()
