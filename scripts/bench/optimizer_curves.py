@@ -3,7 +3,8 @@
     python scripts/bench/optimizer_curves.py
 
 Each run is `yamls/moe.yaml` with the overrides of `SIZES`: toy size. It shows that an optimizer learns and which rates
-suit it, and says little about large models. Writes scripts/bench/results/optimizer_curves.json.
+suit it, and says little about large models. Writes scripts/bench/results/optimizer_curves.json. The runs are kept in
+`--runs`, so that `llmfoundry report RUN RUN --out FILE.html` plots them.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import statistics
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
@@ -28,35 +29,35 @@ SIZES = [
     "eval_interval=0ba", "save_interval=1000ba", "callbacks={}", "autoresume=false",
 ]  # fmt: skip
 RATES = {
-    "adamw": [4.0e-3, 8.0e-3, 1.6e-2],
-    "adamw, state_dtype: bf16": [8.0e-3],
-    "adamw, state_dtype: int8": [8.0e-3],
-    "adamw, master_weights: bf16_sr": [8.0e-3],
-    "adamw, master_weights: bf16_sr, state_dtype: bf16": [8.0e-3],
+    "adamw": [1.0e-3, 2.0e-3, 4.0e-3, 8.0e-3],
+    "adamw, state_dtype: bf16": [4.0e-3],
+    "adamw, state_dtype: int8": [4.0e-3],
+    "adamw, master_weights: bf16_sr": [4.0e-3],
+    "adamw, master_weights: bf16_sr, state_dtype: bf16": [4.0e-3],
     "muon": [4.0e-3, 8.0e-3, 1.6e-2],
     "muon, master_weights: bf16_sr": [8.0e-3],
 }
-OTHER_SEED = ("adamw", 8.0e-3, 18)  # how far chance moves a curve
+OTHER_SEED = ("adamw", 4.0e-3, 18)  # how far chance moves a curve
 
 
-def losses(name: str, lr: float, seed: int) -> list[float]:
+def losses(folder: Path, name: str, lr: float, seed: int) -> list[float]:
     """Nats per token of each step."""
-    with tempfile.TemporaryDirectory() as folder:
-        optimizer = f"optimizer={{name: {name}, lr: {lr}, weight_decay: 0.1}}"
-        own = [optimizer, f"seed={seed}", f"save_folder={folder}/run"]
-        code = train_main([str(ROOT / "yamls" / "moe.yaml"), *SIZES, *own])
-        assert code == 0, f"{name} at {lr} ended with {code}"
-        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+    optimizer = f"optimizer={{name: {name}, lr: {lr}, weight_decay: 0.1}}"
+    code = train_main([str(ROOT / "yamls" / "moe.yaml"), *SIZES, optimizer, f"seed={seed}", f"save_folder={folder}"])
+    assert code == 0, f"{name} at {lr} ended with {code}"
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [row["loss/train/ce"] for row in map(json.loads, lines) if "loss/train/ce" in row]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "scripts/bench/results/optimizer_curves.json")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "optimizers", help="an empty folder")
     args = parser.parse_args()
     rows = []
     for name, lr, seed in [*((name, lr, 17) for name, rates in RATES.items() for lr in rates), OTHER_SEED]:
-        curve = losses(name, lr, seed)
+        words = re.findall(r"\w+", name)
+        curve = losses(args.runs / "-".join([*words, str(lr), str(seed)]), name, lr, seed)
         assert len(curve) == STEPS
         row = {
             "optimizer": name,

@@ -1,10 +1,18 @@
 "use strict";
 const { runs, panels, kinds, differing } = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
-const layout = (title, more = {}) => ({
-  title: { text: title, font: { size: 13 }, x: 0.02, xanchor: "left" }, margin: { l: 56, r: 16, t: 36, b: 56 },
-  font: { family: "system-ui, sans-serif", size: 11 }, legend: { orientation: "h", y: -0.28 }, ...more,
+const ROW = 19; // pixels of a row of the legend
+const layout = (title, rows, more = {}) => ({
+  title: { text: title, font: { size: 13 }, x: 0.02, xanchor: "left" },
+  margin: { l: 56, r: 16, t: 36, b: 44 + ROW * rows },
+  font: { family: "system-ui, sans-serif", size: 11 },
+  legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom" }, ...more,
 });
+function legendRows(names, width) {
+  if (names.length < 2) return 0;
+  const longest = Math.max(...names.map((name) => name.length));
+  return Math.ceil(names.length / Math.max(1, Math.floor(width / (longest * 6 + 50))));
+}
 const options = { responsive: true, displaylogo: false, displayModeBar: false };
 function panel(parent, id, traces, title, more = {}, wide = false) {
   let place = byId(id);
@@ -14,7 +22,10 @@ function panel(parent, id, traces, title, more = {}, wide = false) {
     place.className = wide ? "panel wide" : "panel";
     parent.append(place);
   }
-  Plotly.react(place, traces, layout(title, more), options);
+  const names = traces.filter((trace) => trace.mode === "lines").map((trace) => trace.name);
+  const rows = legendRows(names, place.clientWidth - 72);
+  place.style.height = rows > 1 ? `${(wide ? 360 : 300) + ROW * (rows - 1)}px` : "";
+  Plotly.react(place, traces, layout(title, rows, more), options);
 }
 const short = (name) => name.split("/").pop();
 const number = (value) => typeof value === "number"
