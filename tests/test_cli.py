@@ -72,7 +72,8 @@ def test_dry_run_says_whether_it_fits(recipe: Path, capsys: pytest.CaptureFixtur
         ("parallel.recompute_save=[aten.mm]", "recompute_save is for recompute: selective, not none"),
         ("train_loader=[]", "train_loader=[]: does not fit the value that is there"),
         ("eval_first=true", "eval_first=true has no text to evaluate on; add an eval_loader, or icl_tasks"),
-        ("precision=bf16", "precision: input should be 'fp32' or 'amp_bf16' or 'auto', found 'bf16'"),
+        ("precision=bf16", "precision: bf16 is not supported; write amp_bf16, or fp32"),
+        ("precision=half", "precision: input should be 'fp32' or 'amp_bf16' or 'auto', found 'half'"),
         (
             "device_train_microbatch_size=all",
             "device_train_microbatch_size: input should be a valid integer or 'auto', found 'all'",

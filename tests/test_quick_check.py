@@ -141,7 +141,8 @@ def test_it_says_nothing_where_it_is_not_sure(overrides: list[str]) -> None:
 def test_words_of_llm_foundry_are_translated_first() -> None:
     assert quick_mistakes(str(MOE), ["model.init_device=meta", "eval_interval=1"]) == []
     assert quick_mistakes(str(MOE), ["load_ignore_keys=[a]", "seeed=1"]) == [
-        "load_ignore_keys: ['a'] is not supported; remove it, or write null",
+        "load_ignore_keys: ['a'] is not supported; write load_weights_only: true to leave out optimizer and progress, "
+        "and load_allow for what may differ",
         "seeed: unknown key (did you mean 'seed'?)",
     ]
 

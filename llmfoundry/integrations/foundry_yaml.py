@@ -108,7 +108,7 @@ def _one_by_one(data: Tree, notes: list[Note], mistakes: list[str]) -> None:
             take(data, path)
             if path == "optimizer.name":  # so that its other keys are not said to be of another one
                 data["optimizer"] = {"name": "decoupled_adamw", "lr": 1.0}
-            mistakes.append(f"{path}: {value} is not built; {reasons[value]}")
+            mistakes.append(f"{path}: {value} is not supported; {reasons[value]}")
     for path, why in GONE.items():
         for place in present(data, path):
             said = "left out, it changes no value" + (f"; {why}" if why else "")

@@ -61,7 +61,7 @@ def hugging_face_model(data: Tree) -> list[Note]:
 
     Raises:
         ConfigError: a line for each mistake: the model cannot be found, no family of ours holds it, or a key asks for
-            what is not built.
+            what is not supported.
     """
     block = copy.deepcopy(data["model"])
     assert isinstance(block, dict)

@@ -47,7 +47,7 @@ def kv_dim(model: Tree, value: object) -> list[str]:
     """The size of what keys and values are projected from: of self-attention, the model's."""
     if value not in (None, model.get("d_model")):
         raise ConfigError(
-            f"model.attn_config.kv_dim: {value!r} is of cross-attention, which is not built; leave it out"
+            f"model.attn_config.kv_dim: {value!r} is of cross-attention, which is not supported; leave it out"
         )
     return ["left out: keys and values are projected from d_model"]
 
@@ -62,7 +62,7 @@ def _without_temperature(value: object, where: str) -> None:
     scale = value.get("attn_scale", 0) if isinstance(value, dict) else value
     if scale not in (None, 0):  # False is 0
         raise ConfigError(
-            f"{where}.attn_temperature_tuning: is not built: queries are not scaled by their position; write "
+            f"{where}.attn_temperature_tuning: is not supported: queries are not scaled by their position; write "
             "attn_scale: 0.0, or leave it out"
         )
 
@@ -170,8 +170,8 @@ def _override(override: object, where: str) -> Tree:
     _without_temperature(settings.pop("attn_temperature_tuning", None), f"{where}.attn_config")
     if settings.pop("reuse_kv_x_layer_idx", None) is not None:
         raise ConfigError(
-            f"{where}.attn_config.reuse_kv_x_layer_idx: is not built: a layer projects its keys and values from its "
-            "own input; reuse_kv_layer_idx takes those of an earlier layer as they are"
+            f"{where}.attn_config.reuse_kv_x_layer_idx: is not supported: a layer projects its keys and values from "
+            "its own input; reuse_kv_layer_idx takes those of an earlier layer as they are"
         )
     for key in settings:
         if key not in ("sliding_window_size", "reuse_kv_layer_idx", "nope"):

@@ -356,7 +356,7 @@ NAMES = [(path, value) for path, reasons in REFUSED_VALUES.items() for value in 
 def test_a_name_that_is_not_built_is_refused_with_what_to_write(path: str, value: str) -> None:
     with pytest.raises(Untranslated) as error:
         translate({**at(path, value), **FOREIGN})
-    assert str(error.value) == f"{path}: {value} is not built; {REFUSED_VALUES[path][value]}"
+    assert str(error.value) == f"{path}: {value} is not supported; {REFUSED_VALUES[path][value]}"
     if path == "optimizer.name":
         assert error.value.rest["optimizer"]["name"], "no second mistake"  # type: ignore[index]
 
@@ -448,7 +448,7 @@ def test_queries_scaled_by_position_are_refused_where_they_are_on(value: object)
     for keys in ({"attn_config": {"attn_temperature_tuning": value}}, {"block_overrides": block}):
         assert _translated(**keys) == _translated()
     block["overrides"]["a"]["attn_config"]["attn_temperature_tuning"] = {"attn_scale": 0.1}
-    with pytest.raises(ConfigError, match=r"overrides.a.attn_config.attn_temperature_tuning: is not built"):
+    with pytest.raises(ConfigError, match=r"overrides.a.attn_config.attn_temperature_tuning: is not supported"):
         _translated(block_overrides=block)
 
 
@@ -602,7 +602,7 @@ def test_layers_without_positions_and_with_another_window_than_the_model() -> No
         ({"order": [{"name": "a", "repeat": 0}]}, "repeat: must be a whole number"),
         ({"overrides": {"default": {}}}, "`default` is the layer without any"),
         ({"overrides": {"a": {"ffn_config": {}}}}, "only attn_config can differ"),
-        ({"overrides": {"a": {"attn_config": {"reuse_kv_x_layer_idx": -1}}}}, "reuse_kv_x_layer_idx: is not built"),
+        ({"overrides": {"a": {"attn_config": {"reuse_kv_x_layer_idx": -1}}}}, "reuse_kv_x_layer_idx: is not supported"),
         ({"overrides": {"a": {"attn_config": {"reuse_kv_layer_idx": 0}}}}, "must be negative"),
         ({"more": 1}, "block_overrides.more: unknown key"),
     ],

@@ -293,7 +293,7 @@ def test_state_dicts_have_their_names_and_come_back(kind: type[dMoE], more: dict
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"activation_fn": torch.tanh}, "activation_fn=.* is none of silu, gelu"),
+        ({"activation_fn": torch.tanh}, "activation_fn=.* is not one of silu, gelu"),
         ({"pipeline_model_parallel_size": 2}, "pipeline_model_parallel_size=2 is not supported"),
         ({"num_layers_per_virtual_pipeline_stage": 1}, "num_layers_per_virtual_pipeline_stage=1 is not supported"),
         ({"moe_expert_model_parallelism": True}, "needs a process group"),
@@ -302,7 +302,7 @@ def test_state_dicts_have_their_names_and_come_back(kind: type[dMoE], more: dict
         ({"shared_expert_weighted_sum": True}, "shared_expert_weighted_sum=True is not supported"),
         ({"mlp_type": "gru"}, "mlp_type='gru' is neither mlp nor glu"),
         ({"mlp_impl": "dense"}, "mlp_impl='dense' is neither grouped nor sparse"),
-        ({"activation_fn": None}, "activation_fn=None is none of silu, gelu"),
+        ({"activation_fn": None}, "activation_fn=None is not one of silu, gelu"),
         ({"shared_expert": True}, "shared_expert=True has biases"),
         ({"moe_top_k": 9}, "moe_top_k=9 exceeds moe_num_experts=4"),
     ],
