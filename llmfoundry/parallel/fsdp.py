@@ -260,7 +260,11 @@ def _groups(model: nn.Module) -> Iterator[FSDPParamGroup]:
     """What torch keeps of the parameters of each unit; it has no public way to it."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            yield from module._get_fsdp_state()._fsdp_param_groups
+            state = module._get_fsdp_state()
+            if hasattr(state, "_fsdp_param_groups"):
+                yield from state._fsdp_param_groups
+            elif state._fsdp_param_group is not None:  # torch 2.11: one group per module
+                yield state._fsdp_param_group
 
 
 def forget_step(model: nn.Module) -> None:
