@@ -189,8 +189,8 @@ class Watchdog:
         """Where the main thread is."""
         frames = _frames(self._main)
         if any(each.f_code is Checkpointer.wait.__code__ for each in frames):  # what counts is who writes for it
-            writer = next((thread for thread in threading.enumerate() if thread.name.startswith(WRITER)), None)
-            frames = _frames(writer.ident or 0) if writer is not None else frames
+            writers = [thread for thread in threading.enumerate() if thread.name.startswith(WRITER)]
+            frames = _frames(writers[-1].ident or 0) if writers else frames  # an earlier run may have left others
         inside = any(str(each.f_globals.get("__name__", "")).startswith(COLLECTIVE) for each in frames[:INNERMOST])
         ours = next((each for each in frames if "llmfoundry" in each.f_code.co_filename and not _passes_on(each)), None)
         is_parked = bool(frames) and str(frames[0].f_globals.get("__name__")).startswith(("threading", "concurrent"))

@@ -222,6 +222,9 @@ def test_while_a_thread_saves_it_is_the_thread_that_counts(tmp_path: Path, monke
         go_on.wait()
         return {}
 
+    earlier = Checkpointer(tmp_path / "earlier", asynchronous=True)  # of another run in this process
+    earlier.save(CheckpointState(step=1, model=torch.nn.Linear(2, 2)))
+    earlier.wait()
     monkeypatch.setattr(storage, "write_parts", stuck)
     checkpointer = Checkpointer(tmp_path, asynchronous=True)
     checkpointer.save(CheckpointState(step=1, model=torch.nn.Linear(2, 2)))
