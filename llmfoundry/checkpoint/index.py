@@ -131,7 +131,7 @@ def _entries(listed: dict[str, Json], layouts: list[tuple[Box, ...]]) -> dict[st
     checked: set[tuple[int, tuple[int, ...]]] = set()
     for name, said in listed.items():
         if not isinstance(said, dict) or not isinstance(said["dtype"], str) or said["dtype"] not in SAVED_DTYPES:
-            raise ValueError(f"{name!r:.80} is {said!r:.80}, which is no tensor")
+            raise ValueError(f"{name!r:.80} is {said!r:.80}, which is not a tensor")
         dtype, shape = SAVED_DTYPES[said["dtype"]], whole_numbers(said["shape"])
         if "chunks" in said:  # as it was written by earlier versions
             entries[name] = Entry(dtype, shape, _earlier(said["chunks"], shape))
@@ -155,7 +155,7 @@ def _boxes(runs: Json) -> tuple[Box, ...]:
     found: list[Box] = []
     for run in runs if isinstance(runs, list) else [runs]:
         if not isinstance(run, dict):
-            raise ValueError(f"{run!r:.80} is no layout")
+            raise ValueError(f"{run!r:.80} is not a layout")
         rank, offsets, shape = whole_number(run["rank"]), whole_numbers(run["offsets"]), whole_numbers(run["shape"])
         count = whole_number(run.get("count", 1))
         if len(found) + count > _MOST:
@@ -177,7 +177,7 @@ def _earlier(listed: Json, shape: tuple[int, ...]) -> tuple[Chunk, ...]:
     found = []
     for said in listed if isinstance(listed, list) else [listed]:
         if not isinstance(said, dict) or not isinstance(said["file"], str):
-            raise ValueError(f"{said!r:.80} is no chunk")
+            raise ValueError(f"{said!r:.80} is not a chunk")
         if said["file"] != os.path.basename(said["file"]):
             raise ValueError(f"{said['file']!r:.80} is outside of this folder")
         found.append(Chunk(said["file"], whole_numbers(said["offsets"]), whole_numbers(said["shape"])))

@@ -54,7 +54,7 @@ class ChatsConfig(Folders, names=("chats",)):
     preprocessing_fn: str | dict[str, str] | None = None
     chat_template: str | None = None  # in place of the tokenizer's: a file, or the template itself
     target_responses: Responses = "all"  # of a conversation: learn all turns of the assistant, or the last
-    target_prompts: str = "none"  # `all`, or length>=N: learn what is no response too, where it has N tokens or more
+    target_prompts: str = "none"  # `all`, or length>=N: learn the prompts too, where they have N tokens or more
     skip_bad_rows: int = Field(default=0, ge=0)  # rows without a readable example that are skipped and counted
     # Words of LLM Foundry for what is always so here: examples share rows where attention keeps them apart.
     packing_ratio: float | Literal["auto"] | None = None

@@ -319,7 +319,7 @@ def _check_text(path: Path, kind: Kind, file: Readable, lenient: bool) -> None:
             if limit is not None and seen + len(piece) > limit:
                 raise ConfigError(
                     f"dataset.path: {path}: unpacks to more than {limit:,} bytes, {limit // path.stat().st_size:,} "
-                    "times its size, which is no text; take it out of the folder, or unpack it first"
+                    "times its size, which is too much for text; take it out of the folder, or unpack it first"
                 )
             if not lenient:
                 decoder.decode(piece)

@@ -83,7 +83,7 @@ def recalled(memory: Path, gone: Gone) -> Provenance:
         said = read_mapping(memory)
         title, fingerprint, n_bytes, files = (said[key] for key in Provenance._fields)
         if not (isinstance(title, str) and isinstance(fingerprint, str) and isinstance(files, list)):
-            raise ValueError("it is no source")
+            raise ValueError("it is not a source")
     except (OSError, ValueError, KeyError):
         raise gone.error from None
     n_bytes = n_bytes if isinstance(n_bytes, int) else None

@@ -110,7 +110,7 @@ class Family:
     embedding: ClassVar[str] = "model.embed_tokens.weight"
     sizes: ClassVar[dict[str, str]]  # names of theirs, by ours, of settings that have one meaning in both
     layouts: ClassVar[tuple[str, ...]] = ("",)  # that tensors come in; the first is what `transformers` writes
-    buffers: ClassVar[str] = r".*\.rotary_emb\.inv_freq"  # pattern of tensors that are no weights
+    buffers: ClassVar[str] = r".*\.rotary_emb\.inv_freq"  # pattern of tensors that are not weights
     turn: ClassVar[int | None] = (
         0  # lower ones are tried first for a model that leaves; None: only if asked for by name
     )
