@@ -10,6 +10,8 @@ Source: Chen et al. 2023, Symbolic Discovery of Optimization Algorithms, arXiv:2
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,30 +27,6 @@ except ImportError:  # CPU builds of torch come without it
 
 
 @torch.library.custom_op("llmfoundry::lion_", mutates_args=("weight", "moment", "copies"))
-def _lion(
-    weight: Tensor,
-    moment: Tensor,
-    grad: Tensor,
-    copies: list[Tensor],
-    step: Tensor,
-    divisor: Tensor,
-    skip: Tensor,
-    place: list[int],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    keep: float,
-) -> None:
-    dense = all(each.is_contiguous() for each in (weight, moment, *copies))
-    run = lion_triton if weight.is_cuda and weight.dtype != torch.float64 and dense else lion_reference
-    run(weight, moment, grad, copies, step, divisor, skip, Place(*place), lr=lr, beta1=beta1, beta2=beta2, keep=keep)
-
-
-@_lion.register_fake
-def _(*_: object) -> None:
-    return None
-
-
 def lion_(
     weight: Tensor,
     moment: Tensor,
@@ -57,7 +35,7 @@ def lion_(
     step: Tensor,
     divisor: Tensor,
     skip: Tensor,
-    place: Place,
+    place: Sequence[int],
     *,
     lr: float,
     beta1: float,
@@ -74,9 +52,11 @@ def lion_(
         step: () float32, counted from 1, for the random bits.
         divisor: () float32.
         skip: () float32; 1 leaves everything as it is.
-        place: of this part in its whole tensor.
+        place: the `Place` of this part in its whole tensor.
     """
-    _lion(weight, moment, grad, copies, step, divisor, skip, list(place), lr, beta1, beta2, keep)
+    dense = all(each.is_contiguous() for each in (weight, moment, *copies))
+    run = lion_triton if weight.is_cuda and weight.dtype != torch.float64 and dense else lion_reference
+    run(weight, moment, grad, copies, step, divisor, skip, Place(*place), lr=lr, beta1=beta1, beta2=beta2, keep=keep)
 
 
 def lion_reference(
