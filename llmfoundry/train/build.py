@@ -78,7 +78,7 @@ def _build(config: RunConfig, device: torch.device, watchdog: Watchdog) -> Train
     config.model.check_trainable()
     precision = config.precision_on(device.type)
     check_device(config.model, device, precision)
-    check_memory(config.model, device, config.optimizer.weight_dtype)
+    check_memory(config.model, device, config.optimizer_on(device.type).weight_dtype)
     mesh = build_mesh(config.parallel, device.type, n_experts(config.model))
     path, store = config.folder, None
     if is_url(config.save_folder):
@@ -191,7 +191,7 @@ def _build_model(
     with torch.device("meta"):  # shapes only: no rank ever holds the whole model
         model = config.model.build()
     assert isinstance(model, CausalLM)
-    keep_weights_in(config.optimizer.weight_dtype, model)
+    keep_weights_in(config.optimizer_on(runtime.device().type).weight_dtype, model)
     model = parallelize(model, mesh, parallel, precision)
     if config.device_train_microbatch_size == "auto" and can_leave(model):
         meet_before_collectives(model)
@@ -199,7 +199,7 @@ def _build_model(
 
 
 def _build_optimizer(config: RunConfig, model: CausalLM) -> torch.optim.Optimizer:
-    optimizer = config.optimizer.build(model)
+    optimizer = config.optimizer_on(runtime.device().type).build(model)
     if isinstance(optimizer, AdamW | DecoupledLionW):  # what they round at random differs from run to run
         optimizer.noise_seed = config.seed
     return optimizer

@@ -390,3 +390,9 @@ class RunConfig(Config):
     def precision_on(self, device_type: str) -> Precision:
         """The precision of the run on a kind of device; raises ConfigError if it is not to be had there."""
         return precision_on(self.precision, device_type)
+
+    def optimizer_on(self, device_type: str) -> OptimizerConfig:
+        """The optimizer of the run on a kind of device, with `master_weights: auto` decided."""
+        adapted = getattr(self.model, "lora", None) is not None
+        half = self.precision_on(device_type) != "fp32"
+        return self.optimizer.decided(half and not adapted and not self.parallel.cpu_offload)

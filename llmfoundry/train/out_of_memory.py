@@ -109,12 +109,12 @@ def _remedies(
     config: RunConfig, mesh: Mesh, device: torch.device, rows: int, once: bool, there: Held, rest: int
 ) -> Iterator[str]:
     """Keys that need less, those first that make what held most smaller."""
-    parallel, optimizer = config.parallel, config.optimizer
+    parallel, optimizer = config.parallel, config.optimizer_on(device.type)
     several = -(-config.global_train_batch_size // mesh.data_ranks) > rows
     of_state: list[str] = []
     if getattr(optimizer, "state_dtype", "bf16") == "fp32":
         of_state.append("optimizer.state_dtype=bf16")
-    if isinstance(optimizer, GroupedOptimizerConfig) and optimizer.master_weights == "fp32":
+    if isinstance(optimizer, GroupedOptimizerConfig) and optimizer.master_weights != "bf16_sr":
         of_state.append("optimizer.master_weights=bf16_sr")
     of_gradients: list[str] = []
     if several and once and mesh.degrees.shard > 1:

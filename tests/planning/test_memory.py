@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llmfoundry.callbacks import console  # noqa: F401  registers the callbacks that the YAMLs name
 from llmfoundry.cli.command import read_run_config
-from llmfoundry.parallel.apply import parallelize
+from llmfoundry.parallel.apply import keep_weights_in, parallelize
 from llmfoundry.parallel.expert import n_experts
 from llmfoundry.parallel.mesh import Degrees, build_mesh
 from llmfoundry.planning import simulation
@@ -96,21 +96,27 @@ BUILT = [
 
 @pytest.mark.parametrize(("name", "gpus", "overrides"), BUILT, ids=str)
 def test_each_gpu_holds_its_share(name: str, gpus: int, overrides: tuple[str, ...]) -> None:
-    """Of the model at full size, built and split: its weights, and two float32 moments of what is trained."""
+    """Of the model at full size, built and spread: its weights, and two float32 moments of what is trained.
+
+    The optimizer also holds the low halves of weights that it keeps so.
+    """
     job = of_yaml(name, "device_train_microbatch_size=1", "parallel.compile=false", *overrides)
     dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
     try:
         with torch.device("meta"):
             model = job.model.build()
+        keep_weights_in(job.optimizer.weight_dtype, model)
         parallelize(model, build_mesh(job.parallel, "cpu", n_experts(job.model)), job.parallel, "amp_bf16")
     finally:
         dist.destroy_process_group()
     held = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
     weights = sum(part.numel() * part.element_size() for part in held.values())
-    trained = sum(4 * part.numel() for name, part in held.items() if model.get_parameter(name).requires_grad)
+    trained = sum(part.numel() for name, part in held.items() if model.get_parameter(name).requires_grad)
     found = memory(job, job.degrees(gpus))
     assert found.weights == pytest.approx(weights, rel=1e-6)
-    assert found.optimizer == pytest.approx(2 * trained, rel=1e-6, abs=1e6), "and a counter for each parameter"
+    state = (8 + 2 * job.optimizer.halves) * trained
+    assert found.optimizer == pytest.approx(state, rel=1e-6, abs=1e6), "and a counter for each parameter"
+    assert job.optimizer.halves == (job.model.lora is None)
 
 
 def test_graphs_are_traced_once_for_all_simulations(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,10 +158,14 @@ def test_what_is_offloaded_is_not_on_the_gpu() -> None:
 
 def test_weights_in_bf16_take_half_and_need_no_copies() -> None:
     job = of_yaml("olmoe-1b-7b", "model.n_layers=1", "global_train_batch_size=1", "parallel.compile=false")
-    half = job._replace(optimizer=job.optimizer.model_copy(update={"master_weights": "bf16_sr"}))
-    held, found = (simulate(each, Degrees(1, 1, 1)).highest for each in (job, half))
-    assert found.weights == held.weights / 2 == held.gathered and found.gathered == 0
-    assert found.optimizer == held.optimizer
+    held, split, found = (
+        simulate(job._replace(optimizer=job.optimizer.model_copy(update={"master_weights": kept})), Degrees(1, 1, 1))
+        for kept in ("fp32", "fp32_split", "bf16_sr")
+    )
+    whole = held.highest.weights
+    assert found.highest.weights == split.highest.weights == whole / 2 == held.highest.gathered
+    assert found.highest.gathered == split.highest.gathered == 0
+    assert found.highest.optimizer == held.highest.optimizer == split.highest.optimizer - whole / 2
 
 
 def test_without_triton_experts_are_simulated_as_grouped_mm(monkeypatch: pytest.MonkeyPatch) -> None:
