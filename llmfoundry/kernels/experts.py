@@ -48,11 +48,16 @@ def _say_once(message: str) -> None:
     log.warning(message)
 
 
+@cache
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None  # looks into folders: too slow for each forward
+
+
 def _triton_refusal(kind: ExpertKind, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot run these experts there, or None."""
-    if importlib.util.find_spec("llmfoundry.kernels.experts_triton") is None:
+    if not _is_installed("llmfoundry.kernels.experts_triton"):
         return "this build has no Triton kernels"
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed("triton"):
         return "triton is not installed"
     if dtype == torch.float64:
         return "the Triton kernels have no float64"

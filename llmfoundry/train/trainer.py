@@ -105,7 +105,8 @@ class Trainer(AgreeingRun):
 
     def _close(self) -> None:
         self.watchdog.close()
-        gc.unfreeze()
+        if self.froze:
+            gc.unfreeze()
         for callback in reversed(self.callbacks):
             callback.close()
         if self.folder is not None:

@@ -56,7 +56,7 @@ def test_simulated_memory_is_that_measured_on_a_gpu(row: dict) -> None:
 
 def test_a_base_in_nf4_is_planned_with_its_bits() -> None:
     lora = ("model.lora.rank=16", "model.lora.alpha=32.0", "parallel.recompute=full", "load_path=hf:some/model",
-            "parallel.expert=1", "global_train_batch_size=1")  # fmt: skip
+            "parallel.expert=1", "parallel.compile=false", "global_train_batch_size=1")  # fmt: skip
     plain, packed = (
         simulate(of_yaml("qwen3-30b-a3b", "model.n_layers=2", *lora, *more), Degrees(1, 1, 1)).highest
         for more in ((), ("model.lora.quantize=nf4",))
@@ -100,7 +100,8 @@ def test_each_gpu_holds_its_share(name: str, gpus: int, overrides: tuple[str, ..
 
     The optimizer also holds the low halves of weights that it keeps so.
     """
-    job = of_yaml(name, "device_train_microbatch_size=1", "parallel.compile=false", *overrides)
+    one_row = ("device_train_microbatch_size=1", f"global_train_batch_size={gpus}")
+    job = of_yaml(name, *one_row, "parallel.compile=false", *overrides)
     dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
     try:
         with torch.device("meta"):
@@ -123,7 +124,7 @@ def test_graphs_are_traced_once_for_all_simulations(monkeypatch: pytest.MonkeyPa
     traced: list[object] = []
     first = FusedGraph.__init__
     monkeypatch.setattr(FusedGraph, "__init__", lambda self, graph: (traced.append(graph), first(self, graph))[1])
-    job, counts = of_yaml("olmoe-1b-7b", *ROWS), []
+    job, counts = of_yaml("olmoe-1b-7b", "global_train_batch_size=4", "device_train_microbatch_size=1"), []
     for layers, gpus in [(1, 2), (2, 2), (2, 4)]:
         short = job._replace(model=job.model.model_copy(update={"n_layers": layers}))
         simulate(short, short.degrees(gpus))

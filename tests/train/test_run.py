@@ -59,18 +59,22 @@ TIMES = ("throughput/", "time/")
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    """The YAML of a tiny run on text of its own; it saves to `tmp_path/run`."""
-    text = tmp_path / "text"
+    return written(tmp_path)
+
+
+def written(folder: Path) -> Path:
+    """The YAML of a tiny run on text of its own; it saves to `folder/run`."""
+    text = folder / "text"
     text.mkdir()
     for i in range(20):
         (text / f"{i}.txt").write_text("".join(f"{n} plus {i} is {n + i}.\n" for n in range(40)))
-    dataset = {"name": "text_files", "path": str(text), "validation_fraction": 0.2, "cache_dir": str(tmp_path / "c")}
+    dataset = {"name": "text_files", "path": str(text), "validation_fraction": 0.2, "cache_dir": str(folder / "c")}
     config = TINY | {
         "train_loader": {"dataset": dataset | {"split": "train"}},
         "eval_loader": {"dataset": dataset | {"split": "validation"}},
-        "save_folder": str(tmp_path / "run"),
+        "save_folder": str(folder / "run"),
     }
-    path = tmp_path / "tiny.yaml"
+    path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
 
