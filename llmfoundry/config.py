@@ -237,10 +237,13 @@ def _mistakes(error: ValidationError) -> Iterator[_Mistake]:
     for path, (found, messages) in kinds.items():
         first, *others = (f"{message[0].lower()}{message[1:]}" for message in messages)
         wanted = " or ".join([first, *(o.removeprefix("input should be ") for o in others)])
-        yield _Mistake(path, f"{wanted}, found {found!r}{_quote_it(found, wanted)}")
+        yield _Mistake(path, f"{wanted}, found {found!r}{_why(found, wanted)}")
 
 
-def _quote_it(found: object, wanted: str) -> str:
+def _why(found: object, wanted: str) -> str:
+    """What YAML made of a word, where that is not what was meant."""
+    if found is None:
+        return " (an empty value in YAML; write one, or remove the key)"
     if "valid string" not in wanted or not isinstance(found, bool | int | float):
         return ""
     word = "yes, no, on and off without quotes are true and false" if isinstance(found, bool) else "it is a number"

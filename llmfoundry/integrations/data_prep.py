@@ -54,17 +54,21 @@ def part_of(dataset: str, name: str) -> Part:
     return _KNOWN.get(name, Part(name)) if Path(dataset).name in KNOWN else Part(name)
 
 
-def how(tokenizer: str, length: int, bos_text: str, eos_text: str | None, wrap: bool) -> Tokens:
+def how(
+    tokenizer: str, length: int, bos_text: str, eos_text: str | None, wrap: bool,
+    words: dict[str, str | int | float | bool | None],
+) -> Tokens:  # fmt: skip
     """The rule for rows of tokens.
 
     Args:
         eos_text: after each text; None: the tokenizer's end of text.
+        words: settings that the tokenizer is loaded with.
 
     Raises:
         ConfigError: the tokenizer cannot be loaded, or nothing would stand between texts.
     """
     source = Path(tokenizer) if Path(tokenizer).is_dir() else tokenizer
-    loaded = load_tokenizer(source, f"--tokenizer {tokenizer}")
+    loaded = load_tokenizer(source, f"--tokenizer {tokenizer}", **words)
     loaded.model_max_length = int(1e30)  # rows are cut here
     eos_text = loaded.eos_token or "" if eos_text is None else eos_text
     if length < 1:

@@ -92,14 +92,12 @@ ONLY: dict[str, tuple[object, ...]] = {
     "profiler": (None,),
     "tp_config": (None, {}),
     "optimizer.amsgrad": (False,),
-    "callbacks.generate_callback.top_k": (None, 0),
     "loggers.mlflow.model_registry_prefix": ("", None),
     "loggers.mlflow.model_registry_uri": (None,),
 }
 # What to write where a value of those is another one.
 INSTEAD = {
     "accumulate_train_batch_on_tokens": "the loss is always over the labels of the global batch; leave it out",
-    "callbacks.generate_callback.top_k": "all tokens count; leave it out, and narrow the choice by top_p",
     "load_ignore_keys": "write load_weights_only: true to leave out optimizer and progress, and load_allow for what "
     "may differ",
     "load_strict_model_weights": "all weights are read; make a checkpoint that holds them by `llmfoundry convert`",

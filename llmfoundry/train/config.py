@@ -270,6 +270,8 @@ class RunConfig(Config):
     def _local(cls, path: str | None) -> str | None:
         if path is None or is_theirs(path):
             return path
+        if not path.strip():
+            raise ValueError("is empty; write a checkpoint's folder, hf:NAME or a URL, or leave it out")
         return place(path)
 
     @model_validator(mode="after")

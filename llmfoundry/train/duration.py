@@ -49,8 +49,8 @@ class Duration:
             return text
         match = _TIME_STRING.fullmatch(text.strip()) if isinstance(text, str) else None
         if match is None:
-            shown = text if isinstance(text, str) else repr(text)
-            raise ValueError(f'"{shown}" is not a valid duration; write e.g. 10ba, 1ep, 5e6tok, 0.1dur, 2h')
+            shown = f'"{text}"' if isinstance(text, str) else "an empty value" if text is None else repr(text)
+            raise ValueError(f"{shown} is not a valid duration; write e.g. 10ba, 1ep, 5e6tok, 0.1dur, 2h")
         value, unit = Fraction(match[1]), cast(Unit, match[2])
         if value > MOST:
             raise ValueError(f'"{text}" is not a valid duration; the most is {float(MOST):.0e}{unit}')

@@ -67,8 +67,9 @@ def test_their_quick_start(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
     said = run(
         "data_prep", "convert_dataset_hf", "--dataset", "./c4", "--out_root", "quick-c4",
-        "--splits", "train_small", "val_small", "--concat_tokens", str(ROWS),
+        "--splits", "train_small, val_small", "--concat-tokens", str(ROWS),
         "--tokenizer", "EleutherAI/gpt-neox-20b", "--eos_text", "<|endoftext|>",
+        "--tokenizer_kwargs", '{"use_fast": true}',
     )  # fmt: skip
     assert said.count(f"rows of {ROWS} tokens written to quick-c4/") == 2
     run(
@@ -95,6 +96,12 @@ def test_their_quick_start(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
         "The answer to life is", "Here's a quick recipe:",
     )  # fmt: skip
     assert said.startswith("The answer to life is") and "\n\nHere's a quick recipe:" in said
+    (folder / "prompts.txt").write_text("The cat;The dog")
+    said = run(
+        "generate", "-n", "mpt-125m-hf", "--max_new_tokens", "2", "--top_k", "1", "--max_batch_size", "1",
+        "--prompts", "file::prompts.txt", "--prompt-delimiter", ";",
+    )  # fmt: skip
+    assert said.startswith("The cat") and "\n\nThe dog" in said
 
 
 def test_rows_of_tokens_are_cut_as_theirs(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -106,7 +113,7 @@ def test_rows_of_tokens_are_cut_as_theirs(folder: Path, monkeypatch: pytest.Monk
     ids: list[int] = []
     for line in Path("c4/train.jsonl").read_text().splitlines():
         ids += words_of(json.loads(line)["text"])["input_ids"] + [words_of.eos_token_id]
-    found = MDSFolder(tmp_path / "mds" / "train", tmp_path / "cache")
+    found = MDSFolder(tmp_path / "mds", tmp_path / "cache")  # no folder of the split, as there
     assert len(found) == len(ids) // 16
     assert [list(found.sample(i)["tokens"]) for i in range(len(found))] == [
         ids[i * 16 : (i + 1) * 16] for i in range(len(found))
@@ -136,7 +143,29 @@ def test_texts_begin_rows_of_their_own_without_wrap(
         ),
         (["data_prep", "convert_dataset_json", "--path", "no-such", "--out_root", "y"], "no such file or folder"),
         (["data_prep", "convert_dataset_hf", "--dataset", "./no-such", "--splits", "a", "--out_root", "y"], "no-such"),
-        (["generate", "-n", "x", "-p", "y", "--top_k", "50"], "--top_k 50: is not supported"),
+        (["generate", "-n", "x", "-p", "y", "--repetition_penalty", "1.2"], "--repetition_penalty: is not supported"),
+        (["generate", "-n", "x", "-p", "y", "--seed", "1", "2"], "--seed: has several values; run the command once"),
+        (["generate", "-n", "x", "-p", "y", "--do_sample", "maybe"], "--do_sample maybe: must be true or false"),
+        (["generate", "-n", "x", "-p", "file::no-such"], "--prompts file::no-such: cannot be read"),
+        (["generate", "-n", "x", "--eos_token_id", "3"], "--eos_token_id: is not supported"),
+        (["generate", "-n", "x", "--revision", "main"], "hf download x --revision main --local-dir FOLDER"),
+        (
+            [
+                "data_prep",
+                "convert_dataset_json",
+                "--path",
+                "x",
+                "--out-root",
+                "y",
+                "--concat-tokens",
+                "4",
+                "--tokenizer",
+                "z",
+                "--tokenizer-kwargs",
+                "[]",
+            ],
+            "must be a mapping of names to plain values",
+        ),
         (["convert", "--composer_path", "x", "--hf_output_path", "y", "--hf_repo_for_upload", "z"], "upload z y"),
     ],
 )
