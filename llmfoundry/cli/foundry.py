@@ -141,7 +141,7 @@ def data_prep_main(argv: Sequence[str] | None = None) -> None:
         "Write MDS folders of text or tokens, by LLM Foundry's command lines.",
         ["llmfoundry data_prep convert_dataset_json --path texts.jsonl --out_root mds"],
     )
-    ways = parser.add_subparsers(dest="way", required=True)
+    ways = parser.add_subparsers(dest="way", required=True, metavar="COMMAND")
     hub = ways.add_parser("convert_dataset_hf", help="a dataset of the Hugging Face hub, or a folder")
     lines = ways.add_parser("convert_dataset_json", help="JSON lines with a column text")
     texts = ways.add_parser("convert_text_to_mds", help="text files")
@@ -151,10 +151,10 @@ def data_prep_main(argv: Sequence[str] | None = None) -> None:
     _add(lines, "path", required=True, help="a file, folder or glob")
     _add(lines, "split", choices=("train",), default="train", help="a file is one split, which has this name")
     _add(texts, "input_folder", dest="path", required=True)
-    _add(texts, "output_folder", dest="out_root", type=Path, required=True)
+    _add(texts, "output_folder", dest="out_root", required=True)
     for each in (hub, lines, texts):
         if each is not texts:
-            _add(each, "out_root", type=Path, required=True)
+            _add(each, "out_root", required=True, help="a folder, or the URL of one")
         _add(each, "compression", help="zstd[:level], gz, bz2, br or snappy")
         _add(each, "concat_tokens", type=int, metavar="N", help="write rows of N tokens; default: texts")
         _add(each, "tokenizer", help="for --concat_tokens: a folder or hub id")
@@ -203,17 +203,20 @@ def _prepare(args: argparse.Namespace) -> None:
         parts = {name: data_prep.part_of(args.dataset, name) for name in names}
     else:
         parts = {"": data_prep.Part("")}
-    for name in parts:
-        if (args.out_root / name).is_dir() and any((args.out_root / name).iterdir()):
-            raise ConfigError(f"{args.out_root / name}: is not empty; choose another folder")
+    if not parts or not args.out_root:
+        raise ConfigError("--splits and the folder to write to must not be empty")
+    folders = {name: f"{args.out_root.rstrip('/')}/{name}".rstrip("/") for name in parts}
+    for folder in folders.values():
+        if Path(folder).is_dir() and any(Path(folder).iterdir()):
+            raise ConfigError(f"{folder}: is not empty; choose another folder")
     for name, part in parts.items():
         if args.way == "convert_dataset_hf":
             texts = data_prep.hub_texts(args.dataset, args.data_subset, part.split)
         else:
             texts = data_prep.file_texts(args.path)
-        count = data_prep.write(texts, args.out_root / name, tokens, part.most, args.compression)
+        count = data_prep.write(texts, folders[name], tokens, part.most, args.compression)
         what = "texts" if tokens is None else f"rows of {tokens.length:,} tokens"
-        print(f"{count:,} {what} written to {args.out_root / name}")
+        print(f"{count:,} {what} written to {folders[name]}")
 
 
 def _has(words: Sequence[str], *options: str) -> bool:

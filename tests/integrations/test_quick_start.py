@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import pytest
 import yaml
 from foundry_hub import TEXTS, tokenizer
@@ -104,7 +105,9 @@ def test_their_quick_start(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert said.startswith("The cat") and "\n\nThe dog" in said
 
 
-def test_rows_of_tokens_are_cut_as_theirs(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_rows_of_tokens_are_cut_as_theirs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(folder)
     words = ["data_prep", "convert_dataset_json", "--path", "c4/train.jsonl", "--out_root", str(tmp_path / "mds")]
     more = ["--concat_tokens", "16", "--tokenizer", "gpt2", "--eos_text", "<|endoftext|>", "--compression", "zstd"]
@@ -118,6 +121,12 @@ def test_rows_of_tokens_are_cut_as_theirs(folder: Path, monkeypatch: pytest.Monk
     assert [list(found.sample(i)["tokens"]) for i in range(len(found))] == [
         ids[i * 16 : (i + 1) * 16] for i in range(len(found))
     ]
+    assert main([*words[:-1], "memory://bucket/mds", *more]) == 0, "a store, as theirs"
+    index = fsspec.filesystem("memory").cat("/bucket/mds/index.json")
+    assert json.loads(index) == json.loads((tmp_path / "mds" / "index.json").read_text())
+    capsys.readouterr()
+    assert main([*words[:-1], str(tmp_path / "long"), *more, "--concat_tokens", "99999"]) == 2
+    assert "long: the text gives nothing to write: it is shorter than one row of 99,999" in capsys.readouterr().err
 
 
 def test_texts_begin_rows_of_their_own_without_wrap(
@@ -142,6 +151,14 @@ def test_texts_begin_rows_of_their_own_without_wrap(
             "--tokenizer",
         ),
         (["data_prep", "convert_dataset_json", "--path", "no-such", "--out_root", "y"], "no such file or folder"),
+        (["data_prep", "convert_dataset_json", "--path", "", "--out_root", "y"], "--path : no such file or folder"),
+        (["data_prep", "convert_dataset_hf", "--dataset", "x", "--splits", "", "--out_root", "y"], "must not be empty"),
+        (["data_prep", "convert_dataset_json", "--path", ".", "--out_root", "a.txt/y"], "y: cannot be written: Not a"),
+        (
+            ["data_prep", "convert_dataset_json", "--path", ".", "--out_root", "y", "--compression", "zstd:99"],
+            "compression 'zstd:99': zstd has levels 1 to 22",
+        ),
+        (["data_prep"], "required: COMMAND"),
         (["data_prep", "convert_dataset_hf", "--dataset", "./no-such", "--splits", "a", "--out_root", "y"], "no-such"),
         (["generate", "-n", "x", "-p", "y", "--repetition_penalty", "1.2"], "--repetition_penalty: is not supported"),
         (["generate", "-n", "x", "-p", "y", "--seed", "1", "2"], "--seed: has several values; run the command once"),
@@ -174,6 +191,7 @@ def test_mistakes_are_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "a.txt").write_text("a")
     assert main(words) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert says in line
