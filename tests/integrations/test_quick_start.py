@@ -158,7 +158,6 @@ def test_texts_begin_rows_of_their_own_without_wrap(
             ["data_prep", "convert_dataset_json", "--path", ".", "--out_root", "y", "--compression", "zstd:99"],
             "compression 'zstd:99': zstd has levels 1 to 22",
         ),
-        (["data_prep"], "required: COMMAND"),
         (["data_prep", "convert_dataset_hf", "--dataset", "./no-such", "--splits", "a", "--out_root", "y"], "no-such"),
         (["generate", "-n", "x", "-p", "y", "--repetition_penalty", "1.2"], "--repetition_penalty: is not supported"),
         (["generate", "-n", "x", "-p", "y", "--seed", "1", "2"], "--seed: has several values; run the command once"),
