@@ -254,7 +254,9 @@ def _resolved(config: DictConfig, where: str) -> dict[str, object]:
     try:
         data = OmegaConf.to_container(config, resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:
-        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
+        key = getattr(error, "full_key", None)
+        said = str(error).split("\n")[0]  # the rest is of OmegaConf's own objects
+        raise ConfigError(f"{where}: {f'{key}: ' if key else ''}{said}") from None
     assert isinstance(data, dict)
     for path, value in leaves(data):
         if value == MISSING:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal, Self, TypeVar
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
@@ -57,7 +57,7 @@ class ChatsConfig(Folders, names=("chats",)):
     target_prompts: str = "none"  # `all`, or length>=N: learn the prompts too, where they have N tokens or more
     skip_bad_rows: int = Field(default=0, ge=0)  # rows without a readable example that are skipped and counted
     # Words of LLM Foundry for what is always so here: examples share rows where attention keeps them apart.
-    packing_ratio: float | Literal["auto"] | None = None
+    packing_ratio: Annotated[float, Field(ge=1)] | Literal["auto"] | None = None
     decoder_only_format: Literal[True] = True  # always so: models are decoders
     allow_pad_trimming: bool = False  # accepted, without effect
     pad_to_longest: bool = False  # accepted, without effect

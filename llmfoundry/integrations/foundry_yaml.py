@@ -120,6 +120,8 @@ def _one_by_one(data: Tree, notes: list[Note], mistakes: list[str]) -> None:
             notes.append(Note(path, f"{value} is now {values[value]}"))
     for path in DURATIONS:
         value, there = look(data, path)
+        if path.startswith("scheduler.") and not isinstance(value, str):
+            continue  # a number says nothing there either
         if there and (new := _duration(value)) is not None:
             notes.append(Note(path, f"is now {put(data, path, new)}", value))
 
