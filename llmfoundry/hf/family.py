@@ -256,13 +256,13 @@ def write_config(config: CausalLMConfig, model_type: str | None = None) -> tuple
 def export_note(config: ModelConfig) -> str:
     """Whether a model can leave as a Hugging Face checkpoint: one line, known before it is trained."""
     if not isinstance(config, CausalLMConfig):
-        return f"no Hugging Face family holds this: model.name={config.name}"
+        return f"Hugging Face export: not possible with model.name={config.name}"
     family, _, lacking = _closest(config)
     if lacking:
-        return f"no Hugging Face family holds this: {family.title}, the nearest, lacks {', '.join(lacking)}"
+        return f"Hugging Face export: not possible; the nearest family, {family.title}, lacks {', '.join(lacking)}"
     if family.code:
-        return "exports with a modelling file of its own; load with trust_remote_code=True"
-    return f"exports as {family.title}"
+        return "Hugging Face export: with modelling code of its own, loaded with trust_remote_code=True"
+    return f"Hugging Face export: as {family.title}"
 
 
 def _closest(config: CausalLMConfig, model_type: str | None = None) -> tuple[Family, ConfigDict, list[str]]:

@@ -205,7 +205,7 @@ class AsItIs(Family):
 
     def __init__(self, model_type: str) -> None:
         self.model_type = model_type  # type: ignore[misc]
-        self.title = f"{model_type}, as it came"  # type: ignore[misc]
+        self.title = f"{model_type}, unchanged"  # type: ignore[misc]
         self.architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]  # type: ignore[misc]
 
     def read(self, data: Mapping[str, object], where: str) -> TransformersConfig:
