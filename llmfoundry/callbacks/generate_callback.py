@@ -34,7 +34,7 @@ class GenerateConfig(CallbackConfig, names=("generate_callback",)):
     do_sample: bool = False  # false: the likeliest token each time
     temperature: float = Field(1.0, gt=0)  # of sampling; lower is less random
     top_p: float = Field(1.0, gt=0, le=1)  # sample from the most likely tokens that together have this probability
-    top_k: int | None = Field(None, ge=0)  # sample from so many of the most likely tokens; null or 0: from all
+    top_k: int | None = Field(None, ge=0)  # sample from this many of the most likely tokens; null or 0: from all
     use_cache: bool = True  # always so
 
     def build(self) -> GenerateCallback:

@@ -120,7 +120,7 @@ class ChatsConfig(Folders, names=("chats",)):
 
     def _write(self, folder: Path, table: Table, renderer: Renderer, how: How) -> None:
         examples = self._read(table, lambda row: [renderer.tokens(example_of(row))])
-        write(folder, examples, how, "in none of {n} examples is there anything to learn", pack=how.documents)
+        write(folder, examples, how, "none of {n} examples has anything to learn", pack=how.documents)
 
     def _opened(
         self, folder: Path, title: str, fingerprint: str, eos_token_id: int, how: How, watch: Watch
@@ -165,7 +165,7 @@ class ChatsConfig(Folders, names=("chats",)):
             raise ConfigError(f"dataset.chat_template: {given}: cannot be read: {error}") from None
 
     def _read(self, table: Table, meaning: Callable[[Row], Made]) -> Iterator[Made]:
-        """What is made of the rows of a table; a row that is none is skipped or refused."""
+        """What is made of the rows of a table; a row that is not an example is skipped or refused."""
         prepare = preprocess(self.preprocessing_fn)
         bad, first = 0, ""
         for row, at in table.rows:

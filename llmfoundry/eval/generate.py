@@ -31,7 +31,7 @@ class Sampling(NamedTuple):
     temperature: float = 1.0  # 0 takes the likeliest token
     top_p: float = 1.0  # sample among the likeliest tokens whose probabilities reach this sum
     seed: int = 0
-    top_k: int = 0  # sample among so many of the likeliest tokens; 0: among all
+    top_k: int = 0  # sample among this many of the likeliest tokens; 0: among all
 
     def dice(self, number: int) -> torch.Generator:
         """What the draws for one of several texts come from: it depends on the seed and on that number alone."""
@@ -66,7 +66,7 @@ def generate(
         top_p: sample among the likeliest tokens whose probabilities reach this sum (nucleus sampling,
             Holtzman et al. 2020, arXiv:1904.09751).
         seed: of the sampling; the draws are the same on every device.
-        top_k: sample among so many of the likeliest tokens, before `top_p` narrows them; 0: among all.
+        top_k: sample among this many of the likeliest tokens, before `top_p` narrows them; 0: among all.
         number: of the prompt among several; each has draws of its own.
         special: the rule for special tokens that the model was trained with.
         stop: ids that end the text, beside the tokenizer's end of text.
@@ -181,7 +181,7 @@ def sample_rows(
         temperature: 0 takes the highest, the lowest id among equals.
         top_p: sample among the likeliest tokens whose probabilities reach this sum.
         dice: B generators on the CPU.
-        top_k: sample among so many of the likeliest tokens; their probabilities then sum to 1 for `top_p`. 0: all.
+        top_k: sample among this many of the likeliest tokens; their probabilities then sum to 1 for `top_p`. 0: all.
     """
     if temperature == 0:
         return logits.argmax(-1).tolist()

@@ -228,7 +228,7 @@ def read_config(
             raise
         raise ConfigError(f"{where}: {str(error).removeprefix('config.json: ')}") from None
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, ArithmeticError, RuntimeError) as error:
-        # A setting of a type that nobody expects fails anywhere.
+        # A setting of an unexpected type may fail anywhere.
         why = " ".join(str(error).split())[:200]
         raise ConfigError(f"{where}: holds a setting that cannot be ({type(error).__name__}: {why})") from None
 

@@ -169,7 +169,7 @@ def _flat(units: list[list[FSDPModule]]) -> list[FSDPModule]:
 def accumulating(model: nn.Module, last: bool) -> Iterator[None]:
     """Around the forward and backward of one microbatch: gradients are summed over ranks after the last.
 
-    Without `parallel.reduce_once_a_step` each microbatch's are summed over `fsdp` at once, so that nobody
+    Without `parallel.reduce_once_a_step` each microbatch's are summed over `fsdp` at once, so that no rank
     keeps whole gradients; over `dp_replicate` they are summed after the last one in any case. Nothing to do
     for a model that is not split.
     """

@@ -90,7 +90,7 @@ class Saver:
         self._finish()
 
     def _finish(self) -> Path | str | None:
-        """Wait for the save in flight; None if there is none."""
+        """Wait for the save in flight; None if nothing is being saved."""
         return self.checkpointer.wait()
 
     def _begin(self, state: CheckpointState, sync: Callable[[], None]) -> bool:
