@@ -69,7 +69,7 @@ class HFCheckpointerConfig(CallbackConfig, names=("hf_checkpointer",)):
         model = run.model
         if isinstance(model, CausalLMConfig) and model.lora is not None:
             model = model.model_copy(update={"lora": None})
-        if (note := hf.export_note(model)).startswith("no "):
+        if (note := hf.export_note(model)).startswith("Hugging Face export: not possible"):
             raise ConfigError(f"callbacks.hf_checkpointer: {note}")
 
 

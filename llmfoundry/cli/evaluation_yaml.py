@@ -56,7 +56,7 @@ class TaskSettings(Config):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.icl_subset_num_batches == 0:
-            raise ValueError("icl_subset_num_batches=0 asks nothing; write -1 for all questions, or 1 or more")
+            raise ValueError("icl_subset_num_batches=0 asks no question; write -1 for all questions, or 1 or more")
         return self
 
     def precision_here(self) -> Precision:

@@ -106,7 +106,7 @@ def resolve_backend(choice: str, kind: ExpertKind, device: torch.device, dtype: 
         choice: `auto`, `triton`, `grouped_mm` or `reference`.
 
     Raises:
-        ValueError: the backend asked for cannot run here. `auto` falls back instead, and says so once.
+        ValueError: the backend asked for cannot run here. `auto` falls back instead, with one warning.
     """
     refusals = {
         "triton": _triton_refusal(kind, device, dtype),

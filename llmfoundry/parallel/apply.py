@@ -1,9 +1,9 @@
 """The order in which a model is spread, stated once: experts > recompute > compile > shards or casts > weights.
 
 Experts first, because FSDP splits what is left of them; recompute inside compile, which then plans what to keep
-in one graph; shards last, around all of it. A block is no one graph where the host reads how many tokens go where: with
-experts divided among ranks, or where the backend of the experts does; nor where 4-bit codes are gathered from ranks.
-Then its parts are compiled, inside recompute.
+in one graph; shards last, around all of it. A block is not a single graph where the host reads how many tokens go
+where (with experts divided among ranks, or where the backend of the experts does), nor where 4-bit codes are gathered
+from ranks. Then its parts are compiled, inside recompute.
 """
 
 from __future__ import annotations

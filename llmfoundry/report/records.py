@@ -139,7 +139,7 @@ def heat(samples: list[Json]) -> Json | None:
 
 
 def _biases(samples: list[object], n_layers: int, n_experts: int) -> Json:
-    """By layer, expert and stretch in thousandths of the layer's largest, which is `scale`; null if there is none."""
+    """By layer, expert and stretch in thousandths of the layer's largest, which is `scale`; null: no value."""
     scale, values = [], []
     for layer in range(n_layers):
         rows = [[None if at is None else at[layer][e] for at in samples] for e in range(n_experts)]  # type: ignore[index]

@@ -33,7 +33,7 @@ from llmfoundry.train.agreement import check_same, check_same_config
 from llmfoundry.train.callback import Callback
 from llmfoundry.train.clock import Countdown, find_limit
 from llmfoundry.train.config import CallbackConfig, Precision, RunConfig
-from llmfoundry.train.duration import Timeline, seconds_of
+from llmfoundry.train.duration import Duration, Timeline, seconds_of
 from llmfoundry.train.evaluating import tasks_of
 from llmfoundry.train.lion import DecoupledLionW
 from llmfoundry.train.microbatch import Microbatches
@@ -42,6 +42,7 @@ from llmfoundry.train.outputs import check_free
 from llmfoundry.train.planned import settle
 from llmfoundry.train.resume import Start, check_data, find_start, generation_for, settle_tokenizer, train_state
 from llmfoundry.train.saving import Saver
+from llmfoundry.train.schedule import Schedule
 from llmfoundry.train.stored import begin_from_store
 from llmfoundry.train.trainer import Trainer
 from llmfoundry.train.watchdog import LOOSE, Watchdog, limits
@@ -117,6 +118,7 @@ def _build(config: RunConfig, device: torch.device, watchdog: Watchdog) -> Train
     )
     joined = _mix(config, loader, timeline, start)
     schedule = config.scheduler.build(timeline)
+    _warn_of_no_rate(schedule, timeline, config.scheduler.t_warmup)
     watchdog.phase("building the model")
     loaded = bool(start.hugging_face or start.composer or start.contents) and not config.load_allow
     parallel = settle(config, mesh, device)
@@ -153,6 +155,15 @@ def _build(config: RunConfig, device: torch.device, watchdog: Watchdog) -> Train
         objective=config.loss.build(reference),
         reference=reference,
     )
+
+
+def _warn_of_no_rate(schedule: Schedule, timeline: Timeline, warmup: Duration) -> None:
+    """Say so where every step has learning rate 0: the first step of a warm-up does, and may be the only one."""
+    first = range(min(timeline.total_steps, 3))
+    if timeline.limit is None and not any(schedule.multiplier(step) for step in first):
+        log.warning("scheduler: the learning rate is 0 in every step of this run, so it trains nothing; the first step "
+                    "of a warm-up has 0 (t_warmup=%s): raise max_duration, or write scheduler.t_warmup=0ba",
+                    warmup)  # fmt: skip
 
 
 def _warn_of_adapters(config: CausalLMConfig, model: CausalLM, start: Start) -> None:

@@ -183,7 +183,9 @@ class RunConfig(Config):
     max_skipped_steps: int = Field(
         10, ge=0
     )  # updates skipped in a row (gradient not finite, loss too high) before an end
-    max_skipped_share: float = Field(0.1, ge=0, le=1)  # of all steps, above max_skipped_steps: more is no success
+    max_skipped_share: float = Field(
+        0.1, ge=0, le=1
+    )  # of all steps, above max_skipped_steps: more than this is a failure (exit code 1)
 
     eval_interval: Duration = Duration.parse("1ep")  # 0ba: never
     eval_first: bool = False  # also before the first step, as step 0
@@ -210,7 +212,7 @@ class RunConfig(Config):
     save_folder: Place
     save_interval: Duration = Duration.parse("1ep")  # 0ba: only at the end
     save_num_checkpoints_to_keep: int = -1  # the newest; -1: all
-    keep_every: Duration = Duration.parse("0ba")  # also saved, and kept for good; 0ba: none
+    keep_every: Duration = Duration.parse("0ba")  # also saved, and never deleted; 0ba: none
     # A thread writes, and uploads, while the next steps run; auto: on GPUs, and to a store
     save_async: bool | Literal["auto"] = "auto"
     save_failures_allowed: int = Field(3, ge=0)  # saves that fail in a row before the run stops with an error
@@ -270,6 +272,8 @@ class RunConfig(Config):
     def _local(cls, path: str | None) -> str | None:
         if path is None or is_theirs(path):
             return path
+        if not path.strip():
+            raise ValueError("is empty; write a checkpoint's folder, hf:NAME or a URL, or leave it out")
         return place(path)
 
     @model_validator(mode="after")
@@ -282,7 +286,7 @@ class RunConfig(Config):
         if self.eval_first and not self.evaluations and not self.icl_tasks:
             raise ValueError("eval_first=true has no text to evaluate on; add an eval_loader, or icl_tasks")
         if self.icl_subset_num_batches == 0:
-            raise ValueError("icl_subset_num_batches=0 asks nothing; write -1 for all questions, or 1 or more")
+            raise ValueError("icl_subset_num_batches=0 asks no question; write -1 for all questions, or 1 or more")
         if self.eval_gauntlet is not None and not self.icl_tasks:
             raise ValueError("eval_gauntlet: summarises icl_tasks, and there are none; add some, or leave it out")
         self._check_labels()

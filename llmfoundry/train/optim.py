@@ -190,7 +190,7 @@ class DecoupledAdamWConfig(AdamWConfig, names=("decoupled_adamw",)):
 
 
 def decays(name: str, parameter: Tensor, *, embeddings: bool = True) -> bool:
-    """Whether weight decay is for this parameter: a matrix that is no norm's weight and no (stacked) bias."""
+    """Whether weight decay is for this parameter: a matrix that is neither a norm's weight nor a (stacked) bias."""
     if parameter.ndim < 2 or _BIAS_OR_NORM.search(name):
         return False
     return embeddings or not _EMBEDDING.search(name)
@@ -226,7 +226,7 @@ def clipping(parameters: Iterable[Tensor], max_norm: float | None) -> Clipping:
     The norm is that of the full gradients over all ranks, and the same on each of them. Gradients are
     grouped by the mesh axes that they are split over (dense and expert parameters live on two views of the
     same ranks, which torch refuses to stack); each group costs one all-reduce of one number an axis.
-    The host waits for nothing.
+    The host does not wait.
 
     Args:
         parameters: those without a gradient are passed over.

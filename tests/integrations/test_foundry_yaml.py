@@ -281,6 +281,9 @@ def test_names_of_checkpoints_and_placeholders(tmp_path: Path) -> None:
 def test_durations_in_composers_other_spellings(value: object, ours: object) -> None:
     data, notes = translate({"eval_interval": value, "save_folder": "runs"})
     assert data["eval_interval"] == ours and len(notes) == (value != ours)
+    if isinstance(value, int):  # neither there nor here does a schedule take a number
+        data, notes = translate({"scheduler": {"t_warmup": value}, "save_folder": "runs"})
+        assert data["scheduler"] == {"t_warmup": value} and not notes
 
 
 @pytest.mark.parametrize(
