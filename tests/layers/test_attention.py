@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from llmfoundry.config import ConfigError, check
-from llmfoundry.layers import attention
+from llmfoundry.layers import flex
 from llmfoundry.layers.attention import (
     Attention,
     AttentionConfig,
@@ -195,10 +195,10 @@ def test_flex_off_cuda_is_refused() -> None:
 def test_flex_equals_plain_uncompiled(
     config: GroupedQueryConfig, window: int, documents: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "compiled", lambda function: function)  # torch's own reference, which any CPU runs
+    monkeypatch.setattr(flex, "_compile", lambda: flex._attend)  # torch's own reference, which any CPU runs
     module, x = _attention(config), torch.randn(2, 24, D, dtype=torch.float64)
     ids = torch.arange(24).div(9, rounding_mode="floor").int().repeat(2, 1) if documents else None
-    mask = attention._block_mask(24 if window == -1 else window, 24, ids, CPU)
+    mask = flex.block_mask(flex.NO_WINDOW if window == -1 else window, 24, ids, CPU)
     rope = rope_table(NoScaling(), 100.0, module.head_dim, torch.arange(24))
     with torch.no_grad():  # it has no backward there
         # FlexAttention's log-sum-exp, which sinks need, is float32.
