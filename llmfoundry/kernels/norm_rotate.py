@@ -63,6 +63,11 @@ def norm_rotate_reference(
     return Projected(finished(q, q_weight), finished(k, k_weight), v)
 
 
+def has_kernel(x: Tensor) -> bool:
+    """Whether `norm_rotate` runs on this tensor's device, in its dtype."""
+    return triton is not None and x.is_cuda and x.dtype != torch.float64
+
+
 class _NormRotate(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -119,13 +124,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (each if each.stride(-1) == 1 else each.contiguous() for each in (dq, dk, dv))
     (length, dim), n_tokens = dq.shape[1::2], dq[..., 0, 0].numel()
-    programs = min(n_tokens, _programs(qkv.device, 2))
+    programs = min(n_tokens, _programs(qkv.device, 3))
     dqkv = torch.empty_like(qkv)
     parts = qkv.new_empty(programs, len(q_weight) + len(k_weight), dtype=torch.float32)
     backward_kernel[(programs,)](
         dq, dk, dv, *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], qkv, q_weight, k_weight, cos, sin, dqkv,
         parts, n_tokens, length, cos.numel() * 2 // dim, eps, **_constants(n_heads, kv_heads, dim, q_weight),
-        num_warps=8,
+        num_warps=4,
     )  # fmt: skip
     return dqkv, parts.sum(0)
 

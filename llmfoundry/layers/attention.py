@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from llmfoundry.config import Choice
+from llmfoundry.kernels.norm_rotate import has_kernel, norm_rotate
 from llmfoundry.layers import flex
 from llmfoundry.layers.kv_cache import KVCache
-from llmfoundry.layers.norm import NormConfig, NormType
+from llmfoundry.layers.norm import NormConfig, NormType, RMSNorm
 from llmfoundry.layers.rope import NoScaling, Rope, RopeScaling, rotate
 from llmfoundry.layers.scores import alibi_bias, alibi_slopes, plain_attention
 
@@ -289,6 +290,10 @@ class Attention(nn.Module):
         """Queries, and keys and values unless reused, normalised, clipped and rotated as the config says."""
         config, clip = self.config, self.config.clip_qkv
         qkv = self.wq(x) if self.reuses_kv else self.wqkv(x)  # (B, S, (H + 2G) C)
+        if rope is not None and self._in_one_pass(qkv):
+            weights = self.q_norm.weight, self.k_norm.weight
+            q, k, v = norm_rotate(qkv, *weights, *rope, self.n_heads, self.kv_heads, self.q_norm.eps)
+            return q.transpose(1, 2), KeysAndValues(k.transpose(1, 2), v.transpose(1, 2))
         if clip is not None and not config.clip_qkv_after_norm:
             qkv = qkv.clamp(-clip, clip)
         heads = qkv.unflatten(-1, (-1, self.head_dim))  # (B, S, H + 2G, C)
@@ -299,6 +304,12 @@ class Attention(nn.Module):
             v = v.clamp(-clip, clip)
         k = self._finished(k, "k_norm", rope)  # (B, G, S, C)
         return self._finished(q, "q_norm", rope), KeysAndValues(k, v.transpose(1, 2))
+
+    def _in_one_pass(self, qkv: Tensor) -> bool:
+        """Whether a kernel of ours can normalise and rotate."""
+        config = self.config
+        normed = (config.qk_norm or config.qk_ln) and not self.reuses_kv and isinstance(self.q_norm, RMSNorm)
+        return normed and config.clip_qkv is None and has_kernel(qkv)
 
     def _finished(self, heads: Tensor, norm: str, rope: Rope | None) -> Tensor:
         """Queries or keys (B, S, H, C), normalised, clipped if that comes after, and rotated: (B, H, S, C)."""

@@ -112,15 +112,19 @@ def block_mask(window: int, length: int, sequence_ids: Tensor | None, device: to
         least, greatest = sequence_ids[:, at].unflatten(1, (n, BLOCK)).aminmax(dim=2)  # (B, N) each
         some = some & (least[:, :, None] <= greatest[:, None]) & (least[:, None] <= greatest[:, :, None])
         every = every & (least[:, :, None] == greatest[:, None]) & (least[:, None] == greatest[:, :, None])
-    return BlockMask.from_kv_blocks(
-        *_listed(some & ~every), *_listed(every), BLOCK, mask_mod, seq_lengths=(length, length)
-    )
+    both = torch.stack((some & ~every, every))[:, :, None]  # (2, B, 1, N, N)
+    (n_keys, n_whole_keys), (keys, whole_keys) = _listed(both)
+    (n_queries, n_whole_queries), (queries, whole_queries) = _listed(both.mT)
+    return BlockMask(
+        (length, length),
+        n_keys, keys, n_whole_keys, whole_keys, n_queries, queries, n_whole_queries, whole_queries,
+        (BLOCK, BLOCK), mask_mod,
+    )  # fmt: skip
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, N, N) -> how many key blocks each query block has, (B, 1, N), and which, (B, 1, N, N): those come first."""
-    blocks = blocks[:, None].int()
-    order = blocks.argsort(dim=-1, descending=True, stable=True)
+    """(..., N, N) -> how many blocks each row has, (..., N), and which, (..., N, N): those come first, in order."""
+    order = blocks.byte().contiguous().argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32), order.int()
 
 
