@@ -96,10 +96,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     q, k = _empty(qkv, n_heads, kv_heads)
     dim, n_tokens = q.shape[-1], q[..., 0, 0].numel()
-    programs = min(n_tokens, _programs(qkv.device, 16))
+    constants = _constants(n_heads, kv_heads, dim, q_weight)
+    warps = _warps(constants)
+    programs = min(n_tokens, _programs(qkv.device, 64 // warps))
     forward_kernel[(programs,)](
         qkv, q_weight, k_weight, cos, sin, q, k, n_tokens, cos.numel() * 2 // dim, eps,
-        **_constants(n_heads, kv_heads, dim, q_weight), num_warps=4,
+        **constants, num_warps=warps,
     )  # fmt: skip
     return q, k
 
@@ -124,13 +126,14 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (each if each.stride(-1) == 1 else each.contiguous() for each in (dq, dk, dv))
     (length, dim), n_tokens = dq.shape[1::2], dq[..., 0, 0].numel()
-    programs = min(n_tokens, _programs(qkv.device, 3))
+    constants = _constants(n_heads, kv_heads, dim, q_weight)
+    warps = _warps(constants)
+    programs = min(n_tokens, _programs(qkv.device, 3 if warps == 4 else 16 // warps))
     dqkv = torch.empty_like(qkv)
     parts = qkv.new_empty(programs, len(q_weight) + len(k_weight), dtype=torch.float32)
     backward_kernel[(programs,)](
         dq, dk, dv, *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], qkv, q_weight, k_weight, cos, sin, dqkv,
-        parts, n_tokens, length, cos.numel() * 2 // dim, eps, **_constants(n_heads, kv_heads, dim, q_weight),
-        num_warps=4,
+        parts, n_tokens, length, cos.numel() * 2 // dim, eps, **constants, num_warps=warps,
     )  # fmt: skip
     return dqkv, parts.sum(0)
 
@@ -147,6 +150,11 @@ def _programs(device: torch.device, per_sm: int) -> int:
     if device.type != "cuda":
         return 2  # the interpreter runs them one after the other; two of them share the tokens
     return torch.cuda.get_device_properties(device).multi_processor_count * per_sm
+
+
+def _warps(constants: dict[str, int | bool]) -> int:
+    """So many that a thread holds at most 16 values of each half of a token's queries."""
+    return min(16, max(4, constants["HP"] * constants["HALFP"] // 512))
 
 
 def _constants(n_heads: int, kv_heads: int, dim: int, q_weight: Tensor) -> dict[str, int | bool]:

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from llmfoundry.config import ConfigError, check
-from llmfoundry.layers import flex
+from llmfoundry.layers import attention, flex
 from llmfoundry.layers.attention import (
     Attention,
     AttentionConfig,
@@ -146,6 +146,21 @@ def test_clip_comes_before_the_norm_unless_said_otherwise() -> None:
         q, (k, v) = module._project(x, None)
         assert v.abs().max() == 0.1
         assert (q.abs().max() <= 0.1) == (k.abs().max() <= 0.1) == after
+
+
+@pytest.mark.parametrize("keys", [{"qk_norm": True}, {"qk_ln": True, "norm_eps": 0.1}], ids=str)
+def test_norm_and_rotation_in_one_pass_equal_those_in_parts(
+    keys: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    module, x = _attention(_config(kv_n_heads=2, rope=True, **keys)).float(), torch.randn(2, 5, D)
+    rope = rope_table(NoScaling(), 100.0, module.head_dim, torch.arange(5))
+    parts = module._project(x, rope)
+    monkeypatch.setattr(attention, "has_kernel", lambda _: True)
+    whole = module._project(x, rope)
+    assert "NormRotate" in str(whole[1].v.grad_fn.next_functions) and "NormRotate" not in str(parts[1].v.grad_fn)
+    for one, other in zip((whole[0], *whole[1]), (parts[0], *parts[1]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_plain_causal_attention_builds_no_mask() -> None:
