@@ -33,7 +33,8 @@ class AttentionConfig(Choice, tag="attn_type"):
     """Root of the attention family: `attn_config` in the YAML, with the keys that all kinds share."""
 
     attn_type: str = "multihead_attention"  # how keys and values are made
-    # auto: torch's fused kernels, FlexAttention where a mask needs it; flex: CUDA only
+    # auto: torch's fused kernels (cuDNN's on Hopper), FlexAttention where a mask needs it; flex: CUDA only, slower than
+    # cuDNN, and the same bits twice
     attn_impl: Literal["auto", "sdpa", "flex"] = "auto"
     rope: bool = False  # rotary positions
     rope_theta: float = Field(10000.0, gt=0)  # base of the rotation's wavelengths

@@ -21,7 +21,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from llmfoundry.kernels import eight_bit, symmetric  # noqa: E402
+from llmfoundry.kernels import eight_bit, norm_rotate, symmetric  # noqa: E402
 from llmfoundry.kernels.accumulate import add_kernel  # noqa: E402
 from llmfoundry.kernels.grouped import GroupedConfig, grouped_kernel  # noqa: E402
 from llmfoundry.kernels.lion import lion_kernel  # noqa: E402
@@ -134,7 +134,7 @@ def weight_grad(p: int, n: int, c: WeightGradConfig) -> None:
 
 
 def updates() -> None:
-    """The kernels of an optimizer's step, with weights, gradients and moments of one dtype."""
+    """The kernels of an optimizer's step, with weights, gradients and moments of one dtype, and of queries and keys."""
     moment = {"bf16": tl.bfloat16, "fp32": tl.float32}[DTYPE]
     types = dict.fromkeys(("lr", "beta1", "rest1", "beta2", "rest2", "eps", "keep"), "fp32")
     types |= dict.fromkeys(("rest", "momentum"), "fp32")
@@ -150,6 +150,13 @@ def updates() -> None:
     eight = {"COPY": True, "BLOCKS": 8, "BLOCK": 256}
     report("adamw of 8 bits", eight_bit.adamw_kernel, types | {"m_ptr": "*i8"}, eight, 8, 3)
     report("lion", lion_kernel, types | {"m_ptr": "*fp32"}, {"COPY": True, "BLOCK": 2048}, 8, 3)
+    heads = dict.fromkeys(("wq_ptr", "wk_ptr", "q_ptr", "k_ptr", "dq_ptr", "dk_ptr", "dv_ptr", "dx_ptr"), f"*{DTYPE}")
+    heads |= {"x_ptr": f"*{DTYPE}", "eps": "fp32"} | dict.fromkeys(("cos_ptr", "sin_ptr", "parts_ptr"), "*fp32")
+    heads |= {f"d{name}_{of}": "i32" for name in "qkv" for of in ("row", "token", "head")}
+    heads |= dict.fromkeys(("n_tokens", "length", "n_positions"), "i32")
+    olmoe = {"H": 16, "G": 16, "HALF": 64, "HP": 16, "GP": 16, "HALFP": 64, "EACH": False}
+    report("norm and rotation", norm_rotate.forward_kernel, heads, olmoe, 4, 3)
+    report("norm and rotation, backward", norm_rotate.backward_kernel, heads, olmoe, 4, 3)
     strides = dict.fromkeys(("S", "K", "matrix_stride", "row_stride"), "i32") | {"alpha": "fp32", "beta": "fp32"}
     pointers = dict.fromkeys(("x_ptr", "plus_ptr", "out_ptr"), f"*{DTYPE}")
     for side in ("wide", "tall"):  # products of rows, or of columns

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from llmfoundry.config import ConfigError, check
 from llmfoundry.layers import attention, flex
@@ -245,3 +246,27 @@ def test_flex_equals_plain_on_cuda(name: str, window: int, documents: bool) -> N
     for ours, theirs in zip(found, true, strict=True):
         # Float32 against float64; torch's Triton template may use TF32, whose mantissa has 10 bits.
         torch.testing.assert_close(ours.double().cpu(), theirs, rtol=0, atol=2e-2 * theirs.abs().max().item())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "groups", "dim"), [(16, 16, 128), (32, 4, 128), (32, 8, 64)])
+def test_auto_is_cudnn_on_hopper(heads: int, groups: int, dim: int) -> None:
+    """It was measured at 1.5 to 2 times the speed of torch's other kernels, 2,048 to 32,768 tokens."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("not a Hopper GPU")
+    q, k, v = (torch.randn(2, 4096, n, dim, device="cuda", dtype=torch.bfloat16) for n in (heads, groups, groups))
+    q, k, v = (each.transpose(1, 2).requires_grad_() for each in (q, k, v))
+    choice = torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=heads != groups)
+    assert choice == SDPBackend.CUDNN_ATTENTION.value
+
+
+@pytest.mark.gpu
+def test_flex_gives_the_same_bits_twice() -> None:
+    """Backward of cuDNN and of flash attention does not: it adds to the queries' gradients in any order."""
+    config = _config(kv_n_heads=2, head_dim=128, qk_norm=True, rope=True, attn_impl="flex")
+    module, cuda = _attention(config).to("cuda", torch.bfloat16), torch.device("cuda")
+    x = torch.randn(8, 4096, D, device=cuda, dtype=torch.bfloat16, requires_grad=True)
+    mask = attention_mask(config, -1, 4096, 0, None, cuda)
+    rope = rope_table(NoScaling(), 100.0, 128, torch.arange(4096, device=cuda))
+    runs = [torch.autograd.grad(module(x, rope, mask).sum(), (x, *module.parameters())) for _ in range(3)]
+    assert all(map(torch.equal, runs[0] + runs[0], runs[1] + runs[2]))
