@@ -134,29 +134,22 @@ def weight_grad(p: int, n: int, c: WeightGradConfig) -> None:
 
 
 def updates() -> None:
-    """The kernels of an optimizer's step, with weights, gradients and moments of one dtype, and of queries and keys."""
+    """The kernels of an optimizer's step, with weights, gradients and moments of one dtype."""
     moment = {"bf16": tl.bfloat16, "fp32": tl.float32}[DTYPE]
     types = dict.fromkeys(("lr", "beta1", "rest1", "beta2", "rest2", "eps", "keep"), "fp32")
     types |= dict.fromkeys(("rest", "momentum"), "fp32")
     types |= dict.fromkeys(("n", "number", "start", "inner", "step", "n_tensors", "key"), "i64")
     types |= dict.fromkeys(("steps_ptr", "factors_ptr", "divisor_ptr", "skip_ptr", "step_ptr"), "*fp32")
-    types |= dict.fromkeys(("c_ptr", "x_ptr", "total_ptr"), "*bf16") | {"table_ptr": "*i64"}
+    types |= dict.fromkeys(("b_ptr", "x_ptr", "total_ptr"), "*bf16") | {"table_ptr": "*i64"}
     types |= dict.fromkeys(("w_ptr", "m_ptr", "g_ptr", "out_ptr", "d_ptr"), f"*{DTYPE}")
     constants = {"BLOCK": 2048, "LOOPS": 4, "TENSORS": 128, "ALIGNED": True, "WEIGHT": moment, "GRAD": moment,
-                 "MOMENT": moment, "COPY": True, "NESTEROV": True}  # fmt: skip
+                 "MOMENT": moment, "BESIDE": tl.bfloat16, "NESTEROV": True}  # fmt: skip
     kernels = {"adamw": adamw_kernel, "momentum": momentum_kernel, "apply": apply_kernel, "add": add_kernel}
     types |= {"v_ptr": "*u8", "ms_ptr": "*fp32", "vs_ptr": "*fp32", "count_ptr": "*fp32"}
     types |= {"columns": "i32", "per_row": "i32"}
-    eight = {"COPY": True, "BLOCKS": 8, "BLOCK": 256}
+    eight = {"BESIDE": True, "BLOCKS": 8, "BLOCK": 256}
     report("adamw of 8 bits", eight_bit.adamw_kernel, types | {"m_ptr": "*i8"}, eight, 8, 3)
-    report("lion", lion_kernel, types | {"m_ptr": "*fp32"}, {"COPY": True, "BLOCK": 2048}, 8, 3)
-    heads = dict.fromkeys(("wq_ptr", "wk_ptr", "q_ptr", "k_ptr", "dq_ptr", "dk_ptr", "dv_ptr", "dx_ptr"), f"*{DTYPE}")
-    heads |= {"x_ptr": f"*{DTYPE}", "eps": "fp32"} | dict.fromkeys(("cos_ptr", "sin_ptr", "parts_ptr"), "*fp32")
-    heads |= {f"d{name}_{of}": "i32" for name in "qkv" for of in ("row", "token", "head")}
-    heads |= dict.fromkeys(("n_tokens", "length", "n_positions"), "i32")
-    olmoe = {"H": 16, "G": 16, "HALF": 64, "HP": 16, "GP": 16, "HALFP": 64, "EACH": False}
-    report("norm and rotation", norm_rotate.forward_kernel, heads, olmoe, 4, 3)
-    report("norm and rotation, backward", norm_rotate.backward_kernel, heads, olmoe, 4, 3)
+    report("lion", lion_kernel, types | {"m_ptr": "*fp32"}, {"BESIDE": True, "BLOCK": 2048}, 8, 3)
     strides = dict.fromkeys(("S", "K", "matrix_stride", "row_stride"), "i32") | {"alpha": "fp32", "beta": "fp32"}
     pointers = dict.fromkeys(("x_ptr", "plus_ptr", "out_ptr"), f"*{DTYPE}")
     for side in ("wide", "tall"):  # products of rows, or of columns
@@ -169,11 +162,26 @@ def updates() -> None:
         named = {key: kind for key, kind in (strides | {"column_stride": "i32"}).items() if key not in constant}
         report(f"symmetric, {side}", symmetric.symmetric_kernel, named | pointers, shape | constant,
                symmetric.WARPS, symmetric.STAGES)  # fmt: skip
-    whole = {"COPY": True, "WEIGHT": tl.float32, "GRAD": moment, "MOMENT": moment}
+    whole = {"BESIDE": tl.bfloat16, "WEIGHT": tl.float32, "GRAD": moment, "MOMENT": moment}
     whole |= {key: constants[key] for key in ("BLOCK", "LOOPS", "TENSORS", "ALIGNED")}
     report("adamw of float32 weights", adamw_kernel, types, whole, 8, 3)
+    halves = types | {"b_ptr": "*i16", "w_ptr": "*bf16"}
+    report("adamw of halves", adamw_kernel, types, whole | {"BESIDE": tl.int16, "WEIGHT": tl.bfloat16}, 8, 3)
+    report("adamw of 8 bits, halves", eight_bit.adamw_kernel, halves | {"m_ptr": "*i8"}, eight, 8, 3)
+    report("lion of halves", lion_kernel, halves | {"m_ptr": "*fp32"}, {"BESIDE": True, "BLOCK": 2048}, 8, 3)
     for name, kernel in kernels.items():
         report(name, kernel, types, {key: constants[key] for key in constants if key in kernel.arg_names}, 8, 3)
+
+
+def queries_and_keys() -> None:
+    """The norm of all heads and their rotation, at OLMoE's shape."""
+    types = dict.fromkeys(("wq_ptr", "wk_ptr", "q_ptr", "k_ptr", "dq_ptr", "dk_ptr", "dv_ptr", "dx_ptr"), f"*{DTYPE}")
+    types |= {"x_ptr": f"*{DTYPE}", "eps": "fp32"} | dict.fromkeys(("cos_ptr", "sin_ptr", "parts_ptr"), "*fp32")
+    types |= {f"d{name}_{of}": "i32" for name in "qkv" for of in ("row", "token", "head")}
+    types |= dict.fromkeys(("n_tokens", "length", "n_positions"), "i32")
+    constants = {"H": 16, "G": 16, "HALF": 64, "HP": 16, "GP": 16, "HALFP": 64, "EACH": False}
+    report("norm and rotation", norm_rotate.forward_kernel, types, constants, 4, 3)
+    report("norm and rotation, backward", norm_rotate.backward_kernel, types, constants, 4, 3)
 
 
 def report(
@@ -219,7 +227,11 @@ def main() -> None:
     for CASE in sys.argv[1:]:
         shape, DTYPE, turns, rank = CASE.split(",")
         TURNS, RANK = int(turns), int(rank)
-        updates() if shape == "updates" else compile_case(*SHAPES[shape])
+        if shape == "updates":
+            updates()
+            queries_and_keys()
+        else:
+            compile_case(*SHAPES[shape])
 
 
 def compile_case(d: int, f: int) -> None:
