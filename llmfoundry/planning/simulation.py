@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_iter
 from llmfoundry import runtime
 from llmfoundry.data.loader import Batch
 from llmfoundry.kernels import activations, cross_entropy, experts, experts_grouped
-from llmfoundry.layers import attention, norm
+from llmfoundry.layers import attention, graphs, norm
 from llmfoundry.model import transformer
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.moe import dispatch, layer, router
@@ -266,7 +266,7 @@ def _as_on_a_gpu(ledger: Ledger) -> Iterator[None]:
     patches = [
         patch.object(torch.UntypedStorage, "resize_", resize_),
         patch.object(torch, "compile", lambda function: compile_(function, backend=backend)),
-        patch.object(compiling, "_copy", _one_copy),
+        patch.object(compiling, "with_own_code", _one_copy),
         torch._dynamo.config.patch(
             recompile_limit=1024, accumulated_recompile_limit=1024, automatic_dynamic_shapes=False
         ),
@@ -309,5 +309,5 @@ def _as_on_a_gpu(ledger: Ledger) -> Iterator[None]:
 
 _GPU = torch.device("cuda")
 # torch keeps graphs by code object: with the same one in every simulation, they are traced once.
-_one_copy = cache(compiling._copy)
+_one_copy = cache(graphs.with_own_code)
 _say_once = cache(experts.log.warning)

@@ -21,7 +21,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from llmfoundry.kernels import eight_bit, symmetric  # noqa: E402
+from llmfoundry.kernels import eight_bit, norm_rotate, symmetric  # noqa: E402
 from llmfoundry.kernels.accumulate import add_kernel  # noqa: E402
 from llmfoundry.kernels.grouped import GroupedConfig, grouped_kernel  # noqa: E402
 from llmfoundry.kernels.lion import lion_kernel  # noqa: E402
@@ -173,6 +173,17 @@ def updates() -> None:
         report(name, kernel, types, {key: constants[key] for key in constants if key in kernel.arg_names}, 8, 3)
 
 
+def queries_and_keys() -> None:
+    """The norm of all heads and their rotation, at OLMoE's shape."""
+    types = dict.fromkeys(("wq_ptr", "wk_ptr", "q_ptr", "k_ptr", "dq_ptr", "dk_ptr", "dv_ptr", "dx_ptr"), f"*{DTYPE}")
+    types |= {"x_ptr": f"*{DTYPE}", "eps": "fp32"} | dict.fromkeys(("cos_ptr", "sin_ptr", "parts_ptr"), "*fp32")
+    types |= {f"d{name}_{of}": "i32" for name in "qkv" for of in ("row", "token", "head")}
+    types |= dict.fromkeys(("n_tokens", "length", "n_positions"), "i32")
+    constants = {"H": 16, "G": 16, "HALF": 64, "HP": 16, "GP": 16, "HALFP": 64, "EACH": False}
+    report("norm and rotation", norm_rotate.forward_kernel, types, constants, 4, 3)
+    report("norm and rotation, backward", norm_rotate.backward_kernel, types, constants, 4, 3)
+
+
 def report(
     name: str,
     kernel: triton.JITFunction,
@@ -216,7 +227,11 @@ def main() -> None:
     for CASE in sys.argv[1:]:
         shape, DTYPE, turns, rank = CASE.split(",")
         TURNS, RANK = int(turns), int(rank)
-        updates() if shape == "updates" else compile_case(*SHAPES[shape])
+        if shape == "updates":
+            updates()
+            queries_and_keys()
+        else:
+            compile_case(*SHAPES[shape])
 
 
 def compile_case(d: int, f: int) -> None:
