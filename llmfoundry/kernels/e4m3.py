@@ -359,3 +359,13 @@ def transpose_rows(rows: Scaled, tiles: Tiles) -> Scaled:
         N=n_columns, BM=TILE_ROWS, BN=columns, num_warps=8,
     )  # fmt: skip
     return Scaled(out, scale)
+
+
+def rescaled_reference(rows: Scaled, spans: list[tuple[int, int]]) -> Tensor:
+    """What the values of `transpose_rows` stand for, in plain PyTorch: (M, N) float32, not transposed."""
+    out = torch.zeros_like(rows.values, dtype=torch.float32)
+    for a, b in spans:
+        scale = rows.scale[a:b].amax().clamp(min=2.0**-100) if b > a else rows.scale.new_ones(())
+        values = rows.values[a:b].float() * (rows.scale[a:b] / scale).unsqueeze(1)
+        out[a:b] = values.to(E4M3).float() * scale
+    return out

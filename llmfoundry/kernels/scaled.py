@@ -12,10 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmfoundry.kernels.e4m3 import Scaled
+from llmfoundry.kernels.e4m3 import Scaled, rescaled_reference
 from llmfoundry.kernels.grouped import GroupedConfig
 from llmfoundry.kernels.tiles import TILE_ROWS, Tiles, my_tiles, n_programs, place, plain, ragged, turns, write_ragged
 from llmfoundry.kernels.weight_grad import WeightGradConfig
+
+# Four stages of 48 KB and half an accumulator fit Hopper's shared memory.
+PRODUCT = GroupedConfig(depth=128, pieces=2, num_stages=4, group=8, flatten=True)
+WEIGHT_GRAD = WeightGradConfig(pieces=2, num_stages=4, group=4, flatten=True)
 
 
 @triton.jit
@@ -55,7 +59,7 @@ def scaled_grouped_kernel(
 
 
 def scaled_grouped(
-    rows: Scaled, w: Scaled, tiles: Tiles, dtype: torch.dtype, *, config: GroupedConfig = GroupedConfig(depth=128)
+    rows: Scaled, w: Scaled, tiles: Tiles, dtype: torch.dtype, *, config: GroupedConfig = PRODUCT
 ) -> Tensor:
     """Each row times its expert's matrix.
 
@@ -98,8 +102,10 @@ def scaled_grouped_reference(rows: Scaled, w: Scaled, tiles: Tiles, dtype: torch
     """`scaled_grouped` in plain PyTorch, expert by expert, in float32."""
     start, scale = tiles.expert_start.tolist(), w.scale if w.scale.ndim == 2 else w.scale[:, None]
     x, matrices = (rows.values.float() * rows.scale[:, None]), w.values.float() * scale[:, :, None]
-    spans = zip(start[:-1], start[1:], strict=True)
-    return torch.cat([x[a:b] @ matrices[e].T for e, (a, b) in enumerate(spans)]).to(dtype)
+    out = torch.zeros(x.shape[0], matrices.shape[1], dtype=dtype, device=x.device)
+    for e, (a, b) in enumerate(zip(start[:-1], start[1:], strict=True)):
+        out[a:b] = x[a:b] @ matrices[e].T
+    return out
 
 
 @triton.jit
@@ -133,7 +139,7 @@ def scaled_weight_grad_kernel(
 
 
 def scaled_weight_grad(
-    left: Scaled, right: Scaled, tiles: Tiles, dtype: torch.dtype, *, config: WeightGradConfig = WeightGradConfig()
+    left: Scaled, right: Scaled, tiles: Tiles, dtype: torch.dtype, *, config: WeightGradConfig = WEIGHT_GRAD
 ) -> Tensor:
     """`left[rows of e].T @ right[rows of e]` for each expert e, of row tiles that are transposed already.
 
@@ -160,3 +166,11 @@ def scaled_weight_grad(
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     return out
+
+
+def scaled_weight_grad_reference(left: Scaled, right: Scaled, tiles: Tiles, dtype: torch.dtype) -> Tensor:
+    """`scaled_weight_grad` in plain PyTorch, of (M, P) and (M, N) rows: the operands before `transpose_rows`."""
+    start = tiles.expert_start.tolist()
+    spans = list(zip(start[:-1], start[1:], strict=True))
+    a, b = (rescaled_reference(side, spans) for side in (left, right))
+    return torch.stack([a[i:j].T @ b[i:j] for i, j in spans]).to(dtype)
