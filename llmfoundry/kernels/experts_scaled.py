@@ -80,8 +80,8 @@ _REFERENCES = _Passes(
 )
 
 
-def _passes(device: torch.device) -> _Passes:
-    return _KERNELS if device.type == "cuda" else _REFERENCES
+def _passes(tensor: Tensor) -> _Passes:
+    return _KERNELS if tensor.is_cuda else _REFERENCES
 
 
 def experts_ffn_scaled(
@@ -142,7 +142,7 @@ def _forward(
     n_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_Rows`, as a tuple, which is what operators return."""
-    order, run = Order(expert_start, row_slot, slot_row), _passes(x.device)
+    order, run = Order(expert_start, row_slot, slot_row), _passes(x)
     tiles = run.tiles(expert_start, n_rows)
     matrix = run.weight(w1)
     w1_scale = matrix.scale.amax(1)
@@ -204,7 +204,7 @@ def _backward_rows(
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`_RowGradients`, as a tuple, which is what operators return."""
-    order, run = Order(expert_start, row_slot, slot_row), _passes(x.device)
+    order, run = Order(expert_start, row_slot, slot_row), _passes(x)
     tiles = run.tiles(expert_start, n_rows)
     dy_rows = run.gather(dy, order, n_rows)  # (R, D)
     da = run.product(dy_rows, run.turned_weight(w2, w2_scale), tiles, x.dtype)  # (R, F)
@@ -262,7 +262,7 @@ def _weight_gradient(
     dtype: torch.dtype,
 ) -> Tensor:
     """From the gradient of a matrix' output (R, N) and its input, (R, J) in e4m3, or x (T, J) without a scale."""
-    run = _passes(left.device)
+    run = _passes(left)
     tiles = run.tiles(expert_start, n_rows)
     if right_scale is None:
         rows = run.gather(right, Order(expert_start, row_slot, slot_row), n_rows)
