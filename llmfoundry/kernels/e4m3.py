@@ -3,9 +3,9 @@
 Shapes: T tokens, D d_model, F ffn hidden size, E experts, K top_k, M rows in expert order, N rows and J columns of a
 weight, N_TILES bound on row tiles of 128.
 A row has one scale, a power of two, by which its largest value lies between 224 and 448. Another power of two as the
-scale changes no bit of a value that does not underflow. That serves matrices that are read transposed, for 8-bit products
-read both operands along the inner dim: all rows of an expert get one scale, and are not rounded twice. A row with a value
-that is not finite has the scale NaN, and so the step is skipped as ever.
+scale changes no bit of a value that does not underflow. That serves matrices that are read transposed, for 8-bit
+products read both operands along the inner dim: all rows of an expert get one scale, and are not rounded twice. A row
+with a value that is not finite has the scale NaN, and so the step is skipped as ever.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Products of rows in e4m3 with their expert's matrix, and their matrices' gradients; scales are applied at the end.
 
 Shapes: M rows in expert order, N output width, J inner width, P rows of a gradient, E experts.
-As grouped.py and weight_grad.py, with twice the depth: a step of 128 8-bit values loads the same bytes. Both operands are
-read along the inner dim, as the tensor cores of Hopper need 8-bit ones, which add up sums in about 14 bits.
+As grouped.py and weight_grad.py, with twice the depth: a step of 128 8-bit values loads the same bytes. Both operands
+are read along the inner dim, as the tensor cores of Hopper need 8-bit ones, which add up sums in about 14 bits.
 """
 
 from __future__ import annotations
