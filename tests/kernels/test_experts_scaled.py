@@ -79,6 +79,7 @@ def test_every_product_is_25_decibels_above_its_noise(device: str) -> None:
     tiles = run.tiles(order.expert_start, n_rows)
     x, dy = (each.detach()[order.row_slot.long() // TOP_K] for each in (drawn.x, drawn.dy))
     w1, w2 = drawn.w1.detach(), drawn.w2.detach()
+    dtype = w1.dtype
     h, a = torch.randn(n_rows, 2 * HIDDEN, device=device), torch.randn(n_rows, HIDDEN, device=device)
     rows = {"x": x, "dy": dy, "h": h.to(x), "a": a.to(x)}
     quantised = {name: run.weight(each) for name, each in rows.items()}
@@ -92,11 +93,11 @@ def test_every_product_is_25_decibels_above_its_noise(device: str) -> None:
     start = order.expert_start.tolist()
     spans = list(zip(start[:-1], start[1:], strict=True))
     for name, (left, right, left_true, right_true) in products.items():
-        found = run.product(left, right, tiles, torch.float32 if device == "cpu" else torch.bfloat16)[:n]
+        found = run.product(left, right, tiles, dtype)[:n]
         true = torch.cat([left_true[i:j].float() @ right_true[e].float() for e, (i, j) in enumerate(spans)])
         assert decibels(found, true) > 25, name
     for left_name, right_name in (("dy", "a"), ("h", "x")):
-        found = run.weight_grad(quantised[left_name], quantised[right_name], tiles, torch.float32)
+        found = run.weight_grad(quantised[left_name], quantised[right_name], tiles, dtype)
         true = torch.stack([rows[left_name][i:j].float().T @ rows[right_name][i:j].float() for i, j in spans])
         assert decibels(found, true) > 25, (left_name, right_name)
 
