@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmfoundry.kernels.activations import activate, activate_backward
+from llmfoundry.kernels.gather import gather_reference
 from llmfoundry.kernels.routing import Order
 from llmfoundry.kernels.tiles import TILE_ROWS, Tiles, value_and_slope
 
@@ -128,36 +129,37 @@ def transpose_weight_reference(w: Tensor, scale: Tensor) -> Scaled:
 
 @triton.jit
 def spread_scaled_kernel(
-    x_ptr, q_ptr, scale_ptr, copy_ptr, slot_row_ptr, end_ptr,
-    D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, COPY: tl.constexpr,
+    x_ptr, q_ptr, scale_ptr, slot_row_ptr, end_ptr, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     end = tl.load(end_ptr)
-    x = tl.load(x_ptr + token * D + d, mask=d < D, other=0.0)
-    scale, inverse = scale_of(largest(x.to(tl.float32)))
-    q = (x.to(tl.float32) * inverse).to(tl.float8e4nv)
+    x = tl.load(x_ptr + token * D + d, mask=d < D, other=0.0).to(tl.float32)
+    scale, inverse = scale_of(largest(x))
+    q = (x * inverse).to(tl.float8e4nv)
     for j in tl.static_range(K):
         row = tl.load(slot_row_ptr + token * K + j)
         inside = row < end
         tl.store(q_ptr + row.to(tl.int64) * D + d, q, mask=(d < D) & inside)
         tl.store(scale_ptr + row, scale, mask=inside)
-        if COPY:
-            tl.store(copy_ptr + row.to(tl.int64) * D + d, x, mask=(d < D) & inside)
 
 
-def gather_scaled(x: Tensor, order: Order, n_rows: int, copy: bool = False) -> tuple[Scaled, Tensor | None]:
-    """x (T, D) -> (M, D) rows in expert order, and also as they are, if asked for; those behind the last are unset."""
+def gather_scaled(x: Tensor, order: Order, n_rows: int) -> Scaled:
+    """x (T, D) -> (M, D) rows in expert order; those behind the last expert are unset. Each token is read once."""
     n_tokens, d_model = x.shape
     q = torch.empty(n_rows, d_model, dtype=E4M3, device=x.device)
     scale = torch.empty(n_rows, dtype=torch.float32, device=x.device)
-    copied = x.new_empty(n_rows, d_model) if copy else None
     block = triton.next_power_of_2(d_model)
     spread_scaled_kernel[(n_tokens,)](
-        x, q, scale, copied, order.slot_row, order.expert_start[-1:], D=d_model, K=order.slot_row.numel() // n_tokens,
-        BLOCK=block, COPY=copy, num_warps=_warps(block),
+        x, q, scale, order.slot_row, order.expert_start[-1:], D=d_model, K=order.slot_row.numel() // n_tokens,
+        BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
-    return Scaled(q, scale), copied
+    return Scaled(q, scale)
+
+
+def gather_scaled_reference(x: Tensor, order: Order, n_rows: int) -> Scaled:
+    """`gather_scaled` in plain PyTorch."""
+    return scale_rows_reference(gather_reference(x, order, n_rows))
 
 
 @triton.jit
@@ -209,9 +211,8 @@ def _of_rows(weights: Tensor, row_slot: Tensor, n_rows: int) -> Tensor:
 
 @triton.jit
 def activate_backward_scaled_kernel(
-    da_ptr, h_ptr, dh_ptr, dh_scale_ptr, a_ptr, a_scale_ptr, ds_ptr, dh_copy_ptr, a_copy_ptr, weights_ptr,
-    row_slot_ptr, end_ptr,
-    F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, COPY: tl.constexpr,
+    da_ptr, h_ptr, dh_ptr, dh_scale_ptr, a_ptr, a_scale_ptr, ds_ptr, weights_ptr, row_slot_ptr, end_ptr,
+    F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     if row < tl.load(end_ptr):
@@ -241,75 +242,45 @@ def activate_backward_scaled_kernel(
         tl.store(dh_ptr + base * H + f, (dgate * inverse).to(tl.float8e4nv), mask=inside)
         if GATED:
             tl.store(dh_ptr + base * H + F + f, (dup * inverse).to(tl.float8e4nv), mask=inside)
-        if COPY:
-            dtype = a_copy_ptr.dtype.element_ty
-            tl.store(a_copy_ptr + base * F + f, a.to(dtype), mask=inside)
-            tl.store(dh_copy_ptr + base * H + f, dgate.to(dtype), mask=inside)
-            if GATED:
-                tl.store(dh_copy_ptr + base * H + F + f, dup.to(dtype), mask=inside)
-        else:
-            tl.store(a_scale_ptr + row, a_scale)
-            tl.store(a_ptr + base * F + f, (a * a_inverse).to(tl.float8e4nv), mask=inside)
+        tl.store(a_scale_ptr + row, a_scale)
+        tl.store(a_ptr + base * F + f, (a * a_inverse).to(tl.float8e4nv), mask=inside)
 
 
 class Backward(NamedTuple):
     """What the way back through the activation gives."""
 
     dh: Scaled  # (M, 2F) or (M, F)
-    a: Scaled  # (M, F); unset with copies
+    a: Scaled  # (M, F), a' = s * act(h)
     ds: Tensor  # (1, M) float32, the gradient of the routing weights
-    dh_copy: Tensor | None  # dh as it is, if asked for
-    a_copy: Tensor | None  # a' as it is
 
 
 def activate_backward_scaled(
-    da: Tensor,
-    h: Tensor,
-    weights: Tensor,
-    row_slot: Tensor,
-    tiles: Tiles,
-    *,
-    activation: str,
-    gated: bool,
-    copy: bool = False,
+    da: Tensor, h: Tensor, weights: Tensor, row_slot: Tensor, tiles: Tiles, *, activation: str, gated: bool
 ) -> Backward:
     """From da' (M, F), the gradient of a' before the routing weight, to dh; 9 bytes per value of a' with a gate.
 
     Args:
         da: (M, F).
         h: (M, 2F) or (M, F).
-        copy: also write dh and a' in the dtype of `h`, in place of a' in e4m3.
     """
     n_rows, hidden = da.shape
-    dh = torch.empty_like(h, dtype=E4M3)
-    a = torch.empty_like(da, dtype=E4M3) if not copy else da.new_empty(0)
+    dh, a = torch.empty_like(h, dtype=E4M3), torch.empty_like(da, dtype=E4M3)
     dh_scale, a_scale, ds = (torch.empty(n_rows, dtype=torch.float32, device=h.device) for _ in range(3))
-    dh_copy, a_copy = (torch.empty_like(h), torch.empty_like(da)) if copy else (None, None)
     block = triton.next_power_of_2(hidden)
     activate_backward_scaled_kernel[(n_rows,)](
-        da, h, dh, dh_scale, a, a_scale, ds, dh_copy, a_copy, weights, row_slot, tiles.expert_start[-1:], F=hidden,
-        GATED=gated, ACTIVATION=activation, BLOCK=block, COPY=copy, num_warps=_warps(block, 32),
+        da, h, dh, dh_scale, a, a_scale, ds, weights, row_slot, tiles.expert_start[-1:], F=hidden, GATED=gated,
+        ACTIVATION=activation, BLOCK=block, num_warps=_warps(block, 32),
     )  # fmt: skip
-    return Backward(Scaled(dh, dh_scale), Scaled(a, a_scale), ds.unsqueeze(0), dh_copy, a_copy)
+    return Backward(Scaled(dh, dh_scale), Scaled(a, a_scale), ds.unsqueeze(0))
 
 
 def activate_backward_scaled_reference(
-    da: Tensor,
-    h: Tensor,
-    weights: Tensor,
-    row_slot: Tensor,
-    tiles: Tiles,
-    *,
-    activation: str,
-    gated: bool,
-    copy: bool = False,
+    da: Tensor, h: Tensor, weights: Tensor, row_slot: Tensor, tiles: Tiles, *, activation: str, gated: bool
 ) -> Backward:
     """`activate_backward_scaled` in plain PyTorch."""
     s, a, da = _of_rows(weights, row_slot, h.shape[0]), activate(h, activation, gated), da.float()
     dh = activate_backward(da * s, h.float(), activation, gated)
-    ds, a = (da * a).sum(1).unsqueeze(0), a * s
-    copies = (dh.to(h.dtype), a.to(h.dtype)) if copy else (None, None)
-    return Backward(scale_rows_reference(dh), scale_rows_reference(a), ds, *copies)
+    return Backward(scale_rows_reference(dh), scale_rows_reference(a * s), (da * a).sum(1).unsqueeze(0))
 
 
 @triton.jit

@@ -22,7 +22,6 @@ from torch.utils.flop_counter import register_flop_formula
 from llmfoundry.kernels import e4m3, scaled
 from llmfoundry.kernels.e4m3 import E4M3, Scaled
 from llmfoundry.kernels.gather import (
-    gather_reference,
     slot_sums,
     slot_sums_reference,
     sum_rows,
@@ -51,24 +50,24 @@ class _Passes(NamedTuple):
 
 def _weight_grad(left: Scaled, right: Scaled, tiles: Tiles, dtype: torch.dtype) -> Tensor:
     turned = e4m3.transpose_rows(left, tiles), e4m3.transpose_rows(right, tiles)
-    return scaled.scaled_weight_grad(*turned, tiles, dtype, config=scaled.WEIGHT_GRAD)
+    return scaled.scaled_weight_grad(*turned, tiles, dtype)
 
 
 _KERNELS = _Passes(
     tile_rows,
-    lambda x, order, n_rows: e4m3.gather_scaled(x, order, n_rows)[0],
+    e4m3.gather_scaled,
     e4m3.scale_rows,
     e4m3.transpose_weight,
     e4m3.activate_scaled,
     e4m3.activate_backward_scaled,
-    partial(scaled.scaled_grouped, config=scaled.PRODUCT),
+    scaled.scaled_grouped,
     _weight_grad,
     sum_rows,
     slot_sums,
 )
 _REFERENCES = _Passes(
     tile_rows_reference,
-    lambda x, order, n_rows: e4m3.scale_rows_reference(gather_reference(x, order, n_rows)),
+    e4m3.gather_scaled_reference,
     e4m3.scale_rows_reference,
     e4m3.transpose_weight_reference,
     e4m3.activate_scaled_reference,

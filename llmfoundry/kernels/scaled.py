@@ -88,16 +88,6 @@ def scaled_grouped(
     return out
 
 
-def scaled_grouped_torch(rows: Scaled, w: Scaled, tiles: Tiles, dtype: torch.dtype) -> Tensor:
-    """`scaled_grouped` by torch's own kernel, which has bfloat16 results alone."""
-    n_experts, width, _ = w.values.shape
-    scale = w.scale if w.scale.ndim == 2 else w.scale[:, None].expand(n_experts, width).contiguous()
-    return torch._scaled_grouped_mm(
-        rows.values, w.values.transpose(1, 2), rows.scale, scale, offs=tiles.expert_start[1:], out_dtype=dtype,
-        use_fast_accum=True,
-    )  # fmt: skip
-
-
 def scaled_grouped_reference(rows: Scaled, w: Scaled, tiles: Tiles, dtype: torch.dtype) -> Tensor:
     """`scaled_grouped` in plain PyTorch, expert by expert, in float32."""
     start, scale = tiles.expert_start.tolist(), w.scale if w.scale.ndim == 2 else w.scale[:, None]

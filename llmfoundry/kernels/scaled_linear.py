@@ -1,8 +1,8 @@
-"""A linear layer's products in e4m3, by torch's row-wise `_scaled_mm`: its output and the gradient of its input.
+"""A linear layer's three products in e4m3: two by torch's `_scaled_mm`, and the weight's gradient as experts have it.
 
 Shapes: T rows, J inputs, N outputs; W (N, J).
-The gradient of W is a product in the dtype of its operands: both would have to be transposed first, 8-bit products read
-along the inner dim, and a dense layer is too small to pay for that. On a CPU the plain reference runs.
+x is kept as it is and quantised again in backward: in e4m3 it would be kept beside what other layers keep of it. On a
+CPU the plain references run.
 """
 
 from __future__ import annotations
@@ -38,25 +38,34 @@ def _(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(1, dtype=torch.float32)
 
 
-@torch.library.custom_op("llmfoundry::scaled_linear_input_gradient", mutates_args=())
-def _input_gradient(dy: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """`dy W`, (T, J)."""
+@torch.library.custom_op("llmfoundry::scaled_linear_backward", mutates_args=())
+def scaled_linear_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """`dy W` (T, J) and `dy^T x` (N, J); what is not needed is empty."""
     from llmfoundry.kernels import e4m3
 
-    on_gpu = dy.is_cuda
     quantise, transpose = (
         (e4m3.scale_rows, e4m3.transpose_weight)
-        if on_gpu
+        if dy.is_cuda
         else (e4m3.scale_rows_reference, e4m3.transpose_weight_reference)
     )
-    turned = transpose(weight.contiguous().unsqueeze(0), scale)
-    per_channel = scale.expand(weight.shape[1])
-    return _product(quantise(dy.contiguous()), e4m3.Scaled(turned.values[0], per_channel), dy.dtype)
+    rows = quantise(dy.contiguous())
+    dx = dweight = x.new_empty(0)
+    if need_x:
+        turned = transpose(weight.contiguous().unsqueeze(0), scale).values[0]
+        dx = _product(rows, e4m3.Scaled(turned, scale.expand(weight.shape[1])), dy.dtype)
+    if need_weight:
+        dweight = _weight_gradient(rows, quantise(x.contiguous()), weight.dtype)
+    return dx, dweight
 
 
-@_input_gradient.register_fake
-def _(dy: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    return dy.new_empty(dy.shape[0], weight.shape[1])
+@scaled_linear_backward.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
+    dx, dweight = (
+        torch.empty_like(each) if need else x.new_empty(0) for each, need in ((x, need_x), (weight, need_weight))
+    )
+    return dx, dweight
 
 
 def _product(rows: Scaled, matrix: Scaled, dtype: torch.dtype) -> Tensor:
@@ -65,6 +74,19 @@ def _product(rows: Scaled, matrix: Scaled, dtype: torch.dtype) -> Tensor:
         return torch._scaled_mm(rows.values, matrix.values.t(), *scales, out_dtype=dtype, use_fast_accum=True)
     x, w = (each.values.float() * each.scale.unsqueeze(1) for each in (rows, matrix))
     return (x @ w.t()).to(dtype)
+
+
+def _weight_gradient(left: Scaled, right: Scaled, dtype: torch.dtype) -> Tensor:
+    """As that of a single expert, which has all rows."""
+    from llmfoundry.kernels import e4m3, scaled, tiles
+
+    n_rows, device = left.scale.numel(), left.scale.device
+    start = torch.arange(0, 2 * n_rows, n_rows, dtype=torch.int32, device=device)  # [0, n_rows], without a copy
+    if not left.values.is_cuda:
+        return scaled.scaled_weight_grad_reference(left, right, tiles.tile_rows_reference(start, n_rows), dtype)[0]
+    found = tiles.tile_rows(start, n_rows)
+    turned = e4m3.transpose_rows(left, found), e4m3.transpose_rows(right, found)
+    return scaled.scaled_weight_grad(*turned, found, dtype)[0]
 
 
 class _Context(Protocol):
@@ -82,10 +104,9 @@ def _setup(ctx: _Context, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, T
 
 
 def _backward(ctx: _Context, dy: Tensor, _unused: None) -> tuple[Tensor | None, Tensor | None]:
-    x, weight, scale = ctx.saved_tensors
     need_x, need_weight = ctx.needs_input_grad
-    dx = _input_gradient(dy, weight, scale) if need_x else None
-    return dx, dy.t() @ x if need_weight else None
+    dx, dweight = scaled_linear_backward(dy, *ctx.saved_tensors, need_x, need_weight)
+    return dx if need_x else None, dweight if need_weight else None
 
 
 scaled_linear.register_autograd(_backward, setup_context=_setup)
@@ -98,6 +119,9 @@ def _flops(x: Shape, weight: Shape, *args: object, out_shape: object = None, **_
     return 2 * x[0] * weight[0] * weight[1]
 
 
-@register_flop_formula(torch.ops.llmfoundry.scaled_linear_input_gradient)
-def _input_gradient_flops(dy: Shape, weight: Shape, *args: object, out_shape: object = None, **_: object) -> int:
-    return _flops(dy, weight)
+@register_flop_formula(torch.ops.llmfoundry.scaled_linear_backward)
+def _backward_flops(
+    dy: Shape, x: Shape, weight: Shape, scale: object, need_x: bool, need_weight: bool, *args: object,
+    out_shape: object = None, **_: object,
+) -> int:  # fmt: skip
+    return (need_x + need_weight) * _flops(x, weight)

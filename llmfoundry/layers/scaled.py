@@ -15,7 +15,7 @@ STEP = 16  # J and N are multiples of it: 16 bytes
 
 
 class ScaledLinear(nn.Linear):
-    """A linear layer in e4m3; the gradient of its weight is not. Parameters and their names are those of any other."""
+    """A linear layer in e4m3. Parameters and their names are those of any other."""
 
     def forward(self, input: Tensor) -> Tensor:
         """`W x + b`."""

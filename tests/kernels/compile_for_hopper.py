@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -173,14 +174,14 @@ def in_e4m3(f: int) -> None:
     """The kernels of `precision: amp_fp8`, with experts of this hidden size."""
     eight = "fp8e4nv"
     types = dict.fromkeys(("q_ptr", "dh_ptr", "a_ptr", "out_ptr"), f"*{eight}")
-    types |= dict.fromkeys(("x_ptr", "w_ptr", "h_ptr", "da_ptr", "copy_ptr", "dh_copy_ptr", "a_copy_ptr"), "*bf16")
+    types |= dict.fromkeys(("x_ptr", "w_ptr", "h_ptr", "da_ptr"), "*bf16")
     types |= dict.fromkeys(("scale_ptr", "dh_scale_ptr", "a_scale_ptr", "ds_ptr", "weights_ptr"), "*fp32")
     types |= dict.fromkeys(("expert_scale_ptr", "row_scale_ptr", "w_scale_ptr"), "*fp32")
     types |= dict.fromkeys(("left_scale_ptr", "right_scale_ptr"), "*fp32")
     types |= dict.fromkeys(("row_slot_ptr", "slot_row_ptr", "end_ptr", "by_load_ptr", "first_ptr"), "*i32") | TILES
     types |= dict.fromkeys(("N", "J", "E"), "i32")
-    unit = {"F": f, "GATED": True, "ACTIVATION": "silu", "BLOCK": triton.next_power_of_2(f)}
-    rows = {"J": 4096, "D": 4096, "K": 2, "BLOCK": 4096, "COPY": True}
+    unit: dict[str, Any] = {"F": f, "GATED": True, "ACTIVATION": "silu", "BLOCK": triton.next_power_of_2(f)}
+    rows = {"J": 4096, "D": 4096, "K": 2, "BLOCK": 4096}
     launch = {"PROGRAMS": PROGRAMS, "TURNS": TURNS}
 
     def one(name: str, kernel: triton.JITFunction, constants: dict[str, object], warps: int, stages: int = 3) -> None:
@@ -191,10 +192,8 @@ def in_e4m3(f: int) -> None:
     one("gather", e4m3.spread_scaled_kernel, rows, 16)
     one("transpose a weight", e4m3.transpose_weight_kernel, {"BN": 128, "BJ": 64}, 4)
     one("transpose rows", e4m3.transpose_rows_kernel, {"N": 4096, "BM": TILE_ROWS, "BN": 128}, 8)
-    one("activate", e4m3.activate_scaled_kernel, unit, e4m3._warps(triton.next_power_of_2(f)))
-    for copy in (False, True):
-        warps = e4m3._warps(triton.next_power_of_2(f), 32)
-        one("activate backward", e4m3.activate_backward_scaled_kernel, unit | {"COPY": copy}, warps)
+    one("activate", e4m3.activate_scaled_kernel, unit, e4m3._warps(unit["BLOCK"]))
+    one("activate backward", e4m3.activate_backward_scaled_kernel, unit, e4m3._warps(unit["BLOCK"], 32))
     for per_channel in (True, False):
         c = scaled.PRODUCT
         types["rows_desc"] = f"tensordesc<{eight}[{TILE_ROWS},{c.depth}]>"

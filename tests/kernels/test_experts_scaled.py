@@ -15,7 +15,7 @@ from llmfoundry.kernels import experts_scaled  # noqa: E402
 from llmfoundry.kernels.experts import ExpertKind, e4m3_refusal, experts_ffn  # noqa: E402
 from llmfoundry.kernels.late import LateGradients  # noqa: E402
 from llmfoundry.kernels.routing import sort_by_expert  # noqa: E402
-from llmfoundry.kernels.scaled_linear import scaled_linear  # noqa: E402
+from llmfoundry.kernels.scaled_linear import scaled_linear, scaled_linear_backward  # noqa: E402
 from llmfoundry.layers.scaled import ScaledLinear  # noqa: E402
 
 PLACES = [
@@ -159,9 +159,9 @@ def test_a_linear_layer(device: str) -> None:
     true = both()
     layer.__class__ = ScaledLinear
     found = both()
-    for name, a, b in zip(("y", "dx", "dw", "db"), found, true, strict=True):
+    for name, a, b in zip(("y", "dx", "dw"), found, true, strict=False):
         assert decibels(a, b) > 25, name
-    torch.testing.assert_close(found[2:], true[2:])  # these products are not of e4m3
+    assert torch.equal(found[3], true[3])
 
 
 def _operands(drawn: Drawn) -> tuple[Tensor, ...]:
@@ -183,6 +183,10 @@ def test_operators_say_what_they_return(device: str) -> None:
     grad = (dy_rows, dy_scale, a, a_scale, *order, TOKENS * TOP_K, w2.dtype)
     torch.library.opcheck(experts_scaled._weight_gradient, grad, test_utils=checks)
     torch.library.opcheck(scaled_linear, (drawn.x, drawn.w1[0]), test_utils=checks)
+    dy, scale = scaled_linear(drawn.x, drawn.w1[0])
+    for needs in ((True, True), (False, True), (True, False)):
+        grad = (dy, drawn.x, drawn.w1[0], scale, *needs)
+        torch.library.opcheck(scaled_linear_backward, grad, test_utils=checks)
 
 
 def test_what_cannot_be_in_e4m3_is_said() -> None:
