@@ -22,7 +22,8 @@ PLACES = [
     pytest.param("cpu", id="reference", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")),
     pytest.param("cuda", id="gpu", marks=pytest.mark.gpu),
 ]
-TOKENS, D, HIDDEN, EXPERTS, TOP_K = 96, 64, 48, 4, 2
+TOKENS, EXPERTS, TOP_K = 96, 4, 2
+D, HIDDEN = (256, 192) if torch.cuda.is_available() else (64, 48)
 
 
 class Drawn(NamedTuple):
