@@ -15,11 +15,18 @@ from torch import Tensor
 from llmfoundry.kernels.e4m3 import Scaled, rescaled_reference
 from llmfoundry.kernels.grouped import GroupedConfig
 from llmfoundry.kernels.tiles import TILE_ROWS, Tiles, my_tiles, n_programs, place, plain, ragged, turns, write_ragged
+from llmfoundry.kernels.tune import holds_large
 from llmfoundry.kernels.weight_grad import WeightGradConfig
 
-# Four stages of 48 KB and half an accumulator fit Hopper's shared memory.
-PRODUCT = GroupedConfig(depth=128, pieces=2, num_stages=4, group=8, flatten=True)
-WEIGHT_GRAD = WeightGradConfig(pieces=2, num_stages=4, group=4, flatten=True)
+# Four stages of 48 KB and half an accumulator fit Hopper's shared memory; the second of each is for GPUs with less.
+PRODUCT = (
+    GroupedConfig(depth=128, pieces=2, num_stages=4, group=8, flatten=True),
+    GroupedConfig(columns=64, depth=64, num_warps=4, num_stages=2),
+)
+WEIGHT_GRAD = (
+    WeightGradConfig(pieces=2, num_stages=4, group=4, flatten=True),
+    WeightGradConfig(height=64, width=64, num_warps=4, num_stages=2),
+)
 
 
 @triton.jit
@@ -59,7 +66,7 @@ def scaled_grouped_kernel(
 
 
 def scaled_grouped(
-    rows: Scaled, w: Scaled, tiles: Tiles, dtype: torch.dtype, *, config: GroupedConfig = PRODUCT
+    rows: Scaled, w: Scaled, tiles: Tiles, dtype: torch.dtype, *, config: GroupedConfig | None = None
 ) -> Tensor:
     """Each row times its expert's matrix.
 
@@ -72,7 +79,7 @@ def scaled_grouped(
         (M, N); rows behind the last expert are unset.
     """
     (n_rows, inner), width = rows.values.shape, w.values.shape[1]
-    c = config
+    c = config or PRODUCT[0 if holds_large(rows.scale.device) else 1]
     columns = min(c.columns, max(16, triton.next_power_of_2(width)))
     out = torch.empty(n_rows, width, dtype=dtype, device=rows.scale.device)
     programs = n_programs(out.device)
@@ -129,7 +136,7 @@ def scaled_weight_grad_kernel(
 
 
 def scaled_weight_grad(
-    left: Scaled, right: Scaled, tiles: Tiles, dtype: torch.dtype, *, config: WeightGradConfig = WEIGHT_GRAD
+    left: Scaled, right: Scaled, tiles: Tiles, dtype: torch.dtype, *, config: WeightGradConfig | None = None
 ) -> Tensor:
     """`left[rows of e].T @ right[rows of e]` for each expert e, of row tiles that are transposed already.
 
@@ -142,7 +149,7 @@ def scaled_weight_grad(
         (E, P, N); zero for an expert without rows.
     """
     n_experts, height, n_columns = tiles.expert_start.numel() - 1, left.values.shape[1], right.values.shape[1]
-    c = config
+    c = config or WEIGHT_GRAD[0 if holds_large(left.scale.device) else 1]
     width = min(c.width, max(16, triton.next_power_of_2(n_columns)))
     out = torch.empty(n_experts, height, n_columns, dtype=dtype, device=left.scale.device)
     programs = n_programs(out.device)

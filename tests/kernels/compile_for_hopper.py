@@ -199,14 +199,14 @@ def in_e4m3(f: int) -> None:
     one("activate", e4m3.activate_scaled_kernel, unit, e4m3._warps(unit["BLOCK"]))
     one("activate backward", e4m3.activate_backward_scaled_kernel, unit, e4m3._warps(unit["BLOCK"], 32))
     for per_channel in (True, False):
-        c = scaled.PRODUCT
+        c = scaled.PRODUCT[0]
         types["rows_desc"] = f"tensordesc<{eight}[{TILE_ROWS},{c.depth}]>"
         types["w_desc"] = f"tensordesc<{eight}[1,{c.columns},{c.depth}]>"
         types["out_desc"] = f"tensordesc<bf16[1,1,{TILE_ROWS},{c.columns // c.pieces}]>"
         product = {"N": 2 * f, "PER_CHANNEL": per_channel, "BM": TILE_ROWS, "BN": c.columns, "BK": c.depth,
                    "GROUP": c.group, "FLATTEN": c.flatten, "PIECES": c.pieces}  # fmt: skip
         one("product", scaled.scaled_grouped_kernel, product | launch, c.num_warps, c.num_stages)
-    w = scaled.WEIGHT_GRAD
+    w = scaled.WEIGHT_GRAD[0]
     types["left_desc"] = f"tensordesc<{eight}[1,{w.height},{TILE_ROWS}]>"
     types["right_desc"] = f"tensordesc<{eight}[1,{w.width},{TILE_ROWS}]>"
     types["out_desc"] = f"tensordesc<bf16[1,{w.height},{w.width // w.pieces}]>"
