@@ -61,7 +61,10 @@ class TaskSettings(Config):
 
     def precision_here(self) -> Precision:
         """The precision on this machine; raises ConfigError if it is not to be had."""
-        return inference_precision(precision_on(self.precision, runtime.device().type))
+        precision = precision_on(self.precision, runtime.device().type)
+        if precision == "amp_fp8":
+            log.info("precision: amp_fp8 is for training; this computes in amp_bf16")
+        return inference_precision(precision)
 
 
 class EvaluatedModel(Config):
