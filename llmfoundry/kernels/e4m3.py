@@ -284,20 +284,27 @@ def activate_backward_scaled_reference(
 
 
 @triton.jit
-def expert_scale_kernel(scale_ptr, start_ptr, out_ptr, BLOCK: tl.constexpr):
+def source_of(row, row_slot_ptr, inside, K: tl.constexpr):
+    """Where the values of a row in expert order are: there, or at its token if K is not 0."""
+    return tl.load(row_slot_ptr + row, mask=inside, other=0) // K if K > 0 else row
+
+
+@triton.jit
+def expert_scale_kernel(scale_ptr, row_slot_ptr, start_ptr, out_ptr, K: tl.constexpr, BLOCK: tl.constexpr):
     e = tl.program_id(0)
     end = tl.load(start_ptr + e + 1)
-    largest = tl.zeros([BLOCK], dtype=tl.float32) + 7.888609052210118e-31  # 2^-100
+    most = tl.zeros([BLOCK], dtype=tl.float32) + 7.888609052210118e-31  # 2^-100
     for begin in tl.range(tl.load(start_ptr + e), end, BLOCK):
         row = begin + tl.arange(0, BLOCK)
-        largest = tl.maximum(largest, tl.load(scale_ptr + row, mask=row < end, other=0.0))
-    tl.store(out_ptr + e, tl.max(largest))
+        source = source_of(row, row_slot_ptr, row < end, K)
+        most = tl.maximum(most, tl.load(scale_ptr + source, mask=row < end, other=0.0))
+    tl.store(out_ptr + e, tl.max(most))
 
 
 @triton.jit
 def transpose_rows_kernel(
-    q_ptr, scale_ptr, expert_scale_ptr, out_ptr, start_ptr, expert_ptr, row_ptr, count_ptr,
-    N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    q_ptr, scale_ptr, expert_scale_ptr, out_ptr, row_slot_ptr, start_ptr, expert_ptr, row_ptr, count_ptr,
+    N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(1)
     if i < tl.load(count_ptr):
@@ -306,28 +313,34 @@ def transpose_rows_kernel(
         rows = tl.arange(0, BM)
         n = tl.program_id(0) * BN + tl.arange(0, BN)
         inside = row + rows < tl.load(start_ptr + e + 1)
-        ratio = tl.load(scale_ptr + row + rows, mask=inside, other=0.0) * inverse_of(tl.load(expert_scale_ptr + e))
-        at = q_ptr + row.to(tl.int64) * N
-        q = tl.load(at + rows[:, None] * N + n[None, :], mask=inside[:, None] & (n[None, :] < N), other=0.0)
+        source = source_of(row + rows, row_slot_ptr, inside, K)
+        ratio = tl.load(scale_ptr + source, mask=inside, other=0.0) * inverse_of(tl.load(expert_scale_ptr + e))
+        at = source.to(tl.int64)[:, None] * N + n[None, :]
+        q = tl.load(q_ptr + at, mask=inside[:, None] & (n[None, :] < N), other=0.0)
         # A row behind the expert's last is zero, even where its values are NaN: another expert's, or unset.
         q = tl.where(inside[:, None], q.to(tl.float32) * ratio[:, None], 0.0).to(tl.float8e4nv)
         at = out_ptr + i.to(tl.int64) * N * BM
         tl.store(at + n[:, None] * BM + rows[None, :], q.T, mask=n[:, None] < N)
 
 
-def transpose_rows(rows: Scaled, tiles: Tiles) -> Scaled:
+def transpose_rows(rows: Scaled, tiles: Tiles, row_slot: Tensor | None = None, top_k: int = 0) -> Scaled:
     """(M, N) rows -> (N_TILES, N, 128), each row tile transposed, by one scale of each expert; 2 bytes per value.
 
     Behind an expert's last row a tile is zero. Values below 2^-9 of the expert's scale vanish.
+
+    Args:
+        rows: (M, N) in expert order; with `row_slot` (M,), which needs K, (T, N) in token order.
     """
     n_experts, n_columns = tiles.expert_start.numel() - 1, rows.values.shape[1]
     scale = torch.empty(n_experts, dtype=torch.float32, device=rows.scale.device)
-    expert_scale_kernel[(n_experts,)](rows.scale, tiles.expert_start, scale, BLOCK=1024, num_warps=4)
+    expert_scale_kernel[(n_experts,)](
+        rows.scale, row_slot, tiles.expert_start, scale, K=top_k, BLOCK=1024, num_warps=4
+    )  # fmt: skip
     out = torch.empty(tiles.expert.numel(), n_columns, TILE_ROWS, dtype=E4M3, device=scale.device)
     columns = 128
     transpose_rows_kernel[(triton.cdiv(n_columns, columns), tiles.expert.numel())](
-        rows.values, rows.scale, scale, out, tiles.expert_start, tiles.expert, tiles.row, tiles.n_tiles,
-        N=n_columns, BM=TILE_ROWS, BN=columns, num_warps=8,
+        rows.values, rows.scale, scale, out, row_slot, tiles.expert_start, tiles.expert, tiles.row, tiles.n_tiles,
+        N=n_columns, K=top_k, BM=TILE_ROWS, BN=columns, num_warps=8,
     )  # fmt: skip
     return Scaled(out, scale)
 

@@ -38,19 +38,31 @@ class _Passes(NamedTuple):
 
     tiles: Callable[[Tensor, int], Tiles]
     gather: Callable[[Tensor, Order, int], Scaled]
-    weight: Callable[[Tensor], Scaled]
+    rows: Callable[[Tensor], Scaled]
     turned_weight: Callable[[Tensor, Tensor], Scaled]
     activate: Callable[..., Scaled]
     activate_backward: Callable[..., e4m3.Backward]
     product: Callable[[Scaled, Scaled, Tiles, torch.dtype], Tensor]
-    weight_grad: Callable[[Scaled, Scaled, Tiles, torch.dtype], Tensor]
+    weight_grad: Callable[[Scaled, Scaled, Tiles, torch.dtype, Tensor | None, int], Tensor]
     sum_rows: Callable[[Tensor, Order, int], Tensor]
     slot_sums: Callable[[Tensor, Order], Tensor]
 
 
-def _weight_grad(left: Scaled, right: Scaled, tiles: Tiles, dtype: torch.dtype) -> Tensor:
-    turned = e4m3.transpose_rows(left, tiles), e4m3.transpose_rows(right, tiles)
+def _weight_grad(
+    left: Scaled, right: Scaled, tiles: Tiles, dtype: torch.dtype, row_slot: Tensor | None, top_k: int
+) -> Tensor:
+    """From rows in expert order; with `row_slot`, the right ones are in token order."""
+    turned = e4m3.transpose_rows(left, tiles), e4m3.transpose_rows(right, tiles, row_slot, top_k)
     return scaled.scaled_weight_grad(*turned, tiles, dtype)
+
+
+def _weight_grad_reference(
+    left: Scaled, right: Scaled, tiles: Tiles, dtype: torch.dtype, row_slot: Tensor | None, top_k: int
+) -> Tensor:
+    if row_slot is not None:
+        token = row_slot[: left.scale.numel()].long() // top_k
+        right = Scaled(right.values[token], right.scale[token])
+    return scaled.scaled_weight_grad_reference(left, right, tiles, dtype)
 
 
 _KERNELS = _Passes(
@@ -73,7 +85,7 @@ _REFERENCES = _Passes(
     e4m3.activate_scaled_reference,
     e4m3.activate_backward_scaled_reference,
     scaled.scaled_grouped_reference,
-    scaled.scaled_weight_grad_reference,
+    _weight_grad_reference,
     sum_rows_reference,
     slot_sums_reference,
 )
@@ -143,12 +155,12 @@ def _forward(
     """`_Rows`, as a tuple, which is what operators return."""
     order, run = Order(expert_start, row_slot, slot_row), _passes(x)
     tiles = run.tiles(expert_start, n_rows)
-    matrix = run.weight(w1)
+    matrix = run.rows(w1)
     w1_scale = matrix.scale.amax(1)
     h = run.product(run.gather(x, order, n_rows), matrix, tiles, x.dtype)
     del matrix  # before w2's, and before the rows of y
     a = run.activate(h, weights, row_slot, tiles, activation=activation, gated=gated)
-    matrix = run.weight(w2)
+    matrix = run.rows(w2)
     y = run.sum_rows(run.product(a, matrix, tiles, x.dtype), order, weights.shape[1])
     return _Rows(y, h, w1_scale, matrix.scale.amax(1))
 
@@ -256,18 +268,17 @@ def _weight_gradient(
     right_scale: Tensor | None,
     expert_start: Tensor,
     row_slot: Tensor,
-    slot_row: Tensor,
     n_rows: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """From the gradient of a matrix' output (R, N) and its input, (R, J) in e4m3, or x (T, J) without a scale."""
     run = _passes(left)
     tiles = run.tiles(expert_start, n_rows)
+    side = Scaled(left, left_scale)
     if right_scale is None:
-        rows = run.gather(right, Order(expert_start, row_slot, slot_row), n_rows)
-    else:
-        rows = Scaled(right, right_scale)
-    return run.weight_grad(Scaled(left, left_scale), rows, tiles, dtype)
+        top_k = row_slot.numel() // right.shape[0]
+        return run.weight_grad(side, run.rows(right), tiles, dtype, row_slot, top_k)
+    return run.weight_grad(side, Scaled(right, right_scale), tiles, dtype, None, 0)
 
 
 @_weight_gradient.register_fake
@@ -278,7 +289,6 @@ def _(
     right_scale: Tensor | None,
     expert_start: Tensor,
     row_slot: Tensor,
-    slot_row: Tensor,
     n_rows: int,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -319,9 +329,9 @@ def _gradients(ctx: _Context, needs: tuple[bool, ...], dy: Tensor) -> tuple[Tens
     n_rows = ctx.unit[-1]
     deferred: Deferred = {}
     if need_w2:
-        deferred["w2"] = partial(_weight_gradient, dy_rows, dy_scale, a, a_scale, *order, n_rows, w2.dtype)
+        deferred["w2"] = partial(_weight_gradient, dy_rows, dy_scale, a, a_scale, *order[:2], n_rows, w2.dtype)
     if need_w1:
-        deferred["w1"] = partial(_weight_gradient, dh, dh_scale, x, None, *order, n_rows, w1.dtype)
+        deferred["w1"] = partial(_weight_gradient, dh, dh_scale, x, None, *order[:2], n_rows, w1.dtype)
     return dx if need_x else None, dweights if need_weights else None, deferred
 
 

@@ -195,7 +195,9 @@ def in_e4m3(f: int) -> None:
     one("scale rows", e4m3.scale_rows_kernel, rows, 16)
     one("gather", e4m3.spread_scaled_kernel, rows, 16)
     one("transpose a weight", e4m3.transpose_weight_kernel, {"BN": 128, "BJ": 64}, 4)
-    one("transpose rows", e4m3.transpose_rows_kernel, {"N": 4096, "BM": TILE_ROWS, "BN": 128}, 8)
+    for top_k in (0, 8):
+        turned = {"N": 4096, "K": top_k, "BM": TILE_ROWS, "BN": 128} | ({} if top_k else {"row_slot_ptr": None})
+        one("transpose rows", e4m3.transpose_rows_kernel, turned, 8)
     one("activate", e4m3.activate_scaled_kernel, unit, e4m3._warps(unit["BLOCK"]))
     one("activate backward", e4m3.activate_backward_scaled_kernel, unit, e4m3._warps(unit["BLOCK"], 32))
     for per_channel in (True, False):

@@ -120,6 +120,13 @@ def test_what_is_transposed_keeps_its_values(device: str) -> None:
         tile = turned.values[tiles.first[e]].float().T * turned.scale[e]  # fewer than 128 rows
         torch.testing.assert_close(tile[:size], values(rows)[span], rtol=0, atol=2**-9 * turned.scale[e].item())
         assert size == 0 or tile[size:].eq(0).all()
+    tokens = e4m3.scale_rows_reference(drawn(TOKENS, D, device=device))
+    token = order.row_slot.long() // TOP_K
+    rows = Scaled(tokens.values[token], tokens.scale[token])
+    found, expected = e4m3.transpose_rows(tokens, tiles, order.row_slot, TOP_K), e4m3.transpose_rows(rows, tiles)
+    exist = int(tiles.n_tiles)
+    assert torch.equal(found.values[:exist].float(), expected.values[:exist].float())
+    assert torch.equal(found.scale, expected.scale)
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
