@@ -25,7 +25,7 @@ from llmfoundry.model.config import ModelConfig
 from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.parallel.mesh import ParallelConfig
 from llmfoundry.train.build import check_device
-from llmfoundry.train.config import Precision, precision_on
+from llmfoundry.train.config import Precision, inference_precision, precision_on
 from llmfoundry.train.resume import with_rule_of
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,10 @@ class TaskSettings(Config):
 
     def precision_here(self) -> Precision:
         """The precision on this machine; raises ConfigError if it is not to be had."""
-        return precision_on(self.precision, runtime.device().type)
+        precision = precision_on(self.precision, runtime.device().type)
+        if precision == "amp_fp8":
+            log.info("precision: amp_fp8 is for training; this computes in amp_bf16")
+        return inference_precision(precision)
 
 
 class EvaluatedModel(Config):

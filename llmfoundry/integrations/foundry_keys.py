@@ -166,7 +166,7 @@ REFUSED_VALUES = {
         **dict.fromkeys(("adam", "decoupled_adam"), "write adamw or decoupled_adamw"),
         **dict.fromkeys(("sgd", "decoupled_sgdw"), "write decoupled_adamw, decoupled_lionw or muon"),
     },
-    "precision": dict.fromkeys(("amp_fp16", "amp_fp8", "fp16", "bf16", "pure_bf16", "tf32", "amp"), _BF16),
+    "precision": dict.fromkeys(("amp_fp16", "fp16", "bf16", "pure_bf16", "tf32", "amp"), _BF16),
     "tokenizer.name": {"tiktoken": "write the name of a Hugging Face tokenizer that has the same vocabulary"},
     "train_loader.name": {
         "contrastive_pairs": "embedding models are not trained here; write text or finetuning",

@@ -27,7 +27,7 @@ from llmfoundry.kernels.experts_grouped import experts_ffn_grouped
 from llmfoundry.kernels.late import LateGradients
 from llmfoundry.kernels.low_rank import ExpertAdapters, LowRank, rounds_once
 
-Backend = Literal["reference", "grouped_mm", "triton"]
+Backend = Literal["reference", "grouped_mm", "triton", "e4m3"]  # e4m3: by `precision` alone, not by moe_impl
 TRITON_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 log = logging.getLogger(__name__)
 
@@ -128,9 +128,18 @@ def resolve_backend(choice: str, kind: ExpertKind, device: torch.device, dtype: 
     return cast(Backend, choice)
 
 
+def e4m3_refusal(impl: str, kind: ExpertKind) -> str | None:
+    """Why experts cannot compute in e4m3, or None."""
+    if impl not in ("auto", "triton"):
+        return f"moe_impl={impl}"
+    if kind.d_model % 16 or kind.hidden % 16:
+        return f"d_model={kind.d_model} and ffn_hidden_size={kind.hidden} are not multiples of 16"
+    return _triton_refusal_of_kind(kind, torch.bfloat16)
+
+
 def reads_on_host(backend: Backend, device: torch.device) -> bool:
     """Whether a backend reads the experts' loads on the host, so that no compiler can trace it."""
-    return backend == "reference" or (backend == "grouped_mm" and device.type == "cpu")
+    return backend == "reference" or (backend in ("grouped_mm", "e4m3") and device.type == "cpu")
 
 
 def experts_ffn(
@@ -162,7 +171,7 @@ def experts_ffn(
         b2: (E, D) or None.
         activation: one of `GLU_ACTIVATIONS` with a gate, of `ACTIVATIONS` without.
         gated: whether w1 holds a gate.
-        backend: as `resolve_backend` returned it.
+        backend: as `resolve_backend` returned it, or e4m3 where `e4m3_refusal` returned None.
         limit: clamp of gate and up before the gated unit, or None.
         n_rows: a bound on the slots that have an expert, where the caller knows one below T*K: rows are
             allocated for that many. More slots with an expert than this is the caller's error.
@@ -191,6 +200,12 @@ def experts_ffn(
         of_adapters = [tensor for pair in adapters.pairs for tensor in pair]
         nothing = torch.stack([w[:0].sum() for w in (w1, w2, b1, b2, *of_adapters) if w is not None]).sum()
         return x * weights.sum(1, keepdim=True).to(x.dtype) + nothing.to(x.dtype)
+    if backend == "e4m3":
+        from llmfoundry.kernels.experts_scaled import experts_ffn_scaled
+
+        return experts_ffn_scaled(
+            x, weights, experts, w1, w2, activation=activation, gated=gated, n_rows=n_rows, late=late
+        )
     if backend == "triton":
         # Imported here, not above: triton is not installed on every machine.
         from llmfoundry.kernels.experts_triton import experts_ffn_triton

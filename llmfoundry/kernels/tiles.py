@@ -33,6 +33,7 @@ class Tiles(NamedTuple):
     expert: Tensor  # (N_TILES,) expert of each row tile
     row: Tensor  # (N_TILES,) its first row
     n_tiles: Tensor  # (1,) how many of N_TILES exist
+    first: Tensor  # (E,) the first row tile of each expert
 
 
 @cache
@@ -78,7 +79,7 @@ def plain(tensor: Tensor, block: list[int]) -> TensorDescriptor:
 
 @triton.jit
 def _tiles_kernel(
-    start_ptr, by_load_ptr, expert_ptr, row_ptr, count_ptr, n_experts,
+    start_ptr, by_load_ptr, expert_ptr, row_ptr, count_ptr, first_ptr, n_experts,
     TILE: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program an expert: its place in the order of load, and its row tiles."""
@@ -92,6 +93,7 @@ def _tiles_kernel(
     tl.store(by_load_ptr + tl.sum(ahead.to(tl.int32)), e)
     tiles = (load + TILE - 1) // TILE
     first = tl.sum(tl.where(ahead, tiles, 0))
+    tl.store(first_ptr + e, first)
     own_tiles = (own_load + TILE - 1) // TILE
     for begin in tl.range(0, own_tiles, CHUNK):
         i = begin + tl.arange(0, CHUNK)
@@ -111,7 +113,7 @@ def tile_rows(expert_start: Tensor, n_rows: int) -> Tiles:
     n_experts = expert_start.numel() - 1
     empty = partial(torch.empty, dtype=torch.int32, device=expert_start.device)
     bound = triton.cdiv(n_rows, TILE_ROWS) + n_experts
-    tiles = Tiles(expert_start, empty(n_experts), empty(bound), empty(bound), empty(1))
+    tiles = Tiles(expert_start, empty(n_experts), empty(bound), empty(bound), empty(1), empty(n_experts))
     _tiles_kernel[(n_experts,)](*tiles, n_experts, TILE=TILE_ROWS, EXPERTS=triton.next_power_of_2(n_experts), CHUNK=64)
     return tiles
 
@@ -123,8 +125,9 @@ def tile_rows_reference(expert_start: Tensor, n_rows: int) -> Tiles:
     by_load = sorted(range(len(load)), key=lambda e: (-load[e], e))
     tiles = [(e, start[e] + i) for e in by_load for i in range(0, load[e], TILE_ROWS)]
     expert, row = ([t[i] for t in tiles] for i in (0, 1))
+    first = [sum(-(-load[f] // TILE_ROWS) for f in by_load[: by_load.index(e)]) for e in range(len(load))]
     as_int = lambda values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
-    return Tiles(expert_start, as_int(by_load), as_int(expert), as_int(row), as_int([len(tiles)]))
+    return Tiles(expert_start, as_int(by_load), as_int(expert), as_int(row), as_int([len(tiles)]), as_int(first))
 
 
 class Beside(NamedTuple):

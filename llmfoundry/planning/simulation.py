@@ -167,9 +167,10 @@ def _bodies() -> dict[object, Callable[..., object]]:
     """Operators that are opaque to a compiler; their bodies are run here, to count what they allocate."""
     if not HAS_TRITON:
         return {}
-    from llmfoundry.kernels import experts_triton
+    from llmfoundry.kernels import experts_scaled, experts_triton, scaled_linear
 
-    operators = [each for each in vars(experts_triton).values() if isinstance(each, CustomOpDef)]
+    modules = experts_triton, experts_scaled, scaled_linear
+    operators = [each for module in modules for each in vars(module).values() if isinstance(each, CustomOpDef)]
     return {operator._opoverload: operator._init_fn for operator in operators}
 
 

@@ -312,6 +312,11 @@ def check_device(model: CausalLMConfig, device: torch.device, precision: str) ->
     """Refuse implementations that were asked for and cannot run here."""
     if model.attn_config.attn_impl == "flex" and device.type != "cuda":
         raise ConfigError(f"model.attn_config.attn_impl=flex needs a CUDA device, found {device.type}; use auto")
+    if precision == "amp_fp8" and torch.cuda.get_device_capability(device) < (9, 0):
+        raise ConfigError(
+            "precision: amp_fp8 needs a GPU of compute capability 9.0 (Hopper) or later, found "
+            f"{torch.cuda.get_device_name(device)}; write precision=amp_bf16"
+        )
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     blocks = (model.ffn(layer) for layer in range(model.n_layers))
     drops = model.lora is not None and model.lora.dropout > 0 and model.adapts_experts

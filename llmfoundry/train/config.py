@@ -13,7 +13,6 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
-import llmfoundry.hf.module  # noqa: F401  registers modules of transformers as a model
 import llmfoundry.model.transformer  # noqa: F401  registers its model
 import llmfoundry.train.lion  # noqa: F401  registers its optimizer
 import llmfoundry.train.muon  # noqa: F401  registers its optimizer
@@ -37,6 +36,7 @@ from llmfoundry.data.sources import paired_run
 from llmfoundry.data.tokenizer import TokenizerConfig
 from llmfoundry.eval.gauntlet import GauntletConfig
 from llmfoundry.eval.icl_tasks import TaskConfig
+from llmfoundry.hf.module import TransformersConfig
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.parallel.mesh import ParallelConfig
 from llmfoundry.private import FromEnvironment, disclosed
@@ -45,7 +45,7 @@ from llmfoundry.train.loss import CrossEntropyConfig, LossConfig
 from llmfoundry.train.optim import OptimizerConfig
 from llmfoundry.train.schedule import SchedulerConfig
 
-Precision = Literal["fp32", "amp_bf16"]
+Precision = Literal["fp32", "amp_bf16", "amp_fp8"]
 
 
 def precision_on(asked: Precision | Literal["auto"], device_type: str) -> Precision:
@@ -56,9 +56,14 @@ def precision_on(asked: Precision | Literal["auto"], device_type: str) -> Precis
     """
     if asked == "auto":
         return "amp_bf16" if device_type == "cuda" else "fp32"
-    if asked == "amp_bf16" and device_type != "cuda":
-        raise ConfigError("precision: amp_bf16 needs a GPU and there is none; write precision=fp32 or leave it out")
+    if asked != "fp32" and device_type != "cuda":
+        raise ConfigError(f"precision: {asked} needs a GPU and there is none; write precision=fp32 or leave it out")
     return asked
+
+
+def inference_precision(precision: Precision) -> Precision:
+    """What a model that is not trained computes in: in bfloat16 where the run had 8-bit products."""
+    return "amp_bf16" if precision == "amp_fp8" else precision
 
 
 def place(path: str) -> str:
@@ -198,7 +203,9 @@ class RunConfig(Config):
     icl_seq_len: int = Field(1024, gt=1)  # tokens of a question with its examples: the beginning of a longer one goes
     icl_subset_num_batches: int | None = Field(None, ge=-1)  # of each task, over all ranks together; None, -1: all
 
-    precision: Precision | Literal["auto"] = "auto"  # auto: amp_bf16 on a GPU, fp32 on a CPU
+    # auto: amp_bf16 on a GPU, fp32 on a CPU. amp_fp8: as amp_bf16, but experts and the linear layers of blocks multiply
+    # 8-bit floats (e4m3), with a scale for each row; it needs a GPU of compute capability 9.0 (Hopper) or later
+    precision: Precision | Literal["auto"] = "auto"
     parallel: ParallelConfig = ParallelConfig()
     dist_timeout: float = Field(600.0, gt=0)  # seconds until a collective fails that some rank does not join
     # The same after the first step, which compiles and connects; None: dist_timeout. What one rank does alone while
@@ -311,6 +318,16 @@ class RunConfig(Config):
             raise ValueError(f"model.lora.quantize={lora.quantize} needs load_path, whose weights it quantises")
         if self.save_frozen_weights:
             raise ValueError(f"save_frozen_weights: not with model.lora.quantize={lora.quantize}; leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _products_are_known(self) -> Self:
+        if self.precision != "amp_fp8":
+            return self
+        if getattr(self.model, "lora", None) is not None:
+            raise ValueError("precision: amp_fp8 with model.lora is not supported; write amp_bf16")
+        if isinstance(self.model, TransformersConfig):
+            raise ValueError("precision: amp_fp8 does not reach modules of transformers; write amp_bf16")
         return self
 
     @model_validator(mode="after")

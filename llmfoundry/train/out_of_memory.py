@@ -119,7 +119,7 @@ def _remedies(
     of_gradients: list[str] = []
     if several and once and mesh.degrees.shard > 1:
         of_gradients.append("parallel.reduce_once_a_step=false")
-    casts = single_process(parallel, mesh.degrees) and config.precision_on(device.type) == "amp_bf16"
+    casts = single_process(parallel, mesh.degrees) and config.precision_on(device.type) != "fp32"
     if several and casts and parallel.sum_gradients_in == "fp32":
         of_gradients.append("parallel.sum_gradients_in=bf16")
     of_rest = [f"device_train_microbatch_size={rows // 2}"] * (rows > 1)

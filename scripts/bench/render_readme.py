@@ -209,8 +209,8 @@ def train_step() -> str:
     head = "| | on | tokens/s per GPU | MFU | exposed communication | peak, GiB |"
     return "\n".join(
         [
-            "Training steps, sequences of 4,096 tokens, float32 weights and (unless named)",
-            "moments, bf16 compute, by `scripts/bench/train_step.py`.",
+            "Training steps, sequences of 4,096 tokens, by `scripts/bench/train_step.py`; unless named with float32",
+            "weights and moments and bf16 compute.",
             "",
             head,
             "|---|---|---|---|---|---|",

@@ -436,6 +436,11 @@ def test_all_mistakes_of_fsdp_come_in_one_round() -> None:
         translate(FOREIGN | {"precision": "amp_bf16", "fsdp_config": {"mixed_precision": {"param_dtype": "fp32"}}})
 
 
+def test_products_of_8_bits_have_their_name() -> None:
+    data, _ = translate(FOREIGN | {"precision": "amp_fp8", "fsdp_config": {"mixed_precision": "PURE"}})
+    assert data["precision"] == "amp_fp8"
+
+
 @pytest.mark.parametrize(("key", "of", "other"), [("hidden_size", "d_model", 17), ("num_layers", "n_layers", 2)])
 def test_what_a_mixture_repeats_of_the_model_must_be_equal(key: str, of: str, other: int) -> None:
     ffn = {"ffn_type": "mb_dmoe", "moe_num_experts": 2, "fc_kwargs": {}, "fc_cls": None, "device_mesh": [8]}

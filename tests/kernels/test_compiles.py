@@ -25,6 +25,7 @@ CASES = [  # shape, dtype, turns, rank of adapters
     ("qwen30b", "fp32", 1, 16),
 ]
 UPDATES = [("updates", state, 1, 0) for state in ("fp32", "bf16")]
+E4M3 = [("qwen30b", "e4m3", 5, 0), ("dbrx", "e4m3", 1, 0)]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     script = Path(__file__).with_name("compile_for_hopper.py")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(script), *(",".join(map(str, case)) for case in [*CASES, *UPDATES])],
+        [sys.executable, str(script), *(",".join(map(str, case)) for case in [*CASES, *UPDATES, *E4M3])],
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))},
         capture_output=True,
         text=True,
@@ -50,6 +51,15 @@ def test_kernels_that_only_move_bytes_compile_without_spills(compiled: list[dict
     passes |= {"lion", "lion of halves", "momentum", "apply", "add"}
     passes |= {"norm and rotation", "norm and rotation, backward"}
     assert {row["kernel"] for row in rows} == passes | {"symmetric, wide", "symmetric, tall"}
+    assert not any(row["spilled"] for row in rows), rows
+    assert all(row["shared"] <= SHARED for row in rows), rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", E4M3)
+def test_the_kernels_of_e4m3_compile_without_spills(compiled: list[dict[str, Any]], case: tuple[object, ...]) -> None:
+    rows = [row for row in compiled if row["case"] == ",".join(map(str, case))]
+    assert {"gather", "activate backward", "product", "weight gradient"} <= {row["kernel"] for row in rows}
     assert not any(row["spilled"] for row in rows), rows
     assert all(row["shared"] <= SHARED for row in rows), rows
 

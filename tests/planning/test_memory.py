@@ -21,7 +21,7 @@ from llmfoundry.parallel.mesh import Degrees, build_mesh
 from llmfoundry.planning import simulation
 from llmfoundry.planning.fusion import FusedGraph, backend
 from llmfoundry.planning.job import Job
-from llmfoundry.planning.ledger import ACTIVATIONS, WEIGHTS, Ledger
+from llmfoundry.planning.ledger import ACTIVATIONS, WEIGHTS, Ledger, Moment
 from llmfoundry.planning.memory import memory
 from llmfoundry.planning.simulation import simulate
 
@@ -167,6 +167,18 @@ def test_weights_in_bf16_take_half_and_need_no_copies() -> None:
     assert found.highest.weights == split.highest.weights == whole / 2 == held.highest.gathered
     assert found.highest.gathered == split.highest.gathered == 0
     assert found.highest.optimizer == held.highest.optimizer == split.highest.optimizer - whole / 2
+
+
+@pytest.mark.skipif(not simulation.HAS_TRITON, reason="the passes are Triton kernels")
+def test_products_of_8_bits_are_planned_with_their_operands() -> None:
+    job = of_yaml("olmoe-1b-7b", "model.n_layers=1", "global_train_batch_size=1", "parallel.compile=false")
+    plain, eight = (simulate(job._replace(precision=each), Degrees(1, 1, 1)) for each in ("amp_bf16", "amp_fp8"))
+    assert eight.highest[:4] == plain.highest[:4], "weights and states are those of bf16"
+    held, found = (
+        max(each.temporaries for each in step.held[Moment("backward", 0)][0]) for step in (plain, eight)
+    )  # bytes while the block's gradients are computed
+    assert found != held
+    assert found == pytest.approx(held, rel=0.25)
 
 
 def test_without_triton_experts_are_simulated_as_grouped_mm(monkeypatch: pytest.MonkeyPatch) -> None:

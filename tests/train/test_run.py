@@ -326,6 +326,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         ("save_folder=/proc/version", "save_folder: /proc/version is a file"),
         ("callbacks.speed_monitor=1", "callbacks: speed_monitor: must be a mapping of settings, found 1"),
         ("precision=amp_bf16", "precision: amp_bf16 needs a GPU"),
+        ("precision=amp_fp8", "precision: amp_fp8 needs a GPU and there is none; write precision=fp32"),
         ("load_path=/nowhere", "/nowhere"),
         ("load_path=''", "load_path: is empty; write a checkpoint's folder, hf:NAME or a URL, or leave it out"),
         ("tokenizer.name=", "found None (an empty value in YAML; write one, or remove the key)"),
