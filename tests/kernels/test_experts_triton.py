@@ -22,6 +22,7 @@ from llmfoundry.kernels.low_rank import ExpertAdapters, LowRank  # noqa: E402
 from llmfoundry.kernels.routing import sort_by_expert  # noqa: E402
 from llmfoundry.kernels.routing_triton import sort_by_expert_triton  # noqa: E402
 from llmfoundry.kernels.tiles import tile_rows, tile_rows_reference, turns  # noqa: E402
+from tests.kernels.devices import DEVICES  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -66,11 +67,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_float32_kernels_equal_reference(case, device: str) -> None:
-    if ON_GPU and device == "cpu":
-        pytest.skip("the interpreter's own test")
     t, d, f, e, k, gated, activation, routing = case
     tensors = [v.to(device) for v in draw(t, d, f, e, k, gated, routing)]
     kwargs = {"activation": activation, "gated": gated}
@@ -107,12 +106,10 @@ def run_adapted(tensors, adapters: ExpertAdapters, *, late: bool = False, **kwar
     return found
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("rank", "sides"), [(3, "up down"), (16, "up"), (40, "down")])
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
 def test_adapters_in_float32_equal_reference(case, rank: int, sides: str, device: str) -> None:
-    if ON_GPU and device == "cpu":
-        pytest.skip("the interpreter's own test")
     t, d, f, e, k, gated, activation, routing = case
     tensors = [v.to(device) for v in draw(t, d, f, e, k, gated, routing)]
     kwargs = {"activation": activation, "gated": gated}

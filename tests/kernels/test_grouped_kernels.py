@@ -33,11 +33,8 @@ from llmfoundry.kernels.tiles import Beside, Tiles, tile_rows, tile_rows_referen
 from llmfoundry.kernels.up import up, up_reference  # noqa: E402
 from llmfoundry.kernels.up_backward import up_backward, up_backward_reference  # noqa: E402
 from llmfoundry.kernels.weight_grad import weight_grad, weight_grad_reference  # noqa: E402
+from tests.kernels.devices import DEVICES  # noqa: E402
 
-PLACES = [
-    pytest.param("cpu", id="interpreter", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")),
-    pytest.param("cuda", id="gpu", marks=pytest.mark.gpu),
-]
 ROUTINGS = ["natural", "hot", "empty", "none"]
 GATES = [(True, "silu"), (True, "gelu"), (False, "relu2"), (False, "gelu_tanh")]
 # Of the result's norm. float32: sums of a few dozen products as three TF32 products each. bf16: the product of rounded
@@ -102,7 +99,7 @@ def whole(*tensors: Tensor) -> list[Tensor]:
     return [tensor.double() for tensor in tensors]
 
 
-@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_rows_are_moved_and_summed(device: str, routing: str) -> None:
     drawn = draw(device, routing)
@@ -116,7 +113,7 @@ def test_rows_are_moved_and_summed(device: str, routing: str) -> None:
     assert not sum_rows(rows, order, 2).isnan().any(), "rows without an expert are not read"
 
 
-@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize(("gated", "activation"), GATES)
 def test_up_and_its_backward(device: str, routing: str, gated: bool, activation: str) -> None:
@@ -137,7 +134,7 @@ def test_up_and_its_backward(device: str, routing: str, gated: bool, activation:
     assert_close(ds.sum(0).to(drawn.x.dtype), true_ds.sum(0), n)
 
 
-@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_rows_times_their_experts_matrix(device: str, routing: str, transposed: bool) -> None:
@@ -148,7 +145,7 @@ def test_rows_times_their_experts_matrix(device: str, routing: str, transposed: 
     assert_close(found, true, drawn.n_rows)
 
 
-@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_weight_gradients(device: str, routing: str) -> None:
     drawn = draw(device, routing)
@@ -156,7 +153,7 @@ def test_weight_gradients(device: str, routing: str) -> None:
     assert_close(weight_grad(left, right, drawn.tiles), weight_grad_reference(*whole(left, right), drawn.on_host))
 
 
-@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("routing", ["natural", "none"])
 @pytest.mark.parametrize("rank", [16, 48])
 def test_a_low_rank_product_is_added_before_rounding(device: str, routing: str, rank: int) -> None:
@@ -193,7 +190,7 @@ def test_a_low_rank_product_is_added_before_rounding(device: str, routing: str, 
     assert_close(ds.sum(0).to(x.dtype), true_ds.sum(0), n)
 
 
-@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("rank", [16, 48])
 def test_narrow_products(device: str, routing: str, rank: int) -> None:
