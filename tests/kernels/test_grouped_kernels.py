@@ -20,7 +20,12 @@ from llmfoundry.kernels import up as up_file  # noqa: E402
 from llmfoundry.kernels import up_backward as up_backward_file  # noqa: E402
 from llmfoundry.kernels import weight_grad as weight_grad_file  # noqa: E402
 from llmfoundry.kernels.gather import (  # noqa: E402
+    Biases,
+    dots_reference,
+    expert_sums,
+    expert_sums_reference,
     gather,
+    gather_and_dots,
     gather_reference,
     slot_sums,
     slot_sums_reference,
@@ -111,6 +116,27 @@ def test_rows_are_moved_and_summed(device: str, routing: str) -> None:
     parts = torch.rand(3, m, device=device)
     assert_close(slot_sums(parts, order), slot_sums_reference(parts, order))
     assert not sum_rows(rows, order, 2).isnan().any(), "rows without an expert are not read"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_biases_meet_tokens_and_their_gradients(device: str, routing: str) -> None:
+    """Also where a token is too wide for one program."""
+    for d in (48, 2056 if device == "cpu" else 264):  # eight times as wide on a GPU
+        drawn = draw(device, routing, d=d, f=8)
+        order, m = drawn.order, drawn.order.row_slot.numel()
+        experts = torch.searchsorted(order.expert_start, order.slot_row, right=True).view(-1, 2) - 1
+        biases = Biases(drawn.x[: len(drawn.w2)].contiguous(), experts, drawn.weights)
+        rows, dots = gather_and_dots(drawn.x, order, m, biases)
+        assert torch.equal(rows[: drawn.n_rows], gather(drawn.x, order, m)[: drawn.n_rows])
+        assert_close(dots.sum(0), dots_reference(drawn.x.double(), biases))
+        assert_close(slot_sums(dots[:, :0].new_zeros(1, m), order, dots), dots.double().sum(0))
+        found = sum_rows(drawn.x_rows, order, 2, biases)
+        assert_close(found, sum_rows_reference(drawn.x_rows.float(), order, 2, biases))
+        for weights in (None, drawn.weights):
+            found = expert_sums(drawn.x_rows, order, weights)
+            true = expert_sums_reference(drawn.x_rows.double(), order, weights)
+            assert_close(found, true)
 
 
 @pytest.mark.parametrize("device", DEVICES)
