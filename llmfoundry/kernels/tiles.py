@@ -224,9 +224,12 @@ def value_and_slope(x, ACTIVATION: tl.constexpr):
 def unit_factors(gate, up, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr):
     """Of a gated unit `act(gate) * up` in float32: act, its slope, and up, clamped and shifted as in activations.py."""
     if LIMIT is not None:
-        gate = tl.where(gate > LIMIT, LIMIT, gate)  # a NaN stays one
+        beyond = gate > LIMIT
+        value, slope = value_and_slope(tl.where(beyond, LIMIT, gate), ACTIVATION)  # a NaN stays one
+        slope = tl.where(beyond, 0.0, slope)
         up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
-    value, slope = value_and_slope(gate, ACTIVATION)
+    else:
+        value, slope = value_and_slope(gate, ACTIVATION)
     if ACTIVATION == "swiglu_oss":
         up += 1
     return value, slope, up

@@ -63,18 +63,37 @@ def _slice_backward(
     if GATED:
         up = tl.load(h_ptr + base * H + F + at_h, mask=mask, other=0.0).to(tl.float32)
         value, slope, factor = unit_factors(gate, up, ACTIVATION, LIMIT)
-        d_up, d_gate = da * s * value, da * s * factor * slope
+        d_up = da * s * value
         if LIMIT is not None:
             d_up = tl.where(tl.abs(up) > LIMIT, 0.0, d_up)
-            d_gate = tl.where(gate > LIMIT, 0.0, d_gate)
         tl.store(dh_ptr + base * H + F + at_h, d_up.to(dtype), mask=mask)
-        tl.store(dh_ptr + base * H + at_h, d_gate.to(dtype), mask=mask)
+        tl.store(dh_ptr + base * H + at_h, (da * s * factor * slope).to(dtype), mask=mask)
         value = value * factor
     else:
         value, slope = value_and_slope(gate, ACTIVATION)
         tl.store(dh_ptr + base * H + at_h, (da * s * slope).to(dtype), mask=mask)
     tl.store(a_ptr + base * F + at_a, (value * s).to(dtype), mask=mask)
     return ds + tl.sum(tl.where(mask, da * value, 0.0), axis=1)
+
+
+@triton.jit
+def _slices_backward(
+    da, h_ptr, dh_ptr, a_ptr, s, inside, row, column, ds,
+    F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr,
+    WIDTH: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """A tile's column slices, one after the other: halves of halves, for a tensor can be split in two alone."""
+    if SLICES == 1:
+        ds = _slice_backward(da, h_ptr, dh_ptr, a_ptr, s, inside, row, column, ds,
+                             F, GATED, ACTIVATION, LIMIT, BM, WIDTH)  # fmt: skip
+    else:
+        HALF: tl.constexpr = WIDTH // 2
+        left, right = da.reshape([BM, 2, HALF]).permute(0, 2, 1).split()
+        ds = _slices_backward(left, h_ptr, dh_ptr, a_ptr, s, inside, row, column, ds,
+                              F, GATED, ACTIVATION, LIMIT, BM, HALF, SLICES // 2)  # fmt: skip
+        ds = _slices_backward(right, h_ptr, dh_ptr, a_ptr, s, inside, row, column + HALF, ds,
+                              F, GATED, ACTIVATION, LIMIT, BM, HALF, SLICES // 2)  # fmt: skip
+    return ds
 
 
 @triton.jit
@@ -86,7 +105,6 @@ def up_backward_kernel(
     PROGRAMS: tl.constexpr, TURNS: tl.constexpr, FLATTEN: tl.constexpr, RANK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     COLUMN_TILES: tl.constexpr = (F + BN - 1) // BN
-    SLICE: tl.constexpr = BN // SLICES
     n_row_tiles = tl.load(count_ptr)
     first, end_tile = my_tiles(n_row_tiles * COLUMN_TILES, PROGRAMS, TURNS)
     for tile in tl.range(first, end_tile, PROGRAMS, flatten=FLATTEN):
@@ -109,24 +127,8 @@ def up_backward_kernel(
         s = tl.load(weights_ptr + slot)[:, None]
         inside = (rows < end)[:, None]
         ds = tl.zeros([BM], dtype=tl.float32)
-        left, right = acc.reshape([BM, 2, BN // 2]).permute(0, 2, 1).split()
-        if SLICES == 2:
-            ds = _slice_backward(left, h_ptr, dh_ptr, a_ptr, s, inside, row, j * BN, ds,
-                                 F, GATED, ACTIVATION, LIMIT, BM, SLICE)  # fmt: skip
-            ds = _slice_backward(right, h_ptr, dh_ptr, a_ptr, s, inside, row, j * BN + SLICE, ds,
-                                 F, GATED, ACTIVATION, LIMIT, BM, SLICE)  # fmt: skip
-        else:
-            tl.static_assert(SLICES == 4, "2 or 4 slices")
-            s0, s1 = left.reshape([BM, 2, SLICE]).permute(0, 2, 1).split()
-            s2, s3 = right.reshape([BM, 2, SLICE]).permute(0, 2, 1).split()
-            ds = _slice_backward(s0, h_ptr, dh_ptr, a_ptr, s, inside, row, j * BN, ds,
-                                 F, GATED, ACTIVATION, LIMIT, BM, SLICE)  # fmt: skip
-            ds = _slice_backward(s1, h_ptr, dh_ptr, a_ptr, s, inside, row, j * BN + SLICE, ds,
-                                 F, GATED, ACTIVATION, LIMIT, BM, SLICE)  # fmt: skip
-            ds = _slice_backward(s2, h_ptr, dh_ptr, a_ptr, s, inside, row, j * BN + 2 * SLICE, ds,
-                                 F, GATED, ACTIVATION, LIMIT, BM, SLICE)  # fmt: skip
-            ds = _slice_backward(s3, h_ptr, dh_ptr, a_ptr, s, inside, row, j * BN + 3 * SLICE, ds,
-                                 F, GATED, ACTIVATION, LIMIT, BM, SLICE)  # fmt: skip
+        ds = _slices_backward(acc, h_ptr, dh_ptr, a_ptr, s, inside, row, j * BN, ds,
+                              F, GATED, ACTIVATION, LIMIT, BM, BN, SLICES)  # fmt: skip
         tl.store(ds_ptr + tl.cast(M, tl.int64) * j + rows, ds, mask=rows < end)
 
 
