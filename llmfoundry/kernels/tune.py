@@ -131,7 +131,7 @@ def _fixed(candidates: Candidates[Config], problem: Problem) -> Config | None:
 
 @cache
 def _holds_large(device: torch.device) -> bool:
-    """Whether a GPU has Hopper's shared memory: data-centre Blackwell has, other generations have 64 to 163 KiB."""
+    """Whether a GPU has Hopper's shared memory: data-centre Blackwell (10.x) has; 8.x and 12.x have 99 to 163 KiB."""
     properties = torch.cuda.get_device_properties(device)
     return getattr(properties, "shared_memory_per_block_optin", 0) >= LARGE_TILES_BYTES  # missing in torch's stubs
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -384,6 +385,30 @@ def test_a_choice_is_timed_once_for_a_bucket_of_rows(monkeypatch: pytest.MonkeyP
     assert len(timed) == 2 * len(tune.UP.large), "another power of two"
     monkeypatch.setattr(tune, "_chosen", {})
     assert pick(400) is tune.UP.large[1] and len(timed) == 2 * len(tune.UP.large), "read from the disk"
+
+
+@pytest.mark.parametrize(("capability", "kib", "large"), [
+    ("8.0", 163, False), ("8.6, 8.9", 99, False), ("9.0", 227, True), ("10.0, 10.3", 227, True), ("12.0", 99, False),
+])  # fmt: skip
+def test_large_tiles_go_where_their_shared_memory_is(
+    capability: str, kib: int, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes of a block's shared memory: CUDA programming guide, compute capabilities. Only the GPU is made up."""
+    properties = SimpleNamespace(shared_memory_per_block_optin=kib * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(tune, "_holds_large", tune._holds_large.__wrapped__)  # without what it remembers
+    monkeypatch.setenv("LLMFOUNDRY_AUTOTUNE", "0")
+    for candidates in (tune.UP, tune.DOWN, tune.DX, tune.DX_ADAPTED, tune.UP_BACKWARD, tune.DW1, tune.NARROW):
+        half, full = (
+            tune.pick(
+                candidates,
+                tune.Problem(torch.device("cuda", 0), dtype, 2048, 768, 128, 2, 32768),
+                lambda config: config,
+            )
+            for dtype in ("torch.bfloat16", "torch.float32")
+        )
+        assert half is (candidates.large[0] if large else candidates.small), capability
+        assert full is candidates.small
 
 
 @pytest.mark.gpu
