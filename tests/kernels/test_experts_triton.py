@@ -216,7 +216,7 @@ BIASED = [  # T, D, F, E, K, gated, activation, routing, biases of w1 and w2, li
 ]
 
 
-def run_biased(case, tensors, **kwargs) -> dict[str, torch.Tensor]:
+def run_biased(case, tensors, call=experts_ffn, late=None, **kwargs) -> dict[str, torch.Tensor]:
     """The output and the gradient of every tensor."""
     (d, f, e), (gated, activation, _, sides, limit) = case[1:4], case[5:]
     x, weights, experts, w1, w2 = tensors
@@ -224,13 +224,12 @@ def run_biased(case, tensors, **kwargs) -> dict[str, torch.Tensor]:
     drawn = {"b1": torch.randn(e, f * (2 if gated else 1), generator=g), "b2": torch.randn(e, d, generator=g)}
     leaves = {"x": x, "weights": weights, "w1": w1, "w2": w2} | {name: drawn[name].to(w1) for name in sides.split()}
     leaves = {name: value.detach().clone().requires_grad_() for name, value in leaves.items()}
-    late = kwargs.pop("late", None)
     used = (
         leaves
         if late is None
         else leaves | {n: late.weight(n, v) for n, v in leaves.items() if n[0] in "wb" and n != "weights"}
     )
-    y = experts_ffn(**used, experts=experts, activation=activation, gated=gated, limit=limit, late=late, **kwargs)
+    y = call(**used, experts=experts, activation=activation, gated=gated, limit=limit, late=late, **kwargs)
     y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y))
     return {"y": y.detach()} | {name: value.grad for name, value in leaves.items()}
 
@@ -247,6 +246,17 @@ def test_biases_and_clamps_in_float32_equal_reference(case, device: str) -> None
     for name, value in true.items():
         assert relative(found[name], value) < 1e-5, name
         assert torch.equal(found[name], again[name]), name
+
+
+def test_compiled_experts_have_the_gradients_of_uncompiled_ones() -> None:
+    """A compiler takes the autograd that the operators register, others that of a function: the same bits."""
+    case = (8, 16, 16, 2, 1, True, "swiglu_oss", "none", "b1 b2", 0.5)
+    tensors = [v.to(DEVICE) for v in draw(*case[:6], case[7])]
+    found = run_biased(case, tensors, backend="triton")
+    compiled = torch.compile(experts_ffn, fullgraph=True, backend="aot_eager")
+    again = run_biased(case, tensors, backend="triton", call=compiled)
+    for name, value in found.items():
+        assert torch.equal(value, again[name]), name
 
 
 @pytest.mark.parametrize("device", DEVICES)
