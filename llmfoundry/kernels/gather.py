@@ -140,8 +140,9 @@ def slot_sums_kernel(
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for p in tl.range(PARTS):
         total += tl.load(parts_ptr + tl.cast(M, tl.int64) * p + row, mask=(slot < n_slots) & (row < end), other=0.0)
-    for p in tl.range(OF_SLOT):
-        total += tl.load(of_slot_ptr + tl.cast(n_slots, tl.int64) * p + slot, mask=slot < n_slots, other=0.0)
+    if of_slot_ptr is not None:
+        for p in tl.range(OF_SLOT):
+            total += tl.load(of_slot_ptr + tl.cast(n_slots, tl.int64) * p + slot, mask=slot < n_slots, other=0.0)
     tl.store(out_ptr + slot, total, mask=slot < n_slots)
 
 
