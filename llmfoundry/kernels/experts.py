@@ -170,7 +170,7 @@ def experts_ffn(
     if backend == "reference":
         return _experts_ffn_reference(x, weights, experts, w1, w2, b1, b2, activation, gated, limit, adapters)
     if backend == "triton":
-        kind = ExpertKind(*w2.shape[1:], dropout=adapters.dropout > 0)
+        kind = ExpertKind(w2.shape[1], w2.shape[2], dropout=adapters.dropout > 0)
         refusal = _kind_refusal(kind, w1.dtype)
         if refusal is not None:
             raise ValueError(f"moe_impl=triton: {refusal}; use moe_impl=auto")

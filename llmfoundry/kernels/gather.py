@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmfoundry.kernels.routing import Order
+from llmfoundry.kernels.whole import cdiv, next_power_of_2
 
 
 class Biases(NamedTuple):
@@ -58,8 +59,8 @@ def gather_and_dots(x: Tensor, order: Order, n_rows: int, biases: Biases | None)
     """
     n_tokens, d_model = x.shape
     out = x.new_empty(n_rows, d_model)
-    block, n_slots = min(2048, triton.next_power_of_2(d_model)), order.slot_row.numel()
-    parts = triton.cdiv(d_model, block)
+    block, n_slots = min(2048, next_power_of_2(d_model)), order.slot_row.numel()
+    parts = cdiv(d_model, block)
     dots = None if biases is None else torch.empty(parts, n_slots, dtype=torch.float32, device=x.device)
     bias, experts = (None, None) if biases is None else biases[:2]
     spread_kernel[(n_tokens, parts)](
@@ -110,8 +111,8 @@ def sum_rows(rows: Tensor, order: Order, top_k: int, biases: Biases | None = Non
     """rows (M, D) in expert order -> (T, D): the float32 sum of each token's rows and biases, slot by slot."""
     n_tokens, d_model = order.slot_row.numel() // top_k, rows.shape[1]
     out = rows.new_empty(n_tokens, d_model)
-    block = min(2048, triton.next_power_of_2(d_model))
-    sum_rows_kernel[(n_tokens, triton.cdiv(d_model, block))](
+    block = min(2048, next_power_of_2(d_model))
+    sum_rows_kernel[(n_tokens, cdiv(d_model, block))](
         rows, out, order.slot_row, order.expert_start[-1:], *(biases or (None, None, None)),
         order.expert_start.numel() - 1, D=d_model, K=top_k, BLOCK=block,
         num_warps=max(1, min(8, block // 256)),
@@ -154,7 +155,7 @@ def slot_sums(parts: Tensor, order: Order, of_slot: Tensor | None = None) -> Ten
     """
     n_slots = order.slot_row.numel()
     out = torch.empty(n_slots, dtype=torch.float32, device=parts.device)
-    slot_sums_kernel[(triton.cdiv(n_slots, 256),)](
+    slot_sums_kernel[(cdiv(n_slots, 256),)](
         parts, of_slot, out, order.slot_row, order.expert_start[-1:], n_slots, parts.shape[1], PARTS=parts.shape[0],
         OF_SLOT=0 if of_slot is None else of_slot.shape[0], BLOCK=256,
     )  # fmt: skip
@@ -194,7 +195,7 @@ def expert_sums(rows: Tensor, order: Order, weights: Tensor | None = None) -> Te
     """
     n_experts, width = order.expert_start.numel() - 1, rows.shape[1]
     out = rows.new_empty(n_experts, width)
-    expert_sums_kernel[(n_experts, triton.cdiv(width, 128))](
+    expert_sums_kernel[(n_experts, cdiv(width, 128))](
         rows, out, order.expert_start, weights, order.row_slot, N=width, ROWS=64, BLOCK=128, num_warps=8
     )
     return out

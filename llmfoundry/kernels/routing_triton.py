@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmfoundry.kernels.routing import Order
+from llmfoundry.kernels.whole import cdiv, next_power_of_2
 
 BLOCK = 128
 
@@ -71,8 +72,8 @@ def _place_kernel(
 def sort_by_expert_triton(experts: Tensor, n_experts: int) -> Order:
     """`routing.sort_by_expert`, which is its reference; arguments as there. (T, K) must not be empty."""
     n_slots = experts.numel()
-    n_blocks = triton.cdiv(n_slots, BLOCK)
-    padded = triton.next_power_of_2(n_experts + 2)  # room for "no expert" and for the last block's padding
+    n_blocks = cdiv(n_slots, BLOCK)
+    padded = next_power_of_2(n_experts + 2)  # room for "no expert" and for the last block's padding
     empty = partial(torch.empty, dtype=torch.int32, device=experts.device)
     counts, totals = empty(padded, n_blocks), empty(n_experts + 1)
     order = Order(empty(n_experts + 1), empty(n_slots), empty(n_slots))

@@ -21,6 +21,8 @@ from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from llmfoundry.kernels.whole import cdiv, next_power_of_2
+
 RANK_STEP = 16  # columns of an adapter's rank per product: 32 would not fit beside the large tiles
 TILE_ROWS = 128  # the height of a row tile: two warp groups of 64, the widest that Hopper's registers hold
 
@@ -113,15 +115,15 @@ def tile_rows(expert_start: Tensor, n_rows: int, store: Tensor | None = None) ->
     if store is None:
         store = expert_start.new_empty(tiles_length(n_experts, n_rows))
     tiles = tiles_in(store, expert_start, n_rows)
-    _tiles_kernel[(n_experts,)](*tiles, n_experts, TILE=TILE_ROWS, EXPERTS=triton.next_power_of_2(n_experts), CHUNK=64)
+    _tiles_kernel[(n_experts,)](*tiles, n_experts, TILE=TILE_ROWS, EXPERTS=next_power_of_2(n_experts), CHUNK=64)
     return tiles
 
 
 def tiles_in(store: Tensor, expert_start: Tensor, n_rows: int) -> Tiles:
     """The row tiles that `tile_rows` wrote into `store` for the same arguments."""
     n_experts = expert_start.numel() - 1
-    by_load, expert, row, n_tiles = store.split(_lengths(n_experts, n_rows))
-    return Tiles(expert_start, by_load[:n_experts], expert, row, n_tiles)
+    by_load, _, expert, row, n_tiles = store.split_with_sizes(_lengths(n_experts, n_rows))
+    return Tiles(expert_start, by_load, expert, row, n_tiles)
 
 
 def tiles_length(n_experts: int, n_rows: int) -> int:
@@ -129,11 +131,11 @@ def tiles_length(n_experts: int, n_rows: int) -> int:
     return sum(_lengths(n_experts, n_rows))
 
 
+@cache
 def _lengths(n_experts: int, n_rows: int) -> list[int]:
-    """Of what `Tiles` holds beside `expert_start`: multiples of 16 bytes, for the kernels know aligned pointers."""
-    up_to = lambda n: -(-n // 4) * 4  # noqa: E731
-    bound = up_to(triton.cdiv(n_rows, TILE_ROWS) + n_experts)
-    return [up_to(n_experts), bound, bound, 1]
+    """Of what `Tiles` holds beside `expert_start`, at multiples of 16 bytes, for the kernels know aligned pointers."""
+    bound = 4 * cdiv(cdiv(n_rows, TILE_ROWS) + n_experts, 4)
+    return [n_experts, -n_experts % 4, bound, bound, 1]
 
 
 def tile_rows_reference(expert_start: Tensor, n_rows: int) -> Tiles:

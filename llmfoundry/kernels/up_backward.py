@@ -31,6 +31,7 @@ from llmfoundry.kernels.tiles import (
     unit_factors,
     value_and_slope,
 )
+from llmfoundry.kernels.whole import cdiv
 
 
 class UpBackwardConfig(NamedTuple):
@@ -165,7 +166,7 @@ def up_backward(
     c = config
     dh = torch.empty_like(h)
     a = dy_rows.new_empty(n_rows, hidden)
-    ds = torch.empty(triton.cdiv(hidden, c.columns), n_rows, dtype=torch.float32, device=h.device)
+    ds = torch.empty(cdiv(hidden, c.columns), n_rows, dtype=torch.float32, device=h.device)
     rank = 0 if beside is None else beside.u.shape[1]
     programs = n_programs(h.device)
     up_backward_kernel[(programs * turns(),)](
