@@ -73,14 +73,17 @@ from llmfoundry.checkpoint.store import RunStore
 from llmfoundry.checkpoint.tensors import (
     check_same_model,
     empty_state,
+    join_halves,
     model_tensors,
     optimizer_tensors,
     rng_room,
     rng_tensors,
+    rooms_to_split,
     set_rng,
 )
 from llmfoundry.checkpoint.uploading import Uploader
 from llmfoundry.hf.generation import GENERATION
+from llmfoundry.kernels.halves import Halves
 from llmfoundry.settings import write_resolved
 from llmfoundry.strict_json import Json
 
@@ -272,13 +275,18 @@ class Checkpointer:
             memory = empty_state(entries, state.model, state.optimizer)
         except CheckpointError as error:
             raise CheckpointError(f"{contents.path}: {error}") from None
-        _say_that_weights_are_cast(entries, model)
+        if not getattr(state.optimizer, "halves", False):
+            _say_that_weights_are_cast(entries, model)
         if contents.base is not None:
             load_base(find_base(contents.base, contents.path, base_path), state.model)
         rng = rng_room(entries)
-        read_tensors(contents.path, entries, model | {name: part.room for name, part in memory.items()} | rng)
+        halves = rooms_to_split(entries, state.model, state.optimizer)
+        rooms = {name: part.room for name, part in (memory | halves).items()}
+        read_tensors(contents.path, entries, model | rooms | rng)
         if state.optimizer is not None:
             state.optimizer.state.clear()
+            for weight in halves.values():
+                weight.keep(state.optimizer)
             for parameter, key, tensor in memory.values():
                 state.optimizer.state[parameter][key] = tensor
         set_rng(rng)
@@ -379,8 +387,8 @@ def _say_that_weights_are_cast(entries: Mapping[str, Entry], model: Mapping[str,
             return
 
 
-def _tensors(state: CheckpointState) -> dict[str, Tensor]:
-    model = model_tensors(state.model, frozen=state.base is None)
+def _tensors(state: CheckpointState) -> dict[str, Tensor | Halves]:
+    model = join_halves(model_tensors(state.model, frozen=state.base is None), state.model, state.optimizer)
     return model | optimizer_tensors(state.model, state.optimizer) | rng_tensors()
 
 

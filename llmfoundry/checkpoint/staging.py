@@ -37,9 +37,10 @@ class Stage:
         """Allocate, which costs several times what copying does: a page fault each 4 KiB, or pinning."""
         if torch.cuda.is_available():
             torch.cuda.set_device(runtime.device())  # of this thread
-        for name, _, local in parts:
-            if name not in self._memory:
-                self._memory[name] = torch.empty_like(local, device="cpu", pin_memory=local.is_cuda).zero_()
+        for part in parts:
+            if part.name not in self._memory:
+                room = torch.empty(part.tensor.shape, dtype=part.dtype, pin_memory=part.tensor.is_cuda)
+                self._memory[part.name] = room.zero_()
 
     def begin(self, parts: Sequence[Part], optimizer: Optimizer | None, updated: AbstractSet[str]) -> None:
         """Begin to copy. In a thread, `finish` has to follow, whatever happens: the next update waits for it.
@@ -75,7 +76,7 @@ class Stage:
         finally:
             self._left = []
             self._copied.set()
-        return [part._replace(tensor=self._memory[part.name]) for part in parts]
+        return [part._replace(tensor=self._memory[part.name], low=None) for part in parts]
 
     def wait(self) -> None:
         """Keep back what changes tensors until they are copied: the host on a CPU, the device on a GPU."""
@@ -86,5 +87,5 @@ class Stage:
         self.waited += time.perf_counter() - start
 
     def _copy(self, parts: Sequence[Part]) -> None:
-        for name, _, local in parts:
-            self._memory[name].copy_(local, non_blocking=True)
+        for part in parts:
+            part.copy_to(self._memory[part.name])

@@ -36,8 +36,9 @@ from llmfoundry.checkpoint.manifest import (
     write_file,
 )
 from llmfoundry.config import ConfigError
-from llmfoundry.dtensor import local_shard
+from llmfoundry.dtensor import local_part, local_shard
 from llmfoundry.hf.files import Stored, read_header
+from llmfoundry.kernels.halves import Halves, join_into
 from llmfoundry.tree import Tree
 
 
@@ -47,6 +48,29 @@ class Part(NamedTuple):
     name: str
     offsets: tuple[int, ...]  # in the whole
     tensor: Tensor
+    low: Tensor | None = None  # the low half of a float32 weight, whose high half `tensor` is
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it is written."""
+        return self.tensor.dtype if self.low is None else torch.float32
+
+    def copy_to(self, memory: Tensor) -> None:
+        """Copy it into memory of its shape and `dtype`; for pinned memory, the host does not wait."""
+        if self.low is None:
+            memory.copy_(self.tensor, non_blocking=True)
+        else:
+            join_into(memory, Halves(self.tensor, self.low))
+
+    def on_host(self) -> Tensor:
+        """What is written, contiguous in host memory; no copy, where it lies there so."""
+        if self.low is None:
+            return self.tensor.detach().cpu().contiguous()
+        memory = torch.empty(self.tensor.shape, dtype=self.dtype)
+        self.copy_to(memory)
+        if self.tensor.is_cuda:
+            torch.cuda.current_stream(self.tensor.device).synchronize()
+        return memory
 
 
 class SavePlan(NamedTuple):
@@ -74,7 +98,7 @@ class _Held(NamedTuple):
 RNG = "rng/"  # a tensor of which each rank has a row
 
 
-def plan_save(tensors: Mapping[str, Tensor]) -> SavePlan:
+def plan_save(tensors: Mapping[str, Tensor | Halves]) -> SavePlan:
     """Decide what this rank writes; every rank calls it with the same names, and none asks another.
 
     Of a tensor that several ranks hold alike, one writes: they take turns, by bytes. What is no DTensor is alike on all
@@ -84,7 +108,8 @@ def plan_save(tensors: Mapping[str, Tensor]) -> SavePlan:
     numbers: dict[object, int] = {}
     held: dict[object, _Held] = {}
     given: dict[int, list[int]] = {}  # bytes that each of so many copies writes
-    for name, tensor in tensors.items():
+    for name, kept in tensors.items():
+        tensor, low = kept if isinstance(kept, Halves) else (kept, None)
         key: object
         if name.startswith(RNG):
             shape, offsets = (runtime.world_size(), *tensor.shape), (runtime.rank(), *(0 for _ in tensor.shape))
@@ -103,11 +128,11 @@ def plan_save(tensors: Mapping[str, Tensor]) -> SavePlan:
             shape, part, offsets = tuple(tensor.shape), tensor.detach(), (0,) * tensor.dim()
             key, writes = ("rank 0", shape), runtime.is_rank0() and tensor.numel() > 0
         layout = numbers.setdefault(key, len(numbers))
-        plan.tensors[name] = Laid(tensor.dtype, shape, layout)
+        plan.tensors[name] = Laid(tensor.dtype if low is None else torch.float32, shape, layout)
         if layout == len(plan.boxes):
             plan.boxes.append(Box(runtime.rank(), offsets, tuple(part.shape)) if writes else None)
         if writes:
-            plan.parts.append(Part(name, offsets, part))
+            plan.parts.append(Part(name, offsets, part, None if low is None else local_part(low)))
     return plan
 
 
@@ -229,7 +254,7 @@ def write_parts(folder: Path, parts: Sequence[Part]) -> dict[str, Written]:
 def _write_file(path: Path, parts: list[Part]) -> Written:
     """Write one safetensors file, one tensor at a time, so that no rank holds a second copy of its part."""
     # Widest elements first, as safetensors itself orders them: everything then lies aligned.
-    parts = sorted(parts, key=lambda part: -part.tensor.dtype.itemsize)
+    parts = sorted(parts, key=lambda part: -part.dtype.itemsize)
     digest = hashlib.sha256()
     n_bytes = 0
     with open(path, "xb") as file, ThreadPoolExecutor(1) as hasher:
@@ -243,7 +268,7 @@ def _write_file(path: Path, parts: list[Part]) -> Written:
 
         put(_header(parts))
         for part in parts:
-            on_host = part.tensor.detach().cpu().contiguous()
+            on_host = part.on_host()
             if not is_finite(on_host):  # here, where it costs no training step any time
                 raise NotFiniteError(part.name)
             put(on_host.reshape(-1).view(torch.uint8).numpy().data)
@@ -257,15 +282,15 @@ def _header(parts: list[Part]) -> bytes:
     tensors: dict[str, dict[str, object]] = {}
     sharding: dict[str, dict[str, list[int]]] = {}
     position = 0
-    for name, offsets, tensor in parts:
-        key = name.partition("/")[2]
-        end = position + tensor.numel() * tensor.dtype.itemsize
+    for part in parts:
+        key, tensor = part.name.partition("/")[2], part.tensor
+        end = position + tensor.numel() * part.dtype.itemsize
         tensors[key] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
+            "dtype": DTYPE_NAMES[part.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [position, end],
         }
-        sharding[key] = {"saved_offsets": list(offsets)}
+        sharding[key] = {"saved_offsets": list(part.offsets)}
         position = end
     notes = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(sharding)}
     text = json.dumps({"__metadata__": notes} | tensors).encode()

@@ -21,6 +21,7 @@ from llmfoundry.checkpoint.index import Entry
 from llmfoundry.checkpoint.manifest import CheckpointError
 from llmfoundry.checkpoint.storage import RNG
 from llmfoundry.dtensor import cut_like, local_part
+from llmfoundry.kernels.halves import LOW_HALF, Halves, split
 
 
 class EmptyState(NamedTuple):
@@ -50,6 +51,45 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer | None) -> dict[str
         f"optimizer/{names[parameter]}/{key}": value
         for parameter, memory in optimizer.state.items()
         for key, value in memory.items()
+        if key != LOW_HALF  # which is a part of the weight
+    }
+
+
+def join_halves(
+    tensors: dict[str, Tensor], model: nn.Module, optimizer: Optimizer | None
+) -> dict[str, Tensor | Halves]:
+    """`model_tensors`, with both halves of the weights that an optimizer keeps so: checkpoints have them in float32."""
+    found: dict[str, Tensor | Halves] = dict(tensors)
+    if optimizer is not None and getattr(optimizer, "halves", False):
+        for name, parameter in model.named_parameters():
+            low = optimizer.state.get(parameter, {}).get(LOW_HALF)
+            if low is not None and f"model/{name}" in found:
+                found[f"model/{name}"] = Halves(parameter.detach(), low)
+    return found
+
+
+class Split(NamedTuple):
+    """Memory for a float32 weight that is read, whose halves then go where they are kept."""
+
+    parameter: nn.Parameter
+    room: Tensor
+
+    def keep(self, optimizer: Optimizer) -> None:
+        high, low = split(local_part(self.room))
+        local_part(self.parameter).data.copy_(high)
+        optimizer.state[self.parameter][LOW_HALF] = cut_like(self.parameter.detach(), low)
+
+
+def rooms_to_split(entries: Mapping[str, Entry], model: nn.Module, optimizer: Optimizer | None) -> dict[str, Split]:
+    """Memory for weights that `optimizer` keeps in halves and a checkpoint has in float32."""
+    if not getattr(optimizer, "halves", False):
+        return {}
+    return {
+        f"model/{name}": Split(parameter, torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False))
+        for name, parameter in model.named_parameters()
+        if parameter.dtype == torch.bfloat16
+        and parameter.requires_grad
+        and entries[f"model/{name}"].dtype == torch.float32
     }
 
 

@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmfoundry.kernels.update import Place, Rule, corrections, noise_of, noise_of_weight, rounded
+from llmfoundry.kernels.update import Place, Rule, corrections, noise_of, read_weight, write_weight
 
 try:
     import triton
     import triton.language as tl
 
+    from llmfoundry.kernels.halves import join_bits, split_bits
     from llmfoundry.kernels.update import hash_bits, key_bits, round_bits, weight_bits
 except ImportError:  # CPU builds of torch come without it
     triton = None
@@ -70,7 +71,7 @@ def encode(x: Tensor, noise: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 @torch.library.custom_op(
     "llmfoundry::adamw_eight_bit_",
-    mutates_args=("weights", "means", "squares", "mean_scales", "square_scales", "copies"),
+    mutates_args=("weights", "means", "squares", "mean_scales", "square_scales", "beside"),
 )
 def _adamw(
     weights: list[Tensor],
@@ -79,7 +80,7 @@ def _adamw(
     squares: list[Tensor],
     mean_scales: list[Tensor],
     square_scales: list[Tensor],
-    copies: list[Tensor],
+    beside: list[Tensor],
     steps: Tensor,
     divisor: Tensor,
     skip: Tensor,
@@ -90,11 +91,11 @@ def _adamw(
     factors = corrections(steps, numbers.beta1, numbers.beta2)
     for i, grad in enumerate(grads):
         w, m, v, m_scale, v_scale = weights[i], means[i], squares[i], mean_scales[i], square_scales[i]
-        copy = copies[i] if copies else None
-        dense = all(each.is_contiguous() for each in (w, m, v, m_scale, v_scale, *copies[i : i + 1]))
+        other = beside[i] if beside else None
+        dense = all(each.is_contiguous() for each in (w, m, v, m_scale, v_scale, *beside[i : i + 1]))
         run = adamw_triton if w.is_cuda and dense else adamw_reference
         place = Place(*places[4 * i : 4 * i + 4])
-        run(w, grad, m, v, m_scale, v_scale, copy, steps[i], factors[i], divisor, skip, place, numbers)
+        run(w, grad, m, v, m_scale, v_scale, other, steps[i], factors[i], divisor, skip, place, numbers)
 
 
 def adamw_eight_bit_(
@@ -104,22 +105,22 @@ def adamw_eight_bit_(
     squares: list[Tensor],
     mean_scales: list[Tensor],
     square_scales: list[Tensor],
-    copies: list[Tensor],
+    beside: list[Tensor],
     steps: list[Tensor],
     divisor: Tensor,
     skip: Tensor,
     places: list[Place],
     rule: Rule,
 ) -> None:
-    """One step of AdamW, in place, as `update.adamw_`, for weights of two or more dims.
+    """One step of AdamW, in place, as `update.adamw_`, whose arguments the others are.
 
     Args:
-        weights: float32, or bfloat16 that is rounded at random; of one device; nothing is empty.
+        weights: as there, of two or more dims.
         means: int8 codes of the first moments.
         squares: uint8 codes of the second moments.
         mean_scales: float32, one per block, as the next.
     """
-    _adamw(weights, grads, means, squares, mean_scales, square_scales, copies, torch.stack(steps), divisor, skip,
+    _adamw(weights, grads, means, squares, mean_scales, square_scales, beside, torch.stack(steps), divisor, skip,
            [n for place in places for n in place], list(rule))  # fmt: skip
 
 
@@ -130,7 +131,7 @@ def adamw_reference(
     v: Tensor,
     m_scale: Tensor,
     v_scale: Tensor,
-    copy: Tensor | None,
+    beside: Tensor | None,
     step: Tensor,
     factors: Tensor,
     divisor: Tensor,
@@ -145,16 +146,13 @@ def adamw_reference(
     grad = g.float() / divisor
     mean = decode(m, m_scale).lerp(grad, 1 - beta1)
     square = decode(v, v_scale) * beta2 + grad * grad * (1 - beta2)
-    new = w.float().mul_(1 - lr * decay)  # in place where it is float32
+    new = read_weight(w, beside, torch.float32).mul_(1 - lr * decay)
     new.sub_(lr / factors[0] * mean / (square.sqrt() / factors[1] + eps))
+    write_weight(w, beside, new, step, place)
     noise = noise_of(w, step, place)
-    if w.dtype == torch.bfloat16:
-        w.copy_(rounded(new, noise_of_weight(noise)))
     for codes, scale, value, bits in ((m, m_scale, mean, noise & 0xFFFF), (v, v_scale, square, noise >> 16)):
         for to, new in zip((codes, scale), encode(value, bits, codes.dtype), strict=True):
             to.copy_(new)
-    if copy is not None:
-        copy.copy_(w)
 
 
 if triton is not None:
@@ -162,9 +160,9 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["columns", "per_row", "number", "start", "inner", "step"])
     def adamw_kernel(
-        w_ptr, g_ptr, m_ptr, v_ptr, ms_ptr, vs_ptr, c_ptr, count_ptr, factors_ptr, divisor_ptr, skip_ptr,
+        w_ptr, g_ptr, m_ptr, v_ptr, ms_ptr, vs_ptr, b_ptr, count_ptr, factors_ptr, divisor_ptr, skip_ptr,
         n, columns, per_row, number, start, inner, step, lr, rest1, beta2, rest2, eps, keep,
-        COPY: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+        BESIDE: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         if tl.load(skip_ptr) != 0:
             return
@@ -181,19 +179,25 @@ if triton is not None:
         v = tl.load(v_ptr + i, inside, other=0).to(tl.float32)
         v = v * v * (1 / 65025)
         v = v * v * tl.load(vs_ptr + b, here, other=0.0)[:, None]
-        w = tl.load(w_ptr + i, inside, other=0.0).to(tl.float32)
+        w = tl.load(w_ptr + i, inside, other=0.0)
+        if BESIDE and b_ptr.dtype.element_ty == tl.int16:
+            w = join_bits(w, tl.load(b_ptr + i, inside, other=0))
+        w = w.to(tl.float32)
         m += (g - m) * rest1
         v = v * beta2 + g * g * rest2
         w = w * keep - lr / tl.load(factors_ptr) * m / (tl.sqrt(v) / tl.load(factors_ptr + 1) + eps)
-        if COPY:
-            tl.store(c_ptr + i, w.to(tl.bfloat16), inside)
-
         place = (start + begin // inner * step + begin % inner).to(tl.uint32)[:, None] + lane.to(tl.uint32)[None, :]
         noise = hash_bits(place ^ key_bits(tl.load(count_ptr), number))
-        if w_ptr.dtype.element_ty == tl.bfloat16:
+        if BESIDE and b_ptr.dtype.element_ty == tl.int16:
+            high, low = split_bits(w)
+            tl.store(w_ptr + i, high, inside)
+            tl.store(b_ptr + i, low, inside)
+        elif w_ptr.dtype.element_ty == tl.bfloat16:
             tl.store(w_ptr + i, round_bits(w, weight_bits(noise)), inside)
         else:
             tl.store(w_ptr + i, w, inside)
+        if BESIDE and b_ptr.dtype.element_ty == tl.bfloat16:
+            tl.store(b_ptr + i, w.to(tl.bfloat16), inside)
         m_scale, v_scale = tl.max(tl.abs(m), 1), tl.max(v, 1)
         tl.store(ms_ptr + b, m_scale, here)
         tl.store(vs_ptr + b, v_scale, here)
@@ -217,7 +221,7 @@ def adamw_triton(
     v: Tensor,
     m_scale: Tensor,
     v_scale: Tensor,
-    copy: Tensor | None,
+    beside: Tensor | None,
     step: Tensor,
     factors: Tensor,
     divisor: Tensor,
@@ -229,7 +233,7 @@ def adamw_triton(
     n, columns = m_scale.numel(), w.shape[-1]
     lr, beta1, beta2, eps, decay = rule
     adamw_kernel[(triton.cdiv(n, _BLOCKS),)](
-        w, g.contiguous(), m, v, m_scale, v_scale, w if copy is None else copy, step, factors, divisor, skip,
+        w, g.contiguous(), m, v, m_scale, v_scale, w if beside is None else beside, step, factors, divisor, skip,
         n, columns, n_blocks(columns), *place, lr, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * decay,
-        COPY=copy is not None, BLOCKS=_BLOCKS, BLOCK=BLOCK, num_warps=8,
+        BESIDE=beside is not None, BLOCKS=_BLOCKS, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip

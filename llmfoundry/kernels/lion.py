@@ -15,23 +15,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmfoundry.kernels.update import Place, noise_of, noise_of_weight, rounded
+from llmfoundry.kernels.update import Place, read_weight, write_weight
 
 try:
     import triton
     import triton.language as tl
 
+    from llmfoundry.kernels.halves import join_bits, split_bits
     from llmfoundry.kernels.update import noise_bits, round_bits, weight_bits
 except ImportError:  # CPU builds of torch come without it
     triton = None
 
 
-@torch.library.custom_op("llmfoundry::lion_", mutates_args=("weight", "moment", "copies"))
+@torch.library.custom_op("llmfoundry::lion_", mutates_args=("weight", "moment", "beside"))
 def lion_(
     weight: Tensor,
     moment: Tensor,
     grad: Tensor,
-    copies: list[Tensor],
+    beside: list[Tensor],
     step: Tensor,
     divisor: Tensor,
     skip: Tensor,
@@ -45,25 +46,25 @@ def lion_(
     """`w = keep w - lr sign(b1 m + (1 - b1) g); m = b2 m + (1 - b2) g`, in place.
 
     Args:
-        weight: not empty; in bfloat16 it is rounded at random.
+        weight: not empty; in bfloat16 it is rounded at random unless its low half is beside it.
         moment: float32 (float64 on CPUs).
         grad: of any float dtype; it is divided by `divisor`, and read only.
-        copies: bfloat16, which receive the new weights: one, or none.
+        beside: a bfloat16 copy, which receives the new weight, or its int16 low half (halves.py); or nothing.
         step: () float32, counted from 1, for the random bits.
         divisor: () float32.
         skip: () float32; 1 leaves everything as it is.
         place: the `Place` of this part in its whole tensor.
     """
-    dense = all(each.is_contiguous() for each in (weight, moment, *copies))
+    dense = all(each.is_contiguous() for each in (weight, moment, *beside))
     run = lion_triton if weight.is_cuda and weight.dtype != torch.float64 and dense else lion_reference
-    run(weight, moment, grad, copies, step, divisor, skip, Place(*place), lr=lr, beta1=beta1, beta2=beta2, keep=keep)
+    run(weight, moment, grad, beside, step, divisor, skip, Place(*place), lr=lr, beta1=beta1, beta2=beta2, keep=keep)
 
 
 def lion_reference(
     weight: Tensor,
     moment: Tensor,
     grad: Tensor,
-    copies: list[Tensor],
+    beside: list[Tensor],
     step: Tensor,
     divisor: Tensor,
     skip: Tensor,
@@ -78,13 +79,11 @@ def lion_reference(
     if skip:
         return
     scaled = grad.to(moment.dtype) / divisor.to(moment.dtype)
-    new = weight.to(moment.dtype).mul_(keep)  # in place but for bfloat16
+    other = beside[0] if beside else None
+    new = read_weight(weight, other, moment.dtype).mul_(keep)
     new.sub_(torch.lerp(scaled, moment, beta1).sign_().mul_(lr))
-    if weight.dtype == torch.bfloat16:
-        weight.copy_(rounded(new, noise_of_weight(noise_of(weight, step, place))))
+    write_weight(weight, other, new, step, place)
     moment.lerp_(scaled, 1 - beta2)
-    for copy in copies:
-        copy.copy_(weight)
 
 
 if triton is not None:
@@ -92,8 +91,8 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["number", "start", "inner", "step"])
     def lion_kernel(
-        w_ptr, m_ptr, g_ptr, c_ptr, step_ptr, divisor_ptr, skip_ptr, n, number, start, inner, step, lr, beta1, rest2,
-        keep, COPY: tl.constexpr, BLOCK: tl.constexpr,
+        w_ptr, m_ptr, g_ptr, b_ptr, step_ptr, divisor_ptr, skip_ptr, n, number, start, inner, step, lr, beta1, rest2,
+        keep, BESIDE: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         if tl.load(skip_ptr) != 0:
             return
@@ -102,24 +101,31 @@ if triton is not None:
         inside = i < n
         g = tl.load(g_ptr + i, inside, other=0.0).to(tl.float32) / tl.load(divisor_ptr)
         m = tl.load(m_ptr + i, inside, other=0.0)
-        w = tl.load(w_ptr + i, inside, other=0.0).to(tl.float32) * keep
+        w = tl.load(w_ptr + i, inside, other=0.0)
+        if BESIDE and b_ptr.dtype.element_ty == tl.int16:
+            w = join_bits(w, tl.load(b_ptr + i, inside, other=0))
+        w = w.to(tl.float32) * keep
         towards = g + (m - g) * beta1
         w -= tl.where(towards > 0, lr, tl.where(towards < 0, -lr, 0.0))
-        if w_ptr.dtype.element_ty == tl.bfloat16:
+        if BESIDE and b_ptr.dtype.element_ty == tl.int16:
+            high, low = split_bits(w)
+            tl.store(w_ptr + i, high, inside)
+            tl.store(b_ptr + i, low, inside)
+        elif w_ptr.dtype.element_ty == tl.bfloat16:
             noise = noise_bits(begin, tl.load(step_ptr), number, start, inner, step, BLOCK)
             tl.store(w_ptr + i, round_bits(w, weight_bits(noise)), inside)
         else:
             tl.store(w_ptr + i, w, inside)
         tl.store(m_ptr + i, m + (g - m) * rest2, inside)
-        if COPY:
-            tl.store(c_ptr + i, w.to(tl.bfloat16), inside)
+        if BESIDE and b_ptr.dtype.element_ty == tl.bfloat16:
+            tl.store(b_ptr + i, w.to(tl.bfloat16), inside)
 
 
 def lion_triton(
     weight: Tensor,
     moment: Tensor,
     grad: Tensor,
-    copies: list[Tensor],
+    beside: list[Tensor],
     step: Tensor,
     divisor: Tensor,
     skip: Tensor,
@@ -133,6 +139,6 @@ def lion_triton(
     """`lion_` by the kernel; all but the gradient are contiguous."""
     n = weight.numel()
     lion_kernel[(triton.cdiv(n, _BLOCK),)](
-        weight, moment, grad.contiguous(), copies[0] if copies else weight, step, divisor, skip, n, *place, lr, beta1,
-        1 - beta2, keep, COPY=bool(copies), BLOCK=_BLOCK, num_warps=8,
+        weight, moment, grad.contiguous(), beside[0] if beside else weight, step, divisor, skip, n, *place, lr, beta1,
+        1 - beta2, keep, BESIDE=bool(beside), BLOCK=_BLOCK, num_warps=8,
     )  # fmt: skip

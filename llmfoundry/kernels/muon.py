@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from llmfoundry.kernels.symmetric import symmetric_product
-from llmfoundry.kernels.update import Place, noise_of, noise_of_weight, rounded
+from llmfoundry.kernels.update import Place, noise_of, read_weight, rounded, write_weight
 
 try:
     import triton
     import triton.language as tl
 
+    from llmfoundry.kernels.halves import join_bits, split_bits
     from llmfoundry.kernels.update import noise_bits, round_bits, weight_bits
 except ImportError:  # CPU builds of torch come without it
     triton = None
@@ -121,10 +122,10 @@ def momentum_reference(
     moment.copy_(mean)
 
 
-@torch.library.custom_op("llmfoundry::apply_direction_", mutates_args=("weight", "copies"))
+@torch.library.custom_op("llmfoundry::apply_direction_", mutates_args=("weight", "beside"))
 def apply_direction_(
     weight: Tensor,
-    copies: list[Tensor],
+    beside: list[Tensor],
     direction: Tensor,
     step: Tensor,
     skip: Tensor,
@@ -136,21 +137,21 @@ def apply_direction_(
     """`w = keep w - lr direction`, in place.
 
     Args:
-        weight: not empty; in bfloat16 it is rounded at random.
-        copies: bfloat16, which receive the new weights: one, or none.
+        weight: not empty; in bfloat16 it is rounded at random unless its low half is beside it.
+        beside: a bfloat16 copy, which receives the new weight, or its int16 low half (halves.py); or nothing.
         direction: of the same shape, of any float dtype.
         step: () float32, counted from 1, for the random bits.
         skip: () float32; 1 leaves everything as it is.
         place: the `Place` of this part in its whole tensor.
     """
-    dense = all(each.is_contiguous() for each in (weight, *copies))
+    dense = all(each.is_contiguous() for each in (weight, *beside))
     run = apply_triton if weight.is_cuda and weight.dtype != torch.float64 and dense else apply_reference
-    run(weight, copies, direction, step, skip, Place(*place), lr=lr, keep=keep)
+    run(weight, beside, direction, step, skip, Place(*place), lr=lr, keep=keep)
 
 
 def apply_reference(
     weight: Tensor,
-    copies: list[Tensor],
+    beside: list[Tensor],
     direction: Tensor,
     step: Tensor,
     skip: Tensor,
@@ -162,12 +163,10 @@ def apply_reference(
     """`apply_direction_` in plain PyTorch. The host waits for `skip`, which is free on a CPU."""
     if skip:
         return
-    new = weight.to(torch.promote_types(weight.dtype, torch.float32)).mul_(keep)  # in place but for bfloat16
+    other = beside[0] if beside else None
+    new = read_weight(weight, other, torch.promote_types(weight.dtype, torch.float32)).mul_(keep)
     new.sub_(direction.to(new.dtype), alpha=lr)
-    if weight.dtype == torch.bfloat16:
-        weight.copy_(rounded(new, noise_of_weight(noise_of(weight, step, place))))
-    for copy in copies:
-        copy.copy_(weight)
+    write_weight(weight, other, new, step, place)
 
 
 if triton is not None:
@@ -196,23 +195,30 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["number", "start", "inner", "step"])
     def apply_kernel(
-        w_ptr, c_ptr, d_ptr, step_ptr, skip_ptr, n, number, start, inner, step, lr, keep,
-        COPY: tl.constexpr, BLOCK: tl.constexpr,
+        w_ptr, b_ptr, d_ptr, step_ptr, skip_ptr, n, number, start, inner, step, lr, keep,
+        BESIDE: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         if tl.load(skip_ptr) != 0:
             return
         begin = tl.program_id(0).to(tl.int64) * BLOCK
         i = begin + tl.arange(0, BLOCK)
         inside = i < n
-        w = tl.load(w_ptr + i, inside, other=0.0).to(tl.float32) * keep
+        w = tl.load(w_ptr + i, inside, other=0.0)
+        if BESIDE and b_ptr.dtype.element_ty == tl.int16:
+            w = join_bits(w, tl.load(b_ptr + i, inside, other=0))
+        w = w.to(tl.float32) * keep
         w -= tl.load(d_ptr + i, inside, other=0.0).to(tl.float32) * lr
-        if w_ptr.dtype.element_ty == tl.bfloat16:
+        if BESIDE and b_ptr.dtype.element_ty == tl.int16:
+            high, low = split_bits(w)
+            tl.store(w_ptr + i, high, inside)
+            tl.store(b_ptr + i, low, inside)
+        elif w_ptr.dtype.element_ty == tl.bfloat16:
             noise = noise_bits(begin, tl.load(step_ptr), number, start, inner, step, BLOCK)
             tl.store(w_ptr + i, round_bits(w, weight_bits(noise)), inside)
         else:
             tl.store(w_ptr + i, w, inside)
-        if COPY:
-            tl.store(c_ptr + i, w.to(tl.bfloat16), inside)
+        if BESIDE and b_ptr.dtype.element_ty == tl.bfloat16:
+            tl.store(b_ptr + i, w.to(tl.bfloat16), inside)
 
 
 def momentum_triton(
@@ -237,7 +243,7 @@ def momentum_triton(
 
 def apply_triton(
     weight: Tensor,
-    copies: list[Tensor],
+    beside: list[Tensor],
     direction: Tensor,
     step: Tensor,
     skip: Tensor,
@@ -249,6 +255,6 @@ def apply_triton(
     """`apply_direction_` by the kernel; weight and copy are contiguous."""
     n = weight.numel()
     apply_kernel[(triton.cdiv(n, _BLOCK),)](
-        weight, copies[0] if copies else weight, direction.contiguous(), step, skip, n, *place, lr, keep,
-        COPY=bool(copies), BLOCK=_BLOCK, num_warps=8,
+        weight, beside[0] if beside else weight, direction.contiguous(), step, skip, n, *place, lr, keep,
+        BESIDE=bool(beside), BLOCK=_BLOCK, num_warps=8,
     )  # fmt: skip

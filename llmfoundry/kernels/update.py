@@ -1,12 +1,14 @@
 """AdamW in one pass over lists of tensors: unscale, skip, clip, update weights and moments, write bfloat16 copies.
 
+Weights are float32; or float32 in two halves (halves.py); or bfloat16.
+
 The scale of the gradients and the flag to skip are read on the device, so the host never waits for the norm. Weights
 and moments may be kept in bfloat16. They are then rounded up or down at random: rounded to the nearest, a second moment
 that changes by less than half of its last bit (with beta2 = 0.999 by 1/1000 per step; bfloat16 has 1/256) would stand
 still, and so would a weight whose update is below 1/512 of it. The random bits are a hash of the step, the number of
 the parameter and the place of the value in the whole tensor: the same on every mesh, and after a resume.
 
-Bytes moved per value: weight 8 (float32) or 4 (bfloat16), gradient 4 or 2, moments 16 or 8, copy 2.
+Bytes moved per value: weight 8 (float32, also in halves) or 4 (bfloat16), gradient 4 or 2, moments 16 or 8, copy 2.
 """
 
 from __future__ import annotations
@@ -17,9 +19,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llmfoundry.kernels.halves import joined, split
+
 try:
     import triton
     import triton.language as tl
+
+    from llmfoundry.kernels.halves import join_bits, split_bits
 except ImportError:  # CPU builds of torch come without it
     triton = None
 
@@ -64,13 +70,13 @@ class Rule(NamedTuple):
     decay: float
 
 
-@torch.library.custom_op("llmfoundry::adamw_", mutates_args=("weights", "exp_avgs", "exp_avg_sqs", "copies"))
+@torch.library.custom_op("llmfoundry::adamw_", mutates_args=("weights", "exp_avgs", "exp_avg_sqs", "beside"))
 def _adamw(
     weights: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    copies: list[Tensor],
+    beside: list[Tensor],
     steps: Tensor,
     divisor: Tensor,
     skip: Tensor,
@@ -78,9 +84,9 @@ def _adamw(
     rule: list[float],
 ) -> None:
     where = [Place(*places[i : i + 4]) for i in range(0, len(places), 4)]
-    dense = all(tensor.is_contiguous() for each in (weights, exp_avgs, exp_avg_sqs, copies) for tensor in each)
+    dense = all(tensor.is_contiguous() for each in (weights, exp_avgs, exp_avg_sqs, beside) for tensor in each)
     run = adamw_triton if weights[0].is_cuda and dense else adamw_reference
-    run(weights, grads, exp_avgs, exp_avg_sqs, copies, steps, divisor, skip, where, Rule(*rule))
+    run(weights, grads, exp_avgs, exp_avg_sqs, beside, steps, divisor, skip, where, Rule(*rule))
 
 
 def adamw_(
@@ -88,7 +94,7 @@ def adamw_(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    copies: list[Tensor],
+    beside: list[Tensor],
     steps: list[Tensor],
     divisor: Tensor,
     skip: Tensor,
@@ -98,17 +104,18 @@ def adamw_(
     """One step of AdamW, in place, by a `Rule`.
 
     Args:
-        weights: float32, or bfloat16 that is rounded at random; of one device and dtype; nothing is empty. On a GPU
-            they and the moments should be contiguous.
+        weights: float32, or bfloat16 that is rounded at random unless its low halves are beside it; of one device
+            and dtype; nothing is empty. On a GPU they and the moments should be contiguous.
         grads: of one dtype, float32 or bfloat16; they are read only.
         exp_avgs: of one dtype with `exp_avg_sqs`, float32 or bfloat16.
-        copies: bfloat16, one per weight, which receive the new weights; or none at all.
+        beside: one per weight: bfloat16 copies, which receive the new weights, or int16 low halves (halves.py); or none
+            at all.
         steps: () float32 each, counted from 1, this step included.
         divisor: () float32; gradients are divided by it.
         skip: () float32; 1 leaves weights and moments as they are.
         places: of each part in its whole tensor, for the random bits.
     """
-    _adamw(weights, grads, exp_avgs, exp_avg_sqs, copies, torch.stack(steps), divisor, skip,
+    _adamw(weights, grads, exp_avgs, exp_avg_sqs, beside, torch.stack(steps), divisor, skip,
            [n for place in places for n in place], list(rule))  # fmt: skip
 
 
@@ -144,12 +151,33 @@ def noise_of_weight(noise: Tensor) -> Tensor:
     return hashed(noise ^ _OTHER) & 0xFFFF
 
 
+def read_weight(weight: Tensor, beside: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A weight in the dtype that its step is computed in: itself, if it has that already."""
+    if beside is not None and beside.dtype == torch.int16:
+        return joined(weight, beside)
+    return weight.to(dtype)
+
+
+def write_weight(weight: Tensor, beside: Tensor | None, new: Tensor, step: Tensor, place: Place) -> None:
+    """Write a new weight, and what is beside it: its low half, or a copy of it."""
+    if beside is not None and beside.dtype == torch.int16:
+        high, low = split(new)
+        weight.copy_(high)
+        beside.copy_(low)
+        return
+    if weight.dtype == torch.bfloat16:
+        new = rounded(new, noise_of_weight(noise_of(weight, step, place)))
+    weight.copy_(new)
+    if beside is not None:
+        beside.copy_(weight)
+
+
 def adamw_reference(
     weights: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    copies: list[Tensor],
+    beside: list[Tensor],
     steps: Tensor,
     divisor: Tensor,
     skip: Tensor,
@@ -165,18 +193,15 @@ def adamw_reference(
         grad = g.float() / divisor
         mean = m.float().lerp(grad, 1 - beta1)
         square = v.float() * beta2 + grad * grad * (1 - beta2)
-        new = w.float().mul_(1 - lr * decay)  # in place where it is float32
+        other = beside[i] if beside else None
+        new = read_weight(w, other, torch.float32).mul_(1 - lr * decay)
         new.sub_(lr / factors[i, 0] * mean / (square.sqrt() / factors[i, 1] + eps))
-        if torch.bfloat16 in (w.dtype, m.dtype):
+        write_weight(w, other, new, steps[i], place)
+        if m.dtype == torch.bfloat16:
             noise = noise_of(w, steps[i], place)
-            if w.dtype == torch.bfloat16:
-                w.copy_(rounded(new, noise_of_weight(noise)))
-            if m.dtype == torch.bfloat16:
-                mean, square = rounded(mean, noise & 0xFFFF), rounded(square, noise >> 16)
+            mean, square = rounded(mean, noise & 0xFFFF), rounded(square, noise >> 16)
         m.copy_(mean)
         v.copy_(square)
-    for w, copy in zip(weights, copies, strict=bool(copies)):
-        copy.copy_(w)
 
 
 if triton is not None:
@@ -214,10 +239,11 @@ if triton is not None:
     @triton.jit
     def adamw_kernel(
         table_ptr, steps_ptr, factors_ptr, divisor_ptr, skip_ptr, n_tensors, lr, rest1, beta2, rest2, eps, keep,
-        WEIGHT: tl.constexpr, GRAD: tl.constexpr, MOMENT: tl.constexpr, COPY: tl.constexpr, TENSORS: tl.constexpr,
+        WEIGHT: tl.constexpr, GRAD: tl.constexpr, MOMENT: tl.constexpr, BESIDE: tl.constexpr, TENSORS: tl.constexpr,
         ALIGNED: tl.constexpr, LOOPS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         # Rows of the table: a tensor's first program, five pointers, how many values, its position, and its Place.
+        # BESIDE: the dtype of what is beside a weight, or None.
         if tl.load(skip_ptr) != 0:
             return
         pid = tl.program_id(0)
@@ -232,11 +258,11 @@ if triton is not None:
         g_ptr = grad.to(tl.pointer_type(GRAD))
         m_ptr = mean.to(tl.pointer_type(MOMENT))
         v_ptr = square.to(tl.pointer_type(MOMENT))
-        c_ptr = tl.load(of + 5).to(tl.pointer_type(tl.bfloat16))
+        b_ptr = tl.load(of + 5).to(tl.pointer_type(tl.bfloat16 if BESIDE is None else BESIDE))
         if ALIGNED:
             w_ptr, g_ptr = tl.multiple_of(w_ptr, 16), tl.multiple_of(g_ptr, 16)
             m_ptr, v_ptr = tl.multiple_of(m_ptr, 16), tl.multiple_of(v_ptr, 16)
-            c_ptr = tl.multiple_of(c_ptr, 16)
+            b_ptr = tl.multiple_of(b_ptr, 16)
             n = tl.multiple_of(n, 8)
         scale = 1 / tl.load(divisor_ptr)
         size, root = lr / tl.load(factors_ptr + 2 * position), tl.load(factors_ptr + 2 * position + 1)
@@ -249,17 +275,24 @@ if triton is not None:
             g = tl.load(g_ptr + i, inside, other=0.0).to(tl.float32) * scale
             m = tl.load(m_ptr + i, inside, other=0.0).to(tl.float32)
             v = tl.load(v_ptr + i, inside, other=0.0).to(tl.float32)
-            w = tl.load(w_ptr + i, inside, other=0.0).to(tl.float32)
+            w = tl.load(w_ptr + i, inside, other=0.0)
+            if BESIDE == tl.int16:
+                w = join_bits(w, tl.load(b_ptr + i, inside, other=0))
+            w = w.to(tl.float32)
             m += (g - m) * rest1
             v = v * beta2 + g * g * rest2
             w = w * keep - size * m / (tl.sqrt(v) / root + eps)
             noise = noise_bits(begin, count, number, start, inner, step, BLOCK)  # removed where nothing is rounded
-            if WEIGHT == tl.bfloat16:
+            if BESIDE == tl.int16:
+                high, low = split_bits(w)
+                tl.store(w_ptr + i, high, inside)
+                tl.store(b_ptr + i, low, inside)
+            elif WEIGHT == tl.bfloat16:
                 tl.store(w_ptr + i, round_bits(w, weight_bits(noise)), inside)
             else:
                 tl.store(w_ptr + i, w, inside)
-            if COPY:
-                tl.store(c_ptr + i, w.to(tl.bfloat16), inside)
+            if BESIDE == tl.bfloat16:
+                tl.store(b_ptr + i, w.to(tl.bfloat16), inside)
             if MOMENT == tl.bfloat16:
                 tl.store(m_ptr + i, round_bits(m, noise & 0xFFFF), inside)
                 tl.store(v_ptr + i, round_bits(v, noise >> 16), inside)
@@ -273,7 +306,7 @@ def adamw_triton(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    copies: list[Tensor],
+    beside: list[Tensor],
     steps: Tensor,
     divisor: Tensor,
     skip: Tensor,
@@ -283,11 +316,11 @@ def adamw_triton(
     """`adamw_` by the kernel: one launch for all tensors, and one more for those that no 16 bytes fit into evenly."""
     device, chunk = weights[0].device, _BLOCK * _LOOPS
     grads = [grad.contiguous() for grad in grads]
-    types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+    types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.int16: tl.int16}
     lr, beta1, beta2, eps, decay = rule
     factors = corrections(steps, beta1, beta2)
     by_alignment: dict[bool, list[list[int]]] = {True: [], False: []}
-    for i, tensors in enumerate(zip(weights, grads, exp_avgs, exp_avg_sqs, copies or weights, strict=True)):
+    for i, tensors in enumerate(zip(weights, grads, exp_avgs, exp_avg_sqs, beside or weights, strict=True)):
         pointers, n = [tensor.data_ptr() for tensor in tensors], tensors[0].numel()
         aligned = n % 8 == 0 and all(pointer % 16 == 0 for pointer in pointers)
         by_alignment[aligned].append([*pointers, n, i, *places[i]])
@@ -301,6 +334,6 @@ def adamw_triton(
         adamw_kernel[(firsts[-1],)](
             table, steps, factors, divisor, skip, len(rows), lr, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * decay,
             WEIGHT=types[weights[0].dtype], GRAD=types[grads[0].dtype], MOMENT=types[exp_avgs[0].dtype],
-            COPY=bool(copies), TENSORS=triton.next_power_of_2(len(rows)), ALIGNED=aligned, LOOPS=_LOOPS, BLOCK=_BLOCK,
-            num_warps=8,
+            BESIDE=types[beside[0].dtype] if beside else None, TENSORS=triton.next_power_of_2(len(rows)),
+            ALIGNED=aligned, LOOPS=_LOOPS, BLOCK=_BLOCK, num_warps=8,
         )  # fmt: skip

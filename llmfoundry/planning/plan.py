@@ -192,7 +192,7 @@ def _update(job: Job, degrees: Degrees) -> float:
     whole = dense + experts / degrees.expert + model.vocab_size * model.d_model
     share = model.n_trainable_params() / degrees.shard
     half = job.optimizer.weight_dtype.itemsize == 2
-    update = ((12 if half else 16) + 2 * job.optimizer.state_bytes) * share
+    update = ((12 if half and not job.optimizer.halves else 16) + 2 * job.optimizer.state_bytes) * share
     cast = 0 if half else 6
     products = job.optimizer.update_flops(model) / degrees.shard / hardware.DENSE_FLOPS
     if single_process(parallel, degrees):

@@ -3,9 +3,10 @@
 `grad_scale` (gradients are divided by it) and `found_inf` (1: weights, moments and step counts stay) are attributes of
 the optimizer while it steps, as torch's fused optimizers and its GradScaler have them; both are read on the device.
 
-On GPUs our kernel updates the weights (kernels/update.py), on CPUs torch's fused one; weights and moments in bfloat16,
-and moments in 8 bits (kernels/eight_bit.py), are ours in both places. State has torch's names, so checkpoints of either
-are read by the other; those of 8 bits have `exp_avg_scale` and `exp_avg_sq_scale` beside their codes.
+On GPUs our kernel updates the weights (kernels/update.py), on CPUs torch's fused one; weights in bfloat16 or in two
+halves (kernels/halves.py), and moments in bfloat16 or in 8 bits (kernels/eight_bit.py), are ours in both places. State
+has torch's names, so checkpoints of either are read by the other; moments of 8 bits have `exp_avg_scale` and
+`exp_avg_sq_scale` beside their codes, and weights in halves a `low_half` that checkpoints join with them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from llmfoundry.dtensor import cut_like, local_part, local_shard
 from llmfoundry.kernels.eight_bit import adamw_eight_bit_, decode, encode, n_blocks
+from llmfoundry.kernels.halves import LOW_HALF
 from llmfoundry.kernels.update import Place, Rule, adamw_
 from llmfoundry.parallel.single import copy_to_write, is_written
 from llmfoundry.runtime import seed_of
@@ -39,7 +41,7 @@ class _Part(NamedTuple):
     exp_avg: Tensor
     exp_avg_sq: Tensor
     scales: list[Tensor]  # of both, where they have 8 bits
-    copy: Tensor | None  # of the weight in the compute dtype, where one is kept
+    beside: Tensor | None  # its copy in the compute dtype, or its low half, where there is one
     step: Tensor  # ()
     place: Place
 
@@ -50,6 +52,7 @@ class AdamW(torch.optim.AdamW):
     Args:
         params: groups; parameters may be plain tensors or DTensors of any meshes.
         state_dtype: of the moments; None: that in which each parameter's step is computed.
+        halves: whether parameters in bfloat16 are the high halves of float32 weights, and the state has the low ones.
 
     Attributes:
         noise_seed: what rounding at random depends on, beside the step and a value's place.
@@ -65,8 +68,10 @@ class AdamW(torch.optim.AdamW):
         betas: tuple[float, float],
         eps: float,
         state_dtype: torch.dtype | None = None,
+        halves: bool = False,
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True)
+        self.halves = halves
         self._state_dtype = state_dtype
         self._cast = False  # whether a checkpoint's moments were
         self._places: dict[Tensor, Place] = {}
@@ -110,15 +115,15 @@ class AdamW(torch.optim.AdamW):
             state = self.state[parameter]
             scales = [local_part(state[key + _SCALE]) for key in MOMENTS] if eight_bit else []
             weight, grad = local_part(parameter).detach(), local_part(parameter.grad)
-            copy, place = copy_to_write(parameter), self._places[parameter]
-            key = (weight.device, weight.dtype, grad.dtype, mean.dtype, copy is not None)
-            found.setdefault(key, []).append(_Part(parameter, weight, grad, mean, square, scales, copy, step, place))
+            beside, place = beside_weight(parameter, state if self.halves else None), self._places[parameter]
+            key = (weight.device, weight.dtype, grad.dtype, mean.dtype, None if beside is None else beside.dtype)
+            found.setdefault(key, []).append(_Part(parameter, weight, grad, mean, square, scales, beside, step, place))
         return found.values()
 
     def _state_of(self, parameter: Tensor, names: tuple[str, ...], eight_bit: bool = False) -> list[Tensor]:
         """Its step count, and this rank's part of its moments; made, or cast to what is asked for, where needed."""
         state = self.state[parameter]
-        kept = [name + end for name in names for end in ("", _SCALE)]
+        kept = [name + end for name in names for end in ("", _SCALE)] + [LOW_HALF] * self.halves
         for key in state.keys() - {"step", *kept}:  # of another optimizer
             del state[key]
         if "step" not in state:
@@ -147,6 +152,19 @@ class AdamW(torch.optim.AdamW):
         if not self._cast:
             log.info("moments were %s in the checkpoint and are kept in %s (optimizer.state_dtype)", before, now)
         self._cast = True
+
+
+def beside_weight(parameter: Tensor, state: dict[str, Tensor] | None) -> Tensor | None:
+    """What an update of a parameter reads or writes beside it, this rank's part: its copy, its low half, or nothing.
+
+    Args:
+        state: of the parameter, where its low half is kept; None: none is.
+    """
+    if state is None or parameter.dtype != torch.bfloat16:
+        return copy_to_write(parameter)
+    if LOW_HALF not in state:
+        state[LOW_HALF] = torch.zeros_like(parameter, dtype=torch.int16)
+    return local_part(state[LOW_HALF])
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
@@ -183,18 +201,18 @@ def _update(parts: list[_Part], group: dict[str, Any], divisor: Tensor | None, s
         return
     weights, grads = [part.weight for part in parts], [part.grad for part in parts]
     means, squares = [part.exp_avg for part in parts], [part.exp_avg_sq for part in parts]
-    steps, copies = [part.step for part in parts], [part.copy for part in parts if part.copy is not None]
+    steps, beside = [part.step for part in parts], [part.beside for part in parts if part.beside is not None]
     one, places = torch.ones((), device=weights[0].device), [part.place for part in parts]
     scale, flag = one if divisor is None else divisor, torch.zeros_like(one) if skip is None else skip
     if parts[0].scales:
         mean_scales, square_scales = ([part.scales[i] for part in parts] for i in (0, 1))
-        adamw_eight_bit_(weights, grads, means, squares, mean_scales, square_scales, copies, steps, scale, flag, places,
+        adamw_eight_bit_(weights, grads, means, squares, mean_scales, square_scales, beside, steps, scale, flag, places,
                          rule)  # fmt: skip
         _note(parts)
         return
     dtype = weights[0].dtype
     if dtype == torch.bfloat16 or (dtype == torch.float32 and (weights[0].is_cuda or means[0].dtype == torch.bfloat16)):
-        adamw_(weights, grads, means, squares, copies, steps, scale, flag, places, rule)
+        adamw_(weights, grads, means, squares, beside, steps, scale, flag, places, rule)
         _note(parts)
         return
     grads = [grad.to(weights[0].dtype) for grad in grads]
@@ -202,13 +220,13 @@ def _update(parts: list[_Part], group: dict[str, Any], divisor: Tensor | None, s
         weights, grads, means, squares, [], steps, amsgrad=False, maximize=False, grad_scale=divisor, found_inf=skip,
         lr=rule.lr, beta1=beta1, beta2=beta2, weight_decay=rule.decay, eps=rule.eps,
     )  # fmt: skip
-    if copies:
-        torch._foreach_copy_(copies, weights)
+    if beside:
+        torch._foreach_copy_(beside, weights)
     _note(parts)
 
 
 def _note(parts: list[_Part]) -> None:
     """The copies equal the weights."""
     for part in parts:
-        if part.copy is not None:
+        if copy_to_write(part.parameter) is not None:
             is_written(part.parameter)

@@ -16,7 +16,7 @@ from llmfoundry.dtensor import local_part
 from llmfoundry.kernels.lion import lion_
 from llmfoundry.kernels.update import Place
 from llmfoundry.parallel.single import copy_to_write, is_written
-from llmfoundry.train.adamw import computed_in, place_of
+from llmfoundry.train.adamw import beside_weight, computed_in, place_of
 from llmfoundry.train.groups import Betas
 from llmfoundry.train.optim import GroupedOptimizerConfig
 
@@ -33,7 +33,8 @@ class DecoupledLionWConfig(GroupedOptimizerConfig, names=("decoupled_lionw",)):
         return 4
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        return DecoupledLionW(self.settings(model), lr=self.lr, betas=(self.betas[0], self.betas[1]))
+        betas = self.betas[0], self.betas[1]
+        return DecoupledLionW(self.settings(model), lr=self.lr, betas=betas, halves=self.halves)
 
 
 class DecoupledLionW(torch.optim.Optimizer):
@@ -48,7 +49,10 @@ class DecoupledLionW(torch.optim.Optimizer):
     reads_any_gradient = True
     noise_seed = 0
 
-    def __init__(self, params: Iterable[dict[str, object]], lr: float, betas: tuple[float, float]) -> None:
+    def __init__(
+        self, params: Iterable[dict[str, object]], lr: float, betas: tuple[float, float], halves: bool = False
+    ) -> None:
+        self.halves = halves
         super().__init__(params, {"lr": lr, "initial_lr": lr, "betas": betas, "weight_decay": 0.0})
         self._places: dict[Tensor, Place] = {}
 
@@ -85,11 +89,11 @@ class DecoupledLionW(torch.optim.Optimizer):
         if not weight.numel():  # a small parameter may leave a rank with nothing
             return
         assert parameter.grad is not None
-        copy, (beta1, beta2) = copy_to_write(parameter), group["betas"]
+        beside, (beta1, beta2) = beside_weight(parameter, state if self.halves else None), group["betas"]
         lion_(
-            weight, local_part(state["exp_avg"]), local_part(parameter.grad), [] if copy is None else [copy],
+            weight, local_part(state["exp_avg"]), local_part(parameter.grad), [] if beside is None else [beside],
             state.get("step", one), divisor, skip, self._places[parameter], lr=group["lr"], beta1=beta1, beta2=beta2,
             keep=1 - group["lr"] / group["initial_lr"] * group["weight_decay"],
         )  # fmt: skip
-        if copy is not None:
+        if copy_to_write(parameter) is not None:
             is_written(parameter)

@@ -33,7 +33,7 @@ from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.layer import Experts
 from llmfoundry.parallel.owners import on_owners, rows_of_ranks
 from llmfoundry.parallel.single import copy_to_write, is_written
-from llmfoundry.train.adamw import AdamW, computed_in
+from llmfoundry.train.adamw import AdamW, beside_weight, computed_in
 from llmfoundry.train.groups import Member
 from llmfoundry.train.optim import AdamWConfig, decays
 
@@ -136,7 +136,7 @@ class _Rows(NamedTuple):
     weight: Tensor  # (rows, C), as the next two
     grad: Tensor
     moment: Tensor
-    copies: list[Tensor]  # of the weights, in the compute dtype: one, or none
+    beside: list[Tensor]  # the weights' copy in the compute dtype, or their low half; or nothing
     step: Tensor  # () how many steps there were
     place: Place
 
@@ -169,7 +169,7 @@ class Muon(AdamW):
         self, config: MuonConfig, params: Iterable[dict[str, object]], stacked: Mapping[Tensor, tuple[int, ...]]
     ) -> None:
         dtype = torch.bfloat16 if config.state_dtype == "bf16" else None
-        super().__init__(params, config.lr, (config.betas[0], config.betas[1]), config.eps, dtype)
+        super().__init__(params, config.lr, (config.betas[0], config.betas[1]), config.eps, dtype, config.halves)
         self._config, self._stacked = config, stacked
 
     def _update_group(self, group: dict[str, Any], divisor: Tensor | None, skip: Tensor | None) -> None:
@@ -254,16 +254,17 @@ class Muon(AdamW):
         """`n` of this rank's rows of a parameter, with all its matrices below each other."""
         columns = parameter.shape[-1]
         count, moment = self._state_of(parameter, (MOMENTUM,))
-        copy, place = copy_to_write(parameter), self._places[parameter]
+        beside = beside_weight(parameter, self.state[parameter] if self.halves else None)
+        place = self._places[parameter]
         at = begin * columns
         place = place._replace(start=place.start + at // place.inner * place.step + at % place.inner)
         if at % place.inner + n * columns <= place.inner:
             place = place._replace(inner=WHOLE, step=WHOLE)
-        written = [local_part(parameter).detach(), moment, *([] if copy is None else [copy])]
-        weight, moment, *copies = (each.view(-1, columns)[begin : begin + n] for each in written)
+        written = [local_part(parameter).detach(), moment, *([] if beside is None else [beside])]
+        weight, moment, *others = (each.view(-1, columns)[begin : begin + n] for each in written)
         assert parameter.grad is not None
         grad = local_part(parameter.grad).reshape(-1, columns)[begin : begin + n]
-        return _Rows(weight, grad, moment, copies, count, place)
+        return _Rows(weight, grad, moment, others, count, place)
 
     def _advance(self, rows: _Rows, kind: _Kind, step: _Step) -> Tensor:
         """The direction of each row's update, before it is made orthogonal."""
@@ -283,7 +284,7 @@ class Muon(AdamW):
         if self._config.adjust_lr_fn == "original":
             factor = math.sqrt(max(1.0, height / columns))
         if direction.numel():
-            apply_direction_(rows.weight, rows.copies, direction.to(rows.weight.device), rows.step, step.skip,
+            apply_direction_(rows.weight, rows.beside, direction.to(rows.weight.device), rows.step, step.skip,
                              rows.place, lr=step.lr * factor, keep=1 - step.lr * step.decay)  # fmt: skip
 
 

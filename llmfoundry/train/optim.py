@@ -44,6 +44,11 @@ class OptimizerConfig(Choice, tag="name"):
         """In which weights that are trained are kept."""
         return torch.float32
 
+    @property
+    def halves(self) -> bool:
+        """Whether those in bfloat16 are the high halves of float32 weights."""
+        return False
+
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of `model`'s trainable parameters; each of its groups carries its `initial_lr`."""
         raise NotImplementedError
@@ -58,16 +63,21 @@ class GroupedOptimizerConfig(OptimizerConfig):
 
     betas: Betas
     weight_decay: float = Field(ge=0)
-    # How weights are kept: 4 bytes per parameter; or 2, rounded at random so that small changes add up, without a copy
-    # in fp32.
-    master_weights: Literal["fp32", "bf16_sr"] = "fp32"
+    # How weights are kept. fp32: 4 bytes per parameter, and casts or copies of them to compute with. fp32_split: the
+    # same numbers, as the bf16 that is computed with and the other 16 bits, 4 bytes in all. bf16_sr: 2 bytes, rounded
+    # at random so that small changes add up.
+    master_weights: Literal["fp32", "fp32_split", "bf16_sr"] = "fp32"
     decay_embeddings: bool = True  # whether weight decay is for embeddings too
     param_groups: list[ParamGroup] = []  # [{param_str_match: REGEX, lr: ..., weight_decay: ...}]
     disable_grad: Pattern | list[Pattern] = []  # names of parameters that are not trained: REGEX, or a list
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.master_weights == "bf16_sr" else torch.float32
+        return torch.float32 if self.master_weights == "fp32" else torch.bfloat16
+
+    @property
+    def halves(self) -> bool:
+        return self.master_weights == "fp32_split"
 
     def settings(self, model: nn.Module) -> list[dict[str, object]]:
         """The optimizer's groups. One of the YAML may become two: with and without decay.
@@ -140,7 +150,9 @@ class AdamWConfig(GroupedOptimizerConfig, names=("adamw",)):
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         beta1, beta2 = self.betas
         dtype = torch.bfloat16 if self.state_dtype == "bf16" else None  # groups say which have 8 bits
-        return self._class()(self.settings(model), lr=self.lr, betas=(beta1, beta2), eps=self.eps, state_dtype=dtype)
+        return self._class()(
+            self.settings(model), lr=self.lr, betas=(beta1, beta2), eps=self.eps, state_dtype=dtype, halves=self.halves
+        )
 
     def _class(self) -> type[AdamW]:
         return AdamW

@@ -1,5 +1,8 @@
 """One optimizer step. Everything that changes the weights happens in `train_step`, in this order.
 
+What a step reports is known before the weights are updated, so the host can read it, and launch the next step, while a
+GPU still updates them.
+
 Shapes: B rows, S sequence, T tokens of the global batch, L MoE layers, E experts, K top_k.
 """
 
@@ -55,6 +58,7 @@ def train_step(
     objective: Loss = CROSS_ENTROPY,
     together: bool = False,
     max_loss: float = math.inf,
+    before_update: Callable[[StepResult], object] = lambda result: None,
 ) -> StepResult:
     """Run forward and backward over microbatches, then clip and update.
 
@@ -73,6 +77,7 @@ def train_step(
         objective: what is minimised.
         max_loss: nats per label, auxiliary losses included; a step with more is skipped, as one that is not finite.
         together: when some rank runs out of memory before the update, all of them drop the step.
+        before_update: called with the result before the update is launched, to begin to read it.
 
     Raises:
         runtime.OutOfMemory: `together`, and some rank ran out of memory; nothing has changed.
@@ -102,12 +107,14 @@ def train_step(
     ce, total, sources, metrics, router = _sum_over_ranks(sums)
     if max_loss < math.inf:
         clip = clip._replace(skip=torch.maximum(clip.skip, (total > max_loss).to(clip.skip)))
-    update(optimizer, clip)
     updated = clip.skip == 0  # the same on every rank, because the norm is global
+    result = StepResult(ce, total, clip.norm, router, updated, sources, metrics)
+    before_update(result)
+    update(optimizer, clip)
     if balance is not None and router is not None:
         update_expert_bias(model, router.load, balance, updated)
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(ce, total, clip.norm, router, updated, sources, metrics)
+    return result
 
 
 class _Counts(NamedTuple):

@@ -36,6 +36,7 @@ from llmfoundry.train.callback import Callback
 from llmfoundry.train.evaluating import evaluate_by_tasks, evaluate_texts
 from llmfoundry.train.loss import Loss
 from llmfoundry.train.mixing import Joined, to_save
+from llmfoundry.train.numbers import Numbers
 from llmfoundry.train.optim import set_learning_rate
 from llmfoundry.train.out_of_memory import Held, first_of, held, message
 from llmfoundry.train.outputs import SKIPPED, RunFolder, Summary, check_shared, hosts_without, read_summary
@@ -46,7 +47,7 @@ from llmfoundry.train.resume import (
     train_state,
 )
 from llmfoundry.train.run import EVALUATED, STEP, Metrics, Table, is_evaluated
-from llmfoundry.train.step import CROSS_ENTROPY, train_step
+from llmfoundry.train.step import CROSS_ENTROPY, StepResult, train_step
 from llmfoundry.train.stored import upload_outputs
 from llmfoundry.train.watchdog import READING
 
@@ -72,6 +73,7 @@ class Trainer(AgreeingRun):
     reference: CausalLM | None = None  # a frozen model beside the one that is trained, where the loss needs it
     folder: RunFolder | None = None  # of rank 0, from `fit` on
     ahead: Ahead | None = None
+    reading: Numbers | None = None  # of the step that is being taken
     late: float = 0.0  # seconds that reading ahead may have kept the device waiting in the last step
     unevaluated: Metrics = field(default_factory=dict)  # of the last step, if a signal cut its evaluation short
     owed: bool = False  # a save was due while the run was in doubt
@@ -289,6 +291,7 @@ class Trainer(AgreeingRun):
                 objective=self.objective,
                 together=together,
                 max_loss=self.loss_limit,
+                before_update=self._begin_to_read,
             ),
             self._out_of_memory,
         )
@@ -297,14 +300,10 @@ class Trainer(AgreeingRun):
         state.tokens += rows * self.loader.max_seq_len
         self.router = result.router
         names, sizes = self.objective.metrics, (4, result.metrics.numel(), result.sources.numel())
-        parts = [torch.stack([result.updated, result.ce, result.total, result.grad_norm.to(result.ce.device)])]
-        parts += [result.metrics, result.sources.flatten()]
-        if result.router is not None and self.balance is not None:
-            parts.append(summary(result.router, rows * self.loader.max_seq_len, self.balance))
-        found = torch.cat([part.double() for part in parts])
         self.late = self._read_ahead(state.rows)
         self.watchdog.phase(READING)
-        read = iter(found.tolist())  # all at once: the host waits for the device here
+        assert self.reading is not None
+        read = iter(self.reading.read())  # all at once: the host waits for the device here, but not for the update
         self.watchdog.beat(f"the end of step {state.step}")
         (updated, ce, total, grad_norm), of_loss, sources = (list(itertools.islice(read, size)) for size in sizes)
         self._count_skip(bool(updated), batch, math.isfinite(grad_norm))
@@ -322,6 +321,14 @@ class Trainer(AgreeingRun):
         seconds = time.perf_counter() - start
         self.train_seconds += seconds
         return metrics | {"time/step_seconds": seconds}
+
+    def _begin_to_read(self, result: StepResult) -> None:
+        parts = [torch.stack([result.updated, result.ce, result.total, result.grad_norm.to(result.ce.device)])]
+        parts += [result.metrics, result.sources.flatten()]
+        if result.router is not None and self.balance is not None:
+            tokens = self.config.global_train_batch_size * self.loader.max_seq_len
+            parts.append(summary(result.router, tokens, self.balance))
+        self.reading = Numbers(torch.cat([part.double() for part in parts]))
 
     def _out_of_memory(self, rows: int, there: Held | None, why: str) -> str:
         there = there or held(self.model, self.optimizer, self.device)

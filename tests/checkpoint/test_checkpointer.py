@@ -31,6 +31,7 @@ from llmfoundry.checkpoint.checkpointer import Checkpointer, CheckpointState, Sa
 from llmfoundry.checkpoint.finding import candidates
 from llmfoundry.checkpoint.manifest import MANIFEST, CheckpointError, verify
 from llmfoundry.config import ConfigError
+from llmfoundry.kernels.halves import LOW_HALF, joined
 from llmfoundry.parallel.apply import keep_weights_in
 from llmfoundry.train.adamw import moment
 from llmfoundry.train.optim import AdamWConfig
@@ -55,14 +56,17 @@ class Tiny(nn.Module):
         self.register_buffer("scratch", torch.zeros(5), persistent=False)
 
 
-def build(seed: int = 0, width: int = 4, state_dtype: Kept = "fp32", half: bool = False) -> tuple[nn.Module, Optimizer]:
-    """A model and its optimizer; `half`: weights in bfloat16, and gradients in float32."""
+def build(
+    seed: int = 0, width: int = 4, state_dtype: Kept = "fp32", half: bool = False, split: bool = False
+) -> tuple[nn.Module, Optimizer]:
+    """A model and its optimizer; `half`: weights in bfloat16, gradients in float32; `split`: weights in two halves."""
     model = Tiny(seed, width)
-    if half:
+    if half or split:
         keep_weights_in(torch.bfloat16, model)
         for parameter in model.parameters():
             parameter.grad_dtype = torch.float32
-    return model, AdamWConfig(lr=0.01, state_dtype=state_dtype).build(model)
+    weights = "fp32_split" if split else "bf16_sr" if half else "fp32"
+    return model, AdamWConfig(lr=0.01, state_dtype=state_dtype, master_weights=weights).build(model)
 
 
 def train(model: nn.Module, optimizer: Optimizer, steps: int = 3, seed: int = 7) -> None:
@@ -166,6 +170,31 @@ def test_weights_of_another_dtype_are_taken_over(tmp_path: Path, half: bool, cap
         assert torch.equal(run[1].state[p]["exp_avg"], other[1].state[q]["exp_avg"])
     assert len([line for line in caplog.messages if "optimizer.master_weights" in line]) == 1
     train(*other)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_weights_in_halves_are_float32_in_a_checkpoint_and_nowhere_else(
+    tmp_path: Path, asynchronous: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, other, alike = build(split=True), build(seed=1), build(seed=2, split=True)
+    train(*run)
+    exact = {name: joined(p.detach(), run[1].state[p][LOW_HALF]) for name, p in run[0].named_parameters()}
+    checkpointer = Checkpointer(tmp_path, asynchronous=asynchronous)
+    checkpointer.save(state(*run))
+    path = checkpointer.wait() if asynchronous else newest(checkpointer)
+    assert path is not None
+    kept = load_file(Path(path) / "model-00000.safetensors")
+    assert all(torch.equal(kept[name], value) for name, value in exact.items())
+    assert not any(LOW_HALF in name for name in load_file(Path(path) / "optimizer-00000.safetensors"))
+    Checkpointer(tmp_path).load(path, state(*other))
+    Checkpointer(tmp_path).load(path, state(*alike))
+    assert all(torch.equal(p, exact[name]) and p.dtype == torch.float32 for name, p in other[0].named_parameters())
+    assert_same(run, alike)
+    train(*run, seed=8)
+    train(*alike, seed=8)
+    assert_same(run, alike)
+    assert not any("master_weights" in line for line in caplog.messages)
+    assert any(joined(p.detach(), run[1].state[p][LOW_HALF]).ne(p.float()).any() for p in run[0].parameters())
 
 
 def test_a_checkpoint_brings_everything_back_bitwise_and_training_continues_the_same(tmp_path: Path) -> None:

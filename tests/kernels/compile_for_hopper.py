@@ -150,16 +150,16 @@ def updates() -> None:
     types |= dict.fromkeys(("rest", "momentum"), "fp32")
     types |= dict.fromkeys(("n", "number", "start", "inner", "step", "n_tensors", "key"), "i64")
     types |= dict.fromkeys(("steps_ptr", "factors_ptr", "divisor_ptr", "skip_ptr", "step_ptr"), "*fp32")
-    types |= dict.fromkeys(("c_ptr", "x_ptr", "total_ptr"), "*bf16") | {"table_ptr": "*i64"}
+    types |= dict.fromkeys(("b_ptr", "x_ptr", "total_ptr"), "*bf16") | {"table_ptr": "*i64"}
     types |= dict.fromkeys(("w_ptr", "m_ptr", "g_ptr", "out_ptr", "d_ptr"), f"*{DTYPE}")
     constants = {"BLOCK": 2048, "LOOPS": 4, "TENSORS": 128, "ALIGNED": True, "WEIGHT": moment, "GRAD": moment,
-                 "MOMENT": moment, "COPY": True, "NESTEROV": True}  # fmt: skip
+                 "MOMENT": moment, "BESIDE": tl.bfloat16, "NESTEROV": True}  # fmt: skip
     kernels = {"adamw": adamw_kernel, "momentum": momentum_kernel, "apply": apply_kernel, "add": add_kernel}
     types |= {"v_ptr": "*u8", "ms_ptr": "*fp32", "vs_ptr": "*fp32", "count_ptr": "*fp32"}
     types |= {"columns": "i32", "per_row": "i32"}
-    eight = {"COPY": True, "BLOCKS": 8, "BLOCK": 256}
+    eight = {"BESIDE": True, "BLOCKS": 8, "BLOCK": 256}
     report("adamw of 8 bits", eight_bit.adamw_kernel, types | {"m_ptr": "*i8"}, eight, 8, 3)
-    report("lion", lion_kernel, types | {"m_ptr": "*fp32"}, {"COPY": True, "BLOCK": 2048}, 8, 3)
+    report("lion", lion_kernel, types | {"m_ptr": "*fp32"}, {"BESIDE": True, "BLOCK": 2048}, 8, 3)
     strides = dict.fromkeys(("S", "K", "matrix_stride", "row_stride"), "i32") | {"alpha": "fp32", "beta": "fp32"}
     pointers = dict.fromkeys(("x_ptr", "plus_ptr", "out_ptr"), f"*{DTYPE}")
     for side in ("wide", "tall"):  # products of rows, or of columns
@@ -172,9 +172,13 @@ def updates() -> None:
         named = {key: kind for key, kind in (strides | {"column_stride": "i32"}).items() if key not in constant}
         report(f"symmetric, {side}", symmetric.symmetric_kernel, named | pointers, shape | constant,
                symmetric.WARPS, symmetric.STAGES)  # fmt: skip
-    whole = {"COPY": True, "WEIGHT": tl.float32, "GRAD": moment, "MOMENT": moment}
+    whole = {"BESIDE": tl.bfloat16, "WEIGHT": tl.float32, "GRAD": moment, "MOMENT": moment}
     whole |= {key: constants[key] for key in ("BLOCK", "LOOPS", "TENSORS", "ALIGNED")}
     report("adamw of float32 weights", adamw_kernel, types, whole, 8, 3)
+    halves = types | {"b_ptr": "*i16", "w_ptr": "*bf16"}
+    report("adamw of halves", adamw_kernel, types, whole | {"BESIDE": tl.int16, "WEIGHT": tl.bfloat16}, 8, 3)
+    report("adamw of 8 bits, halves", eight_bit.adamw_kernel, halves | {"m_ptr": "*i8"}, eight, 8, 3)
+    report("lion of halves", lion_kernel, halves | {"m_ptr": "*fp32"}, {"BESIDE": True, "BLOCK": 2048}, 8, 3)
     for name, kernel in kernels.items():
         report(name, kernel, types, {key: constants[key] for key in constants if key in kernel.arg_names}, 8, 3)
 

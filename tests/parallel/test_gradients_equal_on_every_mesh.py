@@ -26,7 +26,9 @@ ALONE = [Case("8 experts"), Case("6 experts", n_experts=6), Case("2 experts", n_
          Case("muon, 6 experts", n_experts=6, optimizer="muon"),
          *(Case("bf16_sr", optimizer=name, state=state, half=True)
            for name, state in (("adamw", "fp32"), ("adamw", "bf16"), ("adamw", "int8"), ("decoupled_lionw", "fp32"),
-                               ("muon", "fp32")))]  # fmt: skip
+                               ("muon", "fp32"))),
+         *(Case("split", optimizer=name, half=True, split=True) for name in ("adamw", "decoupled_lionw", "muon")),
+         ]  # fmt: skip
 Alone = dict[tuple[object, ...], dict[str, Tensor]]
 CASES = [
     Case("shard 4"),
@@ -62,6 +64,11 @@ CASES = [
     Case("bf16_sr, expert 4, accumulation 2", {"expert": 4}, microbatch=1, half=True),
     Case("bf16_sr, lion, expert 2", {"expert": 2}, optimizer="decoupled_lionw", half=True),
     Case("bf16_sr, muon, replicate 2, shard 2, expert 2", {"replicate": 2, "expert": 2}, optimizer="muon", half=True),
+    Case("split, shard 4, accumulation 2", microbatch=1, half=True, split=True),
+    Case("split, expert 4, full recompute", {"expert": 4, "recompute": "full"}, half=True, split=True),
+    Case("split, lion, expert 2", {"expert": 2}, optimizer="decoupled_lionw", half=True, split=True),
+    Case("split, muon, replicate 2, shard 2, expert 2", {"replicate": 2, "expert": 2}, optimizer="muon", half=True,
+         split=True),
 ]  # fmt: skip
 WRONG = [Case("default divide factor, expert 2", {"expert": 2}), Case("default divide factor, expert 4", {"expert": 4})]
 
@@ -112,7 +119,7 @@ def alone() -> Alone:
 
 def kind(case: Case) -> tuple[object, ...]:
     """What is trained, however it is spread."""
-    return case.n_experts, case.tied, case.shared_kv, case.optimizer, case.state, case.half
+    return case.n_experts, case.tied, case.shared_kv, case.optimizer, case.state, case.half, case.split
 
 
 def relative(found: Tensor, true: Tensor) -> float:

@@ -47,6 +47,7 @@ class Case(NamedTuple):
     optimizer: str = "adamw"
     state: str = "fp32"  # of the optimizer
     half: bool = False  # weights in bfloat16, rounded at random
+    split: bool = False  # of those weights, the optimizer keeps the low halves
 
 
 def model_config(case: Case) -> CausalLMConfig:
@@ -133,7 +134,7 @@ def train(
     watch: Callable[[CausalLM], None] | None = None,
 ) -> list[StepResult]:
     """Train for some steps; `watch` sees the model before each update."""
-    optimizer = optimizer or new_optimizer(model, lr, case.optimizer, case.state)
+    optimizer = optimizer or new_optimizer(model, lr, case.optimizer, case.state, case.split)
     if watch is not None:
         optimizer.register_step_pre_hook(lambda *_: watch(model))
     balance = Balance.of(model.config)
@@ -144,7 +145,10 @@ def train(
     ]  # fmt: skip
 
 
-def new_optimizer(model: CausalLM, lr: float, name: str = "adamw", state: str = "fp32") -> Optimizer:
+def new_optimizer(
+    model: CausalLM, lr: float, name: str = "adamw", state: str = "fp32", split: bool = False
+) -> Optimizer:
     """What these runs are trained with."""
     keys = {"name": name, "lr": lr, "weight_decay": 0.1} | ({} if state == "fp32" else {"state_dtype": state})
+    keys |= {"master_weights": "fp32_split"} if split else {}
     return check(OptimizerConfig, keys).build(model)

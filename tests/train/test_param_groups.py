@@ -111,7 +111,8 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("name", "kept"), [*((each, "fp32") for each in NAMES), ("decoupled_lionw", "bf16_sr"), ("muon", "bf16_sr")]
+    ("name", "kept"),
+    [*((each, "fp32") for each in NAMES), ("decoupled_lionw", "bf16_sr"), ("muon", "bf16_sr"), ("adamw", "fp32_split")],
 )
 def test_a_run_with_groups_keeps_frozen_weights_and_resumes_bitwise(tmp_path: Path, name: str, kept: str) -> None:
     optimizer = {"optimizer": {"name": name, "lr": 0.01, "master_weights": kept} | GROUPED}
@@ -123,11 +124,12 @@ def test_a_run_with_groups_keeps_frozen_weights_and_resumes_bitwise(tmp_path: Pa
     first = weights(tmp_path / "halves")
     assert train_main([*halves, "autoresume=true"]) == 0
     whole, resumed = weights(tmp_path / "run"), weights(tmp_path / "halves")
-    assert (torch.bfloat16 in {each.dtype for each in whole.values()}) == (kept == "bf16_sr")
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     changed = {key for key in whole if not torch.equal(whole[key], first[key])}
     frozen = {key for key in whole if "wte" in key or "blocks.0.ffn.experts" in key}
     assert frozen and changed == whole.keys() - frozen
+    half = {key for key in whole if whole[key].dtype == torch.bfloat16}
+    assert half == {"fp32": set(), "fp32_split": frozen, "bf16_sr": whole.keys()}[kept]
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     classes = ("AdamW", "DecoupledAdamW", "DecoupledLionW", "Muon")
     kind = dict(zip(NAMES, classes, strict=True))[name]

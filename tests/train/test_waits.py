@@ -20,6 +20,7 @@ from llmfoundry.parallel.apply import keep_weights_in, parallelize
 from llmfoundry.parallel.mesh import ParallelConfig, build_mesh
 from llmfoundry.train.build import build
 from llmfoundry.train.callback import Callback
+from llmfoundry.train.numbers import Numbers
 from llmfoundry.train.optim import OptimizerConfig
 from llmfoundry.train.run import Metrics, Run
 from llmfoundry.train.step import StepResult, train_step
@@ -34,6 +35,7 @@ OPTIMIZERS = [
     {"name": "adamw", "state_dtype": "int8"},
     {"name": "muon"},
     *({"name": each, "master_weights": "bf16_sr"} for each in ("adamw", "decoupled_lionw", "muon")),
+    *({"name": each, "master_weights": "fp32_split"} for each in ("adamw", "decoupled_lionw", "muon")),
 ]
 
 
@@ -90,6 +92,37 @@ def test_the_garbage_collector_looks_only_through_what_comes_after_the_first_ste
     trainer.callbacks.append(Looks())
     trainer.fit()
     assert frozen[1] > frozen[0] + 100_000 and gc.get_freeze_count() == 0
+
+
+def test_what_a_step_reports_is_known_before_the_weights_change() -> None:
+    model, optimizer = built({"name": "adamw"}, dense=True, device="cpu")
+    before = model.wte.weight.detach().clone()
+    seen: list[StepResult] = []
+
+    def look(result: StepResult) -> None:
+        assert torch.equal(model.wte.weight, before)
+        seen.append(result)
+
+    done = train_step(
+        model, optimizer, batch(), microbatch_rows=ROWS, max_grad_norm=0.1, balance=None, before_update=look
+    )
+    assert seen == [done] and not torch.equal(model.wte.weight, before)
+
+
+@pytest.mark.gpu
+def test_numbers_of_a_step_are_read_while_the_gpu_updates() -> None:
+    model, optimizer = built({"name": "adamw"}, dense=True, device="cuda")
+    rows, updated = batch().to(torch.device("cuda")), torch.cuda.Event()
+    optimizer.register_step_pre_hook(lambda *_: torch.cuda._sleep(2_000_000_000))  # about a second
+    optimizer.register_step_post_hook(lambda *_: updated.record())
+    numbers: list[Numbers] = []
+    result = train_step(
+        model, optimizer, rows, microbatch_rows=ROWS, max_grad_norm=0.1, balance=None,
+        before_update=lambda found: numbers.append(Numbers(found.ce.double()[None])),
+    )  # fmt: skip
+    (ce,) = numbers[0].read()
+    assert not updated.query(), "the update has not ended"
+    assert ce == result.ce.item()
 
 
 @pytest.mark.gpu
