@@ -11,7 +11,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from llmfoundry.cli.command import command
 from llmfoundry.cli.parser import Parser
@@ -186,7 +186,7 @@ def _words(text: str) -> dict[str, str | int | float | bool | None]:
     if not isinstance(found, dict) or any(isinstance(value, list | dict) for value in found.values()):
         raise ConfigError(f"--tokenizer_kwargs {text}: must be a mapping of names to plain values")
     found.pop("trust_remote_code", None)  # code of a tokenizer is never run
-    return found
+    return cast(dict[str, str | int | float | bool | None], found)
 
 
 def _prepare(args: argparse.Namespace) -> None:

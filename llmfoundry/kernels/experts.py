@@ -28,7 +28,7 @@ from llmfoundry.kernels.late import LateGradients
 from llmfoundry.kernels.low_rank import ExpertAdapters, LowRank, rounds_once
 
 Backend = Literal["reference", "grouped_mm", "triton", "e4m3"]  # e4m3: by `precision` alone, not by moe_impl
-TRITON_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+E4M3_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")  # without clamps
 log = logging.getLogger(__name__)
 
 
@@ -66,18 +66,13 @@ def _triton_refusal(kind: ExpertKind, device: torch.device, dtype: torch.dtype) 
             return f"the Triton kernels need an NVIDIA GPU, found {device}"
         if torch.cuda.get_device_capability(device) < (8, 0):
             return "the Triton kernels need compute capability 8.0"
-    return _triton_refusal_of_kind(kind, dtype)
+    return _kind_refusal(kind, dtype)
 
 
-def _triton_refusal_of_kind(kind: ExpertKind, dtype: torch.dtype) -> str | None:
+def _kind_refusal(kind: ExpertKind, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot run these experts anywhere, or None."""
-    if kind.biased:
-        return "the Triton kernels have no biases"
     if kind.dropout:
         return "the Triton kernels have no dropout (lora.dropout) in experts"
-    if kind.limit is not None or kind.activation not in TRITON_ACTIVATIONS:
-        known = ", ".join(TRITON_ACTIVATIONS)
-        return f"the Triton kernels know {known} and no clamp, not {kind.activation} limit={kind.limit}"
     step = 16 // dtype.itemsize  # TMA: rows of 16 bytes
     if kind.d_model % step or kind.hidden % step:
         return f"d_model={kind.d_model} and ffn_hidden_size={kind.hidden} must be multiples of {step}"
@@ -134,7 +129,9 @@ def e4m3_refusal(impl: str, kind: ExpertKind) -> str | None:
         return f"moe_impl={impl}"
     if kind.d_model % 16 or kind.hidden % 16:
         return f"d_model={kind.d_model} and ffn_hidden_size={kind.hidden} are not multiples of 16"
-    return _triton_refusal_of_kind(kind, torch.bfloat16)
+    if kind.biased or kind.limit is not None or kind.activation not in E4M3_ACTIVATIONS:
+        return f"biases, a clamp or the activation {kind.activation}"
+    return _kind_refusal(kind, torch.bfloat16)
 
 
 def reads_on_host(backend: Backend, device: torch.device) -> bool:
@@ -190,9 +187,8 @@ def experts_ffn(
     if backend == "reference":
         return _experts_ffn_reference(x, weights, experts, w1, w2, b1, b2, activation, gated, limit, adapters)
     if backend == "triton":
-        biased, drops = b1 is not None or b2 is not None, adapters.dropout > 0
-        kind = ExpertKind(w2.shape[1], w2.shape[2], activation, biased, limit, drops)
-        refusal = _triton_refusal_of_kind(kind, w1.dtype)
+        kind = ExpertKind(w2.shape[1], w2.shape[2], dropout=adapters.dropout > 0)
+        refusal = _kind_refusal(kind, w1.dtype)
         if refusal is not None:
             raise ValueError(f"moe_impl=triton: {refusal}; use moe_impl=auto")
     if x.numel() == 0 or experts.numel() == 0:
@@ -211,8 +207,8 @@ def experts_ffn(
         from llmfoundry.kernels.experts_triton import experts_ffn_triton
 
         return experts_ffn_triton(
-            x, weights, experts, w1, w2, activation=activation, gated=gated, n_rows=n_rows, late=late,
-            adapters=adapters,
+            x, weights, experts, w1, w2, b1=b1, b2=b2, activation=activation, gated=gated, limit=limit, n_rows=n_rows,
+            late=late, adapters=adapters,
         )  # fmt: skip
     return experts_ffn_grouped(
         x, weights, experts, w1, w2, b1, b2, activation=activation, gated=gated, limit=limit, n_rows=n_rows, late=late,

@@ -10,7 +10,7 @@ operands as two TF32 numbers each, for float32's bits at the tensor cores' speed
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from llmfoundry.kernels.whole import cdiv, next_power_of_2
 
 RANK_STEP = 16  # columns of an adapter's rank per product: 32 would not fit beside the large tiles
 TILE_ROWS = 128  # the height of a row tile: two warp groups of 64, the widest that Hopper's registers hold
@@ -103,19 +105,39 @@ def _tiles_kernel(
         tl.store(count_ptr, tl.sum(tiles))
 
 
-def tile_rows(expert_start: Tensor, n_rows: int) -> Tiles:
+def tile_rows(expert_start: Tensor, n_rows: int, store: Tensor | None = None) -> Tiles:
     """The row tiles of an order.
 
     Args:
         expert_start: (E+1,) int32.
         n_rows: M, a bound on expert_start[E].
+        store: what is written, (tiles_length(E, M),) int32; new memory by default.
     """
     n_experts = expert_start.numel() - 1
-    empty = partial(torch.empty, dtype=torch.int32, device=expert_start.device)
-    bound = triton.cdiv(n_rows, TILE_ROWS) + n_experts
-    tiles = Tiles(expert_start, empty(n_experts), empty(bound), empty(bound), empty(1), empty(n_experts))
-    _tiles_kernel[(n_experts,)](*tiles, n_experts, TILE=TILE_ROWS, EXPERTS=triton.next_power_of_2(n_experts), CHUNK=64)
+    if store is None:
+        store = expert_start.new_empty(tiles_length(n_experts, n_rows))
+    tiles = tiles_in(store, expert_start, n_rows)
+    _tiles_kernel[(n_experts,)](*tiles, n_experts, TILE=TILE_ROWS, EXPERTS=next_power_of_2(n_experts), CHUNK=64)
     return tiles
+
+
+def tiles_in(store: Tensor, expert_start: Tensor, n_rows: int) -> Tiles:
+    """The row tiles that `tile_rows` wrote into `store` for the same arguments."""
+    n_experts = expert_start.numel() - 1
+    by_load, _, expert, row, n_tiles, _, first = store.split_with_sizes(_lengths(n_experts, n_rows))
+    return Tiles(expert_start, by_load, expert, row, n_tiles, first)
+
+
+def tiles_length(n_experts: int, n_rows: int) -> int:
+    """How many int32 `tile_rows` writes."""
+    return sum(_lengths(n_experts, n_rows))
+
+
+@cache
+def _lengths(n_experts: int, n_rows: int) -> list[int]:
+    """Of what `Tiles` holds beside `expert_start`, at multiples of 16 bytes, for the kernels know aligned pointers."""
+    bound = 4 * cdiv(cdiv(n_rows, TILE_ROWS) + n_experts, 4)
+    return [n_experts, -n_experts % 4, bound, bound, 1, 3, n_experts]
 
 
 def tile_rows_reference(expert_start: Tensor, n_rows: int) -> Tiles:
@@ -188,6 +210,10 @@ def value_and_slope(x, ACTIVATION: tl.constexpr):
         s = sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
         value = x * s
         slope = s + value * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * x * x)
+    elif ACTIVATION == "swiglu_oss":
+        s = sigmoid(1.702 * x)
+        value = x * s
+        slope = s + 1.702 * value * (1 - s)
     elif ACTIVATION == "relu":
         value = tl.maximum(x, 0.0)
         slope = tl.where(x > 0, 1.0, 0.0)
@@ -197,3 +223,18 @@ def value_and_slope(x, ACTIVATION: tl.constexpr):
         value = positive * positive
         slope = 2 * positive
     return value, slope
+
+
+@triton.jit
+def unit_factors(gate, up, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr):
+    """Of a gated unit `act(gate) * up` in float32: act, its slope, and up, clamped and shifted as in activations.py."""
+    if LIMIT is not None:
+        beyond = gate > LIMIT
+        value, slope = value_and_slope(tl.where(beyond, LIMIT, gate), ACTIVATION)  # a NaN stays one
+        slope = tl.where(beyond, 0.0, slope)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    else:
+        value, slope = value_and_slope(gate, ACTIVATION)
+    if ACTIVATION == "swiglu_oss":
+        up += 1
+    return value, slope, up

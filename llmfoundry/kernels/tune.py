@@ -131,7 +131,7 @@ def _fixed(candidates: Candidates[Config], problem: Problem) -> Config | None:
 
 @cache
 def holds_large(device: torch.device) -> bool:
-    """Whether a GPU has Hopper's shared memory: data-centre Blackwell has, other generations have 64 to 163 KiB."""
+    """Whether a GPU has Hopper's shared memory: data-centre Blackwell (10.x) has; 8.x and 12.x have 99 to 163 KiB."""
     if device.type != "cuda":
         return False
     properties = torch.cuda.get_device_properties(device)

@@ -45,7 +45,7 @@ from llmfoundry.kernels.up_backward import UpBackwardConfig, up_backward_kernel 
 from llmfoundry.kernels.update import adamw_kernel  # noqa: E402
 from llmfoundry.kernels.weight_grad import WeightGradConfig, weight_grad_kernel  # noqa: E402
 
-SHAPES = {"qwen30b": (2048, 768), "dbrx": (6144, 10752)}  # D, F
+SHAPES = {"qwen30b": (2048, 768), "dbrx": (6144, 10752), "gpt_oss": (2880, 2880)}  # D, F
 PROGRAMS = 132  # SMs of an H100
 # What is compiled; the dtype of operands or of the optimizer's state; the rank of adapters, 0: none.
 CASE, DTYPE, TURNS, RANK = "", "bf16", 1, 0
@@ -71,11 +71,21 @@ def up(d: int, f: int, c: UpConfig) -> None:
         "row_slot_ptr": "*i32",
         "D": "i32",
     }
+    types |= {"bias_ptr": f"*{DTYPE}"} if CASE.startswith("gpt_oss") else {}
     types |= beside([2, c.columns, RANK_STEP]) if RANK else {}
-    constants = {"F": f, "GATED": True, "ACTIVATION": "silu", "BM": TILE_ROWS, "RANK": RANK, "BR": RANK_STEP,
+    constants = {"F": f, "GATED": True, **unit(), "BM": TILE_ROWS, "RANK": RANK, "BR": RANK_STEP,
                  "BN": c.columns, "BK": c.depth, "GROUP": c.group, "PROGRAMS": PROGRAMS, "TURNS": TURNS,
                  "FLATTEN": c.flatten}  # fmt: skip
+    constants |= {} if "bias_ptr" in types else {"bias_ptr": None}
     report("up", up_kernel, types | TILES, constants, c.num_warps, c.num_stages)
+
+
+def unit() -> dict[str, object]:
+    return (
+        {"ACTIVATION": "swiglu_oss", "LIMIT": 7.0}
+        if CASE.startswith("gpt_oss")
+        else {"ACTIVATION": "silu", "LIMIT": None}
+    )
 
 
 def beside(block: list[int]) -> dict[str, str]:
@@ -114,7 +124,7 @@ def up_backward(d: int, f: int, c: UpBackwardConfig) -> None:
         "M": "i32",
     }
     types |= beside([1, RANK_STEP, c.columns]) if RANK else {}
-    constants = {"F": f, "GATED": True, "ACTIVATION": "silu", "BM": TILE_ROWS, "BN": c.columns, "BK": c.depth,
+    constants = {"F": f, "GATED": True, **unit(), "BM": TILE_ROWS, "BN": c.columns, "BK": c.depth,
                  "RANK": RANK, "BR": RANK_STEP, "SLICES": c.slices, "GROUP": c.group, "PROGRAMS": PROGRAMS,
                  "TURNS": TURNS, "FLATTEN": c.flatten}  # fmt: skip
     report("up_backward", up_backward_kernel, types | TILES, constants, c.num_warps, c.num_stages)
