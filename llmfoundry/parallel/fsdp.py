@@ -47,14 +47,13 @@ def has_half_weights(model: nn.Module) -> bool:
     return any(parameter.dtype == torch.bfloat16 for parameter in model.parameters() if parameter.requires_grad)
 
 
-def keeps_experts_whole(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> bool:
-    """Whether experts are in no unit: each rank alone has its own, in the bfloat16 that is computed with.
+def keeps_experts_whole(model: nn.Module, mesh: Mesh, config: ParallelConfig, compute: torch.dtype) -> bool:
+    """Whether experts are in no unit: each rank alone has its own, and computes with weights in bfloat16.
 
-    FSDP over one rank would copy every weight and gradient. With float32 weights it also keeps memory low, for it casts
-    one block at a time.
+    FSDP over one rank would copy every weight and gradient several times.
     """
     alone = mesh.expert_shards is not None and mesh.expert_shards.size() == 1
-    return alone and has_half_weights(model) and not config.cpu_offload
+    return alone and (has_half_weights(model) or compute == torch.bfloat16) and not config.cpu_offload
 
 
 def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, compute: torch.dtype) -> None:
@@ -76,7 +75,7 @@ def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, compute: torch.dt
     on_gpu = mesh.dense.device_type == "cuda"
     offload = CPUOffloadPolicy(pin_memory=on_gpu) if config.cpu_offload else OffloadPolicy()
     stacked = _stacked_parameters(model)
-    apart = keeps_experts_whole(model, mesh, config)
+    apart = keeps_experts_whole(model, mesh, config, compute)
     whole = {each for mixture in mixtures(model) for each in mixture.experts.parameters()} if apart else set()
 
     def unit(module: nn.Module, over: DeviceMesh, axis: str, reshard: bool) -> FSDPModule:

@@ -63,7 +63,7 @@ def learn(case: Case, precision: str) -> dict[str, Tensor]:
     lean = case.name.startswith("alone") and case.microbatch == tiny.ROWS and not case.parallel.get("cpu_offload")
     expected = torch.bfloat16 if lean and precision == "amp_bf16" else torch.float32
 
-    whole = case.half and case.parallel.get("expert") == 2 and case.microbatch == tiny.ROWS  # experts on one rank each
+    whole = case.parallel.get("expert") == 2 and case.microbatch == tiny.ROWS and precision == "amp_bf16"
 
     def watch(model: CausalLM) -> None:
         for name, parameter in model.named_parameters():
