@@ -28,17 +28,19 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter  # what set_custom_... take
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter  # what set_custom_... takes
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import Shard
 
 from llmfoundry import runtime
 from llmfoundry.model.transformer import Block, CausalLM
 from llmfoundry.moe.layer import MoE
+from llmfoundry.parallel.direct import Direct, Gather
 from llmfoundry.parallel.expert import mixtures
 from llmfoundry.parallel.mesh import EXPERT_SHARD, SHARD, Mesh, ParallelConfig
 
 _EVERY_MICROBATCH = "reduces_every_microbatch"
+_DIRECT = "gathers_directly"
 _SUMS = "sums_gradients_in"  # attribute of a model whose weights have fewer bits than sums of gradients: their dtype
 
 
@@ -78,6 +80,8 @@ def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, compute: torch.dt
     apart = keeps_experts_whole(model, mesh, config, compute)
     whole = {each for mixture in mixtures(model) for each in mixture.experts.parameters()} if apart else set()
 
+    direct, experts = Direct(keeps=True), {mixture.experts for mixture in mixtures(model)}
+
     def unit(module: nn.Module, over: DeviceMesh, axis: str, reshard: bool) -> FSDPModule:
         ranks = over[axis].size()
         sharded = fully_shard(
@@ -92,6 +96,11 @@ def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, compute: torch.dt
         if over.size() > 1:  # alone there is nothing to divide by, and a factor of 1 would be a pass over all gradients
             sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+        gather = Gather()
+        sharded.set_custom_all_gather(gather)
+        sharded.set_custom_reduce_scatter(_Reduce())
+        for group in () if config.cpu_offload else _groups_of(sharded):
+            direct.add(group, gather, experts)
         return sharded
 
     again = config.reshard_after_forward
@@ -105,6 +114,8 @@ def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, compute: torch.dt
         unit(model.lm_head, mesh.dense, SHARD, False)  # its backward follows at once
     unit(model, mesh.dense, SHARD, False)
     _set_prefetch(model, config.prefetch)
+    setattr(model, _DIRECT, direct)
+    model.register_forward_pre_hook(direct.before_forward, prepend=True)
     setattr(model, _EVERY_MICROBATCH, config.reduce_once_a_step is False)
 
 
@@ -172,12 +183,17 @@ def accumulating(model: nn.Module, last: bool) -> Iterator[None]:
     keeps whole gradients; over `dp_replicate` they are summed after the last one in any case. Nothing to do
     for a model that is not split.
     """
-    if isinstance(model, FSDPModule):
-        model.set_is_last_backward(last)
-        model.set_requires_gradient_sync(last or getattr(model, _EVERY_MICROBATCH))
-        model.set_requires_all_reduce(last)
-        _sum_gradients_of_half_weights(model)
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.set_is_last_backward(last)
+    model.set_requires_gradient_sync(last or getattr(model, _EVERY_MICROBATCH))
+    model.set_requires_all_reduce(last)
+    _sum_gradients_of_half_weights(model)
+    direct: Direct = getattr(model, _DIRECT)
+    direct.before_backward()
     yield
+    direct.after_backward()
 
 
 def _sum_gradients_of_half_weights(model: nn.Module) -> None:
@@ -194,25 +210,11 @@ def _sum_gradients_of_half_weights(model: nn.Module) -> None:
                 parameter.sharded_param.grad_dtype = dtype
 
 
-class _Allocates:
-    """As FSDP2 does by itself."""
+class _Reduce(ReduceScatter):
+    """FSDP2's own reduce-scatter, after a meeting."""
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
-
-
-class _Gather(_Allocates, AllGather):
-    """FSDP2's own all-gather, after a meeting."""
-
-    def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
-    ) -> dist.Work | None:
-        runtime.meet()
-        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
-
-
-class _Reduce(_Allocates, ReduceScatter):
-    """FSDP2's own reduce-scatter, after a meeting."""
 
     def __call__(
         self,
@@ -229,14 +231,6 @@ class _Reduce(_Allocates, ReduceScatter):
 def can_leave(model: nn.Module) -> bool:
     """Whether a step can be left in the middle and another one taken; before torch 2.13, FSDP2 could not."""
     return not isinstance(model, FSDPModule) or hasattr(model, "reset_iter_state")
-
-
-def meet_before_collectives(model: nn.Module) -> None:
-    """Let ranks leave a forward or backward together (`runtime.together`)."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_custom_all_gather(_Gather())
-            module.set_custom_reduce_scatter(_Reduce())
 
 
 def gradients_of(model: nn.Module) -> Iterator[Tensor]:
@@ -259,11 +253,14 @@ def _groups(model: nn.Module) -> Iterator[FSDPParamGroup]:
     """What torch keeps of the parameters of each unit; it has no public way to it."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            state = module._get_fsdp_state()
-            if hasattr(state, "_fsdp_param_groups"):
-                yield from state._fsdp_param_groups
-            elif state._fsdp_param_group is not None:  # torch 2.11: one group per module
-                yield state._fsdp_param_group
+            yield from _groups_of(module)
+
+
+def _groups_of(module: FSDPModule) -> list[FSDPParamGroup]:
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # torch 2.11: one group per module
 
 
 def forget_step(model: nn.Module) -> None:
@@ -272,6 +269,7 @@ def forget_step(model: nn.Module) -> None:
     if not isinstance(model, FSDPModule) or model._get_fsdp_state()._is_root is None:  # None: before the first forward
         return
     model.reset_iter_state()
+    getattr(model, _DIRECT).forget()
     for group in _groups(model):
         for parameter in group.fsdp_params:  # gradients of earlier microbatches, not summed over ranks yet
             parameter.unsharded_accumulated_grad = None
