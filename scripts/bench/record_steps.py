@@ -3,8 +3,8 @@
     python scripts/bench/record_steps.py                      # needs one GPU, or two for all rows
     python scripts/bench/record_steps.py --only "shard 2" --list
 
-Text is the source of Python's standard library. A row that fails is said and passed over; rows go into
-scripts/bench/results/train_step.json one by one (train_step.py), so a call that is cut short keeps what it has.
+Text is the source of Python's standard library. A row that fails is reported and the next one runs; each row goes into
+scripts/bench/results/train_step.json when it is done (train_step.py), so a call that is cut short keeps what it has.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +23,8 @@ from typing import NamedTuple
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXT = [f"variables.data={sysconfig.get_paths()['stdlib']}", "tokenizer.name=bpe", "tokenizer.vocab_size=8192",
-        "eval_loader=null"]  # fmt: skip
+FOLDER = "FOLDER_OF_TEXT"
+SETTINGS = (f"variables.data={FOLDER}", "tokenizer.name=bpe", "tokenizer.vocab_size=8192", "eval_loader=null")
 
 
 class Row(NamedTuple):
@@ -36,12 +37,13 @@ class Row(NamedTuple):
     gpus: int = 1
     microbatches: int = 1
 
-    def command(self, options: list[str]) -> list[str]:
-        """What measures it."""
+    def command(self, options: list[str], text: str) -> list[str]:
+        """What measures it, on the text of a folder."""
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.gpus)]
         return [
             sys.executable, *(launcher if self.gpus > 1 else []), str(ROOT / "scripts" / "bench" / "train_step.py"),
-            str(ROOT / "yamls" / f"{self.yaml}.yaml"), "--name", self.name, *options, *self.settings,
+            str(ROOT / "yamls" / f"{self.yaml}.yaml"), "--name", self.name, *options,
+            *(setting.replace(FOLDER, text) for setting in self.settings),
         ]  # fmt: skip
 
     @property
@@ -50,7 +52,7 @@ class Row(NamedTuple):
         own = [f"global_train_batch_size={self.rows * self.microbatches * self.gpus}",
                f"device_train_microbatch_size={self.rows}"]  # fmt: skip
         experts = [] if any(key.startswith("parallel.expert=") for key in self.overrides) else ["parallel.expert=1"]
-        return [*TEXT, *own, *experts, *self.overrides]
+        return [*SETTINGS, *own, *experts, *self.overrides]
 
 
 EIGHT, SIXTEEN = "OLMoE, 8 layers", "OLMoE, 16 layers"
@@ -87,13 +89,30 @@ def main() -> int:
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after these")
+    parser.add_argument("--profiles", type=Path, metavar="FOLDER", help="profile each row; its output goes here")
     args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        write_text(Path(folder))
+        return record(args, folder)
+
+
+def write_text(folder: Path) -> None:
+    """The text that all rows are measured on: 10 MB of Python."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
+    with (folder / "stdlib.txt").open("wb") as out:
+        for file in files:
+            if out.tell() < 10e6 and "site-packages" not in file.parts:
+                out.write(file.read_bytes())
+
+
+def record(args: argparse.Namespace, folder: str) -> int:
+    """Measure the rows; returns the exit code."""
     begun, failed = time.monotonic(), 0
     for row in ROWS:
         if not re.search(args.only, row.name):
             continue
-        profile = ["--profile"] if row.gpus > 1 else []
-        command = row.command(["--warmup", str(args.warmup), "--steps", str(args.steps), *profile])
+        profile = ["--profile"] if row.gpus > 1 or args.profiles else []
+        command = row.command(["--warmup", str(args.warmup), "--steps", str(args.steps), *profile], folder)
         if args.list:
             print(shlex.join(command))
         elif row.gpus > torch.cuda.device_count():
@@ -102,6 +121,9 @@ def main() -> int:
             print(f"{row.name}: no time left", flush=True)
         else:
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            if args.profiles:
+                args.profiles.mkdir(parents=True, exist_ok=True)
+                (args.profiles / f"{row.name}.txt").write_text(done.stdout + done.stderr)
             failed += done.returncode != 0
             said = "recorded" if done.returncode == 0 else " ".join(done.stderr.strip().splitlines()[-1:])
             print(f"{row.name}: {time.monotonic() - begun:.0f} s, {said}", flush=True)

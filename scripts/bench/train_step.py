@@ -6,13 +6,15 @@
 
 Builds the run as training does and takes its steps, without evaluation, checkpoints or loggers. A step ends when its
 numbers are on the host, so each is timed whole. With --profile it also says how long each GPU was in communication
-while nothing else ran on it. Rank 0 puts a row under its name into scripts/bench/results/train_step.json.
+while nothing else ran on it, and rank 0 prints the milliseconds of each kernel in one step. Rank 0 puts a row under its
+name into scripts/bench/results/train_step.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import tempfile
@@ -79,6 +81,8 @@ def exposed_communication(trainer: Trainer) -> Row:
         if event.device_type == torch.autograd.DeviceType.CUDA:
             is_communication = "nccl" in event.name.lower()
             spans[is_communication].append((event.time_range.start / 1e6, event.time_range.end / 1e6))
+    if runtime.is_rank0():
+        print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=110))
     busy, communicating = _union(spans[False]), _union(spans[True])
     together = _union([*spans[True], *spans[False]])
     return {"communication_seconds": communicating, "exposed_seconds": together - busy}
@@ -130,7 +134,8 @@ def main() -> None:
         trainer = build(config)
         seconds = timed_steps(trainer, args.warmup, args.steps)
         row = machine(trainer.device) | described(config) | measured(trainer, seconds) | {"plan": plan_of_run}
-        row |= {"warmup": args.warmup, "steps": args.steps, "yaml": args.yaml, "overrides": args.overrides}
+        row |= {"warmup": args.warmup, "steps": args.steps, "yaml": args.yaml}
+        row["overrides"] = [re.sub("^(variables.data=).*", r"\1FOLDER_OF_TEXT", each) for each in args.overrides]
         if args.profile and trainer.device.type == "cuda":
             row |= exposed_communication(trainer)
     if runtime.is_rank0():
