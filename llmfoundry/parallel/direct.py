@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather  # what set_custom_all_gather takes
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter  # what set_custom_... take
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
@@ -36,6 +36,10 @@ from llmfoundry import runtime
 from llmfoundry.dtensor import local_part
 from llmfoundry.kernels.accumulate import sum_parts
 from llmfoundry.parallel.single import up_to_date
+
+# torch 2.13 renamed them.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 _MOST_RANKS = 8  # that send each other rows of gradients: those of a node. A ring is better for more.
 
@@ -56,10 +60,30 @@ class Gather(AllGather):
         wanted, self.wanted = self.wanted, []
         for whole, part in wanted:
             with torch.autograd._unsafe_preserve_version_counter(whole):  # as FSDP does: graphs keep the parameter
-                dist.all_gather_into_tensor(whole, part, group=group)
+                all_gather(whole, part, group=group)
             if part.device.type == "cuda":  # it may be a cast, allocated for another stream
                 part.record_stream(torch.cuda.current_stream())
-        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+        work: dist.Work | None = all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+        return work
+
+
+class Reduce(ReduceScatter):
+    """FSDP's own reduce-scatter, after a meeting."""
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: ProcessGroup,
+        op: dist.ReduceOp | dist.ReduceOp.RedOpType,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        runtime.meet()
+        work: dist.Work | None = reduce_scatter(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
+        return work
 
 
 class _Sent(NamedTuple):

@@ -13,12 +13,11 @@ their gradients come out ep times too big, and no loss curve shows it (Adam does
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -28,14 +27,12 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter  # what set_custom_... takes
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import Shard
 
-from llmfoundry import runtime
 from llmfoundry.model.transformer import Block, CausalLM
 from llmfoundry.moe.layer import MoE
-from llmfoundry.parallel.direct import Direct, Gather
+from llmfoundry.parallel.direct import Direct, Gather, Reduce
 from llmfoundry.parallel.expert import mixtures
 from llmfoundry.parallel.mesh import EXPERT_SHARD, SHARD, Mesh, ParallelConfig
 
@@ -98,7 +95,7 @@ def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, compute: torch.dt
         sharded.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
         gather = Gather()
         sharded.set_custom_all_gather(gather)
-        sharded.set_custom_reduce_scatter(_Reduce())
+        sharded.set_custom_reduce_scatter(Reduce())
         for group in () if config.cpu_offload else _groups_of(sharded):
             direct.add(group, gather, experts)
         return sharded
@@ -208,24 +205,6 @@ def _sum_gradients_of_half_weights(model: nn.Module) -> None:
             group._orig_dtype = dtype
             for parameter in group.fsdp_params:
                 parameter.sharded_param.grad_dtype = dtype
-
-
-class _Reduce(ReduceScatter):
-    """FSDP2's own reduce-scatter, after a meeting."""
-
-    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(
-        self,
-        output_tensor: Tensor,
-        input_tensor: Tensor,
-        group: dist.ProcessGroup,
-        op: dist.ReduceOp | dist.ReduceOp.RedOpType,
-        async_op: bool = False,
-    ) -> dist.Work | None:
-        runtime.meet()
-        return dist.reduce_scatter_tensor(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
 
 
 def can_leave(model: nn.Module) -> bool:
