@@ -55,7 +55,7 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
         experts = [mixture.experts for mixture in mixtures(model)]
         for each in experts:
             compute_in(each, compute)
-        sum_gradients_in(model, compute, config.sum_gradients_in, experts)
+        sum_gradients_in(model, compute, config.sum_gradients_in, experts, keeps=True)
     if compiled and not one_graph:
         compile_parts(model)
     if casts and not one_graph:  # inside of what is computed again
@@ -69,7 +69,7 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
             compute_in(block, compute)
     if casts:
         compute_in(model, compute, without=list(model.blocks))
-        sum_gradients_in(model, compute, config.sum_gradients_in, [model])
+        sum_gradients_in(model, compute, config.sum_gradients_in, [model], keeps=False)
     if config.sum_gradients_in == "bf16" and not ((by_itself or whole) and precision == "amp_bf16"):
         raise ConfigError(
             "parallel.sum_gradients_in=bf16 is for precision: amp_bf16 in a single process, or with experts that are "

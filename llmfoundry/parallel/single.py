@@ -32,7 +32,7 @@ R = TypeVar("R")
 _COPY = "compute_copy"  # attribute of a parameter: its copy
 _COPIED = "compute_copy_version"  # the version of the parameter that the copy was made of
 _SUMMED = "summed"  # attribute of a parameter: its number, the step, and how often its gradient was added to
-_KEEPS = "keeps_copy"  # attribute of a parameter: whether its copy outlives the step
+_KEEPS = "keeps_copies"  # attribute of a model, and in a step of a parameter: whether copies outlive the step
 _CASTS = "casts_to"  # attribute of a model: the compute dtype
 _SUMS = "sums_in"  # attribute of a model: "fp32" or "bf16"
 _INSIDE = "casts_inside"  # attribute of a model: the modules whose parameters are cast here
@@ -52,12 +52,17 @@ def compute_in(module: nn.Module, dtype: torch.dtype, without: Collection[nn.Mod
 
 
 def sum_gradients_in(
-    model: nn.Module, dtype: torch.dtype, sums: Literal["fp32", "bf16"], inside: Sequence[nn.Module]
+    model: nn.Module, dtype: torch.dtype, sums: Literal["fp32", "bf16"], inside: Sequence[nn.Module], keeps: bool
 ) -> None:
-    """Say how a model sums the gradients of several microbatches, for the modules inside that compute in `dtype`."""
+    """Say how a model sums the gradients of several microbatches, for the modules inside that compute in `dtype`.
+
+    Args:
+        keeps: whether copies of their weights outlive every step, and not only a lean one.
+    """
     setattr(model, _CASTS, dtype)
     setattr(model, _INSIDE, inside)
     setattr(model, _SUMS, sums)
+    setattr(model, _KEEPS, keeps)
 
 
 def begin_step(model: nn.Module, optimizer: torch.optim.Optimizer, microbatches: int, step: int) -> None:
@@ -65,8 +70,9 @@ def begin_step(model: nn.Module, optimizer: torch.optim.Optimizer, microbatches:
     dtype: torch.dtype | None = getattr(model, _CASTS, None)
     if dtype is None:
         return
-    keeps = getattr(optimizer, "reads_any_gradient", False)
-    lean = keeps and (microbatches == 1 or getattr(model, _SUMS) == "bf16")
+    writes = getattr(optimizer, "reads_any_gradient", False)
+    lean = writes and (microbatches == 1 or getattr(model, _SUMS) == "bf16")
+    keeps = lean or (writes and getattr(model, _KEEPS))
     inside: Sequence[nn.Module] = getattr(model, _INSIDE)
     for number, parameter in enumerate(parameter for module in inside for parameter in module.parameters()):
         if parameter.requires_grad:

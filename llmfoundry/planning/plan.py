@@ -200,11 +200,16 @@ def _update(job: Job, degrees: Degrees) -> float:
         lean_copies = 6 * (microbatches - 1) * whole - (4 if half else 2) * share
         copies = lean_copies if lean else (6 * microbatches + cast) * whole
         return (update + copies) / hardware.COPY_BYTES + products
-    if half and degrees.expert > 1 and degrees.expert_shard == degrees.replicate == 1 and not parallel.cpu_offload:
-        whole -= experts / degrees.expert  # they are in no unit of FSDP
     gathers = 2 * microbatches + job.work(degrees).counted if parallel.reshard_after_forward else microbatches
     reductions = microbatches if parallel.reduce_once_a_step is False else 1
-    copies = gathers * (cast * share + 4 * whole) + reductions * 6 * whole
+    kept = parallel.keep_copies is not False and job.has_copies(degrees)
+    own, ranks, copies = experts / degrees.expert, degrees.expert_shard, 0.0
+    if not parallel.cpu_offload and (ranks > 1 or kept or half):  # parallel/direct.py; or they are in no unit at all
+        whole -= own
+        update += 2 * own / ranks if kept else 0
+        copies += 0 if kept else gathers * cast * own / ranks
+        copies += reductions * (2 + 4 / ranks) * own if ranks > 1 else 0
+    copies += gathers * (cast / degrees.shard + 4) * whole + reductions * 6 * whole
     return (update + 8 * share + copies) / hardware.SHARDED_COPY_BYTES + products
 
 

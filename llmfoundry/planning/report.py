@@ -89,9 +89,12 @@ def _plan(asked_for: Job, gpus: int, card: GPU) -> Iterator[str]:
     yield from _speed(asked)
     if reason is not None:
         raise reason
-    if job.parallel != asked_for.parallel and asked.work.microbatches > 1:
+    if asked_for.parallel.reduce_once_a_step == "auto" and asked.work.microbatches > 1:
         how = "once a step" if job.parallel.reduce_once_a_step else "after each microbatch"
         yield f"parallel.reduce_once_a_step: auto: gradients are summed {how}"
+    if asked_for.parallel.keep_copies == "auto" and job.has_copies(degrees):
+        how = "are kept in bfloat16 too" if job.parallel.keep_copies else "are cast at each gather"
+        yield f"parallel.keep_copies: auto: experts {how}"
     yield from _held(held)
     yield from _verdict(job, degrees, held, card)
     if gpus > 1:
