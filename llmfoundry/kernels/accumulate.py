@@ -75,11 +75,10 @@ def _add_parts(total: Tensor, parts: Tensor, begins: bool) -> None:
 
 def add_parts_reference(total: Tensor, parts: Tensor, begins: bool) -> None:
     """`sum_parts` in plain PyTorch."""
-    flat = total.view(-1)
-    first, *others = parts
-    (flat.copy_ if begins else flat.add_)(first)
+    first, *others = parts.to(total.dtype)
     for part in others:
-        flat.add_(part)
+        first = first + part
+    (total.copy_ if begins else total.add_)(first.view_as(total))
 
 
 if triton is not None:
@@ -89,11 +88,13 @@ if triton is not None:
     def add_parts_kernel(total_ptr, parts_ptr, n, N: tl.constexpr, BEGINS: tl.constexpr, BLOCK: tl.constexpr):
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = i < n
-        total = tl.load(parts_ptr + i, inside, other=0.0).to(tl.float32)
+        at = parts_ptr + i
+        total = tl.load(at, inside, other=0.0).to(tl.float32)
+        for _ in tl.static_range(1, N):
+            at += n
+            total += tl.load(at, inside, other=0.0).to(tl.float32)
         if not BEGINS:
-            total += tl.load(total_ptr + i, inside, other=0.0)
-        for part in tl.static_range(1, N):
-            total += tl.load(parts_ptr + part * n.to(tl.int64) + i, inside, other=0.0).to(tl.float32)
+            total = tl.load(total_ptr + i, inside, other=0.0) + total
         tl.store(total_ptr + i, total, inside)
 
     @triton.jit(do_not_specialize=["key"])

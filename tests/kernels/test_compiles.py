@@ -46,7 +46,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("state", ["fp32", "bf16"])
 def test_the_kernels_of_an_update_compile_without_spills(compiled: list[dict[str, Any]], state: str) -> None:
     rows = [row for row in compiled if row["case"] == f"updates,{state},1,0"]
-    passes = {"adamw", "adamw of float32 weights", "adamw of 8 bits", "lion", "momentum", "apply", "add"}
+    passes = {"adamw", "adamw of float32 weights", "adamw of 8 bits", "lion", "momentum", "apply", "add", "add parts"}
     assert {row["kernel"] for row in rows} == passes | {"symmetric, wide", "symmetric, tall"}
     assert not any(row["spilled"] for row in rows), rows
     assert all(row["shared"] <= SHARED for row in rows), rows
