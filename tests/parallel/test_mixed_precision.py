@@ -15,6 +15,7 @@ from torch import Tensor
 from llmfoundry import runtime
 from llmfoundry.config import check, dump
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig
+from llmfoundry.parallel import direct
 
 pytestmark = pytest.mark.dist
 STEPS = 3
@@ -30,7 +31,17 @@ CASES = [
     Case("shard 2, expert 2, microbatch 2, bf16_sr", {"expert": 2}, microbatch=2, half=True),
     Case("shard 2, expert 2, full, bf16_sr", {"expert": 2, "recompute": "full"}, half=True),
     Case("shard 2, expert 2, bf16_sr, adapters", {"expert": 2}, half=True),
+    Case("shard 2, expert 2, sums in bf16", {"expert": 2, "sum_gradients_in": "bf16"}, microbatch=2),
 ]  # fmt: skip
+# The same numbers, to the bit: by FSDP alone, directly from casts, and directly from copies.
+WAYS = {"FSDP": {"keep_copies": False}, "casts": {"keep_copies": False}, "copies": {"keep_copies": True}}
+SAME = [
+    Case("shard 2", {}),
+    Case("shard 2, each", {"reduce_once_a_step": False, "recompute": "full", "prefetch": 2}, microbatch=2),
+    Case("shard 2, once", {"reshard_after_forward": False}, microbatch=2),
+    Case("expert 2", {"expert": 2}),
+    Case("expert 2, once", {"expert": 2}, microbatch=2),
+]
 
 ALONE = [
     Case("alone"),
@@ -63,7 +74,9 @@ def learn(case: Case, precision: str) -> dict[str, Tensor]:
     lean = case.name.startswith("alone") and case.microbatch == tiny.ROWS and not case.parallel.get("cpu_offload")
     expected = torch.bfloat16 if lean and precision == "amp_bf16" else torch.float32
 
-    whole = case.parallel.get("expert") == 2 and case.microbatch == tiny.ROWS and precision == "amp_bf16"
+    lean_experts = case.microbatch == tiny.ROWS or case.parallel.get("sum_gradients_in") == "bf16"
+    whole = case.parallel.get("expert") == 2 and lean_experts and precision == "amp_bf16"
+    whole = whole and (case.half or case.parallel.get("keep_copies") is not False)
 
     def watch(model: CausalLM) -> None:
         for name, parameter in model.named_parameters():
@@ -78,9 +91,32 @@ def learn(case: Case, precision: str) -> dict[str, Tensor]:
     return {name: torch.stack([getattr(step, name) for step in results]).double() for name in ("ce", "grad_norm")}
 
 
+def bytes_copied(profiler: torch.profiler.profile) -> int:
+    """Values that FSDP copies into and out of its buffers."""
+    names = ("fsdp::split_with_sizes_copy", "fsdp::chunk_cat")
+    shapes = (event.input_shapes for event in profiler.events() if event.name in names)
+    return sum(shape.numel() for each in shapes for shape in (torch.Size(part) for part in each if part))
+
+
+def same_in_every_way(folder: Path) -> None:
+    """The losses of all ways, and what each copies in the last step."""
+    for case in SAME:
+        for way, keys in WAYS.items():
+            with pytest.MonkeyPatch.context() as patch:
+                if way == "FSDP":
+                    patch.setattr(direct.Direct, "add", lambda *_: None)
+                with torch.profiler.profile(record_shapes=True) as profiler:
+                    found = learn(case._replace(parallel=case.parallel | keys), "amp_bf16")
+            found["copied"] = torch.tensor(bytes_copied(profiler))
+            if dist.get_rank() == 0:
+                torch.save(found, folder / f"{case.name} by {way}.pt")
+
+
 def job(folder: Path) -> None:
     alone = [case._replace(parallel=case.parallel | BY_FSDP) for case in ALONE]
     runtime.start(group_of_one=True)
+    if dist.get_world_size() > 1:
+        same_in_every_way(folder)
     for case in CASES if dist.get_world_size() > 1 else alone:
         found = learn(case, "amp_bf16")
         if dist.get_rank() == 0:
@@ -99,6 +135,16 @@ def test_a_process_alone_learns_bitwise_what_fsdp_over_one_rank_does(case: Case,
     found, theirs = learn(case, "amp_bf16"), torch.load(spread / f"{case.name}.pt", weights_only=True)
     for name, value in found.items():
         assert torch.equal(value, theirs[name]), name
+
+
+@pytest.mark.parametrize("case", SAME, ids=[case.name for case in SAME])
+def test_experts_without_copies_learn_bitwise_what_fsdp_does(case: Case, spread: Path) -> None:
+    plain, casts, copies = (torch.load(spread / f"{case.name} by {way}.pt", weights_only=True) for way in WAYS)
+    for found in (casts, copies):
+        for name in ("ce", "grad_norm"):
+            assert torch.equal(found[name], plain[name]), name
+    if case.parallel.get("expert") is None:  # experts are most of what FSDP would copy
+        assert casts["copied"] == copies["copied"] < plain["copied"] / 2
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
