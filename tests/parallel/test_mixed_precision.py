@@ -34,8 +34,8 @@ CASES = [
     Case("shard 2, expert 2, bf16_sr, adapters", {"expert": 2}, half=True),
     Case("shard 2, expert 2, sums in bf16", {"expert": 2, "sum_gradients_in": "bf16"}, microbatch=2),
 ]  # fmt: skip
-# The same numbers to the bit: by FSDP alone, directly from casts, and directly from copies. And how many times more FSDP
-# copies by itself: experts are most of the values, but it sums whole gradients of microbatches in any case.
+# The same numbers to the bit: by FSDP alone, directly from casts, and directly from copies. And how many times more
+# FSDP copies by itself: experts are most of the values, but it sums whole gradients of microbatches in any case.
 FSDP, CASTS, COPIES = {"keep_copies": False}, {"keep_copies": False}, {"keep_copies": True}
 SAME = [
     (Case("shard 2"), {"FSDP": FSDP, "casts": CASTS, "copies": COPIES}, 2.5),
