@@ -41,7 +41,7 @@ from llmfoundry.parallel.single import up_to_date
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-_MOST_RANKS = 8  # that send each other rows of gradients: those of a node. A ring is better for more.
+MOST_RANKS = 8  # that send each other rows of gradients: those of a node. A ring is better for more.
 
 
 class Gather(AllGather):
@@ -102,7 +102,7 @@ class Direct:
 
     def __init__(self, keeps: bool) -> None:
         self.keeps = keeps
-        self.parameters: list[_Parameter] = []
+        self.parameters: list[Parameter] = []
         self.stream: torch.cuda.Stream | None = None  # that computes
         self._sent: deque[_Sent] = deque()
 
@@ -112,7 +112,7 @@ class Direct:
         for each in group.fsdp_params if ranks > 1 else ():
             even = each.fsdp_placement.dim == 0 and each._orig_size[0] % ranks == 0
             if even and each._module_info.module in modules:
-                self.parameters.append(_Parameter(self, group, each, gather))
+                self.parameters.append(Parameter(self, group, each, gather))
 
     def before_forward(self, module: nn.Module, inputs: tuple[object, ...]) -> None:
         """A hook of the whole model, before those of FSDP."""
@@ -146,7 +146,7 @@ class Direct:
         torch.cuda.current_stream().wait_event(self._sent.popleft().done)
 
 
-class _Parameter:
+class Parameter:
     """One that is gathered directly."""
 
     def __init__(self, of: Direct, group: FSDPParamGroup, parameter: FSDPParam, gather: Gather) -> None:
@@ -163,7 +163,7 @@ class _Parameter:
     def watch(self) -> None:
         """Take the whole parameter's gradients from the next backward on; there is one after the first forward."""
         ranks, axes = self._group.mesh_info.mesh.size(), self._group.mesh_info.mesh.ndim
-        if not self._watched and axes == 1 and ranks <= _MOST_RANKS and hasattr(self._parameter, "_unsharded_param"):
+        if not self._watched and axes == 1 and ranks <= MOST_RANKS and hasattr(self._parameter, "_unsharded_param"):
             self._watched = True
             if self._parameter.sharded_param.requires_grad:
                 self._parameter._unsharded_param.register_post_accumulate_grad_hook(self._reduce)
@@ -213,16 +213,16 @@ class _Parameter:
         whole.grad = None
         runtime.meet()
         if grad.device.type != "cuda":
-            self._exchange(grad)
+            self.exchange(grad)
             return
         stream = self._group.comm_ctx.reduce_scatter_stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._exchange(grad)
+            self.exchange(grad)
             done = stream.record_event()
         self._of.sent(grad, done)
 
-    def _exchange(self, grad: Tensor) -> None:
+    def exchange(self, grad: Tensor) -> None:
         group = self._group._reduce_scatter_process_group
         parts = torch.empty_like(grad)
         dist.all_to_all_single(parts, grad, group=group)

@@ -1,10 +1,10 @@
 """Weights, gradients and optimizer state split over ranks, by torch's FSDP2.
 
 A unit is what is gathered together: each block; its experts, where they have an axis of their own (none of them,
-where weights are in bfloat16 and a rank's experts are whole: there is nothing to gather, to sum or to cast); the
-embedding and the head, where they are not tied; and the rest with the root. A unit's weights are gathered
-just before it runs, in the compute dtype, and freed after; its gradients are summed over ranks in float32 as
-soon as they are whole.
+where a rank's experts are whole and it has them in bfloat16: there is nothing to gather or to sum); the embedding
+and the head, where they are not tied; and the rest with the root. A unit's weights are gathered just before it
+runs, in the compute dtype, and freed after; its gradients are summed over ranks in float32 as soon as they are
+whole. Experts, which are most of the bytes, go around FSDP's buffers (direct.py).
 
 One rule for scale: gradients are SUMMED, never averaged. The loss is already divided by the labels of the
 global batch. FSDP2 by default divides by its own mesh's size, which for experts is ep times too small, so that

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.layer import MoEConfig
+from llmfoundry.parallel.direct import MOST_RANKS
 from llmfoundry.parallel.mesh import Degrees, single_process
 from llmfoundry.planning import hardware
 from llmfoundry.planning.job import Job, Work
@@ -105,7 +106,10 @@ def traffic(job: Job, degrees: Degrees) -> Traffic:
         (blocks * dense + embeddings * work.microbatches + looked_up) * job.compute_bytes,
         blocks * own * job.compute_bytes,
     )
-    reduce = over_shards((dense + embeddings) * sums, own * sums)
+    # Whole sums of microbatches are float32; otherwise experts' gradients travel as they are computed (direct.py).
+    each = work.microbatches == 1 or parallel.reduce_once_a_step is False
+    directly = each and degrees.replicate == 1 and degrees.expert_shard <= MOST_RANKS and not parallel.cpu_offload
+    reduce = over_shards((dense + embeddings) * sums, own * sums * (job.compute_bytes / MASTER if directly else 1))
     copies = _ring(2 * model.n_trainable_params() / degrees.shard * MASTER, degrees.replicate, degrees.shard)
     return Traffic(gather, reduce, copies, _exchange(job, degrees))
 
@@ -208,7 +212,8 @@ def _update(job: Job, degrees: Degrees) -> float:
         whole -= own
         update += 2 * own / ranks if kept else 0
         copies += 0 if kept else gathers * cast * own / ranks
-        copies += reductions * (2 + 4 / ranks) * own if ranks > 1 else 0
+        sums = 2 + 4 / ranks if degrees.replicate == 1 and ranks <= MOST_RANKS else 6
+        copies += reductions * sums * own if ranks > 1 else 0
     copies += gathers * (cast / degrees.shard + 4) * whole + reductions * 6 * whole
     return (update + 8 * share + copies) / hardware.SHARDED_COPY_BYTES + products
 

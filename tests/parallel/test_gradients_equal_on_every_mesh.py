@@ -94,7 +94,7 @@ def job(folder: Path) -> None:
         if first:
             torch.save(found, folder / f"{case.name}.pt")
     FSDPModule.set_gradient_divide_factor = lambda self, factor: None  # type: ignore[method-assign]
-    direct._MOST_RANKS = 0  # FSDP sums the gradients of experts too
+    direct.MOST_RANKS = 0  # FSDP sums the gradients of experts too
     for case in WRONG:
         found = trained(case, steps=1, clip=None)
         if first:
