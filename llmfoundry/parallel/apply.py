@@ -53,12 +53,12 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
     one_graph = compiled and mesh.experts is None and not shared and not _reads_on_host(model, precision)
     by_itself = single_process(config, mesh.degrees)
     casts = by_itself and (compute == torch.bfloat16 or has_half_weights(model))
-    whole = keeps_experts_whole(model, mesh, config, compute)
+    whole = keeps_experts_whole(model, mesh, config)
     if whole:
         experts = [mixture.experts for mixture in mixtures(model)]
         for each in experts:
             compute_in(each, compute)
-        sum_gradients_in(model, compute, config.sum_gradients_in, experts, keeps=True)
+        sum_gradients_in(model, compute, config.sum_gradients_in, experts)
     if compiled and not one_graph:
         compile_parts(model)
     if casts and not one_graph:  # inside of what is computed again

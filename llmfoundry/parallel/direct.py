@@ -35,7 +35,6 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from llmfoundry import runtime
 from llmfoundry.dtensor import local_part
 from llmfoundry.kernels.accumulate import sum_parts
-from llmfoundry.parallel.single import up_to_date
 
 # torch 2.13 renamed them.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -94,14 +93,9 @@ class _Sent(NamedTuple):
 
 
 class Direct:
-    """The parameters of a model that are gathered directly.
+    """The parameters of a model that are gathered directly."""
 
-    Attributes:
-        keeps: whether this rank's parts in the compute dtype outlive a step, so that the update writes them.
-    """
-
-    def __init__(self, keeps: bool) -> None:
-        self.keeps = keeps
+    def __init__(self) -> None:
         self.parameters: list[Parameter] = []
         self.stream: torch.cuda.Stream | None = None  # that computes
         self._sent: deque[_Sent] = deque()
@@ -179,12 +173,11 @@ class Parameter:
         """Before FSDP's all-gather: what goes into its packed buffer."""
         parameter = self._parameter.sharded_param
         dtype = policy.param_dtype or parameter.dtype
-        kept = self._of.keeps and parameter.requires_grad and parameter.dtype != dtype
         cuda = parameter.device.type == "cuda"
         if cuda:
             # The memory of the whole belongs to the stream that computes, which may still use what it was before.
             torch.cuda.current_stream().wait_stream(self._stream())
-        part = local_part(up_to_date(parameter, dtype) if kept else parameter.detach()).to(dtype).view(-1)
+        part = local_part(parameter.detach()).to(dtype).view(-1)
         with torch.cuda.stream(self._stream()) if cuda else nullcontext():
             if self._whole is None:
                 self._whole = part.new_empty(part.numel() * mesh.size())

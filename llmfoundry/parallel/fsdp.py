@@ -30,11 +30,11 @@ from torch.distributed.fsdp import (
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import Shard
 
-from llmfoundry.model.transformer import Block, CausalLM, CausalLMConfig
+from llmfoundry.model.transformer import Block, CausalLM
 from llmfoundry.moe.layer import MoE
 from llmfoundry.parallel.direct import Direct, Gather, Reduce
-from llmfoundry.parallel.expert import mixtures, n_experts
-from llmfoundry.parallel.mesh import EXPERT_SHARD, SHARD, Degrees, Mesh, ParallelConfig
+from llmfoundry.parallel.expert import mixtures
+from llmfoundry.parallel.mesh import EXPERT_SHARD, SHARD, Mesh, ParallelConfig
 
 _EVERY_MICROBATCH = "reduces_every_microbatch"
 _DIRECT = "gathers_directly"
@@ -46,23 +46,14 @@ def has_half_weights(model: nn.Module) -> bool:
     return any(parameter.dtype == torch.bfloat16 for parameter in model.parameters() if parameter.requires_grad)
 
 
-def keeps_experts_whole(model: nn.Module, mesh: Mesh, config: ParallelConfig, compute: torch.dtype) -> bool:
-    """Whether experts are in no unit: each rank alone has its own, and computes with weights in bfloat16.
+def keeps_experts_whole(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> bool:
+    """Whether experts are in no unit: each rank alone has its own, in the bfloat16 that is computed with.
 
-    FSDP over one rank would copy every weight and gradient several times.
+    FSDP over one rank would copy every weight and gradient. With float32 weights it also keeps memory low, for it casts
+    one block at a time.
     """
     alone = mesh.expert_shards is not None and mesh.expert_shards.size() == 1
-    copies = compute == torch.bfloat16 and config.keep_copies is not False
-    return alone and (has_half_weights(model) or copies) and not config.cpu_offload
-
-
-def can_keep_copies(
-    model: CausalLMConfig, config: ParallelConfig, degrees: Degrees, precision: str, weights: torch.dtype
-) -> bool:
-    """Whether `parallel.keep_copies` changes anything: experts that are trained are kept in float32 and cast."""
-    casts = precision == "amp_bf16" and weights == torch.float32
-    trained = n_experts(model) > 0 and model.lora is None
-    return casts and trained and degrees.shard > 1 and not config.cpu_offload
+    return alone and has_half_weights(model) and not config.cpu_offload
 
 
 def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, compute: torch.dtype) -> None:
@@ -84,10 +75,10 @@ def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, compute: torch.dt
     on_gpu = mesh.dense.device_type == "cuda"
     offload = CPUOffloadPolicy(pin_memory=on_gpu) if config.cpu_offload else OffloadPolicy()
     stacked = _stacked_parameters(model)
-    apart = keeps_experts_whole(model, mesh, config, compute)
+    apart = keeps_experts_whole(model, mesh, config)
     whole = {each for mixture in mixtures(model) for each in mixture.experts.parameters()} if apart else set()
 
-    direct, experts = Direct(keeps=config.keep_copies is not False), {mixture.experts for mixture in mixtures(model)}
+    direct, experts = Direct(), {mixture.experts for mixture in mixtures(model)}
 
     def unit(module: nn.Module, over: DeviceMesh, axis: str, reshard: bool) -> FSDPModule:
         ranks = over[axis].size()

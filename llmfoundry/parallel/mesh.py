@@ -39,9 +39,6 @@ class ParallelConfig(Config):
     # Sum gradients over ranks; False: after each microbatch, with more traffic and less memory; auto: once a step if
     # whole gradients fit by the plan of --dry-run.
     reduce_once_a_step: bool | Literal["auto"] = "auto"
-    # Keep this rank's experts in bfloat16 too, 2 bytes per parameter, beside float32: the update writes them, and no
-    # gather casts them. auto: if they fit by the plan.
-    keep_copies: bool | Literal["auto"] = "auto"
     # In one process, and of experts that are whole on a rank: sums of gradients over microbatches, in 4 bytes per
     # parameter, or in 2, rounded at random.
     sum_gradients_in: Literal["fp32", "bf16"] = "fp32"

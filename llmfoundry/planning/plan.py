@@ -206,12 +206,10 @@ def _update(job: Job, degrees: Degrees) -> float:
         return (update + copies) / hardware.COPY_BYTES + products
     gathers = 2 * microbatches + job.work(degrees).counted if parallel.reshard_after_forward else microbatches
     reductions = microbatches if parallel.reduce_once_a_step is False else 1
-    kept = parallel.keep_copies is not False and job.has_copies(degrees)
     own, ranks, copies = experts / degrees.expert, degrees.expert_shard, 0.0
-    if not parallel.cpu_offload and (ranks > 1 or kept or half):  # parallel/direct.py; or they are in no unit at all
+    if not parallel.cpu_offload and (ranks > 1 or half):  # parallel/direct.py; or they are in no unit at all
         whole -= own
-        update += 2 * own / ranks if kept else 0
-        copies += 0 if kept else gathers * cast * own / ranks
+        copies += gathers * cast * own / ranks
         sums = 2 + 4 / ranks if degrees.replicate == 1 and ranks <= MOST_RANKS else 6
         copies += reductions * sums * own if ranks > 1 else 0
     copies += gathers * (cast / degrees.shard + 4) * whole + reductions * 6 * whole

@@ -32,17 +32,18 @@ CASES = [
     Case("shard 2, expert 2, microbatch 2, bf16_sr", {"expert": 2}, microbatch=2, half=True),
     Case("shard 2, expert 2, full, bf16_sr", {"expert": 2, "recompute": "full"}, half=True),
     Case("shard 2, expert 2, bf16_sr, adapters", {"expert": 2}, half=True),
-    Case("shard 2, expert 2, sums in bf16", {"expert": 2, "sum_gradients_in": "bf16"}, microbatch=2),
+    Case("shard 2, expert 2, halves", {"expert": 2}, half=True, split=True),
+    Case("shard 2, expert 2, sums in bf16", {"expert": 2, "sum_gradients_in": "bf16"}, microbatch=2, half=True,
+         split=True),
 ]  # fmt: skip
-# The same numbers to the bit: by FSDP alone, directly from casts, and directly from copies. And how many times more
-# FSDP copies by itself: experts are most of the values, but it sums whole gradients of microbatches in any case.
-FSDP, CASTS, COPIES = {"keep_copies": False}, {"keep_copies": False}, {"keep_copies": True}
+# The same numbers to the bit, by FSDP alone and directly. And how many times more FSDP copies by itself: experts are
+# most of the values, but it sums whole gradients of microbatches in any case.
 SAME = [
-    (Case("shard 2"), {"FSDP": FSDP, "casts": CASTS, "copies": COPIES}, 2.5),
-    (Case("each", {"reduce_once_a_step": False, "recompute": "full", "prefetch": 2}, microbatch=2),
-     {"FSDP": FSDP, "copies": COPIES}, 2.5),
-    (Case("once", {"reshard_after_forward": False}, microbatch=2), {"FSDP": FSDP, "copies": COPIES}, 1.5),
-    (Case("expert 2, once", {"expert": 2}, microbatch=2), {"FSDP": FSDP, "copies": COPIES}, 1.1),
+    (Case("shard 2, float32"), 2.5),
+    (Case("shard 2, halves", half=True, split=True), 2.5),
+    (Case("each", {"reduce_once_a_step": False, "recompute": "full", "prefetch": 2}, microbatch=2), 2.5),
+    (Case("each, halves", {"reduce_once_a_step": False}, microbatch=2, half=True, split=True), 2.5),
+    (Case("once", {"reshard_after_forward": False}, microbatch=2), 1.5),
 ]  # fmt: skip
 
 ALONE = [
@@ -77,8 +78,7 @@ def learn(case: Case, precision: str) -> dict[str, Tensor]:
     expected = torch.bfloat16 if lean and precision == "amp_bf16" else torch.float32
 
     lean_experts = case.microbatch == tiny.ROWS or case.parallel.get("sum_gradients_in") == "bf16"
-    whole = case.parallel.get("expert") == 2 and lean_experts and precision == "amp_bf16"
-    whole = whole and (case.half or case.parallel.get("keep_copies") is not False)
+    whole = case.half and case.parallel.get("expert") == 2 and lean_experts and precision == "amp_bf16"
 
     def watch(model: CausalLM) -> None:
         for name, parameter in model.named_parameters():
@@ -111,13 +111,13 @@ def copied(patch: pytest.MonkeyPatch) -> list[int]:
 
 def same_in_every_way(folder: Path) -> None:
     """What each way finds."""
-    for case, ways, _ in SAME:
-        for way, keys in ways.items():
+    for case, _ in SAME:
+        for way in ("FSDP", "directly"):
             with pytest.MonkeyPatch.context() as patch:
                 if way == "FSDP":
                     patch.setattr(direct.Direct, "add", lambda *_: None)
                 values = copied(patch)
-                found = learn(case._replace(parallel=case.parallel | keys), "amp_bf16")
+                found = learn(case, "amp_bf16")
             if dist.get_rank() == 0:
                 torch.save(found | {"copied": torch.tensor(sum(values))}, folder / f"{case.name} by {way}.pt")
 
@@ -147,14 +147,11 @@ def test_a_process_alone_learns_bitwise_what_fsdp_over_one_rank_does(case: Case,
         assert torch.equal(value, theirs[name]), name
 
 
-@pytest.mark.parametrize(("case", "ways", "times"), SAME, ids=[case.name for case, *_ in SAME])
-def test_experts_without_copies_learn_bitwise_what_fsdp_does(
-    case: Case, ways: dict[str, dict[str, bool]], times: float, spread: Path
-) -> None:
-    plain, *others = (torch.load(spread / f"{case.name} by {way}.pt", weights_only=True) for way in ways)
-    for found in others:
-        assert torch.equal(found["ce"], plain["ce"]) and torch.equal(found["grad_norm"], plain["grad_norm"])
-        assert found["copied"] * times < plain["copied"]
+@pytest.mark.parametrize(("case", "times"), SAME, ids=[case.name for case, _ in SAME])
+def test_experts_without_copies_learn_bitwise_what_fsdp_does(case: Case, times: float, spread: Path) -> None:
+    plain, found = (torch.load(spread / f"{case.name} by {way}.pt", weights_only=True) for way in ("FSDP", "directly"))
+    assert torch.equal(found["ce"], plain["ce"]) and torch.equal(found["grad_norm"], plain["grad_norm"])
+    assert found["copied"] * times < plain["copied"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
