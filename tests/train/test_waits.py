@@ -78,9 +78,7 @@ def test_the_mode_sees_a_read() -> None:
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["not frozen", "frozen before"])
-def test_the_garbage_collector_looks_only_through_what_comes_after_the_first_step(
-    tmp_path: Path, before: bool
-) -> None:
+def test_the_garbage_collector_looks_only_through_what_comes_after_the_first_step(tmp_path: Path, before: bool) -> None:
     """A process that had frozen its objects itself keeps them so."""
     config = tiny_run(tmp_path) | {"eval_interval": "0ba", "max_duration": "2ba"}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
