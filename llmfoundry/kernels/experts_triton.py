@@ -5,7 +5,7 @@ Forward: gather, up projection with activation, down projection, sum per token. 
 activation and routing weights, gradient of x, sum per token; then the weight gradients dw2 and dw1, in operators of
 their own so that a collective can start before them. Forward keeps x, the pre-activation h and int32 indices; backward
 computes a' = s * a and the gathered rows again. Adapters put a narrow product before each wide one, which adds the
-second narrow one in its accumulator; forward keeps the results, u = x A^T and a' A^T, too. The host reads nothing, so a
+second narrow one in its loop; forward keeps the results, u = x A^T and a' A^T, too. The host reads nothing, so a
 CUDA graph can capture both, and the routing may change between replays.
 """
 
@@ -24,6 +24,7 @@ from llmfoundry.kernels.gather import gather, slot_sums, sum_rows
 from llmfoundry.kernels.grouped import grouped
 from llmfoundry.kernels.late import LateGradients
 from llmfoundry.kernels.low_rank import ExpertAdapters
+from llmfoundry.kernels.narrow import narrow, narrow_grad
 from llmfoundry.kernels.routing import Order
 from llmfoundry.kernels.routing_triton import sort_by_expert_triton
 from llmfoundry.kernels.tiles import Beside, Tiles, tile_rows
@@ -32,7 +33,6 @@ from llmfoundry.kernels.tune import (
     DW1,
     DW2,
     DX,
-    DX_ADAPTED,
     NARROW,
     NARROW_GRAD,
     UP,
@@ -113,7 +113,7 @@ def _forward(
     problem = _problem(w1, w2, n_rows)
     tiles = tile_rows(expert_start, n_rows)
     x_rows = gather(x, order, n_rows)  # (R, D)
-    u_up, beside = _narrow(x_rows, up_a, up_b, tiles, problem)
+    u_up, beside = _narrow(x, up_a, up_b, tiles, problem, order)
     h, a = pick(
         UP,
         problem,
@@ -152,12 +152,17 @@ def _empty_u(x: Tensor, a: Tensor | None, n_rows: int) -> Tensor:
 
 
 def _narrow(
-    rows: Tensor, first: Tensor | None, second: Tensor | None, tiles: Tiles, problem: Problem, transposed: bool = False
-) -> tuple[Tensor, Beside | None]:
-    """An adapter's first product (R, r), and what is left for the wide kernel to add; forward A, B, backward B, A."""
+    rows: Tensor, first: Tensor | None, second: Tensor | None, tiles: Tiles, problem: Problem,
+    order: Order | None = None, transposed: bool = False,
+) -> tuple[Tensor, Beside | None]:  # fmt: skip
+    """An adapter's first product (R, r), and what is left for the wide kernel to add; forward A, B, backward B, A.
+
+    With `order`, `rows` are tokens.
+    """
     if first is None or second is None:
         return rows.new_empty(0), None
-    u = pick(NARROW, problem, partial(grouped, rows, first, tiles, transposed=transposed))
+    run = partial(narrow, rows, first, tiles, problem.n_rows, order=order, transposed=transposed)
+    u = pick(NARROW, problem, run)
     return u, Beside(u, second)
 
 
@@ -200,7 +205,7 @@ def _backward_rows(
     tiles = tile_rows(expert_start, n_rows)
     none = x.new_empty(0)
     dy_rows = gather(dy, order, n_rows)  # (R, D)
-    du_down, beside = _narrow(dy_rows, down_b, down_a, tiles, problem, transposed=True)
+    du_down, beside = _narrow(dy, down_b, down_a, tiles, problem, order, transposed=True)
     dh, a, ds = pick(
         UP_BACKWARD,
         problem,
@@ -212,8 +217,7 @@ def _backward_rows(
     du_up, beside = _narrow(dh, up_b, up_a, tiles, problem, transposed=True)
     dx = none
     if need_x:
-        candidates = DX if beside is None else DX_ADAPTED
-        dx_rows = pick(candidates, problem, partial(grouped, dh, w1, tiles, transposed=True, beside=beside))  # (R, D)
+        dx_rows = pick(DX, problem, partial(grouped, dh, w1, tiles, transposed=True, beside=beside))  # (R, D)
         dx = sum_rows(dx_rows, order, weights.shape[1])
     return _RowGradients(dx, dweights, dy_rows, dh, a, du_up, du_down)
 
@@ -260,16 +264,19 @@ def _weight_gradient(
 ) -> Tensor:
     """The gradient of the matrix of this name, from the gradient of its output (R, N) and its input (R, J).
 
-    The input of w1 and up_a is given as x (T, D). That of an adapter's matrix is computed with the wide side first.
+    The input of w1 and up_a is given as x (T, D), the gradient of the output of down_b as dy (T, D).
     """
     problem = _problem(w1, w2, n_rows)
     tiles = tile_rows(expert_start, n_rows)
-    if name in ("w1", "up_a"):
-        right = gather(right, Order(expert_start, row_slot, slot_row), n_rows)
-    if name in ("up_a", "down_a"):
-        return pick(NARROW_GRAD, problem, partial(weight_grad, right, left, tiles)).transpose(1, 2).contiguous()
-    candidates = {"w1": DW1, "w2": DW2}.get(name, NARROW_GRAD)
-    return pick(candidates, problem, partial(weight_grad, left, right, tiles))
+    order = Order(expert_start, row_slot, slot_row)
+    if name in ("w1", "w2"):
+        right = gather(right, order, n_rows) if name == "w1" else right
+        return pick(DW1 if name == "w1" else DW2, problem, partial(weight_grad, left, right, tiles))
+    wide_first = name.endswith("_b")
+    wide, thin = (left, right) if wide_first else (right, left)
+    by_token = order if name in ("up_a", "down_b") else None
+    run = partial(narrow_grad, wide, thin, tiles, wide_first=wide_first, order=by_token)
+    return pick(NARROW_GRAD, problem, run)
 
 
 @_weight_gradient.register_fake
@@ -317,12 +324,13 @@ def _gradients(ctx: _Context, needs: tuple[bool, ...], dy: Tensor) -> tuple[Tens
     """The gradients of x and weights, and functions that compute those of the matrices."""
     x, weights, w1, w2, *operands_and_order, h, u_up, u_down = ctx.saved_tensors
     need_x, need_weights, *need_by_weight = needs
+    dy = dy.contiguous()
     dx, dweights, dy_rows, dh, a, du_up, du_down = _backward_rows(
-        dy.contiguous(), x, weights, h, w1, w2, *operands_and_order, *ctx.unit, need_x, need_weights
+        dy, x, weights, h, w1, w2, *operands_and_order, *ctx.unit, need_x, need_weights
     )
     # Of output and input. In this order each frees as much as it can before the next.
     sides = {
-        "w2": (dy_rows, a), "down_b": (dy_rows, u_down), "down_a": (du_down, a),
+        "w2": (dy_rows, a), "down_b": (dy, u_down), "down_a": (du_down, a),
         "w1": (dh, x), "up_b": (dh, u_up), "up_a": (du_up, x),
     }  # fmt: skip
     needed = dict(zip(WEIGHTS, need_by_weight, strict=True))
@@ -389,7 +397,8 @@ def _backward_rows_flops(
 def _weight_gradient_flops(
     name: str, left: Shape, right: Shape, *args: object, out_shape: object = None, **_: object
 ) -> int:
-    return 2 * left[0] * left[1] * right[1]
+    rows = right[0] if name == "down_b" else left[0]  # the other side may be tokens
+    return 2 * rows * left[1] * right[1]
 
 
 def _problem(w1: Tensor, w2: Tensor, n_rows: int) -> Problem:
