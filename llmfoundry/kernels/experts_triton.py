@@ -59,12 +59,13 @@ def experts_ffn_triton(
     adapters: ExpertAdapters | None = None,
 ) -> Tensor:
     """`experts.experts_ffn` by the Triton kernels; arguments as there, checked there. There must be a token."""
-    operands = (adapters or ExpertAdapters()).operands()
+    adapters = adapters or ExpertAdapters()
+    operands = adapters.operands(scaled=False)
     bound = experts.numel() if n_rows is None else min(n_rows, experts.numel())
     inputs = (
         x.contiguous(), weights.contiguous(), w1.contiguous(), w2.contiguous(),
         *(None if tensor is None else tensor.contiguous() for tensor in operands),
-        *_order(experts.contiguous(), w2.shape[0]), activation, gated, max(bound, 1),
+        *_order(experts.contiguous(), w2.shape[0]), activation, gated, max(bound, 1), adapters.scale,
     )  # fmt: skip
     if late is not None:
         return cast(Tensor, _LateExperts.apply(late, *inputs))
@@ -107,20 +108,21 @@ def _forward(
     activation: str,
     gated: bool,
     n_rows: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_Rows`, as a tuple, which is what operators return."""
     order = Order(expert_start, row_slot, slot_row)
     problem = _problem(w1, w2, n_rows)
     tiles = tile_rows(expert_start, n_rows)
     x_rows = gather(x, order, n_rows)  # (R, D)
-    u_up, beside = _narrow(x, up_a, up_b, tiles, problem, order)
+    u_up, beside = _narrow(x, up_a, up_b, tiles, problem, scale, order)
     h, a = pick(
         UP,
         problem,
         partial(up, x_rows, weights, row_slot, tiles, w1, activation=activation, gated=gated, beside=beside),
     )
     del x_rows
-    u_down, beside = _narrow(a, down_a, down_b, tiles, problem)
+    u_down, beside = _narrow(a, down_a, down_b, tiles, problem, scale)
     y_rows = pick(DOWN, problem, partial(grouped, a, w2, tiles, beside=beside))  # (R, D)
     y = sum_rows(y_rows, order, weights.shape[1])
     return _Rows(y, h, u_up, u_down)
@@ -142,6 +144,7 @@ def _(
     activation: str,
     gated: bool,
     n_rows: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     h = x.new_empty(n_rows, w1.shape[1])
     return _Rows(torch.empty_like(x), h, *(_empty_u(x, a, n_rows) for a in (up_a, down_a)))
@@ -153,7 +156,7 @@ def _empty_u(x: Tensor, a: Tensor | None, n_rows: int) -> Tensor:
 
 def _narrow(
     rows: Tensor, first: Tensor | None, second: Tensor | None, tiles: Tiles, problem: Problem,
-    order: Order | None = None, transposed: bool = False,
+    scale: float, order: Order | None = None, transposed: bool = False,
 ) -> tuple[Tensor, Beside | None]:  # fmt: skip
     """An adapter's first product (R, r), and what is left for the wide kernel to add; forward A, B, backward B, A.
 
@@ -161,7 +164,7 @@ def _narrow(
     """
     if first is None or second is None:
         return rows.new_empty(0), None
-    run = partial(narrow, rows, first, tiles, problem.n_rows, order=order, transposed=transposed)
+    run = partial(narrow, rows, first, tiles, problem.n_rows, scale=scale, order=order, transposed=transposed)
     u = pick(NARROW, problem, run)
     return u, Beside(u, second)
 
@@ -196,6 +199,7 @@ def _backward_rows(
     activation: str,
     gated: bool,
     n_rows: int,
+    scale: float,
     need_x: bool,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -205,7 +209,7 @@ def _backward_rows(
     tiles = tile_rows(expert_start, n_rows)
     none = x.new_empty(0)
     dy_rows = gather(dy, order, n_rows)  # (R, D)
-    du_down, beside = _narrow(dy, down_b, down_a, tiles, problem, order, transposed=True)
+    du_down, beside = _narrow(dy, down_b, down_a, tiles, problem, scale, order, transposed=True)
     dh, a, ds = pick(
         UP_BACKWARD,
         problem,
@@ -214,7 +218,7 @@ def _backward_rows(
         ),
     )
     dweights = slot_sums(ds, order).view(weights.shape) if need_weights else none
-    du_up, beside = _narrow(dh, up_b, up_a, tiles, problem, transposed=True)
+    du_up, beside = _narrow(dh, up_b, up_a, tiles, problem, scale, transposed=True)
     dx = none
     if need_x:
         dx_rows = pick(DX, problem, partial(grouped, dh, w1, tiles, transposed=True, beside=beside))  # (R, D)
@@ -240,6 +244,7 @@ def _(
     activation: str,
     gated: bool,
     n_rows: int,
+    scale: float,
     need_x: bool,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -299,7 +304,7 @@ class _Context(Protocol):
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
-    unit: tuple[str, bool, int]
+    unit: tuple[str, bool, int, float]
     late: LateGradients
 
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
@@ -309,15 +314,15 @@ class _Context(Protocol):
 
 Deferred = dict[str, Callable[[], Tensor]]
 Adapter = tuple[Tensor | None, Tensor | None]
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, *Adapter, *Adapter, Tensor, Tensor, Tensor, str, bool, int]
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, *Adapter, *Adapter, Tensor, Tensor, Tensor, str, bool, int, float]
 WEIGHTS = ("w1", "w2", "up_a", "up_b", "down_a", "down_b")
 
 
 def _setup(ctx: _Context, inputs: Inputs, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    *tensors, activation, gated, n_rows = inputs
+    *tensors, activation, gated, n_rows, scale = inputs
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.set_materialize_grads(False)  # h and u are outputs for this alone: no zeros as their gradients
-    ctx.unit = (activation, gated, n_rows)
+    ctx.unit = (activation, gated, n_rows, scale)
 
 
 def _gradients(ctx: _Context, needs: tuple[bool, ...], dy: Tensor) -> tuple[Tensor | None, Tensor | None, Deferred]:
@@ -334,7 +339,7 @@ def _gradients(ctx: _Context, needs: tuple[bool, ...], dy: Tensor) -> tuple[Tens
         "w1": (dh, x), "up_b": (dh, u_up), "up_a": (du_up, x),
     }  # fmt: skip
     needed = dict(zip(WEIGHTS, need_by_weight, strict=True))
-    order, n_rows = operands_and_order[4:], ctx.unit[-1]
+    order, n_rows = operands_and_order[4:], ctx.unit[2]
     deferred: Deferred = {
         name: partial(_weight_gradient, name, *both, w1, w2, *order, n_rows)
         for name, both in sides.items()
@@ -347,7 +352,7 @@ def _autograd(ctx: _Context, dy: Tensor, *_unused: None) -> tuple[Tensor | None,
     dx, dweights, deferred = _gradients(ctx, ctx.needs_input_grad[:8], dy)
     # `pop` frees what only the first need before the next are computed.
     grads = {name: deferred.pop(name)() for name in list(deferred)}
-    return dx, dweights, *(grads.get(name) for name in WEIGHTS), *[None] * 6
+    return dx, dweights, *(grads.get(name) for name in WEIGHTS), *[None] * 7
 
 
 _forward.register_autograd(_autograd, setup_context=_setup)
@@ -369,7 +374,7 @@ class _LateExperts(torch.autograd.Function):
         dx, dweights, deferred = _gradients(ctx, ctx.needs_input_grad[1:9], dy)
         for name, compute in deferred.items():
             ctx.late.defer(name, compute)
-        return None, dx, dweights, *[None] * 12
+        return None, dx, dweights, *[None] * 13
 
 
 Shape = tuple[int, ...]

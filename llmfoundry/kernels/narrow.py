@@ -40,7 +40,7 @@ class NarrowGradConfig(NamedTuple):
 
 @triton.jit
 def narrow_kernel(
-    rows_ptr, w_ptr, out_ptr, row_slot_ptr, start_ptr, expert_ptr, row_ptr, count_ptr, J, R,
+    rows_ptr, w_ptr, out_ptr, row_slot_ptr, start_ptr, expert_ptr, row_ptr, count_ptr, scale, J, R,
     K: tl.constexpr, TRANSPOSED: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0)
@@ -63,7 +63,7 @@ def narrow_kernel(
                 w = tl.load(to_w, mask=(r < R)[:, None] & (at < J)[None, :], other=0.0).T
             acc = tl.dot(x, w, acc, input_precision="tf32x3")
         to_out = out_ptr + rows.to(tl.int64)[:, None] * R + r[None, :]
-        tl.store(to_out, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (r < R)[None, :])
+        tl.store(to_out, (acc * scale).to(out_ptr.dtype.element_ty), mask=inside[:, None] & (r < R)[None, :])
 
 
 def narrow(
@@ -72,11 +72,12 @@ def narrow(
     tiles: Tiles,
     n_rows: int,
     *,
+    scale: float = 1.0,
     order: Order | None = None,
     transposed: bool = False,
     config: NarrowConfig = NarrowConfig(),
 ) -> Tensor:
-    """Each row times its expert's narrow matrix.
+    """Each row times its expert's narrow matrix, times `scale`.
 
     Args:
         rows: (M, J) in expert order; with `order`, tokens (T, J).
@@ -90,7 +91,7 @@ def narrow(
     out, block = rows.new_empty(n_rows, rank), _block(rank)
     slots, top_k = _index(rows, order)
     narrow_kernel[(tiles.expert.numel(), triton.cdiv(rank, block))](
-        rows, w, out, slots, tiles.expert_start, tiles.expert, tiles.row, tiles.n_tiles, inner, rank,
+        rows, w, out, slots, tiles.expert_start, tiles.expert, tiles.row, tiles.n_tiles, scale, inner, rank,
         K=top_k, TRANSPOSED=transposed, BM=TILE_ROWS, BR=block, BK=config.depth,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -98,10 +99,11 @@ def narrow(
 
 
 def narrow_reference(
-    rows: Tensor, w: Tensor, tiles: Tiles, n_rows: int, *, order: Order | None = None, transposed: bool = False
-) -> Tensor:
+    rows: Tensor, w: Tensor, tiles: Tiles, n_rows: int, *, scale: float = 1.0, order: Order | None = None,
+    transposed: bool = False,
+) -> Tensor:  # fmt: skip
     """`narrow` in plain PyTorch, expert by expert."""
-    return grouped_reference(_rows(rows, order, n_rows), w, tiles, transposed=transposed)
+    return scale * grouped_reference(_rows(rows, order, n_rows), w, tiles, transposed=transposed)
 
 
 @triton.jit

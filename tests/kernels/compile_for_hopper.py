@@ -139,10 +139,11 @@ def weight_grad(p: int, n: int, c: WeightGradConfig) -> None:
 
 
 def narrow(c: NarrowConfig, top_k: int) -> None:
-    types = dict.fromkeys(("rows_ptr", "w_ptr", "out_ptr"), f"*{DTYPE}") | {"row_slot_ptr": "*i32"}
+    types = TILES | dict.fromkeys(("rows_ptr", "w_ptr", "out_ptr"), f"*{DTYPE}")
+    types |= {"row_slot_ptr": "*i32", "scale": "fp32", "J": "i32", "R": "i32"}
     for transposed in (False, True):
         constants = {"K": top_k, "TRANSPOSED": transposed, "BM": TILE_ROWS, "BR": min(RANK, MOST_RANKS), "BK": c.depth}
-        report("narrow", narrow_kernel, types | TILES | {"J": "i32", "R": "i32"}, constants, c.num_warps, c.num_stages)
+        report("narrow", narrow_kernel, types, constants, c.num_warps, c.num_stages)
 
 
 def narrow_grad(c: NarrowGradConfig, top_k: int) -> None:
