@@ -37,8 +37,9 @@ $(STAMP): setup.py Makefile
 train: setup
 	$(PY) scripts/train.py $(YAML) $(ARGS)
 
+# One process more than CI has cores: runs that hang, stop or lose a node are waited for.
 test: setup
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not gpu'
+	$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m 'not gpu'
 
 check: setup
 	$(PY) -m ruff check .

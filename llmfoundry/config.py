@@ -35,7 +35,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 C = TypeVar("C", bound="Config")
 MAX_LEVELS = 6  # of a dotted path that a hint may name
-# What pydantic adds to the path of a union; with brackets it is no key of a user's.
+# What pydantic adds to the path of a union; a name with brackets is not a key of the user's.
 _KIND = re.compile(r"int|float|bool|str|constrained-\w+|(literal|list|dict|function-\w+)\[.*\]")
 
 
@@ -44,7 +44,7 @@ class ConfigError(ValueError):
 
 
 class RunError(RuntimeError):
-    """What ends a run and is no mistake in the code: shown as it is, without a traceback, with exit code 1."""
+    """An error that ends a run and is not a bug: shown without a traceback, with exit code 1."""
 
 
 class ResourceError(RunError):
@@ -237,10 +237,13 @@ def _mistakes(error: ValidationError) -> Iterator[_Mistake]:
     for path, (found, messages) in kinds.items():
         first, *others = (f"{message[0].lower()}{message[1:]}" for message in messages)
         wanted = " or ".join([first, *(o.removeprefix("input should be ") for o in others)])
-        yield _Mistake(path, f"{wanted}, found {found!r}{_quote_it(found, wanted)}")
+        yield _Mistake(path, f"{wanted}, found {found!r}{_why(found, wanted)}")
 
 
-def _quote_it(found: object, wanted: str) -> str:
+def _why(found: object, wanted: str) -> str:
+    """What YAML made of a word, where that is not what was meant."""
+    if found is None:
+        return " (an empty value in YAML; write one, or remove the key)"
     if "valid string" not in wanted or not isinstance(found, bool | int | float):
         return ""
     word = "yes, no, on and off without quotes are true and false" if isinstance(found, bool) else "it is a number"
@@ -378,7 +381,7 @@ def dump(config: Config) -> dict[str, Any]:
 
 def is_url(path: str) -> bool:
     """Whether a path names another machine or a store: `s3://bucket/folder`."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path) is not None and not is_theirs(path)  # hf:/folder is none
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path) is not None and not is_theirs(path)  # hf:/folder is not a URL
 
 
 def is_theirs(path: str) -> bool:

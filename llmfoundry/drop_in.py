@@ -11,8 +11,8 @@ each rank that holds any of its experts, where theirs sends it once per expert.
 Shapes: T tokens, D hidden size, F intermediate size, E experts, K experts per token.
 
 Which gated unit a model has is found by its values, not by its name: `_apply_gate` and `act_fn` are run on a small
-probe and compared with each unit that our kernels know. Experts that none of them matches, or that have a norm of
-their own behind the down projection, run through transformers' `grouped_mm`, and a warning says so once.
+probe and compared with each unit that our kernels know. Experts that match no unit, or that have a norm of
+their own behind the down projection, run through transformers' `grouped_mm`, with one warning.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ def _store_of_attempt(timeout: datetime.timedelta) -> dist.Store:
     """Where ranks find each other, apart for each attempt of `torchrun --max-restarts`.
 
     torchrun's own store outlives the ranks (pytorch/pytorch#135712): a second attempt would find the addresses of the
-    first, which nobody listens on. Its count of restarts is the same for all ranks of one node alone: of several nodes,
+    first, which has no listener. Its count of restarts is the same for all ranks of one node alone: of several nodes,
     only the one that failed counts. There, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each attempt a store of its own.
     """
     store, _, _ = next(rendezvous("env://", rank(), world_size(), timeout=timeout))
@@ -378,7 +378,7 @@ def agreed(act: Callable[[], T], ranks: Tree | None = None) -> T:
         error = failure
     ranks = ranks or tree()
     if ranks is not None:
-        # Nearly always there is none: then one number goes around, and not what each rank has.
+        # Nearly always there is no mistake: then one number is exchanged, and not each rank's message.
         failed = ranks.reduce(torch.tensor([float(error is not None)]), dist.ReduceOp.MAX)
         if bool(failed):
             told = _for_others(error) if error is not None else None

@@ -65,7 +65,7 @@ def load_yaml(path: str | Path, overrides: list[str] | None = None) -> dict[str,
 
 def _read(path: str | Path) -> bytes:
     """The first bytes of a file, one more than may be; it may be a pipe: `train.py <(...)`."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # else a pipe that nobody writes to never opens
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # otherwise a pipe without a writer never opens
     with open(handle, "rb") as opened:
         if stat.S_ISFIFO(os.fstat(handle).st_mode) and not select.select([handle], [], [], PIPE_SECONDS)[0]:
             raise ConfigError(f"{path}: is a pipe, and nothing was written to it in {PIPE_SECONDS:.0f} seconds")
@@ -254,7 +254,9 @@ def _resolved(config: DictConfig, where: str) -> dict[str, object]:
     try:
         data = OmegaConf.to_container(config, resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:
-        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
+        key = getattr(error, "full_key", None)
+        said = str(error).split("\n")[0]  # the rest is of OmegaConf's own objects
+        raise ConfigError(f"{where}: {f'{key}: ' if key else ''}{said}") from None
     assert isinstance(data, dict)
     for path, value in leaves(data):
         if value == MISSING:

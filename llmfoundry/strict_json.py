@@ -1,4 +1,4 @@
-"""JSON as it is in files of others: one reader that knows what may be wrong with it, and says so by a ValueError.
+"""JSON as it is in files of others: one reader that knows what may be wrong with it, and raises a ValueError.
 
 Python's own takes `NaN`, `Infinity` and `1e400` for numbers, keeps the last of several equal keys, and ends in a
 RecursionError where lists are nested deeply. A name may lead to a pipe, on which reading waits for ever.
@@ -41,14 +41,14 @@ def read_json(path: Path, follow: bool = True) -> Json:
         follow: whether the file may be a link.
 
     Raises:
-        ValueError: as `parse_json`, or it is no plain file, or too long.
+        ValueError: as `parse_json`, or it is not a plain file, or too long.
         OSError: it cannot be read.
     """
     return parse_json(read_plain(path, follow))
 
 
 def read_mapping(path: Path, follow: bool = True) -> dict[str, Json]:
-    """The mapping in a file; raises as `read_json`, and ValueError where it is none."""
+    """The mapping in a file; raises as `read_json`, and ValueError where it is not a mapping."""
     found = read_json(path, follow)
     if not isinstance(found, dict):
         raise ValueError(f"it must hold a mapping, found {type(found).__name__}")
@@ -59,7 +59,7 @@ def read_plain(path: Path, follow: bool = True, most: int = MOST_BYTES) -> bytes
     """The bytes of a plain file: reading never waits for another process.
 
     Raises:
-        ValueError: it is no plain file, or longer than `most` bytes.
+        ValueError: it is not a plain file, or longer than `most` bytes.
         OSError: it cannot be read.
     """
     if not follow and path.is_symlink():
@@ -75,7 +75,7 @@ def read_lines(path: Path) -> Iterator[bytes]:
     """The lines of a plain file, each with its end; half a line that a killed process has left at the end is left out.
 
     Raises:
-        ValueError: it is no plain file, or a line is longer than MOST_OF_LINE.
+        ValueError: it is not a plain file, or a line is longer than MOST_OF_LINE.
         OSError: it cannot be read.
     """
     with _opened(path) as file:

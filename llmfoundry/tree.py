@@ -100,7 +100,7 @@ class Tree:
 def _group(store: dist.Store, ranks: range, rank: int, timeout: float) -> dist.ProcessGroup:
     own = dist.PrefixStore(f"{ranks.start}/{ranks.step}", store)
     made = dist.ProcessGroupGloo(own, ranks.index(rank), len(ranks), datetime.timedelta(seconds=timeout))
-    return cast(dist.ProcessGroup, made)  # it has the methods; torch's stub says it has none
+    return cast(dist.ProcessGroup, made)  # it has the methods, which torch's stub lacks
 
 
 def _broadcast(group: dist.ProcessGroup, tensor: Tensor) -> None:

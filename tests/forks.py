@@ -10,6 +10,7 @@ the ranks are forks as well. What concerns the start of Python itself (what is i
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -122,6 +123,7 @@ def _serve() -> None:
 
 
 def _job(rank: int, env: dict[str, str], job: Callable[..., None], args: tuple[object, ...]) -> None:
+    gc.freeze()
     os.environ.clear()
     os.environ.update(env)
     job(rank, *args)
@@ -129,6 +131,7 @@ def _job(rank: int, env: dict[str, str], job: Callable[..., None], args: tuple[o
 
 def _become(words: list[str], env: dict[str, str], cwd: str, out: str, err: str) -> NoReturn:
     """Be `python WORDS` from here on."""
+    gc.freeze()  # what is forked is not looked through again: that would copy every page of it
     for handle, path in ((1, out), (2, err)):
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, handle)

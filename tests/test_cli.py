@@ -73,7 +73,7 @@ def test_dry_run_says_whether_it_fits(recipe: Path, capsys: pytest.CaptureFixtur
         ("train_loader=[]", "train_loader=[]: does not fit the value that is there"),
         ("eval_first=true", "eval_first=true has no text to evaluate on; add an eval_loader, or icl_tasks"),
         ("precision=bf16", "precision: bf16 is not supported; write amp_bf16, or fp32"),
-        ("precision=half", "precision: input should be 'fp32' or 'amp_bf16' or 'auto', found 'half'"),
+        ("precision=half", "precision: input should be 'fp32', 'amp_bf16' or 'amp_fp8' or 'auto', found 'half'"),
         (
             "device_train_microbatch_size=all",
             "device_train_microbatch_size: input should be a valid integer or 'auto', found 'all'",
@@ -87,6 +87,11 @@ def test_a_value_out_of_bounds_is_one_line(
     assert train_main([str(recipe), "--dry-run", override]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and says in line
+
+
+def test_adapters_do_not_train_with_8_bit_products(recipe: Path, capsys: pytest.CaptureFixture) -> None:
+    assert train_main([str(recipe), "--dry-run", "precision=amp_fp8", "model.lora={rank: 2, alpha: 4}"]) == 2
+    assert "precision: amp_fp8 with model.lora is not supported; write amp_bf16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [train_main, prepare_data_main])

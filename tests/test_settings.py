@@ -129,7 +129,7 @@ REFERENCES = "r0: x\n" + "".join(f"r{i}: '${{r{i - 1}}}${{.r{i - 1}}}'\n" for i 
         ("a: !!binary aGk=", "the tag tag:yaml.org,2002:binary is not allowed"),
         ("a: 1\na: 2", "the key 'a' comes twice"),
         ("? [a]\n: 1", "a key must be a plain word"),
-        ("a: ${b}", "Interpolation key 'b' not found"),
+        ("x:\n  a: ${b}", "x.a: Interpolation key 'b' not found"),
         ("a: 1\n---\nb: 2", "expected a single document"),
         ("- 1", "must hold a mapping, found a list"),
         ("", "must hold a mapping, found nothing"),

@@ -1,4 +1,4 @@
-"""Monitors and loggers: one file each. Importing this package registers them; nobody imports them singly."""
+"""Monitors and loggers: one file each. Importing this package registers all of them."""
 
 import importlib
 import pkgutil

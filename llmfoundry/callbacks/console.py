@@ -116,7 +116,7 @@ def tasks_line(metrics: Metrics) -> list[str]:
 
 
 def line(metrics: Metrics, total_steps: int | None, seconds_left: float | None = None) -> str:
-    """The few numbers of a step that one wants to see go by; nobody knows the steps of a run by the clock at first."""
+    """The few numbers of a step for the console; the total is not known at the start of a run by the clock."""
     of = "" if total_steps is None else f"/{total_steps}"
     parts = [f"step {metrics['step']:>{len(of) - 1 if of else 0}}{of}"]
     shown = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
@@ -34,7 +34,7 @@ class GenerateConfig(CallbackConfig, names=("generate_callback",)):
     do_sample: bool = False  # false: the likeliest token each time
     temperature: float = Field(1.0, gt=0)  # of sampling; lower is less random
     top_p: float = Field(1.0, gt=0, le=1)  # sample from the most likely tokens that together have this probability
-    top_k: Literal[0] | None = None  # not supported: all tokens count
+    top_k: int | None = Field(None, ge=0)  # sample from this many of the most likely tokens; null or 0: from all
     use_cache: bool = True  # always so
 
     def build(self) -> GenerateCallback:
@@ -58,6 +58,7 @@ class GenerateCallback(AtIntervals):
                 max_new_tokens=config.max_new_tokens,
                 temperature=config.temperature if config.do_sample else 0.0,
                 top_p=config.top_p,
+                top_k=config.top_k or 0,
             )
             rows.append([prompt, text.continuation])
         trainer.log_table(Table("generations", ["prompt", "generation"], rows))

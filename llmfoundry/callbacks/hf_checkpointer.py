@@ -69,7 +69,7 @@ class HFCheckpointerConfig(CallbackConfig, names=("hf_checkpointer",)):
         model = run.model
         if isinstance(model, CausalLMConfig) and model.lora is not None:
             model = model.model_copy(update={"lora": None})
-        if (note := hf.export_note(model)).startswith("no "):
+        if (note := hf.export_note(model)).startswith("Hugging Face export: not possible"):
             raise ConfigError(f"callbacks.hf_checkpointer: {note}")
 
 
@@ -90,7 +90,8 @@ class HFCheckpointer(AtIntervals):
             self._write_adapters(trainer, target)
         else:
             dtype = DTYPES[self.config.precision]
-            hf.save_pretrained(trainer.model, trainer.tokenizer, target, dtype=dtype, generation=trainer.generation)
+            hf.save_pretrained(trainer.model, trainer.tokenizer, target, dtype=dtype, generation=trainer.generation,
+                               optimizer=trainer.optimizer)  # fmt: skip
         runtime.on_rank0(lambda: _put(target, place))
         log.info("step %d: written for transformers to %s", trainer.state.step, place)
 

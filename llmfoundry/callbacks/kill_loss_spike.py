@@ -39,7 +39,7 @@ class KillLossSpike(Callback):
         self.outliers = 0  # in a row
 
     def fit_start(self, trainer: Run) -> None:
-        total = trainer.timeline.expected_steps(trainer.state.step)  # none of a run by the clock
+        total = trainer.timeline.expected_steps(trainer.state.step)  # None in a run by the clock
         share = round((total or 0) * WINDOW_SHARE)
         self.window = deque(self.window, maxlen=self.config.window_size or max(LEAST_WINDOW, share))
 

@@ -34,7 +34,7 @@ class Now(NamedTuple):
     """What the view shows of a run after a step."""
 
     step: int
-    total: int | None  # steps; None: nobody knows yet
+    total: int | None  # steps; None: not known yet
     seconds_left: float | None
     loss: float | None = None
     validation: float | None = None

@@ -36,7 +36,7 @@ class LossSpikeConfig(CallbackConfig, names=("loss_spike",)):
     action: Literal["log", "skip", "roll_back"] = "log"
     window_size: int = Field(128, ge=4)  # steps that a loss is compared with; nothing is a spike until half are there
     threshold: float = Field(6.0, gt=0)  # spreads above the median
-    patience: int = Field(1, ge=1)  # for log and roll_back: so many spikes in a row
+    patience: int = Field(1, ge=1)  # for log and roll_back: this many spikes in a row
     max_rollbacks: int = Field(3, ge=1)  # of a run; after one more, it ends with an error
 
     def build(self) -> LossSpike:
@@ -73,7 +73,7 @@ class LossSpike(Callback):
 
     @property
     def limit(self) -> float:
-        """The highest loss that is no spike."""
+        """The highest loss that is not a spike."""
         if len(self.window) < self.config.window_size // 2:
             return math.inf
         middle = statistics.median(self.window)

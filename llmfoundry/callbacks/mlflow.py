@@ -53,7 +53,7 @@ class MLflowConfig(LoggerConfig, names=("mlflow",)):
     ignore_hyperparameters: list[str] = []  # patterns of dotted keys of the settings
     log_duplicated_metric_every_n_steps: int = Field(100, ge=1)  # a value that stays the same
     resume: bool = True  # a resumed run continues its MLflow run, whatever this says
-    logging_buffer_seconds: float | None = None  # flush_interval says it
+    logging_buffer_seconds: float | None = None  # use flush_interval
     rank_zero_only: RankZeroOnly = True  # not supported otherwise: metrics are of all ranks, and rank 0 logs them
     # Not supported: models are not registered
     model_registry_prefix: Literal[""] = ""

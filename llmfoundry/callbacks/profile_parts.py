@@ -42,7 +42,7 @@ def _patterns(*pairs: tuple[str, str]) -> tuple[tuple[str, re.Pattern[str]], ...
 
 SURE = _patterns(
     (COMMUNICATION, r"nccl|gloo|c10d|all_?(gather|reduce|to_all)|reduce_scatter|split_with_sizes_copy|chunk_cat"),
-    ("experts", r"up_kernel|up_backward|grouped|weight_grad|experts_(forward|backward|weight)|_GroupedExperts"),
+    ("experts", r"up_kernel|up_backward|grouped|weight_grad|experts_(for|back|weight|bias)|expert_sums|_Experts"),
     ("gather and dispatch", r"spread_kernel|sum_rows|slot_sums|index_select|sort_by_expert"),
     ("update", r"^Optimizer\.step#|adam|lion|muon|multi_tensor|lpnorm|linalg_vector_norm"),
 )

@@ -41,7 +41,7 @@ from llmfoundry.train.run import is_evaluated
 
 log = logging.getLogger(__name__)
 SAMPLES = 400  # of the loads in a whole run, if no interval is given
-PROBES, PROBE_STEPS = 20, 50  # in a whole run that evaluates nothing, and at least so many steps apart
+PROBES, PROBE_STEPS = 20, 50  # in a whole run that evaluates nothing, and at least this many steps apart
 SEARCHED = 4096  # first rows of a mixture, among which the probe looks for rows of each source
 
 

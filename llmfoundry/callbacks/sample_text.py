@@ -69,7 +69,9 @@ class Written(NamedTuple):
     continuation: str
 
 
-def written(trainer: Run, prompt: str, *, max_new_tokens: int, temperature: float, top_p: float) -> Written:
+def written(
+    trainer: Run, prompt: str, *, max_new_tokens: int, temperature: float, top_p: float, top_k: int = 0
+) -> Written:
     """What the model writes after a prompt, up to max_seq_len. All ranks call this; the seed is the run's."""
     n_prompt = len(encoded(trainer.tokenizer, prompt, trainer.special))
     room = trainer.config.max_seq_len - n_prompt
@@ -84,6 +86,7 @@ def written(trainer: Run, prompt: str, *, max_new_tokens: int, temperature: floa
         max_new_tokens=min(max_new_tokens, room),
         temperature=temperature,
         top_p=top_p,
+        top_k=top_k,
         seed=trainer.config.seed,
         special=trainer.special,
         emit=pieces.append,

@@ -30,7 +30,7 @@ class SlowRanksConfig(CallbackConfig, names=("slow_ranks",)):
     """One reduction at each interval."""
 
     interval: Interval = Duration.parse("100ba")  # between two looks
-    slower: float = Field(1.2, gt=1)  # a device that takes so many times the median is named in a warning
+    slower: float = Field(1.2, gt=1)  # a device that takes this many times the median is named in a warning
 
     def build(self) -> SlowRanks:
         return SlowRanks(self)

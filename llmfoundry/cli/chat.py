@@ -66,7 +66,7 @@ def chat_main(argv: Sequence[str] | None = None) -> None:
     from llmfoundry.eval.generate import Sampling
     from llmfoundry.hf.generation import stop_tokens
 
-    how = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    how = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed, args.top_k)
     chat = Chat(opened.ready.model, Template(opened.ready.tokenizer, source), stop_tokens(opened.folder))
     if args.web:
         from llmfoundry.cli.chat_server import serve

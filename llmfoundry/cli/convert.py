@@ -36,7 +36,7 @@ def convert_main(argv: Sequence[str] | None = None) -> None:
             "llmfoundry convert upcycle HuggingFaceTB/SmolLM2-135M ckpt/grown moe_num_experts=8 moe_top_k=2",
         ],
     )
-    ways = parser.add_subparsers(dest="direction", required=True)
+    ways = parser.add_subparsers(dest="direction", required=True, metavar="COMMAND")
     into = ways.add_parser("from-hf", help="Hugging Face folder or hub id to llmfoundry checkpoint")
     composer = ways.add_parser("from-composer", help="LLM Foundry or Composer checkpoint to llmfoundry checkpoint")
     back = ways.add_parser("to-hf", help="llmfoundry checkpoint to Hugging Face folder")

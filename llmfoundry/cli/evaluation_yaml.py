@@ -25,7 +25,7 @@ from llmfoundry.model.config import ModelConfig
 from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.parallel.mesh import ParallelConfig
 from llmfoundry.train.build import check_device
-from llmfoundry.train.config import Precision, precision_on
+from llmfoundry.train.config import Precision, inference_precision, precision_on
 from llmfoundry.train.resume import with_rule_of
 
 log = logging.getLogger(__name__)
@@ -56,12 +56,15 @@ class TaskSettings(Config):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.icl_subset_num_batches == 0:
-            raise ValueError("icl_subset_num_batches=0 asks nothing; write -1 for all questions, or 1 or more")
+            raise ValueError("icl_subset_num_batches=0 asks no question; write -1 for all questions, or 1 or more")
         return self
 
     def precision_here(self) -> Precision:
         """The precision on this machine; raises ConfigError if it is not to be had."""
-        return precision_on(self.precision, runtime.device().type)
+        precision = precision_on(self.precision, runtime.device().type)
+        if precision == "amp_fp8":
+            log.info("precision: amp_fp8 is for training; this computes in amp_bf16")
+        return inference_precision(precision)
 
 
 class EvaluatedModel(Config):

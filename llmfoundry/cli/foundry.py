@@ -11,19 +11,26 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from llmfoundry.cli.command import command
 from llmfoundry.cli.parser import Parser
 from llmfoundry.config import ConfigError
 from llmfoundry.integrations.foundry_paths import our_checkpoint
+from llmfoundry.strict_json import parse_json
 
 log = logging.getLogger(__name__)
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-# Arguments of their hf_generate that change no token here.
-_LOADING = ("max_seq_len", "max_batch_size", "eos_token_id", "pad_token_id", "model_dtype", "autocast_dtype",
-            "revision", "device", "device_map", "attn_impl", "use_cache", "warmup", "trust_remote_code",
-            "use_auth_token")  # fmt: skip
+# Arguments of their hf_generate, and what is said when they are given.
+_NO_TOKEN = "left out, it changes no token here"
+_ROUNDING = "left out, numbers are rounded as `precision` says: auto is bf16 on a GPU and float32 on a CPU"
+_LEFT_OUT = dict.fromkeys(
+    ("max_seq_len", "pad_token_id", "device", "device_map", "attn_impl", "use_cache", "warmup", "trust_remote_code",
+     "use_auth_token"), _NO_TOKEN,
+) | dict.fromkeys(("model_dtype", "autocast_dtype"), _ROUNDING)  # fmt: skip
+_PROMPTS = ("My name is", "This is an explanation of deep learning to a five year old. Deep learning is")
+_FILE = "file::"  # before the name of a file of prompts
 
 
 def generate_words(argv: Sequence[str] | None) -> list[str]:
@@ -33,30 +40,69 @@ def generate_words(argv: Sequence[str] | None) -> list[str]:
         return words
     parser = Parser("llmfoundry generate", allow_abbrev=False)
     parser.add_argument("-n", "--name_or_path", required=True)
-    parser.add_argument("-p", "--prompts", nargs="+", required=True)
-    parser.add_argument("--max_new_tokens", default="100")
-    parser.add_argument("--temperature", default="1.0")
-    parser.add_argument("--top_p", default="1.0")
-    parser.add_argument("--seed", default="42")
+    parser.add_argument("-p", "--prompts", nargs="+", default=list(_PROMPTS))
+    parser.add_argument("--prompt-delimiter")
+    parser.add_argument("--max_new_tokens", type=int, default=100)
+    parser.add_argument("--max_batch_size", type=int)
+    # Each may have several values there, which are tried one after the other.
+    tried = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "seed": 42}
+    refused = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    for key, value in (tried | refused).items():
+        parser.add_argument(f"--{key}", type=type(value), nargs="+", default=[value])
     parser.add_argument("--do_sample", nargs="?", const="true", default="true")
-    refused = {"top_k": "0", "repetition_penalty": "1.0", "no_repeat_ngram_size": "0"}
-    for key, off in refused.items():
-        parser.add_argument(f"--{key}", default=off)
-    for key in _LOADING:
+    for key in ("eos_token_id", "revision"):
+        parser.add_argument(f"--{key}")
+    for key in _LEFT_OUT:
         parser.add_argument(f"--{key}", nargs="?", const="true")
     args = parser.parse_args(words)
     for key, off in refused.items():
-        if float(getattr(args, key)) != float(off):
-            raise ConfigError(f"--{key} {getattr(args, key)}: is not supported; use --temperature and --top_p")
-    for key in _LOADING:
+        if getattr(args, key) != [off]:
+            raise ConfigError(f"--{key}: is not supported; use --temperature, --top_k and --top_p")
+    for key in tried:
+        if len(getattr(args, key)) > 1:
+            raise ConfigError(f"--{key}: has several values; run the command once for each")
+    if args.eos_token_id is not None:
+        raise ConfigError(
+            "--eos_token_id: is not supported; write eos_token_id into the model's generation_config.json"
+        )
+    if args.revision is not None and not Path(args.name_or_path).exists():
+        raise ConfigError(
+            f"--revision: is not supported; download it first, hf download {args.name_or_path} --revision "
+            f"{args.revision} --local-dir FOLDER, and name the folder"
+        )
+    for key, why in _LEFT_OUT.items():
         if getattr(args, key) is not None:
-            log.info("--%s: left out, it changes no token here", key)
-    sampled = args.do_sample.lower() in ("yes", "true", "t", "y", "1")
+            log.info("--%s: %s", key, why)
+    prompts = [text for word in args.prompts for text in _prompts(word, args.prompt_delimiter)]
+    batch = [] if args.max_batch_size is None else ["--batch-size", str(args.max_batch_size)]
     return [
-        "--checkpoint", _ours(args.name_or_path), *(f"--prompt={prompt}" for prompt in args.prompts),
-        "--max-new-tokens", args.max_new_tokens, "--temperature", args.temperature if sampled else "0",
-        "--top-p", args.top_p, "--seed", args.seed,
+        "--checkpoint", _ours(args.name_or_path), *(f"--prompt={prompt}" for prompt in prompts),
+        "--max-new-tokens", str(args.max_new_tokens), "--top-p", str(args.top_p[0]), "--top-k", str(args.top_k[0]),
+        "--temperature", str(args.temperature[0]) if _truth("do_sample", args.do_sample) else "0",
+        "--seed", str(args.seed[0]), *batch,
     ]  # fmt: skip
+
+
+def _prompts(word: str, delimiter: str | None) -> list[str]:
+    """What a word of --prompts stands for: itself, or with `file::` the texts of a file."""
+    if word.startswith("dataset::"):
+        raise ConfigError(f"--prompts {word}: is not supported; write the prompts into a file, and file::FILE")
+    if not word.startswith(_FILE):
+        return [word]
+    path = Path(word.removeprefix(_FILE)).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompts {word}: cannot be read: {error}") from None
+    return [text] if delimiter is None else [part for part in text.split(delimiter) if part]
+
+
+def _truth(key: str, word: str) -> bool:
+    if word.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if word.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise ConfigError(f"--{key} {word}: must be true or false")
 
 
 def convert_words(argv: Sequence[str] | None) -> list[str]:
@@ -93,35 +139,54 @@ def data_prep_main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(
         "llmfoundry data_prep",
         "Write MDS folders of text or tokens, by LLM Foundry's command lines.",
-        ["llmfoundry data_prep convert_dataset_json --path texts.jsonl --out_root mds --split train"],
+        ["llmfoundry data_prep convert_dataset_json --path texts.jsonl --out_root mds"],
     )
-    ways = parser.add_subparsers(dest="way", required=True)
+    ways = parser.add_subparsers(dest="way", required=True, metavar="COMMAND")
     hub = ways.add_parser("convert_dataset_hf", help="a dataset of the Hugging Face hub, or a folder")
-    hub.add_argument("--dataset", required=True, help="a hub id or a folder")
-    hub.add_argument("--data_subset", help="its configuration, e.g. en")
-    hub.add_argument("--splits", nargs="+", default=["train", "train_small", "val", "val_small", "val_xsmall"])
     lines = ways.add_parser("convert_dataset_json", help="JSON lines with a column text")
-    lines.add_argument("--path", required=True, help="a file, folder, glob or hub id")
-    lines.add_argument("--split", default="train")
     texts = ways.add_parser("convert_text_to_mds", help="text files")
-    texts.add_argument("--input_folder", dest="path", required=True)
-    texts.add_argument("--output_folder", dest="out_root", type=Path, required=True)
+    _add(hub, "dataset", required=True, help="a hub id or a folder")
+    _add(hub, "data_subset", help="its configuration, e.g. en")
+    _add(hub, "splits", nargs="+", default=["train", "train_small", "val", "val_small", "val_xsmall"])
+    _add(lines, "path", required=True, help="a file, folder or glob")
+    _add(lines, "split", choices=("train",), default="train", help="a file is one split, which has this name")
+    _add(texts, "input_folder", dest="path", required=True)
+    _add(texts, "output_folder", dest="out_root", required=True)
     for each in (hub, lines, texts):
         if each is not texts:
-            each.add_argument("--out_root", type=Path, required=True)
-        each.add_argument("--compression", help="zstd[:level], gz, bz2, br or snappy")
-        each.add_argument("--concat_tokens", type=int, metavar="N", help="write rows of N tokens; default: texts")
-        each.add_argument("--tokenizer", help="for --concat_tokens: a folder or hub id")
-        each.add_argument("--bos_text", default="", help="put before each text")
-        each.add_argument("--eos_text", default="", help="put after each text")
-        each.add_argument("--no_wrap", action="store_true", help="start a new row for each text")
-        each.add_argument("--use_tokenizer_eos", action="store_true", help="put the end-of-text token after each text")
-        each.add_argument("--num_workers", type=int, help="has no effect")
-        each.add_argument("--processes", type=int, help="has no effect")
+            _add(each, "out_root", required=True, help="a folder, or the URL of one")
+        _add(each, "compression", help="zstd[:level], gz, bz2, br or snappy")
+        _add(each, "concat_tokens", type=int, metavar="N", help="write rows of N tokens; default: texts")
+        _add(each, "tokenizer", help="for --concat_tokens: a folder or hub id")
+        _add(each, "tokenizer_kwargs", default="{}", metavar="JSON", help="settings that the tokenizer is loaded with")
+        _add(each, "bos_text", default="", help="put before each text")
+        _add(each, "eos_text", default="", help="put after each text")
+        _add(each, "no_wrap", action="store_true", help="start a new row for each text")
+        _add(each, "use_tokenizer_eos", action="store_true", help="put the end-of-text token after each text")
+        for key in ("num_workers", "processes", "max_mds_writer_workers", "logging_level"):
+            _add(each, key, help="has no effect")
+        for key in ("reprocess", "trust_remote_code"):
+            _add(each, key, nargs="?", const="true", help="has no effect")
     args = parser.parse_args(argv)
     if (args.concat_tokens is None) != (args.tokenizer is None):
         raise ConfigError("--concat_tokens N and --tokenizer NAME belong together; without both, texts are written")
     _prepare(args)
+
+
+def _add(parser: argparse.ArgumentParser, name: str, **how: Any) -> None:
+    """An option as their scripts spell it, and as their command `llmfoundry` does: with dashes."""
+    parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **how)
+
+
+def _words(text: str) -> dict[str, str | int | float | bool | None]:
+    try:
+        found = parse_json(text)
+    except ValueError as error:
+        raise ConfigError(f"--tokenizer_kwargs {text}: is not valid JSON: {error}") from None
+    if not isinstance(found, dict) or any(isinstance(value, list | dict) for value in found.values()):
+        raise ConfigError(f"--tokenizer_kwargs {text}: must be a mapping of names to plain values")
+    found.pop("trust_remote_code", None)  # code of a tokenizer is never run
+    return cast(dict[str, str | int | float | bool | None], found)
 
 
 def _prepare(args: argparse.Namespace) -> None:
@@ -131,23 +196,27 @@ def _prepare(args: argparse.Namespace) -> None:
     if args.tokenizer is not None:
         tokens = data_prep.how(
             args.tokenizer, args.concat_tokens, args.bos_text, None if args.use_tokenizer_eos else args.eos_text,
-            wrap=not args.no_wrap,
+            not args.no_wrap, _words(args.tokenizer_kwargs),
         )  # fmt: skip
     if args.way == "convert_dataset_hf":
-        parts = {name: data_prep.part_of(args.dataset, name) for name in args.splits}
+        names = [name.strip() for word in args.splits for name in word.split(",") if name.strip()]
+        parts = {name: data_prep.part_of(args.dataset, name) for name in names}
     else:
-        parts = {getattr(args, "split", ""): data_prep.Part("")}
-    for name in parts:
-        if (args.out_root / name).is_dir() and any((args.out_root / name).iterdir()):
-            raise ConfigError(f"{args.out_root / name}: is not empty; choose another folder")
+        parts = {"": data_prep.Part("")}
+    if not parts or not args.out_root:
+        raise ConfigError("--splits and the folder to write to must not be empty")
+    folders = {name: f"{args.out_root.rstrip('/')}/{name}".rstrip("/") for name in parts}
+    for folder in folders.values():
+        if Path(folder).is_dir() and any(Path(folder).iterdir()):
+            raise ConfigError(f"{folder}: is not empty; choose another folder")
     for name, part in parts.items():
         if args.way == "convert_dataset_hf":
             texts = data_prep.hub_texts(args.dataset, args.data_subset, part.split)
         else:
             texts = data_prep.file_texts(args.path)
-        count = data_prep.write(texts, args.out_root / name, tokens, part.most, args.compression)
+        count = data_prep.write(texts, folders[name], tokens, part.most, args.compression)
         what = "texts" if tokens is None else f"rows of {tokens.length:,} tokens"
-        print(f"{count:,} {what} written to {args.out_root / name}")
+        print(f"{count:,} {what} written to {folders[name]}")
 
 
 def _has(words: Sequence[str], *options: str) -> bool:

@@ -85,7 +85,7 @@ def generate_main(argv: Sequence[str] | None = None) -> None:
     if parse is None:
         parse = ready.special.parse or not opened.trained
     special = ready.special._replace(parse=parse)
-    how = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    how = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed, args.top_k)
     if len(rows) == 1 and args.prompts is None and args.output is None:
         emit = show if launch.is_rank0() else None
         generate(
@@ -119,6 +119,8 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="default: 0.8; 0: always the likeliest token")
     parser.add_argument("--top-p", type=float, default=0.95, help="draw from the likeliest tokens that together have "
                         "this probability; default: 0.95")  # fmt: skip
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens; default: "
+                        "0, all of them")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the random draws; default: 0")
 
 
@@ -126,6 +128,8 @@ def check_sampling(args: argparse.Namespace) -> None:
     """Refuse options of sampling that are out of range; raises ConfigError."""
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
         raise ConfigError("--temperature must be a number of 0 or more, --top-p in (0, 1], --max-new-tokens 1 or more")
+    if args.top_k < 0:
+        raise ConfigError(f"--top-k {args.top_k}: must be 1 or more, or 0 for all tokens")
 
 
 def show(text: str) -> None:

@@ -93,6 +93,7 @@ def _open_theirs(name: str, overrides: list[str], check: Check | None) -> Opened
     from llmfoundry.hf.pretrained import open_checkpoint as opened
     from llmfoundry.model.transformer import CausalLMConfig
     from llmfoundry.settings import write_resolved
+    from llmfoundry.train.config import inference_precision
 
     found = opened(name)
     folder = found.path if found.path.is_dir() else found.path.parent
@@ -104,7 +105,7 @@ def _open_theirs(name: str, overrides: list[str], check: Check | None) -> Opened
     assert isinstance(config.model, CausalLMConfig)
     if check is not None:
         check(config.model)
-    precision = config.precision_on(runtime.start().type)
+    precision = inference_precision(config.precision_on(runtime.start().type))
     # What an override of the model changes is asked for; shapes must fit.
     model = config.model if overrides else None
     ready = open_hugging_face(name, precision, config=model, allow=["model"], parallel=config.parallel)
@@ -118,6 +119,7 @@ def _open_ours(folder: str, overrides: list[str], check: Check | None, untrusted
     from llmfoundry.hf.pretrained import tokenizer_of
     from llmfoundry.model.transformer import CausalLMConfig
     from llmfoundry.train.build import check_device
+    from llmfoundry.train.config import inference_precision
     from llmfoundry.train.resume import is_trained, with_rule_of
 
     place = runtime.start()
@@ -128,7 +130,7 @@ def _open_ours(folder: str, overrides: list[str], check: Check | None, untrusted
     assert isinstance(config.model, CausalLMConfig)
     if check is not None:
         check(config.model)
-    precision = config.precision_on(place.type)
+    precision = inference_precision(config.precision_on(place.type))
     check_device(config.model, place, precision)
     tokenizer = tokenizer_of(contents.tokenizer) if contents.tokenizer is not None else None
     if tokenizer is None:

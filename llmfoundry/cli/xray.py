@@ -96,11 +96,11 @@ def _is_mixture(config: CausalLMConfig) -> None:
     from llmfoundry.report.experts import mixture_layers
 
     if not mixture_layers(config):
-        raise ConfigError("the model is dense: none of its layers has experts of ours to show")
+        raise ConfigError("the model is dense: it has no experts to show")
 
 
 def _layers(asked: list[int] | None, config: CausalLMConfig) -> list[int]:
-    """The layers to show; raises ConfigError for one that is no mixture."""
+    """The layers to show; raises ConfigError for one that is not a mixture."""
     from llmfoundry.report.experts import mixture_layers
 
     layers = mixture_layers(config)

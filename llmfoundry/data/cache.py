@@ -65,7 +65,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def waited_for(lock: Path, what: str) -> Iterator[None]:
-    """Hold a lock. Who waits for it says so: on another machine one sees nothing of what the holder does."""
+    """Hold a lock. A process that waits for it logs that: on another machine one sees nothing of the holder."""
     held = FileLock(lock)
     try:
         held.acquire(timeout=_SAID_AFTER)

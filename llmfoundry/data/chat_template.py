@@ -67,7 +67,7 @@ class Targets(NamedTuple):
     """What is learned of an example."""
 
     responses: Responses = "all"
-    prompts: int | None = None  # prompts of so many tokens or more are learned too; None: never
+    prompts: int | None = None  # prompts of this many tokens or more are learned too; None: never
 
 
 class Renderer:
@@ -78,7 +78,7 @@ class Renderer:
         bos: opens a prompt that no template renders.
 
     Raises:
-        ConfigError: the tokenizer cannot say which characters a token stands for, or the template is no Jinja.
+        ConfigError: the tokenizer cannot say which characters a token stands for, or the template is not valid Jinja.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal, Self, TypeVar
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
@@ -57,7 +57,7 @@ class ChatsConfig(Folders, names=("chats",)):
     target_prompts: str = "none"  # `all`, or length>=N: learn the prompts too, where they have N tokens or more
     skip_bad_rows: int = Field(default=0, ge=0)  # rows without a readable example that are skipped and counted
     # Words of LLM Foundry for what is always so here: examples share rows where attention keeps them apart.
-    packing_ratio: float | Literal["auto"] | None = None
+    packing_ratio: Annotated[float, Field(ge=1)] | Literal["auto"] | None = None
     decoder_only_format: Literal[True] = True  # always so: models are decoders
     allow_pad_trimming: bool = False  # accepted, without effect
     pad_to_longest: bool = False  # accepted, without effect
@@ -120,7 +120,7 @@ class ChatsConfig(Folders, names=("chats",)):
 
     def _write(self, folder: Path, table: Table, renderer: Renderer, how: How) -> None:
         examples = self._read(table, lambda row: [renderer.tokens(example_of(row))])
-        write(folder, examples, how, "in none of {n} examples is there anything to learn", pack=how.documents)
+        write(folder, examples, how, "none of {n} examples has anything to learn", pack=how.documents)
 
     def _opened(
         self, folder: Path, title: str, fingerprint: str, eos_token_id: int, how: How, watch: Watch
@@ -165,7 +165,7 @@ class ChatsConfig(Folders, names=("chats",)):
             raise ConfigError(f"dataset.chat_template: {given}: cannot be read: {error}") from None
 
     def _read(self, table: Table, meaning: Callable[[Row], Made]) -> Iterator[Made]:
-        """What is made of the rows of a table; a row that is none is skipped or refused."""
+        """What is made of the rows of a table; a row that is not an example is skipped or refused."""
         prepare = preprocess(self.preprocessing_fn)
         bad, first = 0, ""
         for row, at in table.rows:

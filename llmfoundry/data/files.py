@@ -85,7 +85,7 @@ class Readable(Protocol):
 
 
 def kind_of(path: Path) -> Kind | None:
-    """How a file is read, by its ending; None if it is no file of text."""
+    """How a file is read, by its ending; None if it is not a text file."""
     *_, first, last = ["", "", *(suffix.casefold() for suffix in path.suffixes)]
     if last in FORMATS:
         return Kind(last, "")

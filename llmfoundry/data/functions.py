@@ -20,7 +20,7 @@ def imported(name: str, key: str) -> Callable:
         key: that names it, for messages.
 
     Raises:
-        ConfigError: it cannot be imported, or is no function.
+        ConfigError: it cannot be imported, or is not a function.
     """
     module_name, _, function = name.partition(":")
     where = f"{key}: {name}"
@@ -47,7 +47,7 @@ def code_of(name: str, key: str) -> str:
     """What decides the function's result: the file in which it is.
 
     Raises:
-        ConfigError: it is not written in Python, so no file says it.
+        ConfigError: it is not written in Python, so there is no file to read.
     """
     try:
         file = inspect.getsourcefile(imported(name, key))

@@ -33,7 +33,7 @@ class HubTextConfig(TextsConfig, names=("hub", "hf_text")):
     revision: str | None = None  # a commit, branch or tag; None: the newest
     text_key: str = "text"  # the column with the text
     streaming: bool = False  # read files as they come, without storing them
-    max_documents: int | None = Field(default=None, ge=1)  # read only so many, from the first; None: all
+    max_documents: int | None = Field(default=None, ge=1)  # read only this many, from the first; None: all
 
     def heap(self) -> str:
         return json.dumps(["hub", self.hf_name, self.subset, self.revision, self.split])

@@ -267,8 +267,15 @@ def _hash(algorithm: str, content: bytes | NDArray[np.uint8]) -> str:
         raise ConfigError(f"hash {algorithm!r} is not known here; known: xxh64, {known}") from None
 
 
+_LEVELS = {"zstd": range(1, 23), "gz": range(10), "bz2": range(1, 10), "br": range(12)}
+
+
 def _codec(compression: str, pack: bool) -> Callable[[bytes], bytes]:
     name, _, level = compression.partition(":")
+    levels = _LEVELS.get(name, range(0))
+    if pack and level and not (level.isdecimal() and int(level) in levels):
+        known = f"has levels {levels[0]} to {levels[-1]}" if levels else "takes no level"
+        raise ConfigError(f"compression {compression!r}: {name} {known}")
     if name == "zstd":
         return zstandard.ZstdCompressor(int(level or 3)).compress if pack else _unpack_zstd
     if name == "gz":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +24,34 @@ class Written(NamedTuple):
     left_out: int  # tokens at the end that fill no row
 
 
+@contextmanager
+def folder_of(
+    out: Path | str, columns: Mapping[str, str], compression: str | None, hashes: Sequence[str] = ("sha1",)
+) -> Iterator[MDSWriter]:
+    """The writer of a new MDS folder, or of the URL of one, which is written one shard after another.
+
+    Args:
+        columns: encoding of each column, in order.
+        compression: null, zstd[:level], gz[:level], bz2[:level], br[:level] or snappy.
+        hashes: names of hashlib or xxhash functions, kept in the index for every file.
+
+    Raises:
+        ConfigError: it holds something or cannot be written, or the compression is not known.
+    """
+    url = str(out) if is_url(str(out)) else None
+    if url is not None and listing(url):
+        raise ConfigError(f"{url}: is not empty; choose another folder")
+    with tempfile.TemporaryDirectory() as passing:
+        place = Path(out if url is None else passing)
+        try:
+            with MDSWriter(place, columns, compression, hashes, url=url) as writer:
+                yield writer
+        except OSError as error:
+            if str(error.filename or place).startswith(str(place)):
+                raise ConfigError(f"{out}: cannot be written: {error.strerror}") from None
+            raise
+
+
 def write_rows(stream: TokenStream, length: int, out: Path | str, compression: str | None = None) -> Written:
     """Write tokens [i*length, (i+1)*length) of a stream as sample i.
 
@@ -29,15 +59,11 @@ def write_rows(stream: TokenStream, length: int, out: Path | str, compression: s
         out: a folder, or the URL of one, which is written one shard after another.
 
     Raises:
-        ConfigError: the folder holds something, or the compression is not known.
+        ConfigError: the folder holds something or cannot be written, or the compression is not known.
     """
-    url = str(out) if is_url(str(out)) else None
-    if url is not None and listing(url):
-        raise ConfigError(f"{url}: is not empty; choose another folder")
     n_rows, left_out = divmod(stream.n_tokens, length)
     with (
-        tempfile.TemporaryDirectory() as passing,
-        MDSWriter(Path(out if url is None else passing), COLUMNS, compression, hashes=("sha1",), url=url) as writer,
+        folder_of(out, COLUMNS, compression) as writer,
         progress(f"writing {out}", n_rows * length, "tokens") as advance,
     ):
         for i in range(n_rows):

@@ -39,7 +39,7 @@ from llmfoundry.strict_json import read_mapping
 log = logging.getLogger(__name__)
 
 _BYTES_PER_TOKEN = 4  # of text, about
-_OPEN_SHARDS = 256  # of all streams, kept open: a process may only have so many files
+_OPEN_SHARDS = 256  # of all streams, kept open: a process may only have a limited number of files
 open_shards: dict[int, OpenFile] = {}  # these, by `TokenStream.first_shard + number`, a key of the process
 _streams = count()
 

@@ -43,7 +43,7 @@ class PreferencesConfig(ChatsConfig, names=("preferences",)):
 
     def _write(self, folder: Path, table: Table, renderer: Renderer, how: How) -> None:
         pairs = self._read(table, lambda row: [renderer.tokens(each) for each in preference_of(row)])
-        write(folder, pairs, how, "of none of {n} preferences do both answers begin")
+        write(folder, pairs, how, "none of {n} preferences has two answers that begin")
 
     def _opened(
         self, folder: Path, title: str, fingerprint: str, eos_token_id: int, how: How, watch: Watch

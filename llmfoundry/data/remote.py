@@ -69,7 +69,7 @@ def n_bytes(size: int | str | None) -> int:
     """A size as it is written: 100gb, 5e9 or a number of bytes.
 
     Raises:
-        ValueError: it is no size.
+        ValueError: it is not a size.
     """
     if size is None:
         return LIMIT
@@ -289,7 +289,7 @@ def put_folder(folder: Path, url: str, last: str) -> None:
     """Write a folder of this machine in place of one of a store; raises as `listing`.
 
     Args:
-        last: the name of a file without which nobody reads the folder: it goes first and comes last.
+        last: the name of a file without which the folder is not read: it is removed first and written last.
     """
     delete(f"{url}/{last}")
     delete(url)

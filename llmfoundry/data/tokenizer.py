@@ -34,7 +34,7 @@ from llmfoundry.runtime import cache_root, first_of_node
 log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
-# BPE learns from the first so many characters of the training split: merges change little beyond, time and
+# BPE learns from this many characters at the start of the training split: merges change little beyond, time and
 # memory do.
 TRAIN_CHARACTERS = 2**28
 # The time that BPE takes to learn grows with the square of the longest word (5 s for 100,000 letters), so longer words

@@ -1,4 +1,4 @@
-"""Text from a model: one prompt, a key-value cache, temperature and top-p.
+"""Text from a model: one prompt, a key-value cache, temperature, top-k and top-p.
 
 Shapes: B rows, S tokens so far, V vocab.
 """
@@ -31,6 +31,7 @@ class Sampling(NamedTuple):
     temperature: float = 1.0  # 0 takes the likeliest token
     top_p: float = 1.0  # sample among the likeliest tokens whose probabilities reach this sum
     seed: int = 0
+    top_k: int = 0  # sample among this many of the likeliest tokens; 0: among all
 
     def dice(self, number: int) -> torch.Generator:
         """What the draws for one of several texts come from: it depends on the seed and on that number alone."""
@@ -38,7 +39,7 @@ class Sampling(NamedTuple):
 
     def drawing(self, number: int) -> Callable[[Tensor], int]:
         """What chooses an id from (V,) logits."""
-        return partial(sample, temperature=self.temperature, top_p=self.top_p, dice=self.dice(number))
+        return partial(sample, temperature=self.temperature, top_p=self.top_p, dice=self.dice(number), top_k=self.top_k)
 
 
 def generate(
@@ -50,6 +51,7 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
+    top_k: int = 0,
     number: int = 0,
     special: SpecialTokens = PLAIN_TEXT,
     stop: Collection[int] = (),
@@ -64,6 +66,7 @@ def generate(
         top_p: sample among the likeliest tokens whose probabilities reach this sum (nucleus sampling,
             Holtzman et al. 2020, arXiv:1904.09751).
         seed: of the sampling; the draws are the same on every device.
+        top_k: sample among this many of the likeliest tokens, before `top_p` narrows them; 0: among all.
         number: of the prompt among several; each has draws of its own.
         special: the rule for special tokens that the model was trained with.
         stop: ids that end the text, beside the tokenizer's end of text.
@@ -82,7 +85,7 @@ def generate(
     warn_of_length(model.config, "the prompt", len(ids))
     stream = Stream(tokenizer, ids, emit) if emit is not None else None
     cache = Cache(model.config.n_layers, capacity=len(ids) + max_new_tokens)
-    draw = Sampling(max_new_tokens, temperature, top_p, seed).drawing(number)
+    draw = Sampling(max_new_tokens, temperature, top_p, seed, top_k).drawing(number)
     was_training = model.training
     model.eval()
     for token in new_tokens(model, ids.copy(), cache, max_new_tokens, draw, {tokenizer.eos_token_id, *stop}):
@@ -160,12 +163,14 @@ def warn_of_length(config: CausalLMConfig, what: str, tokens: int) -> None:
                     what, f"{tokens:,}", f"{config.max_seq_len:,}")  # fmt: skip
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, dice: torch.Generator) -> int:
+def sample(logits: Tensor, temperature: float, top_p: float, dice: torch.Generator, top_k: int = 0) -> int:
     """Draw a token id from (V,) logits; see `sample_rows`."""
-    return sample_rows(logits[None], temperature, top_p, [dice])[0]
+    return sample_rows(logits[None], temperature, top_p, [dice], top_k)[0]
 
 
-def sample_rows(logits: Tensor, temperature: float, top_p: float, dice: Sequence[torch.Generator]) -> list[int]:
+def sample_rows(
+    logits: Tensor, temperature: float, top_p: float, dice: Sequence[torch.Generator], top_k: int = 0
+) -> list[int]:
     """Draw a token id for each row.
 
     One number between 0 and 1 is drawn a row, and finds its token in the order of ids. In an order by probability, the
@@ -174,12 +179,17 @@ def sample_rows(logits: Tensor, temperature: float, top_p: float, dice: Sequence
     Args:
         logits: (B, V), any float dtype, on any device.
         temperature: 0 takes the highest, the lowest id among equals.
+        top_p: sample among the likeliest tokens whose probabilities reach this sum.
         dice: B generators on the CPU.
+        top_k: sample among this many of the likeliest tokens; their probabilities then sum to 1 for `top_p`. 0: all.
     """
     if temperature == 0:
         return logits.argmax(-1).tolist()
     temperature = max(temperature, 1e-30)  # a smaller one is 0 in float32
     probabilities, order = (logits.float() / temperature).softmax(-1).sort(descending=True, stable=True)
+    if top_k:
+        probabilities[:, top_k:] = 0
+        probabilities /= probabilities.sum(-1, keepdim=True)
     # The first token past the sum stays in, so that there is always one.
     beyond = probabilities.cumsum(-1) - probabilities > top_p
     kept = torch.zeros_like(probabilities).scatter_(-1, order, probabilities.masked_fill(beyond, 0))

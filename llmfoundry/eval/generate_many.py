@@ -112,7 +112,9 @@ def _written(
         ranks,
         stop={tokenizer.eos_token_id, *stop},
         done=ended,
-        draw=lambda numbers, logits: sample_rows(logits, how.temperature, how.top_p, [dice[i] for i in numbers]),
+        draw=lambda numbers, logits: sample_rows(
+            logits, how.temperature, how.top_p, [dice[i] for i in numbers], how.top_k
+        ),
     )
     assert written is not None
     for request, new in zip(requests, written, strict=True):

@@ -58,7 +58,7 @@ def build_tasks(
     Args:
         max_seq_len: tokens of a row, for tasks that do not say it.
         batch_size: rows of a forward, for tasks that do not say it.
-        max_batches: ask the first so many batches of each task only, over all ranks together; -1: all.
+        max_batches: ask only this many batches of each task, over all ranks together; -1: all.
 
     Raises:
         ConfigError: data is missing or malformed, or two tasks have the same name.
@@ -181,7 +181,7 @@ def _with_paths(task: object, *folders: Path) -> object:
 
 
 def _found(path: str, *folders: Path) -> str:
-    """The absolute path of a file in the current folder or in one of `folders`; as it is if there is none."""
+    """The absolute path of a file in the current folder or in one of `folders`; unchanged if it does not exist."""
     places = (folder / Path(path).expanduser() for folder in (Path(), *folders))
     return path if path.startswith(HUB) else next((str(each.absolute()) for each in places if each.is_file()), path)
 

@@ -205,7 +205,7 @@ def normalized(text: str) -> str:
 def draw_examples(n_rows: int, n_examples: int, asked: int, dice: random.Random) -> set[int]:
     """The solved examples before a question, which is not one of them; the same draws as in LLM Foundry.
 
-    There are fewer than `n_examples` where there are not so many other rows. The order is that of the set.
+    There are fewer than `n_examples` where there are fewer other rows. The order is that of the set.
     """
     if n_examples == 0:
         return set()

@@ -119,7 +119,7 @@ class TaskConfig(Choice, tag="icl_task_type"):
         Args:
             rows: of the whole task; examples are drawn from all of them.
             n_examples: solved ones before each question.
-            limit: ask the first so many questions only.
+            limit: ask only this many questions.
             max_seq_len: tokens of a question with its answer, at most.
 
         Raises:

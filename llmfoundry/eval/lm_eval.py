@@ -199,7 +199,7 @@ def evaluate_harness(
     Args:
         tasks: names of tasks or groups.
         num_fewshot: solved examples; None: as each task has it.
-        limit: the first so many questions of each.
+        limit: only this many questions of each.
         include_path: a folder with more tasks.
         apply_chat_template: put questions as the user's turns, and solved examples as turns before them.
 

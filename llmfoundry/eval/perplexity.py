@@ -60,7 +60,7 @@ def evaluate(
     Args:
         model: sharded or not; every rank calls this.
         rows: rows of one forward on one rank.
-        max_batches: read so many times `rows` rows, over all ranks together; -1 reads all.
+        max_batches: read this many times `rows` rows, over all ranks together; -1 reads all.
         rank: this process's share of the rows, of `world`.
         stopped: asked before every batch, with the same answer on every rank; true ends the pass.
         bar: whether a terminal shows a bar.

@@ -97,7 +97,7 @@ class Stream:
         emit(self._decode(0, len(ids)))
 
     def advance(self, last: bool = False) -> None:
-        """Give out what the new ids add; the last time, also what is no whole character."""
+        """Give out what the new ids add; the last time, also an incomplete character."""
         old, new = self._decode(self._before, self._done), self._decode(self._before, len(self._ids))
         if len(new) > len(old) and (last or not new.endswith("\N{REPLACEMENT CHARACTER}")):
             self._emit(new[len(old) :])

@@ -311,7 +311,7 @@ def as_mixture(ffn: FFNConfig) -> MoEConfig:
     """The block as a mixture.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is not one.
     """
     if not isinstance(ffn, MoEConfig):
         raise ConfigError(f"ffn_type={ffn.ffn_type}")

@@ -71,7 +71,7 @@ def differences(one: Facts, two: Facts) -> dict[str, tuple[object, object]]:
 def weight_differences(stored: CausalLMConfig, model: CausalLMConfig) -> dict[str, tuple[object, object]]:
     """Facts in which a model differs from that whose weights it takes over.
 
-    A larger vocabulary is no difference: rows are added to the embedding.
+    A larger vocabulary is not a difference: rows are added to the embedding.
     """
     found = differences(facts(stored), facts(model))
     if stored.vocab_size < model.vocab_size:

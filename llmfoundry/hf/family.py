@@ -228,7 +228,7 @@ def read_config(
             raise
         raise ConfigError(f"{where}: {str(error).removeprefix('config.json: ')}") from None
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, ArithmeticError, RuntimeError) as error:
-        # A setting of a type that nobody expects fails anywhere.
+        # A setting of an unexpected type may fail anywhere.
         why = " ".join(str(error).split())[:200]
         raise ConfigError(f"{where}: holds a setting that cannot be ({type(error).__name__}: {why})") from None
 
@@ -256,13 +256,13 @@ def write_config(config: CausalLMConfig, model_type: str | None = None) -> tuple
 def export_note(config: ModelConfig) -> str:
     """Whether a model can leave as a Hugging Face checkpoint: one line, known before it is trained."""
     if not isinstance(config, CausalLMConfig):
-        return f"no Hugging Face family holds this: model.name={config.name}"
+        return f"Hugging Face export: not possible with model.name={config.name}"
     family, _, lacking = _closest(config)
     if lacking:
-        return f"no Hugging Face family holds this: {family.title}, the nearest, lacks {', '.join(lacking)}"
+        return f"Hugging Face export: not possible; the nearest family, {family.title}, lacks {', '.join(lacking)}"
     if family.code:
-        return "exports with a modelling file of its own; load with trust_remote_code=True"
-    return f"exports as {family.title}"
+        return "Hugging Face export: with modelling code of its own, loaded with trust_remote_code=True"
+    return f"Hugging Face export: as {family.title}"
 
 
 def _closest(config: CausalLMConfig, model_type: str | None = None) -> tuple[Family, ConfigDict, list[str]]:

@@ -113,7 +113,7 @@ class TransformersConfig(CausalLMConfig, names=("transformers",)):
 
 
 class _TiedHead(nn.Module):
-    """A head that reads the embedding's weight and has none of its own, so that no name stands for it twice."""
+    """A head that reads the embedding's weight and has no weight of its own, so that each weight has one name."""
 
     def __init__(self, embedding: nn.Module) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class TransformersLM(CausalLM):
 
     @torch.no_grad()
     def init_buffers(self) -> None:
-        """Give what is no matrix its first values, as `transformers` does: norms, angles of rotation, scales."""
+        """Initialise what is not a matrix, as `transformers` does: norms, angles of rotation, scales."""
         for part in self.module.modules():
             has_matrix = any(parameter.dim() >= 2 for parameter in part.parameters(recurse=False))
             if not has_matrix or any(True for _ in part.buffers(recurse=False)):
@@ -205,7 +205,7 @@ class AsItIs(Family):
 
     def __init__(self, model_type: str) -> None:
         self.model_type = model_type  # type: ignore[misc]
-        self.title = f"{model_type}, as it came"  # type: ignore[misc]
+        self.title = f"{model_type}, unchanged"  # type: ignore[misc]
         self.architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]  # type: ignore[misc]
 
     def read(self, data: Mapping[str, object], where: str) -> TransformersConfig:

@@ -21,6 +21,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry import runtime
@@ -33,6 +34,7 @@ from llmfoundry.hf.generation import GENERATION, generation_of, read_generation,
 from llmfoundry.hf.gguf import GGUFFile
 from llmfoundry.hf.pieces import Copy, Kept, Part, Pieces, Spec, TensorSource, fill, fill_grown, values_of
 from llmfoundry.hf.tokenizer import TOKENIZER_FILES, name_for_transformers_4, tokenizer_of
+from llmfoundry.kernels.halves import LOW_HALF, joined
 from llmfoundry.layers.lora import frozen_weights, is_adapter
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig, cast_parameters
 from llmfoundry.moe.layer import MoEConfig
@@ -298,6 +300,7 @@ def save_pretrained(
     dtype: torch.dtype | None = None,
     model_type: str | None = None,
     generation: str | None = None,
+    optimizer: Optimizer | None = None,
 ) -> None:
     """Write a model as a Hugging Face checkpoint. All ranks of a sharded one call this; the first one writes.
 
@@ -306,11 +309,12 @@ def save_pretrained(
         dtype: of the weights; None: as the model has them.
         model_type: the family; None: the first that can hold the model.
         generation: a generation_config.json.
+        optimizer: of a model that is being trained; its state may hold the low halves of weights (kernels/halves.py).
 
     Raises:
         ConfigError: no family can hold the model, or the folder is in use.
     """
-    source = _Model(model)
+    source = _Model(model, optimizer)
     if runtime.is_rank0():
         with new_folder(Path(folder)) as temporary:
             write_checkpoint(
@@ -425,14 +429,22 @@ class _Model:
     """A model's own tensors as a source; those of a sharded one whole, one at a time, on all ranks together. The last
     one is kept: the next tensor of theirs is often another part of it."""
 
-    def __init__(self, model: CausalLM) -> None:
+    def __init__(self, model: CausalLM, optimizer: Optimizer | None = None) -> None:
         self._state = {name: tensor for name, tensor in model.state_dict().items() if not is_adapter(name)}
+        kept = {} if optimizer is None else optimizer.state
+        self._low: dict[str, Tensor] = {
+            name: kept[parameter][LOW_HALF]
+            for name, parameter in model.named_parameters()
+            if LOW_HALF in kept.get(parameter, {})
+        }
         self.specs: Mapping[str, Spec] = {
-            name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._state.items()
+            name: Spec(torch.float32 if name in self._low else tensor.dtype, tuple(tensor.shape))
+            for name, tensor in self._state.items()
         }
         self._last: tuple[str, Tensor] | None = None
 
     def parts(self, name: str) -> list[Part]:
         if self._last is None or self._last[0] != name:
-            self._last = name, whole(self._state[name])
+            found = whole(self._state[name])
+            self._last = name, joined(found, whole(self._low[name])) if name in self._low else found
         return [Part((0,) * self._last[1].dim(), self._last[1])]

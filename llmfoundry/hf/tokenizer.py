@@ -14,7 +14,7 @@ from llmfoundry.hf import gguf
 from llmfoundry.private import is_secret
 from llmfoundry.strict_json import read_mapping
 
-# What makes a tokenizer, as patterns; none of it is code. Named chat templates have a folder of their own.
+# What makes a tokenizer, as patterns; no code. Named chat templates have a folder of their own.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja",

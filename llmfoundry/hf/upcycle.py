@@ -67,7 +67,7 @@ def upcycled_config(dense: CausalLMConfig, plan: Upcycling) -> CausalLMConfig:
     """The config of the mixture that a dense model grows into.
 
     Raises:
-        ConfigError: the model is no dense one, or its hidden size does not divide.
+        ConfigError: the model is not dense, or its hidden size does not divide.
     """
     block = _dense_block(dense)
     if block.hidden_size % plan.granularity:

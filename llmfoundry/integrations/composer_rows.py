@@ -78,7 +78,7 @@ def as_rows(batch: Batch) -> Rows:
 
 
 def split_rows(batch: Rows, rows: int) -> list[Rows]:
-    """Microbatches of at most so many rows, in order."""
+    """Microbatches of at most this many rows, in order."""
     return [as_rows(micro) for micro in Batch(**batch).split(rows)]
 
 

@@ -7,6 +7,7 @@ Rows are cut as theirs are: the texts' tokens one after another, each between `b
 from __future__ import annotations
 
 from collections.abc import Iterator
+from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import ConfigError, check
-from llmfoundry.data.mds import MDSWriter
+from llmfoundry.data.mds_write import folder_of
 from llmfoundry.data.sources import DatasetConfig
 from llmfoundry.data.tokenizer_files import load_tokenizer
 from llmfoundry.progress import progress
@@ -54,17 +55,21 @@ def part_of(dataset: str, name: str) -> Part:
     return _KNOWN.get(name, Part(name)) if Path(dataset).name in KNOWN else Part(name)
 
 
-def how(tokenizer: str, length: int, bos_text: str, eos_text: str | None, wrap: bool) -> Tokens:
+def how(
+    tokenizer: str, length: int, bos_text: str, eos_text: str | None, wrap: bool,
+    words: dict[str, str | int | float | bool | None],
+) -> Tokens:  # fmt: skip
     """The rule for rows of tokens.
 
     Args:
         eos_text: after each text; None: the tokenizer's end of text.
+        words: settings that the tokenizer is loaded with.
 
     Raises:
         ConfigError: the tokenizer cannot be loaded, or nothing would stand between texts.
     """
     source = Path(tokenizer) if Path(tokenizer).is_dir() else tokenizer
-    loaded = load_tokenizer(source, f"--tokenizer {tokenizer}")
+    loaded = load_tokenizer(source, f"--tokenizer {tokenizer}", **words)
     loaded.model_max_length = int(1e30)  # rows are cut here
     eos_text = loaded.eos_token or "" if eos_text is None else eos_text
     if length < 1:
@@ -89,8 +94,11 @@ def hub_texts(dataset: str, subset: str | None, split: str) -> Iterator[str]:
     """
     import datasets
 
+    # A folder's subset is a folder in it; the hub has configurations.
+    inside = subset if subset is not None and (Path(dataset) / subset).is_dir() else None
+    how = {"data_dir": inside} if inside is not None else {"name": subset}
     try:
-        rows = datasets.load_dataset(dataset, name=subset, split=split, streaming=True)
+        rows = datasets.load_dataset(dataset, split=split, streaming=True, **how)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ConfigError(f"--dataset {dataset}, split {split}: {' '.join(str(error).split())}") from None
     for row in rows:
@@ -108,14 +116,17 @@ def file_texts(where: str) -> Iterator[str]:
     Raises:
         ConfigError: there is none, or a row has no text.
     """
+    if not where or not (glob(where) or Path(where).expanduser().exists()):
+        raise ConfigError(f"--path {where}: no such file or folder")
     source = check(DatasetConfig, {"name": "text_files", "path": where, "validation_fraction": 0.0}).build()
     return source.documents()
 
 
-def write(texts: Iterator[str], out: Path, tokens: Tokens | None, most: int | None, compression: str | None) -> int:
+def write(texts: Iterator[str], out: str, tokens: Tokens | None, most: int | None, compression: str | None) -> int:
     """Write a folder.
 
     Args:
+        out: the folder, or its URL.
         tokens: how texts become rows; None writes the texts themselves.
         most: samples at most.
 
@@ -123,12 +134,13 @@ def write(texts: Iterator[str], out: Path, tokens: Tokens | None, most: int | No
         How many samples it has.
 
     Raises:
-        ConfigError: the folder holds something, or the compression is not known.
+        ConfigError: the folder holds something or cannot be written, the compression is not known, or there is nothing
+            to write.
     """
     columns = {"text": "str"} if tokens is None else {"tokens": "ndarray:int32"}
     count = 0
     with (
-        MDSWriter(out, columns, compression, hashes=("sha1", "xxh64")) as writer,
+        folder_of(out, columns, compression, hashes=("sha1", "xxh64")) as writer,
         progress(f"writing {out}", most, "samples") as advance,
     ):
         for value in texts if tokens is None else rows_of(texts, tokens):
@@ -137,6 +149,9 @@ def write(texts: Iterator[str], out: Path, tokens: Tokens | None, most: int | No
             writer.write({next(iter(columns)): value})
             count += 1
             advance(1)
+        if not count:
+            shorter = "" if tokens is None else f": it is shorter than one row of {tokens.length:,} tokens"
+            raise ConfigError(f"{out}: the text gives nothing to write{shorter}")
     return count
 
 

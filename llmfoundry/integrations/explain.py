@@ -16,7 +16,7 @@ def explained(given: dict[str, object], notes: Sequence[str]) -> Iterator[str]:
 
     Args:
         given: the file with its overrides, as they were written.
-        notes: of its translation; one that is no `Note` begins by the dotted path that it is about.
+        notes: of its translation; one that is not a `Note` begins with the dotted path that it is about.
     """
     by_path: dict[str, list[str]] = {}
     for note in notes:

@@ -15,8 +15,8 @@ GONE = {
     "model.init_device": "models are always built on meta",
     "model.fc_type": "linear layers are torch's",
     "model.fuse_norm_attn_norm": "the same layers, whose names checkpoints are read with",
-    "model.param_init_fn": "init_config says it",
-    "model.init_nonlinearity": "init_config says it",
+    "model.param_init_fn": "set by init_config",
+    "model.init_nonlinearity": "set by init_config",
     "model.verbose": "",
     "model.init_config.verbose": "",
     "model.attn_config.verbose": "",
@@ -31,13 +31,13 @@ GONE = {
     "model.activation_checkpointing_target": "parallel.recompute names what is computed again",
     "model.attn_config.fused_qkv": "one matrix in any case",
     "model.ffn_config.remat_act_fn": "",
-    "model.ffn_config.fp16": "precision says it",
-    "model.ffn_config.bf16": "precision says it",
+    "model.ffn_config.fp16": "set by precision",
+    "model.ffn_config.bf16": "set by precision",
     "model.ffn_config.device": "",
-    "model.ffn_config.device_mesh": "parallel says it",
+    "model.ffn_config.device_mesh": "set by parallel",
     "model.ffn_config.fc_cls": "linear layers are torch's",
-    "model.ffn_config.init_method": "init_config says it",
-    "model.ffn_config.output_layer_init_method": "init_config says it",
+    "model.ffn_config.init_method": "set by init_config",
+    "model.ffn_config.output_layer_init_method": "set by init_config",
     "model.ffn_config.quantize_inputs_num_bits": "",
     "model.ffn_config.quantize_rematerialize_num_bits": "",
     "model.ffn_config.quantize_scatter_num_bits": "",
@@ -48,7 +48,7 @@ GONE = {
     "save_overwrite": "a run never writes over another's checkpoints",
     "log_config": "config.yaml is always written",
     "cuda_load_lazy": "",
-    "device_train_grad_accum": "device_train_microbatch_size says it",
+    "device_train_grad_accum": "set by device_train_microbatch_size",
     **{
         f"{loader}.{key}": ""
         for loader in ("train_loader", "eval_loader")
@@ -92,14 +92,12 @@ ONLY: dict[str, tuple[object, ...]] = {
     "profiler": (None,),
     "tp_config": (None, {}),
     "optimizer.amsgrad": (False,),
-    "callbacks.generate_callback.top_k": (None, 0),
     "loggers.mlflow.model_registry_prefix": ("", None),
     "loggers.mlflow.model_registry_uri": (None,),
 }
 # What to write where a value of those is another one.
 INSTEAD = {
     "accumulate_train_batch_on_tokens": "the loss is always over the labels of the global batch; leave it out",
-    "callbacks.generate_callback.top_k": "all tokens count; leave it out, and narrow the choice by top_p",
     "load_ignore_keys": "write load_weights_only: true to leave out optimizer and progress, and load_allow for what "
     "may differ",
     "load_strict_model_weights": "all weights are read; make a checkpoint that holds them by `llmfoundry convert`",
@@ -168,7 +166,7 @@ REFUSED_VALUES = {
         **dict.fromkeys(("adam", "decoupled_adam"), "write adamw or decoupled_adamw"),
         **dict.fromkeys(("sgd", "decoupled_sgdw"), "write decoupled_adamw, decoupled_lionw or muon"),
     },
-    "precision": dict.fromkeys(("amp_fp16", "amp_fp8", "fp16", "bf16", "pure_bf16", "tf32", "amp"), _BF16),
+    "precision": dict.fromkeys(("amp_fp16", "fp16", "bf16", "pure_bf16", "tf32", "amp"), _BF16),
     "tokenizer.name": {"tiktoken": "write the name of a Hugging Face tokenizer that has the same vocabulary"},
     "train_loader.name": {
         "contrastive_pairs": "embedding models are not trained here; write text or finetuning",

@@ -120,6 +120,8 @@ def _one_by_one(data: Tree, notes: list[Note], mistakes: list[str]) -> None:
             notes.append(Note(path, f"{value} is now {values[value]}"))
     for path in DURATIONS:
         value, there = look(data, path)
+        if path.startswith("scheduler.") and not isinstance(value, str):
+            continue  # a number says nothing there either
         if there and (new := _duration(value)) is not None:
             notes.append(Note(path, f"is now {put(data, path, new)}", value))
 
@@ -187,7 +189,7 @@ _UNITS = {"iter": "ba", "sec": "s"}
 def _duration(value: object) -> str | None:
     """Composer's other spellings of a duration, in ours.
 
-    A number counts epochs, `iter` are steps here, `90sec` are 90s and `1h30m` or `1h0m30s` so many seconds; units may
+    A number counts epochs, `iter` are steps here, `90sec` are 90s and `1h30m` or `1h0m30s` become seconds; units may
     be capitals, and `5e-2dur` is 0.05dur.
     """
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
@@ -283,7 +285,7 @@ def _same_as(path: str, key: str) -> Callable[[Tree, object], list[str]]:
         found = look(data, f"model.{key}")[0]
         if value not in (None, found):
             raise ConfigError(f"{path}: {value!r} is not model.{key}={found!r}; leave it out")
-        return [f"left out, model.{key} says it"]
+        return [f"left out, model.{key} sets it"]
 
     return moved
 

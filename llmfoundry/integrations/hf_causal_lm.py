@@ -139,7 +139,7 @@ def _our_model(name: str, given: Tree, peft: Tree, as_it_is: bool = False) -> tu
     as_it_is = stored.name == "transformers"
     if as_it_is:
         said = f"{name} is trained as the module of transformers ({settings.get('model_type')}): FSDP, checkpoints and "
-        notes.append(Note("model", f"{said}adapters as always, none of our kernels"))
+        notes.append(Note("model", f"{said}adapters as always, without our kernels"))
     attention = overrides.pop("attn_config", None) or {}
     documents = attention.pop("attn_uses_sequence_id", None) if isinstance(attention, dict) else None
     if attention:

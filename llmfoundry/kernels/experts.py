@@ -27,8 +27,8 @@ from llmfoundry.kernels.experts_grouped import experts_ffn_grouped
 from llmfoundry.kernels.late import LateGradients
 from llmfoundry.kernels.low_rank import ExpertAdapters, LowRank, rounds_once
 
-Backend = Literal["reference", "grouped_mm", "triton"]
-TRITON_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+Backend = Literal["reference", "grouped_mm", "triton", "e4m3"]  # e4m3: by `precision` alone, not by moe_impl
+E4M3_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")  # without clamps
 log = logging.getLogger(__name__)
 
 
@@ -48,11 +48,16 @@ def _say_once(message: str) -> None:
     log.warning(message)
 
 
+@cache
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None  # looks into folders: too slow for each forward
+
+
 def _triton_refusal(kind: ExpertKind, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot run these experts there, or None."""
-    if importlib.util.find_spec("llmfoundry.kernels.experts_triton") is None:
+    if not _is_installed("llmfoundry.kernels.experts_triton"):
         return "this build has no Triton kernels"
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed("triton"):
         return "triton is not installed"
     if dtype == torch.float64:
         return "the Triton kernels have no float64"
@@ -61,18 +66,13 @@ def _triton_refusal(kind: ExpertKind, device: torch.device, dtype: torch.dtype) 
             return f"the Triton kernels need an NVIDIA GPU, found {device}"
         if torch.cuda.get_device_capability(device) < (8, 0):
             return "the Triton kernels need compute capability 8.0"
-    return _triton_refusal_of_kind(kind, dtype)
+    return _kind_refusal(kind, dtype)
 
 
-def _triton_refusal_of_kind(kind: ExpertKind, dtype: torch.dtype) -> str | None:
+def _kind_refusal(kind: ExpertKind, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot run these experts anywhere, or None."""
-    if kind.biased:
-        return "the Triton kernels have no biases"
     if kind.dropout:
         return "the Triton kernels have no dropout (lora.dropout) in experts"
-    if kind.limit is not None or kind.activation not in TRITON_ACTIVATIONS:
-        known = ", ".join(TRITON_ACTIVATIONS)
-        return f"the Triton kernels know {known} and no clamp, not {kind.activation} limit={kind.limit}"
     step = 16 // dtype.itemsize  # TMA: rows of 16 bytes
     if kind.d_model % step or kind.hidden % step:
         return f"d_model={kind.d_model} and ffn_hidden_size={kind.hidden} must be multiples of {step}"
@@ -101,7 +101,7 @@ def resolve_backend(choice: str, kind: ExpertKind, device: torch.device, dtype: 
         choice: `auto`, `triton`, `grouped_mm` or `reference`.
 
     Raises:
-        ValueError: the backend asked for cannot run here. `auto` falls back instead, and says so once.
+        ValueError: the backend asked for cannot run here. `auto` falls back instead, with one warning.
     """
     refusals = {
         "triton": _triton_refusal(kind, device, dtype),
@@ -123,9 +123,20 @@ def resolve_backend(choice: str, kind: ExpertKind, device: torch.device, dtype: 
     return cast(Backend, choice)
 
 
+def e4m3_refusal(impl: str, kind: ExpertKind) -> str | None:
+    """Why experts cannot compute in e4m3, or None."""
+    if impl not in ("auto", "triton"):
+        return f"moe_impl={impl}"
+    if kind.d_model % 16 or kind.hidden % 16:
+        return f"d_model={kind.d_model} and ffn_hidden_size={kind.hidden} are not multiples of 16"
+    if kind.biased or kind.limit is not None or kind.activation not in E4M3_ACTIVATIONS:
+        return f"biases, a clamp or the activation {kind.activation}"
+    return _kind_refusal(kind, torch.bfloat16)
+
+
 def reads_on_host(backend: Backend, device: torch.device) -> bool:
     """Whether a backend reads the experts' loads on the host, so that no compiler can trace it."""
-    return backend == "reference" or (backend == "grouped_mm" and device.type == "cpu")
+    return backend == "reference" or (backend in ("grouped_mm", "e4m3") and device.type == "cpu")
 
 
 def experts_ffn(
@@ -157,7 +168,7 @@ def experts_ffn(
         b2: (E, D) or None.
         activation: one of `GLU_ACTIVATIONS` with a gate, of `ACTIVATIONS` without.
         gated: whether w1 holds a gate.
-        backend: as `resolve_backend` returned it.
+        backend: as `resolve_backend` returned it, or e4m3 where `e4m3_refusal` returned None.
         limit: clamp of gate and up before the gated unit, or None.
         n_rows: a bound on the slots that have an expert, where the caller knows one below T*K: rows are
             allocated for that many. More slots with an expert than this is the caller's error.
@@ -176,9 +187,8 @@ def experts_ffn(
     if backend == "reference":
         return _experts_ffn_reference(x, weights, experts, w1, w2, b1, b2, activation, gated, limit, adapters)
     if backend == "triton":
-        biased, drops = b1 is not None or b2 is not None, adapters.dropout > 0
-        kind = ExpertKind(w2.shape[1], w2.shape[2], activation, biased, limit, drops)
-        refusal = _triton_refusal_of_kind(kind, w1.dtype)
+        kind = ExpertKind(w2.shape[1], w2.shape[2], dropout=adapters.dropout > 0)
+        refusal = _kind_refusal(kind, w1.dtype)
         if refusal is not None:
             raise ValueError(f"moe_impl=triton: {refusal}; use moe_impl=auto")
     if x.numel() == 0 or experts.numel() == 0:
@@ -186,13 +196,19 @@ def experts_ffn(
         of_adapters = [tensor for pair in adapters.pairs for tensor in pair]
         nothing = torch.stack([w[:0].sum() for w in (w1, w2, b1, b2, *of_adapters) if w is not None]).sum()
         return x * weights.sum(1, keepdim=True).to(x.dtype) + nothing.to(x.dtype)
+    if backend == "e4m3":
+        from llmfoundry.kernels.experts_scaled import experts_ffn_scaled
+
+        return experts_ffn_scaled(
+            x, weights, experts, w1, w2, activation=activation, gated=gated, n_rows=n_rows, late=late
+        )
     if backend == "triton":
         # Imported here, not above: triton is not installed on every machine.
         from llmfoundry.kernels.experts_triton import experts_ffn_triton
 
         return experts_ffn_triton(
-            x, weights, experts, w1, w2, activation=activation, gated=gated, n_rows=n_rows, late=late,
-            adapters=adapters,
+            x, weights, experts, w1, w2, b1=b1, b2=b2, activation=activation, gated=gated, limit=limit, n_rows=n_rows,
+            late=late, adapters=adapters,
         )  # fmt: skip
     return experts_ffn_grouped(
         x, weights, experts, w1, w2, b1, b2, activation=activation, gated=gated, limit=limit, n_rows=n_rows, late=late,

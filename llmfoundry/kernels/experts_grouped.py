@@ -71,7 +71,7 @@ def _on_gpu(tensor: Tensor) -> bool:
 def _rows(order: Order, shape: torch.Size, n_rows: int | None) -> _ExpertRows:
     """R rows for the slots of an order.
 
-    A CPU reads for nothing how many slots have an expert, and drops the others. A GPU must not wait for that
+    Reading on a CPU how many slots have an expert is free, and the others are dropped. A GPU must not wait for that
     number: it keeps them all (or `n_rows`), and `F.grouped_mm` leaves what is behind the last expert unset.
     """
     n_slots = order.slot_row.numel()

@@ -5,29 +5,35 @@ Forward: gather, up projection with activation, down projection, sum per token. 
 activation and routing weights, gradient of x, sum per token; then the weight gradients dw2 and dw1, in operators of
 their own so that a collective can start before them. Forward keeps x, the pre-activation h and int32 indices; backward
 computes a' = s * a and the gathered rows again. Adapters put a narrow product before each wide one, which adds the
-second narrow one in its loop; forward keeps the results, u = x A^T and a' A^T, too. The host reads nothing, so a
-CUDA graph can capture both, and the routing may change between replays.
+second narrow one in its loop; forward keeps the results, u = x A^T and a' A^T, too. Biases of w1 are added in
+its kernel, those of w2 where a token's rows are summed. The host reads nothing, so a CUDA graph can capture both, and
+the routing may change between replays.
+
+With few tokens the host's work counts. So row tiles are found once, in forward, and outside a compiler `_Experts` takes
+the place of the autograd that an operator registers, which is 80 us slower, and calls what operators do, not them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from llmfoundry.kernels.gather import gather, slot_sums, sum_rows
+from llmfoundry.kernels.activations import clamp_limit
+from llmfoundry.kernels.gather import Biases, expert_sums, gather, gather_and_dots, slot_sums, sum_rows
 from llmfoundry.kernels.grouped import grouped
 from llmfoundry.kernels.late import LateGradients
 from llmfoundry.kernels.low_rank import ExpertAdapters
 from llmfoundry.kernels.narrow import narrow, narrow_grad
 from llmfoundry.kernels.routing import Order
 from llmfoundry.kernels.routing_triton import sort_by_expert_triton
-from llmfoundry.kernels.tiles import Beside, Tiles, tile_rows
+from llmfoundry.kernels.tiles import Beside, Tiles, tile_rows, tiles_in, tiles_length
 from llmfoundry.kernels.tune import (
     DOWN,
     DW1,
@@ -52,8 +58,11 @@ def experts_ffn_triton(
     w1: Tensor,
     w2: Tensor,
     *,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
     activation: str,
     gated: bool,
+    limit: float | None = None,
     n_rows: int | None = None,
     late: LateGradients | None = None,
     adapters: ExpertAdapters | None = None,
@@ -61,26 +70,40 @@ def experts_ffn_triton(
     """`experts.experts_ffn` by the Triton kernels; arguments as there, checked there. There must be a token."""
     adapters = adapters or ExpertAdapters()
     operands = adapters.operands(scaled=False)
-    bound = experts.numel() if n_rows is None else min(n_rows, experts.numel())
+    bound = max(1, experts.numel() if n_rows is None else min(n_rows, experts.numel()))
+    experts = experts.contiguous()
     inputs = (
         x.contiguous(), weights.contiguous(), w1.contiguous(), w2.contiguous(),
-        *(None if tensor is None else tensor.contiguous() for tensor in operands),
-        *_order(experts.contiguous(), w2.shape[0]), activation, gated, max(bound, 1), adapters.scale,
+        *(None if tensor is None else tensor.contiguous() for tensor in (b1, b2, *operands)),
+        experts, *_call(_order, experts, w2.shape[0], bound), activation, gated,
+        clamp_limit(activation, limit) if gated else None, bound, adapters.scale,
     )  # fmt: skip
-    if late is not None:
-        return cast(Tensor, _LateExperts.apply(late, *inputs))
-    return cast(Tensor, _forward(*inputs)[0])
+    if late is None and torch.compiler.is_compiling():
+        return cast(Tensor, _forward(*inputs)[0])
+    return cast(Tensor, _Experts.apply(late, *inputs))
+
+
+def _call(operator: CustomOpDef, *arguments: object) -> Any:
+    """An operator's result; its body alone where nothing looks for operators, for torch's dispatch takes 15 us."""
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return operator(*arguments) if watched else operator._init_fn(*arguments)
 
 
 @torch.library.custom_op("llmfoundry::sort_by_expert", mutates_args=())
-def _order(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(sort_by_expert_triton(experts, n_experts))  # type: ignore[return-value]
+def _order(experts: Tensor, n_experts: int, n_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The order, and its row tiles as `tiles_in` reads them."""
+    order = sort_by_expert_triton(experts, n_experts)
+    tiles = order.expert_start.new_empty(tiles_length(n_experts, n_rows))
+    tile_rows(order.expert_start, n_rows, tiles)
+    return *order, tiles
 
 
 @_order.register_fake
-def _(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    row_slot, slot_row = (experts.new_empty(experts.numel(), dtype=torch.int32) for _ in range(2))
-    return experts.new_empty(n_experts + 1, dtype=torch.int32), row_slot, slot_row
+def _(experts: Tensor, n_experts: int, n_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    m = experts.numel()
+    lengths = (n_experts + 1, m, m, tiles_length(n_experts, n_rows))
+    start, row_slot, slot_row, tiles = (experts.new_empty(n, dtype=torch.int32) for n in lengths)
+    return start, row_slot, slot_row, tiles
 
 
 class _Rows(NamedTuple):
@@ -98,33 +121,50 @@ def _forward(
     weights: Tensor,
     w1: Tensor,
     w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
     up_a: Tensor | None,
     up_b: Tensor | None,
     down_a: Tensor | None,
     down_b: Tensor | None,
+    experts: Tensor,
     expert_start: Tensor,
     row_slot: Tensor,
     slot_row: Tensor,
+    row_tiles: Tensor,
     activation: str,
     gated: bool,
+    limit: float | None,
     n_rows: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_Rows`, as a tuple, which is what operators return."""
     order = Order(expert_start, row_slot, slot_row)
     problem = _problem(w1, w2, n_rows)
-    tiles = tile_rows(expert_start, n_rows)
+    tiles = tiles_in(row_tiles, expert_start, n_rows)
     x_rows = gather(x, order, n_rows)  # (R, D)
     u_up, beside = _narrow(x, up_a, up_b, tiles, problem, scale, order)
     h, a = pick(
         UP,
         problem,
-        partial(up, x_rows, weights, row_slot, tiles, w1, activation=activation, gated=gated, beside=beside),
+        partial(
+            up,
+            x_rows,
+            weights,
+            row_slot,
+            tiles,
+            w1,
+            activation=activation,
+            gated=gated,
+            limit=limit,
+            bias=b1,
+            beside=beside,
+        ),
     )
     del x_rows
     u_down, beside = _narrow(a, down_a, down_b, tiles, problem, scale)
     y_rows = pick(DOWN, problem, partial(grouped, a, w2, tiles, beside=beside))  # (R, D)
-    y = sum_rows(y_rows, order, weights.shape[1])
+    y = sum_rows(y_rows, order, weights.shape[1], None if b2 is None else Biases(b2, experts, weights))
     return _Rows(y, h, u_up, u_down)
 
 
@@ -134,15 +174,20 @@ def _(
     weights: Tensor,
     w1: Tensor,
     w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
     up_a: Tensor | None,
     up_b: Tensor | None,
     down_a: Tensor | None,
     down_b: Tensor | None,
+    experts: Tensor,
     expert_start: Tensor,
     row_slot: Tensor,
     slot_row: Tensor,
+    row_tiles: Tensor,
     activation: str,
     gated: bool,
+    limit: float | None,
     n_rows: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -189,15 +234,20 @@ def _backward_rows(
     h: Tensor,
     w1: Tensor,
     w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
     up_a: Tensor | None,
     up_b: Tensor | None,
     down_a: Tensor | None,
     down_b: Tensor | None,
+    experts: Tensor,
     expert_start: Tensor,
     row_slot: Tensor,
     slot_row: Tensor,
+    row_tiles: Tensor,
     activation: str,
     gated: bool,
+    limit: float | None,
     n_rows: int,
     scale: float,
     need_x: bool,
@@ -206,18 +256,29 @@ def _backward_rows(
     """`_RowGradients`, as a tuple, which is what operators return."""
     order = Order(expert_start, row_slot, slot_row)
     problem = _problem(w1, w2, n_rows)
-    tiles = tile_rows(expert_start, n_rows)
+    tiles = tiles_in(row_tiles, expert_start, n_rows)
     none = x.new_empty(0)
-    dy_rows = gather(dy, order, n_rows)  # (R, D)
+    biases = None if b2 is None or not need_weights else Biases(b2, experts, weights)
+    dy_rows, dots = gather_and_dots(dy, order, n_rows, biases)  # (R, D)
     du_down, beside = _narrow(dy, down_b, down_a, tiles, problem, scale, order, transposed=True)
     dh, a, ds = pick(
         UP_BACKWARD,
         problem,
         partial(
-            up_backward, dy_rows, h, weights, row_slot, tiles, w2, activation=activation, gated=gated, beside=beside
+            up_backward,
+            dy_rows,
+            h,
+            weights,
+            row_slot,
+            tiles,
+            w2,
+            activation=activation,
+            gated=gated,
+            limit=limit,
+            beside=beside,
         ),
     )
-    dweights = slot_sums(ds, order).view(weights.shape) if need_weights else none
+    dweights = slot_sums(ds, order, dots).view(weights.shape) if need_weights else none
     du_up, beside = _narrow(dh, up_b, up_a, tiles, problem, scale, transposed=True)
     dx = none
     if need_x:
@@ -234,15 +295,20 @@ def _(
     h: Tensor,
     w1: Tensor,
     w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
     up_a: Tensor | None,
     up_b: Tensor | None,
     down_a: Tensor | None,
     down_b: Tensor | None,
+    experts: Tensor,
     expert_start: Tensor,
     row_slot: Tensor,
     slot_row: Tensor,
+    row_tiles: Tensor,
     activation: str,
     gated: bool,
+    limit: float | None,
     n_rows: int,
     scale: float,
     need_x: bool,
@@ -265,6 +331,7 @@ def _weight_gradient(
     expert_start: Tensor,
     row_slot: Tensor,
     slot_row: Tensor,
+    row_tiles: Tensor,
     n_rows: int,
 ) -> Tensor:
     """The gradient of the matrix of this name, from the gradient of its output (R, N) and its input (R, J).
@@ -272,7 +339,7 @@ def _weight_gradient(
     The input of w1 and up_a is given as x (T, D), the gradient of the output of down_b as dy (T, D).
     """
     problem = _problem(w1, w2, n_rows)
-    tiles = tile_rows(expert_start, n_rows)
+    tiles = tiles_in(row_tiles, expert_start, n_rows)
     order = Order(expert_start, row_slot, slot_row)
     if name in ("w1", "w2"):
         right = gather(right, order, n_rows) if name == "w1" else right
@@ -294,9 +361,23 @@ def _(
     expert_start: Tensor,
     row_slot: Tensor,
     slot_row: Tensor,
+    row_tiles: Tensor,
     n_rows: int,
 ) -> Tensor:
     return left.new_empty(w1.shape[0], left.shape[1], right.shape[1])
+
+
+@torch.library.custom_op("llmfoundry::experts_bias_gradient", mutates_args=())
+def _bias_gradient(
+    rows: Tensor, weights: Tensor | None, expert_start: Tensor, row_slot: Tensor, slot_row: Tensor
+) -> Tensor:
+    """The gradient of a bias (E, N), from that of what it was added to (R, N)."""
+    return expert_sums(rows, Order(expert_start, row_slot, slot_row), weights)
+
+
+@_bias_gradient.register_fake
+def _(rows: Tensor, weights: Tensor | None, expert_start: Tensor, row_slot: Tensor, slot_row: Tensor) -> Tensor:
+    return rows.new_empty(expert_start.numel() - 1, rows.shape[1])
 
 
 class _Context(Protocol):
@@ -304,8 +385,8 @@ class _Context(Protocol):
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
-    unit: tuple[str, bool, int, float]
-    late: LateGradients
+    unit: tuple[str, bool, float | None, int, float]
+    late: LateGradients | None
 
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
@@ -314,24 +395,28 @@ class _Context(Protocol):
 
 Deferred = dict[str, Callable[[], Tensor]]
 Adapter = tuple[Tensor | None, Tensor | None]
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, *Adapter, *Adapter, Tensor, Tensor, Tensor, str, bool, int, float]
-WEIGHTS = ("w1", "w2", "up_a", "up_b", "down_a", "down_b")
+Biased = tuple[Tensor | None, Tensor | None]
+Inputs = tuple[
+    Tensor, Tensor, Tensor, Tensor, *Biased, *Adapter, *Adapter, Tensor, Tensor, Tensor, Tensor, Tensor,
+    str, bool, float | None, int, float,
+]  # fmt: skip
+WEIGHTS = ("w1", "w2", "b1", "b2", "up_a", "up_b", "down_a", "down_b")
 
 
 def _setup(ctx: _Context, inputs: Inputs, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    *tensors, activation, gated, n_rows, scale = inputs
+    *tensors, activation, gated, limit, n_rows, scale = inputs
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.set_materialize_grads(False)  # h and u are outputs for this alone: no zeros as their gradients
-    ctx.unit = (activation, gated, n_rows, scale)
+    ctx.unit = (activation, gated, limit, n_rows, scale)
 
 
 def _gradients(ctx: _Context, needs: tuple[bool, ...], dy: Tensor) -> tuple[Tensor | None, Tensor | None, Deferred]:
     """The gradients of x and weights, and functions that compute those of the matrices."""
-    x, weights, w1, w2, *operands_and_order, h, u_up, u_down = ctx.saved_tensors
+    x, weights, w1, w2, *others, h, u_up, u_down = ctx.saved_tensors
     need_x, need_weights, *need_by_weight = needs
     dy = dy.contiguous()
-    dx, dweights, dy_rows, dh, a, du_up, du_down = _backward_rows(
-        dy, x, weights, h, w1, w2, *operands_and_order, *ctx.unit, need_x, need_weights
+    dx, dweights, dy_rows, dh, a, du_up, du_down = _call(
+        _backward_rows, dy, x, weights, h, w1, w2, *others, *ctx.unit, need_x, need_weights
     )
     # Of output and input. In this order each frees as much as it can before the next.
     sides = {
@@ -339,31 +424,35 @@ def _gradients(ctx: _Context, needs: tuple[bool, ...], dy: Tensor) -> tuple[Tens
         "w1": (dh, x), "up_b": (dh, u_up), "up_a": (du_up, x),
     }  # fmt: skip
     needed = dict(zip(WEIGHTS, need_by_weight, strict=True))
-    order, n_rows = operands_and_order[4:], ctx.unit[2]
+    order, n_rows = others[-4:], ctx.unit[3]
     deferred: Deferred = {
-        name: partial(_weight_gradient, name, *both, w1, w2, *order, n_rows)
+        name: partial(_call, _weight_gradient, name, *both, w1, w2, *order, n_rows)
         for name, both in sides.items()
         if needed[name]
     }
+    if needed["b2"]:
+        deferred["b2"] = partial(_call, _bias_gradient, dy_rows, weights, *order[:3])
+    if needed["b1"]:
+        deferred["b1"] = partial(_call, _bias_gradient, dh, None, *order[:3])
     return dx if need_x else None, dweights if need_weights else None, deferred
 
 
 def _autograd(ctx: _Context, dy: Tensor, *_unused: None) -> tuple[Tensor | None, ...]:
-    dx, dweights, deferred = _gradients(ctx, ctx.needs_input_grad[:8], dy)
+    dx, dweights, deferred = _gradients(ctx, ctx.needs_input_grad[:10], dy)
     # `pop` frees what only the first need before the next are computed.
     grads = {name: deferred.pop(name)() for name in list(deferred)}
-    return dx, dweights, *(grads.get(name) for name in WEIGHTS), *[None] * 7
+    return dx, dweights, *(grads.get(name) for name in WEIGHTS), *[None] * 10
 
 
 _forward.register_autograd(_autograd, setup_context=_setup)
 
 
-class _LateExperts(torch.autograd.Function):
-    """`_forward`; its backward defers the gradients of the weights."""
+class _Experts(torch.autograd.Function):
+    """`_forward`; its backward may defer the gradients of the weights."""
 
     @staticmethod
-    def forward(ctx: _Context, late: LateGradients, *inputs: *Inputs) -> Tensor:
-        output = _forward(*inputs)
+    def forward(ctx: _Context, late: LateGradients | None, *inputs: *Inputs) -> Tensor:
+        output = _call(_forward, *inputs)
         _setup(ctx, inputs, output)
         ctx.late = late
         return cast(Tensor, output[0])
@@ -371,10 +460,15 @@ class _LateExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: _Context, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dweights, deferred = _gradients(ctx, ctx.needs_input_grad[1:9], dy)
-        for name, compute in deferred.items():
-            ctx.late.defer(name, compute)
-        return None, dx, dweights, *[None] * 13
+        dx, dweights, deferred = _gradients(ctx, ctx.needs_input_grad[1:11], dy)
+        grads: dict[str, Tensor] = {}
+        for name in list(deferred):
+            compute = deferred.pop(name)  # which frees what only the first need before the next are computed
+            if ctx.late is None:
+                grads[name] = compute()
+            else:
+                ctx.late.defer(name, compute)
+        return None, dx, dweights, *(grads.get(name) for name in WEIGHTS), *[None] * 10
 
 
 Shape = tuple[int, ...]
@@ -385,7 +479,7 @@ def _forward_flops(
     x: Shape, weights: Shape, w1: Shape, w2: Shape, *args: object, out_shape: object = None, **_: object
 ) -> int:
     """Two FLOPs a row and a weight of its expert: 6*T*K*D*F when gated, without adapters."""
-    adapters = cast(tuple[Shape | None, ...], args[:4])
+    adapters = cast(tuple[Shape | None, ...], args[2:6])
     met = sum(each[1] * each[2] for each in (w1, w2, *adapters) if each is not None)
     return 2 * weights[0] * weights[1] * met
 

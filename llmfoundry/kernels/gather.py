@@ -1,10 +1,14 @@
-"""Rows to expert order and back: copy each token to its rows; sum each token's rows.
+"""Rows to expert order and back: copy each token to its rows; sum each token's rows, or each expert's.
 
-Shapes: T tokens, D d_model, K top_k, M rows in expert order.
-Both move bytes and nothing else. The sum runs over a token's slots in order: no atomics, the same twice.
+Shapes: T tokens, D d_model, E experts, K top_k, M rows in expert order.
+All move bytes and little else. Sums run over a token's slots or an expert's rows in order: no atomics, the same twice.
+The bias of the down projection (E, D) never meets the experts' rows: it is added to the sum of a token's rows, and its
+product with a token's gradient, which the routing weights' gradient needs, is computed where that is copied to rows.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -12,10 +16,22 @@ import triton.language as tl
 from torch import Tensor
 
 from llmfoundry.kernels.routing import Order
+from llmfoundry.kernels.whole import cdiv, next_power_of_2
+
+
+class Biases(NamedTuple):
+    """The biases of the down projection, and what says to which tokens they are added."""
+
+    bias: Tensor  # (E, D)
+    experts: Tensor  # (T, K), E: no expert
+    weights: Tensor  # (T, K) float32
 
 
 @triton.jit
-def spread_kernel(x_ptr, out_ptr, slot_row_ptr, end_ptr, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+def spread_kernel(
+    x_ptr, out_ptr, slot_row_ptr, end_ptr, bias_ptr, experts_ptr, dots_ptr, E, n_slots,
+    D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     end = tl.load(end_ptr)
@@ -23,22 +39,47 @@ def spread_kernel(x_ptr, out_ptr, slot_row_ptr, end_ptr, D: tl.constexpr, K: tl.
     for j in tl.static_range(K):
         row = tl.load(slot_row_ptr + token * K + j)
         tl.store(out_ptr + row.to(tl.int64) * D + d, value, mask=(d < D) & (row < end))
+        if bias_ptr is not None:
+            e = tl.load(experts_ptr + token * K + j)
+            bias = tl.load(bias_ptr + e * D + d, mask=(d < D) & (e < E), other=0.0).to(tl.float32)
+            dot = tl.sum(tl.where(d < D, value.to(tl.float32) * bias, 0.0))
+            tl.store(dots_ptr + tl.program_id(1).to(tl.int64) * n_slots + token * K + j, dot)
 
 
 def gather(x: Tensor, order: Order, n_rows: int) -> Tensor:
-    """x (T, D) -> (M, D) rows in expert order; those behind the last expert are unset.
+    """x (T, D) -> (M, D) rows in expert order; those behind the last expert are unset."""
+    return gather_and_dots(x, order, n_rows, None)[0]
+
+
+def gather_and_dots(x: Tensor, order: Order, n_rows: int, biases: Biases | None) -> tuple[Tensor, Tensor | None]:
+    """`gather`, and (P, T*K) float32 parts of each slot's product of x and its expert's bias, where there are biases.
 
     By tokens, not by rows: each is read once and written K times, where rows would read most of them K times
     from memory, for x is larger than the L2 cache.
     """
     n_tokens, d_model = x.shape
     out = x.new_empty(n_rows, d_model)
-    block = min(2048, triton.next_power_of_2(d_model))
-    spread_kernel[(n_tokens, triton.cdiv(d_model, block))](
-        x, out, order.slot_row, order.expert_start[-1:], D=d_model, K=order.slot_row.numel() // n_tokens, BLOCK=block,
-        num_warps=max(1, min(8, block // 256)),
+    block, n_slots = min(2048, next_power_of_2(d_model)), order.slot_row.numel()
+    parts = cdiv(d_model, block)
+    dots = None if biases is None else torch.empty(parts, n_slots, dtype=torch.float32, device=x.device)
+    bias, experts = (None, None) if biases is None else biases[:2]
+    spread_kernel[(n_tokens, parts)](
+        x, out, order.slot_row, order.expert_start[-1:], bias, experts, dots, order.expert_start.numel() - 1, n_slots,
+        D=d_model, K=n_slots // n_tokens, BLOCK=block, num_warps=max(1, min(8, block // 256)),
     )  # fmt: skip
-    return out
+    return out, dots
+
+
+def dots_reference(x: Tensor, biases: Biases) -> Tensor:
+    """The sum of the parts of `gather_and_dots` in plain PyTorch: (T*K,)."""
+    bias, experts, _ = biases
+    return (x.float().unsqueeze(1) * _bias_of_slots(bias, experts)).sum(-1).reshape(-1)
+
+
+def _bias_of_slots(bias: Tensor, experts: Tensor) -> Tensor:
+    """(T, K, D) in float32 at least, zero where a slot has no expert."""
+    padded = torch.cat([bias, bias.new_zeros(1, bias.shape[1])])
+    return padded.to(torch.promote_types(bias.dtype, torch.float32))[experts.long()]
 
 
 def gather_reference(x: Tensor, order: Order, n_rows: int) -> Tensor:
@@ -47,7 +88,10 @@ def gather_reference(x: Tensor, order: Order, n_rows: int) -> Tensor:
 
 
 @triton.jit
-def sum_rows_kernel(rows_ptr, out_ptr, slot_row_ptr, end_ptr, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+def sum_rows_kernel(
+    rows_ptr, out_ptr, slot_row_ptr, end_ptr, bias_ptr, experts_ptr, weights_ptr, E,
+    D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     end = tl.load(end_ptr)
@@ -56,46 +100,64 @@ def sum_rows_kernel(rows_ptr, out_ptr, slot_row_ptr, end_ptr, D: tl.constexpr, K
         row = tl.load(slot_row_ptr + token * K + j)
         value = tl.load(rows_ptr + row.to(tl.int64) * D + d, mask=(d < D) & (row < end), other=0.0)
         total += value.to(tl.float32)
+        if bias_ptr is not None:
+            e = tl.load(experts_ptr + token * K + j)
+            bias = tl.load(bias_ptr + e * D + d, mask=(d < D) & (e < E), other=0.0)
+            total += bias.to(tl.float32) * tl.load(weights_ptr + token * K + j)
     tl.store(out_ptr + token * D + d, total, mask=d < D)
 
 
-def sum_rows(rows: Tensor, order: Order, top_k: int) -> Tensor:
-    """rows (M, D) in expert order -> (T, D): the float32 sum of each token's rows, slot by slot."""
+def sum_rows(rows: Tensor, order: Order, top_k: int, biases: Biases | None = None) -> Tensor:
+    """rows (M, D) in expert order -> (T, D): the float32 sum of each token's rows and biases, slot by slot."""
     n_tokens, d_model = order.slot_row.numel() // top_k, rows.shape[1]
     out = rows.new_empty(n_tokens, d_model)
-    block = min(2048, triton.next_power_of_2(d_model))
-    sum_rows_kernel[(n_tokens, triton.cdiv(d_model, block))](
-        rows, out, order.slot_row, order.expert_start[-1:], D=d_model, K=top_k, BLOCK=block,
+    block = min(2048, next_power_of_2(d_model))
+    sum_rows_kernel[(n_tokens, cdiv(d_model, block))](
+        rows, out, order.slot_row, order.expert_start[-1:], *(biases or (None, None, None)),
+        order.expert_start.numel() - 1, D=d_model, K=top_k, BLOCK=block,
         num_warps=max(1, min(8, block // 256)),
     )  # fmt: skip
     return out
 
 
-def sum_rows_reference(rows: Tensor, order: Order, top_k: int) -> Tensor:
+def sum_rows_reference(rows: Tensor, order: Order, top_k: int, biases: Biases | None = None) -> Tensor:
     """`sum_rows` in plain PyTorch."""
     row = order.slot_row.long().clamp(max=rows.shape[0] - 1)
     kept = (order.slot_row < order.expert_start[-1]).unsqueeze(1)
-    return torch.where(kept, rows[row].float(), 0).view(-1, top_k, rows.shape[1]).sum(1).to(rows.dtype)
+    total = torch.where(kept, rows[row].float(), 0).view(-1, top_k, rows.shape[1]).sum(1)
+    if biases is not None:
+        total += (_bias_of_slots(biases.bias, biases.experts) * biases.weights.unsqueeze(-1)).sum(1)
+    return total.to(rows.dtype)
 
 
 @triton.jit
-def slot_sums_kernel(parts_ptr, out_ptr, slot_row_ptr, end_ptr, n_slots, M, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def slot_sums_kernel(
+    parts_ptr, of_slot_ptr, out_ptr, slot_row_ptr, end_ptr, n_slots, M,
+    PARTS: tl.constexpr, OF_SLOT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     end = tl.load(end_ptr)
     row = tl.load(slot_row_ptr + slot, mask=slot < n_slots, other=0)
     total = tl.zeros([BLOCK], dtype=tl.float32)
     for p in tl.range(PARTS):
         total += tl.load(parts_ptr + tl.cast(M, tl.int64) * p + row, mask=(slot < n_slots) & (row < end), other=0.0)
+    if of_slot_ptr is not None:
+        for p in tl.range(OF_SLOT):
+            total += tl.load(of_slot_ptr + tl.cast(n_slots, tl.int64) * p + slot, mask=slot < n_slots, other=0.0)
     tl.store(out_ptr + slot, total, mask=slot < n_slots)
 
 
-def slot_sums(parts: Tensor, order: Order) -> Tensor:
-    """parts (P, M) float32 in expert order -> (T*K,): each slot's sum of its row's parts, in order."""
+def slot_sums(parts: Tensor, order: Order, of_slot: Tensor | None = None) -> Tensor:
+    """parts (P, M) float32 in expert order -> (T*K,): each slot's sum of its row's parts, in order.
+
+    Args:
+        of_slot: (Q, T*K), parts in the order of slots that are added.
+    """
     n_slots = order.slot_row.numel()
     out = torch.empty(n_slots, dtype=torch.float32, device=parts.device)
-    slot_sums_kernel[(triton.cdiv(n_slots, 256),)](
-        parts, out, order.slot_row, order.expert_start[-1:], n_slots, parts.shape[1], PARTS=parts.shape[0],
-        BLOCK=256,
+    slot_sums_kernel[(cdiv(n_slots, 256),)](
+        parts, of_slot, out, order.slot_row, order.expert_start[-1:], n_slots, parts.shape[1], PARTS=parts.shape[0],
+        OF_SLOT=0 if of_slot is None else of_slot.shape[0], BLOCK=256,
     )  # fmt: skip
     return out
 
@@ -104,3 +166,44 @@ def slot_sums_reference(parts: Tensor, order: Order) -> Tensor:
     """`slot_sums` in plain PyTorch."""
     row = order.slot_row.long().clamp(max=parts.shape[1] - 1)
     return torch.where(order.slot_row < order.expert_start[-1], parts.sum(0)[row], 0)
+
+
+@triton.jit
+def expert_sums_kernel(
+    rows_ptr, out_ptr, start_ptr, weights_ptr, row_slot_ptr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    e = tl.program_id(0)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    end = tl.load(start_ptr + e + 1)
+    total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    for begin in tl.range(tl.load(start_ptr + e), end, ROWS):
+        row = begin + tl.arange(0, ROWS)[:, None]
+        value = tl.load(rows_ptr + row.to(tl.int64) * N + n, mask=(row < end) & (n < N), other=0.0).to(tl.float32)
+        if weights_ptr is not None:
+            slot = tl.load(row_slot_ptr + row, mask=row < end, other=0)
+            value *= tl.load(weights_ptr + slot)
+        total += value
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + e.to(tl.int64) * N + at, tl.sum(total, 0), mask=at < N)
+
+
+def expert_sums(rows: Tensor, order: Order, weights: Tensor | None = None) -> Tensor:
+    """rows (M, N) in expert order -> (E, N) in their dtype: the float32 sum of each expert's, weighted or not.
+
+    Args:
+        weights: (T, K) float32, looked up by slot.
+    """
+    n_experts, width = order.expert_start.numel() - 1, rows.shape[1]
+    out = rows.new_empty(n_experts, width)
+    expert_sums_kernel[(n_experts, cdiv(width, 128))](
+        rows, out, order.expert_start, weights, order.row_slot, N=width, ROWS=64, BLOCK=128, num_warps=8
+    )
+    return out
+
+
+def expert_sums_reference(rows: Tensor, order: Order, weights: Tensor | None = None) -> Tensor:
+    """`expert_sums` in plain PyTorch, expert by expert."""
+    start = order.expert_start.tolist()
+    if weights is not None:
+        rows = rows * weights.reshape(-1)[order.row_slot[: len(rows)].long()].unsqueeze(1)
+    return torch.stack([rows[a:b].sum(0) for a, b in zip(start[:-1], start[1:], strict=True)])

@@ -25,6 +25,7 @@ from llmfoundry.kernels.tiles import (
     turns,
     write_ragged,
 )
+from llmfoundry.kernels.whole import next_power_of_2
 
 
 class GroupedConfig(NamedTuple):
@@ -99,7 +100,7 @@ def grouped(
     n_rows, inner = rows.shape
     width = w.shape[2] if transposed else w.shape[1]
     c = config
-    columns = min(c.columns, max(16, triton.next_power_of_2(width)))
+    columns = min(c.columns, max(16, next_power_of_2(width)))
     out = rows.new_empty(n_rows, width)
     block = [columns, c.depth] if not transposed else [c.depth, columns]
     rank = 0 if beside is None else beside.u.shape[1]

@@ -17,6 +17,7 @@ from llmfoundry.kernels.grouped import grouped_reference
 from llmfoundry.kernels.routing import Order
 from llmfoundry.kernels.tiles import TILE_ROWS, Tiles
 from llmfoundry.kernels.weight_grad import weight_grad_reference
+from llmfoundry.kernels.whole import cdiv, next_power_of_2
 
 MOST_RANKS = 64  # columns of an adapter's side in one program: more would spill
 
@@ -90,7 +91,7 @@ def narrow(
     inner, rank = rows.shape[1], w.shape[2] if transposed else w.shape[1]
     out, block = rows.new_empty(n_rows, rank), _block(rank)
     slots, top_k = _index(rows, order)
-    narrow_kernel[(tiles.expert.numel(), triton.cdiv(rank, block))](
+    narrow_kernel[(tiles.expert.numel(), cdiv(rank, block))](
         rows, w, out, slots, tiles.expert_start, tiles.expert, tiles.row, tiles.n_tiles, scale, inner, rank,
         K=top_k, TRANSPOSED=transposed, BM=TILE_ROWS, BR=block, BK=config.depth,
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -158,8 +159,8 @@ def narrow_grad(
     n_experts, inner, rank = tiles.expert_start.numel() - 1, rows.shape[1], u.shape[1]
     out, block = rows.new_empty((n_experts, inner, rank) if wide_first else (n_experts, rank, inner)), _block(rank)
     slots, top_k = _index(rows, order)
-    grid = (n_experts, triton.cdiv(inner, config.width))
-    narrow_grad_kernel[(*(grid if order is not None else grid[::-1]), triton.cdiv(rank, block))](
+    grid = (n_experts, cdiv(inner, config.width))
+    narrow_grad_kernel[(*(grid if order is not None else grid[::-1]), cdiv(rank, block))](
         rows, u, out, slots, tiles.expert_start, tiles.by_load, inner, rank,
         K=top_k, WIDE_FIRST=wide_first, BJ=config.width, BR=block, BK=config.depth,
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -176,7 +177,7 @@ def narrow_grad_reference(
 
 
 def _block(rank: int) -> int:
-    return min(MOST_RANKS, max(16, triton.next_power_of_2(rank)))
+    return min(MOST_RANKS, max(16, next_power_of_2(rank)))
 
 
 def _index(rows: Tensor, order: Order | None) -> tuple[Tensor | None, int]:

@@ -1,8 +1,9 @@
-"""`routing.sort_by_expert` in four small Triton kernels: a counting sort, stable, without atomics on results.
+"""`routing.sort_by_expert` in three small Triton kernels: a counting sort, stable, without atomics on results.
 
 Shapes: M slots, E experts, NB = ceil(M / 128) blocks of slots.
-Count each block's experts; run over the blocks of each expert; add the experts' starts; place each slot behind
-the earlier ones of its expert. A radix sort of M keys reads and writes them several times over; this reads twice.
+Count each block's experts; run over the blocks of each expert; place each slot behind the earlier ones of its expert,
+whose start every program sums up for itself: a launch costs more. A radix sort of M keys reads and writes them several
+times over; this reads twice.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmfoundry.kernels.routing import Order
+from llmfoundry.kernels.whole import cdiv, next_power_of_2
 
 BLOCK = 128
 
@@ -43,19 +45,17 @@ def _prefix_kernel(counts_ptr, totals_ptr, n_blocks, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _start_kernel(totals_ptr, start_ptr, n_experts, EXPERTS: tl.constexpr):
-    e = tl.arange(0, EXPERTS)
-    totals = tl.load(totals_ptr + e, mask=e <= n_experts, other=0)
-    tl.store(start_ptr + e, tl.cumsum(totals, 0) - totals, mask=e <= n_experts)
-
-
-@triton.jit
 def _place_kernel(
-    experts_ptr, earlier_ptr, start_ptr, row_slot_ptr, slot_row_ptr, n_slots, n_blocks,
-    BLOCK: tl.constexpr,
+    experts_ptr, earlier_ptr, totals_ptr, start_ptr, row_slot_ptr, slot_row_ptr, n_slots, n_blocks, n_experts,
+    EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A slot's row: its expert's start, the expert's slots in earlier blocks, and those ahead in this block."""
     block = tl.program_id(0)
+    ids = tl.arange(0, EXPERTS)
+    totals = tl.load(totals_ptr + ids, mask=ids <= n_experts, other=0)
+    start = tl.cumsum(totals, 0) - totals
+    if block == 0:
+        tl.store(start_ptr + ids, start, mask=ids <= n_experts)
     lane = tl.arange(0, BLOCK)
     slot = block * BLOCK + lane
     valid = slot < n_slots
@@ -63,7 +63,7 @@ def _place_kernel(
     other = tl.load(experts_ptr + slot, mask=valid, other=-2).to(tl.int32)
     ahead = (e[:, None] == other[None, :]) & (lane[None, :] < lane[:, None])
     row = tl.sum(ahead.to(tl.int32), axis=1)
-    row += tl.load(start_ptr + e, mask=valid, other=0)
+    row += tl.gather(start, tl.maximum(e, 0), 0)
     row += tl.load(earlier_ptr + e.to(tl.int64) * n_blocks + block, mask=valid, other=0)
     tl.store(slot_row_ptr + slot, row, mask=valid)
     tl.store(row_slot_ptr + row, slot, mask=valid)
@@ -72,13 +72,14 @@ def _place_kernel(
 def sort_by_expert_triton(experts: Tensor, n_experts: int) -> Order:
     """`routing.sort_by_expert`, which is its reference; arguments as there. (T, K) must not be empty."""
     n_slots = experts.numel()
-    n_blocks = triton.cdiv(n_slots, BLOCK)
-    padded = triton.next_power_of_2(n_experts + 2)  # room for "no expert" and for the last block's padding
+    n_blocks = cdiv(n_slots, BLOCK)
+    padded = next_power_of_2(n_experts + 2)  # room for "no expert" and for the last block's padding
     empty = partial(torch.empty, dtype=torch.int32, device=experts.device)
     counts, totals = empty(padded, n_blocks), empty(n_experts + 1)
     order = Order(empty(n_experts + 1), empty(n_slots), empty(n_slots))
     _count_kernel[(n_blocks,)](experts, counts, n_slots, n_blocks, EXPERTS=padded, BLOCK=BLOCK, num_warps=4)
     _prefix_kernel[(n_experts + 1,)](counts, totals, n_blocks, CHUNK=1024, num_warps=4)
-    _start_kernel[(1,)](totals, order.expert_start, n_experts, EXPERTS=padded, num_warps=4)
-    _place_kernel[(n_blocks,)](experts, counts, *order, n_slots, n_blocks, BLOCK=BLOCK, num_warps=4)
+    _place_kernel[(n_blocks,)](
+        experts, counts, totals, *order, n_slots, n_blocks, n_experts, EXPERTS=padded, BLOCK=BLOCK, num_warps=4
+    )
     return order

@@ -71,6 +71,8 @@ if triton is not None:
         if PLUS:
             total += beta * tl.load(plus_ptr + begin + at, inside, other=0.0).to(tl.float32)
         result = total.to(out_ptr.dtype.element_ty)
+        if i == j:  # tensor cores may sum (a, b) in another order than (b, a): the lower triangle counts
+            result = tl.where(rows[:, None] >= columns[None, :], result, tl.trans(result))
         tl.store(out_ptr + begin + at, result, inside)
         if i != j:
             across = columns[:, None] * S + rows[None, :]

@@ -10,7 +10,7 @@ operands as two TF32 numbers each, for float32's bits at the tensor cores' speed
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from llmfoundry.kernels.whole import cdiv, next_power_of_2
 
 TILE_ROWS = 128  # the height of a row tile: two warp groups of 64, the widest that Hopper's registers hold
 
@@ -32,6 +34,7 @@ class Tiles(NamedTuple):
     expert: Tensor  # (N_TILES,) expert of each row tile
     row: Tensor  # (N_TILES,) its first row
     n_tiles: Tensor  # (1,) how many of N_TILES exist
+    first: Tensor  # (E,) the first row tile of each expert
 
 
 @cache
@@ -77,7 +80,7 @@ def plain(tensor: Tensor, block: list[int]) -> TensorDescriptor:
 
 @triton.jit
 def _tiles_kernel(
-    start_ptr, by_load_ptr, expert_ptr, row_ptr, count_ptr, n_experts,
+    start_ptr, by_load_ptr, expert_ptr, row_ptr, count_ptr, first_ptr, n_experts,
     TILE: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program an expert: its place in the order of load, and its row tiles."""
@@ -91,6 +94,7 @@ def _tiles_kernel(
     tl.store(by_load_ptr + tl.sum(ahead.to(tl.int32)), e)
     tiles = (load + TILE - 1) // TILE
     first = tl.sum(tl.where(ahead, tiles, 0))
+    tl.store(first_ptr + e, first)
     own_tiles = (own_load + TILE - 1) // TILE
     for begin in tl.range(0, own_tiles, CHUNK):
         i = begin + tl.arange(0, CHUNK)
@@ -100,19 +104,39 @@ def _tiles_kernel(
         tl.store(count_ptr, tl.sum(tiles))
 
 
-def tile_rows(expert_start: Tensor, n_rows: int) -> Tiles:
+def tile_rows(expert_start: Tensor, n_rows: int, store: Tensor | None = None) -> Tiles:
     """The row tiles of an order.
 
     Args:
         expert_start: (E+1,) int32.
         n_rows: M, a bound on expert_start[E].
+        store: what is written, (tiles_length(E, M),) int32; new memory by default.
     """
     n_experts = expert_start.numel() - 1
-    empty = partial(torch.empty, dtype=torch.int32, device=expert_start.device)
-    bound = triton.cdiv(n_rows, TILE_ROWS) + n_experts
-    tiles = Tiles(expert_start, empty(n_experts), empty(bound), empty(bound), empty(1))
-    _tiles_kernel[(n_experts,)](*tiles, n_experts, TILE=TILE_ROWS, EXPERTS=triton.next_power_of_2(n_experts), CHUNK=64)
+    if store is None:
+        store = expert_start.new_empty(tiles_length(n_experts, n_rows))
+    tiles = tiles_in(store, expert_start, n_rows)
+    _tiles_kernel[(n_experts,)](*tiles, n_experts, TILE=TILE_ROWS, EXPERTS=next_power_of_2(n_experts), CHUNK=64)
     return tiles
+
+
+def tiles_in(store: Tensor, expert_start: Tensor, n_rows: int) -> Tiles:
+    """The row tiles that `tile_rows` wrote into `store` for the same arguments."""
+    n_experts = expert_start.numel() - 1
+    by_load, _, expert, row, n_tiles, _, first = store.split_with_sizes(_lengths(n_experts, n_rows))
+    return Tiles(expert_start, by_load, expert, row, n_tiles, first)
+
+
+def tiles_length(n_experts: int, n_rows: int) -> int:
+    """How many int32 `tile_rows` writes."""
+    return sum(_lengths(n_experts, n_rows))
+
+
+@cache
+def _lengths(n_experts: int, n_rows: int) -> list[int]:
+    """Of what `Tiles` holds beside `expert_start`, at multiples of 16 bytes, for the kernels know aligned pointers."""
+    bound = 4 * cdiv(cdiv(n_rows, TILE_ROWS) + n_experts, 4)
+    return [n_experts, -n_experts % 4, bound, bound, 1, 3, n_experts]
 
 
 def tile_rows_reference(expert_start: Tensor, n_rows: int) -> Tiles:
@@ -122,8 +146,9 @@ def tile_rows_reference(expert_start: Tensor, n_rows: int) -> Tiles:
     by_load = sorted(range(len(load)), key=lambda e: (-load[e], e))
     tiles = [(e, start[e] + i) for e in by_load for i in range(0, load[e], TILE_ROWS)]
     expert, row = ([t[i] for t in tiles] for i in (0, 1))
+    first = [sum(-(-load[f] // TILE_ROWS) for f in by_load[: by_load.index(e)]) for e in range(len(load))]
     as_int = lambda values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
-    return Tiles(expert_start, as_int(by_load), as_int(expert), as_int(row), as_int([len(tiles)]))
+    return Tiles(expert_start, as_int(by_load), as_int(expert), as_int(row), as_int([len(tiles)]), as_int(first))
 
 
 class Beside(NamedTuple):
@@ -188,6 +213,10 @@ def value_and_slope(x, ACTIVATION: tl.constexpr):
         s = sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
         value = x * s
         slope = s + value * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * x * x)
+    elif ACTIVATION == "swiglu_oss":
+        s = sigmoid(1.702 * x)
+        value = x * s
+        slope = s + 1.702 * value * (1 - s)
     elif ACTIVATION == "relu":
         value = tl.maximum(x, 0.0)
         slope = tl.where(x > 0, 1.0, 0.0)
@@ -197,3 +226,18 @@ def value_and_slope(x, ACTIVATION: tl.constexpr):
         value = positive * positive
         slope = 2 * positive
     return value, slope
+
+
+@triton.jit
+def unit_factors(gate, up, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr):
+    """Of a gated unit `act(gate) * up` in float32: act, its slope, and up, clamped and shifted as in activations.py."""
+    if LIMIT is not None:
+        beyond = gate > LIMIT
+        value, slope = value_and_slope(tl.where(beyond, LIMIT, gate), ACTIVATION)  # a NaN stays one
+        slope = tl.where(beyond, 0.0, slope)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    else:
+        value, slope = value_and_slope(gate, ACTIVATION)
+    if ACTIVATION == "swiglu_oss":
+        up += 1
+    return value, slope, up

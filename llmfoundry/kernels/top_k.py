@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmfoundry.kernels.whole import cdiv, next_power_of_2
+
 try:
     import triton
     import triton.language as tl
@@ -63,9 +65,9 @@ if triton is not None:
     def _top_k_ids(scores: Tensor, k: int) -> Tensor:
         n_rows, n_experts = scores.shape
         ids = torch.empty(n_rows, k, dtype=torch.int64, device=scores.device)
-        experts = triton.next_power_of_2(n_experts)
+        experts = next_power_of_2(n_experts)
         rows = max(1, min(32, _KEYS // experts))
-        top_k_kernel[(triton.cdiv(n_rows, rows),)](scores, ids, n_rows, n_experts, K=k, EXPERTS=experts, ROWS=rows)
+        top_k_kernel[(cdiv(n_rows, rows),)](scores, ids, n_rows, n_experts, K=k, EXPERTS=experts, ROWS=rows)
         return ids
 
     @_top_k_ids.register_fake

@@ -109,7 +109,7 @@ def pick(candidates: Candidates[Config], problem: Problem, run: Callable[..., Re
 
 def _fixed(candidates: Candidates[Config], problem: Problem) -> Config | None:
     """The configuration without timing, or None where timing may choose."""
-    if problem.device.type != "cuda" or problem.dtype == "torch.float32" or not _holds_large(problem.device):
+    if problem.dtype == "torch.float32" or not holds_large(problem.device):
         return candidates.small
     if os.environ.get("LLMFOUNDRY_AUTOTUNE", "1") == "0":
         return candidates.large[0]
@@ -117,8 +117,10 @@ def _fixed(candidates: Candidates[Config], problem: Problem) -> Config | None:
 
 
 @cache
-def _holds_large(device: torch.device) -> bool:
-    """Whether a GPU has Hopper's shared memory: data-centre Blackwell has, other generations have 64 to 163 KiB."""
+def holds_large(device: torch.device) -> bool:
+    """Whether a GPU has Hopper's shared memory: data-centre Blackwell (10.x) has; 8.x and 12.x have 99 to 163 KiB."""
+    if device.type != "cuda":
+        return False
     properties = torch.cuda.get_device_properties(device)
     return getattr(properties, "shared_memory_per_block_optin", 0) >= LARGE_TILES_BYTES  # missing in torch's stubs
 

@@ -4,7 +4,8 @@ Shapes: T tokens, D d_model, F ffn hidden size, E experts, M rows in expert orde
 up rows, or (E, F, D). s is each row's routing weight.
 A tile's 256 rows of w1 are 128 gate rows and their 128 up rows, one TMA box each step, so one wgmma of N = 256
 leaves both halves of a column pair in the same thread: the gated unit costs no exchange.
-An adapter of w1 (rank R) is a few more columns of x and w1: its steps follow in the same loop, from other descriptors.
+Biases are (E, 2F) or (E, F). An adapter of w1 (rank R) is a few more columns of x and w1: its steps
+follow in the same loop, from other descriptors.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from llmfoundry.kernels.tiles import (
     plain,
     ragged,
     turns,
+    unit_factors,
     value_and_slope,
     write_ragged,
     write_ragged_half,
@@ -46,10 +48,10 @@ class UpConfig(NamedTuple):
 
 @triton.jit
 def up_kernel(
-    x_desc, w1_desc, h_desc, a_desc, u_desc, v_desc, weights_ptr, row_slot_ptr,
+    x_desc, w1_desc, h_desc, a_desc, u_desc, v_desc, bias_ptr, weights_ptr, row_slot_ptr,
     start_ptr, expert_ptr, row_ptr, count_ptr,
-    D, F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    D, F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr, TURNS: tl.constexpr, FLATTEN: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     HALVES: tl.constexpr = 2 if GATED else 1
@@ -76,13 +78,20 @@ def up_kernel(
         slot = tl.load(row_slot_ptr + rows, mask=rows < start + size, other=0)
         s = tl.load(weights_ptr + slot)[:, None]
         dtype: tl.constexpr = a_desc.dtype
+        columns = j * BN + tl.arange(0, BN)
         if GATED:
             gate, up = acc.reshape([BM, 2, BN]).permute(0, 2, 1).split()
+            if bias_ptr is not None:
+                bias = bias_ptr + e * 2 * F + columns
+                gate += tl.load(bias, mask=columns < F, other=0.0).to(tl.float32)[None, :]
+                up += tl.load(bias + F, mask=columns < F, other=0.0).to(tl.float32)[None, :]
             write_ragged_half(h_desc, start, size, row - start, 0, j * BN, gate.to(dtype))
             write_ragged_half(h_desc, start, size, row - start, 1, j * BN, up.to(dtype))
-            value, _ = value_and_slope(gate, ACTIVATION)
-            write_ragged(a_desc, start, size, row - start, j * BN, (value * up * s).to(dtype))
+            value, _, factor = unit_factors(gate, up, ACTIVATION, LIMIT)
+            write_ragged(a_desc, start, size, row - start, j * BN, (value * factor * s).to(dtype))
         else:
+            if bias_ptr is not None:
+                acc += tl.load(bias_ptr + e * F + columns, mask=columns < F, other=0.0).to(tl.float32)[None, :]
             write_ragged_half(h_desc, start, size, row - start, 0, j * BN, acc.to(dtype))
             value, _ = value_and_slope(acc, ACTIVATION)
             write_ragged(a_desc, start, size, row - start, j * BN, (value * s).to(dtype))
@@ -97,6 +106,8 @@ def up(
     *,
     activation: str,
     gated: bool,
+    limit: float | None = None,
+    bias: Tensor | None = None,
     beside: Beside | None = None,
     config: UpConfig = UpConfig(),
 ) -> tuple[Tensor, Tensor]:
@@ -106,6 +117,8 @@ def up(
         x_rows: (M, D) in expert order.
         weights: (T, K) float32, looked up by slot.
         row_slot: (M,) int32.
+        limit: clamp of gate and up, or None.
+        bias: (E, 2F) or (E, F), or None.
         beside: the product of an adapter of w1, with v (E, 2F, r) or (E, F, r); it is added to h.
 
     Returns:
@@ -127,8 +140,8 @@ def up(
         ragged(a, [TILE_ROWS, c.columns]),
         None if beside is None else plain(beside.u, [TILE_ROWS, c.depth]),
         None if beside is None else plain(beside.v.view(-1, hidden, rank), [halves, c.columns, c.depth]),
-        weights, row_slot, tiles.expert_start, tiles.expert, tiles.row, tiles.n_tiles,
-        d_model, F=hidden, GATED=gated, ACTIVATION=activation, BM=TILE_ROWS,
+        bias, weights, row_slot, tiles.expert_start, tiles.expert, tiles.row, tiles.n_tiles,
+        d_model, F=hidden, GATED=gated, ACTIVATION=activation, LIMIT=limit, BM=TILE_ROWS,
         BN=c.columns, BK=c.depth, GROUP=c.group, PROGRAMS=programs, TURNS=turns(), FLATTEN=c.flatten,
         RANK=rank,
         num_warps=c.num_warps, num_stages=c.num_stages,
@@ -145,6 +158,8 @@ def up_reference(
     *,
     activation: str,
     gated: bool,
+    limit: float | None = None,
+    bias: Tensor | None = None,
     beside: Beside | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`up` in plain PyTorch, expert by expert."""
@@ -153,5 +168,7 @@ def up_reference(
     h = torch.cat([x_rows[a:b] @ w1[e].T for e, (a, b) in enumerate(spans)])
     if beside is not None:
         h = h + torch.cat([beside.u[a:b] @ beside.v[e].T for e, (a, b) in enumerate(spans)])
+    if bias is not None:
+        h = h + bias.repeat_interleave(tiles.expert_start.diff(), 0)
     s = weights.reshape(-1)[row_slot[: h.shape[0]].long()].unsqueeze(1)
-    return h, (activate(h, activation, gated) * s).to(x_rows.dtype)
+    return h, (activate(h, activation, gated, limit) * s).to(x_rows.dtype)

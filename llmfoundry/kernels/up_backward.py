@@ -27,8 +27,10 @@ from llmfoundry.kernels.tiles import (
     place,
     plain,
     turns,
+    unit_factors,
     value_and_slope,
 )
+from llmfoundry.kernels.whole import cdiv
 
 
 class UpBackwardConfig(NamedTuple):
@@ -46,7 +48,8 @@ class UpBackwardConfig(NamedTuple):
 @triton.jit
 def _slice_backward(
     da, h_ptr, dh_ptr, a_ptr, s, inside, row, column, ds,
-    F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, SLICE: tl.constexpr,
+    F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr,
+    SLICE: tl.constexpr,
 ):  # fmt: skip
     """One column slice of a tile. int64 only in the scalar base: in-tile offsets fit int32 and registers."""
     H: tl.constexpr = 2 * F if GATED else F
@@ -57,28 +60,51 @@ def _slice_backward(
     at_a = tl.arange(0, BM)[:, None] * F + columns
     dtype = a_ptr.dtype.element_ty
     gate = tl.load(h_ptr + base * H + at_h, mask=mask, other=0.0).to(tl.float32)
-    value, slope = value_and_slope(gate, ACTIVATION)
     if GATED:
         up = tl.load(h_ptr + base * H + F + at_h, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dh_ptr + base * H + F + at_h, (da * s * value).to(dtype), mask=mask)
-        tl.store(dh_ptr + base * H + at_h, (da * s * up * slope).to(dtype), mask=mask)
-        value = value * up
+        value, slope, factor = unit_factors(gate, up, ACTIVATION, LIMIT)
+        d_up = da * s * value
+        if LIMIT is not None:
+            d_up = tl.where(tl.abs(up) > LIMIT, 0.0, d_up)
+        tl.store(dh_ptr + base * H + F + at_h, d_up.to(dtype), mask=mask)
+        tl.store(dh_ptr + base * H + at_h, (da * s * factor * slope).to(dtype), mask=mask)
+        value = value * factor
     else:
+        value, slope = value_and_slope(gate, ACTIVATION)
         tl.store(dh_ptr + base * H + at_h, (da * s * slope).to(dtype), mask=mask)
     tl.store(a_ptr + base * F + at_a, (value * s).to(dtype), mask=mask)
     return ds + tl.sum(tl.where(mask, da * value, 0.0), axis=1)
 
 
 @triton.jit
+def _slices_backward(
+    da, h_ptr, dh_ptr, a_ptr, s, inside, row, column, ds,
+    F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr,
+    WIDTH: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """A tile's column slices, one after the other: halves of halves, for a tensor can be split in two alone."""
+    if SLICES == 1:
+        ds = _slice_backward(da, h_ptr, dh_ptr, a_ptr, s, inside, row, column, ds,
+                             F, GATED, ACTIVATION, LIMIT, BM, WIDTH)  # fmt: skip
+    else:
+        HALF: tl.constexpr = WIDTH // 2
+        left, right = da.reshape([BM, 2, HALF]).permute(0, 2, 1).split()
+        ds = _slices_backward(left, h_ptr, dh_ptr, a_ptr, s, inside, row, column, ds,
+                              F, GATED, ACTIVATION, LIMIT, BM, HALF, SLICES // 2)  # fmt: skip
+        ds = _slices_backward(right, h_ptr, dh_ptr, a_ptr, s, inside, row, column + HALF, ds,
+                              F, GATED, ACTIVATION, LIMIT, BM, HALF, SLICES // 2)  # fmt: skip
+    return ds
+
+
+@triton.jit
 def up_backward_kernel(
     dy_desc, w2_desc, u_desc, v_desc, h_ptr, dh_ptr, a_ptr, ds_ptr, weights_ptr, row_slot_ptr,
     start_ptr, expert_ptr, row_ptr, count_ptr,
-    D, M, F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+    D, M, F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr, TURNS: tl.constexpr, FLATTEN: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     COLUMN_TILES: tl.constexpr = (F + BN - 1) // BN
-    SLICE: tl.constexpr = BN // SLICES
     WIDE = (D + BK - 1) // BK * BK
     n_row_tiles = tl.load(count_ptr)
     first, end_tile = my_tiles(n_row_tiles * COLUMN_TILES, PROGRAMS, TURNS)
@@ -101,24 +127,8 @@ def up_backward_kernel(
         s = tl.load(weights_ptr + slot)[:, None]
         inside = (rows < end)[:, None]
         ds = tl.zeros([BM], dtype=tl.float32)
-        left, right = acc.reshape([BM, 2, BN // 2]).permute(0, 2, 1).split()
-        if SLICES == 2:
-            ds = _slice_backward(left, h_ptr, dh_ptr, a_ptr, s, inside, row, j * BN, ds,
-                                 F, GATED, ACTIVATION, BM, SLICE)  # fmt: skip
-            ds = _slice_backward(right, h_ptr, dh_ptr, a_ptr, s, inside, row, j * BN + SLICE, ds,
-                                 F, GATED, ACTIVATION, BM, SLICE)  # fmt: skip
-        else:
-            tl.static_assert(SLICES == 4, "2 or 4 slices")
-            s0, s1 = left.reshape([BM, 2, SLICE]).permute(0, 2, 1).split()
-            s2, s3 = right.reshape([BM, 2, SLICE]).permute(0, 2, 1).split()
-            ds = _slice_backward(s0, h_ptr, dh_ptr, a_ptr, s, inside, row, j * BN, ds,
-                                 F, GATED, ACTIVATION, BM, SLICE)  # fmt: skip
-            ds = _slice_backward(s1, h_ptr, dh_ptr, a_ptr, s, inside, row, j * BN + SLICE, ds,
-                                 F, GATED, ACTIVATION, BM, SLICE)  # fmt: skip
-            ds = _slice_backward(s2, h_ptr, dh_ptr, a_ptr, s, inside, row, j * BN + 2 * SLICE, ds,
-                                 F, GATED, ACTIVATION, BM, SLICE)  # fmt: skip
-            ds = _slice_backward(s3, h_ptr, dh_ptr, a_ptr, s, inside, row, j * BN + 3 * SLICE, ds,
-                                 F, GATED, ACTIVATION, BM, SLICE)  # fmt: skip
+        ds = _slices_backward(acc, h_ptr, dh_ptr, a_ptr, s, inside, row, j * BN, ds,
+                              F, GATED, ACTIVATION, LIMIT, BM, BN, SLICES)  # fmt: skip
         tl.store(ds_ptr + tl.cast(M, tl.int64) * j + rows, ds, mask=rows < end)
 
 
@@ -132,6 +142,7 @@ def up_backward(
     *,
     activation: str,
     gated: bool,
+    limit: float | None = None,
     beside: Beside | None = None,
     config: UpBackwardConfig = UpBackwardConfig(),
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,6 +153,7 @@ def up_backward(
         h: (M, 2F) or (M, F) pre-activations.
         weights: (T, K) float32, looked up by slot.
         w2: (E, D, F).
+        limit: clamp of gate and up, or None; beyond it no gradient passes.
         beside: the product of an adapter of w2, with v (E, r, F); it is added to the gradient of a'.
 
     Returns:
@@ -153,7 +165,7 @@ def up_backward(
     c = config
     dh = torch.empty_like(h)
     a = dy_rows.new_empty(n_rows, hidden)
-    ds = torch.empty(triton.cdiv(hidden, c.columns), n_rows, dtype=torch.float32, device=h.device)
+    ds = torch.empty(cdiv(hidden, c.columns), n_rows, dtype=torch.float32, device=h.device)
     rank = 0 if beside is None else beside.u.shape[1]
     programs = n_programs(h.device)
     up_backward_kernel[(programs * turns(),)](
@@ -162,8 +174,8 @@ def up_backward(
         None if beside is None else plain(beside.u, [TILE_ROWS, c.depth]),
         None if beside is None else plain(beside.v, [1, c.depth, c.columns]),
         h, dh, a, ds, weights, row_slot, tiles.expert_start, tiles.expert, tiles.row, tiles.n_tiles,
-        d_model, n_rows, F=hidden, GATED=gated, ACTIVATION=activation, BM=TILE_ROWS, BN=c.columns, BK=c.depth,
-        SLICES=c.slices, GROUP=c.group, PROGRAMS=programs, TURNS=turns(), FLATTEN=c.flatten,
+        d_model, n_rows, F=hidden, GATED=gated, ACTIVATION=activation, LIMIT=limit, BM=TILE_ROWS, BN=c.columns,
+        BK=c.depth, SLICES=c.slices, GROUP=c.group, PROGRAMS=programs, TURNS=turns(), FLATTEN=c.flatten,
         RANK=rank,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
@@ -180,6 +192,7 @@ def up_backward_reference(
     *,
     activation: str,
     gated: bool,
+    limit: float | None = None,
     beside: Beside | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`up_backward` in plain PyTorch, expert by expert."""
@@ -190,6 +203,6 @@ def up_backward_reference(
         da = da + torch.cat([beside.u[a:b] @ beside.v[e] for e, (a, b) in enumerate(spans)])
     h = h[: da.shape[0]]
     s = weights.reshape(-1)[row_slot[: da.shape[0]].long()].unsqueeze(1)
-    a = activate(h, activation, gated)
-    dh = activate_backward(da * s, h, activation, gated)
+    a = activate(h, activation, gated, limit)
+    dh = activate_backward(da * s, h, activation, gated, limit)
     return dh, (a * s).to(h.dtype), (da * a).sum(1).unsqueeze(0)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmfoundry.kernels.tiles import Tiles, my_tiles, n_programs, place, plain, ragged, read_ragged, turns
+from llmfoundry.kernels.whole import next_power_of_2
 
 
 class WeightGradConfig(NamedTuple):
@@ -71,7 +72,7 @@ def weight_grad(left: Tensor, right: Tensor, tiles: Tiles, *, config: WeightGrad
     """
     n_experts = tiles.expert_start.numel() - 1
     c = config
-    width = min(c.width, max(16, triton.next_power_of_2(right.shape[1])))
+    width = min(c.width, max(16, next_power_of_2(right.shape[1])))
     out = left.new_empty(n_experts, left.shape[1], right.shape[1])
     programs = n_programs(left.device)
     weight_grad_kernel[(programs * turns(),)](

@@ -9,45 +9,32 @@ Otherwise it is a FlexAttention `BlockMask` on CUDA and a boolean tensor elsewhe
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Literal, NamedTuple, ParamSpec, Self, TypeVar
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import (
-    AuxOutput,
-    AuxRequest,
-    BlockMask,
-    create_block_mask,
-    flex_attention,
-)
+from torch.nn.attention.flex_attention import BlockMask
 
 from llmfoundry.config import Choice
+from llmfoundry.kernels.norm_rotate import has_kernel, norm_rotate
+from llmfoundry.layers import flex
 from llmfoundry.layers.kv_cache import KVCache
-from llmfoundry.layers.norm import NormConfig, NormType
+from llmfoundry.layers.norm import NormConfig, NormType, RMSNorm
 from llmfoundry.layers.rope import NoScaling, Rope, RopeScaling, rotate
 from llmfoundry.layers.scores import alibi_bias, alibi_slopes, plain_attention
 
-P = ParamSpec("P")
-R = TypeVar("R")
 Mask = Tensor | BlockMask | None
 FULL = -1  # the window that sees every earlier token
-
-
-@functools.cache
-def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """Compile at first use: doing so at import would cost every command seconds."""
-    return torch.compile(function)
 
 
 class AttentionConfig(Choice, tag="attn_type"):
     """Root of the attention family: `attn_config` in the YAML, with the keys that all kinds share."""
 
     attn_type: str = "multihead_attention"  # how keys and values are made
-    # auto: torch's fused kernels, FlexAttention where a mask needs it; flex: CUDA only
+    # auto: torch's fused kernels (cuDNN's on Hopper), FlexAttention where a mask needs it; flex: CUDA only, slower than
+    # cuDNN, and the same bits twice
     attn_impl: Literal["auto", "sdpa", "flex"] = "auto"
     rope: bool = False  # rotary positions
     rope_theta: float = Field(10000.0, gt=0)  # base of the rotation's wavelengths
@@ -304,6 +291,10 @@ class Attention(nn.Module):
         """Queries, and keys and values unless reused, normalised, clipped and rotated as the config says."""
         config, clip = self.config, self.config.clip_qkv
         qkv = self.wq(x) if self.reuses_kv else self.wqkv(x)  # (B, S, (H + 2G) C)
+        if rope is not None and self._in_one_pass(qkv):
+            weights = self.q_norm.weight, self.k_norm.weight
+            q, k, v = norm_rotate(qkv, *weights, *rope, self.n_heads, self.kv_heads, self.q_norm.eps)
+            return q.transpose(1, 2), KeysAndValues(k.transpose(1, 2), v.transpose(1, 2))
         if clip is not None and not config.clip_qkv_after_norm:
             qkv = qkv.clamp(-clip, clip)
         heads = qkv.unflatten(-1, (-1, self.head_dim))  # (B, S, H + 2G, C)
@@ -314,6 +305,12 @@ class Attention(nn.Module):
             v = v.clamp(-clip, clip)
         k = self._finished(k, "k_norm", rope)  # (B, G, S, C)
         return self._finished(q, "q_norm", rope), KeysAndValues(k, v.transpose(1, 2))
+
+    def _in_one_pass(self, qkv: Tensor) -> bool:
+        """Whether a kernel of ours can normalise and rotate."""
+        config = self.config
+        normed = (config.qk_norm or config.qk_ln) and not self.reuses_kv and isinstance(self.q_norm, RMSNorm)
+        return normed and config.clip_qkv is None and has_kernel(qkv)
 
     def _finished(self, heads: Tensor, norm: str, rope: Rope | None) -> Tensor:
         """Queries or keys (B, S, H, C), normalised, clipped if that comes after, and rotated: (B, H, S, C)."""
@@ -338,19 +335,10 @@ class Attention(nn.Module):
             score = score if cap is None else cap * torch.tanh(score / cap)
             return score if slopes is None else score + slopes[h] * (j - i)
 
-        attend: Callable[..., tuple[Tensor, AuxOutput]] = flex_attention
-        if not torch.compiler.is_compiling():
-            attend = compiled(flex_attention)
-        y, aux = attend(
-            q, k, v,
-            score_mod=None if cap is None and slopes is None else changed,
-            block_mask=mask,
-            scale=self.scale,
-            enable_gqa=self.kv_heads != self.n_heads,
-            return_aux=AuxRequest(lse=self.sinks is not None),
-        )  # fmt: skip
-        if self.sinks is not None and aux.lse is not None:  # lse (B, H, S); a sink shrinks all weights
-            y = (y * torch.sigmoid(aux.lse - self.sinks.float()[:, None])[..., None]).to(q.dtype)
+        score = None if cap is None and slopes is None else changed
+        y, lse = flex.attend(q, k, v, mask, self.scale, score, lse=self.sinks is not None)
+        if self.sinks is not None and lse is not None:  # a sink shrinks all weights
+            y = (y * torch.sigmoid(lse - self.sinks.float()[:, None])[..., None]).to(q.dtype)
         return y
 
 
@@ -384,7 +372,7 @@ def attention_mask(
     if plain and (n_queries == 1 or (offset == 0 and fused)):
         return None
     if device.type == "cuda" and config.attn_impl != "sdpa" and offset == 0 and not config.dropout:
-        return _block_mask(window if windowed else n_queries, n_queries, sequence_ids, device)
+        return flex.block_mask(window if windowed else flex.NO_WINDOW, n_queries, sequence_ids, device)
     i = torch.arange(offset, offset + n_queries, device=device)[:, None]  # (S, 1)
     j = torch.arange(offset + n_queries, device=device)  # (P,)
     seen = j <= i  # (S, P)
@@ -394,17 +382,3 @@ def attention_mask(
         seen = seen & (sequence_ids[:, offset:, None] == sequence_ids[:, None, :])  # (B, S, P)
         return seen[:, None]  # (B, 1, S, P)
     return seen[None, None]  # (1, 1, S, P)
-
-
-def _block_mask(window: int, length: int, sequence_ids: Tensor | None, device: torch.device) -> BlockMask:
-    def near(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (j <= i) & (i - j <= window)
-
-    def near_in_document(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        assert sequence_ids is not None
-        return (j <= i) & (i - j <= window) & (sequence_ids[b, i] == sequence_ids[b, j])
-
-    create = compiled(create_block_mask)  # not compiled, it would hold all (B, S, S) entries
-    if sequence_ids is None:
-        return create(near, None, None, length, length, device=device)
-    return create(near_in_document, len(sequence_ids), None, length, length, device=device)

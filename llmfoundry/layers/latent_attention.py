@@ -10,15 +10,14 @@ and values of R dims, so that the cache is read once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
-from llmfoundry.layers.attention import AttentionConfig, Mask, compiled
+from llmfoundry.layers import flex
+from llmfoundry.layers.attention import AttentionConfig, Mask
 from llmfoundry.layers.kv_cache import KVCache
 from llmfoundry.layers.lora import effective_weight
 from llmfoundry.layers.norm import NormConfig, RMSNorm
@@ -154,10 +153,7 @@ class LatentAttention(nn.Module):
         q = torch.cat((q_nope, q_rope), dim=-1)  # (B, H, S, N + C)
         k = torch.cat((k_nope, k_rope.expand(-1, self.n_heads, -1, -1)), dim=-1)  # (B, H, P, N + C)
         if isinstance(mask, BlockMask):
-            attend: Callable[..., Tensor] = flex_attention
-            if not torch.compiler.is_compiling():
-                attend = compiled(flex_attention)
-            return attend(q, k, v, block_mask=mask, scale=config.scale)
+            return flex.attend(q, k, v, mask, config.scale).y
         causal = mask is None and q.shape[2] > 1  # one query sees all keys
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=config.scale)
 

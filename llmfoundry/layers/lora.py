@@ -199,7 +199,7 @@ def add_adapters(model: nn.Module, blocks: nn.Module, config: LoRAConfig) -> Non
 def quantize_frozen(blocks: nn.Module) -> None:
     """Give the frozen weights of linear layers and stacked experts in `blocks` their place in NF4, in place.
 
-    A weight that is no whole number of blocks of 64 values stays as it is.
+    A weight that is not a whole number of blocks of 64 values stays as it is.
     """
     for path, module in list(blocks.named_modules()):
         if isinstance(module, LoRALinear):

@@ -52,7 +52,7 @@ class Cache:
     All rows have the same length. The first forward allocates `capacity` tokens; after that, buffers double.
 
     Args:
-        padding: (B,) int64, how many tokens at the beginning of each row stand for nothing; the others do not see them,
+        padding: (B,) int64, how many tokens at the beginning of each row are padding; the others do not see them,
             and the first that counts has position 0. None: no row is padded.
     """
 

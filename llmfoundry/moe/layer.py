@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from llmfoundry.dtensor import local_part
 from llmfoundry.kernels.activations import ACTIVATIONS
-from llmfoundry.kernels.experts import Backend, ExpertKind, experts_ffn, resolve_backend
+from llmfoundry.kernels.experts import Backend, ExpertKind, e4m3_refusal, experts_ffn, resolve_backend
 from llmfoundry.kernels.late import LateGradients
 from llmfoundry.kernels.low_rank import ExpertAdapters, LowRank
 from llmfoundry.layers.ffn import Activation, FFNConfig, FFNOutput, GLUConfig, MLPConfig
@@ -178,6 +178,7 @@ class Experts(nn.Module):
         n_experts, expert = config.moe_num_experts, config.expert
         self.activation, self.gated = config.ffn_act_fn.key, config.gated
         self.limit, self.impl, self.kind = config.ffn_act_limit, config.moe_impl, config.kind(d_model)
+        self.e4m3 = False
         self.w1 = nn.Parameter(torch.empty(n_experts, expert.rows, d_model))  # (E, 2F, D): gate, then up rows
         self.w2 = nn.Parameter(torch.empty(n_experts, d_model, expert.hidden_size))  # (E, D, F)
         self.register_module("frozen_w1", None)
@@ -193,8 +194,16 @@ class Experts(nn.Module):
         self.lora_scale, self.lora_dropout = scale, dropout
         self.kind = _kind(*self.kind._replace(dropout=dropout > 0))
 
+    def use_e4m3(self) -> str | None:
+        """Compute in e4m3 from now on; else return why not."""
+        refusal = e4m3_refusal(self.impl, self.kind)
+        self.e4m3 = refusal is None
+        return refusal
+
     def backend(self, device: torch.device, dtype: torch.dtype) -> Backend:
         """What `moe_impl` stands for there."""
+        if self.e4m3:
+            return "e4m3"
         return resolve_backend(self.impl, self.kind, device, dtype)
 
     def forward(self, tokens: ExpertInputs | InFlight) -> Tensor:

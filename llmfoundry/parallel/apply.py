@@ -1,9 +1,9 @@
 """The order in which a model is spread, stated once: experts > recompute > compile > shards or casts > weights.
 
 Experts first, because FSDP splits what is left of them; recompute inside compile, which then plans what to keep
-in one graph; shards last, around all of it. A block is no one graph where the host reads how many tokens go where: with
-experts divided among ranks, or where the backend of the experts does; nor where 4-bit codes are gathered from ranks.
-Then its parts are compiled, inside recompute.
+in one graph; shards last, around all of it. A block is not a single graph where the host reads how many tokens go
+where (with experts divided among ranks, or where the backend of the experts does), nor where 4-bit codes are gathered
+from ranks. Then its parts are compiled, inside recompute.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from llmfoundry.kernels.experts import reads_on_host
 from llmfoundry.model.init import init_weights
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.parallel.compile import compile_blocks, compile_parts
+from llmfoundry.parallel.e4m3 import use_e4m3
 from llmfoundry.parallel.expert import divide_experts, mixtures
 from llmfoundry.parallel.frozen import divide_frozen
 from llmfoundry.parallel.fsdp import has_half_weights, keeps_experts_whole, shard
@@ -24,7 +25,7 @@ from llmfoundry.parallel.mesh import Mesh, ParallelConfig, single_process
 from llmfoundry.parallel.recompute import recompute_blocks
 from llmfoundry.parallel.single import compute_in, sum_gradients_in
 
-_COMPUTE = {"fp32": torch.float32, "amp_bf16": torch.bfloat16}
+_COMPUTE = {"fp32": torch.float32, "amp_bf16": torch.bfloat16, "amp_fp8": torch.bfloat16}
 
 
 def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: str) -> CausalLM:
@@ -32,24 +33,26 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
 
     Args:
         model: built on the meta device.
-        precision: "fp32" or "amp_bf16", in which it computes; weights keep the dtype that they have.
+        precision: in which it computes, see `RunConfig.precision`; weights keep the dtype that they have.
 
     Returns:
         The same model, still on the meta device; `materialize` gives it storage.
     """
     _check_quantized(model, config)
-    if precision == "amp_bf16" and model.config.lora is not None:
+    compute = _COMPUTE[precision]
+    if compute == torch.bfloat16 and model.config.lora is not None:
         _keep_frozen_in(torch.bfloat16, model)
+    if precision == "amp_fp8":
+        use_e4m3(model.blocks)
     divide_experts(model, mesh)
     shared = divide_frozen(model, mesh)
     compiled = config.compile is True or (config.compile == "auto" and runtime.device().type == "cuda")
     if config.compile is True and not model.own_blocks:
         raise ConfigError("parallel.compile: modules of transformers are not compiled; leave it out")
     compiled = compiled and model.own_blocks
-    compute = _COMPUTE[precision]
     one_graph = compiled and mesh.experts is None and not shared and not _reads_on_host(model, precision)
     by_itself = single_process(config, mesh.degrees)
-    casts = by_itself and (precision == "amp_bf16" or has_half_weights(model))
+    casts = by_itself and (compute == torch.bfloat16 or has_half_weights(model))
     if keeps_experts_whole(model, mesh, config):
         experts = [mixture.experts for mixture in mixtures(model)]
         for each in experts:
@@ -69,9 +72,10 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
     if casts:
         compute_in(model, compute, without=list(model.blocks))
         sum_gradients_in(model, compute, config.sum_gradients_in, [model])
-    if config.sum_gradients_in == "bf16" and not (by_itself and precision == "amp_bf16"):
+    if config.sum_gradients_in == "bf16" and not (by_itself and compute == torch.bfloat16):
         raise ConfigError(
-            "parallel.sum_gradients_in=bf16 is for precision: amp_bf16 in a single process; leave it out otherwise"
+            "parallel.sum_gradients_in=bf16 is for precision: amp_bf16 or amp_fp8 in a single process; leave it out "
+            "otherwise"
         )
     if not by_itself:
         shard(model, mesh, config, compute)

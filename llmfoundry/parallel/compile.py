@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import FunctionType, MethodType
+from types import MethodType
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
+from llmfoundry.layers.graphs import with_own_code
 from llmfoundry.model.transformer import Block, BlockOutput, CausalLM
 from llmfoundry.moe.layer import MoE
 
@@ -28,7 +29,7 @@ def compile_blocks(model: CausalLM) -> None:
     runs: dict[object, Callable[..., BlockOutput]] = {}
     for kind, block in _kinds(model):
         if kind not in runs:
-            runs[kind] = torch.compile(_copy(_run, f"block_kind_{len(runs)}"))
+            runs[kind] = torch.compile(with_own_code(_run, f"block_kind_{len(runs)}"))
         block.forward = _dispatch(block.forward, functools.partial(runs[kind], block.forward))  # type: ignore[method-assign]
 
 
@@ -48,7 +49,7 @@ def compile_parts(model: CausalLM) -> None:
                 shared.forward = torch.compile(shared.forward)  # type: ignore[method-assign]
             mixture.forward = torch.compiler.disable(mixture.forward)  # type: ignore[method-assign]
         # A graph ends at the mixture, so the code that counts is that of `Block.forward` and not that of a caller.
-        copy = copies.setdefault(kind, _copy(Block.forward, f"block_kind_{len(copies)}"))
+        copy = copies.setdefault(kind, with_own_code(Block.forward, f"block_kind_{len(copies)}"))
         block.forward = _dispatch(block.forward, torch.compile(MethodType(copy, block)))  # type: ignore[method-assign]
 
 
@@ -72,13 +73,6 @@ def _constants(module: nn.Module) -> tuple[tuple[str, object], ...]:
 
 def _run(forward: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     return forward(*args, **kwargs)
-
-
-def _copy(function: Callable[P, R], name: str) -> Callable[P, R]:
-    """The same function with a code object of its own."""
-    assert isinstance(function, FunctionType)
-    code = function.__code__.replace(co_name=name)
-    return FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
 
 
 def _dispatch(eager: Callable[..., BlockOutput], compiled: Callable[..., BlockOutput]) -> Callable[..., BlockOutput]:

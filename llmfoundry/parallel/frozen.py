@@ -20,7 +20,7 @@ def divide_frozen(model: CausalLM, mesh: Mesh) -> bool:
         Whether ranks share any.
 
     Raises:
-        ConfigError: an expert's weight is no whole number of blocks.
+        ConfigError: an expert's weight is not a whole number of blocks.
     """
     frozen = [module for module in model.modules() if isinstance(module, NF4Weight)]
     if mesh.dense is None or not frozen:

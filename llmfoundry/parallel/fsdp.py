@@ -169,7 +169,7 @@ def _flat(units: list[list[FSDPModule]]) -> list[FSDPModule]:
 def accumulating(model: nn.Module, last: bool) -> Iterator[None]:
     """Around the forward and backward of one microbatch: gradients are summed over ranks after the last.
 
-    Without `parallel.reduce_once_a_step` each microbatch's are summed over `fsdp` at once, so that nobody
+    Without `parallel.reduce_once_a_step` each microbatch's are summed over `fsdp` at once, so that no rank
     keeps whole gradients; over `dp_replicate` they are summed after the last one in any case. Nothing to do
     for a model that is not split.
     """
@@ -195,6 +195,11 @@ def _sum_gradients_of_half_weights(model: nn.Module) -> None:
                 parameter.sharded_param.grad_dtype = dtype
 
 
+# torch 2.13 has new names for these, and warns of the old ones at each call.
+_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
 class _Allocates:
     """As FSDP2 does by itself."""
 
@@ -209,7 +214,7 @@ class _Gather(_Allocates, AllGather):
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
         runtime.meet()
-        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+        return _gather(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
 class _Reduce(_Allocates, ReduceScatter):
@@ -224,7 +229,7 @@ class _Reduce(_Allocates, ReduceScatter):
         async_op: bool = False,
     ) -> dist.Work | None:
         runtime.meet()
-        return dist.reduce_scatter_tensor(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
+        return _reduce_scatter(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
 
 
 def can_leave(model: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+import llmfoundry.kernels.scaled_linear  # noqa: F401  registers an operator of DEAR
 from llmfoundry.config import ConfigError
 from llmfoundry.kernels.top_k import CHOICE
 
@@ -33,6 +34,7 @@ DEAR = (
     "aten.mm",
     "higher_order.flex_attention",
     "llmfoundry.frozen_linear_plus",
+    "llmfoundry.scaled_linear",
 )
 
 

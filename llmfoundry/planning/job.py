@@ -52,7 +52,7 @@ class Job(NamedTuple):
         return cls(
             config.model,
             config.parallel,
-            config.optimizer,
+            config.optimizer_on("cuda"),
             config.precision_on("cuda"),
             config.global_train_batch_size * sequences,
             micro if micro == "auto" else micro * sequences,

@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_iter
 from llmfoundry import runtime
 from llmfoundry.data.loader import Batch
 from llmfoundry.kernels import activations, cross_entropy, experts, experts_grouped
-from llmfoundry.layers import attention, norm
+from llmfoundry.layers import attention, graphs, norm
 from llmfoundry.model import transformer
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.moe import dispatch, layer, router
@@ -167,9 +167,10 @@ def _bodies() -> dict[object, Callable[..., object]]:
     """Operators that are opaque to a compiler; their bodies are run here, to count what they allocate."""
     if not HAS_TRITON:
         return {}
-    from llmfoundry.kernels import experts_triton
+    from llmfoundry.kernels import experts_scaled, experts_triton, scaled_linear
 
-    operators = [each for each in vars(experts_triton).values() if isinstance(each, CustomOpDef)]
+    modules = experts_triton, experts_scaled, scaled_linear
+    operators = [each for module in modules for each in vars(module).values() if isinstance(each, CustomOpDef)]
     return {operator._opoverload: operator._init_fn for operator in operators}
 
 
@@ -266,7 +267,7 @@ def _as_on_a_gpu(ledger: Ledger) -> Iterator[None]:
     patches = [
         patch.object(torch.UntypedStorage, "resize_", resize_),
         patch.object(torch, "compile", lambda function: compile_(function, backend=backend)),
-        patch.object(compiling, "_copy", _one_copy),
+        patch.object(compiling, "with_own_code", _one_copy),
         torch._dynamo.config.patch(
             recompile_limit=1024, accumulated_recompile_limit=1024, automatic_dynamic_shapes=False
         ),
@@ -309,5 +310,5 @@ def _as_on_a_gpu(ledger: Ledger) -> Iterator[None]:
 
 _GPU = torch.device("cuda")
 # torch keeps graphs by code object: with the same one in every simulation, they are traced once.
-_one_copy = cache(compiling._copy)
+_one_copy = cache(graphs.with_own_code)
 _say_once = cache(experts.log.warning)

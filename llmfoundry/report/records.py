@@ -139,7 +139,7 @@ def heat(samples: list[Json]) -> Json | None:
 
 
 def _biases(samples: list[object], n_layers: int, n_experts: int) -> Json:
-    """By layer, expert and stretch in thousandths of the layer's largest, which is `scale`; null if there is none."""
+    """By layer, expert and stretch in thousandths of the layer's largest, which is `scale`; null: no value."""
     scale, values = [], []
     for layer in range(n_layers):
         rows = [[None if at is None else at[layer][e] for at in samples] for e in range(n_experts)]  # type: ignore[index]
@@ -151,6 +151,8 @@ def _biases(samples: list[object], n_layers: int, n_experts: int) -> Json:
 
 def differing_settings(folders: Sequence[Path]) -> list[list[str]]:
     """The keys whose values differ between runs, each followed by the value in every run (empty: not there)."""
+    if len(folders) < 2:
+        return []
     files = [folder / "config.yaml" for folder in folders]
     runs = [dict(leaves(disclosed(read_resolved(file), {}))) if file.is_file() else {} for file in files]
     keys = dict.fromkeys(key for run in runs for key in run)

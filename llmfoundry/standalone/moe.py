@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llmfoundry.config import check
+from llmfoundry.config import ConfigError, check
+from llmfoundry.layers.ffn import FFNConfig
 from llmfoundry.moe import layer
-from llmfoundry.moe.balance import load_balance_loss, z_loss
+from llmfoundry.moe.balance import load_balance_loss, updated_bias, z_loss
 
 
 class MoEOutput(NamedTuple):
@@ -50,6 +51,26 @@ def check_input(module: layer.MoE, x: Tensor) -> None:
         raise ValueError(f"x is {x.dtype} and the layer {w2.dtype}; convert one, or run it under torch.autocast")
 
 
+# Keys of `ffn_config` that say something about several layers or microbatches, with the value that one layer has.
+_OF_A_MODEL = {
+    "first_k_dense": 0, "moe_layer_freq": 1, "dense_ffn_hidden_size": None, "moe_lbl_layers": "each",
+    "moe_lbl_scope": "microbatch", "moe_lbl_accumulation": None,
+}  # fmt: skip
+
+
+def _checked(settings: dict[str, object]) -> layer.MoEConfig:
+    """The config of one layer. Raises ConfigError for another kind of block, and for keys of a whole model."""
+    settings = {"ffn_type": "moe"} | settings
+    member = FFNConfig.member(settings)
+    if member is None or not issubclass(member, layer.MoEConfig):
+        kinds = ", ".join(name for name, kind in FFNConfig._members.items() if issubclass(kind, layer.MoEConfig))
+        raise ConfigError(f"ffn_type={settings['ffn_type']!r} is not a mixture of experts; write one of {kinds}")
+    for key, value in _OF_A_MODEL.items():
+        if key in settings and settings[key] != value:
+            raise ConfigError(f"{key}={settings[key]!r} belongs to a whole model, and this is one layer; leave it out")
+    return check(member, settings)
+
+
 class MoE(layer.MoE):
     """A dropless mixture of experts with its own initial weights.
 
@@ -66,7 +87,8 @@ class MoE(layer.MoE):
         device: of the parameters.
         dtype: of the parameters. The router computes in float32 whatever it is.
         settings: keys of `ffn_config`: ffn_hidden_size, moe_num_experts, moe_top_k, mlp_type, ffn_act_fn, moe_impl,
-            moe_loss_weight, shared_expert, ... The balance loss is taken over the tokens of one call.
+            moe_loss_weight, shared_expert, ... `ffn_type: mb_dmoe` takes MegaBlocks' defaults. The balance loss is
+            taken over the tokens of one call. Keys that concern a whole model (first_k_dense, ...) are refused.
 
     Raises:
         ConfigError: a setting is unknown or impossible; the line says what to write.
@@ -88,7 +110,7 @@ class MoE(layer.MoE):
     ) -> None:
         if not isinstance(d_model, int) or d_model < 1:
             raise ValueError(f"d_model={d_model!r}: must be a whole number, 1 or more")
-        config = check(layer.MoEConfig, {"ffn_type": "moe"} | settings).filled(4 * d_model, bias=False)
+        config = _checked(settings).filled(4 * d_model, bias=False)
         config.check_trainable()
         with torch.device("meta"):
             super().__init__(config, d_model)
@@ -122,6 +144,21 @@ class MoE(layer.MoE):
         balance = load_balance_loss(stats.score_sum.unsqueeze(0), stats.load.unsqueeze(0))
         total = self.config.moe_loss_weight * balance + self.config.moe_zloss_weight * z_loss(stats.z_sum)
         return MoEOutput(y.view_as(x), total / max(1, rows.shape[0] * rows.shape[1]), stats.load)
+
+    @torch.no_grad()
+    def update_expert_bias(self, load: Tensor) -> None:
+        """Move the bias by which experts are chosen (`moe_bias_update_rate`), once per step, after the optimizer.
+
+        Args:
+            load: (E,) slots of the whole batch: the `load` of its forwards, summed over microbatches and ranks.
+
+        Raises:
+            ValueError: the layer has no such bias.
+        """
+        bias, rate = self.router.expert_bias, self.config.moe_bias_update_rate
+        if bias is None or rate is None:
+            raise ValueError("update_expert_bias: the layer has no bias to move; give it moe_bias_update_rate")
+        bias.copy_(updated_bias(bias, load, rate))
 
     def _keep_own_experts(self, group: dist.ProcessGroup) -> None:
         ranks = dist.get_world_size(group)

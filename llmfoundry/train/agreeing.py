@@ -29,6 +29,7 @@ class AgreeingRun(Run):
     agreed: float = 0.0  # when the ranks last agreed, by `perf_counter`
     stopping: bool = False  # all ranks have agreed to stop
     warm: bool = False  # this process has taken a step
+    froze: bool = False  # objects, for the garbage collector
 
     def on_signal(self, number: int) -> None:
         """A signal finishes the step or evaluation batch, saves and stops; a second one ends at once."""
@@ -61,11 +62,12 @@ class AgreeingRun(Run):
         seconds = seconds_of(self.config.step_timeout)
         if seconds is not None and not self.warm and dist.is_initialized():
             runtime.set_timeout(seconds)
-        if not self.warm:
+        if not self.warm and not gc.get_freeze_count():  # else this process has seen to it before the run
             # Python's garbage collector need not look again through the 400,000 objects that are there by now and stay:
             # a full collection of them stops a rank, and all that wait for it, for a good part of a second.
             gc.collect()
             gc.freeze()
+            self.froze = True
         self.warm = True
 
     def _say_why(self, asked: int) -> None:

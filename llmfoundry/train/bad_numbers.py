@@ -92,7 +92,7 @@ def record(step: int, why: str, first: int, end: int, bad: list[BadRow]) -> dict
 
 
 class Hopeless(NamedTuple):
-    """Why a run with so many skipped steps has to stop."""
+    """Why a run with this many skipped steps has to stop."""
 
     why: str  # and what to do
     save: bool  # whether a restart goes on from here, behind the rows

@@ -33,7 +33,7 @@ from llmfoundry.train.agreement import check_same, check_same_config
 from llmfoundry.train.callback import Callback
 from llmfoundry.train.clock import Countdown, find_limit
 from llmfoundry.train.config import CallbackConfig, Precision, RunConfig
-from llmfoundry.train.duration import Timeline, seconds_of
+from llmfoundry.train.duration import Duration, Timeline, seconds_of
 from llmfoundry.train.evaluating import tasks_of
 from llmfoundry.train.lion import DecoupledLionW
 from llmfoundry.train.microbatch import Microbatches
@@ -42,6 +42,7 @@ from llmfoundry.train.outputs import check_free
 from llmfoundry.train.planned import settle
 from llmfoundry.train.resume import Start, check_data, find_start, generation_for, settle_tokenizer, train_state
 from llmfoundry.train.saving import Saver
+from llmfoundry.train.schedule import Schedule
 from llmfoundry.train.stored import begin_from_store
 from llmfoundry.train.trainer import Trainer
 from llmfoundry.train.watchdog import LOOSE, Watchdog, limits
@@ -78,7 +79,7 @@ def _build(config: RunConfig, device: torch.device, watchdog: Watchdog) -> Train
     config.model.check_trainable()
     precision = config.precision_on(device.type)
     check_device(config.model, device, precision)
-    check_memory(config.model, device, config.optimizer.weight_dtype)
+    check_memory(config.model, device, config.optimizer_on(device.type).weight_dtype)
     mesh = build_mesh(config.parallel, device.type, n_experts(config.model))
     path, store = config.folder, None
     if is_url(config.save_folder):
@@ -117,6 +118,7 @@ def _build(config: RunConfig, device: torch.device, watchdog: Watchdog) -> Train
     )
     joined = _mix(config, loader, timeline, start)
     schedule = config.scheduler.build(timeline)
+    _warn_of_no_rate(schedule, timeline, config.scheduler.t_warmup)
     watchdog.phase("building the model")
     loaded = bool(start.hugging_face or start.composer or start.contents) and not config.load_allow
     parallel = settle(config, mesh, device)
@@ -155,6 +157,15 @@ def _build(config: RunConfig, device: torch.device, watchdog: Watchdog) -> Train
     )
 
 
+def _warn_of_no_rate(schedule: Schedule, timeline: Timeline, warmup: Duration) -> None:
+    """Say so where every step has learning rate 0: the first step of a warm-up does, and may be the only one."""
+    first = range(min(timeline.total_steps, 3))
+    if timeline.limit is None and not any(schedule.multiplier(step) for step in first):
+        log.warning("scheduler: the learning rate is 0 in every step of this run, so it trains nothing; the first step "
+                    "of a warm-up has 0 (t_warmup=%s): raise max_duration, or write scheduler.t_warmup=0ba",
+                    warmup)  # fmt: skip
+
+
 def _warn_of_adapters(config: CausalLMConfig, model: CausalLM, start: Start) -> None:
     """Say what is legal of adapters, and seldom meant."""
     if config.lora is None or start.how in ("continue", "resume"):
@@ -191,7 +202,7 @@ def _build_model(
     with torch.device("meta"):  # shapes only: no rank ever holds the whole model
         model = config.model.build()
     assert isinstance(model, CausalLM)
-    keep_weights_in(config.optimizer.weight_dtype, model)
+    keep_weights_in(config.optimizer_on(runtime.device().type).weight_dtype, model)
     model = parallelize(model, mesh, parallel, precision)
     if config.device_train_microbatch_size == "auto" and can_leave(model):
         meet_before_collectives(model)
@@ -199,7 +210,7 @@ def _build_model(
 
 
 def _build_optimizer(config: RunConfig, model: CausalLM) -> torch.optim.Optimizer:
-    optimizer = config.optimizer.build(model)
+    optimizer = config.optimizer_on(runtime.device().type).build(model)
     if isinstance(optimizer, AdamW | DecoupledLionW):  # what they round at random differs from run to run
         optimizer.noise_seed = config.seed
     return optimizer
@@ -301,6 +312,11 @@ def check_device(model: CausalLMConfig, device: torch.device, precision: str) ->
     """Refuse implementations that were asked for and cannot run here."""
     if model.attn_config.attn_impl == "flex" and device.type != "cuda":
         raise ConfigError(f"model.attn_config.attn_impl=flex needs a CUDA device, found {device.type}; use auto")
+    if precision == "amp_fp8" and torch.cuda.get_device_capability(device) < (9, 0):
+        raise ConfigError(
+            "precision: amp_fp8 needs a GPU of compute capability 9.0 (Hopper) or later, found "
+            f"{torch.cuda.get_device_name(device)}; write precision=amp_bf16"
+        )
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     blocks = (model.ffn(layer) for layer in range(model.n_layers))
     drops = model.lora is not None and model.lora.dropout > 0 and model.adapts_experts

@@ -35,7 +35,7 @@ class Callback:
         return {}
 
     def load_state_dict(self, state: dict[str, Json]) -> None:
-        """Take up what `state_dict` gave, before `fit_start`; not called where there is none."""
+        """Take up what `state_dict` gave, before `fit_start`; not called where there is no such state."""
 
     def fit_end(self, trainer: Run) -> None:
         """The last checkpoint is safe."""

@@ -17,7 +17,7 @@ from llmfoundry import launch
 log = logging.getLogger(__name__)
 
 SLURM_END = "SLURM_JOB_END_TIME"  # seconds since 1970, set by Slurm 22.05 and later
-# Until a save has been measured: this share of the time that is left, and no more than so many seconds.
+# Until a save has been measured: this share of the time that is left, and at most this many seconds.
 UNKNOWN_SHARE, UNKNOWN_MOST = 0.05, 300.0
 SLOWER = 1.5  # how much longer than the longest save so far the last one may take
 
@@ -63,7 +63,7 @@ def find_limit(seconds: float | None, environment: Mapping[str, str] = os.enviro
     """The time at which this process must have ended.
 
     Args:
-        seconds: `time_limit`, from the start of the process; None leaves it to Slurm, 0 is no limit at all.
+        seconds: `time_limit`, from the start of the process; None leaves it to Slurm, 0 means no limit.
         environment: where Slurm says when it ends the job.
     """
     limits = []

@@ -13,7 +13,6 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
-import llmfoundry.hf.module  # noqa: F401  registers modules of transformers as a model
 import llmfoundry.model.transformer  # noqa: F401  registers its model
 import llmfoundry.train.lion  # noqa: F401  registers its optimizer
 import llmfoundry.train.muon  # noqa: F401  registers its optimizer
@@ -37,6 +36,7 @@ from llmfoundry.data.sources import paired_run
 from llmfoundry.data.tokenizer import TokenizerConfig
 from llmfoundry.eval.gauntlet import GauntletConfig
 from llmfoundry.eval.icl_tasks import TaskConfig
+from llmfoundry.hf.module import TransformersConfig
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.parallel.mesh import ParallelConfig
 from llmfoundry.private import FromEnvironment, disclosed
@@ -45,7 +45,7 @@ from llmfoundry.train.loss import CrossEntropyConfig, LossConfig
 from llmfoundry.train.optim import OptimizerConfig
 from llmfoundry.train.schedule import SchedulerConfig
 
-Precision = Literal["fp32", "amp_bf16"]
+Precision = Literal["fp32", "amp_bf16", "amp_fp8"]
 
 
 def precision_on(asked: Precision | Literal["auto"], device_type: str) -> Precision:
@@ -56,9 +56,14 @@ def precision_on(asked: Precision | Literal["auto"], device_type: str) -> Precis
     """
     if asked == "auto":
         return "amp_bf16" if device_type == "cuda" else "fp32"
-    if asked == "amp_bf16" and device_type != "cuda":
-        raise ConfigError("precision: amp_bf16 needs a GPU and there is none; write precision=fp32 or leave it out")
+    if asked != "fp32" and device_type != "cuda":
+        raise ConfigError(f"precision: {asked} needs a GPU and there is none; write precision=fp32 or leave it out")
     return asked
+
+
+def inference_precision(precision: Precision) -> Precision:
+    """What a model that is not trained computes in: in bfloat16 where the run had 8-bit products."""
+    return "amp_bf16" if precision == "amp_fp8" else precision
 
 
 def place(path: str) -> str:
@@ -183,7 +188,9 @@ class RunConfig(Config):
     max_skipped_steps: int = Field(
         10, ge=0
     )  # updates skipped in a row (gradient not finite, loss too high) before an end
-    max_skipped_share: float = Field(0.1, ge=0, le=1)  # of all steps, above max_skipped_steps: more is no success
+    max_skipped_share: float = Field(
+        0.1, ge=0, le=1
+    )  # of all steps, above max_skipped_steps: more than this is a failure (exit code 1)
 
     eval_interval: Duration = Duration.parse("1ep")  # 0ba: never
     eval_first: bool = False  # also before the first step, as step 0
@@ -196,7 +203,9 @@ class RunConfig(Config):
     icl_seq_len: int = Field(1024, gt=1)  # tokens of a question with its examples: the beginning of a longer one goes
     icl_subset_num_batches: int | None = Field(None, ge=-1)  # of each task, over all ranks together; None, -1: all
 
-    precision: Precision | Literal["auto"] = "auto"  # auto: amp_bf16 on a GPU, fp32 on a CPU
+    # auto: amp_bf16 on a GPU, fp32 on a CPU. amp_fp8: as amp_bf16, but experts and the linear layers of blocks multiply
+    # 8-bit floats (e4m3), with a scale for each row; it needs a GPU of compute capability 9.0 (Hopper) or later
+    precision: Precision | Literal["auto"] = "auto"
     parallel: ParallelConfig = ParallelConfig()
     dist_timeout: float = Field(600.0, gt=0)  # seconds until a collective fails that some rank does not join
     # The same after the first step, which compiles and connects; None: dist_timeout. What one rank does alone while
@@ -210,7 +219,7 @@ class RunConfig(Config):
     save_folder: Place
     save_interval: Duration = Duration.parse("1ep")  # 0ba: only at the end
     save_num_checkpoints_to_keep: int = -1  # the newest; -1: all
-    keep_every: Duration = Duration.parse("0ba")  # also saved, and kept for good; 0ba: none
+    keep_every: Duration = Duration.parse("0ba")  # also saved, and never deleted; 0ba: none
     # A thread writes, and uploads, while the next steps run; auto: on GPUs, and to a store
     save_async: bool | Literal["auto"] = "auto"
     save_failures_allowed: int = Field(3, ge=0)  # saves that fail in a row before the run stops with an error
@@ -270,6 +279,8 @@ class RunConfig(Config):
     def _local(cls, path: str | None) -> str | None:
         if path is None or is_theirs(path):
             return path
+        if not path.strip():
+            raise ValueError("is empty; write a checkpoint's folder, hf:NAME or a URL, or leave it out")
         return place(path)
 
     @model_validator(mode="after")
@@ -282,7 +293,7 @@ class RunConfig(Config):
         if self.eval_first and not self.evaluations and not self.icl_tasks:
             raise ValueError("eval_first=true has no text to evaluate on; add an eval_loader, or icl_tasks")
         if self.icl_subset_num_batches == 0:
-            raise ValueError("icl_subset_num_batches=0 asks nothing; write -1 for all questions, or 1 or more")
+            raise ValueError("icl_subset_num_batches=0 asks no question; write -1 for all questions, or 1 or more")
         if self.eval_gauntlet is not None and not self.icl_tasks:
             raise ValueError("eval_gauntlet: summarises icl_tasks, and there are none; add some, or leave it out")
         self._check_labels()
@@ -307,6 +318,16 @@ class RunConfig(Config):
             raise ValueError(f"model.lora.quantize={lora.quantize} needs load_path, whose weights it quantises")
         if self.save_frozen_weights:
             raise ValueError(f"save_frozen_weights: not with model.lora.quantize={lora.quantize}; leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _products_are_known(self) -> Self:
+        if self.precision != "amp_fp8":
+            return self
+        if getattr(self.model, "lora", None) is not None:
+            raise ValueError("precision: amp_fp8 with model.lora is not supported; write amp_bf16")
+        if isinstance(self.model, TransformersConfig):
+            raise ValueError("precision: amp_fp8 does not reach modules of transformers; write amp_bf16")
         return self
 
     @model_validator(mode="after")
@@ -390,3 +411,9 @@ class RunConfig(Config):
     def precision_on(self, device_type: str) -> Precision:
         """The precision of the run on a kind of device; raises ConfigError if it is not to be had there."""
         return precision_on(self.precision, device_type)
+
+    def optimizer_on(self, device_type: str) -> OptimizerConfig:
+        """The optimizer of the run on a kind of device, with `master_weights: auto` decided."""
+        adapted = getattr(self.model, "lora", None) is not None
+        half = self.precision_on(device_type) != "fp32"
+        return self.optimizer.decided(half and not adapted and not self.parallel.cpu_offload)

@@ -43,14 +43,14 @@ class Duration:
         """Read a time string.
 
         Raises:
-            ValueError: `text` is none. A plain number is none either: it does not say of what.
+            ValueError: `text` is not a duration. Neither is a plain number, which has no unit.
         """
         if isinstance(text, Duration):
             return text
         match = _TIME_STRING.fullmatch(text.strip()) if isinstance(text, str) else None
         if match is None:
-            shown = text if isinstance(text, str) else repr(text)
-            raise ValueError(f'"{shown}" is not a valid duration; write e.g. 10ba, 1ep, 5e6tok, 0.1dur, 2h')
+            shown = f'"{text}"' if isinstance(text, str) else "an empty value" if text is None else repr(text)
+            raise ValueError(f"{shown} is not a valid duration; write e.g. 10ba, 1ep, 5e6tok, 0.1dur, 2h")
         value, unit = Fraction(match[1]), cast(Unit, match[2])
         if value > MOST:
             raise ValueError(f'"{text}" is not a valid duration; the most is {float(MOST):.0e}{unit}')
@@ -83,7 +83,7 @@ ClockTime = Annotated[Duration, AfterValidator(_of_clock)]
 
 
 def seconds_of(value: Duration | None) -> float | None:
-    """Seconds of a `ClockTime`; None if there is none."""
+    """Seconds of a `ClockTime`; None for None."""
     return None if value is None or value.seconds is None else float(value.seconds)
 
 
@@ -104,7 +104,7 @@ class Timeline:
         tokens_per_row: sequence length in tokens; rows are packed full.
         rows_per_epoch: rows of the training data.
         total_steps: steps of the whole run; what `dur` is a part of. `MOST` while a run by the clock goes on.
-        limit: seconds that a run by the clock lasts; None for a run of so many steps.
+        limit: seconds that a run by the clock lasts; None for a run of a number of steps.
         clock: what the ranks agree is the time.
     """
 
@@ -120,7 +120,7 @@ class Timeline:
         """The timeline of a run that lasts `max_duration`.
 
         Raises:
-            ConfigError: `max_duration` is given in `dur` (a part of itself), or is no step at all.
+            ConfigError: `max_duration` is given in `dur` (a part of itself), or is less than one step.
         """
         if max_duration.unit == "dur":
             raise ConfigError(f'max_duration: "{max_duration}" is a part of itself; write e.g. 10ba, 1ep, 2h')
@@ -201,7 +201,7 @@ class Timeline:
     def share_of_evaluation(self, rows: int, interval: Duration) -> float | None:
         """The share of the run's time that evaluating `rows` rows every `interval` takes, 0 to 1.
 
-        A row's forward pass costs a third of its training. An `interval` of 0 never evaluates. None: nobody knows, for
+        A row's forward pass costs a third of its training. An `interval` of 0 never evaluates. None: not known, for
         the interval is a time by the clock.
         """
         if self.seconds(interval) is not None:

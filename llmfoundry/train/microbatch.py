@@ -87,5 +87,5 @@ class Microbatches:
 
 
 def fitting(rows: int, least: int, most: int) -> int:
-    """The largest microbatch up to `rows` of which every rank has equally many: they meet in each. 0: there is none."""
+    """The largest microbatch up to `rows` of which every rank has equally many: they meet in each. 0: no such size."""
     return next((n for n in range(rows, 0, -1) if -(-least // n) == -(-most // n)), 0)

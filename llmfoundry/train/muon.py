@@ -1,4 +1,4 @@
-"""Muon: the momentum of a matrix, made orthogonal, is its update. AdamW updates what is no matrix inside of a block.
+"""Muon: the momentum of a matrix, made orthogonal, is its update. AdamW updates what is not a matrix inside a block.
 
 A parameter may hold several matrices: those of the experts, queries above keys above values, the gate's rows above
 those of the up projection. Each is made orthogonal by itself. Experts that are whole on a rank are one batch, and

@@ -49,6 +49,10 @@ class OptimizerConfig(Choice, tag="name"):
         """Whether those in bfloat16 are the high halves of float32 weights."""
         return False
 
+    def decided(self, may_split: bool) -> OptimizerConfig:
+        """The same without `auto`, where a run says whether float32 weights may be split."""
+        return self
+
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer of `model`'s trainable parameters; each of its groups carries its `initial_lr`."""
         raise NotImplementedError
@@ -65,19 +69,25 @@ class GroupedOptimizerConfig(OptimizerConfig):
     weight_decay: float = Field(ge=0)
     # How weights are kept. fp32: 4 bytes per parameter, and casts or copies of them to compute with. fp32_split: the
     # same numbers, as the bf16 that is computed with and the other 16 bits, 4 bytes in all. bf16_sr: 2 bytes, rounded
-    # at random so that small changes add up.
-    master_weights: Literal["fp32", "fp32_split", "bf16_sr"] = "fp32"
+    # at random so that small changes add up. auto: fp32_split where weights are computed with in bf16, without
+    # cpu_offload and adapters; else fp32.
+    master_weights: Literal["auto", "fp32", "fp32_split", "bf16_sr"] = "auto"
     decay_embeddings: bool = True  # whether weight decay is for embeddings too
     param_groups: list[ParamGroup] = []  # [{param_str_match: REGEX, lr: ..., weight_decay: ...}]
     disable_grad: Pattern | list[Pattern] = []  # names of parameters that are not trained: REGEX, or a list
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        return torch.float32 if self.master_weights == "fp32" else torch.bfloat16
+        return torch.float32 if self.master_weights in ("auto", "fp32") else torch.bfloat16
 
     @property
     def halves(self) -> bool:
         return self.master_weights == "fp32_split"
+
+    def decided(self, may_split: bool) -> OptimizerConfig:
+        if self.master_weights != "auto":
+            return self
+        return self.model_copy(update={"master_weights": "fp32_split" if may_split else "fp32"})
 
     def settings(self, model: nn.Module) -> list[dict[str, object]]:
         """The optimizer's groups. One of the YAML may become two: with and without decay.
@@ -180,7 +190,7 @@ class DecoupledAdamWConfig(AdamWConfig, names=("decoupled_adamw",)):
 
 
 def decays(name: str, parameter: Tensor, *, embeddings: bool = True) -> bool:
-    """Whether weight decay is for this parameter: a matrix that is no norm's weight and no (stacked) bias."""
+    """Whether weight decay is for this parameter: a matrix that is neither a norm's weight nor a (stacked) bias."""
     if parameter.ndim < 2 or _BIAS_OR_NORM.search(name):
         return False
     return embeddings or not _EMBEDDING.search(name)
@@ -216,7 +226,7 @@ def clipping(parameters: Iterable[Tensor], max_norm: float | None) -> Clipping:
     The norm is that of the full gradients over all ranks, and the same on each of them. Gradients are
     grouped by the mesh axes that they are split over (dense and expert parameters live on two views of the
     same ranks, which torch refuses to stack); each group costs one all-reduce of one number an axis.
-    The host waits for nothing.
+    The host does not wait.
 
     Args:
         parameters: those without a gradient are passed over.

@@ -109,17 +109,17 @@ def _remedies(
     config: RunConfig, mesh: Mesh, device: torch.device, rows: int, once: bool, there: Held, rest: int
 ) -> Iterator[str]:
     """Keys that need less, those first that make what held most smaller."""
-    parallel, optimizer = config.parallel, config.optimizer
+    parallel, optimizer = config.parallel, config.optimizer_on(device.type)
     several = -(-config.global_train_batch_size // mesh.data_ranks) > rows
     of_state: list[str] = []
     if getattr(optimizer, "state_dtype", "bf16") == "fp32":
         of_state.append("optimizer.state_dtype=bf16")
-    if isinstance(optimizer, GroupedOptimizerConfig) and optimizer.master_weights == "fp32":
+    if isinstance(optimizer, GroupedOptimizerConfig) and optimizer.master_weights != "bf16_sr":
         of_state.append("optimizer.master_weights=bf16_sr")
     of_gradients: list[str] = []
     if several and once and mesh.degrees.shard > 1:
         of_gradients.append("parallel.reduce_once_a_step=false")
-    casts = single_process(parallel, mesh.degrees) and config.precision_on(device.type) == "amp_bf16"
+    casts = single_process(parallel, mesh.degrees) and config.precision_on(device.type) != "fp32"
     if several and casts and parallel.sum_gradients_in == "fp32":
         of_gradients.append("parallel.sum_gradients_in=bf16")
     of_rest = [f"device_train_microbatch_size={rows // 2}"] * (rows > 1)

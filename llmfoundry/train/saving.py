@@ -90,7 +90,7 @@ class Saver:
         self._finish()
 
     def _finish(self) -> Path | str | None:
-        """Wait for the save in flight; None if there is none."""
+        """Wait for the save in flight; None if nothing is being saved."""
         return self.checkpointer.wait()
 
     def _begin(self, state: CheckpointState, sync: Callable[[], None]) -> bool:
@@ -107,9 +107,13 @@ class Saver:
                 f"{error}; {self._newest()}"
             ) from error
         log.warning(
-            "a save failed (%d in a row, %d allowed): %s; the run goes on and saves again after save_interval; %s",
+            "saving failed (%d in a row, %d allowed): %s; the run goes on and tries again after save_interval; %s",
             self._failures, self._allowed, error, self._newest(),
         )  # fmt: skip
 
     def _newest(self) -> str:
-        return f"the newest checkpoint is {self.checkpointer.newest_saved or 'not yet written'}"
+        newest = self.checkpointer.newest_saved
+        if newest is None:
+            return "no checkpoint has been saved yet"
+        gone = isinstance(newest, Path) and not newest.exists()
+        return f"the newest checkpoint {'was' if gone else 'is'} {newest}{', which is gone' if gone else ''}"

@@ -105,7 +105,8 @@ class Trainer(AgreeingRun):
 
     def _close(self) -> None:
         self.watchdog.close()
-        gc.unfreeze()
+        if self.froze:
+            gc.unfreeze()
         for callback in reversed(self.callbacks):
             callback.close()
         if self.folder is not None:
@@ -196,7 +197,7 @@ class Trainer(AgreeingRun):
         """Go back to the newest checkpoint, and on behind the rows that were read since.
 
         Raises:
-            RunError: there is none.
+            RunError: there is no checkpoint.
         """
         why, self.way_back = self.way_back, ""
         self.saver.settle()
@@ -345,7 +346,7 @@ class Trainer(AgreeingRun):
         return self.loader.batch(start_row, rows, self.mesh.data_rank, self.mesh.data_ranks).to(self.device)
 
     def _read_ahead(self, start_row: int) -> float:
-        """Read the rows of the next step while the device works on this one. If they are bad, that step says so.
+        """Read the rows of the next step while the device works on this one. If they are bad, that step reports it.
 
         Returns:
             How many seconds it took, if the device was done with this step by then: it may have waited.

@@ -49,7 +49,7 @@ INNERMOST = 3  # frames in which a collective shows
 
 
 LOOSE = 1800.0  # seconds, by default: for the first step, which compiles, for saves, evaluations and callbacks
-TIGHT = 0.8  # of a collective's timeout, by default: NCCL ends a process at its own, and names nobody
+TIGHT = 0.8  # of a collective's timeout, by default: NCCL ends a process at its own, and names no rank
 
 
 class Limits(NamedTuple):
@@ -138,7 +138,7 @@ class Watchdog:
         return RunError(f"{at}: {self.verdict() or 'a collective failed'}; here: {str(error).strip()}")
 
     def verdict(self) -> str:
-        """Call the roll, and say which rank is at fault; all who ask get the same answer. Empty if nobody knows."""
+        """Call the roll, and say which rank is at fault; all who ask get the same answer. Empty if it is not known."""
         if self._store is None or self._thread is None:
             return ""
         self._failed = threading.get_ident() == self._main

@@ -1,9 +1,10 @@
-"""Train the same steps with each backend of the experts and hold their loss curves against each other.
+"""Train the same steps with each backend of the experts, or in each precision, and compare their loss curves.
 
     python scripts/bench/loss_curves.py yamls/olmoe-1b-7b.yaml model.n_layers=2 variables.data=FOLDER_OF_TEXT ...
 
 Same weights, same batches, one process. Two correct backends differ by the rounding of their dtype, and a run
-amplifies that; so `triton` is held against `reference` beside `grouped_mm` against `reference`.
+amplifies that; so `triton` is held against `reference` beside `grouped_mm` against `reference`, and `amp_fp8` against
+`amp_bf16` beside other weights, drawn from another seed, against `amp_bf16`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from llmfoundry.cli.command import read_run_config
 from llmfoundry.train.build import build
 
 ROOT = Path(__file__).resolve().parents[2]
-BACKENDS = ("reference", "grouped_mm", "triton")
+RUNS = {  # the first of each is what the others are held against
+    "backends": {name: [f"model.ffn_config.moe_impl={name}"] for name in ("reference", "grouped_mm", "triton")},
+    "precisions": {
+        "amp_bf16": ["precision=amp_bf16"],
+        "amp_bf16, another seed": ["precision=amp_bf16", "seed=18", "train_loader.dataset.shuffle_seed=17"],
+        "amp_fp8": ["precision=amp_fp8"],
+    },
+}
 
 
 def curve(yaml: str, overrides: list[str], steps: int) -> tuple[list[float], dict[str, object]]:
@@ -49,20 +57,22 @@ def main() -> None:
     parser.add_argument("yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--backends", nargs="+", default=list(BACKENDS))
-    parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "bench" / "results" / "loss_curves.json")
+    parser.add_argument("--of", choices=list(RUNS), default="backends")
+    parser.add_argument("--out", type=Path, help="default: scripts/bench/results/loss_curves.json, or _of_precisions")
     args = parser.parse_intermixed_args()
+    name = "loss_curves.json" if args.of == "backends" else f"loss_curves_of_{args.of}.json"
+    out = args.out or ROOT / "scripts" / "bench" / "results" / name
+    first = next(iter(RUNS[args.of]))
     curves: dict[str, list[float]] = {}
     facts: dict[str, object] = {}
-    for backend in args.backends:
-        overrides = [*args.overrides, f"model.ffn_config.moe_impl={backend}"]
-        curves[backend], facts = curve(args.yaml, overrides, args.steps)
+    for run, own in RUNS[args.of].items():
+        curves[run], facts = curve(args.yaml, [*args.overrides, *own], args.steps)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        gaps = {name: gap(losses, curves["reference"]) for name, losses in curves.items() if "reference" in curves}
+        gaps = {name: gap(losses, curves[first]) for name, losses in curves.items()}
         result = facts | {"overrides": args.overrides, "from_reference": gaps, "curves": curves}
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-        print(json.dumps({"backend": backend, "last": curves[backend][-1], **gaps.get(backend, {})}), flush=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+        print(json.dumps({"run": run, "last": curves[run][-1], **gaps[run]}), flush=True)
     runtime.stop()
 
 

@@ -1,12 +1,14 @@
 """Peak memory of training steps on one GPU: what the allocator counts, of models of many kinds.
 
-    python scripts/bench/memory.py
+    python scripts/bench/memory.py [--models "experts with biases" ...]
 
-Writes scripts/bench/results/memory.json. tests/planning/test_memory.py holds the simulation against it.
+Writes scripts/bench/results/memory.json, of which models that are not named keep their rows.
+tests/planning/test_memory.py holds the simulation against it.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import subprocess
@@ -98,19 +100,30 @@ def peak(job: Job) -> int:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    named = parser.parse_args().models
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    results = json.loads(RESULTS.read_text())
+    facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    if set(named) != set(MODELS) and any(results[key] != value for key, value in facts.items()):
+        raise SystemExit(
+            f"{RESULTS} is of {results['device']}, torch {results['torch']}, not of {facts}; name all models"
+        )
+    kept = {(row["model"], str(row["parallel"])): row for row in results.pop("rows")}
     rows = []
     for name, parallel, microbatches in CASES:
-        found = peak(job_of(name, parallel, microbatches))
-        rows.append({"model": name, "parallel": parallel, "microbatches": microbatches, "peak_bytes": found})
-        print(json.dumps(rows[-1]), flush=True)
-    results = {
-        "git_sha": git.stdout.strip() or "unknown",
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "rows": rows,
-    }
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        if name in named:
+            row = {"model": name, "parallel": parallel, "microbatches": microbatches}
+            row |= {
+                "peak_bytes": peak(job_of(name, parallel, microbatches)),
+                "git_sha": git.stdout.strip() or "unknown",
+            }
+            print(json.dumps(row), flush=True)
+        else:
+            row = kept[name, str(parallel)]
+        rows.append(row)
+    RESULTS.write_text(json.dumps(results | facts | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

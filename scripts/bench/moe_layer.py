@@ -1,8 +1,7 @@
 """Time MoE layers side by side in one process: ours, `auto`, the grouped_mm pipeline, and others' where installed.
 
-Others: `transformers`' experts (grouped_mm), liger-kernel's fused MoE, ScatterMoE. MegaBlocks 0.10 does not build on
-CUDA 13, and SonicMoE is not to be had as a package: neither is here. A provider that cannot run has a `failed` row;
-`auto` has the figures of the backend that it picks.
+Others: `transformers`' experts (grouped_mm), liger-kernel's fused MoE, ScatterMoE, SonicMoE. MegaBlocks 0.10 does not
+build on CUDA 13. A provider that cannot run has a `failed` row; `auto` has the figures of the backend that it picks.
 
 Shapes: T tokens, D d_model, F ffn hidden size, E experts, K top_k. The router (product, softmax, top-k) is timed
 with every provider. TFLOP/s count the experts' arithmetic alone: 6*T*K*D*F forward, 18*T*K*D*F with backward.
@@ -18,7 +17,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 
@@ -37,7 +36,7 @@ SHAPES = {  # D, F, E, K
     "olmoe": (2048, 1024, 64, 8),
     "qwen30b": (2048, 768, 128, 8),
 }
-PROVIDERS = ("triton", "auto", "grouped_mm", "transformers", "liger", "scattermoe")
+PROVIDERS = ("triton", "auto", "grouped_mm", "transformers", "liger", "scattermoe", "sonicmoe")
 SECONDS = 0.4  # enough calls for a median whose spread is recorded beside it
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -74,6 +73,8 @@ def build(provider: str, w1: Tensor, w2: Tensor) -> Layer:
         return liger(w1, w2)
     if provider == "scattermoe":
         return scattermoe(w1, w2)
+    if provider == "sonicmoe":
+        return sonicmoe(w1, w2)
     backend = resolve_backend(provider, ExpertKind(*w2.shape[1:]), w2.device, w2.dtype)
     return lambda x, weights, experts: experts_ffn(
         x, weights, experts, w1, w2, activation="silu", gated=True, backend=backend
@@ -128,6 +129,56 @@ def scattermoe(w1: Tensor, w2: Tensor) -> Layer:
         gate, up = h.chunk(2, dim=-1)
         a = nn.functional.silu(gate) * up
         return parallel_linear(a, w2.transpose(1, 2), 1, *order, grouped_in=True, gates=weights.to(x.dtype))
+
+    return layer
+
+
+# What SonicMoE's tuners choose from. Of products: rows and columns of a tile, and whether two consumers store in turn.
+SONIC_TILES = [(256, 128, False), (256, 160, False), (256, 192, False), (128, 256, False),
+               (128, 128, True), (128, 160, True), (128, 192, True), (192, 128, True)]  # fmt: skip
+# Of sums: columns, rows, warps.
+SONIC_SUMS = [(1024, 2, 4), (2048, 1, 4), (1024, 4, 4), (2048, 2, 8), (1024, 8, 8), (2048, 4, 8)]
+
+
+@cache
+def _sonicmoe_functions() -> tuple[type[torch.autograd.Function], type[torch.autograd.Function], Callable[..., None]]:
+    """Its up and down projection and its sort, with smaller lists for its tuners, which take many minutes a shape."""
+    from quack import gemm_interface
+    from quack.autotuner import AutotuneConfig
+    from quack.gemm_config import GemmConfig
+    from sonicmoe.functional import _DownProjection, _UpProjection, reduction_over_k_gather
+    from sonicmoe.functional.triton_kernels import TC_topk_router_metadata_triton
+
+    tiles = [
+        AutotuneConfig(config=GemmConfig(tile_m=m, tile_n=n, pingpong=pingpong, is_dynamic_persistent=False))
+        for m, n, pingpong in SONIC_TILES
+    ]
+    for tuner in (gemm_interface.gemm_tuned, gemm_interface.gemm_gated_tuned, gemm_interface.gemm_dgated_tuned):
+        tuner.configs = list(tiles)
+    reduction_over_k_gather.token_gather_sum_kernel.configs = [
+        triton.Config({"BLOCK_H": columns, "BLOCK_K": rows}, num_warps=warps, num_stages=4)
+        for columns, rows, warps in SONIC_SUMS
+    ]
+    return _UpProjection, _DownProjection, TC_topk_router_metadata_triton
+
+
+def sonicmoe(w1: Tensor, w2: Tensor) -> Layer:
+    """Its layer behind the router of all providers. It takes w1's rows as gate and up rows in turn."""
+    from sonicmoe.enums import ActivationType
+
+    up, down, sort = _sonicmoe_functions()
+    n_experts = w1.shape[0]
+
+    def layer(x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        n_tokens, top_k = experts.shape
+        empty = partial(torch.empty, dtype=torch.int32, device=x.device)
+        start, order = empty(n_experts + 1), [empty(experts.numel()) for _ in range(3)]
+        sort(experts.int(), n_experts, empty(n_experts), start, *order)
+        unit, inference = ActivationType.SWIGLU, not torch.is_grad_enabled()
+        a, h = up.apply(
+            x, w1.permute(1, 2, 0), None, start, experts.numel(), top_k, *order, None, False, unit, inference, False
+        )
+        return down.apply(a, h, w2.permute(1, 2, 0), None, weights, start, n_tokens, top_k, *order, None, False, unit)
 
     return layer
 

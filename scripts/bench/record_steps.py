@@ -57,6 +57,8 @@ class Row(NamedTuple):
 
 EIGHT, SIXTEEN = "OLMoE, 8 layers", "OLMoE, 16 layers"
 EIGHT_LAYERS = ("model.n_layers=8",)
+TWO_LAYERS = ("model.n_layers=2", "parallel.recompute=none")
+FP8 = "precision=amp_fp8"
 RUNNING = ("model.ffn_config.moe_lbl_accumulation=running",)
 BF16_STATES, BF16_WEIGHTS = "optimizer.state_dtype=bf16", "optimizer.master_weights=bf16_sr"
 MUON = "name: muon, lr: 4.0e-4, weight_decay: 0.1"
@@ -66,7 +68,9 @@ ROWS = [
     Row(f"{EIGHT}, 4 x 8 rows", "olmoe-1b-7b", 8, (*EIGHT_LAYERS, *RUNNING, "parallel.sum_gradients_in=bf16"),
         microbatches=4),
     Row("Qwen3-30B-A3B, 5 layers, 8 rows", "qwen3-30b-a3b", 8, ("model.n_layers=5",)),
-    Row("Mixtral-8x7B, 2 layers, 4 rows", "mixtral-8x7b", 4, ("model.n_layers=2", "parallel.recompute=none")),
+    Row("Mixtral-8x7B, 2 layers, 4 rows", "mixtral-8x7b", 4, TWO_LAYERS),
+    Row("Mixtral-8x7B, 2 layers, 4 rows, fp8", "mixtral-8x7b", 4, (*TWO_LAYERS, FP8)),
+    Row(f"{EIGHT}, 8 rows, fp8", "olmoe-1b-7b", 8, (*EIGHT_LAYERS, FP8)),
     Row(f"{SIXTEEN}, 4 rows per GPU, shard 2", "olmoe-1b-7b", 4, gpus=2),
     Row(f"{SIXTEEN}, 4 rows per GPU, shard 2, expert 2", "olmoe-1b-7b", 4, ("parallel.expert=2",), gpus=2),
     Row(f"{SIXTEEN}, 4 x 4 rows per GPU, shard 2", "olmoe-1b-7b", 4, RUNNING, gpus=2, microbatches=4),

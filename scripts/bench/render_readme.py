@@ -110,6 +110,7 @@ PROVIDERS = {
     "transformers": "`transformers`, grouped_mm",
     "liger": "liger-kernel, fused MoE",
     "scattermoe": "ScatterMoE",
+    "sonicmoe": "SonicMoE",
 }
 
 
@@ -134,6 +135,7 @@ def moe_layer() -> str:
     table = [
         line(name, [*cells(provider, "fwdbwd_tflops"), *cells(provider, "activation_mib")])
         for provider, name in PROVIDERS.items()
+        if any(row["provider"] == provider for row in result["rows"])
     ]
     low, high, cases = _ahead(ran)
     return "\n".join(
@@ -155,7 +157,10 @@ def moe_layer() -> str:
 
 
 def _ahead(rows: list[dict]) -> tuple[float, float, int]:
-    """By how much our layer is faster than the fastest other, at least and at most, and in how many cases."""
+    """By how much our layer is faster than the fastest other, at least and at most, and in how many cases.
+
+    SonicMoE, whose tuner takes minutes, is recorded in a few cases and counts in those.
+    """
     cases: dict[tuple, dict[str, float]] = {}
     for row in rows:
         case = cases.setdefault((row["shape"], row["T"], row["routing"]), {})
@@ -163,7 +168,7 @@ def _ahead(rows: list[dict]) -> tuple[float, float, int]:
     ratios = [
         speeds["triton"] / max(speed for name, speed in speeds.items() if name not in ("triton", "auto"))
         for speeds in cases.values()
-        if speeds.keys() >= PROVIDERS.keys()
+        if speeds.keys() >= PROVIDERS.keys() - {"sonicmoe"}
     ]
     return min(ratios), max(ratios), len(ratios)
 
@@ -209,8 +214,8 @@ def train_step() -> str:
     head = "| | on | tokens/s per GPU | MFU | exposed communication | peak, GiB |"
     return "\n".join(
         [
-            "Training steps, sequences of 4,096 tokens, float32 weights and (unless named)",
-            "moments, bf16 compute, by `scripts/bench/train_step.py`.",
+            "Training steps, sequences of 4,096 tokens, by `scripts/bench/train_step.py`; unless named with float32",
+            "weights and moments and bf16 compute.",
             "",
             head,
             "|---|---|---|---|---|---|",

@@ -526,7 +526,7 @@ def test_a_template_with_a_mistake_is_named_before_any_row(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="dataset.chat_template: line 1: Unexpected end of template"):
         loader(tmp_path, path=str(path), chat_template="{% for m in messages %}", skip_bad_rows=9)
     with pytest.raises(
-        ConfigError, match=r"train\.jsonl \(chats-train\): in none of 1 examples is there anything to learn within"
+        ConfigError, match=r"train\.jsonl \(chats-train\): none of 1 examples has anything to learn within"
     ):
         loader(tmp_path, path=str(path), length=4)
 

@@ -84,5 +84,5 @@ def test_a_row_is_a_pair_and_only_answers_are_learned(tmp_path: Path) -> None:
 def test_a_pair_that_does_not_fit_is_left_out(tmp_path: Path) -> None:
     long = {"prompt": "x " * 200, "chosen": "yes", "rejected": "no"}
     assert _loader(tmp_path, [long, ROWS[0]]).rows_per_epoch == 1
-    with pytest.raises(ConfigError, match="of none of 1 preferences do both answers begin within max_seq_len=64"):
+    with pytest.raises(ConfigError, match="none of 1 preferences has two answers that begin within max_seq_len=64"):
         _loader(tmp_path, [long])

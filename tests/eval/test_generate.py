@@ -110,6 +110,15 @@ def test_top_p_leaves_the_unlikely_out() -> None:
     assert set(sample(logits, 1.0, 1e-6, dice) for _ in range(20)) == {0}
 
 
+def test_top_k_leaves_all_but_k_out_before_top_p() -> None:
+    logits = torch.tensor([0.05, 0.5, 0.3, 0.15]).log()
+    dice = torch.Generator().manual_seed(0)
+    assert set(sample(logits, 1.0, 1.0, dice, top_k=3) for _ in range(100)) == {1, 2, 3}
+    # Of the two that are left, the first has 5/8 and not 1/2.
+    assert set(sample(logits, 1.0, 0.6, dice, top_k=2) for _ in range(100)) == {1}
+    assert set(sample(logits, 1.0, 0.6, dice) for _ in range(100)) == {1, 2}
+
+
 def test_a_tiny_temperature_takes_the_likeliest() -> None:
     assert sample(torch.tensor([9.0, 10.0, 2.0]), 1e-300, 1.0, torch.Generator()) == 1
 

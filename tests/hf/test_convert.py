@@ -192,17 +192,20 @@ def test_the_settings_of_weights_are_not_edited_unseen(
 
 
 NOTES = {
-    "llama": ({}, "exports as Llama"),
-    "mixtral": ({}, "exports as Mixtral"),
+    "llama": ({}, "Hugging Face export: as Llama"),
+    "mixtral": ({}, "Hugging Face export: as Mixtral"),
     "sigmoid": (
         {"ffn_config": {"moe_score_fn": "sigmoid", "moe_n_groups": 2}},
-        "exports with a modelling file of its own",
+        "Hugging Face export: with modelling code of its own",
     ),
-    "alibi": ({"attn_config": {"rope": False, "alibi": True}}, "exports with a modelling file of its own; load with "),
-    "soft cap": ({"final_logit_softcapping": 30.0}, "exports with a modelling file of its own"),
+    "alibi": (
+        {"attn_config": {"rope": False, "alibi": True}},
+        "Hugging Face export: with modelling code of its own, loaded with ",
+    ),
+    "soft cap": ({"final_logit_softcapping": 30.0}, "Hugging Face export: with modelling code of its own"),
     "experts in turn": (
         {"ffn_config": {"uniform_expert_assignment": True}},
-        "no Hugging Face family holds this: Mixtral, the nearest, lacks ffn_config.uniform_expert_assignment=True",
+        "Hugging Face export: not possible; the nearest family, Mixtral, lacks ffn_config.uniform_expert_assignment=",
     ),
 }
 

@@ -102,7 +102,7 @@ def test_a_pretrained_one_trains_resumes_generates_and_leaves(
     yaml_file = run_of(tmp_path, str(tmp_path / "theirs"))
     assert train_main([*yaml_file, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "exports as gemma2, as it came" in said and "not planned for modules of transformers" in said
+    assert "Hugging Face export: as gemma2, unchanged" in said and "not planned for modules of transformers" in said
     assert train_main([*yaml_file, "max_duration=2ba", f"save_folder={tmp_path}/cut"]) == 0
     assert train_main([*yaml_file, f"save_folder={tmp_path}/cut", "autoresume=true"]) == 0
     assert train_main(yaml_file) == 0

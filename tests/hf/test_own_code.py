@@ -174,13 +174,15 @@ def test_there_and_back_is_the_same_to_the_bit(about: str, tmp_path: Path) -> No
 @each_case
 def test_the_note_says_so(about: str) -> None:
     config = check(CausalLMConfig, SIZES | CASES[about])
-    assert export_note(config) == "exports with a modelling file of its own; load with trust_remote_code=True"
+    assert (
+        export_note(config) == "Hugging Face export: with modelling code of its own, loaded with trust_remote_code=True"
+    )
 
 
 def test_it_is_the_last_resort() -> None:
     alibi = check(CausalLMConfig, SIZES | {"no_bias": True, "attn_config": {"alibi": True}})
     assert write_config(alibi)[0].model_type == "mpt"
-    assert export_note(alibi) == "exports as MPT"
+    assert export_note(alibi) == "Hugging Face export: as MPT"
     assert write_config(alibi, "llmfoundry")[0].code
 
 

@@ -281,6 +281,9 @@ def test_names_of_checkpoints_and_placeholders(tmp_path: Path) -> None:
 def test_durations_in_composers_other_spellings(value: object, ours: object) -> None:
     data, notes = translate({"eval_interval": value, "save_folder": "runs"})
     assert data["eval_interval"] == ours and len(notes) == (value != ours)
+    if isinstance(value, int):  # neither there nor here does a schedule take a number
+        data, notes = translate({"scheduler": {"t_warmup": value}, "save_folder": "runs"})
+        assert data["scheduler"] == {"t_warmup": value} and not notes
 
 
 @pytest.mark.parametrize(
@@ -431,6 +434,11 @@ def test_all_mistakes_of_fsdp_come_in_one_round() -> None:
     )
     with pytest.raises(ConfigError, match="computes in float32"):
         translate(FOREIGN | {"precision": "amp_bf16", "fsdp_config": {"mixed_precision": {"param_dtype": "fp32"}}})
+
+
+def test_products_of_8_bits_have_their_name() -> None:
+    data, _ = translate(FOREIGN | {"precision": "amp_fp8", "fsdp_config": {"mixed_precision": "PURE"}})
+    assert data["precision"] == "amp_fp8"
 
 
 @pytest.mark.parametrize(("key", "of", "other"), [("hidden_size", "d_model", 17), ("num_layers", "n_layers", 2)])

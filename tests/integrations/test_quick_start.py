@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import pytest
 import yaml
 from foundry_hub import TEXTS, tokenizer
@@ -67,8 +68,9 @@ def test_their_quick_start(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
     said = run(
         "data_prep", "convert_dataset_hf", "--dataset", "./c4", "--out_root", "quick-c4",
-        "--splits", "train_small", "val_small", "--concat_tokens", str(ROWS),
+        "--splits", "train_small, val_small", "--concat-tokens", str(ROWS),
         "--tokenizer", "EleutherAI/gpt-neox-20b", "--eos_text", "<|endoftext|>",
+        "--tokenizer_kwargs", '{"use_fast": true}',
     )  # fmt: skip
     assert said.count(f"rows of {ROWS} tokens written to quick-c4/") == 2
     run(
@@ -95,9 +97,17 @@ def test_their_quick_start(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
         "The answer to life is", "Here's a quick recipe:",
     )  # fmt: skip
     assert said.startswith("The answer to life is") and "\n\nHere's a quick recipe:" in said
+    (folder / "prompts.txt").write_text("The cat;The dog")
+    said = run(
+        "generate", "-n", "mpt-125m-hf", "--max_new_tokens", "2", "--top_k", "1", "--max_batch_size", "1",
+        "--prompts", "file::prompts.txt", "--prompt-delimiter", ";",
+    )  # fmt: skip
+    assert said.startswith("The cat") and "\n\nThe dog" in said
 
 
-def test_rows_of_tokens_are_cut_as_theirs(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_rows_of_tokens_are_cut_as_theirs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(folder)
     words = ["data_prep", "convert_dataset_json", "--path", "c4/train.jsonl", "--out_root", str(tmp_path / "mds")]
     more = ["--concat_tokens", "16", "--tokenizer", "gpt2", "--eos_text", "<|endoftext|>", "--compression", "zstd"]
@@ -106,11 +116,17 @@ def test_rows_of_tokens_are_cut_as_theirs(folder: Path, monkeypatch: pytest.Monk
     ids: list[int] = []
     for line in Path("c4/train.jsonl").read_text().splitlines():
         ids += words_of(json.loads(line)["text"])["input_ids"] + [words_of.eos_token_id]
-    found = MDSFolder(tmp_path / "mds" / "train", tmp_path / "cache")
+    found = MDSFolder(tmp_path / "mds", tmp_path / "cache")  # no folder of the split, as there
     assert len(found) == len(ids) // 16
     assert [list(found.sample(i)["tokens"]) for i in range(len(found))] == [
         ids[i * 16 : (i + 1) * 16] for i in range(len(found))
     ]
+    assert main([*words[:-1], "memory://bucket/mds", *more]) == 0, "a store, as theirs"
+    index = fsspec.filesystem("memory").cat("/bucket/mds/index.json")
+    assert json.loads(index) == json.loads((tmp_path / "mds" / "index.json").read_text())
+    capsys.readouterr()
+    assert main([*words[:-1], str(tmp_path / "long"), *more, "--concat_tokens", "99999"]) == 2
+    assert "long: the text gives nothing to write: it is shorter than one row of 99,999" in capsys.readouterr().err
 
 
 def test_texts_begin_rows_of_their_own_without_wrap(
@@ -135,8 +151,37 @@ def test_texts_begin_rows_of_their_own_without_wrap(
             "--tokenizer",
         ),
         (["data_prep", "convert_dataset_json", "--path", "no-such", "--out_root", "y"], "no such file or folder"),
+        (["data_prep", "convert_dataset_json", "--path", "", "--out_root", "y"], "--path : no such file or folder"),
+        (["data_prep", "convert_dataset_hf", "--dataset", "x", "--splits", "", "--out_root", "y"], "must not be empty"),
+        (["data_prep", "convert_dataset_json", "--path", ".", "--out_root", "a.txt/y"], "y: cannot be written: Not a"),
+        (
+            ["data_prep", "convert_dataset_json", "--path", ".", "--out_root", "y", "--compression", "zstd:99"],
+            "compression 'zstd:99': zstd has levels 1 to 22",
+        ),
         (["data_prep", "convert_dataset_hf", "--dataset", "./no-such", "--splits", "a", "--out_root", "y"], "no-such"),
-        (["generate", "-n", "x", "-p", "y", "--top_k", "50"], "--top_k 50: is not supported"),
+        (["generate", "-n", "x", "-p", "y", "--repetition_penalty", "1.2"], "--repetition_penalty: is not supported"),
+        (["generate", "-n", "x", "-p", "y", "--seed", "1", "2"], "--seed: has several values; run the command once"),
+        (["generate", "-n", "x", "-p", "y", "--do_sample", "maybe"], "--do_sample maybe: must be true or false"),
+        (["generate", "-n", "x", "-p", "file::no-such"], "--prompts file::no-such: cannot be read"),
+        (["generate", "-n", "x", "--eos_token_id", "3"], "--eos_token_id: is not supported"),
+        (["generate", "-n", "x", "--revision", "main"], "hf download x --revision main --local-dir FOLDER"),
+        (
+            [
+                "data_prep",
+                "convert_dataset_json",
+                "--path",
+                "x",
+                "--out-root",
+                "y",
+                "--concat-tokens",
+                "4",
+                "--tokenizer",
+                "z",
+                "--tokenizer-kwargs",
+                "[]",
+            ],
+            "must be a mapping of names to plain values",
+        ),
         (["convert", "--composer_path", "x", "--hf_output_path", "y", "--hf_repo_for_upload", "z"], "upload z y"),
     ],
 )
@@ -145,6 +190,7 @@ def test_mistakes_are_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "a.txt").write_text("a")
     assert main(words) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert says in line

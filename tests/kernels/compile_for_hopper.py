@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -21,7 +22,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from llmfoundry.kernels import eight_bit, symmetric  # noqa: E402
+from llmfoundry.kernels import e4m3, eight_bit, norm_rotate, scaled, symmetric  # noqa: E402
 from llmfoundry.kernels.accumulate import add_kernel  # noqa: E402
 from llmfoundry.kernels.grouped import GroupedConfig, grouped_kernel  # noqa: E402
 from llmfoundry.kernels.lion import lion_kernel  # noqa: E402
@@ -50,7 +51,7 @@ from llmfoundry.kernels.up_backward import UpBackwardConfig, up_backward_kernel 
 from llmfoundry.kernels.update import adamw_kernel  # noqa: E402
 from llmfoundry.kernels.weight_grad import WeightGradConfig, weight_grad_kernel  # noqa: E402
 
-SHAPES = {"qwen30b": (2048, 768), "dbrx": (6144, 10752)}  # D, F
+SHAPES = {"qwen30b": (2048, 768), "dbrx": (6144, 10752), "gpt_oss": (2880, 2880)}  # D, F
 PROGRAMS = 132  # SMs of an H100
 # What is compiled; the dtype of operands or of the optimizer's state; the rank of adapters, 0: none.
 CASE, DTYPE, TURNS, RANK = "", "bf16", 1, 0
@@ -76,11 +77,21 @@ def up(d: int, f: int, c: UpConfig) -> None:
         "row_slot_ptr": "*i32",
         "D": "i32",
     }
+    types |= {"bias_ptr": f"*{DTYPE}"} if CASE.startswith("gpt_oss") else {}
     types |= beside(c.depth, [2, c.columns, c.depth]) if RANK else {}
-    constants = {"F": f, "GATED": True, "ACTIVATION": "silu", "BM": TILE_ROWS, "RANK": RANK,
+    constants = {"F": f, "GATED": True, **unit(), "BM": TILE_ROWS, "RANK": RANK,
                  "BN": c.columns, "BK": c.depth, "GROUP": c.group, "PROGRAMS": PROGRAMS, "TURNS": TURNS,
                  "FLATTEN": c.flatten}  # fmt: skip
+    constants |= {} if "bias_ptr" in types else {"bias_ptr": None}
     report("up", up_kernel, types | TILES, constants, c.num_warps, c.num_stages)
+
+
+def unit() -> dict[str, object]:
+    return (
+        {"ACTIVATION": "swiglu_oss", "LIMIT": 7.0}
+        if CASE.startswith("gpt_oss")
+        else {"ACTIVATION": "silu", "LIMIT": None}
+    )
 
 
 def beside(depth: int, block: list[int]) -> dict[str, str]:
@@ -118,7 +129,7 @@ def up_backward(d: int, f: int, c: UpBackwardConfig) -> None:
         "M": "i32",
     }
     types |= beside(c.depth, [1, c.depth, c.columns]) if RANK else {}
-    constants = {"F": f, "GATED": True, "ACTIVATION": "silu", "BM": TILE_ROWS, "BN": c.columns, "BK": c.depth,
+    constants = {"F": f, "GATED": True, **unit(), "BM": TILE_ROWS, "BN": c.columns, "BK": c.depth,
                  "RANK": RANK, "SLICES": c.slices, "GROUP": c.group, "PROGRAMS": PROGRAMS,
                  "TURNS": TURNS, "FLATTEN": c.flatten}  # fmt: skip
     report("up_backward", up_backward_kernel, types | TILES, constants, c.num_warps, c.num_stages)
@@ -194,6 +205,60 @@ def updates() -> None:
         report(name, kernel, types, {key: constants[key] for key in constants if key in kernel.arg_names}, 8, 3)
 
 
+def queries_and_keys() -> None:
+    """The norm of all heads and their rotation, at OLMoE's shape."""
+    types = dict.fromkeys(("wq_ptr", "wk_ptr", "q_ptr", "k_ptr", "dq_ptr", "dk_ptr", "dv_ptr", "dx_ptr"), f"*{DTYPE}")
+    types |= {"x_ptr": f"*{DTYPE}", "eps": "fp32"} | dict.fromkeys(("cos_ptr", "sin_ptr", "parts_ptr"), "*fp32")
+    types |= {f"d{name}_{of}": "i32" for name in "qkv" for of in ("row", "token", "head")}
+    types |= dict.fromkeys(("n_tokens", "length", "n_positions"), "i32")
+    constants = {"H": 16, "G": 16, "HALF": 64, "HP": 16, "GP": 16, "HALFP": 64, "EACH": False}
+    report("norm and rotation", norm_rotate.forward_kernel, types, constants, 4, 3)
+    report("norm and rotation, backward", norm_rotate.backward_kernel, types, constants, 4, 3)
+
+
+def in_e4m3(f: int) -> None:
+    """The kernels of `precision: amp_fp8`, with experts of this hidden size."""
+    eight = "fp8e4nv"
+    types = dict.fromkeys(("q_ptr", "dh_ptr", "a_ptr", "out_ptr"), f"*{eight}")
+    types |= dict.fromkeys(("x_ptr", "w_ptr", "h_ptr", "da_ptr"), "*bf16")
+    types |= dict.fromkeys(("scale_ptr", "dh_scale_ptr", "a_scale_ptr", "ds_ptr", "weights_ptr"), "*fp32")
+    types |= dict.fromkeys(("expert_scale_ptr", "row_scale_ptr", "w_scale_ptr"), "*fp32")
+    types |= dict.fromkeys(("left_scale_ptr", "right_scale_ptr"), "*fp32")
+    types |= dict.fromkeys(("row_slot_ptr", "slot_row_ptr", "end_ptr", "by_load_ptr", "first_ptr"), "*i32") | TILES
+    types |= dict.fromkeys(("N", "J", "E"), "i32")
+    unit: dict[str, Any] = {"F": f, "GATED": True, "ACTIVATION": "silu", "BLOCK": triton.next_power_of_2(f)}
+    rows = {"J": 4096, "D": 4096, "K": 2, "BLOCK": 4096}
+    launch = {"PROGRAMS": PROGRAMS, "TURNS": TURNS}
+
+    def one(name: str, kernel: triton.JITFunction, constants: dict[str, object], warps: int, stages: int = 3) -> None:
+        own = {key: constants[key] for key in kernel.arg_names if key in constants}
+        report(name, kernel, {key: kind for key, kind in types.items() if key not in own}, own, warps, stages)
+
+    one("scale rows", e4m3.scale_rows_kernel, rows, 16)
+    one("gather", e4m3.spread_scaled_kernel, rows, 16)
+    one("transpose a weight", e4m3.transpose_weight_kernel, {"BN": 128, "BJ": 64}, 4)
+    for top_k in (0, 8):
+        turned = {"N": 4096, "K": top_k, "BM": TILE_ROWS, "BN": 128} | ({} if top_k else {"row_slot_ptr": None})
+        one("transpose rows", e4m3.transpose_rows_kernel, turned, 8)
+    one("activate", e4m3.activate_scaled_kernel, unit, e4m3._warps(unit["BLOCK"]))
+    one("activate backward", e4m3.activate_backward_scaled_kernel, unit, e4m3._warps(unit["BLOCK"], 32))
+    for per_channel in (True, False):
+        c = scaled.PRODUCT[0]
+        types["rows_desc"] = f"tensordesc<{eight}[{TILE_ROWS},{c.depth}]>"
+        types["w_desc"] = f"tensordesc<{eight}[1,{c.columns},{c.depth}]>"
+        types["out_desc"] = f"tensordesc<bf16[1,1,{TILE_ROWS},{c.columns // c.pieces}]>"
+        product = {"N": 2 * f, "PER_CHANNEL": per_channel, "BM": TILE_ROWS, "BN": c.columns, "BK": c.depth,
+                   "GROUP": c.group, "FLATTEN": c.flatten, "PIECES": c.pieces}  # fmt: skip
+        one("product", scaled.scaled_grouped_kernel, product | launch, c.num_warps, c.num_stages)
+    w = scaled.WEIGHT_GRAD[0]
+    types["left_desc"] = f"tensordesc<{eight}[1,{w.height},{TILE_ROWS}]>"
+    types["right_desc"] = f"tensordesc<{eight}[1,{w.width},{TILE_ROWS}]>"
+    types["out_desc"] = f"tensordesc<bf16[1,{w.height},{w.width // w.pieces}]>"
+    gradient = {"P": 2 * f, "N": 4096, "BM": w.height, "BN": w.width, "BK": TILE_ROWS, "GROUP": w.group,
+                "FLATTEN": w.flatten, "PIECES": w.pieces}  # fmt: skip
+    one("weight gradient", scaled.scaled_weight_grad_kernel, gradient | launch, w.num_warps, w.num_stages)
+
+
 def report(
     name: str,
     kernel: triton.JITFunction,
@@ -237,7 +302,13 @@ def main() -> None:
     for CASE in sys.argv[1:]:
         shape, DTYPE, turns, rank = CASE.split(",")
         TURNS, RANK = int(turns), int(rank)
-        updates() if shape == "updates" else compile_case(*SHAPES[shape])
+        if shape == "updates":
+            updates()
+            queries_and_keys()
+        elif DTYPE == "e4m3":
+            in_e4m3(SHAPES[shape][1])
+        else:
+            compile_case(*SHAPES[shape])
 
 
 def compile_case(d: int, f: int) -> None:

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from llmfoundry.kernels import accumulate
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+from tests.kernels.devices import DEVICES
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -19,12 +19,14 @@ REGISTERS = 65536  # of an SM
 CASES = [  # shape, dtype, turns, rank of adapters
     ("qwen30b", "bf16", 5, 0),
     ("dbrx", "bf16", 1, 0),
+    ("gpt_oss", "bf16", 1, 0),
     ("qwen30b", "fp32", 1, 0),
     ("qwen30b", "bf16", 1, 16),
     ("qwen30b", "bf16", 5, 64),
     ("qwen30b", "fp32", 1, 16),
 ]
 UPDATES = [("updates", state, 1, 0) for state in ("fp32", "bf16")]
+E4M3 = [("qwen30b", "e4m3", 5, 0), ("dbrx", "e4m3", 1, 0)]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     script = Path(__file__).with_name("compile_for_hopper.py")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(script), *(",".join(map(str, case)) for case in [*CASES, *UPDATES])],
+        [sys.executable, str(script), *(",".join(map(str, case)) for case in [*CASES, *UPDATES, *E4M3])],
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))},
         capture_output=True,
         text=True,
@@ -44,11 +46,21 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("state", ["fp32", "bf16"])
-def test_the_kernels_of_an_update_compile_without_spills(compiled: list[dict[str, Any]], state: str) -> None:
+def test_kernels_that_only_move_bytes_compile_without_spills(compiled: list[dict[str, Any]], state: str) -> None:
     rows = [row for row in compiled if row["case"] == f"updates,{state},1,0"]
     passes = {"adamw", "adamw of float32 weights", "adamw of halves", "adamw of 8 bits", "adamw of 8 bits, halves"}
     passes |= {"lion", "lion of halves", "momentum", "apply", "add"}
+    passes |= {"norm and rotation", "norm and rotation, backward"}
     assert {row["kernel"] for row in rows} == passes | {"symmetric, wide", "symmetric, tall"}
+    assert not any(row["spilled"] for row in rows), rows
+    assert all(row["shared"] <= SHARED for row in rows), rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", E4M3)
+def test_the_kernels_of_e4m3_compile_without_spills(compiled: list[dict[str, Any]], case: tuple[object, ...]) -> None:
+    rows = [row for row in compiled if row["case"] == ",".join(map(str, case))]
+    assert {"gather", "activate backward", "product", "weight gradient"} <= {row["kernel"] for row in rows}
     assert not any(row["spilled"] for row in rows), rows
     assert all(row["shared"] <= SHARED for row in rows), rows
 

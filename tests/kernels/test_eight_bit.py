@@ -12,8 +12,8 @@ from torch import Tensor
 from llmfoundry.kernels import eight_bit
 from llmfoundry.kernels.eight_bit import adamw_reference, decode, encode
 from llmfoundry.kernels.update import Place, Rule, corrections
+from tests.kernels.devices import DEVICES
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 RULE = Rule(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, decay=0.1)
 WHOLE = torch.Size((4, 6, 300))
 CUT = Place.of(7, torch.Size((2, 3, 300)), WHOLE, (2, 3, 0))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from llmfoundry.kernels.low_rank import ExpertAdapters, LowRank  # noqa: E402
 from llmfoundry.kernels.routing import sort_by_expert  # noqa: E402
 from llmfoundry.kernels.routing_triton import sort_by_expert_triton  # noqa: E402
 from llmfoundry.kernels.tiles import tile_rows, tile_rows_reference, turns  # noqa: E402
+from tests.kernels.devices import DEVICES  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -67,11 +69,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_float32_kernels_equal_reference(case, device: str) -> None:
-    if ON_GPU and device == "cpu":
-        pytest.skip("the interpreter's own test")
     t, d, f, e, k, gated, activation, routing = case
     tensors = [v.to(device) for v in draw(t, d, f, e, k, gated, routing)]
     kwargs = {"activation": activation, "gated": gated}
@@ -108,12 +108,10 @@ def run_adapted(tensors, adapters: ExpertAdapters, *, late: bool = False, **kwar
     return found
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("rank", "sides"), [(3, "up down"), (16, "up"), (40, "down")])
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
 def test_adapters_in_float32_equal_reference(case, rank: int, sides: str, device: str) -> None:
-    if ON_GPU and device == "cpu":
-        pytest.skip("the interpreter's own test")
     t, d, f, e, k, gated, activation, routing = case
     tensors = [v.to(device) for v in draw(t, d, f, e, k, gated, routing)]
     kwargs = {"activation": activation, "gated": gated}
@@ -214,10 +212,84 @@ def test_tiles_are_handed_out_in_turns_where_other_ranks_are() -> None:
         dist.destroy_process_group()
 
 
-def test_biases_are_refused_in_words() -> None:
-    x, weights, experts, w1, w2 = draw(4, 16, 16, 4, 2, True, "natural")
-    with pytest.raises(ValueError, match="no biases"):
-        experts_ffn(x, weights, experts, w1, w2, b1=w1[..., 0], activation="silu", gated=True, backend="triton")
+BIASED = [  # T, D, F, E, K, gated, activation, routing, biases of w1 and w2, limit
+    (40, 32, 16, 4, 2, True, "swiglu_oss", "natural", "b1 b2", None),
+    (150, 16, 40, 4, 2, True, "swiglu_oss", "none", "b1 b2", 0.5),
+    (37, 48, 24, 8, 3, False, "relu2", "empty", "b1 b2", None),
+    (50, 32, 40, 4, 2, True, "silu", "hot", "b2", 0.5),
+    (20, 16, 16, 4, 2, True, "gelu", "natural", "b1", None),
+]
+
+
+def run_biased(case, tensors, call=experts_ffn, late=None, **kwargs) -> dict[str, torch.Tensor]:
+    """The output and the gradient of every tensor."""
+    (d, f, e), (gated, activation, _, sides, limit) = case[1:4], case[5:]
+    x, weights, experts, w1, w2 = tensors
+    g = torch.Generator().manual_seed(9)
+    drawn = {"b1": torch.randn(e, f * (2 if gated else 1), generator=g), "b2": torch.randn(e, d, generator=g)}
+    leaves = {"x": x, "weights": weights, "w1": w1, "w2": w2} | {name: drawn[name].to(w1) for name in sides.split()}
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in leaves.items()}
+    used = (
+        leaves
+        if late is None
+        else leaves | {n: late.weight(n, v) for n, v in leaves.items() if n[0] in "wb" and n != "weights"}
+    )
+    y = call(**used, experts=experts, activation=activation, gated=gated, limit=limit, late=late, **kwargs)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y))
+    return {"y": y.detach()} | {name: value.grad for name, value in leaves.items()}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", BIASED, ids=str)
+def test_biases_and_clamps_in_float32_equal_reference(case, device: str) -> None:
+    """And each gradient is bitwise the same again, computed at once or late."""
+    tensors = [v.to(device) for v in draw(*case[:6], case[7])]
+    found = run_biased(case, tensors, backend="triton")
+    true = run_biased(case, [v.double() if v.is_floating_point() else v for v in tensors], backend="reference")
+    again = run_biased(case, tensors, backend="triton", late=LateGradients())
+    assert found.keys() == true.keys()
+    for name, value in true.items():
+        assert relative(found[name], value) < 1e-5, name
+        assert torch.equal(found[name], again[name]), name
+
+
+def test_compiled_experts_have_the_gradients_of_uncompiled_ones() -> None:
+    """A compiler takes the autograd that the operators register, others that of a function: the same bits."""
+    case = (8, 16, 16, 2, 1, True, "swiglu_oss", "none", "b1 b2", 0.5)
+    tensors = [v.to(DEVICE) for v in draw(*case[:6], case[7])]
+    found = run_biased(case, tensors, backend="triton")
+    compiled = torch.compile(experts_ffn, fullgraph=True, backend="aot_eager")
+    again = run_biased(case, tensors, backend="triton", call=compiled)
+    for name, value in found.items():
+        assert torch.equal(value, again[name]), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_expert_with_biases_is_a_dense_block(device: str) -> None:
+    case = (33, 32, 24, 1, 1, True, "swiglu_oss", "natural", "b1 b2", 0.7)
+    tensors = [v.to(device) for v in draw(*case[:6], case[7])]
+    tensors[1] = torch.ones_like(tensors[1])
+    x, _, _, w1, w2 = tensors
+    g = torch.Generator().manual_seed(9)
+    b1, b2 = torch.randn(1, 48, generator=g).to(x), torch.randn(1, 32, generator=g).to(x)
+    gate, up = torch.nn.functional.linear(x, w1[0], b1[0]).chunk(2, -1)
+    gate, up = gate.clamp(max=0.7), up.clamp(-0.7, 0.7)
+    dense = torch.nn.functional.linear(gate * torch.sigmoid(1.702 * gate) * (up + 1), w2[0], b2[0])
+    assert relative(run_biased(case, tensors, backend="triton")["y"], dense) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [(2048, 2880, 2880, 32, 4, True, "swiglu_oss", "natural", "b1 b2", 7.0),
+                                  (1000, 512, 256, 8, 2, False, "relu2", "none", "b1 b2", None)], ids=str)  # fmt: skip
+def test_biases_in_bf16_err_as_grouped_mm_does(case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMFOUNDRY_AUTOTUNE", "0")
+    tensors = draw(*case[:6], case[7])
+    half = [v.to("cuda", torch.bfloat16) if i in (0, 3, 4) else v.cuda() for i, v in enumerate(tensors)]
+    found, peer = (run_biased(case, half, backend=backend) for backend in ("triton", "grouped_mm"))
+    whole = [v.double() if v.is_floating_point() else v for v in half]
+    true = run_biased(case, whole, backend="reference")
+    for name, value in true.items():
+        assert relative(found[name], value) <= 1.5 * relative(peer[name], value) + 1e-6, name
 
 
 def random_rows(n: int) -> list[tuple]:
@@ -328,6 +400,30 @@ def test_a_choice_is_timed_once_for_a_bucket_of_rows(monkeypatch: pytest.MonkeyP
     assert len(timed) == 2 * len(tune.UP.large), "another power of two"
     monkeypatch.setattr(tune, "_chosen", {})
     assert pick(400) is tune.UP.large[1] and len(timed) == 2 * len(tune.UP.large), "read from the disk"
+
+
+@pytest.mark.parametrize(("capability", "kib", "large"), [
+    ("8.0", 163, False), ("8.6, 8.9", 99, False), ("9.0", 227, True), ("10.0, 10.3", 227, True), ("12.0", 99, False),
+])  # fmt: skip
+def test_large_tiles_go_where_their_shared_memory_is(
+    capability: str, kib: int, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes of a block's shared memory: CUDA programming guide, compute capabilities. Only the GPU is made up."""
+    properties = SimpleNamespace(shared_memory_per_block_optin=kib * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(tune, "holds_large", tune.holds_large.__wrapped__)  # without what it remembers
+    monkeypatch.setenv("LLMFOUNDRY_AUTOTUNE", "0")
+    for candidates in (tune.UP, tune.DOWN, tune.DX, tune.UP_BACKWARD, tune.DW1, tune.NARROW):
+        half, full = (
+            tune.pick(
+                candidates,
+                tune.Problem(torch.device("cuda", 0), dtype, 2048, 768, 128, 2, 32768),
+                lambda config: config,
+            )
+            for dtype in ("torch.bfloat16", "torch.float32")
+        )
+        assert half is (candidates.large[0] if large else candidates.small), capability
+        assert full is candidates.small
 
 
 @pytest.mark.gpu

@@ -20,7 +20,12 @@ from llmfoundry.kernels import up as up_file  # noqa: E402
 from llmfoundry.kernels import up_backward as up_backward_file  # noqa: E402
 from llmfoundry.kernels import weight_grad as weight_grad_file  # noqa: E402
 from llmfoundry.kernels.gather import (  # noqa: E402
+    Biases,
+    dots_reference,
+    expert_sums,
+    expert_sums_reference,
     gather,
+    gather_and_dots,
     gather_reference,
     slot_sums,
     slot_sums_reference,
@@ -39,11 +44,8 @@ from llmfoundry.kernels.tiles import Beside, Tiles, tile_rows, tile_rows_referen
 from llmfoundry.kernels.up import up, up_reference  # noqa: E402
 from llmfoundry.kernels.up_backward import up_backward, up_backward_reference  # noqa: E402
 from llmfoundry.kernels.weight_grad import weight_grad, weight_grad_reference  # noqa: E402
+from tests.kernels.devices import DEVICES  # noqa: E402
 
-PLACES = [
-    pytest.param("cpu", id="interpreter", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")),
-    pytest.param("cuda", id="gpu", marks=pytest.mark.gpu),
-]
 ROUTINGS = ["natural", "hot", "empty", "none"]
 GATES = [(True, "silu"), (True, "gelu"), (False, "relu2"), (False, "gelu_tanh")]
 # Of the result's norm. float32: sums of a few dozen products as three TF32 products each. bf16: the product of rounded
@@ -108,7 +110,7 @@ def whole(*tensors: Tensor) -> list[Tensor]:
     return [tensor.double() for tensor in tensors]
 
 
-@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_rows_are_moved_and_summed(device: str, routing: str) -> None:
     drawn = draw(device, routing)
@@ -122,7 +124,28 @@ def test_rows_are_moved_and_summed(device: str, routing: str) -> None:
     assert not sum_rows(rows, order, 2).isnan().any(), "rows without an expert are not read"
 
 
-@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_biases_meet_tokens_and_their_gradients(device: str, routing: str) -> None:
+    """Also where a token is too wide for one program."""
+    for d in (48, 2056 if device == "cpu" else 264):  # eight times as wide on a GPU
+        drawn = draw(device, routing, d=d, f=8)
+        order, m = drawn.order, drawn.order.row_slot.numel()
+        experts = torch.searchsorted(order.expert_start, order.slot_row, right=True).view(-1, 2) - 1
+        biases = Biases(drawn.x[: len(drawn.w2)].contiguous(), experts, drawn.weights)
+        rows, dots = gather_and_dots(drawn.x, order, m, biases)
+        assert torch.equal(rows[: drawn.n_rows], gather(drawn.x, order, m)[: drawn.n_rows])
+        assert_close(dots.sum(0), dots_reference(drawn.x.double(), biases))
+        assert_close(slot_sums(dots[:, :0].new_zeros(1, m), order, dots), dots.double().sum(0))
+        found = sum_rows(drawn.x_rows, order, 2, biases)
+        assert_close(found, sum_rows_reference(drawn.x_rows.float(), order, 2, biases))
+        for weights in (None, drawn.weights):
+            found = expert_sums(drawn.x_rows, order, weights)
+            true = expert_sums_reference(drawn.x_rows.double(), order, weights)
+            assert_close(found, true)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize(("gated", "activation"), GATES)
 def test_up_and_its_backward(device: str, routing: str, gated: bool, activation: str) -> None:
@@ -143,7 +166,7 @@ def test_up_and_its_backward(device: str, routing: str, gated: bool, activation:
     assert_close(ds.sum(0).to(drawn.x.dtype), true_ds.sum(0), n)
 
 
-@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_rows_times_their_experts_matrix(device: str, routing: str, transposed: bool) -> None:
@@ -154,7 +177,7 @@ def test_rows_times_their_experts_matrix(device: str, routing: str, transposed: 
     assert_close(found, true, drawn.n_rows)
 
 
-@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_weight_gradients(device: str, routing: str) -> None:
     drawn = draw(device, routing)
@@ -162,7 +185,7 @@ def test_weight_gradients(device: str, routing: str) -> None:
     assert_close(weight_grad(left, right, drawn.tiles), weight_grad_reference(*whole(left, right), drawn.on_host))
 
 
-@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("routing", ["natural", "none"])
 @pytest.mark.parametrize("rank", [16, 48])
 def test_a_low_rank_product_is_added_before_rounding(device: str, routing: str, rank: int) -> None:
@@ -199,7 +222,7 @@ def test_a_low_rank_product_is_added_before_rounding(device: str, routing: str, 
     assert_close(ds.sum(0).to(x.dtype), true_ds.sum(0), n)
 
 
-@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("rank", [16, 48])
 def test_narrow_products(device: str, routing: str, rank: int) -> None:

@@ -16,8 +16,8 @@ from llmfoundry.kernels import eight_bit, halves, lion, muon, update
 from llmfoundry.kernels.eight_bit import encode
 from llmfoundry.kernels.halves import join_into, joined, split
 from llmfoundry.kernels.update import Place, Rule, corrections
+from tests.kernels.devices import DEVICES
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 RULE = Rule(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, decay=0.1)
 SHAPE = (3, 300)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from llmfoundry.kernels import lion
 from llmfoundry.kernels.update import Place
+from tests.kernels.devices import DEVICES
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SETTINGS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "keep": 0.999}
 WHOLE = torch.Size((4, 6, 1000))
 CUT = slice(2, 4), slice(3, 6)

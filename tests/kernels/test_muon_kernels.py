@@ -12,8 +12,8 @@ from torch import Tensor
 from llmfoundry.kernels import muon, symmetric
 from llmfoundry.kernels.muon import apply_reference, momentum_reference, orthogonalize, orthogonalize_flops
 from llmfoundry.kernels.update import Place
+from tests.kernels.devices import DEVICES
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CUT_TWICE = Place.of(1, torch.Size((2, 3, 1000)), torch.Size((4, 6, 1000)), (2, 3, 0))
 PLACES = [(torch.Size((70, 99)), Place(3, 17)), (torch.Size((1,)), Place()), (torch.Size((6, 1000)), CUT_TWICE)]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from llmfoundry.kernels import update
 from llmfoundry.kernels.update import Place, Rule, adamw_, adamw_reference
+from tests.kernels.devices import DEVICES
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 RULE = Rule(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, decay=0.1)
 SHAPES = [(3,), (70, 33), (4, 5, 9), (20_001,)]
 WHOLE = [(3,), (70, 33), (8, 10, 9), (20_001,)]

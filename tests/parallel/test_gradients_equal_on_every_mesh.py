@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 
 pytestmark = pytest.mark.dist
 
-STEPS, CLIP = 3, 0.5
+STEPS, CLIP = 2, 0.5
 ALONE = [Case("8 experts"), Case("6 experts", n_experts=6), Case("2 experts", n_experts=2), Case("tied", tied=True),
          Case("shared keys", shared_kv=True), Case("muon", optimizer="muon"),
          Case("muon, 2 experts", n_experts=2, optimizer="muon"),
@@ -39,14 +39,12 @@ CASES = [
     Case("6 experts on 4 ranks", n_experts=6),
     Case("3 experts each on 2 ranks", {"expert": 2}, n_experts=6),
     Case("1 expert each on 2 ranks", {"expert": 2}, n_experts=2),
-    Case("accumulation 2", {"expert": 2}, microbatch=1),
-    Case("accumulation 2, replicas", {"replicate": 2, "expert": 2}, microbatch=1),
+    Case("accumulation 2", {"replicate": 2, "expert": 2}, microbatch=1),
     Case("accumulation 2, graphs kept", {"expert": 2}, microbatch=1, accumulation="keep"),
     Case("accumulation 2, graphs kept, full recompute", {"expert": 2, "recompute": "full"}, microbatch=1,
          accumulation="keep"),
     Case("accumulation 2, reduced each time", {"replicate": 2, "expert": 2, "reduce_once_a_step": False}, microbatch=1),
     Case("tied head, kept weights", {"expert": 2, "reshard_after_forward": False, "prefetch": 0}, tied=True),
-    Case("full recompute", {"expert": 2, "recompute": "full"}),
     Case("selective recompute", {"expert": 4, "recompute": "selective", "prefetch": 2}),
     Case("shared keys", {"replicate": 2}, shared_kv=True),
     Case("shared keys, accumulation 2, full recompute", {"expert": 2, "recompute": "full"}, microbatch=1,
@@ -74,12 +72,12 @@ WRONG = [Case("default divide factor, expert 2", {"expert": 2}), Case("default d
 
 
 def trained(case: Case, steps: int = STEPS, clip: float | None = CLIP) -> dict[str, Tensor]:
-    """First weights, the first step's gradients, the last weights, and what the steps reported; all of it whole."""
+    """The first step's gradients, the last weights, and what the steps reported; all of it whole."""
     model = tiny.build(case, torch.float64)
-    found = {f"init/{name}": value for name, value in tiny.weights(model).items()}
+    found: dict[str, Tensor] = {}
 
     def keep(model: torch.nn.Module) -> None:
-        if not any(name.startswith("grad/") for name in found):
+        if not found:
             for name, parameter in model.named_parameters():
                 assert parameter.grad is not None, name
                 found[f"grad/{name}"] = tiny.full(parameter.grad)
@@ -134,7 +132,7 @@ def test_spread_equals_alone(case: Case, spread: Path, alone: Alone) -> None:
     assert true["norm"].min() > CLIP, "clipping has to do something"
     for name, value in true.items():
         what = name.split("/")[0]
-        if what in ("init", "load") or (what == "weight" and case.half):  # of gradients so near, the same bits
+        if what == "load" or (what == "weight" and case.half):  # of gradients so near, the same bits
             assert torch.equal(found[name], value), name
         else:  # float64 sums in another order; Adam divides by small numbers, Muon enlarges small singular values
             assert relative(found[name], value) < (1e-10 if what == "weight" else 1e-12), name

@@ -15,13 +15,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llmfoundry.callbacks import console  # noqa: F401  registers the callbacks that the YAMLs name
 from llmfoundry.cli.command import read_run_config
-from llmfoundry.parallel.apply import parallelize
+from llmfoundry.parallel.apply import keep_weights_in, parallelize
 from llmfoundry.parallel.expert import n_experts
 from llmfoundry.parallel.mesh import Degrees, build_mesh
 from llmfoundry.planning import simulation
 from llmfoundry.planning.fusion import FusedGraph, backend
 from llmfoundry.planning.job import Job
-from llmfoundry.planning.ledger import ACTIVATIONS, WEIGHTS, Ledger
+from llmfoundry.planning.ledger import ACTIVATIONS, WEIGHTS, Ledger, Moment
 from llmfoundry.planning.memory import memory
 from llmfoundry.planning.simulation import simulate
 
@@ -56,7 +56,7 @@ def test_simulated_memory_is_that_measured_on_a_gpu(row: dict) -> None:
 
 def test_a_base_in_nf4_is_planned_with_its_bits() -> None:
     lora = ("model.lora.rank=16", "model.lora.alpha=32.0", "parallel.recompute=full", "load_path=hf:some/model",
-            "parallel.expert=1", "global_train_batch_size=1")  # fmt: skip
+            "parallel.expert=1", "parallel.compile=false", "global_train_batch_size=1")  # fmt: skip
     plain, packed = (
         simulate(of_yaml("qwen3-30b-a3b", "model.n_layers=2", *lora, *more), Degrees(1, 1, 1)).highest
         for more in ((), ("model.lora.quantize=nf4",))
@@ -96,28 +96,35 @@ BUILT = [
 
 @pytest.mark.parametrize(("name", "gpus", "overrides"), BUILT, ids=str)
 def test_each_gpu_holds_its_share(name: str, gpus: int, overrides: tuple[str, ...]) -> None:
-    """Of the model at full size, built and split: its weights, and two float32 moments of what is trained."""
-    job = of_yaml(name, "device_train_microbatch_size=1", "parallel.compile=false", *overrides)
+    """Of the model at full size, built and spread: its weights, and two float32 moments of what is trained.
+
+    The optimizer also holds the low halves of weights that it keeps so.
+    """
+    one_row = ("device_train_microbatch_size=1", f"global_train_batch_size={gpus}")
+    job = of_yaml(name, *one_row, "parallel.compile=false", *overrides)
     dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
     try:
         with torch.device("meta"):
             model = job.model.build()
+        keep_weights_in(job.optimizer.weight_dtype, model)
         parallelize(model, build_mesh(job.parallel, "cpu", n_experts(job.model)), job.parallel, "amp_bf16")
     finally:
         dist.destroy_process_group()
     held = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
     weights = sum(part.numel() * part.element_size() for part in held.values())
-    trained = sum(4 * part.numel() for name, part in held.items() if model.get_parameter(name).requires_grad)
+    trained = sum(part.numel() for name, part in held.items() if model.get_parameter(name).requires_grad)
     found = memory(job, job.degrees(gpus))
     assert found.weights == pytest.approx(weights, rel=1e-6)
-    assert found.optimizer == pytest.approx(2 * trained, rel=1e-6, abs=1e6), "and a counter for each parameter"
+    state = (8 + 2 * job.optimizer.halves) * trained
+    assert found.optimizer == pytest.approx(state, rel=1e-6, abs=1e6), "and a counter for each parameter"
+    assert job.optimizer.halves == (job.model.lora is None)
 
 
 def test_graphs_are_traced_once_for_all_simulations(monkeypatch: pytest.MonkeyPatch) -> None:
     traced: list[object] = []
     first = FusedGraph.__init__
     monkeypatch.setattr(FusedGraph, "__init__", lambda self, graph: (traced.append(graph), first(self, graph))[1])
-    job, counts = of_yaml("olmoe-1b-7b", *ROWS), []
+    job, counts = of_yaml("olmoe-1b-7b", "global_train_batch_size=4", "device_train_microbatch_size=1"), []
     for layers, gpus in [(1, 2), (2, 2), (2, 4)]:
         short = job._replace(model=job.model.model_copy(update={"n_layers": layers}))
         simulate(short, short.degrees(gpus))
@@ -152,10 +159,26 @@ def test_what_is_offloaded_is_not_on_the_gpu() -> None:
 
 def test_weights_in_bf16_take_half_and_need_no_copies() -> None:
     job = of_yaml("olmoe-1b-7b", "model.n_layers=1", "global_train_batch_size=1", "parallel.compile=false")
-    half = job._replace(optimizer=job.optimizer.model_copy(update={"master_weights": "bf16_sr"}))
-    held, found = (simulate(each, Degrees(1, 1, 1)).highest for each in (job, half))
-    assert found.weights == held.weights / 2 == held.gathered and found.gathered == 0
-    assert found.optimizer == held.optimizer
+    held, split, found = (
+        simulate(job._replace(optimizer=job.optimizer.model_copy(update={"master_weights": kept})), Degrees(1, 1, 1))
+        for kept in ("fp32", "fp32_split", "bf16_sr")
+    )
+    whole = held.highest.weights
+    assert found.highest.weights == split.highest.weights == whole / 2 == held.highest.gathered
+    assert found.highest.gathered == split.highest.gathered == 0
+    assert found.highest.optimizer == held.highest.optimizer == split.highest.optimizer - whole / 2
+
+
+@pytest.mark.skipif(not simulation.HAS_TRITON, reason="the passes are Triton kernels")
+def test_products_of_8_bits_are_planned_with_their_operands() -> None:
+    job = of_yaml("olmoe-1b-7b", "model.n_layers=1", "global_train_batch_size=1", "parallel.compile=false")
+    plain, eight = (simulate(job._replace(precision=each), Degrees(1, 1, 1)) for each in ("amp_bf16", "amp_fp8"))
+    assert eight.highest[:4] == plain.highest[:4], "weights and states are those of bf16"
+    held, found = (
+        max(each.temporaries for each in step.held[Moment("backward", 0)][0]) for step in (plain, eight)
+    )  # bytes while the block's gradients are computed
+    assert found != held
+    assert found == pytest.approx(held, rel=0.25)
 
 
 def test_without_triton_experts_are_simulated_as_grouped_mm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,7 @@ def test_the_page_is_drawn_by_a_browser(runs: dict[str, Path], tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["{dense}", "abc"], "the model is dense: none of its layers has experts of ours to show"),
+        (["{dense}", "abc"], "the model is dense: it has no experts to show"),
         (["{run}", ""], "TEXT is missing; write it after the checkpoint, or - for stdin, or --file FILE"),
         (["{run}"], "TEXT is missing"),
         (["{run}", "abc", "--layer", "0"], "--layer 0: this layer has no experts; choose among 1, 2"),

@@ -91,11 +91,32 @@ def test_input_that_does_not_fit_is_named() -> None:
         ({"moe_topk": 2}, "moe_topk: unknown key .did you mean 'moe_top_k'"),
         ({"moe_top_k": 9}, "moe_top_k=9 exceeds moe_num_experts=4"),
         ({"ffn_act_fn": {"name": "swish"}}, "ffn_act_fn"),
+        ({"ffn_type": "mptglu"}, "ffn_type='mptglu' is not a mixture of experts; write one of moe, mb_dmoe"),
+        ({"ffn_type": 3}, "ffn_type=3 is not a mixture of experts"),
+        ({"first_k_dense": 1}, "first_k_dense=1 belongs to a whole model, and this is one layer; leave it out"),
+        ({"moe_lbl_scope": "global_batch"}, "moe_lbl_scope='global_batch' belongs to a whole model"),
     ],
 )
 def test_a_mistake_is_named(settings: dict[str, object], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         MoE(D, **SETTINGS | settings)
+
+
+def test_each_kind_of_mixture_has_its_own_defaults() -> None:
+    assert MoE(D, moe_num_experts=E).config.mlp_type == "glu"
+    config = MoE(D, moe_num_experts=E, ffn_type="mb_dmoe").config
+    assert (config.mlp_type, config.moe_loss_weight, config.ffn_act_fn.key) == ("mlp", 0.1, "gelu_tanh")
+    assert MoE(D, moe_num_experts=E, ffn_type="mb_moe").config.moe_capacity_factor == 1.0
+
+
+def test_the_bias_of_experts_moves_towards_even_load() -> None:
+    layer = MoE(D, **SETTINGS, moe_bias_update_rate=0.25)
+    load = layer(torch.randn(7, D)).load
+    assert layer.router.expert_bias is not None and not layer.router.expert_bias.any()
+    layer.update_expert_bias(load)
+    torch.testing.assert_close(layer.router.expert_bias, 0.25 * torch.sign(7 * K / E - load))
+    with pytest.raises(ValueError, match="no bias to move; give it moe_bias_update_rate"):
+        MoE(D, **SETTINGS).update_expert_bias(load)
 
 
 def test_jitter_draws_its_own_keys() -> None:

@@ -59,18 +59,22 @@ TIMES = ("throughput/", "time/")
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    """The YAML of a tiny run on text of its own; it saves to `tmp_path/run`."""
-    text = tmp_path / "text"
+    return written(tmp_path)
+
+
+def written(folder: Path) -> Path:
+    """The YAML of a tiny run on text of its own; it saves to `folder/run`."""
+    text = folder / "text"
     text.mkdir()
     for i in range(20):
         (text / f"{i}.txt").write_text("".join(f"{n} plus {i} is {n + i}.\n" for n in range(40)))
-    dataset = {"name": "text_files", "path": str(text), "validation_fraction": 0.2, "cache_dir": str(tmp_path / "c")}
+    dataset = {"name": "text_files", "path": str(text), "validation_fraction": 0.2, "cache_dir": str(folder / "c")}
     config = TINY | {
         "train_loader": {"dataset": dataset | {"split": "train"}},
         "eval_loader": {"dataset": dataset | {"split": "validation"}},
-        "save_folder": str(tmp_path / "run"),
+        "save_folder": str(folder / "run"),
     }
-    path = tmp_path / "tiny.yaml"
+    path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
 
@@ -263,6 +267,15 @@ def test_the_evaluation_before_the_first_step_is_recorded(recipe: Path, tmp_path
         shutil.rmtree(tmp_path / "run" / "checkpoints")
 
 
+def test_a_run_whose_every_step_has_learning_rate_0_says_so(recipe: Path, caplog: pytest.LogCaptureFixture) -> None:
+    said = "the learning rate is 0 in every step of this run, so it trains nothing"
+    assert train_main([str(recipe), "max_duration=1ba", "scheduler.t_warmup=0.1dur"]) == 0
+    assert said in caplog.text
+    caplog.clear()
+    assert train_main([str(recipe), "max_duration=2ba", "autoresume=true"]) == 0
+    assert said not in caplog.text
+
+
 def test_a_run_that_would_take_no_step_is_refused(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -313,7 +326,11 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         ("save_folder=/proc/version", "save_folder: /proc/version is a file"),
         ("callbacks.speed_monitor=1", "callbacks: speed_monitor: must be a mapping of settings, found 1"),
         ("precision=amp_bf16", "precision: amp_bf16 needs a GPU"),
+        ("precision=amp_fp8", "precision: amp_fp8 needs a GPU and there is none; write precision=fp32"),
         ("load_path=/nowhere", "/nowhere"),
+        ("load_path=''", "load_path: is empty; write a checkpoint's folder, hf:NAME or a URL, or leave it out"),
+        ("tokenizer.name=", "found None (an empty value in YAML; write one, or remove the key)"),
+        ("max_duration=", "max_duration: an empty value is not a valid duration; write e.g. 10ba"),
     ],
 )
 def test_a_mistake_is_one_line_and_changes_nothing(

@@ -242,7 +242,7 @@ def test_a_run_outlives_failed_saves(
     Lost(monkeypatch, {2, 3, 5}, faults[fault])
     assert train_main([str(recipe), *EACH_STEP, f"save_async={asynchronous}"]) == 0
     assert names(tmp_path / "run") == {"latest", "step-1", "step-4", "step-6"}
-    assert "a save failed (2 in a row, 3 allowed): " in caplog.text
+    assert "saving failed (2 in a row, 3 allowed): " in caplog.text
     reason = {"full": "File too large", "failing": "Input/output error", "forbidden": "Permission denied",
               "gone": "No such file or directory"}  # fmt: skip
     assert reason[fault] in caplog.text

@@ -13,7 +13,7 @@ import fsspec
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_run import metrics_of, recipe  # noqa: F401
+from test_run import metrics_of, recipe, written  # noqa: F401
 
 from llmfoundry.checkpoint.checkpointer import read
 from llmfoundry.cli.convert import convert_main
@@ -91,10 +91,11 @@ def same_end(one: Path, other: Path) -> bool:
     return losses(one) == losses(other) and len(a) == 2 and tensors
 
 
-@pytest.fixture
-def undisturbed(recipe: Path, tmp_path: Path) -> Path:  # noqa: F811
-    assert train_main([str(recipe), *SHORT]) == 0
-    return tmp_path / "run"
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert train_main([str(written(folder)), *SHORT]) == 0
+    return folder / "run"
 
 
 @pytest.mark.parametrize("url", KINDS, indirect=True)

@@ -31,7 +31,7 @@ _NORMS = "low_precision_layernorm", "layernorm"  # one and the same there
 
 
 def is_foundrys(data: Mapping[str, object]) -> bool:
-    """Whether a config.json is LLM Foundry's: by its class or its words, and none of `transformers`."""
+    """Whether a config.json is LLM Foundry's: by its class or its words, and not one of `transformers`."""
     if data.get("model_type") != "mpt":
         return False
     architectures = data.get("architectures")
