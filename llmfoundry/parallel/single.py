@@ -21,7 +21,9 @@ from typing import Literal, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.distributed.tensor import DTensor
 
+from llmfoundry.dtensor import local_part
 from llmfoundry.kernels.accumulate import add_rounded_, key_of
 
 P = ParamSpec("P")
@@ -30,6 +32,7 @@ R = TypeVar("R")
 _COPY = "compute_copy"  # attribute of a parameter: its copy
 _COPIED = "compute_copy_version"  # the version of the parameter that the copy was made of
 _SUMMED = "summed"  # attribute of a parameter: its number, the step, and how often its gradient was added to
+_KEEPS = "keeps_copies"  # attribute of a model, and in a step of a parameter: whether copies outlive the step
 _CASTS = "casts_to"  # attribute of a model: the compute dtype
 _SUMS = "sums_in"  # attribute of a model: "fp32" or "bf16"
 _INSIDE = "casts_inside"  # attribute of a model: the modules whose parameters are cast here
@@ -49,12 +52,17 @@ def compute_in(module: nn.Module, dtype: torch.dtype, without: Collection[nn.Mod
 
 
 def sum_gradients_in(
-    model: nn.Module, dtype: torch.dtype, sums: Literal["fp32", "bf16"], inside: Sequence[nn.Module]
+    model: nn.Module, dtype: torch.dtype, sums: Literal["fp32", "bf16"], inside: Sequence[nn.Module], keeps: bool
 ) -> None:
-    """Say how a model sums the gradients of several microbatches, for the modules inside that compute in `dtype`."""
+    """Say how a model sums the gradients of several microbatches, for the modules inside that compute in `dtype`.
+
+    Args:
+        keeps: whether copies of their weights outlive every step, and not only a lean one.
+    """
     setattr(model, _CASTS, dtype)
     setattr(model, _INSIDE, inside)
     setattr(model, _SUMS, sums)
+    setattr(model, _KEEPS, keeps)
 
 
 def begin_step(model: nn.Module, optimizer: torch.optim.Optimizer, microbatches: int, step: int) -> None:
@@ -62,25 +70,46 @@ def begin_step(model: nn.Module, optimizer: torch.optim.Optimizer, microbatches:
     dtype: torch.dtype | None = getattr(model, _CASTS, None)
     if dtype is None:
         return
-    lean = getattr(optimizer, "reads_any_gradient", False) and (microbatches == 1 or getattr(model, _SUMS) == "bf16")
+    writes = getattr(optimizer, "reads_any_gradient", False)
+    lean = writes and (microbatches == 1 or getattr(model, _SUMS) == "bf16")
+    keeps = lean or (writes and getattr(model, _KEEPS))
     inside: Sequence[nn.Module] = getattr(model, _INSIDE)
     for number, parameter in enumerate(parameter for module in inside for parameter in module.parameters()):
         if parameter.requires_grad:
             setattr(parameter, _SUMMED, (number, step, 0))
             parameter.grad_dtype = dtype if lean else torch.promote_types(dtype, torch.float32)
-            if not lean and hasattr(parameter, _COPY):
+            setattr(parameter, _KEEPS, keeps)
+            if not keeps and hasattr(parameter, _COPY):
                 delattr(parameter, _COPY)
 
 
 def copy_to_write(parameter: Tensor) -> Tensor | None:
-    """The copy of a parameter that whoever changes it may write as well, followed by `is_written`."""
+    """This rank's part of the copy of a parameter: whoever changes the parameter may write it, then `is_written`."""
     copy: Tensor | None = getattr(parameter, _COPY, None)
-    return copy
+    return local_part(copy)
 
 
 def is_written(parameter: Tensor) -> None:
     """Note that the copy equals the parameter."""
-    setattr(parameter, _COPIED, parameter._version)
+    setattr(parameter, _COPIED, _version(parameter))
+
+
+def up_to_date(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """The copy of a parameter in `dtype`, which outlives the step: made, or cast anew, where it is not written."""
+    copy: Tensor | None = getattr(parameter, _COPY, None)
+    with torch.no_grad():
+        if copy is None or copy.device != parameter.device:
+            copy = parameter.detach().to(dtype)
+            setattr(parameter, _COPY, copy)
+        elif getattr(parameter, _COPIED) != _version(parameter):  # a checkpoint was loaded, or others changed it
+            local_part(copy).copy_(local_part(parameter))
+    is_written(parameter)
+    return copy
+
+
+def _version(parameter: Tensor) -> int:
+    """How often this rank's part was changed; a DTensor counts no change of its part."""
+    return (parameter._local_tensor if isinstance(parameter, DTensor) else parameter)._version
 
 
 def _casting(
@@ -105,26 +134,14 @@ def _casting(
 
 
 def _cast(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
-    """A parameter in `dtype`: its own copy in a lean step, else one that lives as long as the graph needs it."""
+    """A parameter in `dtype`: its own copy if the optimizer writes it, else one that the graph keeps."""
     if not parameter.requires_grad:
         return parameter.to(dtype)
     if parameter.dtype == torch.bfloat16:
         return _Copy.apply(parameter, parameter.detach().to(dtype))
-    if parameter.dtype == dtype or parameter.grad_dtype != dtype:
+    if parameter.dtype == dtype or not getattr(parameter, _KEEPS, False):
         return parameter.to(dtype)
-    return _Copy.apply(parameter, _up_to_date(parameter, dtype))
-
-
-@torch.no_grad()
-def _up_to_date(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
-    copy = copy_to_write(parameter)
-    if copy is None or copy.device != parameter.device:
-        copy = parameter.detach().to(dtype)
-        setattr(parameter, _COPY, copy)
-    elif getattr(parameter, _COPIED) != parameter._version:  # a checkpoint was loaded, or the optimizer writes none
-        copy.copy_(parameter)
-    is_written(parameter)
-    return copy
+    return _Copy.apply(parameter, up_to_date(parameter, dtype))
 
 
 class _Copy(torch.autograd.Function):
@@ -139,9 +156,13 @@ class _Copy(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, None]:
         parameter: nn.Parameter = ctx.parameter  # type: ignore[attr-defined]
         (gradient,) = gradients
-        if parameter.grad is None or parameter.grad.dtype != torch.bfloat16:  # autograd casts and adds
+        if parameter.grad is None:  # autograd casts it
             return gradient, None
+        total, term = local_part(parameter.grad), local_part(gradient)
+        if total.dtype != torch.bfloat16:  # autograd would cast first, and add in another pass
+            total.add_(term)
+            return None, None
         number, step, times = getattr(parameter, _SUMMED)
-        add_rounded_(parameter.grad, gradient, key_of(number, step, times))
+        add_rounded_(total, term, key_of(number, step, times))
         setattr(parameter, _SUMMED, (number, step, times + 1))
         return None, None

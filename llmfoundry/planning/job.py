@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.balance import Balance
 from llmfoundry.parallel.expert import n_experts
+from llmfoundry.parallel.fsdp import can_keep_copies
 from llmfoundry.parallel.mesh import Degrees, ParallelConfig, plan_mesh
 from llmfoundry.train.config import Precision, RunConfig
 from llmfoundry.train.loss import CrossEntropyConfig, LossConfig
@@ -64,6 +65,10 @@ class Job(NamedTuple):
     def compute_bytes(self) -> int:
         """Bytes of one activation."""
         return 4 if self.precision == "fp32" else 2
+
+    def has_copies(self, degrees: Degrees) -> bool:
+        """Whether `parallel.keep_copies` changes anything."""
+        return can_keep_copies(self.model, self.parallel, degrees, self.precision, self.optimizer.weight_dtype)
 
     def degrees(self, gpus: int) -> Degrees:
         """The mesh of the YAML on this many GPUs.

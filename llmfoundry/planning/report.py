@@ -15,7 +15,7 @@ from llmfoundry.parallel.expert import n_experts
 from llmfoundry.parallel.mesh import Degrees
 from llmfoundry.planning import hardware
 from llmfoundry.planning.hardware import GIB
-from llmfoundry.planning.job import Job, Work
+from llmfoundry.planning.job import Job
 from llmfoundry.planning.ledger import Memory
 from llmfoundry.planning.memory import memory
 from llmfoundry.planning.plan import MASTER, Plan, plan
@@ -89,9 +89,12 @@ def _plan(asked_for: Job, gpus: int, card: GPU) -> Iterator[str]:
     yield from _speed(asked)
     if reason is not None:
         raise reason
-    if job.parallel != asked_for.parallel and asked.work.microbatches > 1:
+    if asked_for.parallel.reduce_once_a_step == "auto" and asked.work.microbatches > 1:
         how = "once a step" if job.parallel.reduce_once_a_step else "after each microbatch"
         yield f"parallel.reduce_once_a_step: auto: gradients are summed {how}"
+    if asked_for.parallel.keep_copies == "auto" and job.has_copies(degrees):
+        how = "are kept in bfloat16 too" if job.parallel.keep_copies else "are cast at each gather"
+        yield f"parallel.keep_copies: auto: experts {how}"
     yield from _held(held)
     yield from _verdict(job, degrees, held, card)
     if gpus > 1:
@@ -164,7 +167,7 @@ def _verdict(job: Job, degrees: Degrees, held: Memory, card: GPU) -> Iterator[st
     if held.weights + held.optimizer > card.usable:
         yield "  weights and optimizer state do not fit even without activations; use more GPUs, or a larger shard"
         return
-    changes = list(_changes(job, job.work(degrees)))
+    changes = list(_changes(job, degrees))
     found: list[str] = []
     # The last one changes most: if it does not help, none does.
     if changes and card.fits(memory(changes[-1][1], degrees)):
@@ -180,9 +183,14 @@ def _verdict(job: Job, degrees: Degrees, held: Memory, card: GPU) -> Iterator[st
         yield "  neither recompute nor smaller microbatches make it fit on this mesh; use another mesh, or more GPUs"
 
 
-def _changes(job: Job, work: Work) -> Iterator[tuple[str, Job]]:
+def _changes(job: Job, degrees: Degrees) -> Iterator[tuple[str, Job]]:
     """Changes that keep the mesh, as keys and as a job, the mildest first."""
-    parallel = job.parallel
+    parallel, work = job.parallel, job.work(degrees)
+    if parallel.keep_copies and job.has_copies(degrees):
+        yield "parallel.keep_copies=false", job.changed(keep_copies=False)
+        for more, less in _changes(job.changed(keep_copies=False), degrees):
+            yield f"parallel.keep_copies=false {more}", less
+        return
     modes = {"none": ["selective", "full"], "selective": ["full"], "full": []}[parallel.recompute]
     smaller = work.micro_rows > 1
     for mode in modes:

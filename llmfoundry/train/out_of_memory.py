@@ -16,7 +16,7 @@ from llmfoundry.parallel.fsdp import gradients_of
 from llmfoundry.parallel.mesh import Mesh, single_process
 from llmfoundry.train.config import RunConfig
 from llmfoundry.train.optim import GroupedOptimizerConfig
-from llmfoundry.train.planned import Planned, planned
+from llmfoundry.train.planned import Planned, keeps_copies, planned
 
 
 class Allocator(NamedTuple):
@@ -116,6 +116,8 @@ def _remedies(
         of_state.append("optimizer.state_dtype=bf16")
     if isinstance(optimizer, GroupedOptimizerConfig) and optimizer.master_weights != "bf16_sr":
         of_state.append("optimizer.master_weights=bf16_sr")
+    if parallel.keep_copies is not False and keeps_copies(config, mesh, device):
+        of_state.append("parallel.keep_copies=false")
     of_gradients: list[str] = []
     if several and once and mesh.degrees.shard > 1:
         of_gradients.append("parallel.reduce_once_a_step=false")

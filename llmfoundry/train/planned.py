@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 
 from llmfoundry import runtime
+from llmfoundry.model.transformer import CausalLMConfig
+from llmfoundry.parallel.fsdp import can_keep_copies
 from llmfoundry.parallel.mesh import Mesh, ParallelConfig
 from llmfoundry.train.config import RunConfig
 
@@ -25,6 +27,7 @@ class Planned(NamedTuple):
     """Of one GPU."""
 
     once: bool  # whether gradients are summed once a step
+    copies: bool  # whether experts are kept in the compute dtype too
     held: dict[str, float]  # bytes at the highest moment of a step, by kind (planning/ledger.py)
 
 
@@ -42,39 +45,59 @@ def planned(config: RunConfig, gpus: int, memory: float) -> Planned | str:
             input=pickle.dumps((asked, gpus, memory)), env=environment, capture_output=True, timeout=_TIMEOUT,
         )  # fmt: skip
         found = json.loads(done.stdout.splitlines()[-1])
-        return str(found["why"]) if "why" in found else Planned(found["once"], found["held"])
+        return str(found["why"]) if "why" in found else Planned(found["once"], found["copies"], found["held"])
     except (OSError, subprocess.SubprocessError, pickle.PicklingError, AttributeError, TypeError, ValueError,
             IndexError, KeyError) as error:  # fmt: skip
         return f"{type(error).__name__}: {error}"  # a plug-in that another process cannot load, for example
 
 
 def settle(config: RunConfig, mesh: Mesh, device: torch.device) -> ParallelConfig:
-    """`config.parallel` without `reduce_once_a_step: auto`, the same on every rank; says what was chosen, and why."""
+    """`config.parallel` without what a plan decides, the same on every rank; says what was chosen, and why."""
     parallel, micro = config.parallel, config.device_train_microbatch_size
-    if parallel.reduce_once_a_step != "auto":
-        return parallel
     rows = -(-config.global_train_batch_size // mesh.data_ranks)
-    once = True
-    if device.type == "cuda" and mesh.degrees.shard > 1 and (micro == "auto" or micro < rows):
-        once = _once(config, mesh, device)
-    return parallel.model_copy(update={"reduce_once_a_step": once})
+    sharded = device.type == "cuda" and mesh.degrees.shard > 1
+    sums = parallel.reduce_once_a_step == "auto" and sharded and (micro == "auto" or micro < rows)
+    copies = parallel.keep_copies == "auto" and sharded and keeps_copies(config, mesh, device)
+    choice = _Choice(True, True, "")
+    if micro == "auto":  # there are several microbatches once memory has run out
+        choice = _Choice(not sums, not copies, "")
+    elif sums or copies:
+        choice = _planned_choice(config, mesh, device)
+    if choice.why and sums:
+        how = "once a step" if choice.once else "every microbatch, for whole ones do not fit"
+        log.info("parallel.reduce_once_a_step: auto: gradients are summed over ranks %s: %s", how, choice.why)
+    if choice.why and copies:
+        how = "are kept in bfloat16 too" if choice.copies else "are cast at each gather, for copies do not fit"
+        log.info("parallel.keep_copies: auto: experts %s: %s", how, choice.why)
+    chosen = {"reduce_once_a_step": choice.once, "keep_copies": choice.copies}
+    return parallel.model_copy(update={key: value for key, value in chosen.items() if getattr(parallel, key) == "auto"})
 
 
-def _once(config: RunConfig, mesh: Mesh, device: torch.device) -> bool:
-    if config.device_train_microbatch_size == "auto":  # there are several once memory has run out
+def keeps_copies(config: RunConfig, mesh: Mesh, device: torch.device) -> bool:
+    """Whether `parallel.keep_copies` changes anything."""
+    if not isinstance(config.model, CausalLMConfig):
         return False
+    precision, weights = config.precision_on(device.type), config.optimizer.weight_dtype
+    return can_keep_copies(config.model, config.parallel, mesh.degrees, precision, weights)
+
+
+class _Choice(NamedTuple):
+    once: bool
+    copies: bool
+    why: str
+
+
+def _planned_choice(config: RunConfig, mesh: Mesh, device: torch.device) -> _Choice:
     memory = float(runtime.of_ranks([card_memory(device)]).min())
 
-    def choose() -> tuple[bool, str]:
+    def choose() -> _Choice:
         found = planned(config, mesh.data_ranks, memory)
         if isinstance(found, str):
-            return True, f"once a step: not planned ({found})"
+            return _Choice(True, False, f"not planned ({found})")
         size = f"{sum(found.held.values()) / 2**30:.1f} of {memory / 2**30:.1f} GiB are planned"
-        return found.once, f"{'once a step' if found.once else 'every microbatch, for whole ones do not fit'}: {size}"
+        return _Choice(found.once, found.copies, size)
 
-    once, why = runtime.on_rank0(choose)
-    log.info("parallel.reduce_once_a_step: auto: gradients are summed over ranks %s", why)
-    return once
+    return runtime.on_rank0(choose)
 
 
 def card_memory(device: torch.device) -> int:

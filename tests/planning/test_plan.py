@@ -65,7 +65,7 @@ def test_whole_experts_are_not_gathered() -> None:
     divided, split = traffic(job, Degrees(1, 8, 8)), traffic(job, Degrees(1, 8, 1))
     experts = 32 * 8 * 3 * 4096 * 14336
     assert split.gather.total - divided.gather.total == pytest.approx(2 * experts * 2 * 7 / 8)
-    assert split.reduce.total - divided.reduce.total == pytest.approx(experts * 4 * 7 / 8)
+    assert split.reduce.total - divided.reduce.total == pytest.approx(experts * 2 * 7 / 8)  # each in bfloat16
 
 
 def test_a_ring_enters_a_node_once() -> None:
@@ -179,9 +179,9 @@ def test_what_does_not_fit_is_told_what_to_change() -> None:
     asked = (
         "model.n_layers=6", "global_train_batch_size=8", "device_train_microbatch_size=4", "parallel.recompute=none"
     )  # fmt: skip
-    job = job_of("olmoe-1b-7b", *SMALL, *asked)
+    job = job_of("olmoe-1b-7b", *SMALL, *asked).changed(keep_copies=False)  # as if `auto` had chosen it
     gib = memory(job, job.degrees(2)).total / GIB + 5 - 1  # a GiB less than it takes
-    lines = list(islice(lines_of(*asked, gpus=2, gib=gib), 18))
+    lines = list(islice(lines_of(*asked, gpus=2, gib=gib), 19))
     assert lines[-2].startswith("does not fit") and "  would fit on this mesh with " in lines[-1]
     for each in lines[-1].split(" with ")[1].split(", or "):
         keys = [word for word in each.split() if "=" in word]

@@ -1,4 +1,4 @@
-"""`parallel.reduce_once_a_step: auto`: what the plan chooses, the same on every rank and in `--dry-run`."""
+"""What the plan chooses where keys of `parallel` are `auto`, the same on every rank and in `--dry-run`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_gradients_are_summed_once_a_step_where_whole_ones_fit(
     in_process: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    config = run_config()
+    config = run_config("parallel.keep_copies=false")
     job = Job.of(config)
     once, held = settled(job, MESH.degrees, 79 * GIB)
     each, less = settled(job, MESH.degrees, held.total - 1)
@@ -73,17 +73,38 @@ def test_gradients_are_summed_once_a_step_where_whole_ones_fit(
     assert "summed over ranks once a step" in first and "every microbatch" in second
 
 
+def test_copies_of_experts_are_kept_where_they_fit(
+    in_process: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    config = run_config("device_train_microbatch_size=2")
+    kept, held = settled(Job.of(config), MESH.degrees, 79 * GIB)
+    cast, less = settled(Job.of(config), MESH.degrees, held.total - 1)
+    assert (kept.parallel.keep_copies, cast.parallel.keep_copies) == (True, False)
+    share = 2 * 64 * 3 * 2048 * 1024 / 2  # bytes of a layer's experts in bfloat16, on one of two GPUs
+    assert held.total - less.total == pytest.approx(share, rel=0.01)
+    for memory, expected in ((held.total + RESERVE, True), (held.total + RESERVE - 1, False)):
+        monkeypatch.setattr(planned, "card_memory", lambda _, memory=memory: memory)
+        assert planned.settle(config, MESH, CUDA).keep_copies is expected
+    first, second = (line for line in caplog.messages if "keep_copies: auto" in line)
+    assert "kept in bfloat16 too" in first and "cast at each gather" in second
+    monkeypatch.setattr(planned, "planned", lambda *_: pytest.fail("planned"))
+    for keys in ("optimizer.master_weights=bf16_sr", "precision=fp32", "parallel.cpu_offload=true"):
+        assert planned.settle(run_config("device_train_microbatch_size=2", keys), MESH, CUDA).keep_copies is True
+    assert planned.settle(run_config("device_train_microbatch_size=auto"), MESH, CUDA).keep_copies is False
+
+
 def test_what_needs_no_plan_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planned, "card_memory", lambda _: 79 * GIB)
     monkeypatch.setattr(planned, "planned", lambda *_: pytest.fail("planned"))
-    alone = Mesh(Degrees(1, 1, 1), None, None, 0, 1)
+    alone, kept = Mesh(Degrees(1, 1, 1), None, None, 0, 1), "parallel.keep_copies=true"
     for config, mesh, device, expected in (
         (run_config(), MESH, CPU, True),
         (run_config(), alone, CUDA, True),
-        (run_config("device_train_microbatch_size=2"), MESH, CUDA, True),
+        (run_config("device_train_microbatch_size=2", kept), MESH, CUDA, True),
         (run_config("device_train_microbatch_size=auto"), MESH, CUDA, False),  # several once memory has run out
-        (run_config("parallel.reduce_once_a_step=false"), MESH, CUDA, False),
-        (run_config("parallel.reduce_once_a_step=true"), MESH, CUDA, True),
+        (run_config("parallel.reduce_once_a_step=false", kept), MESH, CUDA, False),
+        (run_config("parallel.reduce_once_a_step=true", kept), MESH, CUDA, True),
     ):
         assert planned.settle(config, mesh, device).reduce_once_a_step is expected
 
