@@ -5,9 +5,9 @@ Forward: gather, up projection with activation, down projection, sum per token. 
 activation and routing weights, gradient of x, sum per token; then the weight gradients dw2 and dw1, in operators of
 their own so that a collective can start before them. Forward keeps x, the pre-activation h and int32 indices; backward
 computes a' = s * a and the gathered rows again. Adapters put a narrow product before each wide one, which adds the
-second narrow one in its accumulator; forward keeps the results, u = x A^T and a' A^T, too. Biases of w1 are added in
-its kernel, those of w2 where a token's rows are summed. The host reads nothing, so a CUDA graph can capture both, and
-the routing may change between replays.
+second narrow one in its loop; forward keeps the results, u = x A^T and a' A^T, too. Biases of w1 are added in its
+kernel, those of w2 where a token's rows are summed. The host reads nothing, so a CUDA graph can capture both, and the
+routing may change between replays.
 
 With few tokens the host's work counts. So row tiles are found once, in forward, and outside a compiler `_Experts` takes
 the place of the autograd that an operator registers, which is 80 us slower, and calls what operators do, not them.
@@ -30,6 +30,7 @@ from llmfoundry.kernels.gather import Biases, expert_sums, gather, gather_and_do
 from llmfoundry.kernels.grouped import grouped
 from llmfoundry.kernels.late import LateGradients
 from llmfoundry.kernels.low_rank import ExpertAdapters
+from llmfoundry.kernels.narrow import narrow, narrow_grad
 from llmfoundry.kernels.routing import Order
 from llmfoundry.kernels.routing_triton import sort_by_expert_triton
 from llmfoundry.kernels.tiles import Beside, Tiles, tile_rows, tiles_in, tiles_length
@@ -38,7 +39,6 @@ from llmfoundry.kernels.tune import (
     DW1,
     DW2,
     DX,
-    DX_ADAPTED,
     NARROW,
     NARROW_GRAD,
     UP,
@@ -68,14 +68,15 @@ def experts_ffn_triton(
     adapters: ExpertAdapters | None = None,
 ) -> Tensor:
     """`experts.experts_ffn` by the Triton kernels; arguments as there, checked there. There must be a token."""
-    operands = (adapters or ExpertAdapters()).operands()
+    adapters = adapters or ExpertAdapters()
+    operands = adapters.operands(scaled=False)
     bound = max(1, experts.numel() if n_rows is None else min(n_rows, experts.numel()))
     experts = experts.contiguous()
     inputs = (
         x.contiguous(), weights.contiguous(), w1.contiguous(), w2.contiguous(),
         *(None if tensor is None else tensor.contiguous() for tensor in (b1, b2, *operands)),
         experts, *_call(_order, experts, w2.shape[0], bound), activation, gated,
-        clamp_limit(activation, limit) if gated else None, bound,
+        clamp_limit(activation, limit) if gated else None, bound, adapters.scale,
     )  # fmt: skip
     if late is None and torch.compiler.is_compiling():
         return cast(Tensor, _forward(*inputs)[0])
@@ -135,13 +136,14 @@ def _forward(
     gated: bool,
     limit: float | None,
     n_rows: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_Rows`, as a tuple, which is what operators return."""
     order = Order(expert_start, row_slot, slot_row)
     problem = _problem(w1, w2, n_rows)
     tiles = tiles_in(row_tiles, expert_start, n_rows)
     x_rows = gather(x, order, n_rows)  # (R, D)
-    u_up, beside = _narrow(x_rows, up_a, up_b, tiles, problem)
+    u_up, beside = _narrow(x, up_a, up_b, tiles, problem, scale, order)
     h, a = pick(
         UP,
         problem,
@@ -160,7 +162,7 @@ def _forward(
         ),
     )
     del x_rows
-    u_down, beside = _narrow(a, down_a, down_b, tiles, problem)
+    u_down, beside = _narrow(a, down_a, down_b, tiles, problem, scale)
     y_rows = pick(DOWN, problem, partial(grouped, a, w2, tiles, beside=beside))  # (R, D)
     y = sum_rows(y_rows, order, weights.shape[1], None if b2 is None else Biases(b2, experts, weights))
     return _Rows(y, h, u_up, u_down)
@@ -187,6 +189,7 @@ def _(
     gated: bool,
     limit: float | None,
     n_rows: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     h = x.new_empty(n_rows, w1.shape[1])
     return _Rows(torch.empty_like(x), h, *(_empty_u(x, a, n_rows) for a in (up_a, down_a)))
@@ -197,12 +200,17 @@ def _empty_u(x: Tensor, a: Tensor | None, n_rows: int) -> Tensor:
 
 
 def _narrow(
-    rows: Tensor, first: Tensor | None, second: Tensor | None, tiles: Tiles, problem: Problem, transposed: bool = False
-) -> tuple[Tensor, Beside | None]:
-    """An adapter's first product (R, r), and what is left for the wide kernel to add; forward A, B, backward B, A."""
+    rows: Tensor, first: Tensor | None, second: Tensor | None, tiles: Tiles, problem: Problem,
+    scale: float, order: Order | None = None, transposed: bool = False,
+) -> tuple[Tensor, Beside | None]:  # fmt: skip
+    """An adapter's first product (R, r), and what is left for the wide kernel to add; forward A, B, backward B, A.
+
+    With `order`, `rows` are tokens.
+    """
     if first is None or second is None:
         return rows.new_empty(0), None
-    u = pick(NARROW, problem, partial(grouped, rows, first, tiles, transposed=transposed))
+    run = partial(narrow, rows, first, tiles, problem.n_rows, scale=scale, order=order, transposed=transposed)
+    u = pick(NARROW, problem, run)
     return u, Beside(u, second)
 
 
@@ -241,6 +249,7 @@ def _backward_rows(
     gated: bool,
     limit: float | None,
     n_rows: int,
+    scale: float,
     need_x: bool,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -251,7 +260,7 @@ def _backward_rows(
     none = x.new_empty(0)
     biases = None if b2 is None or not need_weights else Biases(b2, experts, weights)
     dy_rows, dots = gather_and_dots(dy, order, n_rows, biases)  # (R, D)
-    du_down, beside = _narrow(dy_rows, down_b, down_a, tiles, problem, transposed=True)
+    du_down, beside = _narrow(dy, down_b, down_a, tiles, problem, scale, order, transposed=True)
     dh, a, ds = pick(
         UP_BACKWARD,
         problem,
@@ -270,11 +279,10 @@ def _backward_rows(
         ),
     )
     dweights = slot_sums(ds, order, dots).view(weights.shape) if need_weights else none
-    du_up, beside = _narrow(dh, up_b, up_a, tiles, problem, transposed=True)
+    du_up, beside = _narrow(dh, up_b, up_a, tiles, problem, scale, transposed=True)
     dx = none
     if need_x:
-        candidates = DX if beside is None else DX_ADAPTED
-        dx_rows = pick(candidates, problem, partial(grouped, dh, w1, tiles, transposed=True, beside=beside))  # (R, D)
+        dx_rows = pick(DX, problem, partial(grouped, dh, w1, tiles, transposed=True, beside=beside))  # (R, D)
         dx = sum_rows(dx_rows, order, weights.shape[1])
     return _RowGradients(dx, dweights, dy_rows, dh, a, du_up, du_down)
 
@@ -302,6 +310,7 @@ def _(
     gated: bool,
     limit: float | None,
     n_rows: int,
+    scale: float,
     need_x: bool,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -327,16 +336,19 @@ def _weight_gradient(
 ) -> Tensor:
     """The gradient of the matrix of this name, from the gradient of its output (R, N) and its input (R, J).
 
-    The input of w1 and up_a is given as x (T, D). That of an adapter's matrix is computed with the wide side first.
+    The input of w1 and up_a is given as x (T, D), the gradient of the output of down_b as dy (T, D).
     """
     problem = _problem(w1, w2, n_rows)
     tiles = tiles_in(row_tiles, expert_start, n_rows)
-    if name in ("w1", "up_a"):
-        right = gather(right, Order(expert_start, row_slot, slot_row), n_rows)
-    if name in ("up_a", "down_a"):
-        return pick(NARROW_GRAD, problem, partial(weight_grad, right, left, tiles)).transpose(1, 2).contiguous()
-    candidates = {"w1": DW1, "w2": DW2}.get(name, NARROW_GRAD)
-    return pick(candidates, problem, partial(weight_grad, left, right, tiles))
+    order = Order(expert_start, row_slot, slot_row)
+    if name in ("w1", "w2"):
+        right = gather(right, order, n_rows) if name == "w1" else right
+        return pick(DW1 if name == "w1" else DW2, problem, partial(weight_grad, left, right, tiles))
+    wide_first = name.endswith("_b")
+    wide, thin = (left, right) if wide_first else (right, left)
+    by_token = order if name in ("up_a", "down_b") else None
+    run = partial(narrow_grad, wide, thin, tiles, wide_first=wide_first, order=by_token)
+    return pick(NARROW_GRAD, problem, run)
 
 
 @_weight_gradient.register_fake
@@ -373,7 +385,7 @@ class _Context(Protocol):
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
-    unit: tuple[str, bool, float | None, int]
+    unit: tuple[str, bool, float | None, int, float]
     late: LateGradients | None
 
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
@@ -386,32 +398,33 @@ Adapter = tuple[Tensor | None, Tensor | None]
 Biased = tuple[Tensor | None, Tensor | None]
 Inputs = tuple[
     Tensor, Tensor, Tensor, Tensor, *Biased, *Adapter, *Adapter, Tensor, Tensor, Tensor, Tensor, Tensor,
-    str, bool, float | None, int,
+    str, bool, float | None, int, float,
 ]  # fmt: skip
 WEIGHTS = ("w1", "w2", "b1", "b2", "up_a", "up_b", "down_a", "down_b")
 
 
 def _setup(ctx: _Context, inputs: Inputs, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    *tensors, activation, gated, limit, n_rows = inputs
+    *tensors, activation, gated, limit, n_rows, scale = inputs
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.set_materialize_grads(False)  # h and u are outputs for this alone: no zeros as their gradients
-    ctx.unit = (activation, gated, limit, n_rows)
+    ctx.unit = (activation, gated, limit, n_rows, scale)
 
 
 def _gradients(ctx: _Context, needs: tuple[bool, ...], dy: Tensor) -> tuple[Tensor | None, Tensor | None, Deferred]:
     """The gradients of x and weights, and functions that compute those of the matrices."""
     x, weights, w1, w2, *others, h, u_up, u_down = ctx.saved_tensors
     need_x, need_weights, *need_by_weight = needs
+    dy = dy.contiguous()
     dx, dweights, dy_rows, dh, a, du_up, du_down = _call(
-        _backward_rows, dy.contiguous(), x, weights, h, w1, w2, *others, *ctx.unit, need_x, need_weights
+        _backward_rows, dy, x, weights, h, w1, w2, *others, *ctx.unit, need_x, need_weights
     )
     # Of output and input. In this order each frees as much as it can before the next.
     sides = {
-        "w2": (dy_rows, a), "down_b": (dy_rows, u_down), "down_a": (du_down, a),
+        "w2": (dy_rows, a), "down_b": (dy, u_down), "down_a": (du_down, a),
         "w1": (dh, x), "up_b": (dh, u_up), "up_a": (du_up, x),
     }  # fmt: skip
     needed = dict(zip(WEIGHTS, need_by_weight, strict=True))
-    order, n_rows = others[-4:], ctx.unit[-1]
+    order, n_rows = others[-4:], ctx.unit[3]
     deferred: Deferred = {
         name: partial(_call, _weight_gradient, name, *both, w1, w2, *order, n_rows)
         for name, both in sides.items()
@@ -428,7 +441,7 @@ def _autograd(ctx: _Context, dy: Tensor, *_unused: None) -> tuple[Tensor | None,
     dx, dweights, deferred = _gradients(ctx, ctx.needs_input_grad[:10], dy)
     # `pop` frees what only the first need before the next are computed.
     grads = {name: deferred.pop(name)() for name in list(deferred)}
-    return dx, dweights, *(grads.get(name) for name in WEIGHTS), *[None] * 9
+    return dx, dweights, *(grads.get(name) for name in WEIGHTS), *[None] * 10
 
 
 _forward.register_autograd(_autograd, setup_context=_setup)
@@ -455,7 +468,7 @@ class _Experts(torch.autograd.Function):
                 grads[name] = compute()
             else:
                 ctx.late.defer(name, compute)
-        return None, dx, dweights, *(grads.get(name) for name in WEIGHTS), *[None] * 9
+        return None, dx, dweights, *(grads.get(name) for name in WEIGHTS), *[None] * 10
 
 
 Shape = tuple[int, ...]
@@ -483,7 +496,8 @@ def _backward_rows_flops(
 def _weight_gradient_flops(
     name: str, left: Shape, right: Shape, *args: object, out_shape: object = None, **_: object
 ) -> int:
-    return 2 * left[0] * left[1] * right[1]
+    rows = right[0] if name == "down_b" else left[0]  # the other side may be tokens
+    return 2 * rows * left[1] * right[1]
 
 
 def _problem(w1: Tensor, w2: Tensor, n_rows: int) -> Problem:

@@ -1,7 +1,7 @@
 """Rows times their expert's matrix: the down projection, and the gradients of a' and x on the way back.
 
 Shapes: M rows in expert order, N output width, J inner width, E experts; w (E, N, J) or, transposed, (E, J, N).
-An adapter of the matrices (rank R) is one more product into the same accumulator.
+An adapter of the matrices (rank R) is a few more steps of the same loop, from other descriptors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from llmfoundry.kernels.tiles import (
-    RANK_STEP,
     TILE_ROWS,
     Beside,
     Tiles,
@@ -46,9 +45,10 @@ def grouped_kernel(
     rows_desc, w_desc, out_desc, u_desc, v_desc, start_ptr, expert_ptr, row_ptr, count_ptr,
     J, N: tl.constexpr, TRANSPOSED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, PROGRAMS: tl.constexpr, TURNS: tl.constexpr, FLATTEN: tl.constexpr, PIECES: tl.constexpr,
-    RANK: tl.constexpr, BR: tl.constexpr,
+    RANK: tl.constexpr,
 ):  # fmt: skip
     COLUMN_TILES: tl.constexpr = (N + BN - 1) // BN
+    WIDE = (J + BK - 1) // BK * BK
     n_row_tiles = tl.load(count_ptr)
     first, end_tile = my_tiles(n_row_tiles * COLUMN_TILES, PROGRAMS, TURNS)
     for tile in tl.range(first, end_tile, PROGRAMS, flatten=FLATTEN):
@@ -56,21 +56,17 @@ def grouped_kernel(
         e = tl.load(expert_ptr + i)
         row = tl.load(row_ptr + i)
         acc = tl.zeros([BM, BN], dtype=tl.float32)
-        for k in tl.range(0, J, BK):
-            a = rows_desc.load([row, k])
+        for k in tl.range(0, WIDE + RANK, BK):
+            left, right, at = rows_desc, w_desc, k
+            if RANK > 0:
+                if k >= WIDE:  # the last steps are the adapter's
+                    left, right, at = u_desc, v_desc, k - WIDE
+            a = left.load([row, at])
             if TRANSPOSED:
-                w = w_desc.load([e, k, j * BN]).reshape([BK, BN])
+                w = right.load([e, at, j * BN]).reshape([BK, BN])
             else:
-                w = w_desc.load([e, j * BN, k]).reshape([BN, BK]).T
+                w = right.load([e, j * BN, at]).reshape([BN, BK]).T
             acc = tl.dot(a, w, acc, input_precision="tf32x3")
-        if RANK > 0:
-            for r in tl.range(0, RANK, BR, num_stages=1):
-                u = u_desc.load([row, r])
-                if TRANSPOSED:
-                    v = v_desc.load([e, r, j * BN]).reshape([BR, BN])
-                else:
-                    v = v_desc.load([e, j * BN, r]).reshape([BN, BR]).T
-                acc = tl.dot(u, v, acc, input_precision="tf32x3")
         start = tl.load(start_ptr + e)
         size = tl.load(start_ptr + e + 1) - start
         dtype: tl.constexpr = out_desc.dtype
@@ -113,11 +109,11 @@ def grouped(
         plain(rows, [TILE_ROWS, c.depth]),
         plain(w, [1, *block]),
         ragged(out, [TILE_ROWS, columns // c.pieces]),
-        None if beside is None else plain(beside.u, [TILE_ROWS, RANK_STEP]),
-        None if beside is None else plain(beside.v, [1, RANK_STEP, columns] if transposed else [1, columns, RANK_STEP]),
+        None if beside is None else plain(beside.u, [TILE_ROWS, c.depth]),
+        None if beside is None else plain(beside.v, [1, *block]),
         tiles.expert_start, tiles.expert, tiles.row, tiles.n_tiles,
         inner, N=width, TRANSPOSED=transposed, BM=TILE_ROWS, BN=columns, BK=c.depth, GROUP=c.group,
-        PROGRAMS=programs, TURNS=turns(), FLATTEN=c.flatten, PIECES=c.pieces, RANK=rank, BR=RANK_STEP,
+        PROGRAMS=programs, TURNS=turns(), FLATTEN=c.flatten, PIECES=c.pieces, RANK=rank,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     return out

@@ -33,7 +33,7 @@ class LowRank(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What the products read: B times the scale, ranks filled up to a multiple. None: that weight has no adapter."""
+    """What the products read: ranks filled up to a multiple. None: that weight has no adapter."""
 
     up_a: Tensor | None  # (E, r, D)
     up_b: Tensor | None  # (E, 2F, r)
@@ -54,9 +54,9 @@ class ExpertAdapters(NamedTuple):
         """Those that exist."""
         return [pair for pair in (self.up, self.down) if pair is not None]
 
-    def operands(self, step: int = RANK_STEP) -> Operands:
-        """The tensors as products read them; gradients flow back through."""
-        return Operands(*self._operands_of(self.up, step), *self._operands_of(self.down, step))
+    def operands(self, step: int = RANK_STEP, *, scaled: bool = True) -> Operands:
+        """The tensors as products read them, B times the scale if `scaled`; gradients flow back through."""
+        return Operands(*self._operands_of(self.up, step, scaled), *self._operands_of(self.down, step, scaled))
 
     def deferred(self, late: LateGradients) -> ExpertAdapters:
         """The same adapters; nodes that are created now compute the gradients of their operands."""
@@ -65,10 +65,10 @@ class ExpertAdapters(NamedTuple):
         up, down = (None if a is None or b is None else LowRank(a, b) for a, b in (tensors[:2], tensors[2:]))
         return ExpertAdapters(up, down, dropout=self.dropout)  # B holds the scale now
 
-    def _operands_of(self, pair: LowRank | None, step: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    def _operands_of(self, pair: LowRank | None, step: int, scaled: bool) -> tuple[Tensor, Tensor] | tuple[None, None]:
         if pair is None:
             return None, None
-        a, b = pair.a, pair.b if self.scale == 1 else pair.b * self.scale
+        a, b = pair.a, pair.b * self.scale if scaled and self.scale != 1 else pair.b
         missing = -a.shape[1] % step
         return (F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))) if missing else (a, b)
 

@@ -23,7 +23,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmfoundry.kernels.whole import cdiv, next_power_of_2
 
-RANK_STEP = 16  # columns of an adapter's rank per product: 32 would not fit beside the large tiles
 TILE_ROWS = 128  # the height of a row tile: two warp groups of 64, the widest that Hopper's registers hold
 
 
@@ -153,7 +152,11 @@ def tile_rows_reference(expert_start: Tensor, n_rows: int) -> Tiles:
 
 
 class Beside(NamedTuple):
-    """A low-rank product that is added to a grouped one: `u @ v[e].T`, or `u @ v[e]` where the grouped one is so."""
+    """A low-rank product that is added to a grouped one: `u @ v[e].T`, or `u @ v[e]` where the grouped one is so.
+
+    As if u were more columns of the rows and v of the matrices: a kernel's loop goes on over their descriptors, whose
+    blocks read zeros behind the last of r columns. So an adapter costs a step of the loop and no shared memory.
+    """
 
     u: Tensor  # (M, r) in expert order, r a multiple of 16
     v: Tensor  # (E, N, r), or (E, r, N)

@@ -21,6 +21,7 @@ import triton
 
 from llmfoundry.atomic import atomic_write
 from llmfoundry.kernels.grouped import GroupedConfig
+from llmfoundry.kernels.narrow import NarrowConfig, NarrowGradConfig
 from llmfoundry.kernels.tiles import turns
 from llmfoundry.kernels.up import UpConfig
 from llmfoundry.kernels.up_backward import UpBackwardConfig
@@ -29,7 +30,7 @@ from llmfoundry.runtime import cache_root
 from llmfoundry.strict_json import read_mapping, whole_number
 
 log = logging.getLogger(__name__)
-Config = TypeVar("Config", UpConfig, GroupedConfig, UpBackwardConfig, WeightGradConfig)
+Config = TypeVar("Config", UpConfig, GroupedConfig, UpBackwardConfig, WeightGradConfig, NarrowConfig, NarrowGradConfig)
 Result = TypeVar("Result")
 
 
@@ -75,11 +76,6 @@ DX = Candidates(
     (GroupedConfig(pieces=2, num_stages=4, group=4, flatten=True), GroupedConfig(pieces=2, num_stages=4, flatten=True)),
     GroupedConfig(columns=64, depth=32, num_warps=4, num_stages=2),
 )
-DX_ADAPTED = Candidates(  # an adapter's operands take the place of a stage
-    "dx_adapted",
-    tuple(config._replace(num_stages=3) for config in DX.large),
-    DX.small,
-)
 UP_BACKWARD = Candidates(
     "up_backward",
     (
@@ -94,17 +90,8 @@ DW1 = Candidates(
     WeightGradConfig(height=64, width=64, depth=32, num_warps=4, num_stages=2),
 )
 DW2 = Candidates("dw2", DW1.large, DW1.small)
-# Of adapters: products as wide as the rank, which only read; the columns are cut to it.
-NARROW = Candidates(
-    "narrow",
-    (GroupedConfig(columns=128, depth=128, group=1, num_warps=4, num_stages=4, flatten=True),),
-    GroupedConfig(columns=64, depth=32, num_warps=4, num_stages=2),
-)
-NARROW_GRAD = Candidates(
-    "narrow_grad",
-    (WeightGradConfig(height=128, width=128, depth=128, group=1, num_warps=4, num_stages=4, flatten=True),),
-    WeightGradConfig(height=64, width=64, depth=32, num_warps=4, num_stages=2),
-)
+NARROW = Candidates("narrow", (NarrowConfig(),), NarrowConfig(depth=32, num_stages=2))
+NARROW_GRAD = Candidates("narrow_grad", (NarrowGradConfig(),), NarrowGradConfig(width=64, depth=32, num_stages=2))
 
 
 def pick(candidates: Candidates[Config], problem: Problem, run: Callable[..., Result]) -> Result:

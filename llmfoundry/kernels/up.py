@@ -4,8 +4,8 @@ Shapes: T tokens, D d_model, F ffn hidden size, E experts, M rows in expert orde
 up rows, or (E, F, D). s is each row's routing weight.
 A tile's 256 rows of w1 are 128 gate rows and their 128 up rows, one TMA box each step, so one wgmma of N = 256
 leaves both halves of a column pair in the same thread: the gated unit costs no exchange.
-Biases are (E, 2F) or (E, F). An adapter of w1 (rank R) is one more product into the same accumulator, before the
-activation.
+Biases are (E, 2F) or (E, F). An adapter of w1 (rank R) is a few more columns of x and w1: its steps follow in the same
+loop, from other descriptors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from llmfoundry.kernels.activations import activate
 from llmfoundry.kernels.tiles import (
-    RANK_STEP,
     TILE_ROWS,
     Beside,
     Tiles,
@@ -53,10 +52,11 @@ def up_kernel(
     start_ptr, expert_ptr, row_ptr, count_ptr,
     D, F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, TURNS: tl.constexpr, FLATTEN: tl.constexpr, RANK: tl.constexpr, BR: tl.constexpr,
+    PROGRAMS: tl.constexpr, TURNS: tl.constexpr, FLATTEN: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     HALVES: tl.constexpr = 2 if GATED else 1
     COLUMN_TILES: tl.constexpr = (F + BN - 1) // BN
+    WIDE = (D + BK - 1) // BK * BK
     n_row_tiles = tl.load(count_ptr)
     first, end_tile = my_tiles(n_row_tiles * COLUMN_TILES, PROGRAMS, TURNS)
     for tile in tl.range(first, end_tile, PROGRAMS, flatten=FLATTEN):
@@ -64,15 +64,14 @@ def up_kernel(
         e = tl.load(expert_ptr + i)
         row = tl.load(row_ptr + i)
         acc = tl.zeros([BM, HALVES * BN], dtype=tl.float32)
-        for k in tl.range(0, D, BK):
-            x = x_desc.load([row, k])
-            w = w1_desc.load([e * HALVES, j * BN, k]).reshape([HALVES * BN, BK])
+        for k in tl.range(0, WIDE + RANK, BK):
+            left, right, at = x_desc, w1_desc, k
+            if RANK > 0:
+                if k >= WIDE:  # the last steps are the adapter's
+                    left, right, at = u_desc, v_desc, k - WIDE
+            x = left.load([row, at])
+            w = right.load([e * HALVES, j * BN, at]).reshape([HALVES * BN, BK])
             acc = tl.dot(x, w.T, acc, input_precision="tf32x3")
-        if RANK > 0:
-            for r in tl.range(0, RANK, BR, num_stages=1):
-                u = u_desc.load([row, r])
-                v = v_desc.load([e * HALVES, j * BN, r]).reshape([HALVES * BN, BR])
-                acc = tl.dot(u, v.T, acc, input_precision="tf32x3")
         start = tl.load(start_ptr + e)
         size = tl.load(start_ptr + e + 1) - start
         rows = row + tl.arange(0, BM)
@@ -139,12 +138,12 @@ def up(
         plain(w1.view(n_experts * halves, hidden, d_model), [halves, c.columns, c.depth]),
         ragged(h.view(-1, halves, hidden), [TILE_ROWS, 1, c.columns]),
         ragged(a, [TILE_ROWS, c.columns]),
-        None if beside is None else plain(beside.u, [TILE_ROWS, RANK_STEP]),
-        None if beside is None else plain(beside.v.view(-1, hidden, rank), [halves, c.columns, RANK_STEP]),
+        None if beside is None else plain(beside.u, [TILE_ROWS, c.depth]),
+        None if beside is None else plain(beside.v.view(-1, hidden, rank), [halves, c.columns, c.depth]),
         bias, weights, row_slot, tiles.expert_start, tiles.expert, tiles.row, tiles.n_tiles,
         d_model, F=hidden, GATED=gated, ACTIVATION=activation, LIMIT=limit, BM=TILE_ROWS,
         BN=c.columns, BK=c.depth, GROUP=c.group, PROGRAMS=programs, TURNS=turns(), FLATTEN=c.flatten,
-        RANK=rank, BR=RANK_STEP,
+        RANK=rank,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     return h, a

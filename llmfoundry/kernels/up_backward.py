@@ -5,7 +5,7 @@ With da' = dy @ w2 (M, F): a = act(h) computed again, ds = rowsum(da' * a), dh t
 a' = s * a for the gradient of w2. Neither a nor the experts' outputs were kept.
 The epilogue walks the accumulator in column slices: whole, it spills 1.2 KB a thread. It is most of a tile's time, and
 sixteen warps wait for h together where eight wait one after the other.
-An adapter of w2 (rank R) is one more product into the accumulator of da'.
+An adapter of w2 (rank R) is a few more steps of the same loop, from other descriptors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from llmfoundry.kernels.activations import activate, activate_backward
 from llmfoundry.kernels.tiles import (
-    RANK_STEP,
     TILE_ROWS,
     Beside,
     Tiles,
@@ -103,9 +102,10 @@ def up_backward_kernel(
     start_ptr, expert_ptr, row_ptr, count_ptr,
     D, M, F: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, TURNS: tl.constexpr, FLATTEN: tl.constexpr, RANK: tl.constexpr, BR: tl.constexpr,
+    PROGRAMS: tl.constexpr, TURNS: tl.constexpr, FLATTEN: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     COLUMN_TILES: tl.constexpr = (F + BN - 1) // BN
+    WIDE = (D + BK - 1) // BK * BK
     n_row_tiles = tl.load(count_ptr)
     first, end_tile = my_tiles(n_row_tiles * COLUMN_TILES, PROGRAMS, TURNS)
     for tile in tl.range(first, end_tile, PROGRAMS, flatten=FLATTEN):
@@ -113,15 +113,14 @@ def up_backward_kernel(
         e = tl.load(expert_ptr + i)
         row = tl.load(row_ptr + i)
         acc = tl.zeros([BM, BN], dtype=tl.float32)
-        for k in tl.range(0, D, BK):
-            dy = dy_desc.load([row, k])
-            w = w2_desc.load([e, k, j * BN]).reshape([BK, BN])
+        for k in tl.range(0, WIDE + RANK, BK):
+            left, right, at = dy_desc, w2_desc, k
+            if RANK > 0:
+                if k >= WIDE:  # the last steps are the adapter's
+                    left, right, at = u_desc, v_desc, k - WIDE
+            dy = left.load([row, at])
+            w = right.load([e, at, j * BN]).reshape([BK, BN])
             acc = tl.dot(dy, w, acc, input_precision="tf32x3")
-        if RANK > 0:
-            for r in tl.range(0, RANK, BR, num_stages=1):
-                u = u_desc.load([row, r])
-                v = v_desc.load([e, r, j * BN]).reshape([BR, BN])
-                acc = tl.dot(u, v, acc, input_precision="tf32x3")
         end = tl.load(start_ptr + e + 1)
         rows = row + tl.arange(0, BM)
         slot = tl.load(row_slot_ptr + rows, mask=rows < end, other=0)
@@ -172,12 +171,12 @@ def up_backward(
     up_backward_kernel[(programs * turns(),)](
         plain(dy_rows, [TILE_ROWS, c.depth]),
         plain(w2, [1, c.depth, c.columns]),
-        None if beside is None else plain(beside.u, [TILE_ROWS, RANK_STEP]),
-        None if beside is None else plain(beside.v, [1, RANK_STEP, c.columns]),
+        None if beside is None else plain(beside.u, [TILE_ROWS, c.depth]),
+        None if beside is None else plain(beside.v, [1, c.depth, c.columns]),
         h, dh, a, ds, weights, row_slot, tiles.expert_start, tiles.expert, tiles.row, tiles.n_tiles,
         d_model, n_rows, F=hidden, GATED=gated, ACTIVATION=activation, LIMIT=limit, BM=TILE_ROWS, BN=c.columns,
         BK=c.depth, SLICES=c.slices, GROUP=c.group, PROGRAMS=programs, TURNS=turns(), FLATTEN=c.flatten,
-        RANK=rank, BR=RANK_STEP,
+        RANK=rank,
         num_warps=c.num_warps, num_stages=c.num_stages,
     )  # fmt: skip
     return dh, a, ds

@@ -27,12 +27,18 @@ from llmfoundry.kernels.accumulate import add_kernel  # noqa: E402
 from llmfoundry.kernels.grouped import GroupedConfig, grouped_kernel  # noqa: E402
 from llmfoundry.kernels.lion import lion_kernel  # noqa: E402
 from llmfoundry.kernels.muon import apply_kernel, momentum_kernel  # noqa: E402
-from llmfoundry.kernels.tiles import RANK_STEP, TILE_ROWS  # noqa: E402
+from llmfoundry.kernels.narrow import (  # noqa: E402
+    MOST_RANKS,
+    NarrowConfig,
+    NarrowGradConfig,
+    narrow_grad_kernel,
+    narrow_kernel,
+)
+from llmfoundry.kernels.tiles import TILE_ROWS  # noqa: E402
 from llmfoundry.kernels.tune import (  # noqa: E402
     DOWN,
     DW1,
     DX,
-    DX_ADAPTED,
     NARROW,
     NARROW_GRAD,
     UP,
@@ -72,8 +78,8 @@ def up(d: int, f: int, c: UpConfig) -> None:
         "D": "i32",
     }
     types |= {"bias_ptr": f"*{DTYPE}"} if CASE.startswith("gpt_oss") else {}
-    types |= beside([2, c.columns, RANK_STEP]) if RANK else {}
-    constants = {"F": f, "GATED": True, **unit(), "BM": TILE_ROWS, "RANK": RANK, "BR": RANK_STEP,
+    types |= beside(c.depth, [2, c.columns, c.depth]) if RANK else {}
+    constants = {"F": f, "GATED": True, **unit(), "BM": TILE_ROWS, "RANK": RANK,
                  "BN": c.columns, "BK": c.depth, "GROUP": c.group, "PROGRAMS": PROGRAMS, "TURNS": TURNS,
                  "FLATTEN": c.flatten}  # fmt: skip
     constants |= {} if "bias_ptr" in types else {"bias_ptr": None}
@@ -88,22 +94,21 @@ def unit() -> dict[str, object]:
     )
 
 
-def beside(block: list[int]) -> dict[str, str]:
-    """The operands of an adapter."""
-    return {"u_desc": descriptor(TILE_ROWS, RANK_STEP), "v_desc": descriptor(*block)}
+def beside(depth: int, block: list[int]) -> dict[str, str]:
+    """The operands of an adapter, in the blocks of the wide product's."""
+    return {"u_desc": descriptor(TILE_ROWS, depth), "v_desc": descriptor(*block)}
 
 
-def grouped(name: str, width: int, c: GroupedConfig, transposed: bool, narrow: bool = False) -> None:
+def grouped(name: str, width: int, c: GroupedConfig, transposed: bool) -> None:
+    block = [1, c.depth, c.columns] if transposed else [1, c.columns, c.depth]
     types = {
         "rows_desc": descriptor(TILE_ROWS, c.depth),
-        "w_desc": descriptor(1, c.depth, c.columns) if transposed else descriptor(1, c.columns, c.depth),
+        "w_desc": descriptor(*block),
         "out_desc": ragged(TILE_ROWS, c.columns // c.pieces),
         "J": "i32",
     }
-    block = [1, RANK_STEP, c.columns] if transposed else [1, c.columns, RANK_STEP]
-    types |= beside(block) if RANK and not narrow else {}
-    rank = 0 if narrow else RANK
-    constants = {"N": width, "RANK": rank, "BR": RANK_STEP, "TRANSPOSED": transposed, "BM": TILE_ROWS,
+    types |= beside(c.depth, block) if RANK else {}
+    constants = {"N": width, "RANK": RANK, "TRANSPOSED": transposed, "BM": TILE_ROWS,
                  "BN": c.columns, "BK": c.depth,
                  "GROUP": c.group, "PROGRAMS": PROGRAMS, "TURNS": TURNS, "FLATTEN": c.flatten,
                  "PIECES": c.pieces}  # fmt: skip
@@ -123,9 +128,9 @@ def up_backward(d: int, f: int, c: UpBackwardConfig) -> None:
         "D": "i32",
         "M": "i32",
     }
-    types |= beside([1, RANK_STEP, c.columns]) if RANK else {}
+    types |= beside(c.depth, [1, c.depth, c.columns]) if RANK else {}
     constants = {"F": f, "GATED": True, **unit(), "BM": TILE_ROWS, "BN": c.columns, "BK": c.depth,
-                 "RANK": RANK, "BR": RANK_STEP, "SLICES": c.slices, "GROUP": c.group, "PROGRAMS": PROGRAMS,
+                 "RANK": RANK, "SLICES": c.slices, "GROUP": c.group, "PROGRAMS": PROGRAMS,
                  "TURNS": TURNS, "FLATTEN": c.flatten}  # fmt: skip
     report("up_backward", up_backward_kernel, types | TILES, constants, c.num_warps, c.num_stages)
 
@@ -142,6 +147,22 @@ def weight_grad(p: int, n: int, c: WeightGradConfig) -> None:
     constants = {"P": p, "N": n, "BM": c.height, "BN": c.width, "BK": c.depth, "GROUP": c.group,
                  "PROGRAMS": PROGRAMS, "TURNS": TURNS, "FLATTEN": c.flatten, "PIECES": c.pieces}  # fmt: skip
     report("weight_grad", weight_grad_kernel, types, constants, c.num_warps, c.num_stages)
+
+
+def narrow(c: NarrowConfig, top_k: int) -> None:
+    types = TILES | dict.fromkeys(("rows_ptr", "w_ptr", "out_ptr"), f"*{DTYPE}")
+    types |= {"row_slot_ptr": "*i32", "scale": "fp32", "J": "i32", "R": "i32"}
+    for transposed in (False, True):
+        constants = {"K": top_k, "TRANSPOSED": transposed, "BM": TILE_ROWS, "BR": min(RANK, MOST_RANKS), "BK": c.depth}
+        report("narrow", narrow_kernel, types, constants, c.num_warps, c.num_stages)
+
+
+def narrow_grad(c: NarrowGradConfig, top_k: int) -> None:
+    types = dict.fromkeys(("rows_ptr", "u_ptr", "out_ptr"), f"*{DTYPE}")
+    types |= dict.fromkeys(("row_slot_ptr", "start_ptr", "by_load_ptr"), "*i32") | {"J": "i32", "R": "i32"}
+    for wide_first in (False, True):
+        constants = {"K": top_k, "WIDE_FIRST": wide_first, "BJ": c.width, "BR": min(RANK, MOST_RANKS), "BK": c.depth}
+        report("narrow_grad", narrow_grad_kernel, types, constants, c.num_warps, c.num_stages)
 
 
 def updates() -> None:
@@ -295,7 +316,7 @@ def compile_case(d: int, f: int) -> None:
         up(d, f, config)
     for config in configs(DOWN):
         grouped("down", d, config, transposed=False)
-    for config in configs(DX_ADAPTED if RANK else DX):
+    for config in configs(DX):
         grouped("dx", d, config, transposed=True)
     for config in configs(UP_BACKWARD):
         up_backward(d, f, config)
@@ -303,12 +324,11 @@ def compile_case(d: int, f: int) -> None:
         weight_grad(2 * f, d, config)
         weight_grad(d, f, config)
     if RANK:
-        for config in configs(NARROW):
-            cut = config._replace(columns=min(config.columns, RANK))
-            grouped("narrow", RANK, cut, transposed=False, narrow=True)
-            grouped("narrow", RANK, cut, transposed=True, narrow=True)
-        for config in configs(NARROW_GRAD):
-            weight_grad(d, RANK, config._replace(width=min(config.width, RANK)))
+        for top_k in (0, 8):  # rows; tokens by index
+            for narrow_config in configs(NARROW):
+                narrow(narrow_config, top_k)
+            for grad_config in configs(NARROW_GRAD):
+                narrow_grad(grad_config, top_k)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ CASES = [  # shape, dtype, turns, rank of adapters
     ("qwen30b", "fp32", 1, 0),
     ("qwen30b", "bf16", 1, 16),
     ("qwen30b", "bf16", 5, 64),
+    ("gpt_oss", "bf16", 1, 16),
     ("qwen30b", "fp32", 1, 16),
 ]
 UPDATES = [("updates", state, 1, 0) for state in ("fp32", "bf16")]
@@ -71,7 +72,7 @@ def test_kernels_fit_a_hopper_gpu(
     compiled: list[dict[str, Any]], shape: str, dtype: str, turns: int, rank: int
 ) -> None:
     rows = [row for row in compiled if row["case"] == f"{shape},{dtype},{turns},{rank}"]
-    narrow = {"narrow"} if rank else set()
+    narrow = {"narrow", "narrow_grad"} if rank else set()
     assert {row["kernel"] for row in rows} == {"up", "down", "dx", "up_backward", "weight_grad"} | narrow
     for row in rows:
         assert row["shared"] <= SHARED, row
@@ -79,5 +80,5 @@ def test_kernels_fit_a_hopper_gpu(
         # One TF32 product would leave 10 of float32's 23 bits; three leave 21.
         assert row["precision"] == ["tf32x3"], row
         # 256 columns by 16 warps spill 24 bytes, and were measured to beat 128 columns, which spill none.
-        allowed = {0: 24, 16: 32, 64: 72}[rank] if row["kernel"] == "up_backward" else 0
+        allowed = 24 if row["kernel"] == "up_backward" else 0
         assert row["spilled"] <= allowed, row

@@ -33,6 +33,12 @@ from llmfoundry.kernels.gather import (  # noqa: E402
     sum_rows_reference,
 )
 from llmfoundry.kernels.grouped import grouped, grouped_reference  # noqa: E402
+from llmfoundry.kernels.narrow import (  # noqa: E402
+    narrow,
+    narrow_grad,
+    narrow_grad_reference,
+    narrow_reference,
+)
 from llmfoundry.kernels.routing import Order, sort_by_expert  # noqa: E402
 from llmfoundry.kernels.tiles import Beside, Tiles, tile_rows, tile_rows_reference  # noqa: E402
 from llmfoundry.kernels.up import up, up_reference  # noqa: E402
@@ -222,14 +228,16 @@ def test_a_low_rank_product_is_added_before_rounding(device: str, routing: str, 
 def test_narrow_products(device: str, routing: str, rank: int) -> None:
     drawn = draw(device, routing)
     config = tune.NARROW.large[0] if device == "cuda" else tune.NARROW.small
-    a, b, narrow = drawn.w1[:, :rank], drawn.w1.transpose(1, 2)[..., :rank], drawn.x_rows[:, :rank].contiguous()
-    for w, transposed in ((a.contiguous(), False), (b.contiguous(), True)):
-        found = grouped(drawn.x_rows, w, drawn.tiles, transposed=transposed, config=config)
-        true = grouped_reference(*whole(drawn.x_rows, w), drawn.on_host, transposed=transposed)
-        assert_close(found, true, drawn.n_rows)
     of_grad = tune.NARROW_GRAD.large[0] if device == "cuda" else tune.NARROW_GRAD.small
-    found = weight_grad(drawn.x_rows, narrow, drawn.tiles, config=of_grad)
-    assert_close(found, weight_grad_reference(*whole(drawn.x_rows, narrow), drawn.on_host))
+    a, b, u = drawn.w1[:, :rank], drawn.w1.transpose(1, 2)[..., :rank], drawn.x_rows[:, :rank].contiguous()
+    for rows, order in ((drawn.x_rows, None), (drawn.x, drawn.order)):
+        for w, turned in ((a.contiguous(), False), (b.contiguous(), True)):
+            kind = {"order": order, "transposed": turned, "scale": 0.3}
+            found = narrow(rows, w, drawn.tiles, len(u), config=config, **kind)
+            assert_close(found, narrow_reference(*whole(rows, w), drawn.on_host, len(u), **kind), drawn.n_rows)
+            kind = {"order": order, "wide_first": turned}
+            found = narrow_grad(rows, u, drawn.tiles, config=of_grad, **kind)
+            assert_close(found, narrow_grad_reference(*whole(rows, u), drawn.on_host, **kind))
 
 
 RUNS: dict[str, Callable[[Drawn, object], tuple[Tensor, ...]]] = {
