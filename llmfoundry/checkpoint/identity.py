@@ -33,6 +33,12 @@ _UNLISTED = (
     "tokenizer.parse_special_tokens",
 )  # fmt: skip
 
+# Of the model: another value needs weights of other shapes.
+_SIZES = (
+    "d_model", "n_layers", "ffn_config.ffn_hidden_size", "ffn_config.moe_num_experts", "ffn_config.mlp_type",
+    "ffn_config.shared_expert_hidden_size",
+)  # fmt: skip
+
 Plain = Mapping[str, object]
 
 
@@ -105,8 +111,12 @@ def check_allowed(comparison: Comparison, allow: Sequence[str], source: str, rem
     refused = [each for each in comparison.identity if not is_allowed(each.key, allow)]
     if refused:
         lines = [f"{each.key}: {each.now!r} differs from {each.before!r} of {source}" for each in refused]
-        keys = ",".join(each.key for each in refused)
-        raise ConfigError("\n".join([*lines, f"restore it; {remedy}; or take the change: load_allow=[{keys}]"]))
+        keys = [each.key for each in refused]
+        if sizes := [key for key in keys if key.removeprefix("model.") in _SIZES]:
+            advice = f"; with another {sizes[0]} the weights do not fit, so load_allow does not help"
+        else:
+            advice = f"; or accept the change: load_allow=[{','.join(keys)}]"
+        raise ConfigError("\n".join([*lines, f"restore the old value{'s' * (len(keys) > 1)}; {remedy}{advice}"]))
 
 
 def is_allowed(key: str, allow: Iterable[str]) -> bool:

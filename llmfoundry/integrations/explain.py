@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from llmfoundry.data.mds_rows import TUNING
 from llmfoundry.integrations.foundry_tree import Note
 
-_SAME = "as it is"
+_SAME = "unchanged"
 _TUNING = "left out, shards are fetched as their rows are read"
 
 

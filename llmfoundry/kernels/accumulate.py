@@ -1,4 +1,4 @@
-"""Sums of gradients in bfloat16, rounded at random so that small terms are not lost.
+"""Sums of gradients: in bfloat16, rounded at random so that small terms are not lost; and of several ranks, in float32.
 
 Rounded to the nearest, a term below 1/256 of the sum changes nothing, and the sum of many microbatches is too small.
 Rounded up with the probability of what is cut off, the sum is right on average. The random bits are a hash of the
@@ -51,8 +51,51 @@ def add_reference(total: Tensor, x: Tensor, key: int) -> None:
     total.copy_(torch.where(exact.isfinite(), rounded(exact, noise & 0xFFFF), exact.bfloat16()))
 
 
+def sum_parts(parts: Tensor, total: Tensor | None = None) -> Tensor:
+    """The sum of the rows of `parts`, in their order, and of what was there before.
+
+    Args:
+        parts: (N, n), contiguous.
+        total: of n values, contiguous, float32 or wider, which are added to in place; None begins with zero.
+
+    Returns:
+        `total`, or (n,) in the dtype of `parts`, at least float32.
+    """
+    begins = total is None
+    if total is None:
+        total = parts.new_empty(parts.shape[1], dtype=torch.promote_types(parts.dtype, torch.float32))
+    _add_parts(total, parts, begins)
+    return total
+
+
+@torch.library.custom_op("llmfoundry::add_parts_", mutates_args=("total",))
+def _add_parts(total: Tensor, parts: Tensor, begins: bool) -> None:
+    (add_parts_triton if total.is_cuda else add_parts_reference)(total, parts, begins)
+
+
+def add_parts_reference(total: Tensor, parts: Tensor, begins: bool) -> None:
+    """`sum_parts` in plain PyTorch."""
+    first, *others = parts.to(total.dtype)
+    for part in others:
+        first = first + part
+    (total.copy_ if begins else total.add_)(first.view_as(total))
+
+
 if triton is not None:
     _BLOCK = 4096
+
+    @triton.jit
+    def add_parts_kernel(total_ptr, parts_ptr, n, N: tl.constexpr, BEGINS: tl.constexpr, BLOCK: tl.constexpr):
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = i < n
+        at = parts_ptr + i
+        total = tl.load(at, inside, other=0.0).to(tl.float32)
+        for _ in tl.static_range(1, N):
+            at += n
+            total += tl.load(at, inside, other=0.0).to(tl.float32)
+        if not BEGINS:
+            total = tl.load(total_ptr + i, inside, other=0.0) + total
+        tl.store(total_ptr + i, total, inside)
 
     @triton.jit(do_not_specialize=["key"])
     def add_kernel(total_ptr, x_ptr, n, key, BLOCK: tl.constexpr):
@@ -69,3 +112,9 @@ def add_triton(total: Tensor, x: Tensor, key: int) -> None:
     """`add_rounded_` by the kernel; `total` is contiguous."""
     n = total.numel()
     add_kernel[(triton.cdiv(n, _BLOCK),)](total, x.contiguous(), n, key, BLOCK=_BLOCK, num_warps=8)
+
+
+def add_parts_triton(total: Tensor, parts: Tensor, begins: bool) -> None:
+    """`sum_parts` by the kernel, in float32."""
+    ranks, n = parts.shape
+    add_parts_kernel[(triton.cdiv(n, _BLOCK),)](total, parts, n, N=ranks, BEGINS=begins, BLOCK=_BLOCK, num_warps=8)

@@ -129,8 +129,10 @@ def e4m3_refusal(impl: str, kind: ExpertKind) -> str | None:
         return f"moe_impl={impl}"
     if kind.d_model % 16 or kind.hidden % 16:
         return f"d_model={kind.d_model} and ffn_hidden_size={kind.hidden} are not multiples of 16"
-    if kind.biased or kind.limit is not None or kind.activation not in E4M3_ACTIVATIONS:
-        return f"biases, a clamp or the activation {kind.activation}"
+    if kind.biased:
+        return "experts with biases"
+    if kind.limit is not None or kind.activation not in E4M3_ACTIVATIONS:
+        return f"the activation {kind.activation} with limit={kind.limit}"
     return _kind_refusal(kind, torch.bfloat16)
 
 

@@ -53,11 +53,12 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
     one_graph = compiled and mesh.experts is None and not shared and not _reads_on_host(model, precision)
     by_itself = single_process(config, mesh.degrees)
     casts = by_itself and (compute == torch.bfloat16 or has_half_weights(model))
-    if keeps_experts_whole(model, mesh, config):
+    whole = keeps_experts_whole(model, mesh, config)
+    if whole:
         experts = [mixture.experts for mixture in mixtures(model)]
         for each in experts:
             compute_in(each, compute)
-        sum_gradients_in(model, compute, "fp32", experts)
+        sum_gradients_in(model, compute, config.sum_gradients_in, experts)
     if compiled and not one_graph:
         compile_parts(model)
     if casts and not one_graph:  # inside of what is computed again
@@ -72,10 +73,10 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
     if casts:
         compute_in(model, compute, without=list(model.blocks))
         sum_gradients_in(model, compute, config.sum_gradients_in, [model])
-    if config.sum_gradients_in == "bf16" and not (by_itself and compute == torch.bfloat16):
+    if config.sum_gradients_in == "bf16" and not ((by_itself or whole) and compute == torch.bfloat16):
         raise ConfigError(
-            "parallel.sum_gradients_in=bf16 is for precision: amp_bf16 or amp_fp8 in a single process; leave it out "
-            "otherwise"
+            "parallel.sum_gradients_in=bf16 is for precision: amp_bf16 or amp_fp8 in a single process, or with experts "
+            "that are whole on their rank (parallel.expert = shard); leave it out otherwise"
         )
     if not by_itself:
         shard(model, mesh, config, compute)

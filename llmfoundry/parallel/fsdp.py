@@ -1,10 +1,10 @@
 """Weights, gradients and optimizer state split over ranks, by torch's FSDP2.
 
 A unit is what is gathered together: each block; its experts, where they have an axis of their own (none of them,
-where weights are in bfloat16 and a rank's experts are whole: there is nothing to gather, to sum or to cast); the
-embedding and the head, where they are not tied; and the rest with the root. A unit's weights are gathered
-just before it runs, in the compute dtype, and freed after; its gradients are summed over ranks in float32 as
-soon as they are whole.
+where a rank's experts are whole and it has them in bfloat16: there is nothing to gather or to sum); the embedding
+and the head, where they are not tied; and the rest with the root. A unit's weights are gathered just before it
+runs, in the compute dtype, and freed after; its gradients are summed over ranks in float32 as soon as they are
+whole. Experts, which are most of the bytes, go around FSDP's buffers (direct.py).
 
 One rule for scale: gradients are SUMMED, never averaged. The loss is already divided by the labels of the
 global batch. FSDP2 by default divides by its own mesh's size, which for experts is ep times too small, so that
@@ -13,12 +13,11 @@ their gradients come out ep times too big, and no loss curve shows it (Adam does
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -28,17 +27,17 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter  # what set_custom_... take
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import Shard
 
-from llmfoundry import runtime
 from llmfoundry.model.transformer import Block, CausalLM
 from llmfoundry.moe.layer import MoE
+from llmfoundry.parallel.direct import Direct, Gather, Reduce
 from llmfoundry.parallel.expert import mixtures
 from llmfoundry.parallel.mesh import EXPERT_SHARD, SHARD, Mesh, ParallelConfig
 
 _EVERY_MICROBATCH = "reduces_every_microbatch"
+_DIRECT = "gathers_directly"
 _SUMS = "sums_gradients_in"  # attribute of a model whose weights have fewer bits than sums of gradients: their dtype
 
 
@@ -79,6 +78,8 @@ def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, compute: torch.dt
     apart = keeps_experts_whole(model, mesh, config)
     whole = {each for mixture in mixtures(model) for each in mixture.experts.parameters()} if apart else set()
 
+    direct, experts = Direct(), {mixture.experts for mixture in mixtures(model)}
+
     def unit(module: nn.Module, over: DeviceMesh, axis: str, reshard: bool) -> FSDPModule:
         ranks = over[axis].size()
         sharded = fully_shard(
@@ -93,6 +94,11 @@ def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, compute: torch.dt
         if over.size() > 1:  # alone there is nothing to divide by, and a factor of 1 would be a pass over all gradients
             sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+        gather = Gather()
+        sharded.set_custom_all_gather(gather)
+        sharded.set_custom_reduce_scatter(Reduce())
+        for group in () if config.cpu_offload else _groups_of(sharded):
+            direct.add(group, gather, experts)
         return sharded
 
     again = config.reshard_after_forward
@@ -106,6 +112,8 @@ def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, compute: torch.dt
         unit(model.lm_head, mesh.dense, SHARD, False)  # its backward follows at once
     unit(model, mesh.dense, SHARD, False)
     _set_prefetch(model, config.prefetch)
+    setattr(model, _DIRECT, direct)
+    model.register_forward_pre_hook(direct.before_forward, prepend=True)
     setattr(model, _EVERY_MICROBATCH, config.reduce_once_a_step is False)
 
 
@@ -173,12 +181,17 @@ def accumulating(model: nn.Module, last: bool) -> Iterator[None]:
     keeps whole gradients; over `dp_replicate` they are summed after the last one in any case. Nothing to do
     for a model that is not split.
     """
-    if isinstance(model, FSDPModule):
-        model.set_is_last_backward(last)
-        model.set_requires_gradient_sync(last or getattr(model, _EVERY_MICROBATCH))
-        model.set_requires_all_reduce(last)
-        _sum_gradients_of_half_weights(model)
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.set_is_last_backward(last)
+    model.set_requires_gradient_sync(last or getattr(model, _EVERY_MICROBATCH))
+    model.set_requires_all_reduce(last)
+    _sum_gradients_of_half_weights(model)
+    direct: Direct = getattr(model, _DIRECT)
+    direct.before_backward()
     yield
+    direct.after_backward()
 
 
 def _sum_gradients_of_half_weights(model: nn.Module) -> None:
@@ -195,54 +208,9 @@ def _sum_gradients_of_half_weights(model: nn.Module) -> None:
                 parameter.sharded_param.grad_dtype = dtype
 
 
-# torch 2.13 has new names for these, and warns of the old ones at each call.
-_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-
-
-class _Allocates:
-    """As FSDP2 does by itself."""
-
-    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-
-class _Gather(_Allocates, AllGather):
-    """FSDP2's own all-gather, after a meeting."""
-
-    def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
-    ) -> dist.Work | None:
-        runtime.meet()
-        return _gather(output_tensor, input_tensor, group=group, async_op=async_op)
-
-
-class _Reduce(_Allocates, ReduceScatter):
-    """FSDP2's own reduce-scatter, after a meeting."""
-
-    def __call__(
-        self,
-        output_tensor: Tensor,
-        input_tensor: Tensor,
-        group: dist.ProcessGroup,
-        op: dist.ReduceOp | dist.ReduceOp.RedOpType,
-        async_op: bool = False,
-    ) -> dist.Work | None:
-        runtime.meet()
-        return _reduce_scatter(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
-
-
 def can_leave(model: nn.Module) -> bool:
     """Whether a step can be left in the middle and another one taken; before torch 2.13, FSDP2 could not."""
     return not isinstance(model, FSDPModule) or hasattr(model, "reset_iter_state")
-
-
-def meet_before_collectives(model: nn.Module) -> None:
-    """Let ranks leave a forward or backward together (`runtime.together`)."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_custom_all_gather(_Gather())
-            module.set_custom_reduce_scatter(_Reduce())
 
 
 def gradients_of(model: nn.Module) -> Iterator[Tensor]:
@@ -265,11 +233,14 @@ def _groups(model: nn.Module) -> Iterator[FSDPParamGroup]:
     """What torch keeps of the parameters of each unit; it has no public way to it."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            state = module._get_fsdp_state()
-            if hasattr(state, "_fsdp_param_groups"):
-                yield from state._fsdp_param_groups
-            elif state._fsdp_param_group is not None:  # torch 2.11: one group per module
-                yield state._fsdp_param_group
+            yield from _groups_of(module)
+
+
+def _groups_of(module: FSDPModule) -> list[FSDPParamGroup]:
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # torch 2.11: one group per module
 
 
 def forget_step(model: nn.Module) -> None:
@@ -278,6 +249,7 @@ def forget_step(model: nn.Module) -> None:
     if not isinstance(model, FSDPModule) or model._get_fsdp_state()._is_root is None:  # None: before the first forward
         return
     model.reset_iter_state()
+    getattr(model, _DIRECT).forget()
     for group in _groups(model):
         for parameter in group.fsdp_params:  # gradients of earlier microbatches, not summed over ranks yet
             parameter.unsharded_accumulated_grad = None

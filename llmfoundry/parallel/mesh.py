@@ -39,7 +39,8 @@ class ParallelConfig(Config):
     # Sum gradients over ranks; False: after each microbatch, with more traffic and less memory; auto: once a step if
     # whole gradients fit by the plan of --dry-run.
     reduce_once_a_step: bool | Literal["auto"] = "auto"
-    # In one process: sums of gradients over microbatches, in 4 bytes per parameter, or in 2, rounded at random.
+    # In one process, and of experts that are whole on a rank: sums of gradients over microbatches, in 4 bytes per
+    # parameter, or in 2, rounded at random.
     sum_gradients_in: Literal["fp32", "bf16"] = "fp32"
     prefetch: int = Field(1, ge=0)  # blocks whose weights are gathered ahead
     cpu_offload: bool = False  # weights, gradients and optimizer state live in host memory

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from llmfoundry.dtensor import local_part
 from llmfoundry.kernels.accumulate import add_rounded_, key_of
 
 P = ParamSpec("P")
@@ -139,9 +140,13 @@ class _Copy(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, None]:
         parameter: nn.Parameter = ctx.parameter  # type: ignore[attr-defined]
         (gradient,) = gradients
-        if parameter.grad is None or parameter.grad.dtype != torch.bfloat16:  # autograd casts and adds
+        if parameter.grad is None:  # autograd casts it
             return gradient, None
+        total, term = local_part(parameter.grad), local_part(gradient)
+        if total.dtype != torch.bfloat16:  # autograd would cast first, and add in another pass
+            total.add_(term)
+            return None, None
         number, step, times = getattr(parameter, _SUMMED)
-        add_rounded_(parameter.grad, gradient, key_of(number, step, times))
+        add_rounded_(total, term, key_of(number, step, times))
         setattr(parameter, _SUMMED, (number, step, times + 1))
         return None, None

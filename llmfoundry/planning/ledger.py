@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from llmfoundry.parallel import direct
+
 aten, c10d = torch.ops.aten, torch.ops.c10d
 
 
@@ -138,6 +140,8 @@ class Ledger(TorchDispatchMode):
                 fsdp = True
                 if name in ("post_backward", "foreach_reduce", "finalize_backward"):
                     return GRADIENTS
+            elif _of_gradients(frame):
+                return GRADIENTS
             elif name == "cast_forward":
                 return GATHERED
             elif fsdp:
@@ -158,7 +162,10 @@ class Ledger(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:
             return 1  # tensors have no values here, and a step reads one: whether the gradient is finite
         if func in _RECEIVED:
-            self.received.append(_RECEIVED[func](*args))
+            collective = _RECEIVED[func](*args)
+            if func is c10d.alltoall_base_.default and _of_gradients(sys._getframe(1)):
+                collective = collective._replace(operation="reduce")
+            self.received.append(collective)
         body = self.bodies.get(func)
         if body is not None:
             with self:
@@ -170,6 +177,17 @@ class Ledger(TorchDispatchMode):
                 if isinstance(part, Tensor):
                     self.count(part)
         return result
+
+
+def _of_gradients(frame: FrameType | None) -> bool:
+    """Whether a near caller sums whole gradients over ranks (parallel/direct.py)."""
+    for _ in range(8):
+        if frame is None:
+            return False
+        if frame.f_code is direct.Parameter.exchange.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.moe.layer import MoEConfig
+from llmfoundry.parallel.direct import MOST_RANKS
 from llmfoundry.parallel.mesh import Degrees, single_process
 from llmfoundry.planning import hardware
 from llmfoundry.planning.job import Job, Work
@@ -105,7 +106,10 @@ def traffic(job: Job, degrees: Degrees) -> Traffic:
         (blocks * dense + embeddings * work.microbatches + looked_up) * job.compute_bytes,
         blocks * own * job.compute_bytes,
     )
-    reduce = over_shards((dense + embeddings) * sums, own * sums)
+    # Whole sums of microbatches are float32; otherwise experts' gradients travel as they are computed (direct.py).
+    each = work.microbatches == 1 or parallel.reduce_once_a_step is False
+    directly = each and degrees.replicate == 1 and degrees.expert_shard <= MOST_RANKS and not parallel.cpu_offload
+    reduce = over_shards((dense + embeddings) * sums, own * sums * (job.compute_bytes / MASTER if directly else 1))
     copies = _ring(2 * model.n_trainable_params() / degrees.shard * MASTER, degrees.replicate, degrees.shard)
     return Traffic(gather, reduce, copies, _exchange(job, degrees))
 
@@ -200,11 +204,15 @@ def _update(job: Job, degrees: Degrees) -> float:
         lean_copies = 6 * (microbatches - 1) * whole - (4 if half else 2) * share
         copies = lean_copies if lean else (6 * microbatches + cast) * whole
         return (update + copies) / hardware.COPY_BYTES + products
-    if half and degrees.expert > 1 and degrees.expert_shard == degrees.replicate == 1 and not parallel.cpu_offload:
-        whole -= experts / degrees.expert  # they are in no unit of FSDP
     gathers = 2 * microbatches + job.work(degrees).counted if parallel.reshard_after_forward else microbatches
     reductions = microbatches if parallel.reduce_once_a_step is False else 1
-    copies = gathers * (cast * share + 4 * whole) + reductions * 6 * whole
+    own, ranks, copies = experts / degrees.expert, degrees.expert_shard, 0.0
+    if not parallel.cpu_offload and (ranks > 1 or half):  # parallel/direct.py; or they are in no unit at all
+        whole -= own
+        copies += gathers * cast * own / ranks
+        sums = 2 + 4 / ranks if degrees.replicate == 1 and ranks <= MOST_RANKS else 6
+        copies += reductions * sums * own if ranks > 1 else 0
+    copies += gathers * (cast / degrees.shard + 4) * whole + reductions * 6 * whole
     return (update + 8 * share + copies) / hardware.SHARDED_COPY_BYTES + products
 
 

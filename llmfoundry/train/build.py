@@ -26,7 +26,7 @@ from llmfoundry.moe.balance import Balance
 from llmfoundry.moe.layer import MoEConfig
 from llmfoundry.parallel.apply import keep_weights_in, materialize, parallelize
 from llmfoundry.parallel.expert import n_experts
-from llmfoundry.parallel.fsdp import can_leave, meet_before_collectives
+from llmfoundry.parallel.fsdp import can_leave
 from llmfoundry.parallel.mesh import Mesh, ParallelConfig, build_mesh
 from llmfoundry.train.adamw import AdamW
 from llmfoundry.train.agreement import check_same, check_same_config
@@ -204,8 +204,6 @@ def _build_model(
     assert isinstance(model, CausalLM)
     keep_weights_in(config.optimizer_on(runtime.device().type).weight_dtype, model)
     model = parallelize(model, mesh, parallel, precision)
-    if config.device_train_microbatch_size == "auto" and can_leave(model):
-        meet_before_collectives(model)
     return materialize(model, parallel, config.seed, loaded=loaded)  # the same values on every mesh
 
 

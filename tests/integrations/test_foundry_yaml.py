@@ -215,7 +215,7 @@ def test_explain_says_of_each_key_what_it_became(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(tree))
     given, _, _, notes = read_translated(str(tmp_path / "a.yaml"), [])
     lines = {line.split(": ")[0]: line for line in explained(given, notes)}
-    assert lines["callbacks.lr_monitor"].split("{}")[1].strip() == "as it is"
+    assert lines["callbacks.lr_monitor"].split("{}")[1].strip() == "unchanged"
     assert lines["fsdp_config.activation_checkpointing"].split("True")[1].strip() == "is now parallel.recompute: full"
     first = next(line for path, line in lines.items() if path.startswith("model.block_overrides.order"))
     assert "is now model.attn_window_pattern: [-1, 1024" in first and "{" not in first

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from llmfoundry.kernels import e4m3, eight_bit, norm_rotate, scaled, symmetric  # noqa: E402
-from llmfoundry.kernels.accumulate import add_kernel  # noqa: E402
+from llmfoundry.kernels.accumulate import add_kernel, add_parts_kernel  # noqa: E402
 from llmfoundry.kernels.grouped import GroupedConfig, grouped_kernel  # noqa: E402
 from llmfoundry.kernels.lion import lion_kernel  # noqa: E402
 from llmfoundry.kernels.muon import apply_kernel, momentum_kernel  # noqa: E402
@@ -177,6 +177,8 @@ def updates() -> None:
     constants = {"BLOCK": 2048, "LOOPS": 4, "TENSORS": 128, "ALIGNED": True, "WEIGHT": moment, "GRAD": moment,
                  "MOMENT": moment, "BESIDE": tl.bfloat16, "NESTEROV": True}  # fmt: skip
     kernels = {"adamw": adamw_kernel, "momentum": momentum_kernel, "apply": apply_kernel, "add": add_kernel}
+    report("add parts", add_parts_kernel, types | {"parts_ptr": "*bf16", "total_ptr": "*fp32"},
+           {"N": 2, "BEGINS": False, "BLOCK": 4096}, 8, 3)  # fmt: skip
     types |= {"v_ptr": "*u8", "ms_ptr": "*fp32", "vs_ptr": "*fp32", "count_ptr": "*fp32"}
     types |= {"columns": "i32", "per_row": "i32"}
     eight = {"BESIDE": True, "BLOCKS": 8, "BLOCK": 256}

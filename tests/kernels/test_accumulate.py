@@ -1,4 +1,4 @@
-"""Sums in bfloat16 that are rounded at random: the kernel against the reference, and the mean against the exact sum.
+"""Sums of gradients: kernels against references, and the mean of sums rounded at random against the exact sum.
 
 Without a GPU the kernel runs in Triton's interpreter.
 """
@@ -38,6 +38,24 @@ def test_small_terms_are_not_lost(device: str) -> None:
     # Each value is a walk of steps of 1/128 with a deviation of 0.07 in the end; the mean of 4096 is off by 0.001.
     assert total.float().mean().item() == pytest.approx(expected, rel=3e-3)
     assert (nearest == 1).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_parts_are_summed_in_float32(ranks: int, device: str) -> None:
+    """By the kernel and by the reference, to the bit: what FSDP's reduction of two ranks gives."""
+    pytest.importorskip("triton")
+    parts = torch.randn(ranks, 70 * 33, device=device).bfloat16()
+    exact = parts.double().sum(0)
+    for begins in (True, False):
+        ours = torch.randn(70, 33, device=device)
+        before, theirs = ours.clone(), ours.clone()
+        accumulate.add_parts_triton(ours, parts, begins)
+        accumulate.add_parts_reference(theirs, parts, begins)
+        assert torch.equal(ours, theirs)
+        total = exact.view(70, 33) if begins else exact.view(70, 33) + before
+        torch.testing.assert_close(ours.double(), total, rtol=1e-6, atol=1e-6)  # float32
+    assert torch.equal(accumulate.sum_parts(parts), accumulate.sum_parts(parts, torch.zeros(70 * 33, device=device)))
 
 
 def test_a_sum_that_is_exact_is_not_changed() -> None:

@@ -198,6 +198,6 @@ def test_what_cannot_be_in_e4m3_is_said() -> None:
         lambda: e4m3_refusal("auto", ExpertKind(64, 48, biased=True)),
         lambda: e4m3_refusal("auto", ExpertKind(64, 48, "swiglu_oss")),
     ]
-    words = ["moe_impl=grouped_mm", "not multiples of 16", "no biases", "swiglu_oss"]
+    words = ["moe_impl=grouped_mm", "not multiples of 16", "experts with biases", "swiglu_oss with limit=None"]
     for refusal, said in zip(refusals, words, strict=True):
         assert said in str(refusal())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 from llmfoundry import runtime
 from llmfoundry.config import check, dump
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig
+from llmfoundry.parallel import direct
 
 pytestmark = pytest.mark.dist
 STEPS = 3
@@ -30,6 +32,18 @@ CASES = [
     Case("shard 2, expert 2, microbatch 2, bf16_sr", {"expert": 2}, microbatch=2, half=True),
     Case("shard 2, expert 2, full, bf16_sr", {"expert": 2, "recompute": "full"}, half=True),
     Case("shard 2, expert 2, bf16_sr, adapters", {"expert": 2}, half=True),
+    Case("shard 2, expert 2, halves", {"expert": 2}, half=True, split=True),
+    Case("shard 2, expert 2, sums in bf16", {"expert": 2, "sum_gradients_in": "bf16"}, microbatch=2, half=True,
+         split=True),
+]  # fmt: skip
+# The same numbers to the bit, by FSDP alone and directly. And how many times more FSDP copies by itself: experts are
+# most of the values, but it sums whole gradients of microbatches in any case.
+SAME = [
+    (Case("shard 2, float32"), 2.5),
+    (Case("shard 2, halves", half=True, split=True), 2.5),
+    (Case("each", {"reduce_once_a_step": False, "recompute": "full", "prefetch": 2}, microbatch=2), 2.5),
+    (Case("each, halves", {"reduce_once_a_step": False}, microbatch=2, half=True, split=True), 2.5),
+    (Case("once", {"reshard_after_forward": False}, microbatch=2), 1.5),
 ]  # fmt: skip
 
 ALONE = [
@@ -63,7 +77,8 @@ def learn(case: Case, precision: str) -> dict[str, Tensor]:
     lean = case.name.startswith("alone") and case.microbatch == tiny.ROWS and not case.parallel.get("cpu_offload")
     expected = torch.bfloat16 if lean and precision == "amp_bf16" else torch.float32
 
-    whole = case.half and case.parallel.get("expert") == 2 and case.microbatch == tiny.ROWS  # experts on one rank each
+    lean_experts = case.microbatch == tiny.ROWS or case.parallel.get("sum_gradients_in") == "bf16"
+    whole = case.half and case.parallel.get("expert") == 2 and lean_experts and precision == "amp_bf16"
 
     def watch(model: CausalLM) -> None:
         for name, parameter in model.named_parameters():
@@ -78,9 +93,40 @@ def learn(case: Case, precision: str) -> dict[str, Tensor]:
     return {name: torch.stack([getattr(step, name) for step in results]).double() for name in ("ce", "grad_norm")}
 
 
+def copied(patch: pytest.MonkeyPatch) -> list[int]:
+    """How many values FSDP copies out of its gathered buffers, and into those that it reduces, from now on."""
+    found: list[int] = []
+    for name in ("split_with_sizes_copy", "_chunk_cat"):
+        operator = getattr(torch, name)
+
+        def count(
+            *args: object, out: Tensor | list[Tensor], operator: Callable[..., object] = operator, **keys: object
+        ):
+            found.extend(each.numel() for each in (out if isinstance(out, list) else [out]))
+            return operator(*args, out=out, **keys)
+
+        patch.setattr(torch, name, count)
+    return found
+
+
+def same_in_every_way(folder: Path) -> None:
+    """What each way finds."""
+    for case, _ in SAME:
+        for way in ("FSDP", "directly"):
+            with pytest.MonkeyPatch.context() as patch:
+                if way == "FSDP":
+                    patch.setattr(direct.Direct, "add", lambda *_: None)
+                values = copied(patch)
+                found = learn(case, "amp_bf16")
+            if dist.get_rank() == 0:
+                torch.save(found | {"copied": torch.tensor(sum(values))}, folder / f"{case.name} by {way}.pt")
+
+
 def job(folder: Path) -> None:
     alone = [case._replace(parallel=case.parallel | BY_FSDP) for case in ALONE]
     runtime.start(group_of_one=True)
+    if dist.get_world_size() > 1:
+        same_in_every_way(folder)
     for case in CASES if dist.get_world_size() > 1 else alone:
         found = learn(case, "amp_bf16")
         if dist.get_rank() == 0:
@@ -99,6 +145,13 @@ def test_a_process_alone_learns_bitwise_what_fsdp_over_one_rank_does(case: Case,
     found, theirs = learn(case, "amp_bf16"), torch.load(spread / f"{case.name}.pt", weights_only=True)
     for name, value in found.items():
         assert torch.equal(value, theirs[name]), name
+
+
+@pytest.mark.parametrize(("case", "times"), SAME, ids=[case.name for case, _ in SAME])
+def test_experts_without_copies_learn_bitwise_what_fsdp_does(case: Case, times: float, spread: Path) -> None:
+    plain, found = (torch.load(spread / f"{case.name} by {way}.pt", weights_only=True) for way in ("FSDP", "directly"))
+    assert torch.equal(found["ce"], plain["ce"]) and torch.equal(found["grad_norm"], plain["grad_norm"])
+    assert found["copied"] * times < plain["copied"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])

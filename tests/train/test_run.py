@@ -370,7 +370,9 @@ def test_a_used_folder_is_neither_overwritten_nor_resumed_unasked(
     assert train_main([str(recipe)]) == 2
     assert "already used" in capsys.readouterr().err
     assert train_main([str(recipe), "autoresume=true", "model.n_layers=1"]) == 2
-    assert "model.n_layers: 1 differs from 2" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "model.n_layers: 1 differs from 2" in said and "restore the old value" in said
+    assert "with another model.n_layers the weights do not fit, so load_allow does not help" in said
     assert snapshot(tmp_path / "run") == before
 
 

@@ -1,0 +1,226 @@
+"""Experts of an FSDP unit, gathered and summed without copies in between.
+
+FSDP packs what a unit gathers: it casts this rank's parts into one buffer, copies that into the buffer of all ranks,
+and copies each parameter out of it; whole gradients are copied, as float32, into a buffer that is reduced. For many
+small parameters one packed collective is right. But stacked experts are most of a mixture's bytes, and each is large.
+They are gathered one by one: the collective reads this rank's part in the compute dtype and writes the whole parameter.
+Of gradients each rank sends every other one its rows in the dtype of backward, half the bytes of float32, and adds up
+what it gets in float32, in the order of ranks.
+
+All of it is by torch's hooks: an all-gather extension of the parameter's part, a custom all-gather, and a hook of the
+whole parameter's gradient. FSDP still frees and restores the whole; its packed buffer has one value of each expert
+tensor, which nobody reads.
+
+Shapes: N ranks; a part is 1/N of a parameter, cut evenly in dim 0.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
+from typing import NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter  # what set_custom_... take
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
+from llmfoundry import runtime
+from llmfoundry.dtensor import local_part
+from llmfoundry.kernels.accumulate import sum_parts
+
+# torch 2.13 renamed them.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+MOST_RANKS = 8  # that send each other rows of gradients: those of a node. A ring is better for more.
+
+
+class Gather(AllGather):
+    """The all-gather of a unit: FSDP's packed one, and one for each parameter that is gathered directly."""
+
+    def __init__(self) -> None:
+        self.wanted: list[tuple[Tensor, Tensor]] = []  # wholes, and this rank's parts
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: ProcessGroup, async_op: bool = False
+    ) -> dist.Work | None:
+        runtime.meet()
+        wanted, self.wanted = self.wanted, []
+        for whole, part in wanted:
+            with torch.autograd._unsafe_preserve_version_counter(whole):  # as FSDP does: graphs keep the parameter
+                all_gather(whole, part, group=group)
+            if part.device.type == "cuda":  # it may be a cast, allocated for another stream
+                part.record_stream(torch.cuda.current_stream())
+        work: dist.Work | None = all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+        return work
+
+
+class Reduce(ReduceScatter):
+    """FSDP's own reduce-scatter, after a meeting."""
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: ProcessGroup,
+        op: dist.ReduceOp | dist.ReduceOp.RedOpType,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        runtime.meet()
+        work: dist.Work | None = reduce_scatter(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
+        return work
+
+
+class _Sent(NamedTuple):
+    """A gradient whose rows are on their way."""
+
+    grad: Tensor
+    done: torch.Event
+
+
+class Direct:
+    """The parameters of a model that are gathered directly."""
+
+    def __init__(self) -> None:
+        self.parameters: list[Parameter] = []
+        self.stream: torch.cuda.Stream | None = None  # that computes
+        self._sent: deque[_Sent] = deque()
+
+    def add(self, group: FSDPParamGroup, gather: Gather, modules: Collection[nn.Module]) -> None:
+        """Gather the parameters of these modules directly, those that are cut evenly in dim 0."""
+        ranks = cast(FSDPMeshInfo, group.mesh_info).shard_mesh_size
+        for each in group.fsdp_params if ranks > 1 else ():
+            even = each.fsdp_placement.dim == 0 and each._orig_size[0] % ranks == 0
+            if even and each._module_info.module in modules:
+                self.parameters.append(Parameter(self, group, each, gather))
+
+    def before_forward(self, module: nn.Module, inputs: tuple[object, ...]) -> None:
+        """A hook of the whole model, before those of FSDP."""
+        if torch.cuda.is_available():
+            self.stream = torch.cuda.current_stream()
+        for parameter in self.parameters:
+            parameter.extend()
+
+    def before_backward(self) -> None:
+        for parameter in self.parameters:
+            parameter.watch()
+
+    def sent(self, grad: Tensor, event: torch.Event) -> None:
+        """Keep a gradient until its rows have left. Those of two parameters are on their way at once."""
+        self._sent.append(_Sent(grad, event))
+        while len(self._sent) > 2:
+            self._wait()
+
+    def after_backward(self) -> None:
+        """Let the stream that computes wait for all sums."""
+        while self._sent:
+            self._wait()
+
+    def forget(self) -> None:
+        """Free what a step that was left in the middle had gathered or was sending."""
+        self.after_backward()
+        for parameter in self.parameters:
+            parameter.forget()
+
+    def _wait(self) -> None:
+        torch.cuda.current_stream().wait_event(self._sent.popleft().done)
+
+
+class Parameter:
+    """One that is gathered directly."""
+
+    def __init__(self, of: Direct, group: FSDPParamGroup, parameter: FSDPParam, gather: Gather) -> None:
+        self._of, self._group, self._parameter, self._gather = of, group, parameter, gather
+        self._whole: Tensor | None = None  # flat; its storage comes and goes
+        self._watched = False
+
+    def extend(self) -> None:
+        """Make FSDP ask here for what it gathers. Weights get other tensors when a model leaves the meta device."""
+        part = self._parameter._sharded_local_tensor
+        if not hasattr(part, "fsdp_pre_all_gather"):
+            part.fsdp_pre_all_gather, part.fsdp_post_all_gather = self._before, self._after  # type: ignore[attr-defined]
+
+    def watch(self) -> None:
+        """Take the whole parameter's gradients from the next backward on; there is one after the first forward."""
+        ranks, axes = self._group.mesh_info.mesh.size(), self._group.mesh_info.mesh.ndim
+        if not self._watched and axes == 1 and ranks <= MOST_RANKS and hasattr(self._parameter, "_unsharded_param"):
+            self._watched = True
+            if self._parameter.sharded_param.requires_grad:
+                self._parameter._unsharded_param.register_post_accumulate_grad_hook(self._reduce)
+
+    def forget(self) -> None:
+        self._gather.wanted.clear()
+        if self._whole is not None:
+            self._whole.untyped_storage().resize_(0)
+
+    def _before(
+        self, mesh: DeviceMesh, size: torch.Size, stride: Sequence[int], module: nn.Module, policy: MixedPrecisionPolicy
+    ) -> tuple[tuple[Tensor], None]:
+        """Before FSDP's all-gather: what goes into its packed buffer."""
+        parameter = self._parameter.sharded_param
+        dtype = policy.param_dtype or parameter.dtype
+        cuda = parameter.device.type == "cuda"
+        if cuda:
+            # The memory of the whole belongs to the stream that computes, which may still use what it was before.
+            torch.cuda.current_stream().wait_stream(self._stream())
+        part = local_part(parameter.detach()).to(dtype).view(-1)
+        with torch.cuda.stream(self._stream()) if cuda else nullcontext():
+            if self._whole is None:
+                self._whole = part.new_empty(part.numel() * mesh.size())
+            elif self._whole.untyped_storage().size() == 0:
+                self._whole.untyped_storage().resize_(self._whole.numel() * self._whole.itemsize)
+        self._gather.wanted.append((self._whole, part))
+        return (part[:1],), None
+
+    def _stream(self) -> torch.cuda.Stream:
+        assert self._of.stream is not None
+        return self._of.stream
+
+    def _after(
+        self, packed: tuple[Tensor, ...], nothing: None, dtype: torch.dtype, *, out: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor]] | None:
+        """After it: the whole parameter, and what FSDP frees with it."""
+        assert self._whole is not None
+        return (self._whole, (self._whole,)) if out is None else None
+
+    def _reduce(self, whole: Tensor) -> None:
+        """Sum a whole gradient over ranks into this rank's part of it."""
+        if not self._group.reduce_grads or self._parameter.unsharded_accumulated_grad is not None:
+            return  # FSDP keeps whole sums of microbatches, and reduces them
+        assert whole.grad is not None
+        grad = local_part(whole.grad).contiguous()
+        whole.grad = None
+        runtime.meet()
+        if grad.device.type != "cuda":
+            self.exchange(grad)
+            return
+        stream = self._group.comm_ctx.reduce_scatter_stream
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.exchange(grad)
+            done = stream.record_event()
+        self._of.sent(grad, done)
+
+    def exchange(self, grad: Tensor) -> None:
+        group = self._group._reduce_scatter_process_group
+        parts = torch.empty_like(grad)
+        dist.all_to_all_single(parts, grad, group=group)
+        parameter = self._parameter.sharded_param
+        total = None if parameter.grad is None else local_part(parameter.grad)
+        summed = sum_parts(parts.view(group.size(), -1), total)
+        if total is None:
+            parameter.grad = self._parameter.to_sharded_dtensor(summed.view(self._parameter.sharded_size))
