@@ -5,9 +5,9 @@ Forward: gather, up projection with activation, down projection, sum per token. 
 activation and routing weights, gradient of x, sum per token; then the weight gradients dw2 and dw1, in operators of
 their own so that a collective can start before them. Forward keeps x, the pre-activation h and int32 indices; backward
 computes a' = s * a and the gathered rows again. Adapters put a narrow product before each wide one, which adds the
-second narrow one in its loop; forward keeps the results, u = x A^T and a' A^T, too. Biases of w1 are added in
-its kernel, those of w2 where a token's rows are summed. The host reads nothing, so a CUDA graph can capture both, and
-the routing may change between replays.
+second narrow one in its loop; forward keeps the results, u = x A^T and a' A^T, too. Biases of w1 are added in its
+kernel, those of w2 where a token's rows are summed. The host reads nothing, so a CUDA graph can capture both, and the
+routing may change between replays.
 
 With few tokens the host's work counts. So row tiles are found once, in forward, and outside a compiler `_Experts` takes
 the place of the autograd that an operator registers, which is 80 us slower, and calls what operators do, not them.

@@ -4,8 +4,8 @@ Shapes: T tokens, D d_model, F ffn hidden size, E experts, M rows in expert orde
 up rows, or (E, F, D). s is each row's routing weight.
 A tile's 256 rows of w1 are 128 gate rows and their 128 up rows, one TMA box each step, so one wgmma of N = 256
 leaves both halves of a column pair in the same thread: the gated unit costs no exchange.
-Biases are (E, 2F) or (E, F). An adapter of w1 (rank R) is a few more columns of x and w1: its steps
-follow in the same loop, from other descriptors.
+Biases are (E, 2F) or (E, F). An adapter of w1 (rank R) is a few more columns of x and w1: its steps follow in the same
+loop, from other descriptors.
 """
 
 from __future__ import annotations

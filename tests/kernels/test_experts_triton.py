@@ -221,32 +221,36 @@ BIASED = [  # T, D, F, E, K, gated, activation, routing, biases of w1 and w2, li
 ]
 
 
-def run_biased(case, tensors, call=experts_ffn, late=None, **kwargs) -> dict[str, torch.Tensor]:
-    """The output and the gradient of every tensor."""
+def run_biased(case, tensors, call=experts_ffn, late=None, rank: int = 0, **kwargs) -> dict[str, torch.Tensor]:
+    """The output and the gradient of every tensor, those of adapters too where `rank` is not 0."""
     (d, f, e), (gated, activation, _, sides, limit) = case[1:4], case[5:]
     x, weights, experts, w1, w2 = tensors
     g = torch.Generator().manual_seed(9)
     drawn = {"b1": torch.randn(e, f * (2 if gated else 1), generator=g), "b2": torch.randn(e, d, generator=g)}
     leaves = {"x": x, "weights": weights, "w1": w1, "w2": w2} | {name: drawn[name].to(w1) for name in sides.split()}
     leaves = {name: value.detach().clone().requires_grad_() for name, value in leaves.items()}
-    used = (
-        leaves
-        if late is None
-        else leaves | {n: late.weight(n, v) for n, v in leaves.items() if n[0] in "wb" and n != "weights"}
-    )
-    y = call(**used, experts=experts, activation=activation, gated=gated, limit=limit, late=late, **kwargs)
+    adapters = draw_adapters(tensors, rank) if rank else ExpertAdapters()
+    used, beside = leaves, adapters
+    if late is not None:
+        used = leaves | {n: late.weight(n, v) for n, v in leaves.items() if n[0] in "wb" and n != "weights"}
+        beside = adapters.deferred(late)
+    unit = {"activation": activation, "gated": gated, "limit": limit}
+    y = call(**used, experts=experts, **unit, late=late, adapters=beside, **kwargs)
     y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y))
+    leaves |= {f"adapters.{i}": tensor for i, tensor in enumerate(t for pair in adapters.pairs for t in pair)}
     return {"y": y.detach()} | {name: value.grad for name, value in leaves.items()}
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("case", BIASED, ids=str)
-def test_biases_and_clamps_in_float32_equal_reference(case, device: str) -> None:
-    """And each gradient is bitwise the same again, computed at once or late."""
+@pytest.mark.parametrize(("case", "rank"), [*((case, 0) for case in BIASED), *((case, 24) for case in BIASED[1:4])],
+                         ids=str)  # fmt: skip
+def test_biases_and_clamps_in_float32_equal_reference(case, rank: int, device: str) -> None:
+    """With adapters too. And each gradient is bitwise the same again, computed at once or late."""
     tensors = [v.to(device) for v in draw(*case[:6], case[7])]
-    found = run_biased(case, tensors, backend="triton")
-    true = run_biased(case, [v.double() if v.is_floating_point() else v for v in tensors], backend="reference")
-    again = run_biased(case, tensors, backend="triton", late=LateGradients())
+    whole = [v.double() if v.is_floating_point() else v for v in tensors]
+    found = run_biased(case, tensors, rank=rank, backend="triton")
+    true = run_biased(case, whole, rank=rank, backend="reference")
+    again = run_biased(case, tensors, rank=rank, backend="triton", late=LateGradients())
     assert found.keys() == true.keys()
     for name, value in true.items():
         assert relative(found[name], value) < 1e-5, name
@@ -257,9 +261,9 @@ def test_compiled_experts_have_the_gradients_of_uncompiled_ones() -> None:
     """A compiler takes the autograd that the operators register, others that of a function: the same bits."""
     case = (8, 16, 16, 2, 1, True, "swiglu_oss", "none", "b1 b2", 0.5)
     tensors = [v.to(DEVICE) for v in draw(*case[:6], case[7])]
-    found = run_biased(case, tensors, backend="triton")
+    found = run_biased(case, tensors, rank=3, backend="triton")
     compiled = torch.compile(experts_ffn, fullgraph=True, backend="aot_eager")
-    again = run_biased(case, tensors, backend="triton", call=compiled)
+    again = run_biased(case, tensors, rank=3, backend="triton", call=compiled)
     for name, value in found.items():
         assert torch.equal(value, again[name]), name
 
@@ -281,13 +285,14 @@ def test_one_expert_with_biases_is_a_dense_block(device: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [(2048, 2880, 2880, 32, 4, True, "swiglu_oss", "natural", "b1 b2", 7.0),
                                   (1000, 512, 256, 8, 2, False, "relu2", "none", "b1 b2", None)], ids=str)  # fmt: skip
-def test_biases_in_bf16_err_as_grouped_mm_does(case, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rank", [0, 16])
+def test_biases_in_bf16_err_as_grouped_mm_does(case, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMFOUNDRY_AUTOTUNE", "0")
     tensors = draw(*case[:6], case[7])
     half = [v.to("cuda", torch.bfloat16) if i in (0, 3, 4) else v.cuda() for i, v in enumerate(tensors)]
-    found, peer = (run_biased(case, half, backend=backend) for backend in ("triton", "grouped_mm"))
+    found, peer = (run_biased(case, half, rank=rank, backend=backend) for backend in ("triton", "grouped_mm"))
     whole = [v.double() if v.is_floating_point() else v for v in half]
-    true = run_biased(case, whole, backend="reference")
+    true = run_biased(case, whole, rank=rank, backend="reference")
     for name, value in true.items():
         assert relative(found[name], value) <= 1.5 * relative(peer[name], value) + 1e-6, name
 
@@ -413,7 +418,8 @@ def test_large_tiles_go_where_their_shared_memory_is(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(tune, "holds_large", tune.holds_large.__wrapped__)  # without what it remembers
     monkeypatch.setenv("LLMFOUNDRY_AUTOTUNE", "0")
-    for candidates in (tune.UP, tune.DOWN, tune.DX, tune.UP_BACKWARD, tune.DW1, tune.NARROW):
+    of_adapters = (tune.NARROW, tune.NARROW_GRAD)
+    for candidates in (tune.UP, tune.DOWN, tune.DX, tune.UP_BACKWARD, tune.DW1, *of_adapters):
         half, full = (
             tune.pick(
                 candidates,
