@@ -72,7 +72,7 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
             compute_in(block, compute)
     if casts:
         compute_in(model, compute, without=list(model.blocks))
-        sum_gradients_in(model, compute, config.sum_gradients_in, [model], keeps=False)
+        sum_gradients_in(model, compute, config.sum_gradients_in, [model])
     if config.sum_gradients_in == "bf16" and not ((by_itself or whole) and compute == torch.bfloat16):
         raise ConfigError(
             "parallel.sum_gradients_in=bf16 is for precision: amp_bf16 or amp_fp8 in a single process, or with experts "
