@@ -1,6 +1,6 @@
 """Peak memory of training steps on one GPU: what the allocator counts, of models of many kinds.
 
-    python scripts/bench/memory.py [--models "experts with biases" ...]
+    python scripts/bench/memory.py [--models experts dense ...]
 
 Writes scripts/bench/results/memory.json, of which models that are not named keep their rows.
 tests/planning/test_memory.py holds the simulation against it.
@@ -46,8 +46,8 @@ BASE = {
 }  # fmt: skip
 MODELS: dict[str, dict[str, object]] = {
     "experts": {},
-    "experts with biases": {"ffn_config": MOE | {"bias": True}},
-    "experts with a clamp": {"ffn_config": MOE | {"ffn_act_limit": 7.0}},
+    "experts with biases, grouped_mm": {"ffn_config": MOE | {"bias": True, "moe_impl": "grouped_mm"}},
+    "experts with a clamp, grouped_mm": {"ffn_config": MOE | {"ffn_act_limit": 7.0, "moe_impl": "grouped_mm"}},
     "adapters": {"lora": {"rank": 16, "alpha": 32}},
     "windows": {"attn_window_pattern": [1023, -1]},
     "sinks": {"attn_config": ATTENTION | {"sinks": True}},
@@ -64,9 +64,12 @@ MODELS: dict[str, dict[str, object]] = {
 # Model, keys of `parallel`, microbatches.
 CASES: list[tuple[str, dict[str, object], int]] = [
     *((name, {}, 1) for name in MODELS),
-    *((name, {"recompute": "full"}, 2) for name in ("experts", "experts with biases", "dense", "adapters")),
-    *((name, {"recompute": "selective"}, 1) for name in ("experts", "experts with biases", "dense")),
-    *((name, {"compile": False}, 2) for name in ("experts", "experts with biases", "dense", "latent attention")),
+    *((name, {"recompute": "full"}, 2) for name in ("experts", "experts with biases, grouped_mm", "dense", "adapters")),
+    *((name, {"recompute": "selective"}, 1) for name in ("experts", "experts with biases, grouped_mm", "dense")),
+    *(
+        (name, {"compile": False}, 2)
+        for name in ("experts", "experts with biases, grouped_mm", "dense", "latent attention")
+    ),
     ("experts", {"sum_gradients_in": "bf16"}, 2),
 ]
 

@@ -32,7 +32,7 @@ from record_steps import ROWS as STEPS  # noqa: E402, I001
 from record_steps import Row as StepRow  # noqa: E402
 
 # Of the rows, those that no other one is like.
-ALIKE = ("windows", "experts with a clamp")
+ALIKE = ("windows", "experts with a clamp, grouped_mm")
 MEASURED = [row for row in json.loads(RESULTS.read_text())["rows"] if row["model"] not in ALIKE]
 
 
