@@ -112,14 +112,12 @@ def copied(patch: pytest.MonkeyPatch) -> list[int]:
 def same_in_every_way(folder: Path) -> None:
     """What each way finds."""
     for case, _ in SAME:
-        for way in ("FSDP", "directly"):
+        for way in ("packed", "direct"):
             with pytest.MonkeyPatch.context() as patch:
-                if way == "FSDP":
-                    patch.setattr(direct.Direct, "add", lambda *_: None)
                 values = copied(patch)
-                found = learn(case, "amp_bf16")
+                found = learn(case._replace(parallel=case.parallel | {"gather_experts": way}), "amp_bf16")
             if dist.get_rank() == 0:
-                torch.save(found | {"copied": torch.tensor(sum(values))}, folder / f"{case.name} by {way}.pt")
+                torch.save(found | {"copied": torch.tensor(sum(values))}, folder / f"{case.name}, {way}.pt")
 
 
 def job(folder: Path) -> None:
@@ -149,7 +147,7 @@ def test_a_process_alone_learns_bitwise_what_fsdp_over_one_rank_does(case: Case,
 
 @pytest.mark.parametrize(("case", "times"), SAME, ids=[case.name for case, _ in SAME])
 def test_experts_without_copies_learn_bitwise_what_fsdp_does(case: Case, times: float, spread: Path) -> None:
-    plain, found = (torch.load(spread / f"{case.name} by {way}.pt", weights_only=True) for way in ("FSDP", "directly"))
+    plain, found = (torch.load(spread / f"{case.name}, {way}.pt", weights_only=True) for way in ("packed", "direct"))
     assert torch.equal(found["ce"], plain["ce"]) and torch.equal(found["grad_norm"], plain["grad_norm"])
     assert found["copied"] * times < plain["copied"]
 
