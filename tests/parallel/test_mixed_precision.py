@@ -16,7 +16,6 @@ from torch import Tensor
 from llmfoundry import runtime
 from llmfoundry.config import check, dump
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig
-from llmfoundry.parallel import direct
 
 pytestmark = pytest.mark.dist
 STEPS = 3
