@@ -111,7 +111,7 @@ def test_doctor_prints_no_token(
 def test_explain_says_what_each_key_became(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "tests/integrations/foundry/pretrain_moe.yaml"]) == 0
     lines = {re.split("[: ]", line)[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert lines["model.d_model"].endswith("as it is")
+    assert lines["model.d_model"].endswith("unchanged")
     assert "left out, it changes no value" in lines["model.init_device"]
     assert "left out: 0 is off" in lines["model.ffn_config.moe_jitter_eps"]
     assert "left out" in lines["train_loader.dataset.predownload"]

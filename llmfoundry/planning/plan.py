@@ -206,14 +206,14 @@ def _update(job: Job, degrees: Degrees) -> float:
         return (update + copies) / hardware.COPY_BYTES + products
     gathers = 2 * microbatches + job.work(degrees).counted if parallel.reshard_after_forward else microbatches
     reductions = microbatches if parallel.reduce_once_a_step is False else 1
-    own, ranks, copies = experts / degrees.expert, degrees.expert_shard, 0.0
-    if half and degrees.expert > 1 and ranks == degrees.replicate == 1 and not parallel.cpu_offload:
-        whole -= own  # they are in no unit of FSDP
-    elif ranks > 1 and _gathers_directly(job):
-        whole -= own
+    own, ranks = experts / degrees.expert, degrees.expert_shard
+    whole -= own
+    copies = gathers * (cast / degrees.shard + 4) * whole + reductions * 6 * whole
+    if ranks > 1 and _gathers_directly(job):
         sums = 2 + 4 / ranks if degrees.replicate == 1 and ranks <= MOST_RANKS else 6
-        copies += gathers * cast * own / ranks + reductions * sums * own
-    copies += gathers * (cast / degrees.shard + 4) * whole + reductions * 6 * whole
+        copies += (gathers * cast / ranks + reductions * sums) * own
+    elif not half or degrees.expert == 1 or max(ranks, degrees.replicate) > 1 or parallel.cpu_offload:
+        copies += (gathers * (cast / ranks + 4) + reductions * 6) * own  # else they are in no unit of FSDP
     return (update + 8 * share + copies) / hardware.SHARDED_COPY_BYTES + products
 
 

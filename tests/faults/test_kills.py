@@ -135,7 +135,8 @@ def _kill_and_resume(index: int, folder: Path, asynchronous: bool, seed: int) ->
     )
     assert sum(kills) >= CYCLES // 2
     _, status = os.waitpid(run_in_fork(command), 0)
-    assert status == 0 and not orphans(killed)
+    assert status == 0, status
+    assert not orphans(killed), orphans(killed)
     assert_same_end(killed, undisturbed)
 
 

@@ -160,7 +160,7 @@ def test_the_description_names_the_mesh_and_adds_up() -> None:
     held = lines[lines.index("held by each at the highest moment of a step, simulated:") :]
     sizes = {line.split()[0]: float(line.split()[-2]) for line in held if line.endswith("GiB")}
     kinds = ("weights", "optimizer", "gradients", "gathered", "activations", "temporaries")
-    assert sizes["weights"] > 0 and sizes["optimizer"] == pytest.approx(5 * sizes["weights"], abs=0.02), (
+    assert sizes["weights"] > 0 and sizes["optimizer"] == pytest.approx(5 * sizes["weights"], abs=0.03), (
         "2 bytes, and 10"
     )
     assert sum(sizes[kind] for kind in kinds) == pytest.approx(sizes["in"], abs=0.05)
