@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+
+from llmfoundry.dtensor import cut_like, local_part
 
 try:
     import triton
@@ -50,6 +53,22 @@ def join_into(out: Tensor, halves: Halves) -> None:
     high, low = (each.reshape(-1) for each in halves)
     for piece, a, b in zip(out.view(-1).split(_AT_ONCE), high.split(_AT_ONCE), low.split(_AT_ONCE), strict=True):
         piece.copy_(joined(a, b), non_blocking=True)
+
+
+def low_half_of(parameter: Tensor, optimizer: Optimizer | None) -> Tensor | None:
+    """What an optimizer keeps of a parameter beside its high half; None: nothing."""
+    return None if optimizer is None else optimizer.state.get(parameter, {}).get(LOW_HALF)
+
+
+def weight_of(parameter: Tensor, optimizer: Optimizer | None) -> Tensor:
+    """A parameter as its optimizer keeps it: float32 where it is in two halves, cut over ranks alike; else itself."""
+    low = low_half_of(parameter, optimizer)
+    if low is None:
+        return parameter.detach()
+    high = local_part(parameter.detach())
+    out = torch.empty(high.shape, dtype=torch.float32, device=high.device)
+    join_into(out, Halves(high, local_part(low)))
+    return cut_like(parameter.detach(), out)
 
 
 if triton is not None:

@@ -33,7 +33,7 @@ from llmfoundry.checkpoint.checkpointer import Checkpointer, CheckpointState, Sa
 from llmfoundry.checkpoint.finding import candidates
 from llmfoundry.checkpoint.manifest import MANIFEST, CheckpointError, verify
 from llmfoundry.config import ConfigError, check
-from llmfoundry.kernels.halves import LOW_HALF, joined
+from llmfoundry.kernels.halves import LOW_HALF, joined, weight_of
 from llmfoundry.parallel.apply import keep_weights_in
 from llmfoundry.train.adamw import moment
 from llmfoundry.train.optim import AdamWConfig, OptimizerConfig
@@ -784,8 +784,10 @@ def _two_ranks(rank: int, folder: Path) -> None:
     dist.barrier()
     assert newest(single) == folder / "single" / "step-3"
     for name in SPLITTING:
-        run = _halves(name, init_device_mesh("cpu", (2,)))
-        Checkpointer(folder / name).save(state(*run))
+        run, other = (_halves(name, init_device_mesh("cpu", (2,)), seed) for seed in (0, 1))
+        checkpointer.load(Checkpointer(folder / name).save(state(*run)), state(*other))
+        for p, q in zip(run[0].parameters(), other[0].parameters(), strict=True):
+            assert torch.equal(full(weight_of(p, run[1])), full(weight_of(q, other[1])))
     dist.destroy_process_group()
 
 
