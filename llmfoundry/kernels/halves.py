@@ -26,7 +26,7 @@ except ImportError:  # CPU builds of torch come without it
 
 LOW_HALF = "low_half"  # the key of an optimizer's state
 _NAN = 0x7FC00000  # whose rounding is NaN too
-_AT_ONCE = 2**24  # values that `join_into` joins at a time
+_AT_ONCE = 2**24  # values that are joined or split at a time
 
 
 class Halves(NamedTuple):
@@ -40,6 +40,14 @@ def split(x: Tensor) -> Halves:
     """Both halves of a float32 tensor."""
     bits = torch.where(x.isnan(), _NAN, x.view(torch.int32).long() & 0xFFFFFFFF)
     return Halves(((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16), bits.to(torch.int16))
+
+
+def split_into(out: Halves, x: Tensor) -> None:
+    """Write both halves of a float32 tensor into memory of its shape, in pieces, so that little more is needed."""
+    for piece, high, low in zip(*(each.view(-1).split(_AT_ONCE) for each in (x, *out)), strict=True):
+        halves = split(piece)
+        high.copy_(halves.high)
+        low.copy_(halves.low)
 
 
 def joined(high: Tensor, low: Tensor) -> Tensor:

@@ -200,6 +200,30 @@ def test_weights_in_halves_are_float32_in_a_checkpoint_and_nowhere_else(
     assert any(joined(p.detach(), run[1].state[p][LOW_HALF]).ne(p.float()).any() for p in run[0].parameters())
 
 
+def test_a_weight_may_get_its_low_half_after_a_save_and_a_frozen_one_that_is_rounded_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    run, other = build(split=True), build(seed=1, split=True)
+    checkpointer = Checkpointer(tmp_path, asynchronous=True)
+    checkpointer.save(state(*run, step=0))  # weights alone, in bfloat16
+    train(*run)
+    checkpointer.save(state(*run))
+    path = checkpointer.wait()
+    assert path is not None
+    Checkpointer(tmp_path).load(path, state(*other))
+    assert_same(run, other)
+    assert not any("master_weights" in line for line in caplog.messages)
+    train(*run)
+    checkpointer.save(state(*run, step=6))
+    path = checkpointer.wait()
+    assert path is not None
+    other[0].get_parameter("head.weight").requires_grad_(False)  # has no low half now
+    Checkpointer(tmp_path).load(path, state(*other))
+    assert any("float32 in the checkpoint and are kept in torch.bfloat16" in line for line in caplog.messages)
+    assert torch.equal(run[0].get_parameter("head.weight"), other[0].get_parameter("head.weight"))
+
+
 def test_a_checkpoint_brings_everything_back_bitwise_and_training_continues_the_same(tmp_path: Path) -> None:
     run, other = build(seed=0), build(seed=1)
     train(*run)
