@@ -4,7 +4,7 @@ A unit is what is gathered together: each block; its experts, where they have an
 where a rank's experts are whole and it has them in bfloat16: there is nothing to gather or to sum); the embedding
 and the head, where they are not tied; and the rest with the root. A unit's weights are gathered just before it
 runs, in the compute dtype, and freed after; its gradients are summed over ranks in float32 as soon as they are
-whole. Experts, which are most of the bytes, go around FSDP's buffers (direct.py).
+whole. Experts, which are most of the bytes, may go around FSDP's buffers (direct.py).
 
 One rule for scale: gradients are SUMMED, never averaged. The loss is already divided by the labels of the
 global batch. FSDP2 by default divides by its own mesh's size, which for experts is ep times too small, so that
@@ -97,8 +97,9 @@ def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, compute: torch.dt
         gather = Gather()
         sharded.set_custom_all_gather(gather)
         sharded.set_custom_reduce_scatter(Reduce())
-        for group in () if config.cpu_offload else _groups_of(sharded):
-            direct.add(group, gather, experts)
+        if config.gather_experts == "direct" and not config.cpu_offload:
+            for group in _groups_of(sharded):
+                direct.add(group, gather, experts)
         return sharded
 
     again = config.reshard_after_forward

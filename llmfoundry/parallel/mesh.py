@@ -42,6 +42,9 @@ class ParallelConfig(Config):
     # In one process, and of experts that are whole on a rank: sums of gradients over microbatches, in 4 bytes per
     # parameter, or in 2, rounded at random.
     sum_gradients_in: Literal["fp32", "bf16"] = "fp32"
+    # How stacked experts are gathered and their gradients summed. packed: in FSDP's buffers, with what else a block
+    # has. direct: without them, in fewer copies; tested on CPUs, and on no GPU yet.
+    gather_experts: Literal["packed", "direct"] = "packed"
     prefetch: int = Field(1, ge=0)  # blocks whose weights are gathered ahead
     cpu_offload: bool = False  # weights, gradients and optimizer state live in host memory
 

@@ -106,9 +106,9 @@ def traffic(job: Job, degrees: Degrees) -> Traffic:
         (blocks * dense + embeddings * work.microbatches + looked_up) * job.compute_bytes,
         blocks * own * job.compute_bytes,
     )
-    # Whole sums of microbatches are float32; otherwise experts' gradients travel as they are computed (direct.py).
+    # Whole sums of microbatches are float32; otherwise experts' gradients may travel as they are computed (direct.py).
     each = work.microbatches == 1 or parallel.reduce_once_a_step is False
-    directly = each and degrees.replicate == 1 and degrees.expert_shard <= MOST_RANKS and not parallel.cpu_offload
+    directly = each and degrees.replicate == 1 and degrees.expert_shard <= MOST_RANKS and _gathers_directly(job)
     reduce = over_shards((dense + embeddings) * sums, own * sums * (job.compute_bytes / MASTER if directly else 1))
     copies = _ring(2 * model.n_trainable_params() / degrees.shard * MASTER, degrees.replicate, degrees.shard)
     return Traffic(gather, reduce, copies, _exchange(job, degrees))
@@ -207,13 +207,18 @@ def _update(job: Job, degrees: Degrees) -> float:
     gathers = 2 * microbatches + job.work(degrees).counted if parallel.reshard_after_forward else microbatches
     reductions = microbatches if parallel.reduce_once_a_step is False else 1
     own, ranks, copies = experts / degrees.expert, degrees.expert_shard, 0.0
-    if not parallel.cpu_offload and (ranks > 1 or half):  # parallel/direct.py; or they are in no unit at all
+    if half and degrees.expert > 1 and ranks == degrees.replicate == 1 and not parallel.cpu_offload:
+        whole -= own  # they are in no unit of FSDP
+    elif ranks > 1 and _gathers_directly(job):
         whole -= own
-        copies += gathers * cast * own / ranks
         sums = 2 + 4 / ranks if degrees.replicate == 1 and ranks <= MOST_RANKS else 6
-        copies += reductions * sums * own if ranks > 1 else 0
+        copies += gathers * cast * own / ranks + reductions * sums * own
     copies += gathers * (cast / degrees.shard + 4) * whole + reductions * 6 * whole
     return (update + 8 * share + copies) / hardware.SHARDED_COPY_BYTES + products
+
+
+def _gathers_directly(job: Job) -> bool:
+    return job.parallel.gather_experts == "direct" and not job.parallel.cpu_offload
 
 
 def _params(model: CausalLMConfig) -> tuple[int, int]:

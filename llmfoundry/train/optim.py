@@ -7,6 +7,7 @@ have none. Parameters may be plain tensors or DTensors, also of different meshes
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from llmfoundry import runtime
 from llmfoundry.config import Choice, ConfigError
 from llmfoundry.dtensor import local_part
 from llmfoundry.model.transformer import CausalLMConfig
@@ -204,10 +206,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, multiplier: float) -> fl
 
 
 class _GradientGroup(NamedTuple):
-    """Gradients that are split over the ranks in the same way."""
+    """Gradients of which the same number of ranks holds each part."""
 
-    axes: list[ProcessGroup]  # of the mesh axes that they are split over
-    device_type: str  # where those groups reduce
+    copies: int  # ranks that hold the same part
+    device_type: str  # where ranks reduce
     grads: list[Tensor]  # this rank's part of each
 
 
@@ -220,31 +222,56 @@ class Clipping(NamedTuple):
 
 
 @torch.no_grad()
+def square_share(parameters: Iterable[Tensor]) -> Tensor:
+    """() float64: this rank's share of the squared L2 norm of all gradients, so that those of all ranks add up to it.
+
+    Gradients may be split over ranks in any way, also differently from each other. The host waits for nothing.
+
+    Args:
+        parameters: those without a gradient are passed over.
+    """
+    groups: dict[tuple[object, ...], _GradientGroup] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            part = _part(parameter.grad)
+            key = (parameter.grad.dtype, parameter.grad.device, part.copies)
+            groups.setdefault(key, part._replace(grads=[])).grads.extend(part.grads)
+    shares = [_squared_norm(group).to(group.device_type).double() / group.copies for group in groups.values()]
+    return torch.stack([share.to(shares[0].device) for share in shares]).sum() if shares else torch.zeros(()).double()
+
+
+def clipping_of(square: Tensor, max_norm: float | None, dtype: torch.dtype = torch.float32) -> Clipping:
+    """What brings the norm of gradients down to `max_norm`.
+
+    Args:
+        square: () of all gradients: the sum of all ranks' `square_share`.
+        max_norm: None does not clip.
+        dtype: of the norm.
+    """
+    norm = square.sqrt().to(dtype)
+    divisor = torch.ones_like(norm) if max_norm is None else ((norm + 1e-6) / max_norm).clamp(min=1.0)
+    return Clipping(norm, divisor.float(), (~norm.isfinite()).float())
+
+
+def norm_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
+    """Of the norm of their gradients: float32, or float64 if a gradient is."""
+    dtypes = (parameter.grad.dtype for parameter in parameters if parameter.grad is not None)
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)
+
+
+@torch.no_grad()
 def clipping(parameters: Iterable[Tensor], max_norm: float | None) -> Clipping:
     """Measure the global L2 norm of the gradients, and what brings it down to `max_norm`. Changes nothing.
 
-    The norm is that of the full gradients over all ranks, and the same on each of them. Gradients are
-    grouped by the mesh axes that they are split over (dense and expert parameters live on two views of the
-    same ranks, which torch refuses to stack); each group costs one all-reduce of one number an axis.
-    The host does not wait.
+    The norm is that of the full gradients over all ranks, and the same on each of them. It costs one all-reduce of one
+    number. The host waits for nothing.
 
     Args:
         parameters: those without a gradient are passed over.
         max_norm: None does not clip.
     """
-    groups: dict[tuple[object, ...], _GradientGroup] = {}
-    for parameter in parameters:
-        if parameter.grad is not None:
-            shards = _shards(parameter.grad)
-            key = (parameter.grad.dtype, parameter.grad.device, *(axis.group_name for axis in shards.axes))
-            groups.setdefault(key, shards._replace(grads=[])).grads.extend(shards.grads)
-    if not groups:
-        return Clipping(torch.zeros(()), torch.ones(()), torch.zeros(()))
-    squares = [_squared_norm(group) for group in groups.values()]
-    dtype = functools.reduce(torch.promote_types, (group.grads[0].dtype for group in groups.values()), torch.float32)
-    norm = torch.stack([square.to(squares[0].device, torch.float64) for square in squares]).sum().sqrt().to(dtype)
-    divisor = torch.ones_like(norm) if max_norm is None else ((norm + 1e-6) / max_norm).clamp(min=1.0)
-    return Clipping(norm, divisor.float(), (~norm.isfinite()).float())
+    parameters = list(parameters)
+    return clipping_of(runtime.all_reduce_sum(square_share(parameters)), max_norm, norm_dtype(parameters))
 
 
 @torch.no_grad()
@@ -292,46 +319,45 @@ def _divide(grads: Sequence[Tensor | None], divisor: Tensor) -> None:
             local_part(grad).mul_(factor)
 
 
-def _shards(grad: Tensor) -> _GradientGroup:
-    if not isinstance(grad, DTensor):
-        return _GradientGroup([], grad.device.type, [grad])
-    mesh = grad.device_mesh
-    assert not any(place.is_partial() for place in grad.placements), "a gradient not reduced yet has no norm"
-    split = [i for i, place in enumerate(grad.placements) if not place.is_replicate() and mesh.size(i) > 1]
-    return _GradientGroup([mesh.get_group(i) for i in split], mesh.device_type, [grad.to_local()])
+def _split_axes(tensor: Tensor) -> list[ProcessGroup]:
+    """The mesh axes that a tensor is split over."""
+    if not isinstance(tensor, DTensor):
+        return []
+    mesh = tensor.device_mesh
+    assert not any(place.is_partial() for place in tensor.placements), "a gradient not reduced yet has no norm"
+    split = [i for i, place in enumerate(tensor.placements) if not place.is_replicate() and mesh.size(i) > 1]
+    return [mesh.get_group(i) for i in split]
+
+
+def _part(grad: Tensor) -> _GradientGroup:
+    parts = math.prod(axis.size() for axis in _split_axes(grad))
+    device_type = grad.device_mesh.device_type if isinstance(grad, DTensor) else grad.device.type
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    return _GradientGroup(ranks // parts, device_type, [local_part(grad)])
 
 
 def _squared_norm(group: _GradientGroup) -> Tensor:
-    """() squared L2 norm of the group's full gradients, at least float32."""
+    """() squared L2 norm of this rank's parts, at least float32."""
     # The result's dtype is that of the sum. A CPU sums a whole tensor in a few lanes: in float32, 2e-5 of the norm of
     # half a million values are lost, which is more than what another number of ranks may change.
     dtype = torch.float64 if group.grads[0].device.type == "cpu" else torch.float32
     dtype = torch.promote_types(dtype, group.grads[0].dtype)
-    total = torch.stack(torch._foreach_norm(group.grads, 2.0, dtype=dtype)).square().sum()
-    for axis in group.axes:
-        total = total.to(group.device_type)  # NCCL reduces on the GPU, also for gradients offloaded to the CPU
-        dist.all_reduce(total, group=axis)
-    return total
+    return torch.stack(torch._foreach_norm(group.grads, 2.0, dtype=dtype)).square().sum()
 
 
 def l2_norms(tensors: Sequence[Tensor]) -> Tensor:
     """The L2 norm of each tensor over all ranks: (n,) on the CPU, the same on every rank, which all call this.
 
-    One all-reduce for each way of splitting tensors over ranks, whatever their number; the host waits once.
+    One all-reduce, whatever their number; the host waits for it.
     """
+    shares = torch.zeros(len(tensors), dtype=torch.float64)
     groups: dict[tuple[object, ...], tuple[_GradientGroup, list[int]]] = {}
     for number, tensor in enumerate(tensors):
-        shards = _shards(tensor)
-        key = (tensor.device, tensor.dtype, *(axis.group_name for axis in shards.axes))
-        group, numbers = groups.setdefault(key, (shards._replace(grads=[]), []))
-        group.grads.extend(shards.grads)
+        part = _part(tensor)
+        group, numbers = groups.setdefault((tensor.device, tensor.dtype, part.copies), (part._replace(grads=[]), []))
+        group.grads.extend(part.grads)
         numbers.append(number)
-    found = torch.zeros(len(tensors), dtype=torch.float64)
     for group, numbers in groups.values():
         norms = torch._foreach_norm(group.grads, 2.0, dtype=torch.promote_types(group.grads[0].dtype, torch.float32))
-        squares = torch.stack([norm.double() for norm in norms]).square()
-        for axis in group.axes:
-            squares = squares.to(group.device_type)
-            dist.all_reduce(squares, group=axis)
-        found[numbers] = squares.sqrt().cpu()
-    return found
+        shares[numbers] = torch.stack([norm.double() for norm in norms]).square().cpu() / group.copies
+    return runtime.all_reduce_sum(shares.to(runtime.device())).sqrt().cpu()

@@ -26,7 +26,7 @@ from llmfoundry.moe.balance import Balance, load_balance_loss, update_expert_bia
 from llmfoundry.parallel.fsdp import accumulating, forget_step
 from llmfoundry.parallel.single import begin_step
 from llmfoundry.train.loss import Loss
-from llmfoundry.train.optim import clipping, update
+from llmfoundry.train.optim import clipping_of, norm_dtype, square_share, update
 from llmfoundry.train.out_of_memory import held
 
 CROSS_ENTROPY = Loss()
@@ -103,8 +103,9 @@ def train_step(
     else:
         sums = accumulate()
 
-    clip = clipping(model.parameters(), max_grad_norm)
-    ce, total, sources, metrics, router = _sum_over_ranks(sums)
+    square = square_share(model.parameters())
+    (ce, total, sources, metrics, router), square = _sum_over_ranks(sums, square)
+    clip = clipping_of(square, max_grad_norm, norm_dtype(model.parameters()))
     if max_loss < math.inf:
         clip = clip._replace(skip=torch.maximum(clip.skip, (total > max_loss).to(clip.skip)))
     updated = clip.skip == 0  # the same on every rank, because the norm is global
@@ -248,10 +249,12 @@ class _Sums(NamedTuple):
     router: RouterStats | None
 
 
-def _sum_over_ranks(own: _Sums) -> _Sums:
-    """All of a step's sums in one all-reduce."""
-    parts = [*own[:4], *(own.router or ())]
-    flat = runtime.all_reduce_sum(torch.cat([part.reshape(-1) for part in parts]))
-    summed = [piece.view_as(part) for piece, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)]
+def _sum_over_ranks(own: _Sums, square: Tensor) -> tuple[_Sums, Tensor]:
+    """All of a step's sums, and that of the squared gradients, in one all-reduce."""
+    parts = [*own[:4], *(own.router or ()), square]
+    flat = runtime.all_reduce_sum(torch.cat([part.reshape(-1).to(own.ce.device, torch.float64) for part in parts]))
+    pieces = zip(flat.split([part.numel() for part in parts]), parts, strict=True)
+    summed = [piece.view_as(part).to(part.dtype) for piece, part in pieces]
     ce, total, sources, metrics = summed[:4]
-    return _Sums(ce, total, sources, metrics, RouterStats(*summed[4:]) if own.router is not None else None)
+    router = RouterStats(*summed[4:-1]) if own.router is not None else None
+    return _Sums(ce, total, sources, metrics, router), summed[-1]

@@ -1,4 +1,4 @@
-"""All rows of the record of training steps that the GPUs here allow, each in a process of its own, in one call.
+"""All rows of the record of training steps that the GPUs here allow, each in a fork of this process, in one call.
 
     python scripts/bench/record_steps.py                      # needs one GPU, or two for all rows
     python scripts/bench/record_steps.py --only "shard 2" --list
@@ -10,17 +10,24 @@ scripts/bench/results/train_step.json when it is done (train_step.py), so a call
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import re
 import shlex
-import subprocess
+import socket
 import sys
 import sysconfig
 import tempfile
 import time
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import train_step
+
+from llmfoundry import runtime
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = "FOLDER_OF_TEXT"
@@ -37,14 +44,38 @@ class Row(NamedTuple):
     gpus: int = 1
     microbatches: int = 1
 
+    def arguments(self, options: list[str], text: str) -> list[str]:
+        """Of train_step.py, on the text of a folder."""
+        settings = (setting.replace(FOLDER, text) for setting in self.settings)
+        return [f"yamls/{self.yaml}.yaml", "--name", self.name, *options, *settings]
+
     def command(self, options: list[str], text: str) -> list[str]:
-        """What measures it, on the text of a folder."""
+        """What measures it by itself."""
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.gpus)]
-        return [
-            sys.executable, *(launcher if self.gpus > 1 else []), str(ROOT / "scripts" / "bench" / "train_step.py"),
-            str(ROOT / "yamls" / f"{self.yaml}.yaml"), "--name", self.name, *options,
-            *(setting.replace(FOLDER, text) for setting in self.settings),
-        ]  # fmt: skip
+        script = [*(launcher if self.gpus > 1 else []), "scripts/bench/train_step.py"]
+        return ["python", *script, *self.arguments(options, text)]
+
+    def measure(self, options: list[str], text: str, log: Path) -> bool:
+        """Run it in forks, one for each GPU, which share what is imported; returns whether all succeeded."""
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
+        group = {
+            "WORLD_SIZE": self.gpus,
+            "LOCAL_WORLD_SIZE": self.gpus,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        fork, arguments = multiprocessing.get_context("fork"), self.arguments(options, text)
+        ranks = [
+            fork.Process(target=_run, args=(arguments, group | {"RANK": rank, "LOCAL_RANK": rank}, log))
+            for rank in range(self.gpus)
+        ]
+        for each in ranks:
+            each.start()
+        for each in ranks:
+            each.join()
+        return all(each.exitcode == 0 for each in ranks)
 
     @property
     def settings(self) -> list[str]:
@@ -53,6 +84,20 @@ class Row(NamedTuple):
                f"device_train_microbatch_size={self.rows}"]  # fmt: skip
         experts = [] if any(key.startswith("parallel.expert=") for key in self.overrides) else ["parallel.expert=1"]
         return [*SETTINGS, *own, *experts, *self.overrides]
+
+
+def _run(arguments: list[str], group: dict[str, object], log: Path) -> None:
+    """What a fork does."""
+    if group["WORLD_SIZE"] != 1:
+        os.environ |= {key: str(value) for key, value in group.items()}
+    with log.open("a", buffering=1) as out, redirect_stdout(out), redirect_stderr(out):
+        try:
+            train_step.main(arguments)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+    runtime.leave(code)
 
 
 EIGHT, SIXTEEN = "OLMoE, 8 layers", "OLMoE, 16 layers"
@@ -75,6 +120,7 @@ ROWS = [
     Row(f"{SIXTEEN}, 4 rows per GPU, shard 2, expert 2", "olmoe-1b-7b", 4, ("parallel.expert=2",), gpus=2),
     Row(f"{SIXTEEN}, 4 x 4 rows per GPU, shard 2", "olmoe-1b-7b", 4, RUNNING, gpus=2, microbatches=4),
     # Not named by the record's plan, for the settings that came since.
+    Row(f"{SIXTEEN}, 4 rows per GPU, shard 2, direct", "olmoe-1b-7b", 4, ("parallel.gather_experts=direct",), gpus=2),
     Row(f"{EIGHT}, 8 rows, bf16_sr weights", "olmoe-1b-7b", 8, (*EIGHT_LAYERS, BF16_WEIGHTS)),
     Row(f"{EIGHT}, 8 rows, bf16_sr weights, bf16 states", "olmoe-1b-7b", 8,
         (*EIGHT_LAYERS, BF16_WEIGHTS, BF16_STATES)),
@@ -95,6 +141,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after these")
     parser.add_argument("--profiles", type=Path, metavar="FOLDER", help="profile each row; its output goes here")
     args = parser.parse_args()
+    os.chdir(ROOT)
     with tempfile.TemporaryDirectory() as folder:
         write_text(Path(folder))
         return record(args, folder)
@@ -116,20 +163,21 @@ def record(args: argparse.Namespace, folder: str) -> int:
         if not re.search(args.only, row.name):
             continue
         profile = ["--profile"] if row.gpus > 1 or args.profiles else []
-        command = row.command(["--warmup", str(args.warmup), "--steps", str(args.steps), *profile], folder)
+        options = ["--warmup", str(args.warmup), "--steps", str(args.steps), *profile]
         if args.list:
-            print(shlex.join(command))
+            print(shlex.join(row.command(options, FOLDER)))
         elif row.gpus > torch.cuda.device_count():
             print(f"{row.name}: needs {row.gpus} GPU(s)", flush=True)
         elif time.monotonic() - begun > args.seconds:
             print(f"{row.name}: no time left", flush=True)
         else:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-            if args.profiles:
-                args.profiles.mkdir(parents=True, exist_ok=True)
-                (args.profiles / f"{row.name}.txt").write_text(done.stdout + done.stderr)
-            failed += done.returncode != 0
-            said = "recorded" if done.returncode == 0 else " ".join(done.stderr.strip().splitlines()[-1:])
+            logs = args.profiles or Path(folder)
+            logs.mkdir(parents=True, exist_ok=True)
+            log = logs / f"{re.sub('[^a-z0-9]+', '-', row.name.lower())}.txt"
+            log.unlink(missing_ok=True)
+            done = row.measure(options, folder, log)
+            failed += not done
+            said = "recorded" if done else " ".join(log.read_text().strip().splitlines()[-1:])
             print(f"{row.name}: {time.monotonic() - begun:.0f} s, {said}", flush=True)
     return 1 if failed else 0
 

@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import re
 import statistics
 import subprocess
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -62,12 +65,11 @@ def measured(trainer: Trainer, seconds: list[float]) -> Row:
     }
 
 
-def planned(config: RunConfig) -> Row:
-    """The plan of what `measured` finds. It is simulated, so before there is a process group."""
+def planned(config: RunConfig, gpus: int) -> Row:
+    """The plan of what `measured` finds, in a process of its own, for it is simulated."""
     job = Job.of(config)
-    degrees = job.degrees(runtime.world_size())
+    degrees = job.degrees(gpus)
     job, held = settled(job, degrees, hardware.GPU_MEMORY - hardware.RESERVE)
-    torch._dynamo.reset()
     sizes = {f"{name}_gib": size / GIB for name, size in held._asdict().items()}
     return {"in_all_gib": held.total / GIB, "seconds": plan(job, degrees).time.total} | sizes
 
@@ -118,7 +120,7 @@ def described(config: RunConfig) -> Row:
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -127,13 +129,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "bench" / "results" / "train_step.json")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         config = read_run_config(args.yaml, [*args.overrides, f"save_folder={folder}", "autoresume=false"])
-        plan_of_run = planned(config)
-        trainer = build(config)
-        seconds = timed_steps(trainer, args.warmup, args.steps)
-        row = machine(trainer.device) | described(config) | measured(trainer, seconds) | {"plan": plan_of_run}
+        # Before CUDA is initialised, a fork is safe. The plan takes as long as the first steps.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as beside:
+            gpus, first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
+            plan_of_run = beside.submit(planned, config, gpus) if first else None
+            trainer = build(config)
+            seconds = timed_steps(trainer, args.warmup, args.steps)
+            row = machine(trainer.device) | described(config) | measured(trainer, seconds)
+            row |= {"plan": plan_of_run.result()} if plan_of_run is not None else {}
         row |= {"warmup": args.warmup, "steps": args.steps, "yaml": args.yaml}
         row["overrides"] = [re.sub("^(variables.data=).*", r"\1FOLDER_OF_TEXT", each) for each in args.overrides]
         if args.profile and trainer.device.type == "cuda":

@@ -78,6 +78,7 @@ def test_kernels_fit_a_hopper_gpu(
         assert row["warps"] * 32 * row["registers"] <= REGISTERS, row
         # One TF32 product would leave 10 of float32's 23 bits; three leave 21.
         assert row["precision"] == ["tf32x3"], row
-        # 256 columns by 16 warps spill 24 bytes, and were measured to beat 128 columns, which spill none.
-        allowed = 24 if row["kernel"] == "up_backward" else 0
+        # 256 columns by 16 warps spill 24 bytes, and were measured to beat 128 columns, which spill none. With a clamp
+        # they spill 128; in 8 slices instead of 4 it is 32, and was measured to be 33 % slower.
+        allowed = (128 if row["case"].startswith("gpt_oss") else 24) if row["kernel"] == "up_backward" else 0
         assert row["spilled"] <= allowed, row

@@ -109,11 +109,12 @@ def test_symmetric_products_equal_the_whole_ones(shape: tuple[int, int, int], dt
         torch.testing.assert_close(factor, whole, rtol=rtol, atol=rtol * float(whole.abs().max()))
 
 
-def test_orthogonal_matrices_by_symmetric_products_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_orthogonal_matrices_by_symmetric_products_are_the_same(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(symmetric, "symmetric_reference", symmetric.symmetric_triton)
     for shape in ((2, 24, 40), (2, 40, 24)):
-        x = torch.randn(shape)
+        x = torch.randn(shape, device=device)
         found, whole = orthogonalize(x.clone(), steps=5, symmetric=True), orthogonalize(x.clone(), steps=5)
         torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
         assert not torch.equal(found, whole), "by the kernel"

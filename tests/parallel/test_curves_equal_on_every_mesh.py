@@ -1,4 +1,4 @@
-"""The same curve however a run is spread, cut into microbatches and recomputed: ten steps in float32.
+"""The same curve however a run is spread, cut into microbatches and recomputed: 20 steps in float32.
 
 Each run saves in the middle. From each of these checkpoints, layouts of every kind continue on the same curve.
 """
@@ -22,7 +22,7 @@ from llmfoundry.model.transformer import CausalLM
 
 pytestmark = pytest.mark.dist
 
-STEPS, MIDDLE, CONTINUED, CLIP, LR = 10, 6, 2, 1.0, 1e-2
+STEPS, MIDDLE, CONTINUED, CLIP, LR = 20, 10, 3, 1.0, 5e-3
 # By the number of processes.
 MUON = {
     1: Case("muon, alone", optimizer="muon"),
@@ -120,7 +120,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def assert_same_curve(ours: Curve, true: Curve, steps: slice) -> None:
     for name in ("ce", "total", "grad_norm"):
-        # 1e-5 of a float32 sum: another order of summation, and what ten updates make of it.
+        # 1e-5 of a float32 sum: another order of summation, and what twenty updates make of it.
         torch.testing.assert_close(
             ours[name], true[name][steps], rtol=1e-5, atol=0.0, msg=lambda m, name=name: f"{name}: {m}"
         )
@@ -134,7 +134,7 @@ def assert_same_start(ours: Curve, true: Curve) -> None:
 @pytest.mark.parametrize("name", EVERY[1:])
 def test_a_run_spread_is_that_of_one_process(name: str, folder: Path) -> None:
     true, ours = (torch.load(folder / f"{each}.pt", weights_only=True) for each in ("alone", name))
-    assert true["ce"][-1] < 0.85 * true["ce"][0], "there has to be a curve"
+    assert true["ce"][-1] < 0.8 * true["ce"][0], "there has to be a curve"
     assert_same_start(ours, true)
     assert_same_curve(ours, true, slice(None))
 

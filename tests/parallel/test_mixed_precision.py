@@ -16,7 +16,6 @@ from torch import Tensor
 from llmfoundry import runtime
 from llmfoundry.config import check, dump
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig
-from llmfoundry.parallel import direct
 
 pytestmark = pytest.mark.dist
 STEPS = 3
@@ -112,14 +111,23 @@ def copied(patch: pytest.MonkeyPatch) -> list[int]:
 def same_in_every_way(folder: Path) -> None:
     """What each way finds."""
     for case, _ in SAME:
-        for way in ("FSDP", "directly"):
+        for way in ("packed", "direct"):
             with pytest.MonkeyPatch.context() as patch:
-                if way == "FSDP":
-                    patch.setattr(direct.Direct, "add", lambda *_: None)
                 values = copied(patch)
-                found = learn(case, "amp_bf16")
+                found = learn(case._replace(parallel=case.parallel | {"gather_experts": way}), "amp_bf16")
             if dist.get_rank() == 0:
-                torch.save(found | {"copied": torch.tensor(sum(values))}, folder / f"{case.name} by {way}.pt")
+                torch.save(found | {"copied": torch.tensor(sum(values))}, folder / f"{case.name}, {way}.pt")
+
+
+def collectives_of_a_step() -> int:
+    """How many all-reduces of all ranks a step makes whose parameters are split in two ways."""
+    with pytest.MonkeyPatch.context() as patch:
+        calls: list[int] = []
+        reduce, train = dist.all_reduce, tiny.train
+        patch.setattr(dist, "all_reduce", lambda *args, **keys: (calls.append(1), reduce(*args, **keys))[1])
+        patch.setattr(tiny, "train", lambda *args, **keys: (calls.clear(), train(*args, **keys))[1])
+        learn(Case("shard 2, expert 2", {"expert": 2}), "amp_bf16")
+    return len(calls) // STEPS
 
 
 def job(folder: Path) -> None:
@@ -127,6 +135,9 @@ def job(folder: Path) -> None:
     runtime.start(group_of_one=True)
     if dist.get_world_size() > 1:
         same_in_every_way(folder)
+        calls = collectives_of_a_step()
+        if dist.get_rank() == 0:
+            (folder / "collectives").write_text(str(calls))
     for case in CASES if dist.get_world_size() > 1 else alone:
         found = learn(case, "amp_bf16")
         if dist.get_rank() == 0:
@@ -149,9 +160,14 @@ def test_a_process_alone_learns_bitwise_what_fsdp_over_one_rank_does(case: Case,
 
 @pytest.mark.parametrize(("case", "times"), SAME, ids=[case.name for case, _ in SAME])
 def test_experts_without_copies_learn_bitwise_what_fsdp_does(case: Case, times: float, spread: Path) -> None:
-    plain, found = (torch.load(spread / f"{case.name} by {way}.pt", weights_only=True) for way in ("FSDP", "directly"))
+    plain, found = (torch.load(spread / f"{case.name}, {way}.pt", weights_only=True) for way in ("packed", "direct"))
     assert torch.equal(found["ce"], plain["ce"]) and torch.equal(found["grad_norm"], plain["grad_norm"])
     assert found["copied"] * times < plain["copied"]
+
+
+def test_a_step_reduces_three_times_what_it_counts(spread: Path) -> None:
+    """Labels before it, the experts' loads in its middle, and at its end all sums with the squared norm."""
+    assert (spread / "collectives").read_text() == "3"
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])

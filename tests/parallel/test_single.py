@@ -68,8 +68,7 @@ def test_gradients_of_several_microbatches_are_summed_in_float32() -> None:
     run = Run(ADAMW, microbatch=tiny.ROWS // 2)
     run.step(1)
     assert set(run.gradients) == {torch.float32}
-    for parameter in run.model.parameters():
-        assert torch.equal(_copy(parameter), parameter.bfloat16())
+    assert all(copy_to_write(parameter) is None for parameter in run.model.parameters())
 
 
 def test_an_optimizer_that_reads_gradients_of_its_weights_alone_gets_them() -> None:
@@ -78,7 +77,6 @@ def test_an_optimizer_that_reads_gradients_of_its_weights_alone_gets_them() -> N
     run.optimizer.register_step_pre_hook(lambda *_: run._look())
     run.step(1)
     assert set(run.gradients) == {torch.float32}
-    assert all(copy_to_write(parameter) is None for parameter in run.model.parameters())
 
 
 def test_sums_in_bf16_are_near_those_in_float32() -> None:
