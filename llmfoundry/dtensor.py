@@ -40,10 +40,11 @@ def local_shard(tensor: Tensor) -> LocalShard:
 
 
 def cut_like(tensor: Tensor, local: Tensor) -> Tensor:
-    """`local` as this rank's part of a tensor that is cut as `tensor` is. Its last dim, not cut, may be another one."""
+    """`local` as this rank's part of a tensor that is cut as `tensor` is. A last dim that is not cut may be another."""
     if not isinstance(tensor, DTensor):
         return local
-    shape = torch.Size((*tensor.shape[:-1], local.shape[-1]))
+    alike = local.shape == tensor.to_local().shape
+    shape = tensor.shape if alike else torch.Size((*tensor.shape[:-1], local.shape[-1]))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
 

@@ -101,7 +101,7 @@ class HFCheckpointer(AtIntervals):
         family, _ = write_config(base)
         source = trainer.config.load_path or ""
         name = source.removeprefix(HUGGING_FACE) if is_theirs(source) else None
-        save_peft(trainer.model, target, peft_names(family, base), name)
+        save_peft(trainer.model, target, peft_names(family, base), name, trainer.optimizer)
         if runtime.is_rank0():
             trainer.tokenizer.save_pretrained(target)
 

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.optim import Optimizer
 
+from llmfoundry.kernels.halves import weight_of
 from llmfoundry.train.adamw import moment
 from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
 from llmfoundry.train.optim import l2_norms
@@ -51,7 +52,7 @@ class OptimizerMonitor(Callback):
                 divisor = getattr(optimizer, "grad_scale", torch.ones(())).cpu()
                 self._grads = l2_norms([_grad(each) for each in parameters.values()]) / divisor
                 if self.config.log_optimizer_metrics and not self.config.only_global:
-                    self._before = {name: each.detach().clone() for name, each in parameters.items()}
+                    self._before = {name: weight_of(each, optimizer).clone() for name, each in parameters.items()}
 
         def after(optimizer: Optimizer, *_: object) -> None:
             if is_due():
@@ -76,11 +77,11 @@ class OptimizerMonitor(Callback):
             self._found |= {f"l2_norm/grad/{name}": norm for name, norm in zip(parameters, norms.tolist(), strict=True)}
         tensors: dict[str, Tensor] = {}
         for name, parameter in parameters.items() if before else ():
-            tensors[f"l2_norm/param/{name}"] = parameter.detach()
-            tensors[f"l2_norm/update/{name}"] = before.pop(name).sub_(parameter.detach())
+            tensors[f"l2_norm/param/{name}"] = weight = weight_of(parameter, optimizer)
+            tensors[f"l2_norm/update/{name}"] = before.pop(name).sub_(weight)
             state = optimizer.state[parameter]
             for key in state.keys() & MOMENTS:
-                tensors[f"l2_norm/moment/{name}"] = moment(state, key).to(parameter.dtype)
+                tensors[f"l2_norm/moment/{name}"] = moment(state, key).to(weight.dtype)
         self._found |= dict(zip(tensors, l2_norms(list(tensors.values())).tolist(), strict=True))
 
 

@@ -276,12 +276,11 @@ class Checkpointer:
             memory = empty_state(entries, state.model, state.optimizer)
         except CheckpointError as error:
             raise CheckpointError(f"{contents.path}: {error}") from None
-        if not getattr(state.optimizer, "halves", False):
-            _say_that_weights_are_cast(entries, model)
         if contents.base is not None:
             load_base(find_base(contents.base, contents.path, base_path), state.model)
         rng = rng_room(entries)
         halves = rooms_to_split(entries, state.model, state.optimizer)
+        _say_that_weights_are_cast(entries, {name: each for name, each in model.items() if name not in halves})
         rooms = {name: part.room for name, part in (memory | halves).items()}
         read_tensors(contents.path, entries, model | rooms | rng)
         if state.optimizer is not None:

@@ -38,7 +38,8 @@ class Stage:
         if torch.cuda.is_available():
             torch.cuda.set_device(runtime.device())  # of this thread
         for part in parts:
-            if part.name not in self._memory:
+            room = self._memory.get(part.name)
+            if room is None or room.dtype != part.dtype:  # a weight gets its low half with its first gradient
                 room = torch.empty(part.tensor.shape, dtype=part.dtype, pin_memory=part.tensor.is_cuda)
                 self._memory[part.name] = room.zero_()
 

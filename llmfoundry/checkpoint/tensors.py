@@ -21,7 +21,7 @@ from llmfoundry.checkpoint.index import Entry
 from llmfoundry.checkpoint.manifest import CheckpointError
 from llmfoundry.checkpoint.storage import RNG
 from llmfoundry.dtensor import cut_like, local_part
-from llmfoundry.kernels.halves import LOW_HALF, Halves, split
+from llmfoundry.kernels.halves import LOW_HALF, Halves, low_half_of, split_into
 
 
 class EmptyState(NamedTuple):
@@ -60,11 +60,10 @@ def join_halves(
 ) -> dict[str, Tensor | Halves]:
     """`model_tensors`, with both halves of the weights that an optimizer keeps so: checkpoints have them in float32."""
     found: dict[str, Tensor | Halves] = dict(tensors)
-    if optimizer is not None and getattr(optimizer, "halves", False):
-        for name, parameter in model.named_parameters():
-            low = optimizer.state.get(parameter, {}).get(LOW_HALF)
-            if low is not None and f"model/{name}" in found:
-                found[f"model/{name}"] = Halves(parameter.detach(), low)
+    for name, parameter in model.named_parameters():
+        low = low_half_of(parameter, optimizer)
+        if low is not None and f"model/{name}" in found:
+            found[f"model/{name}"] = Halves(parameter.detach(), low)
     return found
 
 
@@ -75,9 +74,9 @@ class Split(NamedTuple):
     room: Tensor
 
     def keep(self, optimizer: Optimizer) -> None:
-        high, low = split(local_part(self.room))
-        local_part(self.parameter).data.copy_(high)
-        optimizer.state[self.parameter][LOW_HALF] = cut_like(self.parameter.detach(), low)
+        low = torch.zeros_like(self.parameter, dtype=torch.int16, requires_grad=False)
+        split_into(Halves(local_part(self.parameter.detach()), local_part(low)), local_part(self.room))
+        optimizer.state[self.parameter][LOW_HALF] = low
 
 
 def rooms_to_split(entries: Mapping[str, Entry], model: nn.Module, optimizer: Optimizer | None) -> dict[str, Split]:

@@ -34,7 +34,7 @@ from llmfoundry.hf.generation import GENERATION, generation_of, read_generation,
 from llmfoundry.hf.gguf import GGUFFile
 from llmfoundry.hf.pieces import Copy, Kept, Part, Pieces, Spec, TensorSource, fill, fill_grown, values_of
 from llmfoundry.hf.tokenizer import TOKENIZER_FILES, name_for_transformers_4, tokenizer_of
-from llmfoundry.kernels.halves import LOW_HALF, joined
+from llmfoundry.kernels.halves import low_half_of, weight_of
 from llmfoundry.layers.lora import frozen_weights, is_adapter
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig, cast_parameters
 from llmfoundry.moe.layer import MoEConfig
@@ -431,20 +431,17 @@ class _Model:
 
     def __init__(self, model: CausalLM, optimizer: Optimizer | None = None) -> None:
         self._state = {name: tensor for name, tensor in model.state_dict().items() if not is_adapter(name)}
-        kept = {} if optimizer is None else optimizer.state
-        self._low: dict[str, Tensor] = {
-            name: kept[parameter][LOW_HALF]
-            for name, parameter in model.named_parameters()
-            if LOW_HALF in kept.get(parameter, {})
-        }
+        self._parameters, self._optimizer = dict(model.named_parameters()), optimizer
+        in_halves = {name for name, each in self._parameters.items() if low_half_of(each, optimizer) is not None}
         self.specs: Mapping[str, Spec] = {
-            name: Spec(torch.float32 if name in self._low else tensor.dtype, tuple(tensor.shape))
+            name: Spec(torch.float32 if name in in_halves else tensor.dtype, tuple(tensor.shape))
             for name, tensor in self._state.items()
         }
         self._last: tuple[str, Tensor] | None = None
 
     def parts(self, name: str) -> list[Part]:
         if self._last is None or self._last[0] != name:
-            found = whole(self._state[name])
-            self._last = name, joined(found, whole(self._low[name])) if name in self._low else found
+            parameter = self._parameters.get(name)
+            kept = self._state[name] if parameter is None else weight_of(parameter, self._optimizer)
+            self._last = name, whole(kept)
         return [Part((0,) * self._last[1].dim(), self._last[1])]

@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+
+from llmfoundry.dtensor import cut_like, local_part
 
 try:
     import triton
@@ -23,7 +26,7 @@ except ImportError:  # CPU builds of torch come without it
 
 LOW_HALF = "low_half"  # the key of an optimizer's state
 _NAN = 0x7FC00000  # whose rounding is NaN too
-_AT_ONCE = 2**24  # values that `join_into` joins at a time
+_AT_ONCE = 2**24  # values that are joined or split at a time
 
 
 class Halves(NamedTuple):
@@ -39,6 +42,14 @@ def split(x: Tensor) -> Halves:
     return Halves(((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16), bits.to(torch.int16))
 
 
+def split_into(out: Halves, x: Tensor) -> None:
+    """Write both halves of a float32 tensor into memory of its shape, in pieces, so that little more is needed."""
+    for piece, high, low in zip(*(each.view(-1).split(_AT_ONCE) for each in (x, *out)), strict=True):
+        halves = split(piece)
+        high.copy_(halves.high)
+        low.copy_(halves.low)
+
+
 def joined(high: Tensor, low: Tensor) -> Tensor:
     """The float32 tensor of two halves."""
     bits = (high.view(torch.int16).int() << 16) + low  # a low half from 0x8000 on is negative: high was rounded up
@@ -50,6 +61,22 @@ def join_into(out: Tensor, halves: Halves) -> None:
     high, low = (each.reshape(-1) for each in halves)
     for piece, a, b in zip(out.view(-1).split(_AT_ONCE), high.split(_AT_ONCE), low.split(_AT_ONCE), strict=True):
         piece.copy_(joined(a, b), non_blocking=True)
+
+
+def low_half_of(parameter: Tensor, optimizer: Optimizer | None) -> Tensor | None:
+    """What an optimizer keeps of a parameter beside its high half; None: nothing."""
+    return None if optimizer is None else optimizer.state.get(parameter, {}).get(LOW_HALF)
+
+
+def weight_of(parameter: Tensor, optimizer: Optimizer | None) -> Tensor:
+    """A parameter as its optimizer keeps it: float32 where it is in two halves, cut over ranks alike; else itself."""
+    low = low_half_of(parameter, optimizer)
+    if low is None:
+        return parameter.detach()
+    high = local_part(parameter.detach())
+    out = torch.empty(high.shape, dtype=torch.float32, device=high.device)
+    join_into(out, Halves(high, local_part(low)))
+    return cut_like(parameter.detach(), out)
 
 
 if triton is not None:

@@ -19,9 +19,11 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim import Optimizer
 
 from llmfoundry import runtime
 from llmfoundry.dtensor import local_shard, whole
+from llmfoundry.kernels.halves import weight_of
 from llmfoundry.layers.lora import LoRAConfig, adapted, adapters, frozen_weights, is_adapter
 from llmfoundry.model.transformer import CausalLM
 
@@ -50,7 +52,13 @@ class _Entry(NamedTuple):
     key: str  # of its tensors, before `.lora_A.weight`
 
 
-def save_peft(model: CausalLM, folder: str | Path, names: Names, base_model: str | None = None) -> None:
+def save_peft(
+    model: CausalLM,
+    folder: str | Path,
+    names: Names,
+    base_model: str | None = None,
+    optimizer: Optimizer | None = None,
+) -> None:
     """Write a model's adapters as peft reads them.
 
     Args:
@@ -58,6 +66,7 @@ def save_peft(model: CausalLM, folder: str | Path, names: Names, base_model: str
         folder: made if need be.
         names: the Hugging Face model's names.
         base_model: what `base_model_name_or_path` shall say.
+        optimizer: of a model that is being trained; it may keep the low halves of weights (kernels/halves.py).
 
     Raises:
         ValueError: the model has no adapters.
@@ -66,7 +75,7 @@ def save_peft(model: CausalLM, folder: str | Path, names: Names, base_model: str
     if config is None:
         raise ValueError("the model has no adapters; set model.lora")
     entries, tensors = _entries(model, names), {}
-    values = {name: (whole(a), whole(b)) for name, a, b in adapters(model)}
+    values = {name: (whole(weight_of(a, optimizer)), whole(weight_of(b, optimizer))) for name, a, b in adapters(model)}
     for entry in entries:
         a, b = values[entry.name]
         b = b[..., entry.part.rows, :]

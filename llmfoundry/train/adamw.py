@@ -128,6 +128,8 @@ class AdamW(torch.optim.AdamW):
             del state[key]
         if "step" not in state:
             state["step"] = torch.zeros((), device=parameter.device)
+        if self.halves:  # made also where this rank has none of its values: a checkpoint is of all ranks alike
+            beside_weight(parameter, state)
         for key in names:
             dtype = _CODES[key] if eight_bit else self._state_dtype or computed_in(parameter.dtype)
             if key not in state:

@@ -86,10 +86,10 @@ class DecoupledLionW(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(parameter, dtype=computed_in(parameter.dtype))
         if weight.dtype == torch.bfloat16:
             state.setdefault("step", torch.zeros_like(one)).add_(1 - skip)
+        beside, (beta1, beta2) = beside_weight(parameter, state if self.halves else None), group["betas"]
         if not weight.numel():  # a small parameter may leave a rank with nothing
             return
         assert parameter.grad is not None
-        beside, (beta1, beta2) = beside_weight(parameter, state if self.halves else None), group["betas"]
         lion_(
             weight, local_part(state["exp_avg"]), local_part(parameter.grad), [] if beside is None else [beside],
             state.get("step", one), divisor, skip, self._places[parameter], lr=group["lr"], beta1=beta1, beta2=beta2,

@@ -42,6 +42,7 @@ def test_two_ranks_say_and_write_what_one_does(tmp_path: Path) -> None:
     for name, more in (("one", {}), ("two", {"parallel": {"expert": 2}})):
         hf = {"save_folder": str(tmp_path / name), "save_interval": "2ba", "huggingface_folder_name": "r{rank}-{batch}"}
         run = tiny_run(tmp_path) | {"model": MIXTRAL, "save_folder": str(tmp_path / name), "max_duration": "9ba"} | more
+        run["optimizer"] |= {"master_weights": "fp32_split"}
         files.append(tmp_path / f"{name}.yaml")
         files[-1].write_text(yaml.safe_dump(run | {"callbacks": CALLBACKS | {"hf_checkpointer": hf}}))
     assert train_main([str(files[0])]) == 0

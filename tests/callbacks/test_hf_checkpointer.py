@@ -48,6 +48,7 @@ def test_adapters_are_written_alone_as_peft_reads_them(tiny: Path, tmp_path: Pat
     lora = [
         "model.lora={rank: 2, alpha: 2, target_modules: [wqkv]}", f"load_path=hf:{base}", "load_weights_only=true",
         f"save_folder={tmp_path}/adapted", "optimizer.lr=0.1", f"callbacks.hf_checkpointer.save_folder={tmp_path}/two",
+        "optimizer.master_weights=fp32_split",
     ]  # fmt: skip
     assert train_main([str(tiny), *MIXTRAL, folder, *lora]) == 0
     out = tmp_path / "two" / "huggingface" / "ba4"

@@ -19,7 +19,9 @@ def tensors_of(checkpoint: Path, part: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(f"{part}/"): tensor for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "decoupled_adamw", "decoupled_lionw", "muon"])
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", "decoupled_adamw", "decoupled_lionw", "muon", "adamw, master_weights: fp32_split"]
+)
 def test_norms_are_those_of_the_checkpoints(tiny: Path, tmp_path: Path, optimizer: str) -> None:
     options = ["save_interval=1ba", f"optimizer={{name: {optimizer}, lr: 0.01}}", CLIPPED, "max_duration=2ba"]
     assert train_main([str(tiny), *options, "callbacks.optimizer_monitor={batch_log_interval: 2}"]) == 0

@@ -21,26 +21,29 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import Optimizer
 
+import llmfoundry.train.lion
+import llmfoundry.train.muon  # noqa: F401  both register their optimizers
 from llmfoundry.checkpoint import manifest
 from llmfoundry.checkpoint.checkpointer import Checkpointer, CheckpointState, SaveError, load_model_only, read
 from llmfoundry.checkpoint.finding import candidates
 from llmfoundry.checkpoint.manifest import MANIFEST, CheckpointError, verify
-from llmfoundry.config import ConfigError
-from llmfoundry.kernels.halves import LOW_HALF, joined
+from llmfoundry.config import ConfigError, check
+from llmfoundry.kernels.halves import LOW_HALF, joined, weight_of
 from llmfoundry.parallel.apply import keep_weights_in
 from llmfoundry.train.adamw import moment
-from llmfoundry.train.optim import AdamWConfig
+from llmfoundry.train.optim import AdamWConfig, OptimizerConfig
 from tests import forks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
 Kept = Literal["fp32", "bf16", "int8"]
+SPLITTING = ("adamw", "decoupled_lionw", "muon")  # optimizers that keep weights in halves
 
 
 class Tiny(nn.Module):
@@ -195,6 +198,30 @@ def test_weights_in_halves_are_float32_in_a_checkpoint_and_nowhere_else(
     assert_same(run, alike)
     assert not any("master_weights" in line for line in caplog.messages)
     assert any(joined(p.detach(), run[1].state[p][LOW_HALF]).ne(p.float()).any() for p in run[0].parameters())
+
+
+def test_a_weight_may_get_its_low_half_after_a_save_and_a_frozen_one_that_is_rounded_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    run, other = build(split=True), build(seed=1, split=True)
+    checkpointer = Checkpointer(tmp_path, asynchronous=True)
+    checkpointer.save(state(*run, step=0))  # weights alone, in bfloat16
+    train(*run)
+    checkpointer.save(state(*run))
+    path = checkpointer.wait()
+    assert path is not None
+    Checkpointer(tmp_path).load(path, state(*other))
+    assert_same(run, other)
+    assert not any("master_weights" in line for line in caplog.messages)
+    train(*run)
+    checkpointer.save(state(*run, step=6))
+    path = checkpointer.wait()
+    assert path is not None
+    other[0].get_parameter("head.weight").requires_grad_(False)  # has no low half now
+    Checkpointer(tmp_path).load(path, state(*other))
+    assert any("float32 in the checkpoint and are kept in torch.bfloat16" in line for line in caplog.messages)
+    assert torch.equal(run[0].get_parameter("head.weight"), other[0].get_parameter("head.weight"))
 
 
 def test_a_checkpoint_brings_everything_back_bitwise_and_training_continues_the_same(tmp_path: Path) -> None:
@@ -739,6 +766,19 @@ def _spread(seed: int, layout: str) -> tuple[nn.Module, Optimizer]:
     return model, AdamWConfig(lr=0.01, state_dtype="int8").build(model)
 
 
+def _halves(name: str, mesh: DeviceMesh | None = None, seed: int = 0) -> tuple[nn.Module, Optimizer]:
+    """A run of weights in halves, after three steps; of two ranks, the second one has no expert."""
+    model, _ = build(seed, split=True)
+    model.w1 = nn.Parameter(model.w1.detach()[:1])
+    if mesh is not None:
+        fully_shard(model, mesh=mesh)
+    for parameter in model.parameters():
+        parameter.grad_dtype = torch.float32
+    optimizer = check(OptimizerConfig, {"name": name, "lr": 0.01, "master_weights": "fp32_split"}).build(model)
+    train(model, optimizer)
+    return model, optimizer
+
+
 def _two_ranks(rank: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     torch.set_num_threads(1)
@@ -767,6 +807,11 @@ def _two_ranks(rank: int, folder: Path) -> None:
         flip(folder / "single" / "step-6" / "model-00001.safetensors")
     dist.barrier()
     assert newest(single) == folder / "single" / "step-3"
+    for name in SPLITTING:
+        run, other = (_halves(name, init_device_mesh("cpu", (2,)), seed) for seed in (0, 1))
+        checkpointer.load(Checkpointer(folder / name).save(state(*run)), state(*other))
+        for p, q in zip(run[0].parameters(), other[0].parameters(), strict=True):
+            assert torch.equal(full(weight_of(p, run[1])), full(weight_of(q, other[1])))
     dist.destroy_process_group()
 
 
@@ -777,6 +822,10 @@ def test_a_checkpoint_loads_on_any_number_of_processes_and_mesh(tmp_path: Path) 
     Checkpointer(tmp_path / "single").save(state(*one))
     forks.in_processes(_two_ranks, (tmp_path,), 2)
     flip(tmp_path / "single" / "step-6" / "model-00001.safetensors")  # damaged there; whole again by this
+    for name in SPLITTING:
+        other = _halves(name, seed=1)
+        Checkpointer(tmp_path).load(tmp_path / name / "step-3", state(*other))
+        assert_same(_halves(name), other)
 
     for path in ("spread/step-1", "spread/step-2", "single/step-6"):  # in the step, in a thread, by experts
         other = build(seed=5, state_dtype="int8")
