@@ -27,7 +27,7 @@ class Stage:
         self.waited = 0.0  # seconds that updates have waited for copies; whoever reads it sets it to 0
         self._memory: dict[str, torch.Tensor] = {}
         self._left: list[Part] = []  # to be copied by `finish`
-        self._copied = threading.Event()  # what was left is copied
+        self._copied = threading.Event()  # what was left in host memory is copied
         self._copied.set()
         self._stream: torch.cuda.Stream | None = None
         self._on_device: torch.cuda.Event | None = None  # what lies on the GPU is copied
@@ -60,10 +60,11 @@ class Stage:
             self._stream = self._stream or torch.cuda.Stream()
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                self._copy(on_device)
+                self._copy([part for part in on_device if part.name not in updated])
+                at_once = torch.cuda.current_stream().record_event()
+                self._copy([part for part in on_device if part.name in updated])
             self._on_device = self._stream.record_event()
-            if any(part.name not in updated for part in on_device):
-                torch.cuda.current_stream().wait_event(self._on_device)
+            torch.cuda.current_stream().wait_event(at_once)
         self._copy([part for part in parts if not part.tensor.is_cuda and part.name not in updated])
         self._left = [part for part in parts if not part.tensor.is_cuda and part.name in updated]
         self._copied.clear()
@@ -72,11 +73,11 @@ class Stage:
         """Copy what is left; returns the parts that `begin` was given, as they were then."""
         try:
             self._copy(self._left)
-            if self._on_device is not None:
-                self._on_device.synchronize()
         finally:
             self._left = []
             self._copied.set()
+        if self._on_device is not None:
+            self._on_device.synchronize()
         return [part._replace(tensor=self._memory[part.name], low=None) for part in parts]
 
     def wait(self) -> None:
