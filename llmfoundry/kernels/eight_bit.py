@@ -23,8 +23,7 @@ try:
     import triton
     import triton.language as tl
 
-    from llmfoundry.kernels.halves import join_bits, split_bits
-    from llmfoundry.kernels.update import hash_bits, key_bits, round_bits, weight_bits
+    from llmfoundry.kernels.update import hash_bits, key_bits, load_weight, store_weight
 except ImportError:  # CPU builds of torch come without it
     triton = None
 
@@ -179,25 +178,13 @@ if triton is not None:
         v = tl.load(v_ptr + i, inside, other=0).to(tl.float32)
         v = v * v * (1 / 65025)
         v = v * v * tl.load(vs_ptr + b, here, other=0.0)[:, None]
-        w = tl.load(w_ptr + i, inside, other=0.0)
-        if BESIDE and b_ptr.dtype.element_ty == tl.int16:
-            w = join_bits(w, tl.load(b_ptr + i, inside, other=0))
-        w = w.to(tl.float32)
+        w = load_weight(w_ptr, b_ptr, i, inside, BESIDE)
         m += (g - m) * rest1
         v = v * beta2 + g * g * rest2
         w = w * keep - lr / tl.load(factors_ptr) * m / (tl.sqrt(v) / tl.load(factors_ptr + 1) + eps)
         place = (start + begin // inner * step + begin % inner).to(tl.uint32)[:, None] + lane.to(tl.uint32)[None, :]
         noise = hash_bits(place ^ key_bits(tl.load(count_ptr), number))
-        if BESIDE and b_ptr.dtype.element_ty == tl.int16:
-            high, low = split_bits(w)
-            tl.store(w_ptr + i, high, inside)
-            tl.store(b_ptr + i, low, inside)
-        elif w_ptr.dtype.element_ty == tl.bfloat16:
-            tl.store(w_ptr + i, round_bits(w, weight_bits(noise)), inside)
-        else:
-            tl.store(w_ptr + i, w, inside)
-        if BESIDE and b_ptr.dtype.element_ty == tl.bfloat16:
-            tl.store(b_ptr + i, w.to(tl.bfloat16), inside)
+        store_weight(w_ptr, b_ptr, i, inside, w, noise, BESIDE)
         m_scale, v_scale = tl.max(tl.abs(m), 1), tl.max(v, 1)
         tl.store(ms_ptr + b, m_scale, here)
         tl.store(vs_ptr + b, v_scale, here)

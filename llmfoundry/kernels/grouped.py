@@ -23,7 +23,7 @@ from llmfoundry.kernels.tiles import (
     plain,
     ragged,
     turns,
-    write_ragged,
+    write_rows,
 )
 from llmfoundry.kernels.whole import next_power_of_2
 
@@ -69,13 +69,7 @@ def grouped_kernel(
             acc = tl.dot(a, w, acc, input_precision="tf32x3")
         start = tl.load(start_ptr + e)
         size = tl.load(start_ptr + e + 1) - start
-        dtype: tl.constexpr = out_desc.dtype
-        if PIECES == 2:
-            left, right = acc.reshape([BM, 2, BN // 2]).permute(0, 2, 1).split()
-            write_ragged(out_desc, start, size, row - start, j * BN, left.to(dtype))
-            write_ragged(out_desc, start, size, row - start, j * BN + BN // 2, right.to(dtype))
-        else:
-            write_ragged(out_desc, start, size, row - start, j * BN, acc.to(dtype))
+        write_rows(out_desc, start, size, row - start, j * BN, acc, PIECES)
 
 
 def grouped(

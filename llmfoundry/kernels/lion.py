@@ -21,8 +21,7 @@ try:
     import triton
     import triton.language as tl
 
-    from llmfoundry.kernels.halves import join_bits, split_bits
-    from llmfoundry.kernels.update import noise_bits, round_bits, weight_bits
+    from llmfoundry.kernels.update import load_weight, noise_bits, store_weight
 except ImportError:  # CPU builds of torch come without it
     triton = None
 
@@ -101,24 +100,12 @@ if triton is not None:
         inside = i < n
         g = tl.load(g_ptr + i, inside, other=0.0).to(tl.float32) / tl.load(divisor_ptr)
         m = tl.load(m_ptr + i, inside, other=0.0)
-        w = tl.load(w_ptr + i, inside, other=0.0)
-        if BESIDE and b_ptr.dtype.element_ty == tl.int16:
-            w = join_bits(w, tl.load(b_ptr + i, inside, other=0))
-        w = w.to(tl.float32) * keep
+        w = load_weight(w_ptr, b_ptr, i, inside, BESIDE) * keep
         towards = g + (m - g) * beta1
         w -= tl.where(towards > 0, lr, tl.where(towards < 0, -lr, 0.0))
-        if BESIDE and b_ptr.dtype.element_ty == tl.int16:
-            high, low = split_bits(w)
-            tl.store(w_ptr + i, high, inside)
-            tl.store(b_ptr + i, low, inside)
-        elif w_ptr.dtype.element_ty == tl.bfloat16:
-            noise = noise_bits(begin, tl.load(step_ptr), number, start, inner, step, BLOCK)
-            tl.store(w_ptr + i, round_bits(w, weight_bits(noise)), inside)
-        else:
-            tl.store(w_ptr + i, w, inside)
+        noise = noise_bits(begin, tl.load(step_ptr), number, start, inner, step, BLOCK)
+        store_weight(w_ptr, b_ptr, i, inside, w, noise, BESIDE)
         tl.store(m_ptr + i, m + (g - m) * rest2, inside)
-        if BESIDE and b_ptr.dtype.element_ty == tl.bfloat16:
-            tl.store(b_ptr + i, w.to(tl.bfloat16), inside)
 
 
 def lion_triton(

@@ -24,8 +24,7 @@ try:
     import triton
     import triton.language as tl
 
-    from llmfoundry.kernels.halves import join_bits, split_bits
-    from llmfoundry.kernels.update import noise_bits, round_bits, weight_bits
+    from llmfoundry.kernels.update import load_weight, noise_bits, round_bits, store_weight
 except ImportError:  # CPU builds of torch come without it
     triton = None
 
@@ -203,22 +202,10 @@ if triton is not None:
         begin = tl.program_id(0).to(tl.int64) * BLOCK
         i = begin + tl.arange(0, BLOCK)
         inside = i < n
-        w = tl.load(w_ptr + i, inside, other=0.0)
-        if BESIDE and b_ptr.dtype.element_ty == tl.int16:
-            w = join_bits(w, tl.load(b_ptr + i, inside, other=0))
-        w = w.to(tl.float32) * keep
+        w = load_weight(w_ptr, b_ptr, i, inside, BESIDE) * keep
         w -= tl.load(d_ptr + i, inside, other=0.0).to(tl.float32) * lr
-        if BESIDE and b_ptr.dtype.element_ty == tl.int16:
-            high, low = split_bits(w)
-            tl.store(w_ptr + i, high, inside)
-            tl.store(b_ptr + i, low, inside)
-        elif w_ptr.dtype.element_ty == tl.bfloat16:
-            noise = noise_bits(begin, tl.load(step_ptr), number, start, inner, step, BLOCK)
-            tl.store(w_ptr + i, round_bits(w, weight_bits(noise)), inside)
-        else:
-            tl.store(w_ptr + i, w, inside)
-        if BESIDE and b_ptr.dtype.element_ty == tl.bfloat16:
-            tl.store(b_ptr + i, w.to(tl.bfloat16), inside)
+        noise = noise_bits(begin, tl.load(step_ptr), number, start, inner, step, BLOCK)
+        store_weight(w_ptr, b_ptr, i, inside, w, noise, BESIDE)
 
 
 def momentum_triton(

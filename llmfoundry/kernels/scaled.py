@@ -14,7 +14,18 @@ from torch import Tensor
 
 from llmfoundry.kernels.e4m3 import Scaled, rescaled_reference
 from llmfoundry.kernels.grouped import GroupedConfig
-from llmfoundry.kernels.tiles import TILE_ROWS, Tiles, my_tiles, n_programs, place, plain, ragged, turns, write_ragged
+from llmfoundry.kernels.tiles import (
+    TILE_ROWS,
+    Tiles,
+    my_tiles,
+    n_programs,
+    place,
+    plain,
+    ragged,
+    turns,
+    write_matrix,
+    write_rows,
+)
 from llmfoundry.kernels.tune import holds_large
 from llmfoundry.kernels.weight_grad import WeightGradConfig
 
@@ -56,13 +67,7 @@ def scaled_grouped_kernel(
             acc = acc * scale[:, None] * tl.load(w_scale_ptr + e * N + columns, mask=columns < N, other=0.0)[None, :]
         else:
             acc = acc * (scale * tl.load(w_scale_ptr + e))[:, None]
-        dtype: tl.constexpr = out_desc.dtype
-        if PIECES == 2:
-            left, right = acc.reshape([BM, 2, BN // 2]).permute(0, 2, 1).split()
-            write_ragged(out_desc, start, size, row - start, j * BN, left.to(dtype))
-            write_ragged(out_desc, start, size, row - start, j * BN + BN // 2, right.to(dtype))
-        else:
-            write_ragged(out_desc, start, size, row - start, j * BN, acc.to(dtype))
+        write_rows(out_desc, start, size, row - start, j * BN, acc, PIECES)
 
 
 def scaled_grouped(
@@ -126,13 +131,7 @@ def scaled_weight_grad_kernel(
             right = right_desc.load([k, j * BN, 0]).reshape([BN, BK])
             acc = tl.dot(left, right.T, acc)
         acc = acc * (tl.load(left_scale_ptr + e) * tl.load(right_scale_ptr + e))
-        dtype: tl.constexpr = out_desc.dtype
-        if PIECES == 2:
-            left_half, right_half = acc.reshape([BM, 2, BN // 2]).permute(0, 2, 1).split()
-            out_desc.store([e, i * BM, j * BN], left_half.to(dtype).reshape([1, BM, BN // 2]))
-            out_desc.store([e, i * BM, j * BN + BN // 2], right_half.to(dtype).reshape([1, BM, BN // 2]))
-        else:
-            out_desc.store([e, i * BM, j * BN], acc.to(dtype).reshape([1, BM, BN]))
+        write_matrix(out_desc, e, i * BM, j * BN, acc, PIECES)
 
 
 def scaled_weight_grad(

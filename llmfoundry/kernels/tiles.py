@@ -173,6 +173,34 @@ def place(tile, n_row_tiles, COLUMN_TILES: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
+def write_rows(desc, start, size, row, column, acc, PIECES: tl.constexpr):
+    """Store an accumulator as a block of (M, N) rows, in one piece or in two of half the columns."""
+    BM: tl.constexpr = acc.shape[0]
+    BN: tl.constexpr = acc.shape[1]
+    dtype: tl.constexpr = desc.dtype
+    if PIECES == 2:
+        left, right = acc.reshape([BM, 2, BN // 2]).permute(0, 2, 1).split()
+        write_ragged(desc, start, size, row, column, left.to(dtype))
+        write_ragged(desc, start, size, row, column + BN // 2, right.to(dtype))
+    else:
+        write_ragged(desc, start, size, row, column, acc.to(dtype))
+
+
+@triton.jit
+def write_matrix(desc, e, row, column, acc, PIECES: tl.constexpr):
+    """Store an accumulator as a block of the matrix of an expert, (E, P, N), in pieces as `write_rows`."""
+    BM: tl.constexpr = acc.shape[0]
+    BN: tl.constexpr = acc.shape[1]
+    dtype: tl.constexpr = desc.dtype
+    if PIECES == 2:
+        left, right = acc.reshape([BM, 2, BN // 2]).permute(0, 2, 1).split()
+        desc.store([e, row, column], left.to(dtype).reshape([1, BM, BN // 2]))
+        desc.store([e, row, column + BN // 2], right.to(dtype).reshape([1, BM, BN // 2]))
+    else:
+        desc.store([e, row, column], acc.to(dtype).reshape([1, BM, BN]))
+
+
+@triton.jit
 def read_ragged(desc, start, size, row, column):
     """Load a block of (M, N) rows from a ragged descriptor; rows past `start + size` are zero."""
     block: tl.constexpr = desc.block_shape[2:]

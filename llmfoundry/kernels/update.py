@@ -237,6 +237,28 @@ if triton is not None:
         return hash_bits(noise ^ 0x5BD1E995) & 0xFFFF  # `noise_of_weight`
 
     @triton.jit
+    def load_weight(w_ptr, b_ptr, i, inside, BESIDE: tl.constexpr):
+        # `read_weight`; BESIDE: whether there is anything at b_ptr
+        w = tl.load(w_ptr + i, inside, other=0.0)
+        if BESIDE and b_ptr.dtype.element_ty == tl.int16:
+            w = join_bits(w, tl.load(b_ptr + i, inside, other=0))
+        return w.to(tl.float32)
+
+    @triton.jit
+    def store_weight(w_ptr, b_ptr, i, inside, w, noise, BESIDE: tl.constexpr):
+        # `write_weight`; the noise is that of the values, and removed where nothing is rounded
+        if BESIDE and b_ptr.dtype.element_ty == tl.int16:
+            high, low = split_bits(w)
+            tl.store(w_ptr + i, high, inside)
+            tl.store(b_ptr + i, low, inside)
+        elif w_ptr.dtype.element_ty == tl.bfloat16:
+            tl.store(w_ptr + i, round_bits(w, weight_bits(noise)), inside)
+        else:
+            tl.store(w_ptr + i, w, inside)
+        if BESIDE and b_ptr.dtype.element_ty == tl.bfloat16:
+            tl.store(b_ptr + i, w.to(tl.bfloat16), inside)
+
+    @triton.jit
     def adamw_kernel(
         table_ptr, steps_ptr, factors_ptr, divisor_ptr, skip_ptr, n_tensors, lr, rest1, beta2, rest2, eps, keep,
         WEIGHT: tl.constexpr, GRAD: tl.constexpr, MOMENT: tl.constexpr, BESIDE: tl.constexpr, TENSORS: tl.constexpr,
@@ -275,24 +297,12 @@ if triton is not None:
             g = tl.load(g_ptr + i, inside, other=0.0).to(tl.float32) * scale
             m = tl.load(m_ptr + i, inside, other=0.0).to(tl.float32)
             v = tl.load(v_ptr + i, inside, other=0.0).to(tl.float32)
-            w = tl.load(w_ptr + i, inside, other=0.0)
-            if BESIDE == tl.int16:
-                w = join_bits(w, tl.load(b_ptr + i, inside, other=0))
-            w = w.to(tl.float32)
+            w = load_weight(w_ptr, b_ptr, i, inside, BESIDE is not None)
             m += (g - m) * rest1
             v = v * beta2 + g * g * rest2
             w = w * keep - size * m / (tl.sqrt(v) / root + eps)
             noise = noise_bits(begin, count, number, start, inner, step, BLOCK)  # removed where nothing is rounded
-            if BESIDE == tl.int16:
-                high, low = split_bits(w)
-                tl.store(w_ptr + i, high, inside)
-                tl.store(b_ptr + i, low, inside)
-            elif WEIGHT == tl.bfloat16:
-                tl.store(w_ptr + i, round_bits(w, weight_bits(noise)), inside)
-            else:
-                tl.store(w_ptr + i, w, inside)
-            if BESIDE == tl.bfloat16:
-                tl.store(b_ptr + i, w.to(tl.bfloat16), inside)
+            store_weight(w_ptr, b_ptr, i, inside, w, noise, BESIDE is not None)
             if MOMENT == tl.bfloat16:
                 tl.store(m_ptr + i, round_bits(m, noise & 0xFFFF), inside)
                 tl.store(v_ptr + i, round_bits(v, noise >> 16), inside)

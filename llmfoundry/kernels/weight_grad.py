@@ -14,7 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmfoundry.kernels.tiles import Tiles, my_tiles, n_programs, place, plain, ragged, read_ragged, turns
+from llmfoundry.kernels.tiles import (
+    Tiles,
+    my_tiles,
+    n_programs,
+    place,
+    plain,
+    ragged,
+    read_ragged,
+    turns,
+    write_matrix,
+)
 from llmfoundry.kernels.whole import next_power_of_2
 
 
@@ -51,13 +61,7 @@ def weight_grad_kernel(
             left = read_ragged(left_desc, start, size, k, i * BM)
             right = read_ragged(right_desc, start, size, k, j * BN)
             acc = tl.dot(left.T, right, acc, input_precision="tf32x3")
-        dtype: tl.constexpr = out_desc.dtype
-        if PIECES == 2:
-            left_half, right_half = acc.reshape([BM, 2, BN // 2]).permute(0, 2, 1).split()
-            out_desc.store([e, i * BM, j * BN], left_half.to(dtype).reshape([1, BM, BN // 2]))
-            out_desc.store([e, i * BM, j * BN + BN // 2], right_half.to(dtype).reshape([1, BM, BN // 2]))
-        else:
-            out_desc.store([e, i * BM, j * BN], acc.to(dtype).reshape([1, BM, BN]))
+        write_matrix(out_desc, e, i * BM, j * BN, acc, PIECES)
 
 
 def weight_grad(left: Tensor, right: Tensor, tiles: Tiles, *, config: WeightGradConfig = WeightGradConfig()) -> Tensor:
