@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from llmfoundry.kernels.activations import accumulation_dtype, activate, activate_backward
-from llmfoundry.kernels.late import LateGradients
+from llmfoundry.kernels.late import LateGradients, computed
 from llmfoundry.kernels.low_rank import RANK_STEP, ExpertAdapters, Operands, rounds_once
 from llmfoundry.kernels.routing import Order, sort_by_expert, sum_rows_torch
 
@@ -216,12 +216,9 @@ class _GroupedExperts(torch.autograd.Function):
             "down_a": lambda: _weight_gradient(cast(Tensor, du_down), _keep(a, a_kept, dropout), start),
             "down_b": lambda: _weight_gradient(dout, u_down, start),
         }
-        grads: list[Tensor | None] = []
-        for (name, compute), need in zip(compute_by_name.items(), needs, strict=True):
-            if need and ctx.late is not None:
-                ctx.late.defer(name, compute)
-            grads.append(compute() if need and ctx.late is None else None)
-        return dx, dweights, None, *grads, None, None, None, None
+        needed = {name: compute_by_name[name] for name, need in zip(compute_by_name, needs, strict=True) if need}
+        grads = computed(needed, ctx.late)
+        return dx, dweights, None, *(grads.get(name) for name in compute_by_name), None, None, None, None
 
 
 def _draw_kept(rows: Tensor, dropout: float) -> Tensor | None:

@@ -27,7 +27,7 @@ from llmfoundry.kernels.gather import (
     sum_rows,
     sum_rows_reference,
 )
-from llmfoundry.kernels.late import LateGradients
+from llmfoundry.kernels.late import Deferred, LateGradients, computed
 from llmfoundry.kernels.routing import Order, sort_by_expert
 from llmfoundry.kernels.routing_triton import sort_by_expert_triton
 from llmfoundry.kernels.tiles import Tiles, tile_rows, tile_rows_reference
@@ -308,7 +308,6 @@ class _Context(Protocol):
     def set_materialize_grads(self, value: bool) -> None: ...
 
 
-Deferred = dict[str, Callable[[], Tensor]]
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, str, bool, int]
 
 
@@ -337,7 +336,7 @@ def _gradients(ctx: _Context, needs: tuple[bool, ...], dy: Tensor) -> tuple[Tens
 
 def _autograd(ctx: _Context, dy: Tensor, *_unused: None) -> tuple[Tensor | None, ...]:
     dx, dweights, deferred = _gradients(ctx, ctx.needs_input_grad[:4], dy)
-    grads = {name: deferred.pop(name)() for name in list(deferred)}  # `pop` frees what only the first needs
+    grads = computed(deferred)
     return dx, dweights, grads.get("w1"), grads.get("w2"), *[None] * 6
 
 
@@ -358,8 +357,7 @@ class _LateExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: _Context, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweights, deferred = _gradients(ctx, ctx.needs_input_grad[1:5], dy)
-        for name, compute in deferred.items():
-            ctx.late.defer(name, compute)
+        computed(deferred, ctx.late)
         return None, dx, dweights, *[None] * 8
 
 

@@ -15,7 +15,6 @@ the place of the autograd that an operator registers, which is 80 us slower, and
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -28,7 +27,7 @@ from torch.utils.flop_counter import register_flop_formula
 from llmfoundry.kernels.activations import clamp_limit
 from llmfoundry.kernels.gather import Biases, expert_sums, gather, gather_and_dots, slot_sums, sum_rows
 from llmfoundry.kernels.grouped import grouped
-from llmfoundry.kernels.late import LateGradients
+from llmfoundry.kernels.late import Deferred, LateGradients, computed
 from llmfoundry.kernels.low_rank import ExpertAdapters
 from llmfoundry.kernels.narrow import narrow, narrow_grad
 from llmfoundry.kernels.routing import Order
@@ -393,7 +392,6 @@ class _Context(Protocol):
     def set_materialize_grads(self, value: bool) -> None: ...
 
 
-Deferred = dict[str, Callable[[], Tensor]]
 Adapter = tuple[Tensor | None, Tensor | None]
 Biased = tuple[Tensor | None, Tensor | None]
 Inputs = tuple[
@@ -439,8 +437,7 @@ def _gradients(ctx: _Context, needs: tuple[bool, ...], dy: Tensor) -> tuple[Tens
 
 def _autograd(ctx: _Context, dy: Tensor, *_unused: None) -> tuple[Tensor | None, ...]:
     dx, dweights, deferred = _gradients(ctx, ctx.needs_input_grad[:10], dy)
-    # `pop` frees what only the first need before the next are computed.
-    grads = {name: deferred.pop(name)() for name in list(deferred)}
+    grads = computed(deferred)
     return dx, dweights, *(grads.get(name) for name in WEIGHTS), *[None] * 10
 
 
@@ -461,13 +458,7 @@ class _Experts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: _Context, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweights, deferred = _gradients(ctx, ctx.needs_input_grad[1:11], dy)
-        grads: dict[str, Tensor] = {}
-        for name in list(deferred):
-            compute = deferred.pop(name)  # which frees what only the first need before the next are computed
-            if ctx.late is None:
-                grads[name] = compute()
-            else:
-                ctx.late.defer(name, compute)
+        grads = computed(deferred, ctx.late)
         return None, dx, dweights, *(grads.get(name) for name in WEIGHTS), *[None] * 10
 
 

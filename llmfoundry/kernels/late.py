@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+Deferred = dict[str, Callable[[], Tensor]]  # what computes the gradient of each weight
+
 
 class LateGradients:
     """The deferred weight gradients of one call of an operator."""
 
     def __init__(self) -> None:
-        self._deferred: dict[str, Callable[[], Tensor]] = {}
+        self._deferred: Deferred = {}
 
     @overload
     def weight(self, name: str, weight: Tensor) -> Tensor: ...
@@ -38,6 +40,22 @@ class LateGradients:
     def compute(self, name: str) -> Tensor:
         """Compute a deferred gradient, and free what it needed."""
         return self._deferred.pop(name)()
+
+
+def computed(deferred: Deferred, late: LateGradients | None = None) -> dict[str, Tensor]:
+    """The gradients of weights, computed now, in order; or none, where they are left to `late`.
+
+    Args:
+        deferred: is emptied, which frees what only the first need before the next are computed.
+    """
+    found: dict[str, Tensor] = {}
+    for name in list(deferred):
+        compute = deferred.pop(name)
+        if late is None:
+            found[name] = compute()
+        else:
+            late.defer(name, compute)
+    return found
 
 
 class _Context(FunctionCtx):
