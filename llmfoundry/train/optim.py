@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from llmfoundry import runtime
@@ -319,21 +318,14 @@ def _divide(grads: Sequence[Tensor | None], divisor: Tensor) -> None:
             local_part(grad).mul_(factor)
 
 
-def _split_axes(tensor: Tensor) -> list[ProcessGroup]:
-    """The mesh axes that a tensor is split over."""
-    if not isinstance(tensor, DTensor):
-        return []
-    mesh = tensor.device_mesh
-    assert not any(place.is_partial() for place in tensor.placements), "a gradient not reduced yet has no norm"
-    split = [i for i, place in enumerate(tensor.placements) if not place.is_replicate() and mesh.size(i) > 1]
-    return [mesh.get_group(i) for i in split]
-
-
 def _part(grad: Tensor) -> _GradientGroup:
-    parts = math.prod(axis.size() for axis in _split_axes(grad))
-    device_type = grad.device_mesh.device_type if isinstance(grad, DTensor) else grad.device.type
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    return _GradientGroup(ranks // parts, device_type, [local_part(grad)])
+    if not isinstance(grad, DTensor):
+        return _GradientGroup(ranks, grad.device.type, [grad])
+    assert not any(place.is_partial() for place in grad.placements), "a gradient not reduced yet has no norm"
+    mesh = grad.device_mesh
+    parts = math.prod(mesh.size(i) for i, place in enumerate(grad.placements) if not place.is_replicate())
+    return _GradientGroup(ranks // parts, mesh.device_type, [grad.to_local()])
 
 
 def _squared_norm(group: _GradientGroup) -> Tensor:

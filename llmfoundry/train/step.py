@@ -103,9 +103,10 @@ def train_step(
     else:
         sums = accumulate()
 
-    square = square_share(model.parameters())
+    parameters = list(model.parameters())
+    square = square_share(parameters)
     (ce, total, sources, metrics, router), square = _sum_over_ranks(sums, square)
-    clip = clipping_of(square, max_grad_norm, norm_dtype(model.parameters()))
+    clip = clipping_of(square, max_grad_norm, norm_dtype(parameters))
     if max_loss < math.inf:
         clip = clip._replace(skip=torch.maximum(clip.skip, (total > max_loss).to(clip.skip)))
     updated = clip.skip == 0  # the same on every rank, because the norm is global
