@@ -51,19 +51,21 @@ def add_reference(total: Tensor, x: Tensor, key: int) -> None:
     total.copy_(torch.where(exact.isfinite(), rounded(exact, noise & 0xFFFF), exact.bfloat16()))
 
 
-def sum_parts(parts: Tensor, total: Tensor | None = None) -> Tensor:
-    """The sum of the rows of `parts`, in their order, and of what was there before.
+def sum_parts(parts: Tensor, total: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """The sum of the rows of `parts`, in their order and in float32 at least, and of what was there before.
 
     Args:
         parts: (N, n), contiguous.
         total: of n values, contiguous, float32 or wider, which are added to in place; None begins with zero.
+        dtype: of a new sum, which is rounded once; None: that of `parts`, at least float32.
 
     Returns:
-        `total`, or (n,) in the dtype of `parts`, at least float32.
+        `total`, or (n,).
     """
     begins = total is None
     if total is None:
-        total = parts.new_empty(parts.shape[1], dtype=torch.promote_types(parts.dtype, torch.float32))
+        dtype = torch.promote_types(parts.dtype, torch.float32) if dtype is None else dtype
+        total = parts.new_empty(parts.shape[1], dtype=dtype)
     _add_parts(total, parts, begins)
     return total
 
@@ -75,7 +77,8 @@ def _add_parts(total: Tensor, parts: Tensor, begins: bool) -> None:
 
 def add_parts_reference(total: Tensor, parts: Tensor, begins: bool) -> None:
     """`sum_parts` in plain PyTorch."""
-    first, *others = parts.to(total.dtype)
+    wide = torch.promote_types(torch.promote_types(parts.dtype, total.dtype), torch.float32)
+    first, *others = parts.to(wide)
     for part in others:
         first = first + part
     (total.copy_ if begins else total.add_)(first.view_as(total))
@@ -89,10 +92,11 @@ if triton is not None:
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = i < n
         at = parts_ptr + i
-        total = tl.load(at, inside, other=0.0).to(tl.float32)
+        wide = tl.float64 if parts_ptr.dtype.element_ty == tl.float64 else tl.float32
+        total = tl.load(at, inside, other=0.0).to(wide)
         for _ in tl.static_range(1, N):
             at += n
-            total += tl.load(at, inside, other=0.0).to(tl.float32)
+            total += tl.load(at, inside, other=0.0).to(wide)
         if not BEGINS:
             total = tl.load(total_ptr + i, inside, other=0.0) + total
         tl.store(total_ptr + i, total, inside)
@@ -115,6 +119,8 @@ def add_triton(total: Tensor, x: Tensor, key: int) -> None:
 
 
 def add_parts_triton(total: Tensor, parts: Tensor, begins: bool) -> None:
-    """`sum_parts` by the kernel, in float32."""
+    """`sum_parts` by the kernel, in float32, or float64 where the parts are."""
     ranks, n = parts.shape
+    if n == 0:
+        return
     add_parts_kernel[(triton.cdiv(n, _BLOCK),)](total, parts, n, N=ranks, BEGINS=begins, BLOCK=_BLOCK, num_warps=8)
