@@ -28,6 +28,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_world_size() -> int:
+    """Processes of the run on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size())
+
+
 def is_rank0() -> bool:
     """Whether this process logs and writes for all."""
     return rank() == 0

@@ -30,6 +30,7 @@ from llmfoundry.config import ConfigError
 from llmfoundry.launch import is_rank0 as is_rank0
 from llmfoundry.launch import leave as leave
 from llmfoundry.launch import local_rank as local_rank
+from llmfoundry.launch import local_world_size as local_world_size
 from llmfoundry.launch import rank as rank
 from llmfoundry.launch import world_size as world_size
 from llmfoundry.tree import Tree

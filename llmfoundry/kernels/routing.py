@@ -103,5 +103,5 @@ def local_routing(
         return local_routing_triton(packed, first, n_local)
     local = packed[:, -top_k:] - first
     held = (local >= 0) & (local < n_local)
-    weights = packed[:, :-top_k].contiguous().view(dtype)
+    weights = packed[:, :-top_k].reshape(-1).view(dtype).view(-1, top_k)
     return LocalRouting(weights, torch.where(held, local, n_local), held.sum(dtype=torch.int32).view(1))

@@ -42,9 +42,7 @@ class Exchange(ABC):
         group: its ranks hold all experts.
     """
 
-    def __init__(
-        self, x: Tensor, weights: Tensor, experts: Tensor, n_local: int, group: dist.ProcessGroup
-    ) -> None:
+    def __init__(self, x: Tensor, weights: Tensor, experts: Tensor, n_local: int, group: dist.ProcessGroup) -> None:
         self.group, self.n_ranks, self.n_local = group, dist.get_world_size(group), n_local
         self.first = dist.get_rank(group) * n_local  # expert held here
 
@@ -87,7 +85,7 @@ class Transfer:
         # Taken, not kept: a request keeps what it received, whose autograd node keeps the transfer.
         started, self._started = self._started or self.exchange.to_experts(x), None
         self._arriving = started[1]
-        return started[0].detach()  # gloo writes when it is awaited, into what must have no history
+        return started[0].data  # gloo writes when it is awaited, which autograd would take for a change to its history
 
     def wait(self) -> None:
         """Make the current stream wait for what is being received."""

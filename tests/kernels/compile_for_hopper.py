@@ -34,6 +34,7 @@ from llmfoundry.kernels.narrow import (  # noqa: E402
     narrow_grad_kernel,
     narrow_kernel,
 )
+from llmfoundry.kernels.routing_triton import _local_kernel  # noqa: E402
 from llmfoundry.kernels.tiles import TILE_ROWS  # noqa: E402
 from llmfoundry.kernels.tune import (  # noqa: E402
     DOWN,
@@ -179,6 +180,10 @@ def updates() -> None:
     kernels = {"adamw": adamw_kernel, "momentum": momentum_kernel, "apply": apply_kernel, "add": add_kernel}
     report("add parts", add_parts_kernel, types | {"parts_ptr": "*bf16", "total_ptr": "*fp32"},
            {"N": 2, "BEGINS": False, "BLOCK": 4096}, 8, 3)  # fmt: skip
+    tokens = types | {"parts_ptr": f"*{DTYPE}", "total_ptr": f"*{DTYPE}", "packed_ptr": "*i32", "n_slots": "i32"}
+    report("sum of tokens over ranks", add_parts_kernel, tokens, {"N": 2, "BEGINS": True, "BLOCK": 4096}, 8, 3)
+    tokens |= dict.fromkeys(("weights_ptr", "experts_ptr", "total_ptr"), "*i32") | {"first": "i32", "n_local": "i32"}
+    report("routing of a rank", _local_kernel, tokens, {"K": 8, "BLOCK": 1024}, 4, 3)
     types |= {"v_ptr": "*u8", "ms_ptr": "*fp32", "vs_ptr": "*fp32", "count_ptr": "*fp32"}
     types |= {"columns": "i32", "per_row": "i32"}
     eight = {"BESIDE": True, "BLOCKS": 8, "BLOCK": 256}
