@@ -55,7 +55,12 @@ def test_parts_are_summed_in_float32(ranks: int, device: str) -> None:
         assert torch.equal(ours, theirs)
         total = exact.view(70, 33) if begins else exact.view(70, 33) + before
         torch.testing.assert_close(ours.double(), total, rtol=1e-6, atol=1e-6)  # float32
-    assert torch.equal(accumulate.sum_parts(parts), accumulate.sum_parts(parts, torch.zeros(70 * 33, device=device)))
+    found = accumulate.sum_parts(parts)
+    assert torch.equal(found, accumulate.sum_parts(parts, torch.zeros(70 * 33, device=device)))
+    assert torch.equal(found.bfloat16(), accumulate.sum_parts(parts, dtype=torch.bfloat16)), "rounded once"
+    wide = torch.empty(70 * 33, dtype=torch.float64, device=device)
+    accumulate.add_parts_triton(wide, parts.double(), True)
+    torch.testing.assert_close(wide, exact, rtol=1e-15, atol=1e-15)
 
 
 def test_a_sum_that_is_exact_is_not_changed() -> None:

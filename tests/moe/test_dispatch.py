@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmfoundry.config import check
-from llmfoundry.moe.all_gather import AllGather
+from llmfoundry.moe.all_gather import AllGather, gathers
 from llmfoundry.moe.all_to_all import AllToAll
 from llmfoundry.moe.dispatch import Exchange, ExpertInputs, return_rows
 from llmfoundry.moe.layer import Experts, MoEConfig
@@ -85,6 +85,13 @@ def test_an_exchange_changes_nothing(group: dist.ProcessGroup, impl: str, way: t
         experts.zero_grad()
     for here, there in zip(*found, strict=True):
         assert here is not None and torch.equal(here, there)
+
+
+def test_auto_gathers_where_nearly_every_token_needs_nearly_every_rank() -> None:
+    least = {ranks: next(k for k in range(1, 99) if gathers("auto", ranks, k, True)) for ranks in (2, 4, 8, 16)}
+    assert least == {2: 2, 4: 4, 8: 9, 16: 18}
+    assert all(gathers("auto", 4, k, True) for k in range(4, 65)) and not gathers("auto", 4, 64, False)
+    assert gathers("gather", 64, 1, False) and not gathers("all_to_all", 2, 64, True)
 
 
 @WAYS

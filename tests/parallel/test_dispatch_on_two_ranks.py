@@ -14,6 +14,7 @@ from llmfoundry.kernels.experts import experts_ffn
 from llmfoundry.moe.all_gather import AllGather
 from llmfoundry.moe.all_to_all import AllToAll
 from llmfoundry.moe.dispatch import Exchange, return_rows
+from llmfoundry.standalone.moe import MoE
 
 pytestmark = pytest.mark.dist
 T, D, F, E, K = 13, 16, 24, 4, 2
@@ -62,7 +63,24 @@ def job(routing: str, way: type[Exchange]) -> None:
         torch.testing.assert_close(found.grad, expected, rtol=1e-10, atol=1e-10)
 
 
+def layer_job() -> None:
+    """A whole layer; with gathered tokens in training, and with as many tokens as each rank happens to have after."""
+    rank = dist.get_rank()
+    settings = {"ffn_hidden_size": F, "moe_num_experts": E, "moe_top_k": K, "shared_expert": True, "dtype": torch.float64}
+    whole = MoE(D, **settings, init_std=0.5, moe_capacity_factor=0.8)
+    part = MoE(D, **settings, init_std=0.5, moe_capacity_factor=0.8, expert_group=dist.group.WORLD)
+    part.gathers = True
+    for n_tokens, training in ((7, True), (1, True), (3 + 4 * rank, False), (5 * rank, False), (0, False)):
+        x = torch.randn(n_tokens, D, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+        found, true = part.train(training)(x), whole.train(training)(x)
+        torch.testing.assert_close(found.y, true.y, rtol=1e-12, atol=1e-12)
+        assert torch.equal(found.load, true.load)
+    with torch.no_grad():
+        torch.testing.assert_close(part(x[:0]).y, x[:0])
+
+
 def jobs(routings: list[str]) -> None:
+    layer_job()
     for routing in routings:
         for way in (AllToAll, AllGather):
             job(routing, way)
