@@ -84,9 +84,7 @@ def packed_routing(weights: Tensor, experts: Tensor) -> Tensor:
     return torch.cat([weights.contiguous().view(torch.int32), experts.int()], dim=1)
 
 
-def local_routing(
-    packed: Tensor, top_k: int, dtype: torch.dtype, first: int, n_local: int, by_kernel: bool
-) -> LocalRouting:
+def local_routing(packed: Tensor, top_k: int, dtype: torch.dtype, first: int, n_local: int) -> LocalRouting:
     """What `packed_routing` has packed, with the ids of experts that are held here.
 
     Args:
@@ -95,12 +93,7 @@ def local_routing(
         dtype: of the weights.
         first: the first expert held.
         n_local: experts held.
-        by_kernel: in one launch; for float32 weights.
     """
-    if by_kernel and dtype == torch.float32:
-        from llmfoundry.kernels.routing_triton import local_routing_triton  # triton is not installed on every machine
-
-        return local_routing_triton(packed, first, n_local)
     local = packed[:, -top_k:] - first
     held = (local >= 0) & (local < n_local)
     weights = packed[:, :-top_k].reshape(-1).view(dtype).view(-1, top_k)

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from llmfoundry import runtime
 from llmfoundry.kernels.accumulate import sum_parts
-from llmfoundry.kernels.routing import has_kernels, local_routing, packed_routing
+from llmfoundry.kernels.routing import LocalRouting, has_kernels, local_routing, packed_routing
 from llmfoundry.moe.dispatch import Exchange, ExpertInputs, InFlight, Transfer, in_flight
 from llmfoundry.numbers import Numbers
 
@@ -53,10 +54,17 @@ class AllGather(Exchange):
         routing, arriving = self.to_experts(packed_routing(weights.detach(), experts))
         tokens = self.to_experts(x.detach())
         arriving.wait()
-        routed = local_routing(routing, experts.shape[1], weights.dtype, self.first, n_local, has_kernels(routing))
+        routed = self._local(routing, experts.shape[1], weights.dtype)
         self._experts = routed.experts
         self._begin_counting(routed.n_slots)
         self._transfers = Transfer(self, tokens), Transfer(self, (routed.weights, None))
+
+    def _local(self, routing: Tensor, top_k: int, dtype: torch.dtype) -> LocalRouting:
+        if not has_kernels(routing) or dtype != torch.float32:
+            return local_routing(routing, top_k, dtype, self.first, self.n_local)
+        from llmfoundry.kernels.routing_triton import local_routing_triton  # triton is not installed on every machine
+
+        return local_routing_triton(routing, self.first, self.n_local)
 
     def _begin_counting(self, n_slots: Tensor) -> None:
         self._numbers = Numbers(n_slots)

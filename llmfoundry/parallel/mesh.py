@@ -32,9 +32,9 @@ class ParallelConfig(Config):
     replicate: int = Field(1, ge=1)  # copies of the model (HSDP), usually one a node or a few
     shard: int = -1  # ranks that one copy is split over; -1: processes / replicate
     expert: int = Field(1, ge=1)  # ranks that the experts are divided among; divides shard and the experts
-    # How tokens reach the experts of other ranks in training. all_to_all: each goes to the ranks that hold any of its
-    # experts; gather: all ranks get all tokens, and the host does not wait for counts; needs as many rows on every
-    # rank. auto: gather within a node where it receives at most 1.5 times as many rows (moe/all_gather.py).
+    # How tokens reach experts on other ranks in training. all_to_all: each is sent to the ranks that hold any of its
+    # experts. gather: all are gathered; no counts are waited for, and every rank must have as many rows. auto: gather,
+    # within a node, if that receives at most 1.5 times as many tokens. Evaluation and generation always send.
     exchange_tokens: Literal["auto", "gather", "all_to_all"] = "auto"
     recompute: Literal["none", "full", "selective"] = "none"  # of activations, in backward
     recompute_save: list[str] | None = None  # selective: operators to keep; None: attention, products

@@ -66,7 +66,13 @@ def job(routing: str, way: type[Exchange]) -> None:
 def layer_job() -> None:
     """A whole layer; with gathered tokens in training, and with as many tokens as each rank happens to have after."""
     rank = dist.get_rank()
-    settings = {"ffn_hidden_size": F, "moe_num_experts": E, "moe_top_k": K, "shared_expert": True, "dtype": torch.float64}
+    settings = {
+        "ffn_hidden_size": F,
+        "moe_num_experts": E,
+        "moe_top_k": K,
+        "shared_expert": True,
+        "dtype": torch.float64,
+    }
     whole = MoE(D, **settings, init_std=0.5, moe_capacity_factor=0.8)
     part = MoE(D, **settings, init_std=0.5, moe_capacity_factor=0.8, expert_group=dist.group.WORLD)
     part.gathers = True
