@@ -183,8 +183,8 @@ class Ledger(TorchDispatchMode):
 
 
 def _called_by(function: Callable[..., object], frame: FrameType | None) -> bool:
-    """Whether it is among the near callers."""
-    for _ in range(8):
+    """Whether it is among the near callers; modes of recompute may stand between."""
+    for _ in range(16):
         if frame is None:
             return False
         if frame.f_code is function.__code__:

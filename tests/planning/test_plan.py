@@ -53,7 +53,7 @@ def test_tokens_travel_only_with_expert_parallelism_and_at_most_once_to_a_rank()
     assert sent(2, "parallel.exchange_tokens=all_to_all").total == pytest.approx(once * (1 - 0.5**8))
     assert sent(8, "parallel.exchange_tokens=gather").total == pytest.approx(7 * once)
     again = sent(8, "parallel.recompute=full").total
-    assert again == 1.5 * sent(8).total, "the way there and back is taken again"
+    assert again == 1.25 * sent(8).total, "the way there is taken again"
 
 
 def test_replicas_receive_only_gradients_of_each_other() -> None:
