@@ -218,7 +218,7 @@ def _update(job: Job, degrees: Degrees) -> float:
 
 
 def _gathers_directly(job: Job) -> bool:
-    return job.parallel.gather_experts == "direct" and not job.parallel.cpu_offload
+    return job.parallel.gather_experts != "packed" and not job.parallel.cpu_offload
 
 
 def _params(model: CausalLMConfig) -> tuple[int, int]:
