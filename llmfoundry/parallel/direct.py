@@ -17,6 +17,7 @@ Shapes: N ranks; a part is 1/N of a parameter, cut evenly in dim 0.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
@@ -37,6 +38,8 @@ from llmfoundry import runtime
 from llmfoundry.dtensor import local_part
 from llmfoundry.kernels.accumulate import sum_parts
 from llmfoundry.parallel.peers import Peers, Shared
+
+log = logging.getLogger(__name__)
 
 # torch 2.13 renamed them.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -197,6 +200,9 @@ class Direct:
         for group, n_bytes in largest.items():
             if (peers := self._peers[group]) is not None and group not in self.inboxes:
                 self.inboxes[group] = Inbox(peers, n_bytes, parameters[0].device)
+        copied = sum(each.shared is not None for each in parameters)
+        if runtime.is_rank0() and parameters[0].device.type == "cuda":
+            log.info("copy engines gather %d of %d tensors of experts", copied, len(parameters))
 
     def _meet(self) -> None:
         """Let the stream that computes wait for those of all ranks that read each other's weights."""

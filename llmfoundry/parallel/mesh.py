@@ -37,7 +37,7 @@ class ParallelConfig(Config):
     compile: bool | Literal["auto"] = "auto"  # torch.compile each block; auto: on GPUs
     reshard_after_forward: bool = True  # free a block's weights after forward, gather them again in backward
     # Sum gradients over ranks; False: after each microbatch, with more traffic and less memory; auto: once a step if
-    # whole gradients fit by the plan of --dry-run.
+    # whole gradients fit and the step is shorter so, by the plan of --dry-run.
     reduce_once_a_step: bool | Literal["auto"] = "auto"
     # In one process, and of experts that are whole on a rank: sums of gradients over microbatches, in 4 bytes per
     # parameter, or in 2, rounded at random.

@@ -10,6 +10,7 @@ Shapes: N ranks in a group.
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, _symmetric_memory
 
 from llmfoundry import runtime
+
+log = logging.getLogger(__name__)
 
 
 class Shared(NamedTuple):
@@ -52,17 +55,21 @@ class Peers:
 
     @classmethod
     def of(cls, group: ProcessGroup, device: torch.device) -> Peers | None:
-        """Those of a group, or None where a GPU does not reach another. A collective."""
-        if group.size() == 1 or device.type != "cuda" or dist.get_backend(group) != "nccl":
+        """Those of a group, or None where a GPU does not reach another, or may not. A collective."""
+        if group.size() == 1 or device.type != "cuda" or dist.get_backend(group) == "fake":  # fake: the plan's
             return None
         here, n_local = runtime.rank() // runtime.local_world_size(), runtime.local_world_size()
         others = [rank for rank in dist.get_process_group_ranks(group) if rank != runtime.rank()]
         reached = torch.cuda.device_count() >= n_local and all(
             rank // n_local == here and torch.cuda.can_device_access_peer(device, rank % n_local) for rank in others
         )
-        agreed = torch.tensor(int(reached), device=device)
-        dist.all_reduce(agreed, dist.ReduceOp.MIN, group=group)
-        return cls(group) if agreed.item() else None
+        if _agreed(reached, group, device):
+            try:
+                cls(group).allocate(1, torch.uint8, device)
+            except RuntimeError as error:  # a container that forbids it, say
+                log.warning("GPUs of this node cannot share memory, so NCCL gathers experts: %s", error)
+                reached = False
+        return cls(group) if _agreed(reached, group, device) else None
 
     def allocate(self, n: int, dtype: torch.dtype, device: torch.device) -> Shared:
         """Memory for `n` values on each rank, unset. A collective."""
@@ -71,3 +78,9 @@ class Peers:
         runtime.count_memory(mine.nbytes)  # torch's allocator does not know of it
         others = (handle.get_buffer(rank, (n,), dtype) for rank in range(self.size))
         return Shared(self.rank, [mine if rank == self.rank else each for rank, each in enumerate(others)], handle)
+
+
+def _agreed(flag: bool, group: ProcessGroup, device: torch.device) -> bool:
+    flags = torch.tensor(int(flag), device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MIN, group=group)
+    return bool(flags.item())
