@@ -201,7 +201,7 @@ class Direct:
             if (peers := self._peers[group]) is not None and group not in self.inboxes:
                 self.inboxes[group] = Inbox(peers, n_bytes, parameters[0].device)
         copied = sum(each.shared is not None for each in parameters)
-        if runtime.is_rank0() and parameters[0].device.type == "cuda":
+        if copied and runtime.is_rank0():
             log.info("copy engines gather %d of %d tensors of experts", copied, len(parameters))
 
     def _meet(self) -> None:
