@@ -29,8 +29,8 @@ def local_rank() -> int:
 
 
 def local_world_size() -> int:
-    """Processes of the run on this node."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or world_size())
+    """Processes on this node, as torchrun says; 1 if it does not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def is_rank0() -> bool:

@@ -416,9 +416,18 @@ def peak_flops(place: torch.device) -> float | None:
     return next((tflops * 1e12 for key, tflops in _PEAK_BF16_TFLOPS.items() if key in name), None)
 
 
+_mapped = 0  # bytes of GPU memory that torch's allocator does not know of
+
+
+def count_memory(n_bytes: int) -> None:
+    """Note that GPU memory was allocated, for good, around torch's allocator."""
+    global _mapped
+    _mapped += n_bytes
+
+
 def peak_memory_bytes(place: torch.device) -> int:
     """Peak memory so far, in bytes: allocated on a GPU, or resident in a CPU process."""
     if place.type == "cuda":
-        return torch.cuda.max_memory_allocated(place)
+        return torch.cuda.max_memory_allocated(place) + _mapped
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -51,35 +51,31 @@ def add_reference(total: Tensor, x: Tensor, key: int) -> None:
     total.copy_(torch.where(exact.isfinite(), rounded(exact, noise & 0xFFFF), exact.bfloat16()))
 
 
-def sum_parts(parts: Tensor, total: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """The sum of the rows of `parts`, in their order and in float32 at least, and of what was there before.
+def sum_parts(total: Tensor, own: Tensor | None, others: Tensor, rank: int, *, begins: bool) -> None:
+    """Add up parts in the order of ranks, in float32, or float64 where they or `total` are.
 
     Args:
-        parts: (N, n), contiguous.
-        total: of n values, contiguous, float32 or wider, which are added to in place; None begins with zero.
-        dtype: of a new sum, which is rounded once; None: that of `parts`, at least float32.
-
-    Returns:
-        `total`, or (n,).
+        total: of n values, contiguous; it is written, and then rounded once, or with `begins: False` added to.
+        own: of n values, contiguous: the part of `rank`, which is not among the others. None: it is.
+        others: (N, n), contiguous.
     """
-    begins = total is None
-    if total is None:
-        dtype = torch.promote_types(parts.dtype, torch.float32) if dtype is None else dtype
-        total = parts.new_empty(parts.shape[1], dtype=dtype)
-    _add_parts(total, parts, begins)
-    return total
+    own = others[:0].view(-1) if own is None else own
+    _add_parts(total, own, others, rank, begins)
 
 
 @torch.library.custom_op("llmfoundry::add_parts_", mutates_args=("total",))
-def _add_parts(total: Tensor, parts: Tensor, begins: bool) -> None:
-    (add_parts_triton if total.is_cuda else add_parts_reference)(total, parts, begins)
+def _add_parts(total: Tensor, own: Tensor, others: Tensor, rank: int, begins: bool) -> None:
+    (add_parts_triton if total.is_cuda else add_parts_reference)(total, own, others, rank, begins)
 
 
-def add_parts_reference(total: Tensor, parts: Tensor, begins: bool) -> None:
-    """`sum_parts` in plain PyTorch."""
-    wide = torch.promote_types(torch.promote_types(parts.dtype, total.dtype), torch.float32)
-    first, *others = parts.to(wide)
-    for part in others:
+def add_parts_reference(total: Tensor, own: Tensor, others: Tensor, rank: int, begins: bool) -> None:
+    """`sum_parts` in plain PyTorch; `own` is empty where it is among the others."""
+    wide = torch.promote_types(torch.promote_types(others.dtype, total.dtype), torch.float32)
+    parts = list(others.to(wide))
+    if own.numel():
+        parts.insert(rank, own.view(-1).to(wide))
+    first, *rest = parts
+    for part in rest:
         first = first + part
     (total.copy_ if begins else total.add_)(first.view_as(total))
 
@@ -88,15 +84,21 @@ if triton is not None:
     _BLOCK = 4096
 
     @triton.jit
-    def add_parts_kernel(total_ptr, parts_ptr, n, N: tl.constexpr, BEGINS: tl.constexpr, BLOCK: tl.constexpr):
+    def add_parts_kernel(
+        total_ptr, own_ptr, others_ptr, n, N: tl.constexpr, OWN: tl.constexpr, BEGINS: tl.constexpr, BLOCK: tl.constexpr
+    ):  # fmt: skip
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = i < n
-        at = parts_ptr + i
-        wide = tl.float64 if parts_ptr.dtype.element_ty == tl.float64 else tl.float32
-        total = tl.load(at, inside, other=0.0).to(wide)
-        for _ in tl.static_range(1, N):
-            at += n
-            total += tl.load(at, inside, other=0.0).to(wide)
+        wide = tl.float64 if others_ptr.dtype.element_ty == tl.float64 else tl.float32
+        total = tl.zeros((BLOCK,), wide)
+        at = others_ptr + i
+        for rank in tl.static_range(N):
+            if rank == OWN:
+                part = tl.load(own_ptr + i, inside, other=0.0).to(wide)
+            else:
+                part = tl.load(at, inside, other=0.0).to(wide)
+                at += n
+            total = part if rank == 0 else total + part
         if not BEGINS:
             total = tl.load(total_ptr + i, inside, other=0.0) + total
         tl.store(total_ptr + i, total, inside)
@@ -118,9 +120,12 @@ def add_triton(total: Tensor, x: Tensor, key: int) -> None:
     add_kernel[(triton.cdiv(n, _BLOCK),)](total, x.contiguous(), n, key, BLOCK=_BLOCK, num_warps=8)
 
 
-def add_parts_triton(total: Tensor, parts: Tensor, begins: bool) -> None:
-    """`sum_parts` by the kernel, in float32, or float64 where the parts are."""
-    ranks, n = parts.shape
+def add_parts_triton(total: Tensor, own: Tensor, others: Tensor, rank: int, begins: bool) -> None:
+    """`sum_parts` by the kernel, in float32 or, of such parts, float64; `own` is empty where it is among the others."""
+    n, apart = total.numel(), own.numel() > 0
     if n == 0:
         return
-    add_parts_kernel[(triton.cdiv(n, _BLOCK),)](total, parts, n, N=ranks, BEGINS=begins, BLOCK=_BLOCK, num_warps=8)
+    add_parts_kernel[(triton.cdiv(n, _BLOCK),)](
+        total, own if apart else others, others, n, N=others.shape[0] + apart, OWN=rank if apart else -1,
+        BEGINS=begins, BLOCK=_BLOCK, num_warps=8,
+    )  # fmt: skip

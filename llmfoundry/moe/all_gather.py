@@ -96,5 +96,6 @@ class AllGather(Exchange):
 
     def sum_by_token(self, returned: Tensor) -> Tensor:
         """(P * T, X) -> (T, X)."""
-        rows, width = returned.shape
-        return sum_parts(returned.view(self.n_ranks, -1), dtype=returned.dtype).view(rows // self.n_ranks, width)
+        total = returned.new_empty(returned.shape[0] // self.n_ranks, returned.shape[1])
+        sum_parts(total, None, returned.view(self.n_ranks, -1), 0, begins=True)
+        return total

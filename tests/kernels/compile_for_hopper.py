@@ -178,11 +178,13 @@ def updates() -> None:
     constants = {"BLOCK": 2048, "LOOPS": 4, "TENSORS": 128, "ALIGNED": True, "WEIGHT": moment, "GRAD": moment,
                  "MOMENT": moment, "BESIDE": tl.bfloat16, "NESTEROV": True}  # fmt: skip
     kernels = {"adamw": adamw_kernel, "momentum": momentum_kernel, "apply": apply_kernel, "add": add_kernel}
-    report("add parts", add_parts_kernel, types | {"parts_ptr": "*bf16", "total_ptr": "*fp32"},
-           {"N": 2, "BEGINS": False, "BLOCK": 4096}, 8, 3)  # fmt: skip
-    tokens = types | {"parts_ptr": f"*{DTYPE}", "total_ptr": f"*{DTYPE}", "packed_ptr": "*i32", "n_slots": "i32"}
-    report("sum of tokens over ranks", add_parts_kernel, tokens, {"N": 2, "BEGINS": True, "BLOCK": 4096}, 8, 3)
-    tokens |= dict.fromkeys(("weights_ptr", "experts_ptr", "total_ptr"), "*i32") | {"first": "i32", "n_local": "i32"}
+    report("add parts", add_parts_kernel, types | {"own_ptr": "*bf16", "others_ptr": "*bf16", "total_ptr": "*fp32"},
+           {"N": 2, "OWN": 0, "BEGINS": False, "BLOCK": 4096}, 8, 3)  # fmt: skip
+    tokens = types | dict.fromkeys(("own_ptr", "others_ptr", "total_ptr"), f"*{DTYPE}") | {"packed_ptr": "*i32"}
+    report("sum of tokens over ranks", add_parts_kernel, tokens, {"N": 2, "OWN": -1, "BEGINS": True, "BLOCK": 4096},
+           8, 3)  # fmt: skip
+    tokens |= dict.fromkeys(("weights_ptr", "experts_ptr", "total_ptr"), "*i32")
+    tokens |= dict.fromkeys(("n_slots", "first", "n_local"), "i32")
     report("routing of a rank", _local_kernel, tokens, {"K": 8, "BLOCK": 1024}, 4, 3)
     types |= {"v_ptr": "*u8", "ms_ptr": "*fp32", "vs_ptr": "*fp32", "count_ptr": "*fp32"}
     types |= {"columns": "i32", "per_row": "i32"}
