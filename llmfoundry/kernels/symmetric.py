@@ -73,16 +73,19 @@ def _of_each(scale: Scale) -> Scale:
 
 if triton is not None:
     BLOCK, DEPTH_BYTES = 128, 128
+    BACKWARDS = False
     TILES, WARPS, STAGES = 1, 8, 3  # 96 KiB of shared memory and 128 registers: two programs on an SM
 
     @triton.jit
     def symmetric_kernel(
         left_desc, right_desc, plus_desc, out_desc, alpha, beta, diagonal, S, K,
-        COLUMNS: tl.constexpr, PLUS: tl.constexpr, ALPHAS: tl.constexpr, BETAS: tl.constexpr,
+        COLUMNS: tl.constexpr, PLUS: tl.constexpr, ALPHAS: tl.constexpr, BETAS: tl.constexpr, BACKWARDS: tl.constexpr,
         BLOCK: tl.constexpr, TILES: tl.constexpr, DEPTH: tl.constexpr,
     ):  # fmt: skip
         # TILES rows of tiles that are TILES blocks wide are a step of the triangle; t = TILES i (i + 1) / 2 begins it.
         t, n = tl.program_id(0), tl.program_id(1)
+        if BACKWARDS:
+            n = tl.num_programs(1) - 1 - n
         step = ((tl.sqrt(8 * (t // TILES).to(tl.float32) + 1) - 1) / 2).to(tl.int32)
         step = tl.where(step * (step + 1) // 2 > t // TILES, step - 1, step)  # the root may be rounded
         step = tl.where((step + 1) * (step + 2) // 2 <= t // TILES, step + 1, step)
@@ -147,7 +150,7 @@ def symmetric_triton(
     symmetric_kernel[(TILES * steps * (steps + 1) // 2, n)](
         *operands, block if plus is None else plain(plus, [1, BLOCK, BLOCK]), block, alpha, beta, diagonal,
         size, inner, COLUMNS=by_columns, PLUS=plus is not None, ALPHAS=isinstance(alpha, Tensor),
-        BETAS=isinstance(beta, Tensor), BLOCK=BLOCK, TILES=TILES, DEPTH=depth,
+        BETAS=isinstance(beta, Tensor), BACKWARDS=BACKWARDS, BLOCK=BLOCK, TILES=TILES, DEPTH=depth,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out
