@@ -31,9 +31,9 @@ except ImportError:  # CPU builds of torch come without it
 # Of the polynomial a x + b x^3 + c x^5. Its slope at zero is as large as it can be, so that small singular values grow
 # fast; the large ones end between 0.7 and 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-# A step multiplies what rounding made of the least eigenvalues by up to a^2 = 12. In bfloat16 they may be -1e-3 at first,
-# and about -1 makes the polynomial diverge; after this many steps, of which the last needs no next Gram matrix, it is
-# -0.14, and the product is taken anew from the matrix itself.
+# A step multiplies what rounding made of the least eigenvalues by up to a^2 = 12. In bfloat16 that may be -1e-3 at
+# first, and at about -1 the polynomial diverges. In the last of this many steps it is -0.14, and needs no next Gram
+# matrix; then the product is taken anew from the matrix itself.
 _STEPS_OF_GRAM = 3
 _LEAST_NORM = 1e-7  # of a matrix that is divided by its norm: a gradient of zeros stays zero
 

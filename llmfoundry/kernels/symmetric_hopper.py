@@ -2,9 +2,9 @@
 
 The same as `symmetric.symmetric_product` in bfloat16, in Gluon (Triton's lower level). A program is one warp that loads
 and two warp groups that multiply, each a block of 128 x 128 of a tile that is two blocks high. They meet at barriers
-alone: the loads run up to STAGES steps ahead, through the ends of tiles, and the second group stays LAG steps behind the
-first, so that while one stores its block and the block's copy, the other has the tensor cores. A group whose block lies
-above the diagonal only lets the steps pass.
+alone: the loads run up to STAGES steps ahead, through the ends of tiles, and the second group stays LAG steps behind
+the first, so that while one stores its block and the block's copy, the other has the tensor cores. Where the first
+group's block lies above the diagonal, it only lets the steps pass: half a tile, which takes half the time.
 
 Shapes: N matrices of S rows and K columns in one batch.
 """
@@ -27,9 +27,12 @@ BACKWARDS = False
 
 @gluon.jit
 def _place(tile, n_tiles, TILES: gl.constexpr, BACKWARDS: gl.constexpr):
-    """Tile number -> matrix, row of tiles that are two blocks high, column of blocks; i (i + 1) tiles are before row i."""
+    """Tile number -> matrix, row of tiles that are two blocks high, column of blocks.
+
+    Row i begins with tile i (i + 1). Each matrix begins with another tile, so that all programs get halves.
+    """
     n = tile // TILES
-    t = tile - n * TILES
+    t = (tile - n * TILES + n) % TILES
     if BACKWARDS:
         n = n_tiles // TILES - 1 - n
     i = ((gl.sqrt(4 * t.to(gl.float32) + 1) - 1) / 2).to(gl.int32)
@@ -52,13 +55,18 @@ def _load(
             slot = step % STAGES
             mbarrier.wait(empty.index(slot), (step // STAGES & 1) ^ 1)
             bar = full.index(slot)
-            mbarrier.expect(bar, 2 * left_desc.block_type.nbytes + right_desc.block_type.nbytes)
+            if j <= 2 * i:
+                mbarrier.expect(bar, 2 * left_desc.block_type.nbytes + right_desc.block_type.nbytes)
+                if COLUMNS:
+                    tma.async_copy_global_to_shared(left_desc, [n, k, row], bar, first_ring.index(slot))
+                else:
+                    tma.async_copy_global_to_shared(left_desc, [n, row, k], bar, first_ring.index(slot))
+            else:
+                mbarrier.expect(bar, left_desc.block_type.nbytes + right_desc.block_type.nbytes)
             if COLUMNS:
-                tma.async_copy_global_to_shared(left_desc, [n, k, row], bar, first_ring.index(slot))
                 tma.async_copy_global_to_shared(left_desc, [n, k, row + BLOCK], bar, second_ring.index(slot))
                 tma.async_copy_global_to_shared(right_desc, [n, k, j * BLOCK], bar, right_ring.index(slot))
             else:
-                tma.async_copy_global_to_shared(left_desc, [n, row, k], bar, first_ring.index(slot))
                 tma.async_copy_global_to_shared(left_desc, [n, row + BLOCK, k], bar, second_ring.index(slot))
                 tma.async_copy_global_to_shared(right_desc, [n, j * BLOCK, k], bar, right_ring.index(slot))
             step += 1
