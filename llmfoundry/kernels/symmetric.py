@@ -1,7 +1,8 @@
 """Products that are known to be symmetric: only tiles on and below the diagonal are computed, the others are copies.
 
-That is half of the FLOPs of nearly all products of Muon's iteration (kernels/muon.py). Operands come by TMA. A tile is
-small enough that two programs share an SM: one writes its tile and the copy while the other multiplies.
+That is half of the FLOPs of nearly all products of Muon's iteration (kernels/muon.py). Operands come and results go by
+TMA. A tile is small enough that two programs share an SM: one can write its tile and the copy while the other
+multiplies.
 
 Shapes: N matrices of S rows and K columns in one batch.
 """
@@ -72,65 +73,46 @@ def _of_each(scale: Scale) -> Scale:
 
 
 if triton is not None:
-    BLOCK, DEPTH_BYTES = 128, 128
-    BACKWARDS = False
-    TILES, WARPS, STAGES = 1, 8, 3  # 96 KiB of shared memory and 128 registers: two programs on an SM
+    # Two programs share an SM: 96 KiB of shared memory and 128 registers for each thread.
+    BLOCK, DEPTH_BYTES, WARPS, STAGES = 128, 128, 8, 3
 
     @triton.jit
     def symmetric_kernel(
         left_desc, right_desc, plus_desc, out_desc, alpha, beta, diagonal, S, K,
-        COLUMNS: tl.constexpr, PLUS: tl.constexpr, ALPHAS: tl.constexpr, BETAS: tl.constexpr, BACKWARDS: tl.constexpr,
-        BLOCK: tl.constexpr, TILES: tl.constexpr, DEPTH: tl.constexpr,
+        COLUMNS: tl.constexpr, PLUS: tl.constexpr, ALPHAS: tl.constexpr, BETAS: tl.constexpr, BLOCK: tl.constexpr,
+        DEPTH: tl.constexpr,
     ):  # fmt: skip
-        # TILES rows of tiles that are TILES blocks wide are a step of the triangle; t = TILES i (i + 1) / 2 begins it.
+        # Block t of the triangle is in row i of blocks, which t = i (i + 1) / 2 begins.
         t, n = tl.program_id(0), tl.program_id(1)
-        if BACKWARDS:
-            n = tl.num_programs(1) - 1 - n
-        step = ((tl.sqrt(8 * (t // TILES).to(tl.float32) + 1) - 1) / 2).to(tl.int32)
-        step = tl.where(step * (step + 1) // 2 > t // TILES, step - 1, step)  # the root may be rounded
-        step = tl.where((step + 1) * (step + 2) // 2 <= t // TILES, step + 1, step)
-        inside = t - TILES * (step * (step + 1) // 2)
-        i, j = step * TILES + inside % TILES, inside // TILES * TILES
-        if i * BLOCK >= S:
-            return
-        acc = tl.zeros((BLOCK, TILES * BLOCK), tl.float32)
+        i = ((tl.sqrt(8 * t.to(tl.float32) + 1) - 1) / 2).to(tl.int32)
+        i = tl.where(i * (i + 1) // 2 > t, i - 1, i)  # the root may be rounded
+        i = tl.where((i + 1) * (i + 2) // 2 <= t, i + 1, i)
+        row, column = i * BLOCK, (t - i * (i + 1) // 2) * BLOCK
+        acc = tl.zeros((BLOCK, BLOCK), tl.float32)
         for k in tl.range(0, K, DEPTH):
             if COLUMNS:
-                a = left_desc.load([n, k, i * BLOCK]).reshape([DEPTH, BLOCK]).T
-                b = right_desc.load([n, k, j * BLOCK]).reshape([DEPTH, TILES * BLOCK])
+                left = left_desc.load([n, k, row]).reshape([DEPTH, BLOCK]).T
+                right = right_desc.load([n, k, column]).reshape([DEPTH, BLOCK])
             else:
-                a = left_desc.load([n, i * BLOCK, k]).reshape([BLOCK, DEPTH])
-                b = right_desc.load([n, j * BLOCK, k]).reshape([TILES * BLOCK, DEPTH]).T
-            acc = tl.dot(a, b, acc, input_precision="tf32x3")
+                left = left_desc.load([n, row, k]).reshape([BLOCK, DEPTH])
+                right = right_desc.load([n, column, k]).reshape([BLOCK, DEPTH]).T
+            acc = tl.dot(left, right, acc, input_precision="tf32x3")
         if ALPHAS:
             alpha = tl.load(alpha + n)
-        if BETAS:
-            beta = tl.load(beta + n)
         acc *= alpha
-        if TILES == 1:
-            write_block(plus_desc, out_desc, acc, beta, diagonal, n, i, j, PLUS)
-        else:
-            near, far = acc.reshape([BLOCK, TILES, BLOCK]).permute(0, 2, 1).split()
-            write_block(plus_desc, out_desc, near, beta, diagonal, n, i, j, PLUS)
-            if j < i:
-                write_block(plus_desc, out_desc, far, beta, diagonal, n, i, j + 1, PLUS)
-
-    @triton.jit
-    def write_block(plus_desc, out_desc, acc, beta, diagonal, n, i, j, PLUS: tl.constexpr):
-        """Store block (i, j) and, below the diagonal, its copy above."""
-        BLOCK: tl.constexpr = acc.shape[0]
         if PLUS:
-            acc += beta * plus_desc.load([n, i * BLOCK, j * BLOCK]).reshape([BLOCK, BLOCK]).to(tl.float32)
-        if i == j:
+            if BETAS:
+                beta = tl.load(beta + n)
+            acc += beta * plus_desc.load([n, row, column]).reshape([BLOCK, BLOCK]).to(tl.float32)
+        if row == column:
             rows, columns = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
-            acc = tl.where(rows == columns, acc + diagonal, acc)
-            result = acc.to(out_desc.dtype)  # tensor cores may sum (a, b) in another order than (b, a)
+            result = tl.where(rows == columns, acc + diagonal, acc).to(out_desc.dtype)
             result = tl.where(rows >= columns, result, tl.trans(result))
-            out_desc.store([n, i * BLOCK, j * BLOCK], result.reshape([1, BLOCK, BLOCK]))
+            out_desc.store([n, row, column], result.reshape([1, BLOCK, BLOCK]))
         else:
             result = acc.to(out_desc.dtype)
-            out_desc.store([n, i * BLOCK, j * BLOCK], result.reshape([1, BLOCK, BLOCK]))
-            out_desc.store([n, j * BLOCK, i * BLOCK], tl.trans(result).reshape([1, BLOCK, BLOCK]))
+            out_desc.store([n, row, column], result.reshape([1, BLOCK, BLOCK]))
+            out_desc.store([n, column, row], tl.trans(result).reshape([1, BLOCK, BLOCK]))
 
 
 def symmetric_triton(
@@ -141,16 +123,12 @@ def symmetric_triton(
     by_columns = not left.is_contiguous()
     depth = DEPTH_BYTES // left.itemsize
     out = left.new_empty(n, size, size)
-    block = plain(out, [1, BLOCK, BLOCK])
-    if by_columns:
-        operands = [plain(x.mT, [1, depth, width]) for x, width in ((left, BLOCK), (right, TILES * BLOCK))]
-    else:
-        operands = [plain(x, [1, height, depth]) for x, height in ((left, BLOCK), (right, TILES * BLOCK))]
-    steps = cdiv(cdiv(size, BLOCK), TILES)
-    symmetric_kernel[(TILES * steps * (steps + 1) // 2, n)](
-        *operands, block if plus is None else plain(plus, [1, BLOCK, BLOCK]), block, alpha, beta, diagonal,
-        size, inner, COLUMNS=by_columns, PLUS=plus is not None, ALPHAS=isinstance(alpha, Tensor),
-        BETAS=isinstance(beta, Tensor), BACKWARDS=BACKWARDS, BLOCK=BLOCK, TILES=TILES, DEPTH=depth,
-        num_warps=WARPS, num_stages=STAGES,
+    square, side = [1, BLOCK, BLOCK], [1, depth, BLOCK] if by_columns else [1, BLOCK, depth]
+    blocks = cdiv(size, BLOCK)
+    symmetric_kernel[(blocks * (blocks + 1) // 2, n)](
+        *(plain(x.mT if by_columns else x, side) for x in (left, right)),
+        plain(out if plus is None else plus, square), plain(out, square), alpha, beta, diagonal, size, inner,
+        COLUMNS=by_columns, PLUS=plus is not None, ALPHAS=isinstance(alpha, Tensor), BETAS=isinstance(beta, Tensor),
+        BLOCK=BLOCK, DEPTH=depth, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out

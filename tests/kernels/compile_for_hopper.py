@@ -187,13 +187,12 @@ def updates() -> None:
     side = symmetric.BLOCK
     depth = symmetric.DEPTH_BYTES * 8 // moment.primitive_bitwidth
     for name, columns in (("wide", False), ("tall", True)):  # products of rows, or of columns
-        blocks = [descriptor(1, *(order[::-1] if columns else order))
-                  for order in ((side, depth), (symmetric.TILES * side, depth))]  # fmt: skip
-        named = dict(zip(("left_desc", "right_desc"), blocks, strict=True)) | {"S": "i32", "K": "i32"}
+        operand = descriptor(1, depth, side) if columns else descriptor(1, side, depth)
+        named = dict.fromkeys(("left_desc", "right_desc"), operand) | {"S": "i32", "K": "i32"}
         named |= dict.fromkeys(("plus_desc", "out_desc"), descriptor(1, side, side)) | {"diagonal": "fp32"}
         named |= dict.fromkeys(("alpha", "beta"), "*fp32")
         constant = {"COLUMNS": columns, "PLUS": not columns, "ALPHAS": True, "BETAS": True, "BLOCK": side,
-                    "TILES": symmetric.TILES, "DEPTH": depth}  # fmt: skip
+                    "DEPTH": depth}  # fmt: skip
         report(f"symmetric, {name}", symmetric.symmetric_kernel, named, constant, symmetric.WARPS, symmetric.STAGES)
     whole = {"BESIDE": tl.bfloat16, "WEIGHT": tl.float32, "GRAD": moment, "MOMENT": moment}
     whole |= {key: constants[key] for key in ("BLOCK", "LOOPS", "TENSORS", "ALIGNED")}

@@ -94,14 +94,10 @@ def test_a_matrix_without_gradient_stays_zero() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("tiles", [1, 2])
 @pytest.mark.parametrize("shape", [(2, 40, 72), (1, 304, 88), (2, 128, 128)])
-def test_symmetric_products_equal_the_whole_ones(
-    shape: tuple[int, int, int], tiles: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_symmetric_products_equal_the_whole_ones(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
     """Also of columns, of sides that no tile divides, of several tiles, and of two matrices that commute."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(symmetric, "TILES", tiles)
     rtol = 1e-5 if dtype == torch.float32 else 2**-7
     each = torch.tensor([0.25, 3.0][: shape[0]], device=device)
     for x in (torch.randn(shape, device=device).to(dtype), torch.randn(shape, device=device).to(dtype).mT):
