@@ -199,7 +199,7 @@ def _update(job: Job, degrees: Degrees) -> float:
     half = job.optimizer.weight_dtype.itemsize == 2
     update = ((12 if half and not job.optimizer.halves else 16) + 2 * job.optimizer.state_bytes) * share
     cast = 0 if half else 6
-    products = job.optimizer.update_flops(model) / degrees.shard / hardware.DENSE_FLOPS
+    products = job.optimizer.update_flops(model) / degrees.shard / hardware.MUON_FLOPS
     if single_process(parallel, degrees):
         lean = microbatches == 1 or parallel.sum_gradients_in == "bf16"
         lean_copies = 6 * (microbatches - 1) * whole - (4 if half else 2) * share
