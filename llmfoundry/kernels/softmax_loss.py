@@ -71,7 +71,7 @@ def softmax_loss_reference(
 
 
 if triton is not None:
-    _BLOCK, _WARPS = 8192, 8
+    _BLOCK, _WARPS, _REGISTERS = 8192, 8, 64  # so an SM holds four programs
 
     @triton.jit
     def _pack(top, total):
@@ -149,11 +149,12 @@ def softmax_loss_triton(
     block = min(_BLOCK, next_power_of_2(vocab))
     slices = cdiv(vocab, block)
     sums = torch.zeros(n * slices + 1, dtype=torch.int64, device=logits.device)
-    for sums_now, results_now in ((True, True),) if _fit_at_once(slices, logits.device) else ((True, False), (False, True)):
+    at_once = _fit_at_once(slices, logits.device)
+    for launch in [(True, True)] if at_once else [(True, False), (False, True)]:
         softmax_loss_kernel[(n * slices,)](
             logits, labels, weights, loss, gradient, sums, vocab, 0.0 if softcap is None else 1 / softcap,
             IGNORE=IGNORE, CAPPED=softcap is not None, SLICES=slices, LANES=max(32 * _WARPS, next_power_of_2(slices)),
-            BLOCK=block, SUMS=sums_now, RESULTS=results_now, TICKET=True, num_warps=_WARPS,
+            BLOCK=block, SUMS=launch[0], RESULTS=launch[1], TICKET=at_once, num_warps=_WARPS, maxnreg=_REGISTERS,
         )  # fmt: skip
 
 
