@@ -22,7 +22,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from llmfoundry.kernels import e4m3, eight_bit, norm_rotate, scaled, symmetric  # noqa: E402
+from llmfoundry.kernels import e4m3, eight_bit, norm_rotate, scaled, softmax_loss, symmetric  # noqa: E402
 from llmfoundry.kernels.accumulate import add_kernel, add_parts_kernel  # noqa: E402
 from llmfoundry.kernels.grouped import GroupedConfig, grouped_kernel  # noqa: E402
 from llmfoundry.kernels.lion import lion_kernel  # noqa: E402
@@ -34,6 +34,8 @@ from llmfoundry.kernels.narrow import (  # noqa: E402
     narrow_grad_kernel,
     narrow_kernel,
 )
+from llmfoundry.kernels.scale import scale_kernel  # noqa: E402
+from llmfoundry.kernels.square_sum import square_sum_kernel  # noqa: E402
 from llmfoundry.kernels.tiles import TILE_ROWS  # noqa: E402
 from llmfoundry.kernels.tune import (  # noqa: E402
     DOWN,
@@ -218,6 +220,22 @@ def queries_and_keys() -> None:
     report("norm and rotation, backward", norm_rotate.backward_kernel, types, constants, 4, 3)
 
 
+def loss_and_norm() -> None:
+    """The loss of Qwen3's vocabulary, the scaling of its gradient, and the gradients' norm."""
+    types = dict.fromkeys(("logits_ptr", "loss_ptr", "x_ptr", "factor_ptr"), "*fp32")
+    types |= dict.fromkeys(("gradient_ptr", "out_ptr"), f"*{DTYPE}")
+    types |= dict.fromkeys(("labels_ptr", "table_ptr"), "*i64") | {"vocab": "i32", "n": "i32", "n_tensors": "i32"}
+    block, warps = softmax_loss._BLOCK, softmax_loss._WARPS
+    shared = {"weights_ptr": None, "IGNORE": -100, "CAPPED": False, "SLICES": 19, "LANES": 32 * warps, "BLOCK": block}
+    shared |= {"SUMS": True, "RESULTS": True, "TICKET": True}
+    report("loss", softmax_loss.softmax_loss_kernel, types | {"sums_ptr": "*i64", "per_cap": "fp32"}, shared, warps, 3,
+           maxnreg=softmax_loss._REGISTERS)  # fmt: skip
+    report("scale", scale_kernel, types, {"BLOCK": 4096}, 8, 3)
+    kind = {"bf16": tl.bfloat16, "fp32": tl.float32}[DTYPE]
+    listed = {"KIND": kind, "ALIGNED": True, "TENSORS": 128, "LOOPS": 4, "BLOCK": 8192}
+    report("norm", square_sum_kernel, types | {"sums_ptr": "*fp32"}, listed, 8, 3)
+
+
 def in_e4m3(f: int) -> None:
     """The kernels of `precision: amp_fp8`, with experts of this hidden size."""
     eight = "fp8e4nv"
@@ -268,13 +286,14 @@ def report(
     constants: dict[str, object],
     num_warps: int,
     num_stages: int,
+    **options: int,
 ) -> None:
     """Compile, and print registers, bytes a thread that spill, and shared memory."""
     signature = {key: types.get(key, "constexpr") for key in kernel.arg_names}
     aligned = [["tt.divisibility", 16]]
     attributes = {(i,): aligned for i, kind in enumerate(signature.values()) if kind.startswith("*") or kind == "i32"}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options |= {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -307,6 +326,7 @@ def main() -> None:
         if shape == "updates":
             updates()
             queries_and_keys()
+            loss_and_norm()
         elif DTYPE == "e4m3":
             in_e4m3(SHAPES[shape][1])
         else:
