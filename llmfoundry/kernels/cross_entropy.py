@@ -28,9 +28,10 @@ class Sizes(NamedTuple):
     gradients: int
 
 
-# GPU: 2^27 float32 logits are 0.5 GiB, and their gradients in bfloat16 at most 1.25. CPU: 2^20 float32 are 4 MiB and
-# stay in the last-level cache from the product to the softmax and back.
-SIZES = {"cuda": Sizes(2**27, 5 * 2**27), "cpu": Sizes(2**20, 2**20)}
+# GPU: at most 0.63 GiB of float32 logits, and 1.25 of their gradients in bfloat16: chunks of 4,096 tokens in pieces of
+# 1,024 at Qwen3's vocabulary (151,936), of 8,192 and 2,048 at OLMoE's (50,304). Other sizes: docs/experiments.md.
+# CPU: 2^20 float32 are 4 MiB and stay in the last-level cache from the product to the softmax and back.
+SIZES = {"cuda": Sizes(5 * 2**25, 5 * 2**27), "cpu": Sizes(2**20, 2**20)}
 TILE = 1024  # of tokens: products of other sizes leave some of a GPU's SMs idle
 
 

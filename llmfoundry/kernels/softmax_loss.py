@@ -71,7 +71,7 @@ def softmax_loss_reference(
 
 
 if triton is not None:
-    _BLOCK, _WARPS, _REGISTERS = 8192, 8, 64  # so an SM holds four programs
+    _BLOCK, _WARPS, _REGISTERS = 4096, 4, 64  # an SM holds eight programs, and half of its registers are logits
 
     @triton.jit
     def _pack(top, total):
@@ -84,14 +84,14 @@ if triton is not None:
     def softmax_loss_kernel(
         logits_ptr, labels_ptr, weights_ptr, loss_ptr, gradient_ptr, sums_ptr, vocab, per_cap,
         IGNORE: tl.constexpr, CAPPED: tl.constexpr, SLICES: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
-        SUMS: tl.constexpr, RESULTS: tl.constexpr, TICKET: tl.constexpr,
+        SUMS: tl.constexpr, RESULTS: tl.constexpr,
     ):  # fmt: skip
         """One program per slice of a token's logits.
 
         sums_ptr: (N * SLICES + 1,) int64, zero before the launch that writes them; the last one counts programs.
         SUMS, RESULTS: whether the sums are written, and whether they are read for the loss and the gradient.
         """
-        if SUMS and TICKET:
+        if SUMS and RESULTS:
             program = tl.atomic_add(sums_ptr + tl.num_programs(0), 1, sem="relaxed").to(tl.int32)
         else:
             program = tl.program_id(0)
@@ -149,12 +149,11 @@ def softmax_loss_triton(
     block = min(_BLOCK, next_power_of_2(vocab))
     slices = cdiv(vocab, block)
     sums = torch.zeros(n * slices + 1, dtype=torch.int64, device=logits.device)
-    at_once = _fit_at_once(slices, logits.device)
-    for launch in [(True, True)] if at_once else [(True, False), (False, True)]:
+    for launch in [(True, True)] if _fit_at_once(slices, logits.device) else [(True, False), (False, True)]:
         softmax_loss_kernel[(n * slices,)](
             logits, labels, weights, loss, gradient, sums, vocab, 0.0 if softcap is None else 1 / softcap,
             IGNORE=IGNORE, CAPPED=softcap is not None, SLICES=slices, LANES=max(32 * _WARPS, next_power_of_2(slices)),
-            BLOCK=block, SUMS=launch[0], RESULTS=launch[1], TICKET=at_once, num_warps=_WARPS, maxnreg=_REGISTERS,
+            BLOCK=block, SUMS=launch[0], RESULTS=launch[1], num_warps=_WARPS, maxnreg=_REGISTERS,
         )  # fmt: skip
 
 

@@ -47,12 +47,12 @@ def square_sum_reference(tensors: list[Tensor]) -> Tensor:
 
 
 if triton is not None:
-    _BLOCK, _LOOPS = 8192, 4
+    _BLOCK = 8192
 
     @triton.jit
     def square_sum_kernel(
         table_ptr, sums_ptr, n_tensors,
-        KIND: tl.constexpr, ALIGNED: tl.constexpr, TENSORS: tl.constexpr, LOOPS: tl.constexpr, BLOCK: tl.constexpr,
+        KIND: tl.constexpr, ALIGNED: tl.constexpr, TENSORS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         # Rows of the table: a tensor's first program, its pointer, how many values, and which program of all is first.
         of = find_row(table_ptr, n_tensors, 4, TENSORS)
@@ -60,22 +60,18 @@ if triton is not None:
         x_ptr, n = tl.load(of + 1).to(tl.pointer_type(KIND)), tl.load(of + 2)
         if ALIGNED:
             x_ptr, n = tl.multiple_of(x_ptr, 16), tl.multiple_of(n, 8)
-        begin = (pid - tl.load(of)) * (LOOPS * BLOCK)
-        total = tl.zeros((BLOCK,), tl.float32)
-        for j in tl.static_range(LOOPS):
-            i = begin + j * BLOCK + tl.arange(0, BLOCK)
-            x = tl.load(x_ptr + i, i < n, other=0.0).to(tl.float32)
-            total += x * x
-        tl.store(sums_ptr + tl.load(of + 3) + pid, tl.sum(total))
+        i = (pid - tl.load(of)) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + i, i < n, other=0.0).to(tl.float32)
+        tl.store(sums_ptr + tl.load(of + 3) + pid, tl.sum(x * x))
 
 
 def square_sum_triton(tensors: list[Tensor]) -> Tensor:
     """`square_sum` by the kernel: one launch, and one more for tensors that no 16 bytes fit into evenly."""
-    chunk, offset = _BLOCK * _LOOPS, 0
+    offset = 0
     dense = [tensor.contiguous() for tensor in tensors if tensor.numel()]  # kept until the kernels are launched
-    sums = torch.empty(sum(cdiv(each.numel(), chunk) for each in dense), dtype=torch.float32, device=tensors[0].device)
+    sums = torch.empty(sum(cdiv(each.numel(), _BLOCK) for each in dense), dtype=torch.float32, device=tensors[0].device)
     for aligned in (True, False):
-        rows = [(cdiv(each.numel(), chunk), [each.data_ptr(), each.numel(), offset]) for each in dense
+        rows = [(cdiv(each.numel(), _BLOCK), [each.data_ptr(), each.numel(), offset]) for each in dense
                 if (each.numel() % 8 == 0 and each.data_ptr() % 16 == 0) == aligned]  # fmt: skip
         if not rows:
             continue
@@ -83,7 +79,7 @@ def square_sum_triton(tensors: list[Tensor]) -> Tensor:
         square_sum_kernel[(programs,)](
             table_of(rows, sums.device), sums, len(rows),
             KIND=tl.bfloat16 if dense[0].dtype == torch.bfloat16 else tl.float32, ALIGNED=aligned,
-            TENSORS=next_power_of_2(len(rows)), LOOPS=_LOOPS, BLOCK=_BLOCK, num_warps=8,
+            TENSORS=next_power_of_2(len(rows)), BLOCK=_BLOCK, num_warps=8,
         )  # fmt: skip
         offset += programs
     return sums.sum(dtype=torch.float64)

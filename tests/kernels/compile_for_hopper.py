@@ -176,7 +176,7 @@ def updates() -> None:
     types |= dict.fromkeys(("steps_ptr", "factors_ptr", "divisor_ptr", "skip_ptr", "step_ptr"), "*fp32")
     types |= dict.fromkeys(("b_ptr", "x_ptr", "total_ptr"), "*bf16") | {"table_ptr": "*i64"}
     types |= dict.fromkeys(("w_ptr", "m_ptr", "g_ptr", "out_ptr", "d_ptr"), f"*{DTYPE}")
-    constants = {"BLOCK": 2048, "LOOPS": 4, "TENSORS": 128, "ALIGNED": True, "WEIGHT": moment, "GRAD": moment,
+    constants = {"BLOCK": 2048, "TENSORS": 128, "ALIGNED": True, "WEIGHT": moment, "GRAD": moment,
                  "MOMENT": moment, "BESIDE": tl.bfloat16, "NESTEROV": True}  # fmt: skip
     kernels = {"adamw": adamw_kernel, "momentum": momentum_kernel, "apply": apply_kernel, "add": add_kernel}
     report("add parts", add_parts_kernel, types | {"parts_ptr": "*bf16", "total_ptr": "*fp32"},
@@ -199,7 +199,7 @@ def updates() -> None:
         report(f"symmetric, {side}", symmetric.symmetric_kernel, named | pointers, shape | constant,
                symmetric.WARPS, symmetric.STAGES)  # fmt: skip
     whole = {"BESIDE": tl.bfloat16, "WEIGHT": tl.float32, "GRAD": moment, "MOMENT": moment}
-    whole |= {key: constants[key] for key in ("BLOCK", "LOOPS", "TENSORS", "ALIGNED")}
+    whole |= {key: constants[key] for key in ("BLOCK", "TENSORS", "ALIGNED")}
     report("adamw of float32 weights", adamw_kernel, types, whole, 8, 3)
     halves = types | {"b_ptr": "*i16", "w_ptr": "*bf16"}
     report("adamw of halves", adamw_kernel, types, whole | {"BESIDE": tl.int16, "WEIGHT": tl.bfloat16}, 8, 3)
@@ -226,13 +226,13 @@ def loss_and_norm() -> None:
     types |= dict.fromkeys(("gradient_ptr", "out_ptr"), f"*{DTYPE}")
     types |= dict.fromkeys(("labels_ptr", "table_ptr"), "*i64") | {"vocab": "i32", "n": "i32", "n_tensors": "i32"}
     block, warps = softmax_loss._BLOCK, softmax_loss._WARPS
-    shared = {"weights_ptr": None, "IGNORE": -100, "CAPPED": False, "SLICES": 19, "LANES": 32 * warps, "BLOCK": block}
-    shared |= {"SUMS": True, "RESULTS": True, "TICKET": True}
+    shared = {"weights_ptr": None, "IGNORE": -100, "CAPPED": False, "SLICES": 38, "LANES": 32 * warps, "BLOCK": block}
+    shared |= {"SUMS": True, "RESULTS": True}
     report("loss", softmax_loss.softmax_loss_kernel, types | {"sums_ptr": "*i64", "per_cap": "fp32"}, shared, warps, 3,
            maxnreg=softmax_loss._REGISTERS)  # fmt: skip
     report("scale", scale_kernel, types, {"BLOCK": 4096}, 8, 3)
     kind = {"bf16": tl.bfloat16, "fp32": tl.float32}[DTYPE]
-    listed = {"KIND": kind, "ALIGNED": True, "TENSORS": 128, "LOOPS": 4, "BLOCK": 8192}
+    listed = {"KIND": kind, "ALIGNED": True, "TENSORS": 128, "BLOCK": 8192}
     report("norm", square_sum_kernel, types | {"sums_ptr": "*fp32"}, listed, 8, 3)
 
 
