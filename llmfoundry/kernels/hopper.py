@@ -2,8 +2,8 @@
 
 Shapes: M rows in expert order, N output width, J inner width, P x N the gradient of a matrix, D d_model, F ffn hidden
 size, E experts.
-The plain products of `grouped.py`, `up.py` and `weight_grad.py`, bitwise the same: no adapters, no biases, gated units,
-16 bits. They are written in Gluon, Triton's lower level. A program is one warp that loads and two warp groups that
+The plain products of `grouped.py`, `up.py` and `weight_grad.py`, bitwise the same: bf16, gated units, no adapters, no
+biases. They are written in Gluon, Triton's lower level. A program is one warp that loads and two warp groups that
 multiply, each 64 of a tile's 128 rows. They meet at barriers alone: the loads run up to STAGES steps ahead, through
 the ends of tiles, and while one group stores its rows, the other has the tensor cores.
 `tune.runs_gluon` says where these kernels run. No interpreter does; the references are those of the other files.
@@ -392,7 +392,7 @@ def weight_grad_hopper_kernel(
 
 
 def weight_grad_hopper(left: Tensor, right: Tensor, tiles: Tiles, *, config: HopperConfig) -> Tensor:
-    """`weight_grad.weight_grad`."""
+    """`weight_grad.weight_grad`, for bf16."""
     n_experts = tiles.expert_start.numel() - 1
     out = left.new_empty(n_experts, left.shape[1], right.shape[1])
     programs = n_programs(left.device)

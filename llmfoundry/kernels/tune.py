@@ -113,7 +113,7 @@ def pick(
     choice: Config | HopperConfig | None = _fixed(candidates, problem)
     if choice is None:
         configs: tuple[Config | HopperConfig, ...] = candidates.large
-        if plain and runs_gluon(problem.device):
+        if plain and problem.dtype == "torch.bfloat16" and runs_gluon(problem.device):
             configs += candidates.hopper
         untimed = len(configs) == 1 or os.environ.get("LLMFOUNDRY_AUTOTUNE", "1") == "0"
         choice = configs[0 if untimed else _timed_choice(candidates.name, configs, problem, run)]
