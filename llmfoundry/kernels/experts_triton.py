@@ -160,10 +160,11 @@ def _forward(
             bias=b1,
             beside=beside,
         ),
+        plain=gated and b1 is None and beside is None,
     )
     del x_rows
     u_down, beside = _narrow(a, down_a, down_b, tiles, problem, scale)
-    y_rows = pick(DOWN, problem, partial(grouped, a, w2, tiles, beside=beside))  # (R, D)
+    y_rows = pick(DOWN, problem, partial(grouped, a, w2, tiles, beside=beside), plain=beside is None)  # (R, D)
     y = sum_rows(y_rows, order, weights.shape[1], None if b2 is None else Biases(b2, experts, weights))
     return _Rows(y, h, u_up, u_down)
 
@@ -330,7 +331,8 @@ def _input_gradient(
     problem = _problem(w1, w2, n_rows)
     tiles = tiles_in(row_tiles, expert_start, n_rows)
     beside = None if up_a is None else Beside(du_up, up_a)
-    dx_rows = pick(DX, problem, partial(grouped, dh, w1, tiles, transposed=True, beside=beside))  # (R, D)
+    run = partial(grouped, dh, w1, tiles, transposed=True, beside=beside)
+    dx_rows = pick(DX, problem, run, plain=beside is None)  # (R, D)
     return sum_rows(dx_rows, Order(expert_start, row_slot, slot_row), top_k)
 
 
@@ -373,7 +375,7 @@ def _weight_gradient(
     order = Order(expert_start, row_slot, slot_row)
     if name in ("w1", "w2"):
         right = gather(right, order, n_rows) if name == "w1" else right
-        return pick(DW1 if name == "w1" else DW2, problem, partial(weight_grad, left, right, tiles))
+        return pick(DW1 if name == "w1" else DW2, problem, partial(weight_grad, left, right, tiles), plain=True)
     wide_first = name.endswith("_b")
     wide, thin = (left, right) if wide_first else (right, left)
     by_token = order if name in ("up_a", "down_b") else None

@@ -21,8 +21,10 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.experimental.gluon import language as gl  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from llmfoundry.kernels import e4m3, eight_bit, norm_rotate, scaled, softmax_loss, symmetric  # noqa: E402
+from llmfoundry.kernels import e4m3, eight_bit, hopper, norm_rotate, scaled, softmax_loss, symmetric  # noqa: E402
 from llmfoundry.kernels.accumulate import add_kernel, add_parts_kernel  # noqa: E402
 from llmfoundry.kernels.grouped import GroupedConfig, grouped_kernel  # noqa: E402
 from llmfoundry.kernels.lion import lion_kernel  # noqa: E402
@@ -234,6 +236,35 @@ def loss_and_norm() -> None:
     report("norm", square_sum_kernel, types | {"sums_ptr": "*fp32"}, listed, 8, 3)
 
 
+def in_gluon(d: int, f: int) -> None:
+    """The kernels of hopper.py, with blocks in the layouts that it gives to descriptors."""
+
+    def block(*sizes: int) -> str:
+        return f"tensordesc<bf16{list(sizes)},{gl.NVMMASharedLayout.get_default_for(list(sizes), gl.bfloat16)!r}>"
+
+    def one(name: str, kernel: triton.JITFunction, blocks: dict[str, str], group: int, **own: object) -> None:
+        constants = {"GROUP": group, "PROGRAMS": PROGRAMS, "TURNS": TURNS, **own}
+        report(name, kernel, of_rows | blocks, constants, 4, 4, GluonASTSource)
+
+    of_rows = (
+        TILES | {"weights_ptr": "*fp32", "row_slot_ptr": "*i32", "by_load_ptr": "*i32"} | dict.fromkeys("JDE", "i32")
+    )
+    rows, out = block(TILE_ROWS, 64), block(1, 1, 64, 64)
+    for c in DOWN.hopper:
+        blocks = {"rows_desc": rows, "w_desc": block(1, 256, 64), "out_desc": out}
+        one("down", hopper.grouped_hopper_kernel, blocks, c.group, N=d, TRANSPOSED=False)
+    for c in DX.hopper:
+        blocks = {"rows_desc": rows, "w_desc": block(1, 64, 256), "out_desc": out}
+        one("dx", hopper.grouped_hopper_kernel, blocks, c.group, N=d, TRANSPOSED=True)
+    for c in UP.hopper:
+        blocks = {"x_desc": rows, "w1_desc": block(2, 128, 64), "h_desc": block(1, 1, 64, 1, 64), "a_desc": out}
+        one("up", hopper.up_hopper_kernel, blocks, c.group, F=f, **unit())
+    for c in DW1.hopper:
+        blocks = {"left_desc": block(1, 1, 64, TILE_ROWS), "right_desc": block(1, 1, 64, 256)}
+        blocks |= {"out_desc": block(1, 64, 64)}
+        one("weight_grad", hopper.weight_grad_hopper_kernel, blocks, c.group, P=d, N=f)
+
+
 def in_e4m3(f: int) -> None:
     """The kernels of `precision: amp_fp8`, with experts of this hidden size."""
     eight = "fp8e4nv"
@@ -284,13 +315,14 @@ def report(
     constants: dict[str, object],
     num_warps: int,
     num_stages: int,
+    kind: type[ASTSource] = ASTSource,
     **options: int,
 ) -> None:
     """Compile, and print registers, bytes a thread that spill, and shared memory."""
     signature = {key: types.get(key, "constexpr") for key in kernel.arg_names}
     aligned = [["tt.divisibility", 16]]
     attributes = {(i,): aligned for i, kind in enumerate(signature.values()) if kind.startswith("*") or kind == "i32"}
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    source = kind(kernel, signature, constexprs=constants, attrs=attributes)
     options |= {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -307,8 +339,8 @@ def report(
         "spilled": int(found[2]),
         "shared": compiled.metadata.shared,
     }
-    row["precision"] = sorted(set(re.findall(r"inputPrecision = (\w+)", compiled.asm["ttir"])))
-    launch = {"warps": num_warps, "stages": num_stages}
+    row["precision"] = sorted(set(re.findall(r"inputPrecision = (\w+)", compiled.asm.get("ttir", ""))))
+    launch = {"gluon": kind is GluonASTSource, "warps": compiled.metadata.num_warps, "stages": num_stages}
     print(json.dumps(row | launch | constants, default=str), flush=True)
 
 
@@ -332,6 +364,8 @@ def main() -> None:
 
 
 def compile_case(d: int, f: int) -> None:
+    if DTYPE == "bf16" and not RANK:
+        in_gluon(d, f)
     for config in configs(UP):
         up(d, f, config)
     for config in configs(DOWN):
