@@ -36,6 +36,7 @@ from llmfoundry.kernels.narrow import (  # noqa: E402
     narrow_grad_kernel,
     narrow_kernel,
 )
+from llmfoundry.kernels.routing_triton import _local_kernel  # noqa: E402
 from llmfoundry.kernels.scale import scale_kernel  # noqa: E402
 from llmfoundry.kernels.square_sum import square_sum_kernel  # noqa: E402
 from llmfoundry.kernels.tiles import TILE_ROWS  # noqa: E402
@@ -183,6 +184,12 @@ def updates() -> None:
     kernels = {"adamw": adamw_kernel, "momentum": momentum_kernel, "apply": apply_kernel, "add": add_kernel}
     report("add parts", add_parts_kernel, types | {"own_ptr": "*bf16", "others_ptr": "*bf16", "total_ptr": "*fp32"},
            {"N": 2, "OWN": 0, "BEGINS": False, "BLOCK": 4096}, 8, 3)  # fmt: skip
+    tokens = types | dict.fromkeys(("own_ptr", "others_ptr", "total_ptr"), f"*{DTYPE}") | {"packed_ptr": "*i32"}
+    report("sum of tokens over ranks", add_parts_kernel, tokens, {"N": 2, "OWN": -1, "BEGINS": True, "BLOCK": 4096},
+           8, 3)  # fmt: skip
+    tokens |= dict.fromkeys(("weights_ptr", "experts_ptr", "total_ptr"), "*i32")
+    tokens |= dict.fromkeys(("n_slots", "first", "n_local"), "i32")
+    report("routing of a rank", _local_kernel, tokens, {"K": 8, "BLOCK": 1024}, 4, 3)
     types |= {"v_ptr": "*u8", "ms_ptr": "*fp32", "vs_ptr": "*fp32", "count_ptr": "*fp32"}
     types |= {"columns": "i32", "per_row": "i32"}
     eight = {"BESIDE": True, "BLOCKS": 8, "BLOCK": 256}

@@ -21,8 +21,8 @@ from llmfoundry.kernels.experts import experts_ffn  # noqa: E402
 from llmfoundry.kernels.experts_triton import experts_ffn_triton  # noqa: E402
 from llmfoundry.kernels.late import LateGradients  # noqa: E402
 from llmfoundry.kernels.low_rank import ExpertAdapters, LowRank  # noqa: E402
-from llmfoundry.kernels.routing import sort_by_expert  # noqa: E402
-from llmfoundry.kernels.routing_triton import sort_by_expert_triton  # noqa: E402
+from llmfoundry.kernels.routing import local_routing, packed_routing, sort_by_expert  # noqa: E402
+from llmfoundry.kernels.routing_triton import local_routing_triton, sort_by_expert_triton  # noqa: E402
 from llmfoundry.kernels.tiles import tile_rows, tile_rows_reference, turns  # noqa: E402
 from tests.kernels.devices import DEVICES  # noqa: E402
 
@@ -169,6 +169,24 @@ def test_order_and_tiles_equal_reference(t: int, k: int, e: int) -> None:
     assert int(tiles.n_tiles) == n and torch.equal(tiles.by_load.cpu(), reference.by_load)
     assert torch.equal(tiles.expert[:n].cpu(), reference.expert)
     assert torch.equal(tiles.row[:n].cpu(), reference.row)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_routing_to_the_experts_held_here_equals_reference(device: str) -> None:
+    for t, k, e in ((37, 3, 8), (1, 1, 4), (400, 8, 64)):
+        weights, experts = torch.rand(t, k, device=device), torch.rand(t, e, device=device).topk(k).indices
+        packed, found = packed_routing(weights, experts), []
+        for first in (0, e // 2):
+            ours = local_routing_triton(packed, first, e // 2)
+            true = local_routing(packed, k, weights.dtype, first, e // 2)
+            assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(ours, true, strict=True))
+            assert torch.equal(ours.weights, weights)
+            found.append(ours)
+        here, there = (torch.where(part.experts < e // 2, part.experts, -e) for part in found)
+        assert torch.equal(torch.maximum(here, there + e // 2), experts.int())
+        assert int(found[0].n_slots + found[1].n_slots) == experts.numel()
+    wide = weights.double()
+    assert torch.equal(local_routing(packed_routing(wide, experts), k, wide.dtype, 0, e).weights, wide)
 
 
 def test_no_tokens_give_zero_gradients() -> None:
