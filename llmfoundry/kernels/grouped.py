@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmfoundry.kernels.hopper import HopperConfig, grouped_hopper
 from llmfoundry.kernels.tiles import (
     TILE_ROWS,
     Beside,
+    HopperConfig,
     Tiles,
     my_tiles,
     n_programs,
@@ -93,6 +93,8 @@ def grouped(
         (M, N) in the dtype of `rows`; rows behind the last expert are unset.
     """
     if isinstance(config, HopperConfig):
+        from llmfoundry.kernels.hopper import grouped_hopper  # Gluon is experimental
+
         return grouped_hopper(rows, w, tiles, transposed=transposed, config=config)
     n_rows, inner = rows.shape
     width = w.shape[2] if transposed else w.shape[1]

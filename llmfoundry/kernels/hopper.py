@@ -11,8 +11,6 @@ the ends of tiles, and while one group stores its rows, the other has the tensor
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -21,7 +19,18 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor as TritonDescriptor
 
-from llmfoundry.kernels.tiles import TILE_ROWS, Tiles, my_tiles, n_programs, place, plain, ragged, turns, unit_factors
+from llmfoundry.kernels.tiles import (
+    TILE_ROWS,
+    HopperConfig,
+    Tiles,
+    my_tiles,
+    n_programs,
+    place,
+    plain,
+    ragged,
+    turns,
+    unit_factors,
+)
 
 HEIGHT = gl.constexpr(TILE_ROWS // 2)  # rows that a warp group multiplies, as many as one instruction does
 WIDTH = gl.constexpr(256)  # columns of a tile, as many as one instruction does
@@ -32,12 +41,6 @@ PLACES = gl.constexpr(2)  # blocks that each warp group is storing, 8 KiB each
 FAR = gl.constexpr(1073741824)  # of ragged descriptors: see `tiles.read_ragged`
 WARPS = gl.constexpr([4, 1])  # of the second group and of the loads; the first group are the program's own four
 REGISTERS = gl.constexpr([240, 24])  # of each of their threads; the first group has the second's number
-
-
-class HopperConfig(NamedTuple):
-    """The order of tiles; their sizes are those of the hardware."""
-
-    group: int = 8
 
 
 # The parts that all kernels share.

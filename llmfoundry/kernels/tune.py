@@ -21,9 +21,8 @@ import triton
 
 from llmfoundry.atomic import atomic_write
 from llmfoundry.kernels.grouped import GroupedConfig
-from llmfoundry.kernels.hopper import HopperConfig
 from llmfoundry.kernels.narrow import NarrowConfig, NarrowGradConfig
-from llmfoundry.kernels.tiles import turns
+from llmfoundry.kernels.tiles import HopperConfig, turns
 from llmfoundry.kernels.up import UpConfig
 from llmfoundry.kernels.up_backward import UpBackwardConfig
 from llmfoundry.kernels.weight_grad import WeightGradConfig

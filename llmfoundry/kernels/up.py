@@ -18,10 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from llmfoundry.kernels.activations import activate
-from llmfoundry.kernels.hopper import HopperConfig, up_hopper
 from llmfoundry.kernels.tiles import (
     TILE_ROWS,
     Beside,
+    HopperConfig,
     Tiles,
     my_tiles,
     n_programs,
@@ -126,6 +126,8 @@ def up(
         h (M, 2F) or (M, F), and a' (M, F). Rows behind the last expert are unset.
     """
     if isinstance(config, HopperConfig):
+        from llmfoundry.kernels.hopper import up_hopper  # Gluon is experimental
+
         return up_hopper(x_rows, weights, row_slot, tiles, w1, activation=activation, limit=limit, config=config)
     n_rows, d_model = x_rows.shape
     n_experts = w1.shape[0]

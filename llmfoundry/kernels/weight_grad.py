@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmfoundry.kernels.hopper import HopperConfig, weight_grad_hopper
 from llmfoundry.kernels.tiles import (
+    HopperConfig,
     Tiles,
     my_tiles,
     n_programs,
@@ -78,6 +78,8 @@ def weight_grad(
         (E, P, N) in the dtype of `left`; zero for an expert without rows.
     """
     if isinstance(config, HopperConfig):
+        from llmfoundry.kernels.hopper import weight_grad_hopper  # Gluon is experimental
+
         return weight_grad_hopper(left, right, tiles, config=config)
     n_experts = tiles.expert_start.numel() - 1
     c = config
