@@ -16,6 +16,7 @@ from torch import Tensor
 from llmfoundry.kernels.tiles import (
     TILE_ROWS,
     Beside,
+    HopperConfig,
     Tiles,
     my_tiles,
     n_programs,
@@ -79,7 +80,7 @@ def grouped(
     *,
     transposed: bool = False,
     beside: Beside | None = None,
-    config: GroupedConfig = GroupedConfig(),
+    config: GroupedConfig | HopperConfig = GroupedConfig(),
 ) -> Tensor:
     """Each row times its expert's matrix.
 
@@ -91,6 +92,10 @@ def grouped(
     Returns:
         (M, N) in the dtype of `rows`; rows behind the last expert are unset.
     """
+    if isinstance(config, HopperConfig):
+        from llmfoundry.kernels.hopper import grouped_hopper  # Gluon is experimental
+
+        return grouped_hopper(rows, w, tiles, transposed=transposed, config=config)
     n_rows, inner = rows.shape
     width = w.shape[2] if transposed else w.shape[1]
     c = config

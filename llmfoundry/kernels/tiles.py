@@ -37,6 +37,15 @@ class Tiles(NamedTuple):
     first: Tensor  # (E,) the first row tile of each expert
 
 
+class HopperConfig(NamedTuple):
+    """Of a kernel in `hopper.py`: the order of tiles. Their sizes are those of the hardware.
+
+    That file is imported where such a kernel is launched, for Gluon, which it is written in, is experimental.
+    """
+
+    group: int = 8
+
+
 @cache
 def n_programs(device: torch.device) -> int:
     """Programs of a persistent kernel: one for each SM (a few in Triton's interpreter)."""

@@ -21,6 +21,7 @@ from llmfoundry.kernels.activations import activate
 from llmfoundry.kernels.tiles import (
     TILE_ROWS,
     Beside,
+    HopperConfig,
     Tiles,
     my_tiles,
     n_programs,
@@ -109,7 +110,7 @@ def up(
     limit: float | None = None,
     bias: Tensor | None = None,
     beside: Beside | None = None,
-    config: UpConfig = UpConfig(),
+    config: UpConfig | HopperConfig = UpConfig(),
 ) -> tuple[Tensor, Tensor]:
     """Pre-activations and weighted activations of every row.
 
@@ -124,6 +125,10 @@ def up(
     Returns:
         h (M, 2F) or (M, F), and a' (M, F). Rows behind the last expert are unset.
     """
+    if isinstance(config, HopperConfig):
+        from llmfoundry.kernels.hopper import up_hopper  # Gluon is experimental
+
+        return up_hopper(x_rows, weights, row_slot, tiles, w1, activation=activation, limit=limit, config=config)
     n_rows, d_model = x_rows.shape
     n_experts = w1.shape[0]
     halves = 2 if gated else 1
