@@ -233,11 +233,17 @@ def _mistakes(error: ValidationError) -> Iterator[_Mistake]:
         else:
             field, _, kind = path.rpartition(".")
             several = _KIND.fullmatch(kind) is not None
-            kinds.setdefault(field if several else path, (item["input"], []))[1].append(item["msg"])
+            kinds.setdefault(field if several else path, (item["input"], []))[1].append(_plain(item["msg"]))
     for path, (found, messages) in kinds.items():
         first, *others = (f"{message[0].lower()}{message[1:]}" for message in messages)
         wanted = " or ".join([first, *(o.removeprefix("input should be ") for o in others)])
         yield _Mistake(path, f"{wanted}, found {found!r}{_why(found, wanted)}")
+
+
+def _plain(message: str) -> str:
+    """A message of pydantic's in the words of a YAML."""
+    message = re.sub(r"a valid dictionary( or instance of \w+)?|an instance of \w+", "a mapping", message)
+    return message.replace(" after validation", "").replace("a valid list", "a list")
 
 
 def _why(found: object, wanted: str) -> str:
@@ -377,6 +383,11 @@ def _at(
 def dump(config: Config) -> dict[str, Any]:
     """The config as plain data: `check(type(config), dump(config)) == config`."""
     return config.model_dump(mode="json")
+
+
+def reason(error: Exception) -> str:
+    """Why a file cannot be read or written, without the path and the error's number."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def is_url(path: str) -> bool:

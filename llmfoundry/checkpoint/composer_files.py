@@ -80,6 +80,8 @@ def open_composer(path: Path) -> ComposerFiles:
     """
     if path.is_file():
         return Monolith(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder")
     if not (path / METADATA).is_file():
         inner = sorted(each.parent.name for each in path.glob(f"*/{METADATA}")) if path.is_dir() else []
         hint = f"; name one of {', '.join(inner)} in it" if inner else ""

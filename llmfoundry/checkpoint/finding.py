@@ -73,7 +73,7 @@ def candidates(path: str | Path) -> list[Candidate]:
     path = Path(path)
     if path.name == LATEST and (found := checkpoints(path.absolute().parent)):
         return [Candidate(str(each)) for each in found]
-    if (path / MANIFEST).exists() or number_of(path.resolve().name):
+    if path.is_dir() and ((path / MANIFEST).exists() or number_of(path.resolve().name)):
         return [Candidate(str(path.resolve()))]
     for folder in (path, path / "checkpoints"):
         if found := checkpoints(folder):

@@ -51,7 +51,7 @@ def write(folder: Path, groups: Iterable[Sequence[Tokens]], how: How, nothing: s
     if not n:
         raise ValueError("holds no rows; add some, raise or lower validation_fraction, or give this split its own path")
     if not lengths:
-        raise ValueError(f"{nothing.format(n=n)} within max_seq_len={how.length}")
+        raise ValueError(f"{nothing.format(n=n)} within max_seq_len={how.length}; raise it")
     members = [list(range(i, i + size)) for i in range(0, len(lengths), size)]
     if pack:
         members = best_fit(lengths, how.length)

@@ -244,6 +244,8 @@ def check_free(path: Path, autoresume: bool) -> None:
         if not (path / "config.yaml").is_file() and not checkpoints(path / "checkpoints"):
             raise ConfigError(f"save_folder: {path} holds no run to resume (no config.yaml); choose another")
     standing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not standing.is_dir():
+        raise ConfigError(f"save_folder: {path} cannot be made: {standing} is a file; choose another")
     if not os.access(standing, os.W_OK | os.X_OK):
         raise ConfigError(f"save_folder: {path} cannot be written: no permission in {standing}")
 
