@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypeVar, get_args
@@ -173,7 +173,7 @@ def _root_schema(root: type[Choice]) -> CoreSchema:
         try:
             return member.model_validate({root._tag: root.model_fields[root._tag].default} | value)
         except ValidationError as error:
-            raise PydanticCustomError("several", "several mistakes", {"mistakes": list(_mistakes(error))}) from None
+            raise several(_mistakes(error)) from None
 
     dump = core_schema.plain_serializer_function_ser_schema(lambda value: value.model_dump(mode="json"))
     return core_schema.no_info_plain_validator_function(pick, serialization=dump)
@@ -238,6 +238,24 @@ def _mistakes(error: ValidationError) -> Iterator[_Mistake]:
         first, *others = (f"{message[0].lower()}{message[1:]}" for message in messages)
         wanted = " or ".join([first, *(o.removeprefix("input should be ") for o in others)])
         yield _Mistake(path, f"{wanted}, found {found!r}{_why(found, wanted)}")
+
+
+def several(mistakes: Iterable[_Mistake]) -> PydanticCustomError:
+    """What a validator raises that has found several."""
+    return PydanticCustomError("several", "several mistakes", {"mistakes": list(mistakes)})
+
+
+def lifted(error: ValidationError, key: str, cls: type[Config]) -> PydanticCustomError:
+    """The mistakes below a key that a shorthand left out, at the paths that the user wrote.
+
+    Args:
+        key: what a validator of `cls` has put the user's keys under.
+    """
+    found = []
+    for path, message, owner in _mistakes(error):
+        is_ours = owner is not None and difflib.get_close_matches(path.rpartition(".")[2], cls.model_fields, 1, 0.8)
+        found.append(_Mistake(path.removeprefix(key).removeprefix("."), message, cls if is_ours else owner))
+    return several(found)
 
 
 def _plain(message: str) -> str:

@@ -138,6 +138,12 @@ def test_hints_find_the_place_of_a_key(recipe: Path, capsys: pytest.CaptureFixtu
     assert sorted(said) == sorted(mistakes.values())  # all in one round
 
 
+def test_a_model_that_is_not_there_is_the_only_mistake(recipe: Path, capsys: pytest.CaptureFixture) -> None:
+    model = "model:={name: hf_causal_lm, pretrained_model_name_or_path: ./a/b/c}"
+    assert train_main([str(recipe), model, "max_seq_len=4096"]) == 2
+    assert capsys.readouterr().err == "error: ./a/b/c: no such folder\n"
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [

@@ -110,7 +110,11 @@ class Folders(RowsConfig):
             tried.append(str(folder))
         if not tried:
             raise ConfigError(f"{where}: names neither local nor remote")
-        raise Gone(ConfigError(f"{where}: there is no index.json in {' or '.join(tried)}"))
+        raise Gone(
+            ConfigError(
+                f"{where}: there is no index.json in {' or '.join(tried)}; name an MDS folder in local or remote"
+            )
+        )
 
     def places(self) -> list[str]:
         """Paths and URLs that it is read from."""

@@ -216,7 +216,9 @@ OTHER_MODELS = {
     "openai_causal_lm": _API, "openai_chat": _API, "fmapi_causal_lm": _API, "fmapi_chat": _API,
 }  # fmt: skip
 # Takes the place of a model that cannot be had, so that the mistakes in the rest of the file are found too.
-_STAND_IN: Tree = {"name": "causal_lm", "d_model": 2, "n_heads": 1, "n_layers": 1, "vocab_size": 2**31}
+_STAND_IN: Tree = {
+    "name": "causal_lm", "d_model": 2, "n_heads": 1, "n_layers": 1, "vocab_size": 2**31, "max_seq_len": 2**31,
+}  # fmt: skip
 
 
 def _model(data: Tree, value: object) -> Sequence[str]:
