@@ -187,7 +187,8 @@ def _update(job: Job, degrees: Degrees) -> float:
 
     Bytes per parameter of the shard: 4 for the norm of the gradient, 12 and the moments for the update, 6 for the cast
     before an all-gather; over ranks also 8 to scale the gradient, as when two GPUs were last timed (now the update
-    does it). Bytes per gathered parameter: 4 for a copy, and 6 for a float32 copy of its gradient. A single
+    does it). Bytes per gathered parameter: 4 for a copy, and 6 for a float32 copy of its gradient; where whole
+    gradients of microbatches are added up, 6 for the first and 10 for each other one. A single
     process casts its weights and gradients once per microbatch; in a lean step (parallel/single.py) it casts neither,
     and sums bfloat16 gradients. Weights in bfloat16 take 4 bytes less in the update, and no cast.
     """
@@ -207,6 +208,7 @@ def _update(job: Job, degrees: Degrees) -> float:
     gathers = 2 * microbatches + job.work(degrees).counted if parallel.reshard_after_forward else microbatches
     reductions = microbatches if parallel.reduce_once_a_step is False else 1
     own, ranks = experts / degrees.expert, degrees.expert_shard
+    added = 0 if reductions == microbatches else 6 + 10 * (microbatches - 1)  # to whole sums in float32
     whole -= own
     copies = gathers * (cast / degrees.shard + 4) * whole + reductions * 6 * whole
     if ranks > 1 and _gathers_directly(job):
@@ -214,11 +216,12 @@ def _update(job: Job, degrees: Degrees) -> float:
         copies += (gathers * cast / ranks + reductions * sums) * own
     elif not half or degrees.expert == 1 or max(ranks, degrees.replicate) > 1 or parallel.cpu_offload:
         copies += (gathers * (cast / ranks + 4) + reductions * 6) * own  # else they are in no unit of FSDP
+    copies += added * (whole + own)
     return (update + 8 * share + copies) / hardware.SHARDED_COPY_BYTES + products
 
 
 def _gathers_directly(job: Job) -> bool:
-    return job.parallel.gather_experts == "direct" and not job.parallel.cpu_offload
+    return job.parallel.gather_experts != "packed" and not job.parallel.cpu_offload
 
 
 def _params(model: CausalLMConfig) -> tuple[int, int]:

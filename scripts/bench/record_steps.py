@@ -120,6 +120,8 @@ ROWS = [
     Row(f"{SIXTEEN}, 4 rows per GPU, shard 2, expert 2", "olmoe-1b-7b", 4, ("parallel.expert=2",), gpus=2),
     Row(f"{SIXTEEN}, 4 x 4 rows per GPU, shard 2", "olmoe-1b-7b", 4, RUNNING, gpus=2, microbatches=4),
     # Not named by the record's plan, for the settings that came since.
+    Row(f"{EIGHT}, 8 rows per GPU, shard 2", "olmoe-1b-7b", 8, EIGHT_LAYERS, gpus=2),  # against one GPU
+    Row(f"{SIXTEEN}, 4 rows per GPU, shard 2, packed", "olmoe-1b-7b", 4, ("parallel.gather_experts=packed",), gpus=2),
     Row(f"{SIXTEEN}, 4 rows per GPU, shard 2, direct", "olmoe-1b-7b", 4, ("parallel.gather_experts=direct",), gpus=2),
     Row(f"{EIGHT}, 8 rows, bf16_sr weights", "olmoe-1b-7b", 8, (*EIGHT_LAYERS, BF16_WEIGHTS)),
     Row(f"{EIGHT}, 8 rows, bf16_sr weights, bf16 states", "olmoe-1b-7b", 8,
