@@ -140,7 +140,7 @@ def test_explain_says_what_each_key_became(capsys: pytest.CaptureFixture[str]) -
     assert main(["explain", "tests/integrations/foundry/pretrain_moe.yaml"]) == 0
     lines = {re.split("[: ]", line)[0]: line for line in capsys.readouterr().out.splitlines()}
     assert lines["model.d_model"].endswith("unchanged")
-    assert "left out, it changes no value" in lines["model.init_device"]
+    assert "ignored: it does not change results" in lines["model.init_device"]
     assert "left out: 0 is off" in lines["model.ffn_config.moe_jitter_eps"]
     assert "left out" in lines["train_loader.dataset.predownload"]
     assert "is missing" in lines["save_folder"]

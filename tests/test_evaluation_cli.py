@@ -111,7 +111,7 @@ def test_a_yaml_of_llm_foundry_lists_models(
         ("models.1.load_path=null", "models.1: load_path: is missing"),
         ("models.1.model.d_modell=3", "models.1.model.d_modell: unknown key (did you mean 'd_model'?)"),
         ("models.1.model.d_model=64", "model.d_model: is 64, but 32 in hf"),
-        ("models.2.tokenizer=null", "is a checkpoint of Composer's; name its tokenizer"),
+        ("models.2.tokenizer=null", "is a Composer checkpoint; name its tokenizer"),
         ("precision=fp16", "precision: input should be 'fp32', 'amp_bf16' or 'amp_fp8' or 'auto', found 'fp16'"),
     ):
         assert eval_main(["eval.yaml", override]) == 2

@@ -86,7 +86,7 @@ def data_main(argv: Sequence[str] | None = None) -> None:
 def _of_yaml(args: argparse.Namespace) -> _Opened:
     config = read_run_config(args.target, args.overrides)
     if args.tokenizer is not None:
-        raise ConfigError(f"--tokenizer {args.tokenizer}: is for paths; of a YAML, write tokenizer.name=...")
+        raise ConfigError(f"--tokenizer {args.tokenizer}: works with paths only; for a YAML, write tokenizer.name=...")
     tokenizer = config.tokenizer.build(config.train_loader.dataset, [part.dataset for part in config.due_evaluations])
     special = config.tokenizer.special_tokens(tokenizer)
     return _Opened(config.loaders, tokenizer, special, config.max_seq_len, config.seed, sees_documents(config))

@@ -87,7 +87,7 @@ class ChatRows(Rows):
                 raise ValueError("its files are not as long as they were written")
             counts = read_mapping(folder / "index.json")
         except (OSError, ValueError, IndexError) as error:
-            raise ConfigError(f"{folder}: is damaged ({error}); delete the folder, it is made again") from None
+            raise ConfigError(f"{folder}: is damaged ({error}); delete the folder to make it again") from None
         self.n_rows = self.n_full = len(self._bounds) - 1
         self.n_tokens = int(self._starts[-1])
         self._counts = counts

@@ -214,7 +214,7 @@ def _walk(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
 def _refuse_broken_link(path: Path) -> None:
     if path.is_symlink() and not path.exists():
         raise ConfigError(
-            f"dataset.path: {path}: is a link to {os.readlink(path)}, which is not there; mend or delete the link"
+            f"dataset.path: {path}: is a link to {os.readlink(path)}, which is not there; fix or delete the link"
         )
 
 

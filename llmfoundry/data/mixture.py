@@ -112,7 +112,7 @@ class MixtureConfig(RowsConfig, names=("mixture",)):
         for some, key in ((weighted, "weight"), (measured, "tokens or epochs")):
             missing = next((label for label in labels if label not in some), None)
             if some and missing is not None and not self.mixture:
-                raise ValueError(f"datasets: {some[0]} has {key} and {missing} has not; give it to all, or to none")
+                raise ValueError(f"datasets: {some[0]} has {key} and {missing} does not; give it to all, or to none")
         self._check_phases()
         return self
 

@@ -167,7 +167,7 @@ def read_header(file: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[
     with open(file, "rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         if size < 8 or length > size - 8:
-            raise ConfigError(f"{file}: is cut short or no safetensors file ({size} bytes, a header of {length})")
+            raise ConfigError(f"{file}: is cut short or not a safetensors file ({size} bytes, a header of {length})")
         if length > _MAX_HEADER:
             raise ConfigError(f"{file}: has a header of {length} bytes; {_MAX_HEADER} is the most that is read")
         text = handle.read(length)

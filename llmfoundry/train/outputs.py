@@ -73,9 +73,9 @@ class RunFolder:
             locked = True
         except OSError as error:
             if error.errno in _HELD:
-                raise ConfigError(f"save_folder: {path} is in use by another run, which is still going on") from None
+                raise ConfigError(f"save_folder: {path} is in use by another run, which is still running") from None
             log.warning(
-                "save_folder: %s cannot be locked (%s); see to it that no other run uses it", path, error.strerror
+                "save_folder: %s cannot be locked (%s); make sure that no other run uses it", path, error.strerror
             )
         return cls(path, lock, locked)
 
@@ -155,7 +155,7 @@ class RunFolder:
             with (self.path / SKIPPED).open("a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            log.warning("%s cannot be written: %s; it would have said %s", self.path / SKIPPED, error.strerror, line)
+            log.warning("%s cannot be written: %s; the line was: %s", self.path / SKIPPED, error.strerror, line)
 
     def sync(self) -> None:
         """Make metrics.jsonl survive a power cut: a checkpoint that does must not stand without it.

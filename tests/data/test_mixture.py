@@ -129,9 +129,9 @@ def test_phases_change_the_shares(cache: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({0: {"weight": 0.5}}, "s1 has weight and s2 has not; give it to all, or to none"),
+        ({0: {"weight": 0.5}}, "s1 has weight and s2 does not; give it to all, or to none"),
         ({0: {"weight": 0.5, "tokens": 1e6}}, "weight and tokens both say how much of it is read; keep one"),
-        ({0: {"weight": 0.5}, 1: {"epochs": 1.0}}, "s1 has weight and s2 has not"),
+        ({0: {"weight": 0.5}, 1: {"epochs": 1.0}}, "s1 has weight and s2 does not"),
         ({0: {"label": "s2"}}, "two are called 's2'; give each a label"),
         ({1: {"label": "total"}}, "'total' cannot be a label: loss/train/total is the loss of all datasets together"),
         ({1: {"label": "a/b"}}, "'a/b' cannot be a label"),

@@ -304,7 +304,7 @@ MISTAKES = {
               "tensor 'model.layers.7.mlp.up_proj.weight' has no place"),
     "shape": (lambda f: change(f, Q, torch.zeros(3, 3)), "has shape [3, 3], but config.json makes it [32, 32]"),
     "cut": (cut, "is cut short"),
-    "header": (no_header, "is cut short or no safetensors file"),
+    "header": (no_header, "is cut short or not a safetensors file"),
     "outside": (lambda f: index(f, "../elsewhere.safetensors"), "which is outside of this folder"),
     "gone": (lambda f: index(f, "model-00001-of-00002.safetensors"), "is missing"),
     "pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "is a pickle"),
@@ -359,7 +359,7 @@ def test_a_damaged_checkpoint_of_ours_is_refused(
     file.write_bytes(content)
     before = sorted(path.name for path in tmp_path.iterdir())
     assert convert_main(["to-hf", str(tmp_path / "flipped"), str(tmp_path / "out")]) == 2
-    assert "model-00000.safetensors: has other bytes" in capsys.readouterr().err
+    assert "model-00000.safetensors: has changed since it was written" in capsys.readouterr().err
     file.write_bytes(content[:-5])
     assert convert_main(["to-hf", str(tmp_path / "flipped"), str(tmp_path / "out")]) == 2
     assert f"model-00000.safetensors: has {len(content) - 5} bytes of {len(content)}" in capsys.readouterr().err

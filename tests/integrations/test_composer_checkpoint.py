@@ -353,7 +353,7 @@ def test_a_run_begins_from_their_weights(sharded: bool, tmp_path: Path) -> None:
 
 
 REFUSED = [
-    ([], "of a checkpoint of Composer's only the weights can be taken over"),
+    ([], "only the weights of a Composer checkpoint can be loaded"),
     (["load_weights_only=true", "model.n_layers=1"], "has no place in a model of this config"),
 ]
 
