@@ -383,7 +383,7 @@ def test_several_evaluations_may_each_say_what_a_loader_says() -> None:
     loader = {"pin_memory": True, "timeout": 0, "num_workers": 8, "drop_last": False}
     data, notes = translate({"eval_loader": [{"label": "a", **loader}, {"label": "b", **loader}], **FOREIGN})
     assert data["eval_loader"] == [{"label": "a", "drop_last": False}, {"label": "b", "drop_last": False}]
-    assert any(note.startswith("eval_loader.1.timeout=0: left out") for note in notes)
+    assert any(note.startswith("eval_loader.1.timeout=0: ignored") for note in notes)
 
 
 def test_what_a_dataset_leaves_out_is_as_it_is_there() -> None:

@@ -226,7 +226,7 @@ def test_weights_bring_their_tokenizer_and_bpe_is_not_trained_again(
     options = [f"load_path={run}", WEIGHTS, f"train_loader.dataset.path={other_text(tmp_path)}", "max_duration=2ba"]
     assert train_main([str(recipe), *options, f"save_folder={second}"]) == 0
     assert tokenizer_in(second) == tokenizer_in(run)
-    assert "tokenizer: the checkpoint's own" in caplog.text and "training a byte-level BPE" not in caplog.text
+    assert "tokenizer: using the checkpoint's own" in caplog.text and "training a byte-level BPE" not in caplog.text
 
 
 @pytest.mark.parametrize("how", ["vocab_size=310", "name=FOLDER"])
