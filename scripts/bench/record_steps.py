@@ -129,8 +129,8 @@ ROWS = [
     Row(f"{SIXTEEN}, 4 x 4 rows per GPU, shard 2, bf16_sr weights, bf16 states", "olmoe-1b-7b", 4,
         (*RUNNING, BF16_WEIGHTS, BF16_STATES), gpus=2, microbatches=4),
     Row(f"{EIGHT}, 8 rows, muon", "olmoe-1b-7b", 8, (*EIGHT_LAYERS, f"optimizer={{{MUON}}}")),
-    Row(f"{EIGHT}, 8 rows, muon, symmetric products", "olmoe-1b-7b", 8,
-        (*EIGHT_LAYERS, f"optimizer={{{MUON}, ns_symmetric: true}}")),
+    Row(f"{EIGHT}, 4 x 8 rows, muon", "olmoe-1b-7b", 8,
+        (*EIGHT_LAYERS, *RUNNING, "parallel.sum_gradients_in=bf16", f"optimizer={{{MUON}}}"), microbatches=4),
 ]  # fmt: skip
 
 

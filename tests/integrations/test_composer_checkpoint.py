@@ -267,7 +267,8 @@ MISTAKES = [
     (_without_a_part, "are not all of it"),
     (_not_of_torch, "not an uncompressed file of torch.save"),
     (_other_dtype, "has dtype torch.int8"),
-    (lambda folder: folder / "nowhere.pt", "is neither a FILE.pt nor a sharded Composer folder"),
+    (lambda folder: folder / "nowhere.pt", "nowhere.pt: no such file or folder"),
+    (lambda folder: folder, "is neither a FILE.pt nor a sharded Composer folder"),
 ]
 
 

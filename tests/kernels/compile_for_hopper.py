@@ -184,18 +184,16 @@ def updates() -> None:
     eight = {"BESIDE": True, "BLOCKS": 8, "BLOCK": 256}
     report("adamw of 8 bits", eight_bit.adamw_kernel, types | {"m_ptr": "*i8"}, eight, 8, 3)
     report("lion", lion_kernel, types | {"m_ptr": "*fp32"}, {"BESIDE": True, "BLOCK": 2048}, 8, 3)
-    strides = dict.fromkeys(("S", "K", "matrix_stride", "row_stride"), "i32") | {"alpha": "fp32", "beta": "fp32"}
-    pointers = dict.fromkeys(("x_ptr", "plus_ptr", "out_ptr"), f"*{DTYPE}")
-    for side in ("wide", "tall"):  # products of rows, or of columns
-        constant = {"column_stride": 1} if side == "wide" else {"row_stride": 1}
-        shape = {
-            "PLUS": side == "wide",
-            "BLOCK": symmetric.BLOCK,
-            "DEPTH": symmetric.DEPTH_BYTES * 8 // moment.primitive_bitwidth,
-        }
-        named = {key: kind for key, kind in (strides | {"column_stride": "i32"}).items() if key not in constant}
-        report(f"symmetric, {side}", symmetric.symmetric_kernel, named | pointers, shape | constant,
-               symmetric.WARPS, symmetric.STAGES)  # fmt: skip
+    side = symmetric.BLOCK
+    depth = symmetric.DEPTH_BYTES * 8 // moment.primitive_bitwidth
+    for name, columns in (("wide", False), ("tall", True)):  # products of rows, or of columns
+        operand = descriptor(1, depth, side) if columns else descriptor(1, side, depth)
+        named = dict.fromkeys(("left_desc", "right_desc"), operand) | {"S": "i32", "K": "i32"}
+        named |= dict.fromkeys(("plus_desc", "out_desc"), descriptor(1, side, side)) | {"diagonal": "fp32"}
+        named |= dict.fromkeys(("alpha", "beta"), "*fp32")
+        constant = {"COLUMNS": columns, "PLUS": not columns, "ALPHAS": True, "BETAS": True, "BLOCK": side,
+                    "DEPTH": depth}  # fmt: skip
+        report(f"symmetric, {name}", symmetric.symmetric_kernel, named, constant, symmetric.WARPS, symmetric.STAGES)
     whole = {"BESIDE": tl.bfloat16, "WEIGHT": tl.float32, "GRAD": moment, "MOMENT": moment}
     whole |= {key: constants[key] for key in ("BLOCK", "LOOPS", "TENSORS", "ALIGNED")}
     report("adamw of float32 weights", adamw_kernel, types, whole, 8, 3)

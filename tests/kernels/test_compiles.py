@@ -54,6 +54,8 @@ def test_kernels_that_only_move_bytes_compile_without_spills(compiled: list[dict
     assert {row["kernel"] for row in rows} == passes | {"symmetric, wide", "symmetric, tall"}
     assert not any(row["spilled"] for row in rows), rows
     assert all(row["shared"] <= SHARED for row in rows), rows
+    symmetric = [row for row in rows if row["kernel"].startswith("symmetric") and state == "bf16"]
+    assert all(row["registers"] <= 128 and 2 * row["shared"] <= SHARED for row in symmetric), "two on an SM"
 
 
 @pytest.mark.slow
