@@ -100,6 +100,15 @@ def test_a_wrong_command_is_the_users_mistake(words: list[str], capsys: pytest.C
     assert "nope" in capsys.readouterr().err
 
 
+def test_a_warning_of_the_hub_is_printed_once() -> None:
+    code = """if True:
+        import logging, huggingface_hub.utils
+        from llmfoundry.cli.command import command
+        command(lambda argv: logging.getLogger("huggingface_hub.utils").warning("trying again"))([])"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.count("trying again") == 1
+
+
 def test_a_command_keeps_its_exit_code() -> None:
     found = run("train", "no-such.yaml")
     assert found.returncode == 2
