@@ -9,7 +9,6 @@ Other parts of a run read and write stores by the functions below: they try agai
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -27,6 +26,7 @@ from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import AfterValidator
 
+from llmfoundry.atomic import NO_ROOM
 from llmfoundry.config import PLACEHOLDERS, ConfigError, ResourceError, check_placeholders, is_url, local_path, reason
 
 Result = TypeVar("Result")
@@ -225,7 +225,7 @@ def fetch(file: RemoteFile, to: Path) -> None:
         try:
             fs.get_file(path, str(to))
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in NO_ROOM:
                 raise
             raise ConfigError(f"{to}: cannot be written: {error.strerror}; make room on that disk") from None
         if to.stat().st_size != file.size:
