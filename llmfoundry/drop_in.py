@@ -28,7 +28,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from llmfoundry.kernels.activations import ACTIVATIONS, GLU_ACTIVATIONS, glu
 from llmfoundry.kernels.experts import Backend, ExpertKind, experts_ffn, resolve_backend
-from llmfoundry.moe.dispatch import plan_exchange, return_rows, send
+from llmfoundry.moe.all_to_all import AllToAll
+from llmfoundry.moe.dispatch import return_rows
 
 log = logging.getLogger(__name__)
 
@@ -219,10 +220,10 @@ def _ep_implementation() -> type:
                     for t in inputs
                 )
             n_local = cast(int, self.num_local_experts)
-            plan = plan_exchange(top_k_index, n_local, self.ep_mesh.get_group())
             weights = top_k_weights.to(torch.promote_types(top_k_weights.dtype, torch.float32))
-            there = send(hidden_states.contiguous(), weights, top_k_index, n_local, plan).wait()
-            y = return_rows(self.experts_forward(there.x, there.experts, there.weights), plan)
+            exchange = AllToAll(hidden_states, weights, top_k_index, n_local, self.ep_mesh.get_group())
+            there = exchange.send(hidden_states.contiguous(), weights).wait()
+            y = return_rows(self.experts_forward(there.x, there.experts, there.weights), exchange)
             if self.tp_mesh.size() == 1:
                 return y
             shape = torch.Size((n_tokens, d))

@@ -37,6 +37,7 @@ from llmfoundry.tree import Tree
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
 # Gloo connects two ranks when they first have something to say to each other, not each with every other at the start:
 # 4,096 ranks would have 4,095 sockets each, for every group over all of them.

@@ -47,7 +47,7 @@ SURE = _patterns(
     ("update", r"^Optimizer\.step#|adam|lion|muon|multi_tensor|lpnorm|linalg_vector_norm"),
 )
 HINTS = _patterns(
-    ("router", r"top_?k|_(count|prefix|start|place|tiles)_kernel|router|UpcastLinear"),
+    ("router", r"top_?k|_(count|prefix|start|place|tiles|local)_kernel|router|UpcastLinear"),
     ("attention", r"attention|flash|fmha|sdpa|flex"),
     ("loss", r"cross_entropy|nll_loss|log_softmax|softmax_backward|LinearCrossEntropy"),
     ("update", r"optimizer|foreach"),

@@ -198,7 +198,10 @@ def build_model(config: CausalLMConfig, parallel: ParallelConfig, precision: Pre
         model = model.to_empty(device=place)
         model.init_buffers()
         return model, build_mesh(ParallelConfig(), place.type, experts)
-    update = {"compile": False, "recompute": "none", "recompute_save": None, "cpu_offload": False}
+    update = {
+        "compile": False, "recompute": "none", "recompute_save": None, "cpu_offload": False,
+        "exchange_tokens": "all_to_all",
+    }  # fmt: skip
     parallel = parallel.model_copy(update=update)
     try:
         plan_mesh(parallel, launch.world_size(), experts)

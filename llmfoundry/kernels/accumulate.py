@@ -52,10 +52,10 @@ def add_reference(total: Tensor, x: Tensor, key: int) -> None:
 
 
 def sum_parts(total: Tensor, own: Tensor | None, others: Tensor, rank: int, *, begins: bool) -> None:
-    """Add up parts in the order of ranks, in the dtype of `total`.
+    """Add up parts in the order of ranks, in float32, or float64 where they or `total` are.
 
     Args:
-        total: of n values, contiguous, float32 or wider; it is written, or with `begins: False` added to.
+        total: of n values, contiguous; it is written, and then rounded once, or with `begins: False` added to.
         own: of n values, contiguous: the part of `rank`, which is not among the others. None: it is.
         others: (N, n), contiguous.
     """
@@ -70,9 +70,10 @@ def _add_parts(total: Tensor, own: Tensor, others: Tensor, rank: int, begins: bo
 
 def add_parts_reference(total: Tensor, own: Tensor, others: Tensor, rank: int, begins: bool) -> None:
     """`sum_parts` in plain PyTorch; `own` is empty where it is among the others."""
-    parts = list(others.to(total.dtype))
+    wide = torch.promote_types(torch.promote_types(others.dtype, total.dtype), torch.float32)
+    parts = list(others.to(wide))
     if own.numel():
-        parts.insert(rank, own.view(-1).to(total.dtype))
+        parts.insert(rank, own.view(-1).to(wide))
     first, *rest = parts
     for part in rest:
         first = first + part
@@ -88,13 +89,14 @@ if triton is not None:
     ):  # fmt: skip
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = i < n
-        total = tl.zeros((BLOCK,), tl.float32)
+        wide = tl.float64 if others_ptr.dtype.element_ty == tl.float64 else tl.float32
+        total = tl.zeros((BLOCK,), wide)
         at = others_ptr + i
         for rank in tl.static_range(N):
             if rank == OWN:
-                part = tl.load(own_ptr + i, inside, other=0.0).to(tl.float32)
+                part = tl.load(own_ptr + i, inside, other=0.0).to(wide)
             else:
-                part = tl.load(at, inside, other=0.0).to(tl.float32)
+                part = tl.load(at, inside, other=0.0).to(wide)
                 at += n
             total = part if rank == 0 else total + part
         if not BEGINS:
@@ -119,8 +121,10 @@ def add_triton(total: Tensor, x: Tensor, key: int) -> None:
 
 
 def add_parts_triton(total: Tensor, own: Tensor, others: Tensor, rank: int, begins: bool) -> None:
-    """`sum_parts` by the kernel, in float32; `own` is empty where it is among the others."""
+    """`sum_parts` by the kernel, in float32 or, of such parts, float64; `own` is empty where it is among the others."""
     n, apart = total.numel(), own.numel() > 0
+    if n == 0:
+        return
     add_parts_kernel[(triton.cdiv(n, _BLOCK),)](
         total, own if apart else others, others, n, N=others.shape[0] + apart, OWN=rank if apart else -1,
         BEGINS=begins, BLOCK=_BLOCK, num_warps=8,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmfoundry.kernels.hopper import HopperConfig, grouped_hopper
 from llmfoundry.kernels.tiles import (
     TILE_ROWS,
     Beside,
@@ -79,7 +80,7 @@ def grouped(
     *,
     transposed: bool = False,
     beside: Beside | None = None,
-    config: GroupedConfig = GroupedConfig(),
+    config: GroupedConfig | HopperConfig = GroupedConfig(),
 ) -> Tensor:
     """Each row times its expert's matrix.
 
@@ -91,6 +92,8 @@ def grouped(
     Returns:
         (M, N) in the dtype of `rows`; rows behind the last expert are unset.
     """
+    if isinstance(config, HopperConfig):
+        return grouped_hopper(rows, w, tiles, transposed=transposed, config=config)
     n_rows, inner = rows.shape
     width = w.shape[2] if transposed else w.shape[1]
     c = config

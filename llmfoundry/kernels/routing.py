@@ -7,6 +7,8 @@ here reads a value back to the host, so a CUDA graph captures it; no atomics, so
 
 from __future__ import annotations
 
+import importlib.util
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -57,3 +59,42 @@ def sum_rows_torch(rows: Tensor, of_token: Tensor) -> Tensor:
     if of_token.numel() == 0:
         return rows.new_zeros(of_token.shape[0], rows.shape[1])
     return F.embedding_bag(of_token, rows, mode="sum")
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether kernels copy, order and sum rows such as these; they have neither float64 nor a case of no rows."""
+    return x.is_cuda and x.dtype != torch.float64 and x.numel() > 0 and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+class LocalRouting(NamedTuple):
+    """The routing of R rows to the experts held here."""
+
+    weights: Tensor  # (R, K)
+    experts: Tensor  # (R, K) int32, counted from the first expert held; the number of experts held: elsewhere
+    n_slots: Tensor  # (1,) int32, those with an expert held here
+
+
+def packed_routing(weights: Tensor, experts: Tensor) -> Tensor:
+    """Weights (T, K) and ids (T, K) side by side, as (T, X) int32: the bits of the weights, then ids."""
+    return torch.cat([weights.contiguous().view(torch.int32), experts.int()], dim=1)
+
+
+def local_routing(packed: Tensor, top_k: int, dtype: torch.dtype, first: int, n_local: int) -> LocalRouting:
+    """What `packed_routing` has packed, with the ids of experts that are held here.
+
+    Args:
+        packed: (R, X).
+        top_k: K.
+        dtype: of the weights.
+        first: the first expert held.
+        n_local: experts held.
+    """
+    local = packed[:, -top_k:] - first
+    held = (local >= 0) & (local < n_local)
+    weights = packed[:, :-top_k].reshape(-1).view(dtype).view(-1, top_k)
+    return LocalRouting(weights, torch.where(held, local, n_local), held.sum(dtype=torch.int32).view(1))

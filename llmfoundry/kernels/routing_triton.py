@@ -3,7 +3,7 @@
 Shapes: M slots, E experts, NB = ceil(M / 128) blocks of slots.
 Count each block's experts; run over the blocks of each expert; place each slot behind the earlier ones of its expert,
 whose start every program sums up for itself: a launch costs more. A radix sort of M keys reads and writes them several
-times over; this reads twice.
+times over; this reads twice. `routing.local_routing` is another kernel, of one launch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmfoundry.kernels.routing import Order
+from llmfoundry.kernels.routing import LocalRouting, Order
 from llmfoundry.kernels.whole import cdiv, next_power_of_2
 
 BLOCK = 128
@@ -83,3 +83,29 @@ def sort_by_expert_triton(experts: Tensor, n_experts: int) -> Order:
         experts, counts, totals, *order, n_slots, n_blocks, n_experts, EXPERTS=padded, BLOCK=BLOCK, num_warps=4
     )
     return order
+
+
+@triton.jit
+def _local_kernel(
+    packed_ptr, weights_ptr, experts_ptr, total_ptr, n_slots, first, n_local, K: tl.constexpr, BLOCK: tl.constexpr
+):
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = slot < n_slots
+    at = packed_ptr + (slot // K).to(tl.int64) * 2 * K + slot % K
+    tl.store(weights_ptr + slot, tl.load(at, mask=inside, other=0), mask=inside)
+    local = tl.load(at + K, mask=inside, other=-1) - first
+    held = inside & (local >= 0) & (local < n_local)
+    tl.store(experts_ptr + slot, tl.where(held, local, n_local), mask=inside)
+    tl.atomic_add(total_ptr, tl.sum(held.to(tl.int32)))  # whole numbers: in any order the same
+
+
+def local_routing_triton(packed: Tensor, first: int, n_local: int) -> LocalRouting:
+    """`routing.local_routing`, which is its reference, of float32 weights: (R, 2K). There must be a row."""
+    rows, top_k = packed.shape[0], packed.shape[1] // 2
+    empty = partial(torch.empty, rows, top_k, device=packed.device)
+    found = LocalRouting(empty(dtype=torch.float32), empty(dtype=torch.int32), packed.new_zeros(1))
+    _local_kernel[(cdiv(rows * top_k, 1024),)](
+        packed, found.weights.view(torch.int32), found.experts, found.n_slots, rows * top_k, first, n_local,
+        K=top_k, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    return found

@@ -21,6 +21,7 @@ import triton
 
 from llmfoundry.atomic import atomic_write
 from llmfoundry.kernels.grouped import GroupedConfig
+from llmfoundry.kernels.hopper import HopperConfig
 from llmfoundry.kernels.narrow import NarrowConfig, NarrowGradConfig
 from llmfoundry.kernels.tiles import turns
 from llmfoundry.kernels.up import UpConfig
@@ -59,22 +60,27 @@ class Candidates(NamedTuple, Generic[Config]):
     name: str
     large: tuple[Config, ...]
     small: Config  # for float32, and for GPUs with less shared memory than Hopper
+    hopper: tuple[HopperConfig, ...] = ()  # of the kernel in `hopper.py`, tried too where that runs
 
 
+HOPPER = (HopperConfig(group=4),)
 UP = Candidates(
     "up",
     (UpConfig(group=4, flatten=True), UpConfig(flatten=True)),
     UpConfig(columns=32, depth=32, num_warps=4, num_stages=2),
+    HOPPER,
 )
 DOWN = Candidates(
     "down",
     (GroupedConfig(flatten=True), GroupedConfig(group=4, flatten=True)),
     GroupedConfig(columns=64, depth=32, num_warps=4, num_stages=2),
+    HOPPER,
 )
 DX = Candidates(
     "dx",
     (GroupedConfig(pieces=2, num_stages=4, group=4, flatten=True), GroupedConfig(pieces=2, num_stages=4, flatten=True)),
     GroupedConfig(columns=64, depth=32, num_warps=4, num_stages=2),
+    HOPPER,
 )
 UP_BACKWARD = Candidates(
     "up_backward",
@@ -88,32 +94,35 @@ DW1 = Candidates(
     "dw1",
     (WeightGradConfig(pieces=2, num_stages=4, group=4, flatten=True),),
     WeightGradConfig(height=64, width=64, depth=32, num_warps=4, num_stages=2),
+    (HopperConfig(),),
 )
-DW2 = Candidates("dw2", DW1.large, DW1.small)
+DW2 = Candidates("dw2", DW1.large, DW1.small, DW1.hopper)
 NARROW = Candidates("narrow", (NarrowConfig(),), NarrowConfig(depth=32, num_stages=2))
 NARROW_GRAD = Candidates("narrow_grad", (NarrowGradConfig(),), NarrowGradConfig(width=64, depth=32, num_stages=2))
 
 
-def pick(candidates: Candidates[Config], problem: Problem, run: Callable[..., Result]) -> Result:
+def pick(
+    candidates: Candidates[Config], problem: Problem, run: Callable[..., Result], *, plain: bool = False
+) -> Result:
     """Run a kernel in the configuration that suits the problem.
 
     Args:
         run: launches the kernel, given `config`. Timing calls it many times.
+        plain: the product is one that `hopper.py` has.
     """
-    choice = _fixed(candidates, problem)
+    choice: Config | HopperConfig | None = _fixed(candidates, problem)
     if choice is None:
-        alone = len(candidates.large) == 1
-        choice = candidates.large[0 if alone else _timed_choice(candidates, problem, run)]
+        configs: tuple[Config | HopperConfig, ...] = candidates.large
+        if plain and problem.dtype == "torch.bfloat16" and runs_gluon(problem.device):
+            configs += candidates.hopper
+        untimed = len(configs) == 1 or os.environ.get("LLMFOUNDRY_AUTOTUNE", "1") == "0"
+        choice = configs[0 if untimed else _timed_choice(candidates.name, configs, problem, run)]
     return run(config=choice)
 
 
 def _fixed(candidates: Candidates[Config], problem: Problem) -> Config | None:
-    """The configuration without timing, or None where timing may choose."""
-    if problem.dtype == "torch.float32" or not holds_large(problem.device):
-        return candidates.small
-    if os.environ.get("LLMFOUNDRY_AUTOTUNE", "1") == "0":
-        return candidates.large[0]
-    return None
+    """The configuration that alone fits, or None where there are several."""
+    return candidates.small if problem.dtype == "torch.float32" or not holds_large(problem.device) else None
 
 
 @cache
@@ -125,30 +134,40 @@ def holds_large(device: torch.device) -> bool:
     return getattr(properties, "shared_memory_per_block_optin", 0) >= LARGE_TILES_BYTES  # missing in torch's stubs
 
 
-_chosen: dict[tuple[str, Problem], int] = {}
+@cache
+def runs_gluon(device: torch.device) -> bool:
+    """Whether `hopper.py` runs: on Hopper, by the release of Triton whose experimental Gluon it is written in."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return hopper and triton.__version__.startswith("3.6.")
 
 
-def _timed_choice(candidates: Candidates[Config], problem: Problem, run: Callable[..., Result]) -> int:
+_chosen: dict[tuple[str, int, Problem], int] = {}
+
+
+def _timed_choice(
+    name: str, configs: tuple[Config | HopperConfig, ...], problem: Problem, run: Callable[..., Result]
+) -> int:
     bucket = problem.bucket()
-    choice = _chosen.get((candidates.name, bucket))
+    choice = _chosen.get((name, len(configs), bucket))
     if choice is not None:  # every launch comes here
         return choice
     versions = f"triton {triton.__version__} torch {torch.__version__}"
     key = (
-        f"{candidates.name} {candidates.large} turns {turns()} {bucket.dtype} D{bucket.d_model} "
+        f"{name} {configs} turns {turns()} {bucket.dtype} D{bucket.d_model} "
         f"F{bucket.hidden}x{bucket.halves} E{bucket.n_experts} rows2^{bucket.n_rows} {versions}"
     )
     choice = _read(problem.device).get(key)
     if choice is None:
         if torch.cuda.is_current_stream_capturing():
             return 0
-        times = [
-            triton.testing.do_bench(partial(run, config=config), warmup=2, rep=10, return_mode="median")
-            for config in candidates.large
-        ]
+        for _ in range(2):  # a card at its power limit, as in training, has other favourites than a cool one
+            times = [
+                triton.testing.do_bench(partial(run, config=config), warmup=2, rep=10, return_mode="median")
+                for config in configs
+            ]
         choice = min(range(len(times)), key=times.__getitem__)
         _write(problem.device, {key: choice})
-    _chosen[candidates.name, bucket] = choice
+    _chosen[name, len(configs), bucket] = choice
     return choice
 
 

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from llmfoundry.kernels.activations import activate
+from llmfoundry.kernels.hopper import HopperConfig, up_hopper
 from llmfoundry.kernels.tiles import (
     TILE_ROWS,
     Beside,
@@ -109,7 +110,7 @@ def up(
     limit: float | None = None,
     bias: Tensor | None = None,
     beside: Beside | None = None,
-    config: UpConfig = UpConfig(),
+    config: UpConfig | HopperConfig = UpConfig(),
 ) -> tuple[Tensor, Tensor]:
     """Pre-activations and weighted activations of every row.
 
@@ -124,6 +125,8 @@ def up(
     Returns:
         h (M, 2F) or (M, F), and a' (M, F). Rows behind the last expert are unset.
     """
+    if isinstance(config, HopperConfig):
+        return up_hopper(x_rows, weights, row_slot, tiles, w1, activation=activation, limit=limit, config=config)
     n_rows, d_model = x_rows.shape
     n_experts = w1.shape[0]
     halves = 2 if gated else 1

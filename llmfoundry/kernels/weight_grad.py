@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmfoundry.kernels.hopper import HopperConfig, weight_grad_hopper
 from llmfoundry.kernels.tiles import (
     Tiles,
     my_tiles,
@@ -64,7 +65,9 @@ def weight_grad_kernel(
         write_matrix(out_desc, e, i * BM, j * BN, acc, PIECES)
 
 
-def weight_grad(left: Tensor, right: Tensor, tiles: Tiles, *, config: WeightGradConfig = WeightGradConfig()) -> Tensor:
+def weight_grad(
+    left: Tensor, right: Tensor, tiles: Tiles, *, config: WeightGradConfig | HopperConfig = WeightGradConfig()
+) -> Tensor:
     """`left[rows of e].T @ right[rows of e]` for each expert e.
 
     Args:
@@ -74,6 +77,8 @@ def weight_grad(left: Tensor, right: Tensor, tiles: Tiles, *, config: WeightGrad
     Returns:
         (E, P, N) in the dtype of `left`; zero for an expert without rows.
     """
+    if isinstance(config, HopperConfig):
+        return weight_grad_hopper(left, right, tiles, config=config)
     n_experts = tiles.expert_start.numel() - 1
     c = config
     width = min(c.width, max(16, next_power_of_2(right.shape[1])))

@@ -91,7 +91,7 @@ class NF4Weight(ExactBuffers):
         if self._holders is None:
             return mine
         out = mine.new_empty(self._holders.size() * mine.shape[0], *mine.shape[1:])
-        dist.all_gather_into_tensor(out, mine, group=self._holders)
+        runtime.all_gather(out, mine, group=self._holders)
         return out
 
     def pieces(self) -> Iterator[slice]:
@@ -140,7 +140,7 @@ class NF4Weight(ExactBuffers):
         for mine, n in ((self.codes, self._blocks * BLOCK // 2), (self.scales, self._blocks)):
             out = mine.new_empty(group.size() * len(mine))
             runtime.meet()
-            dist.all_gather_into_tensor(out, mine, group=group)
+            runtime.all_gather(out, mine, group=group)
             found.append(out[:n])
         return found[0], found[1]
 

@@ -1,11 +1,10 @@
-"""Expert parallelism: tokens are sent to the ranks that hold their experts, and their sums are returned.
+"""Expert parallelism: tokens reach the ranks that hold their experts, and their sums return.
 
-Shapes: T tokens of this rank, D d_model, K top_k, P ranks of the group, N rows sent, R rows received.
-A token is sent once to each rank that holds any of its experts, not once to each expert, and that rank
-returns one row: the weighted sum over the experts it holds. With K = 8 on 4 ranks that is half the bytes.
-
-The host waits once a layer, for the counts that size the buffers; backward knows them. Sending and returning
-are each other's adjoint, so each one's backward is the other's forward.
+Shapes: T tokens of this rank, D d_model, K top_k, P ranks of the group, R rows received.
+A rank returns one row for each token that it received: the weighted sum over the experts it holds. The token's own rank
+adds these rows in float32, in the order of ranks. There are two ways to the experts: `all_to_all.py` sends a token to
+each rank that holds any of its experts, and `all_gather.py` gives every rank all tokens. Reaching the experts and
+returning are each other's adjoint, so each one's backward is the other's forward.
 
 An exchange is started in one autograd node and awaited in another, in both directions. Autograd runs, of the nodes
 that are ready, the one that forward made last; so what forward makes between `send` and `wait` runs beside the way
@@ -14,6 +13,7 @@ there, and beside the gradients' way back: the shared expert, and the experts' w
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple, cast
 
 import torch
@@ -21,109 +21,105 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from llmfoundry import runtime
-from llmfoundry.kernels.routing import sum_rows_torch
-
-
-class Exchange(NamedTuple):
-    """Which tokens each rank sends to which other in one layer."""
-
-    group: dist.ProcessGroup
-    token: Tensor  # (N,) int32, the token of each row sent, by rank, then by token
-    rows_of_token: Tensor  # (T, P) int32, each token's row for each rank; N where none goes there
-    n_sent: list[int]  # (P,) rows to each rank
-    n_received: list[int]  # (P,) rows from each rank
-    n_slots: int  # (row, expert) pairs that arrive here for an expert held here
-
 
 class ExpertInputs(NamedTuple):
     """What experts are given: arguments of `experts_ffn`."""
 
     x: Tensor  # (T, D)
     weights: Tensor  # (T, K) float32
-    experts: Tensor  # (T, K) int64, counted from the first expert held; the number of experts held: elsewhere
+    experts: Tensor  # (T, K) int32 or int64, counted from the first expert held; the number of experts held: elsewhere
     n_slots: int | None = None  # with an expert held here; None: all
+
+
+class Exchange(ABC):
+    """One layer's exchange of tokens between the ranks that hold its experts. Making it starts what it can.
+
+    Args of its kinds:
+        x: (T, D), the tokens of this rank.
+        weights: (T, K) float32 (float64 where x is).
+        experts: (T, K) ids over all experts; rank r holds [r * n_local, (r + 1) * n_local).
+        n_local: experts of one rank.
+        group: its ranks hold all experts.
+    """
+
+    def __init__(self, x: Tensor, weights: Tensor, experts: Tensor, n_local: int, group: dist.ProcessGroup) -> None:
+        self.group, self.n_ranks, self.n_local = group, dist.get_world_size(group), n_local
+        self.first = dist.get_rank(group) * n_local  # expert held here
+
+    @abstractmethod
+    def send(self, x: Tensor, weights: Tensor) -> InFlight:
+        """Start to send the tokens that the exchange was made for, or go on with it."""
+
+    @abstractmethod
+    def inputs(self, x: Tensor, routing: Tensor) -> ExpertInputs:
+        """What experts are given, of the rows that `send` has sent, once they have arrived."""
+
+    @abstractmethod
+    def to_experts(self, x: Tensor) -> tuple[Tensor, dist.Work]:
+        """Start to send tokens: (T, X) -> (R, X)."""
+
+    @abstractmethod
+    def to_tokens(self, rows: Tensor) -> tuple[Tensor, dist.Work]:
+        """Start to return rows (R, X) to their tokens' ranks: what `sum_by_token` sums."""
+
+    @abstractmethod
+    def sum_by_token(self, returned: Tensor) -> Tensor:
+        """The sum of each token's rows over ranks, in their order: (T, X), accumulated in float32."""
+
+
+class Transfer:
+    """One tensor's transfer to the experts' ranks, and its gradient's back: the collectives that are in flight.
+
+    Args:
+        started: what is being received, where the transfer has begun already; without a collective, it has arrived.
+    """
+
+    def __init__(self, exchange: Exchange, started: tuple[Tensor, dist.Work | None] | None = None) -> None:
+        self.exchange = exchange
+        self.back: tuple[Tensor, dist.Work] | None = None
+        self._started = started
+        self._arriving: dist.Work | None = None
+
+    def start(self, x: Tensor) -> Tensor:
+        """What is being received for `x`."""
+        # Taken, not kept: a request keeps what it received, whose autograd node keeps the transfer.
+        started, self._started = self._started or self.exchange.to_experts(x), None
+        self._arriving = started[1]
+        return started[0].data  # gloo writes when it is awaited, which autograd would take for a change to its history
+
+    def wait(self) -> None:
+        """Make the current stream wait for what is being received."""
+        arriving, self._arriving = self._arriving, None
+        if arriving is not None:
+            arriving.wait()
 
 
 class InFlight(NamedTuple):
     """Tokens that are being received. Nothing may read them before `wait`."""
 
     x: Tensor  # (R, D)
-    routing: Tensor  # (R, 2K) weights, then ids over all experts
+    routing: Tensor  # (R, X), as the exchange has it
     transfers: tuple[Transfer, Transfer]
-    n_local: int
 
     def wait(self) -> ExpertInputs:
         """Make the current stream wait for them. In backward, the transfer of their gradients starts here."""
         x, routing = (cast(Tensor, _Wait.apply(rows, j)) for rows, j in zip(self[:2], self.transfers, strict=True))
-        plan = self.transfers[0].plan
-        weights, ids = routing.chunk(2, dim=1)
-        local = ids.detach().long() - dist.get_rank(plan.group) * self.n_local
-        held = (local >= 0) & (local < self.n_local)
-        return ExpertInputs(x, weights, torch.where(held, local, self.n_local), plan.n_slots)
+        return self.transfers[0].exchange.inputs(x, routing)
 
 
-class Transfer:
-    """One tensor's transfer to the experts' ranks, and its gradient's back: the collectives that are in flight."""
-
-    def __init__(self, plan: Exchange) -> None:
-        self.plan = plan
-        self.out: dist.Work | None = None
-        self.back: tuple[Tensor, dist.Work] | None = None
-
-
-def plan_exchange(experts: Tensor, n_local: int, group: dist.ProcessGroup) -> Exchange:
-    """Count and place the rows of an exchange. The one place where the host waits for the device.
-
-    Args:
-        experts: (T, K) int64 ids over all experts; rank r holds [r * n_local, (r + 1) * n_local).
-        n_local: experts of one rank.
-        group: its ranks hold all experts.
-    """
-    n_ranks, n_tokens, device = dist.get_world_size(group), experts.shape[0], experts.device
-    rank_of_slot = experts // n_local  # (T, K)
-    slots = torch.zeros(n_tokens, n_ranks, dtype=torch.int64, device=device)
-    slots.scatter_add_(1, rank_of_slot, torch.ones_like(rank_of_slot))  # (T, P) slots of each token on each rank
-    goes = (slots > 0).t()  # (P, T)
-    sent = torch.stack([goes.sum(1), slots.sum(0)], dim=1)  # (P, 2) rows and slots for each rank
-    received = torch.empty_like(sent)
-    runtime.meet()
-    dist.all_to_all_single(received, sent, group=group)
-
-    # While the counts are on their way: row numbers by rank, then token. What goes nowhere shares a place.
-    most = n_tokens * min(n_ranks, experts.shape[1])
-    row = goes.reshape(-1).cumsum(0).sub_(1).masked_fill_(~goes.reshape(-1), most)  # (P*T,)
-    token = torch.empty(most + 1, dtype=torch.int32, device=device)
-    token[row] = torch.arange(n_tokens, dtype=torch.int32, device=device).repeat(n_ranks)
-
-    counts = torch.stack([sent[:, 0], received[:, 0], received[:, 1]]).tolist()
-    n_sent = sum(counts[0])
-    rows_of_token = row.view(n_ranks, n_tokens).t().clamp(max=n_sent).int()
-    return Exchange(group, token[:n_sent], rows_of_token.contiguous(), counts[0], counts[1], sum(counts[2]))
-
-
-def send(x: Tensor, weights: Tensor, experts: Tensor, n_local: int, plan: Exchange) -> InFlight:
-    """Start to send tokens to the ranks of their experts.
-
-    Args:
-        x: (T, D); weights: (T, K); experts: (T, K) int64 ids over all experts.
-        n_local: experts of one rank.
-        plan: as `plan_exchange` made it from `experts`.
-    """
-    # Weights and ids travel together; ids are small enough to be exact in float32.
-    routing = torch.cat([weights, experts.to(weights.dtype)], dim=1)  # (T, 2K)
-    transfers = Transfer(plan), Transfer(plan)
+def in_flight(x: Tensor, routing: Tensor, transfers: tuple[Transfer, Transfer]) -> InFlight:
+    """Let `x` and `routing`, of this rank's tokens, take these transfers."""
     there = [cast(Tensor, _Send.apply(t, j)) for t, j in zip((x, routing), transfers, strict=True)]
-    return InFlight(there[0], there[1], transfers, n_local)
+    return InFlight(there[0], there[1], transfers)
 
 
-def return_rows(y: Tensor, plan: Exchange) -> Tensor:
+def return_rows(y: Tensor, exchange: Exchange) -> Tensor:
     """Return each received row to its token's rank: (R, D) -> (T, D), summed over ranks in their order."""
-    return cast(Tensor, _ReturnRows.apply(y, plan))
+    return cast(Tensor, _ReturnRows.apply(y, exchange))
 
 
 class _Context(FunctionCtx):
-    plan: Exchange
+    exchange: Exchange
     transfer: Transfer
 
 
@@ -133,8 +129,7 @@ class _Send(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _Context, x: Tensor, transfer: Transfer) -> Tensor:
         ctx.transfer = transfer
-        received, transfer.out = _start_to_experts(x, transfer.plan)
-        return received
+        return transfer.start(x)
 
     @staticmethod
     @once_differentiable
@@ -142,7 +137,7 @@ class _Send(torch.autograd.Function):
         assert ctx.transfer.back is not None
         (returned, work), ctx.transfer.back = ctx.transfer.back, None
         work.wait()
-        return sum_rows_torch(returned, ctx.transfer.plan.rows_of_token), None
+        return ctx.transfer.exchange.sum_by_token(returned), None
 
 
 class _Wait(torch.autograd.Function):
@@ -151,16 +146,13 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _Context, received: Tensor, transfer: Transfer) -> Tensor:
         ctx.transfer = transfer
-        # Taken, not kept: a request keeps what it received, whose autograd node keeps the transfer.
-        work, transfer.out = transfer.out, None
-        assert work is not None
-        work.wait()
+        transfer.wait()
         return received.view_as(received)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.transfer.back = _start_to_tokens(grad, ctx.transfer.plan)
+        ctx.transfer.back = ctx.transfer.exchange.to_tokens(grad.contiguous())
         return grad, None
 
 
@@ -168,37 +160,15 @@ class _ReturnRows(torch.autograd.Function):
     """(R, X) -> (T, X)."""
 
     @staticmethod
-    def forward(ctx: _Context, y: Tensor, plan: Exchange) -> Tensor:
-        ctx.plan = plan
-        returned, work = _start_to_tokens(y, plan)
+    def forward(ctx: _Context, y: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        returned, work = exchange.to_tokens(y.contiguous())
         work.wait()
-        return sum_rows_torch(returned, plan.rows_of_token)
+        return exchange.sum_by_token(returned)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None]:
-        received, work = _start_to_experts(grad, ctx.plan)
+        received, work = ctx.exchange.to_experts(grad.contiguous())
         work.wait()
         return received, None
-
-
-def _start_to_experts(x: Tensor, plan: Exchange) -> tuple[Tensor, dist.Work]:
-    """(T, X) -> (R, X)."""
-    received = x.new_empty(sum(plan.n_received), x.shape[1])
-    rows = x.index_select(0, plan.token)
-    return received, _exchange(received, rows, plan.n_received, plan.n_sent, plan.group)
-
-
-def _start_to_tokens(rows: Tensor, plan: Exchange) -> tuple[Tensor, dist.Work]:
-    """(R, X) -> (N + 1, X), whose rows `sum_rows_torch` sums per token; the last row stands for "no row"."""
-    n_sent = sum(plan.n_sent)
-    returned = rows.new_empty(n_sent + 1, rows.shape[1])
-    returned[n_sent] = 0
-    return returned, _exchange(returned[:n_sent], rows.contiguous(), plan.n_sent, plan.n_received, plan.group)
-
-
-def _exchange(
-    received: Tensor, sent: Tensor, n_received: list[int], n_sent: list[int], group: dist.ProcessGroup
-) -> dist.Work:
-    runtime.meet()
-    return dist.all_to_all_single(received, sent, n_received, n_sent, group, async_op=True)

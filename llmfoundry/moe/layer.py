@@ -22,7 +22,9 @@ from llmfoundry.kernels.late import LateGradients
 from llmfoundry.kernels.low_rank import ExpertAdapters, LowRank
 from llmfoundry.layers.ffn import Activation, FFNConfig, FFNOutput, GLUConfig, MLPConfig
 from llmfoundry.layers.nf4 import NF4Weight
-from llmfoundry.moe.dispatch import ExpertInputs, InFlight, plan_exchange, return_rows, send
+from llmfoundry.moe.all_gather import AllGather
+from llmfoundry.moe.all_to_all import AllToAll
+from llmfoundry.moe.dispatch import Exchange, ExpertInputs, InFlight, return_rows
 from llmfoundry.moe.router import Router, RouterConfig, statistics, within_capacity
 
 
@@ -238,7 +240,8 @@ class MoE(nn.Module):
     """A dropless mixture of experts.
 
     `expert_group` is set from outside, before training: the P ranks that hold the experts together, rank r
-    those from r * E / P on. None: this process holds all.
+    those from r * E / P on. None: this process holds all. `gathers`, too: whether they gather all tokens in training,
+    where each must have as many; where the model is evaluated or generates they may not, and tokens are sent.
     """
 
     def __init__(self, config: MoEConfig, d_model: int) -> None:
@@ -251,6 +254,7 @@ class MoE(nn.Module):
         self.shared_expert_gate = nn.Linear(d_model, 1, bias=False) if config.shared_expert_gate else None
         self.output_bias = nn.Parameter(torch.empty(d_model)) if config.has_output_bias else None
         self.expert_group: dist.ProcessGroup | None = None
+        self.gathers = False
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> FFNOutput:
         """Apply to each token its experts.
@@ -266,17 +270,19 @@ class MoE(nn.Module):
         tokens = x.flatten(0, 1)  # (T, D)
         if self.expert_group is None or dist.get_world_size(self.expert_group) == 1:
             y = self.experts(ExpertInputs(tokens, weights, routing.experts))
-            shared = self._shared(x)
+            shared, stats = self._shared(x), statistics(routing)
         else:
             n_local = self.n_experts // dist.get_world_size(self.expert_group)
-            plan = plan_exchange(routing.experts, n_local, self.expert_group)
-            there = send(tokens, weights, routing.experts, n_local, plan)
+            way: type[Exchange] = AllGather if self.gathers and self.training else AllToAll
+            exchange = way(tokens, weights, routing.experts, n_local, self.expert_group)
+            stats = statistics(routing)  # while the host would wait
+            there = exchange.send(tokens, weights)
             shared = self._shared(x)  # while the tokens travel
-            y = return_rows(self.experts(there), plan)
+            y = return_rows(self.experts(there), exchange)
         y = y.view_as(x)
         if self.output_bias is not None:
             y = y + self.output_bias
-        return FFNOutput(y if shared is None else y + shared, statistics(routing))
+        return FFNOutput(y if shared is None else y + shared, stats)
 
     def _shared(self, x: Tensor) -> Tensor | None:
         if self.shared_expert is None:

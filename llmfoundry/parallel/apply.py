@@ -44,7 +44,7 @@ def parallelize(model: CausalLM, mesh: Mesh, config: ParallelConfig, precision: 
         _keep_frozen_in(torch.bfloat16, model)
     if precision == "amp_fp8":
         use_e4m3(model.blocks)
-    divide_experts(model, mesh)
+    divide_experts(model, mesh, config)
     shared = divide_frozen(model, mesh)
     compiled = config.compile is True or (config.compile == "auto" and runtime.device().type == "cuda")
     if config.compile is True and not model.own_blocks:

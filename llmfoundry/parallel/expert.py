@@ -1,7 +1,7 @@
 """Experts divided among ranks.
 
 Each rank of the `ep` axis keeps E / ep whole experts: their stacked weights become DTensors split in dim 0,
-and the mixture is told which ranks to exchange tokens with. The exchange itself is moe/dispatch.py's.
+and the mixture is told which ranks to exchange tokens with, and how. The exchange itself is moe/dispatch.py's.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from llmfoundry import runtime
 from llmfoundry.model.transformer import CausalLMConfig
+from llmfoundry.moe.all_gather import gathers
 from llmfoundry.moe.layer import MoE, MoEConfig
-from llmfoundry.parallel.mesh import Mesh
+from llmfoundry.parallel.mesh import Mesh, ParallelConfig
 
 
 def mixtures(model: nn.Module) -> Iterator[MoE]:
@@ -27,7 +29,7 @@ def n_experts(model: CausalLMConfig) -> int:
     return next((block.moe_num_experts for block in blocks if isinstance(block, MoEConfig)), 0)
 
 
-def divide_experts(model: nn.Module, mesh: Mesh) -> None:
+def divide_experts(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> None:
     """Give each rank of the `ep` axis its experts; nothing to do without that axis.
 
     Args:
@@ -35,7 +37,11 @@ def divide_experts(model: nn.Module, mesh: Mesh) -> None:
     """
     if mesh.experts is None:
         return
+    ranks = mesh.degrees.expert
+    # Neighbours, so they are on one node if it has a multiple of them; all ranks ask the smallest node.
+    within_node = -runtime.most_of_ranks([-runtime.local_world_size()])[0] % ranks == 0
     for mixture in mixtures(model):
+        mixture.gathers = gathers(config.exchange_tokens, ranks, mixture.router.config.moe_top_k, within_node)
         experts = mixture.experts
         for name, whole in list(experts.named_parameters(recurse=False)):
             part = distribute_tensor(whole.detach(), mesh.experts, [Shard(0)])

@@ -32,6 +32,10 @@ class ParallelConfig(Config):
     replicate: int = Field(1, ge=1)  # copies of the model (HSDP), usually one a node or a few
     shard: int = -1  # ranks that one copy is split over; -1: processes / replicate
     expert: int = Field(1, ge=1)  # ranks that the experts are divided among; divides shard and the experts
+    # How tokens reach experts on other ranks in training. all_to_all: each is sent to the ranks that hold any of its
+    # experts. gather: all are gathered; no counts are waited for, and every rank must have as many rows. auto: gather,
+    # within a node, if that receives at most 1.5 times as many tokens. Evaluation and generation always send.
+    exchange_tokens: Literal["auto", "gather", "all_to_all"] = "auto"
     recompute: Literal["none", "full", "selective"] = "none"  # of activations, in backward
     recompute_save: list[str] | None = None  # selective: operators to keep; None: attention, products
     compile: bool | Literal["auto"] = "auto"  # torch.compile each block; auto: on GPUs
@@ -157,6 +161,26 @@ class Mesh:
     def expert_group(self) -> ProcessGroup | None:
         """The ranks that exchange tokens."""
         return None if self.experts is None else self.experts.get_group()
+
+
+def settled_exchange(config: ParallelConfig, rows: int, ranks: int) -> ParallelConfig:
+    """The same, without a gather of tokens where some ranks have more rows than others.
+
+    Args:
+        rows: of the global batch.
+        ranks: that share it.
+
+    Raises:
+        ConfigError: a gather is asked for there.
+    """
+    if config.expert == 1 or rows % ranks == 0:
+        return config
+    if config.exchange_tokens == "gather":
+        raise ConfigError(
+            f"parallel.exchange_tokens=gather needs as many rows on every rank, and global_train_batch_size={rows} is "
+            f"not a multiple of the {ranks} ranks; change it, or write parallel.exchange_tokens=auto"
+        )
+    return config.model_copy(update={"exchange_tokens": "all_to_all"})
 
 
 def build_mesh(config: ParallelConfig, device_type: str, n_experts: int) -> Mesh:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from llmfoundry.model.transformer import CausalLMConfig
+from llmfoundry.moe.all_gather import gathers
 from llmfoundry.moe.balance import Balance
 from llmfoundry.parallel.expert import n_experts
-from llmfoundry.parallel.mesh import Degrees, ParallelConfig, plan_mesh
+from llmfoundry.parallel.mesh import Degrees, ParallelConfig, plan_mesh, settled_exchange
+from llmfoundry.planning import hardware
 from llmfoundry.train.config import Precision, RunConfig
 from llmfoundry.train.loss import CrossEntropyConfig, LossConfig
 from llmfoundry.train.optim import OptimizerConfig
@@ -79,6 +81,20 @@ class Job(NamedTuple):
         balance = Balance.of(self.model)
         counts = balance is not None and balance.loss_weight > 0 and balance.counts_ahead
         return Work(rows, rows if self.micro_rows == "auto" else min(self.micro_rows, rows), self.seq_len, counts)
+
+    def on(self, degrees: Degrees) -> Job:
+        """The job with the keys of `parallel` that a run on this mesh has.
+
+        Raises:
+            ConfigError: as `settled_exchange`.
+        """
+        parallel = self.changed(**degrees._asdict()).parallel
+        return self._replace(parallel=settled_exchange(parallel, self.global_rows, degrees.replicate * degrees.shard))
+
+    def gathers(self, degrees: Degrees, top_k: int) -> bool:
+        """Whether the ranks that divide the experts gather all tokens; otherwise each is sent where it is needed."""
+        way = self.on(degrees).parallel.exchange_tokens
+        return gathers(way, degrees.expert, top_k, hardware.NODE % degrees.expert == 0)
 
     def changed(self, **parallel: object) -> Job:
         """A copy with other values of keys of `parallel`."""

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from llmfoundry.moe.all_gather import AllGather
 from llmfoundry.parallel import direct
 
 aten, c10d = torch.ops.aten, torch.ops.c10d
@@ -140,7 +141,7 @@ class Ledger(TorchDispatchMode):
                 fsdp = True
                 if name in ("post_backward", "foreach_reduce", "finalize_backward"):
                     return GRADIENTS
-            elif _of_gradients(frame):
+            elif _called_by(direct.Parameter.exchange, frame):  # sums whole gradients over ranks
                 return GRADIENTS
             elif name == "cast_forward":
                 return GATHERED
@@ -163,8 +164,10 @@ class Ledger(TorchDispatchMode):
             return 1  # tensors have no values here, and a step reads one: whether the gradient is finite
         if func in _RECEIVED:
             collective = _RECEIVED[func](*args)
-            if func is c10d.alltoall_base_.default and _of_gradients(sys._getframe(1)):
+            if func is c10d.alltoall_base_.default and _called_by(direct.Parameter.exchange, sys._getframe(1)):
                 collective = collective._replace(operation="reduce")
+            if func is c10d._allgather_base_.default and _called_by(AllGather.to_experts, sys._getframe(1)):
+                collective = collective._replace(operation="tokens")
             self.received.append(collective)
         body = self.bodies.get(func)
         if body is not None:
@@ -179,12 +182,12 @@ class Ledger(TorchDispatchMode):
         return result
 
 
-def _of_gradients(frame: FrameType | None) -> bool:
-    """Whether a near caller sums whole gradients over ranks (parallel/direct.py)."""
-    for _ in range(8):
+def _called_by(function: Callable[..., object], frame: FrameType | None) -> bool:
+    """Whether it is among the near callers; modes of recompute may stand between."""
+    for _ in range(16):
         if frame is None:
             return False
-        if frame.f_code is direct.Parameter.exchange.__code__:
+        if frame.f_code is function.__code__:
             return True
         frame = frame.f_back
     return False

@@ -126,16 +126,19 @@ def _both(a: Link, b: Link) -> Link:
 
 
 def _exchange(job: Job, degrees: Degrees) -> Link:
-    """Each token is sent once to each rank with any of its experts, and back, in forward and in backward."""
+    """Each token reaches each rank with any of its experts once, or each rank, and returns, forward and backward.
+
+    Computed again, a block ends before its rows return, for nothing that backward needs comes after.
+    """
     ranks, work = degrees.expert, job.work(degrees)
-    times = (4 if job.parallel.recompute == "none" else 6) + 2 * work.counted / work.microbatches
+    times = (4 if job.parallel.recompute == "none" else 5) + 2 * work.counted / work.microbatches
     nvlink = network = 0.0
     for layer in range(job.model.n_layers):
         ffn = job.model.ffn(layer)
         if not isinstance(ffn, MoEConfig) or ranks == 1:
             continue
         sent = times * work.rows * work.seq_len * job.model.d_model * job.compute_bytes
-        each = sent * (1 - (1 - 1 / ranks) ** ffn.moe_top_k)  # to one rank
+        each = sent * (1.0 if job.gathers(degrees, ffn.moe_top_k) else 1 - (1 - 1 / ranks) ** ffn.moe_top_k)  # to one
         here = min(ranks, hardware.NODE)
         nvlink += each * (here - 1)
         network += each * (ranks - here)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from llmfoundry.config import ConfigError
+from llmfoundry.moe.layer import MoEConfig
 from llmfoundry.parallel.expert import n_experts
 from llmfoundry.parallel.mesh import Degrees
 from llmfoundry.planning import hardware
@@ -86,6 +87,7 @@ def _plan(asked_for: Job, gpus: int, card: GPU) -> Iterator[str]:
     yield f"on {gpus} GPU(s) ({_mesh(degrees)}), {rows}"
     if gpus > 1:
         yield from _received(asked)
+    yield from _exchanged(asked_for, degrees)
     yield from _speed(asked)
     if reason is not None:
         raise reason
@@ -108,6 +110,8 @@ def _least_gpus(job: Job, card: GPU) -> Iterator[str]:
     ranks = wanted.replicate * (wanted.expert if wanted.shard == -1 else wanted.shard)
     choices = [ranks] if wanted.shard != -1 else [ranks * 2**i for i in range(MOST_GPUS.bit_length())]
     choices = [n for n in choices if n <= min(MOST_GPUS, job.global_rows)] or [ranks]
+    if wanted.exchange_tokens == "gather":  # which needs as many rows on every rank
+        choices = [n for n in choices if job.global_rows % n == 0] or choices[:1]
     sizes: dict[int, Memory] = {}
 
     def fits(i: int) -> bool:
@@ -147,6 +151,13 @@ def _received(asked: Plan) -> Iterator[str]:
     for name, link in asked.traffic._asdict().items():
         between = f" ({link.network / GIB:.2f} between nodes)" if link.network else ""
         yield f"  {name:<14}{link.total / GIB:10.2f} GiB{between}"
+
+
+def _exchanged(job: Job, degrees: Degrees) -> Iterator[str]:
+    ffn = job.model.ffn_config
+    if degrees.expert > 1 and isinstance(ffn, MoEConfig):
+        way = "gathered" if job.gathers(degrees, ffn.moe_top_k) else "sent to the ranks of their experts"
+        yield f"parallel.exchange_tokens: {job.parallel.exchange_tokens}: tokens are {way}"
 
 
 def _speed(asked: Plan) -> Iterator[str]:

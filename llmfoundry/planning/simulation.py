@@ -39,13 +39,16 @@ from llmfoundry.kernels import activations, cross_entropy, experts, experts_grou
 from llmfoundry.layers import attention, graphs, norm
 from llmfoundry.model import transformer
 from llmfoundry.model.transformer import CausalLM
-from llmfoundry.moe import dispatch, layer, router
+from llmfoundry.moe import layer, router
+from llmfoundry.moe.all_gather import AllGather
+from llmfoundry.moe.all_to_all import AllToAll, Counts
 from llmfoundry.moe.balance import Balance
 from llmfoundry.parallel import compile as compiling
 from llmfoundry.parallel import recompute
 from llmfoundry.parallel.apply import keep_weights_in, parallelize
 from llmfoundry.parallel.expert import n_experts
 from llmfoundry.parallel.mesh import Degrees, build_mesh
+from llmfoundry.planning import hardware
 from llmfoundry.planning.fusion import FusedGraph, backend
 from llmfoundry.planning.job import Job
 from llmfoundry.planning.ledger import ACTIVATIONS, OPTIMIZER, TEMPORARIES, Ledger, Memory, Moment, Received
@@ -81,7 +84,7 @@ def simulate(job: Job, degrees: Degrees) -> Step:
         CannotSimulateError: an operator's result depends on values.
     """
     work, ledger = job.work(degrees), Ledger()
-    job = job.changed(**degrees._asdict())
+    job = job.on(degrees)
     rows = work.micro_rows * min(work.microbatches, MOST_MICROBATCHES)
     ledger.bodies, ledger.on_host = _bodies(), job.parallel.cpu_offload
     FusedGraph.ledger = ledger
@@ -242,18 +245,16 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor
     return _attention(q, k, v)[0]
 
 
-def _softmax_loss(logits: Tensor, labels: Tensor, dtype: torch.dtype, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """What the Triton kernel of the loss allocates."""
-    return logits.new_empty(len(logits)), torch.empty_like(logits, dtype=dtype) if needs_grad else None
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """What a product of the loss allocates."""
+    return a.new_empty(len(a), b.shape[1], dtype=dtype) if out is None else out
 
 
-def _even_exchange(experts: Tensor, n_local: int, group: dist.ProcessGroup) -> dispatch.Exchange:
-    """An exchange with even routing, so that no rank has to be asked for its counts."""
-    ranks, (tokens, top_k) = group.size(), experts.shape
+def _even_counts(exchange: AllToAll) -> Counts:
+    """Those of even routing, so that no rank has to be asked for its counts."""
+    ranks, (tokens, top_k) = exchange.n_ranks, exchange._experts.shape
     rows = round(tokens * (1 - (1 - 1 / ranks) ** top_k))  # to each rank
-    token = experts.new_empty(rows * ranks, dtype=torch.int32)
-    of_token = experts.new_empty(tokens, ranks, dtype=torch.int32)
-    return dispatch.Exchange(group, token, of_token, [rows] * ranks, [rows] * ranks, tokens * top_k)
+    return Counts([rows] * ranks, [rows] * ranks, tokens * top_k)
 
 
 @contextmanager
@@ -279,7 +280,11 @@ def _as_on_a_gpu(ledger: Ledger) -> Iterator[None]:
         patch.object(experts_grouped, "_on_gpu", lambda _: True),
         patch.object(experts, "_say_once", _say_once),  # so that a run in this process still warns
         patch.object(activations, "_BLOCK_VALUES", 2**62),  # only a CPU cuts rows into blocks
-        patch.object(layer, "plan_exchange", _even_exchange),
+        patch.object(AllToAll, "_begin_counting", lambda *_: None),
+        patch.object(AllToAll, "_counted", _even_counts),
+        patch.object(AllGather, "_begin_counting", lambda *_: None),
+        patch.object(AllGather, "n_slots", property(lambda self: self._experts.numel() // self.n_ranks)),
+        patch.object(runtime, "local_world_size", lambda: hardware.NODE),
         patch.object(router, "_UpcastLinear", _UpcastLinear),
         patch.object(norm.RMSNorm, "forward", _rms_norm),
         patch.object(transformer, "attention_mask", lambda *_: None),
@@ -287,10 +292,10 @@ def _as_on_a_gpu(ledger: Ledger) -> Iterator[None]:
         patch.object(attention, "alibi_bias", lambda *_: None),
         patch.object(attention.F, "scaled_dot_product_attention", _attend),
         patch.object(recompute, "DEAR", (*recompute.DEAR, "planning.attention")),
-        patch.object(cross_entropy, "CHUNK_LOGITS", {"cpu": cross_entropy.CHUNK_LOGITS["cuda"]}),
-        patch.object(cross_entropy, "_product", lambda a, b, dtype: a.new_empty(len(a), b.shape[1], dtype=dtype)),
-        patch.object(cross_entropy, "_add_product", lambda total, a, b: None),  # in place
-        patch.object(cross_entropy, "_softmax_loss", _softmax_loss),
+        patch.object(cross_entropy, "SIZES", {"cpu": cross_entropy.SIZES["cuda"]}),
+        patch.object(cross_entropy, "_product", _product),
+        patch.object(cross_entropy, "_add_product", lambda *_, **__: None),  # in place
+        patch.object(cross_entropy, "softmax_loss", lambda *_: None),
     ]
     if HAS_TRITON:
         import triton

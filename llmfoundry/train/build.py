@@ -25,7 +25,7 @@ from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 from llmfoundry.moe.balance import Balance
 from llmfoundry.moe.layer import MoEConfig
 from llmfoundry.parallel.apply import keep_weights_in, materialize, parallelize
-from llmfoundry.parallel.expert import n_experts
+from llmfoundry.parallel.expert import mixtures, n_experts
 from llmfoundry.parallel.fsdp import can_leave
 from llmfoundry.parallel.mesh import Mesh, ParallelConfig, build_mesh
 from llmfoundry.train.adamw import AdamW
@@ -124,6 +124,7 @@ def _build(config: RunConfig, device: torch.device, watchdog: Watchdog) -> Train
     parallel = settle(config, mesh, device)
     model = _build_model(config, mesh, precision, loaded, parallel)
     _warn_of_adapters(config.model, model, start)
+    _say_how_tokens_travel(model, config.parallel, parallel)
     microbatches.can_retry = can_leave(model)
     reference = None
     if config.loss.pairs and config.model.lora is None:
@@ -164,6 +165,18 @@ def _warn_of_no_rate(schedule: Schedule, timeline: Timeline, warmup: Duration) -
         log.warning("scheduler: the learning rate is 0 in every step of this run, so it trains nothing; the first step "
                     "of a warm-up has 0 (t_warmup=%s): raise max_duration, or write scheduler.t_warmup=0ba",
                     warmup)  # fmt: skip
+
+
+def _say_how_tokens_travel(model: CausalLM, asked: ParallelConfig, parallel: ParallelConfig) -> None:
+    """What `exchange_tokens: auto` has become."""
+    if parallel.expert > 1 and asked.exchange_tokens == "auto":
+        why = " (ranks have different numbers of rows)" if parallel.exchange_tokens != "auto" else ""
+        ways = {
+            True: "gathered by the ranks that divide the experts",
+            False: f"sent to the ranks of their experts{why}",
+        }
+        gathered = any(mixture.gathers for mixture in mixtures(model))
+        log.info("parallel.exchange_tokens: auto: tokens are %s", ways[gathered])
 
 
 def _warn_of_adapters(config: CausalLMConfig, model: CausalLM, start: Start) -> None:

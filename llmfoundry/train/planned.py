@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from llmfoundry import runtime
-from llmfoundry.parallel.mesh import Mesh, ParallelConfig
+from llmfoundry.parallel.mesh import Mesh, ParallelConfig, settled_exchange
 from llmfoundry.train.config import RunConfig
 
 log = logging.getLogger(__name__)
@@ -49,8 +49,12 @@ def planned(config: RunConfig, gpus: int, memory: float) -> Planned | str:
 
 
 def settle(config: RunConfig, mesh: Mesh, device: torch.device) -> ParallelConfig:
-    """`config.parallel` without `reduce_once_a_step: auto`, the same on every rank; says what was chosen, and why."""
-    parallel, micro = config.parallel, config.device_train_microbatch_size
+    """`config.parallel` without `reduce_once_a_step: auto`, the same on every rank; says what was chosen, and why.
+
+    And without a gather of tokens, where ranks have different numbers of rows.
+    """
+    parallel = settled_exchange(config.parallel, config.global_train_batch_size, mesh.data_ranks)
+    micro = config.device_train_microbatch_size
     if parallel.reduce_once_a_step != "auto":
         return parallel
     rows = -(-config.global_train_batch_size // mesh.data_ranks)

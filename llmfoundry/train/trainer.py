@@ -28,6 +28,7 @@ from llmfoundry.eval.icl import PREFIX
 from llmfoundry.layers.ffn import RouterStats
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.moe.balance import named, summary
+from llmfoundry.numbers import Numbers
 from llmfoundry.parallel.fsdp import reduces_once
 from llmfoundry.stopping import on_signal
 from llmfoundry.train.agreeing import AgreeingRun
@@ -36,7 +37,6 @@ from llmfoundry.train.callback import Callback
 from llmfoundry.train.evaluating import evaluate_by_tasks, evaluate_texts
 from llmfoundry.train.loss import Loss
 from llmfoundry.train.mixing import Joined, to_save
-from llmfoundry.train.numbers import Numbers
 from llmfoundry.train.optim import set_learning_rate
 from llmfoundry.train.out_of_memory import Held, first_of, held, message
 from llmfoundry.train.outputs import SKIPPED, RunFolder, Summary, check_shared, hosts_without, read_summary

@@ -50,10 +50,11 @@ def kernels(shape: str, n_tokens: int) -> list[Row]:
     slot = order.row_slot
     x_rows, dy_rows = gather(x, order, n_rows), gather(dy, order, n_rows)
     run_up = partial(up, x_rows, weights, slot, tiles, w1, **unit)
-    h, a = pick(UP, problem, run_up)
+    h, a = pick(UP, problem, run_up, plain=True)
     run_back = partial(up_backward, dy_rows, h, weights, slot, tiles, w2, **unit)
     dh, scaled, ds = pick(UP_BACKWARD, problem, run_back)
-    y_rows = pick(DOWN, problem, partial(grouped, a, w2, tiles))
+    run_down = partial(grouped, a, w2, tiles)
+    y_rows = pick(DOWN, problem, run_down, plain=True)
 
     product = 2 * n_rows * d_model * hidden  # FLOPs of one of the three matrices
     rows, wide = 2 * n_rows * d_model, 2 * n_rows * hidden  # bytes
@@ -63,20 +64,20 @@ def kernels(shape: str, n_tokens: int) -> list[Row]:
         ("sort", lambda: sort_by_expert_triton(experts, n_experts), 0, 8 * n_rows),
         ("tiles", lambda: tile_rows(order.expert_start, n_rows), 0, 0),
         ("gather", lambda: gather(x, order, n_rows), 0, tokens + rows),
-        ("up", lambda: pick(UP, problem, run_up), 2 * product, rows + w1_bytes + 3 * wide),
-        ("down", lambda: pick(DOWN, problem, partial(grouped, a, w2, tiles)), product, wide + w2_bytes + rows),
+        ("up", lambda: pick(UP, problem, run_up, plain=True), 2 * product, rows + w1_bytes + 3 * wide),
+        ("down", lambda: pick(DOWN, problem, run_down, plain=True), product, wide + w2_bytes + rows),
         ("sum_rows", lambda: sum_rows(y_rows, order, top_k), 0, rows + tokens),
         ("up_backward", lambda: pick(UP_BACKWARD, problem, run_back), product, rows + w2_bytes + 5 * wide),
         ("slot_sums", lambda: slot_sums(ds, order), 0, 4 * ds.numel()),
         (
             "dx",
-            lambda: pick(DX, problem, partial(grouped, dh, w1, tiles, transposed=True)),
+            lambda: pick(DX, problem, partial(grouped, dh, w1, tiles, transposed=True), plain=True),
             2 * product,
             2 * wide + w1_bytes + rows,
         ),
-        ("dw2", lambda: pick(DW2, problem, partial(weight_grad, dy_rows, scaled, tiles)), product,
+        ("dw2", lambda: pick(DW2, problem, partial(weight_grad, dy_rows, scaled, tiles), plain=True), product,
          rows + wide + w2_bytes),
-        ("dw1", lambda: pick(DW1, problem, partial(weight_grad, dh, x_rows, tiles)), 2 * product,
+        ("dw1", lambda: pick(DW1, problem, partial(weight_grad, dh, x_rows, tiles), plain=True), 2 * product,
          2 * wide + rows + w1_bytes),
     ]  # fmt: skip
     found: list[Row] = []

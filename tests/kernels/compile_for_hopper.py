@@ -21,8 +21,10 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.experimental.gluon import language as gl  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from llmfoundry.kernels import e4m3, eight_bit, norm_rotate, scaled, symmetric  # noqa: E402
+from llmfoundry.kernels import e4m3, eight_bit, hopper, norm_rotate, scaled, softmax_loss, symmetric  # noqa: E402
 from llmfoundry.kernels.accumulate import add_kernel, add_parts_kernel  # noqa: E402
 from llmfoundry.kernels.grouped import GroupedConfig, grouped_kernel  # noqa: E402
 from llmfoundry.kernels.lion import lion_kernel  # noqa: E402
@@ -34,6 +36,9 @@ from llmfoundry.kernels.narrow import (  # noqa: E402
     narrow_grad_kernel,
     narrow_kernel,
 )
+from llmfoundry.kernels.routing_triton import _local_kernel  # noqa: E402
+from llmfoundry.kernels.scale import scale_kernel  # noqa: E402
+from llmfoundry.kernels.square_sum import square_sum_kernel  # noqa: E402
 from llmfoundry.kernels.tiles import TILE_ROWS  # noqa: E402
 from llmfoundry.kernels.tune import (  # noqa: E402
     DOWN,
@@ -174,11 +179,17 @@ def updates() -> None:
     types |= dict.fromkeys(("steps_ptr", "factors_ptr", "divisor_ptr", "skip_ptr", "step_ptr"), "*fp32")
     types |= dict.fromkeys(("b_ptr", "x_ptr", "total_ptr"), "*bf16") | {"table_ptr": "*i64"}
     types |= dict.fromkeys(("w_ptr", "m_ptr", "g_ptr", "out_ptr", "d_ptr"), f"*{DTYPE}")
-    constants = {"BLOCK": 2048, "LOOPS": 4, "TENSORS": 128, "ALIGNED": True, "WEIGHT": moment, "GRAD": moment,
+    constants = {"BLOCK": 2048, "TENSORS": 128, "ALIGNED": True, "WEIGHT": moment, "GRAD": moment,
                  "MOMENT": moment, "BESIDE": tl.bfloat16, "NESTEROV": True}  # fmt: skip
     kernels = {"adamw": adamw_kernel, "momentum": momentum_kernel, "apply": apply_kernel, "add": add_kernel}
     report("add parts", add_parts_kernel, types | {"own_ptr": "*bf16", "others_ptr": "*bf16", "total_ptr": "*fp32"},
            {"N": 2, "OWN": 0, "BEGINS": False, "BLOCK": 4096}, 8, 3)  # fmt: skip
+    tokens = types | dict.fromkeys(("own_ptr", "others_ptr", "total_ptr"), f"*{DTYPE}") | {"packed_ptr": "*i32"}
+    report("sum of tokens over ranks", add_parts_kernel, tokens, {"N": 2, "OWN": -1, "BEGINS": True, "BLOCK": 4096},
+           8, 3)  # fmt: skip
+    tokens |= dict.fromkeys(("weights_ptr", "experts_ptr", "total_ptr"), "*i32")
+    tokens |= dict.fromkeys(("n_slots", "first", "n_local"), "i32")
+    report("routing of a rank", _local_kernel, tokens, {"K": 8, "BLOCK": 1024}, 4, 3)
     types |= {"v_ptr": "*u8", "ms_ptr": "*fp32", "vs_ptr": "*fp32", "count_ptr": "*fp32"}
     types |= {"columns": "i32", "per_row": "i32"}
     eight = {"BESIDE": True, "BLOCKS": 8, "BLOCK": 256}
@@ -195,7 +206,7 @@ def updates() -> None:
                     "DEPTH": depth}  # fmt: skip
         report(f"symmetric, {name}", symmetric.symmetric_kernel, named, constant, symmetric.WARPS, symmetric.STAGES)
     whole = {"BESIDE": tl.bfloat16, "WEIGHT": tl.float32, "GRAD": moment, "MOMENT": moment}
-    whole |= {key: constants[key] for key in ("BLOCK", "LOOPS", "TENSORS", "ALIGNED")}
+    whole |= {key: constants[key] for key in ("BLOCK", "TENSORS", "ALIGNED")}
     report("adamw of float32 weights", adamw_kernel, types, whole, 8, 3)
     halves = types | {"b_ptr": "*i16", "w_ptr": "*bf16"}
     report("adamw of halves", adamw_kernel, types, whole | {"BESIDE": tl.int16, "WEIGHT": tl.bfloat16}, 8, 3)
@@ -214,6 +225,51 @@ def queries_and_keys() -> None:
     constants = {"H": 16, "G": 16, "HALF": 64, "HP": 16, "GP": 16, "HALFP": 64, "EACH": False}
     report("norm and rotation", norm_rotate.forward_kernel, types, constants, 4, 3)
     report("norm and rotation, backward", norm_rotate.backward_kernel, types, constants, 4, 3)
+
+
+def loss_and_norm() -> None:
+    """The loss of Qwen3's vocabulary, the scaling of its gradient, and the gradients' norm."""
+    types = dict.fromkeys(("logits_ptr", "loss_ptr", "x_ptr", "factor_ptr"), "*fp32")
+    types |= dict.fromkeys(("gradient_ptr", "out_ptr"), f"*{DTYPE}")
+    types |= dict.fromkeys(("labels_ptr", "table_ptr"), "*i64") | {"vocab": "i32", "n": "i32", "n_tensors": "i32"}
+    block, warps = softmax_loss._BLOCK, softmax_loss._WARPS
+    shared = {"weights_ptr": None, "IGNORE": -100, "CAPPED": False, "SLICES": 38, "LANES": 32 * warps, "BLOCK": block}
+    shared |= {"SUMS": True, "RESULTS": True}
+    report("loss", softmax_loss.softmax_loss_kernel, types | {"sums_ptr": "*i64", "per_cap": "fp32"}, shared, warps, 3,
+           maxnreg=softmax_loss._REGISTERS)  # fmt: skip
+    report("scale", scale_kernel, types, {"BLOCK": 4096}, 8, 3)
+    kind = {"bf16": tl.bfloat16, "fp32": tl.float32}[DTYPE]
+    listed = {"KIND": kind, "ALIGNED": True, "TENSORS": 128, "BLOCK": 8192}
+    report("norm", square_sum_kernel, types | {"sums_ptr": "*fp32"}, listed, 8, 3)
+
+
+def in_gluon(d: int, f: int) -> None:
+    """The kernels of hopper.py, with blocks in the layouts that it gives to descriptors."""
+
+    def block(*sizes: int) -> str:
+        return f"tensordesc<bf16{list(sizes)},{gl.NVMMASharedLayout.get_default_for(list(sizes), gl.bfloat16)!r}>"
+
+    def one(name: str, kernel: triton.JITFunction, blocks: dict[str, str], group: int, **own: object) -> None:
+        constants = {"GROUP": group, "PROGRAMS": PROGRAMS, "TURNS": TURNS, **own}
+        report(name, kernel, of_rows | blocks, constants, 4, 4, GluonASTSource)
+
+    of_rows = (
+        TILES | {"weights_ptr": "*fp32", "row_slot_ptr": "*i32", "by_load_ptr": "*i32"} | dict.fromkeys("JDE", "i32")
+    )
+    rows, out = block(TILE_ROWS, 64), block(1, 1, 64, 64)
+    for c in DOWN.hopper:
+        blocks = {"rows_desc": rows, "w_desc": block(1, 256, 64), "out_desc": out}
+        one("down", hopper.grouped_hopper_kernel, blocks, c.group, N=d, TRANSPOSED=False)
+    for c in DX.hopper:
+        blocks = {"rows_desc": rows, "w_desc": block(1, 64, 256), "out_desc": out}
+        one("dx", hopper.grouped_hopper_kernel, blocks, c.group, N=d, TRANSPOSED=True)
+    for c in UP.hopper:
+        blocks = {"x_desc": rows, "w1_desc": block(2, 128, 64), "h_desc": block(1, 1, 64, 1, 64), "a_desc": out}
+        one("up", hopper.up_hopper_kernel, blocks, c.group, F=f, **unit())
+    for c in DW1.hopper:
+        blocks = {"left_desc": block(1, 1, 64, TILE_ROWS), "right_desc": block(1, 1, 64, 256)}
+        blocks |= {"out_desc": block(1, 64, 64)}
+        one("weight_grad", hopper.weight_grad_hopper_kernel, blocks, c.group, P=d, N=f)
 
 
 def in_e4m3(f: int) -> None:
@@ -266,13 +322,15 @@ def report(
     constants: dict[str, object],
     num_warps: int,
     num_stages: int,
+    kind: type[ASTSource] = ASTSource,
+    **options: int,
 ) -> None:
     """Compile, and print registers, bytes a thread that spill, and shared memory."""
     signature = {key: types.get(key, "constexpr") for key in kernel.arg_names}
     aligned = [["tt.divisibility", 16]]
     attributes = {(i,): aligned for i, kind in enumerate(signature.values()) if kind.startswith("*") or kind == "i32"}
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    source = kind(kernel, signature, constexprs=constants, attrs=attributes)
+    options |= {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -288,8 +346,8 @@ def report(
         "spilled": int(found[2]),
         "shared": compiled.metadata.shared,
     }
-    row["precision"] = sorted(set(re.findall(r"inputPrecision = (\w+)", compiled.asm["ttir"])))
-    launch = {"warps": num_warps, "stages": num_stages}
+    row["precision"] = sorted(set(re.findall(r"inputPrecision = (\w+)", compiled.asm.get("ttir", ""))))
+    launch = {"gluon": kind is GluonASTSource, "warps": compiled.metadata.num_warps, "stages": num_stages}
     print(json.dumps(row | launch | constants, default=str), flush=True)
 
 
@@ -305,6 +363,7 @@ def main() -> None:
         if shape == "updates":
             updates()
             queries_and_keys()
+            loss_and_norm()
         elif DTYPE == "e4m3":
             in_e4m3(SHAPES[shape][1])
         else:
@@ -312,6 +371,8 @@ def main() -> None:
 
 
 def compile_case(d: int, f: int) -> None:
+    if DTYPE == "bf16" and not RANK:
+        in_gluon(d, f)
     for config in configs(UP):
         up(d, f, config)
     for config in configs(DOWN):

@@ -62,6 +62,12 @@ def test_parts_are_summed_in_float32(ranks: int, device: str) -> None:
                 assert torch.equal(apart, theirs), rank
         expected = exact + (0 if begins else before.double().view(-1))
         torch.testing.assert_close(ours.double().view(-1), expected, rtol=1e-6, atol=1e-6)
+    narrow, wide = parts.new_empty(70 * 33), exact.new_empty(70 * 33)
+    accumulate.sum_parts(narrow, None, parts, 0, begins=True)
+    accumulate.sum_parts(wide, None, parts.float(), 0, begins=True)
+    assert torch.equal(narrow, wide.bfloat16()), "added in float32, rounded once"
+    accumulate.add_parts_triton(wide, none.double(), parts.double(), 0, True)
+    torch.testing.assert_close(wide, exact, rtol=1e-15, atol=1e-15)
 
 
 def test_a_sum_that_is_exact_is_not_changed() -> None:

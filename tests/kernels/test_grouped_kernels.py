@@ -15,6 +15,7 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 from llmfoundry.kernels import grouped as grouped_file  # noqa: E402
+from llmfoundry.kernels import hopper as hopper_file  # noqa: E402
 from llmfoundry.kernels import tune  # noqa: E402
 from llmfoundry.kernels import up as up_file  # noqa: E402
 from llmfoundry.kernels import up_backward as up_backward_file  # noqa: E402
@@ -256,15 +257,19 @@ RUNS: dict[str, Callable[[Drawn, object], tuple[Tensor, ...]]] = {
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("turns", [1, 5])
+@pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("name", RUNS)
-def test_every_candidate_gives_the_same_bits(name: str, turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large tiles in bf16, handed out at once and in turns: what is fastest decides nothing else."""
-    drawn = draw("cuda", "hot", e=4)
+def test_every_candidate_gives_the_same_bits(
+    name: str, routing: str, turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large tiles in bf16, also in Gluon, handed out at once and in turns: what is fastest decides nothing else."""
+    drawn = draw("cuda", routing, e=4)
     candidates = getattr(tune, name.upper())
     first = [v[: drawn.n_rows] for v in RUNS[name](drawn, candidates.large[0])]
-    for module in (up_file, grouped_file, up_backward_file, weight_grad_file):
+    for module in (up_file, grouped_file, up_backward_file, weight_grad_file, hopper_file):
         monkeypatch.setattr(module, "turns", lambda: turns)
-    for config in candidates.large:
+    in_gluon = candidates.hopper if tune.runs_gluon(drawn.x.device) else ()
+    for config in (*candidates.large, *in_gluon):
         for one, other in zip(first, RUNS[name](drawn, config), strict=True):
             assert torch.equal(one, other[: drawn.n_rows]), config
     for one, other in zip(first, RUNS[name](drawn, candidates.small), strict=True):

@@ -12,18 +12,23 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmfoundry.config import check
-from llmfoundry.moe import dispatch
-from llmfoundry.moe.dispatch import ExpertInputs, plan_exchange, return_rows, send
+from llmfoundry.moe.all_gather import AllGather, gathers
+from llmfoundry.moe.all_to_all import AllToAll
+from llmfoundry.moe.dispatch import Exchange, ExpertInputs, return_rows
 from llmfoundry.moe.layer import Experts, MoEConfig
 
 pytestmark = pytest.mark.dist
 T, D, E, K = 12, 16, 4, 2
+WAYS = pytest.mark.parametrize("way", [AllToAll, AllGather])
 
 
 class Watch(TorchDispatchMode):
     """The exchanges, products and sums over slots, in the order in which they are asked for."""
 
-    NAMES = {"alltoall_base_": "exchange", "mm": "product", "_embedding_bag_forward_only": "sum"}  # noqa: RUF012
+    NAMES = {  # noqa: RUF012
+        "alltoall_base_": "exchange", "_allgather_base_": "exchange", "mm": "product",
+        "_embedding_bag_forward_only": "sum", "add_parts_": "sum",
+    }  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,15 +68,16 @@ def _experts(impl: str) -> tuple[Experts, Callable[[], tuple[torch.Tensor, torch
     return experts, lambda: (x.clone().requires_grad_(), weights.clone().requires_grad_(), ids)
 
 
+@WAYS
 @pytest.mark.parametrize("impl", ["grouped_mm", "reference"])
-def test_an_exchange_changes_nothing(group: dist.ProcessGroup, impl: str) -> None:
+def test_an_exchange_changes_nothing(group: dist.ProcessGroup, impl: str, way: type[Exchange]) -> None:
     experts, draw = _experts(impl)
     found = []
     for travel in (False, True):
         x, weights, ids = draw()
         if travel:
-            plan = plan_exchange(ids, E, group)
-            y = return_rows(experts(send(x, weights, ids, E, plan)), plan)
+            exchange = way(x, weights, ids, E, group)
+            y = return_rows(experts(exchange.send(x, weights)), exchange)
         else:
             y = experts(ExpertInputs(x, weights, ids))
         y.square().sum().backward()
@@ -81,11 +87,21 @@ def test_an_exchange_changes_nothing(group: dist.ProcessGroup, impl: str) -> Non
         assert here is not None and torch.equal(here, there)
 
 
-def test_weight_gradients_are_computed_while_the_gradients_of_tokens_travel(group: dist.ProcessGroup) -> None:
+def test_auto_gathers_where_nearly_every_token_needs_nearly_every_rank() -> None:
+    least = {ranks: next(k for k in range(1, 99) if gathers("auto", ranks, k, True)) for ranks in (2, 4, 8, 16)}
+    assert least == {2: 2, 4: 4, 8: 9, 16: 18}
+    assert all(gathers("auto", 4, k, True) for k in range(4, 65)) and not gathers("auto", 4, 64, False)
+    assert gathers("gather", 64, 1, False) and not gathers("all_to_all", 2, 64, True)
+
+
+@WAYS
+def test_weight_gradients_are_computed_while_the_gradients_of_tokens_travel(
+    group: dist.ProcessGroup, way: type[Exchange]
+) -> None:
     experts, draw = _experts("grouped_mm")
     x, weights, ids = draw()
-    plan = plan_exchange(ids, E, group)
-    y = return_rows(experts(send(x, weights, ids, E, plan)), plan)
+    exchange = way(x, weights, ids, E, group)
+    y = return_rows(experts(exchange.send(x, weights)), exchange)
     loss = y.square().sum()
     with Watch() as watch:
         loss.backward()
@@ -95,20 +111,29 @@ def test_weight_gradients_are_computed_while_the_gradients_of_tokens_travel(grou
     assert watch.seen == [*there, *back, *products, *products, "sum", "sum"]  # dw2 and dw1, and then they are awaited
 
 
-def test_nothing_received_outlives_its_step(group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+@WAYS
+def test_nothing_received_outlives_its_step(
+    group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch, way: type[Exchange]
+) -> None:
     """A request keeps what it received, which remembers its autograd node: kept there, it would never be freed."""
     experts, draw = _experts("grouped_mm")
     seen: list[weakref.ref[torch.Tensor]] = []
-    exchange = dispatch._exchange
 
-    def watched(received: torch.Tensor, *args: object) -> dist.Work:
-        seen.append(weakref.ref(received))
-        return exchange(received, *args)
+    def watch(name: str) -> None:
+        start = getattr(way, name)
 
-    monkeypatch.setattr(dispatch, "_exchange", watched)
+        def watched(self: Exchange, x: torch.Tensor) -> tuple[torch.Tensor, dist.Work]:
+            received, work = start(self, x)
+            seen.append(weakref.ref(received))
+            return received, work
+
+        monkeypatch.setattr(way, name, watched)
+
+    watch("to_experts")
+    watch("to_tokens")
     x, weights, ids = draw()
-    plan = plan_exchange(ids, E, group)
-    y = return_rows(experts(send(x, weights, ids, E, plan)), plan)
+    exchange = way(x, weights, ids, E, group)
+    y = return_rows(experts(exchange.send(x, weights)), exchange)
     y.square().sum().backward()
     del y, x, weights
     gc.collect()

@@ -35,7 +35,7 @@ def _rank(
     for world, port in zip(worlds, ports, strict=True):
         if rank >= world:
             break
-        os.environ.update(WORLD_SIZE=str(world), MASTER_PORT=str(port))
+        os.environ.update(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_PORT=str(port))
         runtime.start(timeout_seconds=60)
         try:
             job(*args)

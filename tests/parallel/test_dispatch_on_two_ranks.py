@@ -11,7 +11,10 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from llmfoundry.kernels.experts import experts_ffn
-from llmfoundry.moe.dispatch import plan_exchange, return_rows, send
+from llmfoundry.moe.all_gather import AllGather
+from llmfoundry.moe.all_to_all import AllToAll
+from llmfoundry.moe.dispatch import Exchange, return_rows
+from llmfoundry.standalone.moe import MoE
 
 pytestmark = pytest.mark.dist
 T, D, F, E, K = 13, 16, 24, 4, 2
@@ -31,14 +34,15 @@ def draw(rank: int, routing: str) -> list[torch.Tensor]:
     return [x.double(), weights.double(), experts, w1.double(), w2.double()]
 
 
-def job(routing: str) -> None:
+def job(routing: str, way: type[Exchange]) -> None:
     rank, kwargs = dist.get_rank(), {"activation": "silu", "gated": True, "backend": "reference"}
     x, weights, experts, w1, w2 = draw(rank, routing)
     leaves = [v.requires_grad_() for v in (x, weights)]
     own = [w[rank * E // 2 : (rank + 1) * E // 2].clone().requires_grad_() for w in (w1, w2)]
-    plan = plan_exchange(experts, E // 2, dist.group.WORLD)
-    here = send(x, weights, experts, E // 2, plan).wait()
-    y = return_rows(experts_ffn(here.x, here.weights, here.experts, *own, n_rows=here.n_slots, **kwargs), plan)
+    exchange = way(x, weights, experts, E // 2, dist.group.WORLD)
+    here = exchange.send(x, weights).wait()
+    assert here.n_slots == int((here.experts < E // 2).sum())
+    y = return_rows(experts_ffn(here.x, here.weights, here.experts, *own, n_rows=here.n_slots, **kwargs), exchange)
     g = torch.Generator().manual_seed(100 + rank)
     dy = torch.randn(T, D, generator=g).double()
     y.backward(dy)
@@ -59,9 +63,33 @@ def job(routing: str) -> None:
         torch.testing.assert_close(found.grad, expected, rtol=1e-10, atol=1e-10)
 
 
+def layer_job() -> None:
+    """A whole layer; with gathered tokens in training, and with as many tokens as each rank happens to have after."""
+    rank = dist.get_rank()
+    settings = {
+        "ffn_hidden_size": F,
+        "moe_num_experts": E,
+        "moe_top_k": K,
+        "shared_expert": True,
+        "dtype": torch.float64,
+    }
+    whole = MoE(D, **settings, init_std=0.5, moe_capacity_factor=0.8)
+    part = MoE(D, **settings, init_std=0.5, moe_capacity_factor=0.8, expert_group=dist.group.WORLD)
+    part.gathers = True
+    for n_tokens, training in ((7, True), (1, True), (3 + 4 * rank, False), (5 * rank, False), (0, False)):
+        x = torch.randn(n_tokens, D, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+        found, true = part.train(training)(x), whole.train(training)(x)
+        torch.testing.assert_close(found.y, true.y, rtol=1e-12, atol=1e-12)
+        assert torch.equal(found.load, true.load)
+    with torch.no_grad():
+        torch.testing.assert_close(part(x[:0]).y, x[:0])
+
+
 def jobs(routings: list[str]) -> None:
+    layer_job()
     for routing in routings:
-        job(routing)
+        for way in (AllToAll, AllGather):
+            job(routing, way)
 
 
 def test_two_ranks_compute_what_one_does() -> None:

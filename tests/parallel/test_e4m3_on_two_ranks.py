@@ -92,6 +92,7 @@ def test_recompute_changes_nothing(case: Case, alone: dict[str, Tensor]) -> None
 def test_every_mesh_learns_alike(case: Case, spread: Path, alone: dict[str, Tensor]) -> None:
     """Rows have their own scales, wherever they are; what differs is bf16's noise, and the choice of experts by it."""
     found, true = torch.load(spread / f"{case.name}.pt", weights_only=True), learn(Case("alone"), "amp_bf16")
+    alone = learn(Case("alone", half=True)) if case.half else alone  # its noise is larger than that of a mesh
     torch.testing.assert_close(found["ce"], alone["ce"], rtol=2e-2, atol=0)
     torch.testing.assert_close(found["grad_norm"], alone["grad_norm"], rtol=1e-1, atol=0)
     torch.testing.assert_close(found["ce"], true["ce"], rtol=3e-2, atol=0)

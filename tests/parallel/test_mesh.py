@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llmfoundry.config import ConfigError, check
-from llmfoundry.parallel.mesh import Degrees, Mesh, ParallelConfig, build_mesh, plan_mesh
+from llmfoundry.parallel.mesh import Degrees, Mesh, ParallelConfig, build_mesh, plan_mesh, settled_exchange
 
 
 class Coordinates(NamedTuple):
@@ -121,3 +121,15 @@ def test_degrees_that_do_not_fit_are_a_mistake_in_the_config(
 def test_what_is_not_a_degree_is_refused(settings: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
         check(ParallelConfig, settings)
+
+
+def test_tokens_are_gathered_only_where_every_rank_has_as_many_rows() -> None:
+    for way in ("auto", "gather", "all_to_all"):
+        asked = ParallelConfig(expert=2, exchange_tokens=way)
+        assert settled_exchange(asked, 12, 4) == asked
+        if way != "gather":
+            assert settled_exchange(asked, 13, 4) == ParallelConfig(expert=2, exchange_tokens="all_to_all")
+    with pytest.raises(ConfigError, match=r"exchange_tokens=gather .* global_train_batch_size=13 is not a multiple of"):
+        settled_exchange(ParallelConfig(expert=2, exchange_tokens="gather"), 13, 4)
+    alone = ParallelConfig(exchange_tokens="gather")
+    assert settled_exchange(alone, 13, 4) == alone, "without divided experts nothing is exchanged"

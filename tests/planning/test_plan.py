@@ -48,9 +48,12 @@ def test_tokens_travel_only_with_expert_parallelism_and_at_most_once_to_a_rank()
     assert sent(1).total == 0.0
     every_slot = 4 * 16 * 4096 * 8 * 2048 * 2  # there and back, twice, 16 layers, 8 slots per token
     assert 0 < sent(2).total < sent(8).total < every_slot * 7 / 8
-    assert sent(2).total == pytest.approx(4 * 16 * 4096 * 0.5 * 2 * (1 - 0.5**8) * 2048 * 2)
+    once = 4 * 16 * 4096 * 0.5 * 2 * 2048 * 2
+    assert sent(2).total == pytest.approx(once), "gathered"
+    assert sent(2, "parallel.exchange_tokens=all_to_all").total == pytest.approx(once * (1 - 0.5**8))
+    assert sent(8, "parallel.exchange_tokens=gather").total == pytest.approx(7 * once)
     again = sent(8, "parallel.recompute=full").total
-    assert again == 1.5 * sent(8).total, "the way there and back is taken again"
+    assert again == 1.25 * sent(8).total, "the way there is taken again"
 
 
 def test_replicas_receive_only_gradients_of_each_other() -> None:
@@ -83,6 +86,7 @@ def test_a_ring_enters_a_node_once() -> None:
         (Degrees(1, 8, 1), ()),
         (Degrees(2, 4, 2), ("parallel.recompute=full",)),
         (Degrees(1, 8, 4), ("parallel.reduce_once_a_step=false",)),
+        (Degrees(1, 8, 4), ("parallel.recompute=none", "parallel.exchange_tokens=all_to_all")),
         (Degrees(1, 8, 1), ("parallel.reshard_after_forward=false", "model.tie_word_embeddings=true")),
     ],
     ids=str,

@@ -16,11 +16,11 @@ from llmfoundry.config import check
 from llmfoundry.data.loader import Batch
 from llmfoundry.model.init import init_weights
 from llmfoundry.model.transformer import CausalLM
+from llmfoundry.numbers import Numbers
 from llmfoundry.parallel.apply import keep_weights_in, parallelize
 from llmfoundry.parallel.mesh import ParallelConfig, build_mesh
 from llmfoundry.train.build import build
 from llmfoundry.train.callback import Callback
-from llmfoundry.train.numbers import Numbers
 from llmfoundry.train.optim import OptimizerConfig
 from llmfoundry.train.run import Metrics, Run
 from llmfoundry.train.step import StepResult, train_step

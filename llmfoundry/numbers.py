@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class Numbers:
-    """Begins to copy a step's numbers when it is made; what is launched after that need not end before they are read.
+    """Begins to copy numbers when it is made; what is launched after that need not end before they are read.
 
     Args:
-        found: (n,) float64, the results of what was launched so far.
+        found: (n,), the results of what was launched so far.
     """
 
     def __init__(self, found: Tensor) -> None:
@@ -22,7 +22,7 @@ class Numbers:
             self._arrived = torch.cuda.current_stream(found.device).record_event()
 
     def read(self) -> list[float]:
-        """The numbers; the host waits for them here."""
+        """The numbers, whole ones as int; the host waits for them here."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._there.tolist()

@@ -1,0 +1,101 @@
+"""All tokens of the group are gathered on every rank, whose experts take what is theirs.
+
+Shapes: T tokens of each rank, D d_model, K top_k, P ranks of the group, R = P * T rows.
+Where P is small against K, nearly every token needs nearly every rank (2 ranks, K = 8: 99.6 %), so sending only what is
+needed saves nothing. Then all sizes are known beforehand: no rows are counted, copied or looked up, and partial sums
+return in equal shares. Every rank must have as many tokens.
+
+Experts' buffers still need the number of slots that have an expert here. The routing, which is small, is gathered
+first, and that number is copied to the host while the tokens are still on their way, so the host has launched the
+experts before they arrive.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llmfoundry import runtime
+from llmfoundry.kernels.accumulate import sum_parts
+from llmfoundry.kernels.routing import LocalRouting, has_kernels, local_routing, packed_routing
+from llmfoundry.moe.dispatch import Exchange, ExpertInputs, InFlight, Transfer, in_flight
+from llmfoundry.numbers import Numbers
+
+Way = Literal["auto", "gather", "all_to_all"]
+# Of the rows that would be sent: a gather may receive so many times as many. A choice, not a measurement.
+MOST_ROWS = 1.5
+
+
+def gathers(way: Way, n_ranks: int, top_k: int, within_node: bool) -> bool:
+    """Whether tokens are gathered, not sent: what `parallel.exchange_tokens` means.
+
+    Gathered, a token is received by the P - 1 other ranks. Sent, by those that hold any of its experts: of experts
+    chosen evenly, (P - 1) * (1 - (1 - 1/P)^K). `auto` gathers where the former is at most `MOST_ROWS` times the latter:
+    on 2 ranks from K = 2, on 4 from K = 4, on 8 from K = 9; and within a node alone, for links between nodes are slow.
+
+    Args:
+        n_ranks: P, that divide the experts.
+        top_k: K.
+        within_node: whether these ranks are on one node.
+    """
+    if way != "auto":
+        return way == "gather"
+    return within_node and MOST_ROWS * (1 - (1 - 1 / n_ranks) ** top_k) >= 1
+
+
+class AllGather(Exchange):
+    """Rows of all ranks, in their order."""
+
+    def __init__(self, x: Tensor, weights: Tensor, experts: Tensor, n_local: int, group: dist.ProcessGroup) -> None:
+        super().__init__(x, weights, experts, n_local, group)
+        routing, arriving = self.to_experts(packed_routing(weights.detach(), experts))
+        tokens = self.to_experts(x.detach())
+        arriving.wait()
+        routed = self._local(routing, experts.shape[1], weights.dtype)
+        self._experts = routed.experts
+        self._begin_counting(routed.n_slots)
+        self._transfers = Transfer(self, tokens), Transfer(self, (routed.weights, None))
+
+    def _local(self, routing: Tensor, top_k: int, dtype: torch.dtype) -> LocalRouting:
+        if not has_kernels(routing) or dtype != torch.float32:
+            return local_routing(routing, top_k, dtype, self.first, self.n_local)
+        from llmfoundry.kernels.routing_triton import local_routing_triton  # triton is not installed on every machine
+
+        return local_routing_triton(routing, self.first, self.n_local)
+
+    def _begin_counting(self, n_slots: Tensor) -> None:
+        self._numbers = Numbers(n_slots)
+
+    @property
+    def n_slots(self) -> int:
+        """(row, expert) pairs with an expert held here; the host waits for it here."""
+        return int(self._numbers.read()[0])
+
+    def send(self, x: Tensor, weights: Tensor) -> InFlight:
+        """Nothing new: the tokens have been on their way since the exchange was made."""
+        return in_flight(x, weights, self._transfers)
+
+    def inputs(self, x: Tensor, routing: Tensor) -> ExpertInputs:
+        """Of routing (R, K): weights alone."""
+        return ExpertInputs(x, routing, self._experts, self.n_slots)
+
+    def to_experts(self, x: Tensor) -> tuple[Tensor, dist.Work]:
+        """Start to gather tokens: (T, X) -> (P * T, X)."""
+        received = x.new_empty(self.n_ranks * x.shape[0], x.shape[1])
+        runtime.meet()
+        return received, runtime.all_gather(received, x.contiguous(), group=self.group, async_op=True)
+
+    def to_tokens(self, rows: Tensor) -> tuple[Tensor, dist.Work]:
+        """(P * T, X) of this rank's experts -> (P * T, X) of this rank's tokens, from each rank."""
+        returned = rows.new_empty(rows.shape)
+        runtime.meet()
+        return returned, dist.all_to_all_single(returned, rows, group=self.group, async_op=True)
+
+    def sum_by_token(self, returned: Tensor) -> Tensor:
+        """(P * T, X) -> (T, X)."""
+        total = returned.new_empty(returned.shape[0] // self.n_ranks, returned.shape[1])
+        sum_parts(total, None, returned.view(self.n_ranks, -1), 0, begins=True)
+        return total
