@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a write: the disk is full, or a limit is reached
 
 
 def atomic_write(path: Path, content: Iterable[bytes], sync: bool = False, shared: bool = False) -> None:

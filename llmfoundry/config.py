@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypeVar, get_args
@@ -173,7 +173,7 @@ def _root_schema(root: type[Choice]) -> CoreSchema:
         try:
             return member.model_validate({root._tag: root.model_fields[root._tag].default} | value)
         except ValidationError as error:
-            raise PydanticCustomError("several", "several mistakes", {"mistakes": list(_mistakes(error))}) from None
+            raise several(_mistakes(error)) from None
 
     dump = core_schema.plain_serializer_function_ser_schema(lambda value: value.model_dump(mode="json"))
     return core_schema.no_info_plain_validator_function(pick, serialization=dump)
@@ -233,11 +233,35 @@ def _mistakes(error: ValidationError) -> Iterator[_Mistake]:
         else:
             field, _, kind = path.rpartition(".")
             several = _KIND.fullmatch(kind) is not None
-            kinds.setdefault(field if several else path, (item["input"], []))[1].append(item["msg"])
+            kinds.setdefault(field if several else path, (item["input"], []))[1].append(_plain(item["msg"]))
     for path, (found, messages) in kinds.items():
         first, *others = (f"{message[0].lower()}{message[1:]}" for message in messages)
         wanted = " or ".join([first, *(o.removeprefix("input should be ") for o in others)])
         yield _Mistake(path, f"{wanted}, found {found!r}{_why(found, wanted)}")
+
+
+def several(mistakes: Iterable[_Mistake]) -> PydanticCustomError:
+    """What a validator raises that has found several."""
+    return PydanticCustomError("several", "several mistakes", {"mistakes": list(mistakes)})
+
+
+def lifted(error: ValidationError, key: str, cls: type[Config]) -> PydanticCustomError:
+    """The mistakes below a key that a shorthand left out, at the paths that the user wrote.
+
+    Args:
+        key: what a validator of `cls` has put the user's keys under.
+    """
+    found = []
+    for path, message, owner in _mistakes(error):
+        is_ours = owner is not None and difflib.get_close_matches(path.rpartition(".")[2], cls.model_fields, 1, 0.8)
+        found.append(_Mistake(path.removeprefix(key).removeprefix("."), message, cls if is_ours else owner))
+    return several(found)
+
+
+def _plain(message: str) -> str:
+    """A message of pydantic's in the words of a YAML."""
+    message = re.sub(r"a valid dictionary( or instance of \w+)?|an instance of \w+", "a mapping", message)
+    return message.replace(" after validation", "").replace("a valid list", "a list")
 
 
 def _why(found: object, wanted: str) -> str:
@@ -377,6 +401,11 @@ def _at(
 def dump(config: Config) -> dict[str, Any]:
     """The config as plain data: `check(type(config), dump(config)) == config`."""
     return config.model_dump(mode="json")
+
+
+def reason(error: Exception) -> str:
+    """Why a file cannot be read or written, without the path and the error's number."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def is_url(path: str) -> bool:

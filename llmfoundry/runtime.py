@@ -355,7 +355,7 @@ def first_of_node(what: str, act: Callable[[], T]) -> T:
             if not _store.check([key]) and local_rank() == 1:
                 log.warning("waiting for another process of this node, which fetches %s, for %d seconds", what, waited)
     if _store.get(key) != b"done":
-        raise ConfigError(f"{what}: could not be had by rank {rank() - local_rank()}, which says why")
+        raise ConfigError(f"{what}: could not be loaded by rank {rank() - local_rank()}, which says why")
     _at_the_source = False
     try:
         return act()

@@ -49,10 +49,9 @@ def test_dry_run_says_whether_it_fits(recipe: Path, capsys: pytest.CaptureFixtur
     out = capsys.readouterr().out
     assert "of 35.0 GiB (40, of which 5 are kept free)" in out and "meshes of 2 GPUs" in out
     for options, says in (
-        (["--gpu-memory", "40"], "--gpu-memory 40: is for --dry-run"),
-        (["--dry-run", "--gpu-memory", "nan"], "--gpu-memory nan: is for --dry-run, and a number of GiB"),
+        (["--gpu-memory", "40"], "--gpu-memory 40: needs --dry-run"),
+        (["--gpus", "8"], "--gpus 8: needs --dry-run"),
         (["--dry-run", "--gpu-memory", "5"], "--gpu-memory 5: 5 GiB of it are kept free"),
-        (["--dry-run", "--gpus", "0"], "--gpus 0: is for --dry-run, and 1 to 16,384"),
     ):
         assert train_main([str(recipe), *options]) == 2
         assert says in capsys.readouterr().err
@@ -79,6 +78,8 @@ def test_dry_run_says_whether_it_fits(recipe: Path, capsys: pytest.CaptureFixtur
             "device_train_microbatch_size: input should be a valid integer or 'auto', found 'all'",
         ),
         ("[=1", "[=1: does not fit the value that is there"),
+        ("model.ffn_config.ffn_act_fn=silu", "ffn_act_fn: input should be a mapping, found 'silu'"),
+        ("optimizer.betas=[0.9]", "optimizer.betas: list should have at least 2 items, not 1, found [0.9]"),
     ],
 )
 def test_a_value_out_of_bounds_is_one_line(
@@ -137,6 +138,12 @@ def test_hints_find_the_place_of_a_key(recipe: Path, capsys: pytest.CaptureFixtu
     assert sorted(said) == sorted(mistakes.values())  # all in one round
 
 
+def test_a_model_that_is_not_there_is_the_only_mistake(recipe: Path, capsys: pytest.CaptureFixture) -> None:
+    model = "model:={name: hf_causal_lm, pretrained_model_name_or_path: ./a/b/c}"
+    assert train_main([str(recipe), model, "max_seq_len=4096"]) == 2
+    assert capsys.readouterr().err == "error: ./a/b/c: no such folder\n"
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
@@ -144,6 +151,7 @@ def test_hints_find_the_place_of_a_key(recipe: Path, capsys: pytest.CaptureFixtu
         (["save_folder=dbfs:/x"], "save_folder: dbfs:/x: is a URL that is not known"),
         (["save_folder=sftp://me:secret@host/x"], "save_folder: sftp://...: holds a password; leave it out"),
         (["save_folder=s3://bucket/{epoch}", "run_name=a"], "save_folder: s3://bucket/{epoch} has the placeholder"),
+        (["save_folder=tiny.yaml/x"], "save_folder: tiny.yaml/x cannot be made: "),
         (["load_path=dbfs:/x"], "load_path: dbfs:/x: is a URL that is not known"),
         (["load_path=memory://bucket/none"], "memory://bucket/none: no such folder"),
         (["train_loader.dataset.cache_dir=s3://x"], "train_loader.dataset.cache_dir: s3://x is a URL"),

@@ -53,6 +53,9 @@ def test_every_command_is_there_and_explains_itself(name: str, capsys: pytest.Ca
         (["train", "yamls/mo.yaml"], "yamls/mo.yaml: no such file (did you mean yamls/moe.yaml?)"),
         (["train", "yamls/dbrx-132b.yaml", "parallel.expert=1"], "to train without a GPU, and this machine has"),
         (["generate", "--checkpoint", "test"], "test: no such folder (did you mean tests?)"),
+        (["generate", "--checkpoint", "tests/step-9"], "tests/step-9: no such folder"),
+        (["convert", "from-composer", "nowhere.pt", "out"], "error: nowhere.pt: no such file or folder"),
+        (["convert", "from-hf", "yamls", "out"], "yamls/config.json: no such file; name a Hugging Face model's folder"),
     ],
 )
 def test_a_slip_is_one_line_with_what_was_meant(
@@ -66,10 +69,44 @@ def test_a_slip_is_one_line_with_what_was_meant(
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("train x.yaml --dry-run --gpus 0", "--gpus: must be an integer from 1 to 16,384, found '0'"),
+        ("train x.yaml --dry-run --gpu-memory nan", "--gpu-memory: must be a number above 0, found 'nan'"),
+        ("data show x --rows -1", "--rows: must be an integer of at least 1, found '-1'"),
+        ("data show x --row -1", "--row: must be an integer of at least 0, found '-1'"),
+        ("data stats x --limit many", "--limit: must be an integer of at least 1, found 'many'"),
+        ("generate --checkpoint x --max-new-tokens 0", "--max-new-tokens: must be an integer of at least 1, found '0'"),
+        ("generate --checkpoint x --temperature -1", "--temperature: must be a number of at least 0, found '-1'"),
+        ("generate --checkpoint x --top-p 0", "--top-p: must be a number above 0 and at most 1, found '0'"),
+        ("chat --checkpoint x --port 70000", "--port: must be an integer from 0 to 65,535, found '70000'"),
+        ("eval --checkpoint x --tasks piqa --limit 0", "--limit: must be an integer of at least 1, found '0'"),
+        ("prepare x.yaml --workers 0", "--workers: must be an integer of at least 1, found '0'"),
+    ],
+)
+def test_a_number_out_of_range_is_named_with_its_option(
+    words: str, wanted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words.split())
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 2 and line.startswith(f"error: argument {wanted}; see ")
+
+
 @pytest.mark.parametrize("words", [["nope"], ["--nope"]])
 def test_a_wrong_command_is_the_users_mistake(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     assert "nope" in capsys.readouterr().err
+
+
+def test_a_warning_of_the_hub_is_printed_once() -> None:
+    code = """if True:
+        import logging, huggingface_hub.utils
+        from llmfoundry.cli.command import command
+        command(lambda argv: logging.getLogger("huggingface_hub.utils").warning("trying again"))([])"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.count("trying again") == 1
 
 
 def test_a_command_keeps_its_exit_code() -> None:
@@ -112,7 +149,7 @@ def test_explain_says_what_each_key_became(capsys: pytest.CaptureFixture[str]) -
     assert main(["explain", "tests/integrations/foundry/pretrain_moe.yaml"]) == 0
     lines = {re.split("[: ]", line)[0]: line for line in capsys.readouterr().out.splitlines()}
     assert lines["model.d_model"].endswith("unchanged")
-    assert "left out, it changes no value" in lines["model.init_device"]
+    assert "ignored: it does not change results" in lines["model.init_device"]
     assert "left out: 0 is off" in lines["model.ffn_config.moe_jitter_eps"]
     assert "left out" in lines["train_loader.dataset.predownload"]
     assert "is missing" in lines["save_folder"]

@@ -111,7 +111,7 @@ def test_a_yaml_of_llm_foundry_lists_models(
         ("models.1.load_path=null", "models.1: load_path: is missing"),
         ("models.1.model.d_modell=3", "models.1.model.d_modell: unknown key (did you mean 'd_model'?)"),
         ("models.1.model.d_model=64", "model.d_model: is 64, but 32 in hf"),
-        ("models.2.tokenizer=null", "is a checkpoint of Composer's; name its tokenizer"),
+        ("models.2.tokenizer=null", "is a Composer checkpoint; name its tokenizer"),
         ("precision=fp16", "precision: input should be 'fp32', 'amp_bf16' or 'amp_fp8' or 'auto', found 'fp16'"),
     ):
         assert eval_main(["eval.yaml", override]) == 2
@@ -190,7 +190,6 @@ def test_the_loss_on_texts_is_told_by_position(
         (["--gauntlet", "g.yaml"], "--gauntlet g.yaml: is for --icl-tasks FILE"),
         (["--icl-tasks", "t.yaml", "--tasks", "piqa"], "--icl-tasks and --tasks: choose one"),
         (["--limit", "3"], "--limit 3: is for --tasks NAMES"),
-        (["--tasks", "piqa", "--limit", "0"], "--limit must be 1 or more"),
         (["--tasks", "piqa", "--include-path", "no/where"], "--include-path no/where: no such folder"),
         (["--icl-tasks", "no.yaml"], "icl_tasks: no.yaml: no such file"),
     ],

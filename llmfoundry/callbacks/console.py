@@ -39,7 +39,7 @@ class Console(Callback):
         length = str(trainer.config.max_duration) if total is None else f"{total:,} steps"
         self.out.print(
             f"{model.n_params():,} parameters, {model.n_active_params():,} active; "
-            f"{trainer.loader.rows_per_epoch:,} rows of {trainer.loader.max_seq_len} tokens an epoch; {length}; "
+            f"{trainer.loader.rows_per_epoch:,} rows of {trainer.loader.max_seq_len} tokens per epoch; {length}; "
             f"{runtime.world_size()} x {trainer.device.type}; saving to {trainer.config.save_folder}"
         )
         if trainer.eval_loader is not None:

@@ -109,7 +109,7 @@ class HFCheckpointer(AtIntervals):
         """Where the new folder is written; None if an older one is to be kept."""
         folder = Path(place)
         if (bool(listing(place)) if is_url(place) else folder.exists()) and not self.config.overwrite:
-            log.warning("hf_checkpointer: %s is there and is kept (overwrite: false)", place)
+            log.warning("hf_checkpointer: %s already exists and is kept (overwrite: false)", place)
             return None
         if is_url(place):
             return Path(tempfile.mkdtemp(prefix="export-")) / folder.name

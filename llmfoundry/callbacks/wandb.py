@@ -69,7 +69,7 @@ class WandbConfig(LoggerConfig, names=("wandb",)):
             ) from None
         server = wandb.setup().settings.base_url
         if reason := why_unreachable(server):
-            raise ConfigError(f"loggers.wandb: {server} cannot be reached: {reason} (mend the connection, {OFFLINE})")
+            raise ConfigError(f"loggers.wandb: {server} cannot be reached: {reason} (check the connection, {OFFLINE})")
 
 
 class Wandb(Callback):

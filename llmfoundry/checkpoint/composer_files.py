@@ -80,10 +80,12 @@ def open_composer(path: Path) -> ComposerFiles:
     """
     if path.is_file():
         return Monolith(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder")
     if not (path / METADATA).is_file():
         inner = sorted(each.parent.name for each in path.glob(f"*/{METADATA}")) if path.is_dir() else []
         hint = f"; name one of {', '.join(inner)} in it" if inner else ""
-        raise CheckpointError(f"{path}: is neither a FILE.pt nor a sharded folder of Composer's, with {METADATA}{hint}")
+        raise CheckpointError(f"{path}: is neither a FILE.pt nor a sharded Composer folder, with {METADATA}{hint}")
     return Sharded(path)
 
 
@@ -95,7 +97,7 @@ class Monolith:
         loaded = _load(path, str(path))
         state = loaded.get("state") if isinstance(loaded, dict) else None
         if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-            raise CheckpointError(f"{path}: is not a checkpoint of Composer's: it has no state.model")
+            raise CheckpointError(f"{path}: is not a Composer checkpoint: it has no state.model")
         self._state = cast(dict[str, object], state)
         self._tensors = {
             _named(name): value.detach() for name, value in state["model"].items() if _is_weight(name, value)
@@ -148,7 +150,7 @@ class Sharded:
             if inside != name and isinstance(about, metadata.TensorStorageMetadata) and not _NO_WEIGHT.fullmatch(name):
                 self._named[_named(inside)] = (name, about)
         if not self._named:
-            raise CheckpointError(f"{path}: is not a checkpoint of Composer's: it has no state.model")
+            raise CheckpointError(f"{path}: is not a Composer checkpoint: it has no state.model")
         self.specs: Mapping[str, Spec] = {
             name: _spec_of(name, about.properties.dtype, tuple(about.size), str(path))
             for name, (_, about) in self._named.items()
@@ -239,7 +241,7 @@ def _damaged(where: str, error: BaseException) -> CheckpointError:
 
 def _refuse(where: str, name: str) -> NoReturn:
     raise CheckpointError(
-        f"{where}: refers to {name[:200]!r}, which no checkpoint of Composer's needs and which may run code; "
+        f"{where}: refers to {name[:200]!r}, which no Composer checkpoint needs and which may run code; "
         "it was not loaded"
     )
 

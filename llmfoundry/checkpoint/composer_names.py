@@ -55,7 +55,7 @@ def copies_from(files: ComposerFiles, config: CausalLMConfig) -> dict[str, list[
         _check_attention(config, files.path)
         _FAMILY.add_pieces(config, pieces, _FAMILY.layout_of(files.specs))
         for name in sorted(pieces.shapes.keys() - {piece.ours.name for piece in pieces.pieces}):
-            raise CheckpointError(f"{files.path}: no tensor there is {name!r}, which the model's config asks for")
+            raise CheckpointError(f"{files.path}: no tensor there is {name!r}, which the model's config requires")
     else:
         for name in pieces.shapes:
             pieces.add(name, name)
@@ -64,7 +64,7 @@ def copies_from(files: ComposerFiles, config: CausalLMConfig) -> dict[str, list[
         if name not in files.specs:
             close = difflib.get_close_matches(name, files.specs.keys() - expected.keys(), n=1)
             hint = f"; the nearest that is there is {close[0]!r}" if close else ""
-            raise CheckpointError(f"{files.path}: tensor {name!r} is missing, which the model's config asks for{hint}")
+            raise CheckpointError(f"{files.path}: tensor {name!r} is missing, which the model's config requires{hint}")
         if files.specs[name].shape != shape:
             raise CheckpointError(
                 f"{files.path}: tensor {name!r} has shape {list(files.specs[name].shape)}, "

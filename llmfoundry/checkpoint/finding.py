@@ -73,7 +73,7 @@ def candidates(path: str | Path) -> list[Candidate]:
     path = Path(path)
     if path.name == LATEST and (found := checkpoints(path.absolute().parent)):
         return [Candidate(str(each)) for each in found]
-    if (path / MANIFEST).exists() or number_of(path.resolve().name):
+    if path.is_dir() and ((path / MANIFEST).exists() or number_of(path.resolve().name)):
         return [Candidate(str(path.resolve()))]
     for folder in (path, path / "checkpoints"):
         if found := checkpoints(folder):
@@ -92,7 +92,7 @@ def _candidates_of_store(url: str) -> list[Candidate]:
         if found := in_store(f"{parent if name == LATEST else url}/{below}".rstrip("/"), _below(files, below)):
             return found
     half = "is half an upload (it has no MANIFEST.json)" if number_of(name) else "no checkpoint in this folder"
-    theirs = f"; for a model of Hugging Face's write hf:{url.removeprefix('hf://')}" if url.startswith("hf://") else ""
+    theirs = f"; for a Hugging Face model, write hf:{url.removeprefix('hf://')}" if url.startswith("hf://") else ""
     raise CheckpointError(f"{url}: {half if files else 'no such folder'}{theirs}")
 
 
@@ -146,7 +146,7 @@ def here(candidate: Candidate, need: Need) -> Found:
     """A checkpoint on this machine; one in a store is fetched, on every machine.
 
     Raises:
-        DamagedError: on all ranks; the store has other bytes than were written.
+        DamagedError: on all ranks; the store has changed since it was written.
         ResourceError: the store does not answer.
     """
     if candidate.files is None:
@@ -202,4 +202,4 @@ def _fetch(place: str, name: str, file: RemoteFile | None, written: Written, to:
         remote.fetch(file, to)
         if measure(to).sha256 == written.sha256:
             return
-    raise DamagedError(f"{place}/{name}: has other bytes than were written (SHA-256); the checkpoint is damaged")
+    raise DamagedError(f"{place}/{name}: has changed since it was written (SHA-256); the checkpoint is damaged")

@@ -222,7 +222,7 @@ def _check_file(path: Path, name: str, expected: Written, bytes_too: bool = True
         if status.st_size != expected.bytes:
             raise DamagedError(f"{file}: has {status.st_size} bytes of {expected.bytes}; the checkpoint is damaged")
         if bytes_too and measure(file).sha256 != expected.sha256:
-            raise DamagedError(f"{file}: has other bytes than were written (SHA-256); the checkpoint is damaged")
+            raise DamagedError(f"{file}: has changed since it was written (SHA-256); the checkpoint is damaged")
     except FileNotFoundError:
         raise DamagedError(f"{file}: is missing; the checkpoint is damaged") from None
     except OSError as error:

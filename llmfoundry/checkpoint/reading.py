@@ -288,7 +288,7 @@ def find_base(base: Base, owner: Path, *moved: str | None) -> str:
                     return place
                 changed |= path == base.path
         raise CheckpointError(
-            f"{owner}: holds adapters alone, and their base {base.path} {'has changed' if changed else 'is gone'}; "
+            f"{owner}: contains only adapters, and their base {base.path} {'has changed' if changed else 'is gone'}; "
             f"restore it, or name where it is now: load_path=FOLDER, or load_path={HUGGING_FACE}FOLDER_OR_ID"
         )
 

@@ -176,7 +176,7 @@ def check_same_model(entries: Mapping[str, Entry], tensors: Mapping[str, Tensor]
     for name, entry in entries.items():
         if name.startswith("model/") and name not in tensors:
             there = f"{name.removeprefix('model/')}, {_describe(entry.shape, entry.dtype)}"
-            raise CheckpointError(f"it is of another model: it has {there}, which this one has not")
+            raise CheckpointError(f"it is of another model: it has {there}, which this one lacks")
 
 
 def _is_kept_as(there: torch.dtype, here: torch.dtype) -> bool:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from llmfoundry import launch
 from llmfoundry.cli.command import command
-from llmfoundry.cli.inference import CHECKPOINT, GENERATING, add_allow_code, add_sampling, check_sampling, show
+from llmfoundry.cli.inference import CHECKPOINT, GENERATING, add_allow_code, add_sampling, show
 from llmfoundry.cli.opening import open_checkpoint
-from llmfoundry.cli.parser import Parser, program
+from llmfoundry.cli.parser import Parser, integer, program
 from llmfoundry.cli.prompts import read_template
 from llmfoundry.config import ConfigError
 
@@ -53,11 +53,10 @@ def chat_main(argv: Sequence[str] | None = None) -> None:
     add_sampling(parser, max_new_tokens=1024)
     add_allow_code(parser)
     parser.add_argument("--web", action="store_true", help="serve a page and an OpenAI-compatible API on this machine")
-    parser.add_argument("--port", type=int, default=8000, help="for --web; default: 8000; 0: any free port")
+    parser.add_argument(
+        "--port", type=integer(0, 65535), default=8000, help="for --web; default: 8000; 0: any free port"
+    )
     args = parser.parse_intermixed_args(argv)
-    check_sampling(args)
-    if not 0 <= args.port < 2**16:
-        raise ConfigError("--port must be a port: 0 to 65535")
     if launch.world_size() > 1:
         raise ConfigError("chat runs in one process; start it without torchrun, or use generate --prompts FILE")
     source = read_template(args.template)

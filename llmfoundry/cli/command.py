@@ -49,6 +49,7 @@ def command(run: Callable[[Sequence[str] | None], None]) -> Command:
             handler.addFilter(_without_secrets)
         for noisy in ("httpx", "datasets", "filelock", "fsspec"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
+        logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
         try:
             run(argv)
         except ConfigError as error:

@@ -79,7 +79,7 @@ def _convert(args: argparse.Namespace) -> None:
             convert.to_hf(source, args.out, _progress, dtype, args.model_type, args.allow_code)
     if args.direction != "to-hf":
         print(f"{config.n_params():,} parameters, {config.n_active_params():,} active; to train it further:")
-        print(f"  {program('train')} {args.out / 'config.yaml'} load_path={args.out} load_weights_only=true")
+        print(f"  llmfoundry train {args.out / 'config.yaml'} load_path={args.out} load_weights_only=true")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from llmfoundry.cli.command import command, read_run_config
-from llmfoundry.cli.parser import Parser
+from llmfoundry.cli.parser import Parser, integer
 from llmfoundry.cli.train import sees_documents
 from llmfoundry.config import ConfigError, check
 
@@ -51,7 +51,7 @@ def data_main(argv: Sequence[str] | None = None) -> None:
         ],
     )
     parser.add_argument(
-        "way", choices=("show", "stats"),
+        "way", metavar="show|stats", choices=("show", "stats"),
         help="show: the first rows, decoded, with their documents and the tokens that are learned; stats: number, "
         "length and duplicates of documents and rows",
     )  # fmt: skip
@@ -59,14 +59,18 @@ def data_main(argv: Sequence[str] | None = None) -> None:
     parser.add_overrides("replace settings of the YAML")
     parser.add_argument("--tokenizer", help="a folder or hub id; a YAML has its own")
     parser.add_argument(
-        "--max-seq-len", type=int, default=2048, metavar="N", help="tokens per row; default: the YAML's, else 2048"
+        "--max-seq-len",
+        type=integer(1),
+        default=2048,
+        metavar="N",
+        help="tokens per row; default: the YAML's, else 2048",
     )
-    parser.add_argument("--rows", type=int, default=4, metavar="N", help="for show: how many; default: 4")
+    parser.add_argument("--rows", type=integer(1), default=4, metavar="N", help="for show: how many; default: 4")
     parser.add_argument(
-        "--row", type=int, nargs="+", metavar="N", action="extend",
+        "--row", type=integer(0), nargs="+", metavar="N", action="extend",
         help="for show: rows of the training data by their numbers in the run, as skipped.jsonl has them",
     )  # fmt: skip
-    parser.add_argument("--limit", type=int, metavar="N", help="for stats: only the first N documents or rows")
+    parser.add_argument("--limit", type=integer(1), metavar="N", help="for stats: only the first N documents or rows")
     parser.add_argument("--json", action="store_true", help="one JSON object per row or dataset")
     args = parser.parse_intermixed_args(argv)
     if args.row is not None:
@@ -82,7 +86,7 @@ def data_main(argv: Sequence[str] | None = None) -> None:
 def _of_yaml(args: argparse.Namespace) -> _Opened:
     config = read_run_config(args.target, args.overrides)
     if args.tokenizer is not None:
-        raise ConfigError(f"--tokenizer {args.tokenizer}: is for paths; of a YAML, write tokenizer.name=...")
+        raise ConfigError(f"--tokenizer {args.tokenizer}: works with paths only; for a YAML, write tokenizer.name=...")
     tokenizer = config.tokenizer.build(config.train_loader.dataset, [part.dataset for part in config.due_evaluations])
     special = config.tokenizer.special_tokens(tokenizer)
     return _Opened(config.loaders, tokenizer, special, config.max_seq_len, config.seed, sees_documents(config))
@@ -146,8 +150,6 @@ def _show_numbered(args: argparse.Namespace) -> None:
     folder = Path(args.target)
     if args.way != "show" or not (folder / CONFIG).is_file():
         raise ConfigError(f"--row: is for data show and the save_folder of a run; {folder} has no {CONFIG}")
-    if min(args.row) < 0:
-        raise ConfigError(f"--row {min(args.row)}: rows are counted from 0")
     config = read_run_config(str(folder / CONFIG), [*args.overrides, f"save_folder={folder}", "autoresume=true"])
     start = find_start(config, Checkpointer(folder / "checkpoints"))
     config, tokenizer, special = settle_tokenizer(config, start)

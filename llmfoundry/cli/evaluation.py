@@ -52,8 +52,6 @@ class TaskOptions(NamedTuple):
         ):
             if value is not None and not self.tasks:
                 raise ConfigError(f"{name}{'' if value is True else f' {value}'}: is for --tasks NAMES")
-        if self.limit is not None and self.limit < 1 or self.num_fewshot is not None and self.num_fewshot < 0:
-            raise ConfigError("--limit must be 1 or more, --num-fewshot 0 or more")
         if self.include_path is not None and not Path(self.include_path).is_dir():
             raise ConfigError(f"--include-path {self.include_path}: no such folder")
 

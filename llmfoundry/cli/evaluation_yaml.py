@@ -103,7 +103,7 @@ class EvaluatedModel(Config):
         check_device(self.model, place, precision)
         if is_composer(self.load_path):
             if named is None or self.tokenizer is None:
-                raise ConfigError(f"{self.load_path}: is a checkpoint of Composer's; name its tokenizer: {{name: ...}}")
+                raise ConfigError(f"{self.load_path}: is a Composer checkpoint; name its tokenizer: {{name: ...}}")
             tokenizer = named.loaded()
             model, mesh = build_model(self.model, ParallelConfig(compile=False), precision)
             load_composer(file_here(self.load_path), model)
@@ -142,7 +142,7 @@ def translated(data: dict[str, object]) -> dict[str, object]:
     data = dict(data)
     for key in _GONE:
         if data.pop(key, None) is not None:
-            log.info("%s: left out, it changes no score", key)
+            log.info("%s: ignored: it does not change scores", key)
     for key in ("eval_loader", "eval_loaders"):
         if data.pop(key, None) is not None:
             raise ConfigError(f"{key}: a file of models is evaluated by tasks; for texts: eval.py --checkpoint DIR")
@@ -156,7 +156,7 @@ def translated(data: dict[str, object]) -> dict[str, object]:
         del data["max_seq_len"]
     if "model" in data:  # one model, in the words of training
         if "models" in data:
-            raise ConfigError("model: models is there too; keep one")
+            raise ConfigError("model: models is also given; keep one")
         one = {key: data.pop(key) for key in ("model", "tokenizer", "load_path", "model_name") if key in data}
         name = one["model"].get("name", "model") if isinstance(one["model"], dict) else "model"
         data["models"] = [{"model_name": name} | one]
@@ -194,10 +194,10 @@ def _hugging_face(where: str, entry: dict[str, object], model: dict[str, object]
     if not isinstance(name, str):
         raise ConfigError(f"{where}.model.pretrained_model_name_or_path: is missing; name a folder or hub id")
     if model.get("pretrained") is False:
-        raise ConfigError(f"{where}.model.pretrained: false gives random weights, which have nothing to show")
+        raise ConfigError(f"{where}.model.pretrained: false gives random weights; there is nothing to evaluate")
     overrides = model.pop("config_overrides", None) or {}
     if not isinstance(overrides, dict) or overrides.keys() - set(_LENGTHS):
-        raise ConfigError(f"{where}.model.config_overrides: only {', '.join(_LENGTHS)} may be there, which are ignored")
+        raise ConfigError(f"{where}.model.config_overrides: only {', '.join(_LENGTHS)} are accepted, and ignored")
     for key in (key for key in list(model) if key in _GONE_OF_MODELS or model[key] in (None, False)):
         del model[key]
     if model:

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from llmfoundry.cli.command import command
 from llmfoundry.cli.parser import Parser
-from llmfoundry.config import ConfigError
+from llmfoundry.config import ConfigError, reason
 from llmfoundry.integrations.foundry_paths import our_checkpoint
 from llmfoundry.strict_json import parse_json
 
@@ -93,7 +93,7 @@ def _prompts(word: str, delimiter: str | None) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts {word}: cannot be read: {error}") from None
+        raise ConfigError(f"--prompts {word}: cannot be read: {reason(error)}") from None
     return [text] if delimiter is None else [part for part in text.split(delimiter) if part]
 
 

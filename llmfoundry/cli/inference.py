@@ -6,7 +6,6 @@ Under torchrun, the model is sharded over all processes, and its experts are div
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections import deque
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from llmfoundry.cli.command import command
 from llmfoundry.cli.evaluation import TaskOptions, evaluate_by_tasks, evaluate_opened, evaluate_yaml
 from llmfoundry.cli.foundry import generate_words
 from llmfoundry.cli.opening import Opened, open_checkpoint
-from llmfoundry.cli.parser import Parser, program
+from llmfoundry.cli.parser import Parser, integer, number, program
 from llmfoundry.cli.prompts import Row, check_output, prompt_of, read_prompts, read_template, write_completions
 from llmfoundry.config import ConfigError
 
@@ -57,7 +56,9 @@ def generate_main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="FILE", help="write JSON lines: each prompt and its completion")
     parser.add_argument("--template", type=Path, metavar="FILE", help="a chat template, for `messages`")
-    parser.add_argument("--batch-size", type=int, default=16, help="prompts per forward pass and process; default: 16")
+    parser.add_argument(
+        "--batch-size", type=integer(1), default=16, help="prompts per forward pass and process; default: 16"
+    )
     add_sampling(parser, max_new_tokens=200)
     add_allow_code(parser)
     parser.add_argument(
@@ -66,9 +67,6 @@ def generate_main(argv: Sequence[str] | None = None) -> None:
         "training; yes for a converted checkpoint",
     )  # fmt: skip
     args = parser.parse_intermixed_args(generate_words(argv))
-    check_sampling(args)
-    if args.batch_size < 1:
-        raise ConfigError("--batch-size must be 1 or more")
     rows: list[Row] = [{"prompt": text} for text in args.prompt or ([] if args.prompts else [""])]
     if args.prompts is not None:
         rows += read_prompts(args.prompts)
@@ -113,23 +111,21 @@ def add_allow_code(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    """The options of sampling, which `check_sampling` checks."""
-    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N",
+    """The options of sampling."""
+    parser.add_argument("--max-new-tokens", type=integer(1), default=max_new_tokens, metavar="N",
                         help=f"length of an answer; default: {max_new_tokens}")  # fmt: skip
-    parser.add_argument("--temperature", type=float, default=0.8, help="default: 0.8; 0: always the likeliest token")
-    parser.add_argument("--top-p", type=float, default=0.95, help="draw from the likeliest tokens that together have "
-                        "this probability; default: 0.95")  # fmt: skip
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens; default: "
-                        "0, all of them")  # fmt: skip
+    parser.add_argument(
+        "--temperature", type=number(0), default=0.8, help="default: 0.8; 0: always the likeliest token"
+    )
+    parser.add_argument(
+        "--top-p", type=number(0, 1, above=True), default=0.95,
+        help="draw from the likeliest tokens that together have this probability; default: 0.95",
+    )  # fmt: skip
+    parser.add_argument(
+        "--top-k", type=integer(0), default=0, metavar="K",
+        help="draw from the K likeliest tokens; default: 0, all of them",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the random draws; default: 0")
-
-
-def check_sampling(args: argparse.Namespace) -> None:
-    """Refuse options of sampling that are out of range; raises ConfigError."""
-    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.max_new_tokens < 1:
-        raise ConfigError("--temperature must be a number of 0 or more, --top-p in (0, 1], --max-new-tokens 1 or more")
-    if args.top_k < 0:
-        raise ConfigError(f"--top-k {args.top_k}: must be 1 or more, or 0 for all tokens")
 
 
 def show(text: str) -> None:
@@ -160,14 +156,17 @@ def eval_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--icl-tasks", metavar="FILE", help="a YAML with icl_tasks")
     parser.add_argument("--gauntlet", metavar="FILE", help="a YAML with eval_gauntlet, for --icl-tasks")
     parser.add_argument("--tasks", help="tasks of lm-evaluation-harness (pip install lm-eval), e.g. hellaswag,arc_easy")
-    parser.add_argument("--num-fewshot", type=int, help="for --tasks: solved examples; default: each task's own")
-    parser.add_argument("--limit", type=int, metavar="N", help="for --tasks: only the first N questions of each")
+    parser.add_argument("--num-fewshot", type=integer(0), help="for --tasks: solved examples; default: each task's own")
+    parser.add_argument("--limit", type=integer(1), metavar="N", help="for --tasks: only the first N questions of each")
     parser.add_argument("--include-path", metavar="DIR", help="for --tasks: a folder with further tasks")
     parser.add_argument(
         "--apply-chat-template", action="store_true", help="for --tasks: put questions in the tokenizer's chat template"
     )
     parser.add_argument(
-        "--by-position", type=int, metavar="N", help="also the loss on texts by position: N ranges of the sequence"
+        "--by-position",
+        type=integer(1),
+        metavar="N",
+        help="also the loss on texts by position: N ranges of the sequence",
     )
     parser.add_argument("--output", metavar="FILE", help="also write the scores as JSON")
     add_allow_code(parser)
@@ -177,8 +176,6 @@ def eval_main(argv: Sequence[str] | None = None) -> None:
         args.apply_chat_template, args.output, args.allow_code,
     )  # fmt: skip
     options.check()
-    if args.by_position is not None and args.by_position < 1:
-        raise ConfigError("--by-position must be 1 or more ranges")
     if args.checkpoint is None:
         if not args.overrides or not args.overrides[0].endswith((".yaml", ".yml")):
             parser.error("the following arguments are required: --checkpoint, or a YAML that lists models")

@@ -26,18 +26,20 @@ class _Entry(NamedTuple):
 
 _ENTRIES = {
     "train": _Entry("llmfoundry.cli.train", "train_main", "Train a model from a YAML file."),
-    "plan": _Entry("llmfoundry.cli.train", "plan_main", "Say what a run would be: size, memory, speed, mesh."),
-    "explain": _Entry("llmfoundry.cli.train", "explain_main", "Say what each key of a YAML file became."),
-    "prepare": _Entry("llmfoundry.cli.prepare", "prepare_data_main", "Tokenize a run's datasets ahead of it."),
-    "data": _Entry("llmfoundry.cli.data", "data_main", "Show what a model will read, and numbers of it."),
+    "plan": _Entry("llmfoundry.cli.train", "plan_main", "Estimate a run before it starts: size, memory, speed, mesh."),
+    "explain": _Entry("llmfoundry.cli.train", "explain_main", "Show what each key of a YAML file was translated to."),
+    "prepare": _Entry("llmfoundry.cli.prepare", "prepare_data_main", "Tokenize a run's datasets in advance."),
+    "data": _Entry("llmfoundry.cli.data", "data_main", "Show the rows that a model will read, or statistics of them."),
     "generate": _Entry("llmfoundry.cli.inference", "generate_main", "Continue a prompt with a trained model."),
-    "chat": _Entry("llmfoundry.cli.chat", "chat_main", "Talk with a model, in the terminal or a browser."),
-    "eval": _Entry("llmfoundry.cli.inference", "eval_main", "Measure a checkpoint on text or on tasks."),
+    "chat": _Entry("llmfoundry.cli.chat", "chat_main", "Chat with a model in the terminal or in a browser."),
+    "eval": _Entry("llmfoundry.cli.inference", "eval_main", "Evaluate a checkpoint on text or on tasks."),
     "convert": _Entry("llmfoundry.cli.convert", "convert_main", "Convert to and from Hugging Face folders; upcycle."),
-    "data_prep": _Entry("llmfoundry.cli.foundry", "data_prep_main", "Write MDS, by LLM Foundry's command lines."),
-    "report": _Entry("llmfoundry.cli.report", "report_main", "Draw the page of a run, or compare runs."),
-    "xray": _Entry("llmfoundry.cli.xray", "xray_main", "Show which expert takes which token of a text."),
-    "doctor": _Entry("llmfoundry.cli.doctor", "doctor_main", "Say what this machine has, and what a YAML meets on it."),
+    "data_prep": _Entry(
+        "llmfoundry.cli.foundry", "data_prep_main", "Write MDS datasets, with LLM Foundry's arguments."
+    ),
+    "report": _Entry("llmfoundry.cli.report", "report_main", "Write the report page of a run, or compare runs."),
+    "xray": _Entry("llmfoundry.cli.xray", "xray_main", "Show which experts process which tokens of a text."),
+    "doctor": _Entry("llmfoundry.cli.doctor", "doctor_main", "Check this machine, and whether a YAML can run on it."),
 }
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -51,6 +52,38 @@ class Parser(argparse.ArgumentParser):
             wrong, known = found[1], re.findall(r"[\w-]+", found[2])
         close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.6)
         return f" (did you mean {close[0]}?)" if close else ""
+
+
+def integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    """The `type` of an option that is an integer from `least` to `most`."""
+    wanted = f"of at least {least}" if most is None else f"from {least} to {most:,}"
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = None
+        if number is None or number < least or (most is not None and number > most):
+            raise argparse.ArgumentTypeError(f"must be an integer {wanted}, found {text!r}")
+        return number
+
+    return read
+
+
+def number(least: float, most: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """The `type` of an option that is a finite number from `least` (or above it) to `most`."""
+    wanted = f"{'above' if above else 'of at least'} {least:g}" + (f" and at most {most:g}" if most < math.inf else "")
+
+    def read(text: str) -> float:
+        try:
+            found = float(text)
+        except ValueError:
+            found = math.nan
+        if not (math.isfinite(found) and least <= found <= most) or (above and found == least):
+            raise argparse.ArgumentTypeError(f"must be a number {wanted}, found {text!r}")
+        return found
+
+    return read
 
 
 def program(name: str, script: str | None = None) -> str:

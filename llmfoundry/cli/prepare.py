@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmfoundry.cli.command import command, read_run_config
-from llmfoundry.cli.parser import Parser, program
+from llmfoundry.cli.parser import Parser, integer, program
 from llmfoundry.cli.train import sees_documents
 from llmfoundry.config import ConfigError
 
@@ -34,7 +34,9 @@ def prepare_data_main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("yaml", help="the run, e.g. yamls/moe.yaml")
     parser.add_overrides("replace settings of the YAML")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenize; default: one per core")
+    parser.add_argument(
+        "--workers", type=integer(1), metavar="N", help="processes that tokenize; default: one per core"
+    )
     parser.add_argument("--part", default="1/1", metavar="I/N", help="only part I of N of the files")
     parser.add_argument("--dedup", action="store_true", help="drop training documents that are equal to an earlier one")
     parser.add_argument(
@@ -58,8 +60,6 @@ def prepare_data_main(argv: Sequence[str] | None = None) -> None:
         except ValueError as error:
             raise ConfigError(f"--out {error}") from None
     workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
-    if workers < 1:
-        raise ConfigError(f"--workers {workers}: must be 1 or more")
     from llmfoundry.data.parts import Share
 
     share = Share.parse(args.part)

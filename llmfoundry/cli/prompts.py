@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from llmfoundry.config import ConfigError
+from llmfoundry.config import ConfigError, reason
 from llmfoundry.strict_json import parse_json
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def read_prompts(path: Path) -> list[Row]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts: {path} cannot be read: {error}") from None
+        raise ConfigError(f"--prompts: {path} cannot be read: {reason(error)}") from None
     rows: list[Row] = []
     for number, line in enumerate(lines, 1):
         line = line.removesuffix("\r")
@@ -54,7 +54,7 @@ def read_template(path: Path | None) -> str | None:
     try:
         return path.read_text(encoding="utf-8") if path is not None else None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--template: {path} cannot be read: {error}") from None
+        raise ConfigError(f"--template: {path} cannot be read: {reason(error)}") from None
 
 
 def _row(line: str, where: str) -> Row:

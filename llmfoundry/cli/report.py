@@ -9,7 +9,7 @@ from pathlib import Path
 from llmfoundry.checkpoint.store import RunStore
 from llmfoundry.cli.command import command
 from llmfoundry.cli.parser import Parser
-from llmfoundry.config import ConfigError, is_url
+from llmfoundry.config import ConfigError, is_url, reason
 from llmfoundry.data.remote import data_path
 from llmfoundry.report.page import write_report
 
@@ -34,7 +34,13 @@ def report_main(argv: Sequence[str] | None = None) -> None:
     alone = Path(runs[0]) if len(runs) == 1 and not is_url(runs[0]) else Path()
     with tempfile.TemporaryDirectory() as fetched:
         folders = [_here(run, Path(fetched) / str(number)) for number, run in enumerate(runs)]
-        print(f"written to {write_report(folders, args.out or alone / 'report.html')}")
+        out = args.out or alone / "report.html"
+        try:
+            print(f"written to {write_report(folders, out)}")
+        except OSError as error:
+            if error.filename is None or str(error.filename).startswith(str(out)):
+                raise ConfigError(f"{out}: cannot be written: {reason(error)}") from None
+            raise ConfigError(f"{error.filename}: cannot be read: {reason(error)}") from None
 
 
 def _here(run: str, to: Path) -> Path:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from llmfoundry import launch
 from llmfoundry.cli.command import command, read_run_config, read_translated
-from llmfoundry.cli.parser import Parser, program
+from llmfoundry.cli.parser import Parser, integer, number, program
 from llmfoundry.config import ConfigError, check
 from llmfoundry.planning.hardware import GIB, GPU_MEMORY
 from llmfoundry.private import cleaned, disclosed
@@ -56,18 +55,19 @@ def _parser(name: str, description: str, *examples: str) -> Parser:
 
 def _add_plan(parser: Parser, condition: str = "") -> None:
     parser.add_argument("--show-batch", action="store_true", help="print the first batch, decoded")
-    parser.add_argument("--gpus", type=int, default=None, metavar="N", help=f"{condition}plan for N GPUs")
     parser.add_argument(
-        "--gpu-memory", type=float, default=None, metavar="GIB",
+        "--gpus", type=integer(1, MOST_GPUS), default=None, metavar="N", help=f"{condition}plan for N GPUs"
+    )
+    parser.add_argument(
+        "--gpu-memory", type=number(0, above=True), default=None, metavar="GIB",
         help=f"{condition}memory of one GPU; default: {GPU_MEMORY / GIB:g}, an H100 with 80 GB",
     )  # fmt: skip
 
 
 def _run(args: argparse.Namespace) -> None:
-    if args.gpus is not None and (not 1 <= args.gpus <= MOST_GPUS or not args.dry_run):
-        raise ConfigError(f"--gpus {args.gpus}: is for --dry-run, and 1 to {MOST_GPUS:,}")
-    if args.gpu_memory is not None and (not math.isfinite(args.gpu_memory) or not args.dry_run):
-        raise ConfigError(f"--gpu-memory {args.gpu_memory:g}: is for --dry-run, and a number of GiB")
+    for option, value in (("--gpus", args.gpus), ("--gpu-memory", args.gpu_memory)):
+        if value is not None and not args.dry_run:
+            raise ConfigError(f"{option} {value:g}: needs --dry-run; training uses the processes that torchrun starts")
     if args.explain:
         _explain(args.yaml, args.overrides)
         return

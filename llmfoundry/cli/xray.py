@@ -13,7 +13,7 @@ from llmfoundry import launch
 from llmfoundry.cli.command import command
 from llmfoundry.cli.inference import CHECKPOINT, GENERATING, add_allow_code
 from llmfoundry.cli.opening import open_checkpoint
-from llmfoundry.cli.parser import Parser
+from llmfoundry.cli.parser import Parser, integer
 from llmfoundry.config import ConfigError
 
 if TYPE_CHECKING:
@@ -38,7 +38,9 @@ def xray_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("text", nargs="?", metavar="TEXT", help="the text itself; - reads it from stdin")
     parser.add_overrides("e.g. precision=fp32")
     parser.add_argument("--file", type=Path, metavar="FILE", help="read the text from a file")
-    parser.add_argument("--layer", type=int, action="append", metavar="N", help="only this layer; may be repeated")
+    parser.add_argument(
+        "--layer", type=integer(0), action="append", metavar="N", help="only this layer; may be repeated"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON: the tokens, their experts and weights")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write an interactive page")
     add_allow_code(parser)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from llmfoundry.config import ConfigError
+from llmfoundry.config import ConfigError, reason
 from llmfoundry.launch import local_rank
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,8 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(
-            f"{folder}: cannot be created: {error}; set cache_dir or LLMFOUNDRY_CACHE to a writable folder with room"
+            f"{folder}: cannot be created: {reason(error)}; set cache_dir or LLMFOUNDRY_CACHE to a writable folder "
+            "with room"
         ) from error
 
 

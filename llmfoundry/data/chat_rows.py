@@ -51,7 +51,7 @@ def write(folder: Path, groups: Iterable[Sequence[Tokens]], how: How, nothing: s
     if not n:
         raise ValueError("holds no rows; add some, raise or lower validation_fraction, or give this split its own path")
     if not lengths:
-        raise ValueError(f"{nothing.format(n=n)} within max_seq_len={how.length}")
+        raise ValueError(f"{nothing.format(n=n)} within max_seq_len={how.length}; raise it")
     members = [list(range(i, i + size)) for i in range(0, len(lengths), size)]
     if pack:
         members = best_fit(lengths, how.length)
@@ -87,7 +87,7 @@ class ChatRows(Rows):
                 raise ValueError("its files are not as long as they were written")
             counts = read_mapping(folder / "index.json")
         except (OSError, ValueError, IndexError) as error:
-            raise ConfigError(f"{folder}: is damaged ({error}); delete the folder, it is made again") from None
+            raise ConfigError(f"{folder}: is damaged ({error}); delete the folder to make it again") from None
         self.n_rows = self.n_full = len(self._bounds) - 1
         self.n_tokens = int(self._starts[-1])
         self._counts = counts

@@ -20,7 +20,7 @@ from typing import Annotated, ClassVar, Literal, Self, TypeVar
 from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from llmfoundry.config import ConfigError
+from llmfoundry.config import ConfigError, reason
 from llmfoundry.data.chat_rows import ChatRows, write
 from llmfoundry.data.chat_template import Renderer, Responses, Targets
 from llmfoundry.data.conversations import Conversation, Example, code_of, example_of, preprocess
@@ -162,7 +162,7 @@ class ChatsConfig(Folders, names=("chats",)):
         try:
             return Path(given).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"dataset.chat_template: {given}: cannot be read: {error}") from None
+            raise ConfigError(f"dataset.chat_template: {given}: cannot be read: {reason(error)}") from None
 
     def _read(self, table: Table, meaning: Callable[[Row], Made]) -> Iterator[Made]:
         """What is made of the rows of a table; a row that is not an example is skipped or refused."""

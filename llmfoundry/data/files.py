@@ -27,7 +27,7 @@ from typing import BinaryIO, NamedTuple, Protocol, cast
 import zstandard
 from typing_extensions import Buffer
 
-from llmfoundry.config import ConfigError, ResourceError, is_url
+from llmfoundry.config import ConfigError, ResourceError, is_url, reason
 from llmfoundry.data.provenance import Gone
 from llmfoundry.data.remote import Store
 
@@ -200,7 +200,7 @@ def _walk(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     try:
         inside = sorted(folder.iterdir())
     except OSError as error:
-        raise ConfigError(f"dataset.path: cannot be read: {error}") from error
+        raise ConfigError(f"dataset.path: {folder}: cannot be read: {reason(error)}") from error
     for path in inside:
         if path.name.startswith("."):
             continue
@@ -214,7 +214,7 @@ def _walk(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
 def _refuse_broken_link(path: Path) -> None:
     if path.is_symlink() and not path.exists():
         raise ConfigError(
-            f"dataset.path: {path}: is a link to {os.readlink(path)}, which is not there; mend or delete the link"
+            f"dataset.path: {path}: is a link to {os.readlink(path)}, which is not there; fix or delete the link"
         )
 
 
@@ -305,7 +305,7 @@ def checked_digest(path: Path, *, lenient: bool, advance: Callable[[int], None])
                 pass
         return file.sha.hexdigest()
     except UNREADABLE as error:
-        raise ConfigError(f"dataset.path: {path}: cannot be read: {error}") from error
+        raise ConfigError(f"dataset.path: {path}: cannot be read: {reason(error)}") from error
 
 
 def _check_text(path: Path, kind: Kind, file: Readable, lenient: bool) -> None:

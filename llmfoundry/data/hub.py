@@ -17,6 +17,7 @@ from pydantic import Field
 from llmfoundry.config import ConfigError
 from llmfoundry.data.provenance import Gone, stamps_of
 from llmfoundry.data.sources import Source, fingerprint_of
+from llmfoundry.data.tables import hint_of_chats
 from llmfoundry.data.texts import TextsConfig
 from llmfoundry.runtime import first_of_node
 
@@ -62,7 +63,8 @@ class HubTextConfig(TextsConfig, names=("hub", "hf_text")):
             raise Gone(failed) from error
         columns = rows.column_names
         if columns is not None and self.text_key not in columns:
-            raise ConfigError(f"dataset.text_key: {self.hf_name}: {self.text_key!r} is not among {', '.join(columns)}")
+            known = ", ".join(columns) + hint_of_chats(columns)
+            raise ConfigError(f"dataset.text_key: {self.hf_name}: {self.text_key!r} is not among {known}")
         # The builder's hash is of the revision of a hub dataset; files of this machine have their times.
         paths = (path for paths in (builder.config.data_files or {}).values() for path in map(Path, paths))
         files = [path for path in paths if path.is_file()]

@@ -16,11 +16,11 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, ModelWrapValidatorHandler, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llmfoundry.config import Choice, ConfigError
+from llmfoundry.config import Choice, ConfigError, lifted
 from llmfoundry.data.rows import IGNORE, Block, How, Order, open_order
 from llmfoundry.data.sources import DatasetConfig
 from llmfoundry.data.tokenizer import PLAIN_TEXT, SpecialTokens
@@ -70,7 +70,12 @@ class LoaderConfig(Choice, tag="name"):
     @model_validator(mode="wrap")
     @classmethod
     def _written_out(cls, data: object, check: ModelWrapValidatorHandler[Self]) -> Self:
-        return check(cls._without_shorthand(data))
+        try:
+            return check(cls._without_shorthand(data))
+        except ValidationError as error:
+            if not isinstance(data, dict) or "datasets" not in data:
+                raise
+            raise lifted(error, "dataset", cls) from None
 
     @staticmethod
     def _without_shorthand(data: object) -> object:

@@ -24,7 +24,7 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from llmfoundry.config import ConfigError
+from llmfoundry.config import ConfigError, reason
 from llmfoundry.data.cache import made_once
 from llmfoundry.data.open_file import OpenFile
 from llmfoundry.data.remote import RemoteFile, Store, put
@@ -191,7 +191,7 @@ class MDSFolder:
         try:
             data = OpenFile(path)
         except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error}") from None
+            raise ConfigError(f"{path}: cannot be read: {reason(error)}") from None
         if data.size != shard.n_bytes:
             raise ConfigError(f"{path}: is damaged: {data.size} bytes, where the index has {shard.n_bytes}")
         if self._check_hashes:

@@ -110,7 +110,11 @@ class Folders(RowsConfig):
             tried.append(str(folder))
         if not tried:
             raise ConfigError(f"{where}: names neither local nor remote")
-        raise Gone(ConfigError(f"{where}: there is no index.json in {' or '.join(tried)}"))
+        raise Gone(
+            ConfigError(
+                f"{where}: there is no index.json in {' or '.join(tried)}; name an MDS folder in local or remote"
+            )
+        )
 
     def places(self) -> list[str]:
         """Paths and URLs that it is read from."""
@@ -152,11 +156,11 @@ class MDSConfig(Folders, names=("mds",)):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.streams is not None and (self.local or self.remote):
-            raise ValueError("local or remote stand beside streams; move them into it")
+            raise ValueError("local or remote are given beside streams; move them into streams")
         if self.streams is None and self.local is None and self.remote is None:
             raise ValueError("local, remote or streams is missing")
         if self.eos_token_id is not None and self.bos_token_id is not None:
-            raise ValueError("eos_token_id and bos_token_id both tell documents apart; keep one")
+            raise ValueError("eos_token_id and bos_token_id both mark document boundaries; keep one")
         return self
 
     def build(self) -> Source:
@@ -207,7 +211,7 @@ class MDSConfig(Folders, names=("mds",)):
         """Streams with counts of rows in an epoch: a mixture in the ratio of these."""
         proportions = [stream.proportion for stream in streams]
         if any(proportions) and not all(proportions):
-            raise ConfigError("dataset.streams: some have a proportion and others have not; give it to all, or to none")
+            raise ConfigError("dataset.streams: some have a proportion and others do not; give it to all, or to none")
         total = sum(each.n_rows for each in rows)
         parts, orders, counts = [], [], []
         assert self.streams is not None

@@ -16,10 +16,10 @@ from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ModelWrapValidatorHandler, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from llmfoundry.config import Config, ConfigError
+from llmfoundry.config import Config, ConfigError, lifted
 from llmfoundry.data.interleave import Interleave, exact, shares_of
 from llmfoundry.data.rows import (
     STRETCH,
@@ -55,7 +55,10 @@ class Part(Config):
         if not isinstance(data, dict) or "dataset" in data:
             return check(data)
         own = {key: value for key, value in data.items() if key in cls.model_fields}
-        return check(own | {"dataset": {key: value for key, value in data.items() if key not in own}})
+        try:
+            return check(own | {"dataset": {key: value for key, value in data.items() if key not in own}})
+        except ValidationError as error:
+            raise lifted(error, "dataset", cls) from None
 
     @model_validator(mode="after")
     def _one_measure(self) -> Self:
@@ -109,7 +112,7 @@ class MixtureConfig(RowsConfig, names=("mixture",)):
         for some, key in ((weighted, "weight"), (measured, "tokens or epochs")):
             missing = next((label for label in labels if label not in some), None)
             if some and missing is not None and not self.mixture:
-                raise ValueError(f"datasets: {some[0]} has {key} and {missing} has not; give it to all, or to none")
+                raise ValueError(f"datasets: {some[0]} has {key} and {missing} does not; give it to all, or to none")
         self._check_phases()
         return self
 
@@ -123,7 +126,7 @@ class MixtureConfig(RowsConfig, names=("mixture",)):
             if not any(phase.weights.values()) or min(phase.weights.values()) < 0:
                 raise ValueError(f"mixture.{number}.weights: must be positive numbers, or 0 for what is not read")
             if (phase.until is None) != (number == len(self.mixture) - 1):
-                raise ValueError(f"mixture.{number}.until: every phase but the last has one")
+                raise ValueError(f"mixture.{number}.until: is missing; only the last phase has none")
 
     @property
     def labels(self) -> list[str]:

@@ -148,7 +148,7 @@ class TokenStream:
     @property
     def remedy(self) -> str:
         """What to do about damage."""
-        return f"delete the folder {self.folder}, it is made again"
+        return f"delete the folder {self.folder} to make it again"
 
 
 def pack(
@@ -325,5 +325,5 @@ def _read_index(folder: Path) -> dict:
     except (OSError, ValueError, KeyError):
         intact = False
     if not intact:
-        raise Damaged(f"{path}: is missing or damaged; delete the folder {folder}, it is made again")
+        raise Damaged(f"{path}: is missing or damaged; delete the folder {folder} to make it again")
     return index

@@ -161,7 +161,7 @@ def read_state(folder: Path) -> State:
     except FileNotFoundError:
         return State([], Counts(), 0)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder / 'state.json'}: is damaged ({error}); delete {folder}, it is made again") from None
+        raise ConfigError(f"{folder / 'state.json'}: is damaged ({error}); delete {folder} to make it again") from None
 
 
 class _Writer:

@@ -60,7 +60,7 @@ def check_unchanged(title: str, stamps: Stamps) -> None:
             now = ""
         if now != stamp:
             raise ConfigError(
-                f"dataset {title}: {path} was changed while it was read, so nothing is kept of it; start "
+                f"dataset {title}: {path} changed while it was being read, so nothing of it is kept; start "
                 "again when it is complete"
             )
 

@@ -9,7 +9,6 @@ Other parts of a run read and write stores by the functions below: they try agai
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -27,7 +26,8 @@ from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import AfterValidator
 
-from llmfoundry.config import PLACEHOLDERS, ConfigError, ResourceError, check_placeholders, is_url, local_path
+from llmfoundry.atomic import NO_ROOM
+from llmfoundry.config import PLACEHOLDERS, ConfigError, ResourceError, check_placeholders, is_url, local_path, reason
 
 Result = TypeVar("Result")
 ATTEMPTS = 5
@@ -37,6 +37,11 @@ LIMIT = 10**11  # bytes of a cache, if no limit is given
 # What a store tells of a file's contents or time, of which each has its own.
 _OF_CONTENTS = ("ETag", "etag", "md5Hash", "blob_id", "last_commit")
 _VERSIONS = (*_OF_CONTENTS, "LastModified", "updated", "mtime", "created")
+# Errors of the stores' packages for credentials that are missing or incomplete; trying again does not help.
+_WITHOUT_CREDENTIALS = {
+    "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "NoAuthTokenError",  # botocore
+    "DefaultCredentialsError", "RefreshError",  # google.auth
+}  # fmt: skip
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
@@ -167,7 +172,8 @@ class Store:
                     shutil.rmtree(temporary, ignore_errors=True)
                 return target
         except OSError as error:
-            raise ConfigError(f"{folder}: cannot be written: {error}; set cache_dir to a folder with room") from error
+            why = reason(error)
+            raise ConfigError(f"{folder}: cannot be written: {why}; set cache_dir to a folder with room") from error
 
     def _make_room(self, size: int) -> None:
         """Delete what was not used for the longest time, until there is room within the limit and on the disk."""
@@ -219,7 +225,7 @@ def fetch(file: RemoteFile, to: Path) -> None:
         try:
             fs.get_file(path, str(to))
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in NO_ROOM:
                 raise
             raise ConfigError(f"{to}: cannot be written: {error.strerror}; make room on that disk") from None
         if to.stat().st_size != file.size:
@@ -348,6 +354,11 @@ def patiently(url: str, act: Callable[[], Result], done: str = "read") -> Result
                 f"{url}: may not be {done}: {_said(error)}; credentials are read from the environment"
             ) from None
         except Exception as error:  # each store has errors of its own
+            if type(error).__name__ in _WITHOUT_CREDENTIALS:
+                raise ConfigError(
+                    f"{url}: may not be {done}: {_said(error)}; credentials are read from the environment, e.g. "
+                    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+                ) from None
             if attempt == ATTEMPTS:
                 raise ResourceError(f"{url}: cannot be {done} after {ATTEMPTS} attempts: {_said(error)}") from error
         time.sleep(wait)

@@ -62,7 +62,7 @@ def _opened(folder: Path) -> Watch:
         sizes = {name: (folder / name).stat().st_size for name in sums}
         blocks = [(folder / name, i, each) for name, found in sums.items() for i, each in enumerate(found)]
     except (OSError, ValueError, TypeError) as error:
-        raise Damaged(f"{folder}: is damaged ({error}); delete the folder, it is made again") from None
+        raise Damaged(f"{folder}: is damaged ({error}); delete the folder to make it again") from None
     for name, found in sums.items():
         if -(-sizes[name] // _BLOCK) != len(found):
             raise Damaged(f"{folder / name}: has {sizes[name]} bytes, not as many as were written; delete the folder")
@@ -80,9 +80,9 @@ def _check(path: Path, block: int, expected: str) -> None:
             file.seek(block * _BLOCK)
             found = _of_block(file)
     except OSError as error:
-        raise Damaged(f"{path}: cannot be read: {error.strerror}; delete the folder, it is made again") from None
+        raise Damaged(f"{path}: cannot be read: {error.strerror}; delete the folder to make it again") from None
     if found != expected:
-        raise Damaged(f"{path}: checksum {found[:12]}, expected {expected[:12]}; delete the folder, it is made again")
+        raise Damaged(f"{path}: checksum {found[:12]}, expected {expected[:12]}; delete the folder to make it again")
 
 
 def _of_block(file: BinaryIO) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast
 
@@ -105,7 +105,7 @@ def _text_of(row: object, key: str | None) -> object:
     try:
         text = _look(row, key)
     except KeyError:
-        return _Broken(f"{key!r} is not among {_known(row)}")
+        return _Broken(f"{key!r} is not among {_known(row)}{hint_of_chats(row)}")
     return text if isinstance(text, str) else _Broken(f"{key!r} is {text!r:.80}, not text")
 
 
@@ -126,6 +126,12 @@ def _known(row: dict[str, object], path: str = "") -> str:
     names = [_known(below, f"{path}{name}.") if isinstance(below, dict) and below else repr(f"{path}{name}")
              for name, below in row.items()]  # fmt: skip
     return ", ".join(names) or "no columns at all"
+
+
+def hint_of_chats(columns: Iterable[str]) -> str:
+    """What to write for columns of conversations; nothing for others."""
+    is_chats = not {"messages", "conversations", "conversation"}.isdisjoint(columns)
+    return "; for conversations, set name: finetuning in the loader" if is_chats else ""
 
 
 def _why(error: Exception) -> str:
@@ -324,7 +330,8 @@ def _column_of(path: Path, key: str | None) -> Rows:
         where = _column(file.schema_arrow, key)
         if where is None:
             names = ", ".join(_names(file.schema_arrow))
-            raise ConfigError(f"dataset.text_key: {path}: {key!r} is not among {names}")
+            hint = hint_of_chats(file.schema_arrow.names)
+            raise ConfigError(f"dataset.text_key: {path}: {key!r} is not among {names}{hint}")
         for group in range(file.num_row_groups):
             if not file.metadata.row_group(group).num_rows:
                 continue

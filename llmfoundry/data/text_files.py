@@ -133,7 +133,7 @@ class TextFilesConfig(TextsConfig, names=("text_files",)):
     def _bad(self, row: BadRow, count: int) -> ConfigError:
         if not self.skip_bad_rows:
             return ConfigError(f"dataset.text_key: {row.message}; skip_bad_rows: N skips up to N such rows")
-        return ConfigError(f"dataset.skip_bad_rows: {row.message}; this is bad row {count}; raise it, or mend the data")
+        return ConfigError(f"dataset.skip_bad_rows: {row.message}; this is bad row {count}; raise it, or fix the data")
 
     def _digests(self, files: dict[str, File]) -> list[tuple[str, str]]:
         """(name, SHA-256) of each file; remembered for big data, so that only its first use reads it all."""
@@ -165,7 +165,7 @@ def _remembered(file: Path, names: list[str]) -> list[tuple[str, str]]:
         if [name for name, _ in digests] != names:
             raise ValueError("it lists other files")
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{file}: is damaged ({error}); delete the folder {file.parent}, it is made again") from None
+        raise ConfigError(f"{file}: is damaged ({error}); delete the folder {file.parent} to make it again") from None
     return digests
 
 

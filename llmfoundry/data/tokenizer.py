@@ -130,7 +130,7 @@ class TokenizerConfig(Config):
         except (OSError, UnicodeDecodeError):
             intact = False
         if not intact:
-            raise ConfigError(f"{folder / 'tokenizer.json'}: is damaged; delete the folder {folder}, it is made again")
+            raise ConfigError(f"{folder / 'tokenizer.json'}: is damaged; delete the folder {folder} to make it again")
         return PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer.from_str(text),
             **{"eos_token": END_OF_TEXT, "clean_up_tokenization_spaces": False} | self.kwargs,

@@ -161,7 +161,7 @@ class Chat:
         if left < 1:
             raise ConfigError(
                 f"the conversation has {len(ids)} tokens, and the model has learned {config.max_seq_len} positions; "
-                "begin a new one, or take turns back"
+                "start a new one, or remove earlier turns"
             )
         if not self._warned and len(ids) > config.max_seq_len:
             self._warned = True

@@ -159,7 +159,7 @@ def warn_of_length(config: CausalLMConfig, what: str, tokens: int) -> None:
         what: e.g. "a prompt".
     """
     if tokens > config.max_seq_len:
-        log.warning("%s has %s tokens, and the model was made for %s (max_seq_len); it may write worse, or nonsense",
+        log.warning("%s has %s tokens, and the model was made for %s (max_seq_len); its text may get worse",
                     what, f"{tokens:,}", f"{config.max_seq_len:,}")  # fmt: skip
 
 

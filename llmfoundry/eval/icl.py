@@ -72,7 +72,7 @@ def build_tasks(
             for n in config.num_fewshot:
                 name = "/".join(filter(None, (config.label, f"{n}-shot", category)))
                 if any(name == task.name for task in tasks):
-                    raise ConfigError(f"icl_tasks: {name} is there twice; give one of them another label")
+                    raise ConfigError(f"icl_tasks: {name} is listed twice; give one of them another label")
                 questions = config.build(rows, n, limit, reader, config.max_seq_len or max_seq_len)
                 tasks.append(Task(name, config.metrics, questions, len(rows), rows_at_once))
     return tasks
@@ -157,7 +157,7 @@ def with_tasks_read(data: Mapping[str, object], folder: Path) -> dict[str, objec
     for key in ("icl_tasks", "eval_gauntlet"):
         path, beside = data.pop(f"{key}_str", None), folder
         if path is not None and data.get(key) is not None:
-            raise ConfigError(f"{key}_str: {key} is there too; keep one")
+            raise ConfigError(f"{key}_str: {key} is also given; keep one")
         path = data.get(key) if path is None else path
         if isinstance(path, str):
             file = Path(_found(path, folder))

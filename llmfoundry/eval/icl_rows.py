@@ -116,7 +116,7 @@ def _from_hub(name: str, loading: Mapping[str, object], parsing: Mapping[str, li
     try:
         found = load(name, **loading)
     except Exception as error:  # of many kinds: no network, no such dataset, files that do not fit
-        raise ConfigError(f"dataset_uri: {HUB}{name}: cannot be had: {' '.join(str(error).split())[:300]}") from None
+        raise ConfigError(f"dataset_uri: {HUB}{name}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     if isinstance(found, dict):
         raise ConfigError(
             f"dataset_uri: {HUB}{name}: has the splits {', '.join(found)}; "

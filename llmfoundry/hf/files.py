@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llmfoundry.atomic import NO_ROOM
 from llmfoundry.config import ConfigError
 from llmfoundry.hf.pieces import Part, Spec, runs
 from llmfoundry.strict_json import parse_json, read_mapping, whole_numbers
@@ -167,7 +168,7 @@ def read_header(file: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> dict[
     with open(file, "rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         if size < 8 or length > size - 8:
-            raise ConfigError(f"{file}: is cut short or no safetensors file ({size} bytes, a header of {length})")
+            raise ConfigError(f"{file}: is cut short or not a safetensors file ({size} bytes, a header of {length})")
         if length > _MAX_HEADER:
             raise ConfigError(f"{file}: has a header of {length} bytes; {_MAX_HEADER} is the most that is read")
         text = handle.read(length)
@@ -234,7 +235,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         A temporary folder beside `path`, to be filled. It gets its name at the end, and is deleted on any error.
 
     Raises:
-        ConfigError: there is something at `path`.
+        ConfigError: there is something at `path`, or the disk is full.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path}: is in use; name a folder that does not exist, or an empty one")
@@ -246,8 +247,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.rename(path)  # over an empty folder too
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise ConfigError(f"{path}: cannot be written: {error.strerror}; make room, or name another disk") from None
         raise
 
 

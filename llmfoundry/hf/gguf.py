@@ -203,7 +203,7 @@ def _config(said: _Said, tensors: Mapping[str, Placed], divisors: Tensor | None)
     """What config.json would say."""
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise ConfigError(f"{said.path}: tensor 'token_embd.weight' is missing or no matrix")
+        raise ConfigError(f"{said.path}: tensor 'token_embd.weight' is missing or is not a matrix")
     # What the tensors say too is held against them first: a damaged number would ask for any amount of memory.
     n_layers = len({found[1] for name in tensors if (found := re.match(r"blk\.(\d+)\.", name))})
     said.must_be("block_count", n_layers)

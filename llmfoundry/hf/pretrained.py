@@ -162,6 +162,8 @@ def read_settings(folder: Path) -> ConfigDict:
     config_file = folder / "config.json"
     try:
         return read_mapping(config_file)
+    except FileNotFoundError:
+        raise ConfigError(f"{config_file}: no such file; name a Hugging Face model's folder or hub id") from None
     except OSError as error:
         raise ConfigError(f"{config_file}: cannot be read: {error.strerror}") from None
     except ValueError as error:

@@ -172,7 +172,7 @@ def composer_schedule(schedule: Schedule) -> Callable[[State, float], float]:
 
     def factor(state: State, ssr: float = 1.0) -> float:
         if ssr != 1.0:
-            raise ConfigError("scale_schedule_ratio: a schedule of ours ends with max_duration; change that instead")
+            raise ConfigError("scale_schedule_ratio: our schedules end with max_duration; change that instead")
         return schedule.multiplier(int(state.timestamp.batch))
 
     return factor
@@ -205,8 +205,8 @@ def _load(config: RunConfig, model: CausalLM) -> None:
         return
     if not config.load_weights_only:
         raise ConfigError(
-            f"load_path: {path}: Composer cannot take up a run of ours, only begin from weights: "
-            "load_weights_only=true; to take up a run of Composer's, use its Trainer's own load_path"
+            f"load_path: {path}: Composer cannot resume a run of this framework, only start from its weights: "
+            "load_weights_only=true; to resume a run of Composer, use the load_path of its Trainer"
         )
     if is_composer(path):
         load_composer(file_here(path), model)

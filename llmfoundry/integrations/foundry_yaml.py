@@ -61,7 +61,7 @@ def translate(data: Tree, variables: Set[str] = frozenset()) -> tuple[Tree, list
     for path in (path for key in EMPTY for path in present(data, key) if look(data, path)[0] is None):
         take(data, path)
     for path in sorted({*VARIABLES, *(variables if theirs else ())} & data.keys()):
-        notes.append(Note(path, "left out, it only serves references", take(data, path)))
+        notes.append(Note(path, "kept as a variable only", take(data, path)))
     _one_by_one(data, notes, mistakes)
     for path, apply in _MOVED.items():
         for place in present(data, path):
@@ -111,7 +111,7 @@ def _one_by_one(data: Tree, notes: list[Note], mistakes: list[str]) -> None:
             mistakes.append(f"{path}: {value} is not supported; {reasons[value]}")
     for path, why in GONE.items():
         for place in present(data, path):
-            said = "left out, it changes no value" + (f"; {why}" if why else "")
+            said = "ignored: it does not change results" + (f" ({why})" if why else "")
             notes.append(Note(place, said, take(data, place)))
     for path, values in RENAMED_VALUES.items():
         value, there = look(data, path)
@@ -216,7 +216,9 @@ OTHER_MODELS = {
     "openai_causal_lm": _API, "openai_chat": _API, "fmapi_causal_lm": _API, "fmapi_chat": _API,
 }  # fmt: skip
 # Takes the place of a model that cannot be had, so that the mistakes in the rest of the file are found too.
-_STAND_IN: Tree = {"name": "causal_lm", "d_model": 2, "n_heads": 1, "n_layers": 1, "vocab_size": 2**31}
+_STAND_IN: Tree = {
+    "name": "causal_lm", "d_model": 2, "n_heads": 1, "n_layers": 1, "vocab_size": 2**31, "max_seq_len": 2**31,
+}  # fmt: skip
 
 
 def _model(data: Tree, value: object) -> Sequence[str]:

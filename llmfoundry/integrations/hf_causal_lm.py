@@ -109,7 +109,7 @@ def _take_settings(block: Tree, notes: list[Note]) -> list[str]:
         for part in parent.split(".") if parent else ():
             node = node.get(part) if isinstance(node, dict) else None
         if isinstance(node, dict) and key in node:
-            said = "left out, it changes no value" + (f"; {why}" if why else "")
+            said = "ignored: it does not change results" + (f" ({why})" if why else "")
             notes.append(Note(f"model.{path}", said, node.pop(key)))
     return [
         f"model.{key}: {block.pop(key)!r} is not supported; {why}"
@@ -253,7 +253,7 @@ def _lora(peft: Tree, targets: Callable[[str | list[str]], str | list[str]]) -> 
     rest = dict(peft)
     kinds = str(rest.pop("peft_type", "LORA")).upper(), str(rest.pop("task_type", "CAUSAL_LM")).upper()
     if kinds != ("LORA", "CAUSAL_LM"):
-        raise ConfigError(f"model.peft_config: peft_type {kinds[0]}, task_type {kinds[1]}: only LORA of CAUSAL_LM is")
+        raise ConfigError(f"model.peft_config: peft_type {kinds[0]}, task_type {kinds[1]}: only LORA with CAUSAL_LM")
     rest.pop("base_model_name_or_path", None)
     for key, allowed in _PEFT_ONLY.items():
         value = rest.pop(key, None)

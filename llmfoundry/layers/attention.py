@@ -160,7 +160,7 @@ class GroupedQueryConfig(
         if self.attn_impl == "flex" and self.dropout:
             raise ValueError(f"attn_impl=flex cannot drop weights (attn_pdrop={self.attn_pdrop}); use auto")
         if (self.norm_type or self.norm_eps) and not (self.qk_norm or self.qk_ln):
-            raise ValueError("norm_type and norm_eps are of qk_norm or qk_ln, which are both off; set the model's")
+            raise ValueError("norm_type and norm_eps belong to qk_norm or qk_ln, which are off; set those of the model")
 
     def kv_heads(self, n_heads: int) -> int:
         """Key-value heads, G."""

@@ -105,7 +105,7 @@ def load_peft(model: CausalLM, folder: str | Path, names: Names) -> None:
     settings = json.loads((folder / CONFIG).read_text())
     unknown = [key for key in ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern") if settings.get(key)]
     if settings.get("peft_type") != "LORA" or unknown:
-        raise ValueError(f"{folder / CONFIG}: {', '.join(unknown) or 'peft_type'} is not supported; plain LORA is")
+        raise ValueError(f"{folder / CONFIG}: {', '.join(unknown) or 'peft_type'} is not supported; use plain LORA")
     rank, ours = settings["r"], model.config.lora
     if ours is None:
         raise ValueError("the model has no adapters; set model.lora")

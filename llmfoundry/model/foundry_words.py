@@ -47,7 +47,7 @@ def kv_dim(model: Tree, value: object) -> list[str]:
     """The size of what keys and values are projected from: of self-attention, the model's."""
     if value not in (None, model.get("d_model")):
         raise ConfigError(
-            f"model.attn_config.kv_dim: {value!r} is of cross-attention, which is not supported; leave it out"
+            f"model.attn_config.kv_dim: {value!r} is for cross-attention, which is not supported; leave it out"
         )
     return ["left out: keys and values are projected from d_model"]
 
@@ -102,7 +102,7 @@ def rope_dail(model: Tree, value: object) -> list[str]:
     kind = value.get("type", "original") if isinstance(value, dict) else value
     if kind not in (None, "original"):
         raise ConfigError(f"model.attn_config.rope_dail_config.type: {kind!r} is not supported; write original")
-    return ["left out: it changes no value"]
+    return ["left out: it does not change results"]
 
 
 def block_overrides(model: Tree, value: object) -> list[str]:
@@ -176,7 +176,7 @@ def _override(override: object, where: str) -> Tree:
     for key in settings:
         if key not in ("sliding_window_size", "reuse_kv_layer_idx", "nope"):
             raise ConfigError(
-                f"{where}.attn_config.{key}: is not supported; sliding_window_size, reuse_kv_layer_idx and nope are"
+                f"{where}.attn_config.{key}: is not supported; use sliding_window_size, reuse_kv_layer_idx or nope"
             )
     step = settings.get("reuse_kv_layer_idx", -1)
     if not isinstance(step, int) or step >= 0:

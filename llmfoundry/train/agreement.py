@@ -50,7 +50,7 @@ def check_same(values: Mapping[str, object]) -> None:
         if keys:
             more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
             raise ConfigError(
-                f"rank {rank} was started otherwise than rank 0: {', '.join(keys[:_NAMED])}{more}; give all ranks the "
+                f"rank {rank} differs from rank 0: {', '.join(keys[:_NAMED])}{more}; give all ranks the "
                 "same YAML, overrides, data and tokenizer"
             )
 

@@ -184,10 +184,10 @@ def _warn_of_adapters(config: CausalLMConfig, model: CausalLM, start: Start) -> 
     if config.lora is None or start.how in ("continue", "resume"):
         return
     if start.how == "new":
-        log.warning("model.lora: adapters are trained beside frozen random weights; name a base model by load_path")
+        log.warning("model.lora: adapters would train on frozen random weights; set load_path to a base model")
     if (wide := wider_than_weight(model)) is not None:
         sides = wide.b.shape[-2], wide.a.shape[-1]
-        log.warning("model.lora.rank=%d exceeds a side of %s (%d x %d), so a lower rank would hold as much",
+        log.warning("model.lora.rank=%d exceeds a side of %s (%d x %d), so a lower rank would have the same capacity",
                     config.lora.rank, wide.name, *sides)  # fmt: skip
 
 

@@ -295,7 +295,7 @@ class RunConfig(Config):
         if self.icl_subset_num_batches == 0:
             raise ValueError("icl_subset_num_batches=0 asks no question; write -1 for all questions, or 1 or more")
         if self.eval_gauntlet is not None and not self.icl_tasks:
-            raise ValueError("eval_gauntlet: summarises icl_tasks, and there are none; add some, or leave it out")
+            raise ValueError("eval_gauntlet: summarizes icl_tasks, and there are none; add some, or leave it out")
         self._check_labels()
         keep, batches = self.save_num_checkpoints_to_keep, self.eval_subset_num_batches
         if keep == 0 or keep < -1:
@@ -360,7 +360,7 @@ class RunConfig(Config):
                     f"eval_loaders.{number}.label: {label!r} is not a valid name in metrics; write e.g. label: wiki"
                 )
             if labels.count(label) > 1:
-                raise ValueError(f"eval_loaders.{number}.label: {label!r} is there twice")
+                raise ValueError(f"eval_loaders.{number}.label: {label!r} is listed twice")
         if any(isinstance(part.dataset, MixtureConfig) for part in self.evaluations):
             raise ValueError(
                 "eval_loader.datasets: a mixture has no end; list its datasets in eval_loaders, with labels"

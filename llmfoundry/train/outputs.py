@@ -73,9 +73,9 @@ class RunFolder:
             locked = True
         except OSError as error:
             if error.errno in _HELD:
-                raise ConfigError(f"save_folder: {path} is in use by another run, which is still going on") from None
+                raise ConfigError(f"save_folder: {path} is in use by another run, which is still running") from None
             log.warning(
-                "save_folder: %s cannot be locked (%s); see to it that no other run uses it", path, error.strerror
+                "save_folder: %s cannot be locked (%s); make sure that no other run uses it", path, error.strerror
             )
         return cls(path, lock, locked)
 
@@ -155,7 +155,7 @@ class RunFolder:
             with (self.path / SKIPPED).open("a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            log.warning("%s cannot be written: %s; it would have said %s", self.path / SKIPPED, error.strerror, line)
+            log.warning("%s cannot be written: %s; the line was: %s", self.path / SKIPPED, error.strerror, line)
 
     def sync(self) -> None:
         """Make metrics.jsonl survive a power cut: a checkpoint that does must not stand without it.
@@ -244,6 +244,8 @@ def check_free(path: Path, autoresume: bool) -> None:
         if not (path / "config.yaml").is_file() and not checkpoints(path / "checkpoints"):
             raise ConfigError(f"save_folder: {path} holds no run to resume (no config.yaml); choose another")
     standing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not standing.is_dir():
+        raise ConfigError(f"save_folder: {path} cannot be made: {standing} is a file; choose another")
     if not os.access(standing, os.W_OK | os.X_OK):
         raise ConfigError(f"save_folder: {path} cannot be written: no permission in {standing}")
 

@@ -103,7 +103,7 @@ class Owner:
 
     def _watch(self, found: Record) -> None:
         log.warning(
-            "save_folder: %s belongs to a run on %s; looking for %.0f seconds whether that one goes on",
+            "save_folder: %s belongs to a run on %s; checking for %.0f seconds whether it is still running",
             self._folder, found.host, LEASE,
         )  # fmt: skip
         deadline = time.monotonic() + LEASE
@@ -114,9 +114,9 @@ class Owner:
                 return
             if now != found:
                 raise ConfigError(
-                    f"save_folder: {self._folder} is in use by another run, on {now.host}, which is still going on"
+                    f"save_folder: {self._folder} is in use by another run, on {now.host}, which is still running"
                 )
-        log.warning("save_folder: %s: the run on %s has ended without a word; taking it over", self._folder, found.host)
+        log.warning("save_folder: %s: the run on %s no longer responds; taking over", self._folder, found.host)
 
     def _beat(self) -> None:
         while not self._closed.wait(BEAT):

@@ -141,12 +141,12 @@ def _from_hugging_face(config: RunConfig, model: CausalLMConfig, name: str) -> S
 def _from_composer(path: str, model: CausalLMConfig, weights_only: bool) -> Start:
     if not weights_only:
         raise ConfigError(
-            f"load_path: {path}: of a checkpoint of Composer's only the weights can be taken over; begin a new run "
+            f"load_path: {path}: only the weights of a Composer checkpoint can be loaded; start a new run "
             "from them: load_weights_only=true"
         )
     if model.lora is not None and model.lora.quantize is not None:
         raise ConfigError(
-            f"load_path: {path}: weights of Composer's are not quantised as they are read; convert them first: "
+            f"load_path: {path}: weights of a Composer checkpoint cannot be quantized as they are read; convert them: "
             f"convert.py from-composer {path} OUT"
         )
     copies_from(open_composer(Path(path)), model)  # looked at before anything is built
@@ -182,7 +182,7 @@ def build_tokenizer(config: RunConfig, start: Start) -> PreTrainedTokenizerBase:
         size = before.get("vocab_size") if isinstance(before, dict) and before.get("name") == "bpe" else None
         if wanted.vocab_size not in (None, size, len(own)):
             raise _another_tokenizer(f"bpe of {wanted.vocab_size} entries", folder, own)
-        log.info("tokenizer: the checkpoint's own, of %d entries; bpe is not trained again", len(own))
+        log.info("tokenizer: using the checkpoint's own, of %d entries; no BPE is trained", len(own))
         return own
     if start.how == "weights" and isinstance(before, dict) and _same_tokenizer(config, before):
         return own
@@ -319,7 +319,7 @@ def train_state(contents: Contents) -> TrainState:
     state = contents.trainer.get("state")
     if not isinstance(state, dict) or not {"step", "rows", "tokens"} <= state.keys():
         raise ConfigError(
-            f"{contents.place}: was not saved by a training run; take its weights by load_weights_only=true"
+            f"{contents.place}: was not saved by a training run; to use its weights, set load_weights_only=true"
         )
     known = {field.name for field in fields(TrainState)}
     return TrainState(**{key: value for key, value in cast(dict[str, int], state).items() if key in known})

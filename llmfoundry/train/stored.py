@@ -36,7 +36,7 @@ def begin_from_store(store: RunStore, autoresume: bool) -> None:
     lock = RunFolder.claim(store.folder)
     try:
         if _is_ahead(store):
-            log.warning("%s: holds a checkpoint that could not be uploaded; going on from there", store.folder)
+            log.warning("%s: holds a checkpoint that could not be uploaded; continuing from it", store.folder)
         elif is_free:
             _empty(store.folder)
         else:

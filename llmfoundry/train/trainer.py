@@ -212,7 +212,7 @@ class Trainer(AgreeingRun):
         clock.start()
         self.timeline = replace(self.timeline, total_steps=total)
         first, self.state.rows = self.state.rows, rows
-        log.warning("step %d: %s; back to %s, and on behind row %d", step, why, contents.path, rows - 1)
+        log.warning("step %d: %s; going back to %s and continuing after row %d", step, why, contents.path, rows - 1)
         self._open_metrics()
         if self.folder is not None:
             self.folder.write_skipped(record(self.state.step, f"step {step}: {why}", first, rows, []))
@@ -432,7 +432,7 @@ class Trainer(AgreeingRun):
         """Load what `find_start` has found."""
         start, contents = self.start, self.start.contents
         if start.base is not None:
-            log.info("checkpoints hold the adapters alone; keep %s, or set save_frozen_weights=true", start.base.path)
+            log.info("checkpoints contain only the adapters; keep %s, or set save_frozen_weights=true", start.base.path)
         if self.reference is not None:
             self._load_reference(self.reference)
         if start.hugging_face is not None:
@@ -470,7 +470,7 @@ class Trainer(AgreeingRun):
         trainer = self.saver.checkpointer.load(contents, self._checkpoint())
         self.state = state
         if self.start.rows_anew and contents.path == cast(Contents, self.start.contents).path:
-            log.warning("rows are counted anew: the next step takes the first rows of the data")
+            log.warning("the row counter restarts: the next step reads the first rows of the data")
             state.rows = 0
         try:
             self._load_beside(trainer)
@@ -478,7 +478,7 @@ class Trainer(AgreeingRun):
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(
-                f"{contents.place}: {TRAINER} holds what no run has saved ({type(error).__name__}: {error})"
+                f"{contents.place}: {TRAINER} contains values that no run saves ({type(error).__name__}: {error})"
             ) from None
 
     def _load_beside(self, trainer: Mapping[str, Json]) -> None:

@@ -448,7 +448,7 @@ def deeper(model: Tiny) -> str:
 
 def shallower(model: Tiny) -> str:
     del model.head
-    return "it has head.weight, 1x7 float32, which this one has not"
+    return "it has head.weight, 1x7 float32, which this one lacks"
 
 
 @pytest.mark.parametrize("change", [wider, another_type, deeper, shallower], ids=lambda f: f.__name__)

@@ -129,14 +129,14 @@ def test_phases_change_the_shares(cache: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({0: {"weight": 0.5}}, "s1 has weight and s2 has not; give it to all, or to none"),
+        ({0: {"weight": 0.5}}, "s1 has weight and s2 does not; give it to all, or to none"),
         ({0: {"weight": 0.5, "tokens": 1e6}}, "weight and tokens both say how much of it is read; keep one"),
-        ({0: {"weight": 0.5}, 1: {"epochs": 1.0}}, "s1 has weight and s2 has not"),
+        ({0: {"weight": 0.5}, 1: {"epochs": 1.0}}, "s1 has weight and s2 does not"),
         ({0: {"label": "s2"}}, "two are called 's2'; give each a label"),
         ({1: {"label": "total"}}, "'total' cannot be a label: loss/train/total is the loss of all datasets together"),
         ({1: {"label": "a/b"}}, "'a/b' cannot be a label"),
-        ({0: {"weight": -1.0}}, "greater than 0"),
-        ({0: {"wieght": 0.5}}, "wieght: unknown key"),
+        ({0: {"weight": -1.0}}, "^datasets.0.weight: input should be greater than 0"),
+        ({0: {"wieght": 0.5}}, r"^datasets.0.wieght: unknown key \(did you mean 'weight'\?\)"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(cache: Path, change: dict[int, dict[str, object]], message: str) -> None:
@@ -149,7 +149,10 @@ def test_mistakes_are_named(cache: Path, change: dict[int, dict[str, object]], m
     ("phases", "message"),
     [
         ([{"weights": {"web": 1.0}}], "'web' is not a dataset; known: s1, s2"),
-        ([{"weights": {"s1": 1.0}}, {"weights": {"s2": 1.0}}], "mixture.0.until: every phase but the last has one"),
+        (
+            [{"weights": {"s1": 1.0}}, {"weights": {"s2": 1.0}}],
+            "mixture.0.until: is missing; only the last phase has none",
+        ),
         ([{"weights": {"s1": 0.0}}], "must be positive numbers"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -231,11 +232,18 @@ def test_processes_at_once_fetch_once(data: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "c").rglob("chats.jsonl"))) == 1
 
 
-def test_mistakes_are_named(memory: str) -> None:
+def test_mistakes_are_named(memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_WAIT", 60.0)  # what trying again does not help fails at once
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    fsspec.filesystem("s3").clear_instance_cache()
     for path, message in [
         (f"{memory}/nowhere", "memory://bucket/nowhere: no such file or folder"),
         ("nope://bucket/x", "is a URL that is not known; known are s3://"),
         ("dbfs:/x", "is a URL that is not known"),
+        ("s3://bucket/x", "s3://bucket/x: may not be read: NoCredentialsError: .*; credentials are read from the env"),
         (f"{memory}/texts/image.png", "holds no files that end in .txt"),
     ]:
         with pytest.raises(ConfigError, match=message):

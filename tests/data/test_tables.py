@@ -182,6 +182,11 @@ BAD = {
     "list.jsonl": (lines(ROWS[0], ["text"]), "row 1: is a list, not a mapping with 'text': ['text']", "(line 2)"),
     "number.jsonl": (lines(ROWS[0], {"text": 4}), "row 1: 'text' is 4, not text", "(line 2)"),
     "key.jsonl": (lines(ROWS[0], {"txt": "x"}), "row 1: 'text' is not among 'txt'", "(line 2)"),
+    "chats.jsonl": (
+        lines(ROWS[0], {"messages": []}),
+        "row 1: 'text' is not among 'messages'; for conversations, set name: finetuning in the loader",
+        "(line 2)",
+    ),
     "nothing.jsonl": (lines(ROWS[0], {}), "row 1: 'text' is not among no columns at all", "(line 2)"),
     "surrogate.jsonl": (lines(ROWS[0]) + b'{"text": "x\\ud83d"}\n', "row 1: 'text' has a lone surrogate", "(line 2)"),
     "deep.jsonl": (lines(ROWS[0]) + b"[" * 200_000 + b"\n", "row 1: cannot be read: ", "(line 2)"),

@@ -329,4 +329,4 @@ def test_what_no_trainer_keeps_beside_its_state_is_one_line(box: Box, place: Pat
         _edited("trainer.json", lambda trainer: trainer.update({key: said}))(strange / "checkpoints" / f"step-{step}")
     ended = box.run("train", place / "small.yaml", f"save_folder={strange}", "max_duration=7ba")
     assert ended.code == 2 and "Traceback" not in ended.err, ended.err
-    assert "step-6: trainer.json holds what no run has saved" in ended.err, ended.err
+    assert "step-6: trainer.json contains values that no run saves" in ended.err, ended.err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -304,12 +305,12 @@ MISTAKES = {
               "tensor 'model.layers.7.mlp.up_proj.weight' has no place"),
     "shape": (lambda f: change(f, Q, torch.zeros(3, 3)), "has shape [3, 3], but config.json makes it [32, 32]"),
     "cut": (cut, "is cut short"),
-    "header": (no_header, "is cut short or no safetensors file"),
+    "header": (no_header, "is cut short or not a safetensors file"),
     "outside": (lambda f: index(f, "../elsewhere.safetensors"), "which is outside of this folder"),
     "gone": (lambda f: index(f, "model-00001-of-00002.safetensors"), "is missing"),
     "pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "is a pickle"),
     "type": (lambda f: settings(f, model_type="vit"), "model_type 'vit' is not supported; supported are "),
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file; name a Hugging Face model"),
     "no json": (lambda f: (f / "config.json").write_text("{"), "config.json: is not valid JSON"),
     "quantised": (lambda f: settings(f, quantization_config={"quant_method": "fp8"}), "these weights are quantised"),
     "activation": (lambda f: settings(f, hidden_act="mish"), "activation 'mish' is not supported"),
@@ -328,6 +329,20 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     assert convert_main(["from-hf", str(llama), str(tmp_path / "ours")]) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("error: ") and says in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))  # a write beyond is refused, as on a full disk
+    try:
+        assert convert_main(["from-hf", str(llama), str(tmp_path / "ours")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "ours: cannot be written: File too large; make room, or name another disk" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -359,7 +374,7 @@ def test_a_damaged_checkpoint_of_ours_is_refused(
     file.write_bytes(content)
     before = sorted(path.name for path in tmp_path.iterdir())
     assert convert_main(["to-hf", str(tmp_path / "flipped"), str(tmp_path / "out")]) == 2
-    assert "model-00000.safetensors: has other bytes" in capsys.readouterr().err
+    assert "model-00000.safetensors: has changed since it was written" in capsys.readouterr().err
     file.write_bytes(content[:-5])
     assert convert_main(["to-hf", str(tmp_path / "flipped"), str(tmp_path / "out")]) == 2
     assert f"model-00000.safetensors: has {len(content) - 5} bytes of {len(content)}" in capsys.readouterr().err

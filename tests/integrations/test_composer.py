@@ -140,7 +140,7 @@ def test_what_composer_cannot_do_is_refused(folder: Path) -> None:
     if not (folder / "ours" / "plain").exists():
         ours(folder, "plain")
     config = run_config(folder, "plain", load_path=str(folder / "ours" / "plain"))
-    with pytest.raises(ConfigError, match="Composer cannot take up a run of ours"):
+    with pytest.raises(ConfigError, match="Composer cannot resume a run of this framework"):
         composer_parts(config)
     wider = config.model_copy(
         update={"load_weights_only": True, "model": config.model.model_copy(update={"norm_eps": 1e-3})}

@@ -267,7 +267,8 @@ MISTAKES = [
     (_without_a_part, "are not all of it"),
     (_not_of_torch, "not an uncompressed file of torch.save"),
     (_other_dtype, "has dtype torch.int8"),
-    (lambda folder: folder / "nowhere.pt", "is neither a FILE.pt nor a sharded folder"),
+    (lambda folder: folder / "nowhere.pt", "nowhere.pt: no such file or folder"),
+    (lambda folder: folder, "is neither a FILE.pt nor a sharded Composer folder"),
 ]
 
 
@@ -353,7 +354,7 @@ def test_a_run_begins_from_their_weights(sharded: bool, tmp_path: Path) -> None:
 
 
 REFUSED = [
-    ([], "of a checkpoint of Composer's only the weights can be taken over"),
+    ([], "only the weights of a Composer checkpoint can be loaded"),
     (["load_weights_only=true", "model.n_layers=1"], "has no place in a model of this config"),
 ]
 

@@ -147,7 +147,7 @@ def test_only_the_mixture_that_drops_tokens_takes_a_capacity(kind: str, kept: fl
     ("path", "value", "says"),
     [
         ("model.use_pad_tok_in_ffn", False, "use_pad_tok_in_ffn: False is not supported"),
-        ("model.attn_config.kv_dim", 7, "kv_dim: 7 is of cross-attention"),
+        ("model.attn_config.kv_dim", 7, "kv_dim: 7 is for cross-attention"),
         ("fsdp_config.sharding_strategy", "HYBRID_SHARD", "write parallel: {replicate:"),
         ("fsdp_config.activation_cpu_offload", True, "use parallel.recompute"),
         ("fsdp_config.typo", 1, "fsdp_config.typo: unknown key"),
@@ -383,7 +383,7 @@ def test_several_evaluations_may_each_say_what_a_loader_says() -> None:
     loader = {"pin_memory": True, "timeout": 0, "num_workers": 8, "drop_last": False}
     data, notes = translate({"eval_loader": [{"label": "a", **loader}, {"label": "b", **loader}], **FOREIGN})
     assert data["eval_loader"] == [{"label": "a", "drop_last": False}, {"label": "b", "drop_last": False}]
-    assert any(note.startswith("eval_loader.1.timeout=0: left out") for note in notes)
+    assert any(note.startswith("eval_loader.1.timeout=0: ignored") for note in notes)
 
 
 def test_what_a_dataset_leaves_out_is_as_it_is_there() -> None:
@@ -402,7 +402,7 @@ def test_a_key_that_only_serves_references_is_a_variable(tmp_path: Path) -> None
     path.write_text(text.replace("d_model: 8", "d_model: ${width}"))
     given, data, _, notes = read_translated(str(path), [])
     assert (given["width"], data["run_name"], data["model"]["d_model"]) == (64, "a-64", 64) and "width" not in data
-    assert "width=64: left out, it only serves references" in notes
+    assert "width=64: kept as a variable only" in notes
     assert quick_mistakes(str(path), []) == []
     path.write_text(yaml.safe_dump(FOUNDRY | {"width": 64}))
     assert quick_mistakes(str(path), []) == ["width: unknown key"], "nothing refers to it"

@@ -135,7 +135,7 @@ def test_the_norm_of_heads_may_be_another_than_the_models() -> None:
     torch.testing.assert_close(attention.q_norm(x), F.layer_norm(x, (48,), eps=1e-5), rtol=1e-12, atol=1e-12)
     assert isinstance(model.norm_f, torch.nn.Module) and model.norm_f.eps == 1e-6
     assert model.config.n_params() == sum(p.numel() for p in model.parameters())
-    with pytest.raises(ConfigError, match="norm_type and norm_eps are of qk_norm or qk_ln"):
+    with pytest.raises(ConfigError, match="norm_type and norm_eps belong to qk_norm or qk_ln"):
         check(ModelConfig, SMALL | {"attn_config": own})
     with pytest.raises(ConfigError, match="lacks .*norm_type"):
         write_config(check(ModelConfig, SMALL | keys | {"attn_config": {"rope": True, "qk_ln": True} | own}))

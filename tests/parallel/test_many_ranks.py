@@ -155,7 +155,7 @@ def _fetch(rank: int, file: Path) -> None:
     try:
         runtime.first_of_node("another", lambda: {}["missing"] if rank == 0 else os._exit(2))
     except (KeyError, ConfigError) as error:
-        assert rank == 0 or "another: could not be had by rank 0" in str(error)
+        assert rank == 0 or "another: could not be loaded by rank 0" in str(error)
 
 
 def _sockets() -> int:

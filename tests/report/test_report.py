@@ -232,6 +232,12 @@ def test_runs_are_compared_on_one_page(tmp_path: Path, capsys: pytest.CaptureFix
     assert "<td>optimizer.lr</td><td>0.001</td><td>0.002</td>" in document and "<td>seed</td>" not in document
 
 
+def test_a_page_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out = run_of(tmp_path / "run", 20, 2, 4), tmp_path / "none" / "x.html"
+    assert report_main([str(run), "--out", str(out)]) == 2
+    assert capsys.readouterr().err == f"error: {out}: cannot be written: No such file or directory\n"
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for run in (str(tmp_path), f"memory://{tmp_path}"):
         assert report_main([run]) == 2

@@ -211,7 +211,7 @@ def test_a_spike_goes_back_to_the_last_checkpoint_and_past_the_data_also_after_a
     assert max(line["loss/train/ce"] for line in lines(run)) < 10.0, "no step of the spike is left"
     state = read(run).trainer["state"]
     assert isinstance(state, dict) and (state["step"], state["rows"]) == (20, 4 * 20 + 12)
-    assert f"back to {run / 'checkpoints' / 'step-9'}, and on behind row 47" in caplog.text
+    assert f"back to {run / 'checkpoints' / 'step-9'} and continuing after row 47" in caplog.text
     curve = [line["loss/train/ce"] for line in lines(run)]
 
     # The same from a checkpoint before the spike: what the detector has seen is in it.

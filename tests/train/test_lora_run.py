@@ -61,7 +61,7 @@ def test_what_is_seldom_meant_of_adapters_is_said(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert train_main([str(recipe), "model.lora.rank=99", "model.lora.alpha=8.0", "max_duration=2ba"]) == 0
-    assert "adapters are trained beside frozen random weights; name a base model by load_path" in caplog.text
+    assert "adapters would train on frozen random weights; set load_path to a base model" in caplog.text
     assert re.search(r"lora.rank=99 exceeds a side of blocks.0.attn.wqkv \(\d+ x \d+\)", caplog.text)
 
 

@@ -82,7 +82,7 @@ def test_another_identity_is_taken_when_it_is_allowed_by_name(
     name, _, value = key.partition("=")
     assert f"{name}: " in caplog.text and f"-> {float(value):g}" in caplog.text.replace("1e-06", "1e-06")
     assert [line["step"] for line in metrics_of(run)] == [1, 2, 3, 4, 5, 6]
-    assert ("rows are counted anew" in caplog.text) == (name in ("seed", "max_seq_len"))
+    assert ("the row counter restarts" in caplog.text) == (name in ("seed", "max_seq_len"))
     trainer = json.loads((run / "checkpoints" / "step-6" / "trainer.json").read_text())
     rows = {"seed": 8, "max_seq_len": 8, "global_train_batch_size": 32}.get(name, 24)
     assert trainer["state"]["rows"] == rows
@@ -226,7 +226,7 @@ def test_weights_bring_their_tokenizer_and_bpe_is_not_trained_again(
     options = [f"load_path={run}", WEIGHTS, f"train_loader.dataset.path={other_text(tmp_path)}", "max_duration=2ba"]
     assert train_main([str(recipe), *options, f"save_folder={second}"]) == 0
     assert tokenizer_in(second) == tokenizer_in(run)
-    assert "tokenizer: the checkpoint's own" in caplog.text and "training a byte-level BPE" not in caplog.text
+    assert "tokenizer: using the checkpoint's own" in caplog.text and "training a byte-level BPE" not in caplog.text
 
 
 @pytest.mark.parametrize("how", ["vocab_size=310", "name=FOLDER"])

@@ -580,14 +580,6 @@ def test_a_file_that_is_no_recipe_is_a_mistake(tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().err.startswith("error: ")
 
 
-@pytest.mark.parametrize("options", [["--dry-run", "--gpus", "0"], ["--gpus", "8"]])
-def test_gpus_are_planned_for_by_the_dry_run_alone(
-    recipe: Path, options: list[str], capsys: pytest.CaptureFixture
-) -> None:
-    assert train_main([str(recipe), *options]) == 2
-    assert "--gpus" in capsys.readouterr().err
-
-
 def test_the_dry_run_trains_nothing(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     before = snapshot(tmp_path)
     assert train_main([str(recipe), "--dry-run"]) == 0

@@ -55,7 +55,7 @@ def test_wrong_settings_are_named(with_tasks: Path, capsys: pytest.CaptureFixtur
     assert "evaluation: 9 tasks every 2ba" in capsys.readouterr().out
     for override, says in (
         ("icl_tasks=nowhere.yaml", "icl_tasks: nowhere.yaml: no such file"),
-        ("icl_tasks=[]", "eval_gauntlet: summarises icl_tasks, and there are none"),
+        ("icl_tasks=[]", "eval_gauntlet: summarizes icl_tasks, and there are none"),
         ("icl_subset_num_batches=0", "icl_subset_num_batches=0 asks no question"),
         ("eval_gauntlet.weighting=SOME", "eval_gauntlet.weighting: input should be 'EQUAL'"),
         ("eval_gauntlet.averages.all=[all]", "averages.all: is the name of a category too"),

@@ -142,7 +142,7 @@ def test_ranks_that_disagree_are_named_with_the_keys(tmp_path: Path) -> None:
     started = launch(tmp_path, seed="${oc.decode:${oc.env:RANK}}", optimizer={"name": "adamw", "lr": rate})
     output, _ = started.communicate(timeout=300)
     assert started.returncode == 1
-    line = "error: rank 1 was started otherwise than rank 0: seed, optimizer.lr; give all ranks the same YAML"
+    line = "error: rank 1 differs from rank 0: seed, optimizer.lr; give all ranks the same YAML"
     assert output.count(f"[rank 0] {line}") == 1 and "cli/command.py" not in output
     assert "exitcode  : 2" in output
     assert not (tmp_path / "run").exists(), "nothing was written"
@@ -157,7 +157,7 @@ def test_ranks_with_other_texts_are_named(tmp_path: Path) -> None:
     started = launch(tmp_path, train_loader={"dataset": {"name": "text_files"} | place})
     output, _ = started.communicate(timeout=300)
     assert started.returncode == 1
-    assert "rank 1 was started otherwise than rank 0: the tokenizer, the data of train_loader;" in output
+    assert "rank 1 differs from rank 0: the tokenizer, the data of train_loader;" in output
 
 
 def test_a_signal_to_one_rank_saves_and_stops_all(tmp_path: Path) -> None:
