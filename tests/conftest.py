@@ -5,6 +5,7 @@ own functions, such as `tl.cumsum`, are made interpreted or compiled then.
 """
 
 import gc
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        from tests.interpreter import patch_once_per_launch
+
+        patch_once_per_launch()
 
 # `make test` runs several processes; more threads than cores make every one of them slower.
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
