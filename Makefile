@@ -26,12 +26,15 @@ help:
 
 setup: $(STAMP)
 
+# The pip of Python 3.11 takes four times as long to choose versions. Modules are compiled when they are imported: most
+# never are.
 $(STAMP): setup.py Makefile
 	rm -f .venv/.installed-*
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --disable-pip-version-check $(TORCH)
+	$(PY) -m pip install --disable-pip-version-check --upgrade 'pip>=25'
+	$(PY) -m pip install --disable-pip-version-check --no-compile $(TORCH)
 	if $(PY) -c 'import triton' 2>/dev/null; then extras=dev; else extras=dev,triton; fi; \
-	$(PY) -m pip install --disable-pip-version-check -e ".[$$extras]"
+	$(PY) -m pip install --disable-pip-version-check --no-compile -e ".[$$extras]"
 	touch $@
 
 train: setup
