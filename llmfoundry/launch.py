@@ -28,6 +28,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_world_size() -> int:
+    """Processes on this node, as torchrun says; 1 if it does not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def is_rank0() -> bool:
     """Whether this process logs and writes for all."""
     return rank() == 0

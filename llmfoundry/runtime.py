@@ -30,6 +30,7 @@ from llmfoundry.config import ConfigError
 from llmfoundry.launch import is_rank0 as is_rank0
 from llmfoundry.launch import leave as leave
 from llmfoundry.launch import local_rank as local_rank
+from llmfoundry.launch import local_world_size as local_world_size
 from llmfoundry.launch import rank as rank
 from llmfoundry.launch import world_size as world_size
 from llmfoundry.tree import Tree
@@ -414,9 +415,18 @@ def peak_flops(place: torch.device) -> float | None:
     return next((tflops * 1e12 for key, tflops in _PEAK_BF16_TFLOPS.items() if key in name), None)
 
 
+_mapped = 0  # bytes of GPU memory that torch's allocator does not know of
+
+
+def count_memory(n_bytes: int) -> None:
+    """Note that GPU memory was allocated, for good, around torch's allocator."""
+    global _mapped
+    _mapped += n_bytes
+
+
 def peak_memory_bytes(place: torch.device) -> int:
     """Peak memory so far, in bytes: allocated on a GPU, or resident in a CPU process."""
     if place.type == "cuda":
-        return torch.cuda.max_memory_allocated(place)
+        return torch.cuda.max_memory_allocated(place) + _mapped
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -51,32 +51,30 @@ def add_reference(total: Tensor, x: Tensor, key: int) -> None:
     total.copy_(torch.where(exact.isfinite(), rounded(exact, noise & 0xFFFF), exact.bfloat16()))
 
 
-def sum_parts(parts: Tensor, total: Tensor | None = None) -> Tensor:
-    """The sum of the rows of `parts`, in their order, and of what was there before.
+def sum_parts(total: Tensor, own: Tensor | None, others: Tensor, rank: int, *, begins: bool) -> None:
+    """Add up parts in the order of ranks, in the dtype of `total`.
 
     Args:
-        parts: (N, n), contiguous.
-        total: of n values, contiguous, float32 or wider, which are added to in place; None begins with zero.
-
-    Returns:
-        `total`, or (n,) in the dtype of `parts`, at least float32.
+        total: of n values, contiguous, float32 or wider; it is written, or with `begins: False` added to.
+        own: of n values, contiguous: the part of `rank`, which is not among the others. None: it is.
+        others: (N, n), contiguous.
     """
-    begins = total is None
-    if total is None:
-        total = parts.new_empty(parts.shape[1], dtype=torch.promote_types(parts.dtype, torch.float32))
-    _add_parts(total, parts, begins)
-    return total
+    own = others[:0].view(-1) if own is None else own
+    _add_parts(total, own, others, rank, begins)
 
 
 @torch.library.custom_op("llmfoundry::add_parts_", mutates_args=("total",))
-def _add_parts(total: Tensor, parts: Tensor, begins: bool) -> None:
-    (add_parts_triton if total.is_cuda else add_parts_reference)(total, parts, begins)
+def _add_parts(total: Tensor, own: Tensor, others: Tensor, rank: int, begins: bool) -> None:
+    (add_parts_triton if total.is_cuda else add_parts_reference)(total, own, others, rank, begins)
 
 
-def add_parts_reference(total: Tensor, parts: Tensor, begins: bool) -> None:
-    """`sum_parts` in plain PyTorch."""
-    first, *others = parts.to(total.dtype)
-    for part in others:
+def add_parts_reference(total: Tensor, own: Tensor, others: Tensor, rank: int, begins: bool) -> None:
+    """`sum_parts` in plain PyTorch; `own` is empty where it is among the others."""
+    parts = list(others.to(total.dtype))
+    if own.numel():
+        parts.insert(rank, own.view(-1).to(total.dtype))
+    first, *rest = parts
+    for part in rest:
         first = first + part
     (total.copy_ if begins else total.add_)(first.view_as(total))
 
@@ -85,14 +83,20 @@ if triton is not None:
     _BLOCK = 4096
 
     @triton.jit
-    def add_parts_kernel(total_ptr, parts_ptr, n, N: tl.constexpr, BEGINS: tl.constexpr, BLOCK: tl.constexpr):
+    def add_parts_kernel(
+        total_ptr, own_ptr, others_ptr, n, N: tl.constexpr, OWN: tl.constexpr, BEGINS: tl.constexpr, BLOCK: tl.constexpr
+    ):  # fmt: skip
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = i < n
-        at = parts_ptr + i
-        total = tl.load(at, inside, other=0.0).to(tl.float32)
-        for _ in tl.static_range(1, N):
-            at += n
-            total += tl.load(at, inside, other=0.0).to(tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        at = others_ptr + i
+        for rank in tl.static_range(N):
+            if rank == OWN:
+                part = tl.load(own_ptr + i, inside, other=0.0).to(tl.float32)
+            else:
+                part = tl.load(at, inside, other=0.0).to(tl.float32)
+                at += n
+            total = part if rank == 0 else total + part
         if not BEGINS:
             total = tl.load(total_ptr + i, inside, other=0.0) + total
         tl.store(total_ptr + i, total, inside)
@@ -114,7 +118,10 @@ def add_triton(total: Tensor, x: Tensor, key: int) -> None:
     add_kernel[(triton.cdiv(n, _BLOCK),)](total, x.contiguous(), n, key, BLOCK=_BLOCK, num_warps=8)
 
 
-def add_parts_triton(total: Tensor, parts: Tensor, begins: bool) -> None:
-    """`sum_parts` by the kernel, in float32."""
-    ranks, n = parts.shape
-    add_parts_kernel[(triton.cdiv(n, _BLOCK),)](total, parts, n, N=ranks, BEGINS=begins, BLOCK=_BLOCK, num_warps=8)
+def add_parts_triton(total: Tensor, own: Tensor, others: Tensor, rank: int, begins: bool) -> None:
+    """`sum_parts` by the kernel, in float32; `own` is empty where it is among the others."""
+    n, apart = total.numel(), own.numel() > 0
+    add_parts_kernel[(triton.cdiv(n, _BLOCK),)](
+        total, own if apart else others, others, n, N=others.shape[0] + apart, OWN=rank if apart else -1,
+        BEGINS=begins, BLOCK=_BLOCK, num_warps=8,
+    )  # fmt: skip

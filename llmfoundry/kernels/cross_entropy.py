@@ -1,31 +1,38 @@
 """Cross-entropy of a linear head, a chunk of tokens at a time: the (T, V) logits are never all alive.
 
-Shapes: T tokens, D d_model, V vocab, N tokens of one chunk.
-Each chunk's logits are made, turned into the loss and, in place of a saved graph, into the gradients of
-hidden states and weight at once; backward only scales those. Three matrix products in all, as without chunks,
-and nothing is recomputed. `cross_entropy_reference` is the plain operation.
+Shapes: T tokens, D d_model, V vocab, N tokens of one piece.
+Each chunk's logits are turned into the loss and, in place of a saved graph, into the gradients of hidden states and
+weight at once; backward only scales those. Three matrix products in all, as without chunks, and nothing is recomputed.
+Logits are made a piece of a chunk at a time, for they have 4 bytes and their gradients 2: products with the gradients
+of more tokens read and write the weight's gradient less often. `cross_entropy_reference` is the plain operation.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # CPU builds of torch come without it
-    triton = None
+from llmfoundry.kernels.scale import scaled_to
+from llmfoundry.kernels.softmax_loss import IGNORE, softmax_loss
+from llmfoundry.kernels.whole import cdiv
 
-IGNORE = -100
-# Logits of one chunk. GPU: 2^28 float32 are 1 GiB; at T = 16384, D = 2048 on an H200 forward and backward
-# take 18.0 ms at V = 50304 and 28.9 ms at T = 8192, V = 151936 (2^26: 19.4 and 39.5 ms; the plain loss: 23.3
-# and 35.7 ms). CPU: 2^20 float32 are 4 MiB and stay in the last-level cache from the product to the softmax
-# and back.
-CHUNK_LOGITS = {"cuda": 2**28, "cpu": 2**20}
+
+class Sizes(NamedTuple):
+    """How many logits and how many of their gradients are alive, at most."""
+
+    logits: int
+    gradients: int
+
+
+# GPU: at most 0.63 GiB of float32 logits, and 1.25 of their gradients in bfloat16: chunks of 4,096 tokens in pieces of
+# 1,024 at Qwen3's vocabulary (151,936), of 8,192 and 2,048 at OLMoE's (50,304). Other sizes: docs/experiments.md.
+# CPU: 2^20 float32 are 4 MiB and stay in the last-level cache from the product to the softmax and back.
+SIZES = {"cuda": Sizes(5 * 2**25, 5 * 2**27), "cpu": Sizes(2**20, 2**20)}
+TILE = 1024  # of tokens: products of other sizes leave some of a GPU's SMs idle
 
 
 class CrossEntropy(NamedTuple):
@@ -83,24 +90,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        total = x.new_zeros((), dtype=dtype)
         by_token = x.new_empty(x.shape[:1], dtype=dtype)
-        dx = x.new_empty(x.shape, dtype=dtype) if needs[0] else None
-        dw = weight.new_zeros(weight.shape, dtype=dtype) if needs[1] else None
-        for chunk in _chunks(x, weight):
-            here = None if dx is None else dx[chunk]
-            by_token[chunk] = _chunk_loss(x[chunk], weight, labels[chunk], softcap, here, dw, dtype)
-            total += by_token[chunk].sum()
+        dx, dw = _loss_and_gradients(x, weight, labels, softcap, by_token, needs)
         ctx.save_for_backward(*cast(tuple[Tensor, Tensor], (dx, dw)))  # None may be saved, which torch's stub forgets
         ctx.dtypes = (x.dtype, weight.dtype)
         ctx.mark_non_differentiable(by_token)
-        return total, by_token
+        return by_token.sum(), by_token
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: _Context, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grads = (
-            None if each is None else torch.mul(each, grad, out=torch.empty_like(each, dtype=dtype))  # in one pass
+            None if each is None else scaled_to(each, grad, dtype)
             for each, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return (*grads, None, None, None)
@@ -117,8 +118,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
     def forward(ctx: _TokenContext, x: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         by_token = x.new_empty(x.shape[:1], dtype=dtype)
-        for chunk in _chunks(x, weight):
-            by_token[chunk] = _chunk_loss(x[chunk], weight, labels[chunk], softcap, None, None, dtype)
+        _loss_and_gradients(x, weight, labels, softcap, by_token, (False, False))
         ctx.save_for_backward(x, weight, labels)
         ctx.softcap = softcap
         return by_token
@@ -127,134 +127,71 @@ class _TokenCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: _TokenContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, labels = ctx.saved_tensors
-        dtype = grad.dtype
-        dx = x.new_empty(x.shape, dtype=dtype) if ctx.needs_input_grad[0] else None
-        dw = weight.new_zeros(weight.shape, dtype=dtype) if ctx.needs_input_grad[1] else None
-        for chunk in _chunks(x, weight):
-            here = None if dx is None else dx[chunk]
-            _chunk_loss(x[chunk], weight, labels[chunk], ctx.softcap, here, dw, dtype, grad[chunk])
+        needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        dx, dw = _loss_and_gradients(x, weight, labels, ctx.softcap, torch.empty_like(grad), needs, grad)
         return None if dx is None else dx.to(x.dtype), None if dw is None else dw.to(weight.dtype), None, None
 
 
-def _chunks(x: Tensor, weight: Tensor) -> list[slice]:
-    """Tokens whose logits are made at once."""
-    n_chunks = max(1, -(-x.shape[0] * weight.shape[0] // CHUNK_LOGITS.get(x.device.type, 2**20)))
-    rows = max(1, -(-x.shape[0] // n_chunks))
-    return [slice(start, min(start + rows, x.shape[0])) for start in range(0, x.shape[0], rows)]
-
-
-def _chunk_loss(
+def _loss_and_gradients(
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
     softcap: float | None,
-    dx: Tensor | None,
-    dw: Tensor | None,
-    dtype: torch.dtype,
+    by_token: Tensor,
+    needs: tuple[bool, bool],
     weights: Tensor | None = None,
-) -> Tensor:
-    """The loss of some tokens, (N,); dx is set and dw added to, of the sum or by `weights` (N,) of tokens.
+) -> tuple[Tensor | None, Tensor | None]:
+    """Write the loss of each token, and return the gradients of x and weight that are needed, in its dtype.
 
-    The logits are freed when it returns.
+    They are those of the sum of all losses, or of the sum by the `weights` (T,) of tokens.
     """
-    logits = _product(x, weight.T, dtype)  # (N, V)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    loss, dlogits = _softmax_loss(logits, labels, x.dtype, dx is not None or dw is not None)
-    if dlogits is not None:
-        if softcap is not None:
-            dlogits = (dlogits * (1 - (logits / softcap) ** 2)).to(x.dtype)
-        if weights is not None:
-            dlogits = (dlogits * weights.unsqueeze(1)).to(x.dtype)
-        if dx is not None:
-            dx.copy_(_product(dlogits, weight, dtype))
-        if dw is not None:  # not for a frozen head
-            _add_product(dw, dlogits.T, x)
-    return loss
+    dtype = by_token.dtype
+    dx = x.new_empty(x.shape, dtype=dtype) if needs[0] else None
+    dw = weight.new_empty(weight.shape, dtype=dtype) if needs[1] else None
+    size, piece = _sizes(x, weight)
+    by_logits = x.new_empty(min(size, len(x)), len(weight)) if any(needs) else None  # the gradient, of one chunk
+    for chunk in _slices(len(x), size):
+        gradient = None if by_logits is None else by_logits[: len(x[chunk])]
+        for part in _slices(len(x[chunk]), piece):
+            at = slice(chunk.start + part.start, chunk.start + part.stop)
+            logits = _product(x[at], weight.T, dtype)  # (N, V)
+            if softcap is not None:
+                logits = logits.div_(softcap).tanh_().mul_(softcap)
+            softmax_loss(logits, labels[at], by_token[at], None if gradient is None else gradient[part], softcap,
+                         None if weights is None else weights[at])  # fmt: skip
+            del logits  # before the next ones are made
+        if dx is not None and gradient is not None:
+            _product(gradient, weight, dtype, out=dx[chunk])
+        if dw is not None and gradient is not None:
+            _add_product(dw, gradient.T, x[chunk], begins=chunk.start == 0)
+    return dx, dw
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """`a @ b` with the result in `dtype`, not rounded to the operands' on the way."""
-    if a.dtype == dtype:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=dtype)
-    return a.to(dtype) @ b.to(dtype)
+def _sizes(x: Tensor, weight: Tensor) -> tuple[int, int]:
+    """Tokens of a chunk and of a piece of it: powers of two, but for the last ones and chunks made equal."""
+    sizes = SIZES.get(x.device.type, SIZES["cpu"])
+    chunk, piece = (1 << max(0, (size // len(weight)).bit_length() - 1) for size in (sizes.gradients, sizes.logits))
+    equal = cdiv(len(x), max(1, cdiv(len(x), chunk)))
+    return min(chunk, max(1, cdiv(equal, TILE) * TILE)), piece
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """`total += a @ b` in the dtype of `total`."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda:
+def _slices(n: int, size: int) -> Iterator[slice]:
+    """At least one, though of nothing."""
+    return (slice(start, min(start + size, n)) for start in range(0, max(n, 1), size))
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """`a @ b` with the result in `dtype`, not rounded to the operands' on the way; written to `out`, of that dtype."""
+    if a.is_cuda and a.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype) if out is None else torch.mm(a, b, out_dtype=dtype, out=out)
+    return torch.mm(a.to(dtype), b.to(dtype), out=out)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, begins: bool) -> None:
+    """`total += a @ b` in the dtype of `total`; where it begins, what was there before does not count."""
+    if begins:
+        _product(a, b, total.dtype, out=total)
+    elif a.is_cuda and a.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
-        total += _product(a, b, total.dtype)
-
-
-def _softmax_loss(logits: Tensor, labels: Tensor, dtype: torch.dtype, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Loss of each token, (N,), and its gradient by the logits, (N, V) in `dtype`."""
-    if logits.is_cuda and triton is not None and logits.dtype == torch.float32:
-        return _softmax_loss_triton(logits, labels, dtype, needs_grad)
-    counts = labels != IGNORE
-    index = labels.where(counts, 0).unsqueeze(1)
-    log_p = torch.log_softmax(logits, dim=-1)
-    loss = -log_p.gather(1, index).squeeze(1) * counts
-    if not needs_grad:
-        return loss, None
-    gradient = log_p.exp_()
-    gradient.scatter_add_(1, index, -torch.ones_like(loss).unsqueeze(1))
-    return loss, (gradient.mul_(counts.unsqueeze(1))).to(dtype)
-
-
-def _softmax_loss_triton(
-    logits: Tensor, labels: Tensor, dtype: torch.dtype, needs_grad: bool
-) -> tuple[Tensor, Tensor | None]:
-    n, vocab = logits.shape
-    loss = torch.empty(n, dtype=torch.float32, device=logits.device)
-    gradient = torch.empty_like(logits, dtype=dtype) if needs_grad else logits
-    if n:
-        block = min(8192, triton.next_power_of_2(vocab))
-        _softmax_loss_kernel[(n,)](logits, labels, loss, gradient, vocab, IGNORE, needs_grad, block, num_warps=16)
-    return loss, gradient if needs_grad else None
-
-
-if triton is not None:
-
-    @triton.jit
-    def _softmax_loss_kernel(
-        logits,
-        labels,
-        loss,
-        gradient,
-        vocab,
-        IGNORE: tl.constexpr,
-        NEEDS_GRAD: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        """One program a token: a pass over its logits for max and sum, and one (from L2) for the gradient."""
-        row = tl.program_id(0)
-        base = row.to(tl.int64) * vocab
-        label = tl.load(labels + row)
-        columns = tl.arange(0, BLOCK)
-        top = tl.full((BLOCK,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, vocab, BLOCK):
-            z = tl.load(logits + base + start + columns, start + columns < vocab, float("-inf"))
-            higher = tl.maximum(top, z)
-            # A lane that has seen nothing but padding holds -inf: keep exp(-inf - -inf) out of the sum.
-            total = tl.where(higher == float("-inf"), 0.0, total * tl.exp(top - higher) + tl.exp(z - higher))
-            top = higher
-        peak = tl.max(top)
-        total = tl.sum(tl.where(top == float("-inf"), 0.0, total * tl.exp(top - peak)))
-        logsumexp = peak + tl.log(total)
-        counts = label != IGNORE
-        # A label outside the vocabulary shows as NaN instead of reading another row.
-        chosen = tl.load(logits + base + label, (label >= 0) & (label < vocab), float("nan"))
-        tl.store(loss + row, tl.where(counts, logsumexp - chosen, 0.0))
-        if NEEDS_GRAD:
-            for start in range(0, vocab, BLOCK):
-                at = start + columns
-                z = tl.load(logits + base + at, at < vocab, float("-inf"))
-                g = tl.where(counts, tl.exp(z - logsumexp) - tl.where(at == label, 1.0, 0.0), 0.0)
-                tl.store(gradient + base + at, g, at < vocab)
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))

@@ -183,10 +183,9 @@ def _(
 
 
 class _RowGradients(NamedTuple):
-    """Gradients of the inputs (empty if not needed), and the rows that the weight gradients are computed from."""
+    """The gradient of the routing weights, and the rows that all others are computed from."""
 
-    dx: Tensor  # (T, D)
-    dweights: Tensor  # (T, K) float32
+    dweights: Tensor  # (T, K) float32; empty if not needed
     dy_rows: Tensor  # (R, D) e4m3
     dy_scale: Tensor  # (R,)
     dh: Tensor  # (R, 2F) or (R, F) e4m3
@@ -211,9 +210,8 @@ def _backward_rows(
     activation: str,
     gated: bool,
     n_rows: int,
-    need_x: bool,
     need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`_RowGradients`, as a tuple, which is what operators return."""
     order, run = Order(expert_start, row_slot, slot_row), _passes(x)
     tiles = run.tiles(expert_start, n_rows)
@@ -221,13 +219,8 @@ def _backward_rows(
     da = run.product(dy_rows, run.turned_weight(w2, w2_scale), tiles, x.dtype)  # (R, F)
     back = run.activate_backward(da, h, weights, row_slot, tiles, activation=activation, gated=gated)
     del da
-    dx = dweights = x.new_empty(0)
-    if need_weights:
-        dweights = run.slot_sums(back.ds, order).view(weights.shape)
-    if need_x:
-        rows = run.product(back.dh, run.turned_weight(w1, w1_scale), tiles, x.dtype)  # (R, D)
-        dx = run.sum_rows(rows, order, weights.shape[1])
-    return _RowGradients(dx, dweights, *dy_rows, *back.dh, *back.a)
+    dweights = run.slot_sums(back.ds, order).view(weights.shape) if need_weights else x.new_empty(0)
+    return _RowGradients(dweights, *dy_rows, *back.dh, *back.a)
 
 
 @_backward_rows.register_fake
@@ -246,18 +239,49 @@ def _(
     activation: str,
     gated: bool,
     n_rows: int,
-    need_x: bool,
     need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dx, dweights = (
-        torch.empty_like(t) if need else x.new_empty(0) for t, need in ((x, need_x), (weights, need_weights))
-    )
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dweights = torch.empty_like(weights) if need_weights else x.new_empty(0)
     rows = (
         each
         for width in (x.shape[1], w1.shape[1], w2.shape[2])
         for each in (x.new_empty(n_rows, width, dtype=E4M3), x.new_empty(n_rows, dtype=torch.float32))
     )
-    return _RowGradients(dx, dweights, *rows)
+    return _RowGradients(dweights, *rows)
+
+
+@torch.library.custom_op("llmfoundry::experts_scaled_input_gradient", mutates_args=())
+def _input_gradient(
+    dh: Tensor,
+    dh_scale: Tensor,
+    w1: Tensor,
+    w1_scale: Tensor,
+    expert_start: Tensor,
+    row_slot: Tensor,
+    slot_row: Tensor,
+    n_rows: int,
+    top_k: int,
+) -> Tensor:
+    """The gradient of x (T, D), from that of h (R, 2F) or (R, F) in e4m3."""
+    run = _passes(w1)
+    tiles = run.tiles(expert_start, n_rows)
+    rows = run.product(Scaled(dh, dh_scale), run.turned_weight(w1, w1_scale), tiles, w1.dtype)  # (R, D)
+    return run.sum_rows(rows, Order(expert_start, row_slot, slot_row), top_k)
+
+
+@_input_gradient.register_fake
+def _(
+    dh: Tensor,
+    dh_scale: Tensor,
+    w1: Tensor,
+    w1_scale: Tensor,
+    expert_start: Tensor,
+    row_slot: Tensor,
+    slot_row: Tensor,
+    n_rows: int,
+    top_k: int,
+) -> Tensor:
+    return w1.new_empty(slot_row.numel() // top_k, w1.shape[2])
 
 
 @torch.library.custom_op("llmfoundry::experts_scaled_weight_gradient", mutates_args=())
@@ -318,26 +342,29 @@ def _setup(ctx: _Context, inputs: Inputs, output: tuple[Tensor, Tensor, Tensor, 
     ctx.unit = (activation, gated, n_rows)
 
 
-def _gradients(ctx: _Context, needs: tuple[bool, ...], dy: Tensor) -> tuple[Tensor | None, Tensor | None, Deferred]:
-    """The gradients of x and weights, and functions that compute those of the matrices."""
+def _gradients(ctx: _Context, needs: tuple[bool, ...], dy: Tensor) -> tuple[Tensor | None, Deferred]:
+    """The gradient of the routing weights, and functions that compute those of x and of the matrices."""
     x, weights, w1, w2, *order, h, w1_scale, w2_scale = ctx.saved_tensors
     need_x, need_weights, need_w1, need_w2 = needs
-    dx, dweights, dy_rows, dy_scale, dh, dh_scale, a, a_scale = _backward_rows(
-        dy.contiguous(), x, weights, h, w1, w2, w1_scale, w2_scale, *order, *ctx.unit, need_x, need_weights
+    dweights, dy_rows, dy_scale, dh, dh_scale, a, a_scale = _backward_rows(
+        dy.contiguous(), x, weights, h, w1, w2, w1_scale, w2_scale, *order, *ctx.unit, need_weights
     )
     n_rows = ctx.unit[-1]
+    # In this order each frees as much as it can before the next.
     deferred: Deferred = {}
     if need_w2:
         deferred["w2"] = partial(_weight_gradient, dy_rows, dy_scale, a, a_scale, *order[:2], n_rows, w2.dtype)
+    if need_x:
+        deferred["x"] = partial(_input_gradient, dh, dh_scale, w1, w1_scale, *order, n_rows, weights.shape[1])
     if need_w1:
         deferred["w1"] = partial(_weight_gradient, dh, dh_scale, x, None, *order[:2], n_rows, w1.dtype)
-    return dx if need_x else None, dweights if need_weights else None, deferred
+    return dweights if need_weights else None, deferred
 
 
 def _autograd(ctx: _Context, dy: Tensor, *_unused: None) -> tuple[Tensor | None, ...]:
-    dx, dweights, deferred = _gradients(ctx, ctx.needs_input_grad[:4], dy)
+    dweights, deferred = _gradients(ctx, ctx.needs_input_grad[:4], dy)
     grads = computed(deferred)
-    return dx, dweights, grads.get("w1"), grads.get("w2"), *[None] * 6
+    return grads.get("x"), dweights, grads.get("w1"), grads.get("w2"), *[None] * 6
 
 
 _forward.register_autograd(_autograd, setup_context=_setup)
@@ -356,9 +383,11 @@ class _LateExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: _Context, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dweights, deferred = _gradients(ctx, ctx.needs_input_grad[1:5], dy)
+        dweights, deferred = _gradients(ctx, ctx.needs_input_grad[1:5], dy)
+        # Before the weights: a collective may need it.
+        grads = computed({"x": deferred.pop("x")}) if "x" in deferred else {}
         computed(deferred, ctx.late)
-        return None, dx, dweights, *[None] * 8
+        return None, grads.get("x"), dweights, *[None] * 8
 
 
 Shape = tuple[int, ...]
@@ -377,7 +406,15 @@ def _backward_rows_flops(
     dy: Shape, x: Shape, weights: Shape, h: Shape, w1: Shape, w2: Shape, *args: object,
     out_shape: object = None, **_: object,
 ) -> int:  # fmt: skip
-    return _forward_flops(x, weights, w1, w2)
+    return 2 * weights[0] * weights[1] * w2[1] * w2[2]
+
+
+@register_flop_formula(torch.ops.llmfoundry.experts_scaled_input_gradient)
+def _input_gradient_flops(
+    dh: Shape, dh_scale: Shape, w1: Shape, w1_scale: Shape, expert_start: Shape, row_slot: Shape, slot_row: Shape,
+    *args: object, out_shape: object = None, **_: object,
+) -> int:  # fmt: skip
+    return 2 * slot_row[0] * w1[1] * w1[2]
 
 
 @register_flop_formula(torch.ops.llmfoundry.experts_scaled_weight_gradient)

@@ -2,12 +2,12 @@
 
 Shapes: T tokens, D d_model, F ffn hidden size, E experts, K top_k, R rows in expert order, r rank of adapters.
 Forward: gather, up projection with activation, down projection, sum per token. Backward: gather, gradients of
-activation and routing weights, gradient of x, sum per token; then the weight gradients dw2 and dw1, in operators of
-their own so that a collective can start before them. Forward keeps x, the pre-activation h and int32 indices; backward
-computes a' = s * a and the gathered rows again. Adapters put a narrow product before each wide one, which adds the
-second narrow one in its loop; forward keeps the results, u = x A^T and a' A^T, too. Biases of w1 are added in its
-kernel, those of w2 where a token's rows are summed. The host reads nothing, so a CUDA graph can capture both, and the
-routing may change between replays.
+activation and routing weights; then dw2, which frees the rows that it needs; the gradient of x, summed per token; dw1.
+These are operators of their own, so that x comes first where a collective waits for its gradient. Forward keeps x, the
+pre-activation h and int32 indices; backward computes a' = s * a and the gathered rows again. Adapters put a narrow
+product before each wide one, which adds the second narrow one in its loop; forward keeps the results, u = x A^T and
+a' A^T, too. Biases of w1 are added in its kernel, those of w2 where a token's rows are summed. The host reads nothing,
+so a CUDA graph can capture both, and the routing may change between replays.
 
 With few tokens the host's work counts. So row tiles are found once, in forward, and outside a compiler `_Experts` takes
 the place of the autograd that an operator registers, which is 80 us slower, and calls what operators do, not them.
@@ -15,6 +15,7 @@ the place of the autograd that an operator registers, which is 80 us slower, and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -214,10 +215,9 @@ def _narrow(
 
 
 class _RowGradients(NamedTuple):
-    """Gradients of the inputs (empty if not needed), and the rows that the weight gradients are computed from."""
+    """The gradient of the routing weights, and the rows that all others are computed from."""
 
-    dx: Tensor  # (T, D)
-    dweights: Tensor  # (T, K) float32
+    dweights: Tensor  # (T, K) float32; empty if not needed
     dy_rows: Tensor  # (R, D)
     dh: Tensor  # (R, 2F) or (R, F)
     a: Tensor  # (R, F), a' = s * a
@@ -249,9 +249,8 @@ def _backward_rows(
     limit: float | None,
     n_rows: int,
     scale: float,
-    need_x: bool,
     need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`_RowGradients`, as a tuple, which is what operators return."""
     order = Order(expert_start, row_slot, slot_row)
     problem = _problem(w1, w2, n_rows)
@@ -278,12 +277,8 @@ def _backward_rows(
         ),
     )
     dweights = slot_sums(ds, order, dots).view(weights.shape) if need_weights else none
-    du_up, beside = _narrow(dh, up_b, up_a, tiles, problem, scale, transposed=True)
-    dx = none
-    if need_x:
-        dx_rows = pick(DX, problem, partial(grouped, dh, w1, tiles, transposed=True, beside=beside))  # (R, D)
-        dx = sum_rows(dx_rows, order, weights.shape[1])
-    return _RowGradients(dx, dweights, dy_rows, dh, a, du_up, du_down)
+    du_up, _ = _narrow(dh, up_b, up_a, tiles, problem, scale, transposed=True)
+    return _RowGradients(dweights, dy_rows, dh, a, du_up, du_down)
 
 
 @_backward_rows.register_fake
@@ -310,14 +305,50 @@ def _(
     limit: float | None,
     n_rows: int,
     scale: float,
-    need_x: bool,
     need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dx, dweights = (
-        torch.empty_like(t) if need else x.new_empty(0) for t, need in ((x, need_x), (weights, need_weights))
-    )
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dweights = torch.empty_like(weights) if need_weights else x.new_empty(0)
     rows = (x.new_empty(n_rows, width) for width in (x.shape[1], w1.shape[1], w2.shape[2]))
-    return _RowGradients(dx, dweights, *rows, *(_empty_u(x, a, n_rows) for a in (up_a, down_a)))
+    return _RowGradients(dweights, *rows, *(_empty_u(x, a, n_rows) for a in (up_a, down_a)))
+
+
+@torch.library.custom_op("llmfoundry::experts_input_gradient", mutates_args=())
+def _input_gradient(
+    dh: Tensor,
+    du_up: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    up_a: Tensor | None,
+    expert_start: Tensor,
+    row_slot: Tensor,
+    slot_row: Tensor,
+    row_tiles: Tensor,
+    n_rows: int,
+    top_k: int,
+) -> Tensor:
+    """The gradient of x (T, D), from that of h (R, 2F) or (R, F)."""
+    problem = _problem(w1, w2, n_rows)
+    tiles = tiles_in(row_tiles, expert_start, n_rows)
+    beside = None if up_a is None else Beside(du_up, up_a)
+    dx_rows = pick(DX, problem, partial(grouped, dh, w1, tiles, transposed=True, beside=beside))  # (R, D)
+    return sum_rows(dx_rows, Order(expert_start, row_slot, slot_row), top_k)
+
+
+@_input_gradient.register_fake
+def _(
+    dh: Tensor,
+    du_up: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    up_a: Tensor | None,
+    expert_start: Tensor,
+    row_slot: Tensor,
+    slot_row: Tensor,
+    row_tiles: Tensor,
+    n_rows: int,
+    top_k: int,
+) -> Tensor:
+    return dh.new_empty(slot_row.numel() // top_k, w2.shape[1])
 
 
 @torch.library.custom_op("llmfoundry::experts_weight_gradient", mutates_args=())
@@ -408,37 +439,39 @@ def _setup(ctx: _Context, inputs: Inputs, output: tuple[Tensor, Tensor, Tensor, 
     ctx.unit = (activation, gated, limit, n_rows, scale)
 
 
-def _gradients(ctx: _Context, needs: tuple[bool, ...], dy: Tensor) -> tuple[Tensor | None, Tensor | None, Deferred]:
-    """The gradients of x and weights, and functions that compute those of the matrices."""
+def _gradients(ctx: _Context, needs: tuple[bool, ...], dy: Tensor) -> tuple[Tensor | None, Deferred]:
+    """The gradient of the routing weights, and functions that compute those of x and of the matrices."""
     x, weights, w1, w2, *others, h, u_up, u_down = ctx.saved_tensors
     need_x, need_weights, *need_by_weight = needs
     dy = dy.contiguous()
-    dx, dweights, dy_rows, dh, a, du_up, du_down = _call(
-        _backward_rows, dy, x, weights, h, w1, w2, *others, *ctx.unit, need_x, need_weights
+    dweights, dy_rows, dh, a, du_up, du_down = _call(
+        _backward_rows, dy, x, weights, h, w1, w2, *others, *ctx.unit, need_weights
     )
-    # Of output and input. In this order each frees as much as it can before the next.
-    sides = {
-        "w2": (dy_rows, a), "down_b": (dy, u_down), "down_a": (du_down, a),
-        "w1": (dh, x), "up_b": (dh, u_up), "up_a": (du_up, x),
-    }  # fmt: skip
-    needed = dict(zip(WEIGHTS, need_by_weight, strict=True))
     order, n_rows = others[-4:], ctx.unit[3]
-    deferred: Deferred = {
-        name: partial(_call, _weight_gradient, name, *both, w1, w2, *order, n_rows)
-        for name, both in sides.items()
-        if needed[name]
+
+    def matrix(name: str, left: Tensor, right: Tensor) -> Callable[[], Tensor]:
+        return partial(_call, _weight_gradient, name, left, right, w1, w2, *order, n_rows)
+
+    # In this order each frees as much as it can before the next.
+    every: Deferred = {
+        "w2": matrix("w2", dy_rows, a),
+        "down_b": matrix("down_b", dy, u_down),
+        "down_a": matrix("down_a", du_down, a),
+        "b2": partial(_call, _bias_gradient, dy_rows, weights, *order[:3]),
+        "x": partial(_call, _input_gradient, dh, du_up, w1, w2, others[2], *order, n_rows, weights.shape[1]),
+        "w1": matrix("w1", dh, x),
+        "up_b": matrix("up_b", dh, u_up),
+        "up_a": matrix("up_a", du_up, x),
+        "b1": partial(_call, _bias_gradient, dh, None, *order[:3]),
     }
-    if needed["b2"]:
-        deferred["b2"] = partial(_call, _bias_gradient, dy_rows, weights, *order[:3])
-    if needed["b1"]:
-        deferred["b1"] = partial(_call, _bias_gradient, dh, None, *order[:3])
-    return dx if need_x else None, dweights if need_weights else None, deferred
+    needed = dict(zip(WEIGHTS, need_by_weight, strict=True), x=need_x)
+    return dweights if need_weights else None, {name: every[name] for name in every if needed[name]}
 
 
 def _autograd(ctx: _Context, dy: Tensor, *_unused: None) -> tuple[Tensor | None, ...]:
-    dx, dweights, deferred = _gradients(ctx, ctx.needs_input_grad[:10], dy)
+    dweights, deferred = _gradients(ctx, ctx.needs_input_grad[:10], dy)
     grads = computed(deferred)
-    return dx, dweights, *(grads.get(name) for name in WEIGHTS), *[None] * 10
+    return grads.get("x"), dweights, *(grads.get(name) for name in WEIGHTS), *[None] * 10
 
 
 _forward.register_autograd(_autograd, setup_context=_setup)
@@ -457,9 +490,11 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: _Context, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dweights, deferred = _gradients(ctx, ctx.needs_input_grad[1:11], dy)
-        grads = computed(deferred, ctx.late)
-        return None, dx, dweights, *(grads.get(name) for name in WEIGHTS), *[None] * 10
+        dweights, deferred = _gradients(ctx, ctx.needs_input_grad[1:11], dy)
+        # Where weights wait, x does not: a collective may need its gradient.
+        first = computed({"x": deferred.pop("x")}) if ctx.late is not None and "x" in deferred else {}
+        grads = computed(deferred, ctx.late) | first
+        return None, grads.get("x"), dweights, *(grads.get(name) for name in WEIGHTS), *[None] * 10
 
 
 Shape = tuple[int, ...]
@@ -477,10 +512,20 @@ def _forward_flops(
 
 @register_flop_formula(torch.ops.llmfoundry.experts_backward_rows)
 def _backward_rows_flops(
-    dy: Shape, x: Shape, weights: Shape, h: Shape, w1: Shape, w2: Shape, *args: object,
+    dy: Shape, x: Shape, weights: Shape, h: Shape, w1: Shape, w2: Shape, b1: Shape | None, b2: Shape | None,
+    up_a: Shape | None, up_b: Shape | None, down_a: Shape | None, down_b: Shape | None, *args: object,
     out_shape: object = None, **_: object,
 ) -> int:  # fmt: skip
-    return _forward_flops(x, weights, w1, w2, *args)
+    met = sum(each[1] * each[2] for each in (w2, up_b, down_a, down_b) if each is not None)
+    return 2 * weights[0] * weights[1] * met
+
+
+@register_flop_formula(torch.ops.llmfoundry.experts_input_gradient)
+def _input_gradient_flops(
+    dh: Shape, du_up: Shape, w1: Shape, w2: Shape, up_a: Shape | None, expert_start: Shape, row_slot: Shape,
+    slot_row: Shape, *args: object, out_shape: object = None, **_: object,
+) -> int:  # fmt: skip
+    return 2 * slot_row[0] * sum(each[1] * each[2] for each in (w1, up_a) if each is not None)
 
 
 @register_flop_formula(torch.ops.llmfoundry.experts_weight_gradient)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmfoundry.kernels.symmetric import symmetric_product
+from llmfoundry.kernels.symmetric import Scale, symmetric_product
 from llmfoundry.kernels.update import Place, noise_of, read_weight, rounded, write_weight
 
 try:
@@ -31,42 +31,68 @@ except ImportError:  # CPU builds of torch come without it
 # Of the polynomial a x + b x^3 + c x^5. Its slope at zero is as large as it can be, so that small singular values grow
 # fast; the large ones end between 0.7 and 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+# A step multiplies what rounding made of the least eigenvalues by up to a^2 = 12. In bfloat16 that may be -1e-3 at
+# first, and at about -1 the polynomial diverges. In the last of this many steps it is -0.14, and needs no next Gram
+# matrix; then the product is taken anew from the matrix itself.
+_STEPS_OF_GRAM = 3
 _LEAST_NORM = 1e-7  # of a matrix that is divided by its norm: a gradient of zeros stays zero
 
 
-def orthogonalize(x: Tensor, steps: int, *, symmetric: bool = False) -> Tensor:
+def orthogonalize(x: Tensor, steps: int) -> Tensor:
     """The orthogonal matrices nearest to these, about: singular values between 0.7 and 1.2, by Newton-Schulz.
 
-    The product of a matrix with itself is taken on its shorter side, and nothing is transposed in memory.
+    `x <- (a + b g + c g^2) x` with `g = x x^T`, or with columns for rows where they are fewer. The factors commute with
+    `g`, so the iteration runs on the S x S matrices alone: `g <- f g f` and `q <- f q`, all symmetric, and `q x` comes
+    after three steps and at the end. In exact arithmetic that is the plain iteration. The norm is the root of the first
+    `g`'s trace and divides nothing in memory: it scales the products that come first.
 
     Args:
-        x: (N, R, C) of any float dtype, the one of the products; it is overwritten.
-        steps: of the iteration, each of three products.
-        symmetric: whether to compute half of the first two, whose results are symmetric (kernels/symmetric.py).
+        x: (N, R, C) of any float dtype, the one of the products; norms up to 1e9.
+        steps: of the iteration.
 
     Returns:
         (N, R, C).
+
+    Source: Zhang et al. 2026, Gram Newton-Schulz, https://dao-ailab.github.io/blog/2026/gram-newton-schulz.
     """
     a, b, c = COEFFICIENTS
-    norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    x = x.div_(norm.clamp(min=_LEAST_NORM))
     wide = x.shape[1] <= x.shape[2]
-    for _ in range(steps):
-        if symmetric:
-            square = symmetric_product(x if wide else x.mT)
-            factor = symmetric_product(square, square, alpha=c, beta=b)
-        else:
-            square = x @ x.mT if wide else x.mT @ x  # (N, S, S) of the shorter side
-            factor = torch.baddbmm(square, square, square, beta=b, alpha=c)
-        x = torch.baddbmm(x, factor, x, beta=a) if wide else torch.baddbmm(x, x, factor, beta=a)
+    for first in range(0, steps, _STEPS_OF_GRAM):
+        gram = symmetric_product(x if wide else x.mT)
+        square: Scale = 1.0  # what the Gram matrix is still to be multiplied by
+        root: Scale = 1.0
+        if first == 0:
+            exact = torch.promote_types(x.dtype, torch.float32)
+            square = 1 / gram.diagonal(dim1=1, dim2=2).sum(1, dtype=exact).clamp(min=_LEAST_NORM**2)
+            root = square.sqrt()
+        product = None  # of the factors
+        for step in range(first, min(first + _STEPS_OF_GRAM, steps)):
+            factor = symmetric_product(gram, plus=gram, alpha=c * square**2, beta=b * square, diagonal=a)
+            if step + 1 < min(first + _STEPS_OF_GRAM, steps):
+                half = symmetric_product(gram, factor, alpha=square)
+                gram, square = symmetric_product(factor, half), 1.0
+            if product is None:
+                product = factor
+            else:
+                product, root = symmetric_product(product, factor, alpha=root), 1.0
+        assert product is not None
+        x = product @ x if wide else x @ product
+        if isinstance(root, Tensor):  # a single step
+            x.mul_(root[:, None, None])
     return x
 
 
-def orthogonalize_flops(rows: int, columns: int, steps: int, *, symmetric: bool = False) -> float:
-    """FLOPs of `orthogonalize` for one matrix; tiles on the diagonal are not counted twice."""
+def orthogonalize_flops(rows: int, columns: int, steps: int, *, halves: bool = True) -> float:
+    """FLOPs of `orthogonalize` for one matrix.
+
+    Args:
+        halves: whether of symmetric products a half is computed, as on GPUs; tiles on the diagonal count as halves.
+    """
     short, long = min(rows, columns), max(rows, columns)
-    with_itself = 2 * short * short * long + 2 * short**3
-    return steps * (2 * short * short * long + with_itself / (2 if symmetric else 1))
+    runs = [min(_STEPS_OF_GRAM, steps - first) for first in range(0, steps, _STEPS_OF_GRAM)]
+    small = sum(4 * run - 3 for run in runs)  # of a run's steps each has four products, the first and last but one less
+    symmetric = 2 * short * short * (long * len(runs) + short * small)
+    return symmetric / (2 if halves else 1) + 2 * short * short * long * len(runs)
 
 
 @torch.library.custom_op("llmfoundry::momentum_", mutates_args=("moment", "direction"))

@@ -1,7 +1,8 @@
-"""Products of matrices with themselves: only the tiles on and below the diagonal are computed, the others are copies.
+"""Products that are known to be symmetric: only tiles on and below the diagonal are computed, the others are copies.
 
-That is half of the FLOPs of two of the three products of a Newton-Schulz step (kernels/muon.py). Not measured on a GPU
-yet, so it is an option and no default.
+That is half of the FLOPs of nearly all products of Muon's iteration (kernels/muon.py). Operands come and results go by
+TMA. A tile is small enough that two programs share an SM: one can write its tile and the copy while the other
+multiplies.
 
 Shapes: N matrices of S rows and K columns in one batch.
 """
@@ -11,81 +12,123 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmfoundry.kernels.whole import cdiv
+
 try:
     import triton
     import triton.language as tl
+
+    from llmfoundry.kernels.tiles import plain
 except ImportError:  # CPU builds of torch come without it
     triton = None
 
+Scale = float | Tensor  # of all matrices, or (N,) float32: of each
 
-def symmetric_product(x: Tensor, plus: Tensor | None = None, *, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
-    """`alpha x x^T + beta plus`, symmetric to the bit on GPUs.
+
+def symmetric_product(
+    left: Tensor,
+    right: Tensor | None = None,
+    plus: Tensor | None = None,
+    *,
+    alpha: Scale = 1.0,
+    beta: Scale = 0.0,
+    diagonal: float = 0.0,
+) -> Tensor:
+    """`alpha left right^T + beta plus + diagonal I`, where that is symmetric; the part below the diagonal counts.
 
     Args:
-        x: (N, S, K), strided in any way; bfloat16 or float32 on GPUs.
+        left: (N, S, K), contiguous, or the transpose of what is; bfloat16 or float32 for the kernel.
+        right: as `left`; None: `left`. Of two different matrices the product must be symmetric, as it is of two
+            symmetric ones that commute.
         plus: (N, S, S), symmetric and contiguous, of the same dtype.
 
     Returns:
-        (N, S, S) in the dtype of `x`; sums are in float32, or in that of `x` on CPUs.
+        (N, S, S) in the dtype of `left`, symmetric to the bit; sums are in float32, or in that of `left` on CPUs.
     """
-    run = symmetric_triton if x.is_cuda and x.dtype != torch.float64 else symmetric_reference
-    return run(x, plus, alpha=alpha, beta=beta)
+    right = left if right is None else right
+    run = symmetric_triton if left.is_cuda and _has_descriptors(left) else symmetric_reference
+    return run(left, right, plus, alpha=alpha, beta=beta, diagonal=diagonal)
 
 
-def symmetric_reference(x: Tensor, plus: Tensor | None, *, alpha: float, beta: float) -> Tensor:
+def _has_descriptors(left: Tensor) -> bool:
+    """Whether TMA reads and writes these: rows begin at multiples of 16 bytes."""
+    sides = left.shape[1:] if left.is_contiguous() else left.shape[1:2]
+    return left.dtype in (torch.bfloat16, torch.float32) and all(side * left.itemsize % 16 == 0 for side in sides)
+
+
+def symmetric_reference(
+    left: Tensor, right: Tensor, plus: Tensor | None, *, alpha: Scale, beta: Scale, diagonal: float
+) -> Tensor:
     """`symmetric_product` in plain PyTorch."""
-    if plus is None:
-        return (x @ x.mT).mul_(alpha)
-    return torch.baddbmm(plus, x, x.mT, beta=beta, alpha=alpha)
+    out = (left @ right.mT).mul_(_of_each(alpha))
+    if plus is not None:
+        out.add_(plus * _of_each(beta))
+    if diagonal:
+        out.diagonal(dim1=1, dim2=2).add_(diagonal)
+    return out.tril_().add_(out.tril(-1).mT)
+
+
+def _of_each(scale: Scale) -> Scale:
+    return scale[:, None, None] if isinstance(scale, Tensor) else scale
 
 
 if triton is not None:
-    BLOCK, DEPTH_BYTES, WARPS, STAGES = 128, 128, 8, 4  # 128 KiB of shared memory
+    # Two programs share an SM: 96 KiB of shared memory and 128 registers for each thread.
+    BLOCK, DEPTH_BYTES, WARPS, STAGES = 128, 128, 8, 3
 
     @triton.jit
     def symmetric_kernel(
-        x_ptr, plus_ptr, out_ptr, S, K, matrix_stride, row_stride, column_stride, alpha, beta,
-        PLUS: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+        left_desc, right_desc, plus_desc, out_desc, alpha, beta, diagonal, S, K,
+        COLUMNS: tl.constexpr, PLUS: tl.constexpr, ALPHAS: tl.constexpr, BETAS: tl.constexpr, BLOCK: tl.constexpr,
+        DEPTH: tl.constexpr,
     ):  # fmt: skip
-        # Tile t of the triangle is in row i of tiles, which t = i (i + 1) / 2 begins.
-        t = tl.program_id(0)
+        # Block t of the triangle is in row i of blocks, which t = i (i + 1) / 2 begins.
+        t, n = tl.program_id(0), tl.program_id(1)
         i = ((tl.sqrt(8 * t.to(tl.float32) + 1) - 1) / 2).to(tl.int32)
         i = tl.where(i * (i + 1) // 2 > t, i - 1, i)  # the root may be rounded
         i = tl.where((i + 1) * (i + 2) // 2 <= t, i + 1, i)
-        j = t - i * (i + 1) // 2
-        n = tl.program_id(1).to(tl.int64)
-        rows, columns = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK)
-        x_ptr += n * matrix_stride
-        total = tl.zeros((BLOCK, BLOCK), tl.float32)
-        for start in tl.range(0, K, DEPTH):
-            k = start + tl.arange(0, DEPTH)
-            left = tl.load(x_ptr + rows[:, None] * row_stride + k[None, :] * column_stride,
-                           (rows < S)[:, None] & (k < K)[None, :], other=0.0)  # fmt: skip
-            right = tl.load(x_ptr + columns[None, :] * row_stride + k[:, None] * column_stride,
-                            (columns < S)[None, :] & (k < K)[:, None], other=0.0)  # fmt: skip
-            total = tl.dot(left, right, total, input_precision="tf32x3")
-        total *= alpha
-        at = rows[:, None] * S + columns[None, :]
-        inside = (rows < S)[:, None] & (columns < S)[None, :]
-        begin = n * S * S
+        row, column = i * BLOCK, (t - i * (i + 1) // 2) * BLOCK
+        acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+        for k in tl.range(0, K, DEPTH):
+            if COLUMNS:
+                left = left_desc.load([n, k, row]).reshape([DEPTH, BLOCK]).T
+                right = right_desc.load([n, k, column]).reshape([DEPTH, BLOCK])
+            else:
+                left = left_desc.load([n, row, k]).reshape([BLOCK, DEPTH])
+                right = right_desc.load([n, column, k]).reshape([BLOCK, DEPTH]).T
+            acc = tl.dot(left, right, acc, input_precision="tf32x3")
+        if ALPHAS:
+            alpha = tl.load(alpha + n)
+        acc *= alpha
         if PLUS:
-            total += beta * tl.load(plus_ptr + begin + at, inside, other=0.0).to(tl.float32)
-        result = total.to(out_ptr.dtype.element_ty)
-        if i == j:  # tensor cores may sum (a, b) in another order than (b, a): the lower triangle counts
-            result = tl.where(rows[:, None] >= columns[None, :], result, tl.trans(result))
-        tl.store(out_ptr + begin + at, result, inside)
-        if i != j:
-            across = columns[:, None] * S + rows[None, :]
-            tl.store(out_ptr + begin + across, tl.trans(result), (columns < S)[:, None] & (rows < S)[None, :])
+            if BETAS:
+                beta = tl.load(beta + n)
+            acc += beta * plus_desc.load([n, row, column]).reshape([BLOCK, BLOCK]).to(tl.float32)
+        if row == column:
+            rows, columns = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+            result = tl.where(rows == columns, acc + diagonal, acc).to(out_desc.dtype)
+            result = tl.where(rows >= columns, result, tl.trans(result))
+            out_desc.store([n, row, column], result.reshape([1, BLOCK, BLOCK]))
+        else:
+            result = acc.to(out_desc.dtype)
+            out_desc.store([n, row, column], result.reshape([1, BLOCK, BLOCK]))
+            out_desc.store([n, column, row], tl.trans(result).reshape([1, BLOCK, BLOCK]))
 
 
-def symmetric_triton(x: Tensor, plus: Tensor | None, *, alpha: float, beta: float) -> Tensor:
+def symmetric_triton(
+    left: Tensor, right: Tensor, plus: Tensor | None, *, alpha: Scale, beta: Scale, diagonal: float
+) -> Tensor:
     """`symmetric_product` by the kernel."""
-    n, size, depth = x.shape
-    tiles = triton.cdiv(size, BLOCK)
-    out = x.new_empty(n, size, size)
-    symmetric_kernel[(tiles * (tiles + 1) // 2, n)](
-        x, out if plus is None else plus, out, size, depth, *x.stride(), alpha, beta,
-        PLUS=plus is not None, BLOCK=BLOCK, DEPTH=DEPTH_BYTES // x.itemsize, num_warps=WARPS, num_stages=STAGES,
+    n, size, inner = left.shape
+    by_columns = not left.is_contiguous()
+    depth = DEPTH_BYTES // left.itemsize
+    out = left.new_empty(n, size, size)
+    square, side = [1, BLOCK, BLOCK], [1, depth, BLOCK] if by_columns else [1, BLOCK, depth]
+    blocks = cdiv(size, BLOCK)
+    symmetric_kernel[(blocks * (blocks + 1) // 2, n)](
+        *(plain(x.mT if by_columns else x, side) for x in (left, right)),
+        plain(out if plus is None else plus, square), plain(out, square), alpha, beta, diagonal, size, inner,
+        COLUMNS=by_columns, PLUS=plus is not None, ALPHAS=isinstance(alpha, Tensor), BETAS=isinstance(beta, Tensor),
+        BLOCK=BLOCK, DEPTH=depth, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llmfoundry.kernels.halves import joined, split
+from llmfoundry.kernels.whole import cdiv
 
 try:
     import triton
@@ -204,8 +205,28 @@ def adamw_reference(
         v.copy_(square)
 
 
+def table_of(rows: list[tuple[int, list[int]]], device: torch.device) -> Tensor:
+    """What a kernel that walks a list of tensors reads: (n, columns + 1) int64, each tensor's first program in front.
+
+    Args:
+        rows: of each tensor, how many programs work on it and its columns.
+    """
+    firsts = accumulate((programs for programs, _ in rows), initial=0)
+    table = [[first, *columns] for first, (_, columns) in zip(firsts, rows, strict=False)]
+    # Pinned, so that the copy does not make the host wait.
+    pinned = torch.tensor(table, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return pinned.to(device, non_blocking=True)
+
+
 if triton is not None:
-    _BLOCK, _LOOPS = 2048, 4
+    _BLOCK = 2048
+
+    @triton.jit
+    def find_row(table_ptr, n_rows, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+        # of the table, this program's
+        row = tl.arange(0, ROWS)
+        first = tl.load(table_ptr + row * WIDTH, row < n_rows, other=1 << 62)
+        return table_ptr + (tl.sum((first <= tl.program_id(0)).to(tl.int32), 0) - 1) * WIDTH
 
     @triton.jit
     def hash_bits(x):
@@ -262,18 +283,14 @@ if triton is not None:
     def adamw_kernel(
         table_ptr, steps_ptr, factors_ptr, divisor_ptr, skip_ptr, n_tensors, lr, rest1, beta2, rest2, eps, keep,
         WEIGHT: tl.constexpr, GRAD: tl.constexpr, MOMENT: tl.constexpr, BESIDE: tl.constexpr, TENSORS: tl.constexpr,
-        ALIGNED: tl.constexpr, LOOPS: tl.constexpr, BLOCK: tl.constexpr,
+        ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         # Rows of the table: a tensor's first program, five pointers, how many values, its position, and its Place.
         # BESIDE: the dtype of what is beside a weight, or None.
         if tl.load(skip_ptr) != 0:
             return
-        pid = tl.program_id(0)
-        row = tl.arange(0, TENSORS)
-        first = tl.load(table_ptr + row * 12, row < n_tensors, other=1 << 62)
-        t = tl.sum((first <= pid).to(tl.int32), 0) - 1
-        of = table_ptr + t * 12
-        at = (pid - tl.load(of)) * (LOOPS * BLOCK)
+        of = find_row(table_ptr, n_tensors, 12, TENSORS)
+        begin = (tl.program_id(0) - tl.load(of)) * BLOCK
         weight, grad, mean, square = tl.load(of + 1), tl.load(of + 2), tl.load(of + 3), tl.load(of + 4)
         n, position = tl.load(of + 6), tl.load(of + 7)
         w_ptr = weight.to(tl.pointer_type(WEIGHT))
@@ -290,25 +307,23 @@ if triton is not None:
         size, root = lr / tl.load(factors_ptr + 2 * position), tl.load(factors_ptr + 2 * position + 1)
         number, start, inner, step = tl.load(of + 8), tl.load(of + 9), tl.load(of + 10), tl.load(of + 11)
         count = tl.load(steps_ptr + position)
-        for j in tl.range(LOOPS):
-            begin = at + j * BLOCK
-            i = begin + tl.arange(0, BLOCK)
-            inside = i < n
-            g = tl.load(g_ptr + i, inside, other=0.0).to(tl.float32) * scale
-            m = tl.load(m_ptr + i, inside, other=0.0).to(tl.float32)
-            v = tl.load(v_ptr + i, inside, other=0.0).to(tl.float32)
-            w = load_weight(w_ptr, b_ptr, i, inside, BESIDE is not None)
-            m += (g - m) * rest1
-            v = v * beta2 + g * g * rest2
-            w = w * keep - size * m / (tl.sqrt(v) / root + eps)
-            noise = noise_bits(begin, count, number, start, inner, step, BLOCK)  # removed where nothing is rounded
-            store_weight(w_ptr, b_ptr, i, inside, w, noise, BESIDE is not None)
-            if MOMENT == tl.bfloat16:
-                tl.store(m_ptr + i, round_bits(m, noise & 0xFFFF), inside)
-                tl.store(v_ptr + i, round_bits(v, noise >> 16), inside)
-            else:
-                tl.store(m_ptr + i, m, inside)
-                tl.store(v_ptr + i, v, inside)
+        i = begin + tl.arange(0, BLOCK)
+        inside = i < n
+        g = tl.load(g_ptr + i, inside, other=0.0).to(tl.float32) * scale
+        m = tl.load(m_ptr + i, inside, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + i, inside, other=0.0).to(tl.float32)
+        w = load_weight(w_ptr, b_ptr, i, inside, BESIDE is not None)
+        m += (g - m) * rest1
+        v = v * beta2 + g * g * rest2
+        w = w * keep - size * m / (tl.sqrt(v) / root + eps)
+        noise = noise_bits(begin, count, number, start, inner, step, BLOCK)  # removed where nothing is rounded
+        store_weight(w_ptr, b_ptr, i, inside, w, noise, BESIDE is not None)
+        if MOMENT == tl.bfloat16:
+            tl.store(m_ptr + i, round_bits(m, noise & 0xFFFF), inside)
+            tl.store(v_ptr + i, round_bits(v, noise >> 16), inside)
+        else:
+            tl.store(m_ptr + i, m, inside)
+            tl.store(v_ptr + i, v, inside)
 
 
 def adamw_triton(
@@ -324,26 +339,23 @@ def adamw_triton(
     rule: Rule,
 ) -> None:
     """`adamw_` by the kernel: one launch for all tensors, and one more for those that no 16 bytes fit into evenly."""
-    device, chunk = weights[0].device, _BLOCK * _LOOPS
+    device = weights[0].device
     grads = [grad.contiguous() for grad in grads]
     types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.int16: tl.int16}
     lr, beta1, beta2, eps, decay = rule
     factors = corrections(steps, beta1, beta2)
-    by_alignment: dict[bool, list[list[int]]] = {True: [], False: []}
+    by_alignment: dict[bool, list[tuple[int, list[int]]]] = {True: [], False: []}
     for i, tensors in enumerate(zip(weights, grads, exp_avgs, exp_avg_sqs, beside or weights, strict=True)):
         pointers, n = [tensor.data_ptr() for tensor in tensors], tensors[0].numel()
         aligned = n % 8 == 0 and all(pointer % 16 == 0 for pointer in pointers)
-        by_alignment[aligned].append([*pointers, n, i, *places[i]])
+        by_alignment[aligned].append((cdiv(n, _BLOCK), [*pointers, n, i, *places[i]]))
     for aligned, rows in by_alignment.items():
-        firsts = [0, *accumulate(-(-row[5] // chunk) for row in rows)]
         if not rows:
             continue
-        # Pinned, so that the copy does not make the host wait.
-        table = torch.tensor([[first, *row] for first, row in zip(firsts, rows, strict=False)], dtype=torch.int64,
-                             pin_memory=device.type == "cuda").to(device, non_blocking=True)  # fmt: skip
-        adamw_kernel[(firsts[-1],)](
-            table, steps, factors, divisor, skip, len(rows), lr, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * decay,
+        adamw_kernel[(sum(programs for programs, _ in rows),)](
+            table_of(rows, device), steps, factors, divisor, skip, len(rows),
+            lr, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * decay,
             WEIGHT=types[weights[0].dtype], GRAD=types[grads[0].dtype], MOMENT=types[exp_avgs[0].dtype],
             BESIDE=types[beside[0].dtype] if beside else None, TENSORS=triton.next_power_of_2(len(rows)),
-            ALIGNED=aligned, LOOPS=_LOOPS, BLOCK=_BLOCK, num_warps=8,
+            ALIGNED=aligned, BLOCK=_BLOCK, num_warps=8,
         )  # fmt: skip

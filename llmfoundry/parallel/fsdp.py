@@ -78,7 +78,10 @@ def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, compute: torch.dt
     apart = keeps_experts_whole(model, mesh, config)
     whole = {each for mixture in mixtures(model) for each in mixture.experts.parameters()} if apart else set()
 
-    direct, experts = Direct(), {mixture.experts for mixture in mixtures(model)}
+    direct, experts = (
+        Direct(by_copies=config.gather_experts == "auto"),
+        {mixture.experts for mixture in mixtures(model)},
+    )
 
     def unit(module: nn.Module, over: DeviceMesh, axis: str, reshard: bool) -> FSDPModule:
         ranks = over[axis].size()
@@ -97,7 +100,7 @@ def shard(model: CausalLM, mesh: Mesh, config: ParallelConfig, compute: torch.dt
         gather = Gather()
         sharded.set_custom_all_gather(gather)
         sharded.set_custom_reduce_scatter(Reduce())
-        if config.gather_experts == "direct" and not config.cpu_offload:
+        if config.gather_experts != "packed" and not config.cpu_offload:
             for group in _groups_of(sharded):
                 direct.add(group, gather, experts)
         return sharded

@@ -37,14 +37,16 @@ class ParallelConfig(Config):
     compile: bool | Literal["auto"] = "auto"  # torch.compile each block; auto: on GPUs
     reshard_after_forward: bool = True  # free a block's weights after forward, gather them again in backward
     # Sum gradients over ranks; False: after each microbatch, with more traffic and less memory; auto: once a step if
-    # whole gradients fit by the plan of --dry-run.
+    # whole gradients fit and the step is shorter so, by the plan of --dry-run.
     reduce_once_a_step: bool | Literal["auto"] = "auto"
     # In one process, and of experts that are whole on a rank: sums of gradients over microbatches, in 4 bytes per
     # parameter, or in 2, rounded at random.
     sum_gradients_in: Literal["fp32", "bf16"] = "fp32"
     # How stacked experts are gathered and their gradients summed. packed: in FSDP's buffers, with what else a block
-    # has. direct: without them, in fewer copies; tested on CPUs, and on no GPU yet.
-    gather_experts: Literal["packed", "direct"] = "packed"
+    # has. direct: without them, in fewer copies, by NCCL. auto: the same by the GPUs' copy engines, which leave the SMs
+    # to the products, where the GPUs of one node reach each other's memory and weights are kept in bfloat16; with
+    # cpu_offload, packed.
+    gather_experts: Literal["auto", "packed", "direct"] = "auto"
     prefetch: int = Field(1, ge=0)  # blocks whose weights are gathered ahead
     cpu_offload: bool = False  # weights, gradients and optimizer state live in host memory
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 GIB = 2**30
 
 GPU_MEMORY = 79.0 * GIB  # as the driver shows 80 GB
@@ -17,6 +19,9 @@ RESERVE = 5.0 * GIB
 
 PEAK_FLOPS = 989.4e12  # dense bf16, datasheet; MFU is relative to it
 DENSE_FLOPS = 665e12  # measured: cuBLAS, the slowest of four layers' products (665 to 715)
+# Measured on an H200: Muon's iteration for 64 matrices of 1024 x 2048, and 526 for 32 of 2048 x 2048. It counts half of
+# each symmetric product.
+MUON_FLOPS = 514e12
 # Measured in a training step: cuDNN's attention, 16 heads of 128, 4,096 tokens, causal, forward and backward.
 ATTENTION_FLOPS = 449e12
 COPY_BYTES = 2.97e12  # bytes per second, read plus written; measured
@@ -34,16 +39,20 @@ ALL_REDUCE = 315e9  # bus bandwidth, measured
 # Bytes per second and GPU between nodes: 400 Gb/s, of which NCCL carries 80 %. An assumption.
 NETWORK = 0.8 * 400e9 / 8
 
-# Weights of one expert's product (D * F) -> FLOP/s of its layer: Qwen3-30B-A3B, OLMoE, Mixtral, DBRX. Measured.
-_EXPERTS = ((2048 * 768, 461e12), (2048 * 1024, 505e12), (4096 * 14336, 627e12), (6144 * 10752, 637e12))
+# Weights of one expert's product (D * F) -> FLOP/s of its layer in bfloat16, and how many times as fast it is in e4m3:
+# Qwen3-30B-A3B, OLMoE, Mixtral, DBRX. Measured, but for the last one's e4m3, which is Mixtral's.
+_EXPERTS = (
+    (2048 * 768, 461e12, 1.21),
+    (2048 * 1024, 505e12, 1.41),
+    (4096 * 14336, 627e12, 1.65),
+    (6144 * 10752, 637e12, 1.65),
+)
+# The same for linear layers: what is left of two training steps in e4m3 (Mixtral, OLMoE) beside their experts.
+E4M3_DENSE = 1.35
 
 
-def experts_flops(d_model: int, hidden: int) -> float:
+def experts_flops(d_model: int, hidden: int, *, e4m3: bool = False) -> float:
     """FLOP/s of experts of this size: interpolated over the logarithm of their size, constant beyond both ends."""
-    size = float(d_model * hidden)
-    if size <= _EXPERTS[0][0]:
-        return _EXPERTS[0][1]
-    for (small, low), (large, high) in zip(_EXPERTS[:-1], _EXPERTS[1:], strict=True):
-        if size <= large:
-            return low + (high - low) * math.log(size / small) / math.log(large / small)
-    return _EXPERTS[-1][1]
+    sizes = [math.log(size) for size, *_ in _EXPERTS]
+    rates = [rate * (gain if e4m3 else 1.0) for _, rate, gain in _EXPERTS]
+    return float(np.interp(math.log(d_model * hidden), sizes, rates))

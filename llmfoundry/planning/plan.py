@@ -156,7 +156,7 @@ def seconds(job: Job, degrees: Degrees, received: Traffic) -> Time:
 
 def _seconds_per_token(job: Job, counted: float) -> float:
     """Seconds of forward and backward per token; `counted` is the share of tokens whose loads are counted first."""
-    model, recompute = job.model, job.parallel.recompute
+    model, recompute, e4m3 = job.model, job.parallel.recompute, job.precision == "amp_fp8"
     products = model.flops_per_token(1)  # one token has nothing to attend to
     attention = (model.flops_per_token(job.seq_len) - products) / hardware.ATTENTION_FLOPS
     of_weight = 6 if model.lora is None else 4  # FLOPs; a frozen weight has no gradient
@@ -166,12 +166,12 @@ def _seconds_per_token(job: Job, counted: float) -> float:
         if isinstance(ffn, MoEConfig):
             flops = of_weight * ffn.moe_top_k * ffn.expert.n_params(model.d_model)
             routed += flops
-            experts += flops / hardware.experts_flops(model.d_model, ffn.expert.hidden_size)
-    dense = (products - routed) / hardware.DENSE_FLOPS
+            experts += flops / hardware.experts_flops(model.d_model, ffn.expert.hidden_size, e4m3=e4m3)
+    head = of_weight * model.vocab_size * model.d_model / hardware.DENSE_FLOPS
+    dense = ((products - routed) / hardware.DENSE_FLOPS - head) / (hardware.E4M3_DENSE if e4m3 else 1.0) + head
     small = hardware.BLOCK_BYTES * model.n_layers * model.d_model / hardware.COPY_BYTES
     loss = hardware.LOSS_BYTES * model.vocab_size / hardware.COPY_BYTES
     once = experts + dense + attention + small + loss
-    head = of_weight * model.vocab_size * model.d_model / hardware.DENSE_FLOPS
     # Forward of the experts, and of the rest of the blocks. A third of attention's time is forward.
     forward_experts = 2 / of_weight * experts
     forward_rest = 2 / of_weight * (dense - head) + (attention + small) / 3
@@ -187,7 +187,8 @@ def _update(job: Job, degrees: Degrees) -> float:
 
     Bytes per parameter of the shard: 4 for the norm of the gradient, 12 and the moments for the update, 6 for the cast
     before an all-gather; over ranks also 8 to scale the gradient, as when two GPUs were last timed (now the update
-    does it). Bytes per gathered parameter: 4 for a copy, and 6 for a float32 copy of its gradient. A single
+    does it). Bytes per gathered parameter: 4 for a copy, and 6 for a float32 copy of its gradient; where whole
+    gradients of microbatches are added up, 6 for the first and 10 for each other one. A single
     process casts its weights and gradients once per microbatch; in a lean step (parallel/single.py) it casts neither,
     and sums bfloat16 gradients. Weights in bfloat16 take 4 bytes less in the update, and no cast.
     """
@@ -198,7 +199,7 @@ def _update(job: Job, degrees: Degrees) -> float:
     half = job.optimizer.weight_dtype.itemsize == 2
     update = ((12 if half and not job.optimizer.halves else 16) + 2 * job.optimizer.state_bytes) * share
     cast = 0 if half else 6
-    products = job.optimizer.update_flops(model) / degrees.shard / hardware.DENSE_FLOPS
+    products = job.optimizer.update_flops(model) / degrees.shard / hardware.MUON_FLOPS
     if single_process(parallel, degrees):
         lean = microbatches == 1 or parallel.sum_gradients_in == "bf16"
         lean_copies = 6 * (microbatches - 1) * whole - (4 if half else 2) * share
@@ -207,6 +208,7 @@ def _update(job: Job, degrees: Degrees) -> float:
     gathers = 2 * microbatches + job.work(degrees).counted if parallel.reshard_after_forward else microbatches
     reductions = microbatches if parallel.reduce_once_a_step is False else 1
     own, ranks = experts / degrees.expert, degrees.expert_shard
+    added = 0 if reductions == microbatches else 6 + 10 * (microbatches - 1)  # to whole sums in float32
     whole -= own
     copies = gathers * (cast / degrees.shard + 4) * whole + reductions * 6 * whole
     if ranks > 1 and _gathers_directly(job):
@@ -214,11 +216,12 @@ def _update(job: Job, degrees: Degrees) -> float:
         copies += (gathers * cast / ranks + reductions * sums) * own
     elif not half or degrees.expert == 1 or max(ranks, degrees.replicate) > 1 or parallel.cpu_offload:
         copies += (gathers * (cast / ranks + 4) + reductions * 6) * own  # else they are in no unit of FSDP
+    copies += added * (whole + own)
     return (update + 8 * share + copies) / hardware.SHARDED_COPY_BYTES + products
 
 
 def _gathers_directly(job: Job) -> bool:
-    return job.parallel.gather_experts == "direct" and not job.parallel.cpu_offload
+    return job.parallel.gather_experts != "packed" and not job.parallel.cpu_offload
 
 
 def _params(model: CausalLMConfig) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What `parallel.reduce_once_a_step: auto` means, by the plan's memory; and the plan as a process of its own.
+"""What `parallel.reduce_once_a_step: auto` means, by the plan's memory and time; and the plan as a process of its own.
 
     python -m llmfoundry.planning.settle < pickled (RunConfig, number of GPUs, bytes of one)
 
@@ -17,6 +17,7 @@ from llmfoundry.planning.hardware import RESERVE
 from llmfoundry.planning.job import Job
 from llmfoundry.planning.ledger import Memory
 from llmfoundry.planning.memory import memory
+from llmfoundry.planning.plan import plan
 from llmfoundry.planning.simulation import CannotSimulateError
 
 
@@ -24,15 +25,18 @@ def settled(job: Job, degrees: Degrees, usable: float) -> tuple[Job, Memory]:
     """The job without `auto`, and what one GPU holds.
 
     Args:
-        usable: bytes of one GPU that a plan may use. Gradients are summed once a step if that fits.
+        usable: bytes of one GPU that a plan may use. Gradients are summed once a step if that fits, and if the step
+            is shorter so: adding up whole gradients in float32 takes longer than collectives that compute hides.
     """
     if job.parallel.reduce_once_a_step != "auto":
         return job, memory(job, degrees)
     once = job.changed(reduce_once_a_step=True)
     held = memory(once, degrees)
-    if held.total <= usable or degrees.shard == 1 or job.work(degrees).microbatches == 1:
+    if degrees.shard == 1 or job.work(degrees).microbatches == 1:
         return once, held
     each = job.changed(reduce_once_a_step=False)
+    if held.total <= usable and plan(once, degrees).time.total < plan(each, degrees).time.total:
+        return once, held
     return each, memory(each, degrees)
 
 

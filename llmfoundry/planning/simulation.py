@@ -242,9 +242,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor
     return _attention(q, k, v)[0]
 
 
-def _softmax_loss(logits: Tensor, labels: Tensor, dtype: torch.dtype, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """What the Triton kernel of the loss allocates."""
-    return logits.new_empty(len(logits)), torch.empty_like(logits, dtype=dtype) if needs_grad else None
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """What a product of the loss allocates."""
+    return a.new_empty(len(a), b.shape[1], dtype=dtype) if out is None else out
 
 
 def _even_exchange(experts: Tensor, n_local: int, group: dist.ProcessGroup) -> dispatch.Exchange:
@@ -287,10 +287,10 @@ def _as_on_a_gpu(ledger: Ledger) -> Iterator[None]:
         patch.object(attention, "alibi_bias", lambda *_: None),
         patch.object(attention.F, "scaled_dot_product_attention", _attend),
         patch.object(recompute, "DEAR", (*recompute.DEAR, "planning.attention")),
-        patch.object(cross_entropy, "CHUNK_LOGITS", {"cpu": cross_entropy.CHUNK_LOGITS["cuda"]}),
-        patch.object(cross_entropy, "_product", lambda a, b, dtype: a.new_empty(len(a), b.shape[1], dtype=dtype)),
-        patch.object(cross_entropy, "_add_product", lambda total, a, b: None),  # in place
-        patch.object(cross_entropy, "_softmax_loss", _softmax_loss),
+        patch.object(cross_entropy, "SIZES", {"cpu": cross_entropy.SIZES["cuda"]}),
+        patch.object(cross_entropy, "_product", _product),
+        patch.object(cross_entropy, "_add_product", lambda *_, **__: None),  # in place
+        patch.object(cross_entropy, "softmax_loss", lambda *_: None),
     ]
     if HAS_TRITON:
         import triton

@@ -54,7 +54,6 @@ class MuonConfig(AdamWConfig, names=("muon",)):
     momentum: float = Field(0.95, ge=0, lt=1)  # decay of the momentum
     nesterov: bool = True  # the direction is that of the momentum one step ahead
     ns_steps: int = Field(5, ge=1, le=20)  # Newton-Schulz iterations
-    ns_symmetric: bool = False  # compute half of their products with themselves, by a kernel of ours
     ns_dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of their products; auto: bf16 on GPUs, fp32 on CPUs
     # What lr is multiplied by for a matrix. match_rms_adamw: 0.2 sqrt(max(rows, columns)), with which AdamW's lr and
     # weight_decay fit. original: sqrt(max(1, rows / columns)). The words are those of torch.optim.Muon.
@@ -71,9 +70,9 @@ class MuonConfig(AdamWConfig, names=("muon",)):
     def update_flops(self, model: CausalLMConfig) -> float:
         with torch.device("meta"):
             built = model.build()
-        stacked, n, half = rows_of_stacked(built), self.ns_steps, self.ns_symmetric
+        stacked, n = rows_of_stacked(built), self.ns_steps
         return sum(
-            math.prod(parameter.shape[:-2]) * orthogonalize_flops(rows, parameter.shape[-1], n, symmetric=half)
+            math.prod(parameter.shape[:-2]) * orthogonalize_flops(rows, parameter.shape[-1], n)
             for group in self.settings(built)
             for parameter in (group["params"] if group["muon"] else ())  # type: ignore[attr-defined]
             for rows in stacked.get(parameter, (parameter.shape[-2],))
@@ -276,7 +275,7 @@ class Muon(AdamW):
         return direction.to(device)
 
     def _orthogonalize(self, batch: Tensor) -> Tensor:
-        return orthogonalize(batch, self._config.ns_steps, symmetric=self._config.ns_symmetric)
+        return orthogonalize(batch, self._config.ns_steps)
 
     def _apply(self, rows: _Rows, direction: Tensor, kind: _Kind, step: _Step) -> None:
         height, columns = kind.shape

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from llmfoundry import runtime
 from llmfoundry.config import Choice, ConfigError
 from llmfoundry.dtensor import local_part
+from llmfoundry.kernels.square_sum import square_sum
 from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.train.adamw import AdamW, DecoupledAdamW
 from llmfoundry.train.groups import Betas, Member, ParamGroup, Pattern, members
@@ -235,7 +236,7 @@ def square_share(parameters: Iterable[Tensor]) -> Tensor:
             part = _part(parameter.grad)
             key = (parameter.grad.dtype, parameter.grad.device, part.copies)
             groups.setdefault(key, part._replace(grads=[])).grads.extend(part.grads)
-    shares = [_squared_norm(group).to(group.device_type).double() / group.copies for group in groups.values()]
+    shares = [square_sum(group.grads).to(group.device_type) / group.copies for group in groups.values()]
     return torch.stack([share.to(shares[0].device) for share in shares]).sum() if shares else torch.zeros(()).double()
 
 
@@ -326,15 +327,6 @@ def _part(grad: Tensor) -> _GradientGroup:
     mesh = grad.device_mesh
     parts = math.prod(mesh.size(i) for i, place in enumerate(grad.placements) if not place.is_replicate())
     return _GradientGroup(ranks // parts, mesh.device_type, [grad.to_local()])
-
-
-def _squared_norm(group: _GradientGroup) -> Tensor:
-    """() squared L2 norm of this rank's parts, at least float32."""
-    # The result's dtype is that of the sum. A CPU sums a whole tensor in a few lanes: in float32, 2e-5 of the norm of
-    # half a million values are lost, which is more than what another number of ranks may change.
-    dtype = torch.float64 if group.grads[0].device.type == "cpu" else torch.float32
-    dtype = torch.promote_types(dtype, group.grads[0].dtype)
-    return torch.stack(torch._foreach_norm(group.grads, 2.0, dtype=dtype)).square().sum()
 
 
 def l2_norms(tensors: Sequence[Tensor]) -> Tensor:

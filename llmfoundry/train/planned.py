@@ -70,7 +70,7 @@ def _once(config: RunConfig, mesh: Mesh, device: torch.device) -> bool:
         if isinstance(found, str):
             return True, f"once a step: not planned ({found})"
         size = f"{sum(found.held.values()) / 2**30:.1f} of {memory / 2**30:.1f} GiB are planned"
-        return found.once, f"{'once a step' if found.once else 'every microbatch, for whole ones do not fit'}: {size}"
+        return found.once, f"{'once a step' if found.once else 'every microbatch'}, as is best by the plan: {size}"
 
     once, why = runtime.on_rank0(choose)
     log.info("parallel.reduce_once_a_step: auto: gradients are summed over ranks %s", why)

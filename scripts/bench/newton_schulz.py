@@ -1,8 +1,8 @@
-"""Time Newton-Schulz with whole and with symmetric products, for the experts of some models on one GPU.
+"""Time Muon's iteration on Gram matrices beside the plain one, for the matrices of some models on one GPU.
 
     python scripts/bench/newton_schulz.py --out scripts/bench/results/newton_schulz.json
 
-Shapes: a batch of the matrices that one layer's experts have, each R x C, in bfloat16.
+Shapes: a batch of the matrices that one layer has, at most 64 as in a step, each R x C, in bfloat16.
 """
 
 from __future__ import annotations
@@ -15,17 +15,30 @@ from pathlib import Path
 import torch
 import triton
 from moe_layer import machine
+from torch import Tensor
 
-from llmfoundry.kernels.muon import orthogonalize, orthogonalize_flops
+from llmfoundry.kernels.muon import COEFFICIENTS, orthogonalize, orthogonalize_flops
 
 STEPS = 5
-SHAPES = {  # matrices, rows, columns: of gate and up together, and of down
-    "olmoe, up": (128, 1024, 2048),
+SHAPES = {  # matrices, rows, columns
+    "olmoe, gate and up": (64, 1024, 2048),
     "olmoe, down": (64, 2048, 1024),
-    "qwen30b, up": (256, 768, 2048),
-    "qwen30b, down": (128, 2048, 768),
-    "mixtral, up": (4, 14336, 4096),
+    "olmoe, attention": (32, 2048, 2048),
+    "qwen30b, gate and up": (64, 768, 2048),
+    "mixtral, gate and up": (2, 14336, 4096),
 }
+
+
+def plain_iteration(x: Tensor, steps: int) -> Tensor:
+    """Newton-Schulz as `torch.optim.Muon` has it, by cuBLAS, for a batch."""
+    a, b, c = COEFFICIENTS
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32).to(x.dtype)
+    wide = x.shape[1] <= x.shape[2]
+    for _ in range(steps):
+        gram = x @ x.mT if wide else x.mT @ x
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, factor, x, beta=a) if wide else torch.baddbmm(x, x, factor, beta=a)
+    return x
 
 
 def main() -> None:
@@ -35,14 +48,16 @@ def main() -> None:
     rows = []
     for name, shape in SHAPES.items():
         x = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-        whole, half = (orthogonalize(x.clone(), STEPS, symmetric=each).float() for each in (False, True))
-        difference = float((whole - half).norm() / whole.norm())
-        for symmetric in (False, True):
-            call = partial(orthogonalize, x, STEPS, symmetric=symmetric)
-            low, ms, high = triton.testing.do_bench(call, warmup=100, rep=600, quantiles=[0.25, 0.5, 0.75])
-            flops = shape[0] * orthogonalize_flops(shape[1], shape[2], STEPS)  # of whole products, for both
-            rows.append({"shape": name, "symmetric": symmetric, "ms": ms, "ms_quartiles": [low, high],
-                         "tflops": flops / ms / 1e9, "relative_difference": difference})  # fmt: skip
+        exact = plain_iteration(x[:2].float(), STEPS)
+        for run in (plain_iteration, orthogonalize):
+            error = float((run(x[:2], STEPS).float() - exact).norm() / exact.norm())
+            low, ms, high = triton.testing.do_bench(partial(run, x, STEPS), warmup=100, rep=600,
+                                                    quantiles=[0.25, 0.5, 0.75])  # fmt: skip
+            short, long = min(shape[1:]), max(shape[1:])
+            plain = STEPS * (4 * short * short * long + 2 * short**3)  # FLOPs
+            flops = shape[0] * (plain if run is plain_iteration else orthogonalize_flops(*shape[1:], STEPS))
+            rows.append({"shape": name, "matrices": shape[0], "iteration": run.__name__, "ms": ms,
+                         "ms_quartiles": [low, high], "tflops": flops / ms / 1e9, "relative_error": error})  # fmt: skip
             print(json.dumps(rows[-1]), flush=True)
     args.out.write_text(json.dumps(machine() | {"rows": rows}, indent=1) + "\n")
 

@@ -120,6 +120,8 @@ ROWS = [
     Row(f"{SIXTEEN}, 4 rows per GPU, shard 2, expert 2", "olmoe-1b-7b", 4, ("parallel.expert=2",), gpus=2),
     Row(f"{SIXTEEN}, 4 x 4 rows per GPU, shard 2", "olmoe-1b-7b", 4, RUNNING, gpus=2, microbatches=4),
     # Not named by the record's plan, for the settings that came since.
+    Row(f"{EIGHT}, 8 rows per GPU, shard 2", "olmoe-1b-7b", 8, EIGHT_LAYERS, gpus=2),  # against one GPU
+    Row(f"{SIXTEEN}, 4 rows per GPU, shard 2, packed", "olmoe-1b-7b", 4, ("parallel.gather_experts=packed",), gpus=2),
     Row(f"{SIXTEEN}, 4 rows per GPU, shard 2, direct", "olmoe-1b-7b", 4, ("parallel.gather_experts=direct",), gpus=2),
     Row(f"{EIGHT}, 8 rows, bf16_sr weights", "olmoe-1b-7b", 8, (*EIGHT_LAYERS, BF16_WEIGHTS)),
     Row(f"{EIGHT}, 8 rows, bf16_sr weights, bf16 states", "olmoe-1b-7b", 8,
@@ -127,8 +129,8 @@ ROWS = [
     Row(f"{SIXTEEN}, 4 x 4 rows per GPU, shard 2, bf16_sr weights, bf16 states", "olmoe-1b-7b", 4,
         (*RUNNING, BF16_WEIGHTS, BF16_STATES), gpus=2, microbatches=4),
     Row(f"{EIGHT}, 8 rows, muon", "olmoe-1b-7b", 8, (*EIGHT_LAYERS, f"optimizer={{{MUON}}}")),
-    Row(f"{EIGHT}, 8 rows, muon, symmetric products", "olmoe-1b-7b", 8,
-        (*EIGHT_LAYERS, f"optimizer={{{MUON}, ns_symmetric: true}}")),
+    Row(f"{EIGHT}, 4 x 8 rows, muon", "olmoe-1b-7b", 8,
+        (*EIGHT_LAYERS, *RUNNING, "parallel.sum_gradients_in=bf16", f"optimizer={{{MUON}}}"), microbatches=4),
 ]  # fmt: skip
 
 

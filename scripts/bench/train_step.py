@@ -6,8 +6,8 @@
 
 Builds the run as training does and takes its steps, without evaluation, checkpoints or loggers. A step ends when its
 numbers are on the host, so each is timed whole. With --profile it also says how long each GPU was in communication
-while nothing else ran on it, and rank 0 prints the milliseconds of each kernel in one step. Rank 0 puts a row under its
-name into scripts/bench/results/train_step.json.
+while nothing else ran on it, and how long it was idle; rank 0 prints the milliseconds of each kernel in one step, and
+the longest gaps of two. Rank 0 puts a row under its name into scripts/bench/results/train_step.json.
 """
 
 from __future__ import annotations
@@ -90,6 +90,28 @@ def exposed_communication(trainer: Trainer) -> Row:
     return {"communication_seconds": communicating, "exposed_seconds": together - busy}
 
 
+def idle(trainer: Trainer, longest: int = 30) -> Row:
+    """Seconds per step in which nothing ran on this GPU, of two steps and what is between them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(2):
+            trainer.take_step()
+    ran = [each for each in profiler.events() if each.device_type == torch.autograd.DeviceType.CUDA]
+    ran.sort(key=lambda each: each.time_range.start)
+    gaps: list[tuple[float, float, str, str]] = []  # microseconds, since when, and what ran before and after
+    last = ran[0]
+    for each in ran[1:]:
+        gap = each.time_range.start - last.time_range.end
+        if gap > 0:
+            gaps.append((gap, last.time_range.end - ran[0].time_range.start, last.name, each.name))
+        if each.time_range.end > last.time_range.end:
+            last = each
+    if runtime.is_rank0():
+        print(f"{len(ran)} kernels, {len(gaps)} gaps; longest first, in us")
+        for gap, at, before, after in sorted(gaps, reverse=True)[:longest]:
+            print(f"{gap:9.1f} at {at:10.1f} between {before[:60]} and {after[:60]}")
+    return {"idle_seconds": sum(gap for gap, *_ in gaps) / 1e6 / 2}
+
+
 def _union(spans: list[tuple[float, float]]) -> float:
     """Length of the union of intervals."""
     total, reached = 0.0, float("-inf")
@@ -143,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
         row |= {"warmup": args.warmup, "steps": args.steps, "yaml": args.yaml}
         row["overrides"] = [re.sub("^(variables.data=).*", r"\1FOLDER_OF_TEXT", each) for each in args.overrides]
         if args.profile and trainer.device.type == "cuda":
-            row |= exposed_communication(trainer)
+            row |= exposed_communication(trainer) | idle(trainer)
     if runtime.is_rank0():
         args.out.parent.mkdir(parents=True, exist_ok=True)
         rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else {}

@@ -22,7 +22,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from llmfoundry.kernels import e4m3, eight_bit, norm_rotate, scaled, symmetric  # noqa: E402
+from llmfoundry.kernels import e4m3, eight_bit, norm_rotate, scaled, softmax_loss, symmetric  # noqa: E402
 from llmfoundry.kernels.accumulate import add_kernel, add_parts_kernel  # noqa: E402
 from llmfoundry.kernels.grouped import GroupedConfig, grouped_kernel  # noqa: E402
 from llmfoundry.kernels.lion import lion_kernel  # noqa: E402
@@ -34,6 +34,8 @@ from llmfoundry.kernels.narrow import (  # noqa: E402
     narrow_grad_kernel,
     narrow_kernel,
 )
+from llmfoundry.kernels.scale import scale_kernel  # noqa: E402
+from llmfoundry.kernels.square_sum import square_sum_kernel  # noqa: E402
 from llmfoundry.kernels.tiles import TILE_ROWS  # noqa: E402
 from llmfoundry.kernels.tune import (  # noqa: E402
     DOWN,
@@ -174,30 +176,28 @@ def updates() -> None:
     types |= dict.fromkeys(("steps_ptr", "factors_ptr", "divisor_ptr", "skip_ptr", "step_ptr"), "*fp32")
     types |= dict.fromkeys(("b_ptr", "x_ptr", "total_ptr"), "*bf16") | {"table_ptr": "*i64"}
     types |= dict.fromkeys(("w_ptr", "m_ptr", "g_ptr", "out_ptr", "d_ptr"), f"*{DTYPE}")
-    constants = {"BLOCK": 2048, "LOOPS": 4, "TENSORS": 128, "ALIGNED": True, "WEIGHT": moment, "GRAD": moment,
+    constants = {"BLOCK": 2048, "TENSORS": 128, "ALIGNED": True, "WEIGHT": moment, "GRAD": moment,
                  "MOMENT": moment, "BESIDE": tl.bfloat16, "NESTEROV": True}  # fmt: skip
     kernels = {"adamw": adamw_kernel, "momentum": momentum_kernel, "apply": apply_kernel, "add": add_kernel}
-    report("add parts", add_parts_kernel, types | {"parts_ptr": "*bf16", "total_ptr": "*fp32"},
-           {"N": 2, "BEGINS": False, "BLOCK": 4096}, 8, 3)  # fmt: skip
+    report("add parts", add_parts_kernel, types | {"own_ptr": "*bf16", "others_ptr": "*bf16", "total_ptr": "*fp32"},
+           {"N": 2, "OWN": 0, "BEGINS": False, "BLOCK": 4096}, 8, 3)  # fmt: skip
     types |= {"v_ptr": "*u8", "ms_ptr": "*fp32", "vs_ptr": "*fp32", "count_ptr": "*fp32"}
     types |= {"columns": "i32", "per_row": "i32"}
     eight = {"BESIDE": True, "BLOCKS": 8, "BLOCK": 256}
     report("adamw of 8 bits", eight_bit.adamw_kernel, types | {"m_ptr": "*i8"}, eight, 8, 3)
     report("lion", lion_kernel, types | {"m_ptr": "*fp32"}, {"BESIDE": True, "BLOCK": 2048}, 8, 3)
-    strides = dict.fromkeys(("S", "K", "matrix_stride", "row_stride"), "i32") | {"alpha": "fp32", "beta": "fp32"}
-    pointers = dict.fromkeys(("x_ptr", "plus_ptr", "out_ptr"), f"*{DTYPE}")
-    for side in ("wide", "tall"):  # products of rows, or of columns
-        constant = {"column_stride": 1} if side == "wide" else {"row_stride": 1}
-        shape = {
-            "PLUS": side == "wide",
-            "BLOCK": symmetric.BLOCK,
-            "DEPTH": symmetric.DEPTH_BYTES * 8 // moment.primitive_bitwidth,
-        }
-        named = {key: kind for key, kind in (strides | {"column_stride": "i32"}).items() if key not in constant}
-        report(f"symmetric, {side}", symmetric.symmetric_kernel, named | pointers, shape | constant,
-               symmetric.WARPS, symmetric.STAGES)  # fmt: skip
+    side = symmetric.BLOCK
+    depth = symmetric.DEPTH_BYTES * 8 // moment.primitive_bitwidth
+    for name, columns in (("wide", False), ("tall", True)):  # products of rows, or of columns
+        operand = descriptor(1, depth, side) if columns else descriptor(1, side, depth)
+        named = dict.fromkeys(("left_desc", "right_desc"), operand) | {"S": "i32", "K": "i32"}
+        named |= dict.fromkeys(("plus_desc", "out_desc"), descriptor(1, side, side)) | {"diagonal": "fp32"}
+        named |= dict.fromkeys(("alpha", "beta"), "*fp32")
+        constant = {"COLUMNS": columns, "PLUS": not columns, "ALPHAS": True, "BETAS": True, "BLOCK": side,
+                    "DEPTH": depth}  # fmt: skip
+        report(f"symmetric, {name}", symmetric.symmetric_kernel, named, constant, symmetric.WARPS, symmetric.STAGES)
     whole = {"BESIDE": tl.bfloat16, "WEIGHT": tl.float32, "GRAD": moment, "MOMENT": moment}
-    whole |= {key: constants[key] for key in ("BLOCK", "LOOPS", "TENSORS", "ALIGNED")}
+    whole |= {key: constants[key] for key in ("BLOCK", "TENSORS", "ALIGNED")}
     report("adamw of float32 weights", adamw_kernel, types, whole, 8, 3)
     halves = types | {"b_ptr": "*i16", "w_ptr": "*bf16"}
     report("adamw of halves", adamw_kernel, types, whole | {"BESIDE": tl.int16, "WEIGHT": tl.bfloat16}, 8, 3)
@@ -216,6 +216,22 @@ def queries_and_keys() -> None:
     constants = {"H": 16, "G": 16, "HALF": 64, "HP": 16, "GP": 16, "HALFP": 64, "EACH": False}
     report("norm and rotation", norm_rotate.forward_kernel, types, constants, 4, 3)
     report("norm and rotation, backward", norm_rotate.backward_kernel, types, constants, 4, 3)
+
+
+def loss_and_norm() -> None:
+    """The loss of Qwen3's vocabulary, the scaling of its gradient, and the gradients' norm."""
+    types = dict.fromkeys(("logits_ptr", "loss_ptr", "x_ptr", "factor_ptr"), "*fp32")
+    types |= dict.fromkeys(("gradient_ptr", "out_ptr"), f"*{DTYPE}")
+    types |= dict.fromkeys(("labels_ptr", "table_ptr"), "*i64") | {"vocab": "i32", "n": "i32", "n_tensors": "i32"}
+    block, warps = softmax_loss._BLOCK, softmax_loss._WARPS
+    shared = {"weights_ptr": None, "IGNORE": -100, "CAPPED": False, "SLICES": 38, "LANES": 32 * warps, "BLOCK": block}
+    shared |= {"SUMS": True, "RESULTS": True}
+    report("loss", softmax_loss.softmax_loss_kernel, types | {"sums_ptr": "*i64", "per_cap": "fp32"}, shared, warps, 3,
+           maxnreg=softmax_loss._REGISTERS)  # fmt: skip
+    report("scale", scale_kernel, types, {"BLOCK": 4096}, 8, 3)
+    kind = {"bf16": tl.bfloat16, "fp32": tl.float32}[DTYPE]
+    listed = {"KIND": kind, "ALIGNED": True, "TENSORS": 128, "BLOCK": 8192}
+    report("norm", square_sum_kernel, types | {"sums_ptr": "*fp32"}, listed, 8, 3)
 
 
 def in_e4m3(f: int) -> None:
@@ -268,13 +284,14 @@ def report(
     constants: dict[str, object],
     num_warps: int,
     num_stages: int,
+    **options: int,
 ) -> None:
     """Compile, and print registers, bytes a thread that spill, and shared memory."""
     signature = {key: types.get(key, "constexpr") for key in kernel.arg_names}
     aligned = [["tt.divisibility", 16]]
     attributes = {(i,): aligned for i, kind in enumerate(signature.values()) if kind.startswith("*") or kind == "i32"}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options |= {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -307,6 +324,7 @@ def main() -> None:
         if shape == "updates":
             updates()
             queries_and_keys()
+            loss_and_norm()
         elif DTYPE == "e4m3":
             in_e4m3(SHAPES[shape][1])
         else:

@@ -43,19 +43,25 @@ def test_small_terms_are_not_lost(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("ranks", [1, 2, 5])
 def test_parts_are_summed_in_float32(ranks: int, device: str) -> None:
-    """By the kernel and by the reference, to the bit: what FSDP's reduction of two ranks gives."""
+    """In the order of ranks, to the bit; this rank's own part may lie elsewhere."""
     pytest.importorskip("triton")
+    torch.manual_seed(0)
     parts = torch.randn(ranks, 70 * 33, device=device).bfloat16()
     exact = parts.double().sum(0)
     for begins in (True, False):
-        ours = torch.randn(70, 33, device=device)
-        before, theirs = ours.clone(), ours.clone()
-        accumulate.add_parts_triton(ours, parts, begins)
-        accumulate.add_parts_reference(theirs, parts, begins)
+        before = torch.randn(70, 33, device=device)
+        ours, theirs, apart = before.clone(), before.clone(), before.clone()
+        none = parts[:0].view(-1)
+        accumulate.add_parts_triton(ours, none, parts, 0, begins)
+        accumulate.add_parts_reference(theirs, none, parts, 0, begins)
         assert torch.equal(ours, theirs)
-        total = exact.view(70, 33) if begins else exact.view(70, 33) + before
-        torch.testing.assert_close(ours.double(), total, rtol=1e-6, atol=1e-6)  # float32
-    assert torch.equal(accumulate.sum_parts(parts), accumulate.sum_parts(parts, torch.zeros(70 * 33, device=device)))
+        for rank in range(ranks):
+            others = torch.cat([parts[:rank], parts[rank + 1 :]])
+            for add in (accumulate.add_parts_triton, accumulate.add_parts_reference):
+                add(apart.copy_(before), parts[rank].clone(), others, rank, begins)
+                assert torch.equal(apart, theirs), rank
+        expected = exact + (0 if begins else before.double().view(-1))
+        torch.testing.assert_close(ours.double().view(-1), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_sum_that_is_exact_is_not_changed() -> None:

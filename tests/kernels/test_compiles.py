@@ -49,10 +49,12 @@ def test_kernels_that_only_move_bytes_compile_without_spills(compiled: list[dict
     rows = [row for row in compiled if row["case"] == f"updates,{state},1,0"]
     passes = {"adamw", "adamw of float32 weights", "adamw of halves", "adamw of 8 bits", "adamw of 8 bits, halves"}
     passes |= {"lion", "lion of halves", "momentum", "apply", "add", "add parts"}
-    passes |= {"norm and rotation", "norm and rotation, backward"}
+    passes |= {"norm and rotation", "norm and rotation, backward", "loss", "scale", "norm"}
     assert {row["kernel"] for row in rows} == passes | {"symmetric, wide", "symmetric, tall"}
     assert not any(row["spilled"] for row in rows), rows
     assert all(row["shared"] <= SHARED for row in rows), rows
+    symmetric = [row for row in rows if row["kernel"].startswith("symmetric") and state == "bf16"]
+    assert all(row["registers"] <= 128 and 2 * row["shared"] <= SHARED for row in symmetric), "two on an SM"
 
 
 @pytest.mark.slow

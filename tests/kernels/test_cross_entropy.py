@@ -28,11 +28,11 @@ def _value_and_gradients(
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("tokens", [0, 1, 2, 37])
-@pytest.mark.parametrize("chunk_logits", [1, 11 * 4, 10**9])
+@pytest.mark.parametrize("sizes", [(1, 1), (11 * 4, 11 * 8), (11 * 2, 10**9), (10**9, 10**9)])
 def test_equals_the_plain_loss_in_float64(
-    monkeypatch: pytest.MonkeyPatch, tokens: int, chunk_logits: int, softcap: float | None
+    monkeypatch: pytest.MonkeyPatch, tokens: int, sizes: tuple[int, int], softcap: float | None
 ) -> None:
-    monkeypatch.setitem(cross_entropy.CHUNK_LOGITS, "cpu", chunk_logits)
+    monkeypatch.setitem(cross_entropy.SIZES, "cpu", cross_entropy.Sizes(*sizes))
     inputs = _inputs(tokens, 11, torch.float64)
     ours = _value_and_gradients(linear_cross_entropy, *inputs, softcap)
     theirs = _value_and_gradients(cross_entropy_reference, *inputs, softcap)
@@ -83,7 +83,7 @@ class _Largest(TorchDispatchMode):
 
 
 def test_all_logits_are_never_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cross_entropy.CHUNK_LOGITS, "cpu", 1000)
+    monkeypatch.setitem(cross_entropy.SIZES, "cpu", cross_entropy.Sizes(1000, 2000))
     x, weight, labels = _inputs(400, 50, torch.float32)
     with _Largest() as largest:
         linear_cross_entropy(x, weight, labels).backward()
@@ -118,9 +118,12 @@ def test_no_gradient_is_computed_for_what_is_frozen(frozen: str, given: str, mon
     products: list[str] = []
     for name in ("_product", "_add_product"):
         real = getattr(cross_entropy, name)
-        monkeypatch.setattr(cross_entropy, name, lambda *a, real=real, name=name: (products.append(name), real(*a))[1])
+        monkeypatch.setattr(
+            cross_entropy, name, lambda *a, real=real, name=name, **k: (products.append(name), real(*a, **k))[1]
+        )
     linear_cross_entropy(leaves["x"], leaves["weight"], labels).backward()
-    assert products == (["_product", "_product"] if frozen == "weight" else ["_product", "_add_product"])
+    # The first sum is a product alone.
+    assert products == ["_product", *(["_product"] if frozen == "weight" else ["_add_product", "_product"])]
     whole = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
     cross_entropy_reference(whole["x"], whole["weight"], labels).backward()
     torch.testing.assert_close(leaves[given].grad, whole[given].grad)

@@ -178,9 +178,11 @@ def test_operators_say_what_they_return(device: str) -> None:
     torch.library.opcheck(experts_scaled._forward, inputs, test_utils=checks)
     _, h, *scales = experts_scaled._forward(*inputs)
     x, weights, w1, w2, *order = inputs[:7]
-    back = (drawn.dy, x, weights, h, w1, w2, *scales, *order, "silu", True, TOKENS * TOP_K, True, True)
+    back = (drawn.dy, x, weights, h, w1, w2, *scales, *order, "silu", True, TOKENS * TOP_K, True)
     torch.library.opcheck(experts_scaled._backward_rows, back, test_utils=checks)
-    _, _, dy_rows, dy_scale, _, _, a, a_scale = experts_scaled._backward_rows(*back)
+    _, dy_rows, dy_scale, dh, dh_scale, a, a_scale = experts_scaled._backward_rows(*back)
+    grad = (dh, dh_scale, w1, scales[0], *order, TOKENS * TOP_K, TOP_K)
+    torch.library.opcheck(experts_scaled._input_gradient, grad, test_utils=checks)
     grad = (dy_rows, dy_scale, a, a_scale, *order[:2], TOKENS * TOP_K, w2.dtype)
     torch.library.opcheck(experts_scaled._weight_gradient, grad, test_utils=checks)
     torch.library.opcheck(scaled_linear, (drawn.x, drawn.w1[0]), test_utils=checks)

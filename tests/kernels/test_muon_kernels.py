@@ -94,30 +94,66 @@ def test_a_matrix_without_gradient_stays_zero() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("shape", [(2, 40, 70), (1, 300, 90), (3, 128, 128)])
+@pytest.mark.parametrize("shape", [(2, 40, 72), (1, 304, 88), (2, 128, 128)])
 def test_symmetric_products_equal_the_whole_ones(shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
-    """Also of columns, of sides that no tile divides, and of several tiles."""
+    """Also of columns, of sides that no tile divides, of several tiles, and of two matrices that commute."""
     pytest.importorskip("triton")
+    rtol = 1e-5 if dtype == torch.float32 else 2**-7
+    each = torch.tensor([0.25, 3.0][: shape[0]], device=device)
     for x in (torch.randn(shape, device=device).to(dtype), torch.randn(shape, device=device).to(dtype).mT):
-        square = symmetric.symmetric_triton(x, None, alpha=1.0, beta=0.0)
-        factor = symmetric.symmetric_triton(square, square, alpha=0.25, beta=-1.5)
-        assert torch.equal(square, square.mT) and torch.equal(factor, factor.mT)
+        square = symmetric.symmetric_triton(x, x, None, alpha=1.0, beta=0.0, diagonal=0.0)
+        scales = {"alpha": 0.25 * each, "beta": -each, "diagonal": 1.5}
+        factor = symmetric.symmetric_triton(square, square, square, **scales)
+        both = symmetric.symmetric_triton(square, factor, None, alpha=each, beta=0.0, diagonal=0.0)
         exact = x.double() @ x.double().mT
-        rtol = 1e-5 if dtype == torch.float32 else 2**-7
-        torch.testing.assert_close(square.double(), exact, rtol=rtol, atol=rtol * float(exact.abs().max()))
-        whole = symmetric.symmetric_reference(square, square, alpha=0.25, beta=-1.5)
-        torch.testing.assert_close(factor, whole, rtol=rtol, atol=rtol * float(whole.abs().max()))
+        for found, want in (
+            (square, exact),
+            (factor, symmetric.symmetric_reference(square.double(), square.double(), square.double(), **scales)),
+            (both, each[:, None, None] * (square.double() @ factor.double())),
+        ):
+            assert torch.equal(found, found.mT)
+            torch.testing.assert_close(found.double(), want, rtol=rtol, atol=rtol * float(want.abs().max()))
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_orthogonal_matrices_by_symmetric_products_are_the_same(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_orthogonal_matrices_by_the_kernel_are_the_same(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setattr(symmetric, "symmetric_reference", symmetric.symmetric_triton)
     for shape in ((2, 24, 40), (2, 40, 24)):
         x = torch.randn(shape, device=device)
-        found, whole = orthogonalize(x.clone(), steps=5, symmetric=True), orthogonalize(x.clone(), steps=5)
-        torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
-        assert not torch.equal(found, whole), "by the kernel"
+        want = orthogonalize(x.double(), steps=5)
+        with monkeypatch.context() as patch:
+            patch.setattr(symmetric, "symmetric_reference", symmetric.symmetric_triton)
+            torch.testing.assert_close(orthogonalize(x, steps=5).double(), want, rtol=1e-4, atol=1e-5)
+
+
+def plain_iteration(x: Tensor, steps: int) -> Tensor:
+    a, b, c = muon.COEFFICIENTS
+    x = x / x.double().norm(dim=(1, 2), keepdim=True).to(x.dtype)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 7])
+def test_the_iteration_on_gram_matrices_is_the_plain_one(steps: int) -> None:
+    for shape in ((2, 12, 20), (2, 20, 12), (2, 12, 12)):
+        x = torch.randn(shape, dtype=torch.float64)
+        want = plain_iteration(x, steps) if shape[1] <= shape[2] else plain_iteration(x.mT, steps).mT
+        torch.testing.assert_close(orthogonalize(x, steps), want, rtol=0, atol=1e-6)
+
+
+def test_singular_values_in_bf16_end_where_those_of_the_plain_iteration_do() -> None:
+    """Also of matrices whose Gram matrix has eigenvalues below the rounding of its entries, maybe negative."""
+    s, long = 128, 256
+    u, v = (torch.linalg.qr(torch.randn(n, s))[0] for n in (s, long))
+    few = torch.cat([torch.ones(4), 1e-2 * torch.rand(s - 4)])
+    spectra = [1 / torch.arange(1, s + 1), few, torch.logspace(0, -5, s), (few == 1).float()]
+    x = torch.stack([u * each @ v.mT for each in spectra] + [torch.ones(s, 1) @ torch.randn(1, long)]).bfloat16()
+    large = torch.linalg.svdvals(x.float()) > 3e-3 * x.float().norm(dim=(1, 2))[:, None]
+    for run in (orthogonalize, plain_iteration):
+        found = torch.linalg.svdvals(run(x, 5).float())
+        assert found.max() < 1.25 and found[large].min() > 0.6
 
 
 def test_flops_are_those_of_the_products() -> None:
@@ -126,7 +162,7 @@ def test_flops_are_those_of_the_products() -> None:
     for shape in ((3, 16, 40), (3, 40, 16)):
         with FlopCounterMode(display=False) as counter:
             orthogonalize(torch.randn(shape), steps=5)
-        assert counter.get_total_flops() == 3 * orthogonalize_flops(*shape[1:], steps=5)
+        assert counter.get_total_flops() == 3 * orthogonalize_flops(*shape[1:], steps=5, halves=False)
 
 
 def test_each_part_of_a_momentum_gets_the_random_bits_of_the_whole() -> None:

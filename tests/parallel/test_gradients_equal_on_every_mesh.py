@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from ranks import run_ranks
+from shared_memory import PeersOnCPU
 from tiny import Case
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -52,10 +53,14 @@ CASES = [
     Case("muon, replicate 2, shard 2, expert 2", {"replicate": 2, "expert": 2}, optimizer="muon"),
     Case("muon, 1 expert each on 2 ranks", {"expert": 2}, n_experts=2, optimizer="muon"),
     Case("muon, 6 experts on 4 ranks", n_experts=6, optimizer="muon"),
-    Case("direct, shard 4", {"gather_experts": "direct"}),
-    Case("direct, shard 4, expert 2, full recompute", {"gather_experts": "direct", "expert": 2, "recompute": "full"}),
-    Case("direct, split, accumulation 2, reduced each time", {"gather_experts": "direct", "expert": 2,
+    Case("packed, shard 4", {"gather_experts": "packed"}),
+    Case("packed, shard 4, expert 2, full recompute", {"gather_experts": "packed", "expert": 2, "recompute": "full"}),
+    Case("packed, split, accumulation 2, reduced each time", {"gather_experts": "packed", "expert": 2,
          "reduce_once_a_step": False}, microbatch=1, half=True, split=True),
+    Case("copies, shard 4"),
+    Case("copies, shard 4, expert 2, full recompute", {"expert": 2, "recompute": "full"}),
+    Case("copies, replicate 2, shard 2, prefetch 2", {"replicate": 2, "prefetch": 2}),
+    Case("copies, accumulation 2, reduced each time", {"expert": 2, "reduce_once_a_step": False}, microbatch=1),
     Case("bf16_sr, shard 4, accumulation 2", microbatch=1, half=True),
     Case("bf16_sr, bf16 moments, accumulation 2, reduced each time", {"replicate": 2, "expert": 2,
          "reduce_once_a_step": False}, microbatch=1, state="bf16", half=True),
@@ -95,7 +100,12 @@ def job(folder: Path) -> None:
     """What each of the four processes does; the first one writes what they found."""
     first = torch.distributed.get_rank() == 0
     for case in CASES:
-        found = trained(case)
+        with pytest.MonkeyPatch.context() as patch:
+            if copies := case.name.startswith("copies"):
+                patch.setattr(direct, "Peers", PeersOnCPU)
+            before = PeersOnCPU.allocated
+            found = trained(case)
+            assert (PeersOnCPU.allocated > before) == copies
         if first:
             torch.save(found, folder / f"{case.name}.pt")
     FSDPModule.set_gradient_divide_factor = lambda self, factor: None  # type: ignore[method-assign]

@@ -90,10 +90,12 @@ def launch(case: Case, folder: Path, **more: object) -> subprocess.Popen[str]:
     )
 
 
-def finish(runs: Started) -> None:
+def finish(runs: Started) -> dict[str, str]:
+    """What each printed."""
     outputs = {name: run.communicate(timeout=280)[0] for name, run in runs.items()}
     failed = {name: outputs[name][-3000:] for name, run in runs.items() if run.returncode != 0}
     assert not failed, failed
+    return outputs
 
 
 def curve(folder: Path) -> dict[str, torch.Tensor]:
@@ -113,7 +115,9 @@ def assert_same_curve(ours: dict[str, torch.Tensor], true: dict[str, torch.Tenso
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs from the first step, then each continued from the middle of another's."""
     folder = tmp_path_factory.mktemp("runs")
-    finish({case.name: launch(case, folder / case.name) for case in [ALONE, *SPREAD]})
+    outputs = finish({case.name: launch(case, folder / case.name) for case in [ALONE, *SPREAD]})
+    for name, output in outputs.items():
+        (folder / f"{name}.log").write_text(output)
     continued: Started = {}
     for case, saved_on in [(ALONE, "expert-2"), (SPREAD[0], "expert-2"), (SPREAD[2], "shard-2"), (SPREAD[2], "alone")]:
         name = f"{saved_on} to {case.name}"
@@ -128,6 +132,12 @@ def test_two_gpus_learn_what_one_learns(name: str, runs: Path) -> None:
     true, ours = curve(runs / "alone"), curve(runs / name)
     assert len(true["grad_norm"]) == STEPS and true["loss/train/ce"][-1] < 0.8 * true["loss/train/ce"][0]
     assert_same_curve(ours, true, slice(None))
+
+
+def test_copy_engines_gather_experts(runs: Path) -> None:
+    reached = torch.cuda.can_device_access_peer(0, 1)
+    assert ("copy engines gather 4 of 4 tensors of experts" in (runs / "shard-2.log").read_text()) == reached
+    assert "copy engines" not in (runs / "expert-2.log").read_text()
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from llmfoundry.train.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 MESH = Mesh(Degrees(1, 2, 1), None, None, 0, 2)
+NODES = Mesh(Degrees(1, 16, 1), None, None, 0, 16)
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 
@@ -56,19 +57,21 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planned.subprocess, "run", run)
 
 
-def test_gradients_are_summed_once_a_step_where_whole_ones_fit(
+def test_gradients_are_summed_once_a_step_where_whole_ones_fit_and_it_is_shorter(
     in_process: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Between nodes it is shorter; within one, the links hide the sums of each microbatch."""
     caplog.set_level(logging.INFO)
-    config = run_config()
+    config = run_config("global_train_batch_size=32")
     job = Job.of(config)
-    once, held = settled(job, MESH.degrees, 79 * GIB)
-    each, less = settled(job, MESH.degrees, held.total - 1)
+    once, held = settled(job, NODES.degrees, 79 * GIB)
+    each, less = settled(job, NODES.degrees, held.total - 1)
     assert (once.parallel.reduce_once_a_step, each.parallel.reduce_once_a_step) == (True, False)
     assert less.gradients < held.gradients and less.total < held.total
+    assert settled(Job.of(run_config()), MESH.degrees, 79 * GIB)[0].parallel.reduce_once_a_step is False
     for memory, expected in ((held.total + RESERVE, True), (held.total + RESERVE - 1, False)):
         monkeypatch.setattr(planned, "card_memory", lambda _, memory=memory: memory)
-        assert planned.settle(config, MESH, CUDA).reduce_once_a_step is expected
+        assert planned.settle(config, NODES, CUDA).reduce_once_a_step is expected
     first, second = (line for line in caplog.messages if "reduce_once_a_step: auto" in line)
     assert "summed over ranks once a step" in first and "every microbatch" in second
 

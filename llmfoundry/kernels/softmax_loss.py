@@ -1,0 +1,166 @@
+"""The loss of logits and its gradient, with each logit read once from memory.
+
+Shapes: N tokens, V vocab, S slices of a row.
+A row of logits is larger than what one SM can hold (151,936 float32 are 608 KB), so programs share it. Each keeps its
+slice in registers, writes the slice's maximum and sum of exponentials where the others can see them, waits for theirs,
+and writes its slice of the gradient. All of them combine the sums in the same order, so results are the same twice.
+
+Waiting is safe, because programs take their slices in the order in which they start: those of all earlier rows have
+started, need nothing more and end. So a row's programs wait at most for others of their own row that are still to
+start, and there is room for these as long as the GPU holds S programs at once, whatever else runs on it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmfoundry.kernels.whole import cdiv, next_power_of_2
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # CPU builds of torch come without it
+    triton = None
+
+IGNORE = -100
+
+
+def softmax_loss(
+    logits: Tensor,
+    labels: Tensor,
+    loss: Tensor,
+    gradient: Tensor | None,
+    softcap: float | None = None,
+    weights: Tensor | None = None,
+) -> None:
+    """Write the cross-entropy of each token, and the gradient of their sum by the logits.
+
+    Args:
+        logits: (N, V) float32 or float64, contiguous; with a softcap, what `softcap * tanh(logit / softcap)` gave.
+        labels: (N,) int64; tokens with -100 do not count.
+        loss: (N,) in the dtype of the logits, written: nats of each token, not weighted.
+        gradient: (N, V), contiguous, of any float dtype, written; by the logits before the softcap. None: not needed.
+        weights: (N,) of tokens in the sum.
+    """
+    on_gpu = logits.is_cuda and triton is not None and logits.dtype == torch.float32
+    (softmax_loss_triton if on_gpu else softmax_loss_reference)(logits, labels, loss, gradient, softcap, weights)
+
+
+def softmax_loss_reference(
+    logits: Tensor,
+    labels: Tensor,
+    loss: Tensor,
+    gradient: Tensor | None,
+    softcap: float | None = None,
+    weights: Tensor | None = None,
+) -> None:
+    """`softmax_loss` in plain PyTorch."""
+    counts = labels != IGNORE
+    index = labels.where(counts, 0).unsqueeze(1)
+    log_p = torch.log_softmax(logits, dim=-1)
+    loss.copy_(-log_p.gather(1, index).squeeze(1) * counts)
+    if gradient is None:
+        return
+    exact = log_p.exp_()
+    exact.scatter_add_(1, index, -torch.ones_like(index, dtype=exact.dtype))
+    exact *= (counts if weights is None else counts * weights).unsqueeze(1)
+    if softcap is not None:
+        exact *= 1 - (logits / softcap) ** 2
+    gradient.copy_(exact)
+
+
+if triton is not None:
+    _BLOCK, _WARPS, _REGISTERS = 4096, 4, 64  # an SM holds eight programs, and half of its registers are logits
+
+    @triton.jit
+    def _pack(top, total):
+        # (maximum, sum) in one number, which no other program can see half written. It is never 0: a maximum of 0 has
+        # a sum of 1 or more.
+        high = top.to(tl.int32, bitcast=True).to(tl.int64) << 32
+        return high | (total.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
+
+    @triton.jit
+    def softmax_loss_kernel(
+        logits_ptr, labels_ptr, weights_ptr, loss_ptr, gradient_ptr, sums_ptr, vocab, per_cap,
+        IGNORE: tl.constexpr, CAPPED: tl.constexpr, SLICES: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+        SUMS: tl.constexpr, RESULTS: tl.constexpr,
+    ):  # fmt: skip
+        """One program per slice of a token's logits.
+
+        sums_ptr: (N * SLICES + 1,) int64, zero before the launch that writes them; the last one counts programs.
+        SUMS, RESULTS: whether the sums are written, and whether they are read for the loss and the gradient.
+        """
+        if SUMS and RESULTS:
+            program = tl.atomic_add(sums_ptr + tl.num_programs(0), 1, sem="relaxed").to(tl.int32)
+        else:
+            program = tl.program_id(0)
+        row, part = program // SLICES, program % SLICES
+        logits_ptr += row.to(tl.int64) * vocab
+        sums_ptr += row.to(tl.int64) * SLICES
+        at = part * BLOCK + tl.arange(0, BLOCK)
+        inside = at < vocab
+        z = tl.load(logits_ptr + at, inside, float("-inf"))
+        if SUMS:
+            top = tl.max(z)
+            # A slice of nothing but -inf: keep exp(-inf - -inf) out of the sum.
+            total = tl.where(top == float("-inf"), 0.0, tl.sum(tl.exp(z - top)))
+            tl.atomic_xchg(sums_ptr + part, _pack(top, total), sem="relaxed")
+        if RESULTS:
+            lane = tl.arange(0, LANES)  # as many as threads, so that all of them see what one warp reads
+            if SUMS and SLICES > 1:
+                missing = SLICES
+                while missing > 0:
+                    seen = tl.load(sums_ptr + lane, lane < SLICES, other=1, volatile=True)
+                    missing = tl.sum((seen == 0).to(tl.int32))
+            # volatile: not from this SM's own cache
+            seen = tl.load(sums_ptr + lane, lane < SLICES, other=0, volatile=True)
+            tops = tl.where(lane < SLICES, (seen >> 32).to(tl.int32).to(tl.float32, bitcast=True), float("-inf"))
+            totals = seen.to(tl.int32).to(tl.float32, bitcast=True)
+            peak = tl.max(tops)
+            logsumexp = peak + tl.log(tl.sum(tl.where(tops == float("-inf"), 0.0, totals * tl.exp(tops - peak))))
+            label = tl.load(labels_ptr + row)
+            counts = label != IGNORE
+            if part == 0:
+                # A label outside the vocabulary shows as NaN instead of reading another row.
+                chosen = tl.load(logits_ptr + label, (label >= 0) & (label < vocab), float("nan"))
+                tl.store(loss_ptr + row, tl.where(counts, logsumexp - chosen, 0.0))
+            if gradient_ptr is not None:
+                g = tl.exp(z - logsumexp) - tl.where(at == label, 1.0, 0.0)
+                if weights_ptr is not None:
+                    g *= tl.load(weights_ptr + row)
+                if CAPPED:
+                    g *= 1 - (z * per_cap) * (z * per_cap)
+                tl.store(gradient_ptr + row.to(tl.int64) * vocab + at, tl.where(counts, g, 0.0), inside)
+
+
+def softmax_loss_triton(
+    logits: Tensor,
+    labels: Tensor,
+    loss: Tensor,
+    gradient: Tensor | None,
+    softcap: float | None = None,
+    weights: Tensor | None = None,
+) -> None:
+    """`softmax_loss` by the kernel, of float32 logits."""
+    n, vocab = logits.shape
+    if n == 0:
+        return
+    block = min(_BLOCK, next_power_of_2(vocab))
+    slices = cdiv(vocab, block)
+    sums = torch.zeros(n * slices + 1, dtype=torch.int64, device=logits.device)
+    for launch in [(True, True)] if _fit_at_once(slices, logits.device) else [(True, False), (False, True)]:
+        softmax_loss_kernel[(n * slices,)](
+            logits, labels, weights, loss, gradient, sums, vocab, 0.0 if softcap is None else 1 / softcap,
+            IGNORE=IGNORE, CAPPED=softcap is not None, SLICES=slices, LANES=max(32 * _WARPS, next_power_of_2(slices)),
+            BLOCK=block, SUMS=launch[0], RESULTS=launch[1], num_warps=_WARPS, maxnreg=_REGISTERS,
+        )  # fmt: skip
+
+
+def _fit_at_once(slices: int, device: torch.device) -> bool:
+    """Whether a GPU surely holds so many programs at once; else logits are read twice, by two launches.
+
+    Each SM holds one at least, and collectives leave more than half of the SMs free. Triton's interpreter runs one
+    program after the other.
+    """
+    return device.type == "cuda" and slices <= torch.cuda.get_device_properties(device).multi_processor_count // 2

@@ -1,0 +1,52 @@
+"""The kernel of the loss against the plain operation in float64, and itself. Without a GPU it is interpreted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmfoundry.kernels import softmax_loss as module
+from llmfoundry.kernels.softmax_loss import softmax_loss_reference
+from tests.kernels.devices import DEVICES
+
+pytest.importorskip("triton")
+N = 5
+
+
+def _run(logits: Tensor, labels: Tensor, softcap: float | None, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    loss, gradient = torch.empty_like(logits[:, 0]), torch.full_like(logits, torch.nan)
+    run = module.softmax_loss_triton if logits.dtype == torch.float32 else softmax_loss_reference
+    run(logits, labels, loss, gradient, softcap, weights)
+    return loss, gradient
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("vocab", "softcap", "weighted"), [(1, None, False), (60, 3.0, True), (150, None, True)])
+def test_slices_of_rows_give_the_whole_loss_and_gradient(
+    vocab: int, softcap: float | None, weighted: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BLOCK", 64)  # 1 and 3 slices
+    logits, labels = torch.randn(N, vocab, device=device) * 2, torch.randint(vocab, (N,), device=device)
+    labels[2] = module.IGNORE
+    labels[3] = vocab - 1
+    if softcap is None:
+        logits[3, :-1] = -torch.inf  # slices of nothing else
+    weights = torch.rand(N, device=device) if weighted else None
+    ours = _run(logits, labels, softcap, weights)
+    theirs = _run(logits.double(), labels, softcap, None if weights is None else weights.double())
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+    for a, b in zip(ours, _run(logits, labels, softcap, weights), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [50_304, 151_936, 700_000])
+def test_programs_that_share_a_row_give_what_two_launches_give(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, labels = torch.randn(600, vocab, device="cuda") * 4, torch.randint(vocab, (600,), device="cuda")
+    together = _run(logits, labels, None, None)
+    assert module._fit_at_once(-(-vocab // module._BLOCK), logits.device) == (vocab < 500_000)
+    monkeypatch.setattr(module, "_fit_at_once", lambda *_: False)
+    for a, b in zip(together, _run(logits, labels, None, None), strict=True):
+        assert torch.equal(a, b)
