@@ -36,9 +36,8 @@ ALIKE = ("windows", "experts with a clamp, grouped_mm")
 MEASURED = [row for row in json.loads(RESULTS.read_text())["rows"] if row["model"] not in ALIKE]
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def _no_graphs_are_left() -> Iterator[None]:
-    """Simulations of this file share what they trace, as those of one table do."""
     yield
     torch._dynamo.reset()
 
@@ -122,7 +121,6 @@ def test_each_gpu_holds_its_share(name: str, gpus: int, overrides: tuple[str, ..
 
 
 def test_graphs_are_traced_once_for_all_simulations(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch._dynamo.reset()
     traced: list[object] = []
     first = FusedGraph.__init__
     monkeypatch.setattr(FusedGraph, "__init__", lambda self, graph: (traced.append(graph), first(self, graph))[1])
