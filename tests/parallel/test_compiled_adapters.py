@@ -66,7 +66,7 @@ def test_compiled_they_learn_the_same_also_after_they_were_off(case: Case, monke
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # no code: the graphs
     torch._dynamo.reset()
     counters.clear()
-    model, tokens = _model(case), torch.randint(0, 61, (2, 4))
+    model, tokens = _model(case), torch.randint(0, 61, (2, 12))
 
     def gradients() -> dict[str, Tensor]:
         model.zero_grad()
