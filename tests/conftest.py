@@ -5,6 +5,7 @@ own functions, such as `tl.cumsum`, are made interpreted or compiled then.
 """
 
 import gc
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -19,20 +20,30 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton"):
+        from tests.interpreter import patch_once_per_launch
+
+        patch_once_per_launch()
 
 # `make test` runs several processes; more threads than cores make every one of them slower.
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, torch.get_num_threads() // _workers))
 
 
-# Files without a long test that take half a minute together.
-LONG = {"test_memory.py", "test_plan.py", "test_resume.py", "test_run.py", "test_yamls.py"}
+# Files that take more than 20 seconds of a core, the longest first; before them the one that waits longest.
+LONG = (
+    "test_hangs.py", "test_curves_equal_on_every_mesh.py", "test_gradients_equal_on_every_mesh.py", "test_memory.py",
+    "test_compiled_blocks.py", "test_compiles.py", "test_experts_triton.py", "test_compiled_adapters.py",
+    "test_microbatch.py", "test_run.py", "test_stores.py", "test_resume.py", "test_curves_of_the_shipped_yaml.py",
+    "test_torchrun.py", "test_damage.py", "test_saving.py", "test_mixed_precision.py", "test_families.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first, so that no process begins one when the others are done; skip what needs a GPU."""
+    places = {name: place for place, name in enumerate(LONG)}
     long = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("dist")}
-    items.sort(key=lambda item: item.path not in long and item.path.name not in LONG)
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG) + (item.path not in long)))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -187,7 +187,7 @@ def test_a_browser_talks_stops_and_begins_anew(server: Server, chat: Chat, tmp_p
         page.wait(idle)
         partial = page.run(texts)[5]
         assert partial and said(*conversation, "count", how=HOW._replace(max_new_tokens=200)).startswith(partial[:50])
-        assert server.turn.acquire(timeout=2), "the server has noticed, and is free"
+        assert server.turn.acquire(timeout=30), "the server has noticed, and is free"
         server.turn.release()
         page.run("document.getElementById('reset').click()")
         assert page.run(texts) == []

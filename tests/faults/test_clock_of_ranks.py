@@ -33,6 +33,7 @@ class Counts(Callback):
 
     def step_end(self, trainer, metrics):
         metrics["waits"] = waits[0]
+        time.sleep(0.05)  # some seconds of steps, not some seconds of both cores
 
 class CountsConfig(CallbackConfig, names=("counts",)):
     def build(self):

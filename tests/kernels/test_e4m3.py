@@ -140,9 +140,12 @@ def test_products_of_scaled_rows(device: str, per_channel: bool) -> None:
         w = e4m3.transpose_weight_reference(matrices.transpose(1, 2).contiguous(), w.scale.amax(1))
     config = GroupedConfig(columns=64, depth=32, num_warps=4, num_stages=2)
     expected = scaled.scaled_grouped_reference(rows, w, tiles, torch.float32)
+    sizes = (each._replace(values=each.values.float().abs().to(each.values.dtype)) for each in (rows, w))
+    # Hopper's tensor cores add products of 8 bits in 14 bits of the largest (docs/experiments.md).
+    bound = scaled.scaled_grouped_reference(*sizes, tiles, torch.float32) * (2**-13 if device == "cuda" else 2**-18)
     for pieces in (1, 2):
         found = scaled.scaled_grouped(rows, w, tiles, torch.float32, config=config._replace(pieces=pieces))
-        torch.testing.assert_close(found[:n], expected[:n], rtol=1e-3, atol=1e-3)
+        assert ((found - expected)[:n].abs() <= bound[:n]).all()
 
 
 @pytest.mark.parametrize("device", PLACES)

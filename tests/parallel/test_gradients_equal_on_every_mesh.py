@@ -35,11 +35,7 @@ ALONE = [Case("8 experts"), Case("6 experts", n_experts=6), Case("2 experts", n_
 Alone = dict[tuple[object, ...], dict[str, Tensor]]
 CASES = [
     Case("shard 4"),
-    Case("shard 4, expert 2", {"expert": 2}),
-    Case("shard 4, expert 4", {"expert": 4}),
     Case("shard 4, expert 4, gathered", {"expert": 4, "exchange_tokens": "gather"}),
-    Case("replicate 2, shard 2, expert 2", {"replicate": 2, "expert": 2}),
-    Case("replicate 2, shard 2", {"replicate": 2}),
     Case("6 experts on 4 ranks", n_experts=6),
     Case("3 experts each on 2 ranks", {"expert": 2}, n_experts=6),
     Case("1 expert each on 2 ranks", {"expert": 2}, n_experts=2),

@@ -80,37 +80,36 @@ def steps(folder: Path) -> list[dict[str, object]]:
     return [{k: v for k, v in line.items() if not k.startswith(("throughput/", "time/"))} for line in lines]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("when", ["forward", "backward"])
-def test_one_process_goes_on_with_what_fits(tmp_path: Path, when: str) -> None:
-    done = run(tmp_path, "auto", 1, "auto", {"rows": 2, "when": when})
-    assert done.returncode == 0, done.stderr
-    assert "out of memory with 8 rows at once: going on with 4" in done.stderr
-    assert "out of memory with 4 rows at once: going on with 2" in done.stderr
+def test_one_process_goes_on_with_what_fits(tmp_path: Path) -> None:
     assert run(tmp_path, "two", 1, 2, None).returncode == 0
-    assert steps(tmp_path / "auto") == steps(tmp_path / "two"), "bit by bit what two rows at once give"
+    for when in ("forward", "backward"):
+        done = run(tmp_path, when, 1, "auto", {"rows": 2, "when": when})
+        assert done.returncode == 0, done.stderr
+        assert "out of memory with 8 rows at once: going on with 4" in done.stderr
+        assert "out of memory with 4 rows at once: going on with 2" in done.stderr
+        assert steps(tmp_path / when) == steps(tmp_path / "two"), "bit by bit what two rows at once give"
 
 
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="FSDP2 cannot leave a step before torch 2.13")
 @pytest.mark.parametrize(
-    ("when", "calls", "parallel"),
+    ("parallel", "moments"),
     [
-        ("forward", 0, {"expert": 2}),
-        ("backward", 2, {"expert": 2, "reduce_once_a_step": True}),
-        ("backward", 0, {"shard": 2}),
+        ({"expert": 2, "reduce_once_a_step": True}, [("forward", 0), ("backward", 2)]),
+        ({"shard": 2}, [("backward", 0)]),
     ],
 )
 def test_two_ranks_go_on_together_when_one_is_full(
-    tmp_path: Path, when: str, calls: int, parallel: dict[str, int]
+    tmp_path: Path, parallel: dict[str, int], moments: list[tuple[str, int]]
 ) -> None:
     """In the middle of a block's collectives; also after whole microbatches whose gradients must not count twice."""
-    done = run(tmp_path, "auto", 2, "auto", {"rows": 1, "when": when, "calls": calls}, parallel=parallel)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("going on with") == 2 and "going on with 1 (" in done.stderr, done.stderr
     assert run(tmp_path, "one", 2, 1, None, parallel=parallel).returncode == 0
-    assert steps(tmp_path / "auto") == steps(tmp_path / "one")
+    for when, calls in moments:
+        done = run(tmp_path, when, 2, "auto", {"rows": 1, "when": when, "calls": calls}, parallel=parallel)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("going on with") == 2 and "going on with 1 (" in done.stderr, done.stderr
+        assert steps(tmp_path / when) == steps(tmp_path / "one"), when
 
 
 @pytest.mark.parametrize("micro", ["auto", pytest.param(4, marks=pytest.mark.slow)])  # a plan is a process more

@@ -123,6 +123,7 @@ def test_what_a_step_reports_is_known_before_the_weights_change() -> None:
 def test_numbers_of_a_step_are_read_while_the_gpu_updates() -> None:
     model, optimizer = built({"name": "adamw"}, dense=True, device="cuda")
     rows, updated = batch().to(torch.device("cuda")), torch.cuda.Event()
+    trained(model, optimizer, rows)  # kernels are compiled, which may take longer than the update below
     optimizer.register_step_pre_hook(lambda *_: torch.cuda._sleep(2_000_000_000))  # about a second
     optimizer.register_step_post_hook(lambda *_: updated.record())
     numbers: list[Numbers] = []
