@@ -28,16 +28,27 @@ def settled(job: Job, degrees: Degrees, usable: float) -> tuple[Job, Memory]:
         usable: bytes of one GPU that a plan may use. Gradients are summed once a step if that fits, and if the step
             is shorter so: adding up whole gradients in float32 takes longer than collectives that compute hides.
     """
-    if job.parallel.reduce_once_a_step != "auto":
-        return job, memory(job, degrees)
-    once = job.changed(reduce_once_a_step=True)
-    held = memory(once, degrees)
-    if degrees.shard == 1 or job.work(degrees).microbatches == 1:
-        return once, held
+    quick = shortest(job, degrees)
+    held = memory(quick, degrees)
+    chosen = job.parallel.reduce_once_a_step == "auto" and quick.parallel.reduce_once_a_step and _sums(job, degrees)
+    if not chosen or held.total <= usable:
+        return quick, held
     each = job.changed(reduce_once_a_step=False)
-    if held.total <= usable and plan(once, degrees).time.total < plan(each, degrees).time.total:
-        return once, held
     return each, memory(each, degrees)
+
+
+def shortest(job: Job, degrees: Degrees) -> Job:
+    """The job without `auto`, by time alone."""
+    if job.parallel.reduce_once_a_step != "auto":
+        return job
+    once, each = job.changed(reduce_once_a_step=True), job.changed(reduce_once_a_step=False)
+    ways = (once, each) if _sums(job, degrees) else (once,)
+    return min(ways, key=lambda way: plan(way, degrees).time.total)
+
+
+def _sums(job: Job, degrees: Degrees) -> bool:
+    """Whether there are gradients of several microbatches to sum over ranks."""
+    return degrees.shard > 1 and job.work(degrees).microbatches > 1
 
 
 def main() -> None:
