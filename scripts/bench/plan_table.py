@@ -172,7 +172,7 @@ def rates() -> str:
 def measured() -> str:
     """The plan beside the training steps that were measured.
 
-    A step's time is planned now. The peak was planned by the code that was measured (train_step.py), for other code holds
+    A step's time is planned now. The peak was planned by the code that was measured (train_step.py): other code holds
     more or less.
     """
     if not TRAIN_STEP.exists():
