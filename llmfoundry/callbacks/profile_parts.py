@@ -41,15 +41,22 @@ def _patterns(*pairs: tuple[str, str]) -> tuple[tuple[str, re.Pattern[str]], ...
 
 
 SURE = _patterns(
-    (COMMUNICATION, r"nccl|gloo|c10d|all_?(gather|reduce|to_all)|reduce_scatter|split_with_sizes_copy|chunk_cat"),
-    ("experts", r"up_kernel|up_backward|grouped|weight_grad|experts_(for|back|weight|bias)|expert_sums|_Experts"),
+    (
+        COMMUNICATION,
+        r"nccl|gloo|c10d|memcpy ptop|all_?(gather|reduce|to_all)|reduce_scatter|add_parts"
+        r"|split_with_sizes_copy|chunk_cat",
+    ),
+    (
+        "experts",
+        r"up_(hopper_)?kernel|up_backward|grouped|weight_grad|experts_(for|back|weight|bias)|expert_sums|_Experts",
+    ),
     ("gather and dispatch", r"spread_kernel|sum_rows|slot_sums|index_select|sort_by_expert"),
-    ("update", r"^Optimizer\.step#|adam|lion|muon|multi_tensor|lpnorm|linalg_vector_norm"),
+    ("update", r"^Optimizer\.step#|adam|lion|muon|multi_tensor|lpnorm|square_sum|linalg_vector_norm"),
 )
 HINTS = _patterns(
     ("router", r"top_?k|_(count|prefix|start|place|tiles|local)_kernel|router|UpcastLinear"),
     ("attention", r"attention|flash|fmha|sdpa|flex"),
-    ("loss", r"cross_entropy|nll_loss|log_softmax|softmax_backward|LinearCrossEntropy"),
+    ("loss", r"cross_entropy|softmax_loss|nll_loss|log_softmax|softmax_backward|LinearCrossEntropy"),
     ("update", r"optimizer|foreach"),
 )
 GENERIC = _patterns(

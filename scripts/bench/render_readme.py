@@ -229,7 +229,8 @@ def _share(row: dict) -> str:
 
 
 def _exposed(row: dict) -> str:
-    return "" if row["devices"] == 1 else f"{row['exposed_seconds'] / row['seconds']['median']:.0%} of the step"
+    exposed = row.get("exposed_seconds") if row["devices"] > 1 else None  # not of steps before copies were counted
+    return "" if exposed is None else f"{exposed / row['seconds']['median']:.0%} of the step"
 
 
 def _speed(side: dict) -> str:

@@ -81,7 +81,7 @@ def exposed_communication(trainer: Trainer) -> Row:
     spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
-            is_communication = "nccl" in event.name.lower()
+            is_communication = re.search("nccl|PtoP|symmetric_memory::barrier", event.name) is not None
             spans[is_communication].append((event.time_range.start / 1e6, event.time_range.end / 1e6))
     if runtime.is_rank0():
         print(profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=110))
