@@ -263,7 +263,7 @@ def fetch_part(file: RemoteFile, start: int, stop: int, to: Path) -> None:
     info, before = patiently(file.url, now), json.loads(file.version)
     changed = any(key in info and str(info[key]) != before[key] for key in before if key in _OF_CONTENTS)
     if changed or int(info["size"]) != file.size:
-        raise ConfigError(f"{file.url}: was changed while it was read; start again when it is complete")
+        raise ConfigError(f"{file.url}: changed while it was being read; start again when it is complete")
     to.write_bytes(content)
 
 

@@ -279,7 +279,7 @@ def test_s3_gives_the_rows_of_local_files(data: Path, bucket: str, tmp_path: Pat
     store = Store(tmp_path / "changed")
     (file,) = store.find(f"{bucket}/meg/one_text_document.bin").values()
     fsspec.filesystem("s3").pipe_file("corpus/data/meg/one_text_document.bin", bytes(file.size))
-    with pytest.raises(ConfigError, match="one_text_document.bin: was changed while it was read"):
+    with pytest.raises(ConfigError, match="one_text_document.bin: changed while it was being read"):
         StoredFile(file, store).read(10, 20)
 
 

@@ -233,7 +233,7 @@ def test_a_conversation_ends_with_the_learned_positions() -> None:
     short = Chat(model, Template(own))
     answer = short.answer(turns("hello"), Sampling(100, temperature=0))
     assert answer.prompt_tokens + answer.tokens <= 41
-    with pytest.raises(ConfigError, match="the model has learned 40 positions; begin a new one"):
+    with pytest.raises(ConfigError, match="the model has learned 40 positions; start a new one"):
         short.answer(turns("hello " * 40), GREEDY)
 
 

@@ -92,8 +92,10 @@ def test_a_prompt_longer_than_the_rows_of_training_is_said(
 
 @pytest.mark.parametrize("options", [["--temperature", "nan"], ["--temperature", "inf"], ["--top-p", "nan"]])
 def test_options_that_are_no_numbers_are_refused(options: list[str], capsys: pytest.CaptureFixture) -> None:
-    assert generate_main(["--checkpoint", "nowhere", *options]) == 2
-    assert "--temperature must be a number" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        generate_main(["--checkpoint", "nowhere", *options])
+    assert ended.value.code == 2
+    assert f"argument {options[0]}: must be a number" in capsys.readouterr().err
 
 
 def test_the_model_goes_on_training(model: CausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -114,7 +114,7 @@ def test_a_source_that_changes_while_it_is_read_leaves_nothing(texts: Path) -> N
     tokenizer = TokenizerConfig(vocab_size=257).build(dataset)
     source = dataset.whole().build()
     (texts / "3.txt").write_text("another text " * 200)
-    with pytest.raises(ConfigError, match=r"3\.txt was changed while it was read"):
+    with pytest.raises(ConfigError, match=r"3\.txt changed while it was being read"):
         pack(source, tokenizer, texts.parent / "cache")
     assert not [path for path in (texts.parent / "cache" / "tokens").iterdir() if path.suffix != ".lock"]
     stream = _stream(texts)
