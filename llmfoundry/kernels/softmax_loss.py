@@ -59,15 +59,16 @@ def softmax_loss_reference(
     counts = labels != IGNORE
     index = labels.where(counts, 0).unsqueeze(1)
     log_p = torch.log_softmax(logits, dim=-1)
-    loss.copy_(-log_p.gather(1, index).squeeze(1) * counts)
+    loss.copy_(torch.where(counts, -log_p.gather(1, index).squeeze(1), 0))
     if gradient is None:
         return
     exact = log_p.exp_()
     exact.scatter_add_(1, index, -torch.ones_like(index, dtype=exact.dtype))
-    exact *= (counts if weights is None else counts * weights).unsqueeze(1)
+    if weights is not None:
+        exact *= weights.unsqueeze(1)
     if softcap is not None:
         exact *= 1 - (logits / softcap) ** 2
-    gradient.copy_(exact)
+    gradient.copy_(exact.masked_fill_(~counts.unsqueeze(1), 0))  # also where such a token's logits are not finite
 
 
 if triton is not None:
@@ -146,6 +147,8 @@ def softmax_loss_triton(
     n, vocab = logits.shape
     if n == 0:
         return
+    # Autograd gives the gradient of a sum as one number that is expanded.
+    labels, weights = labels.contiguous(), None if weights is None else weights.contiguous()
     block = min(_BLOCK, next_power_of_2(vocab))
     slices = cdiv(vocab, block)
     sums = torch.zeros(n * slices + 1, dtype=torch.int64, device=logits.device)
