@@ -121,10 +121,11 @@ if triton is not None:
             peak = tl.max(tops)
             logsumexp = peak + tl.log(tl.sum(tl.where(tops == float("-inf"), 0.0, totals * tl.exp(tops - peak))))
             label = tl.load(labels_ptr + row)
-            counts = label != IGNORE
+            counts, known = label != IGNORE, (label >= 0) & (label < vocab)
+            # A label outside the vocabulary makes the loss and the gradient NaN, so that the step is skipped.
+            logsumexp = tl.where(known, logsumexp, float("nan"))
             if part == 0:
-                # A label outside the vocabulary shows as NaN instead of reading another row.
-                chosen = tl.load(logits_ptr + label, (label >= 0) & (label < vocab), float("nan"))
+                chosen = tl.load(logits_ptr + label, known, 0.0)
                 tl.store(loss_ptr + row, tl.where(counts, logsumexp - chosen, 0.0))
             if gradient_ptr is not None:
                 g = tl.exp(z - logsumexp) - tl.where(at == label, 1.0, 0.0)

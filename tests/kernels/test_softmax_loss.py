@@ -50,6 +50,15 @@ def test_weights_and_labels_that_do_not_lie_side_by_side(device: str) -> None:
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_label_outside_the_vocabulary_is_seen_in_the_loss_and_in_the_gradient(device: str) -> None:
+    loss, gradient = _run(
+        torch.randn(N, 7, device=device), torch.tensor([4, 7, -1, -100, 1], device=device), None, None
+    )
+    assert loss.isnan().tolist() == gradient.isnan().all(1).tolist() == [False, True, True, False, False]
+    assert gradient.isnan().any(1).tolist() == loss.isnan().tolist()
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter's NumPy, which sees NaN
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # by the kernel, and in plain PyTorch
 def test_logits_of_tokens_that_do_not_count_are_not_seen(dtype: torch.dtype) -> None:
