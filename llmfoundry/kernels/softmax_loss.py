@@ -104,8 +104,8 @@ if triton is not None:
         z = tl.load(logits_ptr + at, inside, float("-inf"))
         if SUMS:
             top = tl.max(z)
-            # A slice of nothing but -inf: keep exp(-inf - -inf) out of the sum.
-            total = tl.where(top == float("-inf"), 0.0, tl.sum(tl.exp(z - top)))
+            # A slice of nothing but -inf: keep exp(-inf - -inf) out of the sum, but not NaN, which a maximum ignores.
+            total = tl.sum(tl.exp(z - tl.where(top == float("-inf"), 0.0, top)))
             tl.atomic_xchg(sums_ptr + part, _pack(top, total), sem="relaxed")
         if RESULTS:
             lane = tl.arange(0, LANES)  # as many as threads, so that all of them see what one warp reads
@@ -119,7 +119,7 @@ if triton is not None:
             tops = tl.where(lane < SLICES, (seen >> 32).to(tl.int32).to(tl.float32, bitcast=True), float("-inf"))
             totals = seen.to(tl.int32).to(tl.float32, bitcast=True)
             peak = tl.max(tops)
-            logsumexp = peak + tl.log(tl.sum(tl.where(tops == float("-inf"), 0.0, totals * tl.exp(tops - peak))))
+            logsumexp = peak + tl.log(tl.sum(tl.where(tops == float("-inf"), totals, totals * tl.exp(tops - peak))))
             label = tl.load(labels_ptr + row)
             counts, known = label != IGNORE, (label >= 0) & (label < vocab)
             # A label outside the vocabulary makes the loss and the gradient NaN, so that the step is skipped.

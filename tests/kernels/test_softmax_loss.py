@@ -59,6 +59,17 @@ def test_a_label_outside_the_vocabulary_is_seen_in_the_loss_and_in_the_gradient(
     assert gradient.isnan().any(1).tolist() == loss.isnan().tolist()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_nan_beside_nothing_but_minus_infinity_is_seen(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BLOCK", 64)
+    logits = torch.randn(N, 66, device=device)
+    logits[1, 64:] = torch.nan  # with the rest of the block, which is -inf
+    logits[2, 64], logits[2, 65] = -torch.inf, torch.nan
+    loss, gradient = _run(logits, torch.full((N,), 3, device=device), None, None)
+    assert loss.isnan().tolist() == gradient.isnan().any(1).tolist() == [False, True, True, False, False]
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter's NumPy, which sees NaN
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # by the kernel, and in plain PyTorch
 def test_logits_of_tokens_that_do_not_count_are_not_seen(dtype: torch.dtype) -> None:
