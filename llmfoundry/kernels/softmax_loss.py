@@ -59,15 +59,16 @@ def softmax_loss_reference(
     counts = labels != IGNORE
     index = labels.where(counts, 0).unsqueeze(1)
     log_p = torch.log_softmax(logits, dim=-1)
-    loss.copy_(-log_p.gather(1, index).squeeze(1) * counts)
+    loss.copy_(torch.where(counts, -log_p.gather(1, index).squeeze(1), 0))
     if gradient is None:
         return
     exact = log_p.exp_()
     exact.scatter_add_(1, index, -torch.ones_like(index, dtype=exact.dtype))
-    exact *= (counts if weights is None else counts * weights).unsqueeze(1)
+    if weights is not None:
+        exact *= weights.unsqueeze(1)
     if softcap is not None:
         exact *= 1 - (logits / softcap) ** 2
-    gradient.copy_(exact)
+    gradient.copy_(exact.masked_fill_(~counts.unsqueeze(1), 0))  # also where such a token's logits are not finite
 
 
 if triton is not None:
@@ -103,8 +104,8 @@ if triton is not None:
         z = tl.load(logits_ptr + at, inside, float("-inf"))
         if SUMS:
             top = tl.max(z)
-            # A slice of nothing but -inf: keep exp(-inf - -inf) out of the sum.
-            total = tl.where(top == float("-inf"), 0.0, tl.sum(tl.exp(z - top)))
+            # A slice of nothing but -inf: keep exp(-inf - -inf) out of the sum, but not NaN, which a maximum ignores.
+            total = tl.sum(tl.exp(z - tl.where(top == float("-inf"), 0.0, top)))
             tl.atomic_xchg(sums_ptr + part, _pack(top, total), sem="relaxed")
         if RESULTS:
             lane = tl.arange(0, LANES)  # as many as threads, so that all of them see what one warp reads
@@ -118,12 +119,13 @@ if triton is not None:
             tops = tl.where(lane < SLICES, (seen >> 32).to(tl.int32).to(tl.float32, bitcast=True), float("-inf"))
             totals = seen.to(tl.int32).to(tl.float32, bitcast=True)
             peak = tl.max(tops)
-            logsumexp = peak + tl.log(tl.sum(tl.where(tops == float("-inf"), 0.0, totals * tl.exp(tops - peak))))
+            logsumexp = peak + tl.log(tl.sum(tl.where(tops == float("-inf"), totals, totals * tl.exp(tops - peak))))
             label = tl.load(labels_ptr + row)
-            counts = label != IGNORE
+            counts, known = label != IGNORE, (label >= 0) & (label < vocab)
+            # A label outside the vocabulary makes the loss and the gradient NaN, so that the step is skipped.
+            logsumexp = tl.where(known, logsumexp, float("nan"))
             if part == 0:
-                # A label outside the vocabulary shows as NaN instead of reading another row.
-                chosen = tl.load(logits_ptr + label, (label >= 0) & (label < vocab), float("nan"))
+                chosen = tl.load(logits_ptr + label, known, 0.0)
                 tl.store(loss_ptr + row, tl.where(counts, logsumexp - chosen, 0.0))
             if gradient_ptr is not None:
                 g = tl.exp(z - logsumexp) - tl.where(at == label, 1.0, 0.0)
@@ -146,6 +148,8 @@ def softmax_loss_triton(
     n, vocab = logits.shape
     if n == 0:
         return
+    # Autograd gives the gradient of a sum as one number that is expanded.
+    labels, weights = labels.contiguous(), None if weights is None else weights.contiguous()
     block = min(_BLOCK, next_power_of_2(vocab))
     slices = cdiv(vocab, block)
     sums = torch.zeros(n * slices + 1, dtype=torch.int64, device=logits.device)

@@ -155,8 +155,8 @@ def _timed_choice(
         f"{name} {configs} turns {turns()} {bucket.dtype} D{bucket.d_model} "
         f"F{bucket.hidden}x{bucket.halves} E{bucket.n_experts} rows2^{bucket.n_rows} {versions}"
     )
-    choice = _read(problem.device).get(key)
-    if choice is None:
+    choice = _read(problem.device).get(key, len(configs))
+    if choice >= len(configs):  # not there, or damaged
         if torch.cuda.is_current_stream_capturing():
             return 0
         for _ in range(2):  # a card at its power limit, as in training, has other favourites than a cool one

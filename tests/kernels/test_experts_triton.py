@@ -423,6 +423,9 @@ def test_a_choice_is_timed_once_for_a_bucket_of_rows(monkeypatch: pytest.MonkeyP
     assert len(timed) == 4 * len(tune.UP.large), "another power of two"
     monkeypatch.setattr(tune, "_chosen", {})
     assert pick(400) is tune.UP.large[1] and len(timed) == 4 * len(tune.UP.large), "read from the disk"
+    (tmp_path / "tiles.json").write_text((tmp_path / "tiles.json").read_text().replace(": 1", ": 7"))
+    monkeypatch.setattr(tune, "_chosen", {})
+    assert pick(400) is tune.UP.large[1] and len(timed) == 6 * len(tune.UP.large), "a damaged file is timed anew"
 
 
 @pytest.mark.parametrize(("capability", "kib", "large"), [

@@ -143,6 +143,16 @@ def test_the_iteration_on_gram_matrices_is_the_plain_one(steps: int) -> None:
         torch.testing.assert_close(orthogonalize(x, steps), want, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_of_a_matrix_changes_nothing_up_to_1e9(dtype: torch.dtype) -> None:
+    """Of rank one too, whose Gram matrix has the largest products."""
+    x = torch.stack([torch.randn(12, 20), torch.outer(torch.randn(12), torch.randn(20))])
+    x = (x / torch.linalg.matrix_norm(x, keepdim=True)).to(dtype)
+    want = orthogonalize(x, steps=5)
+    for exponent in (-23, 20, 30):  # powers of two round nothing
+        assert torch.equal(orthogonalize(x * 2.0**exponent, steps=5), want)
+
+
 def test_singular_values_in_bf16_end_where_those_of_the_plain_iteration_do() -> None:
     """Also of matrices whose Gram matrix has eigenvalues below the rounding of its entries, maybe negative."""
     s, long = 128, 256
