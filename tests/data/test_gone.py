@@ -160,7 +160,7 @@ def test_rows_that_change_while_they_are_read_leave_nothing(
             file.write(json.dumps(ROWS[0]) + "\n")
 
     kind = "chats" if config is ChatsConfig else "ids"
-    with monkeypatch.context() as patch, pytest.raises(ConfigError, match=r"rows\.jsonl changed while it was being read"):
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match=r"rows\.jsonl changed while it was being"):
         patch.setattr(config, "_write", meanwhile)
         loader(place, COPIED[kind])
     assert not [each for each in (place / "cache" / kind).iterdir() if each.is_dir()]
