@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from pydantic import Field
 
 from llmfoundry import runtime
@@ -40,7 +39,7 @@ class MemoryMonitor(Callback):
     def step_end(self, trainer: Run, metrics: Metrics) -> None:
         if trainer.device.type != "cuda":
             return
-        found = report(torch.cuda.memory_stats(trainer.device), self.config.memory_keys or KEYS)
+        found = report(runtime.memory_stats(trainer.device), self.config.memory_keys or KEYS)
         every = self.config.dist_aggregate_batch_interval
         if every is not None and trainer.state.step % every == 0:
             found |= over_ranks(found)
