@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pydantic import Field
 
 from llmfoundry import runtime
@@ -46,7 +48,7 @@ class MemoryMonitor(Callback):
         metrics |= {f"memory/{name}": value for name, value in found.items()}
 
 
-def report(stats: dict[str, float], keys: dict[str, str]) -> dict[str, float]:
+def report(stats: Mapping[str, float], keys: dict[str, str]) -> dict[str, float]:
     """The statistics that are there under our names, those in bytes in GB."""
     return {
         name: stats[key] / 1e9 if "bytes" in key else stats[key] for key, name in keys.items() if key in stats
