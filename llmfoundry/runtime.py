@@ -425,9 +425,18 @@ def count_memory(n_bytes: int) -> None:
     _mapped += n_bytes
 
 
+def memory_stats(place: torch.device) -> dict[str, int]:
+    """`torch.cuda.memory_stats`, with what `count_memory` was told of among what is allocated, active and reserved."""
+    stats = dict(torch.cuda.memory_stats(place))
+    for kind in ("allocated", "active", "reserved"):
+        for key in (f"{kind}_bytes.all.current", f"{kind}_bytes.all.peak"):
+            stats[key] = stats.get(key, 0) + _mapped
+    return stats
+
+
 def peak_memory_bytes(place: torch.device) -> int:
     """Peak memory so far, in bytes: allocated on a GPU, or resident in a CPU process."""
     if place.type == "cuda":
-        return torch.cuda.max_memory_allocated(place) + _mapped
+        return memory_stats(place)["allocated_bytes.all.peak"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -7,10 +7,15 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from llmfoundry import runtime
+from llmfoundry.callbacks.memory_monitor import KEYS, report
 from llmfoundry.runtime import cache_root
+from llmfoundry.train import out_of_memory
 
 PROGRAM = """
 import atexit, sys
@@ -69,3 +74,18 @@ def test_a_user_without_a_home_has_a_cache_too(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("os.getuid", lambda: 987_654)
     assert cache_root() == Path(tempfile.gettempdir()).absolute() / "llmfoundry-987654"
+
+
+def test_memory_around_the_allocator_counts_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts' weights are there, where GPUs copy from each other: all but them were too few activations."""
+    weights, activations = 30 * 2**30, 40 * 2**30
+    stats = {f"{kind}_bytes.all.{when}": activations for kind in ("allocated", "active", "reserved")
+             for when in ("current", "peak")}  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda place: stats)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda place: SimpleNamespace(total_memory=80 * 2**30))
+    monkeypatch.setattr(runtime, "_mapped", 0)
+    runtime.count_memory(weights)
+    place = torch.device("cuda", 0)
+    assert runtime.peak_memory_bytes(place) == weights + activations
+    assert out_of_memory.allocator(place) == (80 * 2**30, weights + activations, weights + activations)
+    assert report(runtime.memory_stats(place), KEYS)["peak_allocated_mem"] == (weights + activations) / 1e9

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+
 from pydantic import Field
 
 from llmfoundry import runtime
@@ -40,14 +41,14 @@ class MemoryMonitor(Callback):
     def step_end(self, trainer: Run, metrics: Metrics) -> None:
         if trainer.device.type != "cuda":
             return
-        found = report(torch.cuda.memory_stats(trainer.device), self.config.memory_keys or KEYS)
+        found = report(runtime.memory_stats(trainer.device), self.config.memory_keys or KEYS)
         every = self.config.dist_aggregate_batch_interval
         if every is not None and trainer.state.step % every == 0:
             found |= over_ranks(found)
         metrics |= {f"memory/{name}": value for name, value in found.items()}
 
 
-def report(stats: dict[str, float], keys: dict[str, str]) -> dict[str, float]:
+def report(stats: Mapping[str, float], keys: dict[str, str]) -> dict[str, float]:
     """The statistics that are there under our names, those in bytes in GB."""
     return {
         name: stats[key] / 1e9 if "bytes" in key else stats[key] for key, name in keys.items() if key in stats

@@ -112,11 +112,20 @@ class _Sent(NamedTuple):
 class Inbox:
     """Where the other ranks of a group write their rows of gradients: one slot is filled while the other is summed."""
 
-    def __init__(self, peers: Peers, n_bytes: int, device: torch.device) -> None:
-        """Args: n_bytes: of the largest gradient of a whole parameter."""
-        self._peers = peers
-        self._slots = [peers.allocate(n_bytes // peers.size * (peers.size - 1), torch.uint8, device) for _ in range(2)]
-        self._turn = 0
+    def __init__(self, peers: Peers, slots: Sequence[Shared]) -> None:
+        self._peers, self._slots, self._turn = peers, slots, 0
+
+    @classmethod
+    def of(cls, peers: Peers, n_bytes: int, device: torch.device) -> Inbox | None:
+        """That of this rank; None on every rank where memory is short on one. A collective.
+
+        Args:
+            n_bytes: of the largest gradient of a whole parameter.
+        """
+        size = n_bytes // peers.size * (peers.size - 1)
+        slots = [peers.allocate(size, torch.uint8, device) for _ in range(2)]
+        there = [slot for slot in slots if slot is not None]
+        return cls(peers, there) if len(there) == len(slots) else None
 
     def holds(self, grad: Tensor) -> bool:
         return grad.nbytes // self._peers.size * (self._peers.size - 1) <= self._slots[0].of_rank[0].numel()
@@ -195,11 +204,13 @@ class Direct:
             peers = self._peers[each.group]
             if peers is not None and each.computes_as_kept:
                 each.share(peers)
-                if each.sums:
+                if each.sums and each.shared is not None:
                     largest[each.group] = max(largest.get(each.group, 0), each.n_bytes)
         for group, n_bytes in largest.items():
             if (peers := self._peers[group]) is not None and group not in self.inboxes:
-                self.inboxes[group] = Inbox(peers, n_bytes, parameters[0].device)
+                inbox = Inbox.of(peers, n_bytes, parameters[0].device)
+                if inbox is not None:
+                    self.inboxes[group] = inbox
         copied = sum(each.shared is not None for each in parameters)
         if copied and runtime.is_rank0():
             log.info("copy engines gather %d of %d tensors of experts", copied, len(parameters))
@@ -263,11 +274,13 @@ class Parameter:
         return new
 
     def share(self, peers: Peers) -> None:
-        """Move the part into memory that other ranks read."""
+        """Move the part into memory that other ranks read, if there is enough on all of them. A collective."""
         part = self._parameter._sharded_local_tensor
         if part.is_cuda:  # what is cached there is not free for memory of another allocator
             torch.cuda.empty_cache()
         self.shared = peers.allocate(part.numel(), part.dtype, part.device)
+        if self.shared is None:
+            return
         mine = self.shared.of_rank[peers.rank]
         part.data = mine.copy_(part.view(-1)).view(part.shape)
         self._parameter._sharded_param_data = mine

@@ -65,18 +65,33 @@ class Peers:
         )
         if _agreed(reached, group, device):
             try:
-                cls(group).allocate(1, torch.uint8, device)
+                reached = cls(group).allocate(1, torch.uint8, device) is not None
             except RuntimeError as error:  # a container that forbids it, say
                 log.warning("GPUs of this node cannot share memory, so NCCL gathers experts: %s", error)
                 reached = False
         return cls(group) if _agreed(reached, group, device) else None
 
-    def allocate(self, n: int, dtype: torch.dtype, device: torch.device) -> Shared:
-        """Memory for `n` values on each rank, unset. A collective."""
-        mine = _symmetric_memory.empty(n, dtype=dtype, device=device)
+    def allocate(self, n: int, dtype: torch.dtype, device: torch.device) -> Shared | None:
+        """Memory for `n` values on each rank, unset. A collective.
+
+        Returns:
+            None on every rank where one of them has not as much left: the others would wait for it.
+        """
+        mine: Tensor | None = None
+        try:
+            mine = self._own(n, dtype, device)
+        except RuntimeError as error:
+            log.warning("no memory to share with GPUs of this node, so NCCL moves what it was for: %s", error)
+        there = _agreed(mine is not None, self.group, device)
+        return self._shared(mine) if there and mine is not None else None
+
+    def _own(self, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return _symmetric_memory.empty(n, dtype=dtype, device=device)
+
+    def _shared(self, mine: Tensor) -> Shared:
         handle = _symmetric_memory.rendezvous(mine, self.group)
         runtime.count_memory(mine.nbytes)  # torch's allocator does not know of it
-        others = (handle.get_buffer(rank, (n,), dtype) for rank in range(self.size))
+        others = (handle.get_buffer(rank, mine.shape, mine.dtype) for rank in range(self.size))
         return Shared(self.rank, [mine if rank == self.rank else each for rank, each in enumerate(others)], handle)
 
 

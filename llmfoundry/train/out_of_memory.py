@@ -39,7 +39,7 @@ def allocator(device: torch.device) -> Allocator | None:
     """The figures of the allocator; None on a CPU, which has none."""
     if device.type != "cuda":
         return None
-    stats = torch.cuda.memory_stats(device)
+    stats = runtime.memory_stats(device)
     card = torch.cuda.get_device_properties(device).total_memory
     return Allocator(card, stats["allocated_bytes.all.peak"], stats["reserved_bytes.all.current"])
 

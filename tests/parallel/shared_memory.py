@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from llmfoundry.parallel.peers import Peers, Shared
@@ -32,14 +33,17 @@ class PeersOnCPU(Peers):
     def of(cls, group: ProcessGroup, device: torch.device) -> Peers | None:
         return cls(group) if group.size() > 1 else None
 
-    def allocate(self, n: int, dtype: torch.dtype, device: torch.device) -> Shared:
+    def _own(self, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         PeersOnCPU.allocated += 1
-        names: list[str] = [""] * self.size
-        name = os.path.join(tempfile.gettempdir(), f"shared-{os.getpid()}-{next(_numbers)}")
-        with open(name, "wb") as file:
+        self._name = os.path.join(tempfile.gettempdir(), f"shared-{os.getpid()}-{next(_numbers)}")
+        with open(self._name, "wb") as file:
             file.truncate(n * dtype.itemsize)
-        dist.all_gather_object(names, name, group=self.group)
-        of_rank = [torch.from_file(each, shared=True, size=n, dtype=dtype) for each in names]
+        return torch.from_file(self._name, shared=True, size=n, dtype=dtype)
+
+    def _shared(self, mine: Tensor) -> Shared:
+        names: list[str] = [""] * self.size
+        dist.all_gather_object(names, self._name, group=self.group)
+        of_rank = [torch.from_file(each, shared=True, size=mine.numel(), dtype=mine.dtype) for each in names]
         dist.barrier(self.group)
-        os.unlink(name)
+        os.unlink(self._name)
         return Shared(self.rank, of_rank, _Handle(self.group))  # type: ignore[arg-type]
