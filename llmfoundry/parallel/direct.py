@@ -41,8 +41,7 @@ from llmfoundry.parallel.peers import Peers, Shared
 
 log = logging.getLogger(__name__)
 
-# torch 2.13 renamed them.
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# torch 2.13 renamed it.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 MOST_RANKS = 8  # that send each other rows of gradients: those of a node. A ring is better for more.
@@ -74,12 +73,12 @@ class Gather(AllGather):
         for whole, part, shared in wanted:
             with torch.autograd._unsafe_preserve_version_counter(whole):  # as FSDP does: graphs keep the parameter
                 if shared is None:
-                    all_gather(whole, part, group=group)
+                    runtime.all_gather(whole, part, group=group)
                 else:
                     shared.gather(whole)
             if part.device.type == "cuda":  # it may be a cast, allocated for another stream
                 part.record_stream(torch.cuda.current_stream())
-        work: dist.Work | None = all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+        work: dist.Work | None = runtime.all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
         return work
 
 
