@@ -384,9 +384,7 @@ class _LateExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: _Context, dy: Tensor) -> tuple[Tensor | None, ...]:
         dweights, deferred = _gradients(ctx, ctx.needs_input_grad[1:5], dy)
-        # Before the weights: a collective may need it.
-        grads = computed({"x": deferred.pop("x")}) if "x" in deferred else {}
-        computed(deferred, ctx.late)
+        grads = computed(deferred, ctx.late)
         return None, grads.get("x"), dweights, *[None] * 8
 
 

@@ -493,9 +493,7 @@ class _Experts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: _Context, dy: Tensor) -> tuple[Tensor | None, ...]:
         dweights, deferred = _gradients(ctx, ctx.needs_input_grad[1:11], dy)
-        # Where weights wait, x does not: a collective may need its gradient.
-        first = computed({"x": deferred.pop("x")}) if ctx.late is not None and "x" in deferred else {}
-        grads = computed(deferred, ctx.late) | first
+        grads = computed(deferred, ctx.late)
         return None, grads.get("x"), dweights, *(grads.get(name) for name in WEIGHTS), *[None] * 10
 
 

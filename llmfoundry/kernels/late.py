@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-Deferred = dict[str, Callable[[], Tensor]]  # what computes the gradient of each weight
+Deferred = dict[str, Callable[[], Tensor]]  # what computes the gradient of each weight, and of the input as "x"
 
 
 class LateGradients:
@@ -43,7 +43,9 @@ class LateGradients:
 
 
 def computed(deferred: Deferred, late: LateGradients | None = None) -> dict[str, Tensor]:
-    """The gradients of weights, computed now, in order; or none, where they are left to `late`.
+    """The gradients, computed now, in order; or that of "x" alone, where those of weights are left to `late`.
+
+    A collective may wait for the gradient of x.
 
     Args:
         deferred: is emptied, which frees what only the first need before the next are computed.
@@ -51,7 +53,7 @@ def computed(deferred: Deferred, late: LateGradients | None = None) -> dict[str,
     found: dict[str, Tensor] = {}
     for name in list(deferred):
         compute = deferred.pop(name)
-        if late is None:
+        if late is None or name == "x":
             found[name] = compute()
         else:
             late.defer(name, compute)
