@@ -35,16 +35,18 @@ from llmfoundry.train.clock import Countdown, find_limit
 from llmfoundry.train.config import CallbackConfig, Precision, RunConfig
 from llmfoundry.train.duration import Duration, Timeline, seconds_of
 from llmfoundry.train.evaluating import tasks_of
+from llmfoundry.train.feed import Feed
 from llmfoundry.train.lion import DecoupledLionW
 from llmfoundry.train.microbatch import Microbatches
 from llmfoundry.train.mixing import Joined, row_ends, take_up
 from llmfoundry.train.outputs import check_free
 from llmfoundry.train.planned import settle
-from llmfoundry.train.resume import Start, check_data, find_start, generation_for, settle_tokenizer, train_state
+from llmfoundry.train.resume import Start, check_data, find_start, generation_for, settle_tokenizer
 from llmfoundry.train.saving import Saver
 from llmfoundry.train.schedule import Schedule
 from llmfoundry.train.stored import begin_from_store
 from llmfoundry.train.trainer import Trainer
+from llmfoundry.train.trainer_json import train_state
 from llmfoundry.train.watchdog import LOOSE, Watchdog, limits
 
 log = logging.getLogger(__name__)
@@ -145,6 +147,7 @@ def _build(config: RunConfig, device: torch.device, watchdog: Watchdog) -> Train
         timeline=timeline,
         balance=Balance.of(config.model),
         start=start,
+        feed=Feed(loader, config.global_train_batch_size, mesh, device),
         microbatches=microbatches,
         saver=Saver(checkpointer, config.save_failures_allowed),
         watchdog=watchdog,

@@ -10,16 +10,15 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from llmfoundry import runtime
+from llmfoundry import hf, runtime
 from llmfoundry.checkpoint.checkpointer import Checkpointer
 from llmfoundry.checkpoint.composer_files import open_composer
-from llmfoundry.checkpoint.composer_names import copies_from, is_composer
+from llmfoundry.checkpoint.composer_names import copies_from, is_composer, load_composer
 from llmfoundry.checkpoint.finding import file_here
 from llmfoundry.checkpoint.identity import (
     DATA,
@@ -33,19 +32,18 @@ from llmfoundry.checkpoint.identity import (
     compare,
     is_allowed,
 )
-from llmfoundry.checkpoint.reading import HUGGING_FACE, Base, Contents, base_of, find_base, read
+from llmfoundry.checkpoint.reading import HUGGING_FACE, Base, Contents, base_of, find_base, load_model_only, read
 from llmfoundry.config import ConfigError, is_theirs
 from llmfoundry.data.tokenizer import SpecialTokens, TokenizerConfig
 from llmfoundry.hf.facts import weight_differences
 from llmfoundry.hf.generation import read_generation
 from llmfoundry.hf.pretrained import locate, open_checkpoint
 from llmfoundry.hf.tokenizer import TOKENIZER_FILES, tokenizer_of
-from llmfoundry.model.transformer import CausalLMConfig
+from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 from llmfoundry.private import cleaned, disclosed
 from llmfoundry.settings import read_resolved
 from llmfoundry.train.config import RunConfig
 from llmfoundry.train.outputs import is_free
-from llmfoundry.train.run import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -163,6 +161,24 @@ def _check_same_folder(config: RunConfig, model: CausalLMConfig) -> None:
     comparison = compare(config, model, before, weights_only=False, now=config.disclosed())
     check_allowed(comparison, config.load_allow, str(folder), "choose another save_folder")
     log.warning("%s: holds no checkpoint; starting from the first step", folder)
+
+
+def load_weights(start: Start, model: CausalLM, allow: list[str]) -> None:
+    """Load the weights that a new run begins from, if it begins from any."""
+    if start.hugging_face is not None:
+        hf.load_weights(model, start.hugging_face, allow=allow)
+    elif start.composer is not None:
+        load_composer(start.composer, model)
+    elif start.contents is not None and start.how == "weights":
+        load_model_only(start.contents, model)
+
+
+def load_reference(path: str, model: CausalLM, allow: list[str]) -> None:
+    """Load the weights of `load_path` into a model beside the one that is trained."""
+    if is_theirs(path):
+        hf.load_weights(model, path.removeprefix(HUGGING_FACE), allow=allow)
+    else:
+        load_model_only(read(path, "model"), model)
 
 
 def build_tokenizer(config: RunConfig, start: Start) -> PreTrainedTokenizerBase:
@@ -308,31 +324,6 @@ def check_data(start: Start, fingerprint: str, allow: list[str], mixed: bool = F
             "load_allow=[data]; or begin a new run from its weights with load_path and load_weights_only=true"
         )
     return start._replace(rows_anew=True)
-
-
-def train_state(contents: Contents) -> TrainState:
-    """How far the run was that saved a checkpoint.
-
-    Raises:
-        ConfigError: it was not saved by a training run.
-    """
-    state = contents.trainer.get("state")
-    if not isinstance(state, dict) or not {"step", "rows", "tokens"} <= state.keys():
-        raise ConfigError(
-            f"{contents.place}: was not saved by a training run; to use its weights, set load_weights_only=true"
-        )
-    known = {field.name for field in fields(TrainState)}
-    return TrainState(**{key: value for key, value in cast(dict[str, int], state).items() if key in known})
-
-
-def clock_state(contents: Contents) -> tuple[float, float]:
-    """Seconds by the run's clock, at the end of the step before the last and of the last one."""
-    match contents.trainer.get("clock"):
-        case [int() | float() as before, int() | float() as seconds]:
-            return float(before), float(seconds)
-    steps = contents.trainer.get("seconds")  # a checkpoint of an earlier version has the time of its steps alone
-    trained = float(steps) if isinstance(steps, int | float) else 0.0
-    return trained, trained
 
 
 def command_to_continue() -> str:
