@@ -26,7 +26,7 @@ from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.parallel.mesh import ParallelConfig
 from llmfoundry.train.config import Precision, inference_precision, precision_on
 from llmfoundry.train.machine import check_device
-from llmfoundry.train.resume import with_rule_of
+from llmfoundry.train.run_tokenizer import with_rule_of
 
 log = logging.getLogger(__name__)
 

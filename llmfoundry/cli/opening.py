@@ -120,7 +120,8 @@ def _open_ours(folder: str, overrides: list[str], check: Check | None, untrusted
     from llmfoundry.model.transformer import CausalLMConfig
     from llmfoundry.train.config import inference_precision
     from llmfoundry.train.machine import check_device
-    from llmfoundry.train.resume import is_trained, with_rule_of
+    from llmfoundry.train.run_tokenizer import with_rule_of
+    from llmfoundry.train.trainer_json import is_trained
 
     place = runtime.start()
     contents = read(folder)

@@ -30,8 +30,9 @@ from llmfoundry.train.machine import check_device, check_memory
 from llmfoundry.train.microbatch import Microbatches
 from llmfoundry.train.outputs import check_free
 from llmfoundry.train.planned import settle
-from llmfoundry.train.resume import Start, find_start, generation_for
+from llmfoundry.train.resume import Start, find_start
 from llmfoundry.train.run_data import read_data
+from llmfoundry.train.run_tokenizer import generation_for
 from llmfoundry.train.saving import Saver
 from llmfoundry.train.schedule import warn_of_no_rate
 from llmfoundry.train.stored import begin_from_store

@@ -21,7 +21,8 @@ from llmfoundry.train.config import RunConfig
 from llmfoundry.train.duration import Timeline
 from llmfoundry.train.evaluating import tasks_of
 from llmfoundry.train.mixing import Joined, row_ends, take_up
-from llmfoundry.train.resume import Start, check_data, settle_tokenizer
+from llmfoundry.train.resume import Start, check_data
+from llmfoundry.train.run_tokenizer import settle_tokenizer
 from llmfoundry.train.trainer_json import train_state
 
 log = logging.getLogger(__name__)

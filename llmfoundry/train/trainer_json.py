@@ -97,6 +97,11 @@ def train_state(contents: Contents) -> TrainState:
     return TrainState(**{key: value for key, value in cast(dict[str, int], state).items() if key in known})
 
 
+def is_trained(contents: Contents) -> bool:
+    """Whether a training run saved a checkpoint; otherwise it was converted."""
+    return "data" in contents.trainer
+
+
 @contextmanager
 def as_saved(contents: Contents) -> Iterator[None]:
     """Take up what a checkpoint holds; a value that no run saves is a ConfigError."""
