@@ -67,7 +67,8 @@ def _build(config: RunConfig, device: torch.device, watchdog: Watchdog) -> Train
     watchdog.phase("comparing settings")
     check_same_config(config)
     runtime.seed_all(config.seed)
-    precision = _check_model(config, device)
+    assert isinstance(config.model, CausalLMConfig)
+    precision = _check_model(config, config.model, device)
     mesh = build_mesh(config.parallel, device.type, n_experts(config.model))
     store = _check_folder(config)
     microbatches = Microbatches(config.device_train_microbatch_size, config.global_train_batch_size, mesh.data_ranks)
@@ -124,13 +125,12 @@ def _build(config: RunConfig, device: torch.device, watchdog: Watchdog) -> Train
     )
 
 
-def _check_model(config: RunConfig, device: torch.device) -> Precision:
+def _check_model(config: RunConfig, model: CausalLMConfig, device: torch.device) -> Precision:
     """Refuse a model that this machine cannot train; returns the precision that it computes in."""
-    assert isinstance(config.model, CausalLMConfig)
-    config.model.check_trainable()
+    model.check_trainable()
     precision = config.precision_on(device.type)
-    check_device(config.model, device, precision)
-    check_memory(config.model, device, config.optimizer_on(device.type).weight_dtype)
+    check_device(model, device, precision)
+    check_memory(model, device, config.optimizer_on(device.type).weight_dtype)
     return precision
 
 

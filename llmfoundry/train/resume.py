@@ -173,7 +173,7 @@ def load_reference(path: str, model: CausalLM, allow: list[str]) -> None:
         load_model_only(read(path, "model"), model)
 
 
-def check_data(start: Start, fingerprint: str, allow: list[str], mixed: bool = False) -> Start:
+def check_data(start: Start, fingerprint: str, allow: list[str], mixed: bool) -> Start:
     """Compare the data of a run with that of the checkpoint that it continues: wherever it lies, its tokens count.
 
     Args:
