@@ -13,7 +13,7 @@ PACKAGE = ROOT / "llmfoundry"
 
 # Ground first. A module may import from its own room and from the floors below it.
 FLOORS = [
-    {"atomic", "config", "launch", "dtensor", "numbers", "progress", "private", "strict_json", "tree"},
+    {"atomic", "config", "launch", "dtensor", "numbers", "progress", "private", "strict_json", "strict_yaml", "tree"},
     {"settings", "runtime", "stopping"},
     {"kernels", "data", "code"},
     {"layers"},
