@@ -59,16 +59,6 @@ def load_yaml(path: str | Path, overrides: list[str] | None = None) -> dict[str,
     return load_settings(path, overrides).data
 
 
-def _read(path: str | Path) -> bytes:
-    """The first bytes of a file, one more than may be; it may be a pipe: `train.py <(...)`."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # otherwise a pipe without a writer never opens
-    with open(handle, "rb") as opened:
-        if stat.S_ISFIFO(os.fstat(handle).st_mode) and not select.select([handle], [], [], PIPE_SECONDS)[0]:
-            raise ConfigError(f"{path}: is a pipe, and nothing was written to it in {PIPE_SECONDS:.0f} seconds")
-        os.set_blocking(handle, True)
-        return opened.read(MAX_BYTES + 1)
-
-
 def load_settings(path: str | Path, overrides: list[str] | None = None, is_users: bool = True) -> Settings:
     """Read a YAML file, put overrides over it, and resolve its interpolations.
 
@@ -83,18 +73,7 @@ def load_settings(path: str | Path, overrides: list[str] | None = None, is_users
         ConfigError: the file is missing or malformed, an override has another form, an interpolation leads nowhere.
     """
     parsed = [_parse_override(item) for item in overrides or []]
-    try:
-        content = _read(path)
-        if len(content) > MAX_BYTES:
-            raise ConfigError(f"{path}: has more than {MAX_BYTES:,} bytes, too many for a YAML file of settings")
-        text = content.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file{nearest_path(Path(path), '*.y*ml')}") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8") from None
-    loaded = parse(text, str(path))
+    loaded = parse(_read(path), str(path))
     if not isinstance(loaded, dict):
         found = "nothing" if loaded is None else f"a {type(loaded).__name__}"
         raise ConfigError(f"{path}: must hold a mapping, found {found}")
@@ -110,6 +89,31 @@ def load_settings(path: str | Path, overrides: list[str] | None = None, is_users
     file = data if not parsed else {key: value for key, value in loaded.items() if key != "variables"}
     given = {path for override in parsed if override.kind != "~" for path, _ in leaves(override.value, override.key)}
     return Settings(data, file, frozenset(given), referred, _from_environment(config, data))
+
+
+def _read(path: str | Path) -> str:
+    """The text of a file, which may be a pipe: `train.py <(...)`."""
+    try:
+        content = _first_bytes(path)
+        if len(content) > MAX_BYTES:
+            raise ConfigError(f"{path}: has more than {MAX_BYTES:,} bytes, too many for a YAML file of settings")
+        return content.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file{nearest_path(Path(path), '*.y*ml')}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8") from None
+
+
+def _first_bytes(path: str | Path) -> bytes:
+    """At most one byte more than a file may have."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # otherwise a pipe without a writer never opens
+    with open(handle, "rb") as opened:
+        if stat.S_ISFIFO(os.fstat(handle).st_mode) and not select.select([handle], [], [], PIPE_SECONDS)[0]:
+            raise ConfigError(f"{path}: is a pipe, and nothing was written to it in {PIPE_SECONDS:.0f} seconds")
+        os.set_blocking(handle, True)
+        return opened.read(MAX_BYTES + 1)
 
 
 def _of_job(loaded: dict[str, object], path: str | Path) -> dict[str, object]:

@@ -19,7 +19,7 @@ from llmfoundry.parallel.expert import mixtures, n_experts
 from llmfoundry.parallel.fsdp import can_leave
 from llmfoundry.parallel.mesh import Mesh, ParallelConfig, build_mesh
 from llmfoundry.train.adamw import AdamW
-from llmfoundry.train.agreement import check_same_config
+from llmfoundry.train.alike import check_same_config
 from llmfoundry.train.callback import Callback
 from llmfoundry.train.clock import Countdown, find_limit
 from llmfoundry.train.config import CallbackConfig, Precision, RunConfig

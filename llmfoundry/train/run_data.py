@@ -16,7 +16,7 @@ from llmfoundry.data.tokenizer import Encoder, SpecialTokens
 from llmfoundry.eval.icl import Task
 from llmfoundry.eval.icl_questions import Reader
 from llmfoundry.model.transformer import CausalLMConfig
-from llmfoundry.train.agreement import check_same
+from llmfoundry.train.alike import check_same
 from llmfoundry.train.config import RunConfig
 from llmfoundry.train.duration import Timeline
 from llmfoundry.train.evaluating import tasks_of
