@@ -72,8 +72,8 @@ class TokenizerConfig(Config):
         """Load the tokenizer, or train it first.
 
         Args:
-            dataset: `bpe` is trained on the training split of this dataset, whichever split it names. The result is kept
-                in its `cache_dir`.
+            dataset: `bpe` is trained on the training split of this dataset, whichever split it names. The result is
+                kept in its `cache_dir`.
             also: other datasets of the run. If one of them has no text, that is found before `bpe` is trained.
 
         Returns:
