@@ -1,4 +1,4 @@
-"""`wandb`: metrics to Weights & Biases. `mode: offline` needs no account and writes into the save folder."""
+"""`wandb`: logs metrics to Weights & Biases. `mode: offline` needs no account and writes into the save folder."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ RUN_ID = "wandb-run-id"  # a file in the save_folder
 
 
 class WandbConfig(LoggerConfig, names=("wandb",)):
-    """The words of Composer's WandBLogger."""
+    """The keys of Composer's WandBLogger."""
 
     project: str | None = None  # None: W&B's own default
     entity: str | None = None  # user or team; None: W&B's own default
-    run_name: str | None = None  # in W&B (LLM Foundry's `name`); None: that of the run
-    group: str | None = None  # runs of one group stand together
-    tags: list[str] = []  # of the W&B run
+    run_name: str | None = None  # name in W&B (LLM Foundry's `name`); None: the run's name
+    group: str | None = None  # W&B group of the run
+    tags: list[str] = []  # tags of the W&B run
     init_kwargs: dict[str, object] = {}  # other arguments of wandb.init, e.g. {notes: ..., job_type: ...}
     log_artifacts: bool = False  # not supported: checkpoints are not uploaded
-    rank_zero_only: RankZeroOnly = True  # not supported otherwise: metrics are of all ranks, and rank 0 logs them
-    mode: Literal["online", "offline", "disabled"] | None = None  # None: as $WANDB_MODE says
+    rank_zero_only: RankZeroOnly = True  # only true is supported: metrics cover all ranks, and rank 0 logs them
+    mode: Literal["online", "offline", "disabled"] | None = None  # None: from $WANDB_MODE
 
     @field_validator("log_artifacts")
     @classmethod
@@ -52,7 +52,7 @@ class WandbConfig(LoggerConfig, names=("wandb",)):
         return (self.mode or wandb.setup().settings.mode) not in ("offline", "dryrun", "disabled")
 
     def _log_in(self) -> None:
-        """Find a login, or ask for one on a terminal, and reach the server; on rank 0.
+        """Find a login, or ask for one on a terminal, and check that the server responds; on rank 0.
 
         Raises:
             ConfigError: there is no login, or the server cannot be reached.
@@ -123,7 +123,7 @@ class Wandb(Callback):
 
 
 def _run_id(file: Path) -> str:
-    """The id that the run was given at its first start; a new one is random, so that no two runs share it."""
+    """The id that the run got at its first start. New ids are random, so that no two runs share one."""
     if not file.exists():
         file.write_text(uuid.uuid4().hex[:16])
     return file.read_text().strip()

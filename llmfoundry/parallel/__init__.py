@@ -1,1 +1,1 @@
-"""How a model is spread over processes; nothing below this room knows of it."""
+"""Distribution of a model over processes. Lower layers do not know about it."""
