@@ -1,4 +1,4 @@
-"""The console: lines, and on a terminal a live view below them (`progress_bar: false`: lines alone).
+"""The console: log lines and, on a terminal, a live view below them (`progress_bar: false` shows lines only).
 
 `log_to_console: false` turns both off.
 """
@@ -23,7 +23,7 @@ MUCH_EVALUATION = 0.25  # of the time of the run
 
 
 class Console(Callback):
-    """One line every `console_log_interval`, from rank 0; on a terminal a view below the lines."""
+    """Prints one line every `console_log_interval` on rank 0 and, on a terminal, a view below the lines."""
 
     def __init__(self) -> None:
         self.out = RichConsole(file=sys.stdout, highlight=False, soft_wrap=True)
@@ -106,7 +106,7 @@ class Console(Callback):
 
 
 def tasks_line(metrics: Metrics) -> list[str]:
-    """Of tasks: what the gauntlet makes of them, or without one the accuracy of each, categories left out."""
+    """A line on tasks: the gauntlet's scores, or without a gauntlet each task's accuracy, without categories."""
     found = {key.removeprefix(COMPOSITE): value for key, value in metrics.items() if key.startswith(COMPOSITE)}
     for key, value in metrics.items() if not found else ():
         task, _, metric = key.removeprefix(PREFIX).rpartition("/")
@@ -116,7 +116,7 @@ def tasks_line(metrics: Metrics) -> list[str]:
 
 
 def line(metrics: Metrics, total_steps: int | None, seconds_left: float | None = None) -> str:
-    """The few numbers of a step for the console; the total is not known at the start of a run by the clock."""
+    """The main numbers of a step, for the console. A run limited by time does not know its total at the start."""
     of = "" if total_steps is None else f"/{total_steps}"
     parts = [f"step {metrics['step']:>{len(of) - 1 if of else 0}}{of}"]
     shown = {

@@ -1,9 +1,9 @@
-"""`early_stopper`: ends the run when a metric has not improved for a while. The words are Composer's.
+"""`early_stopper`: ends the run when a metric has stopped improving. The keys are Composer's.
 
     callbacks:
       early_stopper: {monitor: LanguageCrossEntropy, dataloader_label: eval, patience: 500ba}
 
-The run then ends as if `max_duration` had been reached, and starting it again trains no further.
+The run then ends as if `max_duration` had been reached; starting it again does not continue training.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PERPLEXITY, _ENTROPY = "LanguagePerplexity", "LanguageCrossEntropy"
 
 
 class EarlyStopperConfig(CallbackConfig, names=("early_stopper",)):
-    """What is watched, and how long it may fail to improve."""
+    """The metric to watch, and for how long it may fail to improve."""
 
     monitor: str  # LanguageCrossEntropy, LanguagePerplexity, bits_per_byte, or a whole key of metrics.jsonl
     dataloader_label: str  # eval, train, or the label of one of eval_loaders
@@ -49,7 +49,7 @@ class EarlyStopperConfig(CallbackConfig, names=("early_stopper",)):
 
     @property
     def key(self) -> str:
-        """Of the metric, in metrics.jsonl."""
+        """The metric's name in metrics.jsonl."""
         if "/" in self.monitor:
             return self.monitor
         metric = _ENTROPY if self.monitor == _PERPLEXITY else self.monitor
@@ -113,7 +113,7 @@ class EarlyStopper(Callback):
         return trainer.state.step - self.best_step > trainer.timeline.steps(self.config.patience)
 
     def _is_due(self, metrics: Metrics) -> bool:
-        """Whether the metric ought to be among these."""
+        """Whether these metrics should contain the watched one."""
         return self.config.dataloader_label == "train" or any(key.startswith(EVALUATED) for key in metrics)
 
     def _improves(self, value: float, best: float) -> bool:

@@ -1,4 +1,4 @@
-"""`expert_load`: a warning when experts starve. The loads themselves are in every step's metrics (`moe/load`)."""
+"""`expert_load`: warns when experts starve. The loads themselves are in every step's metrics (`moe/load`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ExpertLoadConfig(CallbackConfig, names=("expert_load",)):
 
 
 class ExpertLoad(Callback):
-    """Warns each time that experts have starved for another `patience` steps."""
+    """Warns each time experts have starved for another `patience` steps."""
 
     def __init__(self, config: ExpertLoadConfig) -> None:
         self.config = config

@@ -1,9 +1,9 @@
-"""`generate_callback`: what the model writes after some prompts, during training. The words are Composer's.
+"""`generate_callback`: continues some prompts during training. The keys are Composer's.
 
     callbacks:
       generate_callback: {prompts: ["The answer is"], interval: 500ba, max_new_tokens: 40, do_sample: true}
 
-Each time, loggers get a table `generations`, and `save_folder/generations.jsonl` a line for each prompt.
+Each time, loggers get a table `generations`, and `save_folder/generations.jsonl` gets a line for each prompt.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FILE = "generations.jsonl"
 
 
 class GenerateConfig(CallbackConfig, names=("generate_callback",)):
-    """The prompts, when they are continued, and how. The seed of the draws is the run's."""
+    """The prompts, and when and how they are continued. Sampling uses the run's seed."""
 
     prompts: Annotated[list[str], Field(min_length=1)]  # the texts to continue
     interval: Interval  # and after the last step
@@ -42,7 +42,7 @@ class GenerateConfig(CallbackConfig, names=("generate_callback",)):
 
 
 class GenerateCallback(AtIntervals):
-    """Every rank generates, for the forward of a sharded model is collective; rank 0 writes."""
+    """Every rank generates, because the forward of a sharded model is collective; rank 0 writes."""
 
     def __init__(self, config: GenerateConfig) -> None:
         super().__init__(config.interval)

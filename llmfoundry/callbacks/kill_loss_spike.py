@@ -1,4 +1,4 @@
-"""`kill_loss_spike`: warns of losses that jump and stay high, or ends the run; by LLM Foundry's rules."""
+"""`kill_loss_spike`: warns of loss spikes that last, or ends the run, by LLM Foundry's rules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LEAST_WINDOW, WINDOW_SHARE, MOST_LOSS = 100, 0.05, 10.0
 
 
 class KillLossSpikeConfig(CallbackConfig, names=("kill_loss_spike",)):
-    """A spike: more than `patience` losses in a row of `outlier_multiplier` times the window's mean or more."""
+    """A spike: more than `patience` losses in a row of at least `outlier_multiplier` times the window's mean."""
 
     log_only: bool = True  # warn; false: end the run with an error
     patience: int = Field(4, ge=0)  # steps
@@ -66,7 +66,7 @@ class KillLossSpike(Callback):
             self.cap = cap
 
     def _spike(self, loss: float) -> str:
-        """What is wrong if this loss makes a spike that lasts."""
+        """The message if this loss completes a spike that lasts."""
         mean = sum(self.window) / len(self.window)
         self.outliers = self.outliers + 1 if loss >= mean * self.config.outlier_multiplier else 0
         if self.outliers <= self.config.patience:
@@ -77,7 +77,7 @@ class KillLossSpike(Callback):
         )
 
     def _high(self, step: int, cap: float) -> str:
-        """What is wrong if half of the window is above the cap, once two windows have passed."""
+        """The message if half of the window is above the cap, once two windows have passed."""
         size = len(self.window)
         n_high = sum(loss > cap for loss in self.window)
         if step < 2 * size or n_high < size / 2:

@@ -1,11 +1,11 @@
-"""`loss_spike`: what to do about a loss that jumps: log it, skip the batch, or go back and step past the data.
+"""`loss_spike`: reacts to a jump of the loss: logs it, skips the batch, or rolls back and steps past the data.
 
     callbacks:
       loss_spike: {action: roll_back, threshold: 6, patience: 2}
 
-A loss is a spike if it is above the median of the last steps by `threshold` times their spread (1.48 times the median
-absolute deviation: a normal distribution's standard deviation). Outliers move neither, so a spike does not hide the
-next one. `skip` and `roll_back` write the rows to `skipped.jsonl`.
+A loss is a spike if it exceeds the median of the last steps by more than `threshold` times their spread. The spread is
+1.48 times the median absolute deviation, which is the standard deviation for a normal distribution. Outliers change
+neither, so a spike does not hide the next one. `skip` and `roll_back` write the rows to `skipped.jsonl`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LEAST_SPREAD = 0.01  # of the median: losses that hardly differ make no spikes
 
 
 class LossSpikeConfig(CallbackConfig, names=("loss_spike",)):
-    """Losses are compared with the last steps; every rank has the same ones, so all act at the same step."""
+    """Losses are compared with those of the last steps, which every rank has, so all ranks act at the same step."""
 
     # log: a warning. skip: a step with such a loss changes nothing. roll_back: back to the last checkpoint, and on
     # behind the rows that were read since

@@ -1,7 +1,7 @@
-"""`mbmoe_tok_per_expert`: how the tokens spread over the experts, under LLM Foundry's names.
+"""`mbmoe_tok_per_expert`: how tokens are distributed over the experts, under LLM Foundry's names.
 
-The loads are those of the global batch, which every step counts anyway; LLM Foundry's are those of one GPU unless it
-reduces them (`all_reduce_stats`).
+Loads are those of the global batch, which every step counts anyway; LLM Foundry's are one GPU's unless it reduces them
+(`all_reduce_stats`).
 
 Shapes: L MoE layers, E experts.
 """
@@ -21,7 +21,7 @@ NAMES = ("min", "max", "median", "std")
 
 
 class TokPerExpertConfig(CallbackConfig, names=("mbmoe_tok_per_expert",)):
-    """What is shown, and how often."""
+    """What is logged, and how often."""
 
     log_interval: int = Field(10, ge=1)  # steps
     log_every_layer: bool = False  # mb_moe/layer0_max_tpe, ... beside mb_moe/all_layers_max_tpe, ...
@@ -37,7 +37,7 @@ class TokPerExpertConfig(CallbackConfig, names=("mbmoe_tok_per_expert",)):
 
 
 class TokPerExpert(Callback):
-    """Reads loads that are on the device, after the step's metrics have waited for it."""
+    """Reads the loads from the device after the step's metrics have waited for it."""
 
     def __init__(self, config: TokPerExpertConfig) -> None:
         self.config = config
@@ -58,5 +58,5 @@ class TokPerExpert(Callback):
 
 
 def _statistics(tokens: Tensor) -> Tensor:
-    """(n,) -> (4,): least, most, median (the lower of two), standard deviation of a sample."""
+    """(n,) -> (4,): minimum, maximum, median (the lower of two), sample standard deviation."""
     return torch.stack([tokens.min(), tokens.max(), tokens.median(), tokens.std()])

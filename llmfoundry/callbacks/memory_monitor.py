@@ -1,4 +1,4 @@
-"""`memory_monitor`: bytes that PyTorch holds on this GPU. Nothing on a CPU, as in Composer."""
+"""`memory_monitor`: the memory that PyTorch holds on this GPU. It logs nothing on a CPU, as in Composer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KEYS = {
 
 
 class MemoryMonitorConfig(CallbackConfig, names=("memory_monitor",)):
-    """Of rank 0, and of all ranks now and then."""
+    """Memory of rank 0 and, at an interval, of all ranks."""
 
     memory_keys: dict[str, str] | None = None  # torch.cuda.memory_stats' names, and ours; None: all that are below
     dist_aggregate_batch_interval: int | None = Field(None, ge=1)  # steps: ..._avg, _min and _max over the ranks
@@ -33,7 +33,7 @@ class MemoryMonitorConfig(CallbackConfig, names=("memory_monitor",)):
 
 
 class MemoryMonitor(Callback):
-    """Adds `memory/...` in GB (1e9 bytes), and how often the allocator had to start over."""
+    """Adds `memory/...` in GB (1e9 bytes), and the number of allocation retries."""
 
     def __init__(self, config: MemoryMonitorConfig) -> None:
         self.config = config
@@ -49,7 +49,7 @@ class MemoryMonitor(Callback):
 
 
 def report(stats: Mapping[str, float], keys: dict[str, str]) -> dict[str, float]:
-    """The statistics that are there under our names, those in bytes in GB."""
+    """The available statistics under our names; those in bytes are converted to GB."""
     return {
         name: stats[key] / 1e9 if "bytes" in key else stats[key] for key, name in keys.items() if key in stats
     }  # fmt: skip

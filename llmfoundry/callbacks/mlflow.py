@@ -1,4 +1,4 @@
-"""`mlflow`: metrics and settings to MLflow. The words are Composer's; needs the package mlflow or mlflow-skinny.
+"""`mlflow`: logs metrics and settings to MLflow. The keys are Composer's; needs the package mlflow or mlflow-skinny.
 
     loggers:
       mlflow: {experiment_name: moe, tracking_uri: "http://mlflow.example.org:5000", tags: {team: nlp}}
@@ -38,7 +38,7 @@ MOST_METRICS, MOST_PARAMS, MOST_CHARACTERS = 1000, 100, 500  # of one request; o
 
 
 class MLflowConfig(LoggerConfig, names=("mlflow",)):
-    """Where it goes, and what is left out."""
+    """Where to log, and what to leave out."""
 
     experiment_name: str | None = None  # None: $MLFLOW_EXPERIMENT_NAME, or my-mlflow-experiment
     run_name: str | None = None  # None: that of the run
@@ -87,8 +87,10 @@ class MLflowConfig(LoggerConfig, names=("mlflow",)):
 
 
 class MLflow(Callback):
-    """Collects the metrics of a few seconds and sends them together, from rank 0. An error of the server is a warning:
-    training goes on."""
+    """Collects metrics for a few seconds and sends them together, from rank 0.
+
+    If the server returns an error, a warning is logged and training continues.
+    """
 
     def __init__(self, config: MLflowConfig) -> None:
         self.config = config
@@ -193,7 +195,7 @@ class MLflow(Callback):
             self._try(partial(self._client.log_batch, self._run_id, part, synchronous=synchronous))
 
     def _try(self, send: Callable[[], object]) -> None:
-        """Send something; an error is told and does not end the run."""
+        """Send something; an error is logged and does not end the run."""
         import mlflow
 
         try:
@@ -203,7 +205,7 @@ class MLflow(Callback):
 
 
 def flattened(data: Mapping[str, object], above: str = "") -> Iterator[tuple[str, object]]:
-    """Settings as dotted keys and values."""
+    """Settings as pairs of dotted key and value."""
     for key, value in data.items():
         if isinstance(value, dict) and value:
             yield from flattened(value, f"{above}{key}.")

@@ -1,8 +1,9 @@
 """`optimizer_monitor`: L2 norms of gradients, weights, moments and updates, under Composer's names.
 
-`l2_norm/grad/global`, and for each parameter `l2_norm/grad/NAME`, `l2_norm/param/NAME`, `l2_norm/moment/NAME` (of the
-optimizer's mean of gradients) and `l2_norm/update/NAME` (of what the step changed). Gradients are those that the
-optimizer saw: clipped. Norms are of whole tensors over all ranks. A logged step holds its weights twice.
+It logs `l2_norm/grad/global` and, for each parameter, `l2_norm/grad/NAME`, `l2_norm/param/NAME`, `l2_norm/moment/NAME`
+(the optimizer's mean of gradients) and `l2_norm/update/NAME` (the change of the weights in the step). Gradients are
+clipped, as the optimizer sees them. Norms are of whole tensors over all ranks. On a logged step, weights are held
+twice.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class OptimizerMonitorConfig(CallbackConfig, names=("optimizer_monitor",)):
 
 
 class OptimizerMonitor(Callback):
-    """Looks just before and after the optimizer's step, for gradients are gone when the trainer's step ends."""
+    """Reads tensors just before and after the optimizer's step, because gradients are freed in the trainer's step."""
 
     def __init__(self, config: OptimizerMonitorConfig) -> None:
         self.config = config

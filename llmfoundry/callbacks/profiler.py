@@ -1,14 +1,14 @@
-"""`profiler`: where the time of a step goes, as a table by part and as a trace for chrome://tracing or Perfetto.
+"""`profiler`: where a step's time goes, as a table by part and as a trace for chrome://tracing or Perfetto.
 
     callbacks:
       profiler: {start: 10, steps: 3}    # `save_folder/profile.md` and `profile.json`, and the trace
                                          # `save_folder/profile/steps-10-12-rank-0.json.gz`
 
-The parts of the table add up to the step. On a GPU they are the time of kernels, where kernels of two streams run at
-once that of the one which computes (so `communication` is what nothing hides), and `idle` is when no kernel runs. On a
-CPU they are the time of operators without what they call, and `idle` is the time between them, in Python.
+The parts of the table add up to the step. On a GPU they are the time of kernels. If kernels of two streams overlap, the
+time counts for the one that computes, so `communication` is what is exposed, and `idle` is the time without a kernel.
+On a CPU they are the self time of operators, and `idle` is the time between them, in Python.
 
-callbacks/profile_parts.py says which part an operator or kernel belongs to.
+callbacks/profile_parts.py attributes operators and kernels to parts.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ProfilerConfig(CallbackConfig, names=("profiler",)):
 
 
 class Profiler(Callback):
-    """Writes when the last profiled step is done."""
+    """Writes its files after the last profiled step."""
 
     def __init__(self, config: ProfilerConfig) -> None:
         self.config = config

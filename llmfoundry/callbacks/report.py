@@ -1,8 +1,8 @@
-"""`report`: keeps `save_folder/report.html`, a page of the run's curves and of what its experts do.
+"""`report`: keeps `save_folder/report.html`, a page with the run's curves and statistics of its experts.
 
-Every run has it. Every `interval` the loads of all experts go to experts.jsonl, and figures of each layer to the
-loggers. At each evaluation a fixed sample of text is routed (experts.json, confidence, churn), and the page is written
-anew; in a run that evaluates nothing, 20 times and after the last step.
+Every run has it. Every `interval` the loads of all experts are written to experts.jsonl, and statistics of each layer
+are logged. At each evaluation a fixed sample of text is routed (experts.json, confidence, churn), and the page is
+written again; in a run without evaluation, this happens 20 times and after the last step.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SEARCHED = 4096  # first rows of a mixture, among which the probe looks for rows
 
 
 class ReportConfig(CallbackConfig, names=("report",)):
-    """`callbacks: {report: {enabled: false}}` writes no page."""
+    """`callbacks: {report: {enabled: false}}` turns the page off."""
 
     name: str = "report"
     enabled: bool = True  # false: no page is written, and loggers get no figures by layer
@@ -122,7 +122,7 @@ class Report(Callback):
         return not evaluates and (is_last or step % max(PROBE_STEPS, total // PROBES) == 0)
 
     def _sample(self, trainer: Run) -> dict[str, object]:
-        """Loads, entropy and biases of the last step, by layer; read from the device all at once."""
+        """Loads, entropy and biases of the last step, by layer, read from the device in one transfer."""
         assert trainer.router is not None
         load = trainer.router.load / trainer.router.load.sum(1, keepdim=True)  # (L, E)
         tokens = trainer.config.global_train_batch_size * trainer.loader.max_seq_len
@@ -142,7 +142,7 @@ class Report(Callback):
         return sample
 
     def _probe(self, trainer: Run) -> dict[str, object]:
-        """Route the sample of text; the details replace experts.json."""
+        """Route the sample of text and replace experts.json."""
         batch = self._text
         assert batch is not None
         on_device = batch.to(trainer.device)
@@ -193,7 +193,7 @@ class Report(Callback):
             self._say(path, error)
 
     def _say(self, path: Path, error: Exception) -> None:
-        """A report that cannot be written must not end a run."""
+        """Log a warning: a report that cannot be written must not end a run."""
         if not self._failed:
             why = error.strerror if isinstance(error, OSError) else error
             log.warning("%s cannot be written: %s; the run goes on", path, why)
@@ -201,7 +201,7 @@ class Report(Callback):
 
 
 def probe_batch(trainer: Run, tokens: int) -> Batch:
-    """The fixed sample of text: of validation text, or of a mixture equally many rows of each source."""
+    """The fixed sample of text: validation text, or equally many rows of each source of a mixture."""
     loader = trainer.loader
     if isinstance(loader.order, Mixture):
         numbers = np.arange(min(SEARCHED, loader.rows_per_epoch))
@@ -214,7 +214,7 @@ def probe_batch(trainer: Run, tokens: int) -> Batch:
 
 
 def by_layer(sample: dict[str, object]) -> Metrics:
-    """A sample as metrics: `moe/layerN/max_load` and others, N being the layer's number in the model."""
+    """A sample as metrics: `moe/layerN/max_load` and others, where N is the layer's number in the model."""
     metrics: Metrics = {}
     loads, layers = sample["load"], sample["layers"]
     assert isinstance(loads, list) and isinstance(layers, list)
@@ -235,7 +235,7 @@ def by_layer(sample: dict[str, object]) -> Metrics:
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a line; one that cannot be read is left out as if it came after the run."""
+    """The step of a line; a line that cannot be read sorts after the run, so that it is dropped."""
     try:
         said = parse_json(line)
         return whole_number(said["step"] if isinstance(said, dict) else None)

@@ -1,4 +1,4 @@
-"""`runtime_estimator`: the time that is left, as the metric `time/remaining_estimate`. The words are Composer's."""
+"""`runtime_estimator`: logs the remaining time as `time/remaining_estimate`. The keys are Composer's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SECONDS = {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86400}
 
 
 class RuntimeEstimatorConfig(CallbackConfig, names=("runtime_estimator",)):
-    """The console shows the same in any case."""
+    """The console shows the same estimate in any case."""
 
     skip_batches: int = Field(1, ge=0)  # steps before the clock starts: the first ones compile
     time_unit: Literal["seconds", "minutes", "hours", "days"] = "hours"  # of the metric
@@ -23,7 +23,7 @@ class RuntimeEstimatorConfig(CallbackConfig, names=("runtime_estimator",)):
 
 
 class RuntimeEstimator(Callback):
-    """The mean time of a step so far, evaluations and checkpoints included, times the steps that are left."""
+    """The mean time of a step so far, including evaluations and checkpoints, times the steps that remain."""
 
     def __init__(self, config: RuntimeEstimatorConfig) -> None:
         self.config = config

@@ -1,4 +1,4 @@
-"""`sample_text`: at the end, show what the model writes and how its bits per byte compare with gzip and xz."""
+"""`sample_text`: at the end, prints a text by the model, and its bits per byte beside those of gzip and xz."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMPRESS_BYTES = 2**26  # xz -9 takes about half a minute for them
 
 
 class SampleTextConfig(CallbackConfig, names=("sample_text",)):
-    """What is written; the seed is the run's."""
+    """What to write; sampling uses the run's seed."""
 
     prompt: str = "def "  # the text to continue
     max_new_tokens: int = Field(120, ge=1)  # of one sample, at most
@@ -31,7 +31,7 @@ class SampleTextConfig(CallbackConfig, names=("sample_text",)):
 
 
 class SampleText(Callback):
-    """Prints to the console. Every rank generates, for the forward of a sharded model is collective."""
+    """Prints to the console. Every rank generates, because the forward of a sharded model is collective."""
 
     def __init__(self, config: SampleTextConfig) -> None:
         self.config = config
@@ -63,7 +63,7 @@ class SampleText(Callback):
 
 
 class Written(NamedTuple):
-    """A text of the model's."""
+    """A text that the model wrote."""
 
     prompt: str  # as its tokens read
     continuation: str
@@ -72,7 +72,7 @@ class Written(NamedTuple):
 def written(
     trainer: Run, prompt: str, *, max_new_tokens: int, temperature: float, top_p: float, top_k: int = 0
 ) -> Written:
-    """What the model writes after a prompt, up to max_seq_len. All ranks call this; the seed is the run's."""
+    """Continue a prompt up to max_seq_len, with the run's seed. All ranks call this."""
     n_prompt = len(encoded(trainer.tokenizer, prompt, trainer.special))
     room = trainer.config.max_seq_len - n_prompt
     if room < 1:
@@ -95,7 +95,7 @@ def written(
 
 
 def _compressed(dataset: DatasetConfig) -> str:
-    """What two compressors need for the validation text, a line each."""
+    """The size that two compressors reach on the validation text, one line each."""
     data = dataset.build().text_bytes(limit=COMPRESS_BYTES + 1)
     part = "the validation text"
     if len(data) > COMPRESS_BYTES:

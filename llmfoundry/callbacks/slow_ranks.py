@@ -3,9 +3,9 @@
     callbacks:
       slow_ranks: {interval: 100ba}
 
-Ranks take their steps together, so every rank's step takes as long as the slowest one's. Two things tell them apart,
-and both are measured on each rank by itself: the time from the end of a step until the rows of the next are on the
-device (data, callbacks, saves), and the time that the device takes for a small product of matrices.
+Ranks step together, so every rank's step takes as long as the slowest one's. Two times are measured on each rank
+separately: from the end of a step until the next step's rows are on the device (data, callbacks, saves), and the time
+that the device takes for a small matrix product.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NOTABLE = 0.05  # of a step: a later start than the others' is worth a word
 
 
 class SlowRanksConfig(CallbackConfig, names=("slow_ranks",)):
-    """One reduction at each interval."""
+    """Costs one reduction per interval."""
 
     interval: Interval = Duration.parse("100ba")  # between two looks
     slower: float = Field(1.2, gt=1)  # a device that takes this many times the median is named in a warning
@@ -75,7 +75,7 @@ class SlowRanks(Callback):
 
 
 def _probe(device: torch.device) -> float:
-    """Seconds that a device takes for the same work everywhere."""
+    """Seconds that this device takes for a fixed amount of work."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     matrix = torch.full((SIZE[device.type], SIZE[device.type]), 1e-3, dtype=dtype, device=device)
     seconds = []

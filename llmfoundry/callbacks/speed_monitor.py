@@ -1,4 +1,4 @@
-"""`speed_monitor`: throughput over a window of steps, and the share of the device's peak that it is (MFU).
+"""`speed_monitor`: throughput over a window of steps, and the model FLOPs utilization (MFU).
 
 Every run of the command line has one; the YAML sets its window.
 """
@@ -16,7 +16,7 @@ from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
 
 
 class SpeedMonitorConfig(CallbackConfig, names=("speed_monitor",)):
-    """Averages over the last `window_size` steps; evaluation and checkpoints are not counted."""
+    """Averages over the last `window_size` steps, without evaluation and checkpoints."""
 
     window_size: int = Field(10, ge=1)  # steps that an average covers
     gpu_flops_available: float | None = Field(None, gt=0)  # FLOP/s of one device; None: from the built-in table

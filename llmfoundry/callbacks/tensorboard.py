@@ -1,4 +1,4 @@
-"""`tensorboard`: metrics as event files, in `log_dir` or `save_folder/tensorboard`."""
+"""`tensorboard`: writes metrics as event files, in `log_dir` or `save_folder/tensorboard`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TensorboardConfig(LoggerConfig, names=("tensorboard",)):
         return Tensorboard(self)
 
     def _make_folder(self) -> None:
-        """One outside of the save folder is made at once, to see that it can be."""
+        """Make a folder outside of the save folder at the start, to find out whether that is possible."""
         try:
             if self.log_dir is not None:
                 Path(self.log_dir).mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ class TensorboardConfig(LoggerConfig, names=("tensorboard",)):
 
 
 class Tensorboard(Callback):
-    """Writes every number of a step on rank 0; lists (loads of experts) are left to metrics.jsonl."""
+    """Writes every number of a step on rank 0; lists (loads of experts) are only in metrics.jsonl."""
 
     def __init__(self, config: TensorboardConfig) -> None:
         self.config = config

@@ -1,4 +1,4 @@
-"""`wandb`: metrics to Weights & Biases. `mode: offline` needs no account and writes into the save folder."""
+"""`wandb`: logs metrics to Weights & Biases. `mode: offline` needs no account and writes into the save folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RUN_ID = "wandb-run-id"  # a file in the save_folder
 
 
 class WandbConfig(LoggerConfig, names=("wandb",)):
-    """The words of Composer's WandBLogger."""
+    """The keys of Composer's WandBLogger."""
 
     project: str | None = None  # None: W&B's own default
     entity: str | None = None  # user or team; None: W&B's own default
@@ -52,7 +52,7 @@ class WandbConfig(LoggerConfig, names=("wandb",)):
         return (self.mode or wandb.setup().settings.mode) not in ("offline", "dryrun", "disabled")
 
     def _log_in(self) -> None:
-        """Find a login, or ask for one on a terminal, and reach the server; on rank 0.
+        """Find a login, or ask for one on a terminal, and check that the server responds; on rank 0.
 
         Raises:
             ConfigError: there is no login, or the server cannot be reached.
@@ -123,7 +123,7 @@ class Wandb(Callback):
 
 
 def _run_id(file: Path) -> str:
-    """The id that the run was given at its first start; a new one is random, so that no two runs share it."""
+    """The id that the run got at its first start. New ids are random, so that no two runs share one."""
     if not file.exists():
         file.write_text(uuid.uuid4().hex[:16])
     return file.read_text().strip()

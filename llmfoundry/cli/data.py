@@ -1,4 +1,4 @@
-"""`llmfoundry data show|stats PATH|YAML`: what a model will read, and numbers of it."""
+"""`llmfoundry data show|stats PATH|YAML`: show what a model will read, and statistics of it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHARACTERS = 2000  # of a document that are shown without a tokenizer
 
 
 class _Opened(NamedTuple):
-    """What was named on the command line."""
+    """The data named on the command line."""
 
     loaders: dict[str, LoaderConfig]
     tokenizer: PreTrainedTokenizerBase | None
@@ -139,7 +139,7 @@ def _show(opened: _Opened, rows: int, as_json: bool) -> None:
 
 
 def _show_numbered(args: argparse.Namespace) -> None:
-    """Rows of a run by their numbers, which mean the same in each of its processes."""
+    """Show rows of a run by their numbers, which are the same in each of its processes."""
     import numpy as np
 
     from llmfoundry.checkpoint.checkpointer import Checkpointer

@@ -1,4 +1,4 @@
-"""`llmfoundry doctor [YAML]`: what this machine has, and what a run will meet on it.
+"""`llmfoundry doctor [YAML]`: checks this machine, and how a run would do on it.
 
 Every line is measured or read here; nothing is sent anywhere, and no key is printed.
 """
@@ -34,7 +34,7 @@ _OPTIONAL = {
 
 
 class Finding(NamedTuple):
-    """One thing about the machine."""
+    """One fact about the machine."""
 
     name: str
     says: str
@@ -75,7 +75,7 @@ def doctor_main(argv: Sequence[str] | None = None) -> None:
 
 
 def _on_cpu(config: RunConfig) -> str:
-    """Whether a run without a GPU has the memory for its weights, gradients and optimizer."""
+    """Whether there is enough memory for weights, gradients and optimizer in a run without a GPU."""
     from llmfoundry.model.transformer import CausalLMConfig
     from llmfoundry.train.build import machine_memory, training_bytes
 
@@ -86,7 +86,7 @@ def _on_cpu(config: RunConfig) -> str:
 
 
 def _cards() -> tuple[int | None, list[int]]:
-    """The number of GPUs and the bytes of the smallest; without a GPU, what a plan takes for them."""
+    """The number of GPUs and the memory of the smallest in bytes; without a GPU, the values that a plan assumes."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -94,10 +94,10 @@ def _cards() -> tuple[int | None, list[int]]:
 
 
 def findings(folder: Path) -> Iterator[Finding]:
-    """Everything that is looked at.
+    """Run all checks.
 
     Args:
-        folder: whose disk is timed.
+        folder: a folder on the disk to measure.
     """
     yield Finding("system", f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     yield from _packages()
@@ -202,7 +202,7 @@ def _disk(folder: Path) -> Iterator[Finding]:
 
 
 def _locks(folder: Path) -> Finding:
-    """Whether one process can keep another out: caches and checkpoints rely on it."""
+    """Whether file locks work between processes: caches and checkpoints rely on them."""
     from filelock import FileLock, Timeout
 
     path = folder / f".llmfoundry-doctor-{os.getpid()}.lock"

@@ -1,4 +1,4 @@
-"""The YAML of `eval.py`: models, and what they are evaluated by, in LLM Foundry's words."""
+"""The YAML of `eval.py`: models, and the tasks to evaluate them on, in LLM Foundry's keys."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _LENGTHS = ("max_seq_len", "n_positions", "max_position_embeddings")
 
 
 class TaskSettings(Config):
-    """How tasks are put to a model."""
+    """How models are evaluated on tasks."""
 
     icl_tasks: list[TaskConfig] = []
     eval_gauntlet: GauntletConfig | None = None
@@ -60,7 +60,7 @@ class TaskSettings(Config):
         return self
 
     def precision_here(self) -> Precision:
-        """The precision on this machine; raises ConfigError if it is not to be had."""
+        """The precision on this machine; raises ConfigError if it is not available."""
         precision = precision_on(self.precision, runtime.device().type)
         if precision == "amp_fp8":
             log.info("precision: amp_fp8 is for training; this computes in amp_bf16")
@@ -68,8 +68,11 @@ class TaskSettings(Config):
 
 
 class EvaluatedModel(Config):
-    """An entry of `models`: a checkpoint of ours by `load_path` (its `model` may be left out), or a Hugging Face
-    folder or hub id, as load_path `hf:NAME` or as a model `hf_causal_lm`."""
+    """An entry of `models`.
+
+    Either an llmfoundry checkpoint by `load_path` (its `model` may be left out), or a Hugging Face folder or hub id, as
+    load_path `hf:NAME` or as a model `hf_causal_lm`.
+    """
 
     model_name: str  # in the results
     load_path: str | None = None
@@ -83,10 +86,10 @@ class EvaluatedModel(Config):
         return self
 
     def open(self, precision: Precision, allow_code: bool = False) -> Ready:
-        """Load it; all ranks together.
+        """Load the model; all ranks together.
 
         Args:
-            allow_code: whether to run the code that its config names.
+            allow_code: whether to run code that its config names.
         """
         assert self.load_path is not None
         named = self.tokenizer if self.tokenizer is not None and self.tokenizer.name != "bpe" else None
@@ -134,10 +137,10 @@ class EvaluationConfig(TaskSettings):
 
 
 def translated(data: dict[str, object]) -> dict[str, object]:
-    """A file of LLM Foundry's in our words: `max_seq_len` is `icl_seq_len`, models in the words of training.
+    """Translate a file of LLM Foundry's: `max_seq_len` becomes `icl_seq_len`, and models get the keys of training.
 
     Raises:
-        ConfigError: a key asks for what is not done here.
+        ConfigError: a key asks for something that is not supported.
     """
     data = dict(data)
     for key in _GONE:
@@ -167,7 +170,7 @@ def translated(data: dict[str, object]) -> dict[str, object]:
 
 
 def _model(where: str, entry: object) -> object:
-    """An entry of `models` in our words."""
+    """Translate an entry of `models`."""
     if not isinstance(entry, dict) or not isinstance(entry.get("model"), dict):
         return entry
     model = entry["model"]
@@ -189,7 +192,7 @@ def _placed(where: str, line: str) -> str:
 
 
 def _hugging_face(where: str, entry: dict[str, object], model: dict[str, object]) -> dict[str, object]:
-    """A model `hf_causal_lm` as a load_path."""
+    """Translate a model `hf_causal_lm` into a load_path."""
     name = model.pop("pretrained_model_name_or_path", None)
     if not isinstance(name, str):
         raise ConfigError(f"{where}.model.pretrained_model_name_or_path: is missing; name a folder or hub id")

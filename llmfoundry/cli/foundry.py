@@ -1,7 +1,7 @@
-"""The command lines of LLM Foundry's scripts, as ours: `generate`, `convert` and `data_prep` take either.
+"""Accept the command lines of LLM Foundry's scripts: `generate`, `convert` and `data_prep` take theirs and ours.
 
-What of theirs tuned the loading of a model is left out with a note; what would change the result without an equivalent
-is refused.
+Their options that only tune the loading of a model are left out with a note; options that would change the result and
+have no equivalent are refused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FILE = "file::"  # before the name of a file of prompts
 
 
 def generate_words(argv: Sequence[str] | None) -> list[str]:
-    """The arguments of `generate`, also where they are hf_generate's (`--name_or_path DIR --prompts TEXT ...`)."""
+    """The arguments of `generate`; those of hf_generate (`--name_or_path DIR --prompts TEXT ...`) are translated."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not _has(words, "--name_or_path", "-n"):
         return words
@@ -84,7 +84,7 @@ def generate_words(argv: Sequence[str] | None) -> list[str]:
 
 
 def _prompts(word: str, delimiter: str | None) -> list[str]:
-    """What a word of --prompts stands for: itself, or with `file::` the texts of a file."""
+    """The prompts that a word of --prompts stands for: itself or, with `file::`, the texts of a file."""
     if word.startswith("dataset::"):
         raise ConfigError(f"--prompts {word}: is not supported; write the prompts into a file, and file::FILE")
     if not word.startswith(_FILE):
@@ -106,7 +106,7 @@ def _truth(key: str, word: str) -> bool:
 
 
 def convert_words(argv: Sequence[str] | None) -> list[str]:
-    """The arguments of `convert`, also where they are convert_composer_to_hf's (`--composer_path FILE ...`)."""
+    """The arguments of `convert`; those of convert_composer_to_hf (`--composer_path FILE ...`) are translated."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not _has(words, "--composer_path"):
         return words
@@ -135,7 +135,7 @@ def _ours(path: str) -> str:
 
 @command
 def data_prep_main(argv: Sequence[str] | None = None) -> None:
-    """`data_prep convert_dataset_hf | convert_dataset_json | convert_text_to_mds ...`, by their arguments."""
+    """`data_prep convert_dataset_hf | convert_dataset_json | convert_text_to_mds ...`, with their arguments."""
     parser = Parser(
         "llmfoundry data_prep",
         "Write MDS folders of text or tokens, by LLM Foundry's command lines.",
@@ -174,7 +174,7 @@ def data_prep_main(argv: Sequence[str] | None = None) -> None:
 
 
 def _add(parser: argparse.ArgumentParser, name: str, **how: Any) -> None:
-    """An option as their scripts spell it, and as their command `llmfoundry` does: with dashes."""
+    """Add an option, spelled as in their scripts and as in their command `llmfoundry`: with dashes."""
     parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **how)
 
 

@@ -1,4 +1,4 @@
-"""`generate.py` and `eval.py`: a checkpoint writes text, or is measured on a dataset.
+"""`generate.py` and `eval.py`: generate text from a checkpoint, or evaluate it on a dataset.
 
 Under torchrun, the model is sharded over all processes, and its experts are divided as in the run if that fits.
 """
@@ -106,12 +106,12 @@ def generate_main(argv: Sequence[str] | None = None) -> None:
 
 
 def add_allow_code(parser: argparse.ArgumentParser) -> None:
-    """The option that lets a checkpoint run code."""
+    """Add the option that lets a checkpoint run code."""
     parser.add_argument("--allow-code", action="store_true", help="run the code that the checkpoint's config names")
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    """The options of sampling."""
+    """Add the options of sampling."""
     parser.add_argument("--max-new-tokens", type=integer(1), default=max_new_tokens, metavar="N",
                         help=f"length of an answer; default: {max_new_tokens}")  # fmt: skip
     parser.add_argument(
@@ -129,7 +129,7 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
 
 
 def show(text: str) -> None:
-    """Print a model's text at once. On a terminal, characters that would command it are replaced."""
+    """Print a model's text at once. On a terminal, control characters are replaced."""
     sys.stdout.write(text.translate(_COMMANDING) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""Models ready for inference: a checkpoint of ours with its run's settings, or one of Hugging Face's.
+"""Load models for inference: an llmfoundry checkpoint with its run's settings, or a Hugging Face checkpoint.
 
 Under torchrun, the model is sharded over all processes, and its experts are divided as in the run if that fits.
 """
@@ -37,12 +37,13 @@ HUGGING_FACE = "hf:"  # before a folder, or the id of a model of the hub
 
 
 class Opened(NamedTuple):
-    """A checkpoint, ready.
+    """A loaded checkpoint.
 
     Attributes:
-        config: of the run that saved it; of a Hugging Face checkpoint, that of a run that would go on from it.
-        folder: where its generation_config.json is.
-        trained: whether a training run of ours saved it; else it was converted.
+        config: the config of the run that saved it; for a Hugging Face checkpoint, that of a run that would continue
+            it.
+        folder: the folder of its generation_config.json.
+        trained: whether an llmfoundry run saved it; otherwise it was converted.
     """
 
     config: RunConfig
@@ -68,13 +69,13 @@ def open_checkpoint(
 
     Args:
         path: a checkpoint or a run's save_folder, or its URL; a Hugging Face folder or GGUF file; hf:<folder or id>.
-        overrides: applied to its config; the weights must still fit the model.
-        keys: what may be overridden.
+        overrides: overrides of its config; the weights must still fit the model.
+        keys: the keys that may be overridden.
         check: refuses a model by its config, before any weight is read.
-        allow_code: whether to run the code that its config names.
+        allow_code: whether to run code that its config names.
 
     Raises:
-        ConfigError: it is missing or damaged, or an override names something else.
+        ConfigError: the checkpoint is missing or damaged, or an override names another key.
     """
     from llmfoundry.train.config import RunConfig
 
@@ -150,13 +151,13 @@ def open_hugging_face(
     allow: Sequence[str] = (),
     parallel: ParallelConfig | None = None,
 ) -> Ready:
-    """Load a folder or hub id of Hugging Face's as a model of ours; all ranks together.
+    """Load a Hugging Face folder or hub id as an llmfoundry model; all ranks together.
 
     Args:
-        tokenizer: another one than its own.
-        config: its settings, with other implementations maybe; the weights must fit.
+        tokenizer: replaces its own tokenizer.
+        config: replaces its settings, e.g. by other implementations; the weights must fit.
         allow: settings in which `config` may differ from the folder's.
-        parallel: how it is divided over several processes; None: FSDP over all.
+        parallel: how to divide it over several processes; None: FSDP over all.
     """
     from llmfoundry import hf, runtime
     from llmfoundry.data.tokenizer import TokenizerConfig
@@ -179,7 +180,7 @@ def open_hugging_face(
 
 
 def build_model(config: CausalLMConfig, parallel: ParallelConfig, precision: Precision) -> tuple[CausalLM, Mesh]:
-    """The model without its weights: whole in one process, sharded over several."""
+    """Build the model without its weights: whole in one process, sharded over several."""
     import torch
 
     from llmfoundry import runtime

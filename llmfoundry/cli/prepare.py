@@ -1,4 +1,4 @@
-"""`prepare_data.py YAML [key=value ...]`: tokenise a run's datasets ahead of it, on machines without GPUs."""
+"""`prepare_data.py YAML [key=value ...]`: tokenise a run's datasets ahead of time, on machines without GPUs."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _prepare(config: RunConfig, args: argparse.Namespace, workers: int, share: S
 
 
 def _report(stream: TokenStream, where: str, seconds: float, changes: dict[str, object]) -> Iterator[str]:
-    """What was read, left out and written."""
+    """Print how much was read, left out and written."""
     yield f"{where}: {stream.n_tokens:,} tokens of {stream.n_bytes:,} bytes in {Path(stream.folder)}"
     if stream.counts is not None:
         yield f"{where}: {stream.counts}"

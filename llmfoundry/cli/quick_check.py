@@ -1,9 +1,9 @@
-"""A check of a run's YAML that answers before torch is imported: of keys, types, bounds and choices.
+"""Check a run's YAML before torch is imported: keys, types, bounds and choices.
 
-The config classes stand beside the modules that they build, so importing them imports torch, which takes seconds. Here
-they are made again from `schema.json`: with the same keys, types, bounds and choices, without the rules that compare
-values. `config.py` checks by them and words the mistakes, so each line is one that the full check has too. What this
-check is not sure of, it accepts, so it can find less: the full check always follows.
+The config classes are in the modules that they build, so importing them imports torch, which takes seconds. This module
+builds equivalent classes from `schema.json`: the same keys, types, bounds and choices, without the rules that compare
+values. `config.py` checks with them and words the mistakes, so each line is one that the full check has too. Whatever
+this check is not sure of, it accepts, so it may find less; the full check always follows.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ _BOUNDS = {
 
 
 def quick_mistakes(path: str, overrides: list[str], is_users: bool = True) -> list[str]:
-    """Lines that the full check of a run's YAML is sure to have too; it may have more.
+    """The mistakes that the full check of a run's YAML is sure to report too; it may report more.
 
     Args:
         path: the YAML file.
-        overrides: as `load_settings` takes them.
-        is_users: likewise.
+        overrides: as for `load_settings`.
+        is_users: as for `load_settings`.
 
     Raises:
-        ConfigError: the file cannot be read; the full check says the same.
+        ConfigError: the file cannot be read; the full check reports the same.
     """
     settings = load_settings(path, overrides, is_users)
     data = settings.data
@@ -61,7 +61,7 @@ def quick_mistakes(path: str, overrides: list[str], is_users: bool = True) -> li
 
 
 def mistakes_in(data: dict[str, object]) -> list[str]:
-    """The same for data in our words."""
+    """The same for data in the project's keys."""
     if _RUN_NAME in str(data.get("save_folder")) and data.get("run_name") is None:
         return []  # that is reported alone
     try:
@@ -72,7 +72,7 @@ def mistakes_in(data: dict[str, object]) -> list[str]:
 
 
 class _Schema(NamedTuple):
-    """What is made from `schema.json`: the type of a run, and the words that pick among classes."""
+    """What is built from `schema.json`: the type of a run, and the words that select classes."""
 
     run: type[Config]
     tags: frozenset[str]
@@ -86,14 +86,14 @@ def _schema() -> _Schema:
 
 
 class _Classes:
-    """Config classes from the definitions of a schema, each made when it is first asked for."""
+    """Config classes built from the definitions of a schema, each when it is first needed."""
 
     def __init__(self, blocks: Node) -> None:
         self.blocks = blocks
         self.made: dict[str, type[Config]] = {}
 
     def of(self, name: str) -> type[Config]:
-        """The class of a block, or the root of a family."""
+        """The class of a block, or the base of a family."""
         if name in self.made:
             return self.made[name]
         block = self.blocks[name]
@@ -125,7 +125,7 @@ class _Classes:
         return made
 
     def _type(self, said: Node) -> Any:
-        """The type that a field with such a schema has in its class."""
+        """The type of a field with such a schema in its class."""
         kinds = [kind for kind in said.get("anyOf", [said]) if _name(kind) != "interpolation"]
         short = tuple(_PLAIN[word] for kind in kinds if kind.get("x-short") for word in _words(kind))
         found = [self._kind(kind) for kind in kinds if not kind.get("x-short")]
@@ -175,7 +175,7 @@ def _meets(value: object, condition: Node) -> bool:
 
 
 def _unless(is_other: Callable[[object], bool]) -> WrapValidator:
-    """Accept some values as they are."""
+    """Accept some values unchecked."""
 
     def checked(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
         return None if is_other(value) else check(value)
@@ -184,7 +184,7 @@ def _unless(is_other: Callable[[object], bool]) -> WrapValidator:
 
 
 def _accepting(is_unsure: Callable[[dict[str, object]], bool]) -> Any:
-    """Accept some blocks as they are."""
+    """Accept some blocks unchecked."""
 
     def checked(cls: type[Config], data: Any, check: ModelWrapValidatorHandler[Config]) -> Config:
         return cls.model_construct() if isinstance(data, dict) and is_unsure(data) else check(data)

@@ -178,7 +178,7 @@ def _train(config: RunConfig, show_batch: bool) -> None:
 
 
 def _evaluations(config: RunConfig) -> Iterator[str]:
-    """How much of the time evaluation will take."""
+    """The share of time that evaluation will take."""
     from llmfoundry.train.duration import Timeline
 
     if config.icl_tasks and config.eval_interval.value:

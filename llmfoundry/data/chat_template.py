@@ -1,8 +1,8 @@
-"""Conversations to tokens, with a mark on each token that is learned.
+"""Turn conversations into tokens, with a flag for each token that is learned.
 
-The tokenizer's own chat template renders the messages (transformers runs it in jinja's sandbox). Where the template
-marks what the assistant says (`{% generation %}`), those marks count. Where it does not, data/assistant_turns.py finds
-each turn in the rendered text, or the example is refused.
+The tokenizer's own chat template renders the messages (transformers runs it in jinja's sandbox). If the template marks
+what the assistant says (`{% generation %}`), those marks count. Otherwise data/assistant_turns.py finds each turn in
+the rendered text, or the example is refused.
 """
 
 from __future__ import annotations
@@ -64,21 +64,21 @@ class _Said(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What is learned of an example."""
+    """Which parts of an example are learned."""
 
     responses: Responses = "all"
     prompts: int | None = None  # prompts of this many tokens or more are learned too; None: never
 
 
 class Renderer:
-    """Makes tokens of examples with a tokenizer.
+    """Tokenises examples.
 
     Args:
-        template: used in place of the tokenizer's own; ChatML if both are missing.
+        template: replaces the tokenizer's own template; ChatML is used if both are missing.
         bos: opens a prompt that no template renders.
 
     Raises:
-        ConfigError: the tokenizer cannot say which characters a token stands for, or the template is not valid Jinja.
+        ConfigError: the tokenizer cannot map tokens to characters, or the template is not valid Jinja.
     """
 
     def __init__(
@@ -115,10 +115,10 @@ class Renderer:
             pass
 
     def tokens(self, example: Example) -> Tokens:
-        """The tokens of an example.
+        """Tokenise one example.
 
         Raises:
-            ValueError: the template refuses it, or does not render turns one after the other.
+            ValueError: the template refuses the example, or does not render turns one after the other.
         """
         if isinstance(example, Conversation):
             return self._conversation(example)
@@ -145,7 +145,7 @@ class Renderer:
         return Tokens(np.array(encoded["input_ids"], dtype=np.int64), learned, inside, without)
 
     def _said(self, example: Conversation) -> _Said:
-        """The text of a conversation, and what of it is learned."""
+        """Render a conversation and find the spans that are learned."""
         example = example._replace(messages=in_form(example.messages, self._arguments))
         messages = example.messages
         text = self._render(example, messages)
@@ -179,13 +179,13 @@ class Renderer:
         return self._rendered(example, messages, prompt)[0]
 
     def _marked(self, example: Conversation) -> list[Span]:
-        """Where the template says that the assistant speaks, in characters."""
+        """The spans, in characters, that the template marks as the assistant's."""
         return self._rendered(example, example.messages, False, marks=True)[1]
 
     def _rendered(
         self, example: Conversation, messages: Sequence[Message], prompt: bool, marks: bool = False
     ) -> tuple[str, list[Span]]:
-        """What `tokenizer.apply_chat_template` renders, and with `marks` the spans that the template marks."""
+        """Render with `tokenizer.apply_chat_template`; with `marks`, also return the spans that the template marks."""
         template = self.tokenizer.get_chat_template(None if self.own else self.template, example.tools)
         try:
             return rendered(self.tokenizer, template, example._replace(messages=list(messages)), prompt, marks)
@@ -202,14 +202,14 @@ def _is_learned(message: Message) -> bool:
 def rendered(
     tokenizer: PreTrainedTokenizerBase, template: str, example: Conversation, prompt: bool, marks: bool = False
 ) -> tuple[str, list[Span]]:
-    """What `tokenizer.apply_chat_template` renders, and with `marks` the spans that the template marks.
+    """Render with `tokenizer.apply_chat_template`; with `marks`, also return the spans that the template marks.
 
     Args:
-        prompt: whether the assistant's turn is opened at the end.
+        prompt: open the assistant's turn at the end.
 
     Raises:
-        TemplateError: the template refuses the messages; a TypeError or another of its code's errors likewise.
-        Exceeded: the text has more than CHARACTERS.
+        TemplateError: the template refuses the messages. Errors of its own code, such as TypeError, pass through.
+        Exceeded: the text is longer than CHARACTERS.
     """
     words: dict = {**tokenizer.special_tokens_map, **example.template}
     found: object = render_jinja_template(  # (texts, spans of each), though it says str
@@ -223,7 +223,7 @@ def rendered(
 
 
 def _overlaps(offsets: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool_]:
-    """Which tokens stand for a character of a span."""
+    """For each token, whether it overlaps one of the spans."""
     found = np.zeros(len(offsets), dtype=np.bool_)
     for start, end in spans:
         found |= (offsets[:, 1] > start) & (offsets[:, 0] < end)

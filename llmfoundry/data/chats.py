@@ -1,9 +1,9 @@
-"""`finetuning`: conversations and instructions as a dataset, each a document of its own.
+"""The `finetuning` dataset: conversations and instructions, each a document of its own.
 
     rows of a table (local files, the hub, MDS) > conversations.py > chat_template.py > tokens on disk, once > rows
 
-Where attention keeps documents apart (`attn_uses_sequence_id`), examples share rows (data/bins.py), and positions start
-anew in each. Else each has a row of its own.
+If attention keeps documents apart (`attn_uses_sequence_id`), examples share rows (data/bins.py), and positions restart
+in each. Otherwise each example has a row of its own.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class ChatsConfig(Folders, names=("chats",)):
 
     @property
     def _where(self) -> str | None:
-        """Local files; None for other places."""
+        """The local files; None for data from other places."""
         if self.path is not None or self.hf_name is None:
             return self.path
         if self.hf_name in _READERS:
@@ -165,7 +165,7 @@ class ChatsConfig(Folders, names=("chats",)):
             raise ConfigError(f"dataset.chat_template: {given}: cannot be read: {reason(error)}") from None
 
     def _read(self, table: Table, meaning: Callable[[Row], Made]) -> Iterator[Made]:
-        """What is made of the rows of a table; a row that is not an example is skipped or refused."""
+        """Convert the rows of a table; rows that are not examples are skipped or refused."""
         prepare = preprocess(self.preprocessing_fn)
         bad, first = 0, ""
         for row, at in table.rows:
@@ -224,7 +224,7 @@ def _numbered(title: str, rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
 
 
 def text_of(example: Example) -> str:
-    """What is said in an example."""
+    """The text of an example, without a template."""
     if isinstance(example, Conversation):
         return "\n".join(str(message["content"]) for message in example.messages if message.get("content"))
     return f"{example.prompt}{example.response}"

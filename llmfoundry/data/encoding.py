@@ -1,4 +1,4 @@
-"""Documents to token ids, in batches, in this process or in several; the order and the ids are the same."""
+"""Tokenise documents in batches, in this process or in several, with the same ids in the same order."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Text(NamedTuple):
 def encoded(
     documents: Iterable[tuple[str, Counts]], encoder: Encoder, dtype: np.dtype, workers: int = 0
 ) -> Iterator[tuple[Text, NDArray]]:
-    """Each text with its ids.
+    """Yield each text with its token ids.
 
     Args:
-        documents: with the counts after each.
-        dtype: of the ids.
-        workers: processes that tokenise, each on one core; 1: this one alone; 0: this one, with the tokenizer's own
-            threads.
+        documents: documents, each with the counts after it.
+        dtype: dtype of the ids.
+        workers: number of processes that tokenise, one core each; 1: this process only; 0: this process, with the
+            tokenizer's own threads.
 
     Raises:
         ResourceError: a worker was killed.
@@ -104,7 +104,7 @@ def _encode(texts: list[str]) -> tuple[NDArray, list[int]]:
 
 
 def _batches(documents: Iterable[tuple[str, Counts]], size: int) -> Iterator[list[Text]]:
-    """Texts in batches of bounded size."""
+    """Group texts into batches of bounded size."""
     batch: list[Text] = []
     characters = 0
     for document, counts in documents:

@@ -1,7 +1,7 @@
-"""Files of text: which there are below a path, what kind each is, and whether each is whole and UTF-8.
+"""Find text files below a path, tell their kinds, and check that each is complete and UTF-8.
 
-Every file is read once when a dataset is built, for its digest. That pass finds what reading would find late or never:
-other encodings, archives that were cut short, lines and archives that would fill the memory.
+Every file is read once when a dataset is built, to compute its digest. The same pass finds problems that reading would
+find late or never: other encodings, truncated archives, and lines or archives that would fill the memory.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class Kind(NamedTuple):
 
     @property
     def format(self) -> str:
-        """One of the values of FORMATS."""
+        """The file's format: one of FORMATS."""
         return FORMATS[self.ending]
 
 
 class File(NamedTuple):
-    """A file of a dataset, here or elsewhere."""
+    """A file of a dataset, on this machine or elsewhere."""
 
     path: Path  # here; of one elsewhere what is after `://`, for its ending and for messages
     size: int  # bytes
@@ -67,25 +67,25 @@ class File(NamedTuple):
     remote: Callable[[], Path] | None = None  # fetches it
 
     def here(self) -> Path:
-        """Where it is on this machine, fetched first if need be."""
+        """The file's path on this machine; a remote file is fetched first."""
         return self.path if self.remote is None else self.remote()
 
 
 class Found(NamedTuple):
-    """Files below a path."""
+    """The files below a path."""
 
     files: dict[str, File]  # by name relative to the folder, sorted
     skipped: dict[str, list[str]]  # names of files that are not read, by their ending
 
 
 class Readable(Protocol):
-    """What bytes are read from: a file, or a stream that unpacks one."""
+    """A source of bytes: a file, or a stream that decompresses one."""
 
     def read(self, size: int = -1, /) -> bytes: ...
 
 
 def kind_of(path: Path) -> Kind | None:
-    """How a file is read, by its ending; None if it is not a text file."""
+    """How to read a file, by its name's ending; None if it is not a text file."""
     *_, first, last = ["", "", *(suffix.casefold() for suffix in path.suffixes)]
     if last in FORMATS:
         return Kind(last, "")
@@ -93,13 +93,13 @@ def kind_of(path: Path) -> Kind | None:
 
 
 def file_at(path: Path) -> File:
-    """A file of this machine."""
+    """A file on this machine."""
     stat = path.stat()
     return File(path, stat.st_size, str(stat.st_mtime_ns), path.resolve())
 
 
 def ahead(files: Iterable[File]) -> Iterator[Path]:
-    """Where the files are; while one is read, the next is fetched."""
+    """Yield the paths of files; while one is read, the next is fetched."""
     with ThreadPoolExecutor(1, "fetch-ahead") as thread:
         following: Future[Path] | None = None
         for file, after in pairwise([*files, None]):
@@ -110,14 +110,14 @@ def ahead(files: Iterable[File]) -> Iterator[Path]:
 
 
 def find(where: str, store: Store) -> Found:
-    """Files below a folder, of a glob, or one file; what begins with a dot is left out, and README.md of a folder.
+    """Find the files below a folder, of a glob, or one file. Hidden files and a folder's README.md are left out.
 
     Args:
         where: a path or a URL.
-        store: fetches what is elsewhere.
+        store: fetches remote files.
 
     Raises:
-        ConfigError: there is none that is read, or a link leads nowhere.
+        ConfigError: no readable file was found, or a link is broken.
     """
     if is_url(where):
         return _elsewhere(where, store)
@@ -151,11 +151,11 @@ def find(where: str, store: Store) -> Found:
 
 
 def find_or_gone(where: str, store: Store) -> Found:
-    """`find` for a source whose tokens may be in the cache.
+    """The same as `find`, for a source whose tokens may be in the cache.
 
     Raises:
-        ConfigError: what is there cannot be read.
-        Gone: nothing is there, or it is out of reach.
+        ConfigError: the files cannot be read.
+        Gone: the source does not exist or cannot be reached.
     """
     try:
         return find(where, store)
@@ -166,7 +166,7 @@ def find_or_gone(where: str, store: Store) -> Found:
 
 
 def _elsewhere(url: str, store: Store) -> Found:
-    """The same of a URL."""
+    """The same as `find`, for a URL."""
     found = store.find(url)
     files: dict[str, File] = {}
     skipped: dict[str, list[str]] = defaultdict(list)
@@ -187,13 +187,13 @@ def _elsewhere(url: str, store: Store) -> Found:
 
 
 def said_of(skipped: dict[str, list[str]]) -> str:
-    """E.g. `; skipped: 12 .png (e.g. images/a.png)`."""
+    """A note on skipped files, e.g. `; skipped: 12 .png (e.g. images/a.png)`."""
     parts = [f"{len(names)} {ending} (e.g. {names[0]})" for ending, names in skipped.items()]
     return f"; skipped: {', '.join(parts)}" if parts else ""
 
 
 def _walk(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Files below a folder, through links to folders too."""
+    """Yield the files below a folder; links to folders are followed."""
     real = folder.resolve()
     if real in above:  # a link back up, to files that are listed already
         return
@@ -219,7 +219,7 @@ def _refuse_broken_link(path: Path) -> None:
 
 
 def _fixed(pattern: Path) -> Path:
-    """The folders of a glob before its first wildcard."""
+    """The folders of a glob that come before its first wildcard."""
     parts = []
     for part in pattern.parts[:-1]:
         if glob.escape(part) != part:
@@ -229,7 +229,7 @@ def _fixed(pattern: Path) -> Path:
 
 
 def unpacked(raw: Readable, compression: str) -> BinaryIO:
-    """A stream of the contents, in memory that does not grow with them; damage raises one of UNREADABLE."""
+    """Decompress as a stream, in bounded memory; damage raises one of UNREADABLE."""
     file = cast(BinaryIO, raw)
     if compression == ".gz":
         return cast(BinaryIO, gzip.GzipFile(fileobj=file))
@@ -241,7 +241,7 @@ def unpacked(raw: Readable, compression: str) -> BinaryIO:
 
 
 class _Zstd(io.RawIOBase):
-    """The contents of zstd frames, one after the other. zstandard's own reader takes a cut file for a shorter one."""
+    """The contents of consecutive zstd frames. zstandard's own reader does not notice a truncated file."""
 
     def __init__(self, packed: Readable) -> None:
         self._packed, self._rest, self._ready = packed, b"", memoryview(b"")
@@ -272,7 +272,7 @@ class _Zstd(io.RawIOBase):
 
 
 class _Hashed:
-    """Reads a file, and takes its digest on the way."""
+    """Reads a file and computes its digest along the way."""
 
     def __init__(self, file: BinaryIO, advance: Callable[[int], None]) -> None:
         self._file, self._advance, self.sha = file, advance, hashlib.sha256()
@@ -285,14 +285,14 @@ class _Hashed:
 
 
 def checked_digest(path: Path, *, lenient: bool, advance: Callable[[int], None]) -> str:
-    """SHA-256 of a file that is whole and holds UTF-8 text in lines of bounded length.
+    """Compute the SHA-256 of a file and check that it is complete and holds UTF-8 text in lines of bounded length.
 
     Args:
-        lenient: leave it to the reader to find rows of .jsonl that are neither.
-        advance: told of the bytes read.
+        lenient: do not check the rows of .jsonl; the reader reports bad rows.
+        advance: called with the number of bytes read.
 
     Raises:
-        ConfigError: it is not, with the place and what to do.
+        ConfigError: a check failed; the message says where and what to do.
     """
     kind = kind_of(path)
     assert kind is not None
@@ -340,7 +340,7 @@ def _check_text(path: Path, kind: Kind, file: Readable, lenient: bool) -> None:
 
 
 def _refuse_wide(path: Path, kind: Kind, start: bytes) -> None:
-    """Refuse UTF-16 and UTF-32: by the byte order mark, or by the zero bytes of most texts."""
+    """Refuse UTF-16 and UTF-32, found by the byte order mark or by the zero bytes of most texts."""
     marks = {
         codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
         codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",

@@ -1,4 +1,4 @@
-"""Functions of a user that a YAML names: `package.module:function`, or `file.py:function`."""
+"""User functions that a YAML names as `package.module:function` or `file.py:function`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from llmfoundry.config import ConfigError, import_code
 
 
 def imported(name: str, key: str) -> Callable:
-    """The function; modules are looked for in the working directory and among the files of `code_paths` too.
+    """Import a function. Modules are also looked for in the working directory and among the files of `code_paths`.
 
     Args:
-        key: that names it, for messages.
+        key: the YAML key that names the function, for messages.
 
     Raises:
         ConfigError: it cannot be imported, or is not a function.
@@ -44,10 +44,10 @@ def imported(name: str, key: str) -> Callable:
 
 
 def code_of(name: str, key: str) -> str:
-    """What decides the function's result: the file in which it is.
+    """The file that defines a function, which decides its result.
 
     Raises:
-        ConfigError: it is not written in Python, so there is no file to read.
+        ConfigError: the function is not written in Python, so it has no file.
     """
     try:
         file = inspect.getsourcefile(imported(name, key))

@@ -1,7 +1,8 @@
-"""`hub`: a column of text of a dataset of the Hugging Face hub, by its name.
+"""The `hub` dataset: a text column of a dataset on the Hugging Face hub.
 
-`datasets` reads it, with its cache and its settings: HF_DATASETS_OFFLINE and HF_HUB_OFFLINE read only what is in the
-cache, HF_TOKEN opens what is private. With `streaming`, files are read as they come and not stored; only tokens are.
+`datasets` reads it, with its own cache and settings: HF_DATASETS_OFFLINE and HF_HUB_OFFLINE limit it to its cache, and
+HF_TOKEN gives access to private datasets. With `streaming`, files are read as they arrive and not stored; only tokens
+are.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class HubTextConfig(TextsConfig, names=("hub", "hf_text")):
-    """A dataset of the Hugging Face hub, or a folder that `datasets` can read, of texts to be packed."""
+    """A text dataset of the Hugging Face hub, or a folder that `datasets` can read. Its documents are packed."""
 
     hf_name: str  # e.g. allenai/c4, or a folder
     subset: str | None = None  # its configuration, e.g. en

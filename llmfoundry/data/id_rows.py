@@ -1,6 +1,6 @@
-"""`ids`: rows of token ids in a column of .jsonl, .json or .parquet, tokenised and cut elsewhere.
+"""The `ids` dataset: rows of token ids in a column of .jsonl, .json or .parquet files, tokenised and cut elsewhere.
 
-They are copied once into one file of ids, which every run reads in place: row i is bytes [i*S*w, (i + 1)*S*w).
+The ids are copied once into one file that every run reads in place: row i is bytes [i*S*w, (i + 1)*S*w).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class IdsConfig(RowsConfig, names=("ids",)):
-    """Rows of token ids in tables. Each is taken as it is, cut to max_seq_len; its last token has no label."""
+    """Rows of token ids in tables. Each is used unchanged, truncated to max_seq_len; its last token has no label."""
 
     path: DataPath  # a folder, a glob or one file, also by URL: .jsonl, .json, .parquet
     ids_key: str = "input_ids"  # the column: a list of ids in each row
@@ -89,7 +89,7 @@ class IdsConfig(RowsConfig, names=("ids",)):
 
     @staticmethod
     def _ids(found: object, length: int, largest: int) -> NDArray[np.int64]:
-        """The ids of a row; raises ValueError."""
+        """The ids in a row; raises ValueError."""
         if not isinstance(found, list) or not all(type(each) is int for each in found):
             raise ValueError(f"is {found!r:.60}, and must be a list of token ids")
         if len(found) < length:
@@ -102,7 +102,7 @@ class IdsConfig(RowsConfig, names=("ids",)):
 
 
 class IdRows(Rows):
-    """Rows of a file of ids: the label of a token is the next one, and the last has none."""
+    """Rows of a file of ids. The label of a token is the next token; the last token has none."""
 
     def __init__(
         self, file: Path, title: str, fingerprint: str, dtype: np.dtype, eos_token_id: int, how: How, watch: Watch

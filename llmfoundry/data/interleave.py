@@ -55,7 +55,7 @@ def shares_of(weights: Sequence[Fraction]) -> list[int]:
 
 
 class Interleave:
-    """The source of each row, and which of that source's rows it is."""
+    """For each row of a mixture: its source, and its number within that source."""
 
     def __init__(self, shares: Sequence[int]) -> None:
         """Interleave sources.
@@ -85,7 +85,7 @@ class Interleave:
         return periods * self.shares + here
 
     def _reach(self, place: int) -> None:
-        """Extend the table to hold a place."""
+        """Extend the table so that it holds a place."""
         while place >= len(self._sources):
             first = len(self._sources)
             new = self._next(first + 1, min(first + _STEP, self.period))
@@ -98,7 +98,7 @@ class Interleave:
             self._ranks = np.concatenate([self._ranks, ranks])
 
     def _next(self, first: int, last: int) -> NDArray[np.int16]:
-        """The sources of rows [first, last] of a period, counted from 1; earlier rows are in the table."""
+        """The sources of rows [first, last] of a period, counted from 1; earlier rows are already in the table."""
         n_sources, period, shares = len(self.shares), self.period, self.shares
         # Source s has released ceil(row * share / period) rows by a row: those that are new here, by their release.
         before, by_now = (-(-row * shares // period) for row in (first - 1, last))

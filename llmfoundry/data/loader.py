@@ -2,7 +2,7 @@
 
 Shapes: B rows, S max_seq_len.
 Row n of a run depends only on (seed, n); data/rows.py says how. So the order does not depend on ranks, workers or
-microbatches, the state of the loader is the number of rows consumed, and a batch may span two epochs.
+microbatches, the loader's state is the number of rows consumed, and a batch may span two epochs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from llmfoundry.data.tokenizer import PLAIN_TEXT, SpecialTokens
 
 
 class Batch(NamedTuple):
-    """Rows of tokens, and for each token the one that follows it."""
+    """Rows of tokens, and for each token its label, the token that follows it."""
 
     tokens: Tensor  # (B, S) int64
     labels: Tensor  # (B, S) int64, IGNORE where nothing is predicted
@@ -38,15 +38,15 @@ class Batch(NamedTuple):
 
     @property
     def n_labels(self) -> Tensor:
-        """() int64: labels that count."""
+        """Number of labels that count: () int64."""
         return (self.labels != IGNORE).sum()
 
     def split(self, rows: int) -> list[Batch]:
-        """Microbatches of at most `rows` rows, in order."""
+        """Split into microbatches of at most `rows` rows, in order."""
         return [self._each(itemgetter(slice(start, start + rows))) for start in range(0, len(self.rows), rows)]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
+        """Copy the batch to another device."""
         return self._each(lambda part: part.to(device, non_blocking=True))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -79,9 +79,9 @@ class LoaderConfig(Choice, tag="name"):
 
     @staticmethod
     def _without_shorthand(data: object) -> object:
-        """`datasets: [...]` beside the loader's own keys is short for a dataset of the kind `mixture`.
+        """Expand shorthand: `datasets: [...]` beside the loader's keys means a dataset of the kind `mixture`.
 
-        A dataset without a name is what its loader or its keys say.
+        A dataset without a name gets the one that its loader or its keys imply.
         """
         if not isinstance(data, dict):
             return data
@@ -106,10 +106,10 @@ class LoaderConfig(Choice, tag="name"):
         return self
 
     def datasets(self, where: str) -> dict[str, DatasetConfig]:
-        """Its dataset, or each of a mixture, by its place in the YAML.
+        """The dataset, or each dataset of a mixture, by its place in the YAML.
 
         Args:
-            where: the loader's own place.
+            where: the loader's place in the YAML.
         """
         parts = self.dataset.parts()
         return {where: parts[0]} if len(parts) == 1 else {f"{where}.{i}": part for i, part in enumerate(parts)}
@@ -128,7 +128,7 @@ class LoaderConfig(Choice, tag="name"):
         Args:
             seed: the run's seed; `dataset.shuffle_seed` takes precedence.
             max_seq_len: tokens per row; `dataset.max_seq_len` takes precedence.
-            sequence_ids: whether batches contain the number of each token's document.
+            sequence_ids: whether batches contain the document number of each token.
             special: the rule for special tokens.
         """
         length = self.dataset.max_seq_len or max_seq_len
@@ -139,19 +139,19 @@ class LoaderConfig(Choice, tag="name"):
 
 
 class TextLoaderConfig(LoaderConfig, names=("text",)):
-    """Documents joined by end-of-text tokens and cut into rows of max_seq_len, or rows that a dataset makes itself."""
+    """Documents joined by end-of-text tokens and cut into rows of max_seq_len, or datasets that make their own rows."""
 
 
 class FinetuningLoaderConfig(LoaderConfig, names=("finetuning",)):
-    """Conversations and instructions (data/chats.py); its dataset needs no name."""
+    """Conversations and instructions (data/chats.py); the dataset needs no name."""
 
 
 class PreferencesLoaderConfig(LoaderConfig, names=("preferences",)):
-    """Pairs of answers (data/preferences.py); its dataset needs no name."""
+    """Pairs of answers (data/preferences.py); the dataset needs no name."""
 
 
 class Loader:
-    """Serves any rows of an endless sequence of epochs, or one pass over the data. It has no state."""
+    """Serves rows of an endless sequence of epochs, or one pass over the data. It has no state."""
 
     def __init__(
         self, order: Order, *, read_ahead: bool = False, label: str | None = None, limit: int | None = None
@@ -159,8 +159,8 @@ class Loader:
         """Serve the rows of an order.
 
         Args:
-            read_ahead: a thread reads the next batch while this one is used.
-            label: its name in the metrics of an evaluation.
+            read_ahead: a thread reads the next batch while the current one is used.
+            label: the loader's name in evaluation metrics.
             limit: rows that one pass reads; None: all.
         """
         self.label, self.limit = label, limit
@@ -190,7 +190,7 @@ class Loader:
         return batch
 
     def one_pass(self, n_rows: int, rank: int = 0, world: int = 1, limit: int | None = None) -> Iterator[Batch]:
-        """Every label of the data exactly once, in order: `n_rows` rows at a time over all ranks.
+        """Yield every label of the data exactly once, in order: `n_rows` rows at a time over all ranks.
 
         Every batch has the same shape on every rank, as collectives and compiled models need: past the end, rows have
         no labels. The sum of nats over these labels / ln 2 / `n_bytes` is the loss in bits per byte; it includes the
@@ -215,7 +215,7 @@ class Loader:
         return self.gather(np.arange(start_row + n_rows * rank // world, start_row + n_rows * (rank + 1) // world))
 
     def gather(self, rows: NDArray[np.int64]) -> Batch:
-        """Any rows of the run, by their numbers."""
+        """Read any rows of the run, by their numbers."""
         with self._reading:
             return _batch_of(rows, self.order.read(rows))
 

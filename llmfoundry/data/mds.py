@@ -45,7 +45,7 @@ REFUSED = ("pkl", "pil", "jpeg", "png", "jpeg_array", "jpegarray", "list[pil]", 
 
 
 def _sampled(path: Path) -> bytes:
-    """Some of the bytes of a file: of its start, its middle and its end."""
+    """Some bytes of a file: from its start, its middle and its end."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         found = []
@@ -56,7 +56,7 @@ def _sampled(path: Path) -> bytes:
 
 
 class Shard(NamedTuple):
-    """One file of samples, as index.json lists it."""
+    """One shard of samples, as index.json lists it."""
 
     name: str
     samples: int
@@ -110,11 +110,11 @@ class MDSFolder:
         return int(self._starts[-1])
 
     def sample(self, number: int) -> Sample:
-        """One sample by its number in the folder.
+        """Read one sample by its number in the folder.
 
         Raises:
-            IndexError: there is no such sample.
-            ConfigError: its shard is missing or damaged.
+            IndexError: the number is out of range.
+            ConfigError: the sample's shard is missing or damaged.
         """
         if not 0 <= number < len(self):
             raise IndexError(f"{self.folder}: sample {number} of {len(self)}")
@@ -133,15 +133,15 @@ class MDSFolder:
         return name in self._elsewhere if self._store is not None else (self.folder / name).is_file()
 
     def _here(self, name: str) -> Path | None:
-        """A file of the folder, fetched if it is elsewhere; None if there is no such file."""
+        """The local path of a file of the folder, fetched first if it is remote; None if it does not exist."""
         if not self._has(name):
             return None
         return self.folder / name if self._store is None else self._store.fetch(self._elsewhere[name])
 
     def _fingerprint(self, text: bytes) -> str:
-        """Of the index, which names every shard's size and mostly its hashes; of a shard without, a part is read.
+        """A fingerprint of the index, which lists each shard's size and usually its hashes.
 
-        Of a shard elsewhere it is the store's word for its version.
+        Of a shard without hashes some bytes are read; of a remote one, the store's version of the file is used.
         """
         digest = hashlib.sha256(text)
         for shard in self.shards:
@@ -199,7 +199,7 @@ class MDSFolder:
         return data
 
     def _unpacked(self, shard: Shard) -> Path:
-        """The shard without its compression, from the cache."""
+        """The decompressed shard, from the cache."""
         name = shard.packed
         if name is None or not self._has(name):
             raise ConfigError(f"{self.folder / shard.name}: is missing")
@@ -219,7 +219,7 @@ class MDSFolder:
 
 
 def _read_index(file: Path, path: Path) -> tuple[bytes, dict]:
-    """The index in a file; `path` is its place, for messages."""
+    """Read the index from a file; `path` is its place, for messages."""
     try:
         text = read_plain(file)
         index = parse_json(text)
@@ -316,7 +316,7 @@ Decoder = tuple[int | None, Callable[[bytes], Value]]  # (bytes if fixed, functi
 
 
 def _decoder(encoding: str, where: Path) -> Decoder:
-    """How a column is read.
+    """The function that decodes a column.
 
     Raises:
         ConfigError: the encoding is not known.
@@ -393,18 +393,18 @@ def _encode_array(encoding: str, array: NDArray) -> bytes:
 
 
 class MDSWriter:
-    """Writes a folder that mosaicml-streaming reads. Use it in a with block; index.json is written at its end.
+    """Writes a folder that mosaicml-streaming reads. Use it in a with block; index.json is written at the end.
 
     Args:
         out: a folder that does not exist, or is empty.
         columns: encoding of each column, in order, e.g. {"tokens": "ndarray:int32"}.
         compression: null, zstd[:level], gz[:level], bz2[:level], br[:level] or snappy.
-        hashes: names of hashlib or xxhash functions, kept in the index for every file.
+        hashes: names of hashlib or xxhash functions; the index keeps these hashes of every file.
         size_limit: bytes of a shard before compression.
-        url: a folder of a store, to which each file is moved when it is complete.
+        url: a folder in a store; each file is moved there when it is complete.
 
     Raises:
-        ConfigError: the folder holds something, or a column or a compression is not known.
+        ConfigError: the folder is not empty, or a column's encoding or the compression is not known.
     """
 
     def __init__(
@@ -430,7 +430,7 @@ class MDSWriter:
         self._shards: list[dict] = []
 
     def write(self, sample: Mapping[str, Value]) -> None:
-        """Add a sample, which has a value for each column."""
+        """Add a sample, which must have a value for each column."""
         parts = [_encode(encoding, sample[name]) for name, encoding in self.columns.items()]
         lengths = [len(part) for part, size in zip(parts, self._sizes, strict=True) if size is None]
         row = np.array(lengths, "<u4").tobytes() + b"".join(parts)
@@ -440,7 +440,7 @@ class MDSWriter:
         self._bytes += 4 + len(row)
 
     def finish(self) -> None:
-        """Write what is left, and the index."""
+        """Write the last shard and the index."""
         if self._rows:
             self._close_shard()
         index = {"version": 2, "shards": self._shards}

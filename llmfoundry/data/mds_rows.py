@@ -1,6 +1,6 @@
-"""`mds`: folders of mosaicml-streaming as a dataset: rows of tokens as they are, or texts that are packed like others.
+"""The `mds` dataset: folders of mosaicml-streaming, as rows of tokens, or as texts that are packed like others.
 
-The samples of a folder are found by their number, so row n is a function of (seed, n) here too, on any number of ranks.
+Samples are found by their number, so row n is a function of (seed, n) here too, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TUNING = (
 
 
 class Stream(Config):
-    """One folder of a dataset of several. Of the last three keys, one may be given."""
+    """One folder of a dataset with several. At most one of the last three keys may be given."""
 
     local: str | None = None  # a folder of MDS shards, or of one folder per split
     remote: str | None = None  # looked at where local has no shards; a folder, or a URL whose shards are fetched
@@ -63,7 +63,7 @@ class Stream(Config):
 
 
 class Folders(RowsConfig):
-    """Root of the datasets that can be read from MDS folders; the keys are mosaicml-streaming's."""
+    """Base of the datasets that can be read from MDS folders; the keys are mosaicml-streaming's."""
 
     local: str | None = None  # a folder of MDS shards, or of one folder per split
     remote: str | None = None  # looked at where local has no shards; a folder, or a URL whose shards are fetched
@@ -77,11 +77,11 @@ class Folders(RowsConfig):
         return check(without_tuning(data))
 
     def folders(self) -> list[MDSFolder]:
-        """The folders, opened.
+        """Open the folders.
 
         Raises:
             ConfigError: one is damaged.
-            Gone: one is not there.
+            Gone: one does not exist.
         """
         if self.streams is None:
             return [self._open(Stream(local=self.local, remote=self.remote), "dataset")]
@@ -117,13 +117,13 @@ class Folders(RowsConfig):
         )
 
     def places(self) -> list[str]:
-        """Paths and URLs that it is read from."""
+        """The paths and URLs that the dataset reads."""
         streams = [Stream(local=self.local, remote=self.remote), *(self.streams or {}).values()]
         return [place for stream in streams for place in (stream.local, stream.remote) if place is not None]
 
     @property
     def _split(self) -> str:
-        """The folder below local and remote."""
+        """The split's folder below local and remote."""
         return self.split if "split" in self.model_fields_set else ""
 
     def heap(self) -> str:
@@ -131,7 +131,7 @@ class Folders(RowsConfig):
 
 
 def without_tuning(data: object) -> object:
-    """Leave out, with a note, keys that change nothing here."""
+    """Drop keys that have no effect here, with a note."""
     if not isinstance(data, dict):
         return data
     if data.get("epoch_size") is not None:
@@ -208,7 +208,7 @@ class MDSConfig(Folders, names=("mds",)):
         return epochs_of(StreamRows(stream, source.title, how), self, how)
 
     def _mixed(self, streams: list[Stream], rows: Sequence[Rows], how: How) -> Order:
-        """Streams with counts of rows in an epoch: a mixture in the ratio of these."""
+        """Streams with a number of rows per epoch, as a mixture in that ratio."""
         proportions = [stream.proportion for stream in streams]
         if any(proportions) and not all(proportions):
             raise ConfigError("dataset.streams: some have a proportion and others do not; give it to all, or to none")
@@ -238,13 +238,13 @@ def _texts(folders: Sequence[MDSFolder]) -> Iterator[str]:
 
 
 def samples(folders: Sequence[MDSFolder]) -> Iterator[Sample]:
-    """All samples, in order."""
+    """Yield all samples, in order."""
     for folder in folders:
         yield from (folder.sample(number) for number in range(len(folder)))
 
 
 class _TokenRows(Rows):
-    """Samples of max_seq_len tokens, each a row: the label of a token is the next one, and the last has none."""
+    """Samples of max_seq_len tokens, one per row. The label of a token is the next token; the last has none."""
 
     def __init__(self, folder: MDSFolder, config: MDSConfig, tokenizer: PreTrainedTokenizerBase, how: How) -> None:
         self.title, self.length = str(folder.folder), how.length
@@ -294,7 +294,7 @@ class _TokenRows(Rows):
 
 
 class _Joined(Rows):
-    """Several sets of rows, one after the other."""
+    """Several sets of rows, concatenated."""
 
     def __init__(self, parts: Sequence[Rows]) -> None:
         self._parts = parts

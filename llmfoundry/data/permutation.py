@@ -1,6 +1,6 @@
-"""A random order of any number of places that is not stored: a keyed permutation.
+"""A random order of any number of places that need not be stored: a keyed permutation.
 
-A place is computed from the key, so that every rank and every restart finds the same one.
+Each place is computed from the key, so every rank and every restart gets the same one.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def permuted(places: NDArray[np.int64], n: int, seed: int) -> NDArray[np.int64]:
 
 
 def permuted_in_blocks(places: NDArray[np.int64], n: int, block: int, seed: int) -> NDArray[np.int64]:
-    """The same, where about `block` consecutive places have their images in RUNS runs of consecutive ones.
+    """The same as `permuted`, but about `block` consecutive places map to RUNS runs of consecutive places.
 
-    What is read in this order is read from a few regions at a time, and from each of them once.
+    Reading in this order touches a few regions at a time, and each of them once.
     """
     if block >= n:
         return permuted(places, n, seed)

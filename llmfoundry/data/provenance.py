@@ -1,4 +1,4 @@
-"""What a source was when its tokens were made: whether it changes meanwhile, and what to go on with when it is gone."""
+"""Records of what a source was when its tokens were made: to detect changes, and to continue when it is gone."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Stamps = tuple[tuple[Path, str], ...]  # files, and what changes with their cont
 
 
 class Gone(Exception):
-    """A source is not there, or out of reach.
+    """A source does not exist, or cannot be reached.
 
     Args:
-        error: says so to the user.
+        error: the error to show the user.
     """
 
     def __init__(self, error: ConfigError | ResourceError) -> None:
@@ -37,21 +37,21 @@ class Provenance(NamedTuple):
 
 
 def stamp_of(path: Path) -> str:
-    """What changes when a file is written or replaced, without reading it; raises OSError if there is none."""
+    """Values that change when a file is written or replaced, without reading it; raises OSError if it is missing."""
     status = path.stat()
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
 
 
 def stamps_of(paths: Iterable[Path]) -> Stamps:
-    """The same of several; raises OSError."""
+    """The stamps of several files; raises OSError."""
     return tuple((path, stamp_of(path)) for path in paths)
 
 
 def check_unchanged(title: str, stamps: Stamps) -> None:
-    """Check that files are those that the fingerprint was taken of: to be called when they have been read.
+    """Check that files have not changed since their fingerprint was taken; call it after reading them.
 
     Raises:
-        ConfigError: naming the first that has changed.
+        ConfigError: names the first file that has changed.
     """
     for path, stamp in stamps:
         try:
@@ -66,7 +66,7 @@ def check_unchanged(title: str, stamps: Stamps) -> None:
 
 
 def remember(memory: Path, source: Provenance) -> None:
-    """Write down what a source was, for a run that goes on when it is gone, from tokens in the cache."""
+    """Record what a source was, so that a run can continue from cached tokens when the source is gone."""
     said = source._asdict() | {"files": sorted(map(str, source.files))}
     with suppress(OSError):  # it is a help, and no duty
         memory.parent.mkdir(parents=True, exist_ok=True)
@@ -74,10 +74,10 @@ def remember(memory: Path, source: Provenance) -> None:
 
 
 def recalled(memory: Path, gone: Gone) -> Provenance:
-    """A source that is gone, as it was when its tokens were made.
+    """The record of a source that is gone.
 
     Raises:
-        ConfigError: or ResourceError: `gone.error`, if it was never tokenised on this machine.
+        ConfigError: or ResourceError: `gone.error`, if the source was never tokenised on this machine.
     """
     try:
         said = read_mapping(memory)
@@ -91,5 +91,5 @@ def recalled(memory: Path, gone: Gone) -> Provenance:
 
 
 def said_of_gone(gone: Gone, title: str) -> str:
-    """For the log."""
+    """A line for the log."""
     return f"{title}: its files are gone ({gone}); going on with the tokens that the cache has of them"

@@ -1,4 +1,4 @@
-"""A batch as a person reads it: its rows decoded, with what is learned in green, and a bar between documents."""
+"""Show a batch to a person: decoded rows, with learned tokens in green and a bar between documents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROWS = 8  # shown of a batch
 
 
 class Marks(NamedTuple):
-    """What is put around parts of a text."""
+    """The strings put around parts of a text."""
 
     learned: str
     off: str  # after what is learned
@@ -39,8 +39,8 @@ def shown(
 
     Args:
         sources: names of the sources of a mixture.
-        most: rows that are shown.
-        marks: for a terminal or plain.
+        most: maximum number of rows.
+        marks: marks for a terminal or for plain text.
     """
     n_rows, length = batch.tokens.shape
     yield f"the first batch: {n_rows:,} rows of {length:,} tokens; what is learned is {marks.said}"
@@ -59,7 +59,7 @@ def shown(
 def as_data(
     batch: Batch, tokenizer: PreTrainedTokenizerBase, sources: Sequence[str] = ()
 ) -> Iterator[dict[str, object]]:
-    """The rows of a batch for JSON: pieces of text in order, each of one document and learned or not."""
+    """The rows of a batch for JSON: pieces of text in order. Each belongs to one document and is learned or not."""
     for i, number in enumerate(batch.rows.tolist()):
         row = _row(batch, i)
         pieces = [
@@ -85,7 +85,7 @@ class _Row(NamedTuple):
         return len({each for each in self.documents if each or self.filled})
 
     def pieces(self) -> Iterator[tuple[int, bool, list[int]]]:
-        """Document, whether it is learned, and tokens, in order."""
+        """Pieces in order: document, whether it is learned, and tokens."""
         places = range(len(self.tokens))
         for (document, learned), group in groupby(places, key=lambda t: (self.documents[t], self.learned[t])):
             yield document, learned, [self.tokens[t] for t in group]

@@ -1,4 +1,4 @@
-"""Which documents of a source are kept: none that is empty, one of several equal ones, what a function lets pass."""
+"""Choose the documents of a source to keep: empty ones, duplicates and those that a function rejects are dropped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple, Self
 
 
 class Counts(NamedTuple):
-    """What has been read so far, and what became of it."""
+    """How many documents were read, and what became of them."""
 
     read: int = 0  # documents
     empty: int = 0
@@ -18,7 +18,7 @@ class Counts(NamedTuple):
     kept_bytes: int = 0  # as UTF-8
 
     def plus(self, other: Self) -> Self:
-        """Both together."""
+        """The sum of two counts."""
         return type(self)(*(a + b for a, b in zip(self, other, strict=True)))
 
     def __str__(self) -> str:
@@ -33,19 +33,19 @@ NONE = Counts()
 
 
 class Sieve:
-    """Takes documents one by one. With `dedup` it remembers 16 bytes of each, about 100 bytes of memory."""
+    """Filters documents one by one. With `dedup` it remembers 16 bytes per document, which take about 100 in memory."""
 
     def __init__(self, dedup: bool = False, keep: Callable[[str], bool] | None = None) -> None:
         self._seen: set[bytes] | None = set() if dedup else None
         self._keep = keep
 
     def see(self, documents: Iterable[str]) -> None:
-        """Remember documents that were taken elsewhere, so that equal ones are duplicates."""
+        """Remember documents that were read elsewhere, so that equal ones count as duplicates."""
         if self._seen is not None:
             self._seen.update(digest(document.encode()) for document in documents if document)
 
     def through(self, documents: Iterable[str], counts: Counts = NONE) -> Iterator[tuple[str, Counts]]:
-        """The documents that are kept, each with the counts after it, which go on from `counts`."""
+        """Yield the documents that are kept, each with the counts after it, starting from `counts`."""
         read, empty, duplicates, filtered, kept, kept_bytes = counts
         for document in documents:
             read += 1
@@ -71,5 +71,5 @@ class Sieve:
 
 
 def digest(content: bytes) -> bytes:
-    """16 bytes that tell equal contents."""
+    """A digest of 16 bytes: equal for equal contents."""
     return hashlib.blake2b(content, digest_size=16).digest()

@@ -1,6 +1,6 @@
-"""Where text comes from: each dataset is a list of documents in a fixed order, with a fingerprint.
+"""Sources of text: each dataset is a list of documents in a fixed order, with a fingerprint.
 
-A path that is given for one purpose is read whole. Where both loaders of a run read the same text, a part of it is held
+A path that is given for one purpose is read whole. If both loaders of a run read the same text, a part of it is held
 out for validation (`paired`, and data/split.py).
 """
 
@@ -30,7 +30,7 @@ HELD_OUT = 0.05  # of the text that both loaders read
 
 
 class Piece(NamedTuple):
-    """A part of a source that can be read on its own: a file."""
+    """A part of a source that can be read separately: a file."""
 
     n_bytes: int
     read: Callable[[], Iterator[str]]
@@ -56,7 +56,7 @@ class Source:
         """Every document that is kept; none is empty.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: no document is kept.
         """
         empty = True
         for document, _ in self.sieve().through(self.read()):
@@ -66,24 +66,24 @@ class Source:
             raise self.nothing()
 
     def check_unchanged(self) -> None:
-        """Check that the files are those that the fingerprint was taken of: to be called when they have been read.
+        """Check that the files have not changed since their fingerprint was taken; call it after reading them.
 
         Raises:
-            ConfigError: naming the first that has changed.
+            ConfigError: names the first file that has changed.
         """
         check_unchanged(self.title, self.stamps)
 
     def remember(self) -> None:
-        """Write down what this source was, for a run that goes on when its files are gone, from tokens in the cache."""
+        """Record what this source was, so that a run can continue from cached tokens when its files are gone."""
         if self.memory is not None:
             remember(self.memory, Provenance(self.title, self.fingerprint, self.n_bytes, self.files))
 
     def sieve(self) -> Sieve:
-        """A new one, by this source's rules."""
+        """A new sieve with this source's rules."""
         return Sieve(self.dedup, self.keep)
 
     def nothing(self) -> ConfigError:
-        """What to say where no document is kept."""
+        """The error message if no document is kept."""
         rules = ", or check dedup and filter" if self.dedup or self.keep is not None else ""
         return ConfigError(
             f"dataset {self.title}: holds no text; add documents, raise or lower validation_fraction, "
@@ -91,7 +91,7 @@ class Source:
         )
 
     def text_bytes(self, limit: int | None = None) -> bytes:
-        """All documents as UTF-8, joined, or their first `limit` bytes: the input of a compressor."""
+        """All documents as UTF-8, joined, or their first `limit` bytes: input for a compressor."""
         text = bytearray()
         for document in self.documents():
             text += document.encode()
@@ -124,19 +124,19 @@ class DatasetConfig(Choice, tag="name"):
     cache_limit: Annotated[int | str | None, AfterValidator(_a_size)] = None
 
     def build(self) -> Source:
-        """Find the documents; reads them once for their fingerprint and writes at most that fingerprint."""
+        """Find the documents and read them once for their fingerprint, which is all that may be written."""
         raise NotImplementedError
 
     def store(self) -> Store:
-        """Fetches files from elsewhere."""
+        """The store that fetches remote files."""
         return Store(cache_root(self.cache_dir), n_bytes(self.cache_limit))
 
     def memory(self, *places: str | None, rules: Sequence[str] = ()) -> Path:
-        """Where it is written what this dataset's source was, once it is tokenised.
+        """Where the record of this dataset's source is kept once it is tokenised.
 
         Args:
-            places: paths and URLs that it is read from.
-            rules: what else decides its documents.
+            places: paths and URLs that the dataset reads.
+            rules: everything else that decides its documents.
         """
         served = {"cache_dir", "cache_limit", "max_seq_len", "shuffle", "shuffle_seed", "shuffle_block_size"}
         settings = json.dumps(self.model_dump(mode="json", exclude=served))
@@ -145,24 +145,24 @@ class DatasetConfig(Choice, tag="name"):
         return cache_root(self.cache_dir) / "sources" / f"{name}.json"
 
     def heap(self) -> str:
-        """Names the text that both splits are taken from: equal for two datasets that read the same."""
+        """A name for the text that both splits are taken from: equal for two datasets that read the same text."""
         return json.dumps(self.model_dump(mode="json", exclude=set(DatasetConfig.model_fields) - {"name"}))
 
     def parts(self) -> list[DatasetConfig]:
-        """The datasets of a mixture; any other is its own only part."""
+        """The datasets of a mixture; for any other dataset, only itself."""
         return [self]
 
     def with_parts(self, parts: Sequence[DatasetConfig]) -> DatasetConfig:
-        """The same with other parts."""
+        """A copy with other parts."""
         (only,) = parts
         return only
 
     def of_split(self, split: Split) -> Self:
-        """The same dataset's other (or same) split."""
+        """A copy for the other (or the same) split."""
         return self.model_copy(update={"split": split})
 
     def whole(self) -> Self:
-        """The same dataset, all of it for its split."""
+        """A copy that reads all of its text for its split."""
         return self._holding_out(0.0 if self.split == "train" else 1.0)
 
     def _holding_out(self, fraction: float) -> Self:
@@ -178,11 +178,11 @@ class DatasetConfig(Choice, tag="name"):
 
 
 def paired(train: DatasetConfig, evaluation: DatasetConfig | None) -> tuple[DatasetConfig, DatasetConfig | None]:
-    """The datasets of a run, each with the `validation_fraction` that makes it read what it was given for.
+    """The datasets of a run, with the `validation_fraction` of each resolved.
 
-    Text that one side reads alone is read whole, except that a train loader may ask for a part to be held out. Of text
-    that both sides read, one fraction is held out. Where all was trained on (fraction 0), a validation split that
-    states no fraction is all of it too.
+    Text that only one loader reads is read whole, unless a train loader asks for a part to be held out. If both loaders
+    read a text, one fraction of it is held out. If all of it was trained on (fraction 0), a validation split that
+    states no fraction reads all of it too.
 
     Raises:
         ConfigError: the two state different fractions of the same text.
@@ -206,7 +206,7 @@ def paired(train: DatasetConfig, evaluation: DatasetConfig | None) -> tuple[Data
 
 
 def paired_run(train: DatasetConfig, evaluations: Sequence[DatasetConfig]) -> tuple[DatasetConfig, list[DatasetConfig]]:
-    """The same for each dataset of a mixture, and any number of datasets for evaluation."""
+    """The same as `paired` for each dataset of a mixture and any number of evaluation datasets."""
     parts, others = train.parts(), []
     shared = set()
     for evaluation in evaluations:
@@ -226,10 +226,10 @@ def _as_evaluation(dataset: DatasetConfig) -> DatasetConfig:
 
 
 def check_apart(train: DatasetConfig, evaluation: DatasetConfig | None = None) -> None:
-    """Refuse a run that would be evaluated on the text that it is trained on; reads both for their fingerprints.
+    """Refuse a run that would evaluate on its training text. Both datasets are read for their fingerprints.
 
     Raises:
-        ConfigError: the two hold the same documents, or read the same file.
+        ConfigError: the two contain the same documents, or read the same file.
     """
     if evaluation is None:
         return
@@ -281,7 +281,7 @@ class PythonStdlibConfig(DatasetConfig, names=("python_stdlib",)):
 
 
 class SyntheticConfig(DatasetConfig, names=("synthetic",)):
-    """Made-up text with a rule that can be learned: a Markov chain over words, four possible after each.
+    """Generated text with a rule that can be learned: a Markov chain over words, each with four successors.
 
     A model that knows the rule needs 1.74 bits per word; one that knows only the words, log2(vocab_size).
     """
@@ -320,10 +320,10 @@ def fingerprint_of(*parts: str | int | float | tuple[str | int, ...]) -> str:
 
 
 def gone_source(memory: Path, gone: Gone) -> Source:
-    """A source whose files are gone, as it was when its tokens were made; it cannot be read.
+    """The record of a source whose files are gone; it cannot be read.
 
     Raises:
-        ConfigError: or ResourceError: it was never tokenised on this machine.
+        ConfigError: or ResourceError: the source was never tokenised on this machine.
     """
     known = recalled(memory, gone)
 

@@ -1,6 +1,6 @@
-"""The texts of tables: .jsonl, .json, .csv and .parquet, of which only the column with the text is looked at.
+"""Read texts from .jsonl, .json, .csv and .parquet tables; only the text column is decoded.
 
-A row that cannot be read is a value, not an exception, so that it can be skipped and counted.
+A row that cannot be read is returned as a value, not raised, so that it can be skipped and counted.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class _Broken(Exception):
 
 
 def read_table(path: Path, text_key: str) -> Iterator[str | BadRow]:
-    """The texts of one file, streamed.
+    """Stream the texts of one file.
 
     Args:
-        text_key: the column; a dot leads into nested ones (`doc.text`), unless a column has that very name.
+        text_key: the column. A dot leads into nested columns (`doc.text`), unless a column has exactly that name.
 
     Raises:
         ConfigError: the file itself cannot be read.
@@ -49,7 +49,7 @@ def read_table(path: Path, text_key: str) -> Iterator[str | BadRow]:
 
 
 def read_rows(path: Path) -> Iterator[tuple[Row | BadRow, str]]:
-    """The whole rows of one file, streamed, and where each is: the file and the number of the row.
+    """Stream the whole rows of one file, each with its place: the file and the row's number.
 
     Raises:
         ConfigError: the file itself cannot be read.
@@ -59,7 +59,7 @@ def read_rows(path: Path) -> Iterator[tuple[Row | BadRow, str]]:
 
 
 def _found(path: Path, key: str | None) -> Iterator[tuple[object, str]]:
-    """What a reader finds, and where. `key` is the column with the text; None: whole rows."""
+    """Yield what a reader finds, and where. `key` is the text column; None: whole rows."""
     kind = kind_of(path)
     assert kind is not None
     if kind.format == "text":
@@ -87,7 +87,7 @@ Rows = Iterator[tuple[object, int | None]]  # a text, a row, or what is wrong wi
 
 
 def lone_surrogate(text: str) -> str | None:
-    """The first half of a character without its other half, which no tokenizer reads; None if there is none."""
+    """The first lone surrogate in a text, which no tokenizer accepts; None if there is none."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -96,7 +96,7 @@ def lone_surrogate(text: str) -> str | None:
 
 
 def _text_of(row: object, key: str | None) -> object:
-    """The text in a decoded row, or the row."""
+    """The text in a decoded row, or the whole row."""
     if not isinstance(row, dict):
         has = "of columns" if key is None else f"with {key!r}"
         return _Broken(f"is a {type(row).__name__}, not a mapping {has}: {row!r:.80}")
@@ -129,7 +129,7 @@ def _known(row: dict[str, object], path: str = "") -> str:
 
 
 def hint_of_chats(columns: Iterable[str]) -> str:
-    """What to write for columns of conversations; nothing for others."""
+    """Advice for a table whose columns hold conversations; empty for others."""
     is_chats = not {"messages", "conversations", "conversation"}.isdisjoint(columns)
     return "; for conversations, set name: finetuning in the loader" if is_chats else ""
 
@@ -145,7 +145,7 @@ def _open(path: Path, raw: BinaryIO) -> BinaryIO:
 
 
 def _bounded_lines(file: BinaryIO) -> Iterator[bytes | None]:
-    """Lines with their ends; None for one that is too long."""
+    """Yield lines with their line breaks; None for a line that is too long."""
     while line := file.readline(LINE_BYTES + 1):
         if len(line) <= LINE_BYTES or line.endswith(b"\n"):
             yield line
@@ -156,7 +156,7 @@ def _bounded_lines(file: BinaryIO) -> Iterator[bytes | None]:
 
 
 def _lines(path: Path, key: str | None) -> Rows:
-    """JSON, a value per line; empty lines are passed over."""
+    """Read JSON with one value per line; empty lines are skipped."""
     with path.open("rb") as raw:
         for number, line in enumerate(_bounded_lines(_open(path, raw)), 1):
             if line is None:
@@ -169,7 +169,7 @@ def _lines(path: Path, key: str | None) -> Rows:
 
 
 def _json(path: Path, key: str | None) -> Rows:
-    """One array, or values one after the other; a value per line is read as .jsonl is."""
+    """Read one array, or consecutive values. A file with a value per line is read like .jsonl."""
     with path.open("rb") as raw:
         start = next(filter(bytes.strip, map(bytes, filter(None, _bounded_lines(_open(path, raw))))), b"")
     start = start.removeprefix(b"\xef\xbb\xbf").strip()
@@ -187,7 +187,7 @@ def _json(path: Path, key: str | None) -> Rows:
 
 
 def _values(file: io.TextIOBase) -> Iterator[object]:
-    """The values of a JSON document, with no more than one of them in memory."""
+    """Yield the values of a JSON document, with at most one of them in memory."""
     decoder, text, at, ended = json.JSONDecoder(), "", 0, False
 
     def more() -> None:
@@ -236,9 +236,9 @@ def _values(file: io.TextIOBase) -> Iterator[object]:
 
 
 def _csv(path: Path, key: str | None) -> Rows:
-    """A header and rows, with commas or (.tsv) tabs between the cells.
+    """Read a header and rows, with cells separated by commas or, in .tsv, by tabs.
 
-    Cells missing at the end of a row are absent columns. Cells beyond the header may only be empty.
+    Cells missing at the end of a row are absent columns. Cells beyond the header must be empty.
     """
     kind = kind_of(path)
     assert kind is not None
@@ -258,7 +258,7 @@ def _csv(path: Path, key: str | None) -> Rows:
 
 
 def _records(file: BinaryIO, delimiter: str) -> Iterator[tuple[list[str], int]]:
-    """The cells of each row of a .csv, and the line where it ends."""
+    """The cells of each row of a .csv, and the line at which the row ends."""
     ended = False
 
     def lines() -> Iterator[str]:
@@ -286,7 +286,7 @@ def _records(file: BinaryIO, delimiter: str) -> Iterator[tuple[list[str], int]]:
 
 
 def _check_columns(path: Path, names: list[str], key: str | None) -> None:
-    """Refuse a table of which it is not clear what a column holds."""
+    """Refuse a table whose columns are ambiguous."""
     twice = next((name for name in names if name and names.count(name) > 1 and key in (None, name)), None)
     if twice is not None:
         raise ConfigError(f"dataset.path: {path}: {names.count(twice)} columns are named {twice!r}; rename them")
@@ -296,7 +296,7 @@ def check_parquet(path: Path) -> None:
     """Read the footer.
 
     Raises:
-        ConfigError: it is damaged or missing.
+        ConfigError: the footer is damaged or missing.
     """
     import pyarrow.parquet  # here, because it takes long to import and most runs do not need it
 
@@ -307,7 +307,7 @@ def check_parquet(path: Path) -> None:
 
 
 def _parquet(path: Path, key: str | None) -> Rows:
-    """One column, a part of a row group at a time. Text may be stored as bytes without the mark of UTF-8."""
+    """Read one column, part of a row group at a time. Text may be stored as bytes that are not marked as UTF-8."""
     import pyarrow
 
     try:
@@ -341,7 +341,7 @@ def _column_of(path: Path, key: str | None) -> Rows:
 
 
 def _column(schema: pyarrow.Schema | pyarrow.StructType, key: str) -> list[str] | None:
-    """The way to a column, through structs."""
+    """The path to a column, through structs."""
     import pyarrow
 
     names = schema.names

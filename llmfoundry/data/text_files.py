@@ -1,4 +1,4 @@
-"""`text_files`: a folder, a glob or one file of text, as a dataset."""
+"""The `text_files` dataset: a folder, a glob or one file of text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ REMEMBER_BYTES = 2**24
 
 
 class _Part(NamedTuple):
-    """The part of the files that a split is given."""
+    """The files of one split."""
 
     files: list[str]
     how: str  # for the log; empty: all of them, whole
@@ -84,7 +84,7 @@ class TextFilesConfig(TextsConfig, names=("text_files",)):
         )
 
     def _part(self, files: dict[str, File], sizes: dict[str, int]) -> _Part:
-        """What of the files this split is given, by their names or else by `validation_fraction`."""
+        """Choose the files of this split, by their names or else by `validation_fraction`."""
         given = self.split == "validation" and self._is_whole
         by_name = select(sizes, self.split, given_for_validation=given)
         if by_name is not None:
@@ -94,7 +94,7 @@ class TextFilesConfig(TextsConfig, names=("text_files",)):
         return self._by_hash(files, sizes)
 
     def _by_hash(self, files: dict[str, File], sizes: dict[str, int]) -> _Part:
-        """Hold out `validation_fraction` of the documents: by the name of a file of one, by the text of a row."""
+        """Hold out `validation_fraction` of the documents, by a hash of a file's name or of a row's text."""
         fraction, said = self.fraction, "; held out for validation: "
         filled = [name for name in files if sizes[name]]
         plain = [name for name in filled if _is_plain(files[name].path)]
@@ -136,7 +136,7 @@ class TextFilesConfig(TextsConfig, names=("text_files",)):
         return ConfigError(f"dataset.skip_bad_rows: {row.message}; this is bad row {count}; raise it, or fix the data")
 
     def _digests(self, files: dict[str, File]) -> list[tuple[str, str]]:
-        """(name, SHA-256) of each file; remembered for big data, so that only its first use reads it all."""
+        """(name, SHA-256) of each file. Stored for large data, so that only the first use reads it all."""
         total = sum(file.size for file in files.values())
 
         def digests() -> list[tuple[str, str]]:
@@ -176,7 +176,7 @@ def _checked(path: Path, lenient: bool, advance: Callable[[int], None]) -> str:
 
 
 def _reader(path: Path) -> str:
-    """What beside the bytes of a file decides its documents."""
+    """Everything besides a file's bytes that decides its documents."""
     kind = kind_of(path)
     assert kind is not None
     return kind.format + kind.compression

@@ -1,6 +1,6 @@
 """Text to token ids: a byte-level BPE trained on the data at first use, or any Hugging Face tokenizer.
 
-Either way the result is a `transformers` tokenizer with an end-of-text token, so checkpoints carry it by
+Either way the result is a `transformers` tokenizer with an end-of-text token, so checkpoints store it with
 `save_pretrained` and every other tool can read it.
 """
 
@@ -45,7 +45,7 @@ PIECE_CHARACTERS = 2**22
 
 
 class TokenizerConfig(Config):
-    """`name: bpe` trains one of `vocab_size` entries; any other name is a local folder or a hub id."""
+    """`name: bpe` trains a tokenizer with `vocab_size` entries; any other name is a local folder or a hub id."""
 
     name: str = "bpe"  # bpe, a local folder, or a hub id
     vocab_size: int | None = Field(default=None, ge=257, le=10**6)  # bpe: 256 bytes, end of text, merges; None: 4096
@@ -69,18 +69,18 @@ class TokenizerConfig(Config):
         return cls.model_fields.keys() - (set() if data.get("name", "bpe") == "bpe" else {"vocab_size"})
 
     def build(self, dataset: DatasetConfig, also: Sequence[DatasetConfig] = ()) -> PreTrainedTokenizerBase:
-        """Load the tokenizer, training it first if need be.
+        """Load the tokenizer, or train it first.
 
         Args:
-            dataset: what `bpe` learns from: the training split of this dataset, whichever split it names. Its
-                `cache_dir` is where the result is kept.
-            also: other datasets of the run; where one of them holds no text, that is found before `bpe` trains.
+            dataset: `bpe` is trained on the training split of this dataset, whichever split it names. The result is
+                kept in its `cache_dir`.
+            also: other datasets of the run. If one of them has no text, that is found before `bpe` is trained.
 
         Returns:
             A tokenizer with `eos_token_id` set; a `PreTrainedTokenizerFast` where one exists.
 
         Raises:
-            ConfigError: no such tokenizer, it has no end-of-text token, or there is no text to train it on.
+            ConfigError: the tokenizer was not found or has no end-of-text token, or there is no text to train it on.
         """
         tokenizer = self._trained(dataset, also) if self.name == "bpe" else self.loaded()
         if tokenizer.eos_token_id is None:
@@ -91,7 +91,7 @@ class TokenizerConfig(Config):
         return tokenizer
 
     def special_tokens(self, tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
-        """The rule for texts, with what the YAML leaves open as the tokenizer has it.
+        """The rule for texts; what the YAML does not set follows the tokenizer.
 
         Raises:
             ConfigError: `add_bos` is on, and the tokenizer has no BOS token.
@@ -148,11 +148,11 @@ class TokenizerConfig(Config):
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn a byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; on bytes as in GPT-2).
+    """Train a byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; on bytes as in GPT-2).
 
     The same documents give the same tokenizer, whatever the threads and hash seeds. Every text can be
-    encoded, and decoding gives it back exactly. Token 0 is the end of text. A small corpus may offer fewer
-    merges than asked for.
+    encoded, and decoding restores it exactly. Token 0 is the end of text. A small corpus may yield fewer
+    merges than requested.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -169,10 +169,10 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 class SpecialTokens(NamedTuple):
-    """The rule for special tokens, one for training, evaluation and generation.
+    """The rule for special tokens, the same for training, evaluation and generation.
 
     Attributes:
-        bos: the id that opens each document; None: the end of the document before it does.
+        bos: the id that opens each document; None: the end-of-text token of the document before it.
         parse: whether text that spells a special token becomes that token.
     """
 
@@ -190,7 +190,7 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 class Encoder:
-    """Texts to token ids by a rule for special tokens. It adds none: a text may be a part of a document."""
+    """Encodes texts by a rule for special tokens. It adds no tokens, because a text may be part of a document."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens = PLAIN_TEXT) -> None:
         self.special = special
@@ -213,7 +213,7 @@ class Encoder:
         return tokens if self.special == PLAIN_TEXT else _sha256(json.dumps([tokens, *self.special]))
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text; on all cores where the tokenizer is a fast one.
+        """Token ids of each text; uses all cores if the tokenizer is a fast one.
 
         Raises:
             ConfigError: a text has a lone surrogate.
@@ -229,20 +229,20 @@ class Encoder:
         return [self._slow.encode(text, add_special_tokens=False, split_special_tokens=split) for text in texts]
 
     def ids(self, texts: list[str]) -> list[NDArray[np.uint32]]:
-        """The same on one core, faster where words repeat (data/word_cache.py)."""
+        """The same as `encode` on one core; faster if words repeat (data/word_cache.py)."""
         if self._words is not None:
             return self._words.ids(texts)
         return [np.array(ids, dtype=np.uint32) for ids in self.encode(texts)]
 
 
 def check_characters(text: str) -> None:
-    """Refuse what no tokenizer reads; raises ConfigError."""
+    """Refuse characters that no tokenizer accepts; raises ConfigError."""
     if found := lone_surrogate(text):
         raise ConfigError(f"the text {text[:40]!r} has a lone surrogate, {found!r}, which is not a valid character")
 
 
 def pieces(document: str) -> Iterator[str]:
-    """The document in pieces of bounded length, cut after a line end where there is one."""
+    """Yield the document in pieces of bounded length, cut after a line break if possible."""
     start = 0
     while len(document) - start > PIECE_CHARACTERS:
         cut = document.rfind("\n", start, start + PIECE_CHARACTERS) + 1 or start + PIECE_CHARACTERS
@@ -258,7 +258,7 @@ def _counted(documents: Iterable[str], advance: Callable[[int], None]) -> Iterat
 
 
 def _bounded(text: str) -> Iterator[str]:
-    """The text, cut inside of words that are too long to learn from."""
+    """The text, with words cut that are too long to learn from."""
     start = 0
     for long in _LONG_WORD.finditer(text):
         yield text[start : long.end()]

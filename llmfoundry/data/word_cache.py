@@ -1,9 +1,10 @@
-"""Token ids of words that were seen before: the tokenizer's own ids, several times faster on one core.
+"""Cache the token ids of words: the tokenizer's own ids, several times faster on one core.
 
 A byte-level BPE cuts a text into words by a pattern and encodes each word alone, so a word has the same ids wherever it
-stands. Here the pattern cuts, a dictionary gives the ids, and the tokenizer's model encodes what is not in it. The
-patterns of GPT-2 (also GPT-NeoX, OLMo and ours), Llama 3 and Qwen are known, for texts in ASCII; other texts are cut
-only before a space and an ASCII letter, where each of these patterns begins a word. Other tokenizers are not cached.
+occurs. Here the pattern cuts, a dictionary gives the ids, and the tokenizer's model encodes words that are not in it.
+The patterns of GPT-2 (also GPT-NeoX, OLMo and the `bpe` trained here), Llama 3 and Qwen are known for texts in ASCII.
+Other texts are cut only before a space and an ASCII letter, where each of these patterns starts a word. Other
+tokenizers are not cached.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _BYTES = {byte: 256 + i for i, byte in enumerate(byte for byte in range(256) if 
 
 
 class _Ids(dict[str, bytes]):
-    """The ids of words as uint32. A word that is looked up and not there is encoded."""
+    """The ids of words as uint32. A word that is not in the dictionary is encoded when it is looked up."""
 
     def __init__(self, encode: Callable[[str], list[int]]) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ class _Ids(dict[str, bytes]):
 
 
 class WordCache:
-    """The ids of a tokenizer, by words."""
+    """A tokenizer's ids, by word."""
 
     def __init__(self, tokenizer: Tokenizer, words: Callable[[str], list[str]]) -> None:
         parts = json.loads(tokenizer.to_str())
@@ -64,7 +65,7 @@ class WordCache:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> WordCache | None:
-        """The cache of a tokenizer; None if its words are not known."""
+        """The cache of a tokenizer; None if its pattern is not known."""
         parts = json.loads(tokenizer.to_str())
         pattern = _pattern_of(parts["pre_tokenizer"])
         known = pattern in (_GPT2, _LLAMA3, _QWEN) and parts["normalizer"] in (None, {"type": "NFC"})
@@ -93,7 +94,7 @@ class WordCache:
         return [text] if self._normalizes and self._spelled else self._mixed(text)
 
     def _mixed(self, text: str) -> list[str]:
-        """Words in ASCII, and between them what other letters are in, from one cut to another."""
+        """Yield ASCII words and, between them, the stretches with other letters, each from one cut to the next."""
         found: list[str] = []
         done = 0
         for other in _OTHER.finditer(text):
@@ -111,7 +112,7 @@ class WordCache:
 
 
 def _pattern_of(pre_tokenizer: dict | None) -> str | None:
-    """The pattern that cuts words, of the pre-tokenizers of a byte-level BPE."""
+    """The pattern by which the pre-tokenizers of a byte-level BPE cut words."""
     if pre_tokenizer is None:
         return None
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]

@@ -1,7 +1,7 @@
-"""A model that answers conversations: the chat template, the end of a turn, and a cache that outlives the turn.
+"""Answer conversations with a model: the chat template, the end of a turn, and a key-value cache kept between turns.
 
 Each answer renders the whole conversation, as `apply_chat_template` does, so its tokens are those of `transformers`.
-The cache keeps the tokens of the last conversation; those with which the next one begins are not read again.
+The cache keeps the tokens of the last conversation; the prefix that the next one shares with it is not computed again.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ Finish = Literal["stop", "length", "interrupted"]
 
 
 class Ending(NamedTuple):
-    """What ends the assistant's turn in a template."""
+    """How the assistant's turn ends in a template."""
 
     ids: frozenset[int]  # a special token
     texts: tuple[str, ...]  # else what the template writes there
 
 
 class Answer(NamedTuple):
-    """What the model said."""
+    """The model's answer."""
 
     text: str
     finish: Finish
@@ -48,10 +48,10 @@ class Template:
     """A chat template with its tokenizer.
 
     Args:
-        source: the template, in place of the tokenizer's own.
+        source: replaces the tokenizer's own template.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, source: str | None = None) -> None:
@@ -66,7 +66,7 @@ class Template:
         self.tokenizer, self.source = tokenizer, source
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens of a conversation in which the assistant speaks next.
+        """The tokens of a conversation, with the assistant's next turn opened.
 
         Raises:
             ConfigError: the template refuses the messages.
@@ -79,7 +79,7 @@ class Template:
         return ids
 
     def ending(self) -> Ending:
-        """What the template writes after an answer: a token of its own, or else a text."""
+        """What the template writes after an answer: a special token, or else a text."""
         turns: list[Message] = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": _PROBE}]
         _, found, tail = self._render(turns, prompt=False).rpartition(_PROBE)
         tail = tail.strip() if found else ""
@@ -102,7 +102,7 @@ class Chat:
 
     Args:
         model: in evaluation mode, in one process.
-        stop: ids that end an answer, beside the tokenizer's end of text and the template's end of turn.
+        stop: ids that end an answer, besides the tokenizer's end of text and the template's end of turn.
     """
 
     def __init__(self, model: CausalLM, template: Template, stop: Sequence[int] | set[int] = ()) -> None:
@@ -121,14 +121,14 @@ class Chat:
         until: Sequence[str] = (),
         interrupted: Callable[[], bool] = lambda: False,
     ) -> Answer:
-        """The assistant's next turn.
+        """Write the assistant's next turn.
 
         Args:
-            messages: the conversation, in OpenAI's form.
-            how: draws depend on its seed and on the number of messages.
-            emit: given the text as it comes, in whole characters.
-            until: texts that end the answer, and are not part of it.
-            interrupted: asked after each token; true ends the answer.
+            messages: the conversation, in OpenAI's format.
+            how: sampling; draws depend on its seed and on the number of messages.
+            emit: called with the text as it grows, in whole characters.
+            until: texts that end the answer and are not part of it.
+            interrupted: called after each token; True ends the answer.
 
         Raises:
             ConfigError: the template refuses the conversation, or it is longer than the model can read.

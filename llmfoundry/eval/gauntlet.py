@@ -1,7 +1,7 @@
-"""The gauntlet: many tasks in a few numbers, by LLM Foundry's rules.
+"""The gauntlet: many tasks summed up in a few scores, by LLM Foundry's rules.
 
-A benchmark's score is its accuracy, above the random baseline and rescaled so that 1 is the best. A category is the
-weighted mean of its benchmarks, an average the mean of its categories.
+A benchmark's score is its accuracy above the random baseline, rescaled so that 1 is perfect. A category's score is the
+weighted mean of its benchmarks; an average is the mean of its categories.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COMPOSITE = "icl/metrics/eval_gauntlet/"
 
 
 class Benchmark(Config):
-    """A task with a number of examples."""
+    """A task with a number of few-shot examples."""
 
     name: str  # label of the task
     num_fewshot: int = Field(ge=0)  # which of the task's numbers of solved examples counts
@@ -30,7 +30,7 @@ class Benchmark(Config):
 
     @property
     def task(self) -> str:
-        """The name of the task; those of its categories begin with it."""
+        """The name of the task; metrics of its categories start with it."""
         return f"{self.name}/{self.num_fewshot}-shot"
 
 
@@ -63,7 +63,7 @@ class GauntletConfig(Config):
         return self
 
     def warn_of_missing(self, tasks: Sequence[Task]) -> None:
-        """Say which categories count in no average: a task of theirs is not evaluated, or they do not exist."""
+        """Warn of categories that count in no average: one of their tasks is not evaluated, or they do not exist."""
         for category in self.categories:
             missing = [each.task for each in category.benchmarks if not _of(each, {task.name for task in tasks})]
             if missing:
@@ -95,7 +95,7 @@ class GauntletConfig(Config):
         return {f"{COMPOSITE}{name}": value for name, value in found.items()}
 
     def _score(self, benchmark: Benchmark, scores: Mapping[str, Score]) -> float | None:
-        """Of its accuracies, the mean over categories; None if the task was not evaluated."""
+        """A benchmark's mean accuracy over its categories; None if the task was not evaluated."""
         accuracies = {key.removeprefix(PREFIX): score.value for key, score in scores.items() if "Accuracy" in key}
         values = [accuracies[key] for key in _of(benchmark, accuracies.keys())]
         if not values:

@@ -1,9 +1,9 @@
-"""Tasks that show a model some solved examples and ask it for one more (in-context learning), in LLM Foundry's words.
+"""In-context learning tasks: the model sees some solved examples and is asked for one more. Keys are LLM Foundry's.
 
-Prompts, the choice of examples and the spans that are judged are LLM Foundry v0.22's, so numbers are comparable: rows
-are stripped, the examples of row i are drawn from the other rows in order by one `random.Random(fewshot_random_seed)`,
-a context loses the white space at its end, and a continuation begins with a space where the tokenizer has a token for
-that. Where a row is too long, the beginning of its prompt goes.
+Prompts, the choice of examples and the spans that are judged are those of LLM Foundry v0.22, so scores are comparable:
+rows are stripped; the examples of row i are drawn from the other rows, in order, by one
+`random.Random(fewshot_random_seed)`; trailing white space of a context is removed, and a continuation starts with a
+space if the tokenizer encodes that as part of a token. If a row is too long, the start of its prompt is cut.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ANSWER_BUFFER = 10  # tokens that an answer after a chain of thought may have be
 
 
 class TaskConfig(Choice, tag="icl_task_type"):
-    """Root of the family of tasks: an entry of the YAML's `icl_tasks`."""
+    """Base of the task types: an entry of the YAML's `icl_tasks`."""
 
     METRICS: ClassVar[tuple[str, ...]]  # that this kind has; the first is the default
     CONTEXT: ClassVar[str] = "context"  # the field with the question
@@ -97,11 +97,11 @@ class TaskConfig(Choice, tag="icl_task_type"):
 
     @property
     def metrics(self) -> list[str]:
-        """The names of its metrics."""
+        """The names of the task's metrics."""
         return self.metric_names or [self.METRICS[0]]
 
     def by_category(self) -> dict[str, list[Row]]:
-        """All rows, in tasks of their own: by category, or one without a name."""
+        """Split the rows into one task per category, or one task without a name."""
         if self.dataset_uri is None:
             raise ConfigError(f"icl_tasks: {self.label}: dataset_uri is empty; name a file of JSON lines")
         rows = read_rows(self.dataset_uri, self.hf_loading_vars, self.hf_parsing_map)
@@ -114,24 +114,24 @@ class TaskConfig(Choice, tag="icl_task_type"):
 
     @abstractmethod
     def build(self, rows: Sequence[Row], n_examples: int, limit: int, reader: Reader, max_seq_len: int) -> Questions:
-        """The questions of a task.
+        """Build the questions of a task.
 
         Args:
-            rows: of the whole task; examples are drawn from all of them.
-            n_examples: solved ones before each question.
-            limit: ask only this many questions.
-            max_seq_len: tokens of a question with its answer, at most.
+            rows: all rows of the task; examples are drawn from them.
+            n_examples: number of solved examples before each question.
+            limit: use only this many questions.
+            max_seq_len: maximum tokens of a question with its answer.
 
         Raises:
-            ConfigError: a row lacks something, or its answer alone is too long.
+            ConfigError: a row lacks a field, or its answer alone is too long.
         """
 
     def n_choices(self, row: Row) -> int:
-        """Rows of a forward that a question takes."""
+        """The number of rows that a question takes in a forward."""
         return 1
 
     def question(self, row: Row, before: str) -> str:
-        """The text of a question, which follows `before`."""
+        """The text of a question, placed after `before`."""
         delimiter = self.example_delimiter if before else ""
         return f"{delimiter}{self.question_prelimiter}{row.text(self.CONTEXT)}{self.continuation_delimiter}"
 
@@ -141,10 +141,10 @@ class TaskConfig(Choice, tag="icl_task_type"):
 
     @abstractmethod
     def answer(self, row: Row) -> str:
-        """The right answer, as examples show it."""
+        """The correct answer, as examples show it."""
 
     def prompts(self, rows: Sequence[Row], n_examples: int, limit: int) -> list[str]:
-        """What stands before each question: the prompt string and solved examples."""
+        """The text before each question: the prompt string and solved examples."""
         dice = random.Random(self.fewshot_random_seed)
         prompts = []
         for number in range(min(limit, len(rows))):
@@ -162,7 +162,7 @@ class MultipleChoiceConfig(TaskConfig, names=("multiple_choice",)):
     CONTEXT = "query"
 
     def answer(self, row: Row) -> str:
-        """The right choice."""
+        """The correct choice."""
         return row.choices("choices")[row.gold]
 
     def n_choices(self, row: Row) -> int:
@@ -186,7 +186,7 @@ class SchemaConfig(TaskConfig, names=("schema",)):
     METRICS = (CHOICE_ACCURACY, CHOICE_CALIBRATION)
 
     def question(self, row: Row, before: str) -> str:
-        """The right context, and what parts it from the continuation."""
+        """The correct context, and the delimiter before the continuation."""
         return f"{self._opened(row.choices('context_options')[row.gold], before)}{self.continuation_delimiter}"
 
     def answer(self, row: Row) -> str:
@@ -265,7 +265,7 @@ class GenerationTaskConfig(TaskConfig, names=("generation_task_with_answers",)):
         return WrittenQuestions(questions, judging, reader, max(max_seq_len, longest), longest)
 
     def _longest_answer(self, rows: Sequence[Row], reader: Reader) -> int:
-        """Tokens of the longest answer of all rows, with its chain of thought and what opens a document."""
+        """Tokens of the longest answer of all rows, with its chain of thought and the token that opens a document."""
         texts = [self._after_thought(row, answer) for row in rows for answer in _answers(row)]
         buffer = ANSWER_BUFFER if self.cot_delimiter else 0
         return max(max(map(len, reader.openings(texts))) + buffer, 1)

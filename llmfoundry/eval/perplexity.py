@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text: nats per token, bits per byte.
+"""Evaluate a model on held-out text: nats per token and bits per byte.
 
 Shapes: B rows, S sequence.
 """
@@ -31,7 +31,7 @@ class Perplexity(NamedTuple):
     position_tokens: Tensor  # (S,) float64, labels at that place
 
     def by_position(self, n_ranges: int) -> list[tuple[range, float]]:
-        """Nats per token in ranges of places of a row, as equal as they can be; a range without labels is left out."""
+        """Nats per token in ranges of positions of about equal size; ranges without labels are left out."""
         length = len(self.position_nats)
         bounds = [length * i // n_ranges for i in range(n_ranges + 1)]
         found = []
@@ -55,15 +55,15 @@ def evaluate(
     stopped: Callable[[], bool] = lambda: False,
     bar: bool = False,
 ) -> Perplexity | None:
-    """Cost of one pass over the loader's text.
+    """Compute the loss over one pass of the loader's text.
 
     Args:
         model: sharded or not; every rank calls this.
-        rows: rows of one forward on one rank.
+        rows: rows per forward on one rank.
         max_batches: read this many times `rows` rows, over all ranks together; -1 reads all.
         rank: this process's share of the rows, of `world`.
-        stopped: asked before every batch, with the same answer on every rank; true ends the pass.
-        bar: whether a terminal shows a bar.
+        stopped: called before every batch, with the same answer on every rank; True ends the pass.
+        bar: whether to show a progress bar on a terminal.
 
     Returns:
         The same on every rank; None if it was stopped.

@@ -1,4 +1,4 @@
-"""What a reader should look at, in words: starving experts, collapsed routers, skipped steps, overfitting."""
+"""Alarms in words: starving experts, collapsed routers, skipped steps, overfitting."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RESTLESS = 0.5  # of the tokens
 
 
 def alarms(run: Json) -> list[str]:
-    """One sentence each; none if all is well.
+    """Find what needs attention; one sentence each.
 
     Args:
         run: as `records.read_run` returns it.
@@ -74,7 +74,7 @@ def _of_experts(run: Json) -> list[str]:
 
 
 def _of_router(experts: Json, at: int) -> list[str]:
-    """What a layer's bias and its last probes say."""
+    """Alarms from a layer's bias and its last probes."""
     found = []
     bias, churn = experts["bias"], experts["churn"]
     if isinstance(bias, dict):

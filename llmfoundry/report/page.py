@@ -1,6 +1,6 @@
-"""The page itself: data and drawing code in one HTML file, which needs no server and no network.
+"""The report page: data and drawing code in one HTML file that needs neither server nor network.
 
-plotly.js draws (assets/plotly-cartesian.min.js, MIT license, version 4.1.1); page.js says what.
+plotly.js draws the panels (assets/plotly-cartesian.min.js, MIT license, version 4.1.1); page.js says what they show.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ def write_report(folders: Sequence[Path], out: Path, newest: Json | None = None)
     """Write the page of one run, or of several side by side.
 
     Args:
-        folders: `save_folder`s of runs.
-        newest: metrics of the only run that are not yet in its metrics.jsonl.
+        folders: the runs' `save_folder`s.
+        newest: metrics of a single run that are not in its metrics.jsonl yet.
 
     Raises:
-        ConfigError: one of them is not a run's.
+        ConfigError: a folder is not a run's.
     """
     page = render([read_run(folder, newest) for folder in folders], differing_settings(folders))
     atomic_write(out, [page.encode()])

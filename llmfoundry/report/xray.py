@@ -1,4 +1,4 @@
-"""Which expert takes which token of a text, by layer: found, and shown as text, JSON or a page of its own.
+"""Show which expert receives which token of a text, by layer: as text, JSON or an HTML page.
 
 Shapes: L MoE layers, T tokens of the text, E experts, K top_k.
 """
@@ -40,11 +40,11 @@ class Xray(NamedTuple):
 
 
 def xray(model: CausalLM, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Xray:
-    """Route a text; all ranks call it with the same one. Each `max_seq_len` tokens are read by themselves.
+    """Route a text; all ranks call it with the same text. Stretches of `max_seq_len` tokens are read separately.
 
     Args:
-        model: a mixture.
-        ids: (T,) its tokens, one at least.
+        model: a model with MoE layers.
+        ids: (T,) the text's tokens, at least one.
     """
     place, length = next(model.parameters()).device, model.config.max_seq_len
     found = [
@@ -62,9 +62,9 @@ def xray(model: CausalLM, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]
 
 
 def show(found: Xray, layers: Iterable[int], console: Console) -> None:
-    """Print the text once per layer, each token in the colour of its first expert.
+    """Print the text once per layer, with each token in the colour of its first expert.
 
-    Where there are no colours, `[3 5]` after a token names its experts.
+    Without colours, `[3 5]` after a token names its experts.
     """
     coloured = console.color_system in COLOURS and not console.no_color
     for layer in layers:
@@ -83,20 +83,20 @@ def show(found: Xray, layers: Iterable[int], console: Console) -> None:
 
 
 def _legend(counts: Counter[int], coloured: bool) -> Iterable[Text]:
-    """Every expert that takes a token, with how many it takes."""
+    """The experts that receive tokens, with the number of tokens."""
     for expert, n in sorted(counts.items()):
         style = Style(color="black", bgcolor=colour(expert)) if coloured else ""
         yield Text(f"expert {expert}", style).append(f": {n}", "")
 
 
 def colour(expert: int) -> str:
-    """A light colour, as #rrggbb; those of neighbouring numbers differ."""
+    """A light colour, as #rrggbb; experts with consecutive numbers get different ones."""
     red, green, blue = colorsys.hls_to_rgb(expert * GOLDEN % 1, 0.72 + 0.08 * (expert % 2), 0.75)
     return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
 
 
 def as_json(found: Xray, layers: Iterable[int]) -> dict[str, object]:
-    """Plain data: the tokens, and by layer the experts of each with their weights, best first."""
+    """Plain data: the tokens and, by layer, each token's experts with their weights, highest first."""
     by_layer = []
     for layer in layers:
         at = found.layers.index(layer)
@@ -107,7 +107,7 @@ def as_json(found: Xray, layers: Iterable[int]) -> dict[str, object]:
 
 
 def page(found: Xray, layers: Iterable[int], title: str) -> str:
-    """The same as one HTML file, which needs no server and no network."""
+    """The same as one HTML file that needs neither server nor network."""
     data = as_json(found, layers) | {"colours": [colour(expert) for expert in range(found.n_experts)]}
     assets = files("llmfoundry.report") / "assets"
     text = {name: (assets / name).read_text(encoding="utf-8") for name in ("xray.html", "page.css", "xray.js")}
