@@ -21,9 +21,7 @@ class ModelConfig(Choice, tag="name"):
     """Base class of the models: `model` in the YAML."""
 
     name: str = "mpt_causal_lm"  # the kind of model
-    max_seq_len: int = Field(
-        default=2048, ge=1, le=2**31
-    )  # the longest row, in tokens; the number of learned positions
+    max_seq_len: int = Field(default=2048, ge=1, le=2**31)  # the longest row, in tokens; number of learned positions
 
     def n_params(self) -> int:
         """Return the number of parameters."""

@@ -157,10 +157,7 @@ class DeepSeekV3(_DeepSeek):
         """Return the routing keys of `ffn_config`. The bias is frozen unless the file has llmfoundry's update rate."""
         _one_of(theirs, "scoring_func", "sigmoid", None)
         _one_of(theirs, "topk_method", "noaux_tc", None)
-        for key in (
-            "num_nextn_predict_layers",
-            "num_mtp_layers",
-        ):  # two names of one setting; not built here
+        for key in ("num_nextn_predict_layers", "num_mtp_layers"):  # two names of one setting; not built here
             theirs[key]
         return {
             "moe_score_fn": "sigmoid",

@@ -89,10 +89,7 @@ class MPT(Family):
         if not isinstance(attention, GroupedQueryConfig) or not attention.alibi:
             raise ConfigError("attn_config.alibi")
         return {
-            "architectures": [
-                "MPTForCausalLM",
-                self.architecture,
-            ],  # inference servers know the first
+            "architectures": ["MPTForCausalLM", self.architecture],  # inference servers know the first
             **self.sizes_to(config),
             **_MODEL,
             "norm_type": _NORMS[0],
