@@ -72,7 +72,7 @@ class Gather(AllGather):
         runtime.meet()
         wanted, self.wanted = self.wanted, []
         for whole, part, shared in wanted:
-            with torch.autograd._unsafe_preserve_version_counter(whole):  # as in FSDP, because graphs keep the parameter
+            with torch.autograd._unsafe_preserve_version_counter(whole):  # as FSDP does: graphs keep the parameter
                 if shared is None:
                     runtime.all_gather(whole, part, group=group)
                 else:

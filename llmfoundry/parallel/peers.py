@@ -31,9 +31,7 @@ class Shared(NamedTuple):
     handle: _symmetric_memory._SymmetricMemory
 
     def gather(self, whole: Tensor) -> None:
-        """Gather the memory of all ranks, in rank order. Each rank starts with a different one, so that all links
-        are used.
-        """
+        """Gather the memory of all ranks, in rank order. Each rank starts with another one, to use all links."""
         ranks = len(self.of_rank)
         parts = whole.view(ranks, -1)
         for rank in ((self.rank + step) % ranks for step in range(1, ranks + 1)):

@@ -123,7 +123,7 @@ def _up_to_date(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
     if copy is None or copy.device != parameter.device:
         copy = parameter.detach().to(dtype)
         setattr(parameter, _COPY, copy)
-    elif getattr(parameter, _COPIED) != parameter._version:  # a checkpoint was loaded, or the optimizer writes no copies
+    elif getattr(parameter, _COPIED) != parameter._version:  # e.g. after loading, or if the optimizer writes no copy
         copy.copy_(parameter)
     is_written(parameter)
     return copy
