@@ -81,7 +81,7 @@ def _weight_gradient(left: Scaled, right: Scaled, dtype: torch.dtype) -> Tensor:
     from llmfoundry.kernels import e4m3, scaled, tiles
 
     n_rows, device = left.scale.numel(), left.scale.device
-    start = torch.arange(0, 2 * n_rows, n_rows, dtype=torch.int32, device=device)  # [0, n_rows], without a copy from the host
+    start = torch.arange(0, 2 * n_rows, n_rows, dtype=torch.int32, device=device)  # [0, n_rows], without a host copy
     if not left.values.is_cuda:
         return scaled.scaled_weight_grad_reference(left, right, tiles.tile_rows_reference(start, n_rows), dtype)[0]
     found = tiles.tile_rows(start, n_rows)
