@@ -163,7 +163,7 @@ def file_here(path: str) -> str:
 
 
 def fetched(candidate: Candidate, need: Need) -> Path:
-    """Return the folder of a checkpoint on this machine, fetched if necessary; raises as `here`, but on this rank only."""
+    """Return the folder of a checkpoint on this machine, fetched if needed; raises as `here`, but only on this rank."""
     if candidate.files is None:
         return Path(candidate.place)
     size = sum(file.size for name, file in candidate.files.items() if is_needed(name, need))

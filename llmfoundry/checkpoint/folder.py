@@ -130,7 +130,7 @@ class CheckpointFolder:
         return [path for path in checkpoints(self.path) if path not in self.unusable and is_whole(path)]
 
     def _adopt_copied_link(self) -> None:
-        """Rename or delete a `latest` that a copy following links made a folder: a duplicate, or the only checkpoint."""
+        """Rename or delete a `latest` that a link-following copy made a folder: a duplicate, or the only checkpoint."""
         latest = self.path / LATEST
         if not is_copied_link(latest):
             return
