@@ -117,7 +117,7 @@ class ComposerCausalLM(ComposerModel):
         self._labels_per_token, self._load = n_labels / n_tokens, None
 
     def take_load(self) -> Tensor | None:
-        """Return (L, E) slots of the global batch since the last call, None for a dense model; all ranks must call it."""
+        """Return (L, E) slots of the global batch since the last call, or None for a dense model. A collective."""
         load, self._load = self._load, None
         return None if load is None else runtime.all_reduce_sum(load)
 
