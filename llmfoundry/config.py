@@ -63,8 +63,9 @@ class Config(BaseModel):
         allow_inf_nan=False,  # a nan passes no comparison, so it would slip by every bound that is written as one
     )
 
-    SYNONYMS: ClassVar[dict[str, str]] = {}  # other frameworks' words for a key, and its dotted path: for hints
-    ALIASES: ClassVar[dict[str, str]] = {}  # other words for keys of this block, which are accepted
+    # other frameworks' names of keys, with the dotted path of the key: for hints
+    SYNONYMS: ClassVar[dict[str, str]] = {}
+    ALIASES: ClassVar[dict[str, str]] = {}  # other accepted names for keys of this block
 
     @model_validator(mode="wrap")
     @classmethod

@@ -25,12 +25,12 @@ _PERPLEXITY, _ENTROPY = "LanguagePerplexity", "LanguageCrossEntropy"
 class EarlyStopperConfig(CallbackConfig, names=("early_stopper",)):
     """The metric to watch, and for how long it may fail to improve."""
 
-    monitor: str  # LanguageCrossEntropy, LanguagePerplexity, bits_per_byte, or a whole key of metrics.jsonl
+    monitor: str  # LanguageCrossEntropy, LanguagePerplexity, bits_per_byte, or a full key of metrics.jsonl
     dataloader_label: str  # eval, train, or the label of one of eval_loaders
-    # Which values are better; None: less for losses, errors, entropies, perplexities and bits; else greater
+    # Which values are better. None: lower for losses, errors, entropies, perplexities and bits, otherwise greater
     comp: Literal["less", "lt", "greater", "gt"] | None = None
-    min_delta: float = 0.0  # an improvement is larger than this
-    patience: Interval = Duration.parse("1ep")  # stop when the metric has not improved for longer than this
+    min_delta: float = 0.0  # smallest change that counts as an improvement
+    patience: Interval = Duration.parse("1ep")  # stop if the metric has not improved for longer than this
 
     def build(self) -> EarlyStopper:
         return EarlyStopper(self)

@@ -14,8 +14,8 @@ log = logging.getLogger(__name__)
 class ExpertLoadConfig(CallbackConfig, names=("expert_load",)):
     """Experts starve when the least busy one of some layer stays below `starving_below` of an equal share."""
 
-    starving_below: float = Field(0.1, gt=0, lt=1)  # share of an even load; a smaller one is too little
-    patience: int = Field(100, ge=1)  # steps in a row
+    starving_below: float = Field(0.1, gt=0, lt=1)  # warn if an expert's load is below this share of an even load
+    patience: int = Field(100, ge=1)  # number of consecutive steps before a warning
 
     def build(self) -> ExpertLoad:
         return ExpertLoad(self)

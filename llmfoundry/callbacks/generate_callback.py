@@ -28,14 +28,14 @@ class GenerateConfig(CallbackConfig, names=("generate_callback",)):
     """The prompts, and when and how they are continued. Sampling uses the run's seed."""
 
     prompts: Annotated[list[str], Field(min_length=1)]  # the texts to continue
-    interval: Interval  # and after the last step
-    batch_size: int | None = Field(None, ge=1)  # prompts are continued one at a time, whatever this says
-    max_new_tokens: int = Field(20, ge=1)  # of one prompt, at most
-    do_sample: bool = False  # false: the likeliest token each time
-    temperature: float = Field(1.0, gt=0)  # of sampling; lower is less random
+    interval: Interval  # interval between generations; also generates after the last step
+    batch_size: int | None = Field(None, ge=1)  # accepted, without effect: prompts are continued one at a time
+    max_new_tokens: int = Field(20, ge=1)  # maximum tokens per continuation
+    do_sample: bool = False  # false: greedy decoding
+    temperature: float = Field(1.0, gt=0)  # sampling temperature; lower is less random
     top_p: float = Field(1.0, gt=0, le=1)  # sample from the most likely tokens that together have this probability
     top_k: int | None = Field(None, ge=0)  # sample from this many of the most likely tokens; null or 0: from all
-    use_cache: bool = True  # always so
+    use_cache: bool = True  # accepted, without effect: the cache is always used
 
     def build(self) -> GenerateCallback:
         return GenerateCallback(self)

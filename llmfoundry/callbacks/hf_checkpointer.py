@@ -42,14 +42,13 @@ SUBFOLDER = "huggingface"
 class HFCheckpointerConfig(CallbackConfig, names=("hf_checkpointer",)):
     """Where, when and how to export. Both names may contain {run_name}, {epoch}, {batch} and others."""
 
-    save_folder: PlacePattern  # where the exports go: a folder, or a URL (s3://...)
-    save_interval: Interval  # and after the last step
-    huggingface_folder_name: PathPattern = "ba{batch}"  # of one export, below save_folder
-    precision: Precision = "float32"  # of the weights
-    overwrite: bool = True  # false: what is there is kept
-    flatten_imports: list[str] = ["llmfoundry"]  # no code is exported, so there is nothing to flatten
-    # Not supported: models are not registered with MLflow
-    mlflow_registered_model_name: str | None = None
+    save_folder: PlacePattern  # folder of the exports: a path or a URL (s3://...)
+    save_interval: Interval  # interval between exports; also exports after the last step
+    huggingface_folder_name: PathPattern = "ba{batch}"  # name of one export's folder below save_folder/huggingface
+    precision: Precision = "float32"  # dtype of the exported weights
+    overwrite: bool = True  # false: keep an existing export of the same name
+    flatten_imports: list[str] = ["llmfoundry"]  # accepted, without effect: no code is exported
+    mlflow_registered_model_name: str | None = None  # not supported: models are not registered with MLflow
     mlflow_logging_config: dict[str, object] | None = None  # accepted, without effect
     final_register_only: bool = False  # not supported: models are not registered
     register_wait_seconds: int = 7200  # accepted, without effect

@@ -18,11 +18,11 @@ LEAST_WINDOW, WINDOW_SHARE, MOST_LOSS = 100, 0.05, 10.0
 class KillLossSpikeConfig(CallbackConfig, names=("kill_loss_spike",)):
     """A spike: more than `patience` losses in a row of at least `outlier_multiplier` times the window's mean."""
 
-    log_only: bool = True  # warn; false: end the run with an error
-    patience: int = Field(4, ge=0)  # steps
-    outlier_multiplier: float = Field(2.0, gt=1)  # a loss of this many times the window's mean is an outlier
-    window_size: int | None = Field(None, ge=1)  # steps; None: 5 % of the run, 100 at least
-    # Half of the window above it is a loss that is too high; None: the highest of the first window, 10 at most
+    log_only: bool = True  # true: only warn; false: end the run with an error
+    patience: int = Field(4, ge=0)  # number of consecutive outliers that are tolerated
+    outlier_multiplier: float = Field(2.0, gt=1)  # a loss of at least this many times the window's mean is an outlier
+    window_size: int | None = Field(None, ge=1)  # steps; None: 5 % of the run, at least 100
+    # The loss is too high if half of the window is above this. None: the highest loss of the first window, at most 10
     loss_cap: float | None = Field(None, gt=0)
 
     def build(self) -> KillLossSpike:

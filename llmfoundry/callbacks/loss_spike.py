@@ -31,13 +31,14 @@ LEAST_SPREAD = 0.01  # of the median: losses that hardly differ make no spikes
 class LossSpikeConfig(CallbackConfig, names=("loss_spike",)):
     """Losses are compared with those of the last steps, which every rank has, so all ranks act at the same step."""
 
-    # log: a warning. skip: a step with such a loss changes nothing. roll_back: back to the last checkpoint, and on
-    # behind the rows that were read since
+    # log: log a warning. skip: skip the update of a step with such a loss. roll_back: return to the last checkpoint,
+    # and continue after the rows that were read since
     action: Literal["log", "skip", "roll_back"] = "log"
-    window_size: int = Field(128, ge=4)  # steps that a loss is compared with; nothing is a spike until half are there
-    threshold: float = Field(6.0, gt=0)  # spreads above the median
-    patience: int = Field(1, ge=1)  # for log and roll_back: this many spikes in a row
-    max_rollbacks: int = Field(3, ge=1)  # of a run; after one more, it ends with an error
+    # number of steps to compare with; spikes are only detected once half of them are recorded
+    window_size: int = Field(128, ge=4)
+    threshold: float = Field(6.0, gt=0)  # a spike is this many spreads above the median
+    patience: int = Field(1, ge=1)  # for log and roll_back: number of consecutive spikes before acting
+    max_rollbacks: int = Field(3, ge=1)  # maximum rollbacks per run; the next one ends the run with an error
 
     def build(self) -> LossSpike:
         return LossSpike(self)

@@ -23,10 +23,10 @@ NAMES = ("min", "max", "median", "std")
 class TokPerExpertConfig(CallbackConfig, names=("mbmoe_tok_per_expert",)):
     """What is logged, and how often."""
 
-    log_interval: int = Field(10, ge=1)  # steps
-    log_every_layer: bool = False  # mb_moe/layer0_max_tpe, ... beside mb_moe/all_layers_max_tpe, ...
-    all_reduce_stats: bool = False  # always so: the loads are those of the global batch
-    normalize: bool = True  # the share of all tokens that went to an expert; false: how many
+    log_interval: int = Field(10, ge=1)  # steps between logs
+    log_every_layer: bool = False  # log mb_moe/layer0_max_tpe, ... in addition to mb_moe/all_layers_max_tpe, ...
+    all_reduce_stats: bool = False  # accepted, without effect: loads are always those of the global batch
+    normalize: bool = True  # log the share of tokens per expert; false: the number of tokens
 
     def build(self) -> TokPerExpert:
         return TokPerExpert(self)

@@ -25,8 +25,10 @@ KEYS = {
 class MemoryMonitorConfig(CallbackConfig, names=("memory_monitor",)):
     """Memory of rank 0 and, at an interval, of all ranks."""
 
-    memory_keys: dict[str, str] | None = None  # torch.cuda.memory_stats' names, and ours; None: all that are below
-    dist_aggregate_batch_interval: int | None = Field(None, ge=1)  # steps: ..._avg, _min and _max over the ranks
+    # names in torch.cuda.memory_stats, and the names to log them under; None: the default set
+    memory_keys: dict[str, str] | None = None
+    # steps between logs of ..._avg, _min and _max over the ranks
+    dist_aggregate_batch_interval: int | None = Field(None, ge=1)
 
     def build(self) -> MemoryMonitor:
         return MemoryMonitor(self)

@@ -30,13 +30,13 @@ REQUEST = "request"
 class MemorySnapshotConfig(CallbackConfig, names=("memory_snapshot", "oom_observer")):
     """Records every allocation with its stack, which costs a few percent of speed. Does nothing on a CPU."""
 
-    interval: Interval | None = None  # None: only when memory runs out, or on demand
-    skip_batches: int = Field(0, ge=0)  # steps before the first file
+    interval: Interval | None = None  # interval between snapshots; None: only when memory runs out, or on demand
+    skip_batches: int = Field(0, ge=0)  # steps before the first snapshot
     folder: PathPattern | None = None  # None: save_folder/memory
-    filename: PathPattern | None = None  # {rank}, {batch} and others are filled in
-    remote_file_name: str | None = None  # not supported: files stay here
-    overwrite: bool = False  # not needed: each step has its own file
-    max_entries: int = Field(100_000, ge=1)  # allocations kept
+    filename: PathPattern | None = None  # may contain {rank}, {batch} and other placeholders
+    remote_file_name: str | None = None  # not supported: snapshots are not uploaded
+    overwrite: bool = False  # accepted, without effect: each step has its own file
+    max_entries: int = Field(100_000, ge=1)  # maximum number of recorded allocations
 
     @field_validator("remote_file_name")
     @classmethod

@@ -41,20 +41,20 @@ class MLflowConfig(LoggerConfig, names=("mlflow",)):
     """Where to log, and what to leave out."""
 
     experiment_name: str | None = None  # None: $MLFLOW_EXPERIMENT_NAME, or my-mlflow-experiment
-    run_name: str | None = None  # None: that of the run
+    run_name: str | None = None  # None: the run's name
     tracking_uri: str | None = None  # None: $MLFLOW_TRACKING_URI, or MLflow's own default
-    tags: dict[str, str | int | float | bool] = {}  # of the MLflow run
-    run_group: str | None = None  # a tag
+    tags: dict[str, str | int | float | bool] = {}  # tags of the MLflow run
+    run_group: str | None = None  # added to the MLflow run as a tag
     flush_interval: float = Field(10.0, ge=0)  # seconds between requests
-    synchronous: bool = False  # true: training waits for the server
-    log_system_metrics: bool = True  # MLflow's own, from a thread (needs psutil)
-    rename_metrics: dict[str, str] = {}  # of metrics.jsonl, and their names in MLflow
-    ignore_metrics: list[str] = []  # patterns as of file names
-    ignore_hyperparameters: list[str] = []  # patterns of dotted keys of the settings
-    log_duplicated_metric_every_n_steps: int = Field(100, ge=1)  # a value that stays the same
-    resume: bool = True  # a resumed run continues its MLflow run, whatever this says
-    logging_buffer_seconds: float | None = None  # use flush_interval
-    rank_zero_only: RankZeroOnly = True  # not supported otherwise: metrics are of all ranks, and rank 0 logs them
+    synchronous: bool = False  # true: training waits for the server's responses
+    log_system_metrics: bool = True  # log MLflow's own system metrics, from a thread (needs psutil)
+    rename_metrics: dict[str, str] = {}  # names in metrics.jsonl, and their names in MLflow
+    ignore_metrics: list[str] = []  # glob patterns of metrics that are not sent
+    ignore_hyperparameters: list[str] = []  # glob patterns of dotted settings that are not sent
+    log_duplicated_metric_every_n_steps: int = Field(100, ge=1)  # steps between logs of a value that does not change
+    resume: bool = True  # accepted, without effect: a resumed run always continues its MLflow run
+    logging_buffer_seconds: float | None = None  # not supported; use flush_interval
+    rank_zero_only: RankZeroOnly = True  # only true is supported: metrics cover all ranks, and rank 0 logs them
     # Not supported: models are not registered
     model_registry_prefix: Literal[""] = ""
     model_registry_uri: None = None  # not supported: models are not registered

@@ -24,9 +24,9 @@ MOMENTS = {"exp_avg", "momentum_buffer"}  # of AdamW and Lion, and of Muon
 class OptimizerMonitorConfig(CallbackConfig, names=("optimizer_monitor",)):
     """What is logged, and how often."""
 
-    log_optimizer_metrics: bool = True  # weights, moments and updates too; false: gradients alone
-    batch_log_interval: int = Field(10, ge=1)  # steps
-    only_global: bool = False  # l2_norm/grad/global alone
+    log_optimizer_metrics: bool = True  # also log norms of weights, moments and updates; false: only gradients
+    batch_log_interval: int = Field(10, ge=1)  # steps between logs
+    only_global: bool = False  # log only l2_norm/grad/global
 
     def build(self) -> OptimizerMonitor:
         return OptimizerMonitor(self)

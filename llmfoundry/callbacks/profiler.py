@@ -30,11 +30,11 @@ log = logging.getLogger(__name__)
 class ProfilerConfig(CallbackConfig, names=("profiler",)):
     """Profiles `steps` steps from step `start` on."""
 
-    start: int = Field(10, ge=2)  # the first step profiled; those before compile and tune
-    steps: int = Field(3, ge=1)  # how many steps are recorded
-    all_ranks: bool = False  # else rank 0 alone
-    shapes: bool = False  # of the operators' inputs, in the trace
-    memory: bool = False  # allocations, in the trace
+    start: int = Field(10, ge=2)  # first profiled step; earlier steps compile and tune
+    steps: int = Field(3, ge=1)  # number of profiled steps
+    all_ranks: bool = False  # profile all ranks; false: only rank 0
+    shapes: bool = False  # record the shapes of operators' inputs in the trace
+    memory: bool = False  # record allocations in the trace
 
     def build(self) -> Profiler:
         return Profiler(self)

@@ -49,9 +49,9 @@ class ReportConfig(CallbackConfig, names=("report",)):
     """`callbacks: {report: {enabled: false}}` turns the page off."""
 
     name: str = "report"
-    enabled: bool = True  # false: no page is written, and loggers get no figures by layer
-    interval: Duration | None = None  # between samples of the loads; None: a 400th of the run
-    probe_tokens: int = Field(4096, ge=1)  # of the text that is routed at each evaluation, rounded up to whole rows
+    enabled: bool = True  # false: write no page, and log no statistics by layer
+    interval: Duration | None = None  # interval between samples of the loads; None: 1/400 of the run
+    probe_tokens: int = Field(4096, ge=1)  # tokens routed at each evaluation, rounded up to whole rows
 
     def build(self) -> Report:
         return Report(self)

@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 class RunTimeoutConfig(CallbackConfig, names=("run_timeout",)):
     """Seconds."""
 
-    timeout: float = Field(1800.0, gt=0)  # from the end of the run until all loggers are closed
-    max_seconds: float | None = Field(None, gt=0)  # of this process, from its first step on
+    timeout: float = Field(1800.0, gt=0)  # seconds from the end of the run until all loggers must be closed
+    max_seconds: float | None = Field(None, gt=0)  # maximum seconds of this process, from its first step
 
     def build(self) -> RunTimeout:
         return RunTimeout(self)

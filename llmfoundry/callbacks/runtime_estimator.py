@@ -15,8 +15,8 @@ SECONDS = {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86400}
 class RuntimeEstimatorConfig(CallbackConfig, names=("runtime_estimator",)):
     """The console shows the same estimate in any case."""
 
-    skip_batches: int = Field(1, ge=0)  # steps before the clock starts: the first ones compile
-    time_unit: Literal["seconds", "minutes", "hours", "days"] = "hours"  # of the metric
+    skip_batches: int = Field(1, ge=0)  # steps before timing starts, because the first steps compile
+    time_unit: Literal["seconds", "minutes", "hours", "days"] = "hours"  # unit of the metric
 
     def build(self) -> RuntimeEstimator:
         return RuntimeEstimator(self)

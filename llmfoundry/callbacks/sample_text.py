@@ -21,10 +21,10 @@ class SampleTextConfig(CallbackConfig, names=("sample_text",)):
     """What to write; sampling uses the run's seed."""
 
     prompt: str = "def "  # the text to continue
-    max_new_tokens: int = Field(120, ge=1)  # of one sample, at most
-    temperature: float = Field(0.8, ge=0)  # 0: the likeliest token each time
+    max_new_tokens: int = Field(120, ge=1)  # maximum tokens of the sample
+    temperature: float = Field(0.8, ge=0)  # sampling temperature; 0: greedy decoding
     top_p: float = Field(0.95, gt=0, le=1)  # sample from the most likely tokens that together have this probability
-    compressors: bool = True  # compress the validation text too, or the first 64 MiB of it
+    compressors: bool = True  # also compress the validation text, at most its first 64 MiB, for comparison
 
     def build(self) -> SampleText:
         return SampleText(self)

@@ -29,8 +29,8 @@ NOTABLE = 0.05  # of a step: a later start than the others' is worth a word
 class SlowRanksConfig(CallbackConfig, names=("slow_ranks",)):
     """Costs one reduction per interval."""
 
-    interval: Interval = Duration.parse("100ba")  # between two looks
-    slower: float = Field(1.2, gt=1)  # a device that takes this many times the median is named in a warning
+    interval: Interval = Duration.parse("100ba")  # interval between measurements
+    slower: float = Field(1.2, gt=1)  # warn of a device that takes this many times the median time
 
     def build(self) -> SlowRanks:
         return SlowRanks(self)

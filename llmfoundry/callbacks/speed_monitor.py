@@ -18,9 +18,9 @@ from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
 class SpeedMonitorConfig(CallbackConfig, names=("speed_monitor",)):
     """Averages over the last `window_size` steps, without evaluation and checkpoints."""
 
-    window_size: int = Field(10, ge=1)  # steps that an average covers
-    gpu_flops_available: float | None = Field(None, gt=0)  # FLOP/s of one device; None: from the built-in table
-    time_unit: Literal["seconds", "minutes", "hours", "days"] = "hours"  # of time/train
+    window_size: int = Field(10, ge=1)  # number of steps to average over
+    gpu_flops_available: float | None = Field(None, gt=0)  # peak FLOP/s of one device; None: from the built-in table
+    time_unit: Literal["seconds", "minutes", "hours", "days"] = "hours"  # unit of time/train
 
     def build(self) -> SpeedMonitor:
         return SpeedMonitor(self)

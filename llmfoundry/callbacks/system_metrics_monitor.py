@@ -27,8 +27,8 @@ OF_GPU = ("gpu_percentage", "memory_percentage", "gpu_temperature_C", "gpu_power
 class SystemMetricsMonitorConfig(CallbackConfig, names=("system_metrics_monitor",)):
     """What is logged of the GPUs, and how often."""
 
-    log_all_data: bool = False  # of every rank, not only the least and the most
-    interval: int = Field(1, ge=1)  # steps
+    log_all_data: bool = False  # log every rank; false: only the lowest and the highest value
+    interval: int = Field(1, ge=1)  # steps between logs
 
     def build(self) -> SystemMetricsMonitor:
         if importlib.util.find_spec("psutil") is None:

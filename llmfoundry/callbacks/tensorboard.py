@@ -16,9 +16,9 @@ from llmfoundry.train.config import RankZeroOnly
 class TensorboardConfig(LoggerConfig, names=("tensorboard",)):
     """Where the event files go."""
 
-    log_dir: LocalPath | None = None  # None: tensorboard in the save_folder
-    flush_interval: int = Field(100, ge=1)  # steps; what is not on disk yet is not shown
-    rank_zero_only: RankZeroOnly = True  # not supported otherwise: metrics are of all ranks, and rank 0 logs them
+    log_dir: LocalPath | None = None  # None: the folder tensorboard in save_folder
+    flush_interval: int = Field(100, ge=1)  # steps between writes to disk
+    rank_zero_only: RankZeroOnly = True  # only true is supported: metrics cover all ranks, and rank 0 logs them
 
     def build(self) -> Tensorboard:
         runtime.on_rank0(self._make_folder)

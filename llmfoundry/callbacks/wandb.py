@@ -26,13 +26,13 @@ class WandbConfig(LoggerConfig, names=("wandb",)):
 
     project: str | None = None  # None: W&B's own default
     entity: str | None = None  # user or team; None: W&B's own default
-    run_name: str | None = None  # in W&B (LLM Foundry's `name`); None: that of the run
-    group: str | None = None  # runs of one group stand together
-    tags: list[str] = []  # of the W&B run
+    run_name: str | None = None  # name in W&B (LLM Foundry's `name`); None: the run's name
+    group: str | None = None  # W&B group of the run
+    tags: list[str] = []  # tags of the W&B run
     init_kwargs: dict[str, object] = {}  # other arguments of wandb.init, e.g. {notes: ..., job_type: ...}
     log_artifacts: bool = False  # not supported: checkpoints are not uploaded
-    rank_zero_only: RankZeroOnly = True  # not supported otherwise: metrics are of all ranks, and rank 0 logs them
-    mode: Literal["online", "offline", "disabled"] | None = None  # None: as $WANDB_MODE says
+    rank_zero_only: RankZeroOnly = True  # only true is supported: metrics cover all ranks, and rank 0 logs them
+    mode: Literal["online", "offline", "disabled"] | None = None  # None: from $WANDB_MODE
 
     @field_validator("log_artifacts")
     @classmethod

@@ -40,13 +40,13 @@ class ChatRequest(_Strict):
     """The body of a request."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    model: str | None = None  # the one that is served
+    model: str | None = None  # the name of the served model
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     temperature: float | None = Field(default=None, ge=0)
     top_p: float | None = Field(default=None, gt=0, le=1)
     max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)  # the newer name
+    max_completion_tokens: int | None = Field(default=None, ge=1)  # newer name of max_tokens
     seed: int | None = None
     stop: str | list[str] = []
     n: Literal[1] = 1

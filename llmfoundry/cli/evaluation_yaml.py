@@ -48,9 +48,10 @@ class TaskSettings(Config):
 
     icl_tasks: list[TaskConfig] = []
     eval_gauntlet: GauntletConfig | None = None
-    icl_seq_len: int = Field(1024, gt=1)  # tokens of a row
-    icl_subset_num_batches: int | None = Field(None, ge=-1)  # of each task, over all ranks together; None, -1: all
-    device_eval_batch_size: int = Field(16, gt=0)  # rows of a forward on one rank
+    icl_seq_len: int = Field(1024, gt=1)  # tokens per row
+    # batches per task, over all ranks together; None or -1: all
+    icl_subset_num_batches: int | None = Field(None, ge=-1)
+    device_eval_batch_size: int = Field(16, gt=0)  # rows per forward on one rank
     precision: Precision | Literal["auto"] = "auto"
 
     @model_validator(mode="after")
@@ -74,7 +75,7 @@ class EvaluatedModel(Config):
     load_path `hf:NAME` or as a model `hf_causal_lm`.
     """
 
-    model_name: str  # in the results
+    model_name: str  # the model's name in the results
     load_path: str | None = None
     model: ModelConfig | None = None
     tokenizer: TokenizerConfig | None = None  # None: the checkpoint's own

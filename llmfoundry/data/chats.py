@@ -44,24 +44,24 @@ _AT_LEAST = re.compile(r"length>=(\d+)")
 class ChatsConfig(Folders, names=("chats",)):
     """Examples from local files (`path`), the hub (`hf_name`) or MDS (`local`, `remote`, `streams`)."""
 
-    KIND: ClassVar[str] = "chats/4"  # of the tokenised rows: others are made anew
+    KIND: ClassVar[str] = "chats/4"  # version of the tokenised rows; rows of another version are made again
 
-    path: str | None = None  # a folder, a glob or one file, also by URL: .jsonl, .json, .csv, .tsv, .parquet
-    hf_name: str | None = None  # a dataset of the hub or a folder; or json, csv, parquet with hf_kwargs.data_files
-    hf_kwargs: dict[str, str | list[str] | dict[str, str | list[str]]] = {}  # to datasets.load_dataset
-    # `package.module:function`, which makes of a row one of a known format; or a mapping from our columns to the
-    # data's, e.g. {prompt: question, response: answer}
+    path: str | None = None  # a folder, a glob or one file, also as a URL: .jsonl, .json, .csv, .tsv, .parquet
+    hf_name: str | None = None  # a hub dataset or a folder; or json, csv, parquet with hf_kwargs.data_files
+    hf_kwargs: dict[str, str | list[str] | dict[str, str | list[str]]] = {}  # arguments of datasets.load_dataset
+    # `package.module:function`, which converts a row to a known format; or a mapping from our columns to the data's,
+    # e.g. {prompt: question, response: answer}
     preprocessing_fn: str | dict[str, str] | None = None
-    chat_template: str | None = None  # in place of the tokenizer's: a file, or the template itself
-    target_responses: Responses = "all"  # of a conversation: learn all turns of the assistant, or the last
-    target_prompts: str = "none"  # `all`, or length>=N: learn the prompts too, where they have N tokens or more
-    skip_bad_rows: int = Field(default=0, ge=0)  # rows without a readable example that are skipped and counted
-    # Words of LLM Foundry for what is always so here: examples share rows where attention keeps them apart.
+    chat_template: str | None = None  # replaces the tokenizer's template: a file, or the template itself
+    target_responses: Responses = "all"  # for conversations: learn all of the assistant's turns, or only the last
+    target_prompts: str = "none"  # none, all, or length>=N: also learn prompts of at least N tokens
+    skip_bad_rows: int = Field(default=0, ge=0)  # number of unreadable rows to skip before the data is refused
+    # accepted, without effect: examples share rows exactly if attention keeps them apart
     packing_ratio: Annotated[float, Field(ge=1)] | Literal["auto"] | None = None
-    decoder_only_format: Literal[True] = True  # always so: models are decoders
+    decoder_only_format: Literal[True] = True  # only true is supported: models are decoders
     allow_pad_trimming: bool = False  # accepted, without effect
     pad_to_longest: bool = False  # accepted, without effect
-    safe_load: bool = True  # always so: no code of a dataset is run
+    safe_load: bool = True  # accepted, without effect: a dataset's code never runs
     eos_token_id: int | None = None  # accepted, without effect
 
     @model_validator(mode="after")

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 class HubTextConfig(TextsConfig, names=("hub", "hf_text")):
     """A text dataset of the Hugging Face hub, or a folder that `datasets` can read. Its documents are packed."""
 
-    hf_name: str  # e.g. allenai/c4, or a folder
-    subset: str | None = None  # its configuration, e.g. en
+    hf_name: str  # a hub dataset, e.g. allenai/c4, or a folder
+    subset: str | None = None  # the dataset's configuration, e.g. en
     split: str = "train"  # type: ignore[assignment]  # as `datasets` writes it: train, validation, train[:1%]
     revision: str | None = None  # a commit, branch or tag; None: the newest
-    text_key: str = "text"  # the column with the text
-    streaming: bool = False  # read files as they come, without storing them
-    max_documents: int | None = Field(default=None, ge=1)  # read only this many, from the first; None: all
+    text_key: str = "text"  # the text column
+    streaming: bool = False  # read files as they arrive, without storing them
+    max_documents: int | None = Field(default=None, ge=1)  # read only this many documents, from the first; None: all
 
     def heap(self) -> str:
         return json.dumps(["hub", self.hf_name, self.subset, self.revision, self.split])

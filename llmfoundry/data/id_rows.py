@@ -33,9 +33,9 @@ log = logging.getLogger(__name__)
 class IdsConfig(RowsConfig, names=("ids",)):
     """Rows of token ids in tables. Each is used unchanged, truncated to max_seq_len; its last token has no label."""
 
-    path: DataPath  # a folder, a glob or one file, also by URL: .jsonl, .json, .parquet
-    ids_key: str = "input_ids"  # the column: a list of ids in each row
-    # The id that ends a document inside a row; None: the tokenizer's end of text
+    path: DataPath  # a folder, a glob or one file, also as a URL: .jsonl, .json, .parquet
+    ids_key: str = "input_ids"  # the column with a list of ids in each row
+    # the id that ends a document inside a row; None: the tokenizer's end of text
     eos_token_id: int | None = Field(default=None, ge=-1, lt=2**32)
 
     def of_split(self, split: str) -> Self:

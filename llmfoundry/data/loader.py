@@ -61,11 +61,11 @@ class LoaderConfig(Choice, tag="name"):
     """A dataset and how its rows are read. `name: text` may be left out."""
 
     name: str = "text"  # the kind of rows
-    dataset: DatasetConfig  # what is read; its name may be left out where the loader's name or its keys say it
-    drop_last: bool = False  # training leaves out the last, partly filled row of an epoch; evaluation never does
-    num_workers: int = Field(default=0, ge=0)  # 0: each batch is read on demand; more: a thread reads the next one
-    label: str | None = None  # of one of eval_loaders: its name in the metrics
-    rows: int | None = Field(default=None, ge=1)  # for evaluation: the largest number of rows to read; None: all
+    dataset: DatasetConfig  # the dataset; its name may be left out if the loader's name or the dataset's keys imply it
+    drop_last: bool = False  # in training, drop the last, partly filled row of an epoch; evaluation never does
+    num_workers: int = Field(default=0, ge=0)  # 0: read each batch on demand; more: a thread reads the next batch ahead
+    label: str | None = None  # in eval_loaders: the name in metrics
+    rows: int | None = Field(default=None, ge=1)  # for evaluation: maximum number of rows to read; None: all
 
     @model_validator(mode="wrap")
     @classmethod

@@ -43,11 +43,11 @@ class Stream(Config):
     """One folder of a dataset with several. At most one of the last three keys may be given."""
 
     local: str | None = None  # a folder of MDS shards, or of one folder per split
-    remote: str | None = None  # looked at where local has no shards; a folder, or a URL whose shards are fetched
-    split: str | None = None  # None: the dataset's
-    proportion: float | None = Field(default=None, gt=0)  # of the rows of an epoch
-    repeat: float | None = Field(default=None, gt=0)  # how often an epoch reads each of its rows
-    choose: int | None = Field(default=None, ge=1)  # rows of it in an epoch
+    remote: str | None = None  # used if local has no shards: a folder, or a URL whose shards are fetched
+    split: str | None = None  # None: the dataset's split
+    proportion: float | None = Field(default=None, gt=0)  # share of the rows of an epoch
+    repeat: float | None = Field(default=None, gt=0)  # how often an epoch reads each row of this stream
+    choose: int | None = Field(default=None, ge=1)  # rows of this stream in an epoch
 
     @model_validator(mode="wrap")
     @classmethod
@@ -66,7 +66,7 @@ class Folders(RowsConfig):
     """Base of the datasets that can be read from MDS folders; the keys are mosaicml-streaming's."""
 
     local: str | None = None  # a folder of MDS shards, or of one folder per split
-    remote: str | None = None  # looked at where local has no shards; a folder, or a URL whose shards are fetched
+    remote: str | None = None  # used if local has no shards: a folder, or a URL whose shards are fetched
     streams: dict[str, Stream] | None = Field(
         None, min_length=1
     )  # several folders, by name, in place of local and remote
@@ -148,10 +148,12 @@ def without_tuning(data: object) -> object:
 class MDSConfig(Folders, names=("mds",)):
     """MDS folders with a column `tokens` (rows of max_seq_len ids) or `text`. `name: mds` may be left out."""
 
-    token_encoding_type: Literal["int64", "int32", "int16", "uint16", "uint32"] = "int64"  # of a column of bytes
-    # Ends documents inside rows of tokens; None: the tokenizer's
+    # dtype of a token column that is stored as bytes
+    token_encoding_type: Literal["int64", "int32", "int16", "uint16", "uint32"] = "int64"
+    # the id that ends documents inside rows of tokens; None: the tokenizer's
     eos_token_id: int | None = Field(default=None, ge=-1, lt=2**32)
-    bos_token_id: int | None = Field(default=None, ge=-1, lt=2**32)  # or: begins them
+    # the id that starts documents, instead of eos_token_id
+    bos_token_id: int | None = Field(default=None, ge=-1, lt=2**32)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

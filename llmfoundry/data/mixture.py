@@ -41,12 +41,12 @@ LOSSES = ("ce", "total")  # loss/train/NAME of all sources together, beside loss
 class Part(Config):
     """A source of a mixture: its dataset's keys, and keys for how much of it is read."""
 
-    dataset: DatasetConfig  # its keys may stand beside those of this block instead
-    label: str | None = None  # its name in metrics and phases; None: of its folder or file
-    weight: float | None = Field(default=None, gt=0)  # share of the tokens, relative to the others' weights
-    tokens: float | None = Field(default=None, gt=0)  # or: how many tokens of it the run reads
-    epochs: float | None = Field(default=None, gt=0)  # or: how many times the run reads it
-    max_epochs: float | None = Field(default=None, gt=0)  # a run that would read it more often is refused
+    dataset: DatasetConfig  # the dataset; its keys may also stand directly in this block
+    label: str | None = None  # name in metrics and phases; None: from the folder or file
+    weight: float | None = Field(default=None, gt=0)  # share of tokens, relative to the other weights
+    tokens: float | None = Field(default=None, gt=0)  # alternatively: number of its tokens that the run reads
+    epochs: float | None = Field(default=None, gt=0)  # alternatively: number of times that the run reads it
+    max_epochs: float | None = Field(default=None, gt=0)  # refuse a run that would read it more often
 
     @model_validator(mode="wrap")
     @classmethod
@@ -81,16 +81,17 @@ class Part(Config):
 class Phase(Config):
     """Weights for a part of the run."""
 
-    until: str | None = None  # a time of the run, e.g. 0.8dur or 5e9tok; the last phase has none
-    weights: dict[str, float]  # by label; what is not named is not read
+    until: str | None = None  # end of the phase in run time, e.g. 0.8dur or 5e9tok; the last phase has none
+    weights: dict[str, float]  # weights by label; sources that are not named are not read
 
 
 class MixtureConfig(RowsConfig, names=("mixture",)):
     """Several interleaved datasets. `train_loader.datasets: [...]` is short for it."""
 
     datasets: list[Part] = Field(min_length=1)  # the sources
-    mixture: list[Phase] = []  # in the order of time; empty: the weights of the datasets hold for the whole run
-    temperature: float = Field(default=1.0, gt=0)  # weights become weight ** (1 / temperature): above 1 evens them out
+    mixture: list[Phase] = []  # phases in order of time; empty: the datasets' weights hold for the whole run
+    # weights become weight ** (1 / temperature); above 1 makes them more even
+    temperature: float = Field(default=1.0, gt=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

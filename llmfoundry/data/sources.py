@@ -109,18 +109,18 @@ class DatasetConfig(Choice, tag="name"):
     """A dataset: which documents, which of its two splits, and how its rows are served."""
 
     name: str  # the kind of data
-    split: Split = "train"  # of an eval_loader, if left out: validation
-    # The share that is held out where train_loader and eval_loader read the same text (None: 0.05), or where a
-    # train_loader asks for it. Names of splits (train/, val-00000.parquet) go before it.
+    split: Split = "train"  # in an eval_loader, the default is validation
+    # Fraction to hold out if train_loader and eval_loader read the same text (None: 0.05), or if a train_loader sets
+    # it. Names of splits (train/, val-00000.parquet) take precedence.
     validation_fraction: float | None = Field(default=None, ge=0.0, le=1.0)
     max_seq_len: int | None = Field(default=None, ge=1)  # tokens per row; None: the run's max_seq_len
-    shuffle: bool | None = None  # None: the train split is shuffled, the validation split is not
+    shuffle: bool | None = None  # None: shuffle the train split, but not the validation split
     shuffle_seed: int | None = None  # None: the run's seed
-    # Rows that are shuffled together, read from 16 places of the data: shards in a store are then fetched about once in
-    # an epoch, though the cache holds few of them. None: all rows.
+    # Number of rows to shuffle together, read from 16 places in the data. Shards in a store are then fetched about once
+    # per epoch, even if the cache holds few of them. None: all rows.
     shuffle_block_size: int | None = Field(default=None, ge=16)
     cache_dir: LocalPath | None = None  # None: $LLMFOUNDRY_CACHE, or ~/.cache/llmfoundry
-    # Of files that are fetched from elsewhere, the bytes that are kept here, e.g. 50gb; None: 100gb.
+    # maximum size of the local cache of remote files, e.g. 50gb; None: 100gb
     cache_limit: Annotated[int | str | None, AfterValidator(_a_size)] = None
 
     def build(self) -> Source:
@@ -286,10 +286,10 @@ class SyntheticConfig(DatasetConfig, names=("synthetic",)):
     A model that knows the rule needs 1.74 bits per word; one that knows only the words, log2(vocab_size).
     """
 
-    vocab_size: int = Field(default=64, ge=2, le=10**6)  # different words
-    n_documents: int = Field(default=2000, ge=1, le=10**8)  # both splits together
-    document_words: int = Field(default=200, ge=1, le=10**6)  # words of one document
-    seed: int = 0  # of the rule and of the text
+    vocab_size: int = Field(default=64, ge=2, le=10**6)  # number of different words
+    n_documents: int = Field(default=2000, ge=1, le=10**8)  # documents in both splits together
+    document_words: int = Field(default=200, ge=1, le=10**6)  # words per document
+    seed: int = 0  # seed of the rule and of the text
 
     def build(self) -> Source:
         settings = (self.vocab_size, self.n_documents, self.document_words, self.seed)

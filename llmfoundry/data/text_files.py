@@ -48,8 +48,9 @@ class TextFilesConfig(TextsConfig, names=("text_files",)):
     """
 
     path: DataPath  # a folder, a glob or one file; also a URL: s3://bucket/folder
-    text_key: str = "text"  # the column of a table that holds the text; `doc.text` for a nested one
-    skip_bad_rows: int = Field(default=0, ge=0)  # rows without a readable text that are skipped, counted and reported
+    text_key: str = "text"  # the text column of tables; `doc.text` for a nested one
+    # number of unreadable rows to skip, count and report before the data is refused
+    skip_bad_rows: int = Field(default=0, ge=0)
 
     def heap(self) -> str:
         return self.path if is_url(self.path) else os.path.realpath(self.path)

@@ -12,8 +12,8 @@ from llmfoundry.data.sources import DatasetConfig, Source, fingerprint_of, gone_
 class TextsConfig(DatasetConfig):
     """Base of the datasets of the user's texts."""
 
-    dedup: bool = False  # keep only the first of equal documents
-    # `file.py:function` or `package.module:function`: takes a text and says whether it is kept.
+    dedup: bool = False  # keep only the first of identical documents
+    # `file.py:function` or `package.module:function`: takes a text and returns whether to keep it
     filter: str | None = None
 
     def build(self) -> Source:

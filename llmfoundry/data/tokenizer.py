@@ -48,12 +48,14 @@ class TokenizerConfig(Config):
     """`name: bpe` trains a tokenizer with `vocab_size` entries; any other name is a local folder or a hub id."""
 
     name: str = "bpe"  # bpe, a local folder, or a hub id
-    vocab_size: int | None = Field(default=None, ge=257, le=10**6)  # bpe: 256 bytes, end of text, merges; None: 4096
-    kwargs: dict[str, str | int | float | bool | None] = {}  # to the tokenizer, e.g. {model_max_length: 2048}
-    # Open each document by the BOS token. None: as the checkpoint that the run begins from, or as the tokenizer does.
+    # for bpe: 256 bytes, end of text, merges; None: 4096
+    vocab_size: int | None = Field(default=None, ge=257, le=10**6)
+    kwargs: dict[str, str | int | float | bool | None] = {}  # arguments of the tokenizer, e.g. {model_max_length: 2048}
+    # Start each document with the BOS token. None: as in the checkpoint that the run starts from, or as the tokenizer
+    # does.
     add_bos: bool | None = None
-    # Read a special token that a text spells (`<|im_start|>`) as that token, not as characters. None: as the checkpoint
-    # that the run begins from; otherwise no, because a text is not trusted to end itself.
+    # Encode text that spells a special token (`<|im_start|>`) as that token, not as characters. None: as in the
+    # checkpoint that the run starts from; otherwise false, so that a text cannot end itself.
     parse_special_tokens: bool | None = None
 
     @model_validator(mode="after")

@@ -24,9 +24,9 @@ COMPOSITE = "icl/metrics/eval_gauntlet/"
 class Benchmark(Config):
     """A task with a number of few-shot examples."""
 
-    name: str  # label of the task
-    num_fewshot: int = Field(ge=0)  # which of the task's numbers of solved examples counts
-    random_baseline: float = Field(ge=0, lt=1)  # accuracy of guesses
+    name: str  # the task's label
+    num_fewshot: int = Field(ge=0)  # which of the task's numbers of solved examples to use
+    random_baseline: float = Field(ge=0, lt=1)  # accuracy of random guesses
 
     @property
     def task(self) -> str:
@@ -37,19 +37,20 @@ class Benchmark(Config):
 class Category(Config):
     """Benchmarks of one ability."""
 
-    name: str  # of the average in the metrics
+    name: str  # name in the metrics
     benchmarks: list[Benchmark] = Field(min_length=1)  # tasks of icl_tasks, by label
 
 
 class GauntletConfig(Config):
     """The YAML's `eval_gauntlet`."""
 
-    # Of the benchmarks of a category: the same for all, rows of the data, or log2 of them.
+    # Weights of a category's benchmarks: equal, by the number of rows, or by its log2
     weighting: Literal["EQUAL", "SAMPLE_SZ", "LOG_SAMPLE_SZ"] = "EQUAL"
-    subtract_random_baseline: bool = True  # take away what guessing would score
+    subtract_random_baseline: bool = True  # subtract the accuracy of random guesses
     rescale_accuracy: bool = True  # divide by 1 - random_baseline
-    categories: list[Category]  # each has an average of its own
-    averages: dict[str, list[str]] | None = None  # of categories, by name; None: default_average, of all
+    categories: list[Category]  # each category gets a score
+    # lists of categories, by the average's name; None: default_average, over all categories
+    averages: dict[str, list[str]] | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -42,23 +42,24 @@ class TaskConfig(Choice, tag="icl_task_type"):
     METRICS: ClassVar[tuple[str, ...]]  # that this kind has; the first is the default
     CONTEXT: ClassVar[str] = "context"  # the field with the question
 
-    icl_task_type: str  # how a question is put and scored
-    label: str  # of its metrics: metrics/LABEL/N-shot/METRIC
-    # A file of JSON lines, relative to the current folder or the YAML's; or hf://NAME of a dataset. Without one a run
-    # can be planned.
+    icl_task_type: str  # how questions are asked and scored
+    label: str  # name in metrics: metrics/LABEL/N-shot/METRIC
+    # A JSON lines file, relative to the current folder or the YAML's folder; or hf://NAME of a dataset. It is not
+    # needed to plan a run.
     dataset_uri: str | None = None
-    num_fewshot: list[int]  # solved examples before the question; each number is evaluated
-    metric_names: list[str] = []  # empty: the accuracy of its kind
-    batch_size: int | None = Field(default=None, gt=0)  # rows of a forward on one rank; None: device_eval_batch_size
-    max_seq_len: int | None = Field(default=None, gt=0)  # tokens of a row; None: icl_seq_len
-    fewshot_random_seed: int = 1234  # picks the solved examples
-    prompt_string: str = ""  # before everything else
-    example_delimiter: str = "\n"  # between examples
-    continuation_delimiter: str = " "  # between a question and its answer
-    question_prelimiter: str = ""  # before each question
-    has_categories: bool = False  # rows have a `category`, and each one is a task of its own
-    hf_loading_vars: dict[str, str | int | bool | None] = {}  # of a dataset: to load_dataset, e.g. {split: test}
-    hf_parsing_map: dict[str, list[str]] = {}  # of a dataset: for each field the columns that make it
+    num_fewshot: list[int]  # numbers of solved examples before the question; each is evaluated
+    metric_names: list[str] = []  # empty: the accuracy of the task's type
+    batch_size: int | None = Field(default=None, gt=0)  # rows per forward on one rank; None: device_eval_batch_size
+    max_seq_len: int | None = Field(default=None, gt=0)  # tokens per row; None: icl_seq_len
+    fewshot_random_seed: int = 1234  # seed for drawing the solved examples
+    prompt_string: str = ""  # text before everything else
+    example_delimiter: str = "\n"  # text between examples
+    continuation_delimiter: str = " "  # text between a question and its answer
+    question_prelimiter: str = ""  # text before each question
+    has_categories: bool = False  # rows have a `category`; each category is scored as a task of its own
+    # for a hub dataset: arguments of load_dataset, e.g. {split: test}
+    hf_loading_vars: dict[str, str | int | bool | None] = {}
+    hf_parsing_map: dict[str, list[str]] = {}  # for a hub dataset: the columns that make up each field
 
     @model_validator(mode="before")
     @classmethod
@@ -234,9 +235,9 @@ class GenerationKwargs(Config):
     """`generation_kwargs`: texts are always the greedy ones."""
 
     max_new_tokens: int | None = Field(default=None, gt=0)  # None: the longest answer in the data
-    do_sample: Literal[False] = False  # always so: the likeliest token each time
-    num_beams: Literal[1] = 1  # always so
-    use_cache: bool = True  # accepted, without effect
+    do_sample: Literal[False] = False  # only false is supported: decoding is greedy
+    num_beams: Literal[1] = 1  # only 1 is supported
+    use_cache: bool = True  # accepted, without effect: the cache is always used
 
 
 class GenerationTaskConfig(TaskConfig, names=("generation_task_with_answers",)):
@@ -245,9 +246,9 @@ class GenerationTaskConfig(TaskConfig, names=("generation_task_with_answers",)):
 
     METRICS = (EXACT_MATCH,)
 
-    cot_delimiter: str = ""  # between a chain of thought and the answer
-    do_normalization: bool = True  # compare words in lower case, without articles and punctuation
-    early_stopping_criteria: list[str] | None = None  # texts that end an answer
+    cot_delimiter: str = ""  # text between a chain of thought and the answer
+    do_normalization: bool = True  # compare lower-case words, without articles and punctuation
+    early_stopping_criteria: list[str] | None = None  # strings that end an answer
     generation_kwargs: GenerationKwargs = GenerationKwargs()  # how answers are generated
 
     def answer(self, row: Row) -> str:

@@ -81,8 +81,8 @@ Place = Annotated[str, AfterValidator(place)]
 class GradientClipping(Config):
     """`algorithms.gradient_clipping`: scale all gradients so that their global L2 norm stays below a threshold."""
 
-    clipping_type: Literal["norm"] = "norm"  # of the global L2 norm
-    clipping_threshold: float = Field(1.0, gt=0)  # the largest norm that is left as it is
+    clipping_type: Literal["norm"] = "norm"  # clip by the global L2 norm
+    clipping_threshold: float = Field(1.0, gt=0)  # maximum norm
 
 
 class Algorithms(Config):
@@ -161,29 +161,32 @@ class RunConfig(Config):
         "report_to": "loggers",
     }
 
-    metadata: dict[str, str | int | float | bool | None] = {}  # of yours: kept in config.yaml, and given to loggers
-    run_name: str | None = None  # for loggers, and for {run_name} in paths; None: $RUN_NAME, or the save_folder's name
+    # your own values, kept in config.yaml and given to loggers
+    metadata: dict[str, str | int | float | bool | None] = {}
+    # name for loggers, and for {run_name} in paths; None: $RUN_NAME, or the save_folder's name
+    run_name: str | None = None
     code_paths: list[str] = []  # Python files that register plug-ins
-    seed: int = Field(17, ge=0, lt=2**63)  # of initial weights, order of the data and dropout
+    seed: int = Field(17, ge=0, lt=2**63)  # seed of initial weights, data order and dropout
     max_seq_len: int = Field(gt=0, le=2**31)  # tokens per row
 
     model: ModelConfig
     tokenizer: TokenizerConfig
     train_loader: LoaderConfig
     eval_loader: LoaderConfig | None = None  # text to evaluate on; a list is read as eval_loaders
-    eval_loaders: list[LoaderConfig] = []  # more of them, each with a label: metrics/eval/LABEL/...
+    eval_loaders: list[LoaderConfig] = []  # several loaders, each with a label: metrics/eval/LABEL/...
 
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig
-    loss: LossConfig = CrossEntropyConfig()  # or {name: dpo, beta: 0.1}, on preferences
-    algorithms: Algorithms = Algorithms()  # what is done to the gradients
-    # The length of the run; as a time by the clock (2h) that of all its processes, from the first step on
+    loss: LossConfig = CrossEntropyConfig()  # the default, or {name: dpo, beta: 0.1} on preferences
+    algorithms: Algorithms = Algorithms()  # gradient clipping
+    # Length of the run. A wall-clock time (2h) counts all processes of the run, from the first step.
     max_duration: Duration
-    # When this process ends at the latest: the run stops in time to save, and the same command continues it. None: at
-    # the end of the Slurm job, if there is one; 0s: no limit
+    # Latest end of this process: the run stops early enough to save, and the same command continues it. None: the end
+    # of the Slurm job, if there is one; 0s: no limit.
     time_limit: ClockTime | None = None
     global_train_batch_size: int = Field(gt=0, le=2**31)  # rows per step, over all ranks
-    # Rows of a forward; need not divide. auto: all of the rank's, and half as many each time that they do not fit.
+    # Rows per forward; need not divide the rank's rows. auto: all of the rank's rows, halved as long as they do not
+    # fit.
     device_train_microbatch_size: int | Literal["auto"] = "auto"
     max_skipped_steps: int = Field(
         10, ge=0
@@ -193,53 +196,57 @@ class RunConfig(Config):
     )  # of all steps, above max_skipped_steps: more than this is a failure (exit code 1)
 
     eval_interval: Duration = Duration.parse("1ep")  # 0ba: never
-    eval_first: bool = False  # also before the first step, as step 0
-    # Of device_eval_batch_size rows each, over all ranks together; -1: all the data
+    eval_first: bool = False  # also evaluate before the first step, as step 0
+    # number of batches of device_eval_batch_size rows, over all ranks together; -1: all data
     eval_subset_num_batches: int = 256
-    device_eval_batch_size: int = Field(16, gt=0, le=2**31)  # rows
-    # Tasks with few solved examples, at each evaluation: metrics/LABEL/N-shot/METRIC. A list, or a file that has one.
+    device_eval_batch_size: int = Field(16, gt=0, le=2**31)  # rows per forward in evaluation
+    # In-context learning tasks to run at each evaluation: metrics/LABEL/N-shot/METRIC. A list, or a file that contains
+    # one.
     icl_tasks: list[TaskConfig] = []
-    eval_gauntlet: GauntletConfig | None = None  # their summary: icl/metrics/eval_gauntlet/NAME. Or a file that has one
-    icl_seq_len: int = Field(1024, gt=1)  # tokens of a question with its examples: the beginning of a longer one goes
-    icl_subset_num_batches: int | None = Field(None, ge=-1)  # of each task, over all ranks together; None, -1: all
+    # Summary of the tasks: icl/metrics/eval_gauntlet/NAME. A block, or a file that contains one.
+    eval_gauntlet: GauntletConfig | None = None
+    icl_seq_len: int = Field(1024, gt=1)  # tokens of a question with its examples; longer ones lose their beginning
+    # batches per task, over all ranks together; None or -1: all
+    icl_subset_num_batches: int | None = Field(None, ge=-1)
 
     # auto: amp_bf16 on a GPU, fp32 on a CPU. amp_fp8: as amp_bf16, but experts and the linear layers of blocks multiply
-    # 8-bit floats (e4m3), with a scale for each row; it needs a GPU of compute capability 9.0 (Hopper) or later
+    # 8-bit floats (e4m3) with one scale per row; needs a GPU of compute capability 9.0 (Hopper) or later.
     precision: Precision | Literal["auto"] = "auto"
     parallel: ParallelConfig = ParallelConfig()
-    dist_timeout: float = Field(600.0, gt=0)  # seconds until a collective fails that some rank does not join
-    # The same after the first step, which compiles and connects; None: dist_timeout. What one rank does alone while
-    # others wait, such as an export, has to fit
+    dist_timeout: float = Field(600.0, gt=0)  # seconds after which a collective fails that some rank has not joined
+    # The same after the first step, which compiles and connects; None: dist_timeout. It must cover what one rank does
+    # alone while others wait, such as an export.
     step_timeout: ClockTime | None = None
-    # Without a step, evaluation batch or save for so long, each rank writes its stacks to hang-rank-N.txt and exits
-    # with 1; 0s: never. None: 0.8 of the collectives' timeout within a step, else (first step, saves, callbacks) 30min
+    # If no step, evaluation batch or save ends for this long, each rank writes its stacks to hang-rank-N.txt and exits
+    # with 1; 0s: never. None: 0.8 of the collectives' timeout within a step, otherwise (first step, saves, callbacks)
+    # 30min.
     hang_timeout: ClockTime | None = None
 
-    # A folder, or a URL of a store (s3://, gs://, hf://, ...) to upload to beside training; `{run_name}` is filled in
+    # a folder, or a URL in a store (s3://, gs://, hf://, ...) to upload to; `{run_name}` is filled in
     save_folder: Place
-    save_interval: Duration = Duration.parse("1ep")  # 0ba: only at the end
-    save_num_checkpoints_to_keep: int = -1  # the newest; -1: all
-    keep_every: Duration = Duration.parse("0ba")  # also saved, and never deleted; 0ba: none
-    # A thread writes, and uploads, while the next steps run; auto: on GPUs, and to a store
+    save_interval: Duration = Duration.parse("1ep")  # interval between checkpoints; 0ba: only at the end
+    save_num_checkpoints_to_keep: int = -1  # number of newest checkpoints to keep; -1: all
+    keep_every: Duration = Duration.parse("0ba")  # interval of additional checkpoints that are never deleted; 0ba: none
+    # a thread writes and uploads while the next steps run; auto: on GPUs, and to a store
     save_async: bool | Literal["auto"] = "auto"
-    save_failures_allowed: int = Field(3, ge=0)  # saves that fail in a row before the run stops with an error
-    save_frozen_weights: bool = False  # with model.lora: also the weights that load_path brought and nothing changes
+    save_failures_allowed: int = Field(3, ge=0)  # number of consecutive failed saves before the run stops with an error
+    save_frozen_weights: bool = False  # with model.lora: also save the frozen weights that load_path provided
     autoresume: bool = False  # continue from the newest checkpoint in save_folder, if there is one
-    # A checkpoint of ours, in a folder or at a URL; for weights alone also hf:<folder or hub id>, or Composer's FILE.pt
-    # or sharded folder
+    # A checkpoint in a folder or at a URL. For weights only, also hf:<folder or hub id>, or Composer's FILE.pt or
+    # sharded folder.
     load_path: str | None = None
-    load_weights_only: bool = False  # start a new run from its weights instead of continuing it
-    # What may differ from the checkpoint although it changes what its state means: tokenizer, data, or full keys, e.g.
-    # [data, seed, model.attn_config.rope_theta]. With other data, seed or max_seq_len, rows are counted from the first.
+    load_weights_only: bool = False  # start a new run from the checkpoint's weights instead of continuing its run
+    # What may differ from the checkpoint although it changes the meaning of its state: tokenizer, data, or full keys,
+    # e.g. [data, seed, model.attn_config.rope_theta]. With other data, seed or max_seq_len, rows are counted from the
+    # first.
     load_allow: list[str] = []
 
-    # Monitors and more, {NAME: {its keys}}; a body may be empty.
+    # Monitors and other callbacks, {NAME: {keys}}; the keys may be left out.
     callbacks: keyed(CallbackConfig) = {}  # type: ignore[valid-type]
-    # Where metrics go besides metrics.jsonl, {NAME: {its keys}}
-    loggers: keyed(LoggerConfig) = {}  # type: ignore[valid-type]
-    progress_bar: bool = True  # on a terminal, a live view below the lines; false: lines alone
-    log_to_console: bool = True  # false: no lines and no view
-    console_log_interval: Duration = Duration.parse("1ba")  # between two lines
+    loggers: keyed(LoggerConfig) = {}  # type: ignore[valid-type]  # Loggers besides metrics.jsonl, {NAME: {keys}}
+    progress_bar: bool = True  # on a terminal, show a live view below the lines; false: only lines
+    log_to_console: bool = True  # false: print neither lines nor the live view
+    console_log_interval: Duration = Duration.parse("1ba")  # interval between lines
 
     _environment: dict[str, FromEnvironment] = PrivateAttr(default_factory=dict)
 

@@ -40,12 +40,14 @@ Betas = Annotated[list[Beta], Field(min_length=2, max_length=2)]
 class ParamGroup(Config):
     """What is other for the parameters that match; what is left out is the optimizer's."""
 
-    param_str_match: Pattern  # a regular expression, looked for in parameters' names
-    lr: float | None = Field(None, gt=0)  # None: the optimizer's
-    weight_decay: float | None = Field(None, ge=0)  # given, it is for norms and biases of the group too
+    param_str_match: Pattern  # a regular expression that is searched in parameter names
+    lr: float | None = Field(None, gt=0)  # None: the optimizer's lr
+    # None: the optimizer's; if set, it also applies to norms and biases of the group
+    weight_decay: float | None = Field(None, ge=0)
     betas: Betas | None = None  # None: the optimizer's
     eps: float | None = Field(None, gt=0)  # None: the optimizer's
-    algorithm: Literal["muon", "adamw"] | None = None  # with name: muon; None: muon for matrices inside of blocks
+    # with name: muon; None: muon for matrices inside blocks, otherwise adamw
+    algorithm: Literal["muon", "adamw"] | None = None
 
 
 class Member(NamedTuple):

@@ -24,9 +24,9 @@ from llmfoundry.train.optim import GroupedOptimizerConfig
 class DecoupledLionWConfig(GroupedOptimizerConfig, names=("decoupled_lionw",)):
     """Each step takes `(lr / initial_lr) * weight_decay` of the weight away, and `lr` times a sign."""
 
-    lr: float = Field(1.0e-4, gt=0)  # the highest learning rate; the scheduler multiplies it
-    betas: Betas = [0.9, 0.99]  # of the update's direction, and of the momentum
-    weight_decay: float = Field(0.0, ge=0)  # each step takes (lr / initial lr) * weight_decay of the weight away
+    lr: float = Field(1.0e-4, gt=0)  # highest learning rate; the scheduler multiplies it
+    betas: Betas = [0.9, 0.99]  # interpolation of the update's direction, and decay of the momentum
+    weight_decay: float = Field(0.0, ge=0)  # each step subtracts (lr / initial lr) * weight_decay * weight
 
     @property
     def state_bytes(self) -> int:

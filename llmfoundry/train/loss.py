@@ -148,7 +148,7 @@ def _of_chosen(sequences: Batch) -> Batch:
 class LossConfig(Choice, tag="name"):
     """Root of the losses: the YAML's `loss`."""
 
-    name: str = "cross_entropy"  # which loss
+    name: str = "cross_entropy"  # the loss
 
     @property
     def pairs(self) -> bool:
@@ -174,7 +174,7 @@ class CrossEntropyConfig(LossConfig, names=("cross_entropy",)):
 class DPOConfig(LossConfig, names=("dpo",)):
     """Preferences. With `model.lora` the reference is the model without adapters; else a frozen copy of load_path."""
 
-    beta: float = Field(0.1, gt=0)  # how strongly the model is held to the reference
+    beta: float = Field(0.1, gt=0)  # strength of the pull towards the reference model
 
     @property
     def pairs(self) -> bool:

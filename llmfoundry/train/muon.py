@@ -52,16 +52,17 @@ class MuonConfig(AdamWConfig, names=("muon",)):
     """
 
     momentum: float = Field(0.95, ge=0, lt=1)  # decay of the momentum
-    nesterov: bool = True  # the direction is that of the momentum one step ahead
+    nesterov: bool = True  # use the momentum one step ahead as the direction
     ns_steps: int = Field(5, ge=1, le=20)  # Newton-Schulz iterations
-    ns_dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of their products; auto: bf16 on GPUs, fp32 on CPUs
-    # What lr is multiplied by for a matrix. match_rms_adamw: 0.2 sqrt(max(rows, columns)), with which AdamW's lr and
-    # weight_decay fit. original: sqrt(max(1, rows / columns)). The words are those of torch.optim.Muon.
+    # dtype of their matrix products; auto: bf16 on GPUs, fp32 on CPUs
+    ns_dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    # Factor on lr for a matrix, named as in torch.optim.Muon. match_rms_adamw: 0.2 sqrt(max(rows, columns)), so that
+    # AdamW's lr and weight_decay fit. original: sqrt(max(1, rows / columns)).
     adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
-    adamw_lr: float | None = Field(None, gt=0)  # for what AdamW updates; None: lr
-    weight_decay: float = Field(0.1, ge=0)  # each step takes lr * weight_decay of the weight away
+    adamw_lr: float | None = Field(None, gt=0)  # lr of the parameters that AdamW updates; None: lr
+    weight_decay: float = Field(0.1, ge=0)  # each step subtracts lr * weight_decay * weight
 
-    state_dtype: Literal["fp32", "bf16"] = "fp32"  # of the momentum, and of AdamW's moments
+    state_dtype: Literal["fp32", "bf16"] = "fp32"  # dtype of the momentum and of AdamW's moments
 
     @property
     def state_bytes(self) -> int:

@@ -33,8 +33,8 @@ _EMBEDDING = re.compile(r"(^|\.)(wte|wpe)\.weight$")
 class OptimizerConfig(Choice, tag="name"):
     """Family root: `optimizer: {name: decoupled_adamw, lr: 3.0e-4, weight_decay: 1.0e-5}`."""
 
-    name: str  # the kind of optimizer
-    lr: float = Field(gt=0)  # the highest learning rate; the scheduler multiplies it
+    name: str  # the optimizer
+    lr: float = Field(gt=0)  # highest learning rate; the scheduler multiplies it
 
     @property
     def state_bytes(self) -> int:
@@ -69,14 +69,16 @@ class GroupedOptimizerConfig(OptimizerConfig):
 
     betas: Betas
     weight_decay: float = Field(ge=0)
-    # How weights are kept. fp32: 4 bytes per parameter, and casts or copies of them to compute with. fp32_split: the
-    # same numbers, as the bf16 that is computed with and the other 16 bits, 4 bytes in all. bf16_sr: 2 bytes, rounded
-    # at random so that small changes add up. auto: fp32_split where weights are computed with in bf16, without
-    # cpu_offload and adapters; else fp32.
+    # How weights are stored. fp32: 4 bytes per parameter, cast or copied for computing. fp32_split: the same values as
+    # a bf16 for computing and the other 16 bits, 4 bytes in total. bf16_sr: 2 bytes with stochastic rounding, so that
+    # small changes add up. auto: fp32_split if weights are computed with in bf16, without cpu_offload and adapters;
+    # otherwise fp32.
     master_weights: Literal["auto", "fp32", "fp32_split", "bf16_sr"] = "auto"
-    decay_embeddings: bool = True  # whether weight decay is for embeddings too
-    param_groups: list[ParamGroup] = []  # [{param_str_match: REGEX, lr: ..., weight_decay: ...}]
-    disable_grad: Pattern | list[Pattern] = []  # names of parameters that are not trained: REGEX, or a list
+    decay_embeddings: bool = True  # apply weight decay to embeddings too
+    # settings for some parameters: [{param_str_match: REGEX, lr: ..., weight_decay: ...}]
+    param_groups: list[ParamGroup] = []
+    # parameters that are not trained: a regular expression on their names, or a list
+    disable_grad: Pattern | list[Pattern] = []
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -141,11 +143,11 @@ class AdamWConfig(GroupedOptimizerConfig, names=("adamw",)):
     Source: Loshchilov & Hutter 2017, Decoupled Weight Decay Regularization, arXiv:1711.05101.
     """
 
-    betas: Betas = [0.9, 0.95]  # decay of the two moments
-    eps: float = Field(1.0e-8, gt=0)  # added to the root of the second moment
-    weight_decay: float = Field(0.01, ge=0)  # each step takes lr * weight_decay of the weight away
-    # How the moments are kept: 8 bytes per parameter; 4, or 2 for matrices, rounded at random so that small changes
-    # add up.
+    betas: Betas = [0.9, 0.95]  # decay rates of the two moments
+    eps: float = Field(1.0e-8, gt=0)  # added to the square root of the second moment
+    weight_decay: float = Field(0.01, ge=0)  # each step subtracts lr * weight_decay * weight
+    # Storage of the moments. fp32: 8 bytes per parameter; bf16: 4; int8: 2 for matrices. bf16 and int8 use stochastic
+    # rounding, so that small changes add up.
     state_dtype: Literal["fp32", "bf16", "int8"] = "fp32"
 
     @property
@@ -177,7 +179,7 @@ class DecoupledAdamWConfig(AdamWConfig, names=("decoupled_adamw",)):
     usual.
     """
 
-    weight_decay: float = Field(1.0e-5, ge=0)  # each step takes (lr / initial lr) * weight_decay of the weight away
+    weight_decay: float = Field(1.0e-5, ge=0)  # each step subtracts (lr / initial lr) * weight_decay * weight
 
     def settings(self, model: nn.Module) -> list[dict[str, object]]:
         found = super().settings(model)

@@ -39,10 +39,10 @@ class Schedule:
 class SchedulerConfig(Choice, tag="name"):
     """Family root: `scheduler: {name: cosine_with_warmup, t_warmup: 100ba, alpha_f: 0.1}`."""
 
-    name: str  # the shape of the curve
-    t_warmup: Duration = Duration.parse("0ba")  # the learning rate rises from 0
-    t_max: Duration = Duration.parse("1dur")  # where the curve ends
-    composer_step: bool = False  # one step late, as Composer is
+    name: str  # shape of the schedule
+    t_warmup: Duration = Duration.parse("0ba")  # length of the linear warm-up from 0
+    t_max: Duration = Duration.parse("1dur")  # end of the schedule
+    composer_step: bool = False  # apply each value one step late, as Composer does
 
     def build(self, timeline: Timeline) -> Schedule:
         """The schedule of a run.
@@ -72,7 +72,7 @@ class SchedulerConfig(Choice, tag="name"):
 class ConstantConfig(SchedulerConfig, names=("constant_with_warmup",)):
     """Warm-up to `alpha`, then constant."""
 
-    alpha: float = Field(1.0, ge=0)  # times the optimizer's lr, after warm-up
+    alpha: float = Field(1.0, ge=0)  # factor on the optimizer's lr after warm-up
 
     def _curve(self, timeline: Timeline) -> Schedule:
         warmup, _ = self._warmup_and_end(timeline)
@@ -82,8 +82,8 @@ class ConstantConfig(SchedulerConfig, names=("constant_with_warmup",)):
 class LinearConfig(SchedulerConfig, names=("linear_decay_with_warmup",)):
     """Warm-up to `alpha_i`, then a straight line to `alpha_f` at `t_max`."""
 
-    alpha_i: float = Field(1.0, ge=0)  # times the optimizer's lr, after warm-up
-    alpha_f: float = Field(0.0, ge=0)  # times the optimizer's lr, at the end
+    alpha_i: float = Field(1.0, ge=0)  # factor on the optimizer's lr after warm-up
+    alpha_f: float = Field(0.0, ge=0)  # factor on the optimizer's lr at the end
 
     def _curve(self, timeline: Timeline) -> Schedule:
         warmup, end = self._warmup_and_end(timeline)
@@ -100,7 +100,7 @@ class CosineConfig(SchedulerConfig, names=("cosine_with_warmup",)):
     Source: Loshchilov & Hutter 2016, SGDR, arXiv:1608.03983.
     """
 
-    alpha_f: float = Field(0.0, ge=0)  # times the optimizer's lr, at the end
+    alpha_f: float = Field(0.0, ge=0)  # factor on the optimizer's lr at the end
 
     def _curve(self, timeline: Timeline) -> Schedule:
         warmup, end = self._warmup_and_end(timeline)
@@ -117,10 +117,10 @@ class InverseSquareRootConfig(SchedulerConfig, names=("inv_sqrt_with_warmup",)):
     The last `t_cooldown` before `t_max` is a straight line from there to `alpha_f_cooldown`.
     """
 
-    t_scale: Duration  # time in which the curve falls to 1 / sqrt(2) after warm-up
-    t_cooldown: Duration = Duration.parse("0ba")  # length of the straight line at the end
-    alpha_f_decay: float = Field(0.0, ge=0)  # times the optimizer's lr: what the curve tends to
-    alpha_f_cooldown: float = Field(0.0, ge=0)  # times the optimizer's lr, at the end
+    t_scale: Duration  # time after warm-up in which the factor falls to 1 / sqrt(2)
+    t_cooldown: Duration = Duration.parse("0ba")  # length of the linear decay at the end
+    alpha_f_decay: float = Field(0.0, ge=0)  # limit of the factor on the optimizer's lr
+    alpha_f_cooldown: float = Field(0.0, ge=0)  # factor on the optimizer's lr at the end
 
     def _curve(self, timeline: Timeline) -> Schedule:
         warmup, end = self._warmup_and_end(timeline)
@@ -149,8 +149,8 @@ class WarmupStableDecayConfig(SchedulerConfig, names=("wsd",)):
     """
 
     t_decay: Duration  # length of the decay at the end
-    alpha_f: float = Field(0.0, ge=0)  # times the optimizer's lr, at the end
-    decay: Literal["linear", "1-sqrt"] = "linear"  # its shape
+    alpha_f: float = Field(0.0, ge=0)  # factor on the optimizer's lr at the end
+    decay: Literal["linear", "1-sqrt"] = "linear"  # shape of the decay
 
     def _curve(self, timeline: Timeline) -> Schedule:
         warmup, end = self._warmup_and_end(timeline)
