@@ -17,7 +17,7 @@ from llmfoundry.train.config import RunConfig
 from llmfoundry.train.duration import Duration, Interval
 from llmfoundry.train.run import EVALUATED
 
-# Composer's own default for LanguageCrossEntropy is "greater", which would stop a run that learns.
+# Composer's default for LanguageCrossEntropy is "greater", which would stop a run that learns.
 _LOWER_IS_BETTER = ("loss", "error", "perplexity", "entropy", "bits_per_byte", "/ce")
 _PERPLEXITY, _ENTROPY = "LanguagePerplexity", "LanguageCrossEntropy"
 
@@ -72,10 +72,10 @@ class EarlyStopper(Callback):
         self.config = config
         self.best: float | None = None
         self.best_step = 0
-        self.best_seconds = 0.0  # of the run's clock
+        self.best_seconds = 0.0  # on the run's clock
 
     def fit_start(self, trainer: Run) -> None:
-        self._look(trainer)  # a run that ended so, started again
+        self._look(trainer)  # the run was restarted after it had stopped
 
     def step_end(self, trainer: Run, metrics: Metrics) -> None:
         value = metrics.get(self.config.key)

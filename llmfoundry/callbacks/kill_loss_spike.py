@@ -36,10 +36,10 @@ class KillLossSpike(Callback):
         self.config = config
         self.window: deque[float] = deque()
         self.cap = config.loss_cap
-        self.outliers = 0  # in a row
+        self.outliers = 0  # consecutive ones
 
     def fit_start(self, trainer: Run) -> None:
-        total = trainer.timeline.expected_steps(trainer.state.step)  # None in a run by the clock
+        total = trainer.timeline.expected_steps(trainer.state.step)  # None for a run with a time limit
         share = round((total or 0) * WINDOW_SHARE)
         self.window = deque(self.window, maxlen=self.config.window_size or max(LEAST_WINDOW, share))
 

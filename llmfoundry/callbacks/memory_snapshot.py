@@ -55,7 +55,7 @@ class MemorySnapshot(Callback):
     def __init__(self, config: MemorySnapshotConfig) -> None:
         self.config = config
         self._recording = False
-        self._request, self._asked, self._looked = Path(), 0.0, 0.0  # the file, its last time, when that was read
+        self._request, self._asked, self._looked = Path(), 0.0, 0.0  # the file, its mtime, the last check
 
     def fit_start(self, trainer: Run) -> None:
         if trainer.device.type != "cuda":

@@ -22,10 +22,10 @@ from torch.profiler import record_function
 from llmfoundry.moe.layer import MoE
 from llmfoundry.train.run import STEP
 
-SCOPE = "part: "  # before the name of a part, in the trace
+SCOPE = "part: "  # prefix of part names in the trace
 BACKWARD = "autograd::engine::evaluate_function"
 OTHER, IDLE, COMMUNICATION, DENSE = "other", "idle", "communication", "dense feed-forward"
-# By the name of a module in its parent.
+# Parts by a module's name in its parent.
 MODULES = {
     "attn": "attention",
     "self_attn": "attention",
@@ -70,7 +70,7 @@ class Line(NamedTuple):
 
     part: str
     milliseconds: float  # per step
-    share: float  # of the step
+    share: float  # fraction of the step
 
 
 class Span(NamedTuple):
@@ -156,7 +156,7 @@ class Chains:
     """Looks up the callers of an event, and the forward that a backward belongs to."""
 
     def __init__(self, cpu: Sequence[FunctionEvent]) -> None:
-        self._forward: dict[int, str] = {}  # the last event with a number makes the node that has it
+        self._forward: dict[int, str] = {}  # the last forward event with a sequence number creates its autograd node
         for event in sorted(cpu, key=lambda event: event.time_range.start):
             names = names_of(event)
             scope = next((name for name in names if name.startswith(SCOPE)), None)

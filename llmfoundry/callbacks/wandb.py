@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import wandb
 
 OFFLINE = "or log without an account: WANDB_MODE=offline before the command"
-RUN_ID = "wandb-run-id"  # a file in the save_folder
+RUN_ID = "wandb-run-id"  # name of a file in the save_folder
 
 
 class WandbConfig(LoggerConfig, names=("wandb",)):
@@ -47,7 +47,7 @@ class WandbConfig(LoggerConfig, names=("wandb",)):
 
     def is_online(self) -> bool:
         """Whether an account is needed."""
-        import wandb  # slow to import, and not everyone's
+        import wandb  # slow to import, and optional
 
         return (self.mode or wandb.setup().settings.mode) not in ("offline", "dryrun", "disabled")
 
@@ -106,7 +106,7 @@ class Wandb(Callback):
         if self.run is not None:
             import wandb
 
-            # Before the metrics of the same step, which complete it.
+            # Before the metrics of the same step, whose logging completes it.
             self.run.log(
                 {table.name: wandb.Table(columns=list(table.columns), data=table.rows)},
                 step=trainer.state.step,

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
-MOST_BYTES = 2**23  # of a request
+MOST_BYTES = 2**23  # maximum size of a request
 _REASONS = {"stop": "stop", "length": "length", "interrupted": "stop"}
 Json = dict[str, object]
 
@@ -99,7 +99,7 @@ def _policy(page: bytes) -> str:
 
 class _Handler(BaseHTTPRequestHandler):
     server: Server
-    began = False  # whether a status is sent
+    began = False  # whether the status has been sent
 
     def do_GET(self) -> None:
         if not self._allowed():
@@ -133,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
         except ConfigError as error:
             self._refuse(400, str(error))
         except ConnectionError:
-            self.close_connection = True  # the client has left
+            self.close_connection = True  # the client has disconnected
         except Exception as error:
             self._refuse(500, f"{type(error).__name__}: see the server's terminal")
             raise

@@ -55,7 +55,7 @@ def convert_main(argv: Sequence[str] | None = None) -> None:
     grow_.add_argument("plan", nargs="+", metavar="key=value", help="moe_num_experts=8 moe_top_k=2 granularity=1 ...")
     args = parser.parse_args(convert_words(argv))
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on two shared cores, two threads copied 2 to 4 times more slowly
+    torch.set_num_threads(1)  # on two shared cores, two threads copied 2 to 4 times slower
     try:
         _convert(args)
     finally:

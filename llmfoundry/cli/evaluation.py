@@ -60,7 +60,7 @@ class Results(NamedTuple):
     """The scores of one model."""
 
     scores: dict[str, Score]
-    composites: dict[str, float]  # of the gauntlet
+    composites: dict[str, float]  # gauntlet scores
 
 
 def evaluate_by_tasks(checkpoint: str, overrides: list[str], keys: Sequence[str], options: TaskOptions) -> None:
@@ -150,7 +150,7 @@ def _evaluated(ready: Ready, settings: TaskSettings, options: TaskOptions) -> Re
     if options.apply_chat_template:
         if ready.tokenizer.chat_template is None:
             raise ConfigError("--apply-chat-template: the tokenizer has no chat template, so this may be a base model")
-        special = special._replace(parse=True)  # a template writes special tokens
+        special = special._replace(parse=True)  # templates write special tokens
     reader = Reader(ready.tokenizer, special)
     rank, world = ready.mesh.data_rank, ready.mesh.data_ranks
     if options.tasks:

@@ -30,12 +30,12 @@ from llmfoundry.train.run_tokenizer import with_rule_of
 
 log = logging.getLogger(__name__)
 
-# Keys of theirs that change no value here.
+# LLM Foundry keys that do not affect results here.
 _GONE = (
     "seed", "run_name", "fsdp_config", "python_log_level", "log_config", "console_log_interval", "metadata",
     "dist_timeout", "callbacks", "loggers", "eval_subset_num_batches",
 )  # fmt: skip
-VARIABLES = ("model_name_or_path", "tokenizer_name")  # of the top level, that only serve `${...}`
+VARIABLES = ("model_name_or_path", "tokenizer_name")  # top-level keys that only serve `${...}`
 _GONE_OF_MODELS = (
     "name", "pretrained", "init_device", "use_auth_token", "trust_remote_code", "use_flash_attention_2",
     "attn_implementation", "use_train_metrics", "additional_train_metrics",
@@ -158,7 +158,7 @@ def translated(data: dict[str, object]) -> dict[str, object]:
     if "max_seq_len" in data:
         data.setdefault("icl_seq_len", data["max_seq_len"])
         del data["max_seq_len"]
-    if "model" in data:  # one model, in the words of training
+    if "model" in data:  # a single model, with the keys of a training YAML
         if "models" in data:
             raise ConfigError("model: models is also given; keep one")
         one = {key: data.pop(key) for key in ("model", "tokenizer", "load_path", "model_name") if key in data}
@@ -180,7 +180,7 @@ def _model(where: str, entry: object) -> object:
     if model.get("name") == "hf_causal_lm":
         return _hugging_face(where, entry, dict(model))
     try:
-        # The parts of a run that have nothing to do with the model are there only for their words to be accepted.
+        # The other parts of the run are only there so that `translate` accepts the keys of the model.
         ours = translate({"model": model, "run_name": "eval", "save_folder": "eval"})[0]["model"]
         assert isinstance(ours, dict)
         return entry | {"model": check(ModelConfig, ours, f"{where}.model")}

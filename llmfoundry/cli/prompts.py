@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Row = dict[str, object]  # `prompt`, a text, or `messages`, a conversation; and what else the line holds
+Row = dict[str, object]  # `prompt`, a text, or `messages`, a conversation; and the line's other fields
 
 
 def read_prompts(path: Path) -> list[Row]:

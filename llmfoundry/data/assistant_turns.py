@@ -16,11 +16,11 @@ from typing import NamedTuple
 from llmfoundry.data.conversations import Message
 
 Span = tuple[int, int]  # in characters
-Render = Callable[[Sequence[Message], bool], str]  # of messages, and whether the assistant's turn is opened at the end
+Render = Callable[[Sequence[Message], bool], str]  # takes messages, and whether to open the assistant's turn at the end
 
-# Words that no conversation says: they have no letter in common, and no template trims or splits them.
+# Texts that occur in no conversation: they have no letter in common, and no template trims or splits them.
 _PROBES = ("\u16a0\u16a2\u16a6", "\u16b1\u16b2\u16b7")
-# An answer may begin with a thought, which some templates open together with the turn. The thought is learned.
+# An answer may start with a thought, which some templates open together with the turn. The thought is learned.
 _THOUGHT = re.compile(r"<think>\s*(</think>\s*)?\Z")
 
 
@@ -93,7 +93,7 @@ class Turns:
         speaking = [i for i, message in enumerate(messages) if is_answer(message)]
         found: dict[int, list[Span]] = {}
         left = list(spans)
-        row: list[int] = []  # turns of the assistant with no other message between them
+        row: list[int] = []  # consecutive turns of the assistant
         for turn in reversed(speaking):
             row.insert(0, turn)
             if turn - 1 in speaking:
@@ -121,7 +121,7 @@ class Turns:
     def _inside(self, messages: Sequence[Message], text: str, turn: int) -> Span | None:
         own = self.content(messages, text, turn)
         start = self._start(messages, text, turn)
-        if own is None or start is None or start > own.start:  # what opens the turn is there with every content
+        if own is None or start is None or start > own.start:  # the opening of the turn does not depend on its content
             return None
         end = self._end(messages, text, turn, own.after)
         return (start, end) if end is not None and start <= end else None
@@ -137,7 +137,7 @@ class Turns:
         opening, closing = (self._after(messages[:turn], turn - 1, prompt) for prompt in (True, False))
         opening = _THOUGHT.sub("", opening)
         n = _common(asked.after, opening)
-        if n < len(opening):  # it goes on with what may begin an answer, such as an empty thought
+        if n < len(opening):  # followed by what an answer may start with, such as an empty thought
             n = self._cut(opening, n)
             closing = closing.removesuffix(self._eos)
         if n < len(opening) and n <= len(closing):
@@ -152,7 +152,7 @@ class Turns:
         """
         closing = self._after(messages[: turn + 1], turn, False)
         closings = [closing, closing.removesuffix(self._eos)]
-        # Another special token may stand for the last one: gpt-oss ends a conversation with one of its own.
+        # The last special token may differ: gpt-oss ends a conversation with one of its own.
         last = next((each for each in self._special if closing.endswith(each)), None)
         if last is not None:
             closings += [closing.removesuffix(last) + each for each in self._special]

@@ -118,7 +118,7 @@ class ChatRows(Rows):
         assert out.positions is not None
         out.tokens[i], out.labels[i], out.positions[i] = self.eos_token_id, IGNORE, 0
         if out.documents is not None:
-            out.documents[i] = 0  # what fills the row
+            out.documents[i] = 0  # padding
         self.watch.check()
         if number >= self.n_rows:
             return

@@ -37,7 +37,7 @@ from llmfoundry.runtime import cache_root
 log = logging.getLogger(__name__)
 Made = TypeVar("Made")
 
-_READERS = ("json", "csv", "parquet")  # names under which `datasets` reads files
+_READERS = ("json", "csv", "parquet")  # the names under which `datasets` reads files
 _AT_LEAST = re.compile(r"length>=(\d+)")
 
 
@@ -134,7 +134,7 @@ class ChatsConfig(Folders, names=("chats",)):
         renderer = Renderer(tokenizer, targets, self._template(), how.special.bos)
         if tokenizer.chat_template is None:
             log.info("the tokenizer has no chat template; conversations are written in ChatML")
-        if not renderer.own:  # checkpoints and exports then carry the template that the model has learned
+        if not renderer.own:  # checkpoints and exports then include the template that the model was trained with
             tokenizer.chat_template = renderer.template
         encoder = Encoder(tokenizer, how.special).fingerprint()
         fingerprint = fingerprint_of(
@@ -212,7 +212,7 @@ class ChatsConfig(Folders, names=("chats",)):
             raise ConfigError(f"dataset.hf_name: {name}: needs datasets: pip install datasets") from None
         try:
             found = datasets.load_dataset(name, split=self.split, **self.hf_kwargs)
-        except Exception as error:  # the hub and its scripts fail in many ways
+        except Exception as error:  # the hub and dataset scripts raise many types
             why = " ".join(str(error).split())[:300]
             failed = ConfigError(f"dataset.hf_name: {name}: cannot be loaded: {type(error).__name__}: {why}")
             raise Gone(failed) from error

@@ -13,9 +13,9 @@ from typing import NamedTuple, cast
 from llmfoundry.data import functions
 from llmfoundry.data.tables import Row
 
-Message = dict[str, object]  # role, content, and what else the template reads
+Message = dict[str, object]  # role, content, and other fields that the template reads
 
-# ShareGPT's names of the speakers, in small letters.
+# ShareGPT's names of the speakers, in lowercase.
 _SPEAKERS = {
     "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant",
     "model": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "ai": "assistant",
@@ -23,7 +23,7 @@ _SPEAKERS = {
     "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool", "ipython": "tool",
 }  # fmt: skip
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-# Columns by which a format is known, in the order in which they are looked for.
+# Columns that identify a format, in the order in which they are checked.
 FORMATS = {
     "messages": ("messages",),
     "ShareGPT": ("conversations",),
@@ -40,7 +40,7 @@ class Conversation(NamedTuple):
 
     messages: list[Message]
     tools: list[Row] | None = None  # JSON schemas
-    template: Row = {}  # more arguments of the chat template
+    template: Row = {}  # further arguments of the chat template
 
 
 class Pair(NamedTuple):
@@ -153,7 +153,7 @@ def _tools(tools: object) -> list[Row] | None:
 def _turns(turns: object) -> list[Row]:
     if isinstance(turns, str):
         try:
-            turns = json.loads(turns)  # a cell of .csv, or a column of JSON
+            turns = json.loads(turns)  # a cell of a .csv file, or a JSON column
         except ValueError:
             raise ValueError(f"is a text, not a list of turns: {turns!r:.60}") from None
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):

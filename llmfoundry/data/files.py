@@ -31,16 +31,16 @@ from llmfoundry.config import ConfigError, ResourceError, is_url, reason
 from llmfoundry.data.provenance import Gone
 from llmfoundry.data.remote import Store
 
-# Endings of files, and how each kind is read: whole as one document, or as a table with a document per row.
+# File endings, and how each type is read: as one document, or as a table with a document per row.
 FORMATS = {
     ".txt": "text", ".jsonl": "lines", ".ndjson": "lines", ".json": "json", ".csv": "csv", ".tsv": "tsv",
     ".parquet": "parquet", ".md": "text",
 }  # fmt: skip
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")  # after any ending but .parquet
 KNOWN = f"{', '.join(FORMATS)}, compressed or not ({', '.join(COMPRESSIONS)})"
-LINE_BYTES = 2**26  # the longest line of .jsonl, or value of .json, that is read
-# Compressed text that unpacks to more than these many bytes and these many times its packed size is refused: text
-# shrinks by 3 to 20 times, and a bomb of 1 KB would take minutes to tokenise.
+LINE_BYTES = 2**26  # maximum length of a .jsonl line or .json value
+# Compressed text that unpacks to more than both limits is rejected: text shrinks by 3 to 20 times, and a 1 KB zip bomb
+# would take minutes to tokenize.
 TEXT_BYTES, TEXT_RATIO = 2**26, 200
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
@@ -48,7 +48,7 @@ UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 class Kind(NamedTuple):
     """How a file is read."""
 
-    ending: str  # without the compression's, in lower case
+    ending: str  # in lowercase, without that of the compression
     compression: str
 
     @property
@@ -60,11 +60,11 @@ class Kind(NamedTuple):
 class File(NamedTuple):
     """A file of a dataset, on this machine or elsewhere."""
 
-    path: Path  # here; of one elsewhere what is after `://`, for its ending and for messages
+    path: Path  # the local path; for remote files the part after `://`, for its ending and for messages
     size: int  # bytes
-    stamp: str  # changes with its contents
-    real: Path  # equal paths, equal files
-    remote: Callable[[], Path] | None = None  # fetches it
+    stamp: str  # changes when the contents change
+    real: Path  # equal for equal files
+    remote: Callable[[], Path] | None = None  # fetches the file
 
     def here(self) -> Path:
         """The file's path on this machine; a remote file is fetched first."""
@@ -75,7 +75,7 @@ class Found(NamedTuple):
     """The files below a path."""
 
     files: dict[str, File]  # by name relative to the folder, sorted
-    skipped: dict[str, list[str]]  # names of files that are not read, by their ending
+    skipped: dict[str, list[str]]  # names of files that are not read, by ending
 
 
 class Readable(Protocol):
@@ -134,7 +134,7 @@ def find(where: str, store: Store) -> Found:
     skipped: dict[str, list[str]] = defaultdict(list)
     for file in sorted(set(listed)):
         name = file.relative_to(root).as_posix()
-        if path.is_dir() and file.name.casefold() == "readme.md":  # about the data
+        if path.is_dir() and file.name.casefold() == "readme.md":  # describes the data
             skipped["README.md"].append(name)
         elif kind_of(file) is None:
             skipped[file.suffix.casefold() or "without ending"].append(name)
@@ -195,7 +195,7 @@ def said_of(skipped: dict[str, list[str]]) -> str:
 def _walk(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     """Yield the files below a folder; links to folders are followed."""
     real = folder.resolve()
-    if real in above:  # a link back up, to files that are listed already
+    if real in above:  # a link to a parent folder, whose files are already listed
         return
     try:
         inside = sorted(folder.iterdir())
@@ -252,7 +252,7 @@ class _Zstd(io.RawIOBase):
 
     def readinto(self, buffer: Buffer) -> int:
         while not self._ready:
-            # Little at a time: a block of 4 bytes may unpack to 128 KiB.
+            # In small pieces: a block of 4 bytes may unpack to 128 KiB.
             data = self._rest or self._packed.read(2**9)
             if not data and self._frame is None:
                 return 0
@@ -315,7 +315,7 @@ def _check_text(path: Path, kind: Kind, file: Readable, lenient: bool) -> None:
         while piece := file.read(2**20):
             if not seen:
                 _refuse_wide(path, kind, piece[:4096])
-            pending = len(decoder.getstate()[0])  # bytes of a character that began in the piece before
+            pending = len(decoder.getstate()[0])  # bytes of a character that started in the previous piece
             if limit is not None and seen + len(piece) > limit:
                 raise ConfigError(
                     f"dataset.path: {path}: unpacks to more than {limit:,} bytes, {limit // path.stat().st_size:,} "
@@ -349,7 +349,7 @@ def _refuse_wide(path: Path, kind: Kind, start: bytes) -> None:
         if start.startswith(mark):
             raise _convert(path, kind, f"is {name} (by its byte order mark), not UTF-8", name.lower())
     units = len(start) // 4
-    zero = [2 * start[i : units * 4 : 4].count(0) > units for i in range(4)]  # most of the bytes at this place are
+    zero = [2 * start[i : units * 4 : 4].count(0) > units for i in range(4)]  # mostly zero at byte i of 4
     if units > 1 and any(zero):
         low, high = not zero[0] and zero[3], zero[0] and not zero[3]
         width = 32 if zero[2] and low or zero[1] and high else 16

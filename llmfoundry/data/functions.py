@@ -29,13 +29,13 @@ def imported(name: str, key: str) -> Callable:
     if module_name.endswith(".py"):
         import_code([module_name])
         module_name = Path(module_name).stem
-    module = sys.modules.get(f"llmfoundry_plugin_{module_name}")  # a file of code_paths
+    module = sys.modules.get(f"llmfoundry_plugin_{module_name}")  # a file from code_paths
     if module is None:
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())
         try:
             module = importlib.import_module(module_name)
-        except Exception as error:  # the user's code may fail in any way
+        except Exception as error:  # user code may raise anything
             raise ConfigError(f"{where}: cannot be imported: {type(error).__name__}: {error}") from error
     found = getattr(module, function, None)
     if not callable(found):

@@ -16,14 +16,14 @@ from typing import TypeVar
 
 try:
     import resource
-except ImportError:  # not on Windows
+except ImportError:  # not available on Windows
     resource = None  # type: ignore[assignment]
 
 Made = TypeVar("Made")
 
-SECONDS = 10.0  # of CPU time
-MEMORY = 2**31  # bytes that the process may grow by
-_INTERVAL = 0.1  # seconds between two looks at the clock
+SECONDS = 10.0  # CPU time
+MEMORY = 2**31  # bytes by which the process may grow
+_INTERVAL = 0.1  # seconds between checks of the clock
 
 
 class Exceeded(ValueError):
@@ -48,7 +48,7 @@ class _Call:
 
     def stop_if_late(self) -> None:
         """Stop the call if it is late; called by the watching thread."""
-        self._stopping = True  # first: `forget` waits for it
+        self._stopping = True  # first, because `forget` waits for it
         if not self.done and self._now() > self._end:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread), ctypes.py_object(_OutOfTime))
         self._stopping = False
@@ -117,15 +117,15 @@ def _in_time(made: Callable[[], Made], seconds: float) -> Made:
     except _OutOfTime:
         raise Exceeded(f"takes more than {seconds:.0f} seconds") from None
     finally:
-        call.done = True  # first: from here on, no exception is sent
+        call.done = True  # first: from here on, no exception is raised in this thread
         with suppress(_OutOfTime):
             call.forget()
         _watch.remove(call)
 
 
 _lock = threading.Lock()
-_bounding = 0  # calls, on all threads
-_before = (0, 0)  # the process's own bound: soft and hard
+_bounding = 0  # number of active calls, on all threads
+_before = (0, 0)  # the process's own limit: soft and hard
 
 
 @contextmanager

@@ -40,7 +40,7 @@ _ARRAY_CODES = {
 }  # fmt: skip
 _SHAPE_DTYPES = ("uint8", "uint16", "uint32", "uint64")
 _SAMPLED = 16 * 1024  # bytes
-_OPEN_SHARDS = 16  # kept open
+_OPEN_SHARDS = 16  # shards kept open
 REFUSED = ("pkl", "pil", "jpeg", "png", "jpeg_array", "jpegarray", "list[pil]", "list[jpeg]", "list[png]")
 
 
@@ -243,7 +243,7 @@ def _shard(entry: Mapping) -> Shard:
     raw, packed = entry["raw_data"], entry.get("zip_data")
     names = [raw["basename"], *([packed["basename"]] if packed else [])]
     if any(Path(name).name != name or name in ("", ".", "..") for name in names):
-        raise ValueError(f"a shard is named {names}")  # an index may not point outside its folder
+        raise ValueError(f"a shard is named {names}")  # the index must not refer to files outside of its folder
     return Shard(
         raw["basename"], whole_number(entry["samples"]), whole_number(raw["bytes"]), dict(raw.get("hashes") or {}),
         packed["basename"] if packed else None, dict(packed.get("hashes") or {}) if packed else {},
@@ -305,14 +305,14 @@ def _unpack(path: Path, content: bytes, shard: Shard) -> bytes:
     unpack = _codec(shard.compression, pack=False)
     try:
         data = unpack(content)
-    except Exception as error:  # each codec has errors of its own
+    except Exception as error:  # each codec raises its own types
         raise ConfigError(f"{path}: is not whole {shard.compression}: {error}") from None
     if len(data) != shard.n_bytes:
         raise ConfigError(f"{path}: unpacks to {len(data)} bytes, where the index has {shard.n_bytes}")
     return data
 
 
-Decoder = tuple[int | None, Callable[[bytes], Value]]  # (bytes if fixed, function)
+Decoder = tuple[int | None, Callable[[bytes], Value]]  # (number of bytes if fixed, function)
 
 
 def _decoder(encoding: str, where: Path) -> Decoder:
@@ -425,7 +425,7 @@ class MDSWriter:
         self.compression, self.hashes, self.size_limit = compression, list(hashes), size_limit
         self._rows: list[bytes] = []
         self._header = json.dumps(self._facts(), sort_keys=True).encode()
-        self._empty = 4 + 4 + len(self._header)  # bytes of a shard without samples
+        self._empty = 4 + 4 + len(self._header)  # size of a shard without samples
         self._bytes = self._empty
         self._shards: list[dict] = []
 

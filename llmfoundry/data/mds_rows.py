@@ -31,7 +31,7 @@ from llmfoundry.runtime import cache_root
 
 log = logging.getLogger(__name__)
 
-# Keys of mosaicml-streaming that tune how shards are fetched and shuffled, which is done otherwise here.
+# Keys of mosaicml-streaming that tune how shards are fetched and shuffled, which works differently here.
 TUNING = (
     "shuffle_algo", "num_canonical_nodes", "predownload", "partition_algo",
     "sampling_method", "sampling_granularity", "batching_method", "download_retry", "download_timeout",
@@ -184,7 +184,7 @@ class MDSConfig(Folders, names=("mds",)):
         try:
             folders = self.folders()
         except Gone:
-            return self._packed(tokenizer, how)  # of texts, the tokens may be in the cache
+            return self._packed(tokenizer, how)  # the token ids of texts may be cached
         tokens = {"tokens" in folder.columns for folder in folders}
         if len(tokens) > 1:
             raise ConfigError("dataset.streams: some hold tokens and others text; make two datasets of them")

@@ -14,14 +14,14 @@ from llmfoundry.data.packing import TokenStream
 from llmfoundry.data.remote import listing
 from llmfoundry.progress import progress
 
-COLUMNS = {"tokens": "ndarray:int32"}  # as LLM Foundry 0.22 writes them
+COLUMNS = {"tokens": "ndarray:int32"}  # the dtype that LLM Foundry 0.22 writes
 
 
 class Written(NamedTuple):
     """What was written to a folder."""
 
     rows: int
-    left_out: int  # tokens at the end that fill no row
+    left_out: int  # tokens at the end that do not fill a row
 
 
 @contextmanager

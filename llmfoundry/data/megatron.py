@@ -27,9 +27,9 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _FLOATS = (6, 7)
-_CHUNK = 2**20  # entries of an index that are checked at once
-_BLOCK = 2**10  # entries of which one is kept
-_SAMPLED = 2**14  # bytes of the .bin that are part of its fingerprint
+_CHUNK = 2**20  # index entries checked at once
+_BLOCK = 2**10  # one entry in this many is kept in memory
+_SAMPLED = 2**14  # bytes of the .bin included in its fingerprint
 
 
 class _Column:
@@ -43,7 +43,7 @@ class _Column:
             n: number of values.
         """
         self._file, self._start, self._n = file, start, n
-        self._every = np.empty(-(-n // _BLOCK), "<i8")  # one of _BLOCK, filled by `chunks`
+        self._every = np.empty(-(-n // _BLOCK), "<i8")  # one per _BLOCK, filled by `chunks`
 
     def chunks(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
         """Yield all values in chunks, each with the position of its first value."""
@@ -99,7 +99,7 @@ class MegatronFile:
             what = "numbers with a fraction, not token ids" if code in _FLOATS else "a type that is not known"
             self._refuse(f"has the type code {code}, {what}")
         expected = _HEADER.size + 12 * n_sequences + 8 * n_bounds
-        # Datasets of several modalities add a byte per sequence.
+        # Multimodal datasets add a byte per sequence.
         if size not in (expected, expected + n_sequences) or n_sequences == 0 or n_bounds < 2:
             self._refuse(
                 f"is damaged: {size:,} bytes do not hold the {n_sequences:,} sequences and {max(n_bounds, 1) - 1:,} "

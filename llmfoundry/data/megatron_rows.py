@@ -174,12 +174,12 @@ class MegatronRows(Rows):
         n = len(found) - 1
         out.tokens[i, :n], out.tokens[i, n:] = found[:-1], self._eos
         out.labels[i, :n], out.labels[i, n:] = found[1:], IGNORE
-        begins = self._stream.starts(start + 1, stop) - start  # 1..n, where documents begin in this row
+        begins = self._stream.starts(start + 1, stop) - start  # 1..n, where documents start in this row
         opened = found[begins - 1] == self._eos
         out.labels[i, begins[~opened] - 1] = IGNORE
         if out.documents is not None:
             marks = np.zeros(self.length + 1, dtype=np.int32)
-            marks[begins - opened] = 1  # the end-of-text token that opens a document is its first
+            marks[begins - opened] = 1  # the end-of-text token before a document is its first token
             np.cumsum(marks[:-1], out=out.documents[i])
 
     def _tokens(self, start: int, stop: int) -> NDArray[np.int64]:

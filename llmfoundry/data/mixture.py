@@ -35,7 +35,7 @@ from llmfoundry.data.rows import (
 )
 from llmfoundry.data.sources import DatasetConfig, Source, fingerprint_of
 
-LOSSES = ("ce", "total")  # loss/train/NAME of all sources together, beside loss/train/LABEL of each
+LOSSES = ("ce", "total")  # loss/train/NAME over all sources, in addition to loss/train/LABEL of each
 
 
 class Part(Config):
@@ -221,9 +221,9 @@ class Segment(NamedTuple):
     """A part of the run with constant shares."""
 
     start: int  # its first row
-    sources: NDArray[np.int64]  # (n read,) places of the sources that are read
+    sources: NDArray[np.int64]  # (n read,) indices of the sources that are read
     interleave: Interleave
-    before: NDArray[np.int64]  # (n_sources,) rows of each source before its start
+    before: NDArray[np.int64]  # (n_sources,) rows of each source before the start
 
     def at(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """For each row of the run, its source and its number within that source."""
@@ -250,14 +250,14 @@ class Mixture(Order):
         budgets = [_budget(part, order) for part, order in zip(config.datasets, orders, strict=True)]
         whole = [order.rows_per_epoch if budget is None else budget
                  for order, budget in zip(orders, budgets, strict=True)]  # fmt: skip
-        self.rows_per_epoch = int(sum(whole))  # what the sources hold, or what their budgets say, all together
+        self.rows_per_epoch = int(sum(whole))  # total of the sources, or of their budgets
         rows = [order.once for order in orders]
         self._rows = [each for each in rows if each is not None]
         assert len(self._rows) == len(orders)  # none is a mixture itself
         streams = [each.stream for each in self._rows if isinstance(each, StreamRows)]
         self._reader = StreamReader(streams, self.length, self.documents) if streams else None
         is_stream = np.array([isinstance(each, StreamRows) for each in self._rows])
-        self._stream_of = np.where(is_stream, np.cumsum(is_stream) - 1, -1)  # (n_sources,) by the reader; -1: none
+        self._stream_of = np.where(is_stream, np.cumsum(is_stream) - 1, -1)  # (n_sources,) index in the reader, or -1
         self._segments: list[Segment] = []
         self.arrange([])
 
@@ -370,7 +370,7 @@ class Mixture(Order):
 
     def _where(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         starts = [segment.start for segment in self._segments]
-        if len(starts) == 1 or not len(numbers) or numbers.min() >= starts[-1]:  # nearly always: no phase ends here
+        if len(starts) == 1 or not len(numbers) or numbers.min() >= starts[-1]:  # the usual case: no phase ends here
             return self._segments[-1].at(numbers)
         sources, places = np.empty_like(numbers), np.empty_like(numbers)
         of = np.maximum(np.searchsorted(starts, numbers, side="right") - 1, 0)

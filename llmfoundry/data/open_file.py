@@ -32,7 +32,7 @@ class OpenFile:
                 return
         except OSError:
             pass
-        memory[:] = self.read(start, start + len(memory))  # in several parts, or it says why not
+        memory[:] = self.read(start, start + len(memory))  # in several parts, or raises
 
     def read(self, start: int, stop: int) -> bytes:
         """Read bytes [start, stop).

@@ -38,9 +38,9 @@ from llmfoundry.strict_json import read_mapping
 
 log = logging.getLogger(__name__)
 
-_BYTES_PER_TOKEN = 4  # of text, about
-_OPEN_SHARDS = 256  # of all streams, kept open: a process may only have a limited number of files
-open_shards: dict[int, OpenFile] = {}  # these, by `TokenStream.first_shard + number`, a key of the process
+_BYTES_PER_TOKEN = 4  # of text, approximately
+_OPEN_SHARDS = 256  # over all streams, kept open: the number of files per process is limited
+open_shards: dict[int, OpenFile] = {}  # keyed by `TokenStream.first_shard + number`, unique in the process
 _streams = count()
 
 
@@ -56,15 +56,15 @@ class TokenStream:
         self.folder = folder
         index = _read_index(folder)
         self.fingerprint: str = index["fingerprint"]  # of the documents and the tokenizer
-        self.n_tokens: int = index["n_tokens"]  # with every eos
-        self.n_bytes: int = index["n_bytes"]  # of the documents as UTF-8, without any eos
+        self.n_tokens: int = index["n_tokens"]  # including every eos
+        self.n_bytes: int = index["n_bytes"]  # of the documents in UTF-8, without eos
         self.eos_token_id: int = index["eos_token_id"]
-        self.opening_token_id: int = index.get("bos_token_id", self.eos_token_id)  # the first of each document
-        self.counts = Counts(*index["counts"]) if "counts" in index else None  # of the documents, read and left out
+        self.opening_token_id: int = index.get("bos_token_id", self.eos_token_id)  # the first token of each document
+        self.counts = Counts(*index["counts"]) if "counts" in index else None  # counts of documents read and left out
         self._shards = [Shard(*shard) for shard in index["shards"]]
         self.n_shards = len(self._shards)
         self.first_shard = next(_streams) << 32
-        self.starts = [0, *accumulate(shard.tokens for shard in self._shards)]  # of the shards, and the end
+        self.starts = [0, *accumulate(shard.tokens for shard in self._shards)]  # start of each shard, and the end
         self.dtype = np.dtype(index["dtype"])
         for number, shard in enumerate(self._shards):
             self._check_size(number, shard)
@@ -191,8 +191,8 @@ def pack_part(
         source.remember()
         return stream
     if share.of == 1:
-        next(source.documents())  # no data, or unreadable: refused before the cache is touched
-    # len(), because vocab_size leaves added tokens out; max(), because ids may have gaps.
+        next(source.documents())  # raises if there is no data or it is unreadable, before the cache is touched
+    # len(), because vocab_size excludes added tokens; max(), because ids may have gaps.
     largest = max(len(tokenizer) - 1, *tokenizer.get_vocab().values())
     dtype = np.dtype("<u2" if largest < 2**16 else "<u4")
     parts = [folder.with_name(f"{folder.name}.part-{i}-of-{share.of}") for i in range(1, share.of + 1)]

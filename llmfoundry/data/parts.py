@@ -65,8 +65,8 @@ class State(NamedTuple):
     """The progress of a part."""
 
     shards: list[Shard]
-    counts: Counts  # of the documents that ended in these shards
-    place: int  # in the part's tokens, at which the last of them ended
+    counts: Counts  # of the documents that end in these shards
+    place: int  # where the last of them ends, in the part's tokens
     done: bool = False
 
 
@@ -140,7 +140,7 @@ def _write(
     writer = _Writer(folder, dtype, state)
     bos = encoder.special.bos
     nothing, end = np.array([], dtype), np.array([eos], dtype)
-    opens = nothing if bos is None else np.array([bos], dtype)  # each document
+    opens = nothing if bos is None else np.array([bos], dtype)  # starts each document
     opening = end if bos is None and share.number == 1 and state.place == 0 else opens
     advance(state.counts.kept_bytes)
     for (text, counts), ids in encoded(sieve.through(documents, state.counts), encoder, dtype, workers):
@@ -172,7 +172,7 @@ class _Writer:
         self._folder, self._dtype = folder, dtype
         self._shards, self._counts, self._ended = list(state.shards), state.counts, state.place
         self._place = state.place
-        self._skip = sum(shard.tokens for shard in state.shards) - state.place  # tokens that are on disk already
+        self._skip = sum(shard.tokens for shard in state.shards) - state.place  # tokens that are already on disk
         self._file: BinaryIO | None = None
 
     def write(self, ids: NDArray) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from llmfoundry.runtime import seed_of
 
-RUNS = 16  # of consecutive images in a block
+RUNS = 16  # runs of consecutive images per block
 
 
 def permuted(places: NDArray[np.int64], n: int, seed: int) -> NDArray[np.int64]:
@@ -21,7 +21,7 @@ def permuted(places: NDArray[np.int64], n: int, seed: int) -> NDArray[np.int64]:
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     keys = [np.uint64(seed_of(seed, "round", i)) for i in range(6)]
-    if 2 * len(places) >= n:  # all images are then found at once, as the last walks are long and hold few places
+    if 2 * len(places) >= n:  # find all images at once, because the last walks are long and concern few places
         table = _feistel(np.arange(1 << 2 * int(half), dtype=np.uint64), half, keys).astype(np.int64)
         images = table[places]
         while len(outside := np.flatnonzero(images >= n)):
@@ -42,7 +42,7 @@ def permuted_in_blocks(places: NDArray[np.int64], n: int, block: int, seed: int)
         return permuted(places, n, seed)
     run = max(n // (n * RUNS // block), 1)
     runs = n // run
-    images = places.copy()  # the last few, which fill no run, keep their places
+    images = places.copy()  # the last few, which do not fill a run, keep their places
     blocks = np.where(places < runs * run, places // (RUNS * run), -1)
     for b in np.unique(blocks[blocks >= 0]).tolist():
         here, first = blocks == b, b * RUNS

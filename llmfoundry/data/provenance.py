@@ -12,7 +12,7 @@ from llmfoundry.atomic import atomic_write
 from llmfoundry.config import ConfigError, ResourceError
 from llmfoundry.strict_json import read_mapping
 
-Stamps = tuple[tuple[Path, str], ...]  # files, and what changes with their contents
+Stamps = tuple[tuple[Path, str], ...]  # files, with values that change with their contents
 
 
 class Gone(Exception):
@@ -30,9 +30,9 @@ class Gone(Exception):
 class Provenance(NamedTuple):
     """What is known of a source without reading it."""
 
-    title: str  # in messages and folder names
-    fingerprint: str  # hex; equal fingerprints, equal documents
-    n_bytes: int | None = None  # about how long the text is; None: unknown
+    title: str  # for messages and folder names
+    fingerprint: str  # hex; equal for equal documents
+    n_bytes: int | None = None  # approximate size of the text; None: unknown
     files: frozenset[Path] = frozenset()  # real paths of the files that are read
 
 
@@ -68,7 +68,7 @@ def check_unchanged(title: str, stamps: Stamps) -> None:
 def remember(memory: Path, source: Provenance) -> None:
     """Record what a source was, so that a run can continue from cached tokens when the source is gone."""
     said = source._asdict() | {"files": sorted(map(str, source.files))}
-    with suppress(OSError):  # it is a help, and no duty
+    with suppress(OSError):  # only an optimization
         memory.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(memory, [json.dumps(said).encode()], shared=True)
 

@@ -32,12 +32,12 @@ from llmfoundry.config import PLACEHOLDERS, ConfigError, ResourceError, check_pl
 Result = TypeVar("Result")
 ATTEMPTS = 5
 FIRST_WAIT = 0.5  # seconds before the second attempt; doubled each time
-IN_USE = 60.0  # seconds for which a file that was asked for is kept, until it is opened
-LIMIT = 10**11  # bytes of a cache, if no limit is given
-# What a store tells of a file's contents or time, of which each has its own.
+IN_USE = 60.0  # seconds for which a requested file is kept, until it is opened
+LIMIT = 10**11  # default limit of the cache, in bytes
+# The metadata keys that identify a file's contents or time; each store has its own.
 _OF_CONTENTS = ("ETag", "etag", "md5Hash", "blob_id", "last_commit")
 _VERSIONS = (*_OF_CONTENTS, "LastModified", "updated", "mtime", "created")
-# Errors of the stores' packages for credentials that are missing or incomplete; trying again does not help.
+# Errors of the stores' packages for missing or incomplete credentials; retrying does not help.
 _WITHOUT_CREDENTIALS = {
     "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "NoAuthTokenError",  # botocore
     "DefaultCredentialsError", "RefreshError",  # google.auth
@@ -89,7 +89,7 @@ class RemoteFile(NamedTuple):
 
     url: str
     size: int
-    version: str  # changes with its contents
+    version: str  # changes when the contents change
 
 
 class Store:
@@ -274,7 +274,7 @@ def put(file: Path, url: str) -> None:
     size = file.stat().st_size
 
     def write() -> None:
-        target = f"{path}.tmp-{uuid.uuid4().hex[:12]}" if is_local else path  # object stores show whole objects alone
+        target = f"{path}.tmp-{uuid.uuid4().hex[:12]}" if is_local else path  # object stores only show complete objects
         if is_local:
             Path(target).parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -353,7 +353,7 @@ def patiently(url: str, act: Callable[[], Result], done: str = "read") -> Result
             raise ConfigError(
                 f"{url}: may not be {done}: {_said(error)}; credentials are read from the environment"
             ) from None
-        except Exception as error:  # each store has errors of its own
+        except Exception as error:  # each store raises its own types
             if type(error).__name__ in _WITHOUT_CREDENTIALS:
                 raise ConfigError(
                     f"{url}: may not be {done}: {_said(error)}; credentials are read from the environment, e.g. "

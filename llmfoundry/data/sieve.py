@@ -10,12 +10,12 @@ from typing import NamedTuple, Self
 class Counts(NamedTuple):
     """How many documents were read, and what became of them."""
 
-    read: int = 0  # documents
+    read: int = 0  # number of documents
     empty: int = 0
-    duplicates: int = 0  # equal to an earlier one
-    filtered: int = 0  # left out by the function
+    duplicates: int = 0  # identical to an earlier one
+    filtered: int = 0  # rejected by the function
     kept: int = 0
-    kept_bytes: int = 0  # as UTF-8
+    kept_bytes: int = 0  # in UTF-8
 
     def plus(self, other: Self) -> Self:
         """The sum of two counts."""
@@ -61,7 +61,7 @@ class Sieve:
                 yield document, Counts(read, empty, duplicates, filtered, kept, kept_bytes)
         self.last = Counts(
             read, empty, duplicates, filtered, kept, kept_bytes
-        )  # with those after the last that is kept
+        )  # includes documents after the last one kept
 
     def _is_known(self, document: str) -> bool:
         assert self._seen is not None

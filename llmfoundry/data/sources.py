@@ -26,7 +26,7 @@ from llmfoundry.data.sieve import Sieve
 from llmfoundry.data.split import Split, keeps
 from llmfoundry.runtime import cache_root, seed_of
 
-HELD_OUT = 0.05  # of the text that both loaders read
+HELD_OUT = 0.05  # fraction of the text that both loaders read
 
 
 class Piece(NamedTuple):
@@ -40,17 +40,17 @@ class Piece(NamedTuple):
 class Source:
     """Documents in a fixed order."""
 
-    title: str  # in messages and folder names, e.g. "python_stdlib-train"
-    fingerprint: str  # hex; equal fingerprints, equal documents
-    read: Callable[[], Iterator[str]]  # may give empty documents
-    n_bytes: int | None = None  # about how long the text is, for estimates of time; None: unknown
+    title: str  # for messages and folder names, e.g. "python_stdlib-train"
+    fingerprint: str  # hex; equal for equal documents
+    read: Callable[[], Iterator[str]]  # may yield empty documents
+    n_bytes: int | None = None  # approximate size of the text, to estimate time; None: unknown
     summary: str = ""  # what is read, skipped and held out, for the log
     files: frozenset[Path] = frozenset()  # real paths of the files that are read
-    pieces: tuple[Piece, ...] = ()  # the same documents file by file, where there are files
-    dedup: bool = False  # of equal documents only the first is kept
-    keep: Callable[[str], bool] | None = None  # whether a document is kept; None: all are
-    stamps: Stamps = ()  # as of the fingerprint
-    memory: Path | None = None  # where `remember` writes
+    pieces: tuple[Piece, ...] = ()  # the same documents by file, if there are files
+    dedup: bool = False  # keep only the first of identical documents
+    keep: Callable[[str], bool] | None = None  # whether to keep a document; None: keep all
+    stamps: Stamps = ()  # for the fingerprint
+    memory: Path | None = None  # where `remember` writes to
 
     def documents(self) -> Iterator[str]:
         """Every document that is kept; none is empty.
@@ -263,7 +263,7 @@ class PythonStdlibConfig(DatasetConfig, names=("python_stdlib",)):
         names = []
         for folder, inside, files in os.walk(root):
             inside[:] = set(inside) - outside
-            # _sysconfigdata*.py is written by each build of Python: paths and flags, no source.
+            # _sysconfigdata*.py is generated when Python is built: paths and flags, not source code.
             found = [file for file in files if file.endswith(".py") and not file.startswith("_sysconfigdata")]
             names += [Path(folder, file).relative_to(root).as_posix() for file in found]
         if not names:
@@ -339,7 +339,7 @@ def _digest(path: Path) -> str:
 
 
 def _read_python(path: Path) -> str:
-    with tokenize.open(path) as file:  # honours a file's coding line
+    with tokenize.open(path) as file:  # honors a file's coding line
         return file.read()
 
 

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 from llmfoundry.config import ConfigError
 from llmfoundry.data.files import COMPRESSIONS, FORMATS
 
-# Tables of fewer bytes are looked through, so that neither split is left without a row.
+# Smaller tables are scanned, so that neither split is left without a row.
 FEW_BYTES = 2**22
 
 Split = Literal["train", "validation"]
@@ -30,7 +30,7 @@ _WORDS = {
 _SPLIT_OF = {word: split for split, words in _WORDS.items() for word in words}
 _ENDINGS = {ending.removeprefix(".") for ending in (*FORMATS, *COMPRESSIONS)}
 _HELD_OUT = re.compile(r"(held|hold)[-_ ]out")
-# Numbers of shards, and the hashes that the Hugging Face hub adds: train-00000-of-00004-a09b74b3ef9c3b56.parquet.
+# Shard numbers, and the hashes that the hub adds: train-00000-of-00004-a09b74b3ef9c3b56.parquet.
 _NUMBERING = re.compile(r"(part|shard|chunk|of)?\d*|[0-9a-f]{16}")
 
 
@@ -38,14 +38,14 @@ class _Label(NamedTuple):
     """What a name says: `train_en-00001.txt` in `data` belongs to the split train, at the place (data, (en,))."""
 
     split: str
-    place: tuple[str, tuple[str, ...]]  # equal for names that differ only in their split and number
+    place: tuple[str, tuple[str, ...]]  # equal for names that differ only in split and number
 
 
 class Selection(NamedTuple):
     """The files of one split."""
 
     kept: list[str]
-    left: dict[str, list[str]]  # what the others are (validation, test, "" for no split): their names
+    left: dict[str, list[str]]  # names of the other files, by split (validation, test, "" for none)
 
     def said(self, split: Split) -> str:
         """A note for the log, e.g. `, the train split by name; not read: 2 of validation (e.g. val/a.txt)`."""

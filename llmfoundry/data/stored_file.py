@@ -10,8 +10,8 @@ from llmfoundry.config import ConfigError
 from llmfoundry.data.open_file import OpenFile
 from llmfoundry.data.remote import RemoteFile, Store, fetch_part, part_of
 
-BLOCK = 2**26  # bytes that are fetched at a time
-_OPEN_BLOCKS = 16  # of a file, kept open
+BLOCK = 2**26  # bytes fetched at a time
+_OPEN_BLOCKS = 16  # blocks kept open per file
 
 
 class StoredFile:

@@ -31,7 +31,7 @@ class Table(NamedTuple):
 
     title: str
     fingerprint: str
-    rows: Iterator[tuple[Row | BadRow, str]]  # and where each is, for messages
+    rows: Iterator[tuple[Row | BadRow, str]]  # with the location of each, for messages
     summary: str = ""
     files: frozenset[Path] = frozenset()
     stamps: Stamps = ()
@@ -66,7 +66,7 @@ def gone_table(memory: Path, gone: Gone) -> Table:
 
     def rows() -> Iterator[tuple[Row | BadRow, str]]:
         raise gone.error
-        yield  # a generator
+        yield  # makes this a generator
 
     return Table(known.title, known.fingerprint, rows(), said_of_gone(gone, known.title), known.files)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pyarrow
     import pyarrow.parquet
 
-BATCH_ROWS = 256  # of .parquet, decoded at once
+BATCH_ROWS = 256  # .parquet rows decoded at once
 
 
 Row = dict[str, object]  # values by column
@@ -28,7 +28,7 @@ Row = dict[str, object]  # values by column
 class BadRow(NamedTuple):
     """A row without a text."""
 
-    message: str  # file, row, and what is wrong
+    message: str  # the file, the row, and what is wrong
 
 
 class _Broken(Exception):
@@ -83,7 +83,7 @@ def _found(path: Path, key: str | None) -> Iterator[tuple[object, str]]:
         raise ConfigError(f"dataset.path: {path}: row {row}: cannot be read: {why}") from error
 
 
-Rows = Iterator[tuple[object, int | None]]  # a text, a row, or what is wrong with it; and the line where it ends
+Rows = Iterator[tuple[object, int | None]]  # a text, a row, or an error; and the line where it ends
 
 
 def lone_surrogate(text: str) -> str | None:
@@ -164,7 +164,7 @@ def _lines(path: Path, key: str | None) -> Rows:
             elif line := (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip():
                 try:
                     yield _text_of(json.loads(line.decode()), key), number
-                except (ValueError, RecursionError) as error:  # also of bytes that are not UTF-8
+                except (ValueError, RecursionError) as error:  # also for bytes that are not UTF-8
                     yield _Broken(f"cannot be read: {_why(error)}"), number
 
 
@@ -195,7 +195,7 @@ def _values(file: io.TextIOBase) -> Iterator[object]:
         text, at = text[at:], 0
         if len(text) > LINE_BYTES:
             raise ValueError(f"a value has more than {LINE_BYTES:,} characters, the longest that is read")
-        piece = file.read(max(2**16, len(text)))  # doubled, so that a value is not tried too often
+        piece = file.read(max(2**16, len(text)))  # doubled, to limit the number of attempts
         text, ended = text + piece, not piece
 
     def peek() -> str:
@@ -219,7 +219,7 @@ def _values(file: io.TextIOBase) -> Iterator[object]:
             if ended or not cut_short:
                 raise
             end = len(text)
-        if end == len(text) and not ended:  # the value may go on
+        if end == len(text) and not ended:  # the value may continue
             more()
             continue
         at = end
@@ -298,7 +298,7 @@ def check_parquet(path: Path) -> None:
     Raises:
         ConfigError: the footer is damaged or missing.
     """
-    import pyarrow.parquet  # here, because it takes long to import and most runs do not need it
+    import pyarrow.parquet  # imported here, because it is slow to import and most runs do not need it
 
     try:
         pyarrow.parquet.read_metadata(path)
@@ -312,7 +312,7 @@ def _parquet(path: Path, key: str | None) -> Rows:
 
     try:
         yield from _column_of(path, key)
-    except pyarrow.ArrowException as error:  # of many kinds: NotImplementedError, KeyError, TypeError, MemoryError
+    except pyarrow.ArrowException as error:  # many types: NotImplementedError, KeyError, TypeError, MemoryError
         raise ValueError(" ".join(str(error).split())) from error
 
 
@@ -376,7 +376,7 @@ def _values_of(batch: pyarrow.RecordBatch, where: list[str]) -> list[object]:
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-        column = column.cast(pyarrow.large_binary())  # a damaged text is then the row's matter, not the batch's
+        column = column.cast(pyarrow.large_binary())  # so that a damaged text only affects its row, not the batch
     return column.to_pylist()
 
 

@@ -34,13 +34,13 @@ from llmfoundry.runtime import cache_root, first_of_node
 log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
-# BPE learns from this many characters at the start of the training split: merges change little beyond, time and
-# memory do.
+# BPE is trained on this many characters at the start of the training split: more hardly changes the merges, but takes
+# more time and memory.
 TRAIN_CHARACTERS = 2**28
-# The time that BPE takes to learn grows with the square of the longest word (5 s for 100,000 letters), so longer words
-# and runs of spaces are cut for it. Encoding has no such limit.
+# The training time of BPE grows with the square of the longest word (5 s for 100,000 letters), so longer words and runs
+# of spaces are cut for training. Encoding has no such limit.
 _LONG_WORD = re.compile(r"\S{512}|\s{512}")
-# Longer documents are tokenised in pieces cut at line ends, to bound memory.
+# Longer documents are tokenized in pieces cut at line ends, to bound memory.
 PIECE_CHARACTERS = 2**22
 
 
@@ -112,7 +112,7 @@ class TokenizerConfig(Config):
         folder = cache_root(dataset.cache_dir) / "tokenizers" / f"bpe-{size}-{_sha256(key)[:24]}"
         documents = source.documents()
         if not folder.exists():
-            # No data is refused before the cache is touched.
+            # Missing data raises here, before the cache is touched.
             for other in also:
                 next(other.build().documents())
             documents = itertools.chain([next(documents)], documents)
@@ -198,7 +198,7 @@ class Encoder:
         self.special = special
         self._slow = None if tokenizer.is_fast else tokenizer
         if tokenizer.is_fast:
-            # A copy, because these settings are the tokenizer's own.
+            # A copy, because these settings belong to the tokenizer.
             self._fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
             self._fast.encode_special_tokens = not special.parse
             self._fast.no_truncation()
@@ -211,7 +211,7 @@ class Encoder:
             tokens = _sha256(self._fast.to_str())
         else:
             tokens = _sha256(json.dumps([type(self._slow).__name__, "split", sorted(self._slow.get_vocab().items())]))
-        # Without the rule, as it was before there was one: older runs go on.
+        # Omits the default rule, so that fingerprints of older runs stay valid.
         return tokens if self.special == PLAIN_TEXT else _sha256(json.dumps([tokens, *self.special]))
 
     def encode(self, texts: list[str]) -> list[list[int]]:

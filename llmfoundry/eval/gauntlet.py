@@ -25,7 +25,7 @@ class Benchmark(Config):
     """A task with a number of few-shot examples."""
 
     name: str  # the task's label
-    num_fewshot: int = Field(ge=0)  # which of the task's numbers of solved examples to use
+    num_fewshot: int = Field(ge=0)  # one of the task's numbers of solved examples
     random_baseline: float = Field(ge=0, lt=1)  # accuracy of random guesses
 
     @property

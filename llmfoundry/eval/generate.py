@@ -185,12 +185,12 @@ def sample_rows(
     """
     if temperature == 0:
         return logits.argmax(-1).tolist()
-    temperature = max(temperature, 1e-30)  # a smaller one is 0 in float32
+    temperature = max(temperature, 1e-30)  # smaller values are 0 in float32
     probabilities, order = (logits.float() / temperature).softmax(-1).sort(descending=True, stable=True)
     if top_k:
         probabilities[:, top_k:] = 0
         probabilities /= probabilities.sum(-1, keepdim=True)
-    # The first token past the sum stays in, so that there is always one.
+    # The first token past the sum is kept, so that there is always one.
     beyond = probabilities.cumsum(-1) - probabilities > top_p
     kept = torch.zeros_like(probabilities).scatter_(-1, order, probabilities.masked_fill(beyond, 0))
     sums = kept.double().cumsum(-1)  # (B, V)

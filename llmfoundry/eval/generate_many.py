@@ -19,21 +19,21 @@ from llmfoundry.eval.written import Written
 from llmfoundry.model.transformer import CausalLM
 
 NOTHING = Ending(frozenset(), ())
-BATCHES = 32  # of each rank, after which their texts are given out
+BATCHES = 32  # batches per rank after which texts are yielded
 
 
 class Request(NamedTuple):
     """A prompt as token ids."""
 
     ids: list[int]
-    shown: str  # of the text, before what is new; empty for a conversation
-    ending: Ending = NOTHING  # of a conversation
+    shown: str  # the text before the new part; empty for a conversation
+    ending: Ending = NOTHING  # for a conversation
 
 
 class Completion(NamedTuple):
     """What the model wrote."""
 
-    text: str  # what is new
+    text: str  # the new text
     finish: str  # stop, or length: max_new_tokens was reached
     tokens: int
 

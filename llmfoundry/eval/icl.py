@@ -29,15 +29,15 @@ from llmfoundry.settings import load_yaml
 log = logging.getLogger(__name__)
 
 PREFIX = "metrics/"
-N_BUCKETS = 10  # of confidence, in the calibration error
+N_BUCKETS = 10  # bins of confidence for the calibration error
 
 
 class Score(NamedTuple):
     """The value of one metric."""
 
     value: float
-    stderr: float | None  # of the mean over questions; None: not known
-    n: int  # questions asked
+    stderr: float | None  # of the mean over questions; None: unknown
+    n: int  # number of questions
 
 
 class Task(NamedTuple):
@@ -46,7 +46,7 @@ class Task(NamedTuple):
     name: str  # LABEL/N-shot, or LABEL/N-shot/CATEGORY
     metrics: list[str]
     questions: Questions
-    n_rows: int  # of its data, of which the questions may be the first
+    n_rows: int  # rows in its data; the questions may be only the first of them
     batch_size: int
 
 
@@ -67,7 +67,7 @@ def build_tasks(
     for config in configs:
         rows_at_once = config.batch_size or batch_size
         for category, rows in config.by_category().items():
-            per_batch = max(rows_at_once // config.n_choices(rows[0]), 1)  # whole questions
+            per_batch = max(rows_at_once // config.n_choices(rows[0]), 1)  # never split a question
             limit = len(rows) if max_batches == -1 else max_batches * per_batch
             for n in config.num_fewshot:
                 name = "/".join(filter(None, (config.label, f"{n}-shot", category)))
@@ -171,7 +171,7 @@ def with_tasks_read(data: Mapping[str, object], folder: Path) -> dict[str, objec
         if key == "icl_tasks" and isinstance(data.get(key), list):
             data[key] = [_with_paths(task, folder, beside) for task in data[key]]  # type: ignore[attr-defined]
         elif data.get(key, ...) is None:
-            del data[key]  # written, and left empty
+            del data[key]  # present but empty
     return data
 
 

@@ -113,7 +113,7 @@ def _from_hub(name: str, loading: Mapping[str, object], parsing: Mapping[str, li
         raise ConfigError(f"dataset_uri: {HUB}{name}: needs the package datasets; pip install datasets") from None
     try:
         found = load(name, **loading)
-    except Exception as error:  # of many kinds: no network, no such dataset, files that do not fit
+    except Exception as error:  # many types: no network, no such dataset, unsuitable files
         raise ConfigError(f"dataset_uri: {HUB}{name}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     if isinstance(found, dict):
         raise ConfigError(

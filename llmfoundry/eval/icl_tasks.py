@@ -33,13 +33,13 @@ LM_CALIBRATION = "InContextLearningLMExpectedCalibrationError"
 CHOICE_ACCURACY = "InContextLearningMultipleChoiceAccuracy"
 CHOICE_CALIBRATION = "InContextLearningMCExpectedCalibrationError"
 EXACT_MATCH = "InContextLearningGenerationExactMatchAccuracy"
-ANSWER_BUFFER = 10  # tokens that an answer after a chain of thought may have beyond the longest in the data
+ANSWER_BUFFER = 10  # extra tokens for an answer after a chain of thought, beyond the longest in the data
 
 
 class TaskConfig(Choice, tag="icl_task_type"):
     """Base of the task types: an entry of the YAML's `icl_tasks`."""
 
-    METRICS: ClassVar[tuple[str, ...]]  # that this kind has; the first is the default
+    METRICS: ClassVar[tuple[str, ...]]  # available for this type; the first is the default
     CONTEXT: ClassVar[str] = "context"  # the field with the question
 
     icl_task_type: str  # how questions are asked and scored
@@ -202,7 +202,7 @@ class SchemaConfig(TaskConfig, names=("schema",)):
         """As `TaskConfig.build`."""
         questions = []
         for row, prompt in zip(rows, self.prompts(rows, n_examples, limit), strict=False):
-            # As in LLM Foundry, a first context is followed by the continuation alone.
+            # As in LLM Foundry, without a prompt the continuation follows the context directly.
             end = self.continuation_delimiter.rstrip() if prompt else ""
             contexts = [f"{self._opened(option, prompt)}{end}" for option in row.choices("context_options")]
             asked = [(context, row.text("continuation")) for context in contexts]

@@ -26,13 +26,13 @@ from llmfoundry.eval.likelihood import Continuation, Prompt, Ranks, continue_all
 from llmfoundry.eval.written import Written
 from llmfoundry.model.transformer import CausalLM
 
-MAX_NEW_TOKENS = 256  # of a request that does not say it, as in the harness
+MAX_NEW_TOKENS = 256  # default for requests without a limit, as in the harness
 _NEW_TOKENS = (
     "max_gen_toks",
     "max_new_tokens",
     "max_tokens",
     "max_completion_tokens",
-)  # its words, the first one first
+)  # the harness's names for it; the first takes precedence
 Encoded = tuple[tuple[str, str], list[int], list[int]]  # a request, its context and its continuation
 
 
@@ -55,7 +55,7 @@ class FoundryLM(TemplateLM):  # type: ignore[misc, unused-ignore]  # its class w
             max_length: maximum tokens of a forward; longer texts lose their beginning.
         """
         super().__init__()
-        self.tokenizer = reader.tokenizer  # whose chat template the harness asks for
+        self.tokenizer = reader.tokenizer  # the harness asks for its chat template
         self.max_length = max_length
         self._model, self._reader, self._ranks = model, reader, ranks
 
@@ -220,7 +220,7 @@ def evaluate_harness(
         model=lm, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False,
         apply_chat_template=apply_chat_template, fewshot_as_multiturn=apply_chat_template,
     )  # fmt: skip
-    return runtime.on_rank0(lambda: _scores(found or {}))  # the harness gives its results to rank 0 alone
+    return runtime.on_rank0(lambda: _scores(found or {}))  # the harness returns results on rank 0 only
 
 
 def _scores(found: Mapping[str, Mapping[str, Mapping[str, object]]]) -> dict[str, Score]:

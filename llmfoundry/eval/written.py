@@ -93,7 +93,7 @@ class Stream:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, ids: list[int], emit: Callable[[str], object]) -> None:
         self._tokenizer, self._ids, self._emit = tokenizer, ids, emit
-        self._before, self._done = 0, len(ids)  # where the last piece begins, and where it ends
+        self._before, self._done = 0, len(ids)  # start and end of the last piece
         emit(self._decode(0, len(ids)))
 
     def advance(self, last: bool = False) -> None:

@@ -21,7 +21,7 @@ from llmfoundry.moe.layer import MoEConfig
 from llmfoundry.moe.router import Router, RouterOutput
 
 TOP_TOKENS = 20
-MOST_BYTES = 4  # of a character in UTF-8
+MOST_BYTES = 4  # of a UTF-8 character
 KINDS = ("word", "word part", "number", "punctuation", "space", "other")
 
 
@@ -29,15 +29,15 @@ class Routing(NamedTuple):
     """How a model routed a batch."""
 
     experts: Tensor  # (L, T, K) int16, on the CPU
-    weights: Tensor  # (L, T, K) float32, on the CPU: what each expert's output is multiplied by
-    confidence: Tensor  # (L,) mean over tokens of the highest score, as a share of all scores
+    weights: Tensor  # (L, T, K) float32, on the CPU: the factor on each expert's output
+    confidence: Tensor  # (L,) mean over tokens of the highest score, as a fraction of all scores
 
 
 class ExpertTokens(NamedTuple):
     """The tokens that one expert of one layer receives."""
 
-    tokens: list[str]  # decoded, the most typical first, at most TOP_TOKENS
-    kinds: list[float]  # share of each of KINDS among its slots
+    tokens: list[str]  # decoded, most typical first, at most TOP_TOKENS
+    kinds: list[float]  # fraction of its slots for each of KINDS
 
 
 def mixture_layers(config: CausalLMConfig) -> list[int]:

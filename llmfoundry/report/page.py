@@ -40,7 +40,7 @@ def render(runs: list[Json], differing: list[list[str]]) -> str:
     assets = files("llmfoundry.report") / "assets"
     text = {name: (assets / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js")}
     plotly = (assets / "plotly-cartesian.min.js").read_text(encoding="utf-8")
-    # A text that spells </script> must not end the element that it stands in.
+    # A text that contains </script> must not end the element.
     encoded = json.dumps(data, separators=(",", ":"), ensure_ascii=True).replace("</", "<\\/")
     names = ", ".join(str(run["name"]) for run in runs)
     page = text["page.html"].replace("TITLE", html.escape(names), 2)

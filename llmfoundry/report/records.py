@@ -18,11 +18,11 @@ from llmfoundry.strict_json import parse_json, read_lines, read_mapping, whole_n
 
 EXPERTS, PROBE = "experts.jsonl", "experts.json"
 CURVE_POINTS = 1500
-HEAT_CELLS = 150_000  # of all layers together, loads and biases
+HEAT_CELLS = 150_000  # for all layers together, loads and biases
 PROBE_POINTS = 300
-DEAD = 0.01  # of the even share: an expert with less is as good as dead
+DEAD = 0.01  # of the even share; experts below it count as dead
 
-# What is drawn, by panel: (title, unit of y, the metrics in it).
+# The panels: (title, unit of y, metrics).
 PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Loss", "nats per token", ("loss/train/ce", "metrics/eval/LanguageCrossEntropy")),
     ("Learning rate", "", ("lr",)),

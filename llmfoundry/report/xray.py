@@ -23,17 +23,17 @@ from transformers import PreTrainedTokenizerBase
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.report.experts import mixture_layers, pieces, route
 
-GOLDEN = 0.618034  # of the circle of hues from one expert to the next: neighbours differ most
+GOLDEN = 0.618034  # fraction of the color circle between consecutive experts, so that neighbors differ most
 VISIBLE = str.maketrans({"\n": "\u23ce", "\t": "\u21e5", "\r": "\u240d"})
-COLOURS = ("truecolor", "256", "windows")  # of rich: fewer colours cannot tell experts apart
+COLOURS = ("truecolor", "256", "windows")  # of rich; other terminals have too few colors to distinguish experts
 
 
 class Xray(NamedTuple):
     """A text and its routing."""
 
     ids: list[int]  # (T,)
-    texts: list[str]  # (T,) together the text
-    layers: list[int]  # (L,) their numbers in the model
+    texts: list[str]  # (T,) which together form the text
+    layers: list[int]  # (L,) layer indices in the model
     n_experts: int
     experts: Tensor  # (L, T, K) int16, best first
     weights: Tensor  # (L, T, K) float32
@@ -111,12 +111,12 @@ def page(found: Xray, layers: Iterable[int], title: str) -> str:
     data = as_json(found, layers) | {"colours": [colour(expert) for expert in range(found.n_experts)]}
     assets = files("llmfoundry.report") / "assets"
     text = {name: (assets / name).read_text(encoding="utf-8") for name in ("xray.html", "page.css", "xray.js")}
-    # A text that spells </script> must not end the element that it stands in.
+    # A text that contains </script> must not end the element.
     encoded = json.dumps(data, separators=(",", ":"), ensure_ascii=True).replace("</", "<\\/")
     return (
         text["xray.html"]
         .replace("TITLE", html.escape(title), 2)
         .replace("/*CSS*/", text["page.css"])
         .replace("/*PAGE*/", text["xray.js"])
-        .replace("/*DATA*/", encoded)  # last: nothing in a text is replaced
+        .replace("/*DATA*/", encoded)  # last, so that nothing in a text is replaced
     )
