@@ -34,7 +34,7 @@ class LossSpikeConfig(CallbackConfig, names=("loss_spike",)):
     # log: log a warning. skip: skip the update of a step with such a loss. roll_back: return to the last checkpoint,
     # and continue after the rows that were read since
     action: Literal["log", "skip", "roll_back"] = "log"
-    # number of steps to compare with; spikes are only detected once half of them are recorded
+    # Number of steps to compare with; spikes are only detected once half of them are recorded
     window_size: int = Field(128, ge=4)
     threshold: float = Field(6.0, gt=0)  # a spike is this many spreads above the median
     patience: int = Field(1, ge=1)  # for log and roll_back: number of consecutive spikes before acting

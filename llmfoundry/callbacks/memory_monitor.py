@@ -25,9 +25,9 @@ KEYS = {
 class MemoryMonitorConfig(CallbackConfig, names=("memory_monitor",)):
     """Memory of rank 0 and, at an interval, of all ranks."""
 
-    # names in torch.cuda.memory_stats, and the names to log them under; None: the default set
+    # Names in torch.cuda.memory_stats, and the names to log them under; None: the default set
     memory_keys: dict[str, str] | None = None
-    # steps between logs of ..._avg, _min and _max over the ranks
+    # Steps between logs of ..._avg, _min and _max over the ranks
     dist_aggregate_batch_interval: int | None = Field(None, ge=1)
 
     def build(self) -> MemoryMonitor:

@@ -49,7 +49,7 @@ class TaskSettings(Config):
     icl_tasks: list[TaskConfig] = []
     eval_gauntlet: GauntletConfig | None = None
     icl_seq_len: int = Field(1024, gt=1)  # tokens per row
-    # batches per task, over all ranks together; None or -1: all
+    # Batches per task, over all ranks together; None or -1: all
     icl_subset_num_batches: int | None = Field(None, ge=-1)
     device_eval_batch_size: int = Field(16, gt=0)  # rows per forward on one rank
     precision: Precision | Literal["auto"] = "auto"

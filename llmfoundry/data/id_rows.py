@@ -35,7 +35,7 @@ class IdsConfig(RowsConfig, names=("ids",)):
 
     path: DataPath  # a folder, a glob or one file, also as a URL: .jsonl, .json, .parquet
     ids_key: str = "input_ids"  # the column with a list of ids in each row
-    # the id that ends a document inside a row; None: the tokenizer's end of text
+    # The id that ends a document inside a row; None: the tokenizer's end of text
     eos_token_id: int | None = Field(default=None, ge=-1, lt=2**32)
 
     def of_split(self, split: str) -> Self:

@@ -148,11 +148,11 @@ def without_tuning(data: object) -> object:
 class MDSConfig(Folders, names=("mds",)):
     """MDS folders with a column `tokens` (rows of max_seq_len ids) or `text`. `name: mds` may be left out."""
 
-    # dtype of a token column that is stored as bytes
+    # Dtype of a token column that is stored as bytes
     token_encoding_type: Literal["int64", "int32", "int16", "uint16", "uint32"] = "int64"
-    # the id that ends documents inside rows of tokens; None: the tokenizer's
+    # The id that ends documents inside rows of tokens; None: the tokenizer's
     eos_token_id: int | None = Field(default=None, ge=-1, lt=2**32)
-    # the id that starts documents, instead of eos_token_id
+    # The id that starts documents, instead of eos_token_id
     bos_token_id: int | None = Field(default=None, ge=-1, lt=2**32)
 
     @model_validator(mode="after")

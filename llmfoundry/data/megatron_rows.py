@@ -34,7 +34,7 @@ class MegatronConfig(RowsConfig, names=("megatron",)):
     """Megatron-LM's `.bin` and `.idx` files. Where both loaders read the same, the last documents are held out."""
 
     path: DataPath  # the common prefix of a .bin and an .idx, or a folder or a glob of such pairs; also a URL
-    # the id after which a document starts; None: the tokenizer's end of text
+    # The id after which a document starts; None: the tokenizer's end of text
     eos_token_id: int | None = Field(default=None, ge=-1, lt=2**32)
 
     def of_split(self, split: str) -> Self:

@@ -90,7 +90,7 @@ class MixtureConfig(RowsConfig, names=("mixture",)):
 
     datasets: list[Part] = Field(min_length=1)  # the sources
     mixture: list[Phase] = []  # phases in order of time; empty: the datasets' weights hold for the whole run
-    # weights become weight ** (1 / temperature); above 1 makes them more even
+    # Weights become weight ** (1 / temperature); above 1 makes them more even
     temperature: float = Field(default=1.0, gt=0)
 
     @model_validator(mode="after")

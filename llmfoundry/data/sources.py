@@ -120,7 +120,7 @@ class DatasetConfig(Choice, tag="name"):
     # per epoch, even if the cache holds few of them. None: all rows.
     shuffle_block_size: int | None = Field(default=None, ge=16)
     cache_dir: LocalPath | None = None  # None: $LLMFOUNDRY_CACHE, or ~/.cache/llmfoundry
-    # maximum size of the local cache of remote files, e.g. 50gb; None: 100gb
+    # Maximum size of the local cache of remote files, e.g. 50gb; None: 100gb
     cache_limit: Annotated[int | str | None, AfterValidator(_a_size)] = None
 
     def build(self) -> Source:

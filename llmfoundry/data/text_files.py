@@ -49,7 +49,7 @@ class TextFilesConfig(TextsConfig, names=("text_files",)):
 
     path: DataPath  # a folder, a glob or one file; also a URL: s3://bucket/folder
     text_key: str = "text"  # the text column of tables; `doc.text` for a nested one
-    # number of unreadable rows to skip, count and report before the data is refused
+    # Number of unreadable rows to skip, count and report before the data is refused
     skip_bad_rows: int = Field(default=0, ge=0)
 
     def heap(self) -> str:

@@ -48,7 +48,7 @@ class TokenizerConfig(Config):
     """`name: bpe` trains a tokenizer with `vocab_size` entries; any other name is a local folder or a hub id."""
 
     name: str = "bpe"  # bpe, a local folder, or a hub id
-    # for bpe: 256 bytes, end of text, merges; None: 4096
+    # For bpe: 256 bytes, end of text, merges; None: 4096
     vocab_size: int | None = Field(default=None, ge=257, le=10**6)
     kwargs: dict[str, str | int | float | bool | None] = {}  # arguments of the tokenizer, e.g. {model_max_length: 2048}
     # Start each document with the BOS token. None: as in the checkpoint that the run starts from, or as the tokenizer

@@ -49,7 +49,7 @@ class GauntletConfig(Config):
     subtract_random_baseline: bool = True  # subtract the accuracy of random guesses
     rescale_accuracy: bool = True  # divide by 1 - random_baseline
     categories: list[Category]  # each category gets a score
-    # lists of categories, by the average's name; None: default_average, over all categories
+    # Lists of categories, by the average's name; None: default_average, over all categories
     averages: dict[str, list[str]] | None = None
 
     @model_validator(mode="after")

@@ -57,7 +57,7 @@ class TaskConfig(Choice, tag="icl_task_type"):
     continuation_delimiter: str = " "  # text between a question and its answer
     question_prelimiter: str = ""  # text before each question
     has_categories: bool = False  # rows have a `category`; each category is scored as a task of its own
-    # for a hub dataset: arguments of load_dataset, e.g. {split: test}
+    # For a hub dataset: arguments of load_dataset, e.g. {split: test}
     hf_loading_vars: dict[str, str | int | bool | None] = {}
     hf_parsing_map: dict[str, list[str]] = {}  # for a hub dataset: the columns that make up each field
 

@@ -43,8 +43,8 @@ class AttentionConfig(Choice, tag="attn_type"):
     # includes the token itself: its sliding_window is this plus 1.
     sliding_window_size: int = Field(default=FULL, ge=FULL)
     attn_uses_sequence_id: bool = False  # a token attends only to its own document
-    bias: bool | None = None  # of the input projection; None: as the model's no_bias says
-    out_bias: bool | None = None  # of the output projection
+    bias: bool | None = None  # bias of the input projection; None: as the model's no_bias says
+    out_bias: bool | None = None  # bias of the output projection; None: as no_bias
 
     def filled(self, bias: bool) -> Self:
         """Return a copy with the model's values for the keys that the YAML leaves out."""
@@ -92,13 +92,13 @@ class GroupedQueryConfig(
 ):
     """Softmax attention with H query heads over G key-value heads (Ainslie et al. 2023, arXiv:2305.13245)."""
 
-    kv_n_heads: int | None = Field(default=None, ge=1)  # grouped_query_attention only
+    kv_n_heads: int | None = Field(default=None, ge=1)  # number of key-value heads, for grouped_query_attention only
     head_dim: int | None = Field(default=None, ge=1)  # None: d_model / n_heads
     softmax_scale: float | None = None  # None: 1 / sqrt(head_dim)
     qk_norm: bool = False  # normalize each head of q and k, as in Qwen3
     qk_ln: bool = False  # normalize all heads of q (of k) together, as in OLMoE
-    norm_type: NormType | None = None  # of qk_norm and qk_ln; None: the model's
-    norm_eps: float | None = Field(default=None, gt=0)  # of these norms; None: the model's
+    norm_type: NormType | None = None  # type of qk_norm and qk_ln; None: the model's norm_type
+    norm_eps: float | None = Field(default=None, gt=0)  # eps of qk_norm and qk_ln; None: the model's norm_eps
     clip_qkv: float | None = Field(default=None, gt=0)  # clamp q, k and v to [-x, x]
     clip_qkv_after_norm: bool = False  # as OLMoE in `transformers`; LLM Foundry and OLMo clip first
     attn_logit_softcapping: float | None = Field(default=None, gt=0)  # scores become c * tanh(score / c), as in Gemma 2

@@ -58,7 +58,7 @@ class FFNConfig(Choice, tag="ffn_type"):
     ffn_type: str = "mptmlp"  # the type of block
     ffn_hidden_size: int | None = Field(None, ge=1, le=2**28)  # F; None: the model's expansion_ratio * d_model
     ffn_act_fn: Activation = Activation()  # the activation
-    bias: bool | None = None  # None: as the model's no_bias says
+    bias: bool | None = None  # biases of the block; None: as the model's no_bias says
 
     def filled(self, ffn_hidden_size: int, bias: bool) -> Self:
         """Return a copy with the model's values for the keys that the YAML leaves out."""

@@ -35,8 +35,9 @@ class LatentConfig(AttentionConfig, names=("multihead_latent_attention",)):
 
     rope: bool = True  # rotary position embeddings
     rope_interleaved: bool = True  # rotate adjacent dims together, as in the checkpoints; False: dims i and i + C/2
-    q_lora_rank: int | None = Field(default=None, ge=1)  # of the queries' latent; None: queries are projected from x
-    kv_lora_rank: int = Field(ge=1)  # of the keys' and values' latent
+    # Rank of the queries' latent; None: queries are projected from x
+    q_lora_rank: int | None = Field(default=None, ge=1)
+    kv_lora_rank: int = Field(ge=1)  # rank of the keys' and values' latent
     qk_nope_head_dim: int = Field(ge=1)  # dims of a query or key without position
     qk_rope_head_dim: int = Field(ge=2)  # dims of a query or key that RoPE rotates
     v_head_dim: int = Field(ge=1)  # dims of a value

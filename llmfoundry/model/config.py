@@ -79,7 +79,8 @@ class InitConfig(Config):
     init_nonlinearity: Literal["relu", "leaky_relu", "linear", "sigmoid", "tanh", "selu"] = "relu"  # kaiming_* only
     init_gain: float = 0.0  # kaiming_*: negative slope, for leaky_relu; xavier_*: the gain itself
     init_div_is_residual: bool | float = True  # divide residual outputs by sqrt(2 L), or by this number
-    emb_init_std: float | None = Field(default=None, ge=0)  # of embeddings; None: as for other weights
+    # Standard deviation of embeddings; None: as for other weights
+    emb_init_std: float | None = Field(default=None, ge=0)
     emb_init_uniform_lim: float | list[float] | None = None  # embeddings uniform in +-lim, or in [low, high]
 
     @model_validator(mode="after")

@@ -86,12 +86,12 @@ class CausalLMConfig(ModelConfig, names=("mpt_causal_lm", "causal_lm")):
     """A pre-norm decoder, with LLM Foundry's keys and defaults."""
 
     d_model: int = Field(ge=1, le=2**24)  # width of the residual stream
-    n_heads: int = Field(ge=1, le=2**20)  # query heads
-    n_layers: int = Field(ge=1, le=1000)  # blocks
+    n_heads: int = Field(ge=1, le=2**20)  # number of query heads
+    n_layers: int = Field(ge=1, le=1000)  # number of blocks
     vocab_size: int = Field(ge=1, le=2**31)  # rows of the embedding; at least the tokenizer's
     expansion_ratio: float = Field(default=4.0, gt=0)  # ffn hidden size / d_model, if ffn_config gives no size
     no_bias: bool = False  # for every linear layer and norm, unless its own block says otherwise
-    norm_type: NormType = "layernorm"  # of every norm in the blocks and before the head
+    norm_type: NormType = "layernorm"  # type of the norms in the blocks and before the head
     norm_eps: float = Field(default=1e-5, gt=0)  # added to a norm's mean square or variance
     learned_pos_emb: bool | None = None  # None: exactly when attn_config has neither rope nor alibi
     tie_word_embeddings: bool = True  # the head uses the embedding's weight

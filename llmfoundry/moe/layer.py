@@ -44,8 +44,8 @@ class MoEConfig(FFNConfig, RouterConfig, names=("moe",)):
     # Above 0: an expert processes at most this many times its even share of the slots of one call, in token order, and
     # drops the rest (their weight becomes 0). null or 0: dropless.
     moe_capacity_factor: float | None = Field(None, ge=0)
-    moe_loss_weight: float = Field(0.01, ge=0)  # of the load-balancing loss
-    moe_zloss_weight: float = Field(0.0, ge=0)  # of the router's z-loss
+    moe_loss_weight: float = Field(0.01, ge=0)  # weight of the load-balancing loss
+    moe_zloss_weight: float = Field(0.0, ge=0)  # weight of the router's z-loss
     # The tokens over which the load is balanced. global_batch: the gradient does not depend on microbatches or ranks.
     moe_lbl_scope: Literal["microbatch", "global_batch"] = "global_batch"
     # For global_batch with several microbatches, see moe/balance.py. count: an extra forward pass counts the loads
@@ -58,9 +58,8 @@ class MoEConfig(FFNConfig, RouterConfig, names=("moe",)):
     shared_expert_gate: bool = False  # scale the shared expert by sigmoid(x @ gate), as in Qwen2-MoE
     first_k_dense: int = Field(0, ge=0)  # number of dense layers before the first mixture
     moe_layer_freq: int = Field(1, ge=1)  # after those, every n-th layer is a mixture, starting with the first
-    dense_ffn_hidden_size: int | None = Field(
-        None, ge=1
-    )  # of the dense blocks; None: the model's expansion_ratio * d_model
+    # F of the dense blocks; None: the model's expansion_ratio * d_model
+    dense_ffn_hidden_size: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
     def _check_experts(self) -> Self:

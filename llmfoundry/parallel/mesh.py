@@ -37,7 +37,7 @@ class ParallelConfig(Config):
     # of rows. auto: gather, within a node, if that receives at most 1.5 times as many tokens. Evaluation and generation
     # always use all_to_all.
     exchange_tokens: Literal["auto", "gather", "all_to_all"] = "auto"
-    recompute: Literal["none", "full", "selective"] = "none"  # of activations, in backward
+    recompute: Literal["none", "full", "selective"] = "none"  # activations to recompute in backward
     recompute_save: list[str] | None = None  # selective: operators whose results are kept; None: attention, matmuls
     compile: bool | Literal["auto"] = "auto"  # torch.compile each block; auto: on GPUs
     reshard_after_forward: bool = True  # free a block's weights after forward, and gather them again in backward

@@ -161,9 +161,9 @@ class RunConfig(Config):
         "report_to": "loggers",
     }
 
-    # your own values, kept in config.yaml and given to loggers
+    # Your own values, kept in config.yaml and given to loggers
     metadata: dict[str, str | int | float | bool | None] = {}
-    # name for loggers, and for {run_name} in paths; None: $RUN_NAME, or the save_folder's name
+    # Name for loggers, and for {run_name} in paths; None: $RUN_NAME, or the save_folder's name
     run_name: str | None = None
     code_paths: list[str] = []  # Python files that register plug-ins
     seed: int = Field(17, ge=0, lt=2**63)  # seed of initial weights, data order and dropout
@@ -188,16 +188,14 @@ class RunConfig(Config):
     # Rows per forward; need not divide the rank's rows. auto: all of the rank's rows, halved as long as they do not
     # fit.
     device_train_microbatch_size: int | Literal["auto"] = "auto"
-    max_skipped_steps: int = Field(
-        10, ge=0
-    )  # updates skipped in a row (gradient not finite, loss too high) before an end
-    max_skipped_share: float = Field(
-        0.1, ge=0, le=1
-    )  # of all steps, above max_skipped_steps: more than this is a failure (exit code 1)
+    # Maximum consecutive skipped updates (gradient not finite, loss too high) before the run ends
+    max_skipped_steps: int = Field(10, ge=0)
+    # Maximum share of skipped steps, beyond max_skipped_steps; above it the run fails (exit code 1)
+    max_skipped_share: float = Field(0.1, ge=0, le=1)
 
     eval_interval: Duration = Duration.parse("1ep")  # 0ba: never
     eval_first: bool = False  # also evaluate before the first step, as step 0
-    # number of batches of device_eval_batch_size rows, over all ranks together; -1: all data
+    # Number of batches of device_eval_batch_size rows, over all ranks together; -1: all data
     eval_subset_num_batches: int = 256
     device_eval_batch_size: int = Field(16, gt=0, le=2**31)  # rows per forward in evaluation
     # In-context learning tasks to run at each evaluation: metrics/LABEL/N-shot/METRIC. A list, or a file that contains
@@ -206,7 +204,7 @@ class RunConfig(Config):
     # Summary of the tasks: icl/metrics/eval_gauntlet/NAME. A block, or a file that contains one.
     eval_gauntlet: GauntletConfig | None = None
     icl_seq_len: int = Field(1024, gt=1)  # tokens of a question with its examples; longer ones lose their beginning
-    # batches per task, over all ranks together; None or -1: all
+    # Batches per task, over all ranks together; None or -1: all
     icl_subset_num_batches: int | None = Field(None, ge=-1)
 
     # auto: amp_bf16 on a GPU, fp32 on a CPU. amp_fp8: as amp_bf16, but experts and the linear layers of blocks multiply

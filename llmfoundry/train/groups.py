@@ -46,7 +46,7 @@ class ParamGroup(Config):
     weight_decay: float | None = Field(None, ge=0)
     betas: Betas | None = None  # None: the optimizer's
     eps: float | None = Field(None, gt=0)  # None: the optimizer's
-    # with name: muon; None: muon for matrices inside blocks, otherwise adamw
+    # With name: muon; None: muon for matrices inside blocks, otherwise adamw
     algorithm: Literal["muon", "adamw"] | None = None
 
 

@@ -54,7 +54,7 @@ class MuonConfig(AdamWConfig, names=("muon",)):
     momentum: float = Field(0.95, ge=0, lt=1)  # decay of the momentum
     nesterov: bool = True  # use the momentum one step ahead as the direction
     ns_steps: int = Field(5, ge=1, le=20)  # Newton-Schulz iterations
-    # dtype of their matrix products; auto: bf16 on GPUs, fp32 on CPUs
+    # Dtype of their matrix products; auto: bf16 on GPUs, fp32 on CPUs
     ns_dtype: Literal["auto", "bf16", "fp32"] = "auto"
     # Factor on lr for a matrix, named as in torch.optim.Muon. match_rms_adamw: 0.2 sqrt(max(rows, columns)), so that
     # AdamW's lr and weight_decay fit. original: sqrt(max(1, rows / columns)).

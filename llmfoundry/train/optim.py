@@ -75,9 +75,9 @@ class GroupedOptimizerConfig(OptimizerConfig):
     # otherwise fp32.
     master_weights: Literal["auto", "fp32", "fp32_split", "bf16_sr"] = "auto"
     decay_embeddings: bool = True  # apply weight decay to embeddings too
-    # settings for some parameters: [{param_str_match: REGEX, lr: ..., weight_decay: ...}]
+    # Settings for some parameters: [{param_str_match: REGEX, lr: ..., weight_decay: ...}]
     param_groups: list[ParamGroup] = []
-    # parameters that are not trained: a regular expression on their names, or a list
+    # Parameters that are not trained: a regular expression on their names, or a list
     disable_grad: Pattern | list[Pattern] = []
 
     @property
