@@ -160,7 +160,7 @@ def _accumulate(
 
 
 def _seeding(model: CausalLM, seed: int, step: int) -> Callable[[int], object]:
-    """A function to call with each microbatch's number before its forward, so that dropout depends on nothing earlier."""
+    """Call the result with each microbatch's number before its forward: dropout then depends on nothing earlier."""
     if not model.config.has_dropout:
         return lambda number: None
     return lambda number: torch.manual_seed(runtime.seed_of("dropout", seed, step, runtime.rank(), number))
