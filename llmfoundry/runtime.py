@@ -65,6 +65,25 @@ _PEAK_BF16_TFLOPS = {
     "RTX 4090": 165.2,
 }
 
+_SAID_AFTER = 15.0  # seconds that a process waits for another one's fetch before it says so
+
+
+class _Planted(NamedTuple):
+    """The main thread's tree."""
+
+    over: ProcessGroup
+    tree: Tree
+
+
+# The state of this process; only functions of this module change it.
+_timeout = 600.0  # seconds, of `start`
+_store: dist.Store | None = None  # where ranks found each other
+_planted: _Planted | None = None
+_trees = 0  # made so far
+_meeting = False  # whether `together` runs
+_at_the_source = True  # whether to ask the hub; see `first_of_node`
+_mapped = 0  # bytes of GPU memory that torch's allocator does not know of
+
 
 def cache_root(cache_dir: str | None = None) -> Path:
     """The folder of tokenizers, token shards and tile choices.
@@ -90,31 +109,23 @@ def start(timeout_seconds: float = 600.0, *, group_of_one: bool = False) -> torc
         timeout_seconds: seconds after which a collective fails that some rank has not joined.
         group_of_one: create a process group for a single process too, which FSDP needs.
     """
-    global _timeout
+    global _timeout, _store
     _timeout = timeout_seconds
     place, timeout = device(), datetime.timedelta(seconds=timeout_seconds)
     if place.type == "cuda":
         torch.cuda.set_device(place)
         torch.backends.cuda.matmul.allow_tf32 = False
     if (world_size() > 1 or group_of_one) and not dist.is_initialized():
+        _store = _store_of_attempt(timeout) if world_size() > 1 else None
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
             timeout=timeout,
             device_id=place if place.type == "cuda" else None,
-            store=_meeting_place(timeout) if world_size() > 1 else dist.HashStore(),
+            store=dist.HashStore() if _store is None else _store,
             rank=rank(),
             world_size=world_size(),
         )
     return place
-
-
-_store: dist.Store | None = None
-
-
-def _meeting_place(timeout: datetime.timedelta) -> dist.Store:
-    global _store
-    _store = _store_of_attempt(timeout)
-    return _store
 
 
 def store_for_a_thread() -> dist.Store | None:
@@ -133,17 +144,6 @@ def set_timeout(seconds: float) -> None:
         ranks.set_timeout(seconds)
 
 
-class _Planted(NamedTuple):
-    """The main thread's tree."""
-
-    over: ProcessGroup
-    tree: Tree
-
-
-_planted: _Planted | None = None
-_trees = 0  # made by this process
-
-
 def tree() -> Tree | None:
     """The tree of all ranks for messages between their main threads; None for a single process."""
     global _planted
@@ -154,9 +154,6 @@ def tree() -> Tree | None:
     if _planted is None or _planted.over is not world:
         _planted = _Planted(world, plant(_timeout))
     return _planted.tree
-
-
-_timeout = 600.0  # seconds, of `start`
 
 
 def plant(timeout: float) -> Tree:
@@ -212,9 +209,6 @@ class OutOfMemory(RuntimeError):
 
 class _Elsewhere(RuntimeError):
     """Another rank has run out of memory and will not join the collective that this one is about to start."""
-
-
-_meeting = False
 
 
 def meet() -> None:
@@ -317,9 +311,6 @@ def _for_others(error: Exception) -> Exception:
     return error
 
 
-_at_the_source = True  # whether this process may ask the hub; see `first_of_node`
-
-
 def asks_hub() -> bool:
     """Whether to ask the hub; if not, another process of this node has put the files into the cache."""
     return _at_the_source
@@ -362,9 +353,6 @@ def first_of_node(what: str, act: Callable[[], T]) -> T:
         return act()
     finally:
         _at_the_source = True
-
-
-_SAID_AFTER = 15.0  # seconds
 
 
 def agreed(act: Callable[[], T], ranks: Tree | None = None) -> T:
@@ -415,9 +403,6 @@ def peak_flops(place: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(place)
     return next((tflops * 1e12 for key, tflops in _PEAK_BF16_TFLOPS.items() if key in name), None)
-
-
-_mapped = 0  # bytes of GPU memory that torch's allocator does not know of
 
 
 def count_memory(n_bytes: int) -> None:

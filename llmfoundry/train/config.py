@@ -37,6 +37,7 @@ from llmfoundry.data.tokenizer import TokenizerConfig
 from llmfoundry.eval.gauntlet import GauntletConfig
 from llmfoundry.eval.icl_tasks import TaskConfig
 from llmfoundry.hf.module import TransformersConfig
+from llmfoundry.layers.lora import LoRAConfig
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.parallel.mesh import ParallelConfig
 from llmfoundry.private import FromEnvironment, disclosed
@@ -316,7 +317,7 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _base_is_quantized(self) -> Self:
-        lora = getattr(self.model, "lora", None)
+        lora = self.lora
         if lora is None or lora.quantize is None:
             return self
         if self.load_path is None:
@@ -329,7 +330,7 @@ class RunConfig(Config):
     def _products_are_known(self) -> Self:
         if self.precision != "amp_fp8":
             return self
-        if getattr(self.model, "lora", None) is not None:
+        if self.lora is not None:
             raise ValueError("precision: amp_fp8 with model.lora is not supported; write amp_bf16")
         if isinstance(self.model, TransformersConfig):
             raise ValueError("precision: amp_fp8 does not reach modules of transformers; write amp_bf16")
@@ -348,7 +349,7 @@ class RunConfig(Config):
                 "eval_loader: preferences are for training; evaluate on the chosen answers as finetuning data, with "
                 "preprocessing_fn: {response: chosen}"
             )
-        if self.loss.pairs and getattr(self.model, "lora", None) is None:
+        if self.loss.pairs and self.lora is None:
             if self.load_path is None:
                 raise ValueError(
                     f"loss={self.loss.name} needs load_path, whose weights are the reference, or model.lora"
@@ -398,6 +399,11 @@ class RunConfig(Config):
         return runtime.cache_root() / "runs" / digest / PurePosixPath(self.save_folder).name
 
     @property
+    def lora(self) -> LoRAConfig | None:
+        """The adapters of the model, if it is of a kind that has them."""
+        return getattr(self.model, "lora", None)
+
+    @property
     def evaluations(self) -> list[LoaderConfig]:
         """`eval_loader` and all of `eval_loaders`."""
         return [*([self.eval_loader] if self.eval_loader is not None else []), *self.eval_loaders]
@@ -419,6 +425,5 @@ class RunConfig(Config):
 
     def optimizer_on(self, device_type: str) -> OptimizerConfig:
         """The run's optimizer on a kind of device, with `master_weights: auto` resolved."""
-        adapted = getattr(self.model, "lora", None) is not None
         half = self.precision_on(device_type) != "fp32"
-        return self.optimizer.decided(half and not adapted and not self.parallel.cpu_offload)
+        return self.optimizer.decided(half and self.lora is None and not self.parallel.cpu_offload)
