@@ -22,7 +22,7 @@ class Counts(NamedTuple):
         return type(self)(*(a + b for a, b in zip(self, other, strict=True)))
 
     def __str__(self) -> str:
-        """Return the counts in words, e.g. `read 10 documents; left out 1 empty, 2 duplicates; kept 7 (1,234 bytes)`."""
+        """Return the counts as text, e.g. `read 9 documents; left out 1 empty, 2 duplicates; kept 7 (1,234 bytes)`."""
         counts = {"empty": self.empty, "duplicates": self.duplicates, "by the filter": self.filtered}
         left = ", ".join(f"{n:,} {why}" for why, n in counts.items() if n)
         left = f"; left out {left}" if left else ""
