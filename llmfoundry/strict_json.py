@@ -94,10 +94,10 @@ def _opened(path: Path) -> BinaryIO:
     return file
 
 
-def whole_number(value: Json, least: int = 0) -> int:
-    """A number that is whole, not below `least`, and fits into 63 bits; raises ValueError otherwise."""
-    if type(value) is not int or not least <= value < 2**63:
-        raise ValueError(f"{value!r:.40} is not an integer of at least {least}")
+def whole_number(value: Json) -> int:
+    """A number that is whole, not negative, and fits into 63 bits; raises ValueError otherwise."""
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{value!r:.40} is not an integer of at least 0")
     return value
 
 

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "llmfoundry"
 
 # Lowest first. A module may import from its own package and from lower layers. A top-level module counts as a package.
 LAYERS = [
-    {"atomic", "config", "launch", "dtensor", "numbers", "progress", "private", "strict_json", "tree"},
+    {"atomic", "config", "launch", "dtensor", "numbers", "progress", "private", "strict_json", "strict_yaml", "tree"},
     {"settings", "runtime", "stopping"},
     {"kernels", "data", "code"},
     {"layers"},

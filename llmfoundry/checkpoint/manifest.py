@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -24,8 +23,6 @@ from typing import Literal, NamedTuple
 from llmfoundry import runtime
 from llmfoundry.config import ConfigError, RunError
 from llmfoundry.strict_json import Json, read_mapping, whole_number
-
-log = logging.getLogger(__name__)
 
 MANIFEST, LATEST = "MANIFEST.json", "latest"
 FORMAT = 1

@@ -144,8 +144,9 @@ def _show_numbered(args: argparse.Namespace) -> None:
 
     from llmfoundry.checkpoint.checkpointer import Checkpointer
     from llmfoundry.data.show import PLAIN, TERMINAL, as_data, shown
-    from llmfoundry.train.build import numbered_rows
-    from llmfoundry.train.resume import find_start, settle_tokenizer
+    from llmfoundry.train.resume import find_start
+    from llmfoundry.train.run_data import numbered_rows
+    from llmfoundry.train.run_tokenizer import settle_tokenizer
 
     folder = Path(args.target)
     if args.way != "show" or not (folder / CONFIG).is_file():

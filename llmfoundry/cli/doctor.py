@@ -77,7 +77,7 @@ def doctor_main(argv: Sequence[str] | None = None) -> None:
 def _on_cpu(config: RunConfig) -> str:
     """Return whether there is enough memory for weights, gradients and optimizer in a run without a GPU."""
     from llmfoundry.model.transformer import CausalLMConfig
-    from llmfoundry.train.build import machine_memory, training_bytes
+    from llmfoundry.train.machine import machine_memory, training_bytes
 
     assert isinstance(config.model, CausalLMConfig)
     needed, there = training_bytes(config.model, config.optimizer.weight_dtype) / GIB, machine_memory() / GIB

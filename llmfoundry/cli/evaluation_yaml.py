@@ -24,9 +24,9 @@ from llmfoundry.integrations.hf_causal_lm import ONLY
 from llmfoundry.model.config import ModelConfig
 from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.parallel.mesh import ParallelConfig
-from llmfoundry.train.build import check_device
 from llmfoundry.train.config import Precision, inference_precision, precision_on
-from llmfoundry.train.resume import with_rule_of
+from llmfoundry.train.machine import check_device
+from llmfoundry.train.run_tokenizer import with_rule_of
 
 log = logging.getLogger(__name__)
 

@@ -119,9 +119,10 @@ def _open_ours(folder: str, overrides: list[str], check: Check | None, untrusted
     from llmfoundry.checkpoint.reading import load_model_only, read
     from llmfoundry.hf.pretrained import tokenizer_of
     from llmfoundry.model.transformer import CausalLMConfig
-    from llmfoundry.train.build import check_device
     from llmfoundry.train.config import inference_precision
-    from llmfoundry.train.resume import is_trained, with_rule_of
+    from llmfoundry.train.machine import check_device
+    from llmfoundry.train.run_tokenizer import with_rule_of
+    from llmfoundry.train.trainer_json import is_trained
 
     place = runtime.start()
     contents = read(folder)
@@ -163,7 +164,7 @@ def open_hugging_face(
     from llmfoundry.data.tokenizer import TokenizerConfig
     from llmfoundry.hf.pretrained import open_checkpoint, tokenizer_of
     from llmfoundry.parallel.mesh import ParallelConfig as Parallel
-    from llmfoundry.train.build import check_device
+    from llmfoundry.train.machine import check_device
 
     place = runtime.start()
     found = open_checkpoint(name)

@@ -25,11 +25,9 @@ class Row:
         self.where = where
         self._fields = {key: value.strip() if isinstance(value, str) else value for key, value in fields.items()}
 
-    def text(self, key: str, default: str | None = None) -> str:
+    def text(self, key: str) -> str:
         """Return the field, which must be a string."""
         value = self._fields.get(key)
-        if value is None and default is not None:
-            return default
         if not isinstance(value, str):
             raise self._refused(key, value, "a text")
         return value

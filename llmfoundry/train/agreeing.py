@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from dataclasses import dataclass, field
 
-import torch.distributed as dist
-
 from llmfoundry import runtime, stopping
 from llmfoundry.train.clock import Countdown
-from llmfoundry.train.duration import seconds_of
 from llmfoundry.train.run import ASKED, TIME_LIMIT, Run
 from llmfoundry.train.saving import Saver
 from llmfoundry.train.watchdog import Watchdog
@@ -28,8 +24,6 @@ class AgreeingRun(Run):
     countdown: Countdown = field(default_factory=lambda: Countdown(None))
     agreed: float = 0.0  # when the ranks last agreed, by `perf_counter`
     stopping: bool = False  # all ranks have agreed to stop
-    warm: bool = False  # this process has taken a step
-    froze: bool = False  # objects, for the garbage collector
 
     def on_signal(self, number: int) -> None:
         """A signal finishes the step or evaluation batch, saves and stops; a second one ends at once."""
@@ -56,19 +50,6 @@ class AgreeingRun(Run):
             self.stopping = True
             self._say_why(int(asked))
         return seconds
-
-    def warmed_up(self) -> None:
-        """The first step has compiled and connected; no later one takes that long."""
-        seconds = seconds_of(self.config.step_timeout)
-        if seconds is not None and not self.warm and dist.is_initialized():
-            runtime.set_timeout(seconds)
-        if not self.warm and not gc.get_freeze_count():  # else this process has seen to it before the run
-            # Python's garbage collector need not look again through the 400,000 objects that are there by now and stay:
-            # a full collection of them stops a rank, and all that wait for it, for a good part of a second.
-            gc.collect()
-            gc.freeze()
-            self.froze = True
-        self.warm = True
 
     def _say_why(self, asked: int) -> None:
         if asked == TIME_LIMIT and self.countdown.limit is not None:

@@ -7,6 +7,7 @@ batch are written to `skipped.jsonl`, with those whose own loss is not finite.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -22,7 +23,8 @@ from llmfoundry.train.loss import Loss
 from llmfoundry.train.outputs import SKIPPED
 from llmfoundry.train.run import Run
 
-NOT_FINITE, SPIKE = "the gradient is not finite", "the loss is too high"
+log = logging.getLogger(__name__)
+
 NAMED = 16  # rows of a rank in a record
 DAMAGED = "the weights are damaged, and only an older checkpoint helps"
 
@@ -32,6 +34,32 @@ class BadRow(NamedTuple):
 
     row: int  # its number in the run
     rank: int
+
+
+def note_update(run: Run, batch: Batch, objective: Loss, updated: bool, finite: bool) -> dict[str, object] | None:
+    """Count whether the step that `run` has just taken changed the weights; if not, look for the cause.
+
+    Args:
+        batch: this rank's rows of the step.
+        finite: whether the gradient was; else the loss was too high.
+
+    Returns:
+        A line for skipped.jsonl, if the update was skipped.
+
+    Raises:
+        RunError: a weight is not finite.
+    """
+    state = run.state
+    state.skipped_steps += not updated
+    state.skipped_in_a_row = 0 if updated else state.skipped_in_a_row + 1
+    if updated:
+        return None
+    why, bad = "the loss is too high", []
+    if not finite:
+        _check_weights(run)
+        why, bad = "the gradient is not finite", _bad_rows(run, batch, objective)
+    log.warning("step %d: %s; the update was skipped; its rows are in %s", state.step, why, SKIPPED)
+    return record(state.step, why, state.rows - run.config.global_train_batch_size, state.rows, bad)
 
 
 @torch.no_grad()
@@ -54,7 +82,7 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return names[int(least)] if least < len(names) else None
 
 
-def check_weights(run: Run) -> None:
+def _check_weights(run: Run) -> None:
     """Look at every weight and optimizer state; all ranks together. (A save looks by itself.)
 
     Raises:
@@ -68,7 +96,7 @@ def check_weights(run: Run) -> None:
 
 
 @torch.no_grad()
-def bad_rows(run: Run, batch: Batch, objective: Loss) -> list[BadRow]:
+def _bad_rows(run: Run, batch: Batch, objective: Loss) -> list[BadRow]:
     """The rows of a batch whose own loss is not finite: one more forward, of all ranks together."""
     own: list[int] = []
     for micro in objective.microbatches(batch, run.microbatches.rows):

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from llmfoundry import runtime
-from llmfoundry.config import ResourceError
+from llmfoundry.config import ConfigError, ResourceError
 from llmfoundry.train.out_of_memory import Held
 from llmfoundry.train.step import StepResult
 
@@ -29,17 +29,30 @@ class Microbatches:
 
     Args:
         asked: what the YAML says.
-        least: rows of the rank with the fewest.
-        most: rows of the rank with the most.
+        rows: of the global batch.
+        ranks: that it is divided over.
 
     Attributes:
         can_retry: whether the model can go on after a step that was left in the middle.
+
+    Raises:
+        ConfigError: ranks would have different numbers of microbatches, and they must meet in each.
     """
 
-    def __init__(self, asked: int | Literal["auto"], least: int, most: int) -> None:
-        self.rows = most if asked == "auto" else asked
+    def __init__(self, asked: int | Literal["auto"], rows: int, ranks: int) -> None:
+        if rows < ranks:
+            raise ConfigError(
+                f"global_train_batch_size={rows} leaves some of {ranks} ranks without a row; write {ranks} or more"
+            )
+        self._least, self._most = rows // ranks, -(-rows // ranks)
+        if asked != "auto" and not _meet(asked, self._least, self._most):
+            raise ConfigError(
+                f"global_train_batch_size={rows} over {ranks} ranks is {self._least} or {self._most} rows each, which "
+                f"device_train_microbatch_size={asked} cuts into different numbers of microbatches; make it a multiple "
+                f"of {ranks}, or the microbatch larger"
+            )
+        self.rows = self._most if asked == "auto" else asked
         self._auto = asked == "auto"
-        self._least, self._most = least, most
         self._watched = WATCHED_STEPS  # steps to come
         self.can_retry = True
 
@@ -88,4 +101,9 @@ class Microbatches:
 
 def fitting(rows: int, least: int, most: int) -> int:
     """The largest microbatch up to `rows` of which every rank has equally many: they meet in each. 0: no such size."""
-    return next((n for n in range(rows, 0, -1) if -(-least // n) == -(-most // n)), 0)
+    return next((n for n in range(rows, 0, -1) if _meet(n, least, most)), 0)
+
+
+def _meet(rows: int, least: int, most: int) -> bool:
+    """Whether ranks with `least` and with `most` rows have equally many microbatches of `rows`."""
+    return -(-least // rows) == -(-most // rows)

@@ -27,12 +27,12 @@ from llmfoundry.checkpoint.manifest import checkpoints
 from llmfoundry.config import ConfigError, RunError
 from llmfoundry.private import disclosed
 from llmfoundry.settings import write_resolved
-from llmfoundry.strict_json import parse_json, read_lines, read_mapping, whole_number
+from llmfoundry.strict_json import parse_json, read_lines, whole_number
 from llmfoundry.train.owner import OWNER, Owner
 from llmfoundry.train.run import Metrics
+from llmfoundry.train.summary import Summary
 
 log = logging.getLogger(__name__)
-Summary = dict[str, float | int | bool | str | list[float]]
 
 # What a run that ended before its first step can leave: the folder is still free.
 TRACES = {".lock", OWNER, f"{OWNER}.tmp", "config.yaml", "config.yaml.tmp", "metrics.jsonl", "wandb", "wandb-run-id"}
@@ -218,14 +218,6 @@ def _step_of(file: Path, number: int, line: bytes) -> int:
         return whole_number(said["step"] if isinstance(said, dict) else None)
     except (ValueError, KeyError):
         raise ConfigError(f"{file}: line {number} is damaged; remove it from there on") from None
-
-
-def read_summary(path: Path) -> Plain:
-    """What summary.json says; nothing if it is missing or malformed."""
-    try:
-        return read_mapping(path / "summary.json")
-    except (OSError, ValueError):
-        return {}
 
 
 def check_free(path: Path, autoresume: bool) -> None:

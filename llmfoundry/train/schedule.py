@@ -8,6 +8,7 @@ second step has the first one's factor again and every later one lags by a step;
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ from pydantic import Field
 
 from llmfoundry.config import Choice, ConfigError
 from llmfoundry.train.duration import Duration, Timeline
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,15 @@ class SchedulerConfig(Choice, tag="name"):
                 f"t_max={self.t_max}; shorten the warm-up or train for longer"
             )
         return warmup, end
+
+
+def warn_of_no_rate(schedule: Schedule, timeline: Timeline, warmup: Duration) -> None:
+    """Say so where every step has learning rate 0: the first step of a warm-up does, and may be the only one."""
+    first = range(min(timeline.total_steps, 3))
+    if timeline.limit is None and not any(schedule.multiplier(step) for step in first):
+        log.warning("scheduler: the learning rate is 0 in every step of this run, so it trains nothing; the first step "
+                    "of a warm-up has 0 (t_warmup=%s): raise max_duration, or write scheduler.t_warmup=0ba",
+                    warmup)  # fmt: skip
 
 
 class ConstantConfig(SchedulerConfig, names=("constant_with_warmup",)):
