@@ -106,7 +106,7 @@ class Console(Callback):
 
 
 def tasks_line(metrics: Metrics) -> list[str]:
-    """A line on tasks: the gauntlet's scores, or without a gauntlet each task's accuracy, without categories."""
+    """Return a line on tasks: the gauntlet's scores, or without a gauntlet each task's accuracy, without categories."""
     found = {key.removeprefix(COMPOSITE): value for key, value in metrics.items() if key.startswith(COMPOSITE)}
     for key, value in metrics.items() if not found else ():
         task, _, metric = key.removeprefix(PREFIX).rpartition("/")
@@ -116,7 +116,7 @@ def tasks_line(metrics: Metrics) -> list[str]:
 
 
 def line(metrics: Metrics, total_steps: int | None, seconds_left: float | None = None) -> str:
-    """The main numbers of a step, for the console. A run limited by time does not know its total at the start."""
+    """Return a step's main numbers for the console. A run limited by time does not know its total at the start."""
     of = "" if total_steps is None else f"/{total_steps}"
     parts = [f"step {metrics['step']:>{len(of) - 1 if of else 0}}{of}"]
     shown = {

@@ -106,14 +106,14 @@ class EarlyStopper(Callback):
             self.best_seconds = float(seconds) if isinstance(seconds, int | float) else 0.0
 
     def _is_late(self, trainer: Run) -> bool:
-        """Whether the best value is older than `patience`."""
+        """Return whether the best value is older than `patience`."""
         seconds = trainer.timeline.seconds(self.config.patience)
         if seconds is not None:
             return trainer.timeline.clock.seconds - self.best_seconds > seconds
         return trainer.state.step - self.best_step > trainer.timeline.steps(self.config.patience)
 
     def _is_due(self, metrics: Metrics) -> bool:
-        """Whether these metrics should contain the watched one."""
+        """Return whether these metrics should contain the watched one."""
         return self.config.dataloader_label == "train" or any(key.startswith(EVALUATED) for key in metrics)
 
     def _improves(self, value: float, best: float) -> bool:

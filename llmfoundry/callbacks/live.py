@@ -68,7 +68,7 @@ class Losses:
             self._each *= 2
 
     def recent(self) -> list[float]:
-        """The losses of the last half of the steps."""
+        """Return the losses of the last half of the steps."""
         return self.means[len(self.means) // 2 :]
 
 
@@ -115,7 +115,7 @@ class LiveView:
             self._busy = False
 
     def is_due(self) -> bool:
-        """Whether it is time to draw again."""
+        """Return whether it is time to draw again."""
         return time.perf_counter() >= self._due
 
     def draw(self, now: Now) -> None:
@@ -159,7 +159,7 @@ def pause(cost: float) -> float:
 def picture(
     now: Now, losses: Sequence[float], title: str, width: int, height: int, ascii_only: bool = False
 ) -> RenderableType:
-    """The view for a terminal of `width` columns and `height` rows. Every line is shorter, and three rows stay free."""
+    """Return the view for a terminal of `width` columns and `height` rows. Lines are shorter; three rows stay free."""
     framed = width >= FRAMED[0] and height >= FRAMED[1]
     width -= ECHO
     inner = width - 4 if framed else width
@@ -213,7 +213,7 @@ def _with_spark(texts: Sequence[str], width: int, drawn: Callable[[int], Text]) 
 
 
 def spark(values: Sequence[float], width: int, levels: str = LEVELS) -> str:
-    """A sparkline of at most `width` characters, each the mean of equally many values, with the range at both ends."""
+    """Return a sparkline of at most `width` characters, each the mean of a few values, and the range at both ends."""
     n = min(width, len(values))
     edges = [round(i * len(values) / n) for i in range(n + 1)] if n else [0]
     means = [sum(values[a:b]) / (b - a) for a, b in zip(edges[:-1], edges[1:], strict=True)]
@@ -223,7 +223,7 @@ def spark(values: Sequence[float], width: int, levels: str = LEVELS) -> str:
 
 
 def balance(load: Sequence[float], width: int, levels: str = LEVELS) -> Text:
-    """A bar for each expert: half height for an even load, full height for twice that, red for extremes.
+    """Return a bar for each expert: half height for an even load, full height for twice that, red for extremes.
 
     If there are too many experts, neighbours share a bar, which shows the load that is furthest from even.
     """

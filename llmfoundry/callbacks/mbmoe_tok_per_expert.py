@@ -58,5 +58,5 @@ class TokPerExpert(Callback):
 
 
 def _statistics(tokens: Tensor) -> Tensor:
-    """(n,) -> (4,): minimum, maximum, median (the lower of two), sample standard deviation."""
+    """Return minimum, maximum, median (the lower of two) and sample standard deviation: (n,) -> (4,)."""
     return torch.stack([tokens.min(), tokens.max(), tokens.median(), tokens.std()])

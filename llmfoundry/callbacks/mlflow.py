@@ -66,7 +66,7 @@ class MLflowConfig(LoggerConfig, names=("mlflow",)):
         return MLflow(self)
 
     def client(self) -> MlflowClient:
-        """A connection to `tracking_uri`."""
+        """Return a connection to `tracking_uri`."""
         import mlflow  # slow to import, and optional
 
         if self.tracking_uri is not None:
@@ -205,7 +205,7 @@ class MLflow(Callback):
 
 
 def flattened(data: Mapping[str, object], above: str = "") -> Iterator[tuple[str, object]]:
-    """Settings as pairs of dotted key and value."""
+    """Yield settings as pairs of a dotted key and a value."""
     for key, value in data.items():
         if isinstance(value, dict) and value:
             yield from flattened(value, f"{above}{key}.")

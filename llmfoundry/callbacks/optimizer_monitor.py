@@ -92,5 +92,5 @@ def _grad(parameter: Tensor) -> Tensor:
 
 
 def _with_gradient(trainer: Run) -> dict[str, torch.nn.Parameter]:
-    """The parameters that this step changes, by name; the same on every rank."""
+    """Return the parameters that this step changes, by name; the same on every rank."""
     return {name: each for name, each in trainer.model.named_parameters() if each.grad is not None}

@@ -201,7 +201,7 @@ class Report(Callback):
 
 
 def probe_batch(trainer: Run, tokens: int) -> Batch:
-    """The fixed sample of text: validation text, or equally many rows of each source of a mixture."""
+    """Return the fixed sample of text: validation text, or equally many rows of each source of a mixture."""
     loader = trainer.loader
     if isinstance(loader.order, Mixture):
         numbers = np.arange(min(SEARCHED, loader.rows_per_epoch))
@@ -214,7 +214,7 @@ def probe_batch(trainer: Run, tokens: int) -> Batch:
 
 
 def by_layer(sample: dict[str, object]) -> Metrics:
-    """A sample as metrics: `moe/layerN/max_load` and others, where N is the layer's number in the model."""
+    """Return a sample as metrics: `moe/layerN/max_load` and others, where N is the layer's number in the model."""
     metrics: Metrics = {}
     loads, layers = sample["load"], sample["layers"]
     assert isinstance(loads, list) and isinstance(layers, list)
@@ -235,7 +235,7 @@ def by_layer(sample: dict[str, object]) -> Metrics:
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a line; a line that cannot be read sorts after the run, so that it is dropped."""
+    """Return the step of a line; a line that cannot be read sorts after the run, so that it is dropped."""
     try:
         said = parse_json(line)
         return whole_number(said["step"] if isinstance(said, dict) else None)

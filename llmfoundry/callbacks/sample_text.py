@@ -95,7 +95,7 @@ def written(
 
 
 def _compressed(dataset: DatasetConfig) -> str:
-    """The size that two compressors reach on the validation text, one line each."""
+    """Return the bits per byte to which two compressors reduce the validation text, one line each."""
     data = dataset.build().text_bytes(limit=COMPRESS_BYTES + 1)
     part = "the validation text"
     if len(data) > COMPRESS_BYTES:

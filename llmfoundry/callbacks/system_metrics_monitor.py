@@ -72,7 +72,7 @@ def of_system() -> dict[str, float]:
 
 
 def of_gpu(device: torch.device) -> list[float]:
-    """The metrics `OF_GPU` of this GPU."""
+    """Return the metrics `OF_GPU` of this GPU."""
     return [
         torch.cuda.utilization(device),
         torch.cuda.memory_usage(device),
@@ -82,7 +82,7 @@ def of_gpu(device: torch.device) -> list[float]:
 
 
 def of_ranks(rows: list[list[float]], every: bool) -> dict[str, float]:
-    """The metrics `OF_GPU` under Composer's names: of every rank, or the lowest and the highest."""
+    """Return the metrics `OF_GPU` under Composer's names: of every rank, or the lowest and the highest."""
     found: dict[str, float] = {}
     for name, values in zip(OF_GPU, zip(*rows, strict=True), strict=True):
         if every:

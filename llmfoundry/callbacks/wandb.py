@@ -46,7 +46,7 @@ class WandbConfig(LoggerConfig, names=("wandb",)):
         return Wandb(self)
 
     def is_online(self) -> bool:
-        """Whether an account is needed."""
+        """Return whether an account is needed."""
         import wandb  # slow to import, and optional
 
         return (self.mode or wandb.setup().settings.mode) not in ("offline", "dryrun", "disabled")
@@ -55,7 +55,7 @@ class WandbConfig(LoggerConfig, names=("wandb",)):
         """Find a login, or ask for one on a terminal, and check that the server responds; on rank 0.
 
         Raises:
-            ConfigError: there is no login, or the server cannot be reached.
+            ConfigError: if there is no login, or the server cannot be reached.
         """
         import wandb
 
@@ -123,7 +123,7 @@ class Wandb(Callback):
 
 
 def _run_id(file: Path) -> str:
-    """The id that the run got at its first start. New ids are random, so that no two runs share one."""
+    """Return the id that the run got at its first start. New ids are random, so that no two runs share one."""
     if not file.exists():
         file.write_text(uuid.uuid4().hex[:16])
     return file.read_text().strip()

@@ -97,7 +97,7 @@ def _print_error(lines: list[str], rank: str) -> None:
 
 
 def _out_of_memory(error: Exception) -> str:
-    """One line for an out-of-memory error of a device; empty for any other error."""
+    """Return one line for an out-of-memory error of a device; empty for any other error."""
     torch = sys.modules.get("torch")
     is_full = torch is not None and isinstance(error, torch.OutOfMemoryError)
     return f"error: out of memory: {' '.join(str(error).split())}" if is_full else ""

@@ -84,7 +84,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _ours(source: str) -> Iterator[str]:
-    """An llmfoundry checkpoint: the source itself, or a temporary conversion of a Composer checkpoint."""
+    """Yield the path of an llmfoundry checkpoint: the source, or a temporary conversion of a Composer checkpoint."""
     path = Path(source)
     if not path.is_file() and not (path / ".metadata").is_file():
         yield source
@@ -96,7 +96,7 @@ def _ours(source: str) -> Iterator[str]:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[int], object]]:
-    """A progress bar in bytes, on a terminal."""
+    """Show a progress bar in bytes on a terminal; yield the function that advances it."""
     columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=RichConsole(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("convert", total=total)

@@ -75,7 +75,7 @@ def doctor_main(argv: Sequence[str] | None = None) -> None:
 
 
 def _on_cpu(config: RunConfig) -> str:
-    """Whether there is enough memory for weights, gradients and optimizer in a run without a GPU."""
+    """Return whether there is enough memory for weights, gradients and optimizer in a run without a GPU."""
     from llmfoundry.model.transformer import CausalLMConfig
     from llmfoundry.train.machine import machine_memory, training_bytes
 
@@ -86,7 +86,7 @@ def _on_cpu(config: RunConfig) -> str:
 
 
 def _cards() -> tuple[int | None, list[int]]:
-    """The number of GPUs and the memory of the smallest in bytes; without a GPU, the values that a plan assumes."""
+    """Return the number of GPUs and the smallest one's memory in bytes; without a GPU, what a plan assumes."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -202,7 +202,7 @@ def _disk(folder: Path) -> Iterator[Finding]:
 
 
 def _locks(folder: Path) -> Finding:
-    """Whether file locks work between processes: caches and checkpoints rely on them."""
+    """Return whether file locks work between processes: caches and checkpoints rely on them."""
     from filelock import FileLock, Timeout
 
     path = folder / f".llmfoundry-doctor-{os.getpid()}.lock"

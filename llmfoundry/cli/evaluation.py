@@ -39,7 +39,7 @@ class TaskOptions(NamedTuple):
     allow_code: bool = False
 
     def check(self) -> None:
-        """Refuse options that lack the option they belong to; raises ConfigError."""
+        """Refuse options that lack the option they belong to; raise ConfigError."""
         if self.gauntlet and not self.icl_tasks:
             raise ConfigError(f"--gauntlet {self.gauntlet}: is for --icl-tasks FILE")
         if self.icl_tasks and self.tasks:
@@ -132,7 +132,7 @@ def _settings_of(opened: Opened) -> dict[str, object]:
 
 
 def _with_files(data: Mapping[str, object], options: TaskOptions) -> dict[str, object]:
-    """Settings with tasks and gauntlet from the files that options name."""
+    """Return settings with tasks and gauntlet from the files that options name."""
     from llmfoundry.eval.icl import with_tasks_read
 
     if options.icl_tasks is None:

@@ -61,7 +61,7 @@ class TaskSettings(Config):
         return self
 
     def precision_here(self) -> Precision:
-        """The precision on this machine; raises ConfigError if it is not available."""
+        """Return the precision on this machine; raise ConfigError if it is not available."""
         precision = precision_on(self.precision, runtime.device().type)
         if precision == "amp_fp8":
             log.info("precision: amp_fp8 is for training; this computes in amp_bf16")
@@ -141,7 +141,7 @@ def translated(data: dict[str, object]) -> dict[str, object]:
     """Translate a file of LLM Foundry's: `max_seq_len` becomes `icl_seq_len`, and models get the keys of training.
 
     Raises:
-        ConfigError: a key asks for something that is not supported.
+        ConfigError: if a key asks for something that is not supported.
     """
     data = dict(data)
     for key in _GONE:

@@ -34,7 +34,7 @@ _FILE = "file::"  # prefix of a file name in --prompts
 
 
 def generate_words(argv: Sequence[str] | None) -> list[str]:
-    """The arguments of `generate`; those of hf_generate (`--name_or_path DIR --prompts TEXT ...`) are translated."""
+    """Return the arguments of `generate`; translate those of hf_generate (`--name_or_path DIR --prompts TEXT ...`)."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not _has(words, "--name_or_path", "-n"):
         return words
@@ -84,7 +84,7 @@ def generate_words(argv: Sequence[str] | None) -> list[str]:
 
 
 def _prompts(word: str, delimiter: str | None) -> list[str]:
-    """The prompts that a word of --prompts stands for: itself or, with `file::`, the texts of a file."""
+    """Return the prompts that a word of --prompts stands for: itself or, with `file::`, the texts of a file."""
     if word.startswith("dataset::"):
         raise ConfigError(f"--prompts {word}: is not supported; write the prompts into a file, and file::FILE")
     if not word.startswith(_FILE):
@@ -106,7 +106,7 @@ def _truth(key: str, word: str) -> bool:
 
 
 def convert_words(argv: Sequence[str] | None) -> list[str]:
-    """The arguments of `convert`; those of convert_composer_to_hf (`--composer_path FILE ...`) are translated."""
+    """Return the arguments of `convert`; translate those of convert_composer_to_hf (`--composer_path FILE ...`)."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not _has(words, "--composer_path"):
         return words

@@ -190,7 +190,7 @@ def eval_main(argv: Sequence[str] | None = None) -> None:
 
 
 def _evaluate_texts(opened: Opened, n_ranges: int | None) -> dict[str, Score]:
-    """Print the loss on each text of a run; returns it under the names that training logs."""
+    """Print the loss on each text of a run; return it under the names that training logs."""
     from llmfoundry import runtime
     from llmfoundry.eval.icl import Score
     from llmfoundry.eval.perplexity import evaluate

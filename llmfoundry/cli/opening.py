@@ -53,7 +53,7 @@ class Opened(NamedTuple):
 
 
 def is_hugging_face(path: str) -> bool:
-    """Whether a path names a Hugging Face checkpoint: a folder, a GGUF file, or `hf:` with a folder or hub id."""
+    """Return whether a path names a Hugging Face checkpoint: a folder, a GGUF file, or `hf:` and a folder or hub id."""
     if is_url(path):
         return False
     return is_theirs(path) or path.endswith(".gguf") or (Path(path) / "config.json").is_file()
@@ -75,7 +75,7 @@ def open_checkpoint(
         allow_code: whether to run code that its config names.
 
     Raises:
-        ConfigError: the checkpoint is missing or damaged, or an override names another key.
+        ConfigError: if the checkpoint is missing or damaged, or an override names another key.
     """
     from llmfoundry.train.config import RunConfig
 

@@ -1,4 +1,4 @@
-"""`prepare_data.py YAML [key=value ...]`: tokenise a run's datasets ahead of time, on machines without GPUs."""
+"""`prepare_data.py YAML [key=value ...]`: tokenize a run's datasets ahead of time, on machines without GPUs."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ _BOUNDS = {
 
 
 def quick_mistakes(path: str, overrides: list[str], is_users: bool = True) -> list[str]:
-    """The mistakes that the full check of a run's YAML is sure to report too; it may report more.
+    """Return the mistakes that the full check of a run's YAML is sure to report too; it may report more.
 
     Args:
         path: the YAML file.
@@ -42,7 +42,7 @@ def quick_mistakes(path: str, overrides: list[str], is_users: bool = True) -> li
         is_users: as for `load_settings`.
 
     Raises:
-        ConfigError: the file cannot be read; the full check reports the same.
+        ConfigError: if the file cannot be read; the full check reports the same.
     """
     settings = load_settings(path, overrides, is_users)
     data = settings.data
@@ -61,7 +61,7 @@ def quick_mistakes(path: str, overrides: list[str], is_users: bool = True) -> li
 
 
 def mistakes_in(data: dict[str, object]) -> list[str]:
-    """The same for data in the project's keys."""
+    """Return the same for data in the project's keys."""
     if _RUN_NAME in str(data.get("save_folder")) and data.get("run_name") is None:
         return []  # reported separately
     try:
@@ -93,7 +93,7 @@ class _Classes:
         self.made: dict[str, type[Config]] = {}
 
     def of(self, name: str) -> type[Config]:
-        """The class of a block, or the base of a family."""
+        """Return the class of a block, or the base of a family."""
         if name in self.made:
             return self.made[name]
         block = self.blocks[name]
@@ -125,7 +125,7 @@ class _Classes:
         return made
 
     def _type(self, said: Node) -> Any:
-        """The type of a field with such a schema in its class."""
+        """Return the type of a field with such a schema in its class."""
         kinds = [kind for kind in said.get("anyOf", [said]) if _name(kind) != "interpolation"]
         short = tuple(_PLAIN[word] for kind in kinds if kind.get("x-short") for word in _words(kind))
         found = [self._kind(kind) for kind in kinds if not kind.get("x-short")]

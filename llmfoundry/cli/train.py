@@ -178,7 +178,7 @@ def _train(config: RunConfig, show_batch: bool) -> None:
 
 
 def _evaluations(config: RunConfig) -> Iterator[str]:
-    """The share of time that evaluation will take."""
+    """Yield the share of time that evaluation will take."""
     from llmfoundry.train.duration import Timeline
 
     if config.icl_tasks and config.eval_interval.value:
@@ -200,7 +200,7 @@ def _evaluations(config: RunConfig) -> Iterator[str]:
 
 
 def sees_documents(config: RunConfig) -> bool:
-    """Whether attention keeps documents apart."""
+    """Return whether attention keeps documents apart."""
     from llmfoundry.model.transformer import CausalLMConfig
 
     assert isinstance(config.model, CausalLMConfig)

@@ -67,7 +67,7 @@ class Turns:
         """Find message `turn` in the rendered text of all messages.
 
         Raises:
-            ValueError: the turn cannot be found.
+            ValueError: if the turn cannot be found.
         """
         upto = self._render(messages[: turn + 1], False)
         before = _THOUGHT.sub("", self._render(messages[:turn], True)) if turn else self._opened(upto)
@@ -88,7 +88,7 @@ class Turns:
         """Assign the spans that a template marks to turns. A turn may have several spans, or none.
 
         Raises:
-            ValueError: a span cannot be assigned to one turn.
+            ValueError: if a span cannot be assigned to one turn.
         """
         speaking = [i for i, message in enumerate(messages) if is_answer(message)]
         found: dict[int, list[Span]] = {}
@@ -111,7 +111,7 @@ class Turns:
         return found
 
     def content(self, messages: Sequence[Message], text: str, number: int) -> Found | None:
-        """Find the content of one message in the rendered text; returns None if it is not rendered."""
+        """Find the content of one message in the rendered text; return None if it is not rendered."""
         one, other = (self._render(_with(messages, number, probe), False) for probe in _PROBES)
         before, after = _common(one, other), _common(one[::-1], other[::-1])
         if one[before : len(one) - after] != _PROBES[0]:
@@ -127,7 +127,7 @@ class Turns:
         return (start, end) if end is not None and start <= end else None
 
     def _start(self, messages: Sequence[Message], text: str, turn: int) -> int | None:
-        """The position at which the turn starts: after the text that the template writes to open it."""
+        """Return the position at which the turn starts: after the text that the template writes to open it."""
         if turn == 0:
             opened = self._opened(text)
             return len(opened) if opened else None
@@ -145,7 +145,7 @@ class Turns:
         return len(text) - len(asked.after) + n
 
     def _end(self, messages: Sequence[Message], text: str, turn: int, after: str) -> int | None:
-        """The position at which the turn ends: after the text that the template writes behind its content.
+        """Return the position at which the turn ends: after the text that the template writes behind its content.
 
         Args:
             after: the text that follows other content of this turn.
@@ -162,11 +162,11 @@ class Turns:
         return None
 
     def _after(self, messages: Sequence[Message], number: int, prompt: bool) -> str:
-        """The text that the template writes after the content of a message."""
+        """Return the text that the template writes after the content of a message."""
         return self._render(_with(messages, number, _PROBES[0]), prompt).rpartition(_PROBES[0])[2]
 
     def _opened(self, text: str) -> str:
-        """The start of a conversation whose first turn is the assistant's; the text that opens it is not learned.
+        """Return the start of a conversation that opens with an assistant's turn; the opening text is not learned.
 
         Many templates refuse an empty list of messages, so the opening comes from a conversation with one user message.
         """
@@ -180,7 +180,7 @@ class Turns:
         return text[: text.find(opening) + len(opening)] if opening else ""
 
     def _cut(self, opening: str, most: int) -> int:
-        """The last position, at most `most`, at which the opening may end: after a special token or a line break."""
+        """Return the last position up to `most` where the opening may end: after a special token or a line break."""
         return max(
             (opening.rfind(each, 0, most) + len(each) for each in ("\n", *self._special) if each in opening[:most]),
             default=0,
@@ -188,7 +188,7 @@ class Turns:
 
 
 def is_answer(message: Message) -> bool:
-    """Whether a message is the assistant's."""
+    """Return whether a message is the assistant's."""
     return message["role"] == "assistant"
 
 
@@ -197,7 +197,7 @@ def _with(messages: Sequence[Message], number: int, content: str) -> list[Messag
 
 
 def _common(one: str, other: str) -> int:
-    """The length of the longest common prefix."""
+    """Return the length of the longest common prefix."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2

@@ -31,7 +31,7 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
         make: fills the temporary folder that it is given.
 
     Raises:
-        ConfigError: the cache cannot be written.
+        ConfigError: if the cache cannot be written.
     """
     if folder.exists():
         return folder
@@ -53,7 +53,7 @@ def writing(folder: Path) -> Iterator[None]:
     """Turn errors of a block that writes to the cache into one line.
 
     Raises:
-        ConfigError: the folder cannot be written, e.g. because the disk is full.
+        ConfigError: if the folder cannot be written, e.g. because the disk is full.
     """
     try:
         yield

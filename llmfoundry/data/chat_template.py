@@ -46,7 +46,7 @@ Responses = Literal["all", "last"]
 
 
 class Tokens(NamedTuple):
-    """A tokenised example."""
+    """A tokenized example."""
 
     ids: NDArray[np.int64]  # (n,)
     learned: NDArray[np.bool_]  # (n,) whether the token is a label
@@ -71,14 +71,14 @@ class Targets(NamedTuple):
 
 
 class Renderer:
-    """Tokenises examples.
+    """Tokenizes examples.
 
     Args:
         template: replaces the tokenizer's own template; ChatML is used if both are missing.
         bos: opens a prompt that no template renders.
 
     Raises:
-        ConfigError: the tokenizer cannot map tokens to characters, or the template is not valid Jinja.
+        ConfigError: if the tokenizer cannot map tokens to characters, or the template is not valid Jinja.
     """
 
     def __init__(
@@ -115,10 +115,10 @@ class Renderer:
             pass
 
     def tokens(self, example: Example) -> Tokens:
-        """Tokenise one example.
+        """Tokenize one example.
 
         Raises:
-            ValueError: the template refuses the example, or does not render turns one after the other.
+            ValueError: if the template refuses the example, or does not render turns one after the other.
         """
         if isinstance(example, Conversation):
             return self._conversation(example)
@@ -179,7 +179,7 @@ class Renderer:
         return self._rendered(example, messages, prompt)[0]
 
     def _marked(self, example: Conversation) -> list[Span]:
-        """The spans, in characters, that the template marks as the assistant's."""
+        """Return the spans, in characters, that the template marks as the assistant's."""
         return self._rendered(example, example.messages, False, marks=True)[1]
 
     def _rendered(
@@ -208,8 +208,8 @@ def rendered(
         prompt: open the assistant's turn at the end.
 
     Raises:
-        TemplateError: the template refuses the messages. Errors of its own code, such as TypeError, pass through.
-        Exceeded: the text is longer than CHARACTERS.
+        TemplateError: if the template refuses the messages. Errors of its own code, such as TypeError, pass through.
+        Exceeded: if the text is longer than CHARACTERS.
     """
     words: dict = {**tokenizer.special_tokens_map, **example.template}
     found: object = render_jinja_template(  # (texts, spans of each), although it is annotated as str

@@ -44,7 +44,7 @@ _AT_LEAST = re.compile(r"length>=(\d+)")
 class ChatsConfig(Folders, names=("chats",)):
     """Examples from local files (`path`), the hub (`hf_name`) or MDS (`local`, `remote`, `streams`)."""
 
-    KIND: ClassVar[str] = "chats/4"  # version of the tokenised rows; rows of another version are made again
+    KIND: ClassVar[str] = "chats/4"  # version of the tokenized rows; rows of another version are made again
 
     path: str | None = None  # a folder, a glob or one file, also as a URL: .jsonl, .json, .csv, .tsv, .parquet
     hf_name: str | None = None  # a hub dataset or a folder; or json, csv, parquet with hf_kwargs.data_files
@@ -109,7 +109,7 @@ class ChatsConfig(Folders, names=("chats",)):
         return self.hf_name if Path(self.hf_name).expanduser().is_dir() else None
 
     def build(self) -> Source:
-        """What is said in the examples: the text that a tokenizer learns from."""
+        """Return the text of the examples, on which a tokenizer is trained."""
         table = self._table()
         return Source(
             table.title, table.fingerprint, self._texts, files=table.files, summary=table.summary
@@ -224,7 +224,7 @@ def _numbered(title: str, rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
 
 
 def text_of(example: Example) -> str:
-    """The text of an example, without a template."""
+    """Return the text of an example, without a template."""
     if isinstance(example, Conversation):
         return "\n".join(str(message["content"]) for message in example.messages if message.get("content"))
     return f"{example.prompt}{example.response}"

@@ -1,4 +1,4 @@
-"""Tokenise documents in batches, in this process or in several, with the same ids in the same order."""
+"""Tokenize documents in batches, in this process or in several, with the same ids in the same order."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def encoded(
     Args:
         documents: documents, each with the counts after it.
         dtype: dtype of the ids.
-        workers: number of processes that tokenise, one core each; 1: this process only; 0: this process, with the
+        workers: number of processes that tokenize, one core each; 1: this process only; 0: this process, with the
             tokenizer's own threads.
 
     Raises:
-        ResourceError: a worker was killed.
+        ResourceError: if a worker was killed.
     """
     if workers <= 1:
         encode = encoder.ids if workers else encoder.encode

@@ -67,7 +67,7 @@ class File(NamedTuple):
     remote: Callable[[], Path] | None = None  # fetches the file
 
     def here(self) -> Path:
-        """The file's path on this machine; a remote file is fetched first."""
+        """Return the file's path on this machine; a remote file is fetched first."""
         return self.path if self.remote is None else self.remote()
 
 
@@ -85,7 +85,7 @@ class Readable(Protocol):
 
 
 def kind_of(path: Path) -> Kind | None:
-    """How to read a file, by its name's ending; None if it is not a text file."""
+    """Return how to read a file, by its name's ending; None if it is not a text file."""
     *_, first, last = ["", "", *(suffix.casefold() for suffix in path.suffixes)]
     if last in FORMATS:
         return Kind(last, "")
@@ -93,7 +93,7 @@ def kind_of(path: Path) -> Kind | None:
 
 
 def file_at(path: Path) -> File:
-    """A file on this machine."""
+    """Return a file on this machine."""
     stat = path.stat()
     return File(path, stat.st_size, str(stat.st_mtime_ns), path.resolve())
 
@@ -117,7 +117,7 @@ def find(where: str, store: Store) -> Found:
         store: fetches remote files.
 
     Raises:
-        ConfigError: no readable file was found, or a link is broken.
+        ConfigError: if no readable file was found, or a link is broken.
     """
     if is_url(where):
         return _elsewhere(where, store)
@@ -151,11 +151,11 @@ def find(where: str, store: Store) -> Found:
 
 
 def find_or_gone(where: str, store: Store) -> Found:
-    """The same as `find`, for a source whose tokens may be in the cache.
+    """Do the same as `find` for a source whose tokens may be in the cache.
 
     Raises:
-        ConfigError: the files cannot be read.
-        Gone: the source does not exist or cannot be reached.
+        ConfigError: if the files cannot be read.
+        Gone: if the source does not exist or cannot be reached.
     """
     try:
         return find(where, store)
@@ -166,7 +166,7 @@ def find_or_gone(where: str, store: Store) -> Found:
 
 
 def _elsewhere(url: str, store: Store) -> Found:
-    """The same as `find`, for a URL."""
+    """Do the same as `find` for a URL."""
     found = store.find(url)
     files: dict[str, File] = {}
     skipped: dict[str, list[str]] = defaultdict(list)
@@ -187,7 +187,7 @@ def _elsewhere(url: str, store: Store) -> Found:
 
 
 def said_of(skipped: dict[str, list[str]]) -> str:
-    """A note on skipped files, e.g. `; skipped: 12 .png (e.g. images/a.png)`."""
+    """Return a note on skipped files, e.g. `; skipped: 12 .png (e.g. images/a.png)`."""
     parts = [f"{len(names)} {ending} (e.g. {names[0]})" for ending, names in skipped.items()]
     return f"; skipped: {', '.join(parts)}" if parts else ""
 
@@ -219,7 +219,7 @@ def _refuse_broken_link(path: Path) -> None:
 
 
 def _fixed(pattern: Path) -> Path:
-    """The folders of a glob that come before its first wildcard."""
+    """Return the folders of a glob that come before its first wildcard."""
     parts = []
     for part in pattern.parts[:-1]:
         if glob.escape(part) != part:
@@ -292,7 +292,7 @@ def checked_digest(path: Path, *, lenient: bool, advance: Callable[[int], None])
         advance: called with the number of bytes read.
 
     Raises:
-        ConfigError: a check failed; the message says where and what to do.
+        ConfigError: if a check failed; the message says where and what to do.
     """
     kind = kind_of(path)
     assert kind is not None

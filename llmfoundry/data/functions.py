@@ -20,7 +20,7 @@ def imported(name: str, key: str) -> Callable:
         key: the YAML key that names the function, for messages.
 
     Raises:
-        ConfigError: it cannot be imported, or is not a function.
+        ConfigError: if the name cannot be imported, or is not a function.
     """
     module_name, _, function = name.partition(":")
     where = f"{key}: {name}"
@@ -44,10 +44,10 @@ def imported(name: str, key: str) -> Callable:
 
 
 def code_of(name: str, key: str) -> str:
-    """The file that defines a function, which decides its result.
+    """Return the file that defines a function, which decides its result.
 
     Raises:
-        ConfigError: the function is not written in Python, so it has no file.
+        ConfigError: if the function is not written in Python, so it has no file.
     """
     try:
         file = inspect.getsourcefile(imported(name, key))

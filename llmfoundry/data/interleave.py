@@ -23,12 +23,12 @@ _STEP = 2**14  # rows added to the table at a time
 
 
 def exact(weight: float) -> Fraction:
-    """A weight as it is written: 0.1 is 1/10."""
+    """Return a weight as it is written: 0.1 is 1/10."""
     return Fraction(repr(weight))
 
 
 def shares_of(weights: Sequence[Fraction]) -> list[int]:
-    """Integers in the ratio of the weights, whose sum is the period.
+    """Return integers in the ratio of the weights, whose sum is the period.
 
     Args:
         weights: positive.
@@ -71,14 +71,14 @@ class Interleave:
         self._waiting: list[int] = []  # a heap of rows that are released but not taken, in the format of `_next`
 
     def at(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The source of each row, and its number in that source's own order, both in the shape of `rows`."""
+        """Return the source of each row, and its number in that source's own order, both in the shape of `rows`."""
         periods, places = np.divmod(rows, self.period)
         self._reach(int(places.max(initial=-1)))
         sources = self._sources[places].astype(np.int64)
         return sources, periods * self.shares[sources] + self._ranks[places]
 
     def counts(self, n: int) -> NDArray[np.int64]:
-        """(n_sources,) rows of each source among the first n."""
+        """Return the number of rows of each source among the first n: (n_sources,)."""
         periods, rest = divmod(n, self.period)
         self._reach(rest - 1)
         here = np.bincount(self._sources[:rest], minlength=len(self.shares))
@@ -98,7 +98,7 @@ class Interleave:
             self._ranks = np.concatenate([self._ranks, ranks])
 
     def _next(self, first: int, last: int) -> NDArray[np.int16]:
-        """The sources of rows [first, last] of a period, counted from 1; earlier rows are already in the table."""
+        """Return the sources of rows [first, last] of a period, counted from 1. The table already has earlier rows."""
         n_sources, period, shares = len(self.shares), self.period, self.shares
         # Source s has released ceil(row * share / period) rows by any row. These are the newly released ones.
         before, by_now = (-(-row * shares // period) for row in (first - 1, last))

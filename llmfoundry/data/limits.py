@@ -100,7 +100,7 @@ def bounded(made: Callable[[], Made], seconds: float = SECONDS, memory: int = ME
         memory: bytes by which the process may grow, on systems that can limit it.
 
     Raises:
-        Exceeded: the call took more.
+        Exceeded: if the call exceeded a limit.
     """
     try:
         with _bounded_memory(memory):
@@ -146,7 +146,7 @@ def _bounded_memory(growth: int) -> Iterator[None]:
 
 
 def _bound(growth: int) -> tuple[int, int]:
-    """Limit the process's writable memory, if Linux reports the current amount; returns the previous limit."""
+    """Limit the process's writable memory, if Linux reports the current amount; return the previous limit."""
     if resource is None:
         return 0, 0
     before = soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
@@ -159,7 +159,7 @@ def _bound(growth: int) -> tuple[int, int]:
 
 @lru_cache(maxsize=1)
 def _memory(moment: int, process: int) -> int | None:
-    """Bytes of writable memory of the process; None if Linux does not report it. Reading takes long, so it is rare."""
+    """Return the process's writable memory in bytes; None if Linux does not report it. Cached, as reading is slow."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[5]) * resource.getpagesize()

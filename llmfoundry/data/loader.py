@@ -106,7 +106,7 @@ class LoaderConfig(Choice, tag="name"):
         return self
 
     def datasets(self, where: str) -> dict[str, DatasetConfig]:
-        """The dataset, or each dataset of a mixture, by its place in the YAML.
+        """Return the dataset, or each dataset of a mixture, by its place in the YAML.
 
         Args:
             where: the loader's place in the YAML.

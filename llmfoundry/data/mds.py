@@ -77,7 +77,7 @@ class MDSFolder:
         remote: the folder's files by their names, and what fetches them; `folder` is then for messages.
 
     Raises:
-        ConfigError: index.json is missing or malformed, or has columns that would need code or images.
+        ConfigError: if index.json is missing or malformed, or has columns that would need code or images.
     """
 
     def __init__(
@@ -113,8 +113,8 @@ class MDSFolder:
         """Read one sample by its number in the folder.
 
         Raises:
-            IndexError: the number is out of range.
-            ConfigError: the sample's shard is missing or damaged.
+            IndexError: if the number is out of range.
+            ConfigError: if the sample's shard is missing or damaged.
         """
         if not 0 <= number < len(self):
             raise IndexError(f"{self.folder}: sample {number} of {len(self)}")
@@ -133,13 +133,13 @@ class MDSFolder:
         return name in self._elsewhere if self._store is not None else (self.folder / name).is_file()
 
     def _here(self, name: str) -> Path | None:
-        """The local path of a file of the folder, fetched first if it is remote; None if it does not exist."""
+        """Return the local path of a file of the folder, fetched first if it is remote; None if it does not exist."""
         if not self._has(name):
             return None
         return self.folder / name if self._store is None else self._store.fetch(self._elsewhere[name])
 
     def _fingerprint(self, text: bytes) -> str:
-        """A fingerprint of the index, which lists each shard's size and usually its hashes.
+        """Return a fingerprint of the index, which lists each shard's size and usually its hashes.
 
         Of a shard without hashes some bytes are read; of a remote one, the store's version of the file is used.
         """
@@ -199,7 +199,7 @@ class MDSFolder:
         return data
 
     def _unpacked(self, shard: Shard) -> Path:
-        """The decompressed shard, from the cache."""
+        """Return the decompressed shard, from the cache."""
         name = shard.packed
         if name is None or not self._has(name):
             raise ConfigError(f"{self.folder / shard.name}: is missing")
@@ -316,10 +316,10 @@ Decoder = tuple[int | None, Callable[[bytes], Value]]  # (number of bytes if fix
 
 
 def _decoder(encoding: str, where: Path) -> Decoder:
-    """The function that decodes a column.
+    """Return the function that decodes a column.
 
     Raises:
-        ConfigError: the encoding is not known.
+        ConfigError: if the encoding is not known.
     """
     if encoding == "int":
         return 8, lambda data: int(np.frombuffer(data, "<i8")[0])
@@ -404,7 +404,7 @@ class MDSWriter:
         url: a folder in a store; each file is moved there when it is complete.
 
     Raises:
-        ConfigError: the folder is not empty, or a column's encoding or the compression is not known.
+        ConfigError: if the folder is not empty, or a column's encoding or the compression is not known.
     """
 
     def __init__(

@@ -80,8 +80,8 @@ class Folders(RowsConfig):
         """Open the folders.
 
         Raises:
-            ConfigError: one is damaged.
-            Gone: one does not exist.
+            ConfigError: if a folder is damaged.
+            Gone: if a folder does not exist.
         """
         if self.streams is None:
             return [self._open(Stream(local=self.local, remote=self.remote), "dataset")]
@@ -117,7 +117,7 @@ class Folders(RowsConfig):
         )
 
     def places(self) -> list[str]:
-        """The paths and URLs that the dataset reads."""
+        """Return the paths and URLs that the dataset reads."""
         streams = [Stream(local=self.local, remote=self.remote), *(self.streams or {}).values()]
         return [place for stream in streams for place in (stream.local, stream.remote) if place is not None]
 
@@ -166,7 +166,7 @@ class MDSConfig(Folders, names=("mds",)):
         return self
 
     def build(self) -> Source:
-        """The texts of all folders."""
+        """Return the texts of all folders."""
         memory = self.memory(*self.places())
         try:
             folders = self.folders()

@@ -1,4 +1,4 @@
-"""Write a tokenised dataset as an MDS folder of rows, which mosaicml-streaming and LLM Foundry read too."""
+"""Write a tokenized dataset as an MDS folder of rows, which mosaicml-streaming and LLM Foundry read too."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def folder_of(
         hashes: names of hashlib or xxhash functions; the index keeps these hashes of every file.
 
     Raises:
-        ConfigError: the folder is not empty or cannot be written, or the compression is not known.
+        ConfigError: if the folder is not empty or cannot be written, or the compression is not known.
     """
     url = str(out) if is_url(str(out)) else None
     if url is not None and listing(url):
@@ -59,7 +59,7 @@ def write_rows(stream: TokenStream, length: int, out: Path | str, compression: s
         out: a local folder, or a URL, which gets one shard after another.
 
     Raises:
-        ConfigError: the folder is not empty or cannot be written, or the compression is not known.
+        ConfigError: if the folder is not empty or cannot be written, or the compression is not known.
     """
     n_rows, left_out = divmod(stream.n_tokens, length)
     with (

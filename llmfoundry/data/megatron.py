@@ -61,7 +61,7 @@ class _Column:
         return int(self.read(place, place + 1)[0])
 
     def search(self, value: int) -> int:
-        """The first position whose value is at least `value`; the number of values if there is none."""
+        """Return the first position whose value is at least `value`; the number of values if there is none."""
         block = max(int(np.searchsorted(self._every, value)) - 1, 0)
         first = block * _BLOCK
         return first + int(np.searchsorted(self.read(first, min(first + _BLOCK, self._n)), value))
@@ -78,7 +78,7 @@ class MegatronFile:
             tokens: the .bin, here or in a store.
 
         Raises:
-            ConfigError: one is missing, or the index is malformed or does not fit the .bin.
+            ConfigError: if a file is missing, or the index is malformed or does not fit the .bin.
         """
         self.path, self._index = tokens if isinstance(tokens, Path) else tokens.path, index
         try:
@@ -122,7 +122,7 @@ class MegatronFile:
         """Read tokens [start, stop).
 
         Raises:
-            ConfigError: the .bin has become shorter, or cannot be read.
+            ConfigError: if the .bin has become shorter, or cannot be read.
         """
         size = self.dtype.itemsize
         return np.frombuffer(self._tokens.read(start * size, stop * size), self.dtype).astype(np.int64)
@@ -138,7 +138,7 @@ class MegatronFile:
         return np.unique(self._pointers.read(first, last)[sequences - first]) // size
 
     def document_at(self, place: int) -> int:
-        """The start of the first document that begins at a token or after it; the number of tokens if none does."""
+        """Return the start of the first document at or after a token, or the number of tokens if there is none."""
         bound = self._bounds.search(self._pointers.search(place * self.dtype.itemsize))
         if bound >= self.n_documents:
             return self.n_tokens
@@ -175,7 +175,7 @@ class MegatronFile:
             self._refuse(f"is damaged: its documents end at sequence {before:,} of {n_sequences:,}")
 
     def _fingerprint(self) -> str:
-        """A fingerprint of the index and of some tokens: from the start, the middle and the end."""
+        """Return a fingerprint of the index and of some tokens: from the start, the middle and the end."""
         with self._index.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256")
         size = self.n_tokens * self.dtype.itemsize

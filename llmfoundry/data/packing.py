@@ -1,4 +1,4 @@
-"""Tokenise text into shards on disk, once; every later run reads the shards in place.
+"""Tokenize text into shards on disk, once; every later run reads the shards in place.
 
 The stream is `eos, document, eos, document, eos, ...`. It starts with eos so that every token of every document has a
 token before it that predicts it; eos thereby opens each document. With a BOS token, which then opens each document,
@@ -45,13 +45,13 @@ _streams = count()
 
 
 class TokenStream:
-    """A tokenised dataset: one long sequence of token ids in files."""
+    """A tokenized dataset: one long sequence of token ids in files."""
 
     def __init__(self, folder: Path) -> None:
         """Open the stream and compare its shards with the index, at once or during the run (data/watch.py).
 
         Raises:
-            Damaged: the index or a shard is missing, or is not what was written.
+            Damaged: if the index or a shard is missing, or is not what was written.
         """
         self.folder = folder
         index = _read_index(folder)
@@ -74,7 +74,7 @@ class TokenStream:
         """Read tokens [start, stop) of the stream.
 
         Raises:
-            ConfigError: a shard has become shorter, or was found to be damaged.
+            ConfigError: if a shard has become shorter, or was found to be damaged.
         """
         self.check()
         if not 0 <= start <= stop <= self.n_tokens:
@@ -103,7 +103,7 @@ class TokenStream:
         """Read everything and compare checksums.
 
         Raises:
-            Damaged: a shard is not what was written.
+            Damaged: if a shard is not what was written.
         """
         for number in range(self.n_shards):
             self._check_bytes(number)
@@ -130,7 +130,7 @@ class TokenStream:
         """Open a shard. If too many are open, the one that was opened first is closed.
 
         Raises:
-            Damaged: the shard cannot be opened.
+            Damaged: if the shard cannot be opened.
         """
         found = open_shards.get(self.first_shard + number)
         if found is not None:
@@ -154,7 +154,7 @@ class TokenStream:
 def pack(
     source: Source, tokenizer: PreTrainedTokenizerBase, cache: Path, special: SpecialTokens = PLAIN_TEXT
 ) -> TokenStream:
-    """Tokenise a source into shards under `cache`, unless the cache already has them.
+    """Tokenize a source into shards under `cache`, unless the cache already has them.
 
     Args:
         source: the documents.
@@ -171,7 +171,7 @@ def pack_part(
     source: Source, tokenizer: PreTrainedTokenizerBase, cache: Path, special: SpecialTokens, share: Share,
     workers: int = 0,
 ) -> TokenStream | None:  # fmt: skip
-    """Tokenise one part of a source, unless that was done before; the last part to finish assembles the stream.
+    """Tokenize one part of a source, unless that was done before; the last part to finish assembles the stream.
 
     The stream does not depend on the number of parts and workers.
 
@@ -262,7 +262,7 @@ def _cached(folder: Path, source: Source) -> TokenStream | None:
 def prepare(
     dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens = PLAIN_TEXT, workers: int = 0
 ) -> TokenStream:
-    """Tokenise a dataset ahead of time, so that a run only opens it; existing shards are verified.
+    """Tokenize a dataset ahead of time, so that a run only opens it; existing shards are verified.
 
     Run it once per dataset of a YAML (`train_loader.dataset`, `eval_loader.dataset`) with the run's
     tokenizer.
@@ -275,7 +275,7 @@ def prepare(
 def prepare_part(
     dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens, share: Share, workers: int
 ) -> TokenStream | None:
-    """The same as `prepare` for one part; returns None while other parts are missing."""
+    """Do the same as `prepare` for one part; return None while other parts are missing."""
     source = dataset.build()
     if source.summary:
         log.info("%s", source.summary)

@@ -37,13 +37,13 @@ class Provenance(NamedTuple):
 
 
 def stamp_of(path: Path) -> str:
-    """Values that change when a file is written or replaced, without reading it; raises OSError if it is missing."""
+    """Return values that change when a file is written or replaced, without reading it; raise OSError if it is gone."""
     status = path.stat()
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
 
 
 def stamps_of(paths: Iterable[Path]) -> Stamps:
-    """The stamps of several files; raises OSError."""
+    """Return the stamps of several files; raise OSError."""
     return tuple((path, stamp_of(path)) for path in paths)
 
 
@@ -51,7 +51,7 @@ def check_unchanged(title: str, stamps: Stamps) -> None:
     """Check that files have not changed since their fingerprint was taken; call it after reading them.
 
     Raises:
-        ConfigError: names the first file that has changed.
+        ConfigError: if a file has changed; the message names the first one.
     """
     for path, stamp in stamps:
         try:
@@ -74,10 +74,10 @@ def remember(memory: Path, source: Provenance) -> None:
 
 
 def recalled(memory: Path, gone: Gone) -> Provenance:
-    """The record of a source that is gone.
+    """Return the record of a source that is gone.
 
     Raises:
-        ConfigError: or ResourceError: `gone.error`, if the source was never tokenised on this machine.
+        ConfigError, ResourceError: `gone.error`, if the source was never tokenized on this machine.
     """
     try:
         said = read_mapping(memory)
@@ -91,5 +91,5 @@ def recalled(memory: Path, gone: Gone) -> Provenance:
 
 
 def said_of_gone(gone: Gone, title: str) -> str:
-    """A line for the log."""
+    """Return a line for the log."""
     return f"{title}: its files are gone ({gone}); going on with the tokens that the cache has of them"

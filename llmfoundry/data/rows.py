@@ -72,7 +72,7 @@ class Numbered:
         raise NotImplementedError
 
     def empty(self, n_rows: int) -> Block:
-        """A block to fill; its positions are those within the row."""
+        """Return a block to fill; its positions are those within the row."""
         shape = (n_rows, self.length)
         return Block(
             np.empty(shape, dtype=np.int64),
@@ -131,7 +131,7 @@ class Order(Numbered):
     once: Rows | None = None
 
     def stretch(self, number: int) -> Stretch:
-        """The stretch that contains a row."""
+        """Return the stretch that contains a row."""
         raise NotImplementedError
 
 
@@ -145,7 +145,7 @@ class RowsConfig(DatasetConfig):
         raise NotImplementedError
 
     def of_split(self, split: str) -> Self:
-        """The dataset itself: there is no other split to read."""
+        """Return the dataset itself: there is no other split to read."""
         return self
 
 
@@ -153,7 +153,7 @@ def open_order(dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, how: 
     """Open the order in which a run reads a dataset. `dataset.max_seq_len` takes precedence over the run's.
 
     Raises:
-        ConfigError: the data cannot be read, or does not fill one row.
+        ConfigError: if the data cannot be read, or does not fill one row.
     """
     how = how._replace(length=dataset.max_seq_len or how.length)
     if isinstance(dataset, RowsConfig):
@@ -258,10 +258,10 @@ class StreamRows(Rows):
 
 
 def epochs_of(rows: Rows, dataset: DatasetConfig, how: How) -> Epochs:
-    """The order of a dataset's rows. It is shuffled unless the YAML says otherwise or it is for evaluation.
+    """Return the order of a dataset's rows. It is shuffled unless the YAML says otherwise or it is for evaluation.
 
     Raises:
-        ConfigError: at least one full row is needed, and there is none.
+        ConfigError: if a full row is needed and there is none.
     """
     held_out = dataset.split.startswith(("val", "test", "dev", "eval"))
     shuffled = not held_out if dataset.shuffle is None else dataset.shuffle
@@ -281,7 +281,7 @@ class Epochs(Order):
             block: number of rows that are shuffled together (`permuted_in_blocks`); None: all.
 
         Raises:
-            ConfigError: no row is left.
+            ConfigError: if no row is left.
         """
         self.fingerprint, self.length, self.documents = rows.fingerprint, rows.length, rows.documents
         self.own_positions, self.sequences, self.once, self._rows = rows.own_positions, rows.sequences, rows, rows
@@ -320,7 +320,7 @@ class Places:
         self._kept = np.empty((len(orders), STRETCH), dtype=np.int64)
 
     def of(self, sources: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(B,) the places of rows.
+        """Return the places of rows: (B,).
 
         Args:
             sources: (B,) the order of each row.

@@ -28,8 +28,8 @@ def sealed_once(folder: Path, make: Callable[[Path], None]) -> Watch:
         make: fills the temporary folder that it is given.
 
     Raises:
-        ConfigError: the folder cannot be made.
-        Damaged: the folder is damaged and cannot be made again.
+        ConfigError: if the folder cannot be made.
+        Damaged: if the folder is damaged and cannot be made again.
     """
 
     def write(temporary: Path) -> None:

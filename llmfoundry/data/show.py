@@ -35,7 +35,7 @@ def shown(
     most: int = ROWS,
     marks: Marks = TERMINAL,
 ) -> Iterator[str]:
-    """The first rows of a batch, as lines.
+    """Yield the first rows of a batch, as lines.
 
     Args:
         sources: names of the sources of a mixture.
@@ -59,7 +59,7 @@ def shown(
 def as_data(
     batch: Batch, tokenizer: PreTrainedTokenizerBase, sources: Sequence[str] = ()
 ) -> Iterator[dict[str, object]]:
-    """The rows of a batch for JSON: pieces of text in order. Each belongs to one document and is learned or not."""
+    """Yield a batch's rows for JSON: pieces of text in order. Each belongs to one document and is learned or not."""
     for i, number in enumerate(batch.rows.tolist()):
         row = _row(batch, i)
         pieces = [

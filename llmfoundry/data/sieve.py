@@ -18,11 +18,11 @@ class Counts(NamedTuple):
     kept_bytes: int = 0  # in UTF-8
 
     def plus(self, other: Self) -> Self:
-        """The sum of two counts."""
+        """Return the sum of two counts."""
         return type(self)(*(a + b for a, b in zip(self, other, strict=True)))
 
     def __str__(self) -> str:
-        """E.g. `read 10 documents; left out 1 empty, 2 duplicates; kept 7 (1,234 bytes)`."""
+        """Return the counts as text, e.g. `read 9 documents; left out 1 empty, 2 duplicates; kept 7 (1,234 bytes)`."""
         counts = {"empty": self.empty, "duplicates": self.duplicates, "by the filter": self.filtered}
         left = ", ".join(f"{n:,} {why}" for why, n in counts.items() if n)
         left = f"; left out {left}" if left else ""
@@ -71,5 +71,5 @@ class Sieve:
 
 
 def digest(content: bytes) -> bytes:
-    """A digest of 16 bytes: equal for equal contents."""
+    """Return a digest of 16 bytes: equal for equal contents."""
     return hashlib.blake2b(content, digest_size=16).digest()

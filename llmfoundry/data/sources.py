@@ -53,10 +53,10 @@ class Source:
     memory: Path | None = None  # where `remember` writes to
 
     def documents(self) -> Iterator[str]:
-        """Every document that is kept; none is empty.
+        """Yield every document that is kept; none is empty.
 
         Raises:
-            ConfigError: no document is kept.
+            ConfigError: if no document is kept.
         """
         empty = True
         for document, _ in self.sieve().through(self.read()):
@@ -69,7 +69,7 @@ class Source:
         """Check that the files have not changed since their fingerprint was taken; call it after reading them.
 
         Raises:
-            ConfigError: names the first file that has changed.
+            ConfigError: if a file has changed; the message names the first one.
         """
         check_unchanged(self.title, self.stamps)
 
@@ -79,11 +79,11 @@ class Source:
             remember(self.memory, Provenance(self.title, self.fingerprint, self.n_bytes, self.files))
 
     def sieve(self) -> Sieve:
-        """A new sieve with this source's rules."""
+        """Return a new sieve with this source's rules."""
         return Sieve(self.dedup, self.keep)
 
     def nothing(self) -> ConfigError:
-        """The error message if no document is kept."""
+        """Return the error message if no document is kept."""
         rules = ", or check dedup and filter" if self.dedup or self.keep is not None else ""
         return ConfigError(
             f"dataset {self.title}: holds no text; add documents, raise or lower validation_fraction, "
@@ -91,7 +91,7 @@ class Source:
         )
 
     def text_bytes(self, limit: int | None = None) -> bytes:
-        """All documents as UTF-8, joined, or their first `limit` bytes: input for a compressor."""
+        """Return all documents as UTF-8, joined, or their first `limit` bytes: input for a compressor."""
         text = bytearray()
         for document in self.documents():
             text += document.encode()
@@ -128,11 +128,11 @@ class DatasetConfig(Choice, tag="name"):
         raise NotImplementedError
 
     def store(self) -> Store:
-        """The store that fetches remote files."""
+        """Return the store that fetches remote files."""
         return Store(cache_root(self.cache_dir), n_bytes(self.cache_limit))
 
     def memory(self, *places: str | None, rules: Sequence[str] = ()) -> Path:
-        """Where the record of this dataset's source is kept once it is tokenised.
+        """Return where the record of this dataset's source is kept once it is tokenized.
 
         Args:
             places: paths and URLs that the dataset reads.
@@ -145,24 +145,24 @@ class DatasetConfig(Choice, tag="name"):
         return cache_root(self.cache_dir) / "sources" / f"{name}.json"
 
     def heap(self) -> str:
-        """A name for the text that both splits are taken from: equal for two datasets that read the same text."""
+        """Return a name for the text that both splits come from. It is equal for datasets that read the same text."""
         return json.dumps(self.model_dump(mode="json", exclude=set(DatasetConfig.model_fields) - {"name"}))
 
     def parts(self) -> list[DatasetConfig]:
-        """The datasets of a mixture; for any other dataset, only itself."""
+        """Return the datasets of a mixture; for any other dataset, only itself."""
         return [self]
 
     def with_parts(self, parts: Sequence[DatasetConfig]) -> DatasetConfig:
-        """A copy with other parts."""
+        """Return a copy with other parts."""
         (only,) = parts
         return only
 
     def of_split(self, split: Split) -> Self:
-        """A copy for the other (or the same) split."""
+        """Return a copy for the other (or the same) split."""
         return self.model_copy(update={"split": split})
 
     def whole(self) -> Self:
-        """A copy that reads all of its text for its split."""
+        """Return a copy that reads all of its text for its split."""
         return self._holding_out(0.0 if self.split == "train" else 1.0)
 
     def _holding_out(self, fraction: float) -> Self:
@@ -178,14 +178,14 @@ class DatasetConfig(Choice, tag="name"):
 
 
 def paired(train: DatasetConfig, evaluation: DatasetConfig | None) -> tuple[DatasetConfig, DatasetConfig | None]:
-    """The datasets of a run, with the `validation_fraction` of each resolved.
+    """Return the datasets of a run, with the `validation_fraction` of each resolved.
 
     Text that only one loader reads is read whole, unless a train loader asks for a part to be held out. If both loaders
     read a text, one fraction of it is held out. If all of it was trained on (fraction 0), a validation split that
     states no fraction reads all of it too.
 
     Raises:
-        ConfigError: the two state different fractions of the same text.
+        ConfigError: if the two state different fractions of the same text.
     """
     stated = train.validation_fraction
     if evaluation is None or evaluation.heap() != train.heap():
@@ -206,7 +206,7 @@ def paired(train: DatasetConfig, evaluation: DatasetConfig | None) -> tuple[Data
 
 
 def paired_run(train: DatasetConfig, evaluations: Sequence[DatasetConfig]) -> tuple[DatasetConfig, list[DatasetConfig]]:
-    """The same as `paired` for each dataset of a mixture and any number of evaluation datasets."""
+    """Do the same as `paired` for each dataset of a mixture and any number of evaluation datasets."""
     parts, others = train.parts(), []
     shared = set()
     for evaluation in evaluations:
@@ -229,7 +229,7 @@ def check_apart(train: DatasetConfig, evaluation: DatasetConfig | None = None) -
     """Refuse a run that would evaluate on its training text. Both datasets are read for their fingerprints.
 
     Raises:
-        ConfigError: the two contain the same documents, or read the same file.
+        ConfigError: if the two contain the same documents, or read the same file.
     """
     if evaluation is None:
         return
@@ -315,15 +315,15 @@ class SyntheticConfig(DatasetConfig, names=("synthetic",)):
 
 
 def fingerprint_of(*parts: str | int | float | tuple[str | int, ...]) -> str:
-    """SHA-256 of plain values."""
+    """Return the SHA-256 of plain values."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def gone_source(memory: Path, gone: Gone) -> Source:
-    """The record of a source whose files are gone; it cannot be read.
+    """Return the record of a source whose files are gone; it cannot be read.
 
     Raises:
-        ConfigError: or ResourceError: the source was never tokenised on this machine.
+        ConfigError, ResourceError: if the source was never tokenized on this machine.
     """
     known = recalled(memory, gone)
 
@@ -344,7 +344,7 @@ def _read_python(path: Path) -> str:
 
 
 def _word(index: int) -> str:
-    """A pronounceable name for a number: ba, be, bi, ..., one syllable per digit in base 80."""
+    """Return a pronounceable name for a number: ba, be, bi, ..., one syllable per digit in base 80."""
     syllables = [c + v for c in "bdfghjklmnprstvz" for v in "aeiou"]
     word = ""
     while not word or index:

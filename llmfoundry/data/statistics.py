@@ -98,12 +98,12 @@ def _duplicates(hashes: bytes | bytearray) -> int:
 
 
 def as_data(each: Statistics) -> dict[str, object]:
-    """The statistics as JSON data."""
+    """Return the statistics as JSON data."""
     return each._asdict() | {"lengths": [lengths._asdict() for lengths in each.lengths]}
 
 
 def lines(found: Sequence[Statistics]) -> Iterable[str]:
-    """The statistics as lines for a file or a pipe."""
+    """Return the statistics as lines for a file or a pipe."""
     for each in found:
         if each.summary:
             yield f"{each.name}: {each.summary}"

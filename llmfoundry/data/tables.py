@@ -42,7 +42,7 @@ def read_table(path: Path, text_key: str) -> Iterator[str | BadRow]:
         text_key: the column. A dot leads into nested columns (`doc.text`), unless a column has exactly that name.
 
     Raises:
-        ConfigError: the file itself cannot be read.
+        ConfigError: if the file itself cannot be read.
     """
     for found, at in _found(path, text_key):
         yield BadRow(f"{at}: {found}") if isinstance(found, _Broken) else cast(str, found)
@@ -52,7 +52,7 @@ def read_rows(path: Path) -> Iterator[tuple[Row | BadRow, str]]:
     """Stream the whole rows of one file, each with its place: the file and the row's number.
 
     Raises:
-        ConfigError: the file itself cannot be read.
+        ConfigError: if the file itself cannot be read.
     """
     for found, at in _found(path, None):
         yield BadRow(f"{at}: {found}") if isinstance(found, _Broken) else cast(Row, found), at
@@ -87,7 +87,7 @@ Rows = Iterator[tuple[object, int | None]]  # a text, a row, or an error; and th
 
 
 def lone_surrogate(text: str) -> str | None:
-    """The first lone surrogate in a text, which no tokenizer accepts; None if there is none."""
+    """Return the first lone surrogate in a text, which no tokenizer accepts; None if there is none."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -96,7 +96,7 @@ def lone_surrogate(text: str) -> str | None:
 
 
 def _text_of(row: object, key: str | None) -> object:
-    """The text in a decoded row, or the whole row."""
+    """Return the text in a decoded row, or the whole row."""
     if not isinstance(row, dict):
         has = "of columns" if key is None else f"with {key!r}"
         return _Broken(f"is a {type(row).__name__}, not a mapping {has}: {row!r:.80}")
@@ -129,7 +129,7 @@ def _known(row: dict[str, object], path: str = "") -> str:
 
 
 def hint_of_chats(columns: Iterable[str]) -> str:
-    """Advice for a table whose columns hold conversations; empty for others."""
+    """Return advice for a table whose columns hold conversations; empty for others."""
     is_chats = not {"messages", "conversations", "conversation"}.isdisjoint(columns)
     return "; for conversations, set name: finetuning in the loader" if is_chats else ""
 
@@ -258,7 +258,7 @@ def _csv(path: Path, key: str | None) -> Rows:
 
 
 def _records(file: BinaryIO, delimiter: str) -> Iterator[tuple[list[str], int]]:
-    """The cells of each row of a .csv, and the line at which the row ends."""
+    """Yield the cells of each row of a .csv, and the line at which the row ends."""
     ended = False
 
     def lines() -> Iterator[str]:
@@ -296,7 +296,7 @@ def check_parquet(path: Path) -> None:
     """Read the footer.
 
     Raises:
-        ConfigError: the footer is damaged or missing.
+        ConfigError: if the footer is damaged or missing.
     """
     import pyarrow.parquet  # imported here, because it is slow to import and most runs do not need it
 
@@ -341,7 +341,7 @@ def _column_of(path: Path, key: str | None) -> Rows:
 
 
 def _column(schema: pyarrow.Schema | pyarrow.StructType, key: str) -> list[str] | None:
-    """The path to a column, through structs."""
+    """Return the path to a column, through structs."""
     import pyarrow
 
     names = schema.names

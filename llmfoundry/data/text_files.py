@@ -137,7 +137,7 @@ class TextFilesConfig(TextsConfig, names=("text_files",)):
         return ConfigError(f"dataset.skip_bad_rows: {row.message}; this is bad row {count}; raise it, or fix the data")
 
     def _digests(self, files: dict[str, File]) -> list[tuple[str, str]]:
-        """(name, SHA-256) of each file. Stored for large data, so that only the first use reads it all."""
+        """Return (name, SHA-256) of each file. For large data they are stored, so only the first use reads it all."""
         total = sum(file.size for file in files.values())
 
         def digests() -> list[tuple[str, str]]:

@@ -82,7 +82,7 @@ class TokenizerConfig(Config):
             A tokenizer with `eos_token_id` set; a `PreTrainedTokenizerFast` where one exists.
 
         Raises:
-            ConfigError: the tokenizer was not found or has no end-of-text token, or there is no text to train it on.
+            ConfigError: if the tokenizer was not found or has no end-of-text token, or there is no text to train it on.
         """
         tokenizer = self._trained(dataset, also) if self.name == "bpe" else self.loaded()
         if tokenizer.eos_token_id is None:
@@ -93,10 +93,10 @@ class TokenizerConfig(Config):
         return tokenizer
 
     def special_tokens(self, tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
-        """The rule for texts; what the YAML does not set follows the tokenizer.
+        """Return the rule for texts; what the YAML does not set follows the tokenizer.
 
         Raises:
-            ConfigError: `add_bos` is on, and the tokenizer has no BOS token.
+            ConfigError: if `add_bos` is on, and the tokenizer has no BOS token.
         """
         adds = adds_bos(tokenizer) if self.add_bos is None else self.add_bos
         if adds and tokenizer.bos_token_id is None:
@@ -186,7 +186,7 @@ PLAIN_TEXT = SpecialTokens()
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer itself puts its BOS token before a text."""
+    """Return whether the tokenizer itself puts its BOS token before a text."""
     bos = tokenizer.bos_token_id
     return bos is not None and list(tokenizer.encode("a", add_special_tokens=True))[:1] == [bos]
 
@@ -206,7 +206,7 @@ class Encoder:
         self._words = WordCache.of(self._fast) if self._slow is None else None
 
     def fingerprint(self) -> str:
-        """SHA-256 of everything that decides the ids, the rule for special tokens included."""
+        """Return the SHA-256 of everything that decides the ids, including the rule for special tokens."""
         if self._slow is None:
             tokens = _sha256(self._fast.to_str())
         else:
@@ -218,7 +218,7 @@ class Encoder:
         """Token ids of each text; uses all cores if the tokenizer is a fast one.
 
         Raises:
-            ConfigError: a text has a lone surrogate.
+            ConfigError: if a text has a lone surrogate.
         """
         if self._slow is None:
             try:
@@ -231,14 +231,14 @@ class Encoder:
         return [self._slow.encode(text, add_special_tokens=False, split_special_tokens=split) for text in texts]
 
     def ids(self, texts: list[str]) -> list[NDArray[np.uint32]]:
-        """The same as `encode` on one core; faster if words repeat (data/word_cache.py)."""
+        """Do the same as `encode` on one core; faster if words repeat (data/word_cache.py)."""
         if self._words is not None:
             return self._words.ids(texts)
         return [np.array(ids, dtype=np.uint32) for ids in self.encode(texts)]
 
 
 def check_characters(text: str) -> None:
-    """Refuse characters that no tokenizer accepts; raises ConfigError."""
+    """Refuse characters that no tokenizer accepts; raise ConfigError."""
     if found := lone_surrogate(text):
         raise ConfigError(f"the text {text[:40]!r} has a lone surrogate, {found!r}, which is not a valid character")
 
@@ -260,7 +260,7 @@ def _counted(documents: Iterable[str], advance: Callable[[int], None]) -> Iterat
 
 
 def _bounded(text: str) -> Iterator[str]:
-    """The text, with words cut that are too long to learn from."""
+    """Yield the text, with words cut that are too long to learn from."""
     start = 0
     for long in _LONG_WORD.finditer(text):
         yield text[start : long.end()]

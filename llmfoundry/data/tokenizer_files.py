@@ -30,7 +30,7 @@ def load_tokenizer(source: str | Path, where: str, **words: str | int | float | 
         words: arguments of `from_pretrained`.
 
     Raises:
-        ConfigError: the tokenizer was not found, needs code of its own, or is damaged.
+        ConfigError: if the tokenizer was not found, needs code of its own, or is damaged.
     """
     local = isinstance(source, Path) or not asks_hub()
     if isinstance(source, Path) and source.is_dir():

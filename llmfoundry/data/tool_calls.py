@@ -50,7 +50,7 @@ def in_form(messages: Sequence[Message], arguments: Arguments) -> list[Message]:
     """Convert the arguments of calls to a form that the template accepts.
 
     Raises:
-        ValueError: arguments are not a JSON mapping, and the template needs one.
+        ValueError: if arguments are not a JSON mapping, and the template needs one.
     """
     if arguments.text == arguments.mapping:  # it accepts both, or neither
         return list(messages)
@@ -63,7 +63,7 @@ def in_form(messages: Sequence[Message], arguments: Arguments) -> list[Message]:
 
 
 def leaves_out_calls(messages: Sequence[Message], text: str, render: Callable[[Sequence[Message]], str]) -> bool:
-    """Whether a template renders messages with calls exactly as without them.
+    """Return whether a template renders messages with calls exactly as without them.
 
     Args:
         text: the rendered messages.

@@ -58,7 +58,7 @@ class Watch:
             check: called with the index of a checksum; raises Damaged if it does not match.
 
         Raises:
-            Damaged: a mismatch was found at once.
+            Damaged: if a mismatch was found at once.
         """
         self._folder, self._check = folder, check
         self._found: Damaged | None = None

@@ -65,7 +65,7 @@ class WordCache:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> WordCache | None:
-        """The cache of a tokenizer; None if its pattern is not known."""
+        """Return the cache of a tokenizer; None if its pattern is not known."""
         parts = json.loads(tokenizer.to_str())
         pattern = _pattern_of(parts["pre_tokenizer"])
         known = pattern in (_GPT2, _LLAMA3, _QWEN) and parts["normalizer"] in (None, {"type": "NFC"})
@@ -76,7 +76,7 @@ class WordCache:
         return cls(tokenizer, re.compile(pattern).findall)
 
     def ids(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """The ids of each text."""
+        """Return the ids of each text."""
         look = self._ids.__getitem__
         return [np.frombuffer(b"".join(map(look, self._cut(text))), dtype=np.uint32) for text in texts]
 
@@ -112,7 +112,7 @@ class WordCache:
 
 
 def _pattern_of(pre_tokenizer: dict | None) -> str | None:
-    """The pattern by which the pre-tokenizers of a byte-level BPE cut words."""
+    """Return the pattern by which the pre-tokenizers of a byte-level BPE cut words."""
     if pre_tokenizer is None:
         return None
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]

@@ -51,7 +51,7 @@ class Template:
         source: replaces the tokenizer's own template.
 
     Raises:
-        ConfigError: there is no template.
+        ConfigError: if there is no template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, source: str | None = None) -> None:
@@ -66,10 +66,10 @@ class Template:
         self.tokenizer, self.source = tokenizer, source
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens of a conversation, with the assistant's next turn opened.
+        """Return the tokens of a conversation, with the assistant's next turn opened.
 
         Raises:
-            ConfigError: the template refuses the messages.
+            ConfigError: if the template refuses the messages.
         """
         text = self._render(messages, prompt=True)
         check_characters(text)
@@ -79,7 +79,7 @@ class Template:
         return ids
 
     def ending(self) -> Ending:
-        """What the template writes after an answer: a special token, or else a text."""
+        """Return what the template writes after an answer: a special token, or else a text."""
         turns: list[Message] = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": _PROBE}]
         _, found, tail = self._render(turns, prompt=False).rpartition(_PROBE)
         tail = tail.strip() if found else ""
@@ -131,7 +131,7 @@ class Chat:
             interrupted: called after each token; True ends the answer.
 
         Raises:
-            ConfigError: the template refuses the conversation, or it is longer than the model can read.
+            ConfigError: if the template refuses the conversation, or it is longer than the model can read.
         """
         ids = self._template.ids(messages)
         limit = self._limit(ids, how.max_new_tokens)

@@ -78,7 +78,7 @@ class GauntletConfig(Config):
                 log.warning("eval_gauntlet.averages.%s: there is no category %s", average, ", ".join(unknown))
 
     def composite(self, scores: Mapping[str, Score], tasks: Sequence[Task]) -> dict[str, float]:
-        """The scores of categories and averages, by the names of their metrics."""
+        """Return the scores of categories and averages, by the names of their metrics."""
         found: dict[str, float] = {}
         for category in self.categories:
             results = [self._score(benchmark, scores) for benchmark in category.benchmarks]
@@ -96,7 +96,7 @@ class GauntletConfig(Config):
         return {f"{COMPOSITE}{name}": value for name, value in found.items()}
 
     def _score(self, benchmark: Benchmark, scores: Mapping[str, Score]) -> float | None:
-        """A benchmark's mean accuracy over its categories; None if the task was not evaluated."""
+        """Return a benchmark's mean accuracy over its categories; None if the task was not evaluated."""
         accuracies = {key.removeprefix(PREFIX): score.value for key, score in scores.items() if "Accuracy" in key}
         values = [accuracies[key] for key in _of(benchmark, accuracies.keys())]
         if not values:
@@ -114,5 +114,5 @@ class GauntletConfig(Config):
 
 
 def _of(benchmark: Benchmark, names: Iterable[str]) -> list[str]:
-    """The names of tasks or metrics that belong to a benchmark."""
+    """Return the names of tasks or metrics that belong to a benchmark."""
     return [name for name in names if f"{name}/".startswith(f"{benchmark.task}/")]

@@ -48,7 +48,7 @@ def request_of(
         template: chat template for conversations; replaces the tokenizer's own.
 
     Raises:
-        ConfigError: there is no chat template, or it refuses the conversation.
+        ConfigError: if there is no chat template, or it refuses the conversation.
     """
     if isinstance(prompt, str):
         ids = encoded(tokenizer, prompt, special)
@@ -77,7 +77,7 @@ def generate_many(
         The completions in the order of the requests, on every rank. Every rank must consume all of them.
 
     Raises:
-        ConfigError: a prompt needs more positions than the model has learned, or has a token without an embedding.
+        ConfigError: if a prompt needs more positions than the model has learned, or has a token without an embedding.
     """
     for number, request in enumerate(requests):
         advice = "shorten it, or lower --max-new-tokens"
@@ -99,7 +99,7 @@ def _written(
     stop: set[int],
     first: int,
 ) -> Iterator[Completion]:
-    """The completions of some requests; `first` is the number of the first one."""
+    """Yield the completions of some requests; `first` is the number of the first one."""
     dice = [how.dice(number) for number in range(first, first + len(requests))]
 
     texts = [Written(tokenizer, request.ending.texts) for request in requests]

@@ -61,7 +61,7 @@ def build_tasks(
         max_batches: run at most this many batches of each task, over all ranks together; -1: all.
 
     Raises:
-        ConfigError: data is missing or malformed, or two tasks have the same name.
+        ConfigError: if data is missing or malformed, or two tasks have the same name.
     """
     tasks: list[Task] = []
     for config in configs:
@@ -111,7 +111,7 @@ def evaluate_tasks(
 
 
 def accuracy(judged: Sequence[Judged]) -> Score:
-    """The share of correct answers."""
+    """Return the share of correct answers."""
     n = len(judged)
     value = sum(one.correct for one in judged) / n
     return Score(value, math.sqrt(value * (1 - value) / (n - 1)) if n > 1 else None, n)
@@ -142,7 +142,7 @@ _METRICS: dict[str, Callable[[Sequence[Judged]], Score]] = {
 
 
 def with_tasks_read(data: Mapping[str, object], folder: Path) -> dict[str, object]:
-    """The YAML's data, with tasks and gauntlet read from the files that it names.
+    """Return the YAML's data, with tasks and gauntlet read from the files that it names.
 
     `icl_tasks` and `eval_gauntlet` may be paths, as may LLM Foundry's `icl_tasks_str` and `eval_gauntlet_str`.
     Relative paths, including those of task data, are looked for in the current folder, then beside the file that names
@@ -152,7 +152,7 @@ def with_tasks_read(data: Mapping[str, object], folder: Path) -> dict[str, objec
         folder: the folder of the YAML.
 
     Raises:
-        ConfigError: a file is missing or malformed.
+        ConfigError: if a file is missing or malformed.
     """
     data = dict(data)
     for key in ("icl_tasks", "eval_gauntlet"):
@@ -182,7 +182,7 @@ def _with_paths(task: object, *folders: Path) -> object:
 
 
 def _found(path: str, *folders: Path) -> str:
-    """The absolute path of a file in the current folder or in one of `folders`; its own path if it does not exist."""
+    """Return the absolute path of a file in the current folder or one of `folders`, or its own path if none has it."""
     places = (folder / Path(path).expanduser() for folder in (Path(), *folders))
     return path if path.startswith(HUB) else next((str(each.absolute()) for each in places if each.is_file()), path)
 

@@ -42,16 +42,16 @@ class Reader:
         self.prefix_space = len(self._encoder.encode([" a"])[0]) == 1
 
     def ids(self, texts: list[str]) -> list[list[int]]:
-        """The token ids of parts of texts."""
+        """Return the token ids of parts of texts."""
         return self._encoder.encode(texts)
 
     def openings(self, texts: list[str]) -> list[list[int]]:
-        """The token ids of texts that start a document."""
+        """Return the token ids of texts that start a document."""
         bos, found = self.special.bos, self.ids(texts)
         return found if bos is None else [ids if ids[:1] == [bos] else [bos, *ids] for ids in found]
 
     def spaced(self, text: str) -> str:
-        """A continuation, with the space that separates it from its context."""
+        """Return a continuation, with the space that separates it from its context."""
         return f" {text}" if self.prefix_space and not text.startswith(" ") else text
 
 
@@ -60,11 +60,11 @@ class Questions(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """The number of questions."""
+        """Return the number of questions."""
 
     @abstractmethod
     def ask(self, model: CausalLM, ranks: Ranks) -> list[Judged] | None:
-        """Put the questions to a model on all ranks; returns the same on every rank, or None if stopped."""
+        """Put the questions to a model on all ranks; return the same on every rank, or None if stopped."""
 
 
 class WithAnswers(NamedTuple):
@@ -154,7 +154,7 @@ class Judging(NamedTuple):
     normalize: bool  # compare lower case words, without articles and punctuation
 
     def is_right(self, text: str, answers: Sequence[str]) -> bool:
-        """Whether a text starts with one of the answers."""
+        """Return whether a text starts with one of the answers."""
         if self.stops:
             text = re.split("|".join(map(re.escape, self.stops)), text)[0]
         if self.after:

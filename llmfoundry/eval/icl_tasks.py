@@ -124,28 +124,28 @@ class TaskConfig(Choice, tag="icl_task_type"):
             max_seq_len: maximum tokens of a question with its answer.
 
         Raises:
-            ConfigError: a row lacks a field, or its answer alone is too long.
+            ConfigError: if a row lacks a field, or its answer alone is too long.
         """
 
     def n_choices(self, row: Row) -> int:
-        """The number of rows that a question takes in a forward."""
+        """Return the number of rows that a question takes in a forward."""
         return 1
 
     def question(self, row: Row, before: str) -> str:
-        """The text of a question, placed after `before`."""
+        """Return the text of a question, placed after `before`."""
         delimiter = self.example_delimiter if before else ""
         return f"{delimiter}{self.question_prelimiter}{row.text(self.CONTEXT)}{self.continuation_delimiter}"
 
     def example(self, row: Row, before: str) -> str:
-        """The text of a question with its answer."""
+        """Return the text of a question with its answer."""
         return f"{self.question(row, before)}{self.answer(row)}"
 
     @abstractmethod
     def answer(self, row: Row) -> str:
-        """The correct answer, as examples show it."""
+        """Return the correct answer, as examples show it."""
 
     def prompts(self, rows: Sequence[Row], n_examples: int, limit: int) -> list[str]:
-        """The text before each question: the prompt string and solved examples."""
+        """Return the text before each question: the prompt string and solved examples."""
         dice = random.Random(self.fewshot_random_seed)
         prompts = []
         for number in range(min(limit, len(rows))):
@@ -163,7 +163,7 @@ class MultipleChoiceConfig(TaskConfig, names=("multiple_choice",)):
     CONTEXT = "query"
 
     def answer(self, row: Row) -> str:
-        """The correct choice."""
+        """Return the correct choice."""
         return row.choices("choices")[row.gold]
 
     def n_choices(self, row: Row) -> int:
@@ -187,11 +187,11 @@ class SchemaConfig(TaskConfig, names=("schema",)):
     METRICS = (CHOICE_ACCURACY, CHOICE_CALIBRATION)
 
     def question(self, row: Row, before: str) -> str:
-        """The correct context, and the delimiter before the continuation."""
+        """Return the correct context, and the delimiter before the continuation."""
         return f"{self._opened(row.choices('context_options')[row.gold], before)}{self.continuation_delimiter}"
 
     def answer(self, row: Row) -> str:
-        """The continuation."""
+        """Return the continuation."""
         return row.text("continuation")
 
     def n_choices(self, row: Row) -> int:
@@ -219,7 +219,7 @@ class LanguageModelingConfig(TaskConfig, names=("language_modeling",)):
     METRICS = (LM_ACCURACY, LM_CALIBRATION)
 
     def answer(self, row: Row) -> str:
-        """The continuation."""
+        """Return the continuation."""
         return row.text("continuation")
 
     def build(self, rows: Sequence[Row], n_examples: int, limit: int, reader: Reader, max_seq_len: int) -> Questions:
@@ -252,7 +252,7 @@ class GenerationTaskConfig(TaskConfig, names=("generation_task_with_answers",)):
     generation_kwargs: GenerationKwargs = GenerationKwargs()  # how answers are generated
 
     def answer(self, row: Row) -> str:
-        """The answer, after its chain of thought."""
+        """Return the answer, after its chain of thought."""
         return self._after_thought(row, row.text("answer"))
 
     def build(self, rows: Sequence[Row], n_examples: int, limit: int, reader: Reader, max_seq_len: int) -> Questions:

@@ -59,7 +59,8 @@ def likelihood(model: CausalLM, continuations: Sequence[Continuation], ranks: Ra
         The same on every rank; None if it was stopped.
 
     Raises:
-        ConfigError: a token has no row in the embedding, or a row has more tokens than the model has learned positions.
+        ConfigError: if a token has no row in the embedding, or a row has more tokens than the model has learned
+            positions.
     """
     place = next(model.parameters()).device
     found = torch.zeros(len(Likelihood._fields), len(continuations), dtype=torch.float64, device=place)
@@ -88,7 +89,7 @@ def likelihood(model: CausalLM, continuations: Sequence[Continuation], ranks: Ra
 
 @torch.no_grad()
 def nats_of(model: CausalLM, continuations: Sequence[Continuation], ranks: Ranks) -> Tensor | None:
-    """`Likelihood.nats`, (N,) float64, for long continuations: no logits are kept.
+    """Return `Likelihood.nats`, (N,) float64, for long continuations: no logits are kept.
 
     Args and errors as for `likelihood`.
     """
@@ -110,7 +111,7 @@ def nats_of(model: CausalLM, continuations: Sequence[Continuation], ranks: Ranks
 
 
 def _padded(items: Sequence[Continuation]) -> Tensor:
-    """(B, S) int64: all tokens of each row but the last one, which is judged and not read."""
+    """Return all tokens of each row but the last, which is judged and not read: (B, S) int64."""
     tokens = torch.zeros(len(items), max(len(item.ids) for item in items) - 1, dtype=torch.int64)
     for row, item in enumerate(items):
         tokens[row, : len(item.ids) - 1] = torch.tensor(item.ids[:-1])
@@ -182,7 +183,7 @@ def _write(
     done: Callable[[int, list[int]], bool],
     draw: Draw,
 ) -> list[list[int]]:
-    """The new ids of the prompts of one batch. The batch may be empty on this rank and not on others."""
+    """Return the new ids of the prompts of one batch. The batch may be empty on this rank and not on others."""
     place = next(model.parameters()).device
     rows = [list(prompt.ids) for _, prompt in prompts] or [[0]]
     texts: list[list[int]] = [[] for _ in prompts]
@@ -216,7 +217,7 @@ def _write(
 
 
 def check_rows(model: CausalLM, rows: Sequence[list[int]], max_new_tokens: int) -> None:
-    """Refuse rows that the model cannot read; raises ConfigError."""
+    """Refuse rows that the model cannot read; raise ConfigError."""
     config = model.config
     check_ids(max((max(ids) for ids in rows), default=0), config.vocab_size)
     longest = max(map(len, rows), default=0)
@@ -229,7 +230,7 @@ def check_rows(model: CausalLM, rows: Sequence[list[int]], max_new_tokens: int) 
 
 
 def _batches(lengths: Sequence[int], ranks: Ranks) -> Iterator[list[int]]:
-    """The indices of this rank's rows in batches, longest first: equally many batches on every rank, some empty."""
+    """Yield the indices of this rank's rows in batches, longest first. Each rank gets as many batches, some empty."""
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     own = order[ranks.rank :: ranks.world]
     most = -(-len(order) // ranks.world)  # rows on the rank with the most

@@ -110,7 +110,7 @@ class FoundryLM(TemplateLM):  # type: ignore[misc, unused-ignore]  # its class w
         return [(-nats, bool(greedy)) for nats, greedy in zip(found.nats.tolist(), found.greedy.tolist(), strict=True)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts. Each token is judged once, in windows of `max_length` tokens."""
+        """Return log-likelihoods of whole texts. Each token is judged once, in windows of `max_length` tokens."""
         items: list[Continuation] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
@@ -167,7 +167,7 @@ def _length(wanted: Mapping[str, object]) -> Length:
     """Read a request's `gen_kwargs`.
 
     Raises:
-        ConfigError: the request asks for sampling, whose results are not reproducible.
+        ConfigError: if the request asks for sampling, whose results are not reproducible.
     """
     temperature = wanted.get("temperature")
     if wanted.get("do_sample") and temperature != 0:
@@ -210,7 +210,7 @@ def evaluate_harness(
         match`.
 
     Raises:
-        ConfigError: a task is unknown, or its data is not available.
+        ConfigError: if a task is unknown, or its data is not available.
     """
     manager = TaskManager(include_path=include_path)
     known = set(manager.all_tasks)
@@ -224,7 +224,7 @@ def evaluate_harness(
 
 
 def _scores(found: Mapping[str, Mapping[str, Mapping[str, object]]]) -> dict[str, Score]:
-    """The harness's results by `TASK/METRIC`."""
+    """Return the harness's results by `TASK/METRIC`."""
     scores: dict[str, Score] = {}
     for task, metrics in found["results"].items():
         counted = found.get("n-samples", {}).get(task, {}).get("effective", 0)

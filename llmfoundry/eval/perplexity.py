@@ -69,7 +69,7 @@ def evaluate(
         The same on every rank; None if it was stopped.
 
     Raises:
-        ConfigError: a token of the text has no row in the embedding.
+        ConfigError: if a token of the text has no row in the embedding.
     """
     nats = torch.zeros((), dtype=torch.float64, device=device)
     tokens = torch.zeros((), dtype=torch.float64, device=device)

@@ -25,7 +25,7 @@ def write_report(folders: Sequence[Path], out: Path, newest: Json | None = None)
         newest: metrics of a single run that are not in its metrics.jsonl yet.
 
     Raises:
-        ConfigError: a folder is not a run's.
+        ConfigError: if a folder is not the folder of a run.
     """
     page = render([read_run(folder, newest) for folder in folders], differing_settings(folders))
     atomic_write(out, [page.encode()])
@@ -33,7 +33,7 @@ def write_report(folders: Sequence[Path], out: Path, newest: Json | None = None)
 
 
 def render(runs: list[Json], differing: list[list[str]]) -> str:
-    """The HTML of runs as `read_run` returns them, and of the settings in which they differ."""
+    """Return the HTML of runs as `read_run` returns them, and of the settings in which they differ."""
     for run in runs:
         run["alarms"] = alarms(run)
     data = {"runs": runs, "panels": PANELS, "kinds": KINDS, "differing": differing}

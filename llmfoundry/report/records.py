@@ -45,7 +45,7 @@ def read_run(folder: Path, newest: Json | None = None) -> Json:
         newest: a line that metrics.jsonl does not have yet.
 
     Raises:
-        ConfigError: the folder has no metrics.jsonl, or one of its lines is not JSON.
+        ConfigError: if the folder has no metrics.jsonl, or one of its lines is not JSON.
     """
     if not (folder / "metrics.jsonl").is_file():
         raise ConfigError(f"{folder}: holds no metrics.jsonl; name the save_folder of a run")
@@ -150,7 +150,7 @@ def _biases(samples: list[object], n_layers: int, n_experts: int) -> Json:
 
 
 def differing_settings(folders: Sequence[Path]) -> list[list[str]]:
-    """The keys whose values differ between runs, each with its value in every run (empty: not set)."""
+    """Return the keys whose values differ between runs, each with its value in every run (empty: not set)."""
     if len(folders) < 2:
         return []
     files = [folder / "config.yaml" for folder in folders]

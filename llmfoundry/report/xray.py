@@ -62,9 +62,9 @@ def xray(model: CausalLM, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]
 
 
 def show(found: Xray, layers: Iterable[int], console: Console) -> None:
-    """Print the text once per layer, with each token in the colour of its first expert.
+    """Print the text once per layer, with each token in the color of its first expert.
 
-    Without colours, `[3 5]` after a token names its experts.
+    Without colors, `[3 5]` after a token names its experts.
     """
     coloured = console.color_system in COLOURS and not console.no_color
     for layer in layers:
@@ -83,14 +83,14 @@ def show(found: Xray, layers: Iterable[int], console: Console) -> None:
 
 
 def _legend(counts: Counter[int], coloured: bool) -> Iterable[Text]:
-    """The experts that receive tokens, with the number of tokens."""
+    """Return the experts that receive tokens, with the number of tokens."""
     for expert, n in sorted(counts.items()):
         style = Style(color="black", bgcolor=colour(expert)) if coloured else ""
         yield Text(f"expert {expert}", style).append(f": {n}", "")
 
 
 def colour(expert: int) -> str:
-    """A light colour, as #rrggbb; experts with consecutive numbers get different ones."""
+    """Return a light color, as #rrggbb; experts with consecutive numbers get different ones."""
     red, green, blue = colorsys.hls_to_rgb(expert * GOLDEN % 1, 0.72 + 0.08 * (expert % 2), 0.75)
     return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
 
@@ -107,7 +107,7 @@ def as_json(found: Xray, layers: Iterable[int]) -> dict[str, object]:
 
 
 def page(found: Xray, layers: Iterable[int], title: str) -> str:
-    """The same as one HTML file that needs neither server nor network."""
+    """Return the same as one HTML file that needs neither a server nor a network."""
     data = as_json(found, layers) | {"colours": [colour(expert) for expert in range(found.n_experts)]}
     assets = files("llmfoundry.report") / "assets"
     text = {name: (assets / name).read_text(encoding="utf-8") for name in ("xray.html", "page.css", "xray.js")}
