@@ -1,7 +1,7 @@
-"""A run's settings as plain data: a YAML file and `key=value` overrides come in, a resolved config.yaml goes out.
+"""A run's settings as plain data: read from a YAML file and `key=value` overrides, and written as config.yaml.
 
-One YAML dialect serves files, overrides and config.yaml (strict_yaml.py). OmegaConf resolves interpolations (`${a.b}`);
-what they expand to is bounded before anything is expanded.
+One YAML dialect is used for files, overrides and config.yaml (strict_yaml.py). OmegaConf resolves interpolations
+(`${a.b}`); the size of their expansion is bounded before anything is expanded.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Settings(NamedTuple):
         data: plain data, interpolations resolved, without the `variables` block.
         file: the same without the overrides.
         given: dotted paths of the values that overrides set.
-        referred: keys of the top level that interpolations refer to.
-        environment: by dotted path, the values that came from the environment.
+        referred: top-level keys that interpolations refer to.
+        environment: values that came from the environment, by dotted path.
     """
 
     data: dict[str, object]
@@ -55,22 +55,22 @@ class Settings(NamedTuple):
 
 
 def load_yaml(path: str | Path, overrides: list[str] | None = None) -> dict[str, object]:
-    """The data of `load_settings`."""
+    """Return only the data of `load_settings`."""
     return load_settings(path, overrides).data
 
 
 def load_settings(path: str | Path, overrides: list[str] | None = None, is_users: bool = True) -> Settings:
-    """Read a YAML file, put overrides over it, and resolve its interpolations.
+    """Read a YAML file, apply overrides, and resolve interpolations.
 
     Args:
-        path: the file. Its `variables` block serves interpolation (`${variables.d_model}`) and is then dropped.
-        overrides: `a.b=value` (a mapping is merged), `a.b:=value` (replaces all that was there), `~a.b` (deletes);
+        path: the file. Its `variables` block is for interpolation (`${variables.d_model}`) and is then removed.
+        overrides: `a.b=value` (mappings are merged), `a.b:=value` (replaces the old value), `~a.b` (deletes);
             values are YAML.
-        is_users: whether the file is the user's own; in another's, `${oc.env:NAME}` stays a text where there is no
-            such variable, or where it is named like a secret.
+        is_users: whether the file is the user's own. In another's file, `${oc.env:NAME}` stays text if the variable
+            does not exist or is named like a secret.
 
     Raises:
-        ConfigError: the file is missing or malformed, an override has another form, an interpolation leads nowhere.
+        ConfigError: the file is missing or malformed, an override is malformed, or an interpolation cannot be resolved.
     """
     parsed = [_parse_override(item) for item in overrides or []]
     loaded = parse(_read(path), str(path))
@@ -107,7 +107,7 @@ def _read(path: str | Path) -> str:
 
 
 def _first_bytes(path: str | Path) -> bytes:
-    """At most one byte more than a file may have."""
+    """Read at most one byte more than a file may have."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # otherwise a pipe without a writer never opens
     with open(handle, "rb") as opened:
         if stat.S_ISFIFO(os.fstat(handle).st_mode) and not select.select([handle], [], [], PIPE_SECONDS)[0]:
@@ -117,7 +117,7 @@ def _first_bytes(path: str | Path) -> bytes:
 
 
 def _of_job(loaded: dict[str, object], path: str | Path) -> dict[str, object]:
-    """The settings in a job file of MosaicML's platform (`mcli run -f`), which has them under `parameters`."""
+    """The settings in a job file of MosaicML's platform (`mcli run -f`), which are under `parameters`."""
     if not {"command", "image"} <= loaded.keys():
         return loaded
     parameters = loaded.get("parameters")
@@ -128,7 +128,7 @@ def _of_job(loaded: dict[str, object], path: str | Path) -> dict[str, object]:
 
 
 def _keep_private(text: str) -> str:
-    """Escape what is not to be looked up in this machine's environment for a file of somebody else's."""
+    """Escape references to the environment that another's file must not read."""
 
     def kept(found: re.Match[str]) -> str:
         known = found["default"] is not None or found["name"] in os.environ
@@ -138,7 +138,7 @@ def _keep_private(text: str) -> str:
 
 
 def _from_environment(config: DictConfig, data: Mapping[str, object]) -> dict[str, FromEnvironment]:
-    """The texts that an `${oc.env:NAME}` stands in, also by way of another key; references are written out."""
+    """The values that contain `${oc.env:NAME}`, directly or through another key, with references expanded."""
     raw = OmegaConf.to_container(config, resolve=False)
     if not any("oc.env" in value for _, value in leaves(raw) if isinstance(value, str)):
         return {}
@@ -170,7 +170,7 @@ def _referred(config: DictConfig) -> frozenset[str]:
 
 
 def _borrow_variables(config: DictConfig, names: Set[str]) -> set[str]:
-    """Let `${name}` stand for `${variables.name}` where the top level has no such key; returns the names."""
+    """Let `${name}` mean `${variables.name}` if there is no such top-level key; returns the names."""
     variables = OmegaConf.select(config, "variables")
     if not OmegaConf.is_dict(variables):
         return set()
@@ -181,10 +181,10 @@ def _borrow_variables(config: DictConfig, names: Set[str]) -> set[str]:
 
 
 def from_dotlist(items: list[str]) -> dict[str, object]:
-    """Overrides alone, as plain data.
+    """Convert overrides alone into plain data.
 
     Raises:
-        ConfigError: one has another form.
+        ConfigError: an override is malformed.
     """
     config = OmegaConf.create({})
     for item in items:
@@ -210,7 +210,7 @@ def _parse_override(text: str) -> _Override:
 
 
 def _dotted(key: str) -> str:
-    """`a[0].b` as `a.0.b`, which is one way to write it and not two."""
+    """Normalize `a[0].b` to `a.0.b`."""
     dotted = re.sub(r"\[(\w+)\]", r".\1", key.strip())
     if dotted.count(".") > MAX_DEPTH:
         raise ConfigError(f"{key[:80]}...: is nested too deeply")
@@ -266,7 +266,7 @@ def _resolved(config: DictConfig, where: str) -> dict[str, object]:
 
 
 def leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """(dotted path, value) of everything in plain data that is neither a mapping nor a list."""
+    """(dotted path, value) for each value in plain data that is neither a mapping nor a list."""
     if isinstance(value, dict | list):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from leaves(item, f"{path}.{key}" if path else str(key))
@@ -275,7 +275,7 @@ def leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
 
 
 def _check_expansion(root: dict[str, object], where: str) -> None:
-    """Refuse interpolations that refer to themselves, or that would expand beyond `MAX_SIZE`."""
+    """Refuse interpolations that refer to themselves or expand beyond `MAX_SIZE`."""
     sizes: dict[str, int | None] = {}  # of what is at a dotted path; None: it is being measured
 
     def at(path: str) -> object:
@@ -317,7 +317,7 @@ def _check_expansion(root: dict[str, object], where: str) -> None:
 
 
 def parse(text: str, where: str) -> object:
-    """`strict_yaml.load`, whose mistakes are the user's."""
+    """`strict_yaml.load`, with mistakes raised as ConfigError."""
     try:
         return strict_yaml.load(text, where)
     except ValueError as error:
@@ -325,12 +325,12 @@ def parse(text: str, where: str) -> object:
 
 
 def write_resolved(data: Mapping[str, object]) -> str:
-    """Plain data as YAML text that `read_resolved` and `load_yaml` both give back unchanged."""
+    """Plain data as YAML text that `read_resolved` and `load_yaml` both read back unchanged."""
     return strict_yaml.dump(_each_string(dict(data), _escaped))
 
 
 def read_resolved(path: str | Path) -> dict[str, object]:
-    """Read a config.yaml that a run or a conversion wrote: nothing in it is interpolated.
+    """Read a config.yaml that a run or a conversion wrote; nothing in it is interpolated.
 
     Raises:
         ConfigError: the file is missing or malformed.

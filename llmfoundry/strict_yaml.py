@@ -1,8 +1,7 @@
-"""YAML whose author may be anybody, read as plain data and written so that it is read back unchanged.
+"""Read YAML from untrusted authors as plain data, and write it so that it reads back unchanged.
 
-The dialect is YAML 1.1 as PyYAML reads it, but `1e-5` is a number, and what YAML 1.1 takes for an octal or base-60
-number is refused. No tag builds an object, no key comes twice, and depth and size are bounded before
-anything is expanded.
+The dialect is YAML 1.1 as in PyYAML, except that `1e-5` is a number and YAML 1.1's octal and base-60 numbers are
+refused. Tags do not build objects, keys must be unique, and depth and size are bounded before anything is expanded.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 
 
 def load(text: str, where: str) -> object:
-    """YAML text as plain data; keys are strings.
+    """Parse YAML text into plain data; keys are strings.
 
     Raises:
-        ValueError: it is malformed; `where` and the line begin each line of the message.
+        ValueError: the text is malformed; each line of the message starts with `where` and the line number.
     """
     try:
         loader = _Loader(text)
@@ -45,12 +44,12 @@ def load(text: str, where: str) -> object:
 
 
 def dump(data: object) -> str:
-    """Plain data as text that `load` gives back unchanged."""
+    """Write plain data as text that `load` reads back unchanged."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=120)
 
 
 class _Dialect(yaml.resolver.BaseResolver):
-    """Which plain scalars are numbers: a loader and a dumper that share it understand each other."""
+    """The rule for which plain scalars are numbers, shared by the loader and the dumper."""
 
 
 for _first, _resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items():
@@ -68,7 +67,7 @@ _Dialect.add_implicit_resolver(
 
 
 class _Loader(_Dialect, yaml.SafeLoader):
-    """Plain data: no tag builds an object, no key comes twice, nothing is nested or repeated without a bound."""
+    """Loads plain data: no tags build objects, keys are unique, and nesting and repetition are bounded."""
 
     yaml_implicit_resolvers = _Dialect.yaml_implicit_resolvers
 
@@ -113,7 +112,7 @@ _Loader.add_constructor(None, _Loader.refuse)
 
 
 class _Dumper(_Dialect, yaml.SafeDumper):
-    """Quotes what `_Loader` would take for a number, and repeats what an alias would stand for."""
+    """Quotes text that `_Loader` would read as a number, and writes no aliases."""
 
     yaml_implicit_resolvers = _Dialect.yaml_implicit_resolvers
 
@@ -125,8 +124,8 @@ def _check(node: yaml.Node, sizes: dict[int, int | None]) -> int:
     """The number of values that a node expands to.
 
     Raises:
-        yaml.YAMLError: they are too many, a node holds itself, a key comes twice or is not a plain word, a text has a
-            NUL or half a surrogate pair.
+        yaml.YAMLError: there are too many, a node contains itself, a key is repeated or is not a plain word, or a text
+        has a NUL or half a surrogate pair.
     """
     if id(node) in sizes:
         known = sizes[id(node)]

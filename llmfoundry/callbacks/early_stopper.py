@@ -17,7 +17,7 @@ from llmfoundry.train.config import RunConfig
 from llmfoundry.train.duration import Duration, Interval
 from llmfoundry.train.run import EVALUATED
 
-# Composer's own default for LanguageCrossEntropy is "greater", which would stop a run that learns.
+# Composer's default for LanguageCrossEntropy is "greater", which would stop a run that learns.
 _LOWER_IS_BETTER = ("loss", "error", "perplexity", "entropy", "bits_per_byte", "/ce")
 _PERPLEXITY, _ENTROPY = "LanguagePerplexity", "LanguageCrossEntropy"
 
@@ -72,10 +72,10 @@ class EarlyStopper(Callback):
         self.config = config
         self.best: float | None = None
         self.best_step = 0
-        self.best_seconds = 0.0  # of the run's clock
+        self.best_seconds = 0.0  # on the run's clock
 
     def fit_start(self, trainer: Run) -> None:
-        self._look(trainer)  # a run that ended so, started again
+        self._look(trainer)  # the run was restarted after it had stopped
 
     def step_end(self, trainer: Run, metrics: Metrics) -> None:
         value = metrics.get(self.config.key)
@@ -106,14 +106,14 @@ class EarlyStopper(Callback):
             self.best_seconds = float(seconds) if isinstance(seconds, int | float) else 0.0
 
     def _is_late(self, trainer: Run) -> bool:
-        """Whether the best value is older than `patience`."""
+        """Return whether the best value is older than `patience`."""
         seconds = trainer.timeline.seconds(self.config.patience)
         if seconds is not None:
             return trainer.timeline.clock.seconds - self.best_seconds > seconds
         return trainer.state.step - self.best_step > trainer.timeline.steps(self.config.patience)
 
     def _is_due(self, metrics: Metrics) -> bool:
-        """Whether these metrics should contain the watched one."""
+        """Return whether these metrics should contain the watched one."""
         return self.config.dataloader_label == "train" or any(key.startswith(EVALUATED) for key in metrics)
 
     def _improves(self, value: float, best: float) -> bool:

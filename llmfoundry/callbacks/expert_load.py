@@ -26,7 +26,7 @@ class ExpertLoad(Callback):
 
     def __init__(self, config: ExpertLoadConfig) -> None:
         self.config = config
-        self.steps = 0  # in a row, with an expert starving
+        self.steps = 0  # consecutive steps with a starving expert
 
     def step_end(self, trainer: Run, metrics: Metrics) -> None:
         least = metrics.get("moe/min_load")

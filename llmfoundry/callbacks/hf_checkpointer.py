@@ -105,7 +105,7 @@ class HFCheckpointer(AtIntervals):
             trainer.tokenizer.save_pretrained(target)
 
     def _target(self, place: str) -> Path | None:
-        """The folder to write to; None if an existing one is to be kept."""
+        """Return the folder to write to; None if an existing one is to be kept."""
         folder = Path(place)
         if (bool(listing(place)) if is_url(place) else folder.exists()) and not self.config.overwrite:
             log.warning("hf_checkpointer: %s already exists and is kept (overwrite: false)", place)

@@ -36,10 +36,10 @@ class KillLossSpike(Callback):
         self.config = config
         self.window: deque[float] = deque()
         self.cap = config.loss_cap
-        self.outliers = 0  # in a row
+        self.outliers = 0  # consecutive ones
 
     def fit_start(self, trainer: Run) -> None:
-        total = trainer.timeline.expected_steps(trainer.state.step)  # None in a run by the clock
+        total = trainer.timeline.expected_steps(trainer.state.step)  # None for a run with a time limit
         share = round((total or 0) * WINDOW_SHARE)
         self.window = deque(self.window, maxlen=self.config.window_size or max(LEAST_WINDOW, share))
 
@@ -66,7 +66,7 @@ class KillLossSpike(Callback):
             self.cap = cap
 
     def _spike(self, loss: float) -> str:
-        """The message if this loss completes a spike that lasts."""
+        """Return the message if this loss completes a spike that lasts."""
         mean = sum(self.window) / len(self.window)
         self.outliers = self.outliers + 1 if loss >= mean * self.config.outlier_multiplier else 0
         if self.outliers <= self.config.patience:
@@ -77,7 +77,7 @@ class KillLossSpike(Callback):
         )
 
     def _high(self, step: int, cap: float) -> str:
-        """The message if half of the window is above the cap, once two windows have passed."""
+        """Return the message if half of the window is above the cap, once two windows have passed."""
         size = len(self.window)
         n_high = sum(loss > cap for loss in self.window)
         if step < 2 * size or n_high < size / 2:

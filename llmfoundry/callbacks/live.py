@@ -22,28 +22,28 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-COST = 0.004  # of the time
-INTERVAL = 0.5  # seconds between two pictures, at least
+COST = 0.004  # fraction of the run time
+INTERVAL = 0.5  # minimum seconds between redraws
 LEVELS, ASCII_LEVELS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
-FRAMED = (60, 16)  # columns and rows from which there is room for a frame
-ECHO = 3  # columns that stay free at the right: a terminal writes ^C there, which must not begin a new line
-KEPT = 2048  # losses, each the mean of equally many steps
+FRAMED = (60, 16)  # minimum columns and rows for a frame
+ECHO = 3  # columns kept free at the right: a terminal echoes ^C there, which must not wrap
+KEPT = 2048  # maximum number of points, each the mean of equally many steps
 
 
 class Now(NamedTuple):
     """The state of a run after a step, as the view shows it."""
 
     step: int
-    total: int | None  # steps; None: not known yet
+    total: int | None  # steps; None: unknown
     seconds_left: float | None
     loss: float | None = None
     validation: float | None = None
     tokens_per_second: float | None = None
-    mfu: float | None = None  # share of the peak
-    memory: float | None = None  # bytes, at the most
+    mfu: float | None = None  # fraction of the peak
+    memory: float | None = None  # bytes, at the peak
     memory_total: float | None = None  # bytes of the GPU
-    load: Sequence[float] = ()  # (E,) share of each expert, mean over layers; empty: a dense model
-    least: float | None = None  # load of any expert of any layer, 1 being an even one
+    load: Sequence[float] = ()  # (E,) share of each expert, averaged over layers; empty: dense model
+    least: float | None = None  # lowest load of any expert of any layer; 1 is the even load
     most: float | None = None
 
 
@@ -52,7 +52,7 @@ class Losses:
 
     def __init__(self) -> None:
         self.means: list[float] = []
-        self._each, self._sum, self._n = 1, 0.0, 0  # steps of a mean; of the one that is being added up
+        self._each, self._sum, self._n = 1, 0.0, 0  # steps per mean; sum and count of the current mean
 
     def add(self, loss: float) -> None:
         """Add one step's loss; a loss that is not finite is left out."""
@@ -68,7 +68,7 @@ class Losses:
             self._each *= 2
 
     def recent(self) -> list[float]:
-        """The losses of the last half of the steps."""
+        """Return the losses of the last half of the steps."""
         return self.means[len(self.means) // 2 :]
 
 
@@ -78,11 +78,11 @@ class LiveView:
     def __init__(self, console: Console, title: str) -> None:
         self._console, self._title = console, title
         self.losses = Losses()
-        # On stderr of the same terminal, what others print would run through the picture.
+        # If stderr is the same terminal, other output would overwrite the view.
         on_terminal = sys.stderr.isatty()
         self._live = Live(console=console, auto_refresh=False, transient=True, redirect_stderr=on_terminal)
         self._handlers: list[tuple[logging.StreamHandler[TextIO], TextIO]] = []
-        self._busy, self._waiting = False, deque[str]()  # lines that came while something was being written
+        self._busy, self._waiting = False, deque[str]()  # lines that arrived while drawing
         self._due = 0.0
 
     def start(self) -> None:
@@ -115,7 +115,7 @@ class LiveView:
             self._busy = False
 
     def is_due(self) -> bool:
-        """Whether it is time to draw again."""
+        """Return whether it is time to draw again."""
         return time.perf_counter() >= self._due
 
     def draw(self, now: Now) -> None:
@@ -159,7 +159,7 @@ def pause(cost: float) -> float:
 def picture(
     now: Now, losses: Sequence[float], title: str, width: int, height: int, ascii_only: bool = False
 ) -> RenderableType:
-    """The view for a terminal of `width` columns and `height` rows. Every line is shorter, and three rows stay free."""
+    """Return the view for a terminal of `width` columns and `height` rows. Lines are shorter; three rows stay free."""
     framed = width >= FRAMED[0] and height >= FRAMED[1]
     width -= ECHO
     inner = width - 4 if framed else width
@@ -213,7 +213,7 @@ def _with_spark(texts: Sequence[str], width: int, drawn: Callable[[int], Text]) 
 
 
 def spark(values: Sequence[float], width: int, levels: str = LEVELS) -> str:
-    """A sparkline of at most `width` characters, each the mean of equally many values, with the range at both ends."""
+    """Return a sparkline of at most `width` characters, each the mean of a few values, and the range at both ends."""
     n = min(width, len(values))
     edges = [round(i * len(values) / n) for i in range(n + 1)] if n else [0]
     means = [sum(values[a:b]) / (b - a) for a, b in zip(edges[:-1], edges[1:], strict=True)]
@@ -223,7 +223,7 @@ def spark(values: Sequence[float], width: int, levels: str = LEVELS) -> str:
 
 
 def balance(load: Sequence[float], width: int, levels: str = LEVELS) -> Text:
-    """A bar for each expert: half height for an even load, full height for twice that, red for extremes.
+    """Return a bar for each expert: half height for an even load, full height for twice that, red for extremes.
 
     If there are too many experts, neighbours share a bar, which shows the load that is furthest from even.
     """

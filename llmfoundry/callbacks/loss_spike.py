@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 LOSS = "loss/train/total"
 NORMAL = 1.4826  # standard deviations in a median absolute deviation
-LEAST_SPREAD = 0.01  # of the median: losses that hardly differ make no spikes
+LEAST_SPREAD = 0.01  # of the median: losses that barely vary do not cause spikes
 
 
 class LossSpikeConfig(CallbackConfig, names=("loss_spike",)):
@@ -34,7 +34,7 @@ class LossSpikeConfig(CallbackConfig, names=("loss_spike",)):
     # log: log a warning. skip: skip the update of a step with such a loss. roll_back: return to the last checkpoint,
     # and continue after the rows that were read since
     action: Literal["log", "skip", "roll_back"] = "log"
-    # number of steps to compare with; spikes are only detected once half of them are recorded
+    # Number of steps to compare with; spikes are only detected once half of them are recorded
     window_size: int = Field(128, ge=4)
     threshold: float = Field(6.0, gt=0)  # a spike is this many spreads above the median
     patience: int = Field(1, ge=1)  # for log and roll_back: number of consecutive spikes before acting
@@ -90,7 +90,7 @@ class LossSpike(Callback):
             losses = [float(loss) for loss in window if isinstance(loss, int | float)]
             self.window = deque(losses, maxlen=self.config.window_size)
             self.in_a_row = in_a_row
-            self.rollbacks = max(self.rollbacks, rollbacks)  # going back does not undo that
+            self.rollbacks = max(self.rollbacks, rollbacks)  # a rollback must not reset this
 
     def _arm(self, trainer: Run) -> None:
         if self.config.action == "skip":

@@ -46,7 +46,7 @@ class TokPerExpert(Callback):
         due = trainer.state.step % self.config.log_interval == 0
         if trainer.router is None or trainer.balance is None or not metrics["step"] or not due:
             return
-        load = trainer.router.load.detach().float()  # (L, E) slots
+        load = trainer.router.load.detach().float()  # (L, E) slots per expert
         if self.config.normalize:
             load = load * trainer.balance.top_k / load.sum(1, keepdim=True)
         rows = [_statistics(load.flatten())]
@@ -58,5 +58,5 @@ class TokPerExpert(Callback):
 
 
 def _statistics(tokens: Tensor) -> Tensor:
-    """(n,) -> (4,): minimum, maximum, median (the lower of two), sample standard deviation."""
+    """Return minimum, maximum, median (the lower of two) and sample standard deviation: (n,) -> (4,)."""
     return torch.stack([tokens.min(), tokens.max(), tokens.median(), tokens.std()])

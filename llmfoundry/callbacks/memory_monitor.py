@@ -25,9 +25,9 @@ KEYS = {
 class MemoryMonitorConfig(CallbackConfig, names=("memory_monitor",)):
     """Memory of rank 0 and, at an interval, of all ranks."""
 
-    # names in torch.cuda.memory_stats, and the names to log them under; None: the default set
+    # Names in torch.cuda.memory_stats, and the names to log them under; None: the default set
     memory_keys: dict[str, str] | None = None
-    # steps between logs of ..._avg, _min and _max over the ranks
+    # Steps between logs of ..._avg, _min and _max over the ranks
     dist_aggregate_batch_interval: int | None = Field(None, ge=1)
 
     def build(self) -> MemoryMonitor:
@@ -51,14 +51,14 @@ class MemoryMonitor(Callback):
 
 
 def report(stats: Mapping[str, float], keys: dict[str, str]) -> dict[str, float]:
-    """The available statistics under our names; those in bytes are converted to GB."""
+    """Return the available statistics under the names of metrics; those in bytes are converted to GB."""
     return {
         name: stats[key] / 1e9 if "bytes" in key else stats[key] for key, name in keys.items() if key in stats
     }  # fmt: skip
 
 
 def over_ranks(values: dict[str, float]) -> dict[str, float]:
-    """`NAME_avg`, `NAME_min` and `NAME_max` over all ranks, which call this together."""
+    """Return `NAME_avg`, `NAME_min` and `NAME_max` over all ranks, which call this together."""
     found: dict[str, float] = {}
     for name, column in zip(values, runtime.of_ranks(list(values.values())).T, strict=True):
         found |= {

@@ -55,7 +55,7 @@ class MemorySnapshot(Callback):
     def __init__(self, config: MemorySnapshotConfig) -> None:
         self.config = config
         self._recording = False
-        self._request, self._asked, self._looked = Path(), 0.0, 0.0  # the file, its last time, when that was read
+        self._request, self._asked, self._looked = Path(), 0.0, 0.0  # the file, its mtime, the last check
 
     def fit_start(self, trainer: Run) -> None:
         if trainer.device.type != "cuda":
@@ -82,7 +82,7 @@ class MemorySnapshot(Callback):
             self._dump(self.path(trainer, f"step-{step}", self.config.filename))
 
     def _is_asked(self) -> bool:
-        """Whether a snapshot was requested by a file; checked once a second."""
+        """Return whether a snapshot was requested by a file; checked once a second."""
         if time.monotonic() - self._looked < 1.0:
             return False
         self._looked = time.monotonic()
@@ -101,7 +101,7 @@ class MemorySnapshot(Callback):
             self._recording = False
 
     def path(self, trainer: Run, name: str, pattern: str | None = None) -> Path:
-        """The path of a snapshot."""
+        """Return the path of a snapshot."""
         folder = self.config.folder or str(trainer.config.folder / "memory")
         return Path(trainer.filled(folder)) / trainer.filled(pattern or f"{name}-rank-{{rank}}.pickle")
 

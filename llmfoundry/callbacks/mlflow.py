@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RUN_ID = "mlflow-run-id"  # a file in the save_folder
+RUN_ID = "mlflow-run-id"  # name of a file in the save_folder
 DEFAULT_EXPERIMENT = "my-mlflow-experiment"
-MOST_METRICS, MOST_PARAMS, MOST_CHARACTERS = 1000, 100, 500  # of one request; of a setting
+MOST_METRICS, MOST_PARAMS, MOST_CHARACTERS = 1000, 100, 500  # per request; per setting
 
 
 class MLflowConfig(LoggerConfig, names=("mlflow",)):
@@ -66,8 +66,8 @@ class MLflowConfig(LoggerConfig, names=("mlflow",)):
         return MLflow(self)
 
     def client(self) -> MlflowClient:
-        """A connection to `tracking_uri`."""
-        import mlflow  # slow to import, and not everyone's
+        """Return a connection to `tracking_uri`."""
+        import mlflow  # slow to import, and optional
 
         if self.tracking_uri is not None:
             mlflow.set_tracking_uri(self.tracking_uri)
@@ -98,7 +98,7 @@ class MLflow(Callback):
         self._run_id = ""
         self._waiting: list[Metric] = []
         self._sent = time.monotonic()
-        self._last: dict[str, tuple[float, int]] = {}  # of each metric, its value and the step that logged it
+        self._last: dict[str, tuple[float, int]] = {}  # value and step of each metric's last log
         self._system: object = None
         self._status = "FAILED"
 
@@ -205,7 +205,7 @@ class MLflow(Callback):
 
 
 def flattened(data: Mapping[str, object], above: str = "") -> Iterator[tuple[str, object]]:
-    """Settings as pairs of dotted key and value."""
+    """Yield settings as pairs of a dotted key and a value."""
     for key, value in data.items():
         if isinstance(value, dict) and value:
             yield from flattened(value, f"{above}{key}.")

@@ -18,7 +18,7 @@ from llmfoundry.train.adamw import moment
 from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
 from llmfoundry.train.optim import l2_norms
 
-MOMENTS = {"exp_avg", "momentum_buffer"}  # of AdamW and Lion, and of Muon
+MOMENTS = {"exp_avg", "momentum_buffer"}  # names in AdamW and Lion, and in Muon
 
 
 class OptimizerMonitorConfig(CallbackConfig, names=("optimizer_monitor",)):
@@ -38,18 +38,18 @@ class OptimizerMonitor(Callback):
     def __init__(self, config: OptimizerMonitorConfig) -> None:
         self.config = config
         self._found: Metrics = {}
-        self._before: dict[str, Tensor] = {}  # weights
-        self._grads: Tensor | None = None  # (n,) norms of the gradients
+        self._before: dict[str, Tensor] = {}  # weights before the update
+        self._grads: Tensor | None = None  # (n,) gradient norms
 
     def fit_start(self, trainer: Run) -> None:
-        # The trainer counts a step when it is complete.
+        # The trainer only counts a step once it is complete.
         def is_due() -> bool:
             return (trainer.state.step + 1) % self.config.batch_log_interval == 0
 
         def before(optimizer: Optimizer, *_: object) -> None:
             if is_due():
                 parameters = _with_gradient(trainer)
-                # Now, for some optimizers scale the gradients in place and others do not.
+                # Measured before the step, because only some optimizers scale gradients in place.
                 divisor = getattr(optimizer, "grad_scale", torch.ones(())).cpu()
                 self._grads = l2_norms([_grad(each) for each in parameters.values()]) / divisor
                 if self.config.log_optimizer_metrics and not self.config.only_global:
@@ -92,5 +92,5 @@ def _grad(parameter: Tensor) -> Tensor:
 
 
 def _with_gradient(trainer: Run) -> dict[str, torch.nn.Parameter]:
-    """The parameters that this step changes, by name; the same on every rank."""
+    """Return the parameters that this step changes, by name; the same on every rank."""
     return {name: each for name, each in trainer.model.named_parameters() if each.grad is not None}

@@ -22,10 +22,10 @@ from torch.profiler import record_function
 from llmfoundry.moe.layer import MoE
 from llmfoundry.train.run import STEP
 
-SCOPE = "part: "  # before the name of a part, in the trace
+SCOPE = "part: "  # prefix of part names in the trace
 BACKWARD = "autograd::engine::evaluate_function"
 OTHER, IDLE, COMMUNICATION, DENSE = "other", "idle", "communication", "dense feed-forward"
-# By the name of a module in its parent.
+# Parts by a module's name in its parent.
 MODULES = {
     "attn": "attention",
     "self_attn": "attention",
@@ -70,7 +70,7 @@ class Line(NamedTuple):
 
     part: str
     milliseconds: float  # per step
-    share: float  # of the step
+    share: float  # fraction of the step
 
 
 class Span(NamedTuple):
@@ -117,7 +117,7 @@ def _scoped(module: nn.Module, part: str) -> list[_Removable]:
 
 
 def part_of(names: Sequence[str], backward_of: str | None = None) -> str:
-    """The part to which an operator or kernel belongs.
+    """Return the part to which an operator or kernel belongs.
 
     Args:
         names: its own name, and those of its callers, innermost first.
@@ -132,7 +132,7 @@ def _first(patterns: tuple[tuple[str, re.Pattern[str]], ...], names: Sequence[st
 
 
 def lines_of(events: Sequence[FunctionEvent]) -> list[Line]:
-    """The table of a profile, largest part first; its lines add up to the mean step.
+    """Return the table of a profile, largest part first; its lines add up to the mean step.
 
     Args:
         events: events of `torch.profiler.profile`, with one called STEP for each step.
@@ -156,7 +156,7 @@ class Chains:
     """Looks up the callers of an event, and the forward that a backward belongs to."""
 
     def __init__(self, cpu: Sequence[FunctionEvent]) -> None:
-        self._forward: dict[int, str] = {}  # the last event with a number makes the node that has it
+        self._forward: dict[int, str] = {}  # the last forward event with a sequence number creates its autograd node
         for event in sorted(cpu, key=lambda event: event.time_range.start):
             names = names_of(event)
             scope = next((name for name in names if name.startswith(SCOPE)), None)
@@ -176,7 +176,7 @@ class Chains:
 
 
 def names_of(event: FunctionEvent | None) -> list[str]:
-    """The event's name, and those of its callers, innermost first."""
+    """Return the event's name, and those of its callers, innermost first."""
     names = []
     while event is not None:
         names.append(event.name)
@@ -222,7 +222,7 @@ def sweep(spans: Iterable[Span], windows: Iterable[tuple[float, float]]) -> Coun
 
 
 def table(lines: Sequence[Line]) -> str:
-    """The table in Markdown, with the whole step in its last line."""
+    """Return the table in Markdown, with the whole step in its last line."""
     whole = Line("step", sum(line.milliseconds for line in lines), sum(line.share for line in lines))
     rows = [f"| {line.part:<20} | {line.milliseconds:>9.2f} | {line.share:>6.1%} |" for line in [*lines, whole]]
     return (

@@ -9,7 +9,7 @@ SECONDS_TO_REACH = 10.0
 
 
 def why_unreachable(server: str) -> str:
-    """The reason why a server does not respond; empty if it responds with anything."""
+    """Return why a server does not respond; empty if it responds with anything."""
     try:
         urllib.request.urlopen(server, timeout=SECONDS_TO_REACH).close()
     except urllib.error.HTTPError:

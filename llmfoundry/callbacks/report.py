@@ -40,9 +40,9 @@ from llmfoundry.train.duration import Duration
 from llmfoundry.train.run import is_evaluated
 
 log = logging.getLogger(__name__)
-SAMPLES = 400  # of the loads in a whole run, if no interval is given
-PROBES, PROBE_STEPS = 20, 50  # in a whole run that evaluates nothing, and at least this many steps apart
-SEARCHED = 4096  # first rows of a mixture, among which the probe looks for rows of each source
+SAMPLES = 400  # of the loads per run, if no interval is given
+PROBES, PROBE_STEPS = 20, 50  # probes per run without evaluations, and the minimum steps between them
+SEARCHED = 4096  # the first rows of a mixture, searched for rows of each source
 
 
 class ReportConfig(CallbackConfig, names=("report",)):
@@ -62,8 +62,8 @@ class Report(Callback):
 
     def __init__(self, config: ReportConfig) -> None:
         self.config = config
-        self._text: Batch | None = None  # of the probe; of a mixture of experts alone
-        self._before: Tensor | None = None  # (L, T) fingerprints of what the last probe found
+        self._text: Batch | None = None  # the text to probe; None for a dense model
+        self._before: Tensor | None = None  # (L, T) fingerprints of the previous probe's routing
         self._failed = False
 
     def fit_start(self, trainer: Run) -> None:
@@ -74,7 +74,7 @@ class Report(Callback):
             return
         try:
             kept = b"".join(line for line in read_lines(file) if _step_of(line) <= trainer.state.step)
-            if len(kept) < file.stat().st_size:  # a killed run wrote beyond its checkpoint
+            if len(kept) < file.stat().st_size:  # a killed run wrote lines past its checkpoint
                 file.write_bytes(kept)
         except (OSError, ValueError) as error:
             self._say(file, error)
@@ -82,7 +82,7 @@ class Report(Callback):
     def step_end(self, trainer: Run, metrics: Metrics) -> None:
         if not self.config.enabled:
             return
-        if trainer.device.type == "cuda":  # known to the host; on a CPU it would differ between equal runs
+        if trainer.device.type == "cuda":  # known on the host; on a CPU it would differ between equal runs
             metrics.setdefault("memory/peak_allocated_mem", runtime.peak_memory_bytes(trainer.device) / 1e9)
         probed = is_evaluated(metrics) or self._due_unevaluated(trainer)
         if trainer.router is not None and (probed or self._due(trainer)):
@@ -150,7 +150,7 @@ class Report(Callback):
         found: dict[str, object] = {"confidence": [round(value, 5) for value in routing.confidence.tolist()]}
         assert trainer.router is not None
         before, self._before = self._before, fingerprints(routing.experts, trainer.router.load.shape[1])
-        if before is not None and before.shape == self._before.shape:  # else a resumed run probes another text
+        if before is not None and before.shape == self._before.shape:  # otherwise a resumed run probes another text
             found["churn"] = [round(value, 5) for value in churn(before, self._before)]
         if runtime.is_rank0():
             self._write_probe(trainer, routing.experts, batch)
@@ -201,7 +201,7 @@ class Report(Callback):
 
 
 def probe_batch(trainer: Run, tokens: int) -> Batch:
-    """The fixed sample of text: validation text, or equally many rows of each source of a mixture."""
+    """Return the fixed sample of text: validation text, or equally many rows of each source of a mixture."""
     loader = trainer.loader
     if isinstance(loader.order, Mixture):
         numbers = np.arange(min(SEARCHED, loader.rows_per_epoch))
@@ -214,7 +214,7 @@ def probe_batch(trainer: Run, tokens: int) -> Batch:
 
 
 def by_layer(sample: dict[str, object]) -> Metrics:
-    """A sample as metrics: `moe/layerN/max_load` and others, where N is the layer's number in the model."""
+    """Return a sample as metrics: `moe/layerN/max_load` and others, where N is the layer's number in the model."""
     metrics: Metrics = {}
     loads, layers = sample["load"], sample["layers"]
     assert isinstance(loads, list) and isinstance(layers, list)
@@ -235,7 +235,7 @@ def by_layer(sample: dict[str, object]) -> Metrics:
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a line; a line that cannot be read sorts after the run, so that it is dropped."""
+    """Return the step of a line; a line that cannot be read sorts after the run, so that it is dropped."""
     try:
         said = parse_json(line)
         return whole_number(said["step"] if isinstance(said, dict) else None)

@@ -55,7 +55,7 @@ class RunTimeout(Callback):
         self._timer.start()
 
     def close(self) -> None:
-        if self._timer is not None:  # loggers are closed before callbacks
+        if self._timer is not None:  # loggers close before callbacks do
             self._timer.cancel()
 
     def _leave(self) -> None:

@@ -28,7 +28,7 @@ class RuntimeEstimator(Callback):
     def __init__(self, config: RuntimeEstimatorConfig) -> None:
         self.config = config
         self._skip = config.skip_batches
-        self._begun: tuple[float, int] | None = None  # when the clock started, and after which step
+        self._begun: tuple[float, int] | None = None  # when timing started, and after which step
 
     def fit_start(self, trainer: Run) -> None:
         if self._skip == 0:

@@ -14,7 +14,7 @@ from llmfoundry.data.sources import DatasetConfig
 from llmfoundry.eval.generate import encoded, generate
 from llmfoundry.train.callback import Callback, CallbackConfig, Run
 
-COMPRESS_BYTES = 2**26  # xz -9 takes about half a minute for them
+COMPRESS_BYTES = 2**26  # xz -9 takes about half a minute for this much
 
 
 class SampleTextConfig(CallbackConfig, names=("sample_text",)):
@@ -45,7 +45,7 @@ class SampleText(Callback):
         if bits is not None and self.config.compressors and trainer.config.eval_loader is not None:
             try:
                 print(_compressed(trainer.config.eval_loader.dataset))
-            except (ConfigError, OSError) as error:  # the run is done: files that went away must not fail it
+            except (ConfigError, OSError) as error:  # the run is done; files that have disappeared must not fail it
                 print(f"no comparison with gzip and xz: {error}")
             print(f"{'this model':>10}: {bits:.4f}")
 
@@ -65,7 +65,7 @@ class SampleText(Callback):
 class Written(NamedTuple):
     """A text that the model wrote."""
 
-    prompt: str  # as its tokens read
+    prompt: str  # decoded from its tokens
     continuation: str
 
 
@@ -95,7 +95,7 @@ def written(
 
 
 def _compressed(dataset: DatasetConfig) -> str:
-    """The size that two compressors reach on the validation text, one line each."""
+    """Return the bits per byte to which two compressors reduce the validation text, one line each."""
     data = dataset.build().text_bytes(limit=COMPRESS_BYTES + 1)
     part = "the validation text"
     if len(data) > COMPRESS_BYTES:

@@ -23,7 +23,7 @@ from llmfoundry.train.duration import Duration, Interval
 log = logging.getLogger(__name__)
 
 SIZE, PRODUCTS = {"cuda": 4096, "cpu": 256}, 10  # rows of the square matrices; about 5 ms
-NOTABLE = 0.05  # of a step: a later start than the others' is worth a word
+NOTABLE = 0.05  # of a step; report ranks that start later than the others by more than this
 
 
 class SlowRanksConfig(CallbackConfig, names=("slow_ranks",)):
@@ -41,7 +41,7 @@ class SlowRanks(Callback):
 
     def __init__(self, config: SlowRanksConfig) -> None:
         self.config = config
-        self._begins: list[float] = []  # of this rank, since the last look
+        self._begins: list[float] = []  # of this rank, since the last measurement
 
     def step_end(self, trainer: Run, metrics: Metrics) -> None:
         if not metrics["step"]:
@@ -79,7 +79,7 @@ def _probe(device: torch.device) -> float:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     matrix = torch.full((SIZE[device.type], SIZE[device.type]), 1e-3, dtype=dtype, device=device)
     seconds = []
-    for _ in range(2):  # the first one chooses a kernel
+    for _ in range(2):  # the first one selects a kernel
         _wait(device)
         begun = time.perf_counter()
         product = matrix

@@ -35,7 +35,7 @@ class SpeedMonitor(Callback):
         self.flops_per_token = 0.0
 
     def fit_start(self, trainer: Run) -> None:
-        # Once: with adapters, counting builds the model on the meta device (0.1 s for Qwen3-30B).
+        # Only once: with adapters, counting builds the model on the meta device (0.1 s for Qwen3-30B).
         self.flops_per_token = trainer.config.model.flops_per_token(trainer.loader.max_seq_len)
 
     def step_end(self, trainer: Run, metrics: Metrics) -> None:

@@ -45,7 +45,7 @@ class SystemMetricsMonitor(Callback):
 
     def fit_start(self, trainer: Run) -> None:
         has_reader = importlib.util.find_spec("pynvml") is not None
-        # The same on every rank, because they meet in a collective.
+        # The same on every rank, because the ranks take part in a collective.
         self._reads_gpu = trainer.device.type == "cuda" and not runtime.any_rank(not has_reader)
         if trainer.device.type == "cuda" and not self._reads_gpu:
             log.warning("system_metrics_monitor: nothing is read of GPUs (pip install nvidia-ml-py)")
@@ -60,7 +60,7 @@ class SystemMetricsMonitor(Callback):
 
 def of_system() -> dict[str, float]:
     """Metrics of CPU, memory, disk and network of this node."""
-    import psutil  # optional
+    import psutil  # optional dependency
 
     found: dict[str, float] = {"cpu_percentage": psutil.cpu_percent()}
     network = psutil.net_io_counters()  # None on a node without a network
@@ -72,7 +72,7 @@ def of_system() -> dict[str, float]:
 
 
 def of_gpu(device: torch.device) -> list[float]:
-    """The metrics `OF_GPU` of this GPU."""
+    """Return the metrics `OF_GPU` of this GPU."""
     return [
         torch.cuda.utilization(device),
         torch.cuda.memory_usage(device),
@@ -82,7 +82,7 @@ def of_gpu(device: torch.device) -> list[float]:
 
 
 def of_ranks(rows: list[list[float]], every: bool) -> dict[str, float]:
-    """The metrics `OF_GPU` under Composer's names: of every rank, or the lowest and the highest."""
+    """Return the metrics `OF_GPU` under Composer's names: of every rank, or the lowest and the highest."""
     found: dict[str, float] = {}
     for name, values in zip(OF_GPU, zip(*rows, strict=True), strict=True):
         if every:

@@ -43,7 +43,7 @@ class Tensorboard(Callback):
     def fit_start(self, trainer: Run) -> None:
         if runtime.is_rank0():
             folder = self.config.log_dir or str(trainer.config.folder / "tensorboard")
-            # Steps beyond the checkpoint that a killed run had written are hidden from view.
+            # Hides steps past the checkpoint that a killed run had written.
             self.writer = SummaryWriter(folder, purge_step=trainer.state.step + 1)
 
     def step_end(self, trainer: Run, metrics: Metrics) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import wandb
 
 OFFLINE = "or log without an account: WANDB_MODE=offline before the command"
-RUN_ID = "wandb-run-id"  # a file in the save_folder
+RUN_ID = "wandb-run-id"  # name of a file in the save_folder
 
 
 class WandbConfig(LoggerConfig, names=("wandb",)):
@@ -46,8 +46,8 @@ class WandbConfig(LoggerConfig, names=("wandb",)):
         return Wandb(self)
 
     def is_online(self) -> bool:
-        """Whether an account is needed."""
-        import wandb  # slow to import, and not everyone's
+        """Return whether an account is needed."""
+        import wandb  # slow to import, and optional
 
         return (self.mode or wandb.setup().settings.mode) not in ("offline", "dryrun", "disabled")
 
@@ -55,7 +55,7 @@ class WandbConfig(LoggerConfig, names=("wandb",)):
         """Find a login, or ask for one on a terminal, and check that the server responds; on rank 0.
 
         Raises:
-            ConfigError: there is no login, or the server cannot be reached.
+            ConfigError: if there is no login, or the server cannot be reached.
         """
         import wandb
 
@@ -106,7 +106,7 @@ class Wandb(Callback):
         if self.run is not None:
             import wandb
 
-            # Before the metrics of the same step, which complete it.
+            # Before the metrics of the same step, whose logging completes it.
             self.run.log(
                 {table.name: wandb.Table(columns=list(table.columns), data=table.rows)},
                 step=trainer.state.step,
@@ -123,7 +123,7 @@ class Wandb(Callback):
 
 
 def _run_id(file: Path) -> str:
-    """The id that the run got at its first start. New ids are random, so that no two runs share one."""
+    """Return the id that the run got at its first start. New ids are random, so that no two runs share one."""
     if not file.exists():
         file.write_text(uuid.uuid4().hex[:16])
     return file.read_text().strip()

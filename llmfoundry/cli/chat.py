@@ -87,7 +87,7 @@ class Talk:
         """Answer lines until the input ends.
 
         Raises:
-            ConfigError: a piped line cannot be answered; on a terminal the error is printed instead.
+            ConfigError: if a piped line cannot be answered; on a terminal the error is printed instead.
         """
         tty = sys.stdin.isatty()
         if tty:
@@ -106,7 +106,7 @@ class Talk:
         self._messages = [{"role": "system", "content": system}] if system else []
 
     def _command(self, name: str, text: str) -> bool:
-        """Run a command; returns whether the conversation continues."""
+        """Run a command; return whether the conversation continues."""
         if name == "/exit":
             return False
         if name == "/system":

@@ -66,7 +66,7 @@ class ChatRequest(_Strict):
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
     def sampling(self, default: Sampling) -> Sampling:
-        """The sampling settings; `default` fills in what the request leaves out."""
+        """Return the sampling settings; `default` fills in what the request leaves out."""
         given = {
             "max_new_tokens": self.max_completion_tokens or self.max_tokens, "temperature": self.temperature,
             "top_p": self.top_p, "seed": self.seed,
@@ -78,7 +78,7 @@ def parse_request(body: bytes) -> ChatRequest:
     """Parse a request; fields that are null count as left out.
 
     Raises:
-        ConfigError: the body is not valid JSON, or a field is wrong or not supported; the message names it.
+        ConfigError: if the body is not valid JSON, or a field is wrong or not supported; the message names it.
     """
     try:
         data = parse_json(body)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
-MOST_BYTES = 2**23  # of a request
+MOST_BYTES = 2**23  # maximum size of a request
 _REASONS = {"stop": "stop", "length": "length", "interrupted": "stop"}
 Json = dict[str, object]
 
@@ -48,7 +48,7 @@ class Server(ThreadingHTTPServer):
         port: 0: any free port.
 
     Raises:
-        ConfigError: the port is in use.
+        ConfigError: if the port is in use.
     """
 
     daemon_threads = True
@@ -87,7 +87,7 @@ def _page(how: Sampling, system: str) -> bytes:
 
 
 def _policy(page: bytes) -> str:
-    """A content security policy that runs only the page's own script and loads nothing."""
+    """Return a content security policy that runs only the page's own script and loads nothing."""
     (script,), (style,) = (
         [hashlib.sha256(found).digest() for found in re.findall(rb"<%s>(.*?)</%s>" % (tag, tag), page, re.DOTALL)]
         for tag in (b"script", b"style")
@@ -99,7 +99,7 @@ def _policy(page: bytes) -> str:
 
 class _Handler(BaseHTTPRequestHandler):
     server: Server
-    began = False  # whether a status is sent
+    began = False  # whether the status has been sent
 
     def do_GET(self) -> None:
         if not self._allowed():
@@ -133,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
         except ConfigError as error:
             self._refuse(400, str(error))
         except ConnectionError:
-            self.close_connection = True  # the client has left
+            self.close_connection = True  # the client has disconnected
         except Exception as error:
             self._refuse(500, f"{type(error).__name__}: see the server's terminal")
             raise
@@ -159,7 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json(200, {**head, "object": "chat.completion", "choices": [choice], "usage": usage})
 
     def _allowed(self) -> bool:
-        """Whether the request comes from this site or from a program; answers it if not."""
+        """Return whether the request comes from this site or from a program; if not, answer it with an error."""
         host, origin = self.headers.get("Host"), self.headers.get("Origin")
         if host in self.server.hosts and (origin is None or origin in {f"http://{each}" for each in self.server.hosts}):
             return True
@@ -235,7 +235,7 @@ def _usage(answer: Answer) -> Json:
 
 
 def _has_left(client: socket.socket) -> bool:
-    """Whether the client has closed the connection."""
+    """Return whether the client has closed the connection."""
     readable, _, _ = select.select([client], [], [], 0)
     try:
         return bool(readable) and client.recv(1, socket.MSG_PEEK) == b""

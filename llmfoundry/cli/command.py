@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from llmfoundry.train.config import RunConfig
 
 log = logging.getLogger("llmfoundry")
-# Seconds for local rank 0 to print a mistake before another rank exits, on which torchrun ends them all.
+# Seconds for local rank 0 to print an error before another rank exits, after which torchrun kills all ranks.
 HEAD_START = 5.0
 Command = Callable[[Sequence[str] | None], int]
-_said: set[str] = set()  # lines of an error that are printed
+_said: set[str] = set()  # error lines that have been printed
 
 
 def command(run: Callable[[Sequence[str] | None], None]) -> Command:
@@ -49,11 +49,11 @@ def command(run: Callable[[Sequence[str] | None], None]) -> Command:
             handler.addFilter(_without_secrets)
         for noisy in ("httpx", "datasets", "filelock", "fsspec"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
-        logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
+        logging.getLogger("huggingface_hub").propagate = False  # it has its own handler
         try:
             run(argv)
         except ConfigError as error:
-            if launch.local_rank() == 0:  # most mistakes are every rank's
+            if launch.local_rank() == 0:  # most errors occur on every rank
                 _print_error(cleaned(str(error)).split("\n"), rank)
             else:
                 time.sleep(HEAD_START)
@@ -97,7 +97,7 @@ def _print_error(lines: list[str], rank: str) -> None:
 
 
 def _out_of_memory(error: Exception) -> str:
-    """One line for an out-of-memory error of a device; empty for any other error."""
+    """Return one line for an out-of-memory error of a device; empty for any other error."""
     torch = sys.modules.get("torch")
     is_full = torch is not None and isinstance(error, torch.OutOfMemoryError)
     return f"error: out of memory: {' '.join(str(error).split())}" if is_full else ""
@@ -127,7 +127,7 @@ def read_translated(path: str, overrides: list[str], untrusted: Collection[str] 
             name.
     """
     settings = load_settings(path, overrides, is_users=not untrusted)
-    # Only now is torch imported: all mistakes in the file's form have been reported.
+    # torch is only imported now: all mistakes in the file's form have been reported.
     import llmfoundry.callbacks  # noqa: F401  registers all monitors and loggers
     from llmfoundry.eval.icl import with_tasks_read
     from llmfoundry.train.config import RunConfig

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from llmfoundry.data.statistics import Statistics
     from llmfoundry.data.tokenizer import SpecialTokens
 
-CONFIG = "config.yaml"  # in a save_folder
-CHARACTERS = 2000  # of a document that are shown without a tokenizer
+CONFIG = "config.yaml"  # name of a file in the save_folder
+CHARACTERS = 2000  # of a document, shown without a tokenizer
 
 
 class _Opened(NamedTuple):

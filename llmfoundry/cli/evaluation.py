@@ -39,7 +39,7 @@ class TaskOptions(NamedTuple):
     allow_code: bool = False
 
     def check(self) -> None:
-        """Refuse options that lack the option they belong to; raises ConfigError."""
+        """Refuse options that lack the option they belong to; raise ConfigError."""
         if self.gauntlet and not self.icl_tasks:
             raise ConfigError(f"--gauntlet {self.gauntlet}: is for --icl-tasks FILE")
         if self.icl_tasks and self.tasks:
@@ -60,7 +60,7 @@ class Results(NamedTuple):
     """The scores of one model."""
 
     scores: dict[str, Score]
-    composites: dict[str, float]  # of the gauntlet
+    composites: dict[str, float]  # gauntlet scores
 
 
 def evaluate_by_tasks(checkpoint: str, overrides: list[str], keys: Sequence[str], options: TaskOptions) -> None:
@@ -132,7 +132,7 @@ def _settings_of(opened: Opened) -> dict[str, object]:
 
 
 def _with_files(data: Mapping[str, object], options: TaskOptions) -> dict[str, object]:
-    """Settings with tasks and gauntlet from the files that options name."""
+    """Return settings with tasks and gauntlet from the files that options name."""
     from llmfoundry.eval.icl import with_tasks_read
 
     if options.icl_tasks is None:
@@ -150,7 +150,7 @@ def _evaluated(ready: Ready, settings: TaskSettings, options: TaskOptions) -> Re
     if options.apply_chat_template:
         if ready.tokenizer.chat_template is None:
             raise ConfigError("--apply-chat-template: the tokenizer has no chat template, so this may be a base model")
-        special = special._replace(parse=True)  # a template writes special tokens
+        special = special._replace(parse=True)  # templates write special tokens
     reader = Reader(ready.tokenizer, special)
     rank, world = ready.mesh.data_rank, ready.mesh.data_ranks
     if options.tasks:

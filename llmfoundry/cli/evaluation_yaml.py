@@ -30,12 +30,12 @@ from llmfoundry.train.run_tokenizer import with_rule_of
 
 log = logging.getLogger(__name__)
 
-# Keys of theirs that change no value here.
+# LLM Foundry keys that do not affect results here.
 _GONE = (
     "seed", "run_name", "fsdp_config", "python_log_level", "log_config", "console_log_interval", "metadata",
     "dist_timeout", "callbacks", "loggers", "eval_subset_num_batches",
 )  # fmt: skip
-VARIABLES = ("model_name_or_path", "tokenizer_name")  # of the top level, that only serve `${...}`
+VARIABLES = ("model_name_or_path", "tokenizer_name")  # top-level keys that only serve `${...}`
 _GONE_OF_MODELS = (
     "name", "pretrained", "init_device", "use_auth_token", "trust_remote_code", "use_flash_attention_2",
     "attn_implementation", "use_train_metrics", "additional_train_metrics",
@@ -49,7 +49,7 @@ class TaskSettings(Config):
     icl_tasks: list[TaskConfig] = []
     eval_gauntlet: GauntletConfig | None = None
     icl_seq_len: int = Field(1024, gt=1)  # tokens per row
-    # batches per task, over all ranks together; None or -1: all
+    # Batches per task, over all ranks together; None or -1: all
     icl_subset_num_batches: int | None = Field(None, ge=-1)
     device_eval_batch_size: int = Field(16, gt=0)  # rows per forward on one rank
     precision: Precision | Literal["auto"] = "auto"
@@ -61,7 +61,7 @@ class TaskSettings(Config):
         return self
 
     def precision_here(self) -> Precision:
-        """The precision on this machine; raises ConfigError if it is not available."""
+        """Return the precision on this machine; raise ConfigError if it is not available."""
         precision = precision_on(self.precision, runtime.device().type)
         if precision == "amp_fp8":
             log.info("precision: amp_fp8 is for training; this computes in amp_bf16")
@@ -141,7 +141,7 @@ def translated(data: dict[str, object]) -> dict[str, object]:
     """Translate a file of LLM Foundry's: `max_seq_len` becomes `icl_seq_len`, and models get the keys of training.
 
     Raises:
-        ConfigError: a key asks for something that is not supported.
+        ConfigError: if a key asks for something that is not supported.
     """
     data = dict(data)
     for key in _GONE:
@@ -158,7 +158,7 @@ def translated(data: dict[str, object]) -> dict[str, object]:
     if "max_seq_len" in data:
         data.setdefault("icl_seq_len", data["max_seq_len"])
         del data["max_seq_len"]
-    if "model" in data:  # one model, in the words of training
+    if "model" in data:  # a single model, with the keys of a training YAML
         if "models" in data:
             raise ConfigError("model: models is also given; keep one")
         one = {key: data.pop(key) for key in ("model", "tokenizer", "load_path", "model_name") if key in data}
@@ -180,7 +180,7 @@ def _model(where: str, entry: object) -> object:
     if model.get("name") == "hf_causal_lm":
         return _hugging_face(where, entry, dict(model))
     try:
-        # The parts of a run that have nothing to do with the model are there only for their words to be accepted.
+        # The other parts of the run are only there so that `translate` accepts the keys of the model.
         ours = translate({"model": model, "run_name": "eval", "save_folder": "eval"})[0]["model"]
         assert isinstance(ours, dict)
         return entry | {"model": check(ModelConfig, ours, f"{where}.model")}

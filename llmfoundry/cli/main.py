@@ -80,7 +80,7 @@ for _name, _entry in _ENTRIES.items():
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code."""
+    """Run a command; return its exit code."""
     try:
         found = cli.main(args=list(argv) if argv is not None else None, prog_name="llmfoundry", standalone_mode=False)
     except click.ClickException as error:
@@ -92,5 +92,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run() -> None:
-    """The console script."""
+    """Run the console script."""
     leave(main(sys.argv[1:]))

@@ -33,7 +33,7 @@ class Ready(NamedTuple):
     special: SpecialTokens  # the rule for texts
 
 
-HUGGING_FACE = "hf:"  # before a folder, or the id of a model of the hub
+HUGGING_FACE = "hf:"  # prefix of a folder, or of a hub id
 
 
 class Opened(NamedTuple):
@@ -53,7 +53,7 @@ class Opened(NamedTuple):
 
 
 def is_hugging_face(path: str) -> bool:
-    """Whether a path names a Hugging Face checkpoint: a folder, a GGUF file, or `hf:` with a folder or hub id."""
+    """Return whether a path names a Hugging Face checkpoint: a folder, a GGUF file, or `hf:` and a folder or hub id."""
     if is_url(path):
         return False
     return is_theirs(path) or path.endswith(".gguf") or (Path(path) / "config.json").is_file()
@@ -75,7 +75,7 @@ def open_checkpoint(
         allow_code: whether to run code that its config names.
 
     Raises:
-        ConfigError: the checkpoint is missing or damaged, or an override names another key.
+        ConfigError: if the checkpoint is missing or damaged, or an override names another key.
     """
     from llmfoundry.train.config import RunConfig
 
@@ -107,7 +107,7 @@ def _open_theirs(name: str, overrides: list[str], check: Check | None) -> Opened
     if check is not None:
         check(config.model)
     precision = inference_precision(config.precision_on(runtime.start().type))
-    # What an override of the model changes is asked for; shapes must fit.
+    # Overrides of the model are intended; shapes must fit.
     model = config.model if overrides else None
     ready = open_hugging_face(name, precision, config=model, allow=["model"], parallel=config.parallel)
     return Opened(config, folder, False, ready)
@@ -126,7 +126,7 @@ def _open_ours(folder: str, overrides: list[str], check: Check | None, untrusted
 
     place = runtime.start()
     contents = read(folder)
-    # What a conversion wrote is for editing; the settings of its weights are on record beside it.
+    # A converted checkpoint's config.yaml is for editing; the settings of its weights are stored separately.
     settings = CONVERTED if CONVERTED in contents.files else CONFIG
     config = read_run_config(str(contents.path / settings), overrides, untrusted)
     assert isinstance(config.model, CausalLMConfig)
@@ -175,7 +175,7 @@ def open_hugging_face(
         raise ConfigError(f"{found.path}: holds no tokenizer")
     model, mesh = build_model(config, parallel or Parallel(compile=False), precision)
     hf.load_weights(model, name, allow)
-    # A text that spells a special token means it, as in transformers.
+    # A text that spells a special token is encoded as that token, as in transformers.
     special = TokenizerConfig(parse_special_tokens=True).special_tokens(tokenizer)
     return Ready(model.eval(), mesh, tokenizer, special)
 
@@ -195,7 +195,7 @@ def build_model(config: CausalLMConfig, parallel: ParallelConfig, precision: Pre
     with torch.device("meta"):
         model = config.build()
     if launch.world_size() == 1:
-        if precision == "amp_bf16":  # weights are saved in float32; a GPU computes as in the run
+        if precision == "amp_bf16":  # weights are saved in float32; a GPU computes as during training
             cast_parameters(model, torch.bfloat16)
         model = model.to_empty(device=place)
         model.init_buffers()
@@ -207,7 +207,7 @@ def build_model(config: CausalLMConfig, parallel: ParallelConfig, precision: Pre
     parallel = parallel.model_copy(update=update)
     try:
         plan_mesh(parallel, launch.world_size(), experts)
-    except ConfigError:  # the run had another number of processes
+    except ConfigError:  # the run had a different number of processes
         parallel = ParallelConfig(compile=False)
     mesh = build_mesh(parallel, place.type, experts)
     model = parallelize(model, mesh, parallel, precision).to_empty(device=place)

@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def integer(least: int, most: int | None = None) -> Callable[[str], int]:
-    """An argparse `type`: an integer from `least` to `most`."""
+    """Return an argparse `type`: an integer from `least` to `most`."""
     wanted = f"of at least {least}" if most is None else f"from {least} to {most:,}"
 
     def read(text: str) -> int:
@@ -71,7 +71,7 @@ def integer(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def number(least: float, most: float = math.inf, above: bool = False) -> Callable[[str], float]:
-    """An argparse `type`: a finite number from `least` (or above it) to `most`."""
+    """Return an argparse `type`: a finite number from `least` (or above it) to `most`."""
     wanted = f"{'above' if above else 'of at least'} {least:g}" + (f" and at most {most:g}" if most < math.inf else "")
 
     def read(text: str) -> float:
@@ -87,5 +87,5 @@ def number(least: float, most: float = math.inf, above: bool = False) -> Callabl
 
 
 def program(name: str, script: str | None = None) -> str:
-    """The command's name in its own messages: `llmfoundry train`, or `train.py` as a script."""
+    """Return the command's name in its own messages: `llmfoundry train`, or `train.py` as a script."""
     return f"llmfoundry {name}" if Path(sys.argv[0]).name == "llmfoundry" else script or f"{name}.py"

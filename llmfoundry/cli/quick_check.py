@@ -34,7 +34,7 @@ _BOUNDS = {
 
 
 def quick_mistakes(path: str, overrides: list[str], is_users: bool = True) -> list[str]:
-    """The mistakes that the full check of a run's YAML is sure to report too; it may report more.
+    """Return the mistakes that the full check of a run's YAML is sure to report too; it may report more.
 
     Args:
         path: the YAML file.
@@ -42,14 +42,14 @@ def quick_mistakes(path: str, overrides: list[str], is_users: bool = True) -> li
         is_users: as for `load_settings`.
 
     Raises:
-        ConfigError: the file cannot be read; the full check reports the same.
+        ConfigError: if the file cannot be read; the full check reports the same.
     """
     settings = load_settings(path, overrides, is_users)
     data = settings.data
     schema = _schema()
     words = {part.rpartition(".")[2] for part in settings.given} | {"~" for item in overrides if item[:1] == "~"}
     if data.get("code_paths") or words & (schema.tags | {"~"}):
-        return []  # plug-ins add choices; an override that replaces a choice drops the keys of the old one
+        return []  # plug-ins add choices; an override that replaces a choice drops the old one's keys
     model = data.get("model")
     if isinstance(model, dict) and str(model.get("name")).startswith("hf_"):
         return []  # the translation reads the model's own files
@@ -61,12 +61,12 @@ def quick_mistakes(path: str, overrides: list[str], is_users: bool = True) -> li
 
 
 def mistakes_in(data: dict[str, object]) -> list[str]:
-    """The same for data in the project's keys."""
+    """Return the same for data in the project's keys."""
     if _RUN_NAME in str(data.get("save_folder")) and data.get("run_name") is None:
-        return []  # that is reported alone
+        return []  # reported separately
     try:
         check(_schema().run, data)
-    except ConfigError as error:  # a value in which the name is filled in is shown with it
+    except ConfigError as error:  # values that contain the run name are shown with it filled in
         return [line for line in str(error).split("\n") if _RUN_NAME not in line]
     return []
 
@@ -93,7 +93,7 @@ class _Classes:
         self.made: dict[str, type[Config]] = {}
 
     def of(self, name: str) -> type[Config]:
-        """The class of a block, or the base of a family."""
+        """Return the class of a block, or the base of a family."""
         if name in self.made:
             return self.made[name]
         block = self.blocks[name]
@@ -104,7 +104,7 @@ class _Classes:
         ((tag, said),) = block["properties"].items()
         choice: dict[str, Any] = {tag: (str, said.get("default", ...))}
         root = create_model(name, __base__=Choice, __cls_kwargs__={"tag": tag}, **choice)
-        self.made[name] = root  # before its members: a mixture has datasets
+        self.made[name] = root  # before its members, because a mixture contains datasets
         for rule in rules:
             member, names = _name(rule["then"]), tuple(rule["if"]["properties"][tag]["enum"])
             self.made[member] = self._make(member, self.blocks[member], root, {"names": names})
@@ -125,7 +125,7 @@ class _Classes:
         return made
 
     def _type(self, said: Node) -> Any:
-        """The type of a field with such a schema in its class."""
+        """Return the type of a field with such a schema in its class."""
         kinds = [kind for kind in said.get("anyOf", [said]) if _name(kind) != "interpolation"]
         short = tuple(_PLAIN[word] for kind in kinds if kind.get("x-short") for word in _words(kind))
         found = [self._kind(kind) for kind in kinds if not kind.get("x-short")]
@@ -138,7 +138,7 @@ class _Classes:
                                          else isinstance(value, tuple(kind for kind in short if kind)))]  # fmt: skip
 
     def _kind(self, kind: Node) -> Any:
-        if "if" in kind:  # what does not meet the condition may be a shorthand
+        if "if" in kind:  # a value that does not meet the condition may be a shorthand
             return Annotated[self._kind(kind["then"]), _unless(lambda value: not _meets(value, kind["if"]))]
         if "x-family" in kind:
             root = self.of(kind["x-family"])

@@ -44,10 +44,10 @@ def report_main(argv: Sequence[str] | None = None) -> None:
 
 
 def _here(run: str, to: Path) -> Path:
-    """The local folder of a run; for a run in a store, its files without the checkpoints are fetched.
+    """Return the local folder of a run; for a run in a store, its files without the checkpoints are fetched.
 
     Raises:
-        ConfigError: the store does not have the run, or cannot be reached.
+        ConfigError: if the store does not have the run, or cannot be reached.
     """
     if not is_url(run):
         return Path(run)

@@ -102,7 +102,7 @@ def _is_mixture(config: CausalLMConfig) -> None:
 
 
 def _layers(asked: list[int] | None, config: CausalLMConfig) -> list[int]:
-    """The layers to show; raises ConfigError for a layer without experts."""
+    """Return the layers to show; raise ConfigError for a layer without experts."""
     from llmfoundry.report.experts import mixture_layers
 
     layers = mixture_layers(config)

@@ -16,11 +16,11 @@ from typing import NamedTuple
 from llmfoundry.data.conversations import Message
 
 Span = tuple[int, int]  # in characters
-Render = Callable[[Sequence[Message], bool], str]  # of messages, and whether the assistant's turn is opened at the end
+Render = Callable[[Sequence[Message], bool], str]  # takes messages, and whether to open the assistant's turn at the end
 
-# Words that no conversation says: they have no letter in common, and no template trims or splits them.
+# Texts that occur in no conversation: they have no letter in common, and no template trims or splits them.
 _PROBES = ("\u16a0\u16a2\u16a6", "\u16b1\u16b2\u16b7")
-# An answer may begin with a thought, which some templates open together with the turn. The thought is learned.
+# An answer may start with a thought, which some templates open together with the turn. The thought is learned.
 _THOUGHT = re.compile(r"<think>\s*(</think>\s*)?\Z")
 
 
@@ -67,7 +67,7 @@ class Turns:
         """Find message `turn` in the rendered text of all messages.
 
         Raises:
-            ValueError: the turn cannot be found.
+            ValueError: if the turn cannot be found.
         """
         upto = self._render(messages[: turn + 1], False)
         before = _THOUGHT.sub("", self._render(messages[:turn], True)) if turn else self._opened(upto)
@@ -88,12 +88,12 @@ class Turns:
         """Assign the spans that a template marks to turns. A turn may have several spans, or none.
 
         Raises:
-            ValueError: a span cannot be assigned to one turn.
+            ValueError: if a span cannot be assigned to one turn.
         """
         speaking = [i for i, message in enumerate(messages) if is_answer(message)]
         found: dict[int, list[Span]] = {}
         left = list(spans)
-        row: list[int] = []  # turns of the assistant with no other message between them
+        row: list[int] = []  # consecutive turns of the assistant
         for turn in reversed(speaking):
             row.insert(0, turn)
             if turn - 1 in speaking:
@@ -111,7 +111,7 @@ class Turns:
         return found
 
     def content(self, messages: Sequence[Message], text: str, number: int) -> Found | None:
-        """Find the content of one message in the rendered text; returns None if it is not rendered."""
+        """Find the content of one message in the rendered text; return None if it is not rendered."""
         one, other = (self._render(_with(messages, number, probe), False) for probe in _PROBES)
         before, after = _common(one, other), _common(one[::-1], other[::-1])
         if one[before : len(one) - after] != _PROBES[0]:
@@ -121,13 +121,13 @@ class Turns:
     def _inside(self, messages: Sequence[Message], text: str, turn: int) -> Span | None:
         own = self.content(messages, text, turn)
         start = self._start(messages, text, turn)
-        if own is None or start is None or start > own.start:  # what opens the turn is there with every content
+        if own is None or start is None or start > own.start:  # the opening of the turn does not depend on its content
             return None
         end = self._end(messages, text, turn, own.after)
         return (start, end) if end is not None and start <= end else None
 
     def _start(self, messages: Sequence[Message], text: str, turn: int) -> int | None:
-        """The position at which the turn starts: after the text that the template writes to open it."""
+        """Return the position at which the turn starts: after the text that the template writes to open it."""
         if turn == 0:
             opened = self._opened(text)
             return len(opened) if opened else None
@@ -137,7 +137,7 @@ class Turns:
         opening, closing = (self._after(messages[:turn], turn - 1, prompt) for prompt in (True, False))
         opening = _THOUGHT.sub("", opening)
         n = _common(asked.after, opening)
-        if n < len(opening):  # it goes on with what may begin an answer, such as an empty thought
+        if n < len(opening):  # followed by what an answer may start with, such as an empty thought
             n = self._cut(opening, n)
             closing = closing.removesuffix(self._eos)
         if n < len(opening) and n <= len(closing):
@@ -145,14 +145,14 @@ class Turns:
         return len(text) - len(asked.after) + n
 
     def _end(self, messages: Sequence[Message], text: str, turn: int, after: str) -> int | None:
-        """The position at which the turn ends: after the text that the template writes behind its content.
+        """Return the position at which the turn ends: after the text that the template writes behind its content.
 
         Args:
             after: the text that follows other content of this turn.
         """
         closing = self._after(messages[: turn + 1], turn, False)
         closings = [closing, closing.removesuffix(self._eos)]
-        # Another special token may stand for the last one: gpt-oss ends a conversation with one of its own.
+        # The last special token may differ: gpt-oss ends a conversation with one of its own.
         last = next((each for each in self._special if closing.endswith(each)), None)
         if last is not None:
             closings += [closing.removesuffix(last) + each for each in self._special]
@@ -162,11 +162,11 @@ class Turns:
         return None
 
     def _after(self, messages: Sequence[Message], number: int, prompt: bool) -> str:
-        """The text that the template writes after the content of a message."""
+        """Return the text that the template writes after the content of a message."""
         return self._render(_with(messages, number, _PROBES[0]), prompt).rpartition(_PROBES[0])[2]
 
     def _opened(self, text: str) -> str:
-        """The start of a conversation whose first turn is the assistant's; the text that opens it is not learned.
+        """Return the start of a conversation that opens with an assistant's turn; the opening text is not learned.
 
         Many templates refuse an empty list of messages, so the opening comes from a conversation with one user message.
         """
@@ -180,7 +180,7 @@ class Turns:
         return text[: text.find(opening) + len(opening)] if opening else ""
 
     def _cut(self, opening: str, most: int) -> int:
-        """The last position, at most `most`, at which the opening may end: after a special token or a line break."""
+        """Return the last position up to `most` where the opening may end: after a special token or a line break."""
         return max(
             (opening.rfind(each, 0, most) + len(each) for each in ("\n", *self._special) if each in opening[:most]),
             default=0,
@@ -188,7 +188,7 @@ class Turns:
 
 
 def is_answer(message: Message) -> bool:
-    """Whether a message is the assistant's."""
+    """Return whether a message is the assistant's."""
     return message["role"] == "assistant"
 
 
@@ -197,7 +197,7 @@ def _with(messages: Sequence[Message], number: int, content: str) -> list[Messag
 
 
 def _common(one: str, other: str) -> int:
-    """The length of the longest common prefix."""
+    """Return the length of the longest common prefix."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2

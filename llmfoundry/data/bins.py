@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
-BUFFER = 2**14  # examples that are fitted together
+BUFFER = 2**14  # number of examples that are packed together
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -31,7 +31,7 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
         make: fills the temporary folder that it is given.
 
     Raises:
-        ConfigError: the cache cannot be written.
+        ConfigError: if the cache cannot be written.
     """
     if folder.exists():
         return folder
@@ -53,7 +53,7 @@ def writing(folder: Path) -> Iterator[None]:
     """Turn errors of a block that writes to the cache into one line.
 
     Raises:
-        ConfigError: the folder cannot be written, e.g. because the disk is full.
+        ConfigError: if the folder cannot be written, e.g. because the disk is full.
     """
     try:
         yield
@@ -81,12 +81,12 @@ def waited_for(lock: Path, what: str) -> Iterator[None]:
 
 
 def _make(folder: Path, make: Callable[[Path], None]) -> None:
-    for stale in folder.parent.glob(f"{folder.name}.tmp-*"):  # of a killed process: this one holds the lock
+    for stale in folder.parent.glob(f"{folder.name}.tmp-*"):  # left by a killed process, as this one holds the lock
         shutil.rmtree(stale, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
     try:
         make(temporary)
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would lock other users out of a shared cache
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp's mode 0700 would lock other users out of a shared cache
         for path in [*temporary.iterdir(), temporary]:
             _sync(path)
         try:

@@ -37,14 +37,14 @@ from llmfoundry.runtime import cache_root
 log = logging.getLogger(__name__)
 Made = TypeVar("Made")
 
-_READERS = ("json", "csv", "parquet")  # names under which `datasets` reads files
+_READERS = ("json", "csv", "parquet")  # the names under which `datasets` reads files
 _AT_LEAST = re.compile(r"length>=(\d+)")
 
 
 class ChatsConfig(Folders, names=("chats",)):
     """Examples from local files (`path`), the hub (`hf_name`) or MDS (`local`, `remote`, `streams`)."""
 
-    KIND: ClassVar[str] = "chats/4"  # version of the tokenised rows; rows of another version are made again
+    KIND: ClassVar[str] = "chats/4"  # version of the tokenized rows; rows of another version are made again
 
     path: str | None = None  # a folder, a glob or one file, also as a URL: .jsonl, .json, .csv, .tsv, .parquet
     hf_name: str | None = None  # a hub dataset or a folder; or json, csv, parquet with hf_kwargs.data_files
@@ -109,7 +109,7 @@ class ChatsConfig(Folders, names=("chats",)):
         return self.hf_name if Path(self.hf_name).expanduser().is_dir() else None
 
     def build(self) -> Source:
-        """What is said in the examples: the text that a tokenizer learns from."""
+        """Return the text of the examples, on which a tokenizer is trained."""
         table = self._table()
         return Source(
             table.title, table.fingerprint, self._texts, files=table.files, summary=table.summary
@@ -134,7 +134,7 @@ class ChatsConfig(Folders, names=("chats",)):
         renderer = Renderer(tokenizer, targets, self._template(), how.special.bos)
         if tokenizer.chat_template is None:
             log.info("the tokenizer has no chat template; conversations are written in ChatML")
-        if not renderer.own:  # checkpoints and exports then carry the template that the model has learned
+        if not renderer.own:  # checkpoints and exports then include the template that the model was trained with
             tokenizer.chat_template = renderer.template
         encoder = Encoder(tokenizer, how.special).fingerprint()
         fingerprint = fingerprint_of(
@@ -212,7 +212,7 @@ class ChatsConfig(Folders, names=("chats",)):
             raise ConfigError(f"dataset.hf_name: {name}: needs datasets: pip install datasets") from None
         try:
             found = datasets.load_dataset(name, split=self.split, **self.hf_kwargs)
-        except Exception as error:  # the hub and its scripts fail in many ways
+        except Exception as error:  # the hub and dataset scripts raise many types
             why = " ".join(str(error).split())[:300]
             failed = ConfigError(f"dataset.hf_name: {name}: cannot be loaded: {type(error).__name__}: {why}")
             raise Gone(failed) from error
@@ -224,7 +224,7 @@ def _numbered(title: str, rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
 
 
 def text_of(example: Example) -> str:
-    """The text of an example, without a template."""
+    """Return the text of an example, without a template."""
     if isinstance(example, Conversation):
         return "\n".join(str(message["content"]) for message in example.messages if message.get("content"))
     return f"{example.prompt}{example.response}"

@@ -13,9 +13,9 @@ from typing import NamedTuple, cast
 from llmfoundry.data import functions
 from llmfoundry.data.tables import Row
 
-Message = dict[str, object]  # role, content, and what else the template reads
+Message = dict[str, object]  # role, content, and other fields that the template reads
 
-# ShareGPT's names of the speakers, in small letters.
+# ShareGPT's names of the speakers, in lowercase.
 _SPEAKERS = {
     "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant",
     "model": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "ai": "assistant",
@@ -23,7 +23,7 @@ _SPEAKERS = {
     "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool", "ipython": "tool",
 }  # fmt: skip
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-# Columns by which a format is known, in the order in which they are looked for.
+# Columns that identify a format, in the order in which they are checked.
 FORMATS = {
     "messages": ("messages",),
     "ShareGPT": ("conversations",),
@@ -40,7 +40,7 @@ class Conversation(NamedTuple):
 
     messages: list[Message]
     tools: list[Row] | None = None  # JSON schemas
-    template: Row = {}  # more arguments of the chat template
+    template: Row = {}  # further arguments of the chat template
 
 
 class Pair(NamedTuple):
@@ -58,7 +58,7 @@ def example_of(row: Row) -> Example:
     """Read the example in a row.
 
     Raises:
-        ValueError: says what is wrong with the row.
+        ValueError: if the row is not an example; the message says what is wrong with it.
     """
     present = {key: value for key, value in row.items() if value is not None}
     for columns in FORMATS.values():
@@ -97,7 +97,7 @@ def _of_format(columns: tuple[str, ...], row: Row) -> Example:
 
 
 def _history(pairs: object) -> list[Message]:
-    """The turns before an instruction, from a list of (user, assistant) pairs."""
+    """Return the turns before an instruction, from a list of (user, assistant) pairs."""
     if not pairs:
         return []
     if not isinstance(pairs, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
@@ -122,7 +122,7 @@ def conversation(messages: list[Message], row: Row) -> Conversation:
     """Build a conversation from messages and the row's other keys.
 
     Raises:
-        ValueError: no turn is the assistant's, or another key of the row has the wrong type.
+        ValueError: if no turn is the assistant's, or another key of the row has the wrong type.
     """
     system, template = row.get("system"), row.get("chat_template_kwargs") or {}
     if not isinstance(system, str | None):
@@ -153,7 +153,7 @@ def _tools(tools: object) -> list[Row] | None:
 def _turns(turns: object) -> list[Row]:
     if isinstance(turns, str):
         try:
-            turns = json.loads(turns)  # a cell of .csv, or a column of JSON
+            turns = json.loads(turns)  # a cell of a .csv file, or a JSON column
         except ValueError:
             raise ValueError(f"is a text, not a list of turns: {turns!r:.60}") from None
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
@@ -231,7 +231,7 @@ def preprocess(given: str | Mapping[str, str] | None) -> Preprocess:
     Functions are also looked for in the working directory and in the files of `code_paths`.
 
     Raises:
-        ConfigError: the function does not exist.
+        ConfigError: if the function does not exist.
     """
     if given is None:
         return lambda row: row
@@ -251,7 +251,7 @@ def preprocess(given: str | Mapping[str, str] | None) -> Preprocess:
 
 
 def code_of(given: str | Mapping[str, str] | None) -> str:
-    """What decides the result of `preprocess`: the mapping itself, or the file that defines the function."""
+    """Return what decides the result of `preprocess`: the mapping itself, or the file that defines the function."""
     if not isinstance(given, str):
         return json.dumps(given)
     return functions.code_of(given, "preprocessing_fn")

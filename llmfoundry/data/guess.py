@@ -13,10 +13,10 @@ from llmfoundry.runtime import cache_root
 
 
 def dataset_at(where: str) -> dict[str, object]:
-    """The settings of a dataset that reads a path.
+    """Return the settings of a dataset that reads a path.
 
     Raises:
-        ConfigError: the path holds nothing that can be read.
+        ConfigError: if the path holds nothing that can be read.
     """
     store = Store(cache_root())
     if is_url(where):

@@ -1,4 +1,4 @@
-"""The `ids` dataset: rows of token ids in a column of .jsonl, .json or .parquet files, tokenised and cut elsewhere.
+"""The `ids` dataset: rows of token ids in a column of .jsonl, .json or .parquet files, tokenized and cut elsewhere.
 
 The ids are copied once into one file that every run reads in place: row i is bytes [i*S*w, (i + 1)*S*w).
 """
@@ -35,7 +35,7 @@ class IdsConfig(RowsConfig, names=("ids",)):
 
     path: DataPath  # a folder, a glob or one file, also as a URL: .jsonl, .json, .parquet
     ids_key: str = "input_ids"  # the column with a list of ids in each row
-    # the id that ends a document inside a row; None: the tokenizer's end of text
+    # The id that ends a document inside a row; None: the tokenizer's end of text
     eos_token_id: int | None = Field(default=None, ge=-1, lt=2**32)
 
     def of_split(self, split: str) -> Self:
@@ -45,7 +45,7 @@ class IdsConfig(RowsConfig, names=("ids",)):
         return json.dumps(["ids", self.path if is_url(self.path) else str(Path(self.path).resolve())])
 
     def build(self) -> Source:
-        """What tells whether two loaders read the same; it has no text."""
+        """Return a source without text, whose fingerprint tells whether two loaders read the same."""
         table = self._table()
         return Source(table.title, table.fingerprint, self._no_text, files=table.files, summary=table.summary)
 
@@ -89,7 +89,7 @@ class IdsConfig(RowsConfig, names=("ids",)):
 
     @staticmethod
     def _ids(found: object, length: int, largest: int) -> NDArray[np.int64]:
-        """The ids in a row; raises ValueError."""
+        """Return the ids in a row; raise ValueError."""
         if not isinstance(found, list) or not all(type(each) is int for each in found):
             raise ValueError(f"is {found!r:.60}, and must be a list of token ids")
         if len(found) < length:

@@ -16,14 +16,14 @@ from typing import TypeVar
 
 try:
     import resource
-except ImportError:  # not on Windows
+except ImportError:  # not available on Windows
     resource = None  # type: ignore[assignment]
 
 Made = TypeVar("Made")
 
-SECONDS = 10.0  # of CPU time
-MEMORY = 2**31  # bytes that the process may grow by
-_INTERVAL = 0.1  # seconds between two looks at the clock
+SECONDS = 10.0  # CPU time
+MEMORY = 2**31  # bytes by which the process may grow
+_INTERVAL = 0.1  # seconds between checks of the clock
 
 
 class Exceeded(ValueError):
@@ -48,7 +48,7 @@ class _Call:
 
     def stop_if_late(self) -> None:
         """Stop the call if it is late; called by the watching thread."""
-        self._stopping = True  # first: `forget` waits for it
+        self._stopping = True  # first, because `forget` waits for it
         if not self.done and self._now() > self._end:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread), ctypes.py_object(_OutOfTime))
         self._stopping = False
@@ -100,7 +100,7 @@ def bounded(made: Callable[[], Made], seconds: float = SECONDS, memory: int = ME
         memory: bytes by which the process may grow, on systems that can limit it.
 
     Raises:
-        Exceeded: the call took more.
+        Exceeded: if the call exceeded a limit.
     """
     try:
         with _bounded_memory(memory):
@@ -117,15 +117,15 @@ def _in_time(made: Callable[[], Made], seconds: float) -> Made:
     except _OutOfTime:
         raise Exceeded(f"takes more than {seconds:.0f} seconds") from None
     finally:
-        call.done = True  # first: from here on, no exception is sent
+        call.done = True  # first: from here on, no exception is raised in this thread
         with suppress(_OutOfTime):
             call.forget()
         _watch.remove(call)
 
 
 _lock = threading.Lock()
-_bounding = 0  # calls, on all threads
-_before = (0, 0)  # the process's own bound: soft and hard
+_bounding = 0  # number of active calls, on all threads
+_before = (0, 0)  # the process's own limit: soft and hard
 
 
 @contextmanager
@@ -146,7 +146,7 @@ def _bounded_memory(growth: int) -> Iterator[None]:
 
 
 def _bound(growth: int) -> tuple[int, int]:
-    """Limit the process's writable memory, if Linux reports the current amount; returns the previous limit."""
+    """Limit the process's writable memory, if Linux reports the current amount; return the previous limit."""
     if resource is None:
         return 0, 0
     before = soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
@@ -159,7 +159,7 @@ def _bound(growth: int) -> tuple[int, int]:
 
 @lru_cache(maxsize=1)
 def _memory(moment: int, process: int) -> int | None:
-    """Bytes of writable memory of the process; None if Linux does not report it. Reading takes long, so it is rare."""
+    """Return the process's writable memory in bytes; None if Linux does not report it. Cached, as reading is slow."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[5]) * resource.getpagesize()

@@ -31,7 +31,7 @@ class Batch(NamedTuple):
 
     tokens: Tensor  # (B, S) int64
     labels: Tensor  # (B, S) int64, IGNORE where nothing is predicted
-    rows: Tensor  # (B,) int64, each row's number in the run
+    rows: Tensor  # (B,) int64, each row's index in the run
     sequence_ids: Tensor | None = None  # (B, S) int32, each token's document, counted from the row's start
     positions: Tensor | None = None  # (B, S) int64, each token's place in its document; None: in its row
     sources: Tensor | None = None  # (B,) int64, each row's source, by its place in a mixture
@@ -54,7 +54,7 @@ class Batch(NamedTuple):
         return Batch(change(self.tokens), change(self.labels), change(self.rows), *optional)
 
 
-KINDS = {"finetuning": "chats", "preferences": "preferences"}  # of the datasets that loaders of a name read
+KINDS = {"finetuning": "chats", "preferences": "preferences"}  # the dataset that a loader of this name reads
 
 
 class LoaderConfig(Choice, tag="name"):
@@ -106,7 +106,7 @@ class LoaderConfig(Choice, tag="name"):
         return self
 
     def datasets(self, where: str) -> dict[str, DatasetConfig]:
-        """The dataset, or each dataset of a mixture, by its place in the YAML.
+        """Return the dataset, or each dataset of a mixture, by its place in the YAML.
 
         Args:
             where: the loader's place in the YAML.
@@ -168,10 +168,10 @@ class Loader:
         self.max_seq_len, self.fingerprint = order.length, order.fingerprint
         self.rows_per_epoch, self.labels = order.rows_per_epoch, order.labels
         once = order.once
-        self.n_rows = once.n_rows if once is not None else 0  # of one pass; the last may be partly filled
+        self.n_rows = once.n_rows if once is not None else 0  # in one pass; the last may be partly filled
         self.n_tokens = once.n_tokens if once is not None else 0  # labels in one pass
         self.n_bytes = once.n_bytes if once is not None else None  # of the text as UTF-8
-        self._reading = Lock()  # orders keep what they have computed: one thread at a time
+        self._reading = Lock()  # orders cache what they compute, so only one thread may read at a time
         self._thread = ThreadPoolExecutor(1, "read-ahead") if read_ahead else None
         self._ahead: tuple[tuple[int, int, int, int], Future[Batch]] | None = None
 

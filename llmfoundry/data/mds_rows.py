@@ -31,7 +31,7 @@ from llmfoundry.runtime import cache_root
 
 log = logging.getLogger(__name__)
 
-# Keys of mosaicml-streaming that tune how shards are fetched and shuffled, which is done otherwise here.
+# Keys of mosaicml-streaming that tune how shards are fetched and shuffled, which works differently here.
 TUNING = (
     "shuffle_algo", "num_canonical_nodes", "predownload", "partition_algo",
     "sampling_method", "sampling_granularity", "batching_method", "download_retry", "download_timeout",
@@ -80,8 +80,8 @@ class Folders(RowsConfig):
         """Open the folders.
 
         Raises:
-            ConfigError: one is damaged.
-            Gone: one does not exist.
+            ConfigError: if a folder is damaged.
+            Gone: if a folder does not exist.
         """
         if self.streams is None:
             return [self._open(Stream(local=self.local, remote=self.remote), "dataset")]
@@ -117,7 +117,7 @@ class Folders(RowsConfig):
         )
 
     def places(self) -> list[str]:
-        """The paths and URLs that the dataset reads."""
+        """Return the paths and URLs that the dataset reads."""
         streams = [Stream(local=self.local, remote=self.remote), *(self.streams or {}).values()]
         return [place for stream in streams for place in (stream.local, stream.remote) if place is not None]
 
@@ -148,11 +148,11 @@ def without_tuning(data: object) -> object:
 class MDSConfig(Folders, names=("mds",)):
     """MDS folders with a column `tokens` (rows of max_seq_len ids) or `text`. `name: mds` may be left out."""
 
-    # dtype of a token column that is stored as bytes
+    # Dtype of a token column that is stored as bytes
     token_encoding_type: Literal["int64", "int32", "int16", "uint16", "uint32"] = "int64"
-    # the id that ends documents inside rows of tokens; None: the tokenizer's
+    # The id that ends documents inside rows of tokens; None: the tokenizer's
     eos_token_id: int | None = Field(default=None, ge=-1, lt=2**32)
-    # the id that starts documents, instead of eos_token_id
+    # The id that starts documents, instead of eos_token_id
     bos_token_id: int | None = Field(default=None, ge=-1, lt=2**32)
 
     @model_validator(mode="after")
@@ -166,7 +166,7 @@ class MDSConfig(Folders, names=("mds",)):
         return self
 
     def build(self) -> Source:
-        """The texts of all folders."""
+        """Return the texts of all folders."""
         memory = self.memory(*self.places())
         try:
             folders = self.folders()
@@ -184,7 +184,7 @@ class MDSConfig(Folders, names=("mds",)):
         try:
             folders = self.folders()
         except Gone:
-            return self._packed(tokenizer, how)  # of texts, the tokens may be in the cache
+            return self._packed(tokenizer, how)  # the token ids of texts may be cached
         tokens = {"tokens" in folder.columns for folder in folders}
         if len(tokens) > 1:
             raise ConfigError("dataset.streams: some hold tokens and others text; make two datasets of them")

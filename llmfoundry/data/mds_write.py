@@ -1,4 +1,4 @@
-"""Write a tokenised dataset as an MDS folder of rows, which mosaicml-streaming and LLM Foundry read too."""
+"""Write a tokenized dataset as an MDS folder of rows, which mosaicml-streaming and LLM Foundry read too."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from llmfoundry.data.packing import TokenStream
 from llmfoundry.data.remote import listing
 from llmfoundry.progress import progress
 
-COLUMNS = {"tokens": "ndarray:int32"}  # as LLM Foundry 0.22 writes them
+COLUMNS = {"tokens": "ndarray:int32"}  # the dtype that LLM Foundry 0.22 writes
 
 
 class Written(NamedTuple):
     """What was written to a folder."""
 
     rows: int
-    left_out: int  # tokens at the end that fill no row
+    left_out: int  # tokens at the end that do not fill a row
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def folder_of(
         hashes: names of hashlib or xxhash functions; the index keeps these hashes of every file.
 
     Raises:
-        ConfigError: the folder is not empty or cannot be written, or the compression is not known.
+        ConfigError: if the folder is not empty or cannot be written, or the compression is not known.
     """
     url = str(out) if is_url(str(out)) else None
     if url is not None and listing(url):
@@ -59,7 +59,7 @@ def write_rows(stream: TokenStream, length: int, out: Path | str, compression: s
         out: a local folder, or a URL, which gets one shard after another.
 
     Raises:
-        ConfigError: the folder is not empty or cannot be written, or the compression is not known.
+        ConfigError: if the folder is not empty or cannot be written, or the compression is not known.
     """
     n_rows, left_out = divmod(stream.n_tokens, length)
     with (

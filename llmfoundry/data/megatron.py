@@ -27,9 +27,9 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _FLOATS = (6, 7)
-_CHUNK = 2**20  # entries of an index that are checked at once
-_BLOCK = 2**10  # entries of which one is kept
-_SAMPLED = 2**14  # bytes of the .bin that are part of its fingerprint
+_CHUNK = 2**20  # index entries checked at once
+_BLOCK = 2**10  # one entry in this many is kept in memory
+_SAMPLED = 2**14  # bytes of the .bin included in its fingerprint
 
 
 class _Column:
@@ -43,7 +43,7 @@ class _Column:
             n: number of values.
         """
         self._file, self._start, self._n = file, start, n
-        self._every = np.empty(-(-n // _BLOCK), "<i8")  # one of _BLOCK, filled by `chunks`
+        self._every = np.empty(-(-n // _BLOCK), "<i8")  # one per _BLOCK, filled by `chunks`
 
     def chunks(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
         """Yield all values in chunks, each with the position of its first value."""
@@ -61,7 +61,7 @@ class _Column:
         return int(self.read(place, place + 1)[0])
 
     def search(self, value: int) -> int:
-        """The first position whose value is at least `value`; the number of values if there is none."""
+        """Return the first position whose value is at least `value`; the number of values if there is none."""
         block = max(int(np.searchsorted(self._every, value)) - 1, 0)
         first = block * _BLOCK
         return first + int(np.searchsorted(self.read(first, min(first + _BLOCK, self._n)), value))
@@ -78,7 +78,7 @@ class MegatronFile:
             tokens: the .bin, here or in a store.
 
         Raises:
-            ConfigError: one is missing, or the index is malformed or does not fit the .bin.
+            ConfigError: if a file is missing, or the index is malformed or does not fit the .bin.
         """
         self.path, self._index = tokens if isinstance(tokens, Path) else tokens.path, index
         try:
@@ -99,7 +99,7 @@ class MegatronFile:
             what = "numbers with a fraction, not token ids" if code in _FLOATS else "a type that is not known"
             self._refuse(f"has the type code {code}, {what}")
         expected = _HEADER.size + 12 * n_sequences + 8 * n_bounds
-        # Datasets of several modalities add a byte per sequence.
+        # Multimodal datasets add a byte per sequence.
         if size not in (expected, expected + n_sequences) or n_sequences == 0 or n_bounds < 2:
             self._refuse(
                 f"is damaged: {size:,} bytes do not hold the {n_sequences:,} sequences and {max(n_bounds, 1) - 1:,} "
@@ -122,7 +122,7 @@ class MegatronFile:
         """Read tokens [start, stop).
 
         Raises:
-            ConfigError: the .bin has become shorter, or cannot be read.
+            ConfigError: if the .bin has become shorter, or cannot be read.
         """
         size = self.dtype.itemsize
         return np.frombuffer(self._tokens.read(start * size, stop * size), self.dtype).astype(np.int64)
@@ -138,7 +138,7 @@ class MegatronFile:
         return np.unique(self._pointers.read(first, last)[sequences - first]) // size
 
     def document_at(self, place: int) -> int:
-        """The start of the first document that begins at a token or after it; the number of tokens if none does."""
+        """Return the start of the first document at or after a token, or the number of tokens if there is none."""
         bound = self._bounds.search(self._pointers.search(place * self.dtype.itemsize))
         if bound >= self.n_documents:
             return self.n_tokens
@@ -175,7 +175,7 @@ class MegatronFile:
             self._refuse(f"is damaged: its documents end at sequence {before:,} of {n_sequences:,}")
 
     def _fingerprint(self) -> str:
-        """A fingerprint of the index and of some tokens: from the start, the middle and the end."""
+        """Return a fingerprint of the index and of some tokens: from the start, the middle and the end."""
         with self._index.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256")
         size = self.n_tokens * self.dtype.itemsize

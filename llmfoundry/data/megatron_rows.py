@@ -1,6 +1,6 @@
-"""The `megatron` dataset: token ids that Megatron-LM's preprocess_data.py has written. They are not tokenised again.
+"""The `megatron` dataset: token ids that Megatron-LM's preprocess_data.py has written. They are not tokenized again.
 
-The files of a path form one stream, which is cut every `max_seq_len` tokens, like texts that are tokenised here. The
+The files of a path form one stream, which is cut every `max_seq_len` tokens, like texts that are tokenized here. The
 first token of a document is predicted from the end-of-text token before it; without that token (`--append-eod` was
 left out), it is not predicted.
 """
@@ -34,7 +34,7 @@ class MegatronConfig(RowsConfig, names=("megatron",)):
     """Megatron-LM's `.bin` and `.idx` files. Where both loaders read the same, the last documents are held out."""
 
     path: DataPath  # the common prefix of a .bin and an .idx, or a folder or a glob of such pairs; also a URL
-    # the id after which a document starts; None: the tokenizer's end of text
+    # The id after which a document starts; None: the tokenizer's end of text
     eos_token_id: int | None = Field(default=None, ge=-1, lt=2**32)
 
     def of_split(self, split: str) -> Self:
@@ -47,7 +47,7 @@ class MegatronConfig(RowsConfig, names=("megatron",)):
         """Open the part of the files that belongs to this split.
 
         Raises:
-            ConfigError: the split is empty, or a file is damaged.
+            ConfigError: if the split is empty, or a file is damaged.
         """
         if is_url(self.path):
             return Joined(self._fetched(), self._held_out())
@@ -76,13 +76,13 @@ class MegatronConfig(RowsConfig, names=("megatron",)):
         ]
 
     def _held_out(self) -> tuple[float, float]:
-        """The part of the text that is read, as fractions of the whole."""
+        """Return the part of the text that is read, as fractions of the whole."""
         if self._is_whole or self.split not in ("train", "validation"):
             return 0.0, 1.0
         return (0.0, 1.0 - self.fraction) if self.split == "train" else (1.0 - self.fraction, 1.0)
 
     def build(self) -> Source:
-        """What tells whether two loaders read the same; it has no text."""
+        """Return a source without text, whose fingerprint tells whether two loaders read the same."""
         stream = self.opened()
         title = f"megatron-{self.split}"
         return Source(title, stream.fingerprint, self._no_text, files=frozenset(stream.paths))
@@ -128,12 +128,12 @@ class Joined:
         return np.concatenate([np.empty(0, np.int64), *parts])
 
     def where(self, place: int) -> str:
-        """The file of a token and the token's position in it, for messages."""
+        """Return the file of a token and the token's position in it, for messages."""
         ((file, _, low, _),) = self._inside(place, place + 1)
         return f"{file.path}: token {low:,}"
 
     def _inside(self, start: int, stop: int) -> Iterator[tuple[MegatronFile, int, int, int]]:
-        """The files of a range, the place of each, and the range in it."""
+        """Yield the files of a range, the place of each, and the range in it."""
         start, stop = start + self._first, stop + self._first
         at = bisect_right(self._firsts, start) - 1
         while start < stop:
@@ -142,7 +142,7 @@ class Joined:
             start, at = end, at + 1
 
     def _document_at(self, place: int) -> int:
-        """The start of the first document at a place or after it."""
+        """Return the start of the first document at a place or after it."""
         at = min(bisect_right(self._firsts, place), len(self._files)) - 1
         return self._firsts[at] + self._files[at].document_at(place - self._firsts[at])
 
@@ -157,7 +157,7 @@ class MegatronRows(Rows):
             largest: the largest token id of the tokenizer.
 
         Raises:
-            ConfigError: an id in the first or the last row is larger than `largest`.
+            ConfigError: if an id in the first or the last row is larger than `largest`.
         """
         self.title, self.length, self.documents = title, how.length, how.documents
         self._stream, self._eos, self._largest = stream, eos_token_id, largest
@@ -174,12 +174,12 @@ class MegatronRows(Rows):
         n = len(found) - 1
         out.tokens[i, :n], out.tokens[i, n:] = found[:-1], self._eos
         out.labels[i, :n], out.labels[i, n:] = found[1:], IGNORE
-        begins = self._stream.starts(start + 1, stop) - start  # 1..n, where documents begin in this row
+        begins = self._stream.starts(start + 1, stop) - start  # 1..n, where documents start in this row
         opened = found[begins - 1] == self._eos
         out.labels[i, begins[~opened] - 1] = IGNORE
         if out.documents is not None:
             marks = np.zeros(self.length + 1, dtype=np.int32)
-            marks[begins - opened] = 1  # the end-of-text token that opens a document is its first
+            marks[begins - opened] = 1  # the end-of-text token before a document is its first token
             np.cumsum(marks[:-1], out=out.documents[i])
 
     def _tokens(self, start: int, stop: int) -> NDArray[np.int64]:

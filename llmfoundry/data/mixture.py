@@ -35,7 +35,7 @@ from llmfoundry.data.rows import (
 )
 from llmfoundry.data.sources import DatasetConfig, Source, fingerprint_of
 
-LOSSES = ("ce", "total")  # loss/train/NAME of all sources together, beside loss/train/LABEL of each
+LOSSES = ("ce", "total")  # loss/train/NAME over all sources, in addition to loss/train/LABEL of each
 
 
 class Part(Config):
@@ -51,7 +51,7 @@ class Part(Config):
     @model_validator(mode="wrap")
     @classmethod
     def _written_out(cls, data: object, check: ModelWrapValidatorHandler[Self]) -> Self:
-        """The dataset's keys may stand directly beside those of the part."""
+        """Accept the dataset's keys directly beside those of the part."""
         if not isinstance(data, dict) or "dataset" in data:
             return check(data)
         own = {key: value for key, value in data.items() if key in cls.model_fields}
@@ -90,7 +90,7 @@ class MixtureConfig(RowsConfig, names=("mixture",)):
 
     datasets: list[Part] = Field(min_length=1)  # the sources
     mixture: list[Phase] = []  # phases in order of time; empty: the datasets' weights hold for the whole run
-    # weights become weight ** (1 / temperature); above 1 makes them more even
+    # Weights become weight ** (1 / temperature); above 1 makes them more even
     temperature: float = Field(default=1.0, gt=0)
 
     @model_validator(mode="after")
@@ -142,7 +142,7 @@ class MixtureConfig(RowsConfig, names=("mixture",)):
         return self.model_copy(update={"datasets": [part.model_copy(update={"dataset": each}) for part, each in both]})
 
     def build(self) -> Source:
-        """The texts of all sources, in the ratio of their weights: what a tokenizer learns from."""
+        """Return the texts of all sources in the ratio of their weights: the text that a tokenizer is trained on."""
         sources = [part.dataset.build() for part in self.datasets]
         weights = [part.weight or 1.0 for part in self.datasets]
         return Source(
@@ -170,7 +170,7 @@ class MixtureConfig(RowsConfig, names=("mixture",)):
         return Mixture(self, orders)
 
     def shares(self, orders: Sequence[Order]) -> list[list[int]]:
-        """The integer shares of all sources in each phase; 0 for sources that are not read."""
+        """Return the integer shares of all sources in each phase; 0 for sources that are not read."""
         if not self.mixture:
             return [self._integers([self._weight(*both) for both in zip(self.datasets, orders, strict=True)])]
         return [
@@ -190,7 +190,7 @@ class MixtureConfig(RowsConfig, names=("mixture",)):
         return [next(positive) if weight else 0 for weight in weights]
 
     def _evened(self, weight: Fraction) -> Fraction:
-        """`weight ** (1 / temperature)`, correctly rounded, because powers of floats differ between machines."""
+        """Return `weight ** (1 / temperature)`, correctly rounded, because powers of floats differ between machines."""
         power = float(Context(prec=50, traps=[]).power(Decimal(float(weight)), Decimal(1 / self.temperature)))
         if not 0 < power < math.inf:
             raise ConfigError(f"temperature={self.temperature:g} makes of weights 0 or infinity; raise it")
@@ -198,7 +198,7 @@ class MixtureConfig(RowsConfig, names=("mixture",)):
 
 
 def _budget(part: Part, order: Order) -> Fraction | None:
-    """The number of rows that a run may read of a source; None: unlimited."""
+    """Return the number of rows that a run may read of a source; None: unlimited."""
     if part.tokens is not None:
         return exact(part.tokens) / order.length
     return None if part.epochs is None else exact(part.epochs) * order.rows_per_epoch
@@ -221,9 +221,9 @@ class Segment(NamedTuple):
     """A part of the run with constant shares."""
 
     start: int  # its first row
-    sources: NDArray[np.int64]  # (n read,) places of the sources that are read
+    sources: NDArray[np.int64]  # (n read,) indices of the sources that are read
     interleave: Interleave
-    before: NDArray[np.int64]  # (n_sources,) rows of each source before its start
+    before: NDArray[np.int64]  # (n_sources,) rows of each source before the start
 
     def at(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """For each row of the run, its source and its number within that source."""
@@ -250,14 +250,14 @@ class Mixture(Order):
         budgets = [_budget(part, order) for part, order in zip(config.datasets, orders, strict=True)]
         whole = [order.rows_per_epoch if budget is None else budget
                  for order, budget in zip(orders, budgets, strict=True)]  # fmt: skip
-        self.rows_per_epoch = int(sum(whole))  # what the sources hold, or what their budgets say, all together
+        self.rows_per_epoch = int(sum(whole))  # total of the sources, or of their budgets
         rows = [order.once for order in orders]
         self._rows = [each for each in rows if each is not None]
         assert len(self._rows) == len(orders)  # none is a mixture itself
         streams = [each.stream for each in self._rows if isinstance(each, StreamRows)]
         self._reader = StreamReader(streams, self.length, self.documents) if streams else None
         is_stream = np.array([isinstance(each, StreamRows) for each in self._rows])
-        self._stream_of = np.where(is_stream, np.cumsum(is_stream) - 1, -1)  # (n_sources,) by the reader; -1: none
+        self._stream_of = np.where(is_stream, np.cumsum(is_stream) - 1, -1)  # (n_sources,) index in the reader, or -1
         self._segments: list[Segment] = []
         self.arrange([])
 
@@ -297,7 +297,7 @@ class Mixture(Order):
             rows: number of rows of the whole run.
 
         Raises:
-            ConfigError: names the source and how often it would be read.
+            ConfigError: if a source would be read more often; the message names it and says how often.
         """
         for part, order, n in zip(self._config.datasets, self._orders, self.counts(rows).tolist(), strict=True):
             epochs, budget = n / order.rows_per_epoch, _budget(part, order)
@@ -324,7 +324,7 @@ class Mixture(Order):
         return self._segments[-1].interleave.period
 
     def counts(self, n: int) -> NDArray[np.int64]:
-        """(n_sources,) rows of each source among the first n rows of the run."""
+        """Return the number of rows of each source among the first n rows of the run: (n_sources,)."""
         at = max(i for i, segment in enumerate(self._segments) if segment.start <= n or i == 0)
         segment = self._segments[at]
         counts = segment.before.copy()
@@ -332,22 +332,22 @@ class Mixture(Order):
         return counts
 
     def taken(self, n: int) -> dict[str, int]:
-        """The same as `counts`, by label."""
+        """Return the same as `counts`, by label."""
         return dict(zip(self.labels, self.counts(n).tolist(), strict=True))
 
     def describe(self) -> Mapping[str, str]:
-        """The share of each source in each phase, for the log."""
+        """Return the share of each source in each phase, for the log."""
         return {
             label: " -> ".join(f"{shares[i] / sum(shares):.4%}" for shares in self._shares)
             for i, label in enumerate(self.labels)
         }
 
     def sources(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The source of each row, as an index into the labels, in the shape of `numbers`."""
+        """Return the source of each row, as an index into the labels, in the shape of `numbers`."""
         return self._where(numbers)[0]
 
     def stretch(self, number: int) -> Stretch:
-        """The stretch that a row is in; places are numbered as `place * n_sources + source`."""
+        """Return the stretch that a row is in; places are numbered as `place * n_sources + source`."""
         first = number - number % STRETCH
         sources, numbers = self._where(np.arange(first, first + STRETCH))
         return Stretch(first, self._places.of(sources, numbers) * len(self.labels) + sources)
@@ -370,7 +370,7 @@ class Mixture(Order):
 
     def _where(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         starts = [segment.start for segment in self._segments]
-        if len(starts) == 1 or not len(numbers) or numbers.min() >= starts[-1]:  # nearly always: no phase ends here
+        if len(starts) == 1 or not len(numbers) or numbers.min() >= starts[-1]:  # the usual case: no phase ends here
             return self._segments[-1].at(numbers)
         sources, places = np.empty_like(numbers), np.empty_like(numbers)
         of = np.maximum(np.searchsorted(starts, numbers, side="right") - 1, 0)

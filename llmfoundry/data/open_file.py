@@ -16,7 +16,7 @@ class OpenFile:
     """A file with random access.
 
     Raises:
-        OSError: the file cannot be opened.
+        OSError: if the file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,19 +26,19 @@ class OpenFile:
         self.size = os.fstat(self._number).st_size  # bytes
 
     def fill(self, memory: memoryview, start: int) -> None:
-        """Read into a buffer, from a byte offset on; raises as `read`."""
+        """Read into a buffer, from a byte offset on; the errors are those of `read`."""
         try:
             if os.preadv(self._number, (memory,), start) == len(memory):
                 return
         except OSError:
             pass
-        memory[:] = self.read(start, start + len(memory))  # in several parts, or it says why not
+        memory[:] = self.read(start, start + len(memory))  # in several parts, or raises
 
     def read(self, start: int, stop: int) -> bytes:
         """Read bytes [start, stop).
 
         Raises:
-            ConfigError: the file has become shorter, or cannot be read.
+            ConfigError: if the file has become shorter, or cannot be read.
         """
         parts: list[bytes] = []
         while start < stop:
@@ -53,5 +53,5 @@ class OpenFile:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def sample(self, start: int, stop: int) -> bytes:
-        """Read a few bytes; raises as `read`."""
+        """Read a few bytes; the errors are those of `read`."""
         return self.read(start, stop)

@@ -3,7 +3,7 @@
 A part is a whole source, or some of its files (`--part 2/8`: one of eight machines). Its folder holds shards and
 `state.json`, which is replaced whenever a shard is complete. It holds the shards so far, the number of documents that
 had ended by then, and the position in the stream at which the last of these ended. To continue, these documents are
-read again, but not tokenised.
+read again, but not tokenized.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Share(NamedTuple):
         """Parse `2/8`: the second of eight parts.
 
         Raises:
-            ConfigError: the text does not have this form.
+            ConfigError: if the text does not have this form.
         """
         number, _, of = text.partition("/")
         if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
@@ -65,21 +65,21 @@ class State(NamedTuple):
     """The progress of a part."""
 
     shards: list[Shard]
-    counts: Counts  # of the documents that ended in these shards
-    place: int  # in the part's tokens, at which the last of them ended
+    counts: Counts  # of the documents that end in these shards
+    place: int  # where the last of them ends, in the part's tokens
     done: bool = False
 
 
 def shard_name(number: int) -> str:
-    """The file name of a shard."""
+    """Return the file name of a shard."""
     return f"tokens-{number:05d}.bin"
 
 
 def documents_of(source: Source, share: Share) -> tuple[list[Iterator[str]], Iterator[str]]:
-    """The documents of the files before a part, and those of the part.
+    """Return the documents of the files before a part, and those of the part.
 
     Raises:
-        ConfigError: the source has fewer files than there are parts.
+        ConfigError: if the source has fewer files than there are parts.
     """
     if share.of == 1:
         return [], source.read()
@@ -95,7 +95,7 @@ def documents_of(source: Source, share: Share) -> tuple[list[Iterator[str]], Ite
 
 
 def _bounds(sizes: list[int], n: int) -> list[int]:
-    """The files at which parts start, and the end. Parts have about equal size and at least one file each."""
+    """Return the files at which parts start, and the end. Parts have about equal size and at least one file each."""
     ends = list(itertools.accumulate(sizes))
     bounds = [0]
     for part in range(1, n):
@@ -109,7 +109,7 @@ def write_part(
     folder: Path, source: Source, share: Share, encoder: Encoder, eos: int, dtype: np.dtype, workers: int,
     advance: Advance,
 ) -> State:  # fmt: skip
-    """Tokenise a part, from where an earlier run stopped. If the data are wrong, nothing of the part is left.
+    """Tokenize a part, from where an earlier run stopped. If the data are wrong, nothing of the part is left.
 
     Args:
         workers: see `encoded`.
@@ -140,7 +140,7 @@ def _write(
     writer = _Writer(folder, dtype, state)
     bos = encoder.special.bos
     nothing, end = np.array([], dtype), np.array([eos], dtype)
-    opens = nothing if bos is None else np.array([bos], dtype)  # each document
+    opens = nothing if bos is None else np.array([bos], dtype)  # starts each document
     opening = end if bos is None and share.number == 1 and state.place == 0 else opens
     advance(state.counts.kept_bytes)
     for (text, counts), ids in encoded(sieve.through(documents, state.counts), encoder, dtype, workers):
@@ -172,7 +172,7 @@ class _Writer:
         self._folder, self._dtype = folder, dtype
         self._shards, self._counts, self._ended = list(state.shards), state.counts, state.place
         self._place = state.place
-        self._skip = sum(shard.tokens for shard in state.shards) - state.place  # tokens that are on disk already
+        self._skip = sum(shard.tokens for shard in state.shards) - state.place  # tokens that are already on disk
         self._file: BinaryIO | None = None
 
     def write(self, ids: NDArray) -> None:

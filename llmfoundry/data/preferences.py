@@ -55,7 +55,7 @@ def preference_of(row: Row) -> Preference:
     """Read the preference in a row.
 
     Raises:
-        ValueError: says what is wrong with the row.
+        ValueError: if the row is not an example; the message says what is wrong with it.
     """
     missing = [column for column in ("chosen", "rejected") if row.get(column) is None]
     if missing:
@@ -88,7 +88,7 @@ def _turns(answer: object) -> list[Message]:
 
 
 def _answered(messages: list[Message], common: int, row: Row) -> Conversation:
-    """A conversation of which only the part after the common beginning is learned."""
+    """Return a conversation of which only the part after the common beginning is learned."""
     silent = [message | {"weight": 0} if message["role"] == "assistant" else message for message in messages[:common]]
     return conversation([*silent, *messages[common:]], row)
 

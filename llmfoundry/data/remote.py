@@ -32,12 +32,12 @@ from llmfoundry.config import PLACEHOLDERS, ConfigError, ResourceError, check_pl
 Result = TypeVar("Result")
 ATTEMPTS = 5
 FIRST_WAIT = 0.5  # seconds before the second attempt; doubled each time
-IN_USE = 60.0  # seconds for which a file that was asked for is kept, until it is opened
-LIMIT = 10**11  # bytes of a cache, if no limit is given
-# What a store tells of a file's contents or time, of which each has its own.
+IN_USE = 60.0  # seconds for which a requested file is kept, until it is opened
+LIMIT = 10**11  # default limit of the cache, in bytes
+# The metadata keys that identify a file's contents or time; each store has its own.
 _OF_CONTENTS = ("ETag", "etag", "md5Hash", "blob_id", "last_commit")
 _VERSIONS = (*_OF_CONTENTS, "LastModified", "updated", "mtime", "created")
-# Errors of the stores' packages for credentials that are missing or incomplete; trying again does not help.
+# Errors of the stores' packages for missing or incomplete credentials; retrying does not help.
 _WITHOUT_CREDENTIALS = {
     "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "NoAuthTokenError",  # botocore
     "DefaultCredentialsError", "RefreshError",  # google.auth
@@ -46,10 +46,10 @@ _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
 def data_path(path: str) -> str:
-    """A local path, with `~` expanded, or a URL that fsspec knows.
+    """Return a local path, with `~` expanded, or a URL that fsspec knows.
 
     Raises:
-        ValueError: the text is neither.
+        ValueError: if the text is neither a local path nor such a URL.
     """
     protocol, separator, rest = path.partition("://")
     if re.match(r"[^/@]*:[^/@]*@", rest):
@@ -63,7 +63,7 @@ DataPath = Annotated[str, AfterValidator(data_path)]
 
 
 def _pattern(path: str) -> str:
-    """A path or URL with placeholders; raises ValueError for unknown placeholders and for what `data_path` refuses."""
+    """Return a path or URL with placeholders; raise ValueError if one is unknown, or `data_path` refuses the rest."""
     return data_path(check_placeholders(path, PLACEHOLDERS)) if is_url(path) else local_path(path, PLACEHOLDERS)
 
 
@@ -74,7 +74,7 @@ def n_bytes(size: int | str | None) -> int:
     """Parse a size: 100gb, 5e9 or a number of bytes.
 
     Raises:
-        ValueError: the text is not a size.
+        ValueError: if the text is not a size.
     """
     if size is None:
         return LIMIT
@@ -89,7 +89,7 @@ class RemoteFile(NamedTuple):
 
     url: str
     size: int
-    version: str  # changes with its contents
+    version: str  # changes when the contents change
 
 
 class Store:
@@ -108,7 +108,7 @@ class Store:
         """Find the files below a folder, of a glob, or one file, by their names below the folder.
 
         Raises:
-            ConfigError: nothing was found, access was denied, or the package for this store is not installed.
+            ConfigError: if nothing was found, access was denied, or the package for this store is not installed.
         """
         fs, path = opened(url)
 
@@ -135,8 +135,8 @@ class Store:
         """Fetch a file to this machine.
 
         Raises:
-            ConfigError: the file is gone, access was denied, or it is larger than the cache.
-            ResourceError: ATTEMPTS attempts to fetch it failed.
+            ConfigError: if the file is gone, access was denied, or it is larger than the cache.
+            ResourceError: if fetching it has failed ATTEMPTS times.
         """
         name = PurePosixPath(file.url).name
         return self.keep(json.dumps(file), name, file.size, lambda to: fetch(file, to))
@@ -198,8 +198,8 @@ def listing(url: str) -> dict[str, RemoteFile]:
     """List the files below a folder by their names below it; empty if the folder does not exist.
 
     Raises:
-        ConfigError: access was denied, or the package for this store is not installed.
-        ResourceError: ATTEMPTS attempts to list it failed.
+        ConfigError: if access was denied, or the package for this store is not installed.
+        ResourceError: if listing it has failed ATTEMPTS times.
     """
     fs, path = opened(url)
 
@@ -218,7 +218,7 @@ def listing(url: str) -> dict[str, RemoteFile]:
 
 
 def fetch(file: RemoteFile, to: Path) -> None:
-    """Copy a file from a store to a local path; raises as `listing`."""
+    """Copy a file from a store to a local path; the errors are those of `listing`."""
     fs, path = opened(file.url)
 
     def get() -> None:
@@ -235,7 +235,7 @@ def fetch(file: RemoteFile, to: Path) -> None:
 
 
 def part_of(file: RemoteFile, start: int, stop: int) -> bytes:
-    """Read bytes [start, stop) of a file in a store; raises as `listing`."""
+    """Read bytes [start, stop) of a file in a store; the errors are those of `listing`."""
     fs, path = opened(file.url)
 
     def get() -> bytes:
@@ -248,10 +248,10 @@ def part_of(file: RemoteFile, start: int, stop: int) -> bytes:
 
 
 def fetch_part(file: RemoteFile, start: int, stop: int, to: Path) -> None:
-    """Copy bytes [start, stop) to a local path; raises as `listing`.
+    """Copy bytes [start, stop) to a local path; the errors are those of `listing`.
 
     Raises:
-        ConfigError: the file has changed since it was found.
+        ConfigError: if the file has changed since it was found.
     """
     content = part_of(file, start, stop)
     fs, path = opened(file.url)
@@ -268,13 +268,13 @@ def fetch_part(file: RemoteFile, start: int, stop: int, to: Path) -> None:
 
 
 def put(file: Path, url: str) -> None:
-    """Copy a local file to a store; it appears there complete or not at all. Raises as `listing`."""
+    """Copy a local file to a store; it appears there complete or not at all. The errors are those of `listing`."""
     fs, path = opened(url)
     is_local = isinstance(fs, LocalFileSystem)
     size = file.stat().st_size
 
     def write() -> None:
-        target = f"{path}.tmp-{uuid.uuid4().hex[:12]}" if is_local else path  # object stores show whole objects alone
+        target = f"{path}.tmp-{uuid.uuid4().hex[:12]}" if is_local else path  # object stores only show complete objects
         if is_local:
             Path(target).parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -292,7 +292,7 @@ def put(file: Path, url: str) -> None:
 
 
 def put_folder(folder: Path, url: str, last: str) -> None:
-    """Replace a folder in a store by a local one; raises as `listing`.
+    """Replace a folder in a store by a local one; the errors are those of `listing`.
 
     Args:
         last: name of a file without which the folder is not read: it is removed first and written last.
@@ -305,7 +305,7 @@ def put_folder(folder: Path, url: str, last: str) -> None:
 
 
 def delete(url: str) -> None:
-    """Delete a file or a folder in a store, if it exists; raises as `listing`."""
+    """Delete a file or a folder in a store, if it exists; the errors are those of `listing`."""
     fs, path = opened(url)
 
     def remove() -> None:
@@ -353,7 +353,7 @@ def patiently(url: str, act: Callable[[], Result], done: str = "read") -> Result
             raise ConfigError(
                 f"{url}: may not be {done}: {_said(error)}; credentials are read from the environment"
             ) from None
-        except Exception as error:  # each store has errors of its own
+        except Exception as error:  # each store raises its own types
             if type(error).__name__ in _WITHOUT_CREDENTIALS:
                 raise ConfigError(
                     f"{url}: may not be {done}: {_said(error)}; credentials are read from the environment, e.g. "

@@ -26,8 +26,8 @@ from llmfoundry.runtime import cache_root, seed_of
 
 log = logging.getLogger(__name__)
 
-STRETCH = 4096  # rows whose places are computed at once
-IGNORE = -100  # the label of a position that is not predicted
+STRETCH = 4096  # rows whose positions are computed at once
+IGNORE = -100  # the label of positions that are not predicted
 
 
 class Block(NamedTuple):
@@ -36,16 +36,16 @@ class Block(NamedTuple):
     tokens: NDArray[np.int64]  # (B, S)
     labels: NDArray[np.int64]  # (B, S), IGNORE where nothing is predicted
     documents: NDArray[np.int32] | None = None  # (B, S) each token's document, counted from the row's start
-    positions: NDArray[np.int64] | None = None  # (B, S) in its document; None: in the row
-    sources: NDArray[np.int64] | None = None  # (B,) the source of each row, by its place in a mixture
+    positions: NDArray[np.int64] | None = None  # (B, S) position in the document; None: in the row
+    sources: NDArray[np.int64] | None = None  # (B,) source of each row, by its index in a mixture
 
 
 class How(NamedTuple):
     """How a run needs its rows."""
 
     length: int  # S
-    seed: int  # of the run
-    documents: bool = False  # whether blocks contain the number of each token's document
+    seed: int  # the run's seed
+    documents: bool = False  # whether blocks include each token's document number
     drop_last: bool = False  # leave out the last, partly filled row of an epoch
     special: SpecialTokens = PLAIN_TEXT  # the rule for special tokens
 
@@ -72,7 +72,7 @@ class Numbered:
         raise NotImplementedError
 
     def empty(self, n_rows: int) -> Block:
-        """A block to fill; its positions are those within the row."""
+        """Return a block to fill; its positions are those within the row."""
         shape = (n_rows, self.length)
         return Block(
             np.empty(shape, dtype=np.int64),
@@ -113,7 +113,7 @@ class Rows(Numbered):
 class Stretch(NamedTuple):
     """Consecutive rows of an order, and their places in the data."""
 
-    first: int  # the number of the first of them
+    first: int  # index of the first one
     places: NDArray[np.int64]
 
 
@@ -131,7 +131,7 @@ class Order(Numbered):
     once: Rows | None = None
 
     def stretch(self, number: int) -> Stretch:
-        """The stretch that contains a row."""
+        """Return the stretch that contains a row."""
         raise NotImplementedError
 
 
@@ -145,7 +145,7 @@ class RowsConfig(DatasetConfig):
         raise NotImplementedError
 
     def of_split(self, split: str) -> Self:
-        """The dataset itself: there is no other split to read."""
+        """Return the dataset itself: there is no other split to read."""
         return self
 
 
@@ -153,7 +153,7 @@ def open_order(dataset: DatasetConfig, tokenizer: PreTrainedTokenizerBase, how: 
     """Open the order in which a run reads a dataset. `dataset.max_seq_len` takes precedence over the run's.
 
     Raises:
-        ConfigError: the data cannot be read, or does not fill one row.
+        ConfigError: if the data cannot be read, or does not fill one row.
     """
     how = how._replace(length=dataset.max_seq_len or how.length)
     if isinstance(dataset, RowsConfig):
@@ -180,15 +180,15 @@ class StreamReader:
             documents: whether blocks contain the document number of each token.
         """
         self._streams, self._length, self._documents = streams, length, documents
-        self._watched = list(streams)  # whose checksums may still be compared
+        self._watched = list(streams)  # streams whose checksums may still be being compared
         self._dtype, self._end, self._opening = streams[0].dtype, streams[0].eos_token_id, streams[0].opening_token_id
-        # As if all streams were one: where each begins, and where shards do, in tokens.
+        # The streams are treated as one: offsets in tokens where streams and shards start.
         self._firsts = np.cumsum([0, *(stream.n_tokens for stream in streams)])
-        self._lasts = np.diff(self._firsts) - 1  # of each, its last token
+        self._lasts = np.diff(self._firsts) - 1  # index of each stream's last token
         inside = [first + np.array(stream.starts[:-1]) for first, stream in zip(self._firsts, streams, strict=False)]
         self._shards = np.concatenate([*inside, self._firsts[-1:]])
         keys = [np.arange(stream.first_shard, stream.first_shard + stream.n_shards) for stream in streams]
-        self._keys = np.concatenate(keys)  # of each shard, in `open_shards`
+        self._keys = np.concatenate(keys)  # of each shard, for `open_shards`
 
     def read(self, sources: NDArray[np.int64], numbers: NDArray[np.int64]) -> Block:
         """Read rows: row i of a stream is its tokens [i*S, i*S + S + 1).
@@ -205,12 +205,12 @@ class StreamReader:
         raw = np.empty((len(numbers), length + 1), self._dtype)
         last = self._lasts[sources]
         starts = np.minimum(numbers * length, last)
-        counts = np.minimum(last - starts, length) + 1  # tokens of each row and the one after it
+        counts = np.minimum(last - starts, length) + 1  # tokens of each row, plus the next one
         places = self._firsts[sources] + starts
         shards = np.searchsorted(self._shards, places, side="right") - 1
         offsets = (places - self._shards[shards]) * size
-        across = places + counts > self._shards[shards + 1]  # from one shard to the next
-        # File by file: what the kernel and Python hold of one is then in the caches for all its rows of a batch.
+        across = places + counts > self._shards[shards + 1]  # whether a row spans two shards
+        # Read file by file, so that a file's kernel and Python state stays in the caches for all its rows in a batch.
         order = np.argsort(shards, kind="stable")
         order = order[~across[order]]
         opened, file = -1, None
@@ -230,7 +230,7 @@ class StreamReader:
             labels[i, counts[i] - 1 :] = IGNORE
         if not self._documents:
             return Block(tokens, labels)
-        # A document's first token is predicted from the token that opens it, and from nothing before that.
+        # A document's first token is predicted from the token that opens it, and from nothing before.
         documents = (raw[:, :-1] == self._opening).astype(np.int32)
         return Block(tokens, labels, np.cumsum(documents, axis=1, out=documents))
 
@@ -258,10 +258,10 @@ class StreamRows(Rows):
 
 
 def epochs_of(rows: Rows, dataset: DatasetConfig, how: How) -> Epochs:
-    """The order of a dataset's rows. It is shuffled unless the YAML says otherwise or it is for evaluation.
+    """Return the order of a dataset's rows. It is shuffled unless the YAML says otherwise or it is for evaluation.
 
     Raises:
-        ConfigError: at least one full row is needed, and there is none.
+        ConfigError: if a full row is needed and there is none.
     """
     held_out = dataset.split.startswith(("val", "test", "dev", "eval"))
     shuffled = not held_out if dataset.shuffle is None else dataset.shuffle
@@ -281,7 +281,7 @@ class Epochs(Order):
             block: number of rows that are shuffled together (`permuted_in_blocks`); None: all.
 
         Raises:
-            ConfigError: no row is left.
+            ConfigError: if no row is left.
         """
         self.fingerprint, self.length, self.documents = rows.fingerprint, rows.length, rows.documents
         self.own_positions, self.sequences, self.once, self._rows = rows.own_positions, rows.sequences, rows, rows
@@ -316,11 +316,11 @@ class Places:
     def __init__(self, orders: Sequence[Order]) -> None:
         self._orders = orders
         self._first = np.zeros(len(orders), dtype=np.int64)
-        self._stop = np.zeros(len(orders), dtype=np.int64)  # none is kept yet
+        self._stop = np.zeros(len(orders), dtype=np.int64)  # none is cached yet
         self._kept = np.empty((len(orders), STRETCH), dtype=np.int64)
 
     def of(self, sources: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(B,) the places of rows.
+        """Return the places of rows: (B,).
 
         Args:
             sources: (B,) the order of each row.

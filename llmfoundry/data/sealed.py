@@ -18,7 +18,7 @@ from llmfoundry.strict_json import read_mapping
 log = logging.getLogger(__name__)
 
 SEAL = "checksums.json"
-_BLOCK = 2**28  # bytes of a file that have a checksum of their own, so that ranks divide a large file
+_BLOCK = 2**28  # bytes per checksum, so that ranks can divide a large file
 
 
 def sealed_once(folder: Path, make: Callable[[Path], None]) -> Watch:
@@ -28,8 +28,8 @@ def sealed_once(folder: Path, make: Callable[[Path], None]) -> Watch:
         make: fills the temporary folder that it is given.
 
     Raises:
-        ConfigError: the folder cannot be made.
-        Damaged: the folder is damaged and cannot be made again.
+        ConfigError: if the folder cannot be made.
+        Damaged: if the folder is damaged and cannot be made again.
     """
 
     def write(temporary: Path) -> None:

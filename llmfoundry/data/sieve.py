@@ -10,19 +10,19 @@ from typing import NamedTuple, Self
 class Counts(NamedTuple):
     """How many documents were read, and what became of them."""
 
-    read: int = 0  # documents
+    read: int = 0  # number of documents
     empty: int = 0
-    duplicates: int = 0  # equal to an earlier one
-    filtered: int = 0  # left out by the function
+    duplicates: int = 0  # identical to an earlier one
+    filtered: int = 0  # rejected by the function
     kept: int = 0
-    kept_bytes: int = 0  # as UTF-8
+    kept_bytes: int = 0  # in UTF-8
 
     def plus(self, other: Self) -> Self:
-        """The sum of two counts."""
+        """Return the sum of two counts."""
         return type(self)(*(a + b for a, b in zip(self, other, strict=True)))
 
     def __str__(self) -> str:
-        """E.g. `read 10 documents; left out 1 empty, 2 duplicates; kept 7 (1,234 bytes)`."""
+        """Return the counts as text, e.g. `read 9 documents; left out 1 empty, 2 duplicates; kept 7 (1,234 bytes)`."""
         counts = {"empty": self.empty, "duplicates": self.duplicates, "by the filter": self.filtered}
         left = ", ".join(f"{n:,} {why}" for why, n in counts.items() if n)
         left = f"; left out {left}" if left else ""
@@ -61,7 +61,7 @@ class Sieve:
                 yield document, Counts(read, empty, duplicates, filtered, kept, kept_bytes)
         self.last = Counts(
             read, empty, duplicates, filtered, kept, kept_bytes
-        )  # with those after the last that is kept
+        )  # includes documents after the last one kept
 
     def _is_known(self, document: str) -> bool:
         assert self._seen is not None
@@ -71,5 +71,5 @@ class Sieve:
 
 
 def digest(content: bytes) -> bytes:
-    """A digest of 16 bytes: equal for equal contents."""
+    """Return a digest of 16 bytes: equal for equal contents."""
     return hashlib.blake2b(content, digest_size=16).digest()

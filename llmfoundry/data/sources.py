@@ -26,7 +26,7 @@ from llmfoundry.data.sieve import Sieve
 from llmfoundry.data.split import Split, keeps
 from llmfoundry.runtime import cache_root, seed_of
 
-HELD_OUT = 0.05  # of the text that both loaders read
+HELD_OUT = 0.05  # fraction of the text that both loaders read
 
 
 class Piece(NamedTuple):
@@ -40,23 +40,23 @@ class Piece(NamedTuple):
 class Source:
     """Documents in a fixed order."""
 
-    title: str  # in messages and folder names, e.g. "python_stdlib-train"
-    fingerprint: str  # hex; equal fingerprints, equal documents
-    read: Callable[[], Iterator[str]]  # may give empty documents
-    n_bytes: int | None = None  # about how long the text is, for estimates of time; None: unknown
+    title: str  # for messages and folder names, e.g. "python_stdlib-train"
+    fingerprint: str  # hex; equal for equal documents
+    read: Callable[[], Iterator[str]]  # may yield empty documents
+    n_bytes: int | None = None  # approximate size of the text, to estimate time; None: unknown
     summary: str = ""  # what is read, skipped and held out, for the log
     files: frozenset[Path] = frozenset()  # real paths of the files that are read
-    pieces: tuple[Piece, ...] = ()  # the same documents file by file, where there are files
-    dedup: bool = False  # of equal documents only the first is kept
-    keep: Callable[[str], bool] | None = None  # whether a document is kept; None: all are
-    stamps: Stamps = ()  # as of the fingerprint
-    memory: Path | None = None  # where `remember` writes
+    pieces: tuple[Piece, ...] = ()  # the same documents by file, if there are files
+    dedup: bool = False  # keep only the first of identical documents
+    keep: Callable[[str], bool] | None = None  # whether to keep a document; None: keep all
+    stamps: Stamps = ()  # for the fingerprint
+    memory: Path | None = None  # where `remember` writes to
 
     def documents(self) -> Iterator[str]:
-        """Every document that is kept; none is empty.
+        """Yield every document that is kept; none is empty.
 
         Raises:
-            ConfigError: no document is kept.
+            ConfigError: if no document is kept.
         """
         empty = True
         for document, _ in self.sieve().through(self.read()):
@@ -69,7 +69,7 @@ class Source:
         """Check that the files have not changed since their fingerprint was taken; call it after reading them.
 
         Raises:
-            ConfigError: names the first file that has changed.
+            ConfigError: if a file has changed; the message names the first one.
         """
         check_unchanged(self.title, self.stamps)
 
@@ -79,11 +79,11 @@ class Source:
             remember(self.memory, Provenance(self.title, self.fingerprint, self.n_bytes, self.files))
 
     def sieve(self) -> Sieve:
-        """A new sieve with this source's rules."""
+        """Return a new sieve with this source's rules."""
         return Sieve(self.dedup, self.keep)
 
     def nothing(self) -> ConfigError:
-        """The error message if no document is kept."""
+        """Return the error message if no document is kept."""
         rules = ", or check dedup and filter" if self.dedup or self.keep is not None else ""
         return ConfigError(
             f"dataset {self.title}: holds no text; add documents, raise or lower validation_fraction, "
@@ -91,7 +91,7 @@ class Source:
         )
 
     def text_bytes(self, limit: int | None = None) -> bytes:
-        """All documents as UTF-8, joined, or their first `limit` bytes: input for a compressor."""
+        """Return all documents as UTF-8, joined, or their first `limit` bytes: input for a compressor."""
         text = bytearray()
         for document in self.documents():
             text += document.encode()
@@ -120,7 +120,7 @@ class DatasetConfig(Choice, tag="name"):
     # per epoch, even if the cache holds few of them. None: all rows.
     shuffle_block_size: int | None = Field(default=None, ge=16)
     cache_dir: LocalPath | None = None  # None: $LLMFOUNDRY_CACHE, or ~/.cache/llmfoundry
-    # maximum size of the local cache of remote files, e.g. 50gb; None: 100gb
+    # Maximum size of the local cache of remote files, e.g. 50gb; None: 100gb
     cache_limit: Annotated[int | str | None, AfterValidator(_a_size)] = None
 
     def build(self) -> Source:
@@ -128,11 +128,11 @@ class DatasetConfig(Choice, tag="name"):
         raise NotImplementedError
 
     def store(self) -> Store:
-        """The store that fetches remote files."""
+        """Return the store that fetches remote files."""
         return Store(cache_root(self.cache_dir), n_bytes(self.cache_limit))
 
     def memory(self, *places: str | None, rules: Sequence[str] = ()) -> Path:
-        """Where the record of this dataset's source is kept once it is tokenised.
+        """Return where the record of this dataset's source is kept once it is tokenized.
 
         Args:
             places: paths and URLs that the dataset reads.
@@ -145,24 +145,24 @@ class DatasetConfig(Choice, tag="name"):
         return cache_root(self.cache_dir) / "sources" / f"{name}.json"
 
     def heap(self) -> str:
-        """A name for the text that both splits are taken from: equal for two datasets that read the same text."""
+        """Return a name for the text that both splits come from. It is equal for datasets that read the same text."""
         return json.dumps(self.model_dump(mode="json", exclude=set(DatasetConfig.model_fields) - {"name"}))
 
     def parts(self) -> list[DatasetConfig]:
-        """The datasets of a mixture; for any other dataset, only itself."""
+        """Return the datasets of a mixture; for any other dataset, only itself."""
         return [self]
 
     def with_parts(self, parts: Sequence[DatasetConfig]) -> DatasetConfig:
-        """A copy with other parts."""
+        """Return a copy with other parts."""
         (only,) = parts
         return only
 
     def of_split(self, split: Split) -> Self:
-        """A copy for the other (or the same) split."""
+        """Return a copy for the other (or the same) split."""
         return self.model_copy(update={"split": split})
 
     def whole(self) -> Self:
-        """A copy that reads all of its text for its split."""
+        """Return a copy that reads all of its text for its split."""
         return self._holding_out(0.0 if self.split == "train" else 1.0)
 
     def _holding_out(self, fraction: float) -> Self:
@@ -178,14 +178,14 @@ class DatasetConfig(Choice, tag="name"):
 
 
 def paired(train: DatasetConfig, evaluation: DatasetConfig | None) -> tuple[DatasetConfig, DatasetConfig | None]:
-    """The datasets of a run, with the `validation_fraction` of each resolved.
+    """Return the datasets of a run, with the `validation_fraction` of each resolved.
 
     Text that only one loader reads is read whole, unless a train loader asks for a part to be held out. If both loaders
     read a text, one fraction of it is held out. If all of it was trained on (fraction 0), a validation split that
     states no fraction reads all of it too.
 
     Raises:
-        ConfigError: the two state different fractions of the same text.
+        ConfigError: if the two state different fractions of the same text.
     """
     stated = train.validation_fraction
     if evaluation is None or evaluation.heap() != train.heap():
@@ -206,7 +206,7 @@ def paired(train: DatasetConfig, evaluation: DatasetConfig | None) -> tuple[Data
 
 
 def paired_run(train: DatasetConfig, evaluations: Sequence[DatasetConfig]) -> tuple[DatasetConfig, list[DatasetConfig]]:
-    """The same as `paired` for each dataset of a mixture and any number of evaluation datasets."""
+    """Do the same as `paired` for each dataset of a mixture and any number of evaluation datasets."""
     parts, others = train.parts(), []
     shared = set()
     for evaluation in evaluations:
@@ -229,7 +229,7 @@ def check_apart(train: DatasetConfig, evaluation: DatasetConfig | None = None) -
     """Refuse a run that would evaluate on its training text. Both datasets are read for their fingerprints.
 
     Raises:
-        ConfigError: the two contain the same documents, or read the same file.
+        ConfigError: if the two contain the same documents, or read the same file.
     """
     if evaluation is None:
         return
@@ -263,7 +263,7 @@ class PythonStdlibConfig(DatasetConfig, names=("python_stdlib",)):
         names = []
         for folder, inside, files in os.walk(root):
             inside[:] = set(inside) - outside
-            # _sysconfigdata*.py is written by each build of Python: paths and flags, no source.
+            # _sysconfigdata*.py is generated when Python is built: paths and flags, not source code.
             found = [file for file in files if file.endswith(".py") and not file.startswith("_sysconfigdata")]
             names += [Path(folder, file).relative_to(root).as_posix() for file in found]
         if not names:
@@ -315,15 +315,15 @@ class SyntheticConfig(DatasetConfig, names=("synthetic",)):
 
 
 def fingerprint_of(*parts: str | int | float | tuple[str | int, ...]) -> str:
-    """SHA-256 of plain values."""
+    """Return the SHA-256 of plain values."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def gone_source(memory: Path, gone: Gone) -> Source:
-    """The record of a source whose files are gone; it cannot be read.
+    """Return the record of a source whose files are gone; it cannot be read.
 
     Raises:
-        ConfigError: or ResourceError: the source was never tokenised on this machine.
+        ConfigError, ResourceError: if the source was never tokenized on this machine.
     """
     known = recalled(memory, gone)
 
@@ -339,12 +339,12 @@ def _digest(path: Path) -> str:
 
 
 def _read_python(path: Path) -> str:
-    with tokenize.open(path) as file:  # honours a file's coding line
+    with tokenize.open(path) as file:  # honors a file's coding line
         return file.read()
 
 
 def _word(index: int) -> str:
-    """A pronounceable name for a number: ba, be, bi, ..., one syllable per digit in base 80."""
+    """Return a pronounceable name for a number: ba, be, bi, ..., one syllable per digit in base 80."""
     syllables = [c + v for c in "bdfghjklmnprstvz" for v in "aeiou"]
     word = ""
     while not word or index:

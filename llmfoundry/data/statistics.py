@@ -14,7 +14,7 @@ from llmfoundry.data.sieve import digest
 from llmfoundry.data.tokenizer import Encoder
 
 QUANTILES = {"min": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
-_TEXTS = 256  # tokenised at once
+_TEXTS = 256  # texts tokenized at once
 
 
 class Lengths(NamedTuple):
@@ -23,7 +23,7 @@ class Lengths(NamedTuple):
     what: str  # e.g. "tokens per document"
     total: int
     mean: float
-    quantiles: dict[str, int]  # by the names of QUANTILES
+    quantiles: dict[str, int]  # keyed by QUANTILES
 
 
 class Statistics(NamedTuple):
@@ -31,12 +31,12 @@ class Statistics(NamedTuple):
 
     name: str
     kind: str  # "documents" or "rows"
-    number: int  # of them
+    number: int  # number of documents or rows
     empty: int  # documents without text, or rows without a label
-    duplicates: int  # equal to an earlier one
+    duplicates: int  # identical to an earlier one
     lengths: list[Lengths]
     complete: bool  # whether all of it was read
-    summary: str = ""  # what is read and skipped
+    summary: str = ""  # what was read and skipped
 
 
 def lengths_of(what: str, lengths: NDArray[np.int64]) -> Lengths:
@@ -83,7 +83,7 @@ def of_rows(name: str, rows: Rows, limit: int | None) -> Statistics:
         for row in block.tokens:
             hashes += digest(row.tobytes())
         if block.documents is not None:
-            # Document 0 of a row with positions of its own is what fills it.
+            # In a row with per-document positions, document 0 is the padding.
             first = 1 if block.positions is not None else 0
             documents += [n for ids in block.documents for n in np.bincount(ids)[first:].tolist() if n]
     lengths = [lengths_of("labels per row", np.array(labels, np.int64))]
@@ -98,12 +98,12 @@ def _duplicates(hashes: bytes | bytearray) -> int:
 
 
 def as_data(each: Statistics) -> dict[str, object]:
-    """The statistics as JSON data."""
+    """Return the statistics as JSON data."""
     return each._asdict() | {"lengths": [lengths._asdict() for lengths in each.lengths]}
 
 
 def lines(found: Sequence[Statistics]) -> Iterable[str]:
-    """The statistics as lines for a file or a pipe."""
+    """Return the statistics as lines for a file or a pipe."""
     for each in found:
         if each.summary:
             yield f"{each.name}: {each.summary}"

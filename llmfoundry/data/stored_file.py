@@ -10,8 +10,8 @@ from llmfoundry.config import ConfigError
 from llmfoundry.data.open_file import OpenFile
 from llmfoundry.data.remote import RemoteFile, Store, fetch_part, part_of
 
-BLOCK = 2**26  # bytes that are fetched at a time
-_OPEN_BLOCKS = 16  # of a file, kept open
+BLOCK = 2**26  # bytes fetched at a time
+_OPEN_BLOCKS = 16  # blocks kept open per file
 
 
 class StoredFile:
@@ -26,8 +26,8 @@ class StoredFile:
         """Read bytes [start, stop).
 
         Raises:
-            ConfigError: the file is gone, or one of its blocks is larger than the cache.
-            ResourceError: a block could not be fetched.
+            ConfigError: if the file is gone, or one of its blocks is larger than the cache.
+            ResourceError: if a block could not be fetched.
         """
         parts = []
         while start < stop:
@@ -38,7 +38,7 @@ class StoredFile:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def sample(self, start: int, stop: int) -> bytes:
-        """Read a few bytes without fetching their blocks; raises as `read`."""
+        """Read a few bytes without fetching their blocks; the errors are those of `read`."""
         return part_of(self._file, start, stop)
 
     def _block(self, number: int) -> OpenFile:

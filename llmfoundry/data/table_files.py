@@ -31,7 +31,7 @@ class Table(NamedTuple):
 
     title: str
     fingerprint: str
-    rows: Iterator[tuple[Row | BadRow, str]]  # and where each is, for messages
+    rows: Iterator[tuple[Row | BadRow, str]]  # with the location of each, for messages
     summary: str = ""
     files: frozenset[Path] = frozenset()
     stamps: Stamps = ()
@@ -44,7 +44,7 @@ class Table(NamedTuple):
             memory: the dataset's record, for when its files are gone.
 
         Raises:
-            ConfigError: the rows cannot be read, or their files have changed in the meantime.
+            ConfigError: if the rows cannot be read, or their files have changed in the meantime.
         """
 
         def checked(temporary: Path) -> None:
@@ -57,16 +57,16 @@ class Table(NamedTuple):
 
 
 def gone_table(memory: Path, gone: Gone) -> Table:
-    """The record of a table whose files are gone; it cannot be read.
+    """Return the record of a table whose files are gone; it cannot be read.
 
     Raises:
-        ConfigError: or ResourceError: the table was never tokenised on this machine.
+        ConfigError, ResourceError: if the table was never tokenized on this machine.
     """
     known = recalled(memory, gone)
 
     def rows() -> Iterator[tuple[Row | BadRow, str]]:
         raise gone.error
-        yield  # a generator
+        yield  # makes this a generator
 
     return Table(known.title, known.fingerprint, rows(), said_of_gone(gone, known.title), known.files)
 
@@ -80,8 +80,8 @@ def table_of(where: str, title: str, dataset: DatasetConfig, *, lenient: bool) -
         lenient: report damage to a file row by row.
 
     Raises:
-        ConfigError: no table was found.
-        Gone: the place does not exist.
+        ConfigError: if no table was found.
+        Gone: if the place does not exist.
     """
     found, skipped = find_or_gone(where, dataset.store())
     files = {name: file for name, file in found.items() if _is_table(file.path)}
@@ -116,10 +116,10 @@ def table_of(where: str, title: str, dataset: DatasetConfig, *, lenient: bool) -
 
 
 def _filling_both(where: str, files: Iterable[File], fraction: float) -> float:
-    """The fraction of rows to hold out of small files so that both splits get a row.
+    """Return the fraction of rows to hold out of small files so that both splits get a row.
 
     Raises:
-        ConfigError: there is only one row for two splits.
+        ConfigError: if there is only one row for two splits.
     """
     rows = (row for path in ahead(files) for row, _ in read_rows(path) if not isinstance(row, BadRow))
     shares = {share(_key(row)) for row in rows}

@@ -28,7 +28,7 @@ from llmfoundry.strict_json import read_json
 
 log = logging.getLogger(__name__)
 
-# From this many bytes on, the digests of a set of files are remembered by their names, sizes and times.
+# From this size on, the digests of files are cached by names, sizes and times.
 REMEMBER_BYTES = 2**24
 
 
@@ -36,9 +36,9 @@ class _Part(NamedTuple):
     """The files of one split."""
 
     files: list[str]
-    how: str  # for the log; empty: all of them, whole
-    rows: float | None = None  # the fraction of rows that a hash holds out
-    text: float | None = None  # the fraction that is held out at the end of each text
+    how: str  # for the log; empty: all files, whole
+    rows: float | None = None  # fraction of rows held out by hash
+    text: float | None = None  # fraction held out at the end of each text
 
 
 class TextFilesConfig(TextsConfig, names=("text_files",)):
@@ -49,7 +49,7 @@ class TextFilesConfig(TextsConfig, names=("text_files",)):
 
     path: DataPath  # a folder, a glob or one file; also a URL: s3://bucket/folder
     text_key: str = "text"  # the text column of tables; `doc.text` for a nested one
-    # number of unreadable rows to skip, count and report before the data is refused
+    # Number of unreadable rows to skip, count and report before the data is refused
     skip_bad_rows: int = Field(default=0, ge=0)
 
     def heap(self) -> str:
@@ -137,7 +137,7 @@ class TextFilesConfig(TextsConfig, names=("text_files",)):
         return ConfigError(f"dataset.skip_bad_rows: {row.message}; this is bad row {count}; raise it, or fix the data")
 
     def _digests(self, files: dict[str, File]) -> list[tuple[str, str]]:
-        """(name, SHA-256) of each file. Stored for large data, so that only the first use reads it all."""
+        """Return (name, SHA-256) of each file. For large data they are stored, so only the first use reads it all."""
         total = sum(file.size for file in files.values())
 
         def digests() -> list[tuple[str, str]]:
@@ -145,7 +145,7 @@ class TextFilesConfig(TextsConfig, names=("text_files",)):
                 paths = zip(files, ahead(files.values()), strict=True)
                 return [(name, _checked(path, self.skip_bad_rows > 0, advance)) for name, path in paths]
 
-        # What is elsewhere is not fetched a second time for its digest.
+        # Remote files are not fetched a second time for their digests.
         if total < REMEMBER_BYTES and not is_url(self.path):
             return digests()
         listing = [(name, str(file.path.absolute()), file.size, file.stamp) for name, file in files.items()]

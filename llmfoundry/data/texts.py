@@ -31,13 +31,13 @@ class TextsConfig(DatasetConfig):
         )
 
     def places(self) -> list[str]:
-        """The paths and URLs that the dataset reads."""
+        """Return the paths and URLs that the dataset reads."""
         return []
 
     def found(self) -> Source:
-        """The source, before `dedup` and `filter`.
+        """Return the source, before `dedup` and `filter`.
 
         Raises:
-            Gone: the source does not exist.
+            Gone: if the source does not exist.
         """
         raise NotImplementedError

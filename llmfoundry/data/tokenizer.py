@@ -34,13 +34,13 @@ from llmfoundry.runtime import cache_root, first_of_node
 log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
-# BPE learns from this many characters at the start of the training split: merges change little beyond, time and
-# memory do.
+# BPE is trained on this many characters at the start of the training split: more hardly changes the merges, but takes
+# more time and memory.
 TRAIN_CHARACTERS = 2**28
-# The time that BPE takes to learn grows with the square of the longest word (5 s for 100,000 letters), so longer words
-# and runs of spaces are cut for it. Encoding has no such limit.
+# The training time of BPE grows with the square of the longest word (5 s for 100,000 letters), so longer words and runs
+# of spaces are cut for training. Encoding has no such limit.
 _LONG_WORD = re.compile(r"\S{512}|\s{512}")
-# Longer documents are tokenised in pieces cut at line ends, to bound memory.
+# Longer documents are tokenized in pieces cut at line ends, to bound memory.
 PIECE_CHARACTERS = 2**22
 
 
@@ -48,7 +48,7 @@ class TokenizerConfig(Config):
     """`name: bpe` trains a tokenizer with `vocab_size` entries; any other name is a local folder or a hub id."""
 
     name: str = "bpe"  # bpe, a local folder, or a hub id
-    # for bpe: 256 bytes, end of text, merges; None: 4096
+    # For bpe: 256 bytes, end of text, merges; None: 4096
     vocab_size: int | None = Field(default=None, ge=257, le=10**6)
     kwargs: dict[str, str | int | float | bool | None] = {}  # arguments of the tokenizer, e.g. {model_max_length: 2048}
     # Start each document with the BOS token. None: as in the checkpoint that the run starts from, or as the tokenizer
@@ -82,7 +82,7 @@ class TokenizerConfig(Config):
             A tokenizer with `eos_token_id` set; a `PreTrainedTokenizerFast` where one exists.
 
         Raises:
-            ConfigError: the tokenizer was not found or has no end-of-text token, or there is no text to train it on.
+            ConfigError: if the tokenizer was not found or has no end-of-text token, or there is no text to train it on.
         """
         tokenizer = self._trained(dataset, also) if self.name == "bpe" else self.loaded()
         if tokenizer.eos_token_id is None:
@@ -93,10 +93,10 @@ class TokenizerConfig(Config):
         return tokenizer
 
     def special_tokens(self, tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
-        """The rule for texts; what the YAML does not set follows the tokenizer.
+        """Return the rule for texts; what the YAML does not set follows the tokenizer.
 
         Raises:
-            ConfigError: `add_bos` is on, and the tokenizer has no BOS token.
+            ConfigError: if `add_bos` is on, and the tokenizer has no BOS token.
         """
         adds = adds_bos(tokenizer) if self.add_bos is None else self.add_bos
         if adds and tokenizer.bos_token_id is None:
@@ -112,7 +112,7 @@ class TokenizerConfig(Config):
         folder = cache_root(dataset.cache_dir) / "tokenizers" / f"bpe-{size}-{_sha256(key)[:24]}"
         documents = source.documents()
         if not folder.exists():
-            # No data is refused before the cache is touched.
+            # Missing data raises here, before the cache is touched.
             for other in also:
                 next(other.build().documents())
             documents = itertools.chain([next(documents)], documents)
@@ -186,7 +186,7 @@ PLAIN_TEXT = SpecialTokens()
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer itself puts its BOS token before a text."""
+    """Return whether the tokenizer itself puts its BOS token before a text."""
     bos = tokenizer.bos_token_id
     return bos is not None and list(tokenizer.encode("a", add_special_tokens=True))[:1] == [bos]
 
@@ -198,7 +198,7 @@ class Encoder:
         self.special = special
         self._slow = None if tokenizer.is_fast else tokenizer
         if tokenizer.is_fast:
-            # A copy, because these settings are the tokenizer's own.
+            # A copy, because these settings belong to the tokenizer.
             self._fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
             self._fast.encode_special_tokens = not special.parse
             self._fast.no_truncation()
@@ -206,19 +206,19 @@ class Encoder:
         self._words = WordCache.of(self._fast) if self._slow is None else None
 
     def fingerprint(self) -> str:
-        """SHA-256 of everything that decides the ids, the rule for special tokens included."""
+        """Return the SHA-256 of everything that decides the ids, including the rule for special tokens."""
         if self._slow is None:
             tokens = _sha256(self._fast.to_str())
         else:
             tokens = _sha256(json.dumps([type(self._slow).__name__, "split", sorted(self._slow.get_vocab().items())]))
-        # Without the rule, as it was before there was one: older runs go on.
+        # Omits the default rule, so that fingerprints of older runs stay valid.
         return tokens if self.special == PLAIN_TEXT else _sha256(json.dumps([tokens, *self.special]))
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text; uses all cores if the tokenizer is a fast one.
 
         Raises:
-            ConfigError: a text has a lone surrogate.
+            ConfigError: if a text has a lone surrogate.
         """
         if self._slow is None:
             try:
@@ -231,14 +231,14 @@ class Encoder:
         return [self._slow.encode(text, add_special_tokens=False, split_special_tokens=split) for text in texts]
 
     def ids(self, texts: list[str]) -> list[NDArray[np.uint32]]:
-        """The same as `encode` on one core; faster if words repeat (data/word_cache.py)."""
+        """Do the same as `encode` on one core; faster if words repeat (data/word_cache.py)."""
         if self._words is not None:
             return self._words.ids(texts)
         return [np.array(ids, dtype=np.uint32) for ids in self.encode(texts)]
 
 
 def check_characters(text: str) -> None:
-    """Refuse characters that no tokenizer accepts; raises ConfigError."""
+    """Refuse characters that no tokenizer accepts; raise ConfigError."""
     if found := lone_surrogate(text):
         raise ConfigError(f"the text {text[:40]!r} has a lone surrogate, {found!r}, which is not a valid character")
 
@@ -260,7 +260,7 @@ def _counted(documents: Iterable[str], advance: Callable[[int], None]) -> Iterat
 
 
 def _bounded(text: str) -> Iterator[str]:
-    """The text, with words cut that are too long to learn from."""
+    """Yield the text, with words cut that are too long to learn from."""
     start = 0
     for long in _LONG_WORD.finditer(text):
         yield text[start : long.end()]

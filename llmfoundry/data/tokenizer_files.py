@@ -16,9 +16,9 @@ from llmfoundry.runtime import asks_hub
 from llmfoundry.strict_json import MOST_BYTES
 
 _OTHERS = KeyboardInterrupt, SystemExit, GeneratorExit
-_MESSAGE = 300  # characters of an error that are shown
+_MESSAGE = 300  # characters of an error to show
 _MOST_IDS = 2**24  # `tokenizers` counts up to the largest id to write a vocabulary: to 2**31 in 50 s and 8 GB
-_TEXTS = (".json", ".txt", ".model", ".jinja")  # which are read whole
+_TEXTS = (".json", ".txt", ".model", ".jinja")  # files that are read whole
 
 
 def load_tokenizer(source: str | Path, where: str, **words: str | int | float | bool | None) -> PreTrainedTokenizerBase:
@@ -30,12 +30,12 @@ def load_tokenizer(source: str | Path, where: str, **words: str | int | float | 
         words: arguments of `from_pretrained`.
 
     Raises:
-        ConfigError: the tokenizer was not found, needs code of its own, or is damaged.
+        ConfigError: if the tokenizer was not found, needs code of its own, or is damaged.
     """
     local = isinstance(source, Path) or not asks_hub()
     if isinstance(source, Path) and source.is_dir():
         for file in source.iterdir():
-            if not file.is_file() and not file.is_dir() and file.exists():  # a pipe would be waited for
+            if not file.is_file() and not file.is_dir() and file.exists():  # reading a pipe would block
                 raise ConfigError(f"{where}: {file.name} is not a plain file")
             if file.suffix in _TEXTS and file.is_file() and (size := file.stat().st_size) > MOST_BYTES:
                 raise ConfigError(f"{where}: {file.name} has {size:,} bytes; {MOST_BYTES:,} is the most that is read")
@@ -60,7 +60,7 @@ def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
     """Use the tokenizer once: settings of a wrong type fail only in use."""
     if (largest := max(tokenizer.get_vocab().values(), default=0)) >= _MOST_IDS:
         raise ValueError(f"has a token of id {largest}; {_MOST_IDS} is the most that is read")
-    if tokenizer.is_fast:  # some that can be read panic when they are read from what they write
+    if tokenizer.is_fast:  # some tokenizers that can be read panic when they read their own output
         Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     tokenizer.decode(tokenizer.encode("a"))
     template = tokenizer.chat_template

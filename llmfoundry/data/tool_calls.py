@@ -14,7 +14,7 @@ from llmfoundry.data.conversations import Message
 from llmfoundry.data.tables import Row
 
 _ARGUMENTS = {"city": "Bern"}
-_ID = "abcdefghi"  # of nine letters and digits, as Mistral's templates ask
+_ID = "abcdefghi"  # nine letters and digits, as Mistral's templates require
 
 
 class Arguments(NamedTuple):
@@ -42,7 +42,7 @@ def _is_written(render: Callable[[Sequence[Message]], str], arguments: object) -
         )  # fmt: skip
     except ValueError:
         return False
-    # A text that is written as JSON once more, and a mapping as Python prints it.
+    # Rejects text that is JSON-encoded twice, and mappings in Python's notation.
     return "city" in text and '\\"city\\"' not in text and "'city'" not in text
 
 
@@ -50,9 +50,9 @@ def in_form(messages: Sequence[Message], arguments: Arguments) -> list[Message]:
     """Convert the arguments of calls to a form that the template accepts.
 
     Raises:
-        ValueError: arguments are not a JSON mapping, and the template needs one.
+        ValueError: if arguments are not a JSON mapping, and the template needs one.
     """
-    if arguments.text == arguments.mapping:  # it takes both, or neither
+    if arguments.text == arguments.mapping:  # it accepts both, or neither
         return list(messages)
     return [
         message | {"tool_calls": [_changed(call, arguments.text, number) for call in _calls(message)]}
@@ -63,7 +63,7 @@ def in_form(messages: Sequence[Message], arguments: Arguments) -> list[Message]:
 
 
 def leaves_out_calls(messages: Sequence[Message], text: str, render: Callable[[Sequence[Message]], str]) -> bool:
-    """Whether a template renders messages with calls exactly as without them.
+    """Return whether a template renders messages with calls exactly as without them.
 
     Args:
         text: the rendered messages.

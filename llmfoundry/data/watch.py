@@ -13,8 +13,8 @@ from filelock import FileLock
 from llmfoundry import runtime
 from llmfoundry.config import ConfigError
 
-AT_ONCE_BYTES = 2**28  # of a folder whose checksums are compared when it is opened: a second, if that
-_FOUND_DAMAGED = "found-damaged"  # a file in the folder, left by a run that ended for it
+AT_ONCE_BYTES = 2**28  # folders up to this size are verified when they are opened, in at most about a second
+_FOUND_DAMAGED = "found-damaged"  # a marker file in the folder, left by a run that ended because of damage
 
 
 class Damaged(ConfigError):
@@ -58,7 +58,7 @@ class Watch:
             check: called with the index of a checksum; raises Damaged if it does not match.
 
         Raises:
-            Damaged: a mismatch was found at once.
+            Damaged: if a mismatch was found at once.
         """
         self._folder, self._check = folder, check
         self._found: Damaged | None = None
@@ -67,7 +67,7 @@ class Watch:
         if n_bytes <= AT_ONCE_BYTES or mark.exists():
             for number in range(n_checks):
                 check(number)
-            mark.unlink(missing_ok=True)  # it was the disk or the memory that read it
+            mark.unlink(missing_ok=True)  # the disk or the memory was at fault, not the files
             return
         own = range(runtime.rank(), n_checks, runtime.world_size())
         self._thread = threading.Thread(target=self._run, args=(own,), name=f"watch {folder.name}", daemon=True)
@@ -93,7 +93,7 @@ class Watch:
             try:
                 self._check(number)
             except Damaged as error:
-                with suppress(OSError):  # so that the next start makes them again
+                with suppress(OSError):  # so that the next start verifies all files first
                     (self._folder / _FOUND_DAMAGED).touch()
                 self._found = error
                 return

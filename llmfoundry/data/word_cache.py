@@ -28,9 +28,9 @@ _IN_ASCII = ((r"[^\s\p{L}\p{N}]", r"[^ \t\n\v\f\rA-Za-z0-9]"), (r"\p{L}\p{N}", "
              (r"\p{N}", "[0-9]"), (r"\s", r"[ \t\n\v\f\r]"), (r"\S", r"[^ \t\n\v\f\r]"))  # fmt: skip
 _CUT = re.compile(r" [A-Za-z]")
 _OTHER = re.compile(r"[^\x00-\x7f]+")
-_LONG = 64  # characters of the longest word that is kept
-_MOST = 2**20  # words that are kept, some 150 MB
-# The letters for the bytes of UTF-8 in which a byte-level BPE spells: printable bytes stand for themselves.
+_LONG = 64  # maximum length of a cached word, in characters
+_MOST = 2**20  # maximum number of cached words, about 150 MB
+# The letters that byte-level BPE uses for UTF-8 bytes: printable bytes stand for themselves.
 _PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
 _BYTES = {byte: 256 + i for i, byte in enumerate(byte for byte in range(256) if byte not in _PRINTABLE)}
 
@@ -44,7 +44,7 @@ class _Ids(dict[str, bytes]):
 
     def __missing__(self, word: str) -> bytes:
         ids = array("I", self._encode(word)).tobytes()
-        # The first words of a corpus are its most frequent ones: when the cache is full, it stays as it is.
+        # The first words of a corpus are its most frequent ones, so a full cache is kept as it is.
         if len(word) <= _LONG and len(self) < _MOST:
             self[word] = ids
         return ids
@@ -57,7 +57,7 @@ class WordCache:
         parts = json.loads(tokenizer.to_str())
         self._tokenizer, self._words = tokenizer, words
         self._normalizes = parts["normalizer"] is not None
-        # Tokens that a text may spell are looked for before it is cut into words.
+        # Tokens that may be spelled in a text are searched before it is cut into words.
         self._spelled = [token["content"] for token in parts["added_tokens"]
                          if not (token["special"] and tokenizer.encode_special_tokens)]  # fmt: skip
         self._model = tokenizer.model
@@ -65,7 +65,7 @@ class WordCache:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> WordCache | None:
-        """The cache of a tokenizer; None if its pattern is not known."""
+        """Return the cache of a tokenizer; None if its pattern is not known."""
         parts = json.loads(tokenizer.to_str())
         pattern = _pattern_of(parts["pre_tokenizer"])
         known = pattern in (_GPT2, _LLAMA3, _QWEN) and parts["normalizer"] in (None, {"type": "NFC"})
@@ -76,12 +76,12 @@ class WordCache:
         return cls(tokenizer, re.compile(pattern).findall)
 
     def ids(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """The ids of each text."""
+        """Return the ids of each text."""
         look = self._ids.__getitem__
         return [np.frombuffer(b"".join(map(look, self._cut(text))), dtype=np.uint32) for text in texts]
 
     def _encode(self, word: str) -> list[int]:
-        # It may be several words.
+        # The word may consist of several words.
         if not word.isascii() or (self._spelled and any(spelled in word for spelled in self._spelled)):
             return self._tokenizer.encode(word, add_special_tokens=False).ids
         return [token.id for token in self._model.tokenize(word.translate(_BYTES))]
@@ -112,7 +112,7 @@ class WordCache:
 
 
 def _pattern_of(pre_tokenizer: dict | None) -> str | None:
-    """The pattern by which the pre-tokenizers of a byte-level BPE cut words."""
+    """Return the pattern by which the pre-tokenizers of a byte-level BPE cut words."""
     if pre_tokenizer is None:
         return None
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]

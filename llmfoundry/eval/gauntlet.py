@@ -25,7 +25,7 @@ class Benchmark(Config):
     """A task with a number of few-shot examples."""
 
     name: str  # the task's label
-    num_fewshot: int = Field(ge=0)  # which of the task's numbers of solved examples to use
+    num_fewshot: int = Field(ge=0)  # one of the task's numbers of solved examples
     random_baseline: float = Field(ge=0, lt=1)  # accuracy of random guesses
 
     @property
@@ -49,7 +49,7 @@ class GauntletConfig(Config):
     subtract_random_baseline: bool = True  # subtract the accuracy of random guesses
     rescale_accuracy: bool = True  # divide by 1 - random_baseline
     categories: list[Category]  # each category gets a score
-    # lists of categories, by the average's name; None: default_average, over all categories
+    # Lists of categories, by the average's name; None: default_average, over all categories
     averages: dict[str, list[str]] | None = None
 
     @model_validator(mode="after")
@@ -78,7 +78,7 @@ class GauntletConfig(Config):
                 log.warning("eval_gauntlet.averages.%s: there is no category %s", average, ", ".join(unknown))
 
     def composite(self, scores: Mapping[str, Score], tasks: Sequence[Task]) -> dict[str, float]:
-        """The scores of categories and averages, by the names of their metrics."""
+        """Return the scores of categories and averages, by the names of their metrics."""
         found: dict[str, float] = {}
         for category in self.categories:
             results = [self._score(benchmark, scores) for benchmark in category.benchmarks]
@@ -96,7 +96,7 @@ class GauntletConfig(Config):
         return {f"{COMPOSITE}{name}": value for name, value in found.items()}
 
     def _score(self, benchmark: Benchmark, scores: Mapping[str, Score]) -> float | None:
-        """A benchmark's mean accuracy over its categories; None if the task was not evaluated."""
+        """Return a benchmark's mean accuracy over its categories; None if the task was not evaluated."""
         accuracies = {key.removeprefix(PREFIX): score.value for key, score in scores.items() if "Accuracy" in key}
         values = [accuracies[key] for key in _of(benchmark, accuracies.keys())]
         if not values:
@@ -114,5 +114,5 @@ class GauntletConfig(Config):
 
 
 def _of(benchmark: Benchmark, names: Iterable[str]) -> list[str]:
-    """The names of tasks or metrics that belong to a benchmark."""
+    """Return the names of tasks or metrics that belong to a benchmark."""
     return [name for name in names if f"{name}/".startswith(f"{benchmark.task}/")]

@@ -34,11 +34,11 @@ class Sampling(NamedTuple):
     top_k: int = 0  # sample among this many of the likeliest tokens; 0: among all
 
     def dice(self, number: int) -> torch.Generator:
-        """The random generator for text `number` of several: it depends only on the seed and the number."""
+        """Return the random generator for text `number` of several: it depends only on the seed and the number."""
         return runtime.generator("cpu", self.seed, "generate", number)
 
     def drawing(self, number: int) -> Callable[[Tensor], int]:
-        """The function that chooses an id from (V,) logits."""
+        """Return the function that chooses an id from (V,) logits."""
         return partial(sample, temperature=self.temperature, top_p=self.top_p, dice=self.dice(number), top_k=self.top_k)
 
 
@@ -76,8 +76,8 @@ def generate(
         The prompt and its continuation.
 
     Raises:
-        ConfigError: the text may need more positions than the model has learned, or a token of the prompt has no row in
-            the embedding.
+        ConfigError: if the text may need more positions than the model has learned, or a token of the prompt has no
+            row in the embedding.
     """
     ids = encoded(tokenizer, prompt, special)
     check_ids(max(ids), model.config.vocab_size)
@@ -122,7 +122,7 @@ def new_tokens(
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, prompt: str, special: SpecialTokens = PLAIN_TEXT) -> list[int]:
-    """The token ids that `generate` continues, at least one: the id that opens a document."""
+    """Return the token ids that `generate` continues, at least one: the id that opens a document."""
     (ids,) = Encoder(tokenizer, special).encode([prompt])
     if special.bos is not None and ids[:1] != [special.bos]:
         return [special.bos, *ids]
@@ -130,7 +130,7 @@ def encoded(tokenizer: PreTrainedTokenizerBase, prompt: str, special: SpecialTok
 
 
 def check_ids(largest: int, vocab_size: int) -> None:
-    """Refuse a token that has no row in the model's embedding; raises ConfigError."""
+    """Refuse a token that has no row in the model's embedding; raise ConfigError."""
     if largest >= vocab_size:
         raise ConfigError(
             f"the tokenizer gave id {largest}, and the model's embedding has {vocab_size} rows (model.vocab_size); "
@@ -139,12 +139,12 @@ def check_ids(largest: int, vocab_size: int) -> None:
 
 
 def room(config: CausalLMConfig, tokens: int) -> int:
-    """How many tokens may follow `tokens` tokens. The last one is written but not read."""
+    """Return how many tokens may follow `tokens` tokens. The last one is written but not read."""
     return config.max_seq_len - tokens + 1 if config.has_learned_positions else sys.maxsize
 
 
 def check_room(config: CausalLMConfig, what: str, tokens: int, new: int, advice: str) -> None:
-    """Refuse a text that needs more positions than the model has learned; raises ConfigError."""
+    """Refuse a text that needs more positions than the model has learned; raise ConfigError."""
     if new > room(config, tokens):
         raise ConfigError(
             f"{what} of {tokens} tokens and {new} new ones need {tokens + new - 1} positions, and the model has "
@@ -185,12 +185,12 @@ def sample_rows(
     """
     if temperature == 0:
         return logits.argmax(-1).tolist()
-    temperature = max(temperature, 1e-30)  # a smaller one is 0 in float32
+    temperature = max(temperature, 1e-30)  # smaller values are 0 in float32
     probabilities, order = (logits.float() / temperature).softmax(-1).sort(descending=True, stable=True)
     if top_k:
         probabilities[:, top_k:] = 0
         probabilities /= probabilities.sum(-1, keepdim=True)
-    # The first token past the sum stays in, so that there is always one.
+    # The first token past the sum is kept, so that there is always one.
     beyond = probabilities.cumsum(-1) - probabilities > top_p
     kept = torch.zeros_like(probabilities).scatter_(-1, order, probabilities.masked_fill(beyond, 0))
     sums = kept.double().cumsum(-1)  # (B, V)

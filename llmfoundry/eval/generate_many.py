@@ -19,21 +19,21 @@ from llmfoundry.eval.written import Written
 from llmfoundry.model.transformer import CausalLM
 
 NOTHING = Ending(frozenset(), ())
-BATCHES = 32  # of each rank, after which their texts are given out
+BATCHES = 32  # batches per rank after which texts are yielded
 
 
 class Request(NamedTuple):
     """A prompt as token ids."""
 
     ids: list[int]
-    shown: str  # of the text, before what is new; empty for a conversation
-    ending: Ending = NOTHING  # of a conversation
+    shown: str  # the text before the new part; empty for a conversation
+    ending: Ending = NOTHING  # for a conversation
 
 
 class Completion(NamedTuple):
     """What the model wrote."""
 
-    text: str  # what is new
+    text: str  # the new text
     finish: str  # stop, or length: max_new_tokens was reached
     tokens: int
 
@@ -48,7 +48,7 @@ def request_of(
         template: chat template for conversations; replaces the tokenizer's own.
 
     Raises:
-        ConfigError: there is no chat template, or it refuses the conversation.
+        ConfigError: if there is no chat template, or it refuses the conversation.
     """
     if isinstance(prompt, str):
         ids = encoded(tokenizer, prompt, special)
@@ -77,7 +77,7 @@ def generate_many(
         The completions in the order of the requests, on every rank. Every rank must consume all of them.
 
     Raises:
-        ConfigError: a prompt needs more positions than the model has learned, or has a token without an embedding.
+        ConfigError: if a prompt needs more positions than the model has learned, or has a token without an embedding.
     """
     for number, request in enumerate(requests):
         advice = "shorten it, or lower --max-new-tokens"
@@ -99,7 +99,7 @@ def _written(
     stop: set[int],
     first: int,
 ) -> Iterator[Completion]:
-    """The completions of some requests; `first` is the number of the first one."""
+    """Yield the completions of some requests; `first` is the number of the first one."""
     dice = [how.dice(number) for number in range(first, first + len(requests))]
 
     texts = [Written(tokenizer, request.ending.texts) for request in requests]

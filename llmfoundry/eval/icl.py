@@ -29,15 +29,15 @@ from llmfoundry.settings import load_yaml
 log = logging.getLogger(__name__)
 
 PREFIX = "metrics/"
-N_BUCKETS = 10  # of confidence, in the calibration error
+N_BUCKETS = 10  # bins of confidence for the calibration error
 
 
 class Score(NamedTuple):
     """The value of one metric."""
 
     value: float
-    stderr: float | None  # of the mean over questions; None: not known
-    n: int  # questions asked
+    stderr: float | None  # of the mean over questions; None: unknown
+    n: int  # number of questions
 
 
 class Task(NamedTuple):
@@ -46,7 +46,7 @@ class Task(NamedTuple):
     name: str  # LABEL/N-shot, or LABEL/N-shot/CATEGORY
     metrics: list[str]
     questions: Questions
-    n_rows: int  # of its data, of which the questions may be the first
+    n_rows: int  # rows in its data; the questions may be only the first of them
     batch_size: int
 
 
@@ -61,13 +61,13 @@ def build_tasks(
         max_batches: run at most this many batches of each task, over all ranks together; -1: all.
 
     Raises:
-        ConfigError: data is missing or malformed, or two tasks have the same name.
+        ConfigError: if data is missing or malformed, or two tasks have the same name.
     """
     tasks: list[Task] = []
     for config in configs:
         rows_at_once = config.batch_size or batch_size
         for category, rows in config.by_category().items():
-            per_batch = max(rows_at_once // config.n_choices(rows[0]), 1)  # whole questions
+            per_batch = max(rows_at_once // config.n_choices(rows[0]), 1)  # never split a question
             limit = len(rows) if max_batches == -1 else max_batches * per_batch
             for n in config.num_fewshot:
                 name = "/".join(filter(None, (config.label, f"{n}-shot", category)))
@@ -111,7 +111,7 @@ def evaluate_tasks(
 
 
 def accuracy(judged: Sequence[Judged]) -> Score:
-    """The share of correct answers."""
+    """Return the share of correct answers."""
     n = len(judged)
     value = sum(one.correct for one in judged) / n
     return Score(value, math.sqrt(value * (1 - value) / (n - 1)) if n > 1 else None, n)
@@ -142,7 +142,7 @@ _METRICS: dict[str, Callable[[Sequence[Judged]], Score]] = {
 
 
 def with_tasks_read(data: Mapping[str, object], folder: Path) -> dict[str, object]:
-    """The YAML's data, with tasks and gauntlet read from the files that it names.
+    """Return the YAML's data, with tasks and gauntlet read from the files that it names.
 
     `icl_tasks` and `eval_gauntlet` may be paths, as may LLM Foundry's `icl_tasks_str` and `eval_gauntlet_str`.
     Relative paths, including those of task data, are looked for in the current folder, then beside the file that names
@@ -152,7 +152,7 @@ def with_tasks_read(data: Mapping[str, object], folder: Path) -> dict[str, objec
         folder: the folder of the YAML.
 
     Raises:
-        ConfigError: a file is missing or malformed.
+        ConfigError: if a file is missing or malformed.
     """
     data = dict(data)
     for key in ("icl_tasks", "eval_gauntlet"):
@@ -171,7 +171,7 @@ def with_tasks_read(data: Mapping[str, object], folder: Path) -> dict[str, objec
         if key == "icl_tasks" and isinstance(data.get(key), list):
             data[key] = [_with_paths(task, folder, beside) for task in data[key]]  # type: ignore[attr-defined]
         elif data.get(key, ...) is None:
-            del data[key]  # written, and left empty
+            del data[key]  # present but empty
     return data
 
 
@@ -182,7 +182,7 @@ def _with_paths(task: object, *folders: Path) -> object:
 
 
 def _found(path: str, *folders: Path) -> str:
-    """The absolute path of a file in the current folder or in one of `folders`; its own path if it does not exist."""
+    """Return the absolute path of a file in the current folder or one of `folders`, or its own path if none has it."""
     places = (folder / Path(path).expanduser() for folder in (Path(), *folders))
     return path if path.startswith(HUB) else next((str(each.absolute()) for each in places if each.is_file()), path)
 

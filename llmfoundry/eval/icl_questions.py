@@ -27,7 +27,7 @@ class Judged(NamedTuple):
     """The outcome of one question."""
 
     correct: bool
-    # Of its answer by mean probability, 0 to 1, and whether that one is right: what the calibration error compares.
+    # The answer with the largest mean probability (0 to 1), and whether it is correct, for the calibration error.
     confidence: float = 0.0
     surest_correct: bool = False
 
@@ -38,20 +38,20 @@ class Reader:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens) -> None:
         self.tokenizer, self.special = tokenizer, special
         self._encoder = Encoder(tokenizer, special)
-        # Whether " a" is one token: a continuation then begins with a space.
+        # Whether " a" is a single token; if so, continuations start with a space.
         self.prefix_space = len(self._encoder.encode([" a"])[0]) == 1
 
     def ids(self, texts: list[str]) -> list[list[int]]:
-        """The token ids of parts of texts."""
+        """Return the token ids of parts of texts."""
         return self._encoder.encode(texts)
 
     def openings(self, texts: list[str]) -> list[list[int]]:
-        """The token ids of texts that start a document."""
+        """Return the token ids of texts that start a document."""
         bos, found = self.special.bos, self.ids(texts)
         return found if bos is None else [ids if ids[:1] == [bos] else [bos, *ids] for ids in found]
 
     def spaced(self, text: str) -> str:
-        """A continuation, with the space that separates it from its context."""
+        """Return a continuation, with the space that separates it from its context."""
         return f" {text}" if self.prefix_space and not text.startswith(" ") else text
 
 
@@ -60,11 +60,11 @@ class Questions(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """The number of questions."""
+        """Return the number of questions."""
 
     @abstractmethod
     def ask(self, model: CausalLM, ranks: Ranks) -> list[Judged] | None:
-        """Put the questions to a model on all ranks; returns the same on every rank, or None if stopped."""
+        """Put the questions to a model on all ranks; return the same on every rank, or None if stopped."""
 
 
 class WithAnswers(NamedTuple):
@@ -93,7 +93,7 @@ class LikelihoodQuestions(Questions):
     def __init__(self, questions: Sequence[WithAnswers], choose: bool, reader: Reader, max_seq_len: int) -> None:
         self._choose = choose
         self._gold = [question.gold for question in questions]
-        self._spans: list[range] = []  # the continuations of each question
+        self._spans: list[range] = []  # the spans of each question's continuations
         self.continuations: list[Continuation] = []
         prompts = reader.openings([question.prompt for question in questions])
         asked = [pair for question in questions for pair in question.asked]
@@ -141,20 +141,20 @@ class LikelihoodQuestions(Questions):
 class ToWrite(NamedTuple):
     """A question whose answer the model writes."""
 
-    prompt: str  # solved examples, or nothing
+    prompt: str  # solved examples, or empty
     context: str
-    answers: list[str]  # any of which is right
+    answers: list[str]  # any of these is correct
 
 
 class Judging(NamedTuple):
     """Which part of a written text is the answer, and when it is correct."""
 
-    stops: list[str]  # the answer ends before the first of them
-    after: str  # the answer comes after the last of these; "": all is answer
+    stops: list[str]  # the answer ends before the first of these
+    after: str  # the answer follows the last of these; "": everything is the answer
     normalize: bool  # compare lower case words, without articles and punctuation
 
     def is_right(self, text: str, answers: Sequence[str]) -> bool:
-        """Whether a text starts with one of the answers."""
+        """Return whether a text starts with one of the answers."""
         if self.stops:
             text = re.split("|".join(map(re.escape, self.stops)), text)[0]
         if self.after:

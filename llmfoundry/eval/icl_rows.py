@@ -26,14 +26,14 @@ class Row:
         self._fields = {key: value.strip() if isinstance(value, str) else value for key, value in fields.items()}
 
     def text(self, key: str) -> str:
-        """A string."""
+        """Return the field, which must be a string."""
         value = self._fields.get(key)
         if not isinstance(value, str):
             raise self._refused(key, value, "a text")
         return value
 
     def texts(self, key: str, default: list[str] | None = None) -> list[str]:
-        """A list of strings."""
+        """Return the field, which must be a list of strings."""
         value = self._fields.get(key)
         if value is None and default is not None:
             return default
@@ -42,7 +42,7 @@ class Row:
         return value
 
     def choices(self, key: str) -> list[str]:
-        """A list of strings, of which entry `gold` is correct."""
+        """Return the field, which must be a list of strings, of which entry `gold` is correct."""
         found, gold = self.texts(key), self._fields.get("gold")
         if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(found):
             raise self._refused("gold", gold, f"the number of one of {len(found)} {key}, counted from 0")
@@ -56,7 +56,7 @@ class Row:
         return value
 
     def has(self, key: str) -> bool:
-        """Whether the field exists."""
+        """Return whether the field exists."""
         return self._fields.get(key) is not None
 
     def _refused(self, key: str, value: object, wanted: str) -> ConfigError:
@@ -74,7 +74,7 @@ def read_rows(uri: str, loading: Mapping[str, object], parsing: Mapping[str, lis
             unchanged.
 
     Raises:
-        ConfigError: the data is missing or malformed.
+        ConfigError: if the data is missing or malformed.
     """
     rows = _from_hub(uri.removeprefix(HUB), loading, parsing) if uri.startswith(HUB) else _from_file(Path(uri))
     if not rows:
@@ -113,7 +113,7 @@ def _from_hub(name: str, loading: Mapping[str, object], parsing: Mapping[str, li
         raise ConfigError(f"dataset_uri: {HUB}{name}: needs the package datasets; pip install datasets") from None
     try:
         found = load(name, **loading)
-    except Exception as error:  # of many kinds: no network, no such dataset, files that do not fit
+    except Exception as error:  # many types: no network, no such dataset, unsuitable files
         raise ConfigError(f"dataset_uri: {HUB}{name}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
     if isinstance(found, dict):
         raise ConfigError(

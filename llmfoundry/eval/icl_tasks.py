@@ -33,13 +33,13 @@ LM_CALIBRATION = "InContextLearningLMExpectedCalibrationError"
 CHOICE_ACCURACY = "InContextLearningMultipleChoiceAccuracy"
 CHOICE_CALIBRATION = "InContextLearningMCExpectedCalibrationError"
 EXACT_MATCH = "InContextLearningGenerationExactMatchAccuracy"
-ANSWER_BUFFER = 10  # tokens that an answer after a chain of thought may have beyond the longest in the data
+ANSWER_BUFFER = 10  # extra tokens for an answer after a chain of thought, beyond the longest in the data
 
 
 class TaskConfig(Choice, tag="icl_task_type"):
     """Base of the task types: an entry of the YAML's `icl_tasks`."""
 
-    METRICS: ClassVar[tuple[str, ...]]  # that this kind has; the first is the default
+    METRICS: ClassVar[tuple[str, ...]]  # available for this type; the first is the default
     CONTEXT: ClassVar[str] = "context"  # the field with the question
 
     icl_task_type: str  # how questions are asked and scored
@@ -57,7 +57,7 @@ class TaskConfig(Choice, tag="icl_task_type"):
     continuation_delimiter: str = " "  # text between a question and its answer
     question_prelimiter: str = ""  # text before each question
     has_categories: bool = False  # rows have a `category`; each category is scored as a task of its own
-    # for a hub dataset: arguments of load_dataset, e.g. {split: test}
+    # For a hub dataset: arguments of load_dataset, e.g. {split: test}
     hf_loading_vars: dict[str, str | int | bool | None] = {}
     hf_parsing_map: dict[str, list[str]] = {}  # for a hub dataset: the columns that make up each field
 
@@ -124,28 +124,28 @@ class TaskConfig(Choice, tag="icl_task_type"):
             max_seq_len: maximum tokens of a question with its answer.
 
         Raises:
-            ConfigError: a row lacks a field, or its answer alone is too long.
+            ConfigError: if a row lacks a field, or its answer alone is too long.
         """
 
     def n_choices(self, row: Row) -> int:
-        """The number of rows that a question takes in a forward."""
+        """Return the number of rows that a question takes in a forward."""
         return 1
 
     def question(self, row: Row, before: str) -> str:
-        """The text of a question, placed after `before`."""
+        """Return the text of a question, placed after `before`."""
         delimiter = self.example_delimiter if before else ""
         return f"{delimiter}{self.question_prelimiter}{row.text(self.CONTEXT)}{self.continuation_delimiter}"
 
     def example(self, row: Row, before: str) -> str:
-        """The text of a question with its answer."""
+        """Return the text of a question with its answer."""
         return f"{self.question(row, before)}{self.answer(row)}"
 
     @abstractmethod
     def answer(self, row: Row) -> str:
-        """The correct answer, as examples show it."""
+        """Return the correct answer, as examples show it."""
 
     def prompts(self, rows: Sequence[Row], n_examples: int, limit: int) -> list[str]:
-        """The text before each question: the prompt string and solved examples."""
+        """Return the text before each question: the prompt string and solved examples."""
         dice = random.Random(self.fewshot_random_seed)
         prompts = []
         for number in range(min(limit, len(rows))):
@@ -163,7 +163,7 @@ class MultipleChoiceConfig(TaskConfig, names=("multiple_choice",)):
     CONTEXT = "query"
 
     def answer(self, row: Row) -> str:
-        """The correct choice."""
+        """Return the correct choice."""
         return row.choices("choices")[row.gold]
 
     def n_choices(self, row: Row) -> int:
@@ -187,11 +187,11 @@ class SchemaConfig(TaskConfig, names=("schema",)):
     METRICS = (CHOICE_ACCURACY, CHOICE_CALIBRATION)
 
     def question(self, row: Row, before: str) -> str:
-        """The correct context, and the delimiter before the continuation."""
+        """Return the correct context, and the delimiter before the continuation."""
         return f"{self._opened(row.choices('context_options')[row.gold], before)}{self.continuation_delimiter}"
 
     def answer(self, row: Row) -> str:
-        """The continuation."""
+        """Return the continuation."""
         return row.text("continuation")
 
     def n_choices(self, row: Row) -> int:
@@ -202,7 +202,7 @@ class SchemaConfig(TaskConfig, names=("schema",)):
         """As `TaskConfig.build`."""
         questions = []
         for row, prompt in zip(rows, self.prompts(rows, n_examples, limit), strict=False):
-            # As in LLM Foundry, a first context is followed by the continuation alone.
+            # As in LLM Foundry, without a prompt the continuation follows the context directly.
             end = self.continuation_delimiter.rstrip() if prompt else ""
             contexts = [f"{self._opened(option, prompt)}{end}" for option in row.choices("context_options")]
             asked = [(context, row.text("continuation")) for context in contexts]
@@ -219,7 +219,7 @@ class LanguageModelingConfig(TaskConfig, names=("language_modeling",)):
     METRICS = (LM_ACCURACY, LM_CALIBRATION)
 
     def answer(self, row: Row) -> str:
-        """The continuation."""
+        """Return the continuation."""
         return row.text("continuation")
 
     def build(self, rows: Sequence[Row], n_examples: int, limit: int, reader: Reader, max_seq_len: int) -> Questions:
@@ -252,7 +252,7 @@ class GenerationTaskConfig(TaskConfig, names=("generation_task_with_answers",)):
     generation_kwargs: GenerationKwargs = GenerationKwargs()  # how answers are generated
 
     def answer(self, row: Row) -> str:
-        """The answer, after its chain of thought."""
+        """Return the answer, after its chain of thought."""
         return self._after_thought(row, row.text("answer"))
 
     def build(self, rows: Sequence[Row], n_examples: int, limit: int, reader: Reader, max_seq_len: int) -> Questions:

@@ -34,18 +34,18 @@ class Likelihood(NamedTuple):
     """Results for N continuations, each (N,) float64 on the CPU; the same on every rank."""
 
     nats: Tensor  # summed over the tokens
-    greedy: Tensor  # 1 if each token is the likeliest one there, else 0
-    lowest_top: Tensor  # probability of the likeliest token, at the token where that is lowest
-    mean: Tensor  # probability of the tokens, averaged
+    greedy: Tensor  # 1 if every token is the likeliest at its position, else 0
+    lowest_top: Tensor  # the lowest, over positions, of the probability of the likeliest token
+    mean: Tensor  # mean probability of the tokens
 
 
 class Ranks(NamedTuple):
     """This process's share of the rows, and the number of rows in a forward."""
 
-    rows: int  # of one forward
+    rows: int  # rows per forward
     rank: int = 0
     world: int = 1
-    stopped: Callable[[], bool] = lambda: False  # asked before each forward, with the same answer on every rank
+    stopped: Callable[[], bool] = lambda: False  # called before each forward; must return the same on every rank
 
 
 @torch.no_grad()
@@ -59,7 +59,8 @@ def likelihood(model: CausalLM, continuations: Sequence[Continuation], ranks: Ra
         The same on every rank; None if it was stopped.
 
     Raises:
-        ConfigError: a token has no row in the embedding, or a row has more tokens than the model has learned positions.
+        ConfigError: if a token has no row in the embedding, or a row has more tokens than the model has learned
+            positions.
     """
     place = next(model.parameters()).device
     found = torch.zeros(len(Likelihood._fields), len(continuations), dtype=torch.float64, device=place)
@@ -77,7 +78,7 @@ def likelihood(model: CausalLM, continuations: Sequence[Continuation], ranks: Ra
         nats = -log_p.gather(1, targets[:, None])[:, 0]  # (J,)
         top, best = log_p.max(-1)
         first = 0
-        for number, item in zip(numbers, items, strict=False):  # without the row of a rank that has none
+        for number, item in zip(numbers, items, strict=False):  # drops the dummy row of a rank without rows
             own = slice(first, first + item.n)
             first += item.n
             hit = (best[own] == targets[own]).all()
@@ -88,7 +89,7 @@ def likelihood(model: CausalLM, continuations: Sequence[Continuation], ranks: Ra
 
 @torch.no_grad()
 def nats_of(model: CausalLM, continuations: Sequence[Continuation], ranks: Ranks) -> Tensor | None:
-    """`Likelihood.nats`, (N,) float64, for long continuations: no logits are kept.
+    """Return `Likelihood.nats`, (N,) float64, for long continuations: no logits are kept.
 
     Args and errors as for `likelihood`.
     """
@@ -110,14 +111,14 @@ def nats_of(model: CausalLM, continuations: Sequence[Continuation], ranks: Ranks
 
 
 def _padded(items: Sequence[Continuation]) -> Tensor:
-    """(B, S) int64: all tokens of each row but the last one, which is judged and not read."""
+    """Return all tokens of each row but the last, which is judged and not read: (B, S) int64."""
     tokens = torch.zeros(len(items), max(len(item.ids) for item in items) - 1, dtype=torch.int64)
     for row, item in enumerate(items):
         tokens[row, : len(item.ids) - 1] = torch.tensor(item.ids[:-1])
     return tokens
 
 
-# Chooses an id for each of n rows, from the numbers of their prompts and (n, V) logits; n may be 0.
+# Chooses an id for each of n rows, given the indices of their prompts and (n, V) logits; n may be 0.
 Draw = Callable[[list[int], Tensor], list[int]]
 
 
@@ -128,7 +129,7 @@ def _likeliest(numbers: list[int], logits: Tensor) -> list[int]:
 class Prompt(NamedTuple):
     """Token ids to continue, and the maximum number of new tokens."""
 
-    ids: list[int]  # one at least
+    ids: list[int]  # at least one
     max_new_tokens: int
 
 
@@ -165,7 +166,7 @@ def continue_all(
         ranks = ranks._replace(rows=1)
     longest = max((prompt.max_new_tokens for prompt in prompts), default=0)
     check_rows(model, [prompt.ids for prompt in prompts], longest)
-    written = torch.zeros(len(prompts), longest, dtype=torch.int64, device=place)  # ids + 1; 0: none
+    written = torch.zeros(len(prompts), longest, dtype=torch.int64, device=place)  # ids + 1; 0: no token
     for numbers in _batches([len(prompt.ids) for prompt in prompts], ranks):
         if ranks.stopped():
             return None
@@ -182,7 +183,7 @@ def _write(
     done: Callable[[int, list[int]], bool],
     draw: Draw,
 ) -> list[list[int]]:
-    """The new ids of the prompts of one batch. The batch may be empty on this rank and not on others."""
+    """Return the new ids of the prompts of one batch. The batch may be empty on this rank and not on others."""
     place = next(model.parameters()).device
     rows = [list(prompt.ids) for _, prompt in prompts] or [[0]]
     texts: list[list[int]] = [[] for _ in prompts]
@@ -195,10 +196,10 @@ def _write(
         cache = Cache(model.config.n_layers)
     read, end = 0, min(map(len, rows))
     while runtime.any_rank(bool(active)):
-        fresh = torch.tensor([row[read:end] for row in rows], device=place)  # (B, S) tokens that the cache has not seen
+        fresh = torch.tensor([row[read:end] for row in rows], device=place)  # (B, S) tokens not in the cache
         logits = model(fresh, cache=cache, last_only=True).logits[:, -1]  # (B, V)
         read, end = end, end + 1
-        writing = [row for row in sorted(active) if len(rows[row]) == read]  # the others are still in their prompts
+        writing = [row for row in sorted(active) if len(rows[row]) == read]  # the others still read their prompts
         drawn = draw([prompts[row][0] for row in writing], logits[writing])
         for row, token in zip(writing, drawn, strict=True):
             number, prompt = prompts[row]
@@ -208,15 +209,15 @@ def _write(
             if token in stop or len(texts[row]) == prompt.max_new_tokens or done(number, texts[row]):
                 active.remove(row)
         for ids in rows:
-            ids.extend([0] * (end - len(ids)))  # of a text that has ended
+            ids.extend([0] * (end - len(ids)))  # pads texts that have ended
         if not active and model.config.has_learned_positions and end > model.config.max_seq_len:
-            # Other ranks still write: this one goes on with a row that has positions left.
+            # Other ranks are still writing; continue with a dummy row that has positions left.
             rows, cache, read, end = [[0]], Cache(model.config.n_layers), 0, 1
     return texts
 
 
 def check_rows(model: CausalLM, rows: Sequence[list[int]], max_new_tokens: int) -> None:
-    """Refuse rows that the model cannot read; raises ConfigError."""
+    """Refuse rows that the model cannot read; raise ConfigError."""
     config = model.config
     check_ids(max((max(ids) for ids in rows), default=0), config.vocab_size)
     longest = max(map(len, rows), default=0)
@@ -229,9 +230,9 @@ def check_rows(model: CausalLM, rows: Sequence[list[int]], max_new_tokens: int) 
 
 
 def _batches(lengths: Sequence[int], ranks: Ranks) -> Iterator[list[int]]:
-    """The indices of this rank's rows in batches, longest first: equally many batches on every rank, some empty."""
+    """Yield the indices of this rank's rows in batches, longest first. Each rank gets as many batches, some empty."""
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     own = order[ranks.rank :: ranks.world]
-    most = -(-len(order) // ranks.world)  # rows of the rank that has most
+    most = -(-len(order) // ranks.world)  # rows on the rank with the most
     for start in range(0, most, ranks.rows):
         yield own[start : start + ranks.rows]

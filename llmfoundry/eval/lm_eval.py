@@ -26,13 +26,13 @@ from llmfoundry.eval.likelihood import Continuation, Prompt, Ranks, continue_all
 from llmfoundry.eval.written import Written
 from llmfoundry.model.transformer import CausalLM
 
-MAX_NEW_TOKENS = 256  # of a request that does not say it, as in the harness
+MAX_NEW_TOKENS = 256  # default for requests without a limit, as in the harness
 _NEW_TOKENS = (
     "max_gen_toks",
     "max_new_tokens",
     "max_tokens",
     "max_completion_tokens",
-)  # its words, the first one first
+)  # the harness's names for it; the first takes precedence
 Encoded = tuple[tuple[str, str], list[int], list[int]]  # a request, its context and its continuation
 
 
@@ -55,7 +55,7 @@ class FoundryLM(TemplateLM):  # type: ignore[misc, unused-ignore]  # its class w
             max_length: maximum tokens of a forward; longer texts lose their beginning.
         """
         super().__init__()
-        self.tokenizer = reader.tokenizer  # whose chat template the harness asks for
+        self.tokenizer = reader.tokenizer  # the harness asks for its chat template
         self.max_length = max_length
         self._model, self._reader, self._ranks = model, reader, ranks
 
@@ -110,7 +110,7 @@ class FoundryLM(TemplateLM):  # type: ignore[misc, unused-ignore]  # its class w
         return [(-nats, bool(greedy)) for nats, greedy in zip(found.nats.tolist(), found.greedy.tolist(), strict=True)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts. Each token is judged once, in windows of `max_length` tokens."""
+        """Return log-likelihoods of whole texts. Each token is judged once, in windows of `max_length` tokens."""
         items: list[Continuation] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
@@ -167,7 +167,7 @@ def _length(wanted: Mapping[str, object]) -> Length:
     """Read a request's `gen_kwargs`.
 
     Raises:
-        ConfigError: the request asks for sampling, whose results are not reproducible.
+        ConfigError: if the request asks for sampling, whose results are not reproducible.
     """
     temperature = wanted.get("temperature")
     if wanted.get("do_sample") and temperature != 0:
@@ -210,7 +210,7 @@ def evaluate_harness(
         match`.
 
     Raises:
-        ConfigError: a task is unknown, or its data is not available.
+        ConfigError: if a task is unknown, or its data is not available.
     """
     manager = TaskManager(include_path=include_path)
     known = set(manager.all_tasks)
@@ -220,11 +220,11 @@ def evaluate_harness(
         model=lm, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False,
         apply_chat_template=apply_chat_template, fewshot_as_multiturn=apply_chat_template,
     )  # fmt: skip
-    return runtime.on_rank0(lambda: _scores(found or {}))  # the harness gives its results to rank 0 alone
+    return runtime.on_rank0(lambda: _scores(found or {}))  # the harness returns results on rank 0 only
 
 
 def _scores(found: Mapping[str, Mapping[str, Mapping[str, object]]]) -> dict[str, Score]:
-    """The harness's results by `TASK/METRIC`."""
+    """Return the harness's results by `TASK/METRIC`."""
     scores: dict[str, Score] = {}
     for task, metrics in found["results"].items():
         counted = found.get("n-samples", {}).get(task, {}).get("effective", 0)

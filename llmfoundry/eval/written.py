@@ -32,13 +32,13 @@ class Written:
         return self._until.ended
 
     def add(self, token: int) -> bool:
-        """Add the next token; returns `ended`."""
+        """Add the next token; return `ended`."""
         self.ids.append(token)
         self._stream.advance()
         return self.ended
 
     def extended(self, tokens: Iterable[int]) -> bool:
-        """Add tokens up to a stop string; returns `ended`."""
+        """Add tokens up to a stop string; return `ended`."""
         return any(self.add(token) for token in tokens)
 
     def close(self) -> str:
@@ -76,7 +76,7 @@ class Until:
             self._emit(text[:end])
 
     def _may_begin(self, text: str) -> int:
-        """The number of characters at the end of the text that may start a stop string."""
+        """Return the number of characters at the end of the text that may start a stop string."""
         return max((n for each in self._endings for n in range(1, len(each)) if text.endswith(each[:n])), default=0)
 
 
@@ -93,7 +93,7 @@ class Stream:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, ids: list[int], emit: Callable[[str], object]) -> None:
         self._tokenizer, self._ids, self._emit = tokenizer, ids, emit
-        self._before, self._done = 0, len(ids)  # where the last piece begins, and where it ends
+        self._before, self._done = 0, len(ids)  # start and end of the last piece
         emit(self._decode(0, len(ids)))
 
     def advance(self, last: bool = False) -> None:

@@ -1,1 +1,1 @@
-"""Distribution of a model over processes. Lower layers do not know about it."""
+"""Distributes a model over processes; lower-level packages do not depend on this one."""

@@ -6,11 +6,11 @@ import math
 
 from llmfoundry.report.records import DEAD, Json
 
-PATIENCE = 5  # samples in a row
-CROWDED = 4.0  # times the even share
-COLLAPSED = 0.05  # of the highest possible entropy
+PATIENCE = 5  # consecutive samples
+CROWDED = 4.0  # multiple of the even share
+COLLAPSED = 0.05  # fraction of the maximum entropy
 BIASED = 1.0  # scores are between 0 and 1
-RESTLESS = 0.5  # of the tokens
+RESTLESS = 0.5  # fraction of the tokens
 
 
 def alarms(run: Json) -> list[str]:

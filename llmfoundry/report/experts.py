@@ -21,7 +21,7 @@ from llmfoundry.moe.layer import MoEConfig
 from llmfoundry.moe.router import Router, RouterOutput
 
 TOP_TOKENS = 20
-MOST_BYTES = 4  # of a character in UTF-8
+MOST_BYTES = 4  # of a UTF-8 character
 KINDS = ("word", "word part", "number", "punctuation", "space", "other")
 
 
@@ -29,19 +29,19 @@ class Routing(NamedTuple):
     """How a model routed a batch."""
 
     experts: Tensor  # (L, T, K) int16, on the CPU
-    weights: Tensor  # (L, T, K) float32, on the CPU: what each expert's output is multiplied by
-    confidence: Tensor  # (L,) mean over tokens of the highest score, as a share of all scores
+    weights: Tensor  # (L, T, K) float32, on the CPU: the factor on each expert's output
+    confidence: Tensor  # (L,) mean over tokens of the highest score, as a fraction of all scores
 
 
 class ExpertTokens(NamedTuple):
     """The tokens that one expert of one layer receives."""
 
-    tokens: list[str]  # decoded, the most typical first, at most TOP_TOKENS
-    kinds: list[float]  # share of each of KINDS among its slots
+    tokens: list[str]  # decoded, most typical first, at most TOP_TOKENS
+    kinds: list[float]  # fraction of its slots for each of KINDS
 
 
 def mixture_layers(config: CausalLMConfig) -> list[int]:
-    """The numbers of the MoE layers, in the order of `Routing`."""
+    """Return the numbers of the MoE layers, in the order of `Routing`."""
     return [layer for layer in range(config.n_layers) if isinstance(config.ffn(layer), MoEConfig)]
 
 
@@ -96,7 +96,7 @@ def _kept(model: nn.Module) -> Iterator[list[RouterOutput]]:
 
 
 def fingerprints(experts: Tensor, n_experts: int) -> Tensor:
-    """A number for each token's set of experts, whatever their order: (L, T, K) ids -> (L, T) int32.
+    """Return a number for each token's set of experts, whatever their order: (L, T, K) ids -> (L, T) int32.
 
     Each expert has a random number, and a set has the sum of its experts' numbers (Zobrist 1970). Two different sets
     have the same number with probability 2^-32.
@@ -107,12 +107,12 @@ def fingerprints(experts: Tensor, n_experts: int) -> Tensor:
 
 
 def churn(before: Tensor, now: Tensor) -> list[float]:
-    """The share of tokens whose set of experts has changed, per layer: fingerprints (L, T), (L, T) -> L numbers."""
+    """Return the share of tokens whose set of experts has changed, per layer: fingerprints (L, T), (L, T) -> (L,)."""
     return (before != now).double().mean(1).tolist()
 
 
 def coactivation(experts: Tensor, n_experts: int) -> NDArray[np.float64]:
-    """How often two experts receive the same token, relative to independent choices.
+    """Return how often two experts receive the same token, relative to independent choices.
 
     Args:
         experts: (T, K) ids of one layer.
@@ -165,7 +165,7 @@ def tokens_of_experts(
 
 
 def sources_of_experts(experts: Tensor, sources: Tensor, n_experts: int, n_sources: int) -> NDArray[np.float64]:
-    """How often an expert receives tokens of each source, relative to the expert's share of all slots.
+    """Return how often an expert receives tokens of each source, relative to the expert's share of all slots.
 
     Args:
         experts: (T, K) ids of one layer.
@@ -181,7 +181,7 @@ def sources_of_experts(experts: Tensor, sources: Tensor, n_experts: int, n_sourc
 
 
 def kind(text: str) -> str:
-    """The kind of a decoded token, one of KINDS."""
+    """Return the kind of a decoded token, one of KINDS."""
     bare = text.strip()
     if not bare:
         return "space"
@@ -200,7 +200,7 @@ def decoded(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[s
 
 
 def pieces(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text of each token; joined, they are the whole text.
+    """Return the text of each token; joined, they are the whole text.
 
     A character made of several tokens belongs to the last of them, and the others have empty texts. Each token is
     decoded after the one before it, because some tokenizers drop a leading space.

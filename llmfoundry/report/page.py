@@ -25,7 +25,7 @@ def write_report(folders: Sequence[Path], out: Path, newest: Json | None = None)
         newest: metrics of a single run that are not in its metrics.jsonl yet.
 
     Raises:
-        ConfigError: a folder is not a run's.
+        ConfigError: if a folder is not the folder of a run.
     """
     page = render([read_run(folder, newest) for folder in folders], differing_settings(folders))
     atomic_write(out, [page.encode()])
@@ -33,14 +33,14 @@ def write_report(folders: Sequence[Path], out: Path, newest: Json | None = None)
 
 
 def render(runs: list[Json], differing: list[list[str]]) -> str:
-    """The HTML of runs as `read_run` returns them, and of the settings in which they differ."""
+    """Return the HTML of runs as `read_run` returns them, and of the settings in which they differ."""
     for run in runs:
         run["alarms"] = alarms(run)
     data = {"runs": runs, "panels": PANELS, "kinds": KINDS, "differing": differing}
     assets = files("llmfoundry.report") / "assets"
     text = {name: (assets / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js")}
     plotly = (assets / "plotly-cartesian.min.js").read_text(encoding="utf-8")
-    # A text that spells </script> must not end the element that it stands in.
+    # A text that contains </script> must not end the element.
     encoded = json.dumps(data, separators=(",", ":"), ensure_ascii=True).replace("</", "<\\/")
     names = ", ".join(str(run["name"]) for run in runs)
     page = text["page.html"].replace("TITLE", html.escape(names), 2)

@@ -18,11 +18,11 @@ from llmfoundry.strict_json import parse_json, read_lines, read_mapping, whole_n
 
 EXPERTS, PROBE = "experts.jsonl", "experts.json"
 CURVE_POINTS = 1500
-HEAT_CELLS = 150_000  # of all layers together, loads and biases
+HEAT_CELLS = 150_000  # for all layers together, loads and biases
 PROBE_POINTS = 300
-DEAD = 0.01  # of the even share: an expert with less is as good as dead
+DEAD = 0.01  # of the even share; experts below it count as dead
 
-# What is drawn, by panel: (title, unit of y, the metrics in it).
+# The panels: (title, unit of y, metrics).
 PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Loss", "nats per token", ("loss/train/ce", "metrics/eval/LanguageCrossEntropy")),
     ("Learning rate", "", ("lr",)),
@@ -45,7 +45,7 @@ def read_run(folder: Path, newest: Json | None = None) -> Json:
         newest: a line that metrics.jsonl does not have yet.
 
     Raises:
-        ConfigError: the folder has no metrics.jsonl, or one of its lines is not JSON.
+        ConfigError: if the folder has no metrics.jsonl, or one of its lines is not JSON.
     """
     if not (folder / "metrics.jsonl").is_file():
         raise ConfigError(f"{folder}: holds no metrics.jsonl; name the save_folder of a run")
@@ -150,7 +150,7 @@ def _biases(samples: list[object], n_layers: int, n_experts: int) -> Json:
 
 
 def differing_settings(folders: Sequence[Path]) -> list[list[str]]:
-    """The keys whose values differ between runs, each with its value in every run (empty: not set)."""
+    """Return the keys whose values differ between runs, each with its value in every run (empty: not set)."""
     if len(folders) < 2:
         return []
     files = [folder / "config.yaml" for folder in folders]

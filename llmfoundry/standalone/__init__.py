@@ -1,1 +1,1 @@
-"""The mixture layer by itself, for other models and training loops."""
+"""The MoE layer by itself, for other models and training loops."""

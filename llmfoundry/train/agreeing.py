@@ -1,4 +1,4 @@
-"""What all ranks of a run agree on at the end of each step: whether to stop, and what time it is."""
+"""What all ranks of a run agree on at the end of each step: whether to stop, and the time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class AgreeingRun(Run):
     stopping: bool = False  # all ranks have agreed to stop
 
     def on_signal(self, number: int) -> None:
-        """A signal finishes the step or evaluation batch, saves and stops; a second one ends at once."""
+        """Handle a signal: finish the step or evaluation batch, save and stop; a second signal ends at once."""
         log.warning(
             "%s: finishing this step, then saving to %s (send it again to quit at once)",
             stopping.name(number), self.config.save_folder,
@@ -34,9 +34,9 @@ class AgreeingRun(Run):
         self.asked = number
 
     def agree(self) -> float:
-        """Agree with all ranks on whether to stop, from now on in `stopping`; returns the time by rank 0's clock.
+        """Agree with all ranks on whether to stop (`stopping`); returns the time by rank 0's clock.
 
-        A signal counts from when all ranks look next. It is one reduction: nothing else is waited for.
+        A signal takes effect at the next agreement. It is one reduction, and the only wait.
         """
         asked, seconds = float(self.asked), 0.0
         self.watchdog.phase("agreeing on whether to stop")

@@ -1,4 +1,4 @@
-"""`build` shows how the parts of a run meet: YAML in, trainer out."""
+"""Build a trainer from a config: `build` shows how the parts of a run fit together."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 def build(config: RunConfig) -> Trainer:
-    """The trainer of a run, with every part in place.
+    """Build the trainer of a run, with all of its parts.
 
     Raises:
         ConfigError: a mistake of the user's, found before anything is written to `save_folder`.
@@ -126,7 +126,7 @@ def _build(config: RunConfig, device: torch.device, watchdog: Watchdog) -> Train
 
 
 def _check_model(config: RunConfig, model: CausalLMConfig, device: torch.device) -> Precision:
-    """Refuse a model that this machine cannot train; returns the precision that it computes in."""
+    """Refuse a model that this machine cannot train; returns the precision to compute in."""
     model.check_trainable()
     precision = config.precision_on(device.type)
     check_device(model, device, precision)
@@ -135,7 +135,7 @@ def _check_model(config: RunConfig, model: CausalLMConfig, device: torch.device)
 
 
 def _check_folder(config: RunConfig) -> RunStore | None:
-    """Refuse a `save_folder` that is not to be had; returns the store that it is in, if it is in one."""
+    """Refuse a `save_folder` that cannot be used; returns its store, if it is in one."""
     path, store = config.folder, None
     if is_url(config.save_folder):
         store = RunStore(config.save_folder, path, config.save_num_checkpoints_to_keep)
@@ -184,7 +184,7 @@ def _optimizer(config: RunConfig, model: CausalLM) -> torch.optim.Optimizer:
 
 
 def _warn_of_adapters(model: CausalLM, start: Start) -> None:
-    """Say what is legal of adapters, and seldom meant."""
+    """Warn of adapter settings that are legal but rarely intended."""
     lora = model.config.lora
     if lora is None or start.how in ("continue", "resume"):
         return
@@ -197,7 +197,7 @@ def _warn_of_adapters(model: CausalLM, start: Start) -> None:
 
 
 def _say_how_tokens_travel(model: CausalLM, asked: ParallelConfig, parallel: ParallelConfig) -> None:
-    """What `exchange_tokens: auto` has become."""
+    """Log what `exchange_tokens: auto` was resolved to."""
     if parallel.expert > 1 and asked.exchange_tokens == "auto":
         why = " (ranks have different numbers of rows)" if parallel.exchange_tokens != "auto" else ""
         ways = {

@@ -1,7 +1,7 @@
-"""The whole YAML as one type: read this to know every key that a run has.
+"""The whole YAML as one type: it contains every key of a run.
 
-The words are LLM Foundry v0.22's where the idea is unchanged. What belongs to one part (a model, an optimizer, a
-callback) is described where that part is built.
+Keys are LLM Foundry v0.22's if the idea is unchanged. Settings of one part (a model, an optimizer, a callback) are
+defined where that part is built.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ Precision = Literal["fp32", "amp_bf16", "amp_fp8"]
 
 
 def precision_on(asked: Precision | Literal["auto"], device_type: str) -> Precision:
-    """What a key `precision` means on a kind of device.
+    """What the key `precision` means on a kind of device.
 
     Raises:
-        ConfigError: it was asked for and is not to be had there.
+        ConfigError: the requested precision is not available there.
     """
     if asked == "auto":
         return "amp_bf16" if device_type == "cuda" else "fp32"
@@ -63,15 +63,15 @@ def precision_on(asked: Precision | Literal["auto"], device_type: str) -> Precis
 
 
 def inference_precision(precision: Precision) -> Precision:
-    """What a model that is not trained computes in: in bfloat16 where the run had 8-bit products."""
+    """The precision of inference: bfloat16 if the run trained with 8-bit products."""
     return "amp_bf16" if precision == "amp_fp8" else precision
 
 
 def place(path: str) -> str:
-    """A folder of this machine, or a URL of a store.
+    """A local folder, or a URL in a store.
 
     Raises:
-        ValueError: neither.
+        ValueError: the text is neither.
     """
     return check_placeholders(data_path(path)) if is_url(path) else local_path(path)
 
@@ -87,22 +87,22 @@ class GradientClipping(Config):
 
 
 class Algorithms(Config):
-    """What is done to the gradients between backward and update."""
+    """What happens to the gradients between backward and update."""
 
     gradient_clipping: GradientClipping | None = None  # None: gradients are not clipped
 
 
 class CallbackConfig(Choice, tag="name"):
-    """Root of the family of monitors and other callbacks: the YAML's `callbacks`."""
+    """Base of the monitors and other callbacks: the YAML's `callbacks`."""
 
     name: str  # in a YAML, the key under callbacks
 
     def build(self) -> object:
-        """The `Callback`, before there is a trainer and before any data is prepared: mistakes are refused here."""
+        """Build the `Callback`, before there is a trainer and before data is prepared: mistakes are refused here."""
         raise NotImplementedError
 
     def check_run(self, run: RunConfig) -> None:
-        """Refuse a run that this callback cannot watch, before anything is written; raises ConfigError."""
+        """Refuse a run that this callback cannot work with, before anything is written; raises ConfigError."""
 
 
 def _one_rank_logs(value: bool) -> bool:
@@ -115,12 +115,12 @@ RankZeroOnly = Annotated[bool, AfterValidator(_one_rank_logs)]  # a key of Compo
 
 
 class LoggerConfig(Choice, tag="name"):
-    """Root of the family of destinations for metrics: the YAML's `loggers`."""
+    """Base of the loggers: the YAML's `loggers`."""
 
     name: str  # in a YAML, the key under loggers
 
     def build(self) -> object:
-        """The logger, as `CallbackConfig.build`."""
+        """Build the logger, as `CallbackConfig.build`."""
         raise NotImplementedError
 
 
@@ -162,9 +162,9 @@ class RunConfig(Config):
         "report_to": "loggers",
     }
 
-    # your own values, kept in config.yaml and given to loggers
+    # Your own values, kept in config.yaml and given to loggers
     metadata: dict[str, str | int | float | bool | None] = {}
-    # name for loggers, and for {run_name} in paths; None: $RUN_NAME, or the save_folder's name
+    # Name for loggers, and for {run_name} in paths; None: $RUN_NAME, or the save_folder's name
     run_name: str | None = None
     code_paths: list[str] = []  # Python files that register plug-ins
     seed: int = Field(17, ge=0, lt=2**63)  # seed of initial weights, data order and dropout
@@ -189,16 +189,14 @@ class RunConfig(Config):
     # Rows per forward; need not divide the rank's rows. auto: all of the rank's rows, halved as long as they do not
     # fit.
     device_train_microbatch_size: int | Literal["auto"] = "auto"
-    max_skipped_steps: int = Field(
-        10, ge=0
-    )  # updates skipped in a row (gradient not finite, loss too high) before an end
-    max_skipped_share: float = Field(
-        0.1, ge=0, le=1
-    )  # of all steps, above max_skipped_steps: more than this is a failure (exit code 1)
+    # Maximum consecutive skipped updates (gradient not finite, loss too high) before the run ends
+    max_skipped_steps: int = Field(10, ge=0)
+    # Maximum share of skipped steps, beyond max_skipped_steps; above it the run fails (exit code 1)
+    max_skipped_share: float = Field(0.1, ge=0, le=1)
 
     eval_interval: Duration = Duration.parse("1ep")  # 0ba: never
     eval_first: bool = False  # also evaluate before the first step, as step 0
-    # number of batches of device_eval_batch_size rows, over all ranks together; -1: all data
+    # Number of batches of device_eval_batch_size rows, over all ranks together; -1: all data
     eval_subset_num_batches: int = 256
     device_eval_batch_size: int = Field(16, gt=0, le=2**31)  # rows per forward in evaluation
     # In-context learning tasks to run at each evaluation: metrics/LABEL/N-shot/METRIC. A list, or a file that contains
@@ -207,7 +205,7 @@ class RunConfig(Config):
     # Summary of the tasks: icl/metrics/eval_gauntlet/NAME. A block, or a file that contains one.
     eval_gauntlet: GauntletConfig | None = None
     icl_seq_len: int = Field(1024, gt=1)  # tokens of a question with its examples; longer ones lose their beginning
-    # batches per task, over all ranks together; None or -1: all
+    # Batches per task, over all ranks together; None or -1: all
     icl_subset_num_batches: int | None = Field(None, ge=-1)
 
     # auto: amp_bf16 on a GPU, fp32 on a CPU. amp_fp8: as amp_bf16, but experts and the linear layers of blocks multiply
@@ -252,17 +250,17 @@ class RunConfig(Config):
     _environment: dict[str, FromEnvironment] = PrivateAttr(default_factory=dict)
 
     def remember(self, environment: dict[str, FromEnvironment]) -> None:
-        """Keep in mind which values of the YAML came from the environment, by dotted path."""
+        """Record which values of the YAML came from the environment, by dotted path."""
         self._environment = environment
 
     def disclosed(self) -> dict[str, object]:
-        """All settings as plain data that may be written: without secrets (private.py)."""
+        """All settings as plain data without secrets (private.py), so that they may be written."""
         return disclosed(dump(self), self._environment)
 
     @model_validator(mode="before")
     @classmethod
     def _several_evaluations(cls, data: object) -> object:
-        """LLM Foundry writes a list under eval_loader."""
+        """Accept a list under eval_loader, as LLM Foundry writes it."""
         if not isinstance(data, dict) or not isinstance(data.get("eval_loader"), list):
             return data
         rest = {key: value for key, value in data.items() if key != "eval_loader"}
@@ -271,7 +269,7 @@ class RunConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _name_run(cls, data: Any) -> Any:
-        """Fill `{run_name}` into the paths of a run, and name a run without a name after its folder."""
+        """Fill `{run_name}` into the paths of a run; a run without a name is named after its folder."""
         if not isinstance(data, dict):
             return data
         folder = data.get("save_folder")
@@ -383,7 +381,7 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _datasets_paired(self) -> Self:
-        """Write out what each dataset holds out, which depends on the other: config.yaml then says what was read."""
+        """Resolve what each dataset holds out, which depends on the other, so that config.yaml records it."""
         train, evaluations = self.train_loader, self.evaluations
         one, others = paired_run(train.dataset, [part.dataset for part in evaluations])
         update: dict[str, object] = {"train_loader": train.model_copy(update={"dataset": one})}
@@ -394,7 +392,7 @@ class RunConfig(Config):
 
     @property
     def folder(self) -> Path:
-        """Where the run writes on this machine: `save_folder`, or of one in a store a folder on the way there."""
+        """The local folder of the run: `save_folder` or, for a run in a store, a folder whose files are uploaded."""
         if not is_url(self.save_folder):
             return Path(self.save_folder)
         digest = hashlib.sha256(self.save_folder.rstrip("/").encode()).hexdigest()[:16]
@@ -412,20 +410,20 @@ class RunConfig(Config):
 
     @property
     def due_evaluations(self) -> list[LoaderConfig]:
-        """The same if an evaluation is ever due: else their data is not needed."""
+        """The same if an evaluation is ever due; otherwise their data is not needed."""
         return self.evaluations if self.eval_first or self.eval_interval.value > 0 else []
 
     @property
     def loaders(self) -> dict[str, LoaderConfig]:
-        """What the run reads, by where it stands in the YAML."""
+        """All loaders of the run, by their place in the YAML."""
         due = {f"eval_loaders.{part.label}" if part.label else "eval_loader": part for part in self.due_evaluations}
         return {"train_loader": self.train_loader} | due
 
     def precision_on(self, device_type: str) -> Precision:
-        """The precision of the run on a kind of device; raises ConfigError if it is not to be had there."""
+        """The run's precision on a kind of device; raises ConfigError if it is not available there."""
         return precision_on(self.precision, device_type)
 
     def optimizer_on(self, device_type: str) -> OptimizerConfig:
-        """The optimizer of the run on a kind of device, with `master_weights: auto` decided."""
+        """The run's optimizer on a kind of device, with `master_weights: auto` resolved."""
         half = self.precision_on(device_type) != "fp32"
         return self.optimizer.decided(half and self.lora is None and not self.parallel.cpu_offload)

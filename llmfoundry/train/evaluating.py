@@ -1,4 +1,4 @@
-"""What an evaluation of a run measures: the loss on its texts, and its tasks."""
+"""The evaluation of a run: the loss on its texts, and its tasks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Stopped = Callable[[], bool]  # asked before each batch, with the same answer on
 
 
 def tasks_of(config: RunConfig, reader: Reader) -> list[Task]:
-    """The tasks of a run; none if no evaluation is ever due.
+    """The tasks of a run; empty if no evaluation is ever due.
 
     Raises:
         ConfigError: as `build_tasks`.
@@ -44,7 +44,7 @@ def evaluates(run: Run) -> bool:
 
 
 def evaluated(run: Run, stopped: Stopped) -> Metrics:
-    """The metrics of an evaluation, of all ranks together; nothing if it was stopped.
+    """Evaluate on all ranks together and return the metrics; empty if it was stopped.
 
     Raises:
         ResourceError: out of memory.

@@ -1,4 +1,4 @@
-"""A run's rows on the device, step by step; the next step's are read while the device works on this one."""
+"""Feed a run's rows to the device; the next step's rows are read while the device works on the current step."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ class Feed:
     _ahead: _Ahead | None = field(default=None, init=False)
 
     def take(self, start_row: int) -> Batch:
-        """The rows of the step that begins at `start_row`; those that were read ahead, if it is them."""
+        """The rows of the step that starts at row `start_row`, from the rows read ahead if they match."""
         ahead, self._ahead = self._ahead, None
         return ahead.batch if ahead is not None and ahead.start_row == start_row else self._read(start_row)
 
     def read_ahead(self, start_row: int) -> float:
-        """Read the rows of the next step while the device works on this one. If they are bad, that step reports it.
+        """Read the rows of the next step while the device works on this one. Errors are raised by the next step.
 
         Returns:
-            How many seconds it took, if the device was done with this step by then: it may have waited.
+            Seconds that it took if the device finished this step in the meantime, because then it may have waited; else
+            0.
         """
         begun, done = time.perf_counter(), torch.cuda.Event() if self.device.type == "cuda" else None
         if done is not None:

@@ -1,4 +1,4 @@
-"""Whether this machine can run a model, asked before it is built."""
+"""Check that this machine can run a model, before it is built."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmfoundry.moe.layer import MoEConfig
 
 
 def training_bytes(model: CausalLMConfig, weight: torch.dtype) -> int:
-    """Bytes of the weights that are trained, and of their float32 gradients: what every optimizer needs."""
+    """Bytes of the trained weights and their float32 gradients, which every optimizer needs."""
     return (weight.itemsize + 4) * model.n_trainable_params()
 
 
@@ -24,7 +24,7 @@ def machine_memory() -> int:
 
 
 def check_memory(model: CausalLMConfig, device: torch.device, weight: torch.dtype) -> None:
-    """Refuse a model that is too large for main memory, before the system kills the process."""
+    """Refuse a model that is too large for main memory, before the operating system kills the process."""
     needed, there = training_bytes(model, weight), machine_memory()
     if device.type == "cpu" and runtime.world_size() == 1 and needed > there:
         raise ConfigError(
@@ -34,7 +34,7 @@ def check_memory(model: CausalLMConfig, device: torch.device, weight: torch.dtyp
 
 
 def check_device(model: CausalLMConfig, device: torch.device, precision: str) -> None:
-    """Refuse implementations that were asked for and cannot run here."""
+    """Refuse implementations that the YAML asks for and this device cannot run."""
     if model.attn_config.attn_impl == "flex" and device.type != "cuda":
         raise ConfigError(f"model.attn_config.attn_impl=flex needs a CUDA device, found {device.type}; use auto")
     if precision == "amp_fp8" and torch.cuda.get_device_capability(device) < (9, 0):

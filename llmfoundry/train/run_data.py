@@ -1,4 +1,4 @@
-"""What a run reads: its tokenizer, its rows, its tasks, and how long it is for that data."""
+"""The data of a run: its tokenizer, its rows, its tasks, and its length in steps for that data."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ log = logging.getLogger(__name__)
 
 
 class RunData(NamedTuple):
-    """All of it, the same on every rank.
+    """The data of a run, the same on every rank.
 
     Attributes:
-        config: with the rule for special tokens on record.
-        start: where rows are counted from the first, it says so.
-        eval_loader: the one without a label.
-        eval_loaders: the others.
-        joined: where the run came to its present mixture.
+        config: records the rule for special tokens.
+        start: records whether rows are counted from the first.
+        eval_loader: the loader without a label.
+        eval_loaders: the loaders with labels.
+        joined: where the run switched to its present mixture.
     """
 
     config: RunConfig
@@ -52,10 +52,10 @@ class RunData(NamedTuple):
 
 
 def read_data(config: RunConfig, start: Start) -> RunData:
-    """Prepare what a run reads; all ranks together.
+    """Prepare the data of a run; all ranks together.
 
     Raises:
-        ConfigError: it cannot be read, does not fit the model, or is not that of the checkpoint.
+        ConfigError: the data cannot be read, does not fit the model, or is not the checkpoint's.
     """
     for part in config.due_evaluations:
         check_apart(config.train_loader.dataset, part.dataset)
@@ -85,7 +85,7 @@ def read_data(config: RunConfig, start: Start) -> RunData:
 def numbered_rows(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens, start: Start
 ) -> Loader:
-    """The training data of a run, whose rows have the numbers that they have in it."""
+    """The training data of a run, with rows numbered as in the run."""
     loader = _build(config, config.train_loader, tokenizer, special)
     _mix(config, loader, _timeline(config, loader), start)
     return loader

@@ -40,7 +40,7 @@ class Schedule:
 
 
 class SchedulerConfig(Choice, tag="name"):
-    """Family root: `scheduler: {name: cosine_with_warmup, t_warmup: 100ba, alpha_f: 0.1}`."""
+    """Base of the schedules: `scheduler: {name: cosine_with_warmup, t_warmup: 100ba, alpha_f: 0.1}`."""
 
     name: str  # shape of the schedule
     t_warmup: Duration = Duration.parse("0ba")  # length of the linear warm-up from 0
@@ -48,11 +48,11 @@ class SchedulerConfig(Choice, tag="name"):
     composer_step: bool = False  # apply each value one step late, as Composer does
 
     def build(self, timeline: Timeline) -> Schedule:
-        """The schedule of a run.
+        """Build the schedule of a run.
 
         Raises:
-            ConfigError: the parts (`t_warmup`, a decay or cool-down) are longer than `t_max`, or given in steps where
-                `max_duration` is a time, or the other way round.
+            ConfigError: the parts (`t_warmup`, a decay or cool-down) are longer than `t_max`, or mix steps with wall-
+                clock times.
         """
         if self.composer_step and timeline.limit is not None:
             raise ConfigError("scheduler.composer_step: lags by a step, and max_duration is a time; leave it out")
@@ -73,7 +73,7 @@ class SchedulerConfig(Choice, tag="name"):
 
 
 def warn_of_no_rate(schedule: Schedule, timeline: Timeline, warmup: Duration) -> None:
-    """Say so where every step has learning rate 0: the first step of a warm-up does, and may be the only one."""
+    """Warn if every step has learning rate 0: the first step of a warm-up has, and may be the only one."""
     first = range(min(timeline.total_steps, 3))
     if timeline.limit is None and not any(schedule.multiplier(step) for step in first):
         log.warning("scheduler: the learning rate is 0 in every step of this run, so it trains nothing; the first step "
@@ -92,7 +92,7 @@ class ConstantConfig(SchedulerConfig, names=("constant_with_warmup",)):
 
 
 class LinearConfig(SchedulerConfig, names=("linear_decay_with_warmup",)):
-    """Warm-up to `alpha_i`, then a straight line to `alpha_f` at `t_max`."""
+    """Warm-up to `alpha_i`, then linear to `alpha_f` at `t_max`."""
 
     alpha_i: float = Field(1.0, ge=0)  # factor on the optimizer's lr after warm-up
     alpha_f: float = Field(0.0, ge=0)  # factor on the optimizer's lr at the end
@@ -156,8 +156,8 @@ class InverseSquareRootConfig(SchedulerConfig, names=("inv_sqrt_with_warmup",)):
 class WarmupStableDecayConfig(SchedulerConfig, names=("wsd",)):
     """Warm-up to 1, constant, then down to `alpha_f` over the last `t_decay` before `t_max`.
 
-    `decay` is the shape of the way down: a straight line, or one minus the square root of the part gone
-    (Haegele et al. 2024, arXiv:2405.18392: the better of the two there).
+    `decay` is the shape of the decay: linear, or one minus the square root of the elapsed part
+    (Haegele et al. 2024, arXiv:2405.18392, who find it the better of the two).
     """
 
     t_decay: Duration  # length of the decay at the end
@@ -190,7 +190,7 @@ def _unit(timeline: Timeline) -> str:
 
 
 def _part(step: int, start: int, end: int) -> float:
-    """How far `step` is from `start` (0) to `end` (1), staying at 1 after it."""
+    """The elapsed part between `start` (0) and `end` (1); 1 after the end."""
     return min(1.0, max(0, step - start) / (end - start)) if end > start else 1.0
 
 

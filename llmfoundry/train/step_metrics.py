@@ -1,4 +1,4 @@
-"""What a step reports: its numbers on their way to the host, and the metrics that are made of them."""
+"""What a step reports: its numbers, copied to the host, and the metrics made of them."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class StepNumbers(NamedTuple):
 
 @dataclass
 class Reading:
-    """All numbers of a step in one copy, which begins before the weights are updated.
+    """Copies all numbers of a step to the host at once, starting before the weights are updated.
 
     Args:
         balance: None for a dense model.
-        tokens: of the global batch.
+        tokens: tokens of the global batch.
     """
 
     balance: Balance | None
@@ -43,7 +43,7 @@ class Reading:
     _sizes: list[int] = field(init=False)
 
     def begin(self, result: StepResult) -> None:
-        """Begin to copy, behind what was launched so far."""
+        """Start the copy, after the work launched so far."""
         parts = [torch.stack([result.updated, result.ce, result.total, result.grad_norm.to(result.ce.device)])]
         parts += [result.metrics, result.sources.flatten()]
         if result.router is not None and self.balance is not None:
@@ -52,7 +52,7 @@ class Reading:
         self._numbers = Numbers(torch.cat([part.double() for part in parts]))
 
     def end(self) -> StepNumbers:
-        """All at once: the host waits for the device here, but not for the update."""
+        """The numbers. The host waits for the device here, but not for the update."""
         read = iter(self._numbers.read())
         (updated, ce, total, grad_norm), of_loss, sources, *routing = (
             list(itertools.islice(read, size)) for size in self._sizes
@@ -79,7 +79,7 @@ def step_metrics(run: Run, numbers: StepNumbers, of_loss: Sequence[str], rate: f
 
 
 def _by_source(run: Run, sums: list[float]) -> Metrics:
-    """Of a mixture: the loss of each source that was in the batch, and the tokens of it so far."""
+    """For a mixture: the loss of each source in the batch, and its tokens so far."""
     found: Metrics = {}
     if isinstance(run.loader.order, Mixture):
         labels = run.loader.labels

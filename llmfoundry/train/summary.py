@@ -1,4 +1,4 @@
-"""summary.json: what a run has come to, written at its end, and read by a start that may find nothing left to do."""
+"""summary.json: the results of a run, written at its end and read by a start that may find nothing left to do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NAMES = {"LanguageCrossEntropy": "nats_per_token", "bits_per_byte": "bits_per_b
 
 
 def summary_of(run: Run, stopped: bool) -> Summary:
-    """What a run has come to.
+    """The results of a run.
 
     Args:
         stopped: whether it was asked to stop before its end.
@@ -44,7 +44,7 @@ def summary_of(run: Run, stopped: bool) -> Summary:
 
 
 def is_complete(run: Run) -> bool:
-    """Whether there is nothing left to do: the last step is there, and a summary of it with its evaluation."""
+    """Whether nothing is left to do: the last step is done, and its summary includes the evaluation."""
     if run.state.step < run.timeline.total_steps or not run.config.autoresume:
         return False
     summary = _read(run.config.folder)
@@ -53,7 +53,7 @@ def is_complete(run: Run) -> bool:
 
 
 def _read(folder: Path) -> Plain:
-    """Nothing if it is missing or malformed."""
+    """The summary; empty if it is missing or malformed."""
     try:
         return read_mapping(folder / "summary.json")
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The life of a run: `Trainer.fit` shows what happens in which order. `train/build.py` makes a trainer."""
+"""The training loop: `Trainer.fit` shows what happens in which order. `train/build.py` builds a trainer."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class Trainer(AgreeingRun):
                  f", with other settings:{changes}" if changes else "")  # fmt: skip
 
     def _begin(self) -> None:
-        """Take the folder, begin its files, and let callbacks begin."""
+        """Take the folder, open its files, and call the callbacks' `fit_start`."""
         runtime.on_rank0(self._take_folder)
         checkpointer = self.saver.checkpointer
         if checkpointer.store is None:
@@ -147,7 +147,7 @@ class Trainer(AgreeingRun):
         self.stopping = False  # who asked is asked again after the first step, which there is to save
 
     def _advance(self) -> None:
-        """Take a step, or make up for the evaluation of the last one; then whatever is due after it."""
+        """Take a step, or catch up on the evaluation of the last one; then do whatever is due after it."""
         metrics, self.unevaluated = self.unevaluated or self._step() | self.saver.stall(), {}
         if self._due_evaluation():
             found = self._evaluate()
@@ -171,7 +171,7 @@ class Trainer(AgreeingRun):
         self.countdown.step_begins()
 
     def _end(self) -> None:
-        """Wait until all is saved, and say how the run ended."""
+        """Wait until everything is saved, and log how the run ended."""
         self.watchdog.beat("waiting for the last checkpoint")
         self.saver.finish()
         if self.folder is not None:
@@ -193,7 +193,7 @@ class Trainer(AgreeingRun):
             return self.take_step()
 
     def take_step(self) -> Metrics:
-        """Take the next rows, update the weights, and say what happened."""
+        """Take the next rows, update the weights, and return the step's metrics."""
         start, state, config = time.perf_counter(), self.state, self.config
         self.watchdog.beat(f"step {state.step + 1}", in_step=self.warm)
         batch = self.feed.take(state.rows)
@@ -219,7 +219,7 @@ class Trainer(AgreeingRun):
         return metrics | {"time/step_seconds": seconds}
 
     def _update(self, batch: Batch, reading: Reading) -> StepResult:
-        """`train_step`, with as many rows at once as fit."""
+        """Run `train_step` with as many rows at once as fit."""
         clipping = self.config.algorithms.gradient_clipping
         return self.microbatches.run(
             lambda micro, together: train_step(
@@ -246,7 +246,7 @@ class Trainer(AgreeingRun):
         return message(self.config, self.mesh, self.device, rows, once=once, there=there, why=why)
 
     def _warmed_up(self) -> None:
-        """The first step has compiled and connected; no later one takes that long."""
+        """Tighten limits after the first step, which compiles and connects; no later step takes that long."""
         seconds = seconds_of(self.config.step_timeout)
         if seconds is not None and dist.is_initialized():
             runtime.set_timeout(seconds)
@@ -265,7 +265,7 @@ class Trainer(AgreeingRun):
         return evaluates(self) and (last or self.timeline.due(self.config.eval_interval, self.state.step))
 
     def _evaluate(self) -> Metrics:
-        """Nothing if a signal cut it short."""
+        """The metrics of an evaluation; empty if a signal interrupted it."""
         self.evaluation = {}  # the older one is not of this step
         self.watchdog.beat(f"an evaluation after step {self.state.step}")
         self.evaluation = evaluated(self, self.stopped)
@@ -285,7 +285,7 @@ class Trainer(AgreeingRun):
     # Checkpoints: there and back.
 
     def _save(self) -> None:
-        """Save what is due; while a run is in doubt, only what it ends with.
+        """Save what is due; while a run is in doubt, only its last step.
 
         Raises:
             RunError: a weight is not finite, or too many steps were skipped.
@@ -322,7 +322,7 @@ class Trainer(AgreeingRun):
         )
 
     def _take_up(self, contents: Contents) -> None:
-        """Take up a run: weights, optimizer, and how far it was."""
+        """Continue a run from a checkpoint: weights, optimizer, and progress."""
         progress = read_progress(contents)  # first: nothing has changed when it is refused
         state = progress.state
         self.timeline.clock.set(*progress.clock)
@@ -349,7 +349,7 @@ class Trainer(AgreeingRun):
             set_learning_rate(self.optimizer, self.schedule.multiplier(self.timeline.position_before(state.step)))
 
     def _roll_back(self) -> None:
-        """Go back to the newest checkpoint, and on behind the rows that were read since.
+        """Return to the newest checkpoint, and continue after the rows that were read since.
 
         Raises:
             RunError: there is no checkpoint.

@@ -1,4 +1,4 @@
-"""A checkpoint's trainer.json: what it holds of a run beside tensors and settings, written and read here."""
+"""A checkpoint's trainer.json: the state of a run besides tensors and settings."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from llmfoundry.train.run import Metrics, Run, TrainState
 
 
 class Progress(NamedTuple):
-    """How far the run was that saved a checkpoint.
+    """The progress of the run that saved a checkpoint.
 
     Attributes:
-        clock: seconds by the run's clock, at the end of the step before the last and of the last one.
-        seconds: in steps alone.
-        unevaluated: metrics of the last step, if a signal cut its evaluation short.
-        router: of that step, for monitors.
+        clock: seconds by the run's clock, at the end of the second to last step and of the last one.
+        seconds: seconds spent in steps.
+        unevaluated: metrics of the last step, if a signal interrupted its evaluation.
+        router: routing of that step, for monitors.
         callbacks: their states by name.
     """
 
@@ -39,11 +39,11 @@ class Progress(NamedTuple):
 
 
 def written(run: Run, callbacks: Mapping[str, Callback], unevaluated: Metrics, joined: Joined) -> dict[str, Json]:
-    """What a checkpoint of a run holds beside tensors and settings; `read_progress` reads it.
+    """What a checkpoint of a run holds besides tensors and settings; `read_progress` reads it.
 
     Args:
-        callbacks: those that the YAML asked for, by name.
-        joined: where the run came to its present mixture.
+        callbacks: the callbacks that the YAML names, by name.
+        joined: where the run switched to its present mixture.
     """
     clock, order = run.timeline.clock, run.loader.order
     return {
@@ -60,10 +60,10 @@ def written(run: Run, callbacks: Mapping[str, Callback], unevaluated: Metrics, j
 
 
 def read_progress(contents: Contents) -> Progress:
-    """How far the run was that saved a checkpoint.
+    """Read the progress of the run that saved a checkpoint.
 
     Raises:
-        ConfigError: it was not saved by a training run, or holds other values than one saves.
+        ConfigError: it was not saved by a training run, or holds values that no run saves.
     """
     state, said = train_state(contents), contents.trainer
     with as_saved(contents):
@@ -104,7 +104,7 @@ def is_trained(contents: Contents) -> bool:
 
 @contextmanager
 def as_saved(contents: Contents) -> Iterator[None]:
-    """Take up what a checkpoint holds; a value that no run saves is a ConfigError."""
+    """Read values of a checkpoint within the block; a value that no run saves becomes a ConfigError."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
