@@ -77,11 +77,11 @@ PLACES = {
     ),
     "start": (
         "from llmfoundry.train import build\n"
-        "real = build._loaders\n"
+        "real = build.read_data\n"
         "def stuck(*args):\n"
         "    time.sleep(600 if runtime.rank() == 1 else 0)\n"
         "    return real(*args)\n"
-        "build._loaders = stuck\n",
+        "build.read_data = stuck\n",
         {"dist_timeout": 12},
         "getting the tokenizer and the data (fault.py:8, stuck)",
     ),
