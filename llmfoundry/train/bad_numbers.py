@@ -25,7 +25,7 @@ from llmfoundry.train.run import Run
 
 log = logging.getLogger(__name__)
 
-NAMED = 16  # rows of a rank in a record
+NAMED = 16  # maximum number of rows of a rank in a record
 DAMAGED = "the weights are damaged, and only an older checkpoint helps"
 
 
@@ -122,8 +122,8 @@ def record(step: int, why: str, first: int, end: int, bad: list[BadRow]) -> dict
 class Hopeless(NamedTuple):
     """Why a run with this many skipped steps must stop."""
 
-    why: str  # and what to do
-    save: bool  # whether a restart goes on from here, behind the rows
+    why: str  # the reason, and what to do
+    save: bool  # whether to save, so that a restart continues past the rows
 
 
 def hopeless(run: Run) -> Hopeless | None:

@@ -52,7 +52,7 @@ class AtIntervals(Callback):
 
     def __init__(self, interval: Interval) -> None:
         self._interval = interval
-        self._last = -1  # the step of the newest time
+        self._last = -1  # the step at which it last acted
 
     def act(self, trainer: Run) -> None:
         """The action; every rank calls this."""

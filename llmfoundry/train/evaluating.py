@@ -14,7 +14,7 @@ from llmfoundry.train.config import RunConfig
 from llmfoundry.train.out_of_memory import first_of
 from llmfoundry.train.run import EVALUATED, Metrics, Run
 
-Stopped = Callable[[], bool]  # asked before each batch, with the same answer on every rank; true ends the evaluation
+Stopped = Callable[[], bool]  # called before each batch, with the same result on every rank; True ends the evaluation
 
 
 def tasks_of(config: RunConfig, reader: Reader) -> list[Task]:

@@ -27,7 +27,7 @@ class Parts(NamedTuple):
     """The sums of one microbatch."""
 
     loss: Tensor  # () over units; what is differentiated
-    nats: Tensor  # () of the labels that `Units.labels` counts
+    nats: Tensor  # (), cross-entropy summed over the labels that `Units.labels` counts
     metrics: Tensor  # (len(Loss.metrics),) over units
 
 

@@ -19,8 +19,8 @@ from llmfoundry.train.step import StepResult
 
 log = logging.getLogger(__name__)
 
-# Steps of a process in which ranks watch each other. The optimizer's state is there from the second one on, so the
-# third step meets no new demand, but for the experts' changing loads.
+# The number of first steps in which ranks abort together if one runs out of memory. The optimizer's state exists from
+# the second step on, so later steps need no more memory, except for the experts' changing loads.
 WATCHED_STEPS = 3
 
 
@@ -53,7 +53,7 @@ class Microbatches:
             )
         self.rows = self._most if asked == "auto" else asked
         self._auto = asked == "auto"
-        self._watched = WATCHED_STEPS  # steps to come
+        self._watched = WATCHED_STEPS  # remaining steps in which ranks abort together
         self.can_retry = True
 
     def run(

@@ -163,7 +163,7 @@ class AdamWConfig(GroupedOptimizerConfig, names=("adamw",)):
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         beta1, beta2 = self.betas
-        dtype = torch.bfloat16 if self.state_dtype == "bf16" else None  # groups say which have 8 bits
+        dtype = torch.bfloat16 if self.state_dtype == "bf16" else None  # the groups say which moments have 8 bits
         return self._class()(
             self.settings(model), lr=self.lr, betas=(beta1, beta2), eps=self.eps, state_dtype=dtype, halves=self.halves
         )
@@ -210,15 +210,15 @@ class _GradientGroup(NamedTuple):
     """Gradients whose parts are replicated on the same number of ranks."""
 
     copies: int  # ranks that hold the same part
-    device_type: str  # where ranks reduce
-    grads: list[Tensor]  # this rank's part of each
+    device_type: str  # the device on which ranks reduce
+    grads: list[Tensor]  # this rank's part of each gradient
 
 
 class Clipping(NamedTuple):
     """How a step's gradients are scaled, on the device and the same on every rank."""
 
-    norm: Tensor  # () of the full gradients before clipping, float32 (float64 for float64 gradients)
-    divisor: Tensor  # () float32, what gradients are divided by: 1 unless the norm is above the limit
+    norm: Tensor  # (), norm of the full gradients before clipping, float32 (float64 for float64 gradients)
+    divisor: Tensor  # () float32, divisor of the gradients: 1 unless the norm is above the limit
     skip: Tensor  # () float32: 1 if any gradient is not finite, and nothing may be updated
 
 

@@ -34,11 +34,11 @@ from llmfoundry.train.summary import Summary
 
 log = logging.getLogger(__name__)
 
-# What a run that ended before its first step can leave: the folder is still free.
+# Files that a run which ended before its first step may have left; the folder is still free.
 TRACES = {".lock", OWNER, f"{OWNER}.tmp", "config.yaml", "config.yaml.tmp", "metrics.jsonl", "wandb", "wandb-run-id"}
 
-_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # what flock says of a lock that another process holds
-SKIPPED = "skipped.jsonl"  # the rows of steps that changed nothing
+_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # errors of flock if another process holds the lock
+SKIPPED = "skipped.jsonl"  # the rows of skipped steps
 _PROBE, _PROBE_SECONDS = ".probe-", 20.0
 
 
@@ -47,11 +47,11 @@ class RunFolder:
 
     def __init__(self, path: Path, lock: IO[str], locked: bool) -> None:
         self.path = path
-        self._locked = locked  # some file systems cannot
+        self._locked = locked  # some file systems do not support locks
         self.owner: Owner | None = None
         self._lock = lock  # held until `close`; the kernel releases it however the process ends
         self._metrics: FileIO | None = None
-        self._unwritten = bytearray()  # bytes of metrics.jsonl
+        self._unwritten = bytearray()  # bytes of metrics.jsonl that are not written yet
         self._failing = False
 
     @classmethod
@@ -63,7 +63,7 @@ class RunFolder:
         """
         try:
             path.mkdir(parents=True, exist_ok=True)
-            # Not to wait, should it be a pipe.
+            # O_NONBLOCK, because opening a pipe would wait.
             lock = open(os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666), "w")
         except OSError as error:
             raise ConfigError(f"save_folder: {path} cannot be written: {error.strerror}") from None

@@ -44,7 +44,7 @@ class Record(NamedTuple):
 
     nonce: str
     host: str
-    lock: str  # which file it has locked, of which machine since that was started
+    lock: str  # the file that it has locked, and the boot of its machine
     beat: int
 
 
@@ -121,7 +121,7 @@ class Owner:
 
     def _beat(self) -> None:
         while not self._closed.wait(BEAT):
-            with suppress(*STORE_ERRORS):  # a full disk, a store that does not answer: the next beat may come through
+            with suppress(*STORE_ERRORS):  # e.g. a full disk or a store that does not answer: the next may succeed
                 found = self._read()
                 if found is not None and found.nonce != self._own.nonce:
                     return

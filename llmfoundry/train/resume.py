@@ -139,7 +139,7 @@ def _from_composer(path: str, model: CausalLMConfig, weights_only: bool) -> Star
             f"load_path: {path}: weights of a Composer checkpoint cannot be quantized as they are read; convert them: "
             f"convert.py from-composer {path} OUT"
         )
-    copies_from(open_composer(Path(path)), model)  # looked at before anything is built
+    copies_from(open_composer(Path(path)), model)  # checked before anything is built
     log.info("%s: all tensors fit the model; its settings are those of this YAML, and were not compared", path)
     return Start("weights", composer=path)
 
@@ -203,7 +203,7 @@ def check_data(start: Start, fingerprint: str, allow: list[str], mixed: bool) ->
 def command_to_continue() -> str:
     """The command line that takes up this run from its newest checkpoint: its own, with `autoresume=true`."""
     words = list(sys.orig_argv)
-    if Path(sys.argv[0]).name == "llmfoundry":  # not by the path of its script and of its Python
+    if Path(sys.argv[0]).name == "llmfoundry":  # instead of the paths of its script and of Python
         words = ["llmfoundry", *sys.argv[1:]]
     launcher = Path(f"/proc/{os.getppid()}/cmdline")
     if "TORCHELASTIC_RUN_ID" in os.environ and launcher.exists():  # torchrun started this rank

@@ -14,7 +14,7 @@ from llmfoundry.train.run import Metrics
 
 log = logging.getLogger(__name__)
 
-STALL = "time/save_stall_seconds"  # in the line of the step after a save
+STALL = "time/save_stall_seconds"  # metric of the step after a save
 
 
 class Saver:
@@ -28,7 +28,7 @@ class Saver:
         self.checkpointer = checkpointer
         self._allowed = failures_allowed
         self._failures = 0  # in a row
-        self._stalled: float | None = None  # seconds of the last `save`, until `stall` has told them
+        self._stalled: float | None = None  # seconds of the last `save`, until `stall` has returned them
 
     def save(self, state: CheckpointState, sync: Callable[[], None]) -> None:
         """Save a checkpoint; after a failure, a warning is logged and the next call tries again.

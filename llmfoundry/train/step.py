@@ -36,12 +36,12 @@ class StepResult(NamedTuple):
     """The results of a step, the same on every rank, on the device."""
 
     ce: Tensor  # () nats per label, mean over the global batch; of DPO: of the chosen answers
-    total: Tensor  # () with the auxiliary losses: what was differentiated
+    total: Tensor  # (), with the auxiliary losses: the loss that was differentiated
     grad_norm: Tensor  # () before clipping
     router: RouterStats | None  # (L, E), (L, E), (L,), (L,) sums over the global batch
-    updated: Tensor  # () bool; False: some gradient was not finite or the loss too high, and nothing was changed
+    updated: Tensor  # () bool; False: a gradient was not finite or the loss too high, so nothing was changed
     sources: Tensor  # (2, n_sources) nats and labels of each source of a mixture
-    metrics: Tensor  # of the loss, in the order of its `metrics`
+    metrics: Tensor  # metrics of the loss, in the order of its `metrics`
 
 
 def train_step(
@@ -97,7 +97,7 @@ def train_step(
         try:
             sums = runtime.together(accumulate)
         except runtime.OutOfMemory as error:
-            error.held = held(model, optimizer, batch.tokens.device)  # gradients of earlier microbatches go next
+            error.held = held(model, optimizer, batch.tokens.device)  # before the gradients are dropped
             for each in filter(None, (model, objective.other)):
                 forget_step(each)
             raise
@@ -123,7 +123,7 @@ def train_step(
 class _Counts(NamedTuple):
     """Counts of the global batch."""
 
-    units: Tensor  # () what the loss is a sum over
+    units: Tensor  # (), number of units that the loss sums over
     labels: Tensor  # ()
     tokens: Tensor  # ()
 
@@ -197,7 +197,7 @@ def _forwards(
             load = seen if load is None else load + seen
             yield out, load
     else:
-        # The loads of the whole batch have to be known before the first backward.
+        # The loads of the whole batch must be known before the first backward.
         kept = len(microbatches) if balance.accumulation == "keep" else 1
         counts = []
         for i in numbers[kept:]:

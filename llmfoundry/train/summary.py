@@ -14,7 +14,7 @@ from llmfoundry.train.run import EVALUATED, Run
 Summary = dict[str, float | int | bool | str | list[float]]
 
 _VALIDATION = "validation"
-_NAMES = {"LanguageCrossEntropy": "nats_per_token", "bits_per_byte": "bits_per_byte"}  # of metrics on texts
+_NAMES = {"LanguageCrossEntropy": "nats_per_token", "bits_per_byte": "bits_per_byte"}  # prefix of metrics on texts
 
 
 def summary_of(run: Run, stopped: bool) -> Summary:

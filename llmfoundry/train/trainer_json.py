@@ -119,7 +119,7 @@ def _clock(said: Mapping[str, Json]) -> tuple[float, float]:
     match said.get("clock"):
         case [int() | float() as before, int() | float() as seconds]:
             return float(before), float(seconds)
-    trained = _seconds(said)  # a checkpoint of an earlier version has the time of its steps alone
+    trained = _seconds(said)  # a checkpoint of an earlier version has only the time of its steps
     return trained, trained
 
 
