@@ -40,7 +40,7 @@ class Clock:
         self._origin = time.monotonic() - self.seconds
 
     def own(self) -> float:
-        """The time by this process's clock."""
+        """Return the time by this process's clock."""
         return self.seconds if self._origin is None else time.monotonic() - self._origin
 
     def tick(self, agreed: float) -> None:
@@ -95,7 +95,7 @@ class Countdown:
         self._last = time.monotonic()
 
     def over(self, longest_save: float) -> bool:
-        """Whether another step or evaluation batch, and then a save, would not fit; called at the end of each.
+        """Return whether another step or evaluation batch, and then a save, would not fit; called at the end of each.
 
         Args:
             longest_save: seconds that the slowest save took until it was on disk; 0 before the first.

@@ -36,7 +36,7 @@ class Microbatches:
         can_retry: whether the model can continue after a step that was left halfway.
 
     Raises:
-        ConfigError: ranks would have different numbers of microbatches, but they must meet in each.
+        ConfigError: if ranks would have different numbers of microbatches, because they must meet in each.
     """
 
     def __init__(self, asked: int | Literal["auto"], rows: int, ranks: int) -> None:
@@ -67,7 +67,7 @@ class Microbatches:
                 left (if it was measured), and the error.
 
         Raises:
-            ResourceError: not even the smallest microbatch fits, or memory ran out and nothing can be retried.
+            ResourceError: if not even the smallest microbatch fits, or memory ran out and nothing can be retried.
         """
         while True:
             together = self._auto and self.can_retry and (self._watched > 0 or runtime.world_size() == 1)
@@ -100,10 +100,10 @@ class Microbatches:
 
 
 def fitting(rows: int, least: int, most: int) -> int:
-    """The largest microbatch size up to `rows` for which every rank has equally many microbatches; 0: none."""
+    """Return the largest microbatch size up to `rows` for which every rank has equally many microbatches; 0: none."""
     return next((n for n in range(rows, 0, -1) if _meet(n, least, most)), 0)
 
 
 def _meet(rows: int, least: int, most: int) -> bool:
-    """Whether ranks with `least` and with `most` rows have equally many microbatches of `rows`."""
+    """Return whether ranks with `least` and with `most` rows have equally many microbatches of `rows`."""
     return -(-least // rows) == -(-most // rows)

@@ -87,7 +87,7 @@ class MuonConfig(AdamWConfig, names=("muon",)):
         return sorted(found, key=lambda group: not group["muon"])  # a run reports the learning rate of the first group
 
     def marks(self, model: nn.Module) -> Callable[[Member], dict[str, object]]:
-        """Whether Muon updates a parameter."""
+        """Return the function that marks the parameters that Muon updates."""
         embeddings = {each.weight for each in model.modules() if isinstance(each, nn.Embedding)}
 
         def mark(member: Member) -> dict[str, object]:
@@ -108,7 +108,7 @@ class MuonConfig(AdamWConfig, names=("muon",)):
 
 
 def rows_of_stacked(model: nn.Module) -> dict[Tensor, tuple[int, ...]]:
-    """The parameters that hold stacked matrices, with the rows of each matrix."""
+    """Return the parameters that hold stacked matrices, with the rows of each matrix."""
     found: dict[Tensor, tuple[int, ...]] = {}
     for module in model.modules():
         if isinstance(module, Attention) and not module.reuses_kv:
@@ -239,7 +239,7 @@ class Muon(AdamW):
             self._apply(each.rows, direction, kind, step)
 
     def _matrices(self, parameter: Tensor, heights: tuple[int, ...], among: ProcessGroup | None) -> Iterator[_Cut]:
-        """The matrices of a parameter, with this rank's rows of each."""
+        """Yield the matrices of a parameter, with this rank's rows of each."""
         ranks, rank = (1, 0) if among is None else (among.size(), among.rank())
         height = parameter.shape[-2]
         own = rows_of_ranks(height, ranks, 0, height)[rank]  # this rank's rows in each stack of matrices
@@ -293,10 +293,10 @@ def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
 
 
 def _ranks_of_rows(parameter: Tensor) -> ProcessGroup | None:
-    """The ranks that hold rows of each of a parameter's matrices; None if matrices are whole.
+    """Return the ranks that hold rows of each of a parameter's matrices; None if matrices are whole.
 
     Raises:
-        ValueError: the matrices are sharded in another way.
+        ValueError: if the matrices are sharded in another way.
     """
     if not isinstance(parameter, DTensor):
         return None

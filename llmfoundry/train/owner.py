@@ -67,7 +67,7 @@ class Owner:
         """Take the folder.
 
         Raises:
-            ConfigError: another run owns it and is still running, or it cannot be written.
+            ConfigError: if another run owns it and is still running, or it cannot be written.
         """
         try:
             found = self._read()
@@ -82,7 +82,7 @@ class Owner:
         """Check that the folder still belongs to this run.
 
         Raises:
-            TakenOver: it does not.
+            TakenOver: if it does not.
         """
         found = self._read()
         if found is not None and found.nonce != self._own.nonce:

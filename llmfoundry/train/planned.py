@@ -29,7 +29,7 @@ class Planned(NamedTuple):
 
 
 def planned(config: RunConfig, gpus: int, memory: float) -> Planned | str:
-    """Simulate a step of a run on this many GPUs in a separate process; returns the reason if that is not possible.
+    """Simulate a step of a run on this many GPUs in a separate process; return the reason if that is not possible.
 
     Args:
         memory: bytes of one GPU.
@@ -82,5 +82,5 @@ def _once(config: RunConfig, mesh: Mesh, device: torch.device) -> bool:
 
 
 def card_memory(device: torch.device) -> int:
-    """Bytes of a GPU."""
+    """Return the memory of a GPU in bytes."""
     return torch.cuda.get_device_properties(device).total_memory

@@ -137,7 +137,7 @@ def _accumulate(
     n_sources: int,
     seeding: Callable[[int], object],
 ) -> _Sums:
-    """Run forward and backward of every microbatch; returns this rank's sums."""
+    """Run forward and backward of every microbatch; return this rank's sums."""
     references = [objective.reference(model, micro) for micro in microbatches]
     ce = torch.zeros((), dtype=torch.float32, device=counts.labels.device)
     total = torch.zeros_like(ce)
@@ -213,7 +213,7 @@ def _forwards(
 
 @torch.no_grad()
 def _count(model: CausalLM, batch: Batch) -> Tensor:
-    """The (L, E) loads of a microbatch; counting needs no logits but those of the last token."""
+    """Return the (L, E) loads of a microbatch; counting needs no logits but those of the last token."""
     out: Output = model(
         batch.tokens, sequence_ids=batch.sequence_ids, positions=batch.positions, keys=batch.rows, last_only=True
     )
@@ -226,7 +226,7 @@ def _load(out: Output) -> Tensor:
 
 
 def _auxiliary(stats: RouterStats, load: Tensor | None, balance: Balance) -> Tensor:
-    """The auxiliary losses of one microbatch, summed over its tokens; they add up over microbatches and ranks."""
+    """Return a microbatch's auxiliary losses, summed over its tokens; they add up over microbatches and ranks."""
     loss = balance.z_loss_weight * z_loss(stats.z_sum)
     if load is None:
         return loss

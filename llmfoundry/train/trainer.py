@@ -265,7 +265,7 @@ class Trainer(AgreeingRun):
         return evaluates(self) and (last or self.timeline.due(self.config.eval_interval, self.state.step))
 
     def _evaluate(self) -> Metrics:
-        """The metrics of an evaluation; empty if a signal interrupted it."""
+        """Return the metrics of an evaluation; empty if a signal interrupted it."""
         self.evaluation = {}  # the older evaluation does not belong to this step
         self.watchdog.beat(f"an evaluation after step {self.state.step}")
         self.evaluation = evaluated(self, self.stopped)
@@ -288,7 +288,7 @@ class Trainer(AgreeingRun):
         """Save what is due; while a run is in doubt, only its last step.
 
         Raises:
-            RunError: a weight is not finite, or too many steps were skipped.
+            RunError: if a weight is not finite, or too many steps were skipped.
         """
         state, timeline, config = self.state, self.timeline, self.config
         found = hopeless(self) if state.skipped_in_a_row or state.step == timeline.total_steps else None
@@ -352,7 +352,7 @@ class Trainer(AgreeingRun):
         """Return to the newest checkpoint, and continue after the rows that were read since.
 
         Raises:
-            RunError: there is no checkpoint.
+            RunError: if there is no checkpoint.
         """
         why, self.way_back = self.way_back, ""
         self.saver.settle()

@@ -60,7 +60,7 @@ class Limits(NamedTuple):
 
 
 def limits(hang_timeout: float | None, collective: float) -> Limits:
-    """The limits of a run.
+    """Return the limits of a run.
 
     Args:
         hang_timeout: for everything, if the YAML sets it.
@@ -132,7 +132,7 @@ class Watchdog:
             self._thread = None
 
     def named(self, at: str, error: Exception) -> RunError | None:
-        """The failure of a collective, naming the rank that it waited for; None for any other error."""
+        """Return the failure of a collective, naming the rank that it waited for; None for any other error."""
         if not isinstance(error, dist.DistError) and not any(word in str(error) for word in LOST):
             return None
         return RunError(f"{at}: {self.verdict() or 'a collective failed'}; here: {str(error).strip()}")
@@ -186,7 +186,7 @@ class Watchdog:
         os._exit(1)
 
     def _here(self) -> Answer:
-        """Where the main thread is."""
+        """Return where the main thread is."""
         frames = _frames(self._main)
         if any(each.f_code is Checkpointer.wait.__code__ for each in frames):  # the thread that writes for it counts
             writers = [thread for thread in threading.enumerate() if thread.name.startswith(WRITER)]
@@ -248,7 +248,7 @@ class Watchdog:
 
 
 def _frames(thread: int) -> list[FrameType]:
-    """The frames of a thread, innermost first."""
+    """Return the frames of a thread, innermost first."""
     frames: list[FrameType] = []
     frame = sys._current_frames().get(thread)
     while frame is not None:
@@ -258,7 +258,7 @@ def _frames(thread: int) -> list[FrameType]:
 
 
 def _passes_on(frame: FrameType) -> bool:
-    """Whether a frame belongs to code that many parts of a run communicate through, which does not show who waits."""
+    """Return whether a frame is in code that many parts of a run communicate through: it does not show who waits."""
     return frame.f_globals.get("__name__") in ("llmfoundry.tree", "llmfoundry.runtime")
 
 
