@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a write: the disk is full, or a limit is reached
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a write: the disk is full, or a limit is reached
 
 
 def atomic_write(path: Path, content: Iterable[bytes], sync: bool = False, shared: bool = False) -> None:
@@ -20,10 +20,10 @@ def atomic_write(path: Path, content: Iterable[bytes], sync: bool = False, share
         shared: several processes may write the file at the same time; the last one wins.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: if the file cannot be written.
     """
     temporary = path.with_name(f"{path.name}.tmp{f'-{uuid.uuid4().hex[:12]}' if shared else ''}")
-    temporary.unlink(missing_ok=True)  # a killed run's, or a pipe, on which opening would wait
+    temporary.unlink(missing_ok=True)  # left by a killed run, or a pipe, which would block when opened
     try:
         with temporary.open("xb") as file:
             file.writelines(content)
@@ -32,5 +32,5 @@ def atomic_write(path: Path, content: Iterable[bytes], sync: bool = False, share
                 os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)  # a full disk needs the space
+        temporary.unlink(missing_ok=True)  # frees space on a full disk
         raise

@@ -34,9 +34,9 @@ from llmfoundry.moe.dispatch import return_rows
 log = logging.getLogger(__name__)
 
 NAME = "llmfoundry"
-_KIND = "_llmfoundry_kind"  # the attribute of an experts module that keeps what was recognised
+_KIND = "_llmfoundry_kind"  # the attribute of an experts module that stores what was recognized
 BACKENDS = ("auto", "triton", "grouped_mm", "reference")
-# The probe reaches beyond every clamp in use (gpt-oss 7, DeepSeek-V4 10) on both sides, gate and up independently.
+# The probe goes beyond every clamp in use (gpt-oss 7, DeepSeek-V4 10) on both sides, for gate and up independently.
 _PROBE = torch.linspace(-12.0, 12.0, 24, dtype=torch.float64)
 
 
@@ -63,7 +63,7 @@ class Gate(NamedTuple):
 def experts_forward(
     self: TheirExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, backend: str = "auto"
 ) -> Tensor:
-    """The forward of an experts module of `transformers`, by our kernels; what `ExpertsInterface` calls.
+    """Run an experts module of `transformers` with this package's kernels; `ExpertsInterface` calls it as the forward.
 
     Args:
         self: the experts module: `gate_up_proj` or `up_proj`, `down_proj`, perhaps their biases, in any of the
@@ -125,13 +125,13 @@ def prepare(model: nn.Module) -> None:
 
 
 def kind_of(experts: TheirExperts) -> ExpertKind | None:
-    """What an experts module computes, as arguments of `experts_ffn`; None if `experts_ffn` cannot compute it."""
+    """Return what an experts module computes as arguments of `experts_ffn`; None if `experts_ffn` cannot compute it."""
     name = _recognised(experts)
     return None if name is None else _KINDS[name]
 
 
 def _recognised(experts: TheirExperts) -> str | None:
-    # A module that was pickled whole brings the name of its kind into a process that does not know it.
+    # A module that was pickled whole may have the name of a kind that this process does not know.
     if getattr(experts, _KIND, "") not in _KINDS and getattr(experts, _KIND, "") is not None:
         _recognise(experts)
     return cast(str | None, getattr(experts, _KIND))
@@ -182,7 +182,7 @@ def _match(experts: TheirExperts) -> Gate | None:
 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:
-    # A unit that computes in float32 inside (Beam) is ours as well: we do so too.
+    # A unit that computes in float32 internally (Beam) matches as well, because this package does the same.
     return theirs.shape == ours.shape and torch.allclose(ours, theirs.to(ours.dtype), rtol=1e-5, atol=1e-6)
 
 
@@ -197,7 +197,7 @@ def _register() -> None:
         ALL_EXPERTS_FUNCTIONS.register(f"{NAME}_{backend}", partial(experts_forward, backend=backend))
     try:
         from transformers.distributed.expert_parallel import EPImplementationInterface
-    except ImportError:  # before transformers 5.2x there is no choice of exchange
+    except ImportError:  # before transformers 5.2x, the exchange cannot be chosen
         return
     EPImplementationInterface.register(NAME, _ep_implementation())
 

@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 class LocalShard(NamedTuple):
     """The part of a tensor that this rank holds, and its position in the whole tensor."""
 
-    local: Tensor  # the storage itself, detached
-    shape: torch.Size  # of the whole tensor
-    offsets: tuple[int, ...]  # of `local` in the whole, one per dim
+    local: Tensor  # the storage of the part itself, detached
+    shape: torch.Size  # shape of the whole tensor
+    offsets: tuple[int, ...]  # position of `local` in the whole tensor, one offset per dim
 
 
 @overload
@@ -26,12 +26,12 @@ def local_part(tensor: Tensor) -> Tensor: ...
 @overload
 def local_part(tensor: Tensor | None) -> Tensor | None: ...
 def local_part(tensor: Tensor | None) -> Tensor | None:
-    """The part of a tensor that this rank holds; gradients flow through. None (a missing parameter) stays None."""
+    """Return the part of a tensor that this rank holds, with gradients. A missing parameter (None) stays None."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_shard(tensor: Tensor) -> LocalShard:
-    """The part of a tensor that this rank holds, with its position in the whole tensor."""
+    """Return the part of a tensor that this rank holds, with its position in the whole tensor."""
     if not isinstance(tensor, DTensor):
         return LocalShard(tensor.detach(), tensor.shape, (0,) * tensor.dim())
     # Only this line depends on how FSDP over expert parallelism strides its shards. torch's function for it is private;
@@ -50,5 +50,5 @@ def cut_like(tensor: Tensor, local: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor, on the CPU and detached. If it is sharded, this is a collective that every rank must call."""
+    """Return the whole tensor, on the CPU and detached. If it is sharded, every rank must call this collective."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()

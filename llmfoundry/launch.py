@@ -9,8 +9,8 @@ import sys
 import time
 from typing import NoReturn
 
-SIGNALLED = 128  # exit codes from here on: a signal's number is added
-BEGUN = time.monotonic()  # when this process began, but for Python's own start
+SIGNALLED = 128  # exit code of a signal: this plus its number
+BEGUN = time.monotonic()  # when this process began, not counting the start of Python
 
 
 def rank() -> int:
@@ -19,7 +19,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """The number of processes, as torchrun reports it."""
+    """Return the number of processes, as torchrun reports it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -29,12 +29,12 @@ def local_rank() -> int:
 
 
 def local_world_size() -> int:
-    """The number of processes on this node, as torchrun reports it; 1 without torchrun."""
+    """Return the number of processes on this node, as torchrun reports it; 1 without torchrun."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def is_rank0() -> bool:
-    """Whether this process logs and writes for all ranks."""
+    """Return whether this process logs and writes for all ranks."""
     return rank() == 0
 
 
@@ -45,7 +45,7 @@ def tell_torchrun(why: str) -> None:
     second.
     """
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        details = {"py_callstack": why, "timestamp": str(int(time.time()))}  # the form that its own handler writes
+        details = {"py_callstack": why, "timestamp": str(int(time.time()))}  # the format of torchrun's handler
         with open(file, "w") as report:
             json.dump({"message": {"message": why, "extraInfo": details}}, report)
         time.sleep(1.0)

@@ -15,16 +15,16 @@ HIDDEN = "(hidden)"
 _WORDS = re.compile(r"[a-z]+|[A-Z]+(?![a-z])|[A-Z][a-z]*")
 _SECRET = {"token", "key", "apikey", "secret", "secrets", "password", "passwd", "pwd", "passphrase", "credential",
            "credentials"}  # fmt: skip
-_NO_SECRET = {"text_key"}  # keys of ours that end so
+_NO_SECRET = {"text_key"}  # keys that end like a secret but are not one
 _SPECIAL = {"bos", "eos", "pad", "unk", "sep", "cls", "mask", "special", "image", "video", "audio", "end", "start"}
-# Under such a key too: nothing, what looks like a token of a vocabulary, and what names a variable of the environment.
+# Values that are not secret even under such a key: empty ones, tokens of a vocabulary, names of environment variables.
 _TOLD = re.compile(r"[<\[|].*[>\]|]|\W*|\$\{oc\.env:[^,}]*\}", re.DOTALL)
-_USER = re.compile(r"(?<=://)[^/\s'\"]+@")  # up to the last @: a password may hold one
-# What follows the `?` of a signed URL: `X-Amz-Signature=...`, `sv=...&sig=...`, `access_token=...`.
+_USER = re.compile(r"(?<=://)[^/\s'\"]+@")  # up to the last @, because a password may contain one
+# Query strings of signed URLs: `X-Amz-Signature=...`, `sv=...&sig=...`, `access_token=...`.
 _SIGNED = re.compile(
     r"(://[^\s'\"?]*\?)(?=[^\s'\"]*(?:token|secret|sig|signature|password|key|credential)=)[^\s'\"]*", re.IGNORECASE
 )
-_FEW = 6  # characters of a value that may stand anywhere by chance
+_FEW = 6  # shorter values may occur in a text by chance
 _ASSIGNED = re.compile(r"([A-Za-z_][\w.\[\]-]*)(:?=)(\"[^\"]*\"|'[^']*'|[^\s;,]+)")
 _ITEM = re.compile(r"(['\"])(\w+)\1(: ?)(\"[^\"]*\"|'[^']*')")
 _FOUND = re.compile(r"^((?:error: )?(?P<path>[\w.]+): .*found ).*$", re.MULTILINE)
@@ -42,7 +42,7 @@ class FromEnvironment(NamedTuple):
 
 
 def is_secret(key: str) -> bool:
-    """Whether a key is named like a secret: `hub_token`, `api_key`, `password`."""
+    """Return whether a key is named like a secret: `hub_token`, `api_key`, `password`."""
     words = [word.lower() for word in _WORDS.findall(key)]
     if not words or key in _NO_SECRET or words[-1] not in _SECRET:
         return False
@@ -50,13 +50,13 @@ def is_secret(key: str) -> bool:
 
 
 def disclosed(data: Mapping[str, object], environment: Mapping[str, FromEnvironment]) -> dict[str, object]:
-    """Settings without their secrets.
+    """Return settings without their secrets.
 
     Args:
         data: plain data.
         environment: values that came from the environment, by dotted path.
     """
-    # A key that was translated, or a name made of another value, has it under another path.
+    # A translated key, or a name made from another value, has the secret under another path.
     moved = {each.value: each.written for each in environment.values() if len(each.value) >= _FEW}
 
     def shown(value: object, path: str) -> object:
@@ -82,7 +82,7 @@ def disclosed(data: Mapping[str, object], environment: Mapping[str, FromEnvironm
 
 
 def cleaned(text: str) -> str:
-    """A message without secrets: values of keys that are named like secrets, and users in URLs."""
+    """Return a message without secrets: values of keys that are named like secrets, and users in URLs."""
 
     def assigned(found: re.Match[str]) -> str:
         return f"{found[1]}{found[2]}{HIDDEN}" if _named_secret(found[1]) else found[0]
@@ -101,5 +101,5 @@ def _named_secret(path: str) -> bool:
 
 
 def without_user(text: str) -> str:
-    """A text whose URLs have no user, password or signature."""
+    """Return a text whose URLs have no user, password or signature."""
     return _SIGNED.sub(rf"\1{HIDDEN}", _USER.sub(f"{HIDDEN}@", text)) if "://" in text else text

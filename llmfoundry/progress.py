@@ -33,7 +33,7 @@ class Meter:
     total: int | None
     unit: Unit
     done: int = 0
-    tokens: int = 0  # that were made on the way
+    tokens: int = 0  # tokens produced so far
     start: float = field(default_factory=time.monotonic)
 
     def __str__(self) -> str:

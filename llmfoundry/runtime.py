@@ -39,8 +39,8 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
-# Gloo connects two ranks when they first have something to say to each other, not each with every other at the start:
-# 4,096 ranks would have 4,095 sockets each, for every group over all of them.
+# Gloo connects two ranks at their first message, instead of each to every other at the start: 4,096 ranks would have
+# 4,095 sockets each, for every group over all of them.
 os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
 
 # Huge pages for large tensors in host memory: with pages of 4 KiB, a training step on a CPU takes 8 % longer. torch
@@ -49,10 +49,10 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # Segments of GPU memory that can grow. With expert parallelism, the sizes of buffers change in every step, and FSDP's
 # gathered weights are allocated and freed between them: with fixed segments, 12 of 79 GiB were reserved but unusable.
 # torch reads this at its first allocation on a GPU.
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the same variable's old name
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the variable's old name
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-# Dense bf16 TFLOP/s without sparsity, from the vendors' datasheets; the first name found in the device's name counts.
+# Dense bf16 TFLOP/s from the vendors' datasheets; the first name that the device's name contains counts.
 _PEAK_BF16_TFLOPS = {
     "B200": 2250.0,
     "GH200": 989.4,
@@ -65,7 +65,7 @@ _PEAK_BF16_TFLOPS = {
     "RTX 4090": 165.2,
 }
 
-_SAID_AFTER = 15.0  # seconds that a process waits for another one's fetch before it says so
+_SAID_AFTER = 15.0  # seconds that a process waits for another one's fetch before it logs that
 
 
 class _Planted(NamedTuple):
@@ -77,16 +77,16 @@ class _Planted(NamedTuple):
 
 # The state of this process; only functions of this module change it.
 _timeout = 600.0  # seconds, of `start`
-_store: dist.Store | None = None  # where ranks found each other
+_store: dist.Store | None = None  # the store through which ranks found each other
 _planted: _Planted | None = None
 _trees = 0  # made so far
 _meeting = False  # whether `together` runs
 _at_the_source = True  # whether to ask the hub; see `first_of_node`
-_mapped = 0  # bytes of GPU memory that torch's allocator does not know of
+_mapped = 0  # bytes of GPU memory that bypass torch's allocator
 
 
 def cache_root(cache_dir: str | None = None) -> Path:
-    """The folder of tokenizers, token shards and tile choices.
+    """Return the folder of tokenizers, token shards and tile choices.
 
     It is `cache_dir`, else $LLMFOUNDRY_CACHE, else `~/.cache/llmfoundry`; for a user without a home directory, a folder
     in the system's temporary folder.
@@ -98,7 +98,7 @@ def cache_root(cache_dir: str | None = None) -> Path:
 
 
 def device() -> torch.device:
-    """The accelerator of this process, or the CPU."""
+    """Return the accelerator of this process, or the CPU."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -129,7 +129,7 @@ def start(timeout_seconds: float = 600.0, *, group_of_one: bool = False) -> torc
 
 
 def store_for_a_thread() -> dist.Store | None:
-    """The ranks' store over a separate connection, which other threads cannot block; None for one process."""
+    """Return the ranks' store over a separate connection, which other threads cannot block; None for one process."""
     if _store is None or not dist.is_initialized():
         return None
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -145,7 +145,7 @@ def set_timeout(seconds: float) -> None:
 
 
 def tree() -> Tree | None:
-    """The tree of all ranks for messages between their main threads; None for a single process."""
+    """Return the tree of all ranks for messages between their main threads; None for a single process."""
     global _planted
     if not dist.is_initialized() or world_size() == 1 or dist.get_backend() == "fake":
         return None
@@ -169,7 +169,7 @@ def plant(timeout: float) -> Tree:
 
 
 def _store_of_attempt(timeout: datetime.timedelta) -> dist.Store:
-    """The store where ranks find each other, a separate one for each attempt of `torchrun --max-restarts`.
+    """Return the store where ranks find each other, a separate one for each attempt of `torchrun --max-restarts`.
 
     torchrun's own store outlives the ranks (pytorch/pytorch#135712): a second attempt would find the addresses of the
     first, where nothing listens any more. torchrun's restart count is the same for all ranks of a single node only: of
@@ -204,7 +204,7 @@ ELSEWHERE = "on another rank"  # the text of an `OutOfMemory` where this rank's 
 class OutOfMemory(RuntimeError):
     """Some rank ran out of memory in `together`; raised on all ranks."""
 
-    held: object = None  # what this rank held, for whoever reports it
+    held: object = None  # what this rank held, for the report
 
 
 class _Elsewhere(RuntimeError):
@@ -238,7 +238,7 @@ def together(run: Callable[[], T]) -> T:
         why, told = ELSEWHERE, True
     finally:
         _meeting = False
-    # Out of the handlers, where the traceback would keep every tensor of the frames.
+    # Outside the handlers, because the traceback would keep every tensor of the frames alive.
     if not told and any_rank(bool(why)):
         why = why or ELSEWHERE
     if why:
@@ -263,12 +263,12 @@ def of_ranks(values: Sequence[float]) -> Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether `flag` is set on any rank; every rank gets the same answer."""
+    """Return whether `flag` is set on any rank; every rank gets the same answer."""
     return bool(most_of_ranks([flag])[0])
 
 
 def most_of_ranks(values: Sequence[float]) -> list[float]:
-    """The maximum of each value over all ranks, in one reduction; every rank gets the same."""
+    """Return the maximum of each value over all ranks, in one reduction; every rank gets the same."""
     ranks = tree()
     if ranks is None:
         return list(values)
@@ -303,7 +303,7 @@ def on_rank0(ask: Callable[[], T], ranks: Tree | None = None) -> T:
 
 
 def _for_others(error: Exception) -> Exception:
-    """An exception that can be sent to other processes: many libraries' exceptions cannot be pickled."""
+    """Return an exception that can be sent to other processes: many libraries' exceptions cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -312,7 +312,7 @@ def _for_others(error: Exception) -> Exception:
 
 
 def asks_hub() -> bool:
-    """Whether to ask the hub; if not, another process of this node has put the files into the cache."""
+    """Return whether to ask the hub; if not, another process of this node has put the files into the cache."""
     return _at_the_source
 
 
@@ -325,7 +325,7 @@ def first_of_node(what: str, act: Callable[[], T]) -> T:
         what: what is fetched, for messages; the same on every rank.
 
     Raises:
-        ConfigError: the first rank failed.
+        ConfigError: if the first rank failed.
     """
     global _at_the_source
     if _store is None or not dist.is_initialized():
@@ -342,7 +342,7 @@ def first_of_node(what: str, act: Callable[[], T]) -> T:
         try:
             _store.wait([key], datetime.timedelta(seconds=_SAID_AFTER))
             break
-        except RuntimeError:  # not yet, or the store is gone with its host
+        except RuntimeError:  # not there yet, or the store is gone with its host
             waited += int(_SAID_AFTER)
             if not _store.check([key]) and local_rank() == 1:
                 log.warning("waiting for another process of this node, which fetches %s, for %d seconds", what, waited)
@@ -369,7 +369,7 @@ def agreed(act: Callable[[], T], ranks: Tree | None = None) -> T:
         error = failure
     ranks = ranks or tree()
     if ranks is not None:
-        # Nearly always there is no mistake: then one number is exchanged, and not each rank's message.
+        # Usually nothing fails: then only one number is exchanged instead of each rank's message.
         failed = ranks.reduce(torch.tensor([float(error is not None)]), dist.ReduceOp.MAX)
         if bool(failed):
             told = _for_others(error) if error is not None else None
@@ -380,13 +380,13 @@ def agreed(act: Callable[[], T], ranks: Tree | None = None) -> T:
 
 
 def seed_of(*parts: str | int) -> int:
-    """A seed of 63 bits from any parts, by SHA-256: the same on every machine and Python version."""
+    """Return a seed of 63 bits from any parts, by SHA-256: the same on every machine and Python version."""
     digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:8], "little") & (2**63 - 1)
 
 
 def generator(place: torch.device | str, *parts: str | int) -> torch.Generator:
-    """A generator on `place` seeded by `seed_of(parts)`."""
+    """Return a generator on `place` seeded by `seed_of(parts)`."""
     return torch.Generator(place).manual_seed(seed_of(*parts))
 
 

@@ -27,10 +27,10 @@ from llmfoundry.strict_yaml import MAX_DEPTH, MAX_SIZE
 
 log = logging.getLogger(__name__)
 
-MAX_BYTES = 2**20  # of a YAML file
-PIPE_SECONDS = 10.0  # until a pipe that holds a YAML file must have something to read
-MISSING = "???"  # OmegaConf's mark of a value that must be given
-# One backslash before it makes it a text; two are one backslash.
+MAX_BYTES = 2**20  # maximum bytes of a YAML file
+PIPE_SECONDS = 10.0  # seconds until a pipe with a YAML file must have data
+MISSING = "???"  # OmegaConf's marker of a value that must be given
+# One backslash before it makes it text; two backslashes stand for one.
 _REFERENCE = re.compile(r"(?<!\\)((?:\\\\)*)\$\{\s*(\.*)([A-Za-z_][\w.\[\]-]*)\s*\}")
 _ENVIRONMENT = re.compile(r"(?<!\\)\$\{\s*oc\.env:\s*(?P<name>[^,}\s]+)\s*(?P<default>,[^}]*)?\}")
 _OVERRIDE = re.compile(r"(?P<key>[^=:~\s][^=:]*?)(?P<kind>:?=)(?P<value>.*)", re.DOTALL)
@@ -70,7 +70,7 @@ def load_settings(path: str | Path, overrides: list[str] | None = None, is_users
             does not exist or is named like a secret.
 
     Raises:
-        ConfigError: the file is missing or malformed, an override is malformed, or an interpolation cannot be resolved.
+        ConfigError: if the file or an override is malformed, or an interpolation cannot be resolved.
     """
     parsed = [_parse_override(item) for item in overrides or []]
     loaded = parse(_read(path), str(path))
@@ -92,7 +92,7 @@ def load_settings(path: str | Path, overrides: list[str] | None = None, is_users
 
 
 def _read(path: str | Path) -> str:
-    """The text of a file, which may be a pipe: `train.py <(...)`."""
+    """Return the text of a file, which may be a pipe: `train.py <(...)`."""
     try:
         content = _first_bytes(path)
         if len(content) > MAX_BYTES:
@@ -117,7 +117,7 @@ def _first_bytes(path: str | Path) -> bytes:
 
 
 def _of_job(loaded: dict[str, object], path: str | Path) -> dict[str, object]:
-    """The settings in a job file of MosaicML's platform (`mcli run -f`), which are under `parameters`."""
+    """Return the settings in a job file of MosaicML's platform (`mcli run -f`), which are under `parameters`."""
     if not {"command", "image"} <= loaded.keys():
         return loaded
     parameters = loaded.get("parameters")
@@ -138,7 +138,7 @@ def _keep_private(text: str) -> str:
 
 
 def _from_environment(config: DictConfig, data: Mapping[str, object]) -> dict[str, FromEnvironment]:
-    """The values that contain `${oc.env:NAME}`, directly or through another key, with references expanded."""
+    """Return the values that contain `${oc.env:NAME}`, directly or through another key, with references expanded."""
     raw = OmegaConf.to_container(config, resolve=False)
     if not any("oc.env" in value for _, value in leaves(raw) if isinstance(value, str)):
         return {}
@@ -162,7 +162,7 @@ def _from_environment(config: DictConfig, data: Mapping[str, object]) -> dict[st
 
 
 def _referred(config: DictConfig) -> frozenset[str]:
-    """The first parts of all `${a.b}`."""
+    """Return the first part of each `${a.b}`."""
     texts = [text for _, text in leaves(OmegaConf.to_container(config, resolve=False)) if isinstance(text, str)]
     return frozenset(
         re.split(r"[.\[]", name)[0] for text in texts for _, dots, name in _REFERENCE.findall(text) if not dots
@@ -170,7 +170,7 @@ def _referred(config: DictConfig) -> frozenset[str]:
 
 
 def _borrow_variables(config: DictConfig, names: Set[str]) -> set[str]:
-    """Let `${name}` mean `${variables.name}` if there is no such top-level key; returns the names."""
+    """Let `${name}` mean `${variables.name}` if there is no such top-level key; return the names."""
     variables = OmegaConf.select(config, "variables")
     if not OmegaConf.is_dict(variables):
         return set()
@@ -184,7 +184,7 @@ def from_dotlist(items: list[str]) -> dict[str, object]:
     """Convert overrides alone into plain data.
 
     Raises:
-        ConfigError: an override is malformed.
+        ConfigError: if an override is malformed.
     """
     config = OmegaConf.create({})
     for item in items:
@@ -255,7 +255,7 @@ def _resolved(config: DictConfig, where: str) -> dict[str, object]:
         data = OmegaConf.to_container(config, resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:
         key = getattr(error, "full_key", None)
-        said = str(error).split("\n")[0]  # the rest is of OmegaConf's own objects
+        said = str(error).split("\n")[0]  # the other lines concern OmegaConf's own objects
         raise ConfigError(f"{where}: {f'{key}: ' if key else ''}{said}") from None
     assert isinstance(data, dict)
     for path, value in leaves(data):
@@ -276,7 +276,7 @@ def leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
 
 def _check_expansion(root: dict[str, object], where: str) -> None:
     """Refuse interpolations that refer to themselves or expand beyond `MAX_SIZE`."""
-    sizes: dict[str, int | None] = {}  # of what is at a dotted path; None: it is being measured
+    sizes: dict[str, int | None] = {}  # sizes by dotted path; None: it is being measured
 
     def at(path: str) -> object:
         node: object = root
@@ -333,7 +333,7 @@ def read_resolved(path: str | Path) -> dict[str, object]:
     """Read a config.yaml that a run or a conversion wrote; nothing in it is interpolated.
 
     Raises:
-        ConfigError: the file is missing or malformed.
+        ConfigError: if the file is missing or malformed.
     """
     try:
         text = read_plain(Path(path), most=MAX_BYTES).decode()
@@ -360,7 +360,7 @@ def _each_string(value: object, change: Callable[[str], str]) -> object:
 
 
 def _escaped(text: str) -> str:
-    """OmegaConf reads `\\${` as `${`, and halves the backslashes before an interpolation or an escape."""
+    """Escape `${`: OmegaConf reads `\\${` as `${`, and halves the backslashes before an interpolation or an escape."""
     if isinstance(text, Interpolation):
         return str(text)
     if "${" not in text:
@@ -369,5 +369,5 @@ def _escaped(text: str) -> str:
 
 
 def _unescaped(text: str) -> str:
-    """Files of older versions hold `${` without a backslash, which stays."""
+    """Invert `_escaped`. Files of older versions have `${` without a backslash, which stays."""
     return re.sub(r"(\\+)\$\{", lambda found: "\\" * (len(found[1]) // 2) + "${", text)

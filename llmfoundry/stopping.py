@@ -18,7 +18,7 @@ from types import FrameType
 
 from llmfoundry.launch import SIGNALLED
 
-# By Kubernetes and Slurm; Ctrl-C; by `sbatch --signal`; by a terminal that closes.
+# Sent by Kubernetes and Slurm; by Ctrl-C; by `sbatch --signal`; by a terminal that closes.
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 SAME_REQUEST = 1.0  # seconds; launchers often send a signal twice: to the process group and to each rank
 GRACE = 2.0  # seconds for a process to end by itself
@@ -37,7 +37,7 @@ class Stop(BaseException):
 
 
 def name(number: int) -> str:
-    """The name of a signal: `SIGTERM`, or `Ctrl-C`."""
+    """Return the name of a signal: `SIGTERM`, or `Ctrl-C`."""
     return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 

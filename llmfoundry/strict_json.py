@@ -17,15 +17,15 @@ from typing import BinaryIO, NoReturn
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
-MOST_BYTES = 2**28  # of a file
+MOST_BYTES = 2**28  # maximum bytes of a file
 MOST_OF_LINE = 2**24  # bytes
 
 
 def parse_json(text: str | bytes) -> Json:
-    """The value of a JSON text.
+    """Parse a JSON text and return its value.
 
     Raises:
-        ValueError: it is malformed, has a number that is not finite or a repeated key, or is nested too deeply.
+        ValueError: if it is malformed, has a number that is not finite or a repeated key, or is nested too deeply.
     """
     try:
         found: Json = json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_mapping)
@@ -35,20 +35,20 @@ def parse_json(text: str | bytes) -> Json:
 
 
 def read_json(path: Path, follow: bool = True) -> Json:
-    """The value in a file.
+    """Read the JSON value in a file.
 
     Args:
         follow: whether the file may be a link.
 
     Raises:
-        ValueError: as `parse_json`; or it is not a regular file, or too long.
-        OSError: it cannot be read.
+        ValueError: as for `parse_json`, or if it is not a regular file or is too long.
+        OSError: if it cannot be read.
     """
     return parse_json(read_plain(path, follow))
 
 
 def read_mapping(path: Path, follow: bool = True) -> dict[str, Json]:
-    """The mapping in a file; raises as `read_json`, and ValueError if it is not a mapping."""
+    """Read the JSON mapping in a file; raise as `read_json`, and ValueError if it is not a mapping."""
     found = read_json(path, follow)
     if not isinstance(found, dict):
         raise ValueError(f"it must hold a mapping, found {type(found).__name__}")
@@ -56,11 +56,11 @@ def read_mapping(path: Path, follow: bool = True) -> dict[str, Json]:
 
 
 def read_plain(path: Path, follow: bool = True, most: int = MOST_BYTES) -> bytes:
-    """The bytes of a regular file; reading never waits for another process.
+    """Read a regular file; reading never waits for another process.
 
     Raises:
-        ValueError: it is not a regular file, or longer than `most` bytes.
-        OSError: it cannot be read.
+        ValueError: if it is not a regular file, or longer than `most` bytes.
+        OSError: if it cannot be read.
     """
     if not follow and path.is_symlink():
         raise ValueError("is not a plain file but a link")
@@ -75,8 +75,8 @@ def read_lines(path: Path) -> Iterator[bytes]:
     """Yield the lines of a regular file with their line breaks; an incomplete last line is left out.
 
     Raises:
-        ValueError: it is not a regular file, or a line is longer than MOST_OF_LINE.
-        OSError: it cannot be read.
+        ValueError: if it is not a regular file, or a line is longer than MOST_OF_LINE.
+        OSError: if it cannot be read.
     """
     with _opened(path) as file:
         while line := file.readline(MOST_OF_LINE):
@@ -95,14 +95,14 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def whole_number(value: Json) -> int:
-    """A number that is whole, not negative, and fits into 63 bits; raises ValueError otherwise."""
+    """Return a number if it is whole, not negative and fits into 63 bits; raise ValueError otherwise."""
     if type(value) is not int or not 0 <= value < 2**63:
         raise ValueError(f"{value!r:.40} is not an integer of at least 0")
     return value
 
 
 def whole_numbers(values: Json) -> tuple[int, ...]:
-    """The same of a list."""
+    """Return the numbers in a list, each as `whole_number`."""
     if not isinstance(values, list):
         raise ValueError(f"{values!r:.40} is not a list of integers")
     return tuple(whole_number(value) for value in values)

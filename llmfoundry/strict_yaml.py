@@ -20,7 +20,7 @@ def load(text: str, where: str) -> object:
     """Parse YAML text into plain data; keys are strings.
 
     Raises:
-        ValueError: the text is malformed; each line of the message starts with `where` and the line number.
+        ValueError: if the text is malformed; each line of the message starts with `where` and the line number.
     """
     try:
         loader = _Loader(text)
@@ -74,7 +74,7 @@ class _Loader(_Dialect, yaml.SafeLoader):
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.depth = 0
-        self.mistakes: list[str] = []  # numbers in a notation that surprises
+        self.mistakes: list[str] = []  # numbers in an unexpected notation
 
     def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
         self.depth += 1
@@ -121,7 +121,7 @@ class _Dumper(_Dialect, yaml.SafeDumper):
 
 
 def _check(node: yaml.Node, sizes: dict[int, int | None]) -> int:
-    """The number of values that a node expands to.
+    """Return the number of values that a node expands to.
 
     Raises:
         yaml.YAMLError: there are too many, a node contains itself, a key is repeated or is not a plain word, or a text

@@ -25,7 +25,7 @@ FANOUT = 16
 
 
 def levels(rank: int, world: int) -> list[range]:
-    """The groups of ranks that a rank belongs to, lowest first; it is the first rank of each but the last."""
+    """Return the groups of ranks that a rank belongs to, lowest first. It is the first rank of each but the last."""
     found, step = [], 1
     while step < world and rank % step == 0:
         first = rank // (step * FANOUT) * (step * FANOUT)
@@ -100,7 +100,7 @@ class Tree:
 def _group(store: dist.Store, ranks: range, rank: int, timeout: float) -> dist.ProcessGroup:
     own = dist.PrefixStore(f"{ranks.start}/{ranks.step}", store)
     made = dist.ProcessGroupGloo(own, ranks.index(rank), len(ranks), datetime.timedelta(seconds=timeout))
-    return cast(dist.ProcessGroup, made)  # it has the methods, which torch's stub lacks
+    return cast(dist.ProcessGroup, made)  # it has these methods, although torch's stub lacks them
 
 
 def _broadcast(group: dist.ProcessGroup, tensor: Tensor) -> None:

@@ -48,7 +48,7 @@ class Job(NamedTuple):
 
     @classmethod
     def of(cls, config: RunConfig) -> Job:
-        """The run of a YAML, on GPUs."""
+        """Return the job of a YAML's run on GPUs."""
         assert isinstance(config.model, CausalLMConfig)
         sequences, micro = 2 if config.loss.pairs else 1, config.device_train_microbatch_size
         return cls(
@@ -68,22 +68,22 @@ class Job(NamedTuple):
         return 4 if self.precision == "fp32" else 2
 
     def degrees(self, gpus: int) -> Degrees:
-        """The mesh of the YAML on this many GPUs.
+        """Return the mesh of the YAML on this many GPUs.
 
         Raises:
-            ConfigError: the mesh does not fit the GPUs or the model.
+            ConfigError: if the mesh does not fit the GPUs or the model.
         """
         return plan_mesh(self.parallel, gpus, n_experts(self.model))
 
     def work(self, degrees: Degrees) -> Work:
-        """One GPU's part of a step."""
+        """Return one GPU's part of a step."""
         rows = -(-self.global_rows // (degrees.replicate * degrees.shard))
         balance = Balance.of(self.model)
         counts = balance is not None and balance.loss_weight > 0 and balance.counts_ahead
         return Work(rows, rows if self.micro_rows == "auto" else min(self.micro_rows, rows), self.seq_len, counts)
 
     def on(self, degrees: Degrees) -> Job:
-        """The job with the keys of `parallel` that a run on this mesh has.
+        """Return the job with the keys of `parallel` that a run on this mesh has.
 
         Raises:
             ConfigError: as `settled_exchange`.
@@ -92,10 +92,10 @@ class Job(NamedTuple):
         return self._replace(parallel=settled_exchange(parallel, self.global_rows, degrees.replicate * degrees.shard))
 
     def gathers(self, degrees: Degrees, top_k: int) -> bool:
-        """Whether the ranks that divide the experts gather all tokens; otherwise each is sent where it is needed."""
+        """Return whether the ranks that divide the experts gather all tokens, instead of sending each where needed."""
         way = self.on(degrees).parallel.exchange_tokens
         return gathers(way, degrees.expert, top_k, hardware.NODE % degrees.expert == 0)
 
     def changed(self, **parallel: object) -> Job:
-        """A copy with other values of keys of `parallel`."""
+        """Return a copy with other values of keys of `parallel`."""
         return self._replace(parallel=self.parallel.model_copy(update=parallel))

@@ -24,12 +24,12 @@ aten, c10d = torch.ops.aten, torch.ops.c10d
 class Memory(NamedTuple):
     """Bytes on one GPU at one moment, by what they are for."""
 
-    weights: float = 0.0  # this GPU's share
-    optimizer: float = 0.0  # state of the optimizer, of the same share
-    gradients: float = 0.0  # finished ones, whole or this GPU's share, and the buffers that sum them over GPUs
+    weights: float = 0.0  # weights: this GPU's share
+    optimizer: float = 0.0  # optimizer state of the same share
+    gradients: float = 0.0  # finished gradients, whole or this GPU's share, and the buffers that sum them over GPUs
     gathered: float = 0.0  # whole weights in the compute dtype, in use or being gathered
-    activations: float = 0.0  # made in forward
-    temporaries: float = 0.0  # made in backward, recomputed activations included
+    activations: float = 0.0  # allocated in forward
+    temporaries: float = 0.0  # allocated in backward, including recomputed activations
 
     @property
     def total(self) -> float:
@@ -37,7 +37,7 @@ class Memory(NamedTuple):
         return sum(self)
 
     def extrapolated(self, longer: Self, steps: float) -> Memory:
-        """The point on the line from here through `longer`, which is at `steps` = 1."""
+        """Extrapolate linearly from here through `longer`, which is at `steps` = 1."""
         return Memory(*(a + steps * (b - a) for a, b in zip(self, longer, strict=True)))
 
 
@@ -56,8 +56,8 @@ class Received(NamedTuple):
     """One collective."""
 
     operation: str
-    ranks: tuple[int, ...]  # of its group
-    bytes: int  # that this rank holds after it (gather, exchange), or puts in (reduce)
+    ranks: tuple[int, ...]  # number of ranks of its group
+    bytes: int  # bytes that this rank holds after it (gather, exchange), or puts in (reduce)
 
 
 class Ledger(TorchDispatchMode):
@@ -65,10 +65,10 @@ class Ledger(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.paused = False  # inside a fused kernel, which writes no intermediate results
-        self.kind: Kind = WEIGHTS  # of what is allocated now
+        self.paused = False  # whether inside a fused kernel, which writes no intermediate results
+        self.kind: Kind = WEIGHTS  # kind of what is allocated now
         self.moment = Moment("forward", -1)
-        # Memory after each allocation, in a list for each time that a moment occurs (once or more per microbatch).
+        # Memory after each allocation: one list for each time that a moment occurs (once or more per microbatch).
         self.held: dict[Moment, list[list[Memory]]] = {}
         self.received: list[Received] = []
         self.bodies: dict[object, Callable[..., object]] = {}  # implementations of operators whose allocations count
@@ -128,7 +128,7 @@ class Ledger(TorchDispatchMode):
         self._now[kind] -= size
 
     def _kind_by_caller(self) -> Kind:
-        """The kind of a new tensor. FSDP's buffers are recognised by the function of torch that allocates them."""
+        """Return the kind of a new tensor. FSDP's buffers are recognized by the torch function that allocates them."""
         if self.kind in (WEIGHTS, OPTIMIZER):
             return self.kind
         frame: FrameType | None = sys._getframe(2)
@@ -183,7 +183,7 @@ class Ledger(TorchDispatchMode):
 
 
 def _called_by(function: Callable[..., object], frame: FrameType | None) -> bool:
-    """Whether it is among the near callers; modes of recompute may stand between."""
+    """Return whether a function is among the near callers; modes of recompute may stand between."""
     for _ in range(16):
         if frame is None:
             return False

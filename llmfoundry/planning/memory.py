@@ -17,7 +17,7 @@ Held = dict[Moment, list[list[Memory]]]
 
 
 def memory(job: Job, degrees: Degrees) -> Memory:
-    """What one GPU holds at the highest moment of a step."""
+    """Return what one GPU holds at the highest moment of a step."""
     model = job.model
     period, short = _pattern(job)
     if model.n_layers <= short + period:
@@ -37,7 +37,7 @@ def memory(job: Job, degrees: Degrees) -> Memory:
 
 
 def _pairs(near: list[Memory], far: list[Memory]) -> list[tuple[Memory, Memory]]:
-    """Each allocation in both; only the highest of each if their numbers differ, as they do in the update."""
+    """Return each allocation in both; only the highest of each if their numbers differ, as they do in the update."""
     if len(near) != len(far):
         near, far = ([max(held, key=lambda memory: memory.total)] for held in (near, far))
     return list(zip(near, far, strict=True))
@@ -53,7 +53,7 @@ def _ahead(job: Job) -> int:
 
 
 def _pattern(job: Job) -> tuple[int, int]:
-    """The period of the kinds of blocks, and the fewest layers in which some block has all its neighbours.
+    """Return the period of the kinds of blocks, and the fewest layers in which some block has all its neighbours.
 
     Near both ends, fewer blocks are gathered ahead.
     """
@@ -64,7 +64,7 @@ def _pattern(job: Job) -> tuple[int, int]:
 
 
 def _by_border(held: Held, n_layers: int, reach: int) -> Held:
-    """The moments near both ends; those near the last block are counted from there, with numbers below -1."""
+    """Return the moments near both ends; those near the last block are counted from there, with numbers below -1."""
     first = {moment: times for moment, times in held.items() if moment.block <= reach}
     last = {
         moment._replace(block=moment.block - n_layers - 2): times

@@ -31,7 +31,7 @@ class Link(NamedTuple):
         return self.nvlink + self.network
 
     def seconds(self, nvlink_rate: float) -> float:
-        """Both links work at the same time, so the slower one counts."""
+        """Return the seconds on the slower link, because both work at the same time."""
         return max(self.nvlink / nvlink_rate, self.network / hardware.NETWORK)
 
 
@@ -40,7 +40,7 @@ class Traffic(NamedTuple):
 
     gather: Link  # weights, forward and backward
     reduce: Link  # gradients
-    replicate: Link  # gradients again, over copies of the model
+    replicate: Link  # gradients again, over the replicas of the model
     tokens: Link  # to the experts and back, forward and backward
 
 
@@ -49,7 +49,7 @@ class Time(NamedTuple):
 
     compute: float  # forward, backward and recompute
     communication: float  # weights and gradients
-    exchange: float  # of tokens
+    exchange: float  # exchange of tokens
     update: float  # of the weights, and the copies that shard them
 
     @property
@@ -75,7 +75,7 @@ class Plan(NamedTuple):
 
 
 def plan(job: Job, degrees: Degrees) -> Plan:
-    """The plan of a run on one mesh."""
+    """Return the plan of a run on one mesh."""
     work, received = job.work(degrees), traffic(job, degrees)
     time = seconds(job, degrees, received)
     speed = work.rows * work.seq_len / time.total
@@ -84,7 +84,7 @@ def plan(job: Job, degrees: Degrees) -> Plan:
 
 
 def traffic(job: Job, degrees: Degrees) -> Traffic:
-    """What a GPU receives per step."""
+    """Return what a GPU receives per step."""
     model, parallel, work = job.model, job.parallel, job.work(degrees)
     dense, experts = _params(model)
     embeddings = model.vocab_size * model.d_model * (1 if model.tie_word_embeddings else 2)
@@ -115,7 +115,7 @@ def traffic(job: Job, degrees: Degrees) -> Traffic:
 
 
 def _ring(total: float, ranks: int, stride: int) -> Link:
-    """What one of `ranks` GPUs receives, each `stride` from the next, of the `total` bytes that all hold at the end."""
+    """Return what one of `ranks` GPUs, each `stride` from the next, receives of the `total` bytes that all get."""
     here = max(1, min(ranks, hardware.NODE // stride))  # ranks in one node
     network = total * (1 - here / ranks) / here
     return Link(total * (1 - 1 / ranks) - network, network)
@@ -126,9 +126,9 @@ def _both(a: Link, b: Link) -> Link:
 
 
 def _exchange(job: Job, degrees: Degrees) -> Link:
-    """Each token reaches each rank with any of its experts once, or each rank, and returns, forward and backward.
+    """Return the traffic of tokens: each goes to each rank with any of its experts once, or to each rank, and back.
 
-    Computed again, a block ends before its rows return, for nothing that backward needs comes after.
+    Recomputation of a block ends before its rows return, because backward needs nothing after that.
     """
     ranks, work = degrees.expert, job.work(degrees)
     times = (4 if job.parallel.recompute == "none" else 5) + 2 * work.counted / work.microbatches
@@ -146,7 +146,7 @@ def _exchange(job: Job, degrees: Degrees) -> Link:
 
 
 def seconds(job: Job, degrees: Degrees, received: Traffic) -> Time:
-    """The time of a step on H100s: FLOPs and bytes divided by the rates in hardware.py."""
+    """Return the time of a step on H100s: FLOPs and bytes divided by the rates in hardware.py."""
     communication = (
         received.gather.seconds(hardware.ALL_GATHER)
         + received.reduce.seconds(hardware.REDUCE_SCATTER)
@@ -218,7 +218,7 @@ def _update(job: Job, degrees: Degrees) -> float:
         sums = 2 + 4 / ranks if degrees.replicate == 1 and ranks <= MOST_RANKS else 6
         copies += (gathers * cast / ranks + reductions * sums) * own
     elif not half or degrees.expert == 1 or max(ranks, degrees.replicate) > 1 or parallel.cpu_offload:
-        copies += (gathers * (cast / ranks + 4) + reductions * 6) * own  # else they are in no unit of FSDP
+        copies += (gathers * (cast / ranks + 4) + reductions * 6) * own  # otherwise they are not in an FSDP unit
     copies += added * (whole + own)
     return (update + 8 * share + copies) / hardware.SHARDED_COPY_BYTES + products
 

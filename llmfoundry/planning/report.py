@@ -24,8 +24,8 @@ from llmfoundry.planning.settle import settled
 from llmfoundry.planning.simulation import CannotSimulateError
 from llmfoundry.train.config import RunConfig
 
-MOST_GPUS = 8192  # where the search for a mesh on which the run fits ends
-MOST_MESHES = 3  # that fit, in the table, besides the one asked for
+MOST_GPUS = 8192  # limit of the search for a mesh on which the run fits
+MOST_MESHES = 3  # maximum number of fitting meshes in the table, besides the requested one
 MOST_SIMULATED = 4  # meshes, including those that do not fit
 MOST_REMEDIES = 2
 
@@ -41,7 +41,7 @@ class GPU(NamedTuple):
         return self.memory - hardware.RESERVE
 
     def fits(self, held: Memory) -> bool:
-        """Whether the card holds it."""
+        """Return whether the card has room for it."""
         return held.total <= self.usable
 
     def __str__(self) -> str:
@@ -49,14 +49,14 @@ class GPU(NamedTuple):
 
 
 def describe(config: RunConfig, gpus: int | None, gpu_memory: float = hardware.GPU_MEMORY) -> Iterator[str]:
-    """The plan of a run in words.
+    """Yield the plan of a run in words.
 
     Args:
         gpus: how many; None: find the fewest that the run fits on.
         gpu_memory: bytes of one GPU.
 
     Raises:
-        ConfigError: the mesh does not fit the GPUs or the model, or `gpu_memory` is not more than the reserve.
+        ConfigError: if the mesh does not fit the GPUs or the model, or `gpu_memory` is not more than the reserve.
     """
     if config.model.name == "transformers":
         yield "memory and time are not planned for modules of transformers"
@@ -80,7 +80,7 @@ def _plan(asked_for: Job, gpus: int, card: GPU) -> Iterator[str]:
     job, held, reason = asked_for, Memory(), None
     try:
         job, held = settled(asked_for, degrees, card.usable)
-    except CannotSimulateError as error:  # its time is known nevertheless
+    except CannotSimulateError as error:  # its time is known all the same
         reason = error
     asked = plan(job, degrees)
     rows = f"{asked.work.rows} rows each in microbatches of {asked.work.micro_rows}"
@@ -105,12 +105,12 @@ def _mesh(degrees: Degrees) -> str:
 
 
 def _least_gpus(job: Job, card: GPU) -> Iterator[str]:
-    """The fewest GPUs on which the mesh of the YAML fits: 1, 2, 4, 8, ... times the ranks that its degrees need."""
+    """Yield the fewest GPUs on which the YAML's mesh fits: 1, 2, 4, 8, ... times the ranks that its degrees need."""
     wanted, model = job.parallel, job.model
     ranks = wanted.replicate * (wanted.expert if wanted.shard == -1 else wanted.shard)
     choices = [ranks] if wanted.shard != -1 else [ranks * 2**i for i in range(MOST_GPUS.bit_length())]
     choices = [n for n in choices if n <= min(MOST_GPUS, job.global_rows)] or [ranks]
-    if wanted.exchange_tokens == "gather":  # which needs as many rows on every rank
+    if wanted.exchange_tokens == "gather":  # it needs equally many rows on every rank
         choices = [n for n in choices if job.global_rows % n == 0] or choices[:1]
     sizes: dict[int, Memory] = {}
 
@@ -226,7 +226,7 @@ def meshes(experts: int, gpus: int) -> list[Degrees]:
 
 
 def _table(job: Job, asked: Plan, held: Memory, gpus: int, card: GPU) -> Iterator[str]:
-    """The mesh asked for, then others by estimated time, until `MOST_MESHES` are found that fit."""
+    """Yield the mesh asked for, then others by estimated time, until `MOST_MESHES` are found that fit."""
     shared = (held.weights + held.optimizer) * asked.degrees.shard
     others = [each for each in meshes(n_experts(job.model), gpus) if each != asked.degrees]
     able = [each for each in others if shared / each.shard <= card.usable]

@@ -22,7 +22,7 @@ from llmfoundry.planning.simulation import CannotSimulateError
 
 
 def settled(job: Job, degrees: Degrees, usable: float) -> tuple[Job, Memory]:
-    """The job without `auto`, and what one GPU holds.
+    """Return the job without `auto`, and what one GPU holds.
 
     Args:
         usable: bytes of one GPU that a plan may use. Gradients are summed once a step if that fits, and if the step
@@ -38,7 +38,7 @@ def settled(job: Job, degrees: Degrees, usable: float) -> tuple[Job, Memory]:
 
 
 def shortest(job: Job, degrees: Degrees) -> Job:
-    """The job without `auto`, by time alone."""
+    """Return the job without `auto`, by time alone."""
     if job.parallel.reduce_once_a_step != "auto":
         return job
     once, each = job.changed(reduce_once_a_step=True), job.changed(reduce_once_a_step=False)
@@ -47,7 +47,7 @@ def shortest(job: Job, degrees: Degrees) -> Job:
 
 
 def _sums(job: Job, degrees: Degrees) -> bool:
-    """Whether there are gradients of several microbatches to sum over ranks."""
+    """Return whether there are gradients of several microbatches to sum over ranks."""
     return degrees.shard > 1 and job.work(degrees).microbatches > 1
 
 

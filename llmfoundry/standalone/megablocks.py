@@ -52,7 +52,7 @@ class Arguments:
 
     moe_num_experts: int = 1
     moe_top_k: int = 1
-    moe_capacity_factor: int | float = 1  # of `MoE`; 0: drops nothing
+    moe_capacity_factor: int | float = 1  # capacity of `MoE`; 0: drops nothing
     moe_normalize_expert_weights: int | float | None = None
     moe_loss_weight: float = 0.1
     moe_jitter_eps: float | None = None
@@ -65,10 +65,10 @@ class Arguments:
 
     memory_optimized_mlp: bool = False  # it always is
     mlp_type: str = "mlp"  # or glu
-    mlp_impl: str = "grouped"  # or sparse; ours is neither of them
+    mlp_impl: str = "grouped"  # or sparse; this package uses neither
     fp16: bool = True
     bf16: bool = False
-    device: int | str | torch.device | None = None  # None: the current GPU, or the CPU where there is none
+    device: int | str | torch.device | None = None  # None: the current GPU, or the CPU if there is none
     init_method: Init = partial(torch.nn.init.normal_, mean=0.0, std=0.02)
     output_layer_init_method: Init = partial(torch.nn.init.normal_, mean=0.0, std=0.02)
 
@@ -143,7 +143,7 @@ def _refuse(args: Arguments, drops: bool) -> None:
 
 
 def _expert_group(args: Arguments) -> dist.ProcessGroup | None:
-    """The process group whose ranks divide the experts."""
+    """Return the process group whose ranks divide the experts."""
     if not args.moe_expert_model_parallelism:
         return None
     return args.expert_parallel_group if args.expert_parallel_group is not None else dist.group.WORLD
@@ -157,7 +157,7 @@ class _Balance(NamedTuple):
     tokens: int
 
 
-# By layer, so that a forward that is computed again replaces what it left before.
+# By layer, so that a recomputed forward replaces its earlier results.
 _balance: weakref.WeakKeyDictionary[nn.Module, _Balance] = weakref.WeakKeyDictionary()
 _zloss: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()  # () mean over tokens
 
@@ -166,7 +166,7 @@ class dMoE(OurMoE):  # noqa: N801  MegaBlocks' name
     """MegaBlocks' dropless mixture: `dMoE(args)(x)` is `(y, bias)`, or with `return_bias=False` `y + bias`.
 
     Raises:
-        ConfigError: an argument asks for what is not supported here.
+        ConfigError: if an argument asks for something that is not supported here.
     """
 
     drops = False
@@ -182,7 +182,7 @@ class dMoE(OurMoE):  # noqa: N801  MegaBlocks' name
             ffn_hidden_size=args.ffn_hidden_size,
             moe_num_experts=args.moe_num_experts,
             moe_top_k=args.moe_top_k,
-            mlp_type="mlp" if self.drops else args.mlp_type,  # its MoE knows no gate
+            mlp_type="mlp" if self.drops else args.mlp_type,  # MegaBlocks' MoE does not support a gate
             ffn_act_fn={"name": _activation_name(args.activation_fn)},
             moe_loss_weight=args.moe_loss_weight,
             moe_zloss_weight=args.moe_zloss_weight,
@@ -203,7 +203,7 @@ class dMoE(OurMoE):  # noqa: N801  MegaBlocks' name
         """(S, B, D) -> (S, B, D), with the bias separate if `return_bias` and there is one.
 
         Raises:
-            ValueError: x has another width or, without autocast, another dtype than the weights.
+            ValueError: if x has another width or, without autocast, another dtype than the weights.
         """
         if torch.is_autocast_enabled(x.device.type):
             return cast(Tensor | tuple[Tensor, Tensor], autocast_call(self, x))
@@ -227,7 +227,7 @@ class dMoE(OurMoE):  # noqa: N801  MegaBlocks' name
         """Draw initial weights by the arguments' methods, for all experts on every rank, as MegaBlocks does."""
         args, own = self.args, self.experts.w1.shape[0]
         first = 0 if self.expert_group is None else dist.get_rank(self.expert_group) * own
-        rows = self.experts.w1.shape[1] // args.ffn_hidden_size  # 2 with a gate
+        rows = self.experts.w1.shape[1] // args.ffn_hidden_size  # 2 if gated
         size = (args.moe_num_experts, args.ffn_hidden_size, args.hidden_size)
         for target, method in [(self.experts.w1, args.init_method), (self.experts.w2, args.output_layer_init_method)]:
             for part in range(rows if target is self.experts.w1 else 1):
@@ -259,7 +259,7 @@ def _stacked(module: dMoE, weight: Tensor, name: str) -> Tensor:
 
 
 def _by_expert(module: dMoE, weight: Tensor, name: str) -> Tensor:
-    """The inverse of `_stacked`."""
+    """Invert `_stacked`."""
     if not module.drops:
         return weight.view(module.experts.w1.shape[0], -1, module.args.hidden_size)
     return weight.transpose(1, 2) if name == "w1" else weight
@@ -314,10 +314,10 @@ def clear_load_balancing_loss() -> None:
 
 
 def batched_load_balancing_loss(args: Arguments) -> Tensor | float:
-    """The weighted balance loss, mean over `args.num_layers` layers: () float32, or 0.0 if its weight is 0.
+    """Return the weighted balance loss, mean over `args.num_layers` layers: () float32, or 0.0 if its weight is 0.
 
     Raises:
-        ValueError: not every layer has run in training since the last `clear_load_balancing_loss`.
+        ValueError: if not every layer has run in training since the last `clear_load_balancing_loss`.
     """
     if args.moe_loss_weight == 0:
         return 0.0
@@ -337,10 +337,10 @@ def clear_router_zloss() -> None:
 
 
 def batched_router_zloss(args: Arguments) -> Tensor | float:
-    """The weighted z-loss of each layer's router: (layers,) float32, or 0.0 if its weight is 0.
+    """Return the weighted z-loss of each layer's router: (layers,) float32, or 0.0 if its weight is 0.
 
     Raises:
-        ValueError: no layer has run in training since the last `clear_router_zloss`.
+        ValueError: if no layer has run in training since the last `clear_router_zloss`.
     """
     if args.moe_zloss_weight == 0:
         return 0.0
@@ -353,7 +353,7 @@ def install() -> None:
     """Make `import megablocks.layers.dmoe` and its siblings find this module, in this process.
 
     Raises:
-        RuntimeError: the real megablocks has been imported already.
+        RuntimeError: if the real megablocks has been imported already.
     """
     loaded = sys.modules.get("megablocks")
     if loaded is not None and getattr(loaded, "__file__", None) is not None:

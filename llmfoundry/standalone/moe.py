@@ -51,7 +51,7 @@ def check_input(module: layer.MoE, x: Tensor) -> None:
         raise ValueError(f"x is {x.dtype} and the layer {w2.dtype}; convert one, or run it under torch.autocast")
 
 
-# Keys of `ffn_config` that say something about several layers or microbatches, with the value that one layer has.
+# Keys of `ffn_config` that concern several layers or microbatches, with their values for a single layer.
 _OF_A_MODEL = {
     "first_k_dense": 0, "moe_layer_freq": 1, "dense_ffn_hidden_size": None, "moe_lbl_layers": "each",
     "moe_lbl_scope": "microbatch", "moe_lbl_accumulation": None,
@@ -59,7 +59,7 @@ _OF_A_MODEL = {
 
 
 def _checked(settings: dict[str, object]) -> layer.MoEConfig:
-    """The config of one layer. Raises ConfigError for another type of block, and for keys of a whole model."""
+    """Return the config of one layer; raise ConfigError for another type of block and for keys of a whole model."""
     settings = {"ffn_type": "moe"} | settings
     member = FFNConfig.member(settings)
     if member is None or not issubclass(member, layer.MoEConfig):
@@ -91,8 +91,8 @@ class MoE(layer.MoE):
             computed over the tokens of one call. Keys that concern a whole model (first_k_dense, ...) are refused.
 
     Raises:
-        ConfigError: a setting is unknown or impossible; the message says what to write.
-        ValueError: d_model is not a valid size, or E is not divisible by the number of ranks of `expert_group`.
+        ConfigError: if a setting is unknown or impossible; the message says what to write.
+        ValueError: if d_model is not a valid size, or E is not divisible by the number of ranks of `expert_group`.
 
     Source: Gale et al. 2022, MegaBlocks, arXiv:2211.15841.
     """
@@ -129,7 +129,7 @@ class MoE(layer.MoE):
             keys: noise keys of `moe_jitter_eps`, (B,) int64 for x (B, S, D); None: random.
 
         Raises:
-            ValueError: x has another width or, without autocast, another dtype than the weights.
+            ValueError: if x has another width or, without autocast, another dtype than the weights.
         """
         if torch.is_autocast_enabled(x.device.type):
             out = autocast_call(self, x, keys)
@@ -153,7 +153,7 @@ class MoE(layer.MoE):
             load: (E,) slots of the whole batch: the `load` of its forwards, summed over microbatches and ranks.
 
         Raises:
-            ValueError: the layer has no such bias.
+            ValueError: if the layer has no such bias.
         """
         bias, rate = self.router.expert_bias, self.config.moe_bias_update_rate
         if bias is None or rate is None:
@@ -177,7 +177,7 @@ class MoE(layer.MoE):
             if parameter.dim() < 2 or name.endswith((".b1", ".b2")):
                 parameter.zero_()
                 continue
-            # Expert by expert, those of other ranks too: the values do not depend on the number of ranks.
+            # Expert by expert, including those of other ranks, so that the values do not depend on the number of ranks.
             stacked = name.startswith("experts.")
             n_own = parameter.shape[0] if stacked else 1
             for expert in range(self.n_experts if stacked else 1):

@@ -30,19 +30,19 @@ log = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _CODES = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
-_SCALE = "_scale"  # after a moment's name
+_SCALE = "_scale"  # suffix of a moment's name
 
 
 class _Part(NamedTuple):
     """This rank's shard of one parameter."""
 
     parameter: Tensor
-    weight: Tensor  # the rank's part
+    weight: Tensor  # this rank's part of the parameter
     grad: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    scales: list[Tensor]  # of both, where they have 8 bits
-    beside: Tensor | None  # its copy in the compute dtype, or its low half, where there is one
+    scales: list[Tensor]  # scales of both moments, if they have 8 bits
+    beside: Tensor | None  # its copy in the compute dtype or its low half, if it has one
     step: Tensor  # ()
     place: Place
 
@@ -74,7 +74,7 @@ class AdamW(torch.optim.AdamW):
         super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True)
         self.halves = halves
         self._state_dtype = state_dtype
-        self._cast = False  # whether a checkpoint's moments were
+        self._cast = False  # whether a checkpoint's moments were cast
         self._places: dict[Tensor, Place] = {}
 
     @overload
@@ -125,11 +125,11 @@ class AdamW(torch.optim.AdamW):
         """The step count and this rank's shard of the moments; created, or cast to the requested dtype, if needed."""
         state = self.state[parameter]
         kept = [name + end for name in names for end in ("", _SCALE)] + [LOW_HALF] * self.halves
-        for key in state.keys() - {"step", *kept}:  # of another optimizer
+        for key in state.keys() - {"step", *kept}:  # state of another optimizer
             del state[key]
         if "step" not in state:
             state["step"] = torch.zeros((), device=parameter.device)
-        if self.halves:  # made also where this rank has none of its values: a checkpoint is of all ranks alike
+        if self.halves:  # created even if this rank has no values of it, because all ranks save the same keys
             beside_weight(parameter, state)
         for key in names:
             dtype = _CODES[key] if eight_bit else self._state_dtype or computed_in(parameter.dtype)
@@ -139,7 +139,7 @@ class AdamW(torch.optim.AdamW):
                     part = local_part(parameter)
                     scales = part.new_zeros(*part.shape[:-1], n_blocks(part.shape[-1]), dtype=torch.float32)
                     state[key + _SCALE] = cut_like(parameter.detach(), scales)
-            elif state[key].dtype != dtype:  # of a checkpoint
+            elif state[key].dtype != dtype:  # loaded from a checkpoint
                 self._say_that_it_casts(state[key].dtype, dtype)
                 exact = moment(state, key)
                 state.pop(key + _SCALE, None)
@@ -198,7 +198,7 @@ def _update(parts: list[_Part], group: dict[str, Any], divisor: Tensor | None, s
     beta1, beta2 = group["betas"]
     rule = Rule(group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
     taken = torch.ones_like(parts[0].step) if skip is None else 1 - skip.to(parts[0].step.device)
-    torch._foreach_add_([part.step for part in parts], [taken] * len(parts))  # of one tensor, the host reads the value
+    torch._foreach_add_([part.step for part in parts], [taken] * len(parts))  # given one tensor, the host would read it
     parts = [part for part in parts if part.weight.numel()]  # a small parameter may leave a rank with nothing
     if not parts:
         return

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from llmfoundry import runtime
 from llmfoundry.config import Config, ConfigError, dump
 
-# Where files are, which nodes may see under other names. What is in them is compared: `check_shared`, fingerprints.
+# Paths, which may differ between nodes. The contents are compared instead: `check_shared`, fingerprints.
 _PLACES = ("cache_dir", "path", "local", "save_folder", "run_name")
 _NAMED = 5  # keys in a message
 

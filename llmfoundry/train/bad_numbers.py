@@ -25,7 +25,7 @@ from llmfoundry.train.run import Run
 
 log = logging.getLogger(__name__)
 
-NAMED = 16  # rows of a rank in a record
+NAMED = 16  # maximum number of rows of a rank in a record
 DAMAGED = "the weights are damaged, and only an older checkpoint helps"
 
 
@@ -47,7 +47,7 @@ def note_update(run: Run, batch: Batch, objective: Loss, updated: bool, finite: 
         A line for skipped.jsonl if the update was skipped.
 
     Raises:
-        RunError: a weight is not finite.
+        RunError: if a weight is not finite.
     """
     state = run.state
     state.skipped_steps += not updated
@@ -64,7 +64,7 @@ def note_update(run: Run, batch: Batch, objective: Loss, updated: bool, finite: 
 
 @torch.no_grad()
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor with a value that is not finite. All ranks call this, each for its shards.
+    """Return the name of the first tensor with a value that is not finite. All ranks call this, each for its shards.
 
     Nothing is copied. The host waits once, and once more if a sum is not finite: sums are fast, but may overflow.
     """
@@ -97,7 +97,7 @@ def _check_weights(run: Run) -> None:
 
 @torch.no_grad()
 def _bad_rows(run: Run, batch: Batch, objective: Loss) -> list[BadRow]:
-    """The rows of a batch whose own loss is not finite, found by another forward of all ranks together."""
+    """Return the rows of a batch whose own loss is not finite, found by another forward of all ranks together."""
     own: list[int] = []
     for micro in objective.microbatches(batch, run.microbatches.rows):
         nats = objective.forward(run.model, micro).nats
@@ -109,7 +109,7 @@ def _bad_rows(run: Run, batch: Batch, objective: Loss) -> list[BadRow]:
 
 
 def record(step: int, why: str, first: int, end: int, bad: list[BadRow]) -> dict[str, object]:
-    """A line of skipped.jsonl: which rows of the run were skipped, and why.
+    """Return a line of skipped.jsonl: which rows of the run were skipped, and why.
 
     Args:
         step: the step after which the run continues behind them.
@@ -122,8 +122,8 @@ def record(step: int, why: str, first: int, end: int, bad: list[BadRow]) -> dict
 class Hopeless(NamedTuple):
     """Why a run with this many skipped steps must stop."""
 
-    why: str  # and what to do
-    save: bool  # whether a restart goes on from here, behind the rows
+    why: str  # the reason, and what to do
+    save: bool  # whether to save, so that a restart continues past the rows
 
 
 def hopeless(run: Run) -> Hopeless | None:

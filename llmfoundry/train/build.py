@@ -46,7 +46,7 @@ def build(config: RunConfig) -> Trainer:
     """Build the trainer of a run, with all of its parts.
 
     Raises:
-        ConfigError: a mistake of the user's, found before anything is written to `save_folder`.
+        ConfigError: if the user made a mistake; nothing has been written to `save_folder` by then.
     """
     # In a single process, only FSDP can keep weights in host memory.
     device = runtime.start(config.dist_timeout, group_of_one=config.parallel.cpu_offload)
@@ -126,7 +126,7 @@ def _build(config: RunConfig, device: torch.device, watchdog: Watchdog) -> Train
 
 
 def _check_model(config: RunConfig, model: CausalLMConfig, device: torch.device) -> Precision:
-    """Refuse a model that this machine cannot train; returns the precision to compute in."""
+    """Refuse a model that this machine cannot train; return the precision to compute in."""
     model.check_trainable()
     precision = config.precision_on(device.type)
     check_device(model, device, precision)
@@ -135,7 +135,7 @@ def _check_model(config: RunConfig, model: CausalLMConfig, device: torch.device)
 
 
 def _check_folder(config: RunConfig) -> RunStore | None:
-    """Refuse a `save_folder` that cannot be used; returns its store, if it is in one."""
+    """Refuse a `save_folder` that cannot be used; return its store, if it is in one."""
     path, store = config.folder, None
     if is_url(config.save_folder):
         store = RunStore(config.save_folder, path, config.save_num_checkpoints_to_keep)

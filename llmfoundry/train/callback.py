@@ -34,7 +34,7 @@ class Callback:
         """Called when a callback has made a table in this step; loggers write it."""
 
     def state_dict(self) -> dict[str, Json]:
-        """The state that a checkpoint keeps of this callback; the same on every rank."""
+        """Return the state that a checkpoint keeps of this callback; the same on every rank."""
         return {}
 
     def load_state_dict(self, state: dict[str, Json]) -> None:
@@ -52,10 +52,10 @@ class AtIntervals(Callback):
 
     def __init__(self, interval: Interval) -> None:
         self._interval = interval
-        self._last = -1  # the step of the newest time
+        self._last = -1  # the step at which it last acted
 
     def act(self, trainer: Run) -> None:
-        """The action; every rank calls this."""
+        """Act; every rank calls this."""
         raise NotImplementedError
 
     def step_end(self, trainer: Run, metrics: Metrics) -> None:

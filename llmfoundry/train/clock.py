@@ -17,9 +17,9 @@ from llmfoundry import launch
 log = logging.getLogger(__name__)
 
 SLURM_END = "SLURM_JOB_END_TIME"  # seconds since 1970, set by Slurm 22.05 and later
-# Until a save has been measured: this share of the time that is left, and at most this many seconds.
+# Margin until a save has been measured: this share of the time left, and at most this many seconds.
 UNKNOWN_SHARE, UNKNOWN_MOST = 0.05, 300.0
-SLOWER = 1.5  # how much longer than the longest save so far the last one may take
+SLOWER = 1.5  # factor by which the last save may take longer than the longest so far
 
 
 class Clock:
@@ -40,7 +40,7 @@ class Clock:
         self._origin = time.monotonic() - self.seconds
 
     def own(self) -> float:
-        """The time by this process's clock."""
+        """Return the time by this process's clock."""
         return self.seconds if self._origin is None else time.monotonic() - self._origin
 
     def tick(self, agreed: float) -> None:
@@ -72,7 +72,7 @@ def find_limit(seconds: float | None, environment: Mapping[str, str] = os.enviro
     if seconds is not None:
         limits.append(Limit(launch.BEGUN + seconds, f"time_limit={seconds:.12g}s"))
     said = environment.get(SLURM_END, "")
-    if said.isdecimal() and (left := int(said) - time.time()) > 0:  # one that has passed is of another job
+    if said.isdecimal() and (left := int(said) - time.time()) > 0:  # a time in the past belongs to another job
         limits.append(Limit(time.monotonic() + left, "the end of the Slurm job"))
     return min(limits, default=None)
 
@@ -95,7 +95,7 @@ class Countdown:
         self._last = time.monotonic()
 
     def over(self, longest_save: float) -> bool:
-        """Whether another step or evaluation batch, and then a save, would not fit; called at the end of each.
+        """Return whether another step or evaluation batch, and then a save, would not fit; called at the end of each.
 
         Args:
             longest_save: seconds that the slowest save took until it was on disk; 0 before the first.

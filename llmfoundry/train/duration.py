@@ -25,7 +25,7 @@ from llmfoundry.train.clock import Clock
 Unit = Literal["ba", "ep", "tok", "sp", "dur", "h", "min", "s"]
 
 _TIME_STRING = re.compile(rf"(\d+(?:\.\d+)?(?:e\+?\d{{1,2}})?)({'|'.join(get_args(Unit))})")
-MOST = Fraction(10**18)  # of any unit: what a run counts with is an int64
+MOST = Fraction(10**18)  # largest number of any unit, because a run counts with int64
 _WHOLE_UNITS = ("ba", "tok", "sp")
 _SECONDS = {"h": 3600, "min": 60, "s": 1}
 

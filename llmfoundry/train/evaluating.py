@@ -14,11 +14,11 @@ from llmfoundry.train.config import RunConfig
 from llmfoundry.train.out_of_memory import first_of
 from llmfoundry.train.run import EVALUATED, Metrics, Run
 
-Stopped = Callable[[], bool]  # asked before each batch, with the same answer on every rank; true ends the evaluation
+Stopped = Callable[[], bool]  # called before each batch, with the same result on every rank; True ends the evaluation
 
 
 def tasks_of(config: RunConfig, reader: Reader) -> list[Task]:
-    """The tasks of a run; empty if no evaluation is ever due.
+    """Return the tasks of a run; empty if no evaluation is ever due.
 
     Raises:
         ConfigError: as `build_tasks`.
@@ -39,7 +39,7 @@ def tasks_of(config: RunConfig, reader: Reader) -> list[Task]:
 
 
 def evaluates(run: Run) -> bool:
-    """Whether a run is evaluated at intervals and at its end."""
+    """Return whether a run is evaluated at intervals and at its end."""
     return bool(run.config.evaluations or run.tasks) and run.config.eval_interval.value > 0
 
 
@@ -47,7 +47,7 @@ def evaluated(run: Run, stopped: Stopped) -> Metrics:
     """Evaluate on all ranks together and return the metrics; empty if it was stopped.
 
     Raises:
-        ResourceError: out of memory.
+        ResourceError: if memory runs out.
     """
     run.model.eval()
     try:

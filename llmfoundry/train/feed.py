@@ -29,7 +29,7 @@ class Feed:
     _ahead: _Ahead | None = field(default=None, init=False)
 
     def take(self, start_row: int) -> Batch:
-        """The rows of the step that starts at row `start_row`, from the rows read ahead if they match."""
+        """Return the rows of the step that starts at row `start_row`, from the rows read ahead if they match."""
         ahead, self._ahead = self._ahead, None
         return ahead.batch if ahead is not None and ahead.start_row == start_row else self._read(start_row)
 

@@ -63,10 +63,10 @@ _REST = ParamGroup(param_str_match="")
 
 
 def members(model: nn.Module, groups: Sequence[ParamGroup], disable_grad: Sequence[str]) -> Iterator[Member]:
-    """The trained parameters with their groups, group 0 first. Parameters that `disable_grad` matches are frozen.
+    """Yield the trained parameters with their groups, group 0 first. Parameters that `disable_grad` matches are frozen.
 
     Raises:
-        ConfigError: a pattern matches nothing, or no parameter is left to train.
+        ConfigError: if a pattern matches nothing, or no parameter is left to train.
     """
     parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
     for number, pattern in enumerate(disable_grad):
@@ -88,7 +88,7 @@ def members(model: nn.Module, groups: Sequence[ParamGroup], disable_grad: Sequen
 
 
 def _nothing(key: str, pattern: str, left: dict[str, nn.Parameter]) -> ConfigError:
-    """The error for a pattern without a match; it names the first parameter of each kind of layer."""
+    """Return the error for a pattern without a match; it names the first parameter of each kind of layer."""
     kinds = {re.sub(r"\d+", "N", name): name for name in reversed(left)}
     names = list(reversed(kinds.values()))
     more = f" and {len(names) - SHOWN} more kinds" if len(names) > SHOWN else ""

@@ -27,7 +27,7 @@ class Parts(NamedTuple):
     """The sums of one microbatch."""
 
     loss: Tensor  # () over units; what is differentiated
-    nats: Tensor  # () of the labels that `Units.labels` counts
+    nats: Tensor  # (), cross-entropy summed over the labels that `Units.labels` counts
     metrics: Tensor  # (len(Loss.metrics),) over units
 
 
@@ -50,11 +50,11 @@ class Loss:
         return batch.split(rows)
 
     def units(self, batch: Batch) -> Units:
-        """The units in one rank's rows."""
+        """Return the units in one rank's rows."""
         return Units(batch.n_labels, batch.n_labels)
 
     def reference(self, model: CausalLM, batch: Batch) -> Tensor | None:
-        """What must be computed of a microbatch before the model's forward, without gradients."""
+        """Return what must be computed of a microbatch before the model's forward, without gradients."""
         return None
 
     def forward(self, model: CausalLM, batch: Batch) -> Output:

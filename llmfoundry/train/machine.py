@@ -14,12 +14,12 @@ from llmfoundry.moe.layer import MoEConfig
 
 
 def training_bytes(model: CausalLMConfig, weight: torch.dtype) -> int:
-    """Bytes of the trained weights and their float32 gradients, which every optimizer needs."""
+    """Return the bytes of the trained weights and their float32 gradients, which every optimizer needs."""
     return (weight.itemsize + 4) * model.n_trainable_params()
 
 
 def machine_memory() -> int:
-    """Bytes of main memory."""
+    """Return the bytes of main memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

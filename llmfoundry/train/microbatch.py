@@ -19,8 +19,8 @@ from llmfoundry.train.step import StepResult
 
 log = logging.getLogger(__name__)
 
-# Steps of a process in which ranks watch each other. The optimizer's state is there from the second one on, so the
-# third step meets no new demand, but for the experts' changing loads.
+# The number of first steps in which ranks abort together if one runs out of memory. The optimizer's state exists from
+# the second step on, so later steps need no more memory, except for the experts' changing loads.
 WATCHED_STEPS = 3
 
 
@@ -36,7 +36,7 @@ class Microbatches:
         can_retry: whether the model can continue after a step that was left halfway.
 
     Raises:
-        ConfigError: ranks would have different numbers of microbatches, but they must meet in each.
+        ConfigError: if ranks would have different numbers of microbatches, because they must meet in each.
     """
 
     def __init__(self, asked: int | Literal["auto"], rows: int, ranks: int) -> None:
@@ -53,7 +53,7 @@ class Microbatches:
             )
         self.rows = self._most if asked == "auto" else asked
         self._auto = asked == "auto"
-        self._watched = WATCHED_STEPS  # steps to come
+        self._watched = WATCHED_STEPS  # remaining steps in which ranks abort together
         self.can_retry = True
 
     def run(
@@ -67,7 +67,7 @@ class Microbatches:
                 left (if it was measured), and the error.
 
         Raises:
-            ResourceError: not even the smallest microbatch fits, or memory ran out and nothing can be retried.
+            ResourceError: if not even the smallest microbatch fits, or memory ran out and nothing can be retried.
         """
         while True:
             together = self._auto and self.can_retry and (self._watched > 0 or runtime.world_size() == 1)
@@ -100,10 +100,10 @@ class Microbatches:
 
 
 def fitting(rows: int, least: int, most: int) -> int:
-    """The largest microbatch size up to `rows` for which every rank has equally many microbatches; 0: none."""
+    """Return the largest microbatch size up to `rows` for which every rank has equally many microbatches; 0: none."""
     return next((n for n in range(rows, 0, -1) if _meet(n, least, most)), 0)
 
 
 def _meet(rows: int, least: int, most: int) -> bool:
-    """Whether ranks with `least` and with `most` rows have equally many microbatches of `rows`."""
+    """Return whether ranks with `least` and with `most` rows have equally many microbatches of `rows`."""
     return -(-least // rows) == -(-most // rows)

@@ -30,10 +30,10 @@ class _Saved(NamedTuple):
 
 
 def row_ends(phases: list[Phase], timeline: Timeline) -> list[int]:
-    """The rows at which all phases but the last end.
+    """Return the rows at which all phases but the last end.
 
     Raises:
-        ConfigError: a phase does not end after the one before it.
+        ConfigError: if a phase does not end after the one before it.
     """
     ends: list[int] = []
     for number, phase in enumerate(phases[:-1]):
@@ -61,7 +61,7 @@ def take_up(mixture: Mixture, ends: list[int], contents: Contents | None, rows: 
         What the checkpoints of this run have to record.
 
     Raises:
-        ConfigError: the phases end at other rows than before, so other rows would have been read.
+        ConfigError: if the phases end at other rows than before, so other rows would have been read.
     """
     if contents is None:
         mixture.arrange(ends)
@@ -97,6 +97,6 @@ def _saved(contents: Contents, rows: int) -> _Saved:
 
 
 def to_save(mixture: Mixture, rows: int, joined: Joined) -> Json:
-    """What a checkpoint records of a mixture after `rows` rows."""
+    """Return what a checkpoint records of a mixture after `rows` rows."""
     return {"taken": cast(Json, mixture.taken(rows)), "data": cast(Json, mixture.data),
             "joined": {"row": joined.row, "before": cast(Json, joined.before)}}  # fmt: skip

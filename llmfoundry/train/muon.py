@@ -39,8 +39,8 @@ from llmfoundry.train.optim import AdamWConfig, decays
 
 Item = TypeVar("Item")
 
-MOMENTUM = "momentum_buffer"  # torch's name
-_AT_ONCE = 2**27  # values of a batch; products need about three times as many more
+MOMENTUM = "momentum_buffer"  # PyTorch's name of the moment
+_AT_ONCE = 2**27  # values of a batch; its products need about three times as much memory again
 # `gate` is the router's name in modules of transformers.
 _HEAD_OR_ROUTER = re.compile(r"(^|\.)(lm_head|embed_out|router|(mlp|block_sparse_moe|feed_forward)\.gate)\.weight$")
 
@@ -84,10 +84,10 @@ class MuonConfig(AdamWConfig, names=("muon",)):
         for group in found:
             if not group["muon"] and group["number"] == 0 and self.adamw_lr is not None:
                 group["lr"] = group["initial_lr"] = self.adamw_lr
-        return sorted(found, key=lambda group: not group["muon"])  # the rate of the first group is what a run shows
+        return sorted(found, key=lambda group: not group["muon"])  # a run reports the learning rate of the first group
 
     def marks(self, model: nn.Module) -> Callable[[Member], dict[str, object]]:
-        """Whether Muon updates a parameter."""
+        """Return the function that marks the parameters that Muon updates."""
         embeddings = {each.weight for each in model.modules() if isinstance(each, nn.Embedding)}
 
         def mark(member: Member) -> dict[str, object]:
@@ -108,7 +108,7 @@ class MuonConfig(AdamWConfig, names=("muon",)):
 
 
 def rows_of_stacked(model: nn.Module) -> dict[Tensor, tuple[int, ...]]:
-    """The parameters that hold stacked matrices, with the rows of each matrix."""
+    """Return the parameters that hold stacked matrices, with the rows of each matrix."""
     found: dict[Tensor, tuple[int, ...]] = {}
     for module in model.modules():
         if isinstance(module, Attention) and not module.reuses_kv:
@@ -116,7 +116,7 @@ def rows_of_stacked(model: nn.Module) -> dict[Tensor, tuple[int, ...]]:
             found[module.wqkv.weight] = tuple(n * module.head_dim for n in heads)
         elif isinstance(module, MLP | Experts) and module.gated:
             weight = module.w1 if isinstance(module, Experts) else module.w1.weight
-            if weight is not None:  # frozen experts are kept in 4 bits elsewhere
+            if weight is not None:  # frozen experts are stored in 4 bits elsewhere
                 found[weight] = (weight.shape[-2] // 2,) * 2
     return found
 
@@ -124,20 +124,20 @@ def rows_of_stacked(model: nn.Module) -> dict[Tensor, tuple[int, ...]]:
 class _Kind(NamedTuple):
     """Properties that matrices share if they are orthogonalized together."""
 
-    among: ProcessGroup | None  # the ranks that have rows of each; None: they are whole
+    among: ProcessGroup | None  # the ranks that have rows of each matrix; None: matrices are whole
     shape: tuple[int, int]  # of the whole matrix
-    products: tuple[torch.device, torch.dtype]  # where and in which dtype
+    products: tuple[torch.device, torch.dtype]  # device and dtype of matrix products
     home: tuple[torch.device, torch.dtype]  # of the weights
 
 
 class _Rows(NamedTuple):
     """This rank's rows of one matrix, or of several stacked ones."""
 
-    weight: Tensor  # (rows, C), as the next two
+    weight: Tensor  # (rows, C), like the next two
     grad: Tensor
     moment: Tensor
-    beside: list[Tensor]  # the weights' copy in the compute dtype, or their low half; or nothing
-    step: Tensor  # () how many steps there were
+    beside: list[Tensor]  # the weights' copy in the compute dtype, or their low half, if any
+    step: Tensor  # (), number of steps
     place: Place
 
 
@@ -145,7 +145,7 @@ class _Cut(NamedTuple):
     """A matrix that is sharded by rows, and this rank's rows of it."""
 
     rows: _Rows
-    counts: list[int]  # rows of each rank; of a whole matrix all its rows
+    counts: list[int]  # rows on each rank; for a whole matrix, all its rows
 
 
 class _Step(NamedTuple):
@@ -153,7 +153,7 @@ class _Step(NamedTuple):
 
     lr: float
     decay: float
-    divisor: Tensor  # () float32 on the device of the weights, and so is the next
+    divisor: Tensor  # () float32 on the device of the weights, like the next
     skip: Tensor
 
 
@@ -196,7 +196,7 @@ class Muon(AdamW):
             else:
                 for each in self._matrices(parameter, heights, kind.among):
                     cut.setdefault(kind._replace(shape=(sum(each.counts), kind.shape[1])), []).append(each)
-        first = 0  # each batch begins with another owner, so that ranks share what is few of one shape
+        first = 0  # batches start with different owners, so that ranks share the work if a shape has few matrices
         for kind, matrices in cut.items():
             ranks = 1 if kind.among is None else kind.among.size()
             for some in _batches(matrices, max(1, _AT_ONCE // math.prod(kind.shape)) * ranks):
@@ -239,10 +239,10 @@ class Muon(AdamW):
             self._apply(each.rows, direction, kind, step)
 
     def _matrices(self, parameter: Tensor, heights: tuple[int, ...], among: ProcessGroup | None) -> Iterator[_Cut]:
-        """The matrices of a parameter, with this rank's rows of each."""
+        """Yield the matrices of a parameter, with this rank's rows of each."""
         ranks, rank = (1, 0) if among is None else (among.size(), among.rank())
         height = parameter.shape[-2]
-        own = rows_of_ranks(height, ranks, 0, height)[rank]  # of this rank in each stack of matrices
+        own = rows_of_ranks(height, ranks, 0, height)[rank]  # this rank's rows in each stack of matrices
         for at in range(local_part(parameter).shape[0] if parameter.ndim == 3 else 1):
             start, begin = 0, at * own
             for rows in heights:
@@ -293,10 +293,10 @@ def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
 
 
 def _ranks_of_rows(parameter: Tensor) -> ProcessGroup | None:
-    """The ranks that hold rows of each of a parameter's matrices; None if matrices are whole.
+    """Return the ranks that hold rows of each of a parameter's matrices; None if matrices are whole.
 
     Raises:
-        ValueError: the matrices are sharded in another way.
+        ValueError: if the matrices are sharded in another way.
     """
     if not isinstance(parameter, DTensor):
         return None

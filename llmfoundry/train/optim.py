@@ -38,7 +38,7 @@ class OptimizerConfig(Choice, tag="name"):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of optimizer state per parameter, for the plan's time of an update."""
+        """Bytes of optimizer state per parameter, from which a plan estimates the time of an update."""
         return 8
 
     @property
@@ -52,7 +52,7 @@ class OptimizerConfig(Choice, tag="name"):
         return False
 
     def decided(self, may_split: bool) -> OptimizerConfig:
-        """The same config with `auto` resolved; the run says whether float32 weights may be split."""
+        """Return the same config with `auto` resolved; the run says whether float32 weights may be split."""
         return self
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -94,10 +94,10 @@ class GroupedOptimizerConfig(OptimizerConfig):
         return self.model_copy(update={"master_weights": "fp32_split" if may_split else "fp32"})
 
     def settings(self, model: nn.Module) -> list[dict[str, object]]:
-        """The optimizer's groups. A group of the YAML may become two: with and without decay.
+        """Return the optimizer's groups. A group of the YAML may become two: with and without decay.
 
         Raises:
-            ConfigError: a group's pattern matches nothing.
+            ConfigError: if a group's pattern matches nothing.
         """
         found: dict[tuple[object, ...], dict[str, object]] = {}
         parts: dict[tuple[object, ...], list[nn.Parameter]] = {}
@@ -126,7 +126,7 @@ class GroupedOptimizerConfig(OptimizerConfig):
         return list(found.values())
 
     def marks(self, model: nn.Module) -> Callable[[Member], dict[str, object]]:
-        """Further properties of a parameter; parameters that differ in them are in different groups."""
+        """Return the function that gives a parameter's further properties; they are equal within a group."""
 
         def nothing(member: Member) -> dict[str, object]:
             if member.group.algorithm is not None:
@@ -155,7 +155,7 @@ class AdamWConfig(GroupedOptimizerConfig, names=("adamw",)):
         return {"fp32": 8, "bf16": 4, "int8": 2}[self.state_dtype]
 
     def marks(self, model: nn.Module) -> Callable[[Member], dict[str, object]]:
-        """Whether moments are stored in 8 bits: those of matrices whose rows are whole on every rank."""
+        """Return the function that marks parameters with 8-bit moments: matrices whose rows are whole on every rank."""
         plain = super().marks(model)
         if self.state_dtype != "int8":
             return plain
@@ -163,7 +163,7 @@ class AdamWConfig(GroupedOptimizerConfig, names=("adamw",)):
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         beta1, beta2 = self.betas
-        dtype = torch.bfloat16 if self.state_dtype == "bf16" else None  # groups say which have 8 bits
+        dtype = torch.bfloat16 if self.state_dtype == "bf16" else None  # the groups say which moments have 8 bits
         return self._class()(
             self.settings(model), lr=self.lr, betas=(beta1, beta2), eps=self.eps, state_dtype=dtype, halves=self.halves
         )
@@ -193,14 +193,14 @@ class DecoupledAdamWConfig(AdamWConfig, names=("decoupled_adamw",)):
 
 
 def decays(name: str, parameter: Tensor, *, embeddings: bool = True) -> bool:
-    """Whether weight decay applies to a parameter: a matrix that is neither a norm's weight nor a (stacked) bias."""
+    """Return whether weight decay applies to a parameter: a matrix that is not a norm's weight or a (stacked) bias."""
     if parameter.ndim < 2 or _BIAS_OR_NORM.search(name):
         return False
     return embeddings or not _EMBEDDING.search(name)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, multiplier: float) -> float:
-    """Set every group's learning rate to `multiplier` times its initial one; returns the first group's."""
+    """Set every group's learning rate to `multiplier` times its initial one; return the first group's."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * multiplier
     return optimizer.param_groups[0]["lr"]
@@ -210,15 +210,15 @@ class _GradientGroup(NamedTuple):
     """Gradients whose parts are replicated on the same number of ranks."""
 
     copies: int  # ranks that hold the same part
-    device_type: str  # where ranks reduce
-    grads: list[Tensor]  # this rank's part of each
+    device_type: str  # the device on which ranks reduce
+    grads: list[Tensor]  # this rank's part of each gradient
 
 
 class Clipping(NamedTuple):
     """How a step's gradients are scaled, on the device and the same on every rank."""
 
-    norm: Tensor  # () of the full gradients before clipping, float32 (float64 for float64 gradients)
-    divisor: Tensor  # () float32, what gradients are divided by: 1 unless the norm is above the limit
+    norm: Tensor  # (), norm of the full gradients before clipping, float32 (float64 for float64 gradients)
+    divisor: Tensor  # () float32, divisor of the gradients: 1 unless the norm is above the limit
     skip: Tensor  # () float32: 1 if any gradient is not finite, and nothing may be updated
 
 
@@ -242,7 +242,7 @@ def square_share(parameters: Iterable[Tensor]) -> Tensor:
 
 
 def clipping_of(square: Tensor, max_norm: float | None, dtype: torch.dtype = torch.float32) -> Clipping:
-    """The clipping that reduces the norm of gradients to `max_norm`.
+    """Return the clipping that reduces the norm of gradients to `max_norm`.
 
     Args:
         square: () squared norm of all gradients: the sum of all ranks' `square_share`.
@@ -255,7 +255,7 @@ def clipping_of(square: Tensor, max_norm: float | None, dtype: torch.dtype = tor
 
 
 def norm_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
-    """The dtype of the norm of these parameters' gradients: float32, or float64 if a gradient is."""
+    """Return the dtype of the norm of these parameters' gradients: float32, or float64 if a gradient is."""
     dtypes = (parameter.grad.dtype for parameter in parameters if parameter.grad is not None)
     return functools.reduce(torch.promote_types, dtypes, torch.float32)
 
@@ -331,7 +331,7 @@ def _part(grad: Tensor) -> _GradientGroup:
 
 
 def l2_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """The L2 norm of each tensor over all ranks: (n,) on the CPU, the same on every rank; all ranks call this.
+    """Return the L2 norm of each tensor over all ranks: (n,) on the CPU, the same on every rank; all ranks call this.
 
     It takes one all-reduce, whatever the number of tensors; the host waits for it.
     """

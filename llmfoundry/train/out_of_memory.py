@@ -36,7 +36,7 @@ class Held(NamedTuple):
 
 
 def allocator(device: torch.device) -> Allocator | None:
-    """The allocator's figures; None on a CPU."""
+    """Return the allocator's figures; None on a CPU."""
     if device.type != "cuda":
         return None
     stats = runtime.memory_stats(device)
@@ -58,7 +58,7 @@ def held(model: CausalLM, optimizer: Optimizer, device: torch.device) -> Held:
 def message(
     config: RunConfig, mesh: Mesh, device: torch.device, rows: int, *, once: bool, there: Held, why: str
 ) -> str:
-    """One line.
+    """Return the error message in one line.
 
     Args:
         rows: rows of the microbatch that did not fit.
@@ -86,7 +86,7 @@ def message(
 
 
 def first_of(why: str) -> str:
-    """The first part of torch's message: that memory ran out, and how much was requested."""
+    """Return the first part of torch's message: that memory ran out, and how much was requested."""
     return ". ".join(" ".join(why.split()).split(". ")[:2])
 
 
@@ -95,7 +95,7 @@ def _size(n: float) -> str:
 
 
 def _as_run(config: RunConfig, rows: int, once: bool) -> RunConfig:
-    """The run with `auto` resolved."""
+    """Return the run with `auto` resolved."""
     parallel = config.parallel.model_copy(update={"reduce_once_a_step": once})
     return config.model_copy(update={"device_train_microbatch_size": rows, "parallel": parallel})
 

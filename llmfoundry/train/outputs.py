@@ -34,11 +34,11 @@ from llmfoundry.train.summary import Summary
 
 log = logging.getLogger(__name__)
 
-# What a run that ended before its first step can leave: the folder is still free.
+# Files that a run which ended before its first step may have left; the folder is still free.
 TRACES = {".lock", OWNER, f"{OWNER}.tmp", "config.yaml", "config.yaml.tmp", "metrics.jsonl", "wandb", "wandb-run-id"}
 
-_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # what flock says of a lock that another process holds
-SKIPPED = "skipped.jsonl"  # the rows of steps that changed nothing
+_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # errors of flock if another process holds the lock
+SKIPPED = "skipped.jsonl"  # the rows of skipped steps
 _PROBE, _PROBE_SECONDS = ".probe-", 20.0
 
 
@@ -47,11 +47,11 @@ class RunFolder:
 
     def __init__(self, path: Path, lock: IO[str], locked: bool) -> None:
         self.path = path
-        self._locked = locked  # some file systems cannot
+        self._locked = locked  # some file systems do not support locks
         self.owner: Owner | None = None
         self._lock = lock  # held until `close`; the kernel releases it however the process ends
         self._metrics: FileIO | None = None
-        self._unwritten = bytearray()  # bytes of metrics.jsonl
+        self._unwritten = bytearray()  # bytes of metrics.jsonl that are not written yet
         self._failing = False
 
     @classmethod
@@ -59,11 +59,11 @@ class RunFolder:
         """Lock a folder until `close` or the end of this process; it is made if necessary.
 
         Raises:
-            ConfigError: the folder cannot be written, or a live process holds it.
+            ConfigError: if the folder cannot be written, or a live process holds it.
         """
         try:
             path.mkdir(parents=True, exist_ok=True)
-            # Not to wait, should it be a pipe.
+            # O_NONBLOCK, because opening a pipe would wait.
             lock = open(os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666), "w")
         except OSError as error:
             raise ConfigError(f"save_folder: {path} cannot be written: {error.strerror}") from None
@@ -86,7 +86,7 @@ class RunFolder:
             place: this folder, or the URL of the run's folder in a store.
 
         Raises:
-            ConfigError: another run owns it and is still running.
+            ConfigError: if another run owns it and is still running.
         """
         owner = Owner(place, self._lock if self._locked else None)
         owner.take()
@@ -97,7 +97,7 @@ class RunFolder:
         """Write config.yaml; settings that applied before `step` and differ are kept in config-history.
 
         Raises:
-            ConfigError: they cannot be written.
+            ConfigError: if they cannot be written.
         """
         try:
             if before is not None and before != config:
@@ -128,7 +128,7 @@ class RunFolder:
         self._metrics = file.open("ab", buffering=0)
 
     def _cut(self, file: Path, step: int) -> list[int]:
-        """Drop the lines of later steps; returns the steps of the others. Only one line is in memory at a time."""
+        """Drop the lines of later steps; return the steps of the others. Only one line is in memory at a time."""
         try:
             if not os.path.lexists(file):
                 atomic_write(file, [], sync=True)
@@ -161,7 +161,7 @@ class RunFolder:
         """Make metrics.jsonl survive a power cut, so that no checkpoint survives without it.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: if it cannot be written.
         """
         if self._metrics is None:
             return
@@ -203,7 +203,7 @@ class RunFolder:
         """Write summary.json.
 
         Raises:
-            RunError: it cannot be written.
+            RunError: if it cannot be written.
         """
         text = json.dumps({k: _finite(v) for k, v in summary.items()}, indent=2) + "\n"
         try:
@@ -224,7 +224,7 @@ def check_free(path: Path, autoresume: bool) -> None:
     """Check whether a run may use a folder, without writing anything.
 
     Raises:
-        ConfigError: it is in use and must not be resumed, does not hold a run, or cannot be written.
+        ConfigError: if it is in use and must not be resumed, does not hold a run, or cannot be written.
     """
     if path.exists() and not path.is_dir():
         raise ConfigError(f"save_folder: {path} is a file; name a folder")
@@ -243,7 +243,7 @@ def check_free(path: Path, autoresume: bool) -> None:
 
 
 def is_free(path: Path) -> bool:
-    """Whether a folder is missing or empty, or a run had claimed it and ended before its first step."""
+    """Return whether a folder is missing or empty, or a run had claimed it and ended before its first step."""
     names = {child.name for child in path.iterdir() if not child.name.startswith(_PROBE)} if path.is_dir() else set()
     if not names:
         return True

@@ -44,7 +44,7 @@ class Record(NamedTuple):
 
     nonce: str
     host: str
-    lock: str  # which file it has locked, of which machine since that was started
+    lock: str  # the file that it has locked, and the boot of its machine
     beat: int
 
 
@@ -67,7 +67,7 @@ class Owner:
         """Take the folder.
 
         Raises:
-            ConfigError: another run owns it and is still running, or it cannot be written.
+            ConfigError: if another run owns it and is still running, or it cannot be written.
         """
         try:
             found = self._read()
@@ -82,7 +82,7 @@ class Owner:
         """Check that the folder still belongs to this run.
 
         Raises:
-            TakenOver: it does not.
+            TakenOver: if it does not.
         """
         found = self._read()
         if found is not None and found.nonce != self._own.nonce:
@@ -121,7 +121,7 @@ class Owner:
 
     def _beat(self) -> None:
         while not self._closed.wait(BEAT):
-            with suppress(*STORE_ERRORS):  # a full disk, a store that does not answer: the next beat may come through
+            with suppress(*STORE_ERRORS):  # e.g. a full disk or a store that does not answer: the next may succeed
                 found = self._read()
                 if found is not None and found.nonce != self._own.nonce:
                     return

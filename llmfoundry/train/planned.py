@@ -29,7 +29,7 @@ class Planned(NamedTuple):
 
 
 def planned(config: RunConfig, gpus: int, memory: float) -> Planned | str:
-    """Simulate a step of a run on this many GPUs in a separate process; returns the reason if that is not possible.
+    """Simulate a step of a run on this many GPUs in a separate process; return the reason if that is not possible.
 
     Args:
         memory: bytes of one GPU.
@@ -45,7 +45,7 @@ def planned(config: RunConfig, gpus: int, memory: float) -> Planned | str:
         return str(found["why"]) if "why" in found else Planned(found["once"], found["held"])
     except (OSError, subprocess.SubprocessError, pickle.PicklingError, AttributeError, TypeError, ValueError,
             IndexError, KeyError) as error:  # fmt: skip
-        return f"{type(error).__name__}: {error}"  # a plug-in that another process cannot load, for example
+        return f"{type(error).__name__}: {error}"  # e.g. a plug-in that another process cannot load
 
 
 def settle(config: RunConfig, mesh: Mesh, device: torch.device) -> ParallelConfig:
@@ -65,7 +65,7 @@ def settle(config: RunConfig, mesh: Mesh, device: torch.device) -> ParallelConfi
 
 
 def _once(config: RunConfig, mesh: Mesh, device: torch.device) -> bool:
-    if config.device_train_microbatch_size == "auto":  # there are several once memory has run out
+    if config.device_train_microbatch_size == "auto":  # there are several microbatches once memory has run out
         return False
     memory = float(runtime.of_ranks([card_memory(device)]).min())
 
@@ -82,5 +82,5 @@ def _once(config: RunConfig, mesh: Mesh, device: torch.device) -> bool:
 
 
 def card_memory(device: torch.device) -> int:
-    """Bytes of a GPU."""
+    """Return the memory of a GPU in bytes."""
     return torch.cuda.get_device_properties(device).total_memory

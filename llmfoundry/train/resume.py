@@ -71,7 +71,7 @@ def find_start(config: RunConfig, checkpointer: Checkpointer) -> Start:
     """Find what a run begins from, and whether it may; all ranks together, and nothing is loaded.
 
     Raises:
-        ConfigError: a checkpoint is missing or damaged, or the run is another one than that which saved it.
+        ConfigError: if a checkpoint is missing or damaged, or was saved by a run with incompatible settings.
     """
     model = config.model
     assert isinstance(model, CausalLMConfig)
@@ -139,7 +139,7 @@ def _from_composer(path: str, model: CausalLMConfig, weights_only: bool) -> Star
             f"load_path: {path}: weights of a Composer checkpoint cannot be quantized as they are read; convert them: "
             f"convert.py from-composer {path} OUT"
         )
-    copies_from(open_composer(Path(path)), model)  # looked at before anything is built
+    copies_from(open_composer(Path(path)), model)  # checked before anything is built
     log.info("%s: all tensors fit the model; its settings are those of this YAML, and were not compared", path)
     return Start("weights", composer=path)
 
@@ -183,7 +183,7 @@ def check_data(start: Start, fingerprint: str, allow: list[str], mixed: bool) ->
         `start`, with `rows_anew` set if the data is new.
 
     Raises:
-        ConfigError: it is new, and `load_allow` does not name it.
+        ConfigError: if the data is new, and `load_allow` does not name it.
     """
     contents = start.contents
     if contents is None or start.how == "weights" or contents.trainer.get("data") == fingerprint:
@@ -201,9 +201,9 @@ def check_data(start: Start, fingerprint: str, allow: list[str], mixed: bool) ->
 
 
 def command_to_continue() -> str:
-    """The command line that takes up this run from its newest checkpoint: its own, with `autoresume=true`."""
+    """Return the command that resumes this run from its newest checkpoint: its own, with `autoresume=true`."""
     words = list(sys.orig_argv)
-    if Path(sys.argv[0]).name == "llmfoundry":  # not by the path of its script and of its Python
+    if Path(sys.argv[0]).name == "llmfoundry":  # instead of the paths of its script and of Python
         words = ["llmfoundry", *sys.argv[1:]]
     launcher = Path(f"/proc/{os.getppid()}/cmdline")
     if "TORCHELASTIC_RUN_ID" in os.environ and launcher.exists():  # torchrun started this rank

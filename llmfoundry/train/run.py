@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 Metrics = dict[str, float | int | list[float]]
 EVALUATED = "metrics/eval/"
 STEP = "training step"  # its name in a profile
-ASKED, TIME_LIMIT = 256, 257  # beside the numbers of signals: by a callback, by the time limit
+ASKED, TIME_LIMIT = 256, 257  # codes beside signal numbers: stopped by a callback, by the time limit
 
 
 class Table(NamedTuple):
@@ -53,7 +53,7 @@ class TrainState:
     step: int = 0
     rows: int = 0
     tokens: int = 0
-    skipped_steps: int = 0  # updates left out for a gradient that was not finite
+    skipped_steps: int = 0  # updates skipped because a gradient was not finite
     skipped_in_a_row: int = 0
 
 
@@ -68,8 +68,8 @@ class Run:
     special: SpecialTokens
     loader: Loader
     eval_loader: Loader | None
-    eval_loaders: list[Loader]  # the others, which have labels
-    tasks: list[Task]  # of icl_tasks
+    eval_loaders: list[Loader]  # the eval loaders with labels
+    tasks: list[Task]  # the tasks of icl_tasks
     model: CausalLM
     optimizer: Optimizer
     schedule: Schedule
@@ -79,14 +79,14 @@ class Run:
     state: TrainState = field(default_factory=TrainState)
     router: RouterStats | None = None  # of the last step, (L, E) and (L,) sums over the global batch, on the device
     evaluation: Metrics = field(default_factory=dict)  # of the last evaluation
-    generation: str | None = None  # generation_config.json of what the run began from
+    generation: str | None = None  # generation_config.json of what the run started from
     begin_seconds: float = 0.0  # of this rank alone: from the end of the last step until its rows are on the device
     train_seconds: float = 0.0  # in steps alone, over all processes that the run has had
     asked: int = 0  # why this rank was asked to stop: the number of a signal, or ASKED; 0: it was not
     loss_limit: float = math.inf  # set by a callback: a step with a higher loss is skipped; the same on every rank
-    doubtful: bool = False  # set by a callback: no checkpoint is saved until it is over; the same on every rank
-    way_back: str = ""  # why to go back to the last checkpoint, and on behind the rows that came since
-    why: str = ""  # why the run ended or stopped, for its summary; rank 0's
+    doubtful: bool = False  # set by a callback: save no checkpoint until this is reset; the same on every rank
+    way_back: str = ""  # why to return to the last checkpoint and skip the rows read since
+    why: str = ""  # why the run ended or stopped, for its summary; set on rank 0
 
     def stop(self, why: str) -> None:
         """Save and stop after this step, as for a signal: the same command continues. One rank may ask for all."""

@@ -55,7 +55,7 @@ def read_data(config: RunConfig, start: Start) -> RunData:
     """Prepare the data of a run; all ranks together.
 
     Raises:
-        ConfigError: the data cannot be read, does not fit the model, or is not the checkpoint's.
+        ConfigError: if the data cannot be read, does not fit the model, or is not the checkpoint's.
     """
     for part in config.due_evaluations:
         check_apart(config.train_loader.dataset, part.dataset)
@@ -85,7 +85,7 @@ def read_data(config: RunConfig, start: Start) -> RunData:
 def numbered_rows(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens, start: Start
 ) -> Loader:
-    """The training data of a run, with rows numbered as in the run."""
+    """Return the training data of a run, with rows numbered as in the run."""
     loader = _build(config, config.train_loader, tokenizer, special)
     _mix(config, loader, _timeline(config, loader), start)
     return loader

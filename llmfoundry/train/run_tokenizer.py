@@ -29,7 +29,7 @@ def settle_tokenizer(config: RunConfig, start: Start) -> tuple[RunConfig, PreTra
     """Determine the tokenizer of the run and the rule for special tokens, which the returned config records.
 
     Raises:
-        ConfigError: the tokenizer differs from the checkpoint's and `load_allow` does not name it, or the model's
+        ConfigError: if the tokenizer differs from the checkpoint's and `load_allow` does not name it, or the model's
             vocabulary is too small.
     """
     tokenizer = _chosen(config, start)
@@ -48,7 +48,7 @@ def settle_tokenizer(config: RunConfig, start: Start) -> tuple[RunConfig, PreTra
 
 
 def _chosen(config: RunConfig, start: Start) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, if the run starts from a checkpoint."""
+    """Load the checkpoint's tokenizer, or if the run starts from none, build the YAML's."""
     wanted, dataset = config.tokenizer, config.train_loader.dataset
     others = [part.dataset for part in config.due_evaluations]
     folder = _tokenizer_of(start)
@@ -80,7 +80,7 @@ def _forget_secrets(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> No
 
 
 def with_rule_of(wanted: TokenizerConfig, contents: Contents | None) -> TokenizerConfig:
-    """Settings of a tokenizer; a rule for special tokens that they leave open is the checkpoint's.
+    """Return settings of a tokenizer; a rule for special tokens that they leave open is the checkpoint's.
 
     A run that was saved before there was such a rule had no BOS token and parsed no special tokens. A converted
     checkpoint that was not trained here leaves it to its tokenizer.
@@ -115,7 +115,7 @@ def _another_tokenizer(asked: str, folder: Path, own: PreTrainedTokenizerBase) -
 
 
 def _tokenizer_of(start: Start) -> Path | None:
-    """The folder of the tokenizer that belongs to the run's checkpoint."""
+    """Return the folder of the tokenizer that belongs to the run's checkpoint."""
     if start.contents is not None:
         return start.contents.tokenizer
     if start.hugging_face is None or start.hugging_face.endswith(".gguf"):
@@ -125,7 +125,7 @@ def _tokenizer_of(start: Start) -> Path | None:
 
 
 def generation_for(start: Start, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The generation_config.json of the run's checkpoint, unless its ids mean other tokens now."""
+    """Return the generation_config.json of the run's checkpoint, unless its ids mean other tokens now."""
     folder = _tokenizer_of(start)
     if start.generation is None or folder is None:
         return start.generation

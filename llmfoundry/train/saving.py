@@ -14,7 +14,7 @@ from llmfoundry.train.run import Metrics
 
 log = logging.getLogger(__name__)
 
-STALL = "time/save_stall_seconds"  # in the line of the step after a save
+STALL = "time/save_stall_seconds"  # metric of the step after a save
 
 
 class Saver:
@@ -28,7 +28,7 @@ class Saver:
         self.checkpointer = checkpointer
         self._allowed = failures_allowed
         self._failures = 0  # in a row
-        self._stalled: float | None = None  # seconds of the last `save`, until `stall` has told them
+        self._stalled: float | None = None  # seconds of the last `save`, until `stall` has returned them
 
     def save(self, state: CheckpointState, sync: Callable[[], None]) -> None:
         """Save a checkpoint; after a failure, a warning is logged and the next call tries again.
@@ -39,7 +39,7 @@ class Saver:
             sync: called on rank 0 before the save, which fails if it raises OSError.
 
         Raises:
-            SaveError: too many consecutive saves have failed.
+            SaveError: if too many consecutive saves have failed.
         """
         start = time.perf_counter()
         for part in (self._finish, lambda: self._begin(state, sync)):
@@ -71,7 +71,7 @@ class Saver:
         """Save the final checkpoint, and wait until it is on disk.
 
         Raises:
-            SaveError: it failed twice.
+            SaveError: if it fails twice.
         """
         self.settle()
         for tries_left in (1, 0):
@@ -86,7 +86,7 @@ class Saver:
                 log.warning("%s; trying once more", message)
 
     def finish(self) -> None:
-        """Wait for uploads when the run ends; raises SaveError."""
+        """Wait for uploads when the run ends; raise SaveError."""
         self._finish()
 
     def _finish(self) -> Path | str | None:
@@ -94,7 +94,7 @@ class Saver:
         return self.checkpointer.wait()
 
     def _begin(self, state: CheckpointState, sync: Callable[[], None]) -> bool:
-        """Save, or start a save in a thread; returns whether it is complete."""
+        """Save, or start a save in a thread; return whether it is complete."""
         runtime.on_rank0(sync)
         self.checkpointer.save(state)
         return not self.checkpointer.asynchronous

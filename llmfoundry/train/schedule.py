@@ -28,8 +28,8 @@ class Schedule:
 
     warmup: int
     shape: Callable[[int], float]
-    peak: float = 1.0  # also where nothing comes after the warm-up
-    lag: int = 0  # steps that the curve is late by
+    peak: float = 1.0  # also if nothing follows the warm-up
+    lag: int = 0  # steps by which the curve is late
 
     def multiplier(self, step: int) -> float:
         """The factor on the learning rate of the step that follows `step` completed steps."""

@@ -36,12 +36,12 @@ class StepResult(NamedTuple):
     """The results of a step, the same on every rank, on the device."""
 
     ce: Tensor  # () nats per label, mean over the global batch; of DPO: of the chosen answers
-    total: Tensor  # () with the auxiliary losses: what was differentiated
+    total: Tensor  # (), with the auxiliary losses: the loss that was differentiated
     grad_norm: Tensor  # () before clipping
     router: RouterStats | None  # (L, E), (L, E), (L,), (L,) sums over the global batch
-    updated: Tensor  # () bool; False: some gradient was not finite or the loss too high, and nothing was changed
+    updated: Tensor  # () bool; False: a gradient was not finite or the loss too high, so nothing was changed
     sources: Tensor  # (2, n_sources) nats and labels of each source of a mixture
-    metrics: Tensor  # of the loss, in the order of its `metrics`
+    metrics: Tensor  # metrics of the loss, in the order of its `metrics`
 
 
 def train_step(
@@ -97,7 +97,7 @@ def train_step(
         try:
             sums = runtime.together(accumulate)
         except runtime.OutOfMemory as error:
-            error.held = held(model, optimizer, batch.tokens.device)  # gradients of earlier microbatches go next
+            error.held = held(model, optimizer, batch.tokens.device)  # before the gradients are dropped
             for each in filter(None, (model, objective.other)):
                 forget_step(each)
             raise
@@ -123,7 +123,7 @@ def train_step(
 class _Counts(NamedTuple):
     """Counts of the global batch."""
 
-    units: Tensor  # () what the loss is a sum over
+    units: Tensor  # (), number of units that the loss sums over
     labels: Tensor  # ()
     tokens: Tensor  # ()
 
@@ -137,7 +137,7 @@ def _accumulate(
     n_sources: int,
     seeding: Callable[[int], object],
 ) -> _Sums:
-    """Run forward and backward of every microbatch; returns this rank's sums."""
+    """Run forward and backward of every microbatch; return this rank's sums."""
     references = [objective.reference(model, micro) for micro in microbatches]
     ce = torch.zeros((), dtype=torch.float32, device=counts.labels.device)
     total = torch.zeros_like(ce)
@@ -197,7 +197,7 @@ def _forwards(
             load = seen if load is None else load + seen
             yield out, load
     else:
-        # The loads of the whole batch have to be known before the first backward.
+        # The loads of the whole batch must be known before the first backward.
         kept = len(microbatches) if balance.accumulation == "keep" else 1
         counts = []
         for i in numbers[kept:]:
@@ -213,7 +213,7 @@ def _forwards(
 
 @torch.no_grad()
 def _count(model: CausalLM, batch: Batch) -> Tensor:
-    """The (L, E) loads of a microbatch; counting needs no logits but those of the last token."""
+    """Return the (L, E) loads of a microbatch; counting needs no logits but those of the last token."""
     out: Output = model(
         batch.tokens, sequence_ids=batch.sequence_ids, positions=batch.positions, keys=batch.rows, last_only=True
     )
@@ -226,7 +226,7 @@ def _load(out: Output) -> Tensor:
 
 
 def _auxiliary(stats: RouterStats, load: Tensor | None, balance: Balance) -> Tensor:
-    """The auxiliary losses of one microbatch, summed over its tokens; they add up over microbatches and ranks."""
+    """Return a microbatch's auxiliary losses, summed over its tokens; they add up over microbatches and ranks."""
     loss = balance.z_loss_weight * z_loss(stats.z_sum)
     if load is None:
         return loss

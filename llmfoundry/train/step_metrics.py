@@ -52,7 +52,7 @@ class Reading:
         self._numbers = Numbers(torch.cat([part.double() for part in parts]))
 
     def end(self) -> StepNumbers:
-        """The numbers. The host waits for the device here, but not for the update."""
+        """Return the numbers. The host waits for the device here, but not for the update."""
         read = iter(self._numbers.read())
         (updated, ce, total, grad_norm), of_loss, sources, *routing = (
             list(itertools.islice(read, size)) for size in self._sizes
@@ -61,7 +61,7 @@ class Reading:
 
 
 def step_metrics(run: Run, numbers: StepNumbers, of_loss: Sequence[str], rate: float) -> Metrics:
-    """The metrics of the step that `run` has just counted.
+    """Return the metrics of the step that `run` has just counted.
 
     Args:
         of_loss: names of `numbers.of_loss`.

@@ -22,7 +22,7 @@ def begin_from_store(store: RunStore, autoresume: bool) -> None:
     """Make the local folder equal to the store's; on rank 0, before anything looks at the folder.
 
     Raises:
-        ConfigError: the store holds a run that must not be resumed, or may not be read.
+        ConfigError: if the store holds a run that must not be resumed, or may not be read.
     """
     files = store.files()
     names = {name.partition("/")[0] for name in files}
@@ -49,7 +49,7 @@ def upload_outputs(store: RunStore) -> None:
     """Upload the run's files other than checkpoints; on rank 0, when it ends.
 
     Raises:
-        SaveError: the upload failed; the files are only on this machine.
+        SaveError: if the upload fails; the files are then only on this machine.
     """
     try:
         store.push()
@@ -60,7 +60,7 @@ def upload_outputs(store: RunStore) -> None:
 
 
 def _is_ahead(store: RunStore) -> bool:
-    """Whether a local checkpoint is newer than all in the store."""
+    """Return whether a local checkpoint is newer than all in the store."""
     newest = CheckpointFolder(store.folder / "checkpoints").newest()
     there = [number_of(Path(each.place).name) or (0, 0) for each in store.checkpoints()]
     return newest is not None and (number_of(newest.name) or (0, 0)) > max(there, default=(-1, 0))

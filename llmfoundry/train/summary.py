@@ -14,11 +14,11 @@ from llmfoundry.train.run import EVALUATED, Run
 Summary = dict[str, float | int | bool | str | list[float]]
 
 _VALIDATION = "validation"
-_NAMES = {"LanguageCrossEntropy": "nats_per_token", "bits_per_byte": "bits_per_byte"}  # of metrics on texts
+_NAMES = {"LanguageCrossEntropy": "nats_per_token", "bits_per_byte": "bits_per_byte"}  # prefix of metrics on texts
 
 
 def summary_of(run: Run, stopped: bool) -> Summary:
-    """The results of a run.
+    """Return the results of a run.
 
     Args:
         stopped: whether it was asked to stop before its end.
@@ -44,7 +44,7 @@ def summary_of(run: Run, stopped: bool) -> Summary:
 
 
 def is_complete(run: Run) -> bool:
-    """Whether nothing is left to do: the last step is done, and its summary includes the evaluation."""
+    """Return whether nothing is left to do: the last step is done, and its summary includes the evaluation."""
     if run.state.step < run.timeline.total_steps or not run.config.autoresume:
         return False
     summary = _read(run.config.folder)
@@ -53,7 +53,7 @@ def is_complete(run: Run) -> bool:
 
 
 def _read(folder: Path) -> Plain:
-    """The summary; empty if it is missing or malformed."""
+    """Return the summary; empty if it is missing or malformed."""
     try:
         return read_mapping(folder / "summary.json")
     except (OSError, ValueError):

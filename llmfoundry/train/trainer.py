@@ -52,16 +52,16 @@ class Trainer(AgreeingRun):
     start: Start
     feed: Feed
     callbacks: list[Callback]
-    named: dict[str, Callback] = field(default_factory=dict)  # those that the YAML asked for
-    joined: Joined = Joined()  # of a mixture
+    named: dict[str, Callback] = field(default_factory=dict)  # the callbacks in the YAML
+    joined: Joined = Joined()  # position at which the run switched to its mixture
     objective: Loss = CROSS_ENTROPY
-    reference: CausalLM | None = None  # a frozen model beside the one that is trained, where the loss needs it
-    folder: RunFolder | None = None  # of rank 0, from `fit` on
+    reference: CausalLM | None = None  # a frozen model beside the trained one, if the loss needs it
+    folder: RunFolder | None = None  # on rank 0, once `fit` has begun
     late: float = 0.0  # seconds that reading ahead may have kept the device waiting in the last step
-    unevaluated: Metrics = field(default_factory=dict)  # of the last step, if a signal cut its evaluation short
-    owed: bool = False  # a save was due while the run was in doubt
+    unevaluated: Metrics = field(default_factory=dict)  # metrics of the last step, if a signal stopped its evaluation
+    owed: bool = False  # a save was due while the run was in doubt, and was postponed
     warm: bool = False  # this process has taken a step
-    froze: bool = False  # objects, for the garbage collector
+    froze: bool = False  # number of objects, for the garbage collector
 
     def fit(self) -> None:
         """Train until `max_duration`, or until a signal asks to stop."""
@@ -77,7 +77,7 @@ class Trainer(AgreeingRun):
     def _fit(self) -> None:
         self.watchdog.phase("loading")
         self._load()
-        # Only now that nothing of the user's can be wrong is anything written.
+        # Nothing is written before all mistakes of the user's have been found.
         if is_complete(self):
             log.info(
                 "%s: already complete at step %d; raise max_duration, or choose another save_folder",
@@ -93,7 +93,7 @@ class Trainer(AgreeingRun):
             while (self.unevaluated or self.state.step < self.timeline.total_steps) and not self.stopping:
                 self._advance()
             if not self.evaluation and evaluates(self) and not self.stopping:
-                self._evaluate()  # a run taken up after its last step
+                self._evaluate()  # a run resumed after its last step
                 self.agree()
         self._end()
 
@@ -114,7 +114,7 @@ class Trainer(AgreeingRun):
         if start.base is not None:
             log.info("checkpoints contain only the adapters; keep %s, or set save_frozen_weights=true", start.base.path)
         if self.reference is not None:
-            assert self.config.load_path is not None  # the config has seen to it
+            assert self.config.load_path is not None  # the config ensures it
             load_reference(self.config.load_path, self.reference, self.config.load_allow)
         if start.contents is None or start.how == "weights":
             load_weights(start, self.model, self.config.load_allow)
@@ -144,7 +144,7 @@ class Trainer(AgreeingRun):
         found = self._evaluate()
         if found:
             self._record({"step": 0, "tokens": 0} | found)
-        self.stopping = False  # who asked is asked again after the first step, which there is to save
+        self.stopping = False  # the request is handled after the first step, which can be saved
 
     def _advance(self) -> None:
         """Take a step, or catch up on the evaluation of the last one; then do whatever is due after it."""
@@ -159,14 +159,14 @@ class Trainer(AgreeingRun):
             self.finish(f"max_duration={self.config.max_duration} has passed")
         ends = self.state.step == self.timeline.total_steps
         if ends and not is_evaluated(metrics):
-            self.evaluation = {}  # a callback or the clock ended the run: what there is, is of an earlier step
+            self.evaluation = {}  # a callback or the clock ended the run: the last evaluation is of an earlier step
         if not self.warm:
             self._warmed_up()
             if not self.stopping and not ends:
                 self.saver.checkpointer.prepare(self._checkpoint())
         if not self.way_back:
             self._save()
-        elif not self.stopping:  # else the next start comes here again, from the same checkpoint
+        elif not self.stopping:  # otherwise the next start would get here again, from the same checkpoint
             self._roll_back()
         self.countdown.step_begins()
 
@@ -189,7 +189,7 @@ class Trainer(AgreeingRun):
     # One step.
 
     def _step(self) -> Metrics:
-        with record_function(STEP):  # where a step begins and ends, for profiles
+        with record_function(STEP):  # marks a step in profiles
             return self.take_step()
 
     def take_step(self) -> Metrics:
@@ -250,9 +250,9 @@ class Trainer(AgreeingRun):
         seconds = seconds_of(self.config.step_timeout)
         if seconds is not None and dist.is_initialized():
             runtime.set_timeout(seconds)
-        if not gc.get_freeze_count():  # else this process has seen to it before the run
-            # Python's garbage collector need not look again through the 400,000 objects that are there by now and stay:
-            # a full collection of them stops a rank, and all that wait for it, for a good part of a second.
+        if not gc.get_freeze_count():  # otherwise this process has frozen them before the run
+            # Exempt the 400,000 objects that exist by now and stay from garbage collection: a full collection of them
+            # would stop a rank, and all that wait for it, for a good part of a second.
             gc.collect()
             gc.freeze()
             self.froze = True
@@ -265,14 +265,14 @@ class Trainer(AgreeingRun):
         return evaluates(self) and (last or self.timeline.due(self.config.eval_interval, self.state.step))
 
     def _evaluate(self) -> Metrics:
-        """The metrics of an evaluation; empty if a signal interrupted it."""
-        self.evaluation = {}  # the older one is not of this step
+        """Return the metrics of an evaluation; empty if a signal interrupted it."""
+        self.evaluation = {}  # the older evaluation does not belong to this step
         self.watchdog.beat(f"an evaluation after step {self.state.step}")
         self.evaluation = evaluated(self, self.stopped)
         return dict(self.evaluation)
 
     def _record(self, metrics: Metrics) -> None:
-        for callback in self.callbacks if not self.unevaluated else ():  # they see it when it is whole
+        for callback in self.callbacks if not self.unevaluated else ():  # callbacks see it when it is complete
             self.watchdog.phase(f"{type(callback).__name__}, after step {self.state.step}")
             callback.step_end(self, metrics)
         if self.folder is not None:
@@ -282,13 +282,13 @@ class Trainer(AgreeingRun):
         for callback in self.callbacks:
             callback.table(self, table)
 
-    # Checkpoints: there and back.
+    # Checkpoints.
 
     def _save(self) -> None:
         """Save what is due; while a run is in doubt, only its last step.
 
         Raises:
-            RunError: a weight is not finite, or too many steps were skipped.
+            RunError: if a weight is not finite, or too many steps were skipped.
         """
         state, timeline, config = self.state, self.timeline, self.config
         found = hopeless(self) if state.skipped_in_a_row or state.step == timeline.total_steps else None
@@ -323,7 +323,7 @@ class Trainer(AgreeingRun):
 
     def _take_up(self, contents: Contents) -> None:
         """Continue a run from a checkpoint: weights, optimizer, and progress."""
-        progress = read_progress(contents)  # first: nothing has changed when it is refused
+        progress = read_progress(contents)  # first, so that nothing has changed if it is refused
         state = progress.state
         self.timeline.clock.set(*progress.clock)
         if self.timeline.is_over:
@@ -343,7 +343,7 @@ class Trainer(AgreeingRun):
             for name, callback in self.named.items():
                 if name in progress.callbacks:
                     callback.load_state_dict(progress.callbacks[name])
-        if self.unevaluated:  # monitors read the rate and the routing of that step
+        if self.unevaluated:  # monitors read that step's learning rate and routing
             router = progress.router
             self.router = RouterStats(*(part.to(self.device) for part in router)) if router is not None else None
             set_learning_rate(self.optimizer, self.schedule.multiplier(self.timeline.position_before(state.step)))
@@ -352,7 +352,7 @@ class Trainer(AgreeingRun):
         """Return to the newest checkpoint, and continue after the rows that were read since.
 
         Raises:
-            RunError: there is no checkpoint.
+            RunError: if there is no checkpoint.
         """
         why, self.way_back = self.way_back, ""
         self.saver.settle()
@@ -363,7 +363,7 @@ class Trainer(AgreeingRun):
         before, seconds, total = clock.before, clock.seconds, self.timeline.total_steps
         self.doubtful, self.loss_limit, self.owed = False, math.inf, False
         self._take_up(contents)
-        clock.set(before, seconds)  # time goes on
+        clock.set(before, seconds)  # time is not set back
         clock.start()
         self.timeline = replace(self.timeline, total_steps=total)
         first, self.state.rows = self.state.rows, rows
@@ -387,7 +387,7 @@ class Trainer(AgreeingRun):
         self.folder.begin(self.config.disclosed(), contents.config if contents and changes else None, self.state.step)
         self._open_metrics()
         if self.saver.checkpointer.store is not None:
-            self.saver.checkpointer.store.push()  # from now on, the store is in use; a mistake in its name shows here
+            self.saver.checkpointer.store.push()  # the store is used from here on, so a mistake in its name shows here
 
     def _open_metrics(self) -> None:
         # The line of a step whose evaluation is made up for is written anew, as is that before the first step.

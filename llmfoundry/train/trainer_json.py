@@ -39,7 +39,7 @@ class Progress(NamedTuple):
 
 
 def written(run: Run, callbacks: Mapping[str, Callback], unevaluated: Metrics, joined: Joined) -> dict[str, Json]:
-    """What a checkpoint of a run holds besides tensors and settings; `read_progress` reads it.
+    """Return what a checkpoint of a run holds besides tensors and settings; `read_progress` reads it.
 
     Args:
         callbacks: the callbacks that the YAML names, by name.
@@ -63,7 +63,7 @@ def read_progress(contents: Contents) -> Progress:
     """Read the progress of the run that saved a checkpoint.
 
     Raises:
-        ConfigError: it was not saved by a training run, or holds values that no run saves.
+        ConfigError: if it was not saved by a training run, or holds values that no run saves.
     """
     state, said = train_state(contents), contents.trainer
     with as_saved(contents):
@@ -83,10 +83,10 @@ def read_progress(contents: Contents) -> Progress:
 
 
 def train_state(contents: Contents) -> TrainState:
-    """The steps, rows and tokens of the run that saved a checkpoint.
+    """Return the steps, rows and tokens of the run that saved a checkpoint.
 
     Raises:
-        ConfigError: it was not saved by a training run.
+        ConfigError: if it was not saved by a training run.
     """
     state = contents.trainer.get("state")
     if not isinstance(state, dict) or not {"step", "rows", "tokens"} <= state.keys():
@@ -98,7 +98,7 @@ def train_state(contents: Contents) -> TrainState:
 
 
 def is_trained(contents: Contents) -> bool:
-    """Whether a training run saved a checkpoint; otherwise it was converted."""
+    """Return whether a training run saved a checkpoint; otherwise it was converted."""
     return "data" in contents.trainer
 
 
@@ -119,7 +119,7 @@ def _clock(said: Mapping[str, Json]) -> tuple[float, float]:
     match said.get("clock"):
         case [int() | float() as before, int() | float() as seconds]:
             return float(before), float(seconds)
-    trained = _seconds(said)  # a checkpoint of an earlier version has the time of its steps alone
+    trained = _seconds(said)  # a checkpoint of an earlier version has only the time of its steps
     return trained, trained
 
 

@@ -34,33 +34,33 @@ from llmfoundry.config import RunError
 
 log = logging.getLogger(__name__)
 
-READING = "reading the results of a step"  # a GPU's collectives have not ended: the host waits for them
+READING = "reading the results of a step"  # the host waits for a GPU whose collectives may not have ended
 ROLL, VERDICT, FIRST = "hang/roll", "hang/verdict", "hang/first"
-POLL = 5.0  # seconds between two looks, at most
-PATIENCE = 3.0  # seconds beyond that for a rank to answer
-ANSWER = 20.0  # seconds for the verdict of another rank
-STOPPED = 10.0  # seconds of this thread's own silence after which the process must have been stopped
-GIL = 60.0  # seconds more until a process ends in which no thread of Python can run
-STDERR = 2  # its number: it may be replaced or closed in Python
+POLL = 5.0  # maximum seconds between two checks
+PATIENCE = 3.0  # further seconds for a rank to answer
+ANSWER = 20.0  # seconds to wait for the verdict of another rank
+STOPPED = 10.0  # if this thread did not run for so many seconds, the process was stopped
+GIL = 60.0  # further seconds until a process ends in which no Python thread can run
+STDERR = 2  # as a number, because it may be replaced or closed in Python
 COLLECTIVE = ("torch.distributed", "torch._C._distributed", "llmfoundry.tree")
-# What gloo says when another rank is gone or does not come.
+# Messages of gloo if another rank is gone or does not respond.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "gloo/transport")
-INNERMOST = 3  # frames in which a collective shows
+INNERMOST = 3  # number of innermost frames in which a collective is looked for
 
 
-LOOSE = 1800.0  # seconds, by default: for the first step, which compiles, for saves, evaluations and callbacks
-TIGHT = 0.8  # of a collective's timeout, by default: NCCL ends a process at its own, and names no rank
+LOOSE = 1800.0  # default seconds for the first step, which compiles, and for saves, evaluations and callbacks
+TIGHT = 0.8  # default share of the collectives' timeout, at which NCCL ends a process without naming a rank
 
 
 class Limits(NamedTuple):
     """Seconds without progress after which a rank counts as hanging."""
 
     step: float  # within a step but the first
-    other: float  # anywhere else; 0 in both watches nothing
+    other: float  # anywhere else; 0 in both: nothing is watched
 
 
 def limits(hang_timeout: float | None, collective: float) -> Limits:
-    """The limits of a run.
+    """Return the limits of a run.
 
     Args:
         hang_timeout: for everything, if the YAML sets it.
@@ -74,7 +74,7 @@ def limits(hang_timeout: float | None, collective: float) -> Limits:
 class Answer(NamedTuple):
     """A rank's answer when it is asked where it is."""
 
-    waits: bool  # for other ranks
+    waits: bool  # whether it waits for other ranks
     where: str
     host: str
 
@@ -96,7 +96,7 @@ class Watchdog:
         if self._store is not None:
             self._store.set_timeout(datetime.timedelta(seconds=ANSWER))
         self._written = False
-        self._failed = False  # a collective of the main thread, which no longer waits
+        self._failed = False  # a collective of the main thread has failed, so it no longer waits
         self._thread: threading.Thread | None = None
 
     @property
@@ -132,7 +132,7 @@ class Watchdog:
             self._thread = None
 
     def named(self, at: str, error: Exception) -> RunError | None:
-        """The failure of a collective, naming the rank that it waited for; None for any other error."""
+        """Return the failure of a collective, naming the rank that it waited for; None for any other error."""
         if not isinstance(error, dist.DistError) and not any(word in str(error) for word in LOST):
             return None
         return RunError(f"{at}: {self.verdict() or 'a collective failed'}; here: {str(error).strip()}")
@@ -156,11 +156,11 @@ class Watchdog:
         looked = time.monotonic()
         while not self._closed.wait(self.poll):
             if self._store is not None:
-                # Should this thread never run again, because a C function keeps the interpreter's lock, C's ends it.
+                # If a C function holds the interpreter's lock, this thread cannot run, and a C thread ends the process.
                 with contextlib.suppress(OSError, ValueError, RuntimeError):
                     faulthandler.dump_traceback_later(self._allowed.other + GIL, exit=True, file=STDERR)
             now = time.monotonic()
-            if now - looked > self.poll + STOPPED:  # by Ctrl-Z: this thread stood still as well
+            if now - looked > self.poll + STOPPED:  # e.g. by Ctrl-Z: this thread was stopped too
                 self._beaten = now
             looked, silent, allowed = now, now - self._beaten, self._seconds
             if silent > allowed:
@@ -186,9 +186,9 @@ class Watchdog:
         os._exit(1)
 
     def _here(self) -> Answer:
-        """Where the main thread is."""
+        """Return where the main thread is."""
         frames = _frames(self._main)
-        if any(each.f_code is Checkpointer.wait.__code__ for each in frames):  # what counts is who writes for it
+        if any(each.f_code is Checkpointer.wait.__code__ for each in frames):  # the thread that writes for it counts
             writers = [thread for thread in threading.enumerate() if thread.name.startswith(WRITER)]
             frames = _frames(writers[-1].ident or 0) if writers else frames  # an earlier run may have left others
         inside = any(str(each.f_globals.get("__name__", "")).startswith(COLLECTIVE) for each in frames[:INNERMOST])
@@ -248,7 +248,7 @@ class Watchdog:
 
 
 def _frames(thread: int) -> list[FrameType]:
-    """The frames of a thread, innermost first."""
+    """Return the frames of a thread, innermost first."""
     frames: list[FrameType] = []
     frame = sys._current_frames().get(thread)
     while frame is not None:
@@ -258,7 +258,7 @@ def _frames(thread: int) -> list[FrameType]:
 
 
 def _passes_on(frame: FrameType) -> bool:
-    """Whether a frame belongs to code that many parts of a run communicate through, which does not show who waits."""
+    """Return whether a frame is in code that many parts of a run communicate through: it does not show who waits."""
     return frame.f_globals.get("__name__") in ("llmfoundry.tree", "llmfoundry.runtime")
 
 
@@ -266,9 +266,9 @@ def _flight_recorder() -> bytes | None:
     """NCCL's last collectives as JSON; None without NCCL."""
     if not torch.cuda.is_available() or not dist.is_initialized():
         return None
-    # Two recorders, not two names of one: NCCL's own, and one of other backends, which has nothing of NCCL's.
+    # Two different recorders: NCCL's own, and that of other backends, which has no collectives of NCCL.
     for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
-        with contextlib.suppress(AttributeError, RuntimeError):  # not in this build, or NCCL is beyond answering
+        with contextlib.suppress(AttributeError, RuntimeError):  # not in this build, or NCCL does not respond
             trace = getattr(torch._C._distributed_c10d, name)()
             return trace.encode() if isinstance(trace, str) else trace
     return None
