@@ -225,3 +225,17 @@ def test_a_compiled_graph_writes_only_what_a_kernel_needs() -> None:
         assert held >= results * size
         if function is not chain:
             assert held == 2 * size, "the product's input and the product; no step between"
+
+
+def test_a_compiled_graph_frees_each_result_of_a_kernel_by_itself() -> None:
+    def chain(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        values, places = x.sort()
+        return values + (places.float() @ w) @ w  # the places, twice as large, are not read again; the values are
+
+    x, w, size = torch.zeros(256, 256), torch.zeros(256, 256), 256 * 256 * 4
+    ledger = FusedGraph.ledger = Ledger()
+    ledger.kind = ACTIVATIONS
+    with torch.no_grad(), ledger:
+        torch.compile(chain, backend=backend)(x, w)
+    held = max(m.activations for times in ledger.held.values() for time in times for m in time)
+    assert held == 4 * size, "values, places and the places as floats; then values and a product's input and result"
