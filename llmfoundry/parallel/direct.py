@@ -106,7 +106,7 @@ class _Sent(NamedTuple):
     """A gradient whose rows are being sent."""
 
     grad: Tensor
-    done: torch.Event
+    done: torch.Event | None  # None where nothing runs later
 
 
 class Inbox:
@@ -184,7 +184,7 @@ class Direct:
         for parameter in self.parameters:
             parameter.watch()
 
-    def sent(self, grad: Tensor, event: torch.Event) -> None:
+    def sent(self, grad: Tensor, event: torch.Event | None) -> None:
         """Keep a gradient alive until its rows have been sent. At most two are in flight."""
         self._sent.append(_Sent(grad, event))
         while len(self._sent) > 2:
@@ -233,7 +233,9 @@ class Direct:
             self._wait()
 
     def _wait(self) -> None:
-        torch.cuda.current_stream().wait_event(self._sent.popleft().done)
+        done = self._sent.popleft().done
+        if done is not None:
+            torch.cuda.current_stream().wait_event(done)
 
 
 class Parameter:
@@ -340,14 +342,15 @@ class Parameter:
         assert whole.grad is not None
         grad = local_part(whole.grad).contiguous()
         whole.grad = None
-        if grad.device.type != "cuda":
+        done = None
+        if grad.device.type == "cuda":
+            stream = self._group.comm_ctx.reduce_scatter_stream
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.exchange(grad)
+                done = stream.record_event()
+        else:
             self.exchange(grad)
-            return
-        stream = self._group.comm_ctx.reduce_scatter_stream
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.exchange(grad)
-            done = stream.record_event()
         self._of.sent(grad, done)
 
     def exchange(self, grad: Tensor) -> None:

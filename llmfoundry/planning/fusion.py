@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
@@ -44,7 +45,7 @@ class FusedGraph(fx.Interpreter):
         last: dict[fx.Node, fx.Node] = {}
         for node in graph.nodes:
             inputs = {each for read in node.all_input_nodes for each in reads[read]}
-            in_memory = node.op == "placeholder" or node in self.written or not _fuses(node)
+            in_memory = node.op == "placeholder" or node in self.written or not _fuses(node) or _is_part(node)
             reads[node] = {node} if in_memory and not _is_view(node) else inputs
             if in_memory:
                 last |= dict.fromkeys(inputs, node)
@@ -85,6 +86,11 @@ def _fuses(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return True
     return torch.Tag.pointwise in node.target.tags or node.target in _ALSO_FUSED or _is_view(node)
+
+
+def _is_part(node: fx.Node) -> bool:
+    """Whether it is one of several results of a kernel, each of which is freed by itself."""
+    return node.target is operator.getitem and not _fuses(node.all_input_nodes[0])
 
 
 def _is_view(node: fx.Node) -> bool:

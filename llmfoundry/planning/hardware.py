@@ -33,6 +33,10 @@ SHARDED_COPY_BYTES = 1.87e12
 # kernels of the former take 16 ms, which is 88 bytes; 100 includes the small ones. The latter take 6 ms.
 BLOCK_BYTES, LOSS_BYTES = 100, 11
 
+# Of the host, to launch the kernels of a layer of experts, forward and backward, not compiled. Measured: at 1,024
+# tokens OLMoE's took 3.3 ms and Qwen3-30B-A3B's 2.9, where their products need 0.6 and 0.5 (docs/experiments.md).
+LAUNCH_SECONDS = 3e-3
+
 NODE = 8  # GPUs connected by NVLink
 ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL = 268e9, 257e9, 273e9  # bytes per second and GPU on NVLink, measured
 ALL_REDUCE = 315e9  # bus bandwidth, measured

@@ -77,18 +77,17 @@ def describe(config: RunConfig, gpus: int | None, gpu_memory: float = hardware.G
 
 def _plan(asked_for: Job, gpus: int, card: GPU) -> Iterator[str]:
     degrees = asked_for.degrees(gpus)
-    job, held, reason = asked_for, Memory(), None
+    work, job, held, reason = asked_for.work(degrees), asked_for, Memory(), None
+    yield f"on {gpus} GPU(s) ({_mesh(degrees)}), {work.rows} rows each in microbatches of {work.micro_rows}"
     try:
         job, held = settled(asked_for, degrees, card.usable)
     except CannotSimulateError as error:  # its time is known all the same
         reason = error
     asked = plan(job, degrees)
-    rows = f"{asked.work.rows} rows each in microbatches of {asked.work.micro_rows}"
-    yield f"on {gpus} GPU(s) ({_mesh(degrees)}), {rows}"
     if gpus > 1:
         yield from _received(asked)
     yield from _exchanged(asked_for, degrees)
-    yield from _speed(asked)
+    yield from _speed(asked, job.model.n_layers)
     if reason is not None:
         raise reason
     if job.parallel != asked_for.parallel and asked.work.microbatches > 1:
@@ -160,11 +159,17 @@ def _exchanged(job: Job, degrees: Degrees) -> Iterator[str]:
         yield f"parallel.exchange_tokens: {job.parallel.exchange_tokens}: tokens are {way}"
 
 
-def _speed(asked: Plan) -> Iterator[str]:
+def _speed(asked: Plan, n_layers: int) -> Iterator[str]:
     time = asked.time
     parts = ", ".join(f"{name} {part:.3g}" for name, part in time._asdict().items())
     yield f"a step on H100s, estimated: {time.total:.3g} s ({parts}; {time.exposed:.3g} waiting for links),"
     yield f"  {asked.tokens_per_second:,.0f} tokens/s per GPU, MFU {asked.mfu:.0%}"
+    each = time.compute / n_layers / asked.work.microbatches
+    if each < hardware.LAUNCH_SECONDS:
+        yield (
+            f"  too fast: kernels of a layer take {each * 1e3:.2g} ms per microbatch, and the host up to "
+            f"{hardware.LAUNCH_SECONDS * 1e3:g} ms to launch them, which is not planned"
+        )
 
 
 def _verdict(job: Job, degrees: Degrees, held: Memory, card: GPU) -> Iterator[str]:

@@ -3,8 +3,8 @@
 Build, FSDP, forward, loss, backward, clipping and optimizer run as in the trainer; without values, a model of any size
 fits on a laptop. Where a GPU allocates other memory than a CPU, this file substitutes what a GPU does: RMSNorm is one
 operator, attention keeps no scores, Triton kernels are not launched (their wrappers still allocate), logits come in
-chunks of a GPU's size, a compiled graph fuses elementwise operators, tokens are exchanged evenly. Not simulated:
-fragmentation, the workspaces of cuBLAS and NCCL, the CUDA context.
+chunks of a GPU's size, a compiled graph fuses elementwise operators, tokens are exchanged evenly, the GPUs of a node
+reach each other's memory. Not simulated: fragmentation, the workspaces of cuBLAS and NCCL, the CUDA context.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 from unittest.mock import patch
 
 import torch
@@ -46,12 +46,24 @@ from llmfoundry.moe.balance import Balance
 from llmfoundry.parallel import compile as compiling
 from llmfoundry.parallel import recompute
 from llmfoundry.parallel.apply import keep_weights_in, parallelize
+from llmfoundry.parallel.direct import Inbox
 from llmfoundry.parallel.expert import n_experts
 from llmfoundry.parallel.mesh import Degrees, build_mesh
+from llmfoundry.parallel.peers import Peers, Shared
 from llmfoundry.planning import hardware
 from llmfoundry.planning.fusion import FusedGraph, backend
 from llmfoundry.planning.job import Job
-from llmfoundry.planning.ledger import ACTIVATIONS, OPTIMIZER, TEMPORARIES, Ledger, Memory, Moment, Received
+from llmfoundry.planning.ledger import (
+    ACTIVATIONS,
+    GRADIENTS,
+    OPTIMIZER,
+    TEMPORARIES,
+    WEIGHTS,
+    Ledger,
+    Memory,
+    Moment,
+    Received,
+)
 from llmfoundry.train.step import train_step
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -257,6 +269,53 @@ def _even_counts(exchange: AllToAll) -> Counts:
     return Counts([rows] * ranks, [rows] * ranks, tokens * top_k)
 
 
+class _Signals(NamedTuple):
+    """What a GPU says to the others of its group."""
+
+    group: dist.ProcessGroup
+
+    def barrier(self, channel: int) -> None:
+        """Nothing runs later here."""
+
+
+class _Neighbours(Peers):
+    """GPUs of one node, as copy engines see them (parallel/peers.py): this rank's memory stands for everyone's."""
+
+    def __init__(self, group: dist.ProcessGroup, ledger: Ledger) -> None:
+        super().__init__(group)
+        self.ledger = ledger
+
+    @classmethod
+    def within_a_node(cls, ledger: Ledger, group: dist.ProcessGroup, device: torch.device) -> Peers | None:
+        """Those of a group, or None."""
+        ranks = dist.get_process_group_ranks(group)
+        alone = len(ranks) == 1 or len({rank // hardware.NODE for rank in ranks}) > 1
+        return None if alone else cls(group, ledger)
+
+    def _own(self, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        before = self.ledger.kind
+        self.ledger.kind = GRADIENTS if dtype == torch.uint8 else WEIGHTS  # bytes: slots of an inbox
+        try:
+            return torch.empty(n, dtype=dtype, device=device)
+        finally:
+            self.ledger.kind = before
+
+    def _shared(self, mine: Tensor) -> Shared:
+        return Shared(self.rank, [mine] * self.size, _Signals(self.group))  # type: ignore[arg-type]
+
+
+def _gather_copies(shared: Shared, whole: Tensor) -> None:
+    """`Shared.gather` as a collective, so that it is recorded."""
+    runtime.all_gather(whole, shared.of_rank[shared.rank], group=cast(_Signals, shared.handle).group)
+
+
+def _send_copies(ledger: Ledger, inbox: Inbox, grad: Tensor) -> Tensor:
+    """`Inbox.exchange`, recorded; the slots are there already."""
+    ranks = dist.get_process_group_ranks(inbox._peers.group)
+    ledger.received.append(Received("reduce", tuple(ranks), grad.nbytes))
+    return grad[1:]  # of the size of what is in a slot
+
+
 @contextmanager
 def _as_on_a_gpu(ledger: Ledger) -> Iterator[None]:
     resize, compile_, resolve = torch.UntypedStorage.resize_, torch.compile, layer.resolve_backend
@@ -285,6 +344,9 @@ def _as_on_a_gpu(ledger: Ledger) -> Iterator[None]:
         patch.object(AllGather, "_begin_counting", lambda *_: None),
         patch.object(AllGather, "n_slots", property(lambda self: self._experts.numel() // self.n_ranks)),
         patch.object(runtime, "local_world_size", lambda: hardware.NODE),
+        patch.object(Peers, "of", partial(_Neighbours.within_a_node, ledger)),
+        patch.object(Shared, "gather", _gather_copies),
+        patch.object(Inbox, "exchange", lambda inbox, grad: _send_copies(ledger, inbox, grad)),
         patch.object(router, "_UpcastLinear", _UpcastLinear),
         patch.object(norm.RMSNorm, "forward", _rms_norm),
         patch.object(transformer, "attention_mask", lambda *_: None),

@@ -172,8 +172,8 @@ def rates() -> str:
 def measured() -> str:
     """The plan beside the training steps that were measured.
 
-    A step's time is planned now. The peak was planned by the code that was measured (train_step.py): other code holds
-    more or less.
+    A step's time is planned now. The peak was planned for the code that was measured (train_step.py): other code holds
+    more or less. Plans of 2026-11-28 were made again when the simulation was mended.
     """
     if not TRAIN_STEP.exists():
         return ""

@@ -181,6 +181,17 @@ def test_products_of_8_bits_are_planned_with_their_operands() -> None:
     assert found == pytest.approx(held, rel=0.25)
 
 
+def test_slots_for_gradients_that_copy_engines_send_are_planned() -> None:
+    def slots(gpus: int) -> float:
+        rows = ("model.n_layers=1", f"global_train_batch_size={gpus}", "parallel.compile=false")
+        (begin,) = simulate(of_yaml("olmoe-1b-7b", *rows), Degrees(1, gpus, 1)).held[Moment("forward", 0)]
+        return begin[0].gradients
+
+    w1 = 64 * 2 * 1024 * 2048 * 2
+    assert slots(8) == 2 * w1 * 7 / 8, "two, of what seven others send"
+    assert slots(16) == 0, "between nodes there are none"
+
+
 def test_without_triton_experts_are_simulated_as_grouped_mm(monkeypatch: pytest.MonkeyPatch) -> None:
     job = job_of("experts", {"compile": False}, 1)
     with_triton = memory(job, Degrees(1, 1, 1)).total
@@ -225,3 +236,17 @@ def test_a_compiled_graph_writes_only_what_a_kernel_needs() -> None:
         assert held >= results * size
         if function is not chain:
             assert held == 2 * size, "the product's input and the product; no step between"
+
+
+def test_a_compiled_graph_frees_each_result_of_a_kernel_by_itself() -> None:
+    def chain(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        values, places = x.sort()
+        return values + (places.float() @ w) @ w  # the places, twice as large, are not read again; the values are
+
+    x, w, size = torch.zeros(256, 256), torch.zeros(256, 256), 256 * 256 * 4
+    ledger = FusedGraph.ledger = Ledger()
+    ledger.kind = ACTIVATIONS
+    with torch.no_grad(), ledger:
+        torch.compile(chain, backend=backend)(x, w)
+    held = max(m.activations for times in ledger.held.values() for time in times for m in time)
+    assert held == 4 * size, "values, places and the places as floats; then values and a product's input and result"

@@ -130,13 +130,6 @@ def test_rates_of_experts_are_the_measured_ones_and_between() -> None:
 MEASURED = json.loads((ROOT / "scripts" / "bench" / "results" / "train_step.json").read_text())["rows"]
 
 
-# The plan of Mixtral's peak is 2.1 % (in e4m3) and 2.4 % too high; it is not known why.
-MEMORY = [
-    pytest.param(name, marks=pytest.mark.xfail(strict=True)) if name.startswith("Mixtral-8x7B, 2 layers") else name
-    for name in MEASURED
-]
-
-
 @pytest.mark.parametrize("name", MEASURED)
 def test_the_plan_is_near_a_measured_step(name: str) -> None:
     row = MEASURED[name]
@@ -147,11 +140,15 @@ def test_the_plan_is_near_a_measured_step(name: str) -> None:
     assert speed == pytest.approx(row["tokens_per_second_per_device"], rel=0.12)
 
 
-@pytest.mark.parametrize("name", MEMORY)
+# docs/planning.md says why these two are not nearer.
+FARTHER = {"Mixtral-8x7B, 2 layers, 4 rows, fp8": 0.01, "OLMoE, 16 layers, 4 rows per GPU, shard 2, expert 2": 0.014}
+
+
+@pytest.mark.parametrize("name", MEASURED)
 def test_the_planned_peak_is_near_a_measured_one(name: str) -> None:
-    """Planned by the code that was measured; `test_memory.py` plans now."""
+    """Planned for the code that was measured; `test_memory.py` plans now. 64 MiB are workspaces of cuBLAS."""
     row = MEASURED[name]
-    assert row["plan"]["in_all_gib"] == pytest.approx(row["peak_gib"], rel=0.02)
+    assert row["plan"]["in_all_gib"] == pytest.approx(row["peak_gib"], rel=FARTHER.get(name, 0.003))
 
 
 SMALL = ("model.n_layers=2", "model.vocab_size=8192", "parallel.compile=false", "device_train_microbatch_size=1")
