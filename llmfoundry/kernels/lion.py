@@ -1,9 +1,9 @@
 """Lion in one pass: weights move by the sign of a mean of momentum and gradient, then the momentum is updated.
 
-As in `update.py`, the scale of the gradients and the flag to skip are read on the device, and weights in bfloat16 are
-rounded at random, by the same bits on every mesh.
+As in `update.py`, the scale of the gradients and the flag to skip are read on the device, and weights and momentum in
+bfloat16 are rounded at random, by the same bits on every mesh.
 
-Bytes moved per value: weight 8 (float32) or 4 (bfloat16), gradient 4 or 2, momentum 8, copy 2.
+Bytes moved per value: weight 8 (float32) or 4 (bfloat16), gradient 4 or 2, momentum 8 or 4, copy 2.
 
 Source: Chen et al. 2023, Symbolic Discovery of Optimization Algorithms, arXiv:2302.06675.
 """
@@ -15,13 +15,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmfoundry.kernels.update import Place, read_weight, write_weight
+from llmfoundry.kernels.update import Place, noise_of, read_weight, rounded, write_weight
 
 try:
     import triton
     import triton.language as tl
 
-    from llmfoundry.kernels.update import load_weight, noise_bits, store_weight
+    from llmfoundry.kernels.update import load_weight, noise_bits, round_bits, store_weight
 except ImportError:  # CPU builds of torch come without it
     triton = None
 
@@ -46,7 +46,7 @@ def lion_(
 
     Args:
         weight: not empty; in bfloat16 it is rounded at random unless its low half is beside it.
-        moment: float32 (float64 on CPUs).
+        moment: float32 (float64 on CPUs), or bfloat16 that is rounded at random.
         grad: of any float dtype; it is divided by `divisor`, and read only.
         beside: a bfloat16 copy, which receives the new weight, or its int16 low half (halves.py); or nothing.
         step: () float32, counted from 1, for the random bits.
@@ -77,12 +77,14 @@ def lion_reference(
     """`lion_` in plain PyTorch. The host waits for `skip`, which is free on a CPU."""
     if skip:
         return
-    scaled = grad.to(moment.dtype) / divisor.to(moment.dtype)
+    dtype = torch.promote_types(moment.dtype, torch.float32)
+    scaled, mean = grad.to(dtype) / divisor.to(dtype), moment.to(dtype)
     other = beside[0] if beside else None
-    new = read_weight(weight, other, moment.dtype).mul_(keep)
-    new.sub_(torch.lerp(scaled, moment, beta1).sign_().mul_(lr))
+    new = read_weight(weight, other, dtype).mul_(keep)
+    new.sub_(torch.lerp(scaled, mean, beta1).sign_().mul_(lr))
     write_weight(weight, other, new, step, place)
-    moment.lerp_(scaled, 1 - beta2)
+    mean = mean.lerp(scaled, 1 - beta2)
+    moment.copy_(rounded(mean, noise_of(weight, step, place) & 0xFFFF) if moment.dtype == torch.bfloat16 else mean)
 
 
 if triton is not None:
@@ -99,13 +101,17 @@ if triton is not None:
         i = begin + tl.arange(0, BLOCK)
         inside = i < n
         g = tl.load(g_ptr + i, inside, other=0.0).to(tl.float32) / tl.load(divisor_ptr)
-        m = tl.load(m_ptr + i, inside, other=0.0)
+        m = tl.load(m_ptr + i, inside, other=0.0).to(tl.float32)
         w = load_weight(w_ptr, b_ptr, i, inside, BESIDE) * keep
         towards = g + (m - g) * beta1
         w -= tl.where(towards > 0, lr, tl.where(towards < 0, -lr, 0.0))
         noise = noise_bits(begin, tl.load(step_ptr), number, start, inner, step, BLOCK)
         store_weight(w_ptr, b_ptr, i, inside, w, noise, BESIDE)
-        tl.store(m_ptr + i, m + (g - m) * rest2, inside)
+        m += (g - m) * rest2
+        if m_ptr.dtype.element_ty == tl.bfloat16:
+            tl.store(m_ptr + i, round_bits(m, noise & 0xFFFF), inside)
+        else:
+            tl.store(m_ptr + i, m, inside)
 
 
 def lion_triton(

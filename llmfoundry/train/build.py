@@ -28,14 +28,13 @@ from llmfoundry.parallel.apply import keep_weights_in, materialize, parallelize
 from llmfoundry.parallel.expert import mixtures, n_experts
 from llmfoundry.parallel.fsdp import can_leave
 from llmfoundry.parallel.mesh import Mesh, ParallelConfig, build_mesh
-from llmfoundry.train.adamw import AdamW
+from llmfoundry.train.adamw import OnParts
 from llmfoundry.train.agreement import check_same, check_same_config
 from llmfoundry.train.callback import Callback
 from llmfoundry.train.clock import Countdown, find_limit
 from llmfoundry.train.config import CallbackConfig, Precision, RunConfig
 from llmfoundry.train.duration import Duration, Timeline, seconds_of
 from llmfoundry.train.evaluating import tasks_of
-from llmfoundry.train.lion import DecoupledLionW
 from llmfoundry.train.microbatch import Microbatches
 from llmfoundry.train.mixing import Joined, row_ends, take_up
 from llmfoundry.train.outputs import check_free
@@ -222,7 +221,7 @@ def _build_model(
 
 def _build_optimizer(config: RunConfig, model: CausalLM) -> torch.optim.Optimizer:
     optimizer = config.optimizer_on(runtime.device().type).build(model)
-    if isinstance(optimizer, AdamW | DecoupledLionW):  # what they round at random differs from run to run
+    if isinstance(optimizer, OnParts):  # what they round at random differs from run to run
         optimizer.noise_seed = config.seed
     return optimizer
 

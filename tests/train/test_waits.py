@@ -32,8 +32,11 @@ OPTIMIZERS = [
     {"name": "adamw"},
     {"name": "adamw", "state_dtype": "bf16"},
     {"name": "decoupled_lionw"},
+    {"name": "decoupled_lionw", "state_dtype": "bf16"},
     {"name": "adamw", "state_dtype": "int8"},
     {"name": "muon"},
+    {"name": "muon", "state_dtype": "bf16"},
+    {"name": "adamw", "state_dtype": "int8", "master_weights": "fp32_split"},
     *({"name": each, "master_weights": "bf16_sr"} for each in ("adamw", "decoupled_lionw", "muon")),
     *({"name": each, "master_weights": "fp32_split"} for each in ("adamw", "decoupled_lionw", "muon")),
 ]
