@@ -72,7 +72,7 @@ class AllGather(Exchange):
     @property
     def n_slots(self) -> int:
         """(row, expert) pairs with an expert held here; the host waits for it here."""
-        return int(self._numbers.read()[0])
+        return int(self._numbers.read().tolist()[0])
 
     def send(self, x: Tensor, weights: Tensor) -> InFlight:
         """Nothing new: the tokens have been on their way since the exchange was made."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import logging
 import math
 import time
@@ -299,14 +298,14 @@ class Trainer(AgreeingRun):
         state.step += 1
         state.rows += rows
         state.tokens += rows * self.loader.max_seq_len
-        self.router = result.router
-        names, sizes = self.objective.metrics, (4, result.metrics.numel(), result.sources.numel())
+        names, sizes = self.objective.metrics, [4, result.metrics.numel(), result.sources.numel()]
         self.late = self._read_ahead(state.rows)
         self.watchdog.phase(READING)
         assert self.reading is not None
-        read = iter(self.reading.read())  # all at once: the host waits for the device here, but not for the update
+        read = self.reading.read()  # all at once: the host waits for the device here, but not for the update
         self.watchdog.beat(f"the end of step {state.step}")
-        (updated, ce, total, grad_norm), of_loss, sources = (list(itertools.islice(read, size)) for size in sizes)
+        *parts, of_router = read.split([*sizes, read.numel() - sum(sizes)])
+        (updated, ce, total, grad_norm), of_loss, sources = (part.tolist() for part in parts)
         self._count_skip(bool(updated), batch, math.isfinite(grad_norm))
         metrics: Metrics = {
             "step": state.step,
@@ -318,7 +317,10 @@ class Trainer(AgreeingRun):
         metrics |= self._by_source(sources)
         metrics |= {"lr": rate, "grad_norm": grad_norm, "skipped_steps": state.skipped_steps}
         if result.router is not None and self.balance is not None:
-            metrics |= named(list(read))
+            pieces = zip(of_router.split([part.numel() for part in result.router]), result.router, strict=True)
+            self.router = RouterStats(*(piece.view(part.shape).to(part.dtype) for piece, part in pieces))
+            tokens = rows * self.loader.max_seq_len
+            metrics |= named(summary(self.router, tokens, self.balance).tolist())
         seconds = time.perf_counter() - start
         self.train_seconds += seconds
         return metrics | {"time/step_seconds": seconds}
@@ -326,9 +328,7 @@ class Trainer(AgreeingRun):
     def _begin_to_read(self, result: StepResult) -> None:
         parts = [torch.stack([result.updated, result.ce, result.total, result.grad_norm.to(result.ce.device)])]
         parts += [result.metrics, result.sources.flatten()]
-        if result.router is not None and self.balance is not None:
-            tokens = self.config.global_train_batch_size * self.loader.max_seq_len
-            parts.append(summary(result.router, tokens, self.balance))
+        parts += [part.flatten() for part in result.router or ()]
         self.reading = Numbers(torch.cat([part.double() for part in parts]))
 
     def _out_of_memory(self, rows: int, there: Held | None, why: str) -> str:
@@ -496,7 +496,7 @@ class Trainer(AgreeingRun):
                 callback.load_state_dict(kept)
         if self.unevaluated:  # monitors read the rate and the routing of that step
             router = cast(list[object] | None, trainer.get("router"))
-            self.router = RouterStats(*(torch.tensor(part, device=self.device) for part in router)) if router else None
+            self.router = RouterStats(*map(torch.tensor, router)) if router else None
             set_learning_rate(self.optimizer, self.schedule.multiplier(self.timeline.position_before(self.state.step)))
 
     def _checkpoint(self) -> CheckpointState:

@@ -151,3 +151,38 @@ def test_a_step_on_a_gpu_waits_for_nothing(settings: dict[str, object]) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert result.updated
+
+
+@pytest.mark.gpu
+def test_steps_of_a_run_on_a_gpu_wait_for_their_numbers_alone(tmp_path: Path) -> None:
+    """With what a run has by default: reading ahead, console, report. Waiting for an event is not counted here."""
+    config = tiny_run(tmp_path) | {"eval_interval": "0ba", "max_duration": "6ba", "parallel": {"compile": False}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    trainer = build(read_run_config(str(tmp_path / "run.yaml"), []))
+    watched: list[int] = []
+
+    class Watches(Callback):
+        def step_end(self, run: Run, metrics: Metrics) -> None:
+            """Not the first steps, which compile kernels, nor the last one, which saves."""
+            watched.append(torch.cuda.get_sync_debug_mode())
+            torch.cuda.set_sync_debug_mode("error" if 2 <= run.state.step < 5 else "default")
+            assert all(part.device.type == "cpu" for part in run.router or ())
+
+    trainer.callbacks.append(Watches())
+    try:
+        trainer.fit()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert watched == [0, 0, 2, 2, 2, 0]
+
+
+@pytest.mark.gpu
+def test_a_batch_goes_to_a_gpu_that_is_busy_without_a_wait() -> None:
+    rows = torch.arange(8 * 32768).view(8, 32768)  # 2 MB: the driver stages small copies in any case
+    on_host, done = Batch(rows, rows.clone(), torch.arange(8)), torch.cuda.Event()
+    on_host.to("cuda")
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    done.record()
+    there = on_host.to("cuda")
+    assert not done.query(), "the GPU is still busy"
+    assert torch.equal(there.tokens.cpu(), rows)
