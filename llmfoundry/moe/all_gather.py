@@ -57,7 +57,7 @@ class AllGather(Exchange):
         routed = self._local(routing, experts.shape[1], weights.dtype)
         self._experts = routed.experts
         self._begin_counting(routed.n_slots)
-        self._transfers = Transfer(self, tokens), Transfer(self, (routed.weights, None))
+        self._started = tokens, (routed.weights, None)
 
     def _local(self, routing: Tensor, top_k: int, dtype: torch.dtype) -> LocalRouting:
         if not has_kernels(routing) or dtype != torch.float32:
@@ -76,7 +76,9 @@ class AllGather(Exchange):
 
     def send(self, x: Tensor, weights: Tensor) -> InFlight:
         """Nothing new: the tokens have been on their way since the exchange was made."""
-        return in_flight(x, weights, self._transfers)
+        tokens, routing = self._started
+        del self._started  # a transfer has its exchange, which would keep both alive if it had them
+        return in_flight(x, weights, (Transfer(self, tokens), Transfer(self, routing)))
 
     def inputs(self, x: Tensor, routing: Tensor) -> ExpertInputs:
         """Of routing (R, K): weights alone."""

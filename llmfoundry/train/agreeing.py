@@ -18,6 +18,8 @@ from llmfoundry.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
+_ALL_GARBAGE = 50  # steps from one look at all objects to the next; each step looks at those that are new
+
 
 @dataclass(kw_only=True)
 class AgreeingRun(Run):
@@ -30,6 +32,7 @@ class AgreeingRun(Run):
     stopping: bool = False  # all ranks have agreed to stop
     warm: bool = False  # this process has taken a step
     froze: bool = False  # objects, for the garbage collector
+    collects: bool = False  # garbage, in place of Python
 
     def on_signal(self, number: int) -> None:
         """A signal finishes the step or evaluation batch, saves and stops; a second one ends at once."""
@@ -68,7 +71,27 @@ class AgreeingRun(Run):
             gc.collect()
             gc.freeze()
             self.froze = True
+        self._collect()
         self.warm = True
+
+    def _collect(self) -> None:
+        """Collect garbage between two steps, on all ranks alike.
+
+        By itself Python would do it anywhere, on each rank in another step, and all others would wait. Here a GPU has
+        the update to do meanwhile.
+        """
+        if not self.warm and gc.isenabled():
+            gc.disable()
+            self.collects = True
+        if self.collects:
+            gc.collect(1 if self.state.step % _ALL_GARBAGE else 2)
+
+    def leave_garbage(self) -> None:
+        """Leave garbage to Python again."""
+        if self.collects:
+            gc.enable()
+        if self.froze:
+            gc.unfreeze()
 
     def _say_why(self, asked: int) -> None:
         if asked == TIME_LIMIT and self.countdown.limit is not None:
@@ -82,5 +105,6 @@ class AgreeingRun(Run):
     def stopped(self) -> bool:
         """Whether to leave an evaluation before its next batch; the same on every rank."""
         self.agree()
+        self._collect()
         self.watchdog.beat(f"an evaluation after step {self.state.step}")
         return self.stopping

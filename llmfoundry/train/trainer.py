@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import time
@@ -104,8 +103,7 @@ class Trainer(AgreeingRun):
 
     def _close(self) -> None:
         self.watchdog.close()
-        if self.froze:
-            gc.unfreeze()
+        self.leave_garbage()
         for callback in reversed(self.callbacks):
             callback.close()
         if self.folder is not None:

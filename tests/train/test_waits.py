@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -83,12 +84,27 @@ def test_the_mode_sees_a_read() -> None:
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["not frozen", "frozen before"])
-def test_the_garbage_collector_looks_only_through_what_comes_after_the_first_step(tmp_path: Path, before: bool) -> None:
+def test_the_garbage_collector_looks_only_through_what_comes_after_the_first_step_and_between_steps(
+    tmp_path: Path, before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A process that had frozen its objects itself keeps them so."""
-    config = tiny_run(tmp_path) | {"eval_interval": "0ba", "max_duration": "2ba"}
+    config = tiny_run(tmp_path) | {"eval_interval": "0ba", "max_duration": "3ba"}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     trainer = build(read_run_config(str(tmp_path / "run.yaml"), []))
     frozen: list[int] = []
+    collected: list[tuple[int, int, bool]] = []  # after which step, which generation, and whether inside a step
+    inside = False
+
+    def step(take: Callable[[], Metrics] = trainer.take_step) -> Metrics:
+        nonlocal inside
+        inside = True
+        metrics = take()
+        inside = False
+        return metrics
+
+    monkeypatch.setattr(trainer, "take_step", step)
+    note = lambda phase, info: collected.append((trainer.state.step, info["generation"], inside))  # noqa: E731
+    gc.callbacks.append(note)
 
     class Looks(Callback):
         def step_end(self, run: Run, metrics: Metrics) -> None:
@@ -102,9 +118,26 @@ def test_the_garbage_collector_looks_only_through_what_comes_after_the_first_ste
     try:
         trainer.fit()
         assert gc.get_freeze_count() == pytest.approx(n_before, rel=0.01)  # some are freed
+        after_first = [each for each in collected if each[0] > 1 and trainer.collects]
+        assert gc.isenabled() and after_first and not any(inside for _, _, inside in after_first)
         assert frozen[1] > 100_000 and (frozen[1] < n_before + 1000 if before else frozen[1] > frozen[0] + 100_000)
     finally:
+        gc.callbacks.remove(note)
         gc.freeze()
+
+
+def test_a_step_leaves_no_tensor_to_the_garbage_collector() -> None:
+    """What waits for it holds memory, and it does not know how much a GPU has left."""
+    model, optimizer = built({"name": "adamw"}, dense=False, device="cpu")
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        trained(model, optimizer, batch())
+        gc.collect()
+        assert not [each for each in gc.garbage if isinstance(each, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
 
 
 def test_what_a_step_reports_is_known_before_the_weights_change() -> None:
