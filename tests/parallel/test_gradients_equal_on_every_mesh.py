@@ -77,6 +77,8 @@ CASES = [
     Case("split, shard 4, accumulation 2", microbatch=1, half=True, split=True),
     Case("split, int8 moments, expert 4, full recompute", {"expert": 4, "recompute": "full"}, state="int8", half=True,
          split=True),
+    Case("split, host memory, accumulation 2, reduced each time", {"expert": 2, "cpu_offload": True,
+         "reduce_once_a_step": False}, microbatch=1, half=True, split=True),
     Case("split, lion, expert 2", {"expert": 2}, optimizer="decoupled_lionw", half=True, split=True),
     Case("split, muon, replicate 2, shard 2, expert 2", {"replicate": 2, "expert": 2}, optimizer="muon", half=True,
          split=True),
