@@ -21,8 +21,8 @@ class Numbers:
             self._there.copy_(found, non_blocking=True)
             self._arrived = torch.cuda.current_stream(found.device).record_event()
 
-    def read(self) -> list[float]:
-        """The numbers, whole ones as int; the host waits for them here."""
+    def read(self) -> Tensor:
+        """The numbers, on the host, which waits for them here."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return self._there.tolist()
+        return self._there

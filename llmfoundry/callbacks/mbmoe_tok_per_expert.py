@@ -37,7 +37,7 @@ class TokPerExpertConfig(CallbackConfig, names=("mbmoe_tok_per_expert",)):
 
 
 class TokPerExpert(Callback):
-    """Reads the loads from the device after the step's metrics have waited for it."""
+    """Reads the loads of a step, which came to the host with its metrics."""
 
     def __init__(self, config: TokPerExpertConfig) -> None:
         self.config = config

@@ -122,13 +122,14 @@ class Report(Callback):
         return not evaluates and (is_last or step % max(PROBE_STEPS, total // PROBES) == 0)
 
     def _sample(self, trainer: Run) -> dict[str, object]:
-        """Loads, entropy and biases of the last step, by layer, read from the device in one transfer."""
+        """Loads, entropy and biases of the last step, by layer; only biases are still on the device."""
         assert trainer.router is not None
         load = trainer.router.load / trainer.router.load.sum(1, keepdim=True)  # (L, E)
         tokens = trainer.config.global_train_batch_size * trainer.loader.max_seq_len
         routers = [module for module in trainer.model.modules() if isinstance(module, Router)]
         biases = [router.expert_bias for router in routers if router.expert_bias is not None]
-        rows = [load, trainer.router.entropy_sum.unsqueeze(1) / tokens, torch.stack(biases) if biases else load[:, :0]]
+        entropy = trainer.router.entropy_sum.unsqueeze(1) / tokens  # (L, 1)
+        rows = [load, entropy, torch.stack(biases).cpu() if biases else load[:, :0]]
         columns = torch.cat([row.double() for row in rows], 1).tolist()  # (L, E + 1), or (L, 2 E + 1) with biases
         n = load.shape[1]
         sample: dict[str, object] = {

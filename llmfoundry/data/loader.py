@@ -46,8 +46,13 @@ class Batch(NamedTuple):
         return [self._each(itemgetter(slice(start, start + rows))) for start in range(0, len(self.rows), rows)]
 
     def to(self, device: torch.device | str) -> Batch:
-        """Copy the batch to another device."""
-        return self._each(lambda part: part.to(device, non_blocking=True))
+        """The same batch on another device.
+
+        The host does not wait for what a GPU has still to do: from memory that is not pinned, a copy may begin only
+        when all that was launched before it has ended.
+        """
+        pins = torch.device(device).type == "cuda" and not self.tokens.is_cuda
+        return self._each(lambda part: (part.pin_memory() if pins else part).to(device, non_blocking=True))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         optional = (None if part is None else change(part) for part in self[3:])

@@ -1,9 +1,9 @@
-"""Lion in one pass: updates weights by the sign of an average of momentum and gradient, then the momentum.
+"""Lion in one pass: weights move by the sign of a mean of momentum and gradient, then the momentum is updated.
 
-As in `update.py`, the gradient scale and the skip flag are read on the device, and bfloat16 weights use stochastic
-rounding, with the same random bits on every mesh.
+As in `update.py`, the scale of the gradients and the flag to skip are read on the device, and weights and momentum in
+bfloat16 are rounded at random, by the same bits on every mesh.
 
-Bytes moved per value: weight 8 (float32) or 4 (bfloat16), gradient 4 or 2, momentum 8, copy 2.
+Bytes moved per value: weight 8 (float32) or 4 (bfloat16), gradient 4 or 2, momentum 8 or 4, copy 2.
 
 Source: Chen et al. 2023, Symbolic Discovery of Optimization Algorithms, arXiv:2302.06675.
 """
@@ -15,13 +15,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmfoundry.kernels.update import Place, read_weight, write_weight
+from llmfoundry.kernels.update import Place, noise_of, read_weight, rounded, write_weight
 
 try:
     import triton
     import triton.language as tl
 
-    from llmfoundry.kernels.update import load_weight, noise_bits, store_weight
+    from llmfoundry.kernels.update import load_weight, noise_bits, round_bits, store_weight
 except ImportError:  # CPU builds of torch do not include it
     triton = None
 
@@ -42,17 +42,17 @@ def lion_(
     beta2: float,
     keep: float,
 ) -> None:
-    """Compute `w = keep w - lr sign(b1 m + (1 - b1) g); m = b2 m + (1 - b2) g` in place.
+    """`w = keep w - lr sign(b1 m + (1 - b1) g); m = b2 m + (1 - b2) g`, in place.
 
     Args:
-        weight: not empty; bfloat16 is rounded stochastically, unless its low half is in `beside`.
-        moment: float32 (float64 on CPUs).
-        grad: of any float dtype; divided by `divisor`, and not modified.
-        beside: a bfloat16 copy, which receives the new weight, or the int16 low half (halves.py); or nothing.
+        weight: not empty; in bfloat16 it is rounded at random unless its low half is beside it.
+        moment: float32 (float64 on CPUs), or bfloat16 that is rounded at random.
+        grad: of any float dtype; it is divided by `divisor`, and read only.
+        beside: a bfloat16 copy, which receives the new weight, or its int16 low half (halves.py); or nothing.
         step: () float32, counted from 1, for the random bits.
         divisor: () float32.
-        skip: () float32; if 1, nothing is changed.
-        place: the `Place` of this part in its full tensor.
+        skip: () float32; 1 leaves everything as it is.
+        place: the `Place` of this part in its whole tensor.
     """
     dense = all(each.is_contiguous() for each in (weight, moment, *beside))
     run = lion_triton if weight.is_cuda and weight.dtype != torch.float64 and dense else lion_reference
@@ -77,12 +77,14 @@ def lion_reference(
     """`lion_` in plain PyTorch. The host waits for `skip`, which costs nothing on a CPU."""
     if skip:
         return
-    scaled = grad.to(moment.dtype) / divisor.to(moment.dtype)
+    dtype = torch.promote_types(moment.dtype, torch.float32)
+    scaled, mean = grad.to(dtype) / divisor.to(dtype), moment.to(dtype)
     other = beside[0] if beside else None
-    new = read_weight(weight, other, moment.dtype).mul_(keep)
-    new.sub_(torch.lerp(scaled, moment, beta1).sign_().mul_(lr))
+    new = read_weight(weight, other, dtype).mul_(keep)
+    new.sub_(torch.lerp(scaled, mean, beta1).sign_().mul_(lr))
     write_weight(weight, other, new, step, place)
-    moment.lerp_(scaled, 1 - beta2)
+    mean = mean.lerp(scaled, 1 - beta2)
+    moment.copy_(rounded(mean, noise_of(weight, step, place) & 0xFFFF) if moment.dtype == torch.bfloat16 else mean)
 
 
 if triton is not None:
@@ -99,13 +101,17 @@ if triton is not None:
         i = begin + tl.arange(0, BLOCK)
         inside = i < n
         g = tl.load(g_ptr + i, inside, other=0.0).to(tl.float32) / tl.load(divisor_ptr)
-        m = tl.load(m_ptr + i, inside, other=0.0)
+        m = tl.load(m_ptr + i, inside, other=0.0).to(tl.float32)
         w = load_weight(w_ptr, b_ptr, i, inside, BESIDE) * keep
         towards = g + (m - g) * beta1
         w -= tl.where(towards > 0, lr, tl.where(towards < 0, -lr, 0.0))
         noise = noise_bits(begin, tl.load(step_ptr), number, start, inner, step, BLOCK)
         store_weight(w_ptr, b_ptr, i, inside, w, noise, BESIDE)
-        tl.store(m_ptr + i, m + (g - m) * rest2, inside)
+        m += (g - m) * rest2
+        if m_ptr.dtype.element_ty == tl.bfloat16:
+            tl.store(m_ptr + i, round_bits(m, noise & 0xFFFF), inside)
+        else:
+            tl.store(m_ptr + i, m, inside)
 
 
 def lion_triton(

@@ -141,9 +141,11 @@ def tiles_length(n_experts: int, n_rows: int) -> int:
     return sum(_lengths(n_experts, n_rows))
 
 
-@cache
 def _lengths(n_experts: int, n_rows: int) -> list[int]:
-    """Return the lengths of the fields of `Tiles` after `expert_start`, padded to 16 bytes to align pointers."""
+    """Of what `Tiles` holds beside `expert_start`, at multiples of 16 bytes, for the kernels know aligned pointers.
+
+    Not cached: where a compiled graph is of any number of rows, `n_rows` is a symbol, which has no hash.
+    """
     bound = 4 * cdiv(cdiv(n_rows, TILE_ROWS) + n_experts, 4)
     return [n_experts, -n_experts % 4, bound, bound, 1, 3, n_experts]
 

@@ -155,7 +155,7 @@ class LatentAttention(nn.Module):
         k = torch.cat((k_nope, k_rope.expand(-1, self.n_heads, -1, -1)), dim=-1)  # (B, H, P, N + C)
         if isinstance(mask, BlockMask):
             return flex.attend(q, k, v, mask, config.scale).y
-        causal = mask is None and q.shape[2] > 1  # a single query attends to all keys
+        causal = True if mask is None and q.shape[2] > 1 else False  # as in attention.py
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=config.scale)
 
     def _attend_to_latents(

@@ -59,7 +59,7 @@ class AllGather(Exchange):
         routed = self._local(routing, experts.shape[1], weights.dtype)
         self._experts = routed.experts
         self._begin_counting(routed.n_slots)
-        self._transfers = Transfer(self, tokens), Transfer(self, (routed.weights, None))
+        self._started = tokens, (routed.weights, None)
 
     def _local(self, routing: Tensor, top_k: int, dtype: torch.dtype) -> LocalRouting:
         if not has_kernels(routing) or dtype != torch.float32:
@@ -74,11 +74,13 @@ class AllGather(Exchange):
     @property
     def n_slots(self) -> int:
         """Number of (row, expert) pairs whose expert is on this rank; the host waits for it here."""
-        return int(self._numbers.read()[0])
+        return int(self._numbers.read().tolist()[0])
 
     def send(self, x: Tensor, weights: Tensor) -> InFlight:
         """Return the tokens in flight; their transfer began when the exchange was created."""
-        return in_flight(x, weights, self._transfers)
+        tokens, routing = self._started
+        del self._started  # a transfer has its exchange, which would keep both alive if it had them
+        return in_flight(x, weights, (Transfer(self, tokens), Transfer(self, routing)))
 
     def inputs(self, x: Tensor, routing: Tensor) -> ExpertInputs:
         """Return the experts' inputs. Here `routing` (R, K) holds only the weights."""

@@ -50,7 +50,7 @@ class AllToAll(Exchange):
         self._numbers = Numbers(torch.cat([sent[:, 0], received.t().reshape(-1)]))
 
     def _counted(self) -> Counts:
-        numbers = [int(number) for number in self._numbers.read()]
+        numbers = [int(number) for number in self._numbers.read().tolist()]
         n_sent, n_received, slots = (numbers[i * self.n_ranks : (i + 1) * self.n_ranks] for i in range(3))
         return Counts(n_sent, n_received, sum(slots))
 

@@ -1,8 +1,9 @@
-"""Compiled blocks: one function per kind of block, so that each kind has its own recompile limit.
+"""Compiled blocks: one function for each kind of block, so that every kind has a recompile limit of its own.
 
-torch.compile caches graphs per code object, and runs a function eagerly after eight of them. All blocks share the code
+torch.compile keeps its graphs by code object and runs a function eagerly after eight of them. All blocks share the code
 of `Block.forward`, and each kind of block needs several graphs: with and without gradient, in training and evaluation,
-for fixed and dynamic batch sizes. So each kind gets a copy of the code.
+for a batch of fixed and of any size, of one row or token, with and without a mask. So each kind gets a copy of the code
+and a limit that no combination of these reaches.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from llmfoundry.layers.graphs import with_own_code
 from llmfoundry.model.transformer import Block, BlockOutput, CausalLM
 from llmfoundry.moe.layer import MoE
 
+LIMIT = 32  # graphs of one kind of block
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -56,6 +58,7 @@ def compile_parts(model: CausalLM) -> None:
 def _kinds(model: CausalLM) -> list[tuple[object, Block]]:
     """Return each block with its kind: all that a graph may depend on, except tensor values and input sizes."""
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # `_dispatch` reports the error
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, LIMIT)
     found: list[tuple[object, Block]] = []
     for layer, block in enumerate(model.blocks):
         assert isinstance(block, Block)

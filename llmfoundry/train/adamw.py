@@ -47,85 +47,37 @@ class _Part(NamedTuple):
     place: Place
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's AdamW, with weights, moments and gradients in float32 or bfloat16.
-
-    Args:
-        params: parameter groups; parameters may be plain tensors or DTensors on any meshes.
-        state_dtype: dtype of the moments; None: the dtype in which each parameter's step is computed.
-        halves: whether bfloat16 parameters are the high halves of float32 weights, whose low halves are in the state.
+class OnParts(torch.optim.Optimizer):
+    """What all optimizers here have: state of this rank's parts, in the dtype that was asked for.
 
     Attributes:
-        noise_seed: seed of stochastic rounding, which also depends on the step and a value's position.
+        halves: whether parameters in bfloat16 are the high halves of float32 weights, and the state has the low ones.
+        noise_seed: what rounding at random depends on, beside the step and a value's place.
     """
 
     reads_any_gradient = True
     noise_seed = 0
 
-    def __init__(
-        self,
-        params: Iterable[dict[str, object]],
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        state_dtype: torch.dtype | None = None,
-        halves: bool = False,
-    ) -> None:
-        super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True)
+    def _keep(self, state_dtype: torch.dtype | None, halves: bool) -> None:
+        """Say how the state is kept; state_dtype: None: in that in which each parameter's step is computed."""
         self.halves = halves
         self._state_dtype = state_dtype
         self._cast = False  # whether a checkpoint's moments were cast
         self._places: dict[Tensor, Place] = {}
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._number_parameters()
-        divisor, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        for group in self.param_groups:
-            self._update_group(group, divisor, skip)
-        return loss
-
-    def _update_group(self, group: dict[str, Any], divisor: Tensor | None, skip: Tensor | None) -> None:
-        for parts in self._parts(group["params"], bool(group.get("eight_bit"))):
-            place = parts[0].weight.device
-            _update(parts, group, None if divisor is None else divisor.to(place),
-                    None if skip is None else skip.to(place))  # fmt: skip
-
     def _number_parameters(self) -> None:
-        """Compute once where the shards are in their full tensors, because that is slow."""
+        """Settle once where the parts stand in their wholes: finding it is slow."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         if len(self._places) != len(parameters):
             for number, parameter in enumerate(parameters):
                 self._places[parameter] = place_of(parameter, number, self.noise_seed)
 
-    def _parts(self, parameters: list[Tensor], eight_bit: bool) -> Iterable[list[_Part]]:
-        """This rank's shards, grouped by what one kernel launch can handle together."""
-        found: dict[tuple[object, ...], list[_Part]] = {}
-        for parameter in parameters:
-            if parameter.grad is None:
-                continue
-            step, mean, square = self._state_of(parameter, MOMENTS, eight_bit)
-            state = self.state[parameter]
-            scales = [local_part(state[key + _SCALE]) for key in MOMENTS] if eight_bit else []
-            weight, grad = local_part(parameter).detach(), local_part(parameter.grad)
-            beside, place = beside_weight(parameter, state if self.halves else None), self._places[parameter]
-            key = (weight.device, weight.dtype, grad.dtype, mean.dtype, None if beside is None else beside.dtype)
-            found.setdefault(key, []).append(_Part(parameter, weight, grad, mean, square, scales, beside, step, place))
-        return found.values()
-
     def _state_of(self, parameter: Tensor, names: tuple[str, ...], eight_bit: bool = False) -> list[Tensor]:
-        """The step count and this rank's shard of the moments; created, or cast to the requested dtype, if needed."""
-        state = self.state[parameter]
-        kept = [name + end for name in names for end in ("", _SCALE)] + [LOW_HALF] * self.halves
-        for key in state.keys() - {"step", *kept}:  # state of another optimizer
+        """Its step count, and this rank's part of its moments; made, or cast to what is asked for, where needed."""
+        state, kept = self.state[parameter], [LOW_HALF] * self.halves
+        if all(name in state for name in names):  # else they begin together: a count corrects moments that it is of
+            kept += ["step", *(name + end for name in names for end in ("", _SCALE))]
+        for key in state.keys() - {*kept}:  # of another optimizer
             del state[key]
         if "step" not in state:
             state["step"] = torch.zeros((), device=parameter.device)
@@ -155,6 +107,65 @@ class AdamW(torch.optim.AdamW):
         if not self._cast:
             log.info("moments were %s in the checkpoint and are kept in %s (optimizer.state_dtype)", before, now)
         self._cast = True
+
+
+class AdamW(OnParts, torch.optim.AdamW):
+    """torch's AdamW, with weights, moments and gradients in float32 or bfloat16.
+
+    Args:
+        params: groups; parameters may be plain tensors or DTensors of any meshes.
+        state_dtype: of the moments; None: that in which each parameter's step is computed.
+        halves: as in `OnParts`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, object]],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        state_dtype: torch.dtype | None = None,
+        halves: bool = False,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True)
+        self._keep(state_dtype, halves)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._number_parameters()
+        divisor, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            self._update_group(group, divisor, skip)
+        return loss
+
+    def _update_group(self, group: dict[str, Any], divisor: Tensor | None, skip: Tensor | None) -> None:
+        for parts in self._parts(group["params"], bool(group.get("eight_bit"))):
+            place = parts[0].weight.device
+            _update(parts, group, None if divisor is None else divisor.to(place),
+                    None if skip is None else skip.to(place))  # fmt: skip
+
+    def _parts(self, parameters: list[Tensor], eight_bit: bool) -> Iterable[list[_Part]]:
+        """This rank's shards, grouped by what one kernel launch can handle together."""
+        found: dict[tuple[object, ...], list[_Part]] = {}
+        for parameter in parameters:
+            if parameter.grad is None:
+                continue
+            step, mean, square = self._state_of(parameter, MOMENTS, eight_bit)
+            state = self.state[parameter]
+            scales = [local_part(state[key + _SCALE]) for key in MOMENTS] if eight_bit else []
+            weight, grad = local_part(parameter).detach(), local_part(parameter.grad)
+            beside, place = beside_weight(parameter, state if self.halves else None), self._places[parameter]
+            key = (weight.device, weight.dtype, grad.dtype, mean.dtype, None if beside is None else beside.dtype)
+            found.setdefault(key, []).append(_Part(parameter, weight, grad, mean, square, scales, beside, step, place))
+        return found.values()
 
 
 def beside_weight(parameter: Tensor, state: dict[str, Tensor] | None) -> Tensor | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from llmfoundry import runtime, stopping
 from llmfoundry.train.clock import Countdown
+from llmfoundry.train.garbage import Garbage
 from llmfoundry.train.run import ASKED, TIME_LIMIT, Run
 from llmfoundry.train.saving import Saver
 from llmfoundry.train.watchdog import Watchdog
@@ -22,6 +23,7 @@ class AgreeingRun(Run):
     saver: Saver
     watchdog: Watchdog
     countdown: Countdown = field(default_factory=lambda: Countdown(None))
+    garbage: Garbage = field(default_factory=Garbage)
     agreed: float = 0.0  # when the ranks last agreed, by `perf_counter`
     stopping: bool = False  # all ranks have agreed to stop
 
@@ -63,5 +65,6 @@ class AgreeingRun(Run):
     def stopped(self) -> bool:
         """Whether to leave an evaluation before its next batch; the same on every rank."""
         self.agree()
+        self.garbage.collect()
         self.watchdog.beat(f"an evaluation after step {self.state.step}")
         return self.stopping

@@ -18,14 +18,13 @@ from llmfoundry.parallel.apply import keep_weights_in, materialize, parallelize
 from llmfoundry.parallel.expert import mixtures, n_experts
 from llmfoundry.parallel.fsdp import can_leave
 from llmfoundry.parallel.mesh import Mesh, ParallelConfig, build_mesh
-from llmfoundry.train.adamw import AdamW
+from llmfoundry.train.adamw import OnParts
 from llmfoundry.train.alike import check_same_config
 from llmfoundry.train.callback import Callback
 from llmfoundry.train.clock import Countdown, find_limit
 from llmfoundry.train.config import CallbackConfig, Precision, RunConfig
 from llmfoundry.train.duration import seconds_of
 from llmfoundry.train.feed import Feed
-from llmfoundry.train.lion import DecoupledLionW
 from llmfoundry.train.machine import check_device, check_memory
 from llmfoundry.train.microbatch import Microbatches
 from llmfoundry.train.outputs import check_free
@@ -178,7 +177,7 @@ def _model(config: RunConfig, mesh: Mesh, precision: Precision, parallel: Parall
 
 def _optimizer(config: RunConfig, model: CausalLM) -> torch.optim.Optimizer:
     optimizer = config.optimizer_on(runtime.device().type).build(model)
-    if isinstance(optimizer, AdamW | DecoupledLionW):  # what they round at random differs from run to run
+    if isinstance(optimizer, OnParts):  # what they round at random differs from run to run
         optimizer.noise_seed = config.seed
     return optimizer
 

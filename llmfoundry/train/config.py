@@ -186,8 +186,8 @@ class RunConfig(Config):
     # of the Slurm job, if there is one; 0s: no limit.
     time_limit: ClockTime | None = None
     global_train_batch_size: int = Field(gt=0, le=2**31)  # rows per step, over all ranks
-    # Rows per forward; need not divide the rank's rows. auto: all of the rank's rows, halved as long as they do not
-    # fit.
+    # Rows of a forward; need not divide. auto: all of the rank's; each time that they do not fit, the next fewer that
+    # make equal microbatches, or else half.
     device_train_microbatch_size: int | Literal["auto"] = "auto"
     # Maximum consecutive skipped updates (gradient not finite, loss too high) before the run ends
     max_skipped_steps: int = Field(10, ge=0)

@@ -77,7 +77,7 @@ class Run:
     balance: Balance | None
     microbatches: Microbatches
     state: TrainState = field(default_factory=TrainState)
-    router: RouterStats | None = None  # of the last step, (L, E) and (L,) sums over the global batch, on the device
+    router: RouterStats | None = None  # of the last step, (L, E) and (L,) sums over the global batch, on the host
     evaluation: Metrics = field(default_factory=dict)  # of the last evaluation
     generation: str | None = None  # generation_config.json of what the run started from
     begin_seconds: float = 0.0  # of this rank alone: from the end of the last step until its rows are on the device

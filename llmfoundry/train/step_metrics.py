@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
 from llmfoundry.data.mixture import Mixture
-from llmfoundry.moe.balance import Balance, named, summary
+from llmfoundry.layers.ffn import RouterStats
+from llmfoundry.moe.balance import named, summary
 from llmfoundry.numbers import Numbers
 from llmfoundry.train.run import Metrics, Run
 from llmfoundry.train.step import StepResult
@@ -25,39 +24,32 @@ class StepNumbers(NamedTuple):
     grad_norm: float
     of_loss: list[float]  # in the order of the loss's `metrics`
     sources: list[float]  # nats of each source of a mixture, then labels of each
-    routing: list[float]  # of `moe.balance.summary`; empty for a dense model
+    router: RouterStats | None  # None for a dense model
 
 
-@dataclass
 class Reading:
-    """Copies all numbers of a step to the host at once, starting before the weights are updated.
+    """Copies all numbers of a step to the host at once, starting before the weights are updated."""
 
-    Args:
-        balance: None for a dense model.
-        tokens: tokens of the global batch.
-    """
-
-    balance: Balance | None
-    tokens: int
-    _numbers: Numbers = field(init=False)
-    _sizes: list[int] = field(init=False)
+    _numbers: Numbers
+    _router: RouterStats | None
 
     def begin(self, result: StepResult) -> None:
         """Start the copy, after the work launched so far."""
-        parts = [torch.stack([result.updated, result.ce, result.total, result.grad_norm.to(result.ce.device)])]
-        parts += [result.metrics, result.sources.flatten()]
-        if result.router is not None and self.balance is not None:
-            parts.append(summary(result.router, self.tokens, self.balance))
+        scalars = torch.stack([result.updated, result.ce, result.total, result.grad_norm.to(result.ce.device)])
+        parts = [scalars, result.metrics, result.sources.flatten(), *(part.flatten() for part in result.router or ())]
         self._sizes = [part.numel() for part in parts]
+        self._router = result.router
         self._numbers = Numbers(torch.cat([part.double() for part in parts]))
 
     def end(self) -> StepNumbers:
         """Return the numbers. The host waits for the device here, but not for the update."""
-        read = iter(self._numbers.read())
-        (updated, ce, total, grad_norm), of_loss, sources, *routing = (
-            list(itertools.islice(read, size)) for size in self._sizes
-        )
-        return StepNumbers(bool(updated), ce, total, grad_norm, of_loss, sources, routing[0] if routing else [])
+        scalars, of_loss, sources, *router = self._numbers.read().split(self._sizes)
+        updated, ce, total, grad_norm = scalars.tolist()
+        stats = None
+        if self._router is not None:
+            pairs = zip(router, self._router, strict=True)
+            stats = RouterStats(*(read.view(part.shape).to(part.dtype) for read, part in pairs))
+        return StepNumbers(bool(updated), ce, total, grad_norm, of_loss.tolist(), sources.tolist(), stats)
 
 
 def step_metrics(run: Run, numbers: StepNumbers, of_loss: Sequence[str], rate: float) -> Metrics:
@@ -73,8 +65,9 @@ def step_metrics(run: Run, numbers: StepNumbers, of_loss: Sequence[str], rate: f
     metrics |= dict(zip(of_loss, numbers.of_loss, strict=True))
     metrics |= _by_source(run, numbers.sources)
     metrics |= {"lr": rate, "grad_norm": numbers.grad_norm, "skipped_steps": state.skipped_steps}
-    if numbers.routing:
-        metrics |= named(numbers.routing)
+    if numbers.router is not None and run.balance is not None:
+        tokens = run.config.global_train_batch_size * run.loader.max_seq_len
+        metrics |= named(summary(numbers.router, tokens, run.balance).tolist())
     return metrics
 
 

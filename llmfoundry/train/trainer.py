@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import time
@@ -18,7 +17,6 @@ from llmfoundry.checkpoint.folder import Kept
 from llmfoundry.checkpoint.reading import Contents
 from llmfoundry.config import ConfigError, RunError
 from llmfoundry.data.loader import Batch
-from llmfoundry.layers.ffn import RouterStats
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.parallel.fsdp import reduces_once
 from llmfoundry.stopping import on_signal
@@ -35,7 +33,7 @@ from llmfoundry.train.out_of_memory import Held, held, message
 from llmfoundry.train.outputs import RunFolder, check_shared, hosts_without
 from llmfoundry.train.resume import Start, command_to_continue, load_reference, load_weights
 from llmfoundry.train.run import STEP, Metrics, Table, is_evaluated
-from llmfoundry.train.step import CROSS_ENTROPY, StepResult, train_step
+from llmfoundry.train.step import CROSS_ENTROPY, train_step
 from llmfoundry.train.step_metrics import Reading, step_metrics
 from llmfoundry.train.stored import upload_outputs
 from llmfoundry.train.summary import is_complete, summary_of
@@ -61,7 +59,6 @@ class Trainer(AgreeingRun):
     unevaluated: Metrics = field(default_factory=dict)  # metrics of the last step, if a signal stopped its evaluation
     owed: bool = False  # a save was due while the run was in doubt, and was postponed
     warm: bool = False  # this process has taken a step
-    froze: bool = False  # number of objects, for the garbage collector
 
     def fit(self) -> None:
         """Train until `max_duration`, or until a signal asks to stop."""
@@ -99,8 +96,7 @@ class Trainer(AgreeingRun):
 
     def _close(self) -> None:
         self.watchdog.close()
-        if self.froze:
-            gc.unfreeze()
+        self.garbage.close()
         for callback in reversed(self.callbacks):
             callback.close()
         if self.folder is not None:
@@ -164,6 +160,7 @@ class Trainer(AgreeingRun):
             self._warmed_up()
             if not self.stopping and not ends:
                 self.saver.checkpointer.prepare(self._checkpoint())
+        self.garbage.collect()
         if not self.way_back:
             self._save()
         elif not self.stopping:  # otherwise the next start would get here again, from the same checkpoint
@@ -199,16 +196,15 @@ class Trainer(AgreeingRun):
         batch = self.feed.take(state.rows)
         self.begin_seconds = time.perf_counter() - (self.agreed or start) + self.late
         rate = set_learning_rate(self.optimizer, self.schedule.multiplier(self.timeline.position(state.step)))
-        tokens = config.global_train_batch_size * self.loader.max_seq_len
-        reading = Reading(self.balance, tokens)
-        result = self._update(batch, reading)
+        reading = Reading()
+        self._update(batch, reading)
         state.step += 1
         state.rows += config.global_train_batch_size
-        state.tokens += tokens
-        self.router = result.router
+        state.tokens += config.global_train_batch_size * self.loader.max_seq_len
         self.late = self.feed.read_ahead(state.rows) if state.step < self.timeline.total_steps else 0.0
         self.watchdog.phase(READING)
         numbers = reading.end()
+        self.router = numbers.router
         self.watchdog.beat(f"the end of step {state.step}")
         skip = note_update(self, batch, self.objective, numbers.updated, math.isfinite(numbers.grad_norm))
         if skip is not None and self.folder is not None:
@@ -218,10 +214,10 @@ class Trainer(AgreeingRun):
         self.train_seconds += seconds
         return metrics | {"time/step_seconds": seconds}
 
-    def _update(self, batch: Batch, reading: Reading) -> StepResult:
+    def _update(self, batch: Batch, reading: Reading) -> None:
         """Run `train_step` with as many rows at once as fit."""
         clipping = self.config.algorithms.gradient_clipping
-        return self.microbatches.run(
+        self.microbatches.run(
             lambda micro, together: train_step(
                 self.model,
                 self.optimizer,
@@ -250,12 +246,7 @@ class Trainer(AgreeingRun):
         seconds = seconds_of(self.config.step_timeout)
         if seconds is not None and dist.is_initialized():
             runtime.set_timeout(seconds)
-        if not gc.get_freeze_count():  # otherwise this process has frozen them before the run
-            # Exempt the 400,000 objects that exist by now and stay from garbage collection: a full collection of them
-            # would stop a rank, and all that wait for it, for a good part of a second.
-            gc.collect()
-            gc.freeze()
-            self.froze = True
+        self.garbage.freeze()
         self.warm = True
 
     # Evaluations and metrics.
@@ -344,8 +335,7 @@ class Trainer(AgreeingRun):
                 if name in progress.callbacks:
                     callback.load_state_dict(progress.callbacks[name])
         if self.unevaluated:  # monitors read that step's learning rate and routing
-            router = progress.router
-            self.router = RouterStats(*(part.to(self.device) for part in router)) if router is not None else None
+            self.router = progress.router
             set_learning_rate(self.optimizer, self.schedule.multiplier(self.timeline.position_before(state.step)))
 
     def _roll_back(self) -> None:

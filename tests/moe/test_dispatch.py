@@ -115,7 +115,10 @@ def test_weight_gradients_are_computed_while_the_gradients_of_tokens_travel(
 def test_nothing_received_outlives_its_step(
     group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch, way: type[Exchange]
 ) -> None:
-    """A request keeps what it received, which remembers its autograd node: kept there, it would never be freed."""
+    """A request keeps what it received, which remembers its autograd node: kept there, it would never be freed.
+
+    And nothing waits for the garbage collector, which does not know how much memory a GPU has left.
+    """
     experts, draw = _experts("grouped_mm")
     seen: list[weakref.ref[torch.Tensor]] = []
 
@@ -132,9 +135,14 @@ def test_nothing_received_outlives_its_step(
     watch("to_experts")
     watch("to_tokens")
     x, weights, ids = draw()
-    exchange = way(x, weights, ids, E, group)
-    y = return_rows(experts(exchange.send(x, weights)), exchange)
-    y.square().sum().backward()
-    del y, x, weights
-    gc.collect()
-    assert len(seen) == 6 and [ref() for ref in seen] == [None] * 6
+    gc.disable()
+    try:
+        exchange = way(x, weights, ids, E, group)
+        y = return_rows(experts(exchange.send(x, weights)), exchange)
+        y.square().sum().backward()
+        exchanged = weakref.ref(exchange)
+        del y, x, weights, exchange
+        assert len(seen) == 6 and [ref() for ref in seen] == [None] * 6
+        assert exchanged() is None
+    finally:
+        gc.enable()

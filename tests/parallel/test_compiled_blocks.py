@@ -134,16 +134,20 @@ def with_keys(monkeypatch: pytest.MonkeyPatch, **keys: object) -> None:
     without_code(monkeypatch, "eager")  # what is tested is which graphs there are
 
 
+ALIBI = {"attn_config": {"attn_type": "multihead_attention", "alibi": True, "sliding_window_size": 3}}
 MANY_KINDS = [
     # With a smaller last microbatch and loads of the global batch, these two once went past the limit unseen.
-    {"attn_window_pattern": [4, -1, -1], "ffn_config": {"first_k_dense": 1}},
-    {"attn_window_pattern": [4, -1, -1], "ffn_config": {"moe_layer_freq": 2}},
-    {"attn_config": {"attn_type": "multihead_attention", "alibi": True, "sliding_window_size": 3}},
+    ({"attn_window_pattern": [4, -1, -1], "ffn_config": {"first_k_dense": 1}}, ((8, 12), (2, 7))),
+    ({"attn_window_pattern": [4, -1, -1], "ffn_config": {"moe_layer_freq": 2}}, ((8, 12), (2, 7))),
+    # Sizes of 1 and equal sizes, as tasks have them, are graphs of their own: with these there are nine of a kind.
+    (ALIBI, ((8, 12), (2, 7), (1, 7), (1, 12), (5, 5), (3, 1), (1, 1))),
 ]
 
 
-@pytest.mark.parametrize("keys", MANY_KINDS, ids=str)
-def test_models_of_many_kinds_of_blocks_stay_compiled(keys: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("keys", "shapes"), MANY_KINDS, ids=str)
+def test_models_of_many_kinds_of_blocks_stay_compiled(
+    keys: dict[str, object], shapes: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Counting forwards, a smaller last microbatch, evaluation of other shapes: each needs graphs of each kind."""
     with_keys(monkeypatch, **keys)
     case = Case("many", {"compile": True}, microbatch=3)
@@ -152,19 +156,22 @@ def test_models_of_many_kinds_of_blocks_stay_compiled(keys: dict[str, object], m
     model.eval()
     with torch.no_grad():
         batch = tiny.batch(0)
-        for rows, length in ((8, 12), (2, 7)):
+        for rows, length in shapes:
             model(batch.tokens[:rows, :length], batch.labels[:rows, :length])
     assert counters["frames"]["ok"] > 0 and not counters["recompile_limit"]
 
 
-def test_layers_with_jitter_share_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_with_jitter_share_one_graph_and_another_for_batches_of_any_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pytest.importorskip("triton")
     ffn = {"moe_impl": "triton", "bias": False, "first_k_dense": 0, "shared_expert": False, "shared_expert_gate": False}
-    with_keys(monkeypatch, n_layers=9, no_bias=True, ffn_config=ffn)
+    with_keys(monkeypatch, n_layers=3, no_bias=True, ffn_config=ffn)
     model, batch = tiny.build(Case("jitter", {"compile": True}), torch.float32), tiny.batch(0)
     with torch.no_grad():
-        model(batch.tokens[:2], keys=batch.rows[:2], last_only=True)
-    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+        for n, (rows, length) in enumerate(((2, 12), (3, 11), (4, 10)), 1):
+            model(batch.tokens[:rows, :length], keys=batch.rows[:rows], last_only=True)
+            assert counters["stats"]["unique_graphs"] == min(n, 2) and not counters["graph_break"]
 
 
 def test_passing_the_limit_of_graphs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

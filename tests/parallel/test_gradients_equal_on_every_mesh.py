@@ -28,9 +28,10 @@ ALONE = [Case("8 experts"), Case("6 experts", n_experts=6), Case("2 experts", n_
          Case("muon, 2 experts", n_experts=2, optimizer="muon"),
          Case("muon, 6 experts", n_experts=6, optimizer="muon"),
          *(Case("bf16_sr", optimizer=name, state=state, half=True)
-           for name, state in (("adamw", "fp32"), ("adamw", "bf16"), ("adamw", "int8"), ("decoupled_lionw", "fp32"),
-                               ("muon", "fp32"))),
-         *(Case("split", optimizer=name, half=True, split=True) for name in ("adamw", "decoupled_lionw", "muon")),
+           for name, state in (("adamw", "fp32"), ("adamw", "bf16"), ("adamw", "int8"), ("decoupled_lionw", "bf16"),
+                               ("muon", "bf16"))),
+         *(Case("split", optimizer=name, state=state, half=True, split=True)
+           for name, state in (("adamw", "fp32"), ("adamw", "int8"), ("decoupled_lionw", "fp32"), ("muon", "fp32"))),
          ]  # fmt: skip
 Alone = dict[tuple[object, ...], dict[str, Tensor]]
 CASES = [
@@ -70,10 +71,14 @@ CASES = [
     Case("bf16_sr, int8 moments, expert 4, full recompute", {"expert": 4, "recompute": "full"}, state="int8",
          half=True),
     Case("bf16_sr, expert 4, accumulation 2", {"expert": 4}, microbatch=1, half=True),
-    Case("bf16_sr, lion, expert 2", {"expert": 2}, optimizer="decoupled_lionw", half=True),
-    Case("bf16_sr, muon, replicate 2, shard 2, expert 2", {"replicate": 2, "expert": 2}, optimizer="muon", half=True),
+    Case("bf16_sr, lion, bf16 momentum, expert 2", {"expert": 2}, optimizer="decoupled_lionw", state="bf16", half=True),
+    Case("bf16_sr, muon, bf16 momentum, replicate 2, shard 2, expert 2", {"replicate": 2, "expert": 2},
+         optimizer="muon", state="bf16", half=True),
     Case("split, shard 4, accumulation 2", microbatch=1, half=True, split=True),
-    Case("split, expert 4, full recompute", {"expert": 4, "recompute": "full"}, half=True, split=True),
+    Case("split, int8 moments, expert 4, full recompute", {"expert": 4, "recompute": "full"}, state="int8", half=True,
+         split=True),
+    Case("split, host memory, accumulation 2, reduced each time", {"expert": 2, "cpu_offload": True,
+         "reduce_once_a_step": False}, microbatch=1, half=True, split=True),
     Case("split, lion, expert 2", {"expert": 2}, optimizer="decoupled_lionw", half=True, split=True),
     Case("split, muon, replicate 2, shard 2, expert 2", {"replicate": 2, "expert": 2}, optimizer="muon", half=True,
          split=True),

@@ -18,6 +18,7 @@ from llmfoundry import runtime
 from llmfoundry.config import check, dump
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig
 from llmfoundry.parallel import direct
+from tests.reads import CountsReads
 
 pytestmark = pytest.mark.dist
 STEPS = 3
@@ -134,14 +135,33 @@ def collectives_of_a_step() -> int:
     return len(calls) // STEPS
 
 
+def reads_of_a_step() -> list[str]:
+    """What the host reads of a step with two microbatches, of a dense model: on a CPU, experts read their loads."""
+    keys = dump(tiny.model_config(Case("dense")))
+    keys["ffn_config"] = {"ffn_type": "mptglu", "ffn_hidden_size": 24, "ffn_act_fn": {"name": "silu"}}
+    found: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "model_config", lambda _: check(CausalLMConfig, keys))
+        for name in ("adamw", "decoupled_lionw", "muon"):
+            case = Case("dense", microbatch=2, optimizer=name, state="bf16", half=True, split=True)
+            model = tiny.build(case, torch.float32, "amp_bf16")
+            optimizer = tiny.new_optimizer(model, 1e-2, name, case.state, case.split)
+            tiny.train(model, case, 1, 1.0, optimizer=optimizer)
+            with CountsReads() as reads:
+                tiny.train(model, case, range(1, 2), 1.0, optimizer=optimizer)
+            found += reads.found
+    return found
+
+
 def job(folder: Path) -> None:
     alone = [case._replace(parallel=case.parallel | BY_FSDP) for case in ALONE]
     runtime.start(group_of_one=True)
     if dist.get_world_size() > 1:
         same_in_every_way(folder)
-        calls = collectives_of_a_step()
+        calls, reads = collectives_of_a_step(), reads_of_a_step()
         if dist.get_rank() == 0:
             (folder / "collectives").write_text(str(calls))
+            (folder / "reads").write_text(" ".join(reads))
     for case in CASES if dist.get_world_size() > 1 else alone:
         found = learn(case, "amp_bf16")
         if dist.get_rank() == 0:
@@ -174,6 +194,10 @@ def test_experts_without_copies_learn_bitwise_what_fsdp_does(case: Case, times: 
 def test_a_step_reduces_three_times_what_it_counts(spread: Path) -> None:
     """Labels before it, the experts' loads in its middle, and at its end all sums with the squared norm."""
     assert (spread / "collectives").read_text() == "3"
+
+
+def test_a_step_on_two_ranks_reads_nothing(spread: Path) -> None:
+    assert (spread / "reads").read_text() == ""
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])

@@ -22,7 +22,7 @@ ADAMW = AdamWConfig(name="adamw", lr=1e-2)
 BF16_STATES = AdamWConfig(name="adamw", lr=1e-2, state_dtype="bf16")
 INT8_STATES = AdamWConfig(name="adamw", lr=1e-2, state_dtype="int8")
 MUON = MuonConfig(name="muon", lr=1e-2)
-LION = DecoupledLionWConfig(name="decoupled_lionw", lr=1e-3)
+LION = DecoupledLionWConfig(name="decoupled_lionw", lr=1e-3, state_dtype="bf16")
 
 
 class Run:

@@ -114,7 +114,8 @@ def counted_reads(found: list[str]) -> Iterator[None]:
         yield
 
 
-def test_between_samples_nothing_is_read_from_the_device_and_a_sample_is_read_at_once(tmp_path: Path) -> None:
+def test_between_samples_nothing_is_read_and_of_a_sample_the_biases_and_then_all_at_once(tmp_path: Path) -> None:
+    """Loads came to the host with the step's numbers; biases are written by its update."""
     reads: dict[int, list[str]] = {}
 
     class Counted(Report):
@@ -125,7 +126,7 @@ def test_between_samples_nothing_is_read_from_the_device_and_a_sample_is_read_at
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llmfoundry.callbacks.report.Report", Counted)
         run_with(tmp_path, BIASED, eval_interval="0ba", callbacks={"report": {"interval": "3ba"}}, max_duration="5ba")
-    assert reads[1] == reads[2] == reads[4] == [] and reads[3] == ["tolist"]
+    assert reads[1] == reads[2] == reads[4] == [] and reads[3] == ["cpu", "tolist"]
     assert len(reads[5]) > 0, "the probe of the end reads, so that the count is seen to work"
 
 

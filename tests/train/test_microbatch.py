@@ -15,7 +15,7 @@ import pytest
 import yaml
 from torch.distributed.fsdp import FSDPModule
 
-from llmfoundry.train.microbatch import fitting
+from llmfoundry.train.microbatch import fitting, smaller
 from tests import forks
 from tests.callbacks.conftest import tiny_run
 
@@ -155,3 +155,15 @@ def test_every_rank_has_equally_many_microbatches() -> None:
     assert fitting(2, 3, 4) == 2
     assert fitting(2, 4, 5) == 0, "4 rows are 2 microbatches or 4, 5 are 3 or 5"
     assert fitting(3, 4, 5) == 3
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "expected"),
+    [(8, 8, [4, 2, 1]), (12, 12, [6, 4, 3, 2, 1]), (24, 24, [12, 8, 6, 4, 3, 2, 1]), (7, 7, [4, 2, 1]), (3, 4, [2, 0]),
+     (4, 5, [3, 0])],
+)  # fmt: skip
+def test_the_next_size_is_the_largest_of_equal_microbatches(least: int, most: int, expected: list[int]) -> None:
+    found = [most]
+    while found[-1] > 1:
+        found.append(smaller(found[-1], least, most))
+    assert found[1:] == expected

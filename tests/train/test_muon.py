@@ -164,22 +164,6 @@ def test_a_step_that_is_skipped_changes_nothing() -> None:
         assert all(torch.equal(value, optimizer.state[parameter][key]) for key, value in before.items())
 
 
-def test_the_state_of_another_optimizer_is_replaced() -> None:
-    """After `load_allow: [optimizer.name]`."""
-    model = small()
-    first = check(OptimizerConfig, {"name": "adamw", "lr": 0.01}).build(model)
-    with_gradients(model)
-    first.step()
-    second = build(model, state_dtype="bf16")
-    second.state.update(first.state)
-    with_gradients(model)
-    second.step()
-    keys = {name: set(second.state[parameter]) for name, parameter in model.named_parameters()}
-    assert keys["blocks.0.ffn.experts.w1"] == {"step", "momentum_buffer"}
-    assert second.state[model.get_parameter("blocks.0.ffn.experts.w1")]["momentum_buffer"].dtype == torch.bfloat16
-    assert keys["wte.weight"] == {"step", "exp_avg", "exp_avg_sq"}
-
-
 def test_flops_and_state_are_those_of_a_plan() -> None:
     model = small()
     muon_config = check(OptimizerConfig, {"name": "muon", "lr": 0.02})
