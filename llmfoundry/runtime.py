@@ -6,6 +6,7 @@ The same code runs on one process and on many: until `start` has made a process 
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import hashlib
 import logging
 import os
@@ -15,7 +16,8 @@ import resource
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar, cast
 
@@ -125,8 +127,36 @@ def store_for_a_thread() -> dist.Store | None:
     return dist.PrefixStore(f"watch/{_attempt()}", dist.TCPStore(*place, is_master=False, wait_for_workers=False))
 
 
+def timeout() -> float:
+    """Seconds after which a collective of the main thread fails if some rank has not joined it."""
+    return _timeout
+
+
+@contextmanager
+def waits_for_ranks(seconds: float) -> Iterator[None]:
+    """What asks the ranks' common store in here waits so long for another rank.
+
+    C++ that waits for a rank in another way, with the interpreter's lock held, ends the process at the timeout of
+    collectives: no thread of Python could.
+
+    Raises:
+        dist.DistStoreError: a rank did not come.
+    """
+    store = distributed_c10d._get_default_store()
+    before = store.timeout  # type: ignore[attr-defined]  # torch's stub lacks it
+    store.set_timeout(datetime.timedelta(seconds=seconds))
+    faulthandler.dump_traceback_later(_timeout, exit=True, file=STDERR)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()  # the watchdog's own comes again when it next looks
+        store.set_timeout(before)
+
+
 def set_timeout(seconds: float) -> None:
     """From now on, a collective of the main thread fails if some rank has not joined it after this time."""
+    global _timeout
+    _timeout = seconds
     for group in list(distributed_c10d._world.pg_map):
         distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
     if (ranks := tree()) is not None:
@@ -156,7 +186,8 @@ def tree() -> Tree | None:
     return _planted.tree
 
 
-_timeout = 600.0  # seconds, of `start`
+_timeout = 600.0  # seconds, of `start` or `set_timeout`
+STDERR = 2  # its number: it may be replaced or closed in Python
 
 
 def plant(timeout: float) -> Tree:
@@ -423,6 +454,11 @@ def count_memory(n_bytes: int) -> None:
     """Note that GPU memory was allocated, for good, around torch's allocator."""
     global _mapped
     _mapped += n_bytes
+
+
+def shares_memory() -> bool:
+    """Whether GPUs of this node read each other's memory, and wait for each other without a collective."""
+    return _mapped > 0
 
 
 def memory_stats(place: torch.device) -> dict[str, int]:

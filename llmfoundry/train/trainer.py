@@ -49,7 +49,6 @@ from llmfoundry.train.resume import (
 from llmfoundry.train.run import EVALUATED, STEP, Metrics, Table, is_evaluated
 from llmfoundry.train.step import CROSS_ENTROPY, StepResult, train_step
 from llmfoundry.train.stored import upload_outputs
-from llmfoundry.train.watchdog import READING
 
 log = logging.getLogger(__name__)
 
@@ -302,7 +301,7 @@ class Trainer(AgreeingRun):
         self.router = result.router
         names, sizes = self.objective.metrics, (4, result.metrics.numel(), result.sources.numel())
         self.late = self._read_ahead(state.rows)
-        self.watchdog.phase(READING)
+        self.watchdog.read(self.warm)
         assert self.reading is not None
         read = iter(self.reading.read())  # all at once: the host waits for the device here, but not for the update
         self.watchdog.beat(f"the end of step {state.step}")

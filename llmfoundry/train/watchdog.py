@@ -41,10 +41,10 @@ PATIENCE = 3.0  # seconds beyond that for a rank to answer
 ANSWER = 20.0  # seconds for the verdict of another rank
 STOPPED = 10.0  # seconds of this thread's own silence after which the process must have been stopped
 GIL = 60.0  # seconds more until a process ends in which no thread of Python can run
-STDERR = 2  # its number: it may be replaced or closed in Python
 COLLECTIVE = ("torch.distributed", "torch._C._distributed", "llmfoundry.tree")
 # What gloo says when another rank is gone or does not come.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "gloo/transport")
+TRAPPED = "unspecified launch failure"  # what CUDA says when a GPU ends its wait for another one (parallel/peers.py)
 INNERMOST = 3  # frames in which a collective shows
 
 
@@ -57,18 +57,22 @@ class Limits(NamedTuple):
 
     step: float  # within a step but the first
     other: float  # anywhere else; 0 in both watches nothing
+    first: float = LOOSE  # at the end of the first step, where the host waits for what it has given to the device
 
 
-def limits(hang_timeout: float | None, collective: float) -> Limits:
+def limits(hang_timeout: float | None, collective: float, first: float) -> Limits:
     """The limits of a run.
 
     Args:
         hang_timeout: for everything, where the YAML gives it.
         collective: the timeout of collectives in steps.
+        first: that of collectives in the first step.
     """
     if hang_timeout is not None:
-        return Limits(hang_timeout, hang_timeout)
-    return Limits(min(LOOSE, TIGHT * collective) if runtime.world_size() > 1 else LOOSE, LOOSE)
+        return Limits(hang_timeout, hang_timeout, hang_timeout)
+    if runtime.world_size() == 1:
+        return Limits(LOOSE, LOOSE)
+    return Limits(min(LOOSE, TIGHT * collective), LOOSE, min(LOOSE, TIGHT * first))
 
 
 class Answer(NamedTuple):
@@ -124,6 +128,17 @@ class Watchdog:
         """What the main thread does now, without a sign that the run goes on."""
         self._doing = doing
 
+    def read(self, warm: bool) -> None:
+        """The device has all of a step, and the host waits for it.
+
+        Args:
+            warm: the step is not the first. In that one, ranks may have compiled for long, but now work of the device
+                is all that is left.
+        """
+        self._doing = READING
+        if not warm:
+            self._beaten, self._seconds = time.monotonic(), self._allowed.first
+
     def close(self) -> None:
         """End the watch."""
         self._closed.set()
@@ -133,9 +148,12 @@ class Watchdog:
 
     def named(self, at: str, error: Exception) -> RunError | None:
         """The failure of a collective, with the rank that it was waiting for; None for any other error."""
-        if not isinstance(error, dist.DistError) and not any(word in str(error) for word in LOST):
+        here = str(error).strip()
+        if TRAPPED in here and runtime.shares_memory():
+            here = f"{here.splitlines()[0]}, as when a GPU has waited {runtime.timeout():.12g} seconds for another one"
+        elif not isinstance(error, dist.DistError) and not any(word in here for word in LOST):
             return None
-        return RunError(f"{at}: {self.verdict() or 'a collective failed'}; here: {str(error).strip()}")
+        return RunError(f"{at}: {self.verdict() or 'a collective failed'}; here: {here}")
 
     def verdict(self) -> str:
         """Call the roll, and say which rank is at fault; all who ask get the same answer. Empty if it is not known."""
@@ -158,7 +176,7 @@ class Watchdog:
             if self._store is not None:
                 # Should this thread never run again, because a C function keeps the interpreter's lock, C's ends it.
                 with contextlib.suppress(OSError, ValueError, RuntimeError):
-                    faulthandler.dump_traceback_later(self._allowed.other + GIL, exit=True, file=STDERR)
+                    faulthandler.dump_traceback_later(self._allowed.other + GIL, exit=True, file=runtime.STDERR)
             now = time.monotonic()
             if now - looked > self.poll + STOPPED:  # by Ctrl-Z: this thread stood still as well
                 self._beaten = now
