@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from typing import NoReturn
 
 SIGNALLED = 128  # exit codes from here on: a signal's number is added
@@ -45,7 +46,7 @@ def tell_torchrun(why: str) -> None:
     """
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         details = {"py_callstack": why, "timestamp": str(int(time.time()))}  # the form that its own handler writes
-        with open(file, "w") as report:
+        with suppress(OSError), open(file, "w") as report:
             json.dump({"message": {"message": why, "extraInfo": details}}, report)
         time.sleep(1.0)
 

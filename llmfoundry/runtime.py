@@ -421,6 +421,29 @@ def agreed(act: Callable[[], T], ranks: Tree | None = None) -> T:
     return cast(T, answer)
 
 
+def all_or_none(act: Callable[[], T]) -> T:
+    """`agreed`, for what has collectives in it: those of the other ranks do not wait for one that fails.
+
+    Every collective in it must be preceded by `meet` on every rank.
+    """
+    global _meeting
+    answer: T | None = None
+    error: Exception | None = None
+    told, before, _meeting = False, _meeting, world_size() > 1
+    try:
+        answer = act()
+    except _Elsewhere:
+        told = True
+    except Exception as failure:
+        error = failure
+    finally:
+        _meeting = before
+    if told or any_rank(error is not None):
+        errors = of_each_rank(_for_others(error) if error is not None else None)
+        raise error or next(each for each in errors if each is not None)
+    return cast(T, answer)
+
+
 def seed_of(*parts: str | int) -> int:
     """A seed of 63 bits from any parts, by SHA-256: the same on every machine and Python version."""
     digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from llmfoundry import launch
+from llmfoundry.atomic import write_output
 from llmfoundry.cli.opening import (
     HUGGING_FACE,
     Opened,
@@ -211,6 +212,6 @@ def _write(results: Mapping[str, Results], options: TaskOptions) -> None:
         for name, found in results.items()
     }
     try:
-        Path(options.output).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        write_output(Path(options.output), json.dumps(data, indent=2) + "\n")
     except OSError as error:
         raise ConfigError(f"--output {options.output}: {(error.strerror or str(error)).lower()}") from None

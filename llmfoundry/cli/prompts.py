@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from llmfoundry.atomic import write_line
 from llmfoundry.config import ConfigError, reason
 from llmfoundry.strict_json import parse_json
 
@@ -85,10 +86,13 @@ def write_completions(path: Path, rows: Sequence[Row], completions: Iterable[Com
     Raises:
         ConfigError: it cannot be written.
     """
+    done = 0
     try:
-        with path.open("w", encoding="utf-8", buffering=1) as file:
+        with path.open("wb", buffering=0) as file:
             for row, one in zip(rows, completions, strict=True):
                 added = {"completion": one.text, "finish_reason": one.finish, "tokens": one.tokens}
-                file.write(json.dumps(row | added, ensure_ascii=False) + "\n")
+                write_line(file, json.dumps(row | added, ensure_ascii=False))
+                done += 1
     except OSError as error:
-        raise ConfigError(f"--output: {path} cannot be written: {error.strerror}") from None
+        which = f"; it has the first {done} of {len(rows)} completions" if done else ""
+        raise ConfigError(f"--output: {path} cannot be written: {error.strerror}{which}") from None

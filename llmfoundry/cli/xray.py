@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmfoundry import launch
+from llmfoundry.atomic import write_output
 from llmfoundry.cli.command import command
 from llmfoundry.cli.inference import CHECKPOINT, GENERATING, add_allow_code
 from llmfoundry.cli.opening import open_checkpoint
@@ -67,7 +68,7 @@ def xray_main(argv: Sequence[str] | None = None) -> None:
         return
     if args.html is not None:
         try:
-            args.html.write_text(page(found, layers, f"Experts of {args.checkpoint}"), encoding="utf-8")
+            write_output(args.html, page(found, layers, f"Experts of {args.checkpoint}"))
         except OSError as error:
             raise ConfigError(f"--html: {args.html} cannot be written: {error.strerror}") from None
         print(f"written to {args.html}")

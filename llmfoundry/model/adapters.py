@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.optim import Optimizer
 
 from llmfoundry import runtime
+from llmfoundry.atomic import atomic_write
 from llmfoundry.dtensor import local_shard, whole
 from llmfoundry.kernels.halves import weight_of
 from llmfoundry.layers.lora import LoRAConfig, adapted, adapters, frozen_weights, is_adapter
@@ -70,6 +71,7 @@ def save_peft(
 
     Raises:
         ValueError: the model has no adapters.
+        OSError: they cannot be written; on all ranks.
     """
     config = model.config.lora
     if config is None:
@@ -83,13 +85,15 @@ def save_peft(
             a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)  # (E r, D), (N, r E)
         tensors[f"{entry.key}.lora_A.weight"] = a.contiguous().clone()  # parts share it, files do not
         tensors[f"{entry.key}.lora_B.weight"] = b.contiguous()
-    if runtime.is_rank0():
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        mixture = any(p.dim() == 3 for p in model.parameters())
-        (folder / CONFIG).write_text(json.dumps(_peft_config(config, entries, mixture, base_model), indent=2) + "\n")
-    runtime.barrier()
+    mixture = any(p.dim() == 3 for p in model.parameters())
+    settings = json.dumps(_peft_config(config, entries, mixture, base_model), indent=2) + "\n"
+
+    def write() -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        atomic_write(Path(folder) / WEIGHTS, [save(tensors, {"format": "pt"})])
+        atomic_write(Path(folder) / CONFIG, [settings.encode()])
+
+    runtime.on_rank0(write)
 
 
 @torch.no_grad()

@@ -107,7 +107,10 @@ class Trainer(AgreeingRun):
         if self.froze:
             gc.unfreeze()
         for callback in reversed(self.callbacks):
-            callback.close()
+            try:
+                callback.close()
+            except Exception as error:  # the others are to be closed too, and a failure of the run to be seen
+                log.error("%s could not be closed: %s: %s", type(callback).__name__, type(error).__name__, error)
         if self.folder is not None:
             self.folder.close()
 
