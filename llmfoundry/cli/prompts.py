@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -78,6 +79,8 @@ def check_output(path: Path) -> None:
     """Refuse a file that cannot be written, before hours of work; raises ConfigError."""
     if path.is_dir() or not path.parent.is_dir():
         raise ConfigError(f"--output: {path} cannot be written: {path.parent} must be a folder, and {path} a file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"--output: {path} cannot be written: no permission")
 
 
 def write_completions(path: Path, rows: Sequence[Row], completions: Iterable[Completion]) -> None:

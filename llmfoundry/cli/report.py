@@ -9,7 +9,7 @@ from pathlib import Path
 from llmfoundry.atomic import write_output
 from llmfoundry.checkpoint.store import RunStore
 from llmfoundry.cli.command import command
-from llmfoundry.cli.parser import Parser
+from llmfoundry.cli.parser import Parser, local
 from llmfoundry.config import ConfigError, is_url, reason
 from llmfoundry.data.remote import data_path
 from llmfoundry.report.page import page_of
@@ -26,7 +26,7 @@ def report_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the save_folder of a run, or its URL (s3://...)")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=local,
         metavar="FILE",
         help="default: report.html in the run, or here for several",
     )

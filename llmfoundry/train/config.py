@@ -31,7 +31,7 @@ from llmfoundry.config import (
 from llmfoundry.data.loader import LoaderConfig
 from llmfoundry.data.mixture import MixtureConfig
 from llmfoundry.data.preferences import PreferencesConfig
-from llmfoundry.data.remote import data_path
+from llmfoundry.data.remote import Place, data_path
 from llmfoundry.data.sources import paired_run
 from llmfoundry.data.tokenizer import TokenizerConfig
 from llmfoundry.eval.gauntlet import GauntletConfig
@@ -64,18 +64,6 @@ def precision_on(asked: Precision | Literal["auto"], device_type: str) -> Precis
 def inference_precision(precision: Precision) -> Precision:
     """What a model that is not trained computes in: in bfloat16 where the run had 8-bit products."""
     return "amp_bf16" if precision == "amp_fp8" else precision
-
-
-def place(path: str) -> str:
-    """A folder of this machine, or a URL of a store.
-
-    Raises:
-        ValueError: neither.
-    """
-    return check_placeholders(data_path(path)) if is_url(path) else local_path(path)
-
-
-Place = Annotated[str, AfterValidator(place)]
 
 
 class GradientClipping(Config):
@@ -281,7 +269,7 @@ class RunConfig(Config):
             return path
         if not path.strip():
             raise ValueError("is empty; write a checkpoint's folder, hf:NAME or a URL, or leave it out")
-        return place(path)
+        return check_placeholders(data_path(path)) if is_url(path) else local_path(path)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -233,6 +233,13 @@ def check_free(path: Path, autoresume: bool) -> None:
     Raises:
         ConfigError: it is used and not to be resumed, or holds no run, or cannot be written.
     """
+    try:
+        _check_free(path, autoresume)
+    except OSError as error:
+        raise ConfigError(f"save_folder: {path} cannot be written: {error.strerror}") from None
+
+
+def _check_free(path: Path, autoresume: bool) -> None:
     if path.exists() and not path.is_dir():
         raise ConfigError(f"save_folder: {path} is a file; name a folder")
     if not is_free(path):

@@ -73,7 +73,7 @@ def test_exports_go_to_a_store_and_nothing_of_them_stays_here(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    url = f"memory://{tmp_path}/{{run_name}}"
+    url = f"kept://{tmp_path}/{{run_name}}"
     fs, path = fsspec.core.url_to_fs(url.format(run_name="first"))
     fs.pipe_file(f"{path}/huggingface/ba4/old", b"of a run before")
     words = [f"callbacks.hf_checkpointer={{save_folder: '{url}', save_interval: 3ba}}", "run_name=first"]
