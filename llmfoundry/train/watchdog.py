@@ -197,7 +197,8 @@ class Watchdog:
         if why:
             self._append(why)
         message = f"{said}: {why or self._here().where}; stacks are in {self._file()}"
-        print(f"[rank {launch.rank()}] error: {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # whatever became of stderr, the process must end
+            print(f"[rank {launch.rank()}] error: {message}", file=sys.stderr, flush=True)
         if waits:
             time.sleep(PATIENCE)  # the rank at fault goes first: torchrun's report names the one that failed first
         launch.tell_torchrun(f"error: {message}")
