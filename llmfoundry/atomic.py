@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import uuid
 from collections.abc import Iterable
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a write: the disk is full, or a limit is reached
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def os_error(error: BaseException) -> OSError | None:
+    """The system's error behind an exception, if there is one; libraries in Rust only name its number."""
+    if isinstance(error, OSError):
+        return error
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
 
 
 def atomic_write(path: Path, content: Iterable[bytes], sync: bool = False, shared: bool = False) -> None:
@@ -33,4 +45,40 @@ def atomic_write(path: Path, content: Iterable[bytes], sync: bool = False, share
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)  # frees space on a full disk
+        raise
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write a file that the user has named, whole or not at all; what is no file, like /dev/stdout, is written to.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+    else:
+        atomic_write(Path(os.path.realpath(path)), [text.encode()])
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, or leave the file as it is.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with path.open("ab", buffering=0) as file:
+        write_line(file, line)
+
+
+def write_line(file: FileIO, line: str) -> None:
+    """The same for an open file."""
+    before = file.tell() if file.seekable() else None
+    content = memoryview(f"{line}\n".encode())
+    try:
+        while content:
+            content = content[file.write(content) :]
+    except OSError:
+        with suppress(OSError):
+            if before is not None:
+                file.truncate(before)  # half a line would spoil the next one
         raise

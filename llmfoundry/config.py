@@ -433,11 +433,14 @@ def local_path(path: str, placeholders: tuple[str, ...] = ()) -> str:
     Raises:
         ValueError: it is a URL, or has an unknown placeholder.
     """
-    if is_url(path):
+    if is_url(path) or "://" in path:
         raise ValueError(
             f"{path} is a URL, and only paths of this machine can be used; copy it to or from a folder here"
         )
-    return os.path.expanduser(check_placeholders(path, placeholders))
+    expanded = os.path.expanduser(check_placeholders(path, placeholders))
+    if expanded.startswith("~") and expanded.partition("/")[0] != "~" and not os.path.exists(expanded):
+        raise ValueError(f"{path}: there is no user {expanded.partition('/')[0][1:]}; write ./{path} for a folder here")
+    return expanded
 
 
 def check_placeholders(path: str, placeholders: tuple[str, ...] = ()) -> str:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
+log = logging.getLogger(__name__)
 SIGNALLED = 128  # exit code of a signal: this plus its number
 BEGUN = time.monotonic()  # when this process began, not counting the start of Python
 
@@ -46,9 +50,48 @@ def tell_torchrun(why: str) -> None:
     """
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         details = {"py_callstack": why, "timestamp": str(int(time.time()))}  # the format of torchrun's handler
-        with open(file, "w") as report:
+        with suppress(OSError), open(file, "w") as report:
             json.dump({"message": {"message": why, "extraInfo": details}}, report)
         time.sleep(1.0)
+
+
+def broken_stdout(suspected: bool = False) -> OSError | None:
+    """Write out what was printed. What cannot be goes nowhere, as does all that follows: the end tries once more.
+
+    Args:
+        suspected: write an empty line too; a long text that failed is not tried again.
+
+    Returns:
+        Why it could not: the reader of a pipe is gone, a disk is full.
+    """
+    try:
+        if suspected:
+            sys.stdout.write("\n")
+        sys.stdout.flush()
+        return None
+    except ValueError:  # it is closed
+        return None
+    except OSError as error:
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+            sys.stdout.flush()
+        return error
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """What is printed in here must not end a run; it is a warning where it cannot be."""
+    try:
+        yield
+    except SystemExit:  # by rich, which has sent the rest nowhere
+        log.warning("stdout cannot be written: the reader of its pipe is gone; the run goes on without it")
+    except OSError as error:
+        found = broken_stdout(suspected=True)
+        if found is None:
+            raise
+        log.warning("stdout cannot be written: %s; the run goes on without it", error.strerror)
 
 
 def leave(code: int) -> NoReturn:
@@ -61,10 +104,11 @@ def leave(code: int) -> NoReturn:
     Args:
         code: the exit code.
     """
+    broken_stdout()
     if code < SIGNALLED:
         if "RANK" not in os.environ:  # a single process
             sys.exit(code)
         atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError, ValueError):
+        sys.stderr.flush()
     os._exit(code)

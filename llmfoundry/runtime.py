@@ -6,6 +6,7 @@ The same code runs on one process and on many: before `start` creates a process 
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import hashlib
 import logging
 import os
@@ -15,7 +16,8 @@ import resource
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar, cast
 
@@ -76,7 +78,8 @@ class _Planted(NamedTuple):
 
 
 # The state of this process; only functions of this module change it.
-_timeout = 600.0  # seconds, of `start`
+_timeout = 600.0  # seconds, of `start` or `set_timeout`
+STDERR = 2  # file descriptor; sys.stderr may be replaced or closed
 _store: dist.Store | None = None  # the store through which ranks found each other
 _planted: _Planted | None = None
 _trees = 0  # made so far
@@ -136,8 +139,36 @@ def store_for_a_thread() -> dist.Store | None:
     return dist.PrefixStore(f"watch/{_attempt()}", dist.TCPStore(*place, is_master=False, wait_for_workers=False))
 
 
+def timeout() -> float:
+    """Seconds after which a collective of the main thread fails if some rank has not joined it."""
+    return _timeout
+
+
+@contextmanager
+def waits_for_ranks(seconds: float) -> Iterator[None]:
+    """What asks the ranks' common store in here waits so long for another rank.
+
+    C++ that waits for a rank in another way, with the interpreter's lock held, ends the process at the timeout of
+    collectives: no thread of Python could.
+
+    Raises:
+        dist.DistStoreError: a rank did not come.
+    """
+    store = distributed_c10d._get_default_store()
+    before = store.timeout  # type: ignore[attr-defined]  # torch's stub lacks it
+    store.set_timeout(datetime.timedelta(seconds=seconds))
+    faulthandler.dump_traceback_later(_timeout, exit=True, file=STDERR)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()  # the watchdog's own comes again when it next looks
+        store.set_timeout(before)
+
+
 def set_timeout(seconds: float) -> None:
     """Change the time after which a collective of the main thread fails that some rank has not joined."""
+    global _timeout
+    _timeout = seconds
     for group in list(distributed_c10d._world.pg_map):
         distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
     if (ranks := tree()) is not None:
@@ -379,6 +410,29 @@ def agreed(act: Callable[[], T], ranks: Tree | None = None) -> T:
     return cast(T, answer)
 
 
+def all_or_none(act: Callable[[], T]) -> T:
+    """`agreed`, for what has collectives in it: those of the other ranks do not wait for one that fails.
+
+    Every collective in it must be preceded by `meet` on every rank.
+    """
+    global _meeting
+    answer: T | None = None
+    error: Exception | None = None
+    told, before, _meeting = False, _meeting, world_size() > 1
+    try:
+        answer = act()
+    except _Elsewhere:
+        told = True
+    except Exception as failure:
+        error = failure
+    finally:
+        _meeting = before
+    if told or any_rank(error is not None):
+        errors = of_each_rank(_for_others(error) if error is not None else None)
+        raise error or next(each for each in errors if each is not None)
+    return cast(T, answer)
+
+
 def seed_of(*parts: str | int) -> int:
     """Return a seed of 63 bits from any parts, by SHA-256: the same on every machine and Python version."""
     digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
@@ -409,6 +463,11 @@ def count_memory(n_bytes: int) -> None:
     """Record permanent allocations of GPU memory that bypass torch's allocator."""
     global _mapped
     _mapped += n_bytes
+
+
+def shares_memory() -> bool:
+    """Whether GPUs of this node read each other's memory, and wait for each other without a collective."""
+    return _mapped > 0
 
 
 def memory_stats(place: torch.device) -> dict[str, int]:

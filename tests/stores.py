@@ -12,10 +12,11 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Literal
+from typing import ClassVar, Literal
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 # Of a request: an error of the server's; the connection is closed before the answer, or in the middle of it.
 Fault = Literal["500", "drop", "truncate"]
@@ -24,6 +25,21 @@ SERVER = (
     "server = ThreadedMotoServer(ip_address='127.0.0.1', port=0); server.start()\n"
     "print(server.get_host_and_port()[1], flush=True); sys.stdin.read()"
 )
+
+
+class Kept(MemoryFileSystem):
+    """A store in this process's memory, by a name of its own: `memory://` is refused where a run would write to it."""
+
+    protocol = "kept"
+    store: ClassVar[dict[str, object]] = {}
+    pseudo_dirs = [""]  # noqa: RUF012  # as the class that it is of has it
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.removeprefix("kept://")))
+
+
+fsspec.register_implementation("kept", "tests.stores.Kept")
 
 
 class Door(ThreadingHTTPServer):

@@ -152,6 +152,11 @@ def test_a_model_that_is_not_there_is_the_only_mistake(recipe: Path, capsys: pyt
         (["save_folder=sftp://me:secret@host/x"], "save_folder: sftp://...: holds a password; leave it out"),
         (["save_folder=s3://bucket/{epoch}", "run_name=a"], "save_folder: s3://bucket/{epoch} has the placeholder"),
         (["save_folder=tiny.yaml/x"], "save_folder: tiny.yaml/x cannot be made: "),
+        (
+            ["save_folder=memory://bucket/x"],
+            "save_folder: memory://bucket/x: is lost when this process ends; name a folder",
+        ),
+        ([f"save_folder={'n' * 300}"], f"save_folder: {'n' * 300} cannot be written: File name too long"),
         (["load_path=dbfs:/x"], "load_path: dbfs:/x: is a URL that is not known"),
         (["load_path=memory://bucket/none"], "memory://bucket/none: no such folder"),
         (["train_loader.dataset.cache_dir=s3://x"], "train_loader.dataset.cache_dir: s3://x is a URL"),

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from llmfoundry.cli.main import _ENTRIES, main
+from tests import forks
+from tests.faults.runs import is_saved, metrics, recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = Path(sys.executable).with_name("llmfoundry")
@@ -153,3 +155,40 @@ def test_explain_says_what_each_key_became(capsys: pytest.CaptureFixture[str]) -
     assert "left out: 0 is off" in lines["model.ffn_config.moe_jitter_eps"]
     assert "left out" in lines["train_loader.dataset.predownload"]
     assert "is missing" in lines["save_folder"]
+
+
+# What stdout may become while a command runs.
+STDOUT = {
+    "a pipe without a reader": "r, w = os.pipe(); os.close(r); os.dup2(w, 1)",
+    "a full disk": "os.dup2(os.open('/dev/full', os.O_WRONLY), 1)",
+}
+COMMAND = """
+import os, sys
+{stdout}
+sys.stdout = open(1, "w", closefd=False)
+from llmfoundry import launch
+from llmfoundry.cli.main import main
+launch.leave(main({words!r}))
+"""
+
+
+@pytest.mark.parametrize("stdout", STDOUT)
+def test_a_console_that_is_lost_ends_no_run(stdout: str, tmp_path: Path) -> None:
+    """`train.py ... | tee log`, of which tee is killed, or `> log` on a disk that is full."""
+    file = recipe(tmp_path, max_duration="3ba", save_interval="1ba", log_to_console=True)
+    found = forks.run("-c", COMMAND.format(stdout=STDOUT[stdout], words=["train", str(file)]))
+    assert found.returncode == 0, found.stderr
+    assert is_saved(tmp_path / "run", 3) and len(metrics(tmp_path / "run")) == 3
+    said = [line for line in found.stderr.splitlines() if "stdout" in line]
+    assert len(said) == 1 and said[0].endswith("the run goes on without it"), found.stderr
+    assert "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize(("stdout", "code"), [*zip(STDOUT, (141, 1), strict=True)])
+def test_a_command_whose_output_is_lost_says_so_unless_its_reader_has_seen_enough(
+    stdout: str, code: int, tmp_path: Path
+) -> None:
+    words = ["explain", str(recipe(tmp_path))]
+    found = forks.run("-c", COMMAND.format(stdout=STDOUT[stdout], words=words))
+    assert found.returncode == code, found.stderr
+    assert found.stderr == ("error: stdout cannot be written: No space left on device\n" if code == 1 else "")

@@ -12,7 +12,7 @@ import time
 import torch
 from rich.console import Console as RichConsole
 
-from llmfoundry import runtime
+from llmfoundry import launch, runtime
 from llmfoundry.callbacks.live import LiveView, Now
 from llmfoundry.eval.gauntlet import COMPOSITE
 from llmfoundry.eval.icl import PREFIX
@@ -33,8 +33,11 @@ class Console(Callback):
         self.begun: tuple[float, int] | None = None  # when the first step of this process ended, and its number
 
     def fit_start(self, trainer: Run) -> None:
-        if not runtime.is_rank0():
-            return
+        if runtime.is_rank0():
+            with launch.printing():
+                self._begin(trainer)
+
+    def _begin(self, trainer: Run) -> None:
         model, total = trainer.config.model, trainer.timeline.expected_steps(trainer.state.step)
         length = str(trainer.config.max_duration) if total is None else f"{total:,} steps"
         self.out.print(
@@ -54,8 +57,11 @@ class Console(Callback):
             self.view.draw(Now(trainer.state.step, total, None))
 
     def step_end(self, trainer: Run, metrics: Metrics) -> None:
-        if not runtime.is_rank0():
-            return
+        if runtime.is_rank0():
+            with launch.printing():
+                self._print(trainer, metrics)
+
+    def _print(self, trainer: Run, metrics: Metrics) -> None:
         step, now = trainer.state.step, time.monotonic()
         self.begun = self.begun or (now, step)  # the first step compiles, so its time is not representative
         seconds, steps = now - self.begun[0], step - self.begun[1]
@@ -102,7 +108,8 @@ class Console(Callback):
 
     def close(self) -> None:
         if self.view is not None:
-            self.view.stop()
+            with launch.printing():
+                self.view.stop()
 
 
 def tasks_line(metrics: Metrics) -> list[str]:

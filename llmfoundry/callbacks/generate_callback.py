@@ -15,6 +15,7 @@ from typing import Annotated
 from pydantic import Field
 
 from llmfoundry import runtime
+from llmfoundry.atomic import append_line
 from llmfoundry.callbacks.sample_text import written
 from llmfoundry.train.callback import AtIntervals, CallbackConfig, Run, Table
 from llmfoundry.train.duration import Interval
@@ -66,9 +67,8 @@ class GenerateCallback(AtIntervals):
             return
         path = trainer.config.folder / FILE
         try:
-            with path.open("a", encoding="utf-8") as file:
-                for prompt, text_after in rows:
-                    line = {"step": trainer.state.step, "prompt": prompt, "generation": text_after}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            for prompt, text_after in rows:
+                line = {"step": trainer.state.step, "prompt": prompt, "generation": text_after}
+                append_line(path, json.dumps(line, ensure_ascii=False))
         except OSError as error:
             log.warning("%s cannot be written: %s; the run goes on", path, error.strerror)

@@ -10,6 +10,7 @@ with `model.lora` it contains only the adapters, in peft's format. Training wait
 
 from __future__ import annotations
 
+import glob
 import logging
 import shutil
 import tempfile
@@ -22,10 +23,11 @@ from pydantic import field_validator
 from llmfoundry import hf, runtime
 from llmfoundry.checkpoint.reading import HUGGING_FACE
 from llmfoundry.checkpoint.store import STORE_ERRORS
-from llmfoundry.config import ConfigError, PathPattern, is_theirs, is_url
+from llmfoundry.config import ConfigError, PathPattern, is_theirs, is_url, reason
 from llmfoundry.data.remote import PlacePattern, listing, put_folder
 from llmfoundry.hf.adapters import peft_names
 from llmfoundry.hf.family import write_config
+from llmfoundry.hf.tokenizer import save_tokenizer
 from llmfoundry.model.adapters import save_peft
 from llmfoundry.model.transformer import CausalLMConfig
 from llmfoundry.train.callback import AtIntervals, CallbackConfig, Run
@@ -82,17 +84,33 @@ class HFCheckpointer(AtIntervals):
     def act(self, trainer: Run) -> None:
         name = trainer.filled(self.config.huggingface_folder_name)
         place = f"{trainer.filled(self.config.save_folder).rstrip('/')}/{SUBFOLDER}/{name}"
+        try:
+            self._export(trainer, place)
+        except STORE_ERRORS as error:
+            if runtime.is_rank0():
+                why = reason(error).removeprefix(f"{place}.new: cannot be written: ")
+                log.error("step %d: hf_checkpointer: %s could not be written: %s; the run goes on",
+                          trainer.state.step, place, why)  # fmt: skip
+
+    def _export(self, trainer: Run, place: str) -> None:
         target = runtime.on_rank0(lambda: self._target(place))
         if target is None:
             return
+        try:
+            self._write(trainer, target)
+            runtime.on_rank0(lambda: _put(target, place))
+        finally:  # of a failed export, nothing is left
+            if runtime.is_rank0():
+                shutil.rmtree(target.parent if is_url(place) else target, ignore_errors=True)
+        log.info("step %d: written for transformers to %s", trainer.state.step, place)
+
+    def _write(self, trainer: Run, target: Path) -> None:
         if trainer.model.config.lora is not None:
             self._write_adapters(trainer, target)
         else:
             dtype = DTYPES[self.config.precision]
             hf.save_pretrained(trainer.model, trainer.tokenizer, target, dtype=dtype, generation=trainer.generation,
                                optimizer=trainer.optimizer)  # fmt: skip
-        runtime.on_rank0(lambda: _put(target, place))
-        log.info("step %d: written for transformers to %s", trainer.state.step, place)
 
     def _write_adapters(self, trainer: Run, target: Path) -> None:
         """With `model.lora`, write only the adapters, in peft's format; their base is not exported."""
@@ -101,8 +119,7 @@ class HFCheckpointer(AtIntervals):
         source = trainer.config.load_path or ""
         name = source.removeprefix(HUGGING_FACE) if is_theirs(source) else None
         save_peft(trainer.model, target, peft_names(family, base), name, trainer.optimizer)
-        if runtime.is_rank0():
-            trainer.tokenizer.save_pretrained(target)
+        runtime.on_rank0(lambda: save_tokenizer(trainer.tokenizer, target))
 
     def _target(self, place: str) -> Path | None:
         """Return the folder to write to; None if an existing one is to be kept."""
@@ -113,21 +130,18 @@ class HFCheckpointer(AtIntervals):
         if is_url(place):
             return Path(tempfile.mkdtemp(prefix="export-")) / folder.name
         target = folder.with_name(f"{folder.name}.new")
-        shutil.rmtree(target, ignore_errors=True)
+        for left in target.parent.glob(f"{glob.escape(target.name)}*"):  # by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
         return target
 
 
 def _put(written: Path, place: str) -> None:
     """Move a finished export to its final name, replacing an older folder."""
     if is_url(place):
-        try:
-            put_folder(written, place, "config.json")
-        except STORE_ERRORS as error:
-            log.error("hf_checkpointer: %s could not be written: %s; the run goes on", place, error)
-        finally:
-            shutil.rmtree(written.parent)
+        put_folder(written, place, "config.json")
         return
-    folder = Path(place)
+    folder, old = Path(place), written.with_name(f"{written.name}.old")
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.rename(old)
     written.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

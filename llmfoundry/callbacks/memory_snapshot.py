@@ -108,6 +108,8 @@ class MemorySnapshot(Callback):
     def _dump(self, path: Path) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.cuda.memory._dump_snapshot(str(path))
+            half = path.with_name(f"{path.name}.half")
+            torch.cuda.memory._dump_snapshot(str(half))
+            half.replace(path)
         except OSError as error:
             log.warning("%s cannot be written: %s; the run goes on", path, error.strerror)

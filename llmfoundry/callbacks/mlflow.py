@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from llmfoundry import runtime
+from llmfoundry.atomic import atomic_write
 from llmfoundry.callbacks.reach import why_unreachable
 from llmfoundry.config import ConfigError
 from llmfoundry.train.callback import Callback, LoggerConfig, Metrics, Run, Table
@@ -110,7 +111,7 @@ class MLflow(Callback):
         is_new = not file.exists()
         self._run_id = self._new_run(trainer) if is_new else file.read_text().strip()
         if is_new:
-            file.write_text(self._run_id)
+            self._try(partial(atomic_write, file, [self._run_id.encode()]))
             self._log_settings(trainer)
         else:
             self._client.update_run(self._run_id, status="RUNNING")

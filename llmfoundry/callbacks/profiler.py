@@ -21,6 +21,7 @@ from pydantic import Field
 from torch.profiler import ProfilerActivity, profile
 
 from llmfoundry import runtime
+from llmfoundry.atomic import atomic_write
 from llmfoundry.callbacks.profile_parts import lines_of, scopes, table
 from llmfoundry.train.callback import Callback, CallbackConfig, Metrics, Run
 
@@ -82,18 +83,22 @@ class Profiler(Callback):
         trace = folder / "profile" / f"steps-{self.config.start}-{last}-rank-{rank}.json.gz"
         lines = lines_of(list(found.events() or []))
         text = table(lines)
+        half = trace.with_name(f"half-{trace.name}")  # the ending says that it is packed
         try:
             trace.parent.mkdir(exist_ok=True)
-            found.export_chrome_trace(str(trace))
+            found.export_chrome_trace(str(half))
+            half.replace(trace)
             name = f"profile-rank-{rank}" if rank else "profile"
-            (folder / f"{name}.md").write_text(f"Steps {self.config.start} to {last}, per step:\n\n{text}")
+            heading = f"Steps {self.config.start} to {last}, per step:\n\n"
+            atomic_write(folder / f"{name}.md", [f"{heading}{text}".encode()])
             data: dict[str, object] = {
                 "steps": [self.config.start, last],
                 "rank": rank,
                 "step_ms": sum(line.milliseconds for line in lines),
             }
             data["parts"] = [line._asdict() for line in lines]
-            (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+            atomic_write(folder / f"{name}.json", [f"{json.dumps(data, indent=1)}\n".encode()])
         except OSError as error:
+            half.unlink(missing_ok=True)
             log.warning("profiler: %s cannot be written: %s; the run goes on", folder, error.strerror)
         log.info("steps %d to %d of rank %d, per step (trace: %s):\n%s", self.config.start, last, rank, trace, text)

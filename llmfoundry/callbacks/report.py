@@ -11,6 +11,7 @@ import base64
 import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from llmfoundry import runtime
+from llmfoundry.atomic import append_line, atomic_write
 from llmfoundry.config import ConfigError
 from llmfoundry.data.loader import Batch
 from llmfoundry.data.mixture import Mixture
@@ -75,7 +77,7 @@ class Report(Callback):
         try:
             kept = b"".join(line for line in read_lines(file) if _step_of(line) <= trainer.state.step)
             if len(kept) < file.stat().st_size:  # a killed run wrote lines past its checkpoint
-                file.write_bytes(kept)
+                atomic_write(file, [kept])
         except (OSError, ValueError) as error:
             self._say(file, error)
 
@@ -170,11 +172,11 @@ class Report(Callback):
                 layer["sources"] = sources_of_experts(of_layer, sources, n_experts, len(labels)).round(3).tolist()
             layers.append(layer)
         probe = {"step": trainer.state.step, "sources": list(labels), "layers": layers}
-        self._guarded(trainer, PROBE, json.dumps(probe), "w")
+        self._guarded(trainer.config.folder / PROBE, lambda path: atomic_write(path, [json.dumps(probe).encode()]))
 
     def _write(self, trainer: Run, sample: dict[str, object]) -> None:
         if runtime.is_rank0():
-            self._guarded(trainer, EXPERTS, json.dumps(sample) + "\n", "a")
+            self._guarded(trainer.config.folder / EXPERTS, lambda path: append_line(path, json.dumps(sample)))
 
     def _draw(self, trainer: Run, newest: Metrics | None = None) -> None:
         if not runtime.is_rank0():
@@ -185,11 +187,9 @@ class Report(Callback):
         except (OSError, ConfigError) as error:
             self._say(folder / "report.html", error)
 
-    def _guarded(self, trainer: Run, name: str, text: str, mode: str) -> None:
-        path = trainer.config.folder / name
+    def _guarded(self, path: Path, write: Callable[[Path], None]) -> None:
         try:
-            with path.open(mode, encoding="utf-8") as file:
-                file.write(text)
+            write(path)
         except OSError as error:
             self._say(path, error)
 

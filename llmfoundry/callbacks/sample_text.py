@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from pydantic import Field
 
-from llmfoundry import runtime
+from llmfoundry import launch, runtime
 from llmfoundry.config import ConfigError
 from llmfoundry.data.sources import DatasetConfig
 from llmfoundry.eval.generate import encoded, generate
@@ -40,14 +40,19 @@ class SampleText(Callback):
         text = self._sample(trainer)
         if not runtime.is_rank0():
             return
-        print(f"\n--- a sample ---\n{text}\n--- end of sample ---\n")
+        with launch.printing():
+            self._print(trainer, text)
+
+    def _print(self, trainer: Run, text: str) -> None:
+        print(f"\n--- a sample ---\n{text}\n--- end of sample ---\n", flush=True)
         bits = trainer.evaluation.get("metrics/eval/bits_per_byte")
         if bits is not None and self.config.compressors and trainer.config.eval_loader is not None:
             try:
-                print(_compressed(trainer.config.eval_loader.dataset))
+                compressed = _compressed(trainer.config.eval_loader.dataset)
             except (ConfigError, OSError) as error:  # the run is done; files that have disappeared must not fail it
-                print(f"no comparison with gzip and xz: {error}")
-            print(f"{'this model':>10}: {bits:.4f}")
+                compressed = f"no comparison with gzip and xz: {error}"
+            print(compressed)
+            print(f"{'this model':>10}: {bits:.4f}", flush=True)
 
     def _sample(self, trainer: Run) -> str:
         config = self.config

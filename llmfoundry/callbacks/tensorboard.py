@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import Field
@@ -11,6 +14,8 @@ from llmfoundry import runtime
 from llmfoundry.config import ConfigError, LocalPath
 from llmfoundry.train.callback import Callback, LoggerConfig, Metrics, Run, Table
 from llmfoundry.train.config import RankZeroOnly
+
+log = logging.getLogger(__name__)
 
 
 class TensorboardConfig(LoggerConfig, names=("tensorboard",)):
@@ -39,22 +44,50 @@ class Tensorboard(Callback):
     def __init__(self, config: TensorboardConfig) -> None:
         self.config = config
         self.writer: SummaryWriter | None = None
+        self._failing = False
 
     def fit_start(self, trainer: Run) -> None:
-        if runtime.is_rank0():
-            folder = self.config.log_dir or str(trainer.config.folder / "tensorboard")
-            # Hides steps past the checkpoint that a killed run had written.
-            self.writer = SummaryWriter(folder, purge_step=trainer.state.step + 1)
+        # Steps beyond the checkpoint that a killed run had written are hidden from view.
+        self._guarded(lambda: self._open(trainer, trainer.state.step + 1))
 
     def step_end(self, trainer: Run, metrics: Metrics) -> None:
-        if self.writer is not None:
-            for key, value in metrics.items():
-                if key != "step" and not isinstance(value, list):
-                    self.writer.add_scalar(key, value, trainer.state.step)
-            if trainer.state.step % self.config.flush_interval == 0:
-                self.writer.flush()
+        self._guarded(lambda: self._write(trainer, metrics))
+
+    def _open(self, trainer: Run, purge_step: int | None) -> None:
+        if runtime.is_rank0():
+            folder = self.config.log_dir or str(trainer.config.folder / "tensorboard")
+            self.writer = SummaryWriter(folder, purge_step=purge_step)
+
+    def _write(self, trainer: Run, metrics: Metrics) -> None:
+        flush = trainer.state.step % self.config.flush_interval == 0
+        if self.writer is None and flush:
+            self._open(trainer, None)
+        if self.writer is None:
+            return
+        for key, value in metrics.items():
+            if key != "step" and not isinstance(value, list):
+                self.writer.add_scalar(key, value, trainer.state.step)
+        if flush:
+            self.writer.flush()
+            self._failing = False
+
+    def _guarded(self, write: Callable[[], None]) -> None:
+        """A full disk must not end a run; its thread that writes has ended, so that a new writer is needed."""
+        try:
+            write()
+        except OSError as error:
+            if not self._failing:
+                log.warning("loggers.tensorboard: cannot be written: %s; trying again every %d steps",
+                            error.strerror, self.config.flush_interval)  # fmt: skip
+            self._failing, writer, self.writer = True, self.writer, None
+            with suppress(OSError):
+                if writer is not None:
+                    writer.close()
 
     def table(self, trainer: Run, table: Table) -> None:
+        self._guarded(lambda: self._write_table(trainer, table))
+
+    def _write_table(self, trainer: Run, table: Table) -> None:
         if self.writer is not None:
             head = ["| " + " | ".join(table.columns) + " |", "|---" * len(table.columns) + "|"]
             body = ["| " + " | ".join(cell.replace("\n", " ") for cell in row) + " |" for row in table.rows]
@@ -62,4 +95,4 @@ class Tensorboard(Callback):
 
     def close(self) -> None:
         if self.writer is not None:
-            self.writer.close()
+            self._guarded(self.writer.close)

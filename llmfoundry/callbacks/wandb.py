@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import field_validator
 
 from llmfoundry import runtime
+from llmfoundry.atomic import atomic_write
 from llmfoundry.callbacks.reach import why_unreachable
 from llmfoundry.config import ConfigError
 from llmfoundry.train.callback import Callback, LoggerConfig, Metrics, Run, Table
@@ -125,5 +126,8 @@ class Wandb(Callback):
 def _run_id(file: Path) -> str:
     """Return the id that the run got at its first start. New ids are random, so that no two runs share one."""
     if not file.exists():
-        file.write_text(uuid.uuid4().hex[:16])
+        try:
+            atomic_write(file, [uuid.uuid4().hex[:16].encode()])
+        except OSError as error:
+            raise ConfigError(f"{file} cannot be written: {error.strerror}") from None
     return file.read_text().strip()

@@ -1,19 +1,22 @@
-"""Code that all commands share: exit codes, errors in one line, and reading a run's YAML.
+"""What all commands share: exit codes, errors in one line, and reading a run's YAML.
 
 Exit codes: 0 done (also after a requested stop), 2 the user's mistake (one clear line per machine), 1 anything else
-(with a traceback, and the rank on which it happened), 128 + n after signal n if nothing was saved: before the first
-step, or at a second signal. torchrun itself exits with 1 for all but 0.
+(with a traceback, and the rank that it happened on), 128 + n after signal n where nothing was saved: before the first
+step, or at a second signal; and where the reader of stdout is gone. torchrun's own is 1 for all but 0.
 
 Commands import torch inside their functions, so that `--help` and mistakes are answered without waiting for it.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -61,27 +64,49 @@ def command(run: Callable[[Sequence[str] | None], None]) -> Command:
             launch.tell_torchrun(cleaned(f"error: {error}"))
             return 2
         except RunError as error:
-            print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+            _say(f"{rank}error: {error}")
             launch.tell_torchrun(f"error: {error}")
             return 1
         except KeyboardInterrupt:
-            print(f"{rank}interrupted", file=sys.stderr)
+            _say(f"{rank}interrupted")
             return 1
         except Stop as stop:
-            print(f"{rank}{stop}: stopped at once; the checkpoints are as they were", file=sys.stderr, flush=True)
+            _say(f"{rank}{stop}: stopped at once; the checkpoints are as they were")
             return stop.code
+        except OSError as error:
+            if (broken := launch.broken_stdout(suspected=True)) is None:
+                return _unexpected(error, rank)
+            return _without_stdout(broken, rank)
         except Exception as error:
-            why = _out_of_memory(error) or without_user(traceback.format_exc())
-            print(f"{rank}{why}", file=sys.stderr, flush=True)
-            launch.tell_torchrun(why)
-            return 1
+            return _unexpected(error, rank)
         if "torch" in sys.modules:
             from llmfoundry import runtime
 
             runtime.stop()
-        return 0
+        broken = launch.broken_stdout()
+        return 0 if broken is None else _without_stdout(broken, rank)
 
     return main
+
+
+def _say(text: str) -> None:
+    with suppress(OSError, ValueError):  # the exit code tells it too
+        print(text, file=sys.stderr, flush=True)
+
+
+def _unexpected(error: Exception, rank: str) -> int:
+    why = _out_of_memory(error) or without_user(traceback.format_exc())
+    _say(f"{rank}{why}")
+    launch.tell_torchrun(why)
+    return 1
+
+
+def _without_stdout(error: OSError, rank: str) -> int:
+    """What was printed could not be written; a reader that has seen enough, like `head`, is no error to speak of."""
+    if error.errno == errno.EPIPE:
+        return launch.SIGNALLED + signal.SIGPIPE
+    _say(f"{rank}error: stdout cannot be written: {error.strerror}")
+    return 1
 
 
 def _without_secrets(record: logging.LogRecord) -> bool:
@@ -92,7 +117,7 @@ def _without_secrets(record: logging.LogRecord) -> bool:
 def _print_error(lines: list[str], rank: str) -> None:
     """Print the lines of an error that the quick check has not printed already."""
     if new := [line for line in lines if line not in _said]:
-        print(f"{rank}error: " + "\n".join(new), file=sys.stderr, flush=True)
+        _say(f"{rank}error: " + "\n".join(new))
         _said.update(new)
 
 

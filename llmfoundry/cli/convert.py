@@ -17,7 +17,7 @@ from llmfoundry.checkpoint import convert
 from llmfoundry.cli.command import command
 from llmfoundry.cli.foundry import convert_words
 from llmfoundry.cli.inference import add_allow_code
-from llmfoundry.cli.parser import Parser, program
+from llmfoundry.cli.parser import Parser, local, program
 from llmfoundry.config import check
 from llmfoundry.hf.upcycle import Upcycling
 from llmfoundry.integrations.composer_checkpoint import from_composer
@@ -43,7 +43,7 @@ def convert_main(argv: Sequence[str] | None = None) -> None:
     grow_ = ways.add_parser("upcycle", help="dense checkpoint of either format to mixture of experts")
     for each in (into, composer, back, grow_):
         each.add_argument("source", help="what to convert: a folder, a run or a hub id")
-        each.add_argument("out", type=Path, help="a folder that does not exist, or is empty")
+        each.add_argument("out", type=local, help="a folder that does not exist, or is empty")
     composer.add_argument("--config", metavar="YAML", help="its training YAML; default: the config in the checkpoint")
     back.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights; default: as stored")
     back.add_argument("--model-type", help="the architecture, e.g. mixtral; default: the first that fits")

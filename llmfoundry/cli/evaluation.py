@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from llmfoundry import launch
+from llmfoundry.atomic import write_output
 from llmfoundry.cli.opening import (
     HUGGING_FACE,
     Opened,
@@ -16,6 +17,7 @@ from llmfoundry.cli.opening import (
     open_checkpoint,
     open_hugging_face,
 )
+from llmfoundry.cli.prompts import check_output
 from llmfoundry.code import run_plugins
 from llmfoundry.config import ConfigError, check
 from llmfoundry.settings import from_dotlist, load_yaml
@@ -35,11 +37,13 @@ class TaskOptions(NamedTuple):
     limit: int | None
     include_path: str | None
     apply_chat_template: bool
-    output: str | None
+    output: Path | None
     allow_code: bool = False
 
     def check(self) -> None:
-        """Refuse options that lack the option they belong to; raise ConfigError."""
+        """Refuse options without what they are for, and a file that cannot be written; raises ConfigError."""
+        if self.output is not None:
+            check_output(self.output)
         if self.gauntlet and not self.icl_tasks:
             raise ConfigError(f"--gauntlet {self.gauntlet}: is for --icl-tasks FILE")
         if self.icl_tasks and self.tasks:
@@ -211,6 +215,6 @@ def _write(results: Mapping[str, Results], options: TaskOptions) -> None:
         for name, found in results.items()
     }
     try:
-        Path(options.output).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        write_output(options.output, json.dumps(data, indent=2) + "\n")
     except OSError as error:
         raise ConfigError(f"--output {options.output}: {(error.strerror or str(error)).lower()}") from None

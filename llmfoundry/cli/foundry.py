@@ -190,6 +190,7 @@ def _words(text: str) -> dict[str, str | int | float | bool | None]:
 
 
 def _prepare(args: argparse.Namespace) -> None:
+    from llmfoundry.data.remote import place
     from llmfoundry.integrations import data_prep
 
     tokens = None
@@ -205,6 +206,10 @@ def _prepare(args: argparse.Namespace) -> None:
         parts = {"": data_prep.Part("")}
     if not parts or not args.out_root:
         raise ConfigError("--splits and the folder to write to must not be empty")
+    try:
+        args.out_root = place(args.out_root)
+    except ValueError as error:
+        raise ConfigError(f"--out_root {error}") from None
     folders = {name: f"{args.out_root.rstrip('/')}/{name}".rstrip("/") for name in parts}
     for folder in folders.values():
         if Path(folder).is_dir() and any(Path(folder).iterdir()):

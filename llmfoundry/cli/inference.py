@@ -9,7 +9,6 @@ import argparse
 import sys
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmfoundry import launch
@@ -17,7 +16,7 @@ from llmfoundry.cli.command import command
 from llmfoundry.cli.evaluation import TaskOptions, evaluate_by_tasks, evaluate_opened, evaluate_yaml
 from llmfoundry.cli.foundry import generate_words
 from llmfoundry.cli.opening import Opened, open_checkpoint
-from llmfoundry.cli.parser import Parser, integer, number, program
+from llmfoundry.cli.parser import Parser, integer, local, number, program
 from llmfoundry.cli.prompts import Row, check_output, prompt_of, read_prompts, read_template, write_completions
 from llmfoundry.config import ConfigError
 
@@ -51,11 +50,11 @@ def generate_main(argv: Sequence[str] | None = None) -> None:
     parser.add_overrides("e.g. model.ffn_config.moe_impl=auto")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="the text to continue; may be repeated")
     parser.add_argument(
-        "--prompts", type=Path, metavar="FILE",
+        "--prompts", type=local, metavar="FILE",
         help="a .txt with a prompt per line, or a .jsonl with `prompt` or `messages` in each",
     )  # fmt: skip
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write JSON lines: each prompt and its completion")
-    parser.add_argument("--template", type=Path, metavar="FILE", help="a chat template, for `messages`")
+    parser.add_argument("--output", type=local, metavar="FILE", help="write JSON lines: each prompt and its completion")
+    parser.add_argument("--template", type=local, metavar="FILE", help="a chat template, for `messages`")
     parser.add_argument(
         "--batch-size", type=integer(1), default=16, help="prompts per forward pass and process; default: 16"
     )
@@ -168,7 +167,7 @@ def eval_main(argv: Sequence[str] | None = None) -> None:
         metavar="N",
         help="also the loss on texts by position: N ranges of the sequence",
     )
-    parser.add_argument("--output", metavar="FILE", help="also write the scores as JSON")
+    parser.add_argument("--output", type=local, metavar="FILE", help="also write the scores as JSON")
     add_allow_code(parser)
     args = parser.parse_intermixed_args(argv)
     options = TaskOptions(

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from llmfoundry.config import local_path
+
 
 class Parser(argparse.ArgumentParser):
     """`argparse`, with examples below the options, and short errors."""
@@ -84,6 +86,14 @@ def number(least: float, most: float = math.inf, above: bool = False) -> Callabl
         return found
 
     return read
+
+
+def local(text: str) -> Path:
+    """The `type` of an option that is a path of this machine; `~` is expanded, as the shell does not in `--out=~/x`."""
+    try:
+        return Path(local_path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def program(name: str, script: str | None = None) -> str:

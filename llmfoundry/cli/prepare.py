@@ -53,10 +53,10 @@ def prepare_data_main(argv: Sequence[str] | None = None) -> None:
     if (args.format == "mds") != (args.out is not None) or (args.compression and args.format != "mds"):
         raise ConfigError("--format mds and --out FOLDER belong together; --compression is for them")
     if args.out is not None:
-        from llmfoundry.data.remote import data_path
+        from llmfoundry.data.remote import place
 
         try:
-            args.out = data_path(args.out)
+            args.out = place(args.out)
         except ValueError as error:
             raise ConfigError(f"--out {error}") from None
     workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from llmfoundry.atomic import write_line
 from llmfoundry.config import ConfigError, reason
 from llmfoundry.strict_json import parse_json
 
@@ -77,6 +79,8 @@ def check_output(path: Path) -> None:
     """Refuse a file that cannot be written, before hours of work; raise ConfigError."""
     if path.is_dir() or not path.parent.is_dir():
         raise ConfigError(f"--output: {path} cannot be written: {path.parent} must be a folder, and {path} a file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"--output: {path} cannot be written: no permission")
 
 
 def write_completions(path: Path, rows: Sequence[Row], completions: Iterable[Completion]) -> None:
@@ -85,10 +89,13 @@ def write_completions(path: Path, rows: Sequence[Row], completions: Iterable[Com
     Raises:
         ConfigError: if the file cannot be written.
     """
+    done = 0
     try:
-        with path.open("w", encoding="utf-8", buffering=1) as file:
+        with path.open("wb", buffering=0) as file:
             for row, one in zip(rows, completions, strict=True):
                 added = {"completion": one.text, "finish_reason": one.finish, "tokens": one.tokens}
-                file.write(json.dumps(row | added, ensure_ascii=False) + "\n")
+                write_line(file, json.dumps(row | added, ensure_ascii=False))
+                done += 1
     except OSError as error:
-        raise ConfigError(f"--output: {path} cannot be written: {error.strerror}") from None
+        which = f"; it has the first {done} of {len(rows)} completions" if done else ""
+        raise ConfigError(f"--output: {path} cannot be written: {error.strerror}{which}") from None

@@ -6,12 +6,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from llmfoundry.atomic import write_output
 from llmfoundry.checkpoint.store import RunStore
 from llmfoundry.cli.command import command
-from llmfoundry.cli.parser import Parser
+from llmfoundry.cli.parser import Parser, local
 from llmfoundry.config import ConfigError, is_url, reason
 from llmfoundry.data.remote import data_path
-from llmfoundry.report.page import write_report
+from llmfoundry.report.page import page_of
 
 
 @command
@@ -25,7 +26,7 @@ def report_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the save_folder of a run, or its URL (s3://...)")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=local,
         metavar="FILE",
         help="default: report.html in the run, or here for several",
     )
@@ -36,7 +37,8 @@ def report_main(argv: Sequence[str] | None = None) -> None:
         folders = [_here(run, Path(fetched) / str(number)) for number, run in enumerate(runs)]
         out = args.out or alone / "report.html"
         try:
-            print(f"written to {write_report(folders, out)}")
+            write_output(out, page_of(folders))
+            print(f"written to {out}")
         except OSError as error:
             if error.filename is None or str(error.filename).startswith(str(out)):
                 raise ConfigError(f"{out}: cannot be written: {reason(error)}") from None

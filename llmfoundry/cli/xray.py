@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmfoundry import launch
+from llmfoundry.atomic import write_output
 from llmfoundry.cli.command import command
 from llmfoundry.cli.inference import CHECKPOINT, GENERATING, add_allow_code
 from llmfoundry.cli.opening import open_checkpoint
-from llmfoundry.cli.parser import Parser, integer
+from llmfoundry.cli.parser import Parser, integer, local
 from llmfoundry.config import ConfigError
 
 if TYPE_CHECKING:
@@ -37,12 +38,12 @@ def xray_main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=CHECKPOINT)
     parser.add_argument("text", nargs="?", metavar="TEXT", help="the text itself; - reads it from stdin")
     parser.add_overrides("e.g. precision=fp32")
-    parser.add_argument("--file", type=Path, metavar="FILE", help="read the text from a file")
+    parser.add_argument("--file", type=local, metavar="FILE", help="read the text from a file")
     parser.add_argument(
         "--layer", type=integer(0), action="append", metavar="N", help="only this layer; may be repeated"
     )
     parser.add_argument("--json", action="store_true", help="print JSON: the tokens, their experts and weights")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write an interactive page")
+    parser.add_argument("--html", type=local, metavar="FILE", help="write an interactive page")
     add_allow_code(parser)
     args = parser.parse_intermixed_args(argv)
     if args.file is not None and args.text is not None:
@@ -67,7 +68,7 @@ def xray_main(argv: Sequence[str] | None = None) -> None:
         return
     if args.html is not None:
         try:
-            args.html.write_text(page(found, layers, f"Experts of {args.checkpoint}"), encoding="utf-8")
+            write_output(args.html, page(found, layers, f"Experts of {args.checkpoint}"))
         except OSError as error:
             raise ConfigError(f"--html: {args.html} cannot be written: {error.strerror}") from None
         print(f"written to {args.html}")

@@ -24,6 +24,7 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
+from llmfoundry.atomic import atomic_write
 from llmfoundry.config import ConfigError, reason
 from llmfoundry.data.cache import made_once
 from llmfoundry.data.open_file import OpenFile
@@ -479,7 +480,7 @@ class MDSWriter:
 
     def _put(self, name: str, content: bytes) -> None:
         path = self.out / name
-        path.write_bytes(content)
+        atomic_write(path, [content])
         if self._url is not None:
             put(path, f"{self._url}/{name}")
             path.unlink()

@@ -18,6 +18,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, NamedTuple, TypeVar
 
@@ -62,12 +63,53 @@ def data_path(path: str) -> str:
 DataPath = Annotated[str, AfterValidator(data_path)]
 
 
-def _pattern(path: str) -> str:
-    """Return a path or URL with placeholders; raise ValueError if one is unknown, or `data_path` refuses the rest."""
-    return data_path(check_placeholders(path, PLACEHOLDERS)) if is_url(path) else local_path(path, PLACEHOLDERS)
+def place(path: str, placeholders: tuple[str, ...] = ()) -> str:
+    """A folder to write to: on this machine, or in a store that keeps what is written.
+
+    Args:
+        placeholders: those that are filled in later.
+
+    Raises:
+        ValueError: it is neither, or has a placeholder that nothing fills in.
+    """
+    if not path.strip():
+        raise ValueError("is empty; name a folder")
+    if not is_url(path):
+        if (variable := re.search(r"\$\{?(\w+)", path)) is not None:
+            raise ValueError(f"{path}: {variable[0]} is not expanded here; write ${{oc.env:{variable[1]}}}")
+        return local_path(path, placeholders)
+    protocol, _, rest = data_path(check_placeholders(path, placeholders)).partition("://")
+    if protocol == "memory":
+        raise ValueError(
+            f"{path}: is lost when this process ends; name a folder, or a store such as s3://bucket/folder"
+        )
+    if protocol in _READ_ONLY:
+        raise ValueError(
+            f"{path}: {protocol}:// can only be read; name a folder, or a store such as s3://bucket/folder"
+        )
+    if protocol in ("file", "local") and not rest.startswith("/"):
+        raise ValueError(f"{path}: is not an absolute path; write it without {protocol}://")
+    if protocol in _WITH_BUCKETS and not rest.partition("/")[0]:
+        raise ValueError(f"{path}: names no bucket; write {protocol}://BUCKET/FOLDER")
+    if _is_pattern(rest) or ".." in rest.split("/"):
+        raise ValueError(f"{path}: holds *, ?, [ or .., which stores do not take as they are; choose another name")
+    return path
 
 
-PlacePattern = Annotated[str, AfterValidator(_pattern)]  # a folder here or in a store; it may differ by step
+# Protocols of fsspec: those that cannot be written to, and those whose paths begin by a bucket or container.
+_READ_ONLY = {
+    "async_wrapper", "blockcache", "cached", "data", "filecache", "generic", "git", "github", "http", "https",
+    "libarchive", "reference", "simplecache", "tar", "zip",
+}  # fmt: skip
+_WITH_BUCKETS = {"abfs", "abfss", "adl", "az", "gcs", "gs", "oci", "oss", "s3", "s3a"}
+
+
+def _is_pattern(path: str) -> bool:
+    return any(sign in path for sign in "*?[")
+
+
+Place = Annotated[str, AfterValidator(place)]
+PlacePattern = Annotated[str, AfterValidator(partial(place, placeholders=PLACEHOLDERS))]  # it may differ by step
 
 
 def n_bytes(size: int | str | None) -> int:
@@ -310,7 +352,10 @@ def delete(url: str) -> None:
 
     def remove() -> None:
         fs.invalidate_cache()
-        if fs.exists(path):
+        if _is_pattern(path):  # of which `rm` would delete what others have
+            for name in fs.find(path):
+                fs.rm_file(name)
+        elif fs.exists(path):
             fs.rm(path, recursive=True)
 
     patiently(url, remove, "deleted")

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmfoundry.atomic import NO_ROOM
+from llmfoundry.atomic import FORBIDDEN, NO_ROOM, os_error
 from llmfoundry.config import ConfigError
 from llmfoundry.hf.pieces import Part, Spec, runs
 from llmfoundry.strict_json import parse_json, read_mapping, whole_numbers
@@ -229,13 +229,13 @@ def check_apart(places: Iterable[tuple[int, int, str]]) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Create a folder atomically.
+    """A folder that appears when it is complete.
 
     Yields:
-        A temporary folder beside `path`, to be filled. It is renamed to `path` on success, and deleted on any error.
+        A temporary folder beside `path`, to be filled. It gets its name at the end, and is deleted on any error.
 
     Raises:
-        ConfigError: if `path` is in use, or the disk is full.
+        ConfigError: there is something at `path`, or it cannot be written: the disk is full, say.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path}: is in use; name a folder that does not exist, or an empty one")
@@ -249,9 +249,13 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary.rename(path)  # also replaces an empty folder
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
-            raise ConfigError(f"{path}: cannot be written: {error.strerror}; make room, or name another disk") from None
-        raise
+        found = os_error(error)
+        if found is None or found.errno not in (*NO_ROOM, *FORBIDDEN):
+            raise
+        if found.filename is not None and not str(found.filename).startswith(str(temporary)):
+            raise  # what could not be read
+        advice = "make room, or name another disk" if found.errno in NO_ROOM else "name another folder"
+        raise ConfigError(f"{path}: cannot be written: {found.strerror}; {advice}") from None
 
 
 class Placed(NamedTuple):

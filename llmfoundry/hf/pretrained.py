@@ -33,7 +33,7 @@ from llmfoundry.hf.files import Advance, Folder, boxes, new_folder, write_weight
 from llmfoundry.hf.generation import GENERATION, generation_of, read_generation, special_tokens
 from llmfoundry.hf.gguf import GGUFFile
 from llmfoundry.hf.pieces import Copy, Kept, Part, Pieces, Spec, TensorSource, fill, fill_grown, values_of
-from llmfoundry.hf.tokenizer import TOKENIZER_FILES, name_for_transformers_4, tokenizer_of
+from llmfoundry.hf.tokenizer import TOKENIZER_FILES, name_for_transformers_4, save_tokenizer, tokenizer_of
 from llmfoundry.kernels.halves import low_half_of, weight_of
 from llmfoundry.layers.lora import frozen_weights, is_adapter
 from llmfoundry.model.transformer import CausalLM, CausalLMConfig, cast_parameters
@@ -305,35 +305,39 @@ def save_pretrained(
     generation: str | None = None,
     optimizer: Optimizer | None = None,
 ) -> None:
-    """Write a model as a Hugging Face checkpoint. All ranks of a sharded model must call this; rank 0 writes.
+    """Write a model as a Hugging Face checkpoint. All ranks of a sharded one call this; the first one writes.
 
     Args:
-        folder: must not exist, or be empty. It is created atomically.
-        dtype: of the weights; None: as in the model.
-        model_type: the family to write; None: the first that can represent the model.
-        generation: the text of generation_config.json.
-        optimizer: of a model in training; its state may hold the low halves of weights (kernels/halves.py).
+        folder: must not exist, or be empty; it appears when it is complete.
+        dtype: of the weights; None: as the model has them.
+        model_type: the family; None: the first that can hold the model.
+        generation: a generation_config.json.
+        optimizer: of a model that is being trained; its state may hold the low halves of weights (kernels/halves.py).
 
     Raises:
-        ConfigError: if no family can represent the model, or the folder is in use.
+        ConfigError: no family can hold the model, or the folder is in use or cannot be written; on all ranks.
     """
     source = _Model(model, optimizer)
-    if runtime.is_rank0():
+
+    def write() -> None:
         with new_folder(Path(folder)) as temporary:
             write_checkpoint(
                 temporary, model.config, source, dtype=dtype, model_type=model_type, tokenizer=tokenizer,
                 generation=generation,
             )  # fmt: skip
             if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
+                save_tokenizer(tokenizer, temporary)
                 name_for_transformers_4(temporary)
-        return
-    family, _ = write_config(model.config, model_type)
-    pieces = pieces_of(family, model.config, family.layouts[0])
-    copies = pieces.writing()
-    for name, spec in _their_specs(pieces, source, dtype).items():
-        for offsets, box in boxes(spec):  # the same collectives as on rank 0
-            fill(torch.empty(box.shape, dtype=box.dtype), offsets, copies[name], source)
+
+    def follow() -> None:
+        family, _ = write_config(model.config, model_type)
+        pieces = pieces_of(family, model.config, family.layouts[0])
+        copies = pieces.writing()
+        for name, spec in _their_specs(pieces, source, dtype).items():
+            for offsets, box in boxes(spec):  # what rank 0 asks of all
+                fill(torch.empty(box.shape, dtype=box.dtype), offsets, copies[name], source)
+
+    runtime.all_or_none(write if runtime.is_rank0() else follow)
 
 
 def write_checkpoint(
@@ -451,5 +455,6 @@ class _Model:
         if self._last is None or self._last[0] != name:
             parameter = self._parameters.get(name)
             kept = self._state[name] if parameter is None else weight_of(parameter, self._optimizer)
+            runtime.meet()
             self._last = name, whole(kept)
         return [Part((0,) * self._last[1].dim(), self._last[1])]

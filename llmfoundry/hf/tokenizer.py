@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from llmfoundry.atomic import os_error
 from llmfoundry.config import ConfigError
 from llmfoundry.data.tokenizer_files import load_tokenizer
 from llmfoundry.hf import gguf
@@ -22,12 +23,27 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the files of a tokenizer.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # of a library in Rust, which raises no OSError
+        found = os_error(error)
+        if found is None or found is error:
+            raise
+        raise found from error
+
+
 def copy_tokenizer(source: Path, target: Path) -> bool:
     """Copy the tokenizer files, or write those of a GGUF file. Returns whether there were any."""
     if source.suffix == ".gguf":
         tokenizer = gguf.tokenizer_of(source)
         if tokenizer is not None:
-            tokenizer.save_pretrained(target)
+            save_tokenizer(tokenizer, target)
         return tokenizer is not None
     found = [file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()]
     for file in found:

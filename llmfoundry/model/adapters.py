@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.optim import Optimizer
 
 from llmfoundry import runtime
+from llmfoundry.atomic import atomic_write
 from llmfoundry.dtensor import local_shard, whole
 from llmfoundry.kernels.halves import weight_of
 from llmfoundry.layers.lora import LoRAConfig, adapted, adapters, frozen_weights, is_adapter
@@ -59,17 +60,18 @@ def save_peft(
     base_model: str | None = None,
     optimizer: Optimizer | None = None,
 ) -> None:
-    """Save a model's adapters in PEFT's format.
+    """Write a model's adapters as peft reads them.
 
     Args:
-        model: sharded or not. Every rank must call this; rank 0 writes.
-        folder: created if necessary.
-        names: maps llmfoundry weights to Hugging Face modules.
-        base_model: value of `base_model_name_or_path`.
-        optimizer: of a model in training; it may hold the low halves of weights (kernels/halves.py).
+        model: sharded or not; every rank has to call this, and the first one writes.
+        folder: made if need be.
+        names: the Hugging Face model's names.
+        base_model: what `base_model_name_or_path` shall say.
+        optimizer: of a model that is being trained; it may keep the low halves of weights (kernels/halves.py).
 
     Raises:
-        ValueError: if the model has no adapters.
+        ValueError: the model has no adapters.
+        OSError: they cannot be written; on all ranks.
     """
     config = model.config.lora
     if config is None:
@@ -83,13 +85,15 @@ def save_peft(
             a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)  # (E r, D), (N, r E)
         tensors[f"{entry.key}.lora_A.weight"] = a.contiguous().clone()  # safetensors files cannot share memory
         tensors[f"{entry.key}.lora_B.weight"] = b.contiguous()
-    if runtime.is_rank0():
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        mixture = any(p.dim() == 3 for p in model.parameters())
-        (folder / CONFIG).write_text(json.dumps(_peft_config(config, entries, mixture, base_model), indent=2) + "\n")
-    runtime.barrier()
+    mixture = any(p.dim() == 3 for p in model.parameters())
+    settings = json.dumps(_peft_config(config, entries, mixture, base_model), indent=2) + "\n"
+
+    def write() -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        atomic_write(Path(folder) / WEIGHTS, [save(tensors, {"format": "pt"})])
+        atomic_write(Path(folder) / CONFIG, [settings.encode()])
+
+    runtime.on_rank0(write)
 
 
 @torch.no_grad()

@@ -10,7 +10,11 @@ Shapes: N ranks in a group.
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import socket
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -21,6 +25,10 @@ from torch.distributed import ProcessGroup, _symmetric_memory
 from llmfoundry import runtime
 
 log = logging.getLogger(__name__)
+
+MEETING = 60.0  # seconds, at most, that ranks wait for each other to map memory
+WAITED = "another rank did not come"  # why it failed on a rank that was ready
+LONGEST_NAME = 107  # bytes of a Unix socket's name
 
 
 class Shared(NamedTuple):
@@ -38,20 +46,24 @@ class Shared(NamedTuple):
             parts[rank].copy_(self.of_rank[rank], non_blocking=True)
 
     def barrier(self, channel: int) -> None:
-        """Make the current stream wait until a stream of every rank has reached this barrier.
+        """Let the current stream wait until a stream of every rank is here.
 
-        Copies that those streams made before it are then visible. Streams that run concurrently must use different
-        channels.
+        What those streams copied before is there after it. Barriers of streams that run beside each other use other
+        channels. NCCL's watchdog does not see them: a GPU that waits for longer than a collective may take ends the
+        process, by an error of CUDA that the host finds when it next waits for that GPU.
         """
-        self.handle.barrier(channel=channel)
+        self.handle.barrier(channel=channel, timeout_ms=round(1000 * runtime.timeout()))
 
 
 class Peers:
     """The ranks of a group whose GPUs can access each other's memory."""
 
+    broken = ""  # why this process meets no more: torch counts meetings, and ranks may not agree on their number
+
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
         self.rank, self.size = group.rank(), group.size()
+        self._warned = False
 
     @classmethod
     def of(cls, group: ProcessGroup, device: torch.device) -> Peers | None:
@@ -63,34 +75,69 @@ class Peers:
         reached = torch.cuda.device_count() >= n_local and all(
             rank // n_local == here and torch.cuda.can_device_access_peer(device, rank % n_local) for rank in others
         )
-        if _agreed(reached, group, device):
-            try:
-                reached = cls(group).allocate(1, torch.uint8, device) is not None
-            except RuntimeError as error:  # e.g. a container that forbids it
-                log.warning("GPUs of this node cannot share memory, so NCCL gathers experts: %s", error)
-                reached = False
-        return cls(group) if _agreed(reached, group, device) else None
+        if not _agreed(reached, group, device):
+            return None
+        peers = cls(group)
+        # A container may forbid it.
+        return peers if peers.can_meet() and peers.allocate(1, torch.uint8, device) is not None else None
+
+    def can_meet(self) -> bool:
+        """Whether torch's sockets work, by which ranks hand each other their memory. A collective.
+
+        A rank whose socket is missing would be waited for without a timeout, with the interpreter's lock held.
+        """
+        why, folder = "", _folder_of_sockets()
+        try:
+            _try_socket(folder)
+        except OSError as error:
+            why = f"{folder}: {error.strerror or error}"
+        folders: list[str] = [""] * self.size
+        dist.all_gather_object(folders, folder, group=self.group)
+        if len(set(folders)) > 1:
+            why = why or f"TMPDIR differs between ranks of this node ({', '.join(sorted(set(folders)))})"
+        return not self._failed(why)
 
     def allocate(self, n: int, dtype: torch.dtype, device: torch.device) -> Shared | None:
-        """Allocate uninitialized memory for `n` values on each rank. A collective.
+        """Memory for `n` values on each rank, unset. A collective.
 
         Returns:
-            None on every rank if one of them lacks memory, so that no rank waits for it.
+            None on every rank where it failed on one: for lack of memory, say. The others would wait for that rank.
         """
-        mine: Tensor | None = None
+        mine, shared, why = None, None, Peers.broken
         try:
-            mine = self._own(n, dtype, device)
+            mine = self._own(n, dtype, device) if not why else None
         except RuntimeError as error:
-            log.warning("no memory to share with GPUs of this node, so NCCL moves what it was for: %s", error)
-        there = _agreed(mine is not None, self.group, device)
-        return self._shared(mine) if there and mine is not None else None
+            why = _first_line(error)
+        if self._failed(why) or mine is None:
+            return None
+        try:
+            with runtime.waits_for_ranks(_together()):
+                shared = self._shared(mine)
+        except RuntimeError as error:
+            why = WAITED if isinstance(error, dist.DistStoreError) else _first_line(error)
+        if self._failed(why) or shared is None:
+            Peers.broken = why or "another rank failed"
+            return None
+        runtime.count_memory(mine.nbytes)  # PyTorch's allocator does not count it
+        return shared
+
+    def _failed(self, why: str) -> bool:
+        """Whether there is a reason on some rank, of which the first is then logged, once. A collective."""
+        reasons: list[str] = [""] * self.size
+        dist.all_gather_object(reasons, why, group=self.group)
+        ranks = dist.get_process_group_ranks(self.group)
+        found = [f"rank {rank}: {reason}" for rank, reason in zip(ranks, reasons, strict=True) if reason]
+        if found and self.rank == 0 and not self._warned:
+            cause = next((each for each in found if WAITED not in each), found[0])  # others only waited for it
+            log.warning("GPUs of this node cannot share memory, so NCCL moves what it was for (%s)", cause)
+            self._warned = True
+        return bool(found)
 
     def _own(self, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return _symmetric_memory.empty(n, dtype=dtype, device=device)
 
     def _shared(self, mine: Tensor) -> Shared:
         handle = _symmetric_memory.rendezvous(mine, self.group)
-        runtime.count_memory(mine.nbytes)  # PyTorch's allocator does not count it
         others = (handle.get_buffer(rank, mine.shape, mine.dtype) for rank in range(self.size))
         return Shared(self.rank, [mine if rank == self.rank else each for rank, each in enumerate(others)], handle)
 
@@ -99,3 +146,36 @@ def _agreed(flag: bool, group: ProcessGroup, device: torch.device) -> bool:
     flags = torch.tensor(int(flag), device=device)
     dist.all_reduce(flags, dist.ReduceOp.MIN, group=group)
     return bool(flags.item())
+
+
+def _together() -> float:
+    """Seconds that ranks wait for each other to map memory: all come at once, and then agree by NCCL."""
+    return min(MEETING, runtime.timeout() / 4)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _folder_of_sockets() -> str:
+    """Where torch's rendezvous makes them."""
+    return next((os.environ[name] for name in ("TMPDIR", "TMP", "TEMP", "TEMPDIR") if name in os.environ), "/tmp")
+
+
+def _try_socket(folder: str) -> None:
+    """Make a socket as torch's rendezvous does, and clear away one of a killed process that had this one's number.
+
+    Raises:
+        OSError: it cannot be made, or its name is longer than torch checks before it copies it.
+    """
+    name = f"{folder}/symm_mem-{os.getpid()}"
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as mine:
+        with suppress(ConnectionRefusedError, FileNotFoundError):
+            mine.connect(name)
+            raise OSError(errno.EADDRINUSE, f"{os.strerror(errno.EADDRINUSE)}: {name}")
+        with suppress(FileNotFoundError):
+            os.unlink(name)
+        mine.bind(name)
+        os.unlink(name)

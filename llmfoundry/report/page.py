@@ -18,7 +18,13 @@ from llmfoundry.report.records import PANELS, Json, differing_settings, read_run
 
 
 def write_report(folders: Sequence[Path], out: Path, newest: Json | None = None) -> Path:
-    """Write the page of one run, or of several side by side.
+    """Write the page of one run, or of several side by side; see `page_of`."""
+    atomic_write(out, [page_of(folders, newest).encode()])
+    return out
+
+
+def page_of(folders: Sequence[Path], newest: Json | None = None) -> str:
+    """The page of one run, or of several side by side.
 
     Args:
         folders: the runs' `save_folder`s.
@@ -27,9 +33,7 @@ def write_report(folders: Sequence[Path], out: Path, newest: Json | None = None)
     Raises:
         ConfigError: if a folder is not the folder of a run.
     """
-    page = render([read_run(folder, newest) for folder in folders], differing_settings(folders))
-    atomic_write(out, [page.encode()])
-    return out
+    return render([read_run(folder, newest) for folder in folders], differing_settings(folders))
 
 
 def render(runs: list[Json], differing: list[list[str]]) -> str:

@@ -50,7 +50,7 @@ def build(config: RunConfig) -> Trainer:
     # In a single process, only FSDP can keep weights in host memory.
     device = runtime.start(config.dist_timeout, group_of_one=config.parallel.cpu_offload)
     collective = seconds_of(config.step_timeout) or config.dist_timeout
-    watchdog = Watchdog(config.folder, limits(seconds_of(config.hang_timeout), collective))
+    watchdog = Watchdog(config.folder, limits(seconds_of(config.hang_timeout), collective, config.dist_timeout))
     watchdog.start()
     try:
         return _build(config, device, watchdog)

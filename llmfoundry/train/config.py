@@ -31,7 +31,7 @@ from llmfoundry.config import (
 from llmfoundry.data.loader import LoaderConfig
 from llmfoundry.data.mixture import MixtureConfig
 from llmfoundry.data.preferences import PreferencesConfig
-from llmfoundry.data.remote import data_path
+from llmfoundry.data.remote import Place, data_path
 from llmfoundry.data.sources import paired_run
 from llmfoundry.data.tokenizer import TokenizerConfig
 from llmfoundry.eval.gauntlet import GauntletConfig
@@ -65,18 +65,6 @@ def precision_on(asked: Precision | Literal["auto"], device_type: str) -> Precis
 def inference_precision(precision: Precision) -> Precision:
     """The precision of inference: bfloat16 if the run trained with 8-bit products."""
     return "amp_bf16" if precision == "amp_fp8" else precision
-
-
-def place(path: str) -> str:
-    """A local folder, or a URL in a store.
-
-    Raises:
-        ValueError: the text is neither.
-    """
-    return check_placeholders(data_path(path)) if is_url(path) else local_path(path)
-
-
-Place = Annotated[str, AfterValidator(place)]
 
 
 class GradientClipping(Config):
@@ -287,7 +275,7 @@ class RunConfig(Config):
             return path
         if not path.strip():
             raise ValueError("is empty; write a checkpoint's folder, hf:NAME or a URL, or leave it out")
-        return place(path)
+        return check_placeholders(data_path(path)) if is_url(path) else local_path(path)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from llmfoundry import runtime
-from llmfoundry.atomic import atomic_write
+from llmfoundry.atomic import append_line, atomic_write
 from llmfoundry.checkpoint.identity import Plain
 from llmfoundry.checkpoint.manifest import checkpoints
 from llmfoundry.config import ConfigError, RunError
@@ -152,8 +152,7 @@ class RunFolder:
     def write_skipped(self, line: dict[str, object]) -> None:
         """Append a line to skipped.jsonl; a failure is a warning."""
         try:
-            with (self.path / SKIPPED).open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(self.path / SKIPPED, json.dumps(line))
         except OSError as error:
             log.warning("%s cannot be written: %s; the line was: %s", self.path / SKIPPED, error.strerror, line)
 
@@ -226,6 +225,13 @@ def check_free(path: Path, autoresume: bool) -> None:
     Raises:
         ConfigError: if it is in use and must not be resumed, does not hold a run, or cannot be written.
     """
+    try:
+        _check_free(path, autoresume)
+    except OSError as error:
+        raise ConfigError(f"save_folder: {path} cannot be written: {error.strerror}") from None
+
+
+def _check_free(path: Path, autoresume: bool) -> None:
     if path.exists() and not path.is_dir():
         raise ConfigError(f"save_folder: {path} is a file; name a folder")
     if not is_free(path):

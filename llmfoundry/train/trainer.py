@@ -38,7 +38,6 @@ from llmfoundry.train.step_metrics import Reading, step_metrics
 from llmfoundry.train.stored import upload_outputs
 from llmfoundry.train.summary import is_complete, summary_of
 from llmfoundry.train.trainer_json import as_saved, read_progress, written
-from llmfoundry.train.watchdog import READING
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +97,10 @@ class Trainer(AgreeingRun):
         self.watchdog.close()
         self.garbage.close()
         for callback in reversed(self.callbacks):
-            callback.close()
+            try:
+                callback.close()
+            except Exception as error:  # the others are to be closed too, and a failure of the run to be seen
+                log.error("%s could not be closed: %s: %s", type(callback).__name__, type(error).__name__, error)
         if self.folder is not None:
             self.folder.close()
 
@@ -202,7 +204,7 @@ class Trainer(AgreeingRun):
         state.rows += config.global_train_batch_size
         state.tokens += config.global_train_batch_size * self.loader.max_seq_len
         self.late = self.feed.read_ahead(state.rows) if state.step < self.timeline.total_steps else 0.0
-        self.watchdog.phase(READING)
+        self.watchdog.read(self.warm)
         numbers = reading.end()
         self.router = numbers.router
         self.watchdog.beat(f"the end of step {state.step}")

@@ -41,10 +41,10 @@ PATIENCE = 3.0  # further seconds for a rank to answer
 ANSWER = 20.0  # seconds to wait for the verdict of another rank
 STOPPED = 10.0  # if this thread did not run for so many seconds, the process was stopped
 GIL = 60.0  # further seconds until a process ends in which no Python thread can run
-STDERR = 2  # as a number, because it may be replaced or closed in Python
 COLLECTIVE = ("torch.distributed", "torch._C._distributed", "llmfoundry.tree")
 # Messages of gloo if another rank is gone or does not respond.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "gloo/transport")
+TRAPPED = "unspecified launch failure"  # what CUDA says when a GPU ends its wait for another one (parallel/peers.py)
 INNERMOST = 3  # number of innermost frames in which a collective is looked for
 
 
@@ -57,18 +57,22 @@ class Limits(NamedTuple):
 
     step: float  # within a step but the first
     other: float  # anywhere else; 0 in both: nothing is watched
+    first: float = LOOSE  # at the end of the first step, where the host waits for what it has given to the device
 
 
-def limits(hang_timeout: float | None, collective: float) -> Limits:
-    """Return the limits of a run.
+def limits(hang_timeout: float | None, collective: float, first: float) -> Limits:
+    """The limits of a run.
 
     Args:
-        hang_timeout: for everything, if the YAML sets it.
+        hang_timeout: for everything, where the YAML gives it.
         collective: the timeout of collectives in steps.
+        first: that of collectives in the first step.
     """
     if hang_timeout is not None:
-        return Limits(hang_timeout, hang_timeout)
-    return Limits(min(LOOSE, TIGHT * collective) if runtime.world_size() > 1 else LOOSE, LOOSE)
+        return Limits(hang_timeout, hang_timeout, hang_timeout)
+    if runtime.world_size() == 1:
+        return Limits(LOOSE, LOOSE)
+    return Limits(min(LOOSE, TIGHT * collective), LOOSE, min(LOOSE, TIGHT * first))
 
 
 class Answer(NamedTuple):
@@ -124,6 +128,17 @@ class Watchdog:
         """Record what the main thread does, without counting it as progress."""
         self._doing = doing
 
+    def read(self, warm: bool) -> None:
+        """The device has all of a step, and the host waits for it.
+
+        Args:
+            warm: the step is not the first. In that one, ranks may have compiled for long, but now work of the device
+                is all that is left.
+        """
+        self._doing = READING
+        if not warm:
+            self._beaten, self._seconds = time.monotonic(), self._allowed.first
+
     def close(self) -> None:
         """Stop watching."""
         self._closed.set()
@@ -133,9 +148,12 @@ class Watchdog:
 
     def named(self, at: str, error: Exception) -> RunError | None:
         """Return the failure of a collective, naming the rank that it waited for; None for any other error."""
-        if not isinstance(error, dist.DistError) and not any(word in str(error) for word in LOST):
+        here = str(error).strip()
+        if TRAPPED in here and runtime.shares_memory():
+            here = f"{here.splitlines()[0]}, as when a GPU has waited {runtime.timeout():.12g} seconds for another one"
+        elif not isinstance(error, dist.DistError) and not any(word in here for word in LOST):
             return None
-        return RunError(f"{at}: {self.verdict() or 'a collective failed'}; here: {str(error).strip()}")
+        return RunError(f"{at}: {self.verdict() or 'a collective failed'}; here: {here}")
 
     def verdict(self) -> str:
         """Ask all ranks, and say which one is at fault; every asker gets the same answer. Empty if unknown."""
@@ -158,7 +176,7 @@ class Watchdog:
             if self._store is not None:
                 # If a C function holds the interpreter's lock, this thread cannot run, and a C thread ends the process.
                 with contextlib.suppress(OSError, ValueError, RuntimeError):
-                    faulthandler.dump_traceback_later(self._allowed.other + GIL, exit=True, file=STDERR)
+                    faulthandler.dump_traceback_later(self._allowed.other + GIL, exit=True, file=runtime.STDERR)
             now = time.monotonic()
             if now - looked > self.poll + STOPPED:  # e.g. by Ctrl-Z: this thread was stopped too
                 self._beaten = now
@@ -179,7 +197,8 @@ class Watchdog:
         if why:
             self._append(why)
         message = f"{said}: {why or self._here().where}; stacks are in {self._file()}"
-        print(f"[rank {launch.rank()}] error: {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # whatever became of stderr, the process must end
+            print(f"[rank {launch.rank()}] error: {message}", file=sys.stderr, flush=True)
         if waits:
             time.sleep(PATIENCE)  # the rank at fault goes first: torchrun's report names the one that failed first
         launch.tell_torchrun(f"error: {message}")

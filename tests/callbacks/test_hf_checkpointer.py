@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import fsspec
@@ -14,10 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmfoundry import hf
 from llmfoundry.callbacks.generate_callback import FILE
+from llmfoundry.callbacks.hf_checkpointer import HFCheckpointer
 from llmfoundry.checkpoint.reading import load_model_only, read
 from llmfoundry.cli.command import read_run_config
 from llmfoundry.cli.train import train_main
 from llmfoundry.config import ResourceError
+from llmfoundry.train.trainer import Trainer
+from tests.full_disk import full_disk
 
 # A model that a family of transformers holds.
 MIXTRAL = [
@@ -69,7 +73,7 @@ def test_exports_go_to_a_store_and_nothing_of_them_stays_here(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    url = f"memory://{tmp_path}/{{run_name}}"
+    url = f"kept://{tmp_path}/{{run_name}}"
     fs, path = fsspec.core.url_to_fs(url.format(run_name="first"))
     fs.pipe_file(f"{path}/huggingface/ba4/old", b"of a run before")
     words = [f"callbacks.hf_checkpointer={{save_folder: '{url}', save_interval: 3ba}}", "run_name=first"]
@@ -88,6 +92,32 @@ def test_exports_go_to_a_store_and_nothing_of_them_stays_here(
     assert train_main([str(tiny), *MIXTRAL, *words, f"save_folder={tmp_path}/second"]) == 0
     assert "huggingface/ba4 could not be written" in caplog.text and not list((tmp_path / "temporary").glob("export-*"))
     assert not fs.exists(f"{path}/huggingface/ba4/config.json"), "half an export is none"
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_full_disk_ends_no_run_and_leaves_no_half_export(
+    tiny: Path, tmp_path: Path, lora: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write = HFCheckpointer._write
+
+    def full(self: HFCheckpointer, trainer: Trainer, target: Path) -> None:
+        sizes = {2: 500, 3: 5000}  # bytes that fit: not the weights; not the tokenizer, which a library in Rust writes
+        n_bytes = sizes.get(trainer.state.step)
+        with full_disk(n_bytes) if n_bytes else nullcontext():
+            write(self, trainer, target)
+
+    monkeypatch.setattr(HFCheckpointer, "_write", full)
+    left = tmp_path / "out" / "huggingface" / "ba2.new.tmp-5f1c" / "model.safetensors"
+    left.parent.mkdir(parents=True)
+    left.write_text("of a run that was killed")
+    words = ["model.lora={rank: 2, alpha: 2, target_modules: [wqkv]}"] if lora else []
+    export = f"callbacks.hf_checkpointer={{save_folder: {tmp_path}/out, save_interval: 1ba}}"
+    assert train_main([str(tiny), *MIXTRAL, *words, export]) == 0
+    assert sorted(path.name for path in (tmp_path / "out" / "huggingface").iterdir()) == ["ba1", "ba4"]
+    for step in (2, 3):
+        said = [line for line in caplog.messages if line.startswith(f"step {step}: hf_checkpointer: ")]
+        assert len(said) == 1 and f"/ba{step} could not be written: File too large" in said[0], said
+        assert said[0].endswith("; the run goes on")
 
 
 @pytest.mark.parametrize("overwrite", [True, False])

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,16 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llmfoundry.callbacks.inmemory import InMemory
+from llmfoundry.callbacks.tensorboard import Tensorboard
 from llmfoundry.cli.command import read_run_config
 from llmfoundry.cli.train import train_main
 from llmfoundry.config import check
 from llmfoundry.train.build import build
 from llmfoundry.train.config import RunConfig
+from llmfoundry.train.run import Metrics
+from llmfoundry.train.trainer import Trainer
 from tests.callbacks.conftest import lines, tiny_run
+from tests.full_disk import full_disk
 
 TEXTS = "callbacks.generate_callback={prompts: [to be], interval: 2ba, max_new_tokens: 3}"
 
@@ -44,6 +49,27 @@ def test_tensorboard_shows_tables_and_takes_composers_keys(tiny: Path, tmp_path:
     events.Reload()
     assert [event.step for event in events.Scalars("loss/train/ce")] == [1, 2, 3, 4]
     assert [event.step for event in events.Tensors("generations/text_summary")] == [2, 4]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of tensorboard's own thread
+def test_tensorboard_on_a_full_disk_is_one_line_and_goes_on_when_there_is_room(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write = Tensorboard._write
+
+    def full(self: Tensorboard, trainer: Trainer, metrics: Metrics) -> None:
+        with full_disk(10) if trainer.state.step in (1, 2) else nullcontext():
+            write(self, trainer, metrics)
+
+    monkeypatch.setattr(Tensorboard, "_write", full)
+    log_dir = f"loggers.tensorboard={{log_dir: {tmp_path}/events, flush_interval: 1}}"
+    assert train_main([str(tiny), log_dir, "max_duration=5ba"]) == 0
+    line = "loggers.tensorboard: cannot be written: File too large; trying again every 1 steps"
+    assert [each for each in caplog.messages if "tensorboard" in each] == [line]
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss/train/ce")] == [3, 4, 5]
+    assert [each["step"] for each in lines(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 
 BLOCK = 2**15

@@ -175,16 +175,16 @@ def test_what_prepare_writes_trains_a_run(tmp_path: Path, capsys: pytest.Capture
     }  # fmt: skip
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(config))
-    store = fsspec.filesystem("memory")
-    for out in (str(tmp_path / "mds"), "memory://prepared"):
+    store = fsspec.filesystem("kept")
+    for out in (str(tmp_path / "mds"), "kept://prepared"):
         assert prepare_data_main([str(path), "--format", "mds", "--out", out, "--compression", "zstd"]) == 0
         assert f"rows of 16 tokens in {out}/train" in capsys.readouterr().out
     names = {file.relative_to(tmp_path / "mds").as_posix() for file in (tmp_path / "mds").rglob("*") if file.is_file()}
     assert {name: store.cat_file(f"/prepared/{name}") for name in names} == {
         name: (tmp_path / "mds" / name).read_bytes() for name in names
     }
-    assert prepare_data_main([str(path), "--format", "mds", "--out", "memory://prepared"]) == 2
-    assert "memory://prepared/train: is not empty; choose another folder" in capsys.readouterr().err
+    assert prepare_data_main([str(path), "--format", "mds", "--out", "kept://prepared"]) == 2
+    assert "kept://prepared/train: is not empty; choose another folder" in capsys.readouterr().err
     assert prepare_data_main([str(path), "--format", "mds", "--out", "nope://prepared"]) == 2
     store.rm("/prepared", recursive=True)
     assert len(MDSFolder(tmp_path / "mds" / "train", tmp_path / "c")) > 10

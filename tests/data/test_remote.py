@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from llmfoundry.config import ConfigError, ResourceError, check
 from llmfoundry.data import DatasetConfig, Loader, LoaderConfig, Source, pack, remote
 from llmfoundry.data.mds import MDSWriter
 from llmfoundry.data.mds_write import write_rows
-from llmfoundry.data.remote import Store, n_bytes
+from llmfoundry.data.remote import Store, delete, n_bytes, place
 from llmfoundry.data.stored_file import StoredFile
 from tests.data.chat_tokenizer import tokenizer
 from tests.data.test_megatron import write
@@ -317,3 +318,44 @@ def test_shuffled_in_blocks_shards_are_fetched_about_once(
     assert len(fetched) < 1.5 * n_shards, "two fifths of an epoch"
     rows_of(120)
     assert len(fetched) > 40, "of all rows shuffled together, every fourth has its shard fetched again"
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("memory://bucket/run", "is lost when this process ends"),
+        ("https://host/run", "https:// can only be read"),
+        ("zip://run::s3://bucket/all.zip", "zip:// can only be read"),
+        ("simplecache::s3://bucket/run", "is a URL, and only paths of this machine"),
+        ("s3:/bucket/run", "is a URL that is not known"),
+        ("s3://", "names no bucket; write s3://BUCKET/FOLDER"),
+        ("gs:///run", "names no bucket"),
+        ("file://runs/moe", "is not an absolute path"),
+        ("s3://bucket/run?versionId=1", "holds *, ?, [ or .."),
+        ("s3://bucket/run[1]", "holds *, ?, [ or .."),
+        ("s3://bucket/../run", "holds *, ?, [ or .."),
+        ("$HOME/runs", "$HOME is not expanded here; write ${oc.env:HOME}"),
+        ("~nobody-of-that-name/run", "there is no user nobody-of-that-name"),
+        (" ", "is empty"),
+    ],
+)
+def test_a_place_that_keeps_nothing_is_refused(path: str, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        place(path)
+
+
+def test_other_places_are_taken_as_they_are() -> None:
+    local = ("runs/moe", "./runs/moe/", "runs/a b/\u00fc[1]")
+    for path in (*local, "s3://bucket/a b/\u00fc/", "file:///data/run", "hdfs:///run"):
+        assert place(path) == path
+    assert place("~/run") == str(Path.home() / "run")
+
+
+def test_deleting_a_folder_deletes_no_other_that_its_name_matches() -> None:
+    """fsspec's `rm` takes run[1] for a pattern: it would delete run1."""
+    fs = fsspec.filesystem("memory")
+    for name in ("run[1]", "run1"):
+        fs.pipe_file(f"/names/{name}/checkpoints/step-2/MANIFEST.json", b"{}")
+    delete("memory://names/run[1]/checkpoints/step-2")
+    assert fs.find("/names") == ["/names/run1/checkpoints/step-2/MANIFEST.json"]
+    fs.rm("/names", recursive=True)

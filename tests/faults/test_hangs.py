@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmfoundry import runtime
 from llmfoundry.checkpoint import storage
 from llmfoundry.checkpoint.checkpointer import Checkpointer, CheckpointState
 from llmfoundry.train.watchdog import LOOSE, Limits, Watchdog, limits
@@ -176,10 +177,23 @@ def test_collectives_after_the_first_step_have_a_timeout_of_their_own(tmp_path: 
 
 
 def test_limits_are_tight_within_a_step_of_several_ranks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert limits(None, 600.0) == Limits(LOOSE, LOOSE) and limits(5.0, 600.0) == Limits(5.0, 5.0)
+    assert limits(None, 600.0, 900.0) == Limits(LOOSE, LOOSE) and limits(5.0, 600.0, 900.0) == Limits(5.0, 5.0, 5.0)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert limits(None, 600.0) == Limits(480.0, LOOSE), "before NCCL ends the process"
-    assert limits(0.0, 600.0) == Limits(0.0, 0.0)
+    assert limits(None, 600.0, 900.0) == Limits(480.0, LOOSE, 720.0), "before NCCL ends the process"
+    assert limits(0.0, 600.0, 900.0) == Limits(0.0, 0.0, 0.0)
+
+
+def test_a_gpu_that_waited_too_long_for_another_is_told_from_a_kernel_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watchdog = Watchdog(tmp_path, Limits(5.0, 5.0))
+    error = RuntimeError("CUDA error: unspecified launch failure\nCompile with TORCH_USE_CUDA_DSA")
+    assert watchdog.named("step 3", error) is None, "it keeps its traceback"
+    monkeypatch.setattr(runtime, "_mapped", 1)
+    assert str(watchdog.named("step 3", error)) == (
+        "step 3: a collective failed; here: CUDA error: unspecified launch failure, as when a GPU has waited 600 "
+        "seconds for another one"
+    )
 
 
 def test_a_process_that_hangs_writes_its_stacks_and_ends(hanging: Hanging) -> None:

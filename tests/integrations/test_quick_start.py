@@ -121,8 +121,8 @@ def test_rows_of_tokens_are_cut_as_theirs(
     assert [list(found.sample(i)["tokens"]) for i in range(len(found))] == [
         ids[i * 16 : (i + 1) * 16] for i in range(len(found))
     ]
-    assert main([*words[:-1], "memory://bucket/mds", *more]) == 0, "a store, as theirs"
-    index = fsspec.filesystem("memory").cat("/bucket/mds/index.json")
+    assert main([*words[:-1], "kept://bucket/mds", *more]) == 0, "a store, as theirs"
+    index = fsspec.filesystem("kept").cat("/bucket/mds/index.json")
     assert json.loads(index) == json.loads((tmp_path / "mds" / "index.json").read_text())
     capsys.readouterr()
     assert main([*words[:-1], str(tmp_path / "long"), *more, "--concat_tokens", "99999"]) == 2

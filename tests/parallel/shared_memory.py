@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import os
 import tempfile
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, distributed_c10d
 
 from llmfoundry.parallel.peers import Peers, Shared
 
@@ -20,14 +21,17 @@ _numbers = itertools.count()
 class _Handle(NamedTuple):
     group: ProcessGroup
 
-    def barrier(self, channel: int) -> None:
-        dist.barrier(self.group)
+    def barrier(self, channel: int, timeout_ms: int) -> None:
+        options = dist.BarrierOptions()
+        options.timeout = datetime.timedelta(milliseconds=timeout_ms)
+        self.group.barrier(options).wait()
 
 
 class PeersOnCPU(Peers):
     """Processes of one machine."""
 
     allocated: int = 0  # pieces of memory, by all groups
+    meetings: int = 0  # of this process, as torch counts them
 
     @classmethod
     def of(cls, group: ProcessGroup, device: torch.device) -> Peers | None:
@@ -41,8 +45,13 @@ class PeersOnCPU(Peers):
         return torch.from_file(self._name, shared=True, size=n, dtype=dtype)
 
     def _shared(self, mine: Tensor) -> Shared:
-        names: list[str] = [""] * self.size
-        dist.all_gather_object(names, self._name, group=self.group)
+        """By the ranks' common store, as torch's rendezvous does it."""
+        store = dist.PrefixStore(
+            f"{PeersOnCPU.meetings}/{self.group.group_name}", distributed_c10d._get_default_store()
+        )
+        PeersOnCPU.meetings += 1
+        store.set(str(self.rank), self._name)
+        names = [name.decode() for name in store.multi_get([str(rank) for rank in range(self.size)])]
         of_rank = [torch.from_file(each, shared=True, size=mine.numel(), dtype=mine.dtype) for each in names]
         dist.barrier(self.group)
         os.unlink(self._name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,13 @@ import torch.distributed as dist
 from ranks import run_ranks
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from llmfoundry.config import check
+from llmfoundry.config import ConfigError, check
 from llmfoundry.hf import from_pretrained, load_weights, save_pretrained
 from llmfoundry.hf.pretrained import Checkpoint, open_checkpoint
 from llmfoundry.model.transformer import CausalLM
 from llmfoundry.parallel.apply import materialize, parallelize
 from llmfoundry.parallel.mesh import ParallelConfig, build_mesh
+from tests.full_disk import full_disk
 
 pytestmark = pytest.mark.dist
 LAYOUTS = {"shard 2": {}, "expert 2": {"expert": 2}, "replicate 2": {"replicate": 2}}
@@ -50,8 +52,17 @@ def job(folder: Path) -> None:
         whole = tiny.weights(model)
         if dist.get_rank() == 0:
             torch.save(whole, folder / f"{name}.pt")
+        fails(model, folder / f"full {name}")
         save_pretrained(model, None, folder / f"again {name}")
         dist.barrier()
+
+
+def fails(model: CausalLM, folder: Path) -> None:
+    """Rank 0, which writes, fails; the other does not wait for it in a collective."""
+    full = full_disk(20_000) if dist.get_rank() == 0 else nullcontext()
+    with full, pytest.raises(ConfigError, match="cannot be written: File too large"):
+        save_pretrained(model, None, folder)
+    assert not list(folder.parent.glob(f"{folder.name}*"))
 
 
 @pytest.fixture(scope="module")

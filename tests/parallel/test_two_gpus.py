@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -146,3 +148,31 @@ def test_copy_engines_gather_experts(runs: Path) -> None:
 def test_a_checkpoint_continues_on_the_other_mesh(name: str, runs: Path) -> None:
     true, ours = curve(runs / "alone"), curve(runs / name)
     assert_same_curve(ours, true, slice(MIDDLE, None))
+
+
+@pytest.mark.parametrize(("hang_timeout", "said"), [
+    ("15s", "rank 1 does not answer: stopped, killed, or its host is gone; the others wait for it"),
+    ("0s", "unspecified launch failure"),  # nobody watches: the barrier of the GPUs ends by itself
+])  # fmt: skip
+def test_a_gpu_waits_no_longer_for_a_stopped_rank_than_for_a_collective(
+    hang_timeout: str, said: str, tmp_path: Path
+) -> None:
+    more = {"step_timeout": "20s", "hang_timeout": hang_timeout, "max_duration": "1000000ba", "save_interval": "0ba"}
+    run = launch(SPREAD[0], tmp_path / "run", **more)
+    metrics = tmp_path / "run" / "run" / "metrics.jsonl"
+    try:
+        deadline = time.monotonic() + 200.0
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 5:
+            assert run.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        ranks = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+        os.kill(ranks[1], signal.SIGSTOP)
+        begun = time.monotonic()
+        while Path(f"/proc/{ranks[0]}/stat").exists() and ") Z" not in Path(f"/proc/{ranks[0]}/stat").read_text():
+            assert time.monotonic() - begun < 45.0, "the other rank still waits"
+            time.sleep(0.1)
+        os.kill(ranks[1], signal.SIGKILL)
+        output = run.communicate(timeout=60)[0]
+    finally:
+        run.kill()
+    assert run.returncode == 1 and said in output, output[-3000:]

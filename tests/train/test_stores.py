@@ -47,9 +47,9 @@ def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monk
         with s3(monkeypatch, "bucket"):
             yield "s3://bucket/runs/run"
     else:
-        yield "memory://bucket/run"
-        if fsspec.filesystem("memory").exists("/bucket"):
-            fsspec.filesystem("memory").rm("/bucket", recursive=True)
+        yield "kept://bucket/run"
+        if fsspec.filesystem("kept").exists("/bucket"):
+            fsspec.filesystem("kept").rm("/bucket", recursive=True)
 
 
 @pytest.fixture
@@ -198,7 +198,7 @@ class Failing:
     """A store in memory that is not to be reached while `when` says so, of the number of the file that is written."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, when: Callable[[str], bool]) -> None:
-        fs = type(fsspec.filesystem("memory"))
+        fs = type(fsspec.filesystem("kept"))
         real = fs.put_file
 
         def put_file(store: object, here: str, there: str, **keys: object) -> None:
@@ -222,7 +222,7 @@ def test_a_store_that_fails_is_tried_again_and_the_run_goes_on(
     Failing(monkeypatch, fails)
     assert train_main([str(recipe), *SHORT, f"save_folder={url}"]) == 0
     assert sum("step-4/model" in each for each in tries) == remote.ATTEMPTS
-    assert "step 4 could not be uploaded to memory://bucket/run: " in caplog.text
+    assert "step 4 could not be uploaded to kept://bucket/run: " in caplog.text
     assert steps(url) == {"step-2", "step-6"}, "nor is there half an upload"
     assert read(url).step == 6 and not list((machine / "runs").rglob("*.safetensors"))
     assert same_end(copied(url, tmp_path / "copy"), undisturbed)
