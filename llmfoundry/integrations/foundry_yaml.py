@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence, Set
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 
 from llmfoundry.config import ConfigError
 from llmfoundry.integrations.foundry_fsdp import fsdp, mixed_precision
@@ -63,6 +63,7 @@ def translate(data: Tree, variables: Set[str] = frozenset()) -> tuple[Tree, list
     for path in sorted({*VARIABLES, *(variables if theirs else ())} & data.keys()):
         notes.append(Note(path, "kept as a variable only", take(data, path)))
     _one_by_one(data, notes, mistakes)
+    notes += _rope_default(data)
     for path, apply in _MOVED.items():
         for place in present(data, path):
             value = take(data, place)
@@ -142,6 +143,11 @@ def _defaults(data: Tree) -> list[Note]:
     wanted: Tree = {"save_interval": "1000ba"}
     if data.get("eval_loader"):
         wanted["eval_subset_num_batches"] = -1
+    if data.get("eval_loader") or data.get("icl_tasks"):
+        rows = data.get("device_train_microbatch_size", "auto")
+        wanted["device_eval_batch_size"] = 1 if rows == "auto" else rows
+    if data.get("icl_tasks") and "max_seq_len" in data:
+        wanted["icl_seq_len"] = data["max_seq_len"]
     missing = {key: value for key, value in wanted.items() if key not in data}
     data |= missing
     return [Note(key, f"is missing; now {value}, as LLM Foundry has it") for key, value in missing.items()]
@@ -182,7 +188,8 @@ def _head_norms(data: Tree) -> list[Note]:
     return [Note("model.attn_config.qk_ln", f"sets {each}, as it does there", True) for each in said]
 
 
-_WRITTEN_OTHERWISE = re.compile(r"(\d+(?:\.\d+)?(?:e[-+]?\d{1,2})?)(iter|sec|ep|ba|sp|tok|dur)", re.IGNORECASE)
+_NUMBER_AND_UNIT = re.compile(r"\s*\+?([\d._]+(?:e[-+]?\d{1,2})?)\s*(iter|sec|ep|ba|sp|tok|dur)", re.IGNORECASE)
+_PLAIN = re.compile(r"\d+(\.\d+)?(e\+?\d{1,2})?")
 _UNITS = {"iter": "ba", "sec": "s"}
 
 
@@ -190,15 +197,18 @@ def _duration(value: object) -> str | None:
     """Composer's other spellings of a duration, in ours.
 
     A number counts epochs, `iter` are steps here, `90sec` are 90s and `1h30m` or `1h0m30s` become seconds; units may
-    be capitals, and `5e-2dur` is 0.05dur.
+    be capitals, and `5e-2dur` is 0.05dur. Numbers are what Python's float() reads: `10_000ba`, `.5dur`, `10 ba`.
     """
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return f"{value}ep"
     if not isinstance(value, str):
         return None
-    if match := _WRITTEN_OTHERWISE.fullmatch(value):
+    if match := _NUMBER_AND_UNIT.fullmatch(value):
         number, unit = match[1].lower(), match[2].lower()
-        exact = number if "e-" not in number else format(Decimal(number), "f")
+        try:
+            exact = number if _PLAIN.fullmatch(number) else format(Decimal(number), "f")
+        except InvalidOperation:
+            return None
         said = f"{exact}{_UNITS.get(unit, unit)}"
         return said if said != value else None
     match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value)
@@ -303,6 +313,17 @@ def _rope_hf(data: Tree, value: object) -> list[str]:
             f"model.attn_config.rope_hf_config.type: {kind!r} is not supported; known: linear, llama3, yarn"
         )
     return [put(data, "model.attn_config.rope_scaling", value)]
+
+
+def _rope_default(data: Tree) -> list[Note]:
+    """Give rotary positions without a `rope_impl` the one that they have there: dail, which reads no rope_hf_config."""
+    attention = look(data, "model.attn_config")[0]
+    if look(data, "model.name")[0] != "mpt_causal_lm" or not isinstance(attention, dict) or "rope_impl" in attention:
+        return []
+    if attention.pop("rope_hf_config", None) is None:
+        return []
+    said = "left out: rope_impl is missing, and dail, LLM Foundry's default, does not read it; rope_impl: hf does"
+    return [Note("model.attn_config.rope_hf_config", said)]
 
 
 def _learned_pos_emb(data: Tree, value: object) -> list[str]:
