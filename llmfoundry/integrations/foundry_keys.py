@@ -57,8 +57,13 @@ GONE = {
         for key in ("pin_memory", "prefetch_factor", "persistent_workers", "timeout", "sampler")
     },
     **{
-        f"{loader}.dataset.max_leftover_bins_to_keep": "every example is packed"
+        f"{loader}.dataset.{key}": why
         for loader in ("train_loader", "eval_loader")
+        for key, why in (
+            ("max_leftover_bins_to_keep", "every example is packed"),
+            ("hf_kwargs.trust_remote_code", "code of a dataset is never run"),
+            ("hf_kwargs.use_auth_token", "datasets reads $HF_TOKEN"),
+        )
     },
 }
 # Keys that do change values, with the only values that mean what we do.

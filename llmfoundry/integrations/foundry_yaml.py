@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence, Set
 from decimal import Decimal, InvalidOperation
 
 from llmfoundry.config import ConfigError
+from llmfoundry.data.foundry_tasks import TASKS
 from llmfoundry.integrations.foundry_fsdp import fsdp, mixed_precision
 from llmfoundry.integrations.foundry_keys import (
     DURATIONS,
@@ -159,13 +160,26 @@ def _data_defaults(data: Tree) -> list[Note]:
     for loader in ("train_loader", "eval_loader"):
         for place in present(data, f"{loader}.dataset"):
             dataset, kind = look(data, place)[0], look(data, f"{place.removesuffix('.dataset')}.name")[0]
+            if not isinstance(dataset, dict):
+                continue
             said: Tree = {"shuffle": False} if loader == "train_loader" else {}
             if kind == "finetuning":
-                said["target_responses"] = "last"
-            for key in said.keys() - dataset.keys() if isinstance(dataset, dict) else ():
+                said |= {"target_responses": "last", "turn_by_turn": True}
+                notes += _task(dataset, place)
+            for key in said.keys() - dataset.keys():
                 notes.append(Note(f"{place}.{key}", f"is missing; now {said[key]}, as LLM Foundry has it"))
-                put(data, f"{place}.{key}", said[key])
+                dataset[key] = said[key]
     return notes
+
+
+def _task(dataset: Tree, place: str) -> list[Note]:
+    """Some names of datasets stand for a function there, also where no preprocessing_fn is written."""
+    given = dataset.get("preprocessing_fn")
+    found = TASKS.get(str(dataset.get("hf_name") if given is None else given))
+    if found is None:
+        return []
+    dataset["preprocessing_fn"] = f"{found.__module__}:{found.__name__}"
+    return [Note(f"{place}.preprocessing_fn", f"is now {dataset['preprocessing_fn']}", given)]
 
 
 def _packed(data: Tree) -> list[Note]:
