@@ -75,7 +75,9 @@ class ChatsConfig(Folders, names=("chats",)):
         if not given or (len(given) > 1 and given != ["local", "remote"]):
             raise ValueError(f"write one of path, hf_name, local or streams; found {' and '.join(given) or 'none'}")
         if self.path is not None and ("[" in self.split or "+" in self.split):
-            raise ValueError(f"split: {self.split} is a part of a split, or several; name files with their rows in path")
+            raise ValueError(
+                f"split: {self.split} is a part of a split, or several; name files with their rows in path"
+            )
         if self.hf_kwargs.get("streaming"):
             raise ValueError("hf_kwargs.streaming: rows are found by their number; leave it out")
         for name, stream in (self.streams or {}).items():
@@ -231,7 +233,9 @@ class ChatsConfig(Folders, names=("chats",)):
         except ImportError:
             raise ConfigError(f"dataset.hf_name: {name}: needs datasets: pip install datasets") from None
         try:
-            found = datasets.load_dataset(name, split=self.split, **self.hf_kwargs)
+            folder = Path(name).expanduser()
+            place = str(folder.resolve()) if folder.is_dir() else name
+            found = datasets.load_dataset(place, split=self.split, **self.hf_kwargs)
         except Exception as error:  # the hub and its scripts fail in many ways
             why = " ".join(str(error).split())[:300]
             failed = ConfigError(f"dataset.hf_name: {name}: cannot be loaded: {type(error).__name__}: {why}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence, Set
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 
 from llmfoundry.config import ConfigError
 from llmfoundry.data.foundry_tasks import TASKS
@@ -166,7 +166,7 @@ def _data_defaults(data: Tree) -> list[Note]:
             if kind == "finetuning":
                 said |= {"target_responses": "last", "turn_by_turn": True}
                 notes += _task(dataset, place)
-            for key in said.keys() - dataset.keys():
+            for key in (key for key in said if key not in dataset):
                 notes.append(Note(f"{place}.{key}", f"is missing; now {said[key]}, as LLM Foundry has it"))
                 dataset[key] = said[key]
     return notes
@@ -220,9 +220,10 @@ def _duration(value: object) -> str | None:
     if match := _NUMBER_AND_UNIT.fullmatch(value):
         number, unit = match[1].lower(), match[2].lower()
         try:
-            exact = number if _PLAIN.fullmatch(number) else format(Decimal(number), "f")
-        except InvalidOperation:
+            float(number)
+        except ValueError:
             return None
+        exact = number if _PLAIN.fullmatch(number) else format(Decimal(number), "f")
         said = f"{exact}{_UNITS.get(unit, unit)}"
         return said if said != value else None
     match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value)
