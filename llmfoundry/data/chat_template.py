@@ -169,8 +169,8 @@ class Renderer:
             return None  # it refuses a part of them
         if texts is None:
             return None
-        return [_Turn(*(self._encoded(text)["input_ids"] for text in texts[i]), _is_learned(example.messages[i]))
-                for i in texts]  # fmt: skip
+        ids = {i: [self._encoded(text)["input_ids"] for text in pair] for i, pair in texts.items()}
+        return [_Turn(prompt, answer, _is_learned(example.messages[i])) for i, (prompt, answer) in ids.items()]
 
     def _texts_of_turns(self, example: Conversation) -> dict[int, tuple[str, str]] | None:
         found, before = {}, ""

@@ -56,8 +56,8 @@ class ChatsConfig(Folders, names=("chats",)):
     chat_template: str | None = None  # in place of the tokenizer's: a file, or the template itself
     target_responses: Responses = "all"  # of a conversation: learn all turns of the assistant, or the last
     target_prompts: str = "none"  # `all`, or length>=N: learn the prompts too, where they have N tokens or more
-    # Tokenise each turn by itself and learn all that the template writes after an answer, and an end-of-text token after
-    # the last; of other data than MDS, leave out examples with an empty prompt or answer. LLM Foundry does this
+    # As LLM Foundry: tokenise each turn by itself, and learn all that the template writes after an answer, and an
+    # end-of-text token after the last; of other data than MDS, leave out examples with an empty prompt or answer
     turn_by_turn: bool = False
     skip_bad_rows: int = Field(default=0, ge=0)  # rows without a readable example that are skipped and counted
     # Words of LLM Foundry for what is always so here: examples share rows where attention keeps them apart.
@@ -84,8 +84,8 @@ class ChatsConfig(Folders, names=("chats",)):
             for key in ("proportion", "repeat", "choose"):
                 if getattr(stream, key) is not None:
                     raise ValueError(
-                        f"streams.{name}.{key}: examples are packed into rows, which this would count; make each stream "
-                        "a dataset with a weight, in train_loader.datasets"
+                        f"streams.{name}.{key}: examples are packed into rows, which this would count; make each "
+                        "stream a dataset with a weight, in train_loader.datasets"
                     )
         self._targets()
         return self

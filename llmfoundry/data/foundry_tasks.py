@@ -1,4 +1,4 @@
-"""What LLM Foundry makes of the rows of some datasets, by their names on the hub: `preprocessing_fn` of `finetuning` data.
+"""What LLM Foundry makes of the rows of some datasets of the hub: values of `preprocessing_fn` of `finetuning` data.
 
 Each function takes a row and returns one of a known format (data/conversations.py).
 """

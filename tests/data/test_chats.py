@@ -620,7 +620,7 @@ def test_splits_and_files_are_those_of_load_dataset(
 @pytest.mark.parametrize(
     ("name", "row", "text"),
     [
-        ("tatsu-lab/alpaca", {"text": "Do ### Response: it", "instruction": "x", "output": "y"}, "Do ### Response:| it"),
+        ("tatsu-lab/alpaca", {"text": "Do ### Response: it", "output": "y"}, "Do ### Response:| it"),
         ("HuggingFaceH4/databricks_dolly_15k", {"instruction": "Add", "input": "1", "output": "2"},
          "### Instruction:\nAdd\n1\n\n### Response:\n|2"),
         ("HuggingFaceH4/databricks_dolly_15k", {"instruction": "Add", "input": "", "output": "2"},
