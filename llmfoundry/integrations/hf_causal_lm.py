@@ -14,7 +14,7 @@ from llmfoundry.integrations.foundry_tree import Note, Tree
 
 _WHERE = "model.pretrained_model_name_or_path"
 # Keys that tuned the loading of a module and change no value.
-_GONE = {
+GONE = {
     "use_auth_token": "HF_TOKEN is read from the environment",
     "trust_remote_code": "code of a hub repository is never run",
     "use_flash_attention_2": "attention is flash on GPUs",
@@ -103,7 +103,7 @@ def hugging_face_model(data: Tree) -> list[Note]:
 
 def _take_settings(block: Tree, notes: list[Note]) -> list[str]:
     """Remove what changes no value; returns mistakes."""
-    for path, why in _GONE.items():
+    for path, why in GONE.items():
         parent, _, key = path.rpartition(".")
         node: object = block
         for part in parent.split(".") if parent else ():

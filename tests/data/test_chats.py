@@ -628,6 +628,7 @@ def test_splits_and_files_are_those_of_load_dataset(
         ("bigscience/P3", {"inputs": "a", "targets": "b"}, "a:|b"),
         ("Muennighoff/P3", {"inputs": "a", "targets": "b"}, "a| b"),
         ("Muennighoff/flan", {"inputs": "a\n", "targets": "b"}, "a\n|b"),
+        ("HuggingFaceH4/databricks_dolly_15k", {"prompt": "a", "response": "b"}, "a|b"),
     ],
 )  # fmt: skip
 def test_names_of_datasets_stand_for_llm_foundrys_functions(name: str, row: dict[str, object], text: str) -> None:
