@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from llmfoundry.config import ConfigError, is_url, reason
@@ -49,7 +49,7 @@ class ChatsConfig(Folders, names=("chats",)):
 
     path: str | None = None  # a folder, a glob or one file, also by URL: .jsonl, .json, .csv, .tsv, .parquet
     hf_name: str | None = None  # a dataset of the hub or a folder; or json, csv, parquet with hf_kwargs.data_files
-    hf_kwargs: dict[str, JsonValue] = {}  # to datasets.load_dataset, which reads local files too if these tell it how
+    hf_kwargs: dict[str, object] = {}  # to datasets.load_dataset, which reads local files too if these tell it how
     # `package.module:function`, which makes of a row one of a known format; or a mapping from our columns to the
     # data's, e.g. {prompt: question, response: answer}
     preprocessing_fn: str | dict[str, str] | None = None

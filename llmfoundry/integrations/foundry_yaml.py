@@ -73,7 +73,10 @@ def translate(data: Tree, variables: Set[str] = frozenset()) -> tuple[Tree, list
             except ConfigError as error:
                 mistakes.append(str(error))
     if theirs:  # in a file of ours, a missing save_folder is a mistake
-        fills = (made_up_name, without_placeholders, temporary_folder, _defaults, _data_defaults, _packed, _head_norms)
+        fills = (
+            made_up_name, without_placeholders, temporary_folder, _defaults, _data_defaults, _tokens, _packed,
+            _head_norms,
+        )  # fmt: skip
         for fill in fills:
             try:
                 notes += fill(data)
@@ -193,6 +196,14 @@ def _packed(data: Tree) -> list[Note]:
     said = put(data, "model.attn_config.attn_uses_sequence_id", True)
     said = f"is now {said}; examples that share a row are kept apart"
     return [Note("train_loader.dataset.packing_ratio", said, ratio)]
+
+
+def _tokens(data: Tree) -> list[Note]:
+    """Say what tokens are where rows are not full: there only those of examples count."""
+    if look(data, "train_loader.name")[0] != "finetuning":
+        return []
+    said = "counts all tokens of rows, also those that fill them up; LLM Foundry counts those of examples alone"
+    return [Note(path, said, value) for path in DURATIONS if str(value := look(data, path)[0]).endswith("tok")]
 
 
 def _head_norms(data: Tree) -> list[Note]:

@@ -161,7 +161,7 @@ class RunConfig(Config):
         "report_to": "loggers",
     }
 
-    metadata: dict[str, str | int | float | bool | None] = {}  # of yours: kept in config.yaml, and given to loggers
+    metadata: dict[str, object] = {}  # of yours: kept in config.yaml, and given to loggers
     run_name: str | None = None  # for loggers, and for {run_name} in paths; None: $RUN_NAME, or the save_folder's name
     code_paths: list[str] = []  # Python files that register plug-ins
     seed: int = Field(17, ge=0, lt=2**63)  # of initial weights, order of the data and dropout

@@ -2,7 +2,8 @@
 
 Nothing is stored, so a resumed run needs the step and no more. Names, keys and formulas are Composer's and LLM
 Foundry's: with a warm-up, the very first step has factor 0. Composer sets the factor before it counts the step, so its
-second step has the first one's factor again and every later one lags by a step; `composer_step: true` does the same.
+second step has the first one's factor again and every later one lags by a step; `composer_step: true` does the same,
+and takes parts of a run and tokens as Composer takes them.
 `wsd` (warmup-stable-decay) is new. Where `max_duration` is a time by the clock, milliseconds take the place of steps.
 """
 
@@ -23,8 +24,8 @@ from llmfoundry.train.duration import Duration, Timeline
 class Schedule:
     """A linear warm-up from 0 to `peak` over `warmup` steps, then `shape`."""
 
-    warmup: int
-    shape: Callable[[int], float]
+    warmup: float
+    shape: Callable[[float], float]
     peak: float = 1.0  # also where nothing comes after the warm-up
     lag: int = 0  # steps that the curve is late by
 
@@ -42,7 +43,7 @@ class SchedulerConfig(Choice, tag="name"):
     name: str  # the shape of the curve
     t_warmup: Duration = Duration.parse("0ba")  # the learning rate rises from 0
     t_max: Duration = Duration.parse("1dur")  # where the curve ends
-    composer_step: bool = False  # one step late, as Composer is
+    composer_step: bool = False  # one step late, as Composer is, and with its rounding of dur, tok and sp
 
     def build(self, timeline: Timeline) -> Schedule:
         """The schedule of a run.
@@ -59,14 +60,29 @@ class SchedulerConfig(Choice, tag="name"):
     def _curve(self, timeline: Timeline) -> Schedule:
         raise NotImplementedError
 
-    def _warmup_and_end(self, timeline: Timeline) -> tuple[int, int]:
-        warmup, end = _counted("t_warmup", self.t_warmup, timeline), _counted("t_max", self.t_max, timeline)
+    def _warmup_and_end(self, timeline: Timeline) -> tuple[float, float]:
+        warmup, end = self._counted("t_warmup", self.t_warmup, timeline), self._counted("t_max", self.t_max, timeline)
         if warmup > end:
             raise ConfigError(
-                f"scheduler.t_warmup={self.t_warmup} is {warmup} {_unit(timeline)}, more than the {end} of "
+                f"scheduler.t_warmup={self.t_warmup} is {warmup:.12g} {_unit(timeline)}, more than the {end:.12g} of "
                 f"t_max={self.t_max}; shorten the warm-up or train for longer"
             )
         return warmup, end
+
+    def _counted(self, key: str, duration: Duration, timeline: Timeline) -> float:
+        try:
+            return timeline.counted_by_composer(duration) if self.composer_step else timeline.counted(duration)
+        except ConfigError as error:
+            raise ConfigError(f"scheduler.{key}: {error}") from None
+
+    def _tail_start(self, key: str, tail: Duration, timeline: Timeline, warmup: float, end: float) -> float:
+        steps = self._counted(key, tail, timeline)
+        if warmup + steps > end:
+            raise ConfigError(
+                f"scheduler.{key}={tail} is {steps:.12g} {_unit(timeline)}; "
+                f"with {warmup:.12g} of warm-up more than the {end:.12g} of t_max"
+            )
+        return end - steps
 
 
 class ConstantConfig(SchedulerConfig, names=("constant_with_warmup",)):
@@ -88,7 +104,7 @@ class LinearConfig(SchedulerConfig, names=("linear_decay_with_warmup",)):
     def _curve(self, timeline: Timeline) -> Schedule:
         warmup, end = self._warmup_and_end(timeline)
 
-        def shape(step: int) -> float:
+        def shape(step: float) -> float:
             return self.alpha_i + (self.alpha_f - self.alpha_i) * _part(step, warmup, end)
 
         return Schedule(warmup, shape, self.alpha_i)
@@ -105,7 +121,7 @@ class CosineConfig(SchedulerConfig, names=("cosine_with_warmup",)):
     def _curve(self, timeline: Timeline) -> Schedule:
         warmup, end = self._warmup_and_end(timeline)
 
-        def shape(step: int) -> float:
+        def shape(step: float) -> float:
             return self.alpha_f + (1 - self.alpha_f) * (1 + math.cos(math.pi * _part(step, warmup, end))) / 2
 
         return Schedule(warmup, shape)
@@ -124,15 +140,15 @@ class InverseSquareRootConfig(SchedulerConfig, names=("inv_sqrt_with_warmup",)):
 
     def _curve(self, timeline: Timeline) -> Schedule:
         warmup, end = self._warmup_and_end(timeline)
-        scale = _counted("t_scale", self.t_scale, timeline)
+        scale = self._counted("t_scale", self.t_scale, timeline)
         if scale < 1:
             raise ConfigError(f"scheduler.t_scale={self.t_scale} is less than one step; write at least 1ba")
-        start = _tail_start("t_cooldown", self.t_cooldown, timeline, warmup, end)
+        start = self._tail_start("t_cooldown", self.t_cooldown, timeline, warmup, end)
 
-        def decay(step: int) -> float:
+        def decay(step: float) -> float:
             return self.alpha_f_decay + (1 - self.alpha_f_decay) / math.sqrt((step - warmup + scale) / scale)
 
-        def shape(step: int) -> float:
+        def shape(step: float) -> float:
             if step < start or start == end:
                 return decay(step)
             top = decay(start)
@@ -154,9 +170,9 @@ class WarmupStableDecayConfig(SchedulerConfig, names=("wsd",)):
 
     def _curve(self, timeline: Timeline) -> Schedule:
         warmup, end = self._warmup_and_end(timeline)
-        start = _tail_start("t_decay", self.t_decay, timeline, warmup, end)
+        start = self._tail_start("t_decay", self.t_decay, timeline, warmup, end)
 
-        def shape(step: int) -> float:
+        def shape(step: float) -> float:
             if step <= start:
                 return 1.0
             gone = _part(step, start, end)
@@ -166,27 +182,10 @@ class WarmupStableDecayConfig(SchedulerConfig, names=("wsd",)):
         return Schedule(warmup, shape)
 
 
-def _counted(key: str, duration: Duration, timeline: Timeline) -> int:
-    try:
-        return timeline.counted(duration)
-    except ConfigError as error:
-        raise ConfigError(f"scheduler.{key}: {error}") from None
-
-
 def _unit(timeline: Timeline) -> str:
     return "steps" if timeline.limit is None else "ms"
 
 
-def _part(step: int, start: int, end: int) -> float:
+def _part(step: float, start: float, end: float) -> float:
     """How far `step` is from `start` (0) to `end` (1), staying at 1 after it."""
     return min(1.0, max(0, step - start) / (end - start)) if end > start else 1.0
-
-
-def _tail_start(key: str, tail: Duration, timeline: Timeline, warmup: int, end: int) -> int:
-    steps = _counted(key, tail, timeline)
-    if warmup + steps > end:
-        raise ConfigError(
-            f"scheduler.{key}={tail} is {steps} {_unit(timeline)}; "
-            f"with {warmup} of warm-up more than the {end} of t_max"
-        )
-    return end - steps
