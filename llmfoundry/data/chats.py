@@ -50,8 +50,8 @@ class ChatsConfig(Folders, names=("chats",)):
     path: str | None = None  # a folder, a glob or one file, also by URL: .jsonl, .json, .csv, .tsv, .parquet
     hf_name: str | None = None  # a dataset of the hub or a folder; or json, csv, parquet with hf_kwargs.data_files
     hf_kwargs: dict[str, object] = {}  # to datasets.load_dataset, which reads local files too if these tell it how
-    # `package.module:function`, which makes of a row one of a known format; or a mapping from our columns to the
-    # data's, e.g. {prompt: question, response: answer}
+    # `package.module:function`, which makes of a row one of a known format; a mapping from our columns to the data's,
+    # e.g. {prompt: question, response: answer}; or a dataset whose rows LLM Foundry knows, e.g. tatsu-lab/alpaca
     preprocessing_fn: str | dict[str, str] | None = None
     chat_template: str | None = None  # in place of the tokenizer's: a file, or the template itself
     target_responses: Responses = "all"  # of a conversation: learn all turns of the assistant, or the last

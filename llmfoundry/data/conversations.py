@@ -13,6 +13,7 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from llmfoundry.data import functions
+from llmfoundry.data.foundry_tasks import TASKS
 from llmfoundry.data.tables import Row
 
 Message = dict[str, object]  # role, content, and what else the template reads
@@ -260,7 +261,8 @@ def _calls(said: str) -> list[Row]:
 
 
 def preprocess(given: str | Mapping[str, str] | None) -> Preprocess:
-    """What `preprocessing_fn` names: a mapping from our columns to the data's, or `package.module:function`.
+    """What `preprocessing_fn` names: a mapping from our columns to the data's, a dataset of `foundry_tasks.TASKS`, or
+    `package.module:function`.
 
     The function is looked for in the working directory and in the files of `code_paths` too.
 
@@ -269,6 +271,8 @@ def preprocess(given: str | Mapping[str, str] | None) -> Preprocess:
     """
     if given is None:
         return lambda row: row
+    if isinstance(given, str) and given in TASKS:
+        return TASKS[given]
     if isinstance(given, str):
         return functions.imported(given, "preprocessing_fn")
     names = dict(given)
@@ -286,6 +290,6 @@ def preprocess(given: str | Mapping[str, str] | None) -> Preprocess:
 
 def code_of(given: str | Mapping[str, str] | None) -> str:
     """What decides the result of `preprocess`: the mapping, or the file in which the function is."""
-    if not isinstance(given, str):
+    if not isinstance(given, str) or given in TASKS:
         return json.dumps(given)
     return functions.code_of(given, "preprocessing_fn")

@@ -177,12 +177,11 @@ def _data_defaults(data: Tree) -> list[Note]:
 
 def _task(dataset: Tree, place: str) -> list[Note]:
     """Some names of datasets stand for a function there, also where no preprocessing_fn is written."""
-    given = dataset.get("preprocessing_fn")
-    found = TASKS.get(str(dataset.get("hf_name") if given is None else given))
-    if found is None:
+    name = dataset.get("hf_name")
+    if dataset.get("preprocessing_fn") is not None or name not in TASKS:
         return []
-    dataset["preprocessing_fn"] = f"{found.__module__}:{found.__name__}"
-    return [Note(f"{place}.preprocessing_fn", f"is now {dataset['preprocessing_fn']}", given)]
+    dataset["preprocessing_fn"] = name
+    return [Note(f"{place}.preprocessing_fn", f"is missing; now {name}, whose rows LLM Foundry knows")]
 
 
 def _packed(data: Tree) -> list[Note]:

@@ -410,7 +410,7 @@ def test_a_name_of_a_dataset_stands_for_its_function() -> None:
     own = {"name": "finetuning", "dataset": {"hf_name": "tatsu-lab/alpaca", "preprocessing_fn": "my.fns:fn"}}
     data, _ = translate(FOREIGN | {"train_loader": alpaca, "eval_loader": [named, own]})
     found = [each["dataset"]["preprocessing_fn"] for each in (data["train_loader"], *data["eval_loader"])]
-    assert found == ["llmfoundry.data.foundry_tasks:alpaca", "llmfoundry.data.foundry_tasks:flan", "my.fns:fn"]
+    assert found == ["tatsu-lab/alpaca", "Muennighoff/P3", "my.fns:fn"]
 
 
 def test_several_evaluations_may_each_say_what_a_loader_says() -> None:
