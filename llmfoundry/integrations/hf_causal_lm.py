@@ -91,7 +91,7 @@ def hugging_face_model(data: Tree) -> list[Note]:
     assert isinstance(name, str) and isinstance(overrides, dict) and isinstance(peft, dict)
     model, allow, said = _our_model(name, overrides, peft)
     notes += said
-    data["model"] = _merged(model, beside)
+    data["model"] = _merged(model, beside, whole="ffn_config")
     notes.append(Note("model", f"is that of {name}, written out in config.yaml"))
     if pretrained:
         notes += _weights_of(data, name, allow)
@@ -298,11 +298,11 @@ def _weights_of(data: Tree, name: str, allow: list[str]) -> list[Note]:
     return [Note("model.pretrained", f"is now load_path: hf:{name}, load_weights_only: true{said}", True)]
 
 
-def _merged(base: Mapping[str, object], over: Mapping[str, object]) -> Tree:
-    """Nested mappings, the second over the first."""
+def _merged(base: Mapping[str, object], over: Mapping[str, object], whole: str = "") -> Tree:
+    """Nested mappings, the second over the first; a key `whole` of the second takes the place of the first's."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        is_pair = isinstance(old, Mapping) and isinstance(value, Mapping) and key != "ffn_config"
+        is_pair = isinstance(old, Mapping) and isinstance(value, Mapping) and key != whole
         merged[key] = _merged(old, value) if is_pair else value  # type: ignore[arg-type]
     return merged

@@ -519,6 +519,20 @@ def test_what_an_evaluation_cannot_load_says_what_to_do(key: str, value: object,
         of_evaluation({"models": [{"model_name": "a", "model": model}]})
 
 
+def test_an_evaluation_takes_the_keys_of_a_model_that_training_takes() -> None:
+    model = {"name": "hf_causal_lm", "pretrained_model_name_or_path": "a/b", "init_device": "mixed", "use_logits": True,
+             "shift_labels": True, "additional_eval_metrics": [], "allow_embedding_resizing": True}  # fmt: skip
+    (found,) = of_evaluation({"models": [{"model_name": "a", "model": model}]})["models"]
+    assert found == {"model_name": "a", "load_path": "hf:a/b"}
+
+
+def test_tokens_of_rows_that_are_not_full_are_said() -> None:
+    tree = FOREIGN | {"max_duration": "1e6tok", "train_loader": {"name": "finetuning", "dataset": {"hf_name": "a"}}}
+    said = "max_duration='1e6tok': counts all tokens of rows, also those that fill them up"
+    assert any(note.startswith(said) for note in translate(tree)[1])
+    assert not any("tok" in note for note in translate(FOREIGN | {"max_duration": "1e6tok"})[1])
+
+
 def test_what_pure_reduces_in_is_said() -> None:
     assert any("bfloat16" in note for note in translate({"fsdp_config": {"mixed_precision": "PURE"}})[1])
     assert "FULL" in translate({"precision": "fp32", "fsdp_config": {"mixed_precision": "FULL"}})[1][0]
