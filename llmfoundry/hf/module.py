@@ -10,29 +10,40 @@ Shapes: B rows, S sequence, V vocab.
 from __future__ import annotations
 
 import copy
+import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import cast
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llmfoundry.config import ConfigError, check
 from llmfoundry.data.rows import IGNORE
 from llmfoundry.hf.family import ConfigDict, Family
-from llmfoundry.hf.pieces import Pieces
+from llmfoundry.hf.pieces import Piece, Pieces
+from llmfoundry.hf.stored import stored
 from llmfoundry.layers.attention import FULL, AttentionConfig, GroupedQueryConfig
 from llmfoundry.layers.ffn import FFNConfig, MLPConfig
 from llmfoundry.layers.lora import add_adapters
 from llmfoundry.model.transformer import AdapterParams, Cache, CausalLM, CausalLMConfig, Output
 
 PREFIX = "module."  # of its parameters' names in ours
+# Model types whose attention `is_decoder` does not decide.
+_NOT_CAUSAL, _CAUSAL = {"cpmant", "xlm", "xlnet"}, {"gpt_neox", "gpt_neox_japanese"}
 # Of a config.json: what says nothing of the model.
 _NO_SETTINGS = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache", "auto_map"}
 
@@ -65,10 +76,10 @@ class TransformersConfig(CausalLMConfig, names=("transformers",)):
         theirs = _theirs(data["hf_config"]).get_text_config()
         sizes = {
             "d_model": theirs.hidden_size,
-            "n_heads": theirs.num_attention_heads,
+            "n_heads": getattr(theirs, "num_attention_heads", 1),  # one without attention has no heads
             "n_layers": theirs.num_hidden_layers,
             "vocab_size": theirs.vocab_size,
-            "tie_word_embeddings": bool(theirs.tie_word_embeddings),
+            "tie_word_embeddings": bool(getattr(theirs, "tie_word_embeddings", False)),
         }
         limit = getattr(theirs, "max_position_embeddings", None)
         longest = {"max_seq_len": limit} if isinstance(limit, int) and "max_seq_len" not in data else {}
@@ -113,11 +124,12 @@ class TransformersConfig(CausalLMConfig, names=("transformers",)):
 
 
 class _TiedHead(nn.Module):
-    """A head that reads the embedding's weight and has no weight of its own, so that each weight has one name."""
+    """A head that reads the embedding's weight and has at most a bias of its own, so that each weight has one name."""
 
-    def __init__(self, embedding: nn.Module) -> None:
+    def __init__(self, embedding: nn.Module, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.__dict__["embedding"] = embedding  # not a child
+        self.bias = bias
 
     @property
     def weight(self) -> Tensor:
@@ -125,7 +137,7 @@ class _TiedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, D) to logits (B, S, V)."""
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
 
 
 class TransformersLM(CausalLM):
@@ -139,7 +151,9 @@ class TransformersLM(CausalLM):
         self.module = _built(config.hf_config)
         self.module.config.use_cache = False
         if config.tie_word_embeddings:
-            self.module.set_output_embeddings(_TiedHead(self.module.get_input_embeddings()))
+            head = self.module.get_output_embeddings()
+            bias = cast(nn.Parameter | None, getattr(head, "bias", None))
+            self.module.set_output_embeddings(_TiedHead(self.module.get_input_embeddings(), bias))
 
     @property
     def blocks(self) -> nn.ModuleList:  # type: ignore[override]
@@ -179,12 +193,7 @@ class TransformersLM(CausalLM):
         at: Tensor | None = None,
     ) -> Output:
         """As that of `CausalLM`; sequence_ids and keys have no effect."""
-        past = None
-        if cache is not None:
-            past = cache.theirs = cache.theirs or DynamicCache()
-        found = self.module(
-            input_ids=tokens, past_key_values=past, use_cache=cache is not None, logits_to_keep=1 if last_only else 0
-        )
+        found = self.module(**self._with_past(tokens, cache), logits_to_keep=1 if last_only else tokens.shape[1])
         logits = found.logits  # (B, S, V), or (B, 1, V)
         if at is not None:
             logits = logits.flatten(0, 1)[at].unsqueeze(0)
@@ -196,12 +205,28 @@ class TransformersLM(CausalLM):
         ).view_as(tokens)
         return Output(None, nats.sum(), nats if by_token else nats.detach(), None)
 
+    def _with_past(self, tokens: Tensor, cache: Cache | None) -> dict[str, object]:
+        """The module's arguments; one with a cache of its own reads the whole text again."""
+        if cache is None:
+            return {"input_ids": tokens, "use_cache": False}
+        if self._takes_cache:
+            past = cache.theirs = cache.theirs or DynamicCache(config=self.module.config)
+            return {"input_ids": tokens, "past_key_values": past, "use_cache": True}
+        cache.theirs = tokens if cache.theirs is None else torch.cat([cast(Tensor, cache.theirs), tokens], 1)
+        return {"input_ids": cache.theirs, "use_cache": False}
+
+    @cached_property
+    def _takes_cache(self) -> bool:
+        has_own = not cast(GenerationMixin, self.module)._supports_default_dynamic_cache()
+        return not has_own and "past_key_values" in inspect.signature(self.module.forward).parameters
+
 
 class AsItIs(Family):
     """The family of one such model: its tensors stand under their own names."""
 
     sizes = {"n_layers": "num_hidden_layers", "max_seq_len": "max_position_embeddings"}  # noqa: RUF012
     prefix = ""
+    layouts = ("stored", "module")  # as `transformers` writes its files, or as the module names its tensors
 
     def __init__(self, model_type: str) -> None:
         self.model_type = model_type  # type: ignore[misc]
@@ -215,10 +240,10 @@ class AsItIs(Family):
             module = _built(settings)
         names = {id(parameter): name for name, parameter in module.named_parameters(remove_duplicate=False)}
         names |= {id(parameter): name for name, parameter in module.named_parameters()}  # of tied ones, the first
-        named = _stored_names(module)
-        self.embedding = named(names[id(module.get_input_embeddings().weight)])  # type: ignore[misc]
+        named = {pieces[0].ours.name: name for name, pieces in _stored(module, where).items() if len(pieces) == 1}
+        self.embedding = named[PREFIX + names[id(module.get_input_embeddings().weight)]]  # type: ignore[misc]
         head = module.get_output_embeddings()
-        self.head = named(next(f"{name}.weight" for name, part in module.named_modules() if part is head))  # type: ignore[misc]
+        self.head = named[next(f"{PREFIX}{name}.weight" for name, part in module.named_modules() if part is head)]  # type: ignore[misc]
         return config
 
     def weights(self, names: Iterable[str], config: CausalLMConfig) -> set[str]:
@@ -232,25 +257,21 @@ class AsItIs(Family):
 
     def add_pieces(self, config: CausalLMConfig, pieces: Pieces, layout: str) -> None:
         assert isinstance(config, TransformersConfig)
+        if layout == "module":
+            for name in pieces.shapes:
+                pieces.add(name, name.removeprefix(PREFIX))
+            return
         with torch.device("meta"):
             module = _built(config.hf_config)
-        named = _stored_names(module)
-        for name in pieces.shapes:
-            pieces.add(name, named(name.removeprefix(PREFIX)))
+        for found in _stored(module, "config.json").values():
+            pieces.pieces += [each for each in found if each.ours.name in pieces.shapes]
 
 
-def _stored_names(module: PreTrainedModel) -> Callable[[str], str]:
-    """From the names of a module's parameters to those in its files, where `transformers` has renamed them since."""
-    renamed = [each for each in get_model_conversion_mapping(module) if isinstance(each, WeightRenaming)]
-    back = [cast(WeightRenaming, each.reverse_transform()) for each in reversed(renamed)]
-    return lambda name: rename_source_key(name, back, [], reverse=True)[0]
-
-
-def is_stored_otherwise(settings: Mapping[str, object]) -> bool:
-    """Whether the files of a model hold its tensors in another form than the module, e.g. experts apart."""
-    with torch.device("meta"):
-        mapping = get_model_conversion_mapping(_built(dict(settings)))
-    return any(not isinstance(each, WeightRenaming) for each in mapping)
+def _stored(module: PreTrainedModel, where: str) -> dict[str, list[Piece]]:
+    try:
+        return stored(module, PREFIX)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {module.config.model_type}: {error}") from None
 
 
 def is_known(model_type: object) -> bool:
@@ -269,8 +290,24 @@ def _theirs(settings: dict[str, object]) -> PreTrainedConfig:
     if not is_known(model_type):
         raise ValueError(f"hf_config.model_type: {model_type!r} is not a causal language model of transformers")
     try:
-        found = CONFIG_MAPPING[cast(str, model_type)].from_dict(copy.deepcopy(settings))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        found = CONFIG_MAPPING[cast(str, model_type)].from_dict(
+            cast(dict[str, object], _with_infinities(copy.deepcopy(settings)))
+        )
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"hf_config: {' '.join(str(error).split())}") from None
     assert isinstance(found, PreTrainedConfig)
+    if model_type in _NOT_CAUSAL or (getattr(found, "is_decoder", True) is False and model_type not in _CAUSAL):
+        raise ValueError(
+            f"hf_config: {model_type} attends to tokens that follow, so it cannot be trained as a causal language "
+            "model" + ("" if model_type in _NOT_CAUSAL else "; with is_decoder: true in config.json it does not")
+        )
     return found
+
+
+def _with_infinities(value: object) -> object:
+    """The numbers that JSON has no form for, from the form in which `transformers` writes them."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"} and isinstance(value["__float__"], str):
+            return float(value["__float__"])
+        return {key: _with_infinities(each) for key, each in value.items()}
+    return [_with_infinities(each) for each in value] if isinstance(value, list) else value

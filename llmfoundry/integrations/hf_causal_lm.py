@@ -124,8 +124,8 @@ def _our_model(name: str, given: Tree, peft: Tree, as_it_is: bool = False) -> tu
     from llmfoundry.hf.adapters import PartOfMatrix, targets_of
     from llmfoundry.hf.facts import weight_differences
     from llmfoundry.hf.family import read_config
-    from llmfoundry.hf.module import is_stored_otherwise
     from llmfoundry.hf.pretrained import locate, read_settings
+    from llmfoundry.moe.layer import MoEConfig
 
     settings = read_settings(locate(name, settings_only=True))
     where = f"{name}/config.json"
@@ -174,7 +174,7 @@ def _our_model(name: str, given: Tree, peft: Tree, as_it_is: bool = False) -> tu
                 peft, lambda wanted: wanted if as_it_is else targets_of(family, config, wanted)
             )
         except PartOfMatrix as error:  # as peft does it
-            if is_stored_otherwise(settings):  # the module cannot read them
+            if isinstance(config.ffn_config, MoEConfig):  # the module has no kernels for them
                 raise ConfigError(f"model.peft_config.{error}") from None
             model, allow, about = _our_model(name, given, peft, as_it_is=True)
             return (
