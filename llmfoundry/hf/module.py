@@ -21,14 +21,7 @@ import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from transformers import (
-    CONFIG_MAPPING,
-    AutoModelForCausalLM,
-    DynamicCache,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llmfoundry.config import ConfigError, check
@@ -217,7 +210,7 @@ class TransformersLM(CausalLM):
 
     @cached_property
     def _takes_cache(self) -> bool:
-        has_own = not cast(GenerationMixin, self.module)._supports_default_dynamic_cache()
+        has_own = not self.module._supports_default_dynamic_cache()  # type: ignore[operator]
         return not has_own and "past_key_values" in inspect.signature(self.module.forward).parameters
 
 
