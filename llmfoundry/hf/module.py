@@ -83,6 +83,11 @@ class TransformersConfig(CausalLMConfig, names=("transformers",)):
         """Unknown, so that no text is read beyond `max_seq_len`."""
         return True
 
+    @property
+    def has_stacked_experts(self) -> bool:
+        """Whether its blocks have matrices for all experts in one tensor, which no adapter is made for."""
+        return any(parameter.dim() == 3 for parameter in self._on_meta().blocks.parameters())
+
     def window(self, layer: int) -> int:
         return FULL
 

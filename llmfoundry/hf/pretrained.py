@@ -99,6 +99,8 @@ def locate(path_or_id: str | Path, *, settings_only: bool = False) -> Path:
     path = Path(path_or_id)
     if path.is_dir():
         return path
+    if path.is_file():
+        raise ConfigError(f"{path}: is a file; name the folder of a Hugging Face model")
     patterns = ["config.json", GENERATION, "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
     wanted = patterns[:1] if settings_only else patterns
 
@@ -163,11 +165,20 @@ def read_settings(folder: Path) -> ConfigDict:
     try:
         return read_mapping(config_file)
     except FileNotFoundError:
-        raise ConfigError(f"{config_file}: no such file; name a Hugging Face model's folder or hub id") from None
+        raise ConfigError(f"{config_file}: no such file; {_instead(folder)}") from None
     except OSError as error:
         raise ConfigError(f"{config_file}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise ConfigError(f"{config_file}: is not valid JSON: {error}") from None
+
+
+def _instead(folder: Path) -> str:
+    """What to name in place of a folder without a config.json."""
+    if (folder / "adapter_config.json").exists():
+        return "these are adapters; merge them into their base model first, with peft's merge_and_unload"
+    if (folder / "config.yaml").exists() or (folder / "checkpoints").exists():
+        return "it is a run or a checkpoint of this framework, which is used as it is, without hf: or from-hf"
+    return "name a Hugging Face model's folder or hub id"
 
 
 def matched(path: Path, family: Family, config: CausalLMConfig, folder: TensorSource) -> Checkpoint:
@@ -243,7 +254,8 @@ def load_weights(model: CausalLM, path_or_id: str | Path, allow: Collection[str]
         if not any(f"model.{name}.".startswith(f"{each}.") for each in allow):
             raise ConfigError(f"model.{name}: is {ours!r}, but {theirs!r} in {checkpoint.path}")
     if other and our_shapes(model.config) != our_shapes(stored):
-        raise ConfigError(f"{checkpoint.path}: its tensors have other shapes than the model's")
+        said = ", ".join(f"model.{name} is {ours!r}, and {theirs!r} there" for name, (theirs, ours) in other.items())
+        raise ConfigError(f"{checkpoint.path}: its tensors have other shapes than the model's: {said}")
     for name, tensor in model.state_dict().items():
         if is_adapter(name):
             continue

@@ -302,6 +302,7 @@ def test_how_many_answers_change_inside_a_conversation_is_said(
         ),
         ({"instruction": "a", "output": "b", "history": ["x"]}, "history: must be a list of pairs of texts"),
         ({"messages": turns("a", "b"), "tools": "{"}, "tools: is not JSON"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "for such pairs, set name: preferences"),
         ({"prompt": "a", "response": 1}, "response: must be a text or a list of turns, found 1"),
     ],
 )

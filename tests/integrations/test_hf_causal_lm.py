@@ -86,7 +86,7 @@ def test_a_module_of_transformers_that_cannot_do_as_asked_is_said(llama: str, tm
     _, notes = translate(run_of(llama, peft_config=peft, config_overrides=apart))
     assert any(note.said.endswith("so each example has a row of its own") for note in notes)
     Case("mixtral", "", MOE | {"num_local_experts": 4}).build().config.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="model.peft_config.target_modules: q_proj is a part .*; name k_proj too"):
+    with pytest.raises(ConfigError, match="^model.peft_config.target_modules: q_proj is a part .*; name k_proj too"):
         translate(run_of(str(tmp_path), peft_config=peft))
 
 
