@@ -18,7 +18,7 @@ Span = tuple[int, int]  # in characters
 Render = Callable[[Sequence[Message], bool], str]  # of messages, and whether the assistant's turn is opened at the end
 
 # Words that no conversation says: they have no letter in common, and no template trims or splits them.
-_PROBES = ("\u16a0\u16a2\u16a6", "\u16b1\u16b2\u16b7")
+PROBE, _OTHER = _PROBES = ("\u16a0\u16a2\u16a6", "\u16b1\u16b2\u16b7")
 # An answer may begin with a thought, which some templates open together with the turn. The thought is learned.
 _THOUGHT = re.compile(r"<think>\s*(</think>\s*)?\Z")
 

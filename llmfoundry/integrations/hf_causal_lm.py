@@ -185,9 +185,7 @@ def _our_model(name: str, given: Tree, peft: Tree, as_it_is: bool = False) -> tu
             )
         notes += about
         if isinstance(config, TransformersConfig) and config.has_stacked_experts:
-            said = (
-                "adapts no experts: the module of transformers holds them stacked; linear layers are adapted"
-            )
+            said = "adapts no experts: the module of transformers holds them stacked; linear layers are adapted"
             notes.append(Note("model.peft_config", said))
     allow = [f"model.{key}" for key in weight_differences(stored, config)]
     return model, allow, notes
