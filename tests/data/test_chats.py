@@ -243,7 +243,7 @@ def test_a_tokenizer_without_template_gets_chatml() -> None:
 def test_a_template_that_teaches_no_stop_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """GLM-4 ends an answer by opening the next turn; and marks may leave the end out."""
     open_ended = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '\n' }}{% endfor %}"
-    unmarked_end = CHATML.replace("+ '<|im_end|>' }}{% endgeneration %}", "}}{% endgeneration %}<|im_end|>")
+    unmarked_end = MARKED["chatml"].replace(" + '<|im_end|>\\n' }}{% endgen", " }}{% endgen", 1)
     for template in (CHATML, *MARKED.values(), *map(plain, MARKED)):
         assert Renderer(tokenizer(template), Targets()).ends_answers, template
     for template in (open_ended, unmarked_end):
