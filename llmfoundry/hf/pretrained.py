@@ -322,7 +322,7 @@ def save_pretrained(
         folder: must not exist, or be empty; it appears when it is complete.
         dtype: of the weights; None: as the model has them.
         model_type: the family; None: the first that can hold the model.
-        generation: a generation_config.json.
+        generation: a generation_config.json; None: that of the folder which the tokenizer was read from, if it has one.
         optimizer: of a model that is being trained; its state may hold the low halves of weights (kernels/halves.py).
 
     Raises:
@@ -330,6 +330,8 @@ def save_pretrained(
     """
     source = _Model(model, optimizer)
     if runtime.is_rank0():
+        if generation is None and tokenizer is not None and tokenizer.name_or_path:
+            generation = read_generation(Path(tokenizer.name_or_path))
         with new_folder(Path(folder)) as temporary:
             write_checkpoint(
                 temporary, model.config, source, dtype=dtype, model_type=model_type, tokenizer=tokenizer,
