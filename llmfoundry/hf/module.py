@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -33,6 +34,8 @@ from llmfoundry.layers.attention import FULL, AttentionConfig, GroupedQueryConfi
 from llmfoundry.layers.ffn import FFNConfig, MLPConfig
 from llmfoundry.layers.lora import add_adapters
 from llmfoundry.model.transformer import AdapterParams, Cache, CausalLM, CausalLMConfig, Output
+
+log = logging.getLogger(__name__)
 
 PREFIX = "module."  # of its parameters' names in ours
 # Model types whose attention `is_decoder` does not decide.
@@ -230,6 +233,8 @@ class AsItIs(Family):
         self.model_type = model_type  # type: ignore[misc]
         self.title = f"{model_type}, unchanged"  # type: ignore[misc]
         self.architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]  # type: ignore[misc]
+        self._own: set[str] = set()  # names of a file's tensors that the module has a place for
+        self._passed_over: list[str] = []  # patterns of others that `transformers` passes over
 
     def read(self, data: Mapping[str, object], where: str) -> TransformersConfig:
         settings = {key: value for key, value in data.items() if key not in _NO_SETTINGS}
@@ -238,15 +243,25 @@ class AsItIs(Family):
             module = _built(settings)
         names = {id(parameter): name for name, parameter in module.named_parameters(remove_duplicate=False)}
         names |= {id(parameter): name for name, parameter in module.named_parameters()}  # of tied ones, the first
-        named = {pieces[0].ours.name: name for name, pieces in _stored(module, where).items() if len(pieces) == 1}
+        pieces = _stored(module, where)
+        named = {found[0].ours.name: name for name, found in pieces.items() if len(found) == 1}
+        self._own = pieces.keys() | module.state_dict().keys()
+        self._passed_over = list(module._keys_to_ignore_on_load_unexpected or ())
         self.embedding = named[PREFIX + names[id(module.get_input_embeddings().weight)]]  # type: ignore[misc]
         head = module.get_output_embeddings()
         self.head = named[next(f"{PREFIX}{name}.weight" for name, part in module.named_modules() if part is head)]  # type: ignore[misc]
         return config
 
     def weights(self, names: Iterable[str], config: CausalLMConfig) -> set[str]:
-        """All but buffers that the module computes."""
-        return {name for name in names if re.fullmatch(self.buffers, name) is None}
+        """All but buffers that the module computes, and what it has no place for and `transformers` passes over too."""
+        found = {name for name in names if re.fullmatch(self.buffers, name) is None}
+        others = {each for each in found - self._own if any(re.search(pattern, each) for pattern in self._passed_over)}
+        if others:
+            log.info(
+                "tensors that %s has no place for are left out, as in transformers: %d (e.g. %s)",
+                self.architecture, len(others), min(others),
+            )  # fmt: skip
+        return found - others
 
     def to_theirs(self, config: CausalLMConfig) -> ConfigDict:
         if not isinstance(config, TransformersConfig):

@@ -11,6 +11,7 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from llmfoundry import hf
@@ -90,6 +91,21 @@ def test_there_and_back_gives_the_same_bits(kind: str, tmp_path: Path, tokenizer
     assert all(torch.equal(value, state[name]) for name, value in theirs.state_dict().items())
     names = [safe_open(tmp_path / folder / "model.safetensors", "pt").keys() for folder in ("theirs", "again")]
     assert sorted(names[0]) == sorted(names[1])
+
+
+def test_the_layer_that_predicts_further_tokens_is_left_out(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """GLM-4.5's files have one more layer than its config.json says; `transformers` passes over it by name."""
+    caplog.set_level("INFO")
+    saved("glm4_moe", tmp_path, tokenizer)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(weights | {"model.layers.46.eh_proj.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    hf.from_pretrained(tmp_path)
+    assert "left out, as in transformers: 1 (e.g. model.layers.46" in caplog.text
+    save_file(weights | {"model.layers.3.mlp.up_proj.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match="layers.3.mlp.up_proj.weight' has no place"):
+        hf.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["mamba", "jamba", "minimax"])
