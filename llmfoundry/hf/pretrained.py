@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
+import llmfoundry.hf.module  # noqa: F401  registers its kind of model, which a checkpoint's config may name
 from llmfoundry import runtime
 from llmfoundry.config import ConfigError
 from llmfoundry.dtensor import local_shard, whole
