@@ -116,6 +116,9 @@ def _build(config: RunConfig, device: torch.device, watchdog: Watchdog) -> Train
         tokens_per_row=loader.max_seq_len,
         rows_per_epoch=loader.rows_per_epoch,
     )
+    if config.global_train_batch_size > loader.rows_per_epoch:
+        log.warning("global_train_batch_size=%d exceeds the %d rows of an epoch, so a step reads rows more than once; "
+                    "lower it", config.global_train_batch_size, loader.rows_per_epoch)  # fmt: skip
     joined = _mix(config, loader, timeline, start)
     schedule = config.scheduler.build(timeline)
     _warn_of_no_rate(schedule, timeline, config.scheduler.t_warmup)
