@@ -37,7 +37,8 @@ _GONE = (
 )  # fmt: skip
 VARIABLES = ("model_name_or_path", "tokenizer_name")  # of the top level, that only serve `${...}`
 _GONE_OF_MODELS = {
-    "name", "pretrained", "init_device", "use_train_metrics", "additional_train_metrics", "additional_eval_metrics", *GONE,
+    "name", "pretrained", "init_device", "use_train_metrics", "additional_train_metrics", "additional_eval_metrics",
+    *GONE,
 }  # fmt: skip
 _LENGTHS = ("max_seq_len", "n_positions", "max_position_embeddings")
 
